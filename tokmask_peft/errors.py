@@ -1,0 +1,49 @@
+"""Errors that a user can act on: what was expected, what was found, what to do.
+
+The command line prints their text without a traceback; library callers catch `TokmaskError`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class TokmaskError(Exception):
+    """Base of every error that tokmask_peft raises on purpose."""
+
+
+class RecipeError(TokmaskError):
+    """A recipe cannot be used. Holds every problem found, not only the first.
+
+    Attributes:
+        problems: one line each, `dotted.path: what is wrong; what to do`.
+    """
+
+    def __init__(self, problems: Iterable[str], source: str = "recipe"):
+        self.problems = list(problems)
+        count = len(self.problems)
+        head = f"{source}: {count} problem{'s' if count != 1 else ''}"
+        super().__init__("\n".join([head, *(f"  {line}" for line in self.problems)]))
+
+
+class DataError(TokmaskError):
+    """Data cannot be read, or does not fit the task."""
+
+
+class ModelError(TokmaskError):
+    """A backbone or an adapter cannot be built or loaded as asked."""
+
+
+class MaskTokenError(TokmaskError):
+    """No usable mask token, or a masker is attached where it cannot be."""
+
+
+class RunError(TokmaskError):
+    """A run folder is missing, taken or unfinished, or a run went wrong in a way that would pass unnoticed."""
+
+
+def nearest(name: str, candidates: Iterable[str]) -> str:
+    """Return ` Did you mean 'x'?` for the closest candidate, or an empty string."""
+    match = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.5)
+    return f" Did you mean '{match[0]}'?" if match else ""

@@ -1,0 +1,254 @@
+"""The whole run as data: a recipe is a frozen pydantic model, read from YAML by `recipe_io`.
+
+Field descriptions are the documentation: `tokmask recipes fields` prints them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, field_validator, model_validator
+
+Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Task = Literal["sequence", "token"]
+
+
+class Section(BaseModel):
+    """Base of every part of a recipe: immutable, and no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class TokenMaskConfig(Section):
+    """How input tokens are masked in training (arXiv 2505.11746).
+
+    The rate runs from `p_start` to `p` between the shares `begin` and `end` of training (`constant` stays at `p`).
+    """
+
+    p: Rate = Field(
+        0.1, description="masking rate: the share of tokens replaced by the mask token in training; 0 is off"
+    )
+    schedule: Literal["constant", "linear", "cosine", "warmup"] = Field(
+        "constant",
+        description="how the rate moves: warmup is a linear rise over the first tenth unless `end` says else",
+    )
+    p_start: Rate = Field(0.0, description="the rate before `begin` (linear, cosine, warmup)")
+    begin: Share = Field(0.0, description="share of training at which the rate leaves p_start")
+    end: Share | None = Field(None, description="share of training at which the rate reaches p (default 1, warmup 0.1)")
+    unit: Literal["token", "word", "span"] = Field(
+        "token", description="what is masked as a whole: a sub-token, a word, or span_length words in a row"
+    )
+    span_length: int = Field(3, ge=1, description="words in a span (unit: span)")
+    mask_token: Literal["auto", "mask", "spare", "unk"] | int = Field(
+        "auto",
+        description="auto takes the tokenizer's mask token, else a spare embedding row set to the mean embedding, "
+        "else the unknown token; or name one; or give a token id",
+    )
+    trainable_mask: StrictBool = Field(False, description="train the mask token's embedding row (saved in the adapter)")
+    protect: tuple[int, ...] = Field((), description="further token ids that are never masked")
+    seed: int | None = Field(None, ge=0, description="seed of the masked positions; none takes the run's seed")
+
+    @field_validator("mask_token")
+    @classmethod
+    def _mask_id_is_not_negative(cls, value: Any) -> Any:
+        if isinstance(value, int) and value < 0:
+            raise ValueError("a mask token id cannot be negative; give an id of the tokenizer or a spare embedding row")
+        return value
+
+    @model_validator(mode="after")
+    def _schedule_moves_forward(self) -> Self:
+        if self.schedule != "constant" and self.ramp_end <= self.begin:
+            raise ValueError(
+                f"the rate must rise after it begins: begin is {self.begin}, end is {self.ramp_end}; raise end or lower begin"
+            )
+        return self
+
+    @property
+    def ramp_end(self) -> float:
+        """Share of training at which the rate reaches `p`."""
+        if self.end is not None:
+            return self.end
+        return 0.1 if self.schedule == "warmup" else 1.0
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write `tokmask_config.json` into `folder` and return its path."""
+        path = Path(folder) / "tokmask_config.json"
+        path.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        return path
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Self:
+        """Read `tokmask_config.json` from `folder`.
+
+        Raises:
+            FileNotFoundError: the folder holds none, so it was not written by this package.
+        """
+        return cls.model_validate_json((Path(folder) / "tokmask_config.json").read_text(encoding="utf-8"))
+
+
+class SourceConfig(Section):
+    """Where texts come from: local files, a dataset on the Hugging Face Hub, or the built-in corpus."""
+
+    path: str | None = Field(None, description="a local folder or file; wins over `hub` and `builtin`")
+    hub: str | None = Field(None, description="dataset id on the Hugging Face Hub")
+    hub_config: str | None = Field(None, description="configuration of the Hub dataset")
+    hub_revision: str | None = Field(None, description="revision of the Hub dataset, for example refs/convert/parquet")
+    builtin: StrictBool = Field(
+        False, description="the built-in Spanish-English corpus (made up, for trying things out)"
+    )
+    format: Literal["auto", "conll", "csv", "tsv", "jsonl", "parquet"] = Field(
+        "auto", description="file format; auto goes by the file's ending"
+    )
+    text_column: str | int | None = Field(
+        None, description="column of the text, or of the words in token tasks; a number counts from 0 in CoNLL files"
+    )
+    label_column: str | int | None = Field(
+        None, description="column of the label, or of the tags in token tasks; a number counts from 0 in CoNLL files"
+    )
+
+
+class DataConfig(SourceConfig):
+    """Which texts a run learns from, and how they are split, cleaned and labelled."""
+
+    task: Task = Field(description="sequence: one label per text; token: one label per word")
+    train: str = Field("train", description="split or file name of the training texts")
+    validation: str | float = Field("validation", description="split or file name, or the share of train to set aside")
+    test: str | None = Field(
+        "test", description="split or file name of the test texts; none if there is no labelled test"
+    )
+    test_source: SourceConfig | None = Field(None, description="other source of the test texts (zero-shot transfer)")
+    label_map: dict[str, str] | None = Field(
+        None, description="label in the file -> label to learn; the key '*' stands for every other label"
+    )
+    max_length: int = Field(128, ge=4, description="sub-tokens per text; what is longer is cut and reported")
+    hygiene: Literal["remove", "report"] = Field(
+        "remove",
+        description="duplicates, conflicting labels and leaked evaluation texts: remove from train, or only report",
+    )
+    max_train: int | None = Field(None, ge=1, description="use at most so many training texts (seeded, stratified)")
+
+    @field_validator("validation")
+    @classmethod
+    def _share_leaves_train(cls, value: Any) -> Any:
+        if isinstance(value, float) and not 0.0 < value < 1.0:
+            raise ValueError("a share of train must lie between 0 and 1, for example 0.1")
+        return value
+
+    @model_validator(mode="after")
+    def _has_a_source(self) -> Self:
+        if self.path is None and self.hub is None and not self.builtin:
+            raise ValueError(
+                "no data: set data.path to a local folder or file, data.hub to a dataset id, or data.builtin to true"
+            )
+        return self
+
+
+class ModelConfig(Section):
+    """The frozen backbone: which one, and in which precision it is held."""
+
+    backbone: str = Field(description="model id on the Hugging Face Hub, or a local folder")
+    backbone_path: str | None = Field(
+        None,
+        description="where to load the backbone from instead: a folder, or 'package:NAME/FOLDER' of an installed package",
+    )
+    revision: str | None = Field(None, description="revision of the backbone on the Hub")
+    quantization: Literal["auto", "nf4", "int8", "none"] = Field(
+        "auto",
+        description="auto: 4-bit NF4 on a GPU when bitsandbytes runs there, none on a CPU (where it saves nothing)",
+    )
+    precision: Literal["auto", "bf16", "fp32"] = Field(
+        "auto", description="auto: bf16 where the hardware has it, else fp32"
+    )
+    gradient_checkpointing: StrictBool = Field(False, description="trade time for memory: recompute activations")
+    trust_remote_code: StrictBool = Field(
+        False, description="run code that comes with the backbone; only if you trust it"
+    )
+
+
+class AdapterConfig(Section):
+    """The LoRA adapter (Hu et al. 2021), through PEFT."""
+
+    r: int = Field(16, ge=1, description="rank")
+    alpha: float = Field(32.0, gt=0, description="scaling numerator: the update is alpha / r times B A")
+    dropout: Rate = Field(0.05, description="dropout on the adapter's input")
+    targets: Literal["auto"] | tuple[str, ...] = Field(
+        "auto", description="module names to adapt; auto is every linear layer of the backbone"
+    )
+    rslora: StrictBool = Field(False, description="scale by alpha / sqrt(r) (Kalajdzievski 2023)")
+    dora: StrictBool = Field(False, description="weight-decomposed LoRA (Liu et al. 2024)")
+
+
+class TrainingConfig(Section):
+    """Optimisation, loss, evaluation and reporting."""
+
+    epochs: float = Field(6.0, gt=0, description="passes over the training texts")
+    max_steps: int | None = Field(None, ge=1, description="stop after so many optimizer steps; wins over epochs")
+    batch_size: int = Field(32, ge=1, description="texts per forward pass and device")
+    gradient_accumulation: int = Field(1, ge=1, description="forward passes per optimizer step")
+    batching: Literal["grouped", "padded"] = Field(
+        "grouped", description="grouped: random batches of similar length; padded: random batches"
+    )
+    learning_rate: float = Field(5e-4, gt=0)
+    scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field("linear")
+    warmup: Share = Field(0.06, description="share of the steps in which the learning rate rises")
+    weight_decay: float = Field(0.01, ge=0)
+    max_grad_norm: float = Field(1.0, ge=0, description="gradient clipping; 0 is off")
+    loss: Literal["cross_entropy", "focal"] = Field("cross_entropy", description="focal: Lin et al. 2017")
+    focal_gamma: float = Field(1.0, ge=0, description="focusing parameter of the focal loss")
+    label_smoothing: Rate = Field(0.0)
+    class_weights: Literal["none", "inverse", "sqrt_inverse"] | dict[str, float] = Field(
+        "sqrt_inverse",
+        description="loss weight per class: sqrt_inverse is sqrt(N / (K n_c)), scaled to sum to K; or label -> weight",
+    )
+    neftune_alpha: float | None = Field(None, gt=0, description="NEFTune noise (Jain et al. 2023); none is off")
+    patience: int | None = Field(
+        None, ge=1, description="stop after so many evaluations without a better validation F1"
+    )
+    eval_batch_size: int = Field(128, ge=1)
+    logging_steps: int = Field(20, ge=1)
+    baseline: StrictBool = Field(
+        True, description="also score character n-grams with logistic regression on the same split"
+    )
+    report_to: tuple[str, ...] = Field(
+        (), description="experiment trackers of transformers: wandb, tensorboard, trackio, …"
+    )
+
+
+class Recipe(Section):
+    """A whole run. `Recipe.load` reads one from YAML, `tokmask_peft.train` runs it."""
+
+    name: str = Field(description="name of the run: its folder below output_dir")
+    output_dir: str = Field("runs", description="folder that holds the runs")
+    seed: int = Field(
+        42, ge=0, le=2**32 - 1, description="seed of the head, the batches, dropout and the masked positions"
+    )
+    model: ModelConfig
+    adapter: AdapterConfig = Field(default_factory=lambda: AdapterConfig())
+    masking: TokenMaskConfig = Field(default_factory=lambda: TokenMaskConfig())
+    data: DataConfig
+    training: TrainingConfig = Field(default_factory=lambda: TrainingConfig())
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_a_folder_name(cls, value: str) -> str:
+        if not value or value in {".", ".."} or any(sign in value for sign in "/\\\0"):
+            raise ValueError("the name becomes a folder: letters, digits, '.', '_' and '-' are safe, a slash is not")
+        return value
+
+    @property
+    def run_dir(self) -> Path:
+        """Folder of the run."""
+        return Path(self.output_dir) / self.name
+
+    @classmethod
+    def load(cls, recipe: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+        """Read a recipe file, or a shipped recipe by name, with its bases and `dotted.key=value` overrides.
+
+        Raises:
+            RecipeError: with every problem found.
+        """
+        from tokmask_peft.recipe_io import load_recipe
+
+        return load_recipe(recipe, overrides)
