@@ -20,7 +20,7 @@ class RecipeError(TokmaskError):
         problems: one line each, `dotted.path: what is wrong; what to do`.
     """
 
-    def __init__(self, problems: Iterable[str], source: str = "recipe"):
+    def __init__(self, problems: Iterable[str], source: str = "recipe") -> None:
         self.problems = list(problems)
         count = len(self.problems)
         head = f"{source}: {count} problem{'s' if count != 1 else ''}"

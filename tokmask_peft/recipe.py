@@ -60,9 +60,7 @@ class TokenMaskConfig(Section):
     @model_validator(mode="after")
     def _schedule_moves_forward(self) -> Self:
         if self.schedule != "constant" and self.ramp_end <= self.begin:
-            raise ValueError(
-                f"the rate must rise after it begins: begin is {self.begin}, end is {self.ramp_end}; raise end or lower begin"
-            )
+            raise ValueError(f"the rate must rise after it begins: begin is {self.begin}, end is {self.ramp_end}")
         return self
 
     @property
@@ -151,7 +149,7 @@ class ModelConfig(Section):
     backbone: str = Field(description="model id on the Hugging Face Hub, or a local folder")
     backbone_path: str | None = Field(
         None,
-        description="where to load the backbone from instead: a folder, or 'package:NAME/FOLDER' of an installed package",
+        description="where to load the backbone from instead: a folder, or 'package:NAME/FOLDER' in an installed package",
     )
     revision: str | None = Field(None, description="revision of the backbone on the Hub")
     quantization: Literal["auto", "nf4", "int8", "none"] = Field(
