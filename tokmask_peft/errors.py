@@ -43,6 +43,10 @@ class RunError(TokmaskError):
     """A run folder is missing, taken or unfinished, or a run went wrong in a way that would pass unnoticed."""
 
 
+class RunInterruptedError(RunError):
+    """A signal stopped the run; it can be resumed."""
+
+
 def nearest(name: str, candidates: Iterable[str]) -> str:
     """Return ` Did you mean 'x'?` for the closest candidate, or an empty string."""
     match = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.5)

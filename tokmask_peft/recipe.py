@@ -5,10 +5,14 @@ Field descriptions are the documentation: `tokmask recipes fields` prints them.
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, field_validator, model_validator
+
+from tokmask_peft.errors import RecipeError
 
 Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -106,6 +110,29 @@ class SourceConfig(Section):
         None, description="column of the label, or of the tags in token tasks; a number counts from 0 in CoNLL files"
     )
 
+    def expanded(self) -> Self:
+        """Return a copy in which `${NAME}` and `~` in paths are replaced.
+
+        Raises:
+            RecipeError: an environment variable is not set.
+        """
+        problems: list[str] = []
+        copy = self._expand("data", problems)
+        if problems:
+            raise RecipeError(problems)
+        return copy
+
+    def _expand(self, at: str, problems: list[str]) -> Self:
+        if self.path is None:
+            return self
+        for name in re.findall(r"\$\{(\w+)\}", self.path):
+            if name not in os.environ:
+                problems.append(
+                    f"{at}.path: is {self.path}, but the environment variable {name} is not set; "
+                    f"set it to the folder of your data, or give {at}.path=FOLDER"
+                )
+        return self.model_copy(update={"path": str(Path(os.path.expandvars(self.path)).expanduser())})
+
 
 class DataConfig(SourceConfig):
     """Which texts a run learns from, and how they are split, cleaned and labelled."""
@@ -120,12 +147,21 @@ class DataConfig(SourceConfig):
     label_map: dict[str, str] | None = Field(
         None, description="label in the file -> label to learn; the key '*' stands for every other label"
     )
+    language_labels: tuple[str, ...] = Field(
+        (), description="labels (after label_map) that are languages; scores are then also given by code-mixing index"
+    )
     max_length: int = Field(128, ge=4, description="sub-tokens per text; what is longer is cut and reported")
     hygiene: Literal["remove", "report"] = Field(
         "remove",
         description="duplicates, conflicting labels and leaked evaluation texts: remove from train, or only report",
     )
     max_train: int | None = Field(None, ge=1, description="use at most so many training texts (seeded, stratified)")
+
+    def _expand(self, at: str, problems: list[str]) -> Self:
+        copy = super()._expand(at, problems)
+        if self.test_source is None:
+            return copy
+        return copy.model_copy(update={"test_source": self.test_source._expand(f"{at}.test_source", problems)})
 
     @field_validator("validation")
     @classmethod

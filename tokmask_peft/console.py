@@ -1,0 +1,157 @@
+"""What a run prints: the decision table, the data report, progress and scores.
+
+In a terminal the progress is drawn in place; elsewhere it is plain lines. Right is silent, a decision is printed
+once, and what is suspicious is said.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from tokmask_peft.model.decisions import Decision
+
+
+def make_console(quiet: bool = False) -> Console:
+    """Return the console of a run; away from a terminal its lines are wide and not wrapped at 80 columns."""
+    width = None if sys.stdout.isatty() else 120
+    return Console(quiet=quiet, width=width, highlight=False, soft_wrap=not sys.stdout.isatty())
+
+
+def quiet_libraries() -> None:
+    """Silence what the libraries say on a normal run: load reports, progress bars of theirs, advice for others."""
+    import datasets
+    import transformers
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"(torch|transformers|peft|bitsandbytes|accelerate)(\..*)?$")
+
+
+def print_decisions(console: Console, decisions: Sequence[Decision]) -> None:
+    """Print what was decided, and why."""
+    table = Table(title="Decisions", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for column in ("what", "choice", "reason"):
+        table.add_column(column, overflow="fold")
+    for decision in decisions:
+        table.add_row(decision.what, f"[bold]{decision.choice}[/bold]", decision.reason)
+    console.print(table)
+    console.print()
+
+
+def print_lines(console: Console, title: str, lines: Sequence[str]) -> None:
+    """Print a titled block of plain lines."""
+    console.print(f"[italic]{title}[/italic]")
+    for line in lines:
+        console.print(f"  {line}", markup=False)
+    console.print()
+
+
+def print_scores(console: Console, parts: Mapping[str, Mapping[str, Any]]) -> None:
+    """Print a row of scores for each named part."""
+    table = Table(title="Scores", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for column in ("split", "macro-F1", "weighted F1", "accuracy", "items"):
+        table.add_column(column, justify="left" if column == "split" else "right")
+    for name, part in parts.items():
+        row = [f"{part[score]:.4f}" for score in ("f1_macro", "f1_weighted", "accuracy")]
+        table.add_row(name, *row, f"{part['items']:,}")
+    console.print(table)
+    for name, part in parts.items():
+        if part.get("without_prediction"):
+            console.print(f"{name}: {part['without_prediction']:,} words lie beyond the cut and count as errors")
+        for row in part.get("by_mixing") or ():
+            console.print(f"  code-mixing index {row['cmi']}: macro-F1 {row['f1_macro']:.4f} ({row['posts']:,} posts)")
+
+
+def print_result(console: Console, result: Mapping[str, Any], adapter: Path) -> None:
+    """Print the scores of a run, beside the baseline's, and where the adapter lies."""
+    names = {"validation": "validation", "test": "test", "baseline": "baseline: character n-grams"}
+    print_scores(console, {name: result[key] for key, name in names.items() if result.get(key)})
+    console.print(baseline_verdict(result))
+    console.print(f"\nAdapter: [bold]{adapter}[/bold]", soft_wrap=True)
+
+
+def baseline_verdict(result: Mapping[str, Any]) -> str:
+    """Say in a sentence what the adapter buys over the baseline, or that it buys nothing."""
+    floor = result.get("baseline")
+    mine = result.get("test") or result.get("validation")
+    if not floor or not mine:
+        return ""
+    difference = mine["f1_macro"] - floor["f1_macro"]
+    if difference > 0:
+        return f"The adapter is {difference:.4f} macro-F1 above the character n-gram baseline."
+    return (
+        f"The adapter does NOT beat the character n-gram baseline ({difference:+.4f} macro-F1): "
+        "use the baseline, or train longer, with another learning rate or a larger backbone."
+    )
+
+
+class ProgressDisplay(TrainerCallback):
+    """Show loss, masking rate, validation F1 and the remaining time."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._progress: Progress | None = None
+        self._task: Any = None
+        self._shown: dict[str, str] = {}
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Open the bar in a terminal."""
+        if not state.is_world_process_zero or self.console.quiet or not self.console.is_terminal:
+            return
+        self._progress = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[shown]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+        )
+        self._task = self._progress.add_task("", total=state.max_steps, completed=state.global_step, shown="")
+        self._progress.start()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Move the bar."""
+        if self._progress is not None:
+            self._progress.update(self._task, completed=state.global_step)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
+    ) -> None:
+        """Show the newest figures."""
+        if not state.is_world_process_zero or not logs or self.console.quiet:
+            return
+        names = {"loss": "loss", "masking_rate": "p", "eval_loss": "val loss", "eval_f1_macro": "val macro-F1"}
+        new = {name: f"{logs[key]:.4f}" for key, name in names.items() if isinstance(logs.get(key), float)}
+        self._shown.update(new)
+        if self._progress is not None:
+            shown = "  ".join(f"{name} {value}" for name, value in self._shown.items())
+            self._progress.update(self._task, shown=shown)
+        elif new:
+            text = "  ".join(f"{name} {value}" for name, value in new.items())
+            self.console.print(f"step {state.global_step}/{state.max_steps}  epoch {state.epoch or 0:.2f}  {text}")
+
+    def close(self) -> None:
+        """Close the bar, also when training raised."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Close the bar."""
+        self.close()

@@ -1,0 +1,140 @@
+"""Put a LoRA adapter on a backbone, and check that what should be trained is, and that what is saved stays small."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tokmask_peft.errors import ModelError, nearest
+from tokmask_peft.model.backbone import Backbone
+from tokmask_peft.model.decisions import Decision
+from tokmask_peft.model.quantized import is_quantized
+from tokmask_peft.recipe import AdapterConfig, Task
+
+
+def linear_layers(model: nn.Module, outside: tuple[str, ...]) -> list[str]:
+    """Return the full names of the backbone's linear layers, quantized ones too, leaving out the modules `outside`."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if (isinstance(module, nn.Linear) or is_quantized(module))
+        and not any(name == other or name.startswith(f"{other}.") for other in outside)
+    ]
+
+
+def target_names(model: nn.Module, config: AdapterConfig, outside: tuple[str, ...]) -> list[str]:
+    """Return the last parts of the names of the layers to adapt.
+
+    Raises:
+        ModelError: a name in `adapter.targets` is no linear layer of this backbone.
+    """
+    found = sorted({name.rsplit(".", 1)[-1] for name in linear_layers(model, outside)})
+    if config.targets == "auto":
+        return found
+    unknown = [name for name in config.targets if name not in found]
+    if unknown:
+        raise ModelError(
+            f"adapter.targets: no linear layer is called {', '.join(unknown)}.{nearest(unknown[0], found)} "
+            f"This backbone has {', '.join(found)}; 'auto' adapts them all."
+        )
+    return list(config.targets)
+
+
+def add_adapter(
+    backbone: Backbone, config: AdapterConfig, task: Task, trained_token: int | None = None
+) -> tuple[Any, tuple[Decision, ...]]:
+    """Wrap the backbone in a PEFT model: LoRA on its linear layers, new modules trained in full.
+
+    Args:
+        backbone: from `load_backbone`.
+        config: rank, scaling, targets.
+        task: decides PEFT's task type, without which the head would stay frozen in silence.
+        trained_token: id of the mask token if its embedding row is to be trained.
+
+    Raises:
+        ModelError: a target does not exist, or the head did not become trainable.
+    """
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    targets = target_names(backbone.model, config, backbone.new_modules)
+    inside = [name for name in backbone.new_modules if name.rsplit(".", 1)[-1] in targets]
+    for parameter in backbone.model.parameters():
+        parameter.requires_grad_(False)
+    rows: dict[str, list[int]] | None = None
+    if trained_token is not None:
+        embedding = backbone.model.get_input_embeddings()
+        name = next(name for name, module in backbone.model.named_modules() if module is embedding)
+        rows = {name.rsplit(".", 1)[-1]: [trained_token]}
+    lora = LoraConfig(
+        task_type=TaskType.SEQ_CLS if task == "sequence" else TaskType.TOKEN_CLS,
+        r=config.r,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=targets,
+        exclude_modules=inside or None,
+        modules_to_save=list(backbone.new_modules),
+        trainable_token_indices=rows,
+        use_rslora=config.rslora,
+        use_dora=config.dora,
+    )
+    model = get_peft_model(backbone.model, lora, autocast_adapter_dtype=True)
+    # PEFT adds its usual head names to modules_to_save; names this backbone lacks would only confuse a reader.
+    adapter = model.peft_config["default"]
+    adapter.modules_to_save = sorted({*backbone.new_modules})
+    _check_trainable(model, backbone.new_modules)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    decision = Decision(
+        "trained",
+        f"{trained:,} parameters",
+        f"LoRA r={config.r} on {', '.join(targets)}; in full: {', '.join(backbone.new_modules)}"
+        + (f"; embedding row {trained_token}" if trained_token is not None else ""),
+    )
+    return model, (decision,)
+
+
+def _check_trainable(model: nn.Module, new_modules: tuple[str, ...]) -> None:
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    frozen = [name for name in new_modules if not any(f"{name}.modules_to_save." in entry for entry in trained)]
+    if frozen:
+        raise ModelError(f"{', '.join(frozen)} did not become trainable; without a trained head nothing is learned")
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.dtype != torch.float32:
+            raise ModelError(f"{name} would be trained in {parameter.dtype}; adapters and heads are trained in fp32")
+
+
+def save_adapter(model: Any, folder: Path, backbone_id: str) -> None:
+    """Save LoRA, head and other new modules into `folder`, never the embedding matrix.
+
+    Args:
+        model: the PEFT model.
+        folder: made if missing.
+        backbone_id: what `adapter_config.json` names as the base model, so that it loads on other machines.
+    """
+    config = model.peft_config["default"]
+    loaded_from = config.base_model_name_or_path
+    config.base_model_name_or_path = backbone_id
+    try:
+        model.save_pretrained(str(folder), save_embedding_layers=False)
+    finally:
+        config.base_model_name_or_path = loaded_from
+
+
+def load_adapter(backbone: Backbone, folder: Path) -> Any:
+    """Put a saved adapter on a freshly loaded backbone, for prediction.
+
+    Raises:
+        ModelError: the folder holds no adapter, or one for another backbone or other labels.
+    """
+    from peft import PeftModel
+
+    if not (folder / "adapter_config.json").is_file():
+        raise ModelError(f"{folder} holds no adapter (adapter_config.json is missing)")
+    try:
+        model = PeftModel.from_pretrained(backbone.model, str(folder))
+    except (RuntimeError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ModelError(f"the adapter in {folder} does not fit the backbone or the labels: {first}") from error
+    return model.eval()

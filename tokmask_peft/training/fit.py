@@ -1,0 +1,256 @@
+"""From a recipe to a run: train, keep the best checkpoint, score it, and leave the evidence."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from rich.console import Console
+from transformers import EarlyStoppingCallback, set_seed
+
+from tokmask_peft import card
+from tokmask_peft.console import ProgressDisplay, make_console, print_decisions, print_lines, print_result
+from tokmask_peft.data import Corpus, load_corpus
+from tokmask_peft.errors import RunError, RunInterruptedError
+from tokmask_peft.masking import MaskToken, TokenMaskCallback, choose_mask_token
+from tokmask_peft.masking.mask_token import fill_spare_row
+from tokmask_peft.model.adapter import add_adapter, save_adapter
+from tokmask_peft.model.backbone import Backbone, load_backbone
+from tokmask_peft.model.decisions import Decision
+from tokmask_peft.recipe import Recipe
+from tokmask_peft.recipe_io import to_yaml
+from tokmask_peft.training.baseline import baseline_scores
+from tokmask_peft.training.callbacks import AdapterMoves, LogFile, StepClock, StopOnSignal
+from tokmask_peft.training.environment import environment, peak_memory, versions
+from tokmask_peft.training.losses import ClassificationLoss, class_weights
+from tokmask_peft.training.metrics import scores, scores_by_mixing
+from tokmask_peft.training.run_folder import RunFolder, open_run, write_json
+from tokmask_peft.training.splits import Split
+from tokmask_peft.training.trainer import OrderedEvalTrainer, collator, argmax_logits, scorer, training_arguments
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A finished run."""
+
+    folder: RunFolder
+    result: dict[str, Any]
+
+
+def train(recipe: Recipe | str | Path, *, resume: bool = False, quiet: bool = False) -> Run:
+    """Train a token-masked adapter as a recipe says.
+
+    Args:
+        recipe: a recipe, the path of one, or the name of a shipped one.
+        resume: continue an interrupted run from its newest checkpoint.
+        quiet: print nothing.
+
+    Returns:
+        The run: its folder, and what `result.json` holds.
+
+    Raises:
+        RecipeError, DataError, ModelError, RunError: with what to do.
+        RunInterruptedError: on Ctrl-C; the run can be resumed.
+    """
+    if not isinstance(recipe, Recipe):
+        recipe = Recipe.load(recipe)
+    state = PartialState()
+    console = make_console(quiet or not state.is_main_process)
+    corpus = load_corpus(recipe.data.expanded(), recipe.seed)
+    if state.is_main_process:
+        run = open_run(recipe, resume)
+        if not run.recipe.is_file():
+            run.recipe.write_text(_recipe_text(recipe), encoding="utf-8")
+    state.wait_for_everyone()
+    run = RunFolder(recipe.run_dir)
+    set_seed(recipe.seed)  # before the head is drawn
+    backbone = load_backbone(recipe.model, recipe.data.task, corpus.labels, state.device)
+    mask, mask_decisions = _choose_mask(recipe, backbone)
+    trained_row = mask.id if mask is not None and recipe.masking.trainable_mask else None
+    model, decisions = add_adapter(backbone, recipe.adapter, recipe.data.task, trained_row)
+    decisions = (*backbone.decisions, *mask_decisions, *decisions)
+    print_decisions(console, decisions)
+    session = _Session(recipe, corpus, backbone, model, mask, run, console, state.device)
+    return session.run_to_end(decisions, resume)
+
+
+def _recipe_text(recipe: Recipe) -> str:
+    listed = ", ".join(f"{name} {version}" for name, version in versions().items())
+    head = f"# The resolved recipe of this run. Versions: {listed}.\n"
+    return (
+        f"{head}# Repeat it: tokmask train {recipe.run_dir / 'recipe.yaml'} name={recipe.name}-again\n{to_yaml(recipe)}"
+    )
+
+
+def _choose_mask(recipe: Recipe, backbone: Backbone) -> tuple[MaskToken | None, tuple[Decision, ...]]:
+    config = recipe.masking
+    if config.p == 0 and (config.schedule == "constant" or config.p_start == 0) and not config.trainable_mask:
+        return None, (Decision("mask token", "none", "masking.p is 0: nothing is masked"),)
+    embedding = backbone.model.get_input_embeddings()
+    rows = embedding.weight.shape[0]
+    mask = choose_mask_token(backbone.tokenizer, rows, config.mask_token)
+    if config.trainable_mask and mask.kind == "spare":
+        fill_spare_row(embedding, mask, len(backbone.tokenizer))
+    return mask, (Decision("mask token", f"id {mask.id} ({mask.kind})", mask.reason),)
+
+
+class _Session:
+    """The parts of one training session, so that they need not be handed from function to function."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        corpus: Corpus,
+        backbone: Backbone,
+        model: Any,
+        mask: MaskToken | None,
+        run: RunFolder,
+        console: Console,
+        device: torch.device,
+    ) -> None:
+        self.recipe, self.corpus, self.backbone, self.model = recipe, corpus, backbone, model
+        self.mask, self.run, self.console, self.device = mask, run, console, device
+        self.train = self._split(corpus.train)
+        self.validation = self._split(corpus.validation)
+        self.test = self._split(corpus.test) if corpus.test else None
+
+    def _split(self, examples: Any) -> Split:
+        data = self.recipe.data
+        return Split.make(examples, self.backbone.tokenizer, data.task, self.corpus.labels, data.max_length)
+
+    def run_to_end(self, decisions: tuple[Decision, ...], resume: bool) -> Run:
+        lines = list(self.corpus.report.lines())
+        for name, split in (("train", self.train), ("validation", self.validation), ("test", self.test)):
+            if split is not None and (cut := split.encoded.truncation).texts_cut:
+                lines.append(f"{name}: {cut.texts_cut} texts are cut at {self.recipe.data.max_length} sub-tokens")
+                if cut.words_cut:
+                    lines[-1] += f"; {cut.words_cut} words are cut away" + ("" if name == "train" else " (errors)")
+        print_lines(self.console, "Data", lines)
+        clock, stop, display = StepClock(), StopOnSignal(), ProgressDisplay(self.console)
+        trainer = self._trainer([clock, stop, display, AdapterMoves()])
+        try:
+            with stop:
+                trainer.train(resume_from_checkpoint=self._checkpoint(resume))
+        finally:
+            display.close()
+        if stop.stopped:
+            raise RunInterruptedError(
+                f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; "
+                f"continue with `tokmask train {self.run.recipe} --resume`"
+            )
+        result = self._evaluate(trainer)
+        result["decisions"] = [asdict(decision) for decision in decisions]
+        result["speed"] = self._speed(clock)
+        if trainer.is_world_process_zero():
+            self._save(result)
+            print_result(self.console, result, self.run.adapter)
+            _check_best(result, trainer.state.best_metric)
+        return Run(self.run, result)
+
+    def _checkpoint(self, resume: bool) -> str | None:
+        newest = self.run.last_checkpoint() if resume else None
+        if resume and newest is None:
+            self.console.print("No checkpoint yet: starting from the beginning.")
+        return str(newest) if newest else None
+
+    def _trainer(self, callbacks: list[Any]) -> OrderedEvalTrainer:
+        training, masking = self.recipe.training, self.recipe.masking
+        if self.mask is not None:
+            config = masking if masking.seed is not None else masking.model_copy(update={"seed": self.recipe.seed})
+            callbacks.insert(0, TokenMaskCallback(config, mask_token=self.mask))
+        callbacks.append(LogFile(self.run.log))
+        if training.patience is not None:
+            callbacks.append(EarlyStoppingCallback(training.patience))
+        gamma = training.focal_gamma if training.loss == "focal" else 0.0
+        weights = class_weights(training.class_weights, self._label_counts())
+        arguments = training_arguments(
+            self.recipe, self.run.checkpoints, self.device, self.backbone.dtype == torch.bfloat16
+        )
+        trainer = OrderedEvalTrainer(
+            model=self.model,
+            args=arguments,
+            train_dataset=self.train.encoded.dataset,
+            eval_dataset=self.validation.dataset,
+            data_collator=collator(self.backbone.tokenizer, self.recipe.data.task),
+            processing_class=self.backbone.tokenizer,
+            compute_loss_func=ClassificationLoss(weights, gamma, training.label_smoothing),
+            compute_metrics=scorer(self.validation),
+            preprocess_logits_for_metrics=argmax_logits,
+            callbacks=callbacks,
+        )
+        from transformers.trainer_callback import PrinterCallback
+
+        trainer.remove_callback(PrinterCallback)
+        return trainer
+
+    def _label_counts(self) -> dict[str, int]:
+        counts: Counter[str] = Counter()
+        for example in self.corpus.train:
+            counts.update([example.label] if isinstance(example.label, str) else example.label or ())
+        return {label: counts[label] for label in self.corpus.labels}
+
+    def _evaluate(self, trainer: OrderedEvalTrainer) -> dict[str, Any]:
+        labels, recipe = self.corpus.labels, self.recipe
+        result: dict[str, Any] = {
+            "name": recipe.name,
+            "task": recipe.data.task,
+            "labels": list(labels),
+            "seed": recipe.seed,
+            "masking": recipe.masking.model_dump(mode="json"),
+            "validation": scores(*trainer.predict_split(self.validation).flat(), labels),
+            "best_step": trainer.state.best_global_step,
+            "steps": trainer.state.global_step,
+        }
+        if self.test is not None:
+            found = trainer.predict_split(self.test)
+            result["test"] = scores(*found.flat(), labels)
+            if recipe.data.language_labels:
+                result["test"]["by_mixing"] = scores_by_mixing(found, labels, recipe.data.language_labels)
+        if recipe.training.baseline and trainer.is_world_process_zero():
+            scored_on = self.corpus.test or self.corpus.validation
+            result["baseline"] = baseline_scores(self.corpus.train, scored_on, labels, recipe.data.task)
+        parts = {"train": self.train, "validation": self.validation, "test": self.test}
+        result["data"] = {
+            **self.corpus.report.to_dict(),
+            "truncation": {name: part.encoded.truncation.to_dict() for name, part in parts.items() if part},
+        }
+        return result
+
+    def _speed(self, clock: StepClock) -> dict[str, Any]:
+        lengths = self.train.encoded.dataset["length"]
+        per_text = sum(lengths) / max(len(lengths), 1)
+        training = self.recipe.training
+        texts = clock.steps * training.batch_size * training.gradient_accumulation
+        return {
+            "step_seconds": round(clock.seconds, 2),
+            "steps": clock.steps,
+            "tokens_per_second": round(texts * per_text / clock.seconds, 1) if clock.seconds else None,
+            "peak_memory": peak_memory(self.device),
+            "environment": environment(self.device),
+        }
+
+    def _save(self, result: dict[str, Any]) -> None:
+        folder, recipe = self.run.adapter, self.recipe
+        save_adapter(self.model, folder, recipe.model.backbone)
+        self.backbone.tokenizer.save_pretrained(str(folder))
+        write_json(folder / "labels.json", {"task": recipe.data.task, "labels": list(self.corpus.labels)})
+        masking = recipe.masking
+        if self.mask is not None:
+            masking = masking.model_copy(update={"mask_token": self.mask.id})
+        masking.save_pretrained(folder)
+        (folder / "README.md").write_text(card.model_card(recipe, result), encoding="utf-8")
+        write_json(self.run.result, result)
+
+
+def _check_best(result: dict[str, Any], best: float | None) -> None:
+    """Fail when the saved adapter is not the one that was best in training."""
+    found = result["validation"]["f1_macro"]
+    if best is not None and abs(found - best) > 0.005:
+        raise RunError(
+            f"the best checkpoint scored {best:.4f} macro-F1 on validation, but the saved adapter scores {found:.4f}: "
+            "the scores above do not belong to the best checkpoint. Please report this with result.json."
+        )

@@ -1,0 +1,91 @@
+"""Losses over classes that are not equally frequent: weighted cross entropy and focal loss.
+
+`ClassificationLoss` goes to the Trainer as `compute_loss_func`; it works for one label per text and for one
+label per word alike.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tokmask_peft.errors import RecipeError, nearest
+
+IGNORED = -100
+"""The label of positions that carry none: later sub-tokens, special tokens, padding."""
+
+
+def class_weights(wanted: str | Mapping[str, float], counts: Mapping[str, int]) -> list[float] | None:
+    """Return a loss weight per class, in the order of `counts`, or None for equal weights.
+
+    Args:
+        wanted: `none`; `inverse`, N / (K n_c); `sqrt_inverse`, its square root (arXiv 2505.11746), both scaled so
+            that they sum to K; or a weight for every label, taken as it is.
+        counts: label -> number of training examples (texts or words).
+
+    Raises:
+        RecipeError: explicit weights that miss a label, name one that does not exist, or are negative.
+    """
+    if wanted == "none":
+        return None
+    if isinstance(wanted, str):
+        total, classes = sum(counts.values()), len(counts)
+        power = 1.0 if wanted == "inverse" else 0.5
+        raw = [math.pow(total / (classes * max(count, 1)), power) for count in counts.values()]
+        return [classes * value / sum(raw) for value in raw]
+    problems = [
+        f"training.class_weights: there is no label '{label}'.{nearest(label, counts)} Labels: {', '.join(counts)}"
+        for label in wanted
+        if label not in counts
+    ]
+    problems += [f"training.class_weights: no weight for '{label}'" for label in counts if label not in wanted]
+    problems += [
+        f"training.class_weights.{label}: a weight cannot be {value}" for label, value in wanted.items() if value < 0
+    ]
+    if problems:
+        raise RecipeError(problems)
+    return [float(wanted[label]) for label in counts]
+
+
+class ClassificationLoss:
+    """Weighted cross entropy, with an optional focal factor (1 - p_t)^gamma (Lin et al. 2017), in fp32.
+
+    Args:
+        weights: a weight per class, or None.
+        gamma: focusing parameter; 0 is plain cross entropy.
+        smoothing: label smoothing in [0, 1).
+    """
+
+    def __init__(self, weights: Sequence[float] | None = None, gamma: float = 0.0, smoothing: float = 0.0) -> None:
+        self.weights = None if weights is None else torch.tensor(list(weights), dtype=torch.float32)
+        self.gamma = gamma
+        self.smoothing = smoothing
+
+    def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """Return the summed loss over the number of labelled items.
+
+        Args:
+            outputs: of the model; `logits` of shape `[batch, classes]` or `[batch, seq, classes]`.
+            labels: `[batch]` or `[batch, seq]`, -100 where there is none.
+            num_items_in_batch: items in the whole accumulated batch, over all devices; from the Trainer. Dividing
+                by it makes the gradient the same however the batch is split.
+        """
+        logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs.logits
+        logits = logits.reshape(-1, logits.shape[-1]).float()
+        labels = labels.reshape(-1).to(logits.device)
+        weights = None if self.weights is None else self.weights.to(logits.device)
+        losses = F.cross_entropy(
+            logits, labels, weight=weights, label_smoothing=self.smoothing, ignore_index=IGNORED, reduction="none"
+        )
+        if self.gamma > 0:
+            chosen = labels.clamp(min=0).unsqueeze(1)
+            p_true = logits.softmax(dim=-1).gather(1, chosen).squeeze(1)
+            losses = losses * (1.0 - p_true).pow(self.gamma)
+        items = (labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+        items = torch.as_tensor(items, dtype=losses.dtype, device=losses.device)
+        return losses.sum() / items.clamp(min=1)

@@ -1,0 +1,106 @@
+"""Scores of predictions against gold labels, with words that were cut away counted as errors."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+NO_PREDICTION = -1
+"""The prediction for a word that was cut away: never right."""
+
+
+@dataclass(frozen=True, slots=True)
+class Predictions:
+    """Gold and predicted label ids, a pair of arrays per text (of length 1 in sequence tasks, else one per word)."""
+
+    gold: list[NDArray[np.int64]]
+    predicted: list[NDArray[np.int64]]
+
+    def flat(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return all gold and all predicted ids, `[items]` each."""
+        if not self.gold:
+            return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
+        return np.concatenate(self.gold), np.concatenate(self.predicted)
+
+
+def scores(gold: NDArray[np.int64], predicted: NDArray[np.int64], labels: Sequence[str]) -> dict[str, Any]:
+    """Return accuracy, macro and weighted F1, per-class figures and the confusion matrix.
+
+    Macro-F1 is the mean over the classes that occur among the gold or the predicted labels, as in scikit-learn.
+
+    Args:
+        gold: `[items]` label ids.
+        predicted: `[items]` label ids, `NO_PREDICTION` where there is none.
+        labels: label names by id.
+
+    Returns:
+        JSON-able; `confusion` has a row per gold label and a column per predicted one, with a last column for
+        items without a prediction if there are any.
+    """
+    from sklearn.metrics import confusion_matrix, f1_score, precision_recall_fscore_support
+
+    ids = list(range(len(labels)))
+    occurring = [i for i in ids if i in set(gold.tolist()) | set(predicted.tolist())]
+    precision, recall, f1, support = precision_recall_fscore_support(gold, predicted, labels=ids, zero_division=0)
+    missing = int((predicted == NO_PREDICTION).sum())
+    columns = [*ids, NO_PREDICTION] if missing else ids
+    return {
+        "f1_macro": float(f1_score(gold, predicted, labels=occurring, average="macro", zero_division=0)),
+        "f1_weighted": float(f1_score(gold, predicted, labels=ids, average="weighted", zero_division=0)),
+        "accuracy": float((gold == predicted).mean()) if len(gold) else 0.0,
+        "items": len(gold),
+        "without_prediction": missing,
+        "per_class": {
+            label: {
+                "precision": float(precision[i]),
+                "recall": float(recall[i]),
+                "f1": float(f1[i]),
+                "support": int(support[i]),
+            }
+            for i, label in enumerate(labels)
+        },
+        "confusion": {
+            "labels": [*labels, *(["(none)"] if missing else [])],
+            "matrix": confusion_matrix(gold, predicted, labels=columns)[: len(ids)].tolist(),
+        },
+    }
+
+
+def code_mixing_index(tags: Sequence[str], languages: Sequence[str]) -> float:
+    """Return the code-mixing index of a post, 0 (one language) to below 100 (Das and Gambäck 2014).
+
+    CMI = 100 (1 - max_l w_l / (n - u)): w_l words of language l, n words, u of them in no language.
+    """
+    counts = Counter(tag for tag in tags if tag in languages)
+    return 100.0 * (1.0 - max(counts.values()) / sum(counts.values())) if counts else 0.0
+
+
+MIXING_BINS = ((0.0, 0.0), (0.0, 15.0), (15.0, 30.0), (30.0, 45.0), (45.0, 100.0))
+"""Bounds of the code-mixing bins: above the first (the first bin is exactly 0), up to and with the second."""
+
+
+def scores_by_mixing(found: Predictions, labels: Sequence[str], languages: Sequence[str]) -> list[dict[str, Any]]:
+    """Return macro and weighted F1 over the posts of each code-mixing bin; bins without posts are left out."""
+    index = np.array([code_mixing_index([labels[i] for i in gold], languages) for gold in found.gold])
+    rows = []
+    for low, high in MIXING_BINS:
+        chosen = np.flatnonzero(index == 0.0 if high == 0.0 else (index > low) & (index <= high))
+        if len(chosen) == 0:
+            continue
+        part = Predictions([found.gold[i] for i in chosen], [found.predicted[i] for i in chosen])
+        result = scores(*part.flat(), labels)
+        rows.append(
+            {
+                "cmi": "0" if high == 0.0 else f"{low:g} to {high:g}",
+                "posts": len(chosen),
+                "words": result["items"],
+                "f1_macro": result["f1_macro"],
+                "f1_weighted": result["f1_weighted"],
+            }
+        )
+    return rows

@@ -1,0 +1,109 @@
+"""The folder of a run: where things lie, who may write, and what an interrupted run leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokmask_peft.errors import RunError
+from tokmask_peft.recipe import Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """Paths in a run folder."""
+
+    root: Path
+
+    @property
+    def adapter(self) -> Path:
+        """The adapter with tokenizer, labels and model card: a folder to push as it is."""
+        return self.root / "adapter"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The Trainer's checkpoints."""
+        return self.root / "checkpoints"
+
+    @property
+    def recipe(self) -> Path:
+        """The resolved recipe."""
+        return self.root / "recipe.yaml"
+
+    @property
+    def result(self) -> Path:
+        """Scores and everything that was measured."""
+        return self.root / "result.json"
+
+    @property
+    def log(self) -> Path:
+        """A JSON line per logged step."""
+        return self.root / "log.jsonl"
+
+    def last_checkpoint(self) -> Path | None:
+        """Return the newest complete checkpoint, or None."""
+        found = [
+            (int(folder.name.removeprefix("checkpoint-")), folder)
+            for folder in self.checkpoints.glob("checkpoint-*")
+            if (folder / "trainer_state.json").is_file() and folder.name.removeprefix("checkpoint-").isdigit()
+        ]
+        return max(found)[1] if found else None
+
+    def finished(self) -> bool:
+        """Return whether the run has its result."""
+        return self.result.is_file()
+
+
+def open_run(recipe: Recipe, resume: bool) -> RunFolder:
+    """Make the run folder, or find it again.
+
+    Raises:
+        RunError: the name is taken and `resume` is off; or there is nothing to resume, the run is finished, or it
+            was started with another recipe.
+    """
+    from tokmask_peft.recipe_io import differences, load_recipe
+
+    run = RunFolder(recipe.run_dir)
+    if not run.root.exists() or not any(run.root.iterdir()):
+        if resume:
+            raise RunError(f"there is no run to resume in {run.root}; start it without --resume")
+        run.root.mkdir(parents=True, exist_ok=True)
+        return run
+    if not resume:
+        what = "is finished" if run.finished() else "was not finished"
+        remedy = "" if run.finished() else "continue it with --resume, or "
+        raise RunError(f"the run {run.root} exists and {what}: {remedy}choose another name (name=…) or remove it")
+    if run.finished():
+        raise RunError(f"the run {run.root} is finished: its scores are in {run.result}; there is nothing to resume")
+    if run.recipe.is_file():
+        changed = differences(load_recipe(run.recipe), recipe)
+        if changed:
+            raise RunError(
+                f"the run {run.root} was started with another recipe; resuming would mix two runs. "
+                f"Differences: {'; '.join(changed)}. Use `tokmask train {run.recipe} --resume`, or another name."
+            )
+    return run
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def open_finished(folder: str | Path) -> RunFolder:
+    """Return the run in `folder`.
+
+    Raises:
+        RunError: the folder is no run, or the run has no adapter yet.
+    """
+    run = RunFolder(Path(folder))
+    if not run.recipe.is_file():
+        raise RunError(f"{folder} is not a run folder (it holds no recipe.yaml)")
+    if not (run.adapter / "adapter_config.json").is_file():
+        raise RunError(f"the run {folder} has no adapter yet; finish it with `tokmask train {run.recipe} --resume`")
+    return run
