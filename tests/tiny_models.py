@@ -1,0 +1,188 @@
+"""Tiny random models of real architectures, and tokenizers of the three kinds that real ones have.
+
+model, tokenizer = build("qwen2", task="token", labels=3)
+batch = encode(tokenizer, TEXTS)
+with seen_ids(model) as seen:   # what the embedding looks up, after a masker attached before
+    model(**batch)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+TEXTS = [
+    "mañana tengo un meeting con mi boss",
+    "i love this canción so much",
+    "no puedo believe it's already friday",
+    "qué cool that you came",
+    "ok",
+    "la neta this weather is too hot for me today y mañana también",
+    "she said que no quería to go #fiesta 2025",
+    "vamos a la beach con @anita",
+]
+_CORPUS = [*TEXTS, *(word for text in TEXTS for word in text.split())]
+
+
+@dataclass(frozen=True)
+class Family:
+    """How to build one architecture: transformers' name, kind of tokenizer, and what its config calls things."""
+
+    prefix: str
+    tokenizer: str
+    spare_rows: int = 0
+    causal: bool = False
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+_SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+_CAUSAL = {**_SHAPE, "num_key_value_heads": 2, "max_position_embeddings": 64}
+_HEAD_DIM = {**_CAUSAL, "head_dim": 8}
+_ENCODER = {**_SHAPE, "max_position_embeddings": 64}
+_DISTIL = {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48, "max_position_embeddings": 64}
+
+FAMILIES = {
+    "bert": Family("Bert", "wordpiece", settings=_ENCODER),
+    "xlm-r": Family("XLMRoberta", "unigram", settings=_ENCODER),
+    "distilbert": Family("DistilBert", "wordpiece", settings=_DISTIL),
+    "modernbert": Family("ModernBert", "bytelevel-mask", settings=_ENCODER),
+    "qwen2": Family("Qwen2", "bytelevel", spare_rows=16, causal=True, settings=_CAUSAL),
+    "qwen3": Family("Qwen3", "bytelevel", spare_rows=16, causal=True, settings=_HEAD_DIM),
+    "llama": Family("Llama", "metaspace", causal=True, settings=_CAUSAL),
+    "gemma3": Family("Gemma3Text", "metaspace", causal=True, settings=_HEAD_DIM),
+    "mistral": Family("Mistral", "metaspace", causal=True, settings=_HEAD_DIM),
+}
+families = list(FAMILIES)
+token_families = [name for name in families if name != "gemma3"]  # transformers has no token head for Gemma 3 text
+causal_families = [name for name, family in FAMILIES.items() if family.causal]
+
+
+def build(
+    family: str, task: str = "sequence", labels: int = 3, seed: int = 0, dropout: float = 0.0, **settings: Any
+) -> tuple[Any, Any]:
+    """Return a model with random weights, in eval mode as `from_pretrained` leaves it, and its tokenizer."""
+    kind = FAMILIES[family]
+    tokenizer = tiny_tokenizer(kind.tokenizer)
+    head = {"sequence": "SequenceClassification", "token": "TokenClassification"}[task]
+    config_class = getattr(transformers, f"{kind.prefix}Config")
+    config = config_class(
+        **{
+            **kind.settings,
+            "vocab_size": len(tokenizer) + kind.spare_rows,
+            "num_labels": labels,
+            "pad_token_id": tokenizer.pad_token_id,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "cls_token_id": tokenizer.cls_token_id,
+            "sep_token_id": tokenizer.sep_token_id,
+            **settings,
+        }
+    )
+    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout"):
+        if hasattr(config, name):
+            setattr(config, name, dropout)
+    for name in ("seq_classif_dropout", "classifier_dropout"):
+        if hasattr(config, name):
+            setattr(config, name, 0.0)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = getattr(transformers, f"{kind.prefix}For{head}")(config)
+        for weight in model.parameters():  # the usual initialisation hardly tells one token from another
+            if weight.dim() > 1:
+                torch.nn.init.normal_(weight, std=0.2)
+    return model.eval(), tokenizer
+
+
+def encode(tokenizer: Any, texts: list[str] | None = None, **settings: Any) -> dict[str, torch.Tensor]:
+    """Return a padded batch of `input_ids` and `attention_mask`."""
+    batch = tokenizer(TEXTS if texts is None else texts, padding=True, return_tensors="pt", **settings)
+    return {name: batch[name] for name in ("input_ids", "attention_mask")}
+
+
+@contextlib.contextmanager
+def seen_ids(model: Any) -> Iterator[list[torch.Tensor]]:
+    """Collect the ids that the embedding is called with, as left by the hooks registered before this one."""
+    seen: list[torch.Tensor] = []
+    embedding = getattr(model, "module", model).get_input_embeddings()
+    handle = embedding.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().clone()))
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+@functools.cache
+def _trained(kind: str) -> tuple[str, dict[str, str]]:
+    """Return the tokenizer as JSON, and its special tokens."""
+    if kind == "wordpiece":
+        specials = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
+        backend = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+        backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        backend.decoder = decoders.WordPiece()
+        trainer: Any = trainers.WordPieceTrainer(vocab_size=150, special_tokens=list(specials.values()))
+    elif kind == "unigram":
+        specials = {"bos": "<s>", "pad": "<pad>", "eos": "</s>", "unk": "<unk>", "mask": "<mask>"}
+        backend = Tokenizer(models.Unigram())
+        backend.pre_tokenizer = pre_tokenizers.Metaspace()
+        backend.decoder = decoders.Metaspace()
+        trainer = trainers.UnigramTrainer(vocab_size=150, special_tokens=list(specials.values()), unk_token="<unk>")
+    elif kind in ("bytelevel", "bytelevel-mask"):
+        specials = {"eos": "<|im_end|>", "pad": "<|endoftext|>"}
+        if kind == "bytelevel-mask":
+            specials = {"cls": "[CLS]", "sep": "[SEP]", "pad": "[PAD]", "unk": "[UNK]", "mask": "[MASK]"}
+        backend = Tokenizer(models.BPE())
+        backend.normalizer = normalizers.NFC()
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        # As in Qwen2.5, id 0 is an ordinary token, so the special ones are added after training.
+        trainer = trainers.BpeTrainer(vocab_size=330, special_tokens=[], initial_alphabet=alphabet)
+    else:
+        specials = {"unk": "<unk>", "bos": "<s>", "eos": "</s>", "pad": "</s>"}
+        backend = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+        backend.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+        trainer = trainers.BpeTrainer(vocab_size=150, special_tokens=["<unk>", "<s>", "</s>"])
+    trainer.show_progress = False
+    backend.train_from_iterator(_CORPUS, trainer)
+    if kind == "metaspace":  # like TinyLlama's: the mark is in the normalizer, and nothing splits the text
+        backend.pre_tokenizer = None
+    backend.add_special_tokens(list(specials.values()))
+    first, last = specials.get("cls", specials.get("bos")), specials.get("sep")
+    if kind == "unigram":
+        last = specials["eos"]
+    if first is not None:
+        template = f"{first} $A {last}" if last else f"{first} $A"
+        used = [(token, backend.token_to_id(token)) for token in (first, last) if token]
+        backend.post_processor = processors.TemplateProcessing(single=template, special_tokens=used)
+    return backend.to_str(), {f"{role}_token": token for role, token in specials.items()}
+
+
+def tiny_tokenizer(kind: str) -> Any:
+    """Return a tokenizer trained on TEXTS.
+
+    `wordpiece` is like mBERT's, `unigram` like XLM-R's (both with a mask token), `bytelevel` like Qwen's (neither mask
+    nor unknown token, and id 0 is a letter), `metaspace` like TinyLlama's (the unknown token has id 0).
+    """
+    backend, specials = _trained(kind)
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(backend), padding_side="right", **specials)
+
+
+def real_tokenizer(name: str) -> Any:
+    """Return a real tokenizer from the folder in TOKMASK_TOKENIZERS, or skip the test."""
+    folder = os.environ.get("TOKMASK_TOKENIZERS")
+    if not folder or not (Path(folder) / name).is_dir():
+        pytest.skip(f"TOKMASK_TOKENIZERS names no folder with {name}")
+    return AutoTokenizer.from_pretrained(Path(folder) / name)

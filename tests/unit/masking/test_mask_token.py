@@ -1,0 +1,99 @@
+"""Which token stands for a masked one."""
+
+import pytest
+import torch
+from tiny_models import build, real_tokenizer, tiny_tokenizer
+
+from tokmask_peft.errors import MaskTokenError
+from tokmask_peft.masking import MaskToken, choose_mask_token
+from tokmask_peft.masking.mask_token import fill_spare_row, used_rows
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "kind", "token_id", "reason"),
+    [
+        ("bert-base-multilingual-cased", 119547, "mask", 103, "[MASK]"),
+        ("Qwen2.5-0.5B", 151936, "spare", 151935, "rows 151665 to 151935"),
+        ("TinyLlama-1.1B-Chat-v1.0", 32000, "unk", 0, "<unk>"),
+    ],
+)
+def test_real_tokenizers(name, rows, kind, token_id, reason):
+    chosen = choose_mask_token(real_tokenizer(name), rows)
+    assert (chosen.kind, chosen.id) == (kind, token_id)
+    assert reason in chosen.reason
+
+
+def test_auto_takes_the_own_token_then_a_spare_row_then_unk():
+    assert choose_mask_token(tiny_tokenizer("wordpiece"), 200).kind == "mask"
+    bytelevel, metaspace = tiny_tokenizer("bytelevel"), tiny_tokenizer("metaspace")
+    assert choose_mask_token(bytelevel, 348) == MaskToken(347, "spare", choose_mask_token(bytelevel, 348).reason)
+    assert choose_mask_token(metaspace, len(metaspace)).kind == "unk"
+    assert choose_mask_token(metaspace, len(metaspace) + 1).kind == "spare"
+
+
+def test_no_token_is_an_error_that_asks_for_an_id_and_never_id_0():
+    bytelevel = tiny_tokenizer("bytelevel")
+    with pytest.raises(MaskTokenError, match=r"no mask token.*no unknown token.*name an id"):
+        choose_mask_token(bytelevel, len(bytelevel))
+
+
+@pytest.mark.parametrize("role", ["pad", "eos"])
+def test_unk_that_is_pad_or_eos_too_is_refused(role):
+    tokenizer = tiny_tokenizer("metaspace")
+    setattr(tokenizer, f"{role}_token", tokenizer.unk_token)
+    with pytest.raises(MaskTokenError, match=f"'<unk>' is also its {role} token"):
+        choose_mask_token(tokenizer, len(tokenizer))
+
+
+def test_a_mask_token_that_the_embedding_lacks_is_not_taken():
+    tokenizer = tiny_tokenizer("bytelevel")
+    tokenizer.add_special_tokens({"mask_token": "<mask>"})
+    assert choose_mask_token(tokenizer, 348).kind == "mask"
+    with pytest.raises(MaskTokenError, match="has id 332, but the embedding has 332 rows"):
+        choose_mask_token(tokenizer, 332)
+
+
+def test_explicit_choices():
+    tokenizer = tiny_tokenizer("wordpiece")
+    assert choose_mask_token(tokenizer, 160, "unk").id == tokenizer.unk_token_id
+    assert choose_mask_token(tokenizer, 160, "spare").id == 159
+    assert choose_mask_token(tokenizer, 160, 155).kind == "spare"
+    assert choose_mask_token(tokenizer, 160, 20).kind == "id"
+    assert choose_mask_token(tokenizer, 160, tokenizer.mask_token_id).kind == "id"
+    for refused in (tokenizer.pad_token_id, tokenizer.sep_token_id):
+        with pytest.raises(MaskTokenError, match="special token"):
+            choose_mask_token(tokenizer, 160, refused)
+    with pytest.raises(MaskTokenError, match="rows 0 to 159"):
+        choose_mask_token(tokenizer, 160, 160)
+    with pytest.raises(MaskTokenError, match="all in use"):
+        choose_mask_token(tokenizer, len(tokenizer), "spare")
+
+
+def test_vocabulary_with_gaps_leaves_no_row_that_a_token_uses():
+    tokenizer = tiny_tokenizer("wordpiece")
+    vocabulary = {f"t{i}": i for i in range(400)}
+    tokenizer.get_vocab = lambda: vocabulary
+    assert len(tokenizer) == 150
+    assert used_rows(tokenizer) == 400
+    with pytest.raises(MaskTokenError, match="all in use"):
+        choose_mask_token(tokenizer, 400, "spare")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_spare_row_becomes_the_mean_of_the_rows_in_use(dtype):
+    embedding = torch.nn.Embedding(20_000, 8, dtype=dtype)  # more rows than one chunk
+    before = embedding.weight.detach().clone()
+    original = fill_spare_row(embedding, MaskToken(19_999, "spare", ""), 19_000)
+    expected = before[:19_000].double().mean(0)
+    # One rounding of the result: summed in bf16 the mean would be off by a multiple of itself.
+    torch.testing.assert_close(embedding.weight[19_999].double(), expected, rtol=2**-8, atol=1e-6)
+    assert torch.equal(original, before[19_999])
+    assert torch.equal(embedding.weight[:19_999], before[:19_999])
+
+
+def test_spare_row_of_a_sharded_matrix_is_refused():
+    model, _ = build("qwen2")
+    embedding = model.get_input_embeddings()
+    embedding.weight = torch.nn.Parameter(torch.zeros(0))
+    with pytest.raises(MaskTokenError, match="before the model is sharded"):
+        fill_spare_row(embedding, MaskToken(340, "spare", ""), 332)
