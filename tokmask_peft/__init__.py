@@ -1,3 +1,48 @@
-"""Token-masked LoRA and QLoRA fine-tuning for text classification."""
+"""Token-masked LoRA and QLoRA fine-tuning for text classification.
+
+The names below are the public interface; they are imported on first use, so that `import tokmask_peft` is quick.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tokmask_peft.errors import TokmaskError
+    from tokmask_peft.masking import TokenMaskCallback, TokenMaskConfig, TokenMasker
+    from tokmask_peft.recipe import Recipe
+    from tokmask_peft.training.evaluate import evaluate
+    from tokmask_peft.training.fit import train
 
 __version__ = "0.1.0"
+__all__ = [
+    "Recipe",
+    "TokenMaskCallback",
+    "TokenMaskConfig",
+    "TokenMasker",
+    "TokmaskError",
+    "__version__",
+    "evaluate",
+    "train",
+]
+
+_HOMES = {
+    "Recipe": "recipe",
+    "TokenMaskCallback": "masking",
+    "TokenMaskConfig": "masking",
+    "TokenMasker": "masking",
+    "TokmaskError": "errors",
+    "evaluate": "training.evaluate",
+    "train": "training.fit",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -48,9 +48,10 @@ def train(
 
     checked = Recipe.load(recipe, overrides or [])
     from tokmask_peft.console import quiet_libraries
-    from tokmask_peft.training import fit
 
     quiet_libraries()
+    from tokmask_peft.training import fit
+
     fit.train(checked, resume=resume, quiet=quiet)
 
 
@@ -65,9 +66,10 @@ def evaluate(
     import json
 
     from tokmask_peft.console import make_console, print_scores, quiet_libraries
-    from tokmask_peft.training.evaluate import evaluate as score
 
     quiet_libraries()
+    from tokmask_peft.training.evaluate import evaluate as score
+
     result = score(run, split=split, data=data)
     if as_json:
         typer.echo(json.dumps(result, indent=2, ensure_ascii=False))

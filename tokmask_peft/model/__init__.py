@@ -1,0 +1,1 @@
+"""Backbone, head and adapter: what is loaded, what is trained, what is saved."""

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from tokmask_peft.errors import ModelError, nearest
+from tokmask_peft.masking.embedding import find_embedding
 from tokmask_peft.model.backbone import Backbone
 from tokmask_peft.model.decisions import Decision
 from tokmask_peft.model.quantized import is_quantized
@@ -65,7 +66,7 @@ def add_adapter(
         parameter.requires_grad_(False)
     rows: dict[str, list[int]] | None = None
     if trained_token is not None:
-        embedding = backbone.model.get_input_embeddings()
+        embedding = find_embedding(backbone.model)
         name = next(name for name, module in backbone.model.named_modules() if module is embedding)
         rows = {name.rsplit(".", 1)[-1]: [trained_token]}
     lora = LoraConfig(

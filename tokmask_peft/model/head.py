@@ -16,7 +16,7 @@ HEAD_NAMES = ("score", "classifier", "head", "pre_classifier", "classification_h
 class Float32Linear(nn.Linear):
     """A linear layer that computes in fp32 whatever comes in, autocast or not."""
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name in nn.Linear)
+    def forward(self, input: Tensor) -> Tensor:
         """Map `[..., in_features]` of any dtype to fp32 `[..., out_features]`."""
         with torch.autocast(input.device.type, enabled=False):
             bias = None if self.bias is None else self.bias.float()

@@ -1,0 +1,1 @@
+"""From a recipe to a run: losses, metrics, baseline, the Trainer, the run folder."""

@@ -18,7 +18,7 @@ from tokmask_peft.recipe import Recipe
 from tokmask_peft.training.metrics import scores, scores_by_mixing
 from tokmask_peft.training.run_folder import open_finished
 from tokmask_peft.training.splits import Split
-from tokmask_peft.training.trainer import OrderedEvalTrainer, collator, argmax_logits, training_arguments
+from tokmask_peft.training.trainer import OrderedEvalTrainer, argmax_logits, collator, training_arguments
 
 
 def evaluate(run: str | Path, *, split: str = "test", data: str | None = None) -> dict[str, Any]:

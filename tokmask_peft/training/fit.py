@@ -17,7 +17,8 @@ from tokmask_peft.console import ProgressDisplay, make_console, print_decisions,
 from tokmask_peft.data import Corpus, load_corpus
 from tokmask_peft.errors import RunError, RunInterruptedError
 from tokmask_peft.masking import MaskToken, TokenMaskCallback, choose_mask_token
-from tokmask_peft.masking.mask_token import fill_spare_row
+from tokmask_peft.masking.embedding import embedding_weight, find_embedding
+from tokmask_peft.masking.mask_token import fill_spare_row, used_rows
 from tokmask_peft.model.adapter import add_adapter, save_adapter
 from tokmask_peft.model.backbone import Backbone, load_backbone
 from tokmask_peft.model.decisions import Decision
@@ -28,9 +29,9 @@ from tokmask_peft.training.callbacks import AdapterMoves, LogFile, StepClock, St
 from tokmask_peft.training.environment import environment, peak_memory, versions
 from tokmask_peft.training.losses import ClassificationLoss, class_weights
 from tokmask_peft.training.metrics import scores, scores_by_mixing
-from tokmask_peft.training.run_folder import RunFolder, open_run, write_json
+from tokmask_peft.training.run_folder import RunFolder, check_run, write_json
 from tokmask_peft.training.splits import Split
-from tokmask_peft.training.trainer import OrderedEvalTrainer, collator, argmax_logits, scorer, training_arguments
+from tokmask_peft.training.trainer import OrderedEvalTrainer, argmax_logits, collator, scorer, training_arguments
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +61,9 @@ def train(recipe: Recipe | str | Path, *, resume: bool = False, quiet: bool = Fa
         recipe = Recipe.load(recipe)
     state = PartialState()
     console = make_console(quiet or not state.is_main_process)
-    corpus = load_corpus(recipe.data.expanded(), recipe.seed)
-    if state.is_main_process:
-        run = open_run(recipe, resume)
-        if not run.recipe.is_file():
-            run.recipe.write_text(_recipe_text(recipe), encoding="utf-8")
+    run = check_run(recipe, resume)
     state.wait_for_everyone()
-    run = RunFolder(recipe.run_dir)
+    corpus = load_corpus(recipe.data.expanded(), recipe.seed)
     set_seed(recipe.seed)  # before the head is drawn
     backbone = load_backbone(recipe.model, recipe.data.task, corpus.labels, state.device)
     mask, mask_decisions = _choose_mask(recipe, backbone)
@@ -74,6 +71,10 @@ def train(recipe: Recipe | str | Path, *, resume: bool = False, quiet: bool = Fa
     model, decisions = add_adapter(backbone, recipe.adapter, recipe.data.task, trained_row)
     decisions = (*backbone.decisions, *mask_decisions, *decisions)
     print_decisions(console, decisions)
+    if state.is_main_process and not run.recipe.is_file():
+        run.root.mkdir(parents=True, exist_ok=True)
+        run.recipe.write_text(_recipe_text(recipe), encoding="utf-8")
+    state.wait_for_everyone()
     session = _Session(recipe, corpus, backbone, model, mask, run, console, state.device)
     return session.run_to_end(decisions, resume)
 
@@ -90,11 +91,11 @@ def _choose_mask(recipe: Recipe, backbone: Backbone) -> tuple[MaskToken | None, 
     config = recipe.masking
     if config.p == 0 and (config.schedule == "constant" or config.p_start == 0) and not config.trainable_mask:
         return None, (Decision("mask token", "none", "masking.p is 0: nothing is masked"),)
-    embedding = backbone.model.get_input_embeddings()
-    rows = embedding.weight.shape[0]
+    embedding = find_embedding(backbone.model)
+    rows = embedding_weight(embedding).shape[0]
     mask = choose_mask_token(backbone.tokenizer, rows, config.mask_token)
     if config.trainable_mask and mask.kind == "spare":
-        fill_spare_row(embedding, mask, len(backbone.tokenizer))
+        fill_spare_row(embedding, mask, used_rows(backbone.tokenizer))
     return mask, (Decision("mask token", f"id {mask.id} ({mask.kind})", mask.reason),)
 
 
@@ -161,7 +162,7 @@ class _Session:
         training, masking = self.recipe.training, self.recipe.masking
         if self.mask is not None:
             config = masking if masking.seed is not None else masking.model_copy(update={"seed": self.recipe.seed})
-            callbacks.insert(0, TokenMaskCallback(config, mask_token=self.mask))
+            callbacks.insert(0, TokenMaskCallback(config, self.mask, announce=False))
         callbacks.append(LogFile(self.run.log))
         if training.patience is not None:
             callbacks.append(EarlyStoppingCallback(training.patience))

@@ -57,8 +57,8 @@ class RunFolder:
         return self.result.is_file()
 
 
-def open_run(recipe: Recipe, resume: bool) -> RunFolder:
-    """Make the run folder, or find it again.
+def check_run(recipe: Recipe, resume: bool) -> RunFolder:
+    """Return the run folder of a recipe, if it may be written; nothing is made yet.
 
     Raises:
         RunError: the name is taken and `resume` is off; or there is nothing to resume, the run is finished, or it
@@ -70,7 +70,6 @@ def open_run(recipe: Recipe, resume: bool) -> RunFolder:
     if not run.root.exists() or not any(run.root.iterdir()):
         if resume:
             raise RunError(f"there is no run to resume in {run.root}; start it without --resume")
-        run.root.mkdir(parents=True, exist_ok=True)
         return run
     if not resume:
         what = "is finished" if run.finished() else "was not finished"

@@ -19,23 +19,25 @@ from tokmask_peft.training.splits import Split
 class OrderedEvalTrainer(Trainer):
     """A Trainer that evaluates in the order of the dataset, also when it groups training texts by length."""
 
+    compute_metrics: Any
+
     def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | None:
         return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
 
     def predict_split(self, split: Split) -> Predictions:
         """Return the model's predictions for a split, without scoring them."""
-        scorer, self.compute_metrics = self.compute_metrics, None
+        compute, self.compute_metrics = self.compute_metrics, None
         try:
             output = self.predict(split.dataset)
         finally:
-            self.compute_metrics = scorer
+            self.compute_metrics = compute
         return split.predictions(output.predictions, output.label_ids)
 
 
 def training_arguments(recipe: Recipe, checkpoints: Path, device: torch.device, bf16: bool) -> TrainingArguments:
     """Return the Trainer's arguments for a recipe."""
     training = recipe.training
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(checkpoints),
         run_name=recipe.name,
         seed=recipe.seed,
@@ -74,6 +76,10 @@ def training_arguments(recipe: Recipe, checkpoints: Path, device: torch.device, 
         report_to=list(training.report_to) or "none",
         ddp_find_unused_parameters=False,
     )
+    # One process uses one GPU. The Trainer would spread it over all with nn.DataParallel, which is slower than
+    # torchrun and copies the masker to every GPU with the same pattern.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 def collator(tokenizer: Any, task: str) -> Any:

@@ -1,0 +1,138 @@
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from tiny_models import families
+
+from tokmask_peft.errors import ModelError
+from tokmask_peft.masking import choose_mask_token
+from tokmask_peft.model.adapter import add_adapter, linear_layers, load_adapter, save_adapter
+from tokmask_peft.model.backbone import load_backbone
+from tokmask_peft.model.decisions import bitsandbytes_problem
+from tokmask_peft.recipe import AdapterConfig
+
+CPU = torch.device("cpu")
+LABELS = ("negative", "neutral", "positive")
+TEXTS = ["mañana tengo un meeting", "ok", "i love this canción so much"]
+needs_bitsandbytes = pytest.mark.skipif(
+    bitsandbytes_problem("cpu") is not None, reason=str(bitsandbytes_problem("cpu"))
+)
+
+
+def saved_names(folder):
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        return list(file.keys())
+
+
+def gradients(model, batch):
+    model.train()
+    model.zero_grad()
+    model(**batch).logits.square().sum().backward()
+    return {
+        name: None if parameter.grad is None else parameter.grad.clone()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+@pytest.mark.parametrize("family", families)
+def test_every_linear_layer_of_the_backbone_is_adapted_and_the_head_is_trained_in_full(model_config, family, tmp_path):
+    backbone = load_backbone(model_config(family), "sequence", LABELS, CPU)
+    expected = set(linear_layers(backbone.model, backbone.new_modules))
+    model, _ = add_adapter(backbone, AdapterConfig(r=2), "sequence")
+    adapted = {
+        name.removeprefix("base_model.model.") for name, module in model.named_modules() if hasattr(module, "lora_A")
+    }
+    assert adapted == expected
+    assert expected
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert all("lora_" in name or "modules_to_save" in name for name in trained)
+    save_adapter(model, tmp_path, "hub/backbone")
+    names = saved_names(tmp_path)
+    assert not any("embed" in name for name in names)
+    for head in backbone.new_modules:
+        assert any(f".{head}." in name for name in names)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == "hub/backbone"
+
+
+@pytest.mark.parametrize("task", ["sequence", "token"])
+@pytest.mark.parametrize("family", ["bert", "qwen2", "llama"])
+def test_saved_adapter_gives_the_same_logits_on_a_fresh_backbone(model_config, family, task, tmp_path):
+    torch.manual_seed(1)
+    backbone = load_backbone(model_config(family), task, LABELS, CPU)
+    model, _ = add_adapter(backbone, AdapterConfig(r=2), task)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    batch = backbone.tokenizer(TEXTS, return_tensors="pt", padding=True)
+    model.eval()
+    with torch.no_grad():
+        before = model(**batch).logits
+        save_adapter(model, tmp_path, "any/name")
+        torch.manual_seed(2)  # another head is drawn, and must be replaced by the saved one
+        again = load_adapter(load_backbone(model_config(family), task, LABELS, CPU), tmp_path)
+        after = again(**batch).logits
+    assert before.abs().max() > 0.01
+    torch.testing.assert_close(after, before, atol=1e-6, rtol=0)
+
+
+def test_adapter_for_other_labels_is_refused(model_config, tmp_path):
+    backbone = load_backbone(model_config("bert"), "sequence", LABELS, CPU)
+    model, _ = add_adapter(backbone, AdapterConfig(r=2), "sequence")
+    save_adapter(model, tmp_path, "any/name")
+    with pytest.raises(ModelError, match="does not fit"):
+        load_adapter(load_backbone(model_config("bert"), "sequence", LABELS[:2], CPU), tmp_path)
+    with pytest.raises(ModelError, match="holds no adapter"):
+        load_adapter(backbone, tmp_path / "elsewhere")
+
+
+def test_unknown_target_names_the_nearest(model_config):
+    backbone = load_backbone(model_config("bert"), "sequence", LABELS, CPU)
+    with pytest.raises(ModelError, match="Did you mean 'query'.*key, query, value"):
+        add_adapter(backbone, AdapterConfig(targets=("querry",)), "sequence")
+
+
+@pytest.mark.parametrize(("rslora", "dora"), [(True, False), (False, True)])
+def test_variants_of_lora(model_config, rslora, dora):
+    backbone = load_backbone(model_config("bert"), "sequence", LABELS, CPU)
+    model, _ = add_adapter(backbone, AdapterConfig(r=4, rslora=rslora, dora=dora), "sequence")
+    config = model.peft_config["default"]
+    assert (config.use_rslora, config.use_dora) == (rslora, dora)
+    assert any("lora_magnitude" in name for name, _ in model.named_parameters()) is dora
+
+
+@pytest.mark.parametrize("family", ["bert", "qwen2", "llama"])
+def test_trained_mask_row_saves_one_row_and_not_the_matrix(model_config, family, tmp_path):
+    backbone = load_backbone(model_config(family), "sequence", LABELS, CPU)
+    rows, width = backbone.model.get_input_embeddings().weight.shape
+    mask = choose_mask_token(backbone.tokenizer, rows)
+    model, _ = add_adapter(backbone, AdapterConfig(r=2), "sequence", trained_token=mask.id)
+    save_adapter(model, tmp_path, "any/name")
+    with safe_open(tmp_path / "adapter_model.safetensors", "pt") as file:
+        of_embedding = [file.get_slice(name).get_shape() for name in file.keys() if "embed" in name]  # noqa: SIM118
+    assert of_embedding == [[1, width]]
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("family", ["qwen2", "llama", "bert"])
+def test_gradients_survive_an_evaluation(model_config, family):
+    """bitsandbytes' 4-bit layers lose every adapter gradient after an evaluation on CPUs with avx512_bf16."""
+    torch.manual_seed(0)
+    backbone = load_backbone(model_config(family, quantization="nf4", precision="bf16"), "sequence", LABELS, CPU)
+    model, _ = add_adapter(backbone, AdapterConfig(r=2, dropout=0.0), "sequence")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    batch = backbone.tokenizer(TEXTS, return_tensors="pt", padding=True)
+    before = gradients(model, batch)
+    model.eval()
+    with torch.no_grad():
+        model(**batch)
+    after = gradients(model, batch)
+    assert all(gradient is not None and gradient.abs().sum() > 0 for gradient in before.values())
+    for name, gradient in before.items():
+        assert after[name] is not None, f"{name} has lost its gradient"
+        torch.testing.assert_close(after[name], gradient)

@@ -1,0 +1,87 @@
+import pytest
+import torch
+from tiny_models import families, token_families
+from torch import nn
+
+from tokmask_peft.errors import ModelError
+from tokmask_peft.model.backbone import backbone_location, load_backbone, load_tokenizer
+from tokmask_peft.model.decisions import bitsandbytes_problem
+from tokmask_peft.model.head import Float32Linear, head_modules
+from tokmask_peft.model.quantized import is_quantized
+from tokmask_peft.recipe import ModelConfig
+
+CPU = torch.device("cpu")
+LABELS = ("negative", "neutral", "positive")
+needs_bitsandbytes = pytest.mark.skipif(
+    bitsandbytes_problem("cpu") is not None, reason=str(bitsandbytes_problem("cpu"))
+)
+
+
+@pytest.mark.parametrize("family", families)
+def test_labels_padding_and_cache_are_set(model_config, family):
+    backbone = load_backbone(model_config(family), "sequence", LABELS, CPU)
+    config = backbone.model.config
+    assert [config.id2label[i] for i in range(3)] == list(LABELS)
+    assert config.label2id == {label: i for i, label in enumerate(LABELS)}
+    assert config.pad_token_id == backbone.tokenizer.pad_token_id is not None
+    assert backbone.tokenizer.padding_side == "right"
+    assert config.use_cache is False
+
+
+@pytest.mark.parametrize(
+    ("family", "task"), [*((f, "sequence") for f in families), *((f, "token") for f in token_families)]
+)
+def test_head_is_new_and_in_fp32_also_in_bf16(model_config, family, task):
+    backbone = load_backbone(model_config(family, precision="bf16"), task, LABELS, CPU)
+    heads = head_modules(backbone.model)
+    assert set(heads) <= set(backbone.new_modules)
+    assert heads
+    linears = [part for module in heads.values() for part in module.modules() if isinstance(part, nn.Linear)]
+    assert linears
+    assert all(type(part) is Float32Linear and part.weight.dtype == torch.float32 for part in linears)
+    body = next(p for n, p in backbone.model.base_model.named_parameters() if p.ndim == 2)
+    assert body.dtype == torch.bfloat16
+    batch = backbone.tokenizer(["hola my amigo", "ok"], return_tensors="pt", padding=True)
+    with torch.no_grad():
+        assert backbone.model(**batch).logits.dtype == torch.float32
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert backbone.model(**batch).logits.dtype == torch.float32
+
+
+def test_pooler_that_the_checkpoint_lacks_is_trained_and_saved(tiny_folder, tmp_path):
+    from transformers import AutoModel, AutoTokenizer
+
+    body = AutoModel.from_pretrained(tiny_folder("bert"), add_pooling_layer=False)
+    body.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_folder("bert")).save_pretrained(tmp_path)
+    config = ModelConfig(backbone=str(tmp_path), quantization="none", precision="fp32")
+    backbone = load_backbone(config, "sequence", LABELS, CPU)
+    assert set(backbone.new_modules) == {"classifier", "bert.pooler.dense"}
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+@pytest.mark.parametrize("family", ["bert", "distilbert", "qwen2", "llama"])
+@pytest.mark.parametrize("task", ["sequence", "token"])
+def test_backbone_is_quantized_but_never_the_head(model_config, family, task, quantization):
+    # heads with a bias (every BERT head, every token head) are quantized by default in transformers
+    backbone = load_backbone(model_config(family, quantization=quantization), task, LABELS, CPU)
+    body = [module for module in backbone.model.base_model.modules() if is_quantized(module)]
+    head = [part for module in head_modules(backbone.model).values() for part in module.modules()]
+    assert len(body) >= 12
+    assert not any(is_quantized(part) for part in head)
+    assert all(p.dtype == torch.float32 for part in head for p in part.parameters())
+
+
+def test_package_path_is_found_and_its_absence_explained():
+    config = ModelConfig(backbone="a/b", backbone_path="package:transformers/models")
+    assert backbone_location(config).endswith("transformers/models")
+    with pytest.raises(ModelError, match=r"pip install no-such-thing.*backbone_path=null"):
+        backbone_location(ModelConfig(backbone="a/b", backbone_path="package:no_such_thing/model"))
+    with pytest.raises(ModelError, match="not a folder"):
+        backbone_location(ModelConfig(backbone="a/b", backbone_path="/no/such/folder"))
+
+
+def test_missing_backbone_is_one_clear_error(tmp_path):
+    with pytest.raises(ModelError, match=r"cannot be loaded from .*nothing-here"):
+        load_tokenizer(ModelConfig(backbone=str(tmp_path / "nothing-here")))
