@@ -153,7 +153,7 @@ def _warnings(
         absent = set(labels) - {tag for example in used[name] for tag in example.tags}
         if used[name] and absent:
             warnings.append(
-                f"{name} has no {', '.join(sorted(absent))}: macro-F1 over all labels counts them as 0 there; "
+                f"{name} has no text with {', '.join(sorted(absent))}: its score says nothing about that label; "
                 f"see data.{name}"
             )
     return warnings

@@ -84,13 +84,14 @@ class DataReport:
     def _hygiene_lines(self) -> list[str]:
         found = self.hygiene
         kinds = {
-            "duplicates": f"{found.duplicates:,} training texts repeat an earlier one",
-            "conflicting": f"{found.conflicting:,} texts carry different labels in train "
-            f"({found.conflicting_rows:,} rows)",
-            "train_in_validation": f"{found.train_in_validation:,} training texts are also in validation "
+            "duplicates": f"texts in train that repeat an earlier one: {found.duplicates:,}",
+            "conflicting": f"texts in train with different labels: {found.conflicting:,} "
+            f"({found.conflicting_rows:,} copies)",
+            "train_in_validation": f"texts in train that are also in validation: {found.train_in_validation:,} "
             f"({found.validation_shared:,} there)",
-            "train_in_test": f"{found.train_in_test:,} training texts are also in test ({found.test_shared:,} there)",
-            "validation_in_test": f"{found.validation_in_test:,} validation texts are also in test",
+            "train_in_test": f"texts in train that are also in test: {found.train_in_test:,} "
+            f"({found.test_shared:,} there)",
+            "validation_in_test": f"texts in validation that are also in test: {found.validation_in_test:,}",
         }
         lines = []
         for kind, sentence in kinds.items():

@@ -85,11 +85,41 @@ def parquet_rows(path: Path, name: str) -> Iterator[Row]:
         file = pq.ParquetFile(path)
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(f"{name}: cannot be read as parquet: {error}") from error
+    classes = _stored_classes(file.schema_arrow)
     index = 0
     for batch in file.iter_batches(batch_size=2048):
         for row in batch.to_pylist():
-            yield f"{name}[{index}]", row
+            yield f"{name}[{index}]", name_classes(row, classes)
             index += 1
+
+
+def _stored_classes(schema: Any) -> dict[str, list[str] | None]:
+    """Class names that `datasets` stores in a parquet file's schema."""
+    if b"huggingface" not in (schema.metadata or {}):
+        return {}
+    from datasets import Features
+
+    return {column: class_names(feature) for column, feature in Features.from_arrow_schema(schema).items()}
+
+
+def class_names(feature: Any) -> list[str] | None:
+    """Names of a class-label column of `datasets`, also inside a list; none for other columns."""
+    names = getattr(getattr(feature, "feature", feature), "names", None)
+    return list(names) if names is not None else None
+
+
+def name_classes(row: dict[str, Any], classes: dict[str, list[str] | None]) -> dict[str, Any]:
+    """Turn class numbers into names; -1, a label that is kept back, becomes an empty one."""
+    return {column: _name_class(cell, classes.get(column)) for column, cell in row.items()}
+
+
+def _name_class(cell: Any, names: list[str] | None) -> Any:
+    """Name of a class number, or of each number of a list."""
+    if names is None:
+        return cell
+    if isinstance(cell, list):
+        return [_name_class(item, names) for item in cell]
+    return names[cell] if isinstance(cell, int) and 0 <= cell < len(names) else ""
 
 
 def _by_name(header: Sequence[str], fields: Sequence[str], where: str, separator: str) -> dict[str, Any]:
