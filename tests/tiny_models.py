@@ -92,9 +92,8 @@ def build(
     for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout"):
         if hasattr(config, name):
             setattr(config, name, dropout)
-    for name in ("seq_classif_dropout", "classifier_dropout"):
-        if hasattr(config, name):
-            setattr(config, name, 0.0)
+    config.classifier_dropout = dropout  # where a config lacks it, some heads fall back to 0.1
+    config.seq_classif_dropout = dropout
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = getattr(transformers, f"{kind.prefix}For{head}")(config)

@@ -1,0 +1,173 @@
+"""Attaching, detaching, the mask row, saved state, and what is refused."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from tiny_models import build, encode, seen_ids, tiny_tokenizer
+from transformers import BartConfig, BartForSequenceClassification, T5Config, T5ForSequenceClassification
+
+from tokmask_peft.errors import MaskTokenError
+from tokmask_peft.masking import MaskToken, TokenMaskConfig, TokenMasker
+
+
+def hooks(model):
+    return len(model.get_input_embeddings()._forward_pre_hooks)
+
+
+def test_detach_takes_the_hook_off_and_may_be_repeated():
+    model, tokenizer = build("bert")
+    masker = TokenMasker.attach(model, tokenizer)
+    assert (hooks(model), masker.attached) == (1, True)
+    masker.detach()
+    masker.detach()
+    assert (hooks(model), masker.attached) == (0, False)
+
+
+def test_the_context_manager_detaches_when_training_raises():
+    model, tokenizer = build("bert")
+    with pytest.raises(KeyboardInterrupt), TokenMasker.attach(model, tokenizer):
+        raise KeyboardInterrupt
+    assert hooks(model) == 0
+
+
+def test_pause_and_layout_end_when_their_body_raises():
+    model, tokenizer = build("bert")
+    batch = encode(tokenizer)
+    with TokenMasker.attach(model.train(), tokenizer, TokenMaskConfig(p=0.9)) as masker:
+        with pytest.raises(ZeroDivisionError), masker.paused(), masker.layout(torch.zeros(1, 1), torch.zeros(1, 1)):
+            raise ZeroDivisionError
+        with seen_ids(model) as seen:
+            model(**batch)
+    assert not torch.equal(seen[0], batch["input_ids"])
+
+
+def test_attaching_twice_is_refused_and_after_detach_allowed():
+    model, tokenizer = build("bert")
+    with TokenMasker.attach(model, tokenizer), pytest.raises(MaskTokenError, match="has a masker already"):
+        TokenMasker.attach(model, tokenizer)
+    with TokenMasker.attach(model, tokenizer):
+        assert hooks(model) == 1
+
+
+def test_a_failed_attach_leaves_no_hook():
+    model, tokenizer = build("qwen2")
+    with pytest.raises(MaskTokenError):
+        TokenMasker.attach(model, tokenizer, TokenMaskConfig(mask_token="unk"))
+    assert hooks(model) == 0
+
+
+def test_the_rate_is_checked_and_read_back():
+    model, tokenizer = build("bert")
+    with TokenMasker.attach(model, tokenizer, TokenMaskConfig(p=0.3, schedule="linear", p_start=0.1)) as masker:
+        assert masker.rate == 0.1
+        masker.rate = 0.25
+        assert masker.rate == 0.25
+        for wrong in (-0.1, 1.0, float("nan")):
+            with pytest.raises(MaskTokenError, match="masking rate"):
+                masker.rate = wrong
+
+
+def test_the_spare_row_is_written_when_a_rate_asks_for_it_and_restored():
+    model, tokenizer = build("qwen2")
+    model.requires_grad_(False)
+    weight = model.get_input_embeddings().weight
+    before = weight.clone()
+    with TokenMasker.attach(model, tokenizer, TokenMaskConfig(p=0.0)) as masker:
+        assert torch.equal(weight, before)
+        masker.rate = 0.2
+        torch.testing.assert_close(weight[-1], before[: len(tokenizer)].mean(0))
+        masker.rate = 0.3
+        assert torch.equal(weight[:-1], before[:-1])
+    assert torch.equal(weight, before)
+
+
+def test_a_row_that_full_fine_tuning_trains_is_kept():
+    model, tokenizer = build("qwen2")
+    weight = model.get_input_embeddings().weight
+    with TokenMasker.attach(model, tokenizer, TokenMaskConfig(p=0.3)), torch.no_grad():
+        weight[-1] += 1
+        trained = weight[-1].clone()
+    assert torch.equal(weight[-1], trained)
+    with TokenMasker.attach(model, tokenizer, TokenMaskConfig(p=0.3), resumed=True):
+        assert torch.equal(weight[-1], trained)
+
+
+def test_the_masker_follows_a_model_that_moves():
+    model, tokenizer = build("bert")
+    with TokenMasker.attach(model, tokenizer, TokenMaskConfig(p=0.3, unit="word")) as masker:
+        model.train().to("meta")
+        ids = encode(tokenizer)["input_ids"].to("meta")
+        assert model.get_input_embeddings()(ids).device.type == "meta"
+        assert {masker._step.device.type, masker._maskable.device.type, masker._word_starts.device.type} == {"meta"}
+
+
+def test_state_is_json_and_goes_on_where_it_was_taken():
+    model, tokenizer = build("bert")
+    batch, config = encode(tokenizer), TokenMaskConfig(p=0.4)
+    model.train()
+    with TokenMasker.attach(model, tokenizer, config, seed=5) as masker:
+        model(**batch)
+        masker.rate = 0.5
+        state = json.loads(json.dumps(masker.state_dict()))
+        with seen_ids(model) as expected:
+            model(**batch)
+    with TokenMasker.attach(model, tokenizer, config, seed=5) as masker:
+        masker.load_state_dict(state)
+        assert (masker.step, masker.rate) == (1, 0.5)
+        with seen_ids(model) as seen:
+            model(**batch)
+    assert torch.equal(seen[0], expected[0])
+    with TokenMasker.attach(model, tokenizer, config, seed=6) as masker:
+        with pytest.raises(MaskTokenError, match="seed was 5, is 6"):
+            masker.load_state_dict(state)
+        assert masker.step == 0
+
+
+def test_the_seed_of_the_config_wins_even_if_zero():
+    model, tokenizer = build("bert")
+    for config, seed, expected in ((TokenMaskConfig(seed=0), 9, 0), (TokenMaskConfig(), 9, 9), (TokenMaskConfig(), None, 0)):
+        with TokenMasker.attach(model, tokenizer, config, seed=seed) as masker:
+            assert masker.seed == expected
+
+
+@pytest.mark.parametrize("kind", ["bart", "t5"])
+def test_encoder_decoders_are_refused(kind):
+    tokenizer = tiny_tokenizer("wordpiece")
+    if kind == "bart":
+        model = BartForSequenceClassification(
+            BartConfig(vocab_size=150, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+                       decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16)
+        )  # fmt: skip
+    else:
+        model = T5ForSequenceClassification(T5Config(vocab_size=150, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2))
+    with pytest.raises(MaskTokenError, match="encoder-decoder"):
+        TokenMasker.attach(model, tokenizer)
+
+
+def test_models_that_cannot_be_masked_are_refused():
+    model, tokenizer = build("bert")
+    with pytest.raises(MaskTokenError, match="no get_input_embeddings"):
+        TokenMasker.attach(torch.nn.Linear(2, 2), tokenizer)
+    with pytest.raises(MaskTokenError, match="DataParallel"):
+        TokenMasker.attach(torch.nn.DataParallel(model), tokenizer)
+    with pytest.raises(MaskTokenError, match=r"masking.protect: \[999\]"):
+        TokenMasker.attach(model, tokenizer, TokenMaskConfig(protect=(4, 999)))
+    model.bert.embed_tokens_per_layer = torch.nn.Embedding(150, 4)
+    with pytest.raises(MaskTokenError, match="once more for every layer"):
+        TokenMasker.attach(model, tokenizer)
+
+
+def test_a_given_mask_token_is_taken():
+    model, tokenizer = build("bert")
+    with TokenMasker.attach(model, tokenizer, mask_token=MaskToken(77, "id", "mine")) as masker:
+        assert masker.mask_token.id == 77
+
+
+def test_the_masker_needs_torch_only():
+    """Processes that mask but do not train with transformers need not import it."""
+    code = "import sys, tokmask_peft.masking; print('transformers' in sys.modules or 'peft' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
