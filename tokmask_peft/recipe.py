@@ -10,7 +10,8 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from tokmask_peft.errors import RecipeError
 
@@ -18,11 +19,27 @@ Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Task = Literal["sequence", "token"]
 
+# Titles say in errors what is expected where a field takes more than one kind of value.
+TokenId = Annotated[int, Field(ge=0, title="a token id")]
+SplitName = Annotated[str, Field(min_length=1, title="a split or file name")]
+ShareOfTrain = Annotated[float, Field(gt=0.0, lt=1.0, title="a share of train between 0 and 1, for example 0.1")]
+Modules = Annotated[tuple[str, ...], Field(min_length=1, title="a list of module names, for example [q_proj, v_proj]")]
+Weights = Annotated[
+    dict[str, Annotated[float, Field(ge=0.0)]], Field(title="a weight per label, as {en: 1.0, es: 2.0}")
+]
+
 
 class Section(BaseModel):
-    """Base of every part of a recipe: immutable, and no unknown keys."""
+    """Base of every part of a recipe: immutable, no unknown keys, and no true or false where a number belongs."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _switches_only_where_they_belong(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise PydanticCustomError("switch", "true or false does not fit here")  # Python would take them as 1 and 0
+        return value
 
 
 class TokenMaskConfig(Section):
@@ -45,21 +62,14 @@ class TokenMaskConfig(Section):
         "token", description="what is masked as a whole: a sub-token, a word, or span_length words in a row"
     )
     span_length: int = Field(3, ge=1, description="words in a span (unit: span)")
-    mask_token: Literal["auto", "mask", "spare", "unk"] | int = Field(
+    mask_token: Literal["auto", "mask", "spare", "unk"] | TokenId = Field(
         "auto",
         description="auto takes the tokenizer's mask token, else a spare embedding row set to the mean embedding, "
         "else the unknown token; or name one; or give a token id",
     )
     trainable_mask: StrictBool = Field(False, description="train the mask token's embedding row (saved in the adapter)")
-    protect: tuple[int, ...] = Field((), description="further token ids that are never masked")
-    seed: int | None = Field(None, ge=0, description="seed of the masked positions; none takes the run's seed")
-
-    @field_validator("mask_token")
-    @classmethod
-    def _mask_id_is_not_negative(cls, value: Any) -> Any:
-        if isinstance(value, int) and value < 0:
-            raise ValueError("a mask token id cannot be negative; give an id of the tokenizer or a spare embedding row")
-        return value
+    protect: tuple[TokenId, ...] = Field((), description="further token ids that are never masked")
+    seed: int | None = Field(None, ge=0, description="seed of the masked positions; null takes the run's seed")
 
     @model_validator(mode="after")
     def _schedule_moves_forward(self) -> Self:
@@ -110,6 +120,14 @@ class SourceConfig(Section):
         None, description="column of the label, or of the tags in token tasks; a number counts from 0 in CoNLL files"
     )
 
+    @model_validator(mode="after")
+    def _has_a_source(self) -> Self:
+        if self.path is None and self.hub is None and not self.builtin:
+            raise ValueError(
+                "no data: set path to a local folder or file, hub to a dataset id, or builtin to true in this section"
+            )
+        return self
+
     def expanded(self) -> Self:
         """Return a copy in which `${NAME}` and `~` in paths are replaced.
 
@@ -126,9 +144,9 @@ class SourceConfig(Section):
         if self.path is None:
             return self
         for name in re.findall(r"\$\{(\w+)\}", self.path):
-            if name not in os.environ:
+            if not os.environ.get(name):
                 problems.append(
-                    f"{at}.path: is {self.path}, but the environment variable {name} is not set; "
+                    f"{at}.path: is {self.path}, but the environment variable {name} is not set or empty; "
                     f"set it to the folder of your data, or give {at}.path=FOLDER"
                 )
         return self.model_copy(update={"path": str(Path(os.path.expandvars(self.path)).expanduser())})
@@ -139,9 +157,11 @@ class DataConfig(SourceConfig):
 
     task: Task = Field(description="sequence: one label per text; token: one label per word")
     train: str = Field("train", description="split or file name of the training texts")
-    validation: str | float = Field("validation", description="split or file name, or the share of train to set aside")
+    validation: SplitName | ShareOfTrain = Field(
+        "validation", description="split or file name, or the share of train to set aside"
+    )
     test: str | None = Field(
-        "test", description="split or file name of the test texts; none if there is no labelled test"
+        "test", description="split or file name of the test texts; null if there is no labelled test"
     )
     test_source: SourceConfig | None = Field(None, description="other source of the test texts (zero-shot transfer)")
     label_map: dict[str, str] | None = Field(
@@ -163,20 +183,13 @@ class DataConfig(SourceConfig):
             return copy
         return copy.model_copy(update={"test_source": self.test_source._expand(f"{at}.test_source", problems)})
 
-    @field_validator("validation")
+    @field_validator("validation", mode="before")
     @classmethod
-    def _share_leaves_train(cls, value: Any) -> Any:
-        if isinstance(value, float) and not 0.0 < value < 1.0:
-            raise ValueError("a share of train must lie between 0 and 1, for example 0.1")
+    def _number_is_a_share(cls, value: Any) -> Any:
+        # YAML 1.1 reads 5e-2 as text, and no split is called like a number
+        if isinstance(value, str) and re.fullmatch(r"[-+]?\d*\.?\d+(e[-+]?\d+)?", value.strip(), re.IGNORECASE):
+            return float(value)
         return value
-
-    @model_validator(mode="after")
-    def _has_a_source(self) -> Self:
-        if self.path is None and self.hub is None and not self.builtin:
-            raise ValueError(
-                "no data: set data.path to a local folder or file, data.hub to a dataset id, or data.builtin to true"
-            )
-        return self
 
 
 class ModelConfig(Section):
@@ -185,7 +198,8 @@ class ModelConfig(Section):
     backbone: str = Field(description="model id on the Hugging Face Hub, or a local folder")
     backbone_path: str | None = Field(
         None,
-        description="where to load the backbone from instead: a folder, or 'package:NAME/FOLDER' in an installed package",
+        description="where to load the backbone from instead: a folder, or package:NAME/FOLDER, a folder in an "
+        "installed Python package",
     )
     revision: str | None = Field(None, description="revision of the backbone on the Hub")
     quantization: Literal["auto", "nf4", "int8", "none"] = Field(
@@ -207,7 +221,7 @@ class AdapterConfig(Section):
     r: int = Field(16, ge=1, description="rank")
     alpha: float = Field(32.0, gt=0, description="scaling numerator: the update is alpha / r times B A")
     dropout: Rate = Field(0.05, description="dropout on the adapter's input")
-    targets: Literal["auto"] | tuple[str, ...] = Field(
+    targets: Literal["auto"] | Modules = Field(
         "auto", description="module names to adapt; auto is every linear layer of the backbone"
     )
     rslora: StrictBool = Field(False, description="scale by alpha / sqrt(r) (Kalajdzievski 2023)")
@@ -224,24 +238,26 @@ class TrainingConfig(Section):
     batching: Literal["grouped", "padded"] = Field(
         "grouped", description="grouped: random batches of similar length; padded: random batches"
     )
-    learning_rate: float = Field(5e-4, gt=0)
-    scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field("linear")
+    learning_rate: float = Field(5e-4, gt=0, description="peak learning rate of AdamW, for adapter and head")
+    scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
+        "linear", description="how the learning rate moves after it has risen; constant has no rise"
+    )
     warmup: Share = Field(0.06, description="share of the steps in which the learning rate rises")
-    weight_decay: float = Field(0.01, ge=0)
+    weight_decay: float = Field(0.01, ge=0, description="AdamW weight decay; norms and biases are left out")
     max_grad_norm: float = Field(1.0, ge=0, description="gradient clipping; 0 is off")
     loss: Literal["cross_entropy", "focal"] = Field("cross_entropy", description="focal: Lin et al. 2017")
     focal_gamma: float = Field(1.0, ge=0, description="focusing parameter of the focal loss")
-    label_smoothing: Rate = Field(0.0)
-    class_weights: Literal["none", "inverse", "sqrt_inverse"] | dict[str, float] = Field(
+    label_smoothing: Rate = Field(0.0, description="share of the target that is spread over all classes; 0 is off")
+    class_weights: Literal["none", "inverse", "sqrt_inverse"] | Weights = Field(
         "sqrt_inverse",
         description="loss weight per class: sqrt_inverse is sqrt(N / (K n_c)), scaled to sum to K; or label -> weight",
     )
-    neftune_alpha: float | None = Field(None, gt=0, description="NEFTune noise (Jain et al. 2023); none is off")
+    neftune_alpha: float | None = Field(None, gt=0, description="NEFTune noise (Jain et al. 2023); null is off")
     patience: int | None = Field(
         None, ge=1, description="stop after so many evaluations without a better validation F1"
     )
-    eval_batch_size: int = Field(128, ge=1)
-    logging_steps: int = Field(20, ge=1)
+    eval_batch_size: int = Field(128, ge=1, description="texts per forward pass and device in evaluation")
+    logging_steps: int = Field(20, ge=1, description="optimizer steps between two lines of log.jsonl")
     baseline: StrictBool = Field(
         True, description="also score character n-grams with logistic regression on the same split"
     )

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
 
 from tokmask_peft.errors import RecipeError, nearest
 from tokmask_peft.recipe import Recipe
+from tokmask_peft.recipe_errors import explain, section_of, sections, shown
 
 _PACKAGE = Path(__file__).parent
 SHIPPED = _PACKAGE / "recipes" if (_PACKAGE / "recipes").is_dir() else _PACKAGE.parent / "recipes"
@@ -57,11 +58,14 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         if not sign or not all(keys):
             problems.append(f"{override}: expected dotted.key=value, for example training.epochs=3")
             continue
+        if keys[0] == "base":
+            problems.append(f"{override}: a base can only be named in the recipe file")
+            continue
         _set(content, keys, _scalar(value), problems, override)
     try:
         checked = Recipe.model_validate(content)
     except ValidationError as error:
-        problems.extend(_explain(error))
+        problems.extend(explain(error))
     if problems:
         raise RecipeError(problems, source=str(recipe))
     return checked
@@ -73,39 +77,35 @@ def to_yaml(recipe: Recipe) -> str:
 
 
 def copy_recipe(recipe: str | Path, target: Path) -> None:
-    """Write a recipe with its bases merged in, comments of the recipe itself kept at its head.
+    """Write a recipe with its bases merged in; the comments at its head stay, with the command for the new file.
 
     Raises:
-        RecipeError: there is no such recipe, or the target exists.
+        RecipeError: there is no such recipe, the target exists, or it cannot be written.
     """
     path = find_recipe(recipe)
-    if target.exists():
-        raise RecipeError([f"{target} exists; choose another name or remove it"], source=str(recipe))
-    lines = path.read_text(encoding="utf-8").splitlines()
-    head = [line for index, line in enumerate(lines) if all(above.startswith("#") for above in lines[: index + 1])]
-    head = [
-        line.replace(f"recipes/{path.relative_to(SHIPPED).as_posix()}", str(target)) for line in head if _inside(path)
-    ]
     body = yaml.safe_dump(_read_merged(path, ()), sort_keys=False, allow_unicode=True)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text("".join(f"{line}\n" for line in head) + body, encoding="utf-8")
+    head = ""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        head += re.sub(r"(tokmask train) \S+", lambda found: f"{found[1]} {shlex.quote(str(target))}", line) + "\n"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with target.open("x", encoding="utf-8") as file:
+            file.write(head + body)
+    except FileExistsError as error:
+        raise RecipeError([f"{target} exists; choose another name or remove it"], source=str(recipe)) from error
+    except OSError as error:
+        raise RecipeError([f"{target} cannot be written: {error.strerror}"], source=str(recipe)) from error
 
 
-def _inside(path: Path) -> bool:
-    return path.resolve().is_relative_to(SHIPPED.resolve())
-
-
-def field_help(model: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:
+def field_help() -> list[str]:
     """Return a line per key of a recipe: name, default and meaning."""
     lines: list[str] = []
-    for name, field in model.model_fields.items():
-        section = _section(field.annotation)
-        if section is not None:
-            lines.extend(field_help(section, f"{prefix}{name}."))
-            continue
-        default = "required" if field.is_required() else f"default {field.get_default(call_default_factory=True)!r}"
+    for path, field in sections():
+        default = field.get_default(call_default_factory=True)
         about = f": {field.description}" if field.description else ""
-        lines.append(f"{prefix}{name} ({default}){about}")
+        lines.append(f"{path} ({'required' if field.is_required() else f'default {shown(default)}'}){about}")
     return lines
 
 
@@ -113,7 +113,7 @@ def differences(before: Recipe, after: Recipe) -> list[str]:
     """Return a line per field that differs, apart from where the run lies."""
     old, new = _flat(before.model_dump(mode="json")), _flat(after.model_dump(mode="json"))
     return [
-        f"{key}: {old.get(key)} before, {new.get(key)} now"
+        f"{key}: {shown(old.get(key))} before, {shown(new.get(key))} now"
         for key in sorted({*old, *new} - {"name", "output_dir"})
         if old.get(key) != new.get(key)
     ]
@@ -130,16 +130,54 @@ def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, but a key given twice is an error, not a silent last one."""
+    """YAML's safe loader without its traps.
+
+    A key given twice is an error, not a silent last one. Only `true` and `false` are switches, and no date is read
+    out of digits: `no` is Norwegian, and 2024-01-01 a name.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(problem="a key must be a single value", problem_mark=key_node.start_mark)
+            key = self.construct_object(key_node)
             if key in seen:
                 raise yaml.MarkedYAMLError(problem=f"the key '{key}' is given twice", problem_mark=key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+_TRAPS = {"tag:yaml.org,2002:bool", "tag:yaml.org,2002:timestamp"}
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _TRAPS]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 (a safe loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise RecipeError([f"{where}{error.problem or error.context}"], str(path)) from error
+    except UnicodeDecodeError as error:
+        raise RecipeError([f"is not UTF-8 text (byte {error.start}); save it as UTF-8"], str(path)) from error
+    except OSError as error:
+        raise RecipeError([f"cannot be read: {error.strerror}"], str(path)) from error
+    except (yaml.YAMLError, ValueError) as error:  # characters that YAML refuses, numbers that Python does
+        raise RecipeError([" ".join(str(error).split())], str(path)) from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise RecipeError([f"expected keys with values, as name: my-run, but the file is {shown(content)}"], str(path))
+    return content
 
 
 def _read_merged(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
@@ -148,38 +186,35 @@ def _read_merged(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
         raise RecipeError(
             [f"base: the recipe is its own base ({' -> '.join(map(str, [*above, resolved]))})"], str(path)
         )
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader) or {}  # noqa: S506 (a safe loader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise RecipeError([f"{where}{error.problem or error.context}"], str(path)) from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RecipeError([str(error)], str(path)) from error
-    if not isinstance(content, dict):
-        raise RecipeError([f"expected a mapping of keys to values, found {type(content).__name__}"], str(path))
+    content = _read(path)
     bases = content.pop("base", None) or []
+    files = [path.parent / str(base) for base in (bases if isinstance(bases, list) else [bases])]
+    missing = [f"base: {base} is not a file; a base is named from the folder of its recipe" for base in files]
+    if missing := [line for line, base in zip(missing, files, strict=True) if not base.is_file()]:
+        raise RecipeError(missing, str(path))
     merged: dict[str, Any] = {}
-    for base in bases if isinstance(bases, list) else [bases]:
-        below = path.parent / str(base)
-        if not below.is_file():
-            raise RecipeError([f"base: {base} is not a file (looked for {below})"], str(path))
-        merged = _merge(merged, _read_merged(below, (*above, resolved)))
-    return _merge(merged, content)
+    for base in files:
+        merged = _merge(merged, _read_merged(base, (*above, resolved)), Recipe)
+    return _merge(merged, content, Recipe)
 
 
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+def _merge(base: dict[str, Any], over: dict[str, Any], model: type[BaseModel]) -> dict[str, Any]:
+    """Merge sections key by key; a value, also one that is a mapping (`label_map`), is replaced as a whole."""
     merged = dict(base)
     for key, value in over.items():
-        before = merged.get(key)
-        merged[key] = _merge(before, value) if isinstance(before, dict) and isinstance(value, dict) else value
+        before, field = merged.get(key), model.model_fields.get(str(key))
+        section = None if field is None else section_of(field.annotation)
+        if section is not None and isinstance(before, dict) and isinstance(value, dict):
+            merged[key] = _merge(before, value, section)
+        else:
+            merged[key] = value
     return merged
 
 
 def _scalar(text: str) -> Any:
     try:
-        return yaml.safe_load(text) if text.strip() else ""
-    except yaml.YAMLError:
+        return yaml.load(text, Loader=_Loader) if text.strip() else ""  # noqa: S506 (a safe loader)
+    except (yaml.YAMLError, ValueError):
         return text
 
 
@@ -193,60 +228,3 @@ def _set(content: dict[str, Any], keys: list[str], value: Any, problems: list[st
             return
         place = place[key]
     place[keys[-1]] = value
-
-
-def _explain(error: ValidationError) -> list[str]:
-    """Turn pydantic's errors into one line per field."""
-    lines: dict[str, list[str]] = {}
-    for detail in error.errors(include_url=False):
-        path, candidates, description = _place(detail["loc"])
-        text = _problem(detail, candidates)
-        if description and detail["type"] in {"missing", "literal_error"}:
-            text += f" ({description})"
-        lines.setdefault(".".join(path) or "recipe", []).append(text)
-    return [f"{path}: {'; or '.join(dict.fromkeys(texts))}" for path, texts in lines.items()]
-
-
-def _problem(detail: ErrorDetails, siblings: list[str]) -> str:
-    kind, found = detail["type"], detail.get("input")
-    if kind == "extra_forbidden":
-        name = str(detail["loc"][-1])
-        return f"unknown key.{nearest(name, siblings)} Known here: {', '.join(siblings)}"
-    if kind == "missing":
-        return "is missing"
-    if kind == "literal_error":
-        expected = str(detail["ctx"]["expected"]) if "ctx" in detail else ""
-        names = [part.strip(" '") for part in expected.replace(" or ", ", ").split(",")]
-        return f"is {found!r}; expected {expected}.{nearest(str(found), names)}"
-    message = detail["msg"].removeprefix("Value error, ")
-    message = message[:1].lower() + message[1:] if message.startswith("Input") else message
-    if kind in {"value_error"} or isinstance(found, Mapping):
-        return message
-    return f"is {found!r}; {message.replace('input should be', 'it should be')}"
-
-
-def _place(loc: tuple[int | str, ...]) -> tuple[list[str], list[str], str | None]:
-    """Return the dotted path without pydantic's union branches, the keys known there, and the description."""
-    path: list[str] = []
-    model: type[BaseModel] | None = Recipe
-    siblings: list[str] = list(Recipe.model_fields)
-    description: str | None = None
-    for index, part in enumerate(loc):
-        if model is None:
-            break
-        path.append(str(part))
-        siblings = list(model.model_fields)
-        field = model.model_fields.get(str(part))
-        if field is None:
-            break
-        description = field.description
-        model = _section(field.annotation)
-        if model is None and get_origin(field.annotation) is dict and index + 1 < len(loc):
-            path.append(str(loc[index + 1]))
-    return path, siblings, description
-
-
-def _section(annotation: Any) -> type[BaseModel] | None:
-    if get_origin(annotation) in {Union, UnionType}:
-        return next((found for part in get_args(annotation) if (found := _section(part))), None)
-    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None

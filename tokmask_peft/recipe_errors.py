@@ -1,0 +1,184 @@
+"""Turn what pydantic says about a recipe into lines that a user can act on.
+
+A line names the dotted path, the value found, what was expected there, and the nearest valid name. What is expected
+is read off the model: its types, bounds and titles (`Annotated[int, Field(title="a token id")]`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+from tokmask_peft.errors import nearest
+from tokmask_peft.recipe import Recipe
+
+_NOUNS = {str: "text", int: "a whole number", float: "a number", bool: "true or false", NoneType: "null"}
+_BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+_KEYS_SHOWN = 4
+
+
+def explain(error: ValidationError) -> list[str]:
+    """Return a line per problem of a recipe; the branches of a union make one line together."""
+    found: dict[str, list[tuple[ErrorDetails, _Place]]] = {}
+    for detail in error.errors(include_url=False):
+        place = _find(detail["loc"])
+        found.setdefault(place.path, []).append((detail, place))
+    lines: list[str] = []
+    for path, pairs in found.items():
+        # where a value fits a container of the union, only what is wrong inside is worth saying
+        inner = [pair for pair in pairs if pair[1].inside] or pairs
+        lines.extend(f"{path}{_inside(place)}: {_problem(detail, place)}" for detail, place in inner)
+    return list(dict.fromkeys(lines))
+
+
+def sections(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Yield every key below a section with its dotted path, sections themselves left out."""
+    for name, field in model.model_fields.items():
+        section = section_of(field.annotation)
+        if section is None:
+            yield f"{prefix}{name}", field
+        else:
+            yield from sections(section, f"{prefix}{name}.")
+
+
+def section_of(annotation: Any) -> type[BaseModel] | None:
+    """Return the section that a field holds, or None for a field with a value of its own."""
+    if get_origin(annotation) in {Union, UnionType}:
+        return next((found for part in get_args(annotation) if (found := section_of(part))), None)
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
+def shown(value: Any) -> str:
+    """Return a value as a recipe would write it, shortened."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, tuple):
+        value = list(value)
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where an error is: the dotted path of the field, the field, what is known beside it, and where inside it."""
+
+    path: str
+    field: FieldInfo | None
+    siblings: tuple[str, ...]
+    inside: tuple[int | str, ...] = ()
+
+
+def _find(loc: tuple[int | str, ...]) -> _Place:
+    model: type[BaseModel] = Recipe
+    path: list[str] = []
+    for index, part in enumerate(loc):
+        path.append(str(part))
+        field = model.model_fields.get(str(part))
+        section = None if field is None else section_of(field.annotation)
+        if section is None or index + 1 == len(loc):
+            inside = loc[index + 1 :]
+            if field is not None and len(_branches(field.annotation, with_null=False)) > 1:
+                inside = inside[1:]  # pydantic's name of the branch
+            return _Place(".".join(path), field, tuple(model.model_fields), inside)
+        model = section
+    return _Place("recipe", None, tuple(Recipe.model_fields))
+
+
+def _problem(detail: ErrorDetails, place: _Place) -> str:
+    kind, value = detail["type"], detail.get("input")
+    if kind == "invalid_key":
+        return f"unknown key, and not text. Known here: {', '.join(place.siblings)}"
+    if kind == "extra_forbidden":
+        return f"unknown key.{_nearest_key(detail, place)} Known here: {', '.join(place.siblings)}"
+    if kind == "missing":
+        about = f" ({place.field.description})" if place.field and place.field.description else ""
+        return f"is missing; expected {_expected(place)}{about}"
+    if kind == "value_error":
+        message = detail["msg"].removeprefix("Value error, ")
+        return message if isinstance(value, Mapping) else f"is {shown(value)}; {message}"
+    if place.inside[-1:] == ("[key]",):
+        return f"the key {shown(value)} is not text: put it in quotes"
+    text = f"is {shown(value)}; expected {_expected(place)}"
+    branches = _innermost(place)
+    if isinstance(value, str):
+        names = [name for part in branches if get_origin(part) is Literal for name in get_args(part)]
+        guess = nearest(value, names)
+        return f"{text}.{guess}" if guess else text
+    only_text = str in branches and not {*branches} - {str, NoneType}
+    quotable = only_text and value is not None and not isinstance(value, Mapping | Sequence)
+    return f"{text}: put it in quotes" if quotable else text
+
+
+def _nearest_key(detail: ErrorDetails, place: _Place) -> str:
+    name = str(detail["loc"][-1])
+    elsewhere = [path for path, _ in sections() if path.rpartition(".")[2] == name and "test_source" not in path]
+    if isinstance(detail.get("input"), Mapping):  # a section
+        elsewhere = []
+    return f" Did you mean '{elsewhere[0]}'?" if elsewhere else nearest(name, place.siblings)
+
+
+def _inside(place: _Place) -> str:
+    parts = [part for part in place.inside if part != "[key]"]
+    if len(parts) != len(place.inside):
+        parts = parts[:-1]  # the key itself is what is wrong
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts)
+
+
+def _innermost(place: _Place) -> list[Any]:
+    """Return the types that are right at the place."""
+    branches = [] if place.field is None else _branches(place.field.annotation)
+    if not place.inside:
+        return branches
+    containers = [_bare(part)[0] for part in branches if get_origin(_bare(part)[0]) in {dict, tuple}]
+    return [get_args(part)[1 if get_origin(part) is dict else 0] for part in containers]
+
+
+def _expected(place: _Place) -> str:
+    if place.field is None:
+        return "a mapping of keys to values"
+    section = section_of(place.field.annotation)
+    if section is not None:
+        keys = sorted(section.model_fields, key=lambda key: not section.model_fields[key].is_required())
+        return f"a section with keys such as {', '.join(keys[:_KEYS_SHOWN])}"
+    outer = () if place.inside else tuple(place.field.metadata)
+    words: list[str] = []
+    for part in _innermost(place):
+        words.extend([repr(name) for name in get_args(part)] if get_origin(part) is Literal else [_noun(part, outer)])
+    return f"{', '.join(words[:-1])} or {words[-1]}" if len(words) > 1 else words[0]
+
+
+def _branches(annotation: Any, with_null: bool = True) -> list[Any]:
+    parts = list(get_args(annotation)) if get_origin(annotation) in {Union, UnionType} else [annotation]
+    return [part for part in parts if with_null or part is not NoneType]
+
+
+def _bare(annotation: Any) -> tuple[Any, tuple[Any, ...]]:
+    """Split `Annotated[type, …]` into the type and its metadata."""
+    if get_origin(annotation) is Annotated:
+        bare, *metadata = get_args(annotation)
+        return bare, tuple(metadata)
+    return annotation, ()
+
+
+def _noun(annotation: Any, outer: tuple[Any, ...] = ()) -> str:
+    """Say what a type is in the words of a recipe: its title, else a noun with its bounds."""
+    bare, metadata = _bare(annotation)
+    rules = list(outer)
+    for item in metadata:
+        if isinstance(item, FieldInfo) and item.title:
+            return item.title
+        rules.extend(getattr(item, "metadata", [item]))
+    bounds = [
+        f"{word} {str(getattr(rule, name)).removesuffix('.0')}"
+        for rule in rules
+        for name, word in _BOUNDS.items()
+        if hasattr(rule, name)
+    ]
+    noun = _NOUNS.get(bare) or {tuple: "a list such as [a, b]", dict: "a mapping such as {a: b}"}[get_origin(bare)]
+    return f"{noun} ({', '.join(bounds)})" if bounds and bare in {int, float} else noun
