@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
-import sys
+import logging
+import os
+import shlex
+import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from tokmask_peft import __version__
 from tokmask_peft.errors import RunInterruptedError, TokmaskError
 
+
+class _Commands(TyperGroup):
+    """Commands that end in one message and exit code 2 on a mistake of the user's, in 130 on an interruption."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except TokmaskError as error:
+            typer.echo(f"Error: {error}", err=True)
+            raise typer.Exit(130 if isinstance(error, RunInterruptedError) else 2) from None
+        except KeyboardInterrupt:
+            typer.echo("Interrupted.", err=True)
+            raise typer.Exit(130) from None
+
+
 app = typer.Typer(
+    cls=_Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -22,7 +42,7 @@ app.add_typer(recipes_app, name="recipes")
 
 RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="a YAML file, or the name of a shipped recipe")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="overrides, for example training.epochs=3")
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="overrides, for example training.epochs=3")
 ]
 
 
@@ -47,9 +67,7 @@ def train(
     from tokmask_peft.recipe import Recipe
 
     checked = Recipe.load(recipe, overrides or [])
-    from tokmask_peft.console import quiet_libraries
-
-    quiet_libraries()
+    _quiet_libraries()
     from tokmask_peft.training import fit
 
     fit.train(checked, resume=resume, quiet=quiet)
@@ -65,9 +83,11 @@ def evaluate(
     """Score the adapter of RUN on one of its splits, or on other texts."""
     import json
 
-    from tokmask_peft.console import make_console, print_scores, quiet_libraries
+    from tokmask_peft.training.run_folder import open_finished
 
-    quiet_libraries()
+    open_finished(run)  # before the libraries are loaded, which takes seconds
+    _quiet_libraries()
+    from tokmask_peft.console import make_console, print_scores
     from tokmask_peft.training.evaluate import evaluate as score
 
     result = score(run, split=split, data=data)
@@ -126,7 +146,7 @@ def copy_recipe(
     from tokmask_peft.recipe_io import copy_recipe as copy
 
     copy(name, target)
-    typer.echo(f"{target} is yours to change; run it with: tokmask train {target}")
+    typer.echo(f"{target} is yours to change; run it with: tokmask train {shlex.quote(str(target))}")
 
 
 @recipes_app.command("fields")
@@ -138,13 +158,20 @@ def list_fields() -> None:
         typer.echo(line)
 
 
+def _quiet_libraries() -> None:
+    """Silence what the libraries say on a normal run: load reports, progress bars of theirs, advice for others."""
+    # first: importing transformers imports bitsandbytes, which warns of optional kernels at once
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import datasets
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    warnings.filterwarnings("ignore", module=r"(torch|transformers|peft|bitsandbytes|accelerate)(\..*)?$")
+
+
 def main() -> None:
-    """Run the command line; a mistake of the user's ends in one message and exit code 2, an interruption in 130."""
-    try:
-        app(standalone_mode=True)
-    except TokmaskError as error:
-        typer.echo(f"Error: {error}", err=True)
-        sys.exit(130 if isinstance(error, RunInterruptedError) else 2)
-    except KeyboardInterrupt:
-        typer.echo("Interrupted.", err=True)
-        sys.exit(130)
+    """Run the command line."""
+    app()

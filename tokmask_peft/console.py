@@ -6,15 +6,13 @@ once, and what is suspicious is said.
 
 from __future__ import annotations
 
-import logging
-import os
 import sys
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -28,26 +26,13 @@ def make_console(quiet: bool = False) -> Console:
     return Console(quiet=quiet, width=width, highlight=False, soft_wrap=not sys.stdout.isatty())
 
 
-def quiet_libraries() -> None:
-    """Silence what the libraries say on a normal run: load reports, progress bars of theirs, advice for others."""
-    import datasets
-    import transformers
-
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module=r"(torch|transformers|peft|bitsandbytes|accelerate)(\..*)?$")
-
-
 def print_decisions(console: Console, decisions: Sequence[Decision]) -> None:
     """Print what was decided, and why."""
     table = Table(title="Decisions", title_justify="left", box=None, padding=(0, 2, 0, 0))
     for column in ("what", "choice", "reason"):
         table.add_column(column, overflow="fold")
     for decision in decisions:
-        table.add_row(decision.what, f"[bold]{decision.choice}[/bold]", decision.reason)
+        table.add_row(escape(decision.what), f"[bold]{escape(decision.choice)}[/bold]", escape(decision.reason))
     console.print(table)
     console.print()
 
@@ -67,11 +52,12 @@ def print_scores(console: Console, parts: Mapping[str, Mapping[str, Any]]) -> No
         table.add_column(column, justify="left" if column == "split" else "right")
     for name, part in parts.items():
         row = [f"{part[score]:.4f}" for score in ("f1_macro", "f1_weighted", "accuracy")]
-        table.add_row(name, *row, f"{part['items']:,}")
+        table.add_row(escape(name), *row, f"{part['items']:,}")
     console.print(table)
     for name, part in parts.items():
         if part.get("without_prediction"):
-            console.print(f"{name}: {part['without_prediction']:,} words lie beyond the cut and count as errors")
+            cut = f"{name}: {part['without_prediction']:,} words lie beyond the cut and count as errors"
+            console.print(cut, markup=False)
         for row in part.get("by_mixing") or ():
             console.print(f"  code-mixing index {row['cmi']}: macro-F1 {row['f1_macro']:.4f} ({row['posts']:,} posts)")
 
@@ -81,7 +67,7 @@ def print_result(console: Console, result: Mapping[str, Any], adapter: Path) -> 
     names = {"validation": "validation", "test": "test", "baseline": "baseline: character n-grams"}
     print_scores(console, {name: result[key] for key, name in names.items() if result.get(key)})
     console.print(baseline_verdict(result))
-    console.print(f"\nAdapter: [bold]{adapter}[/bold]", soft_wrap=True)
+    console.print(f"\nAdapter: [bold]{escape(str(adapter))}[/bold]", soft_wrap=True)
 
 
 def baseline_verdict(result: Mapping[str, Any]) -> str:
