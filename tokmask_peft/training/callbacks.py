@@ -6,6 +6,7 @@ import json
 import signal
 import threading
 import time
+from math import isfinite
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -27,7 +28,7 @@ class LogFile(TrainerCallback):
         if not state.is_world_process_zero:
             return
         old = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
-        kept = [line for line in old if json.loads(line)["step"] <= state.global_step]
+        kept = [line for line in old if _step(line) <= state.global_step]
         self.path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
     def on_log(
@@ -36,8 +37,19 @@ class LogFile(TrainerCallback):
         """Append what was logged."""
         if state.is_world_process_zero and logs:
             line = {"step": state.global_step, "epoch": state.epoch, **logs}
+            finite = {
+                key: None if isinstance(value, float) and not isfinite(value) else value for key, value in line.items()
+            }
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write(json.dumps(finite, allow_nan=False) + "\n")
+
+
+def _step(line: str) -> float:
+    """Return the step of a line; a line that a killed run left half-written belongs to none."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return float("inf")
 
 
 class StopOnSignal(TrainerCallback):
@@ -118,7 +130,9 @@ class AdapterMoves(TrainerCallback):
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
-        """Remember the adapter."""
+        """Remember the adapter, unless a comparison is still due."""
+        if self._at_evaluation is not None:
+            return
         self._at_evaluation = {
             name: parameter.detach().clone()
             for name, parameter in model.named_parameters()

@@ -85,7 +85,8 @@ class ClassificationLoss:
         if self.gamma > 0:
             chosen = labels.clamp(min=0).unsqueeze(1)
             p_true = logits.softmax(dim=-1).gather(1, chosen).squeeze(1)
-            losses = losses * (1.0 - p_true).pow(self.gamma)
+            # at p_true = 1 the power has no finite gradient for gamma below 1
+            losses = losses * (1.0 - p_true).clamp(min=1e-7).pow(self.gamma)
         items = (labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
         items = torch.as_tensor(items, dtype=losses.dtype, device=losses.device)
         return losses.sum() / items.clamp(min=1)

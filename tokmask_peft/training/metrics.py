@@ -77,7 +77,8 @@ def code_mixing_index(tags: Sequence[str], languages: Sequence[str]) -> float:
     CMI = 100 (1 - max_l w_l / (n - u)): w_l words of language l, n words, u of them in no language.
     """
     counts = Counter(tag for tag in tags if tag in languages)
-    return 100.0 * (1.0 - max(counts.values()) / sum(counts.values())) if counts else 0.0
+    spoken = sum(counts.values())
+    return 100.0 * (spoken - max(counts.values())) / spoken if counts else 0.0  # exact at the bounds of the bins
 
 
 MIXING_BINS = ((0.0, 0.0), (0.0, 15.0), (15.0, 30.0), (30.0, 45.0), (45.0, 100.0))
