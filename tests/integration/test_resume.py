@@ -1,0 +1,62 @@
+"""Ctrl-C leaves a run that goes on as if nothing had happened."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tokmask_peft.training.run_folder import RunFolder
+
+SLOW = "training.epochs=6"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_and_resumed_is_uninterrupted(write_recipe, tokmask, tmp_path, number):
+    recipe = write_recipe()
+    whole, broken = RunFolder(tmp_path / "runs" / "whole"), RunFolder(tmp_path / "runs" / "broken")
+    tokmask("train", recipe, SLOW, "name=whole", "--quiet")
+
+    with (tmp_path / "said").open("w") as said:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tokmask_peft", "train", str(recipe), SLOW, "name=broken"],
+            stdout=said,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        )
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and process.poll() is None:
+            if broken.log.is_file() and len(broken.log.read_text().splitlines()) >= 20:  # within the second epoch
+                process.send_signal(number)
+                break
+            time.sleep(0.005)
+        assert process.wait(timeout=120) == 130, (tmp_path / "said").read_text()
+    text = (tmp_path / "said").read_text()
+    assert "Traceback" not in text
+    assert "--resume" in text
+    assert not broken.finished()
+    stopped_at = int(broken.last_checkpoint().name.removeprefix("checkpoint-"))
+    assert 0 < stopped_at < 72
+
+    refused = tokmask("train", recipe, SLOW, "name=broken", check=False)
+    assert refused.returncode == 2
+    assert "--resume" in refused.stderr
+    other = tokmask("train", recipe, SLOW, "name=broken", "masking.p=0.2", "--resume", check=False)
+    assert other.returncode == 2
+    assert "masking.p: 0.1 before, 0.2 now" in other.stderr
+
+    tokmask("train", broken.recipe, "--resume", "--quiet")
+    one, two = (load_file(run.adapter / "adapter_model.safetensors") for run in (whole, broken))
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], atol=1e-6, rtol=0)
+    losses = [
+        {line["step"]: line["loss"] for line in map(json.loads, run.log.read_text().splitlines()) if "loss" in line}
+        for run in (whole, broken)
+    ]
+    assert list(losses[1]) == list(range(1, 73))
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)

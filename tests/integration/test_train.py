@@ -1,0 +1,180 @@
+"""The main job through the real command line: a recipe and text in, an adapter out."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tokmask_peft import Recipe, evaluate, train
+from tokmask_peft.model.adapter import load_adapter
+from tokmask_peft.model.backbone import load_backbone
+from tokmask_peft.training.run_folder import RunFolder
+
+ALONE = """
+import sys
+sys.modules["tokmask_peft"] = None          # the adapter has to load where this package is not installed
+import json, torch
+from transformers import AutoTokenizer
+from peft import {auto}
+folder, texts = sys.argv[1], json.loads(sys.argv[2])
+labels = {labels!r}
+model = {auto}.from_pretrained(folder, num_labels=len(labels), id2label=dict(enumerate(labels))).eval()
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model.config.pad_token_id = tokenizer.pad_token_id
+with torch.no_grad():
+    logits = model(**tokenizer(texts, return_tensors="pt", padding=True)).logits
+print(json.dumps([logits.tolist(), [model.config.id2label[i] for i in range(len(labels))]]))
+"""
+TEXTS = ["hoy great phone", "muy malo :("]
+
+
+@pytest.mark.parametrize(
+    ("family", "task"), [("bert", "sequence"), ("bert", "token"), ("qwen2", "sequence"), ("llama", "token")]
+)
+def test_recipe_in_adapter_out(write_recipe, tokmask, tmp_path, family, task):
+    recipe = write_recipe(family, task)
+    said = tokmask("train", recipe).stdout
+    run = RunFolder(tmp_path / "runs" / "tiny")
+    labels = ["negative", "positive"] if task == "sequence" else ["lang1", "lang2", "other"]
+
+    adapter_files = {path.name for path in run.adapter.iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "labels.json", "README.md"} <= adapter_files
+    assert {"tokmask_config.json", "tokenizer.json"} <= adapter_files
+    assert json.loads((run.adapter / "labels.json").read_text())["labels"] == labels
+    result = json.loads(run.result.read_text())
+    assert {"validation", "test", "baseline", "data", "decisions", "speed"} <= set(result)
+    assert result["test"]["items"] == result["baseline"]["items"] > 0
+    assert sum(map(sum, result["test"]["confusion"]["matrix"])) == result["test"]["items"]
+    assert Recipe.load(run.recipe) == Recipe.load(recipe)
+
+    log = [json.loads(line) for line in run.log.read_text().splitlines()]
+    assert all({"loss", "learning_rate", "grad_norm", "masking_rate"} <= set(line) for line in log if "loss" in line)
+    assert {line["masking_rate"] for line in log if "loss" in line} == {0.1}
+    # the saved adapter is that of the best epoch
+    best = max(line["eval_f1_macro"] for line in log if "eval_f1_macro" in line)
+    assert result["validation"]["f1_macro"] == pytest.approx(best)
+
+    assert "mask token" in said
+    assert str(run.adapter.name) in said
+    assert f"{result['test']['f1_macro']:.4f}" in said
+
+    # it loads without this package, and gives the same logits
+    config = Recipe.load(run.recipe)
+    backbone = load_backbone(config.model, config.data.task, tuple(labels), torch.device("cpu"))
+    model = load_adapter(backbone, run.adapter)
+    with torch.no_grad():
+        mine = model(**backbone.tokenizer(TEXTS, return_tensors="pt", padding=True)).logits
+    auto = "AutoPeftModelForSequenceClassification" if task == "sequence" else "AutoPeftModelForTokenClassification"
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE.format(auto=auto, labels=labels), str(run.adapter), json.dumps(TEXTS)],
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    logits, names = json.loads(done.stdout.splitlines()[-1])
+    torch.testing.assert_close(torch.tensor(logits), mine, atol=1e-5, rtol=0)
+    assert names == labels
+
+
+def test_evaluate_repeats_the_scores_of_the_run(write_recipe, tokmask, tmp_path, data_folder):
+    result = train(Recipe.load(write_recipe("bert", "token")), quiet=True).result
+    run = tmp_path / "runs" / "tiny"
+    for split in ("validation", "test"):
+        assert evaluate(run, split=split)["confusion"] == result[split]["confusion"]
+    other = json.loads(tokmask("evaluate", run, "--data", data_folder, "--split", "test", "--json").stdout)
+    assert other["confusion"] == result["test"]["confusion"]
+    wrong = tokmask("evaluate", run, "--split", "dev2", check=False)
+    assert wrong.returncode == 2
+    assert "it has train, validation, test" in wrong.stderr
+
+
+def test_a_finished_run_is_never_overwritten(write_recipe, tokmask, tmp_path):
+    recipe = write_recipe(extra="seed: 3")
+    tokmask("train", recipe, "training.max_steps=3", "--quiet")
+    run = RunFolder(tmp_path / "runs" / "tiny")
+    before = run.result.read_bytes()
+    for flags in ([], ["--resume"]):
+        again = tokmask("train", recipe, "training.max_steps=3", *flags, check=False)
+        assert again.returncode == 2
+        assert "finished" in again.stderr
+        assert "Traceback" not in again.stderr
+    assert run.result.read_bytes() == before
+
+
+def test_a_recipe_written_by_a_run_repeats_it_to_the_bit(write_recipe, tmp_path):
+    first = train(Recipe.load(write_recipe()), quiet=True)
+    second = train(Recipe.load(first.folder.recipe, ["name=again"]), quiet=True)
+    assert second.folder.root != first.folder.root
+    one, two = (load_file(run.folder.adapter / "adapter_model.safetensors") for run in (first, second))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert first.result["test"] == second.result["test"]
+
+
+def test_the_masking_rate_changes_neither_the_initial_head_nor_the_adapter(write_recipe, tmp_path):
+    recipe = write_recipe()
+    learned, still = {}, {}
+    for p in (0.0, 0.3):
+        for rate, found in ((3e-3, learned), (1e-30, still)):
+            options = [f"name=p{p}-{rate}", f"masking.p={p}", f"training.learning_rate={rate}", "training.max_steps=9"]
+            run = train(Recipe.load(recipe, options), quiet=True)
+            found[p] = load_file(run.folder.adapter / "adapter_model.safetensors")
+            first = json.loads(run.folder.log.read_text().splitlines()[0])
+            assert first.get("masking_rate", 0.0) == p
+    assert all(torch.equal(still[0.0][name], still[0.3][name]) for name in still[0.0])
+    assert any(not torch.equal(learned[0.0][name], learned[0.3][name]) for name in learned[0.0])
+
+
+def test_mistakes_end_in_one_message_and_leave_nothing(write_recipe, tokmask, tmp_path):
+    recipe = write_recipe()
+    cases = {
+        "data.path=/no/such/folder": "/no/such/folder",
+        "model.backbone=/no/such/backbone": "cannot be loaded",
+        "data.label_column=colour": "colour",
+        "adapter.targets=[querry]": "Did you mean 'query'",
+        "masking.mask_token=0": "mask_token 0",
+    }
+    for override, expected in cases.items():
+        done = tokmask("train", recipe, override, check=False)
+        assert done.returncode == 2, override
+        assert expected in done.stderr
+        assert "Traceback" not in done.stderr
+        assert not (tmp_path / "runs" / "tiny").exists(), f"{override} left a run folder behind"
+
+
+def test_trained_mask_row_is_saved_and_reloads(write_recipe, tmp_path):
+    recipe = Recipe.load(write_recipe("qwen2"), ["masking.trainable_mask=true", "masking.p=0.3"])
+    run = train(recipe, quiet=True)
+    saved = load_file(run.folder.adapter / "adapter_model.safetensors")
+    rows = {name: value for name, value in saved.items() if "embed" in name}
+    assert [tuple(value.shape) for value in rows.values()] == [(1, 32)]
+    backbone = load_backbone(recipe.model, "sequence", ("negative", "positive"), torch.device("cpu"))
+    mean = backbone.model.get_input_embeddings().weight[: len(backbone.tokenizer)].mean(0)
+    assert not torch.allclose(next(iter(rows.values()))[0], mean, atol=1e-4), "the row was not trained"
+    assert evaluate(run.folder.root)["confusion"] == run.result["test"]["confusion"]
+
+
+def test_words_that_are_cut_away_count_as_errors(write_recipe, tmp_path):
+    recipe = Recipe.load(write_recipe("bert", "token"), ["data.max_length=8"])
+    result = train(recipe, quiet=True).result
+    cut = result["data"]["truncation"]["test"]["words_cut"]
+    assert cut > 0
+    assert result["test"]["without_prediction"] == cut
+    assert result["test"]["items"] == result["data"]["splits"]["test"]["words"]
+
+
+def test_the_model_card_snippet_runs_as_it_stands(write_recipe, tmp_path):
+    for task in ("sequence", "token"):
+        run = train(Recipe.load(write_recipe("bert", task), [f"name={task}", "training.max_steps=2"]), quiet=True)
+        text = (run.folder.adapter / "README.md").read_text()
+        snippet = text.split("```python\n")[1].split("```")[0].replace("PATH_OR_HUB_ID", str(run.folder.adapter))
+        code = 'import sys\nsys.modules["tokmask_peft"] = None\n' + snippet
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr[-2000:]
+        labels = run.result["labels"]
+        assert any(label in done.stdout for label in labels)
+    assert Path(run.folder.adapter).is_dir()
