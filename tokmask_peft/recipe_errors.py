@@ -37,14 +37,14 @@ def explain(error: ValidationError) -> list[str]:
     return list(dict.fromkeys(lines))
 
 
-def sections(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+def all_fields(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
     """Yield every key below a section with its dotted path, sections themselves left out."""
     for name, field in model.model_fields.items():
         section = section_of(field.annotation)
         if section is None:
             yield f"{prefix}{name}", field
         else:
-            yield from sections(section, f"{prefix}{name}.")
+            yield from all_fields(section, f"{prefix}{name}.")
 
 
 def section_of(annotation: Any) -> type[BaseModel] | None:
@@ -117,7 +117,7 @@ def _problem(detail: ErrorDetails, place: _Place) -> str:
 
 def _nearest_key(detail: ErrorDetails, place: _Place) -> str:
     name = str(detail["loc"][-1])
-    elsewhere = [path for path, _ in sections() if path.rpartition(".")[2] == name and "test_source" not in path]
+    elsewhere = [path for path, _ in all_fields() if path.rpartition(".")[2] == name and "test_source" not in path]
     if isinstance(detail.get("input"), Mapping):  # a section
         elsewhere = []
     return f" Did you mean '{elsewhere[0]}'?" if elsewhere else nearest(name, place.siblings)

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from tokmask_peft.errors import RecipeError, nearest
 from tokmask_peft.recipe import Recipe
-from tokmask_peft.recipe_errors import explain, section_of, sections, shown
+from tokmask_peft.recipe_errors import all_fields, explain, section_of, shown
 
 _PACKAGE = Path(__file__).parent
 SHIPPED = _PACKAGE / "recipes" if (_PACKAGE / "recipes").is_dir() else _PACKAGE.parent / "recipes"
@@ -94,7 +94,7 @@ def copy_recipe(recipe: str | Path, target: Path) -> None:
         with target.open("x", encoding="utf-8") as file:
             file.write(head + body)
     except FileExistsError as error:
-        raise RecipeError([f"{target} exists; choose another name or remove it"], source=str(recipe)) from error
+        raise RecipeError([f"{error.filename} exists; choose another name or remove it"], source=str(recipe)) from error
     except OSError as error:
         raise RecipeError([f"{target} cannot be written: {error.strerror}"], source=str(recipe)) from error
 
@@ -102,7 +102,7 @@ def copy_recipe(recipe: str | Path, target: Path) -> None:
 def field_help() -> list[str]:
     """Return a line per key of a recipe: name, default and meaning."""
     lines: list[str] = []
-    for path, field in sections():
+    for path, field in all_fields():
         default = field.get_default(call_default_factory=True)
         about = f": {field.description}" if field.description else ""
         lines.append(f"{path} ({'required' if field.is_required() else f'default {shown(default)}'}){about}")

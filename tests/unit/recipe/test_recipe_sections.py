@@ -1,0 +1,120 @@
+"""What parts of a recipe check and do by themselves."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from tokmask_peft.errors import RecipeError
+from tokmask_peft.recipe import DataConfig, SourceConfig, TokenMaskConfig
+
+SHARES = st.floats(0.0, 1.0)
+RATES = st.floats(0.0, 1.0, exclude_max=True)
+
+
+@st.composite
+def masking(draw):
+    begin, end = sorted(draw(st.lists(SHARES, min_size=2, max_size=2, unique=True)))
+    return TokenMaskConfig(
+        p=draw(RATES),
+        schedule=draw(st.sampled_from(["constant", "linear", "cosine", "warmup"])),
+        p_start=draw(RATES),
+        begin=begin,
+        end=end,
+        unit=draw(st.sampled_from(["token", "word", "span"])),
+        span_length=draw(st.integers(1, 50)),
+        mask_token=draw(st.sampled_from(["auto", "mask", "spare", "unk"]) | st.integers(0, 10**6)),
+        trainable_mask=draw(st.booleans()),
+        protect=tuple(draw(st.lists(st.integers(0, 10**6), max_size=4))),
+        seed=draw(st.none() | st.integers(0, 2**62)),
+    )
+
+
+class TestTokenMaskConfig:
+    @given(config=masking())
+    def test_saved_and_read_back_it_is_equal(self, tmp_path_factory, config):
+        folder = tmp_path_factory.mktemp("masking")
+        path = config.save_pretrained(folder)
+        assert path == folder / "tokmask_config.json"
+        assert TokenMaskConfig.from_pretrained(folder) == config
+
+    def test_a_folder_without_one(self, tmp_path):
+        with pytest.raises(FileNotFoundError):
+            TokenMaskConfig.from_pretrained(tmp_path)
+
+    @given(p=st.floats() | st.integers(-5, 5))
+    def test_a_rate_is_from_0_to_below_1(self, p):
+        if 0 <= p < 1:
+            assert TokenMaskConfig(p=p).p == p
+        else:
+            with pytest.raises(ValidationError):
+                TokenMaskConfig(p=p)
+
+    @given(begin=SHARES, end=SHARES, schedule=st.sampled_from(["constant", "linear", "cosine", "warmup"]))
+    def test_a_rate_that_moves_begins_before_it_ends(self, begin, end, schedule):
+        if schedule == "constant" or begin < end:
+            assert TokenMaskConfig(schedule=schedule, begin=begin, end=end).ramp_end == end
+        else:
+            with pytest.raises(ValidationError, match="must rise after it begins"):
+                TokenMaskConfig(schedule=schedule, begin=begin, end=end)
+
+    @pytest.mark.parametrize(("schedule", "end"), [("warmup", 0.1), ("linear", 1.0), ("cosine", 1.0)])
+    def test_where_a_rise_ends_by_itself(self, schedule, end):
+        assert TokenMaskConfig(schedule=schedule).ramp_end == end
+
+    @pytest.mark.parametrize(
+        "wrong",
+        [
+            {"mask_token": -1},
+            {"mask_token": True},
+            {"mask_token": "MASK"},
+            {"span_length": 0},
+            {"protect": (-1,)},
+            {"seed": -1},
+            {"trainable_mask": "yes"},
+            {"rate": 0.1},
+        ],
+    )
+    def test_what_it_refuses(self, wrong):
+        with pytest.raises(ValidationError):
+            TokenMaskConfig(**wrong)
+
+    def test_it_cannot_be_changed(self):
+        with pytest.raises(ValidationError, match="frozen"):
+            TokenMaskConfig().p = 0.5
+
+
+class TestExpanded:
+    def test_variables_and_home_are_replaced_in_a_copy(self, monkeypatch):
+        monkeypatch.setenv("TOKMASK_DATA", "/corpora")
+        monkeypatch.setenv("HOME", "/home/me")
+        source = SourceConfig(path="${TOKMASK_DATA}/lid${TOKMASK_DATA}")
+        assert source.expanded().path == "/corpora/lid/corpora"
+        assert source.path == "${TOKMASK_DATA}/lid${TOKMASK_DATA}"
+        assert SourceConfig(path="~/texts").expanded().path == "/home/me/texts"
+
+    def test_the_source_of_the_test_texts_too(self, monkeypatch):
+        monkeypatch.setenv("TOKMASK_DATA", "/corpora")
+        test = SourceConfig(path="${TOKMASK_DATA}/b")
+        found = DataConfig(task="token", hub="a/b", test_source=test, max_length=9).expanded()
+        assert found.test_source.path == "/corpora/b"
+        assert (found.path, found.hub, found.max_length) == (None, "a/b", 9)
+
+    @pytest.mark.parametrize("value", [None, ""])
+    def test_every_variable_that_is_not_set_is_named_with_its_field(self, monkeypatch, value):
+        for name in ("TOKMASK_A", "TOKMASK_B"):
+            monkeypatch.delenv(name, raising=False)
+            if value is not None:
+                monkeypatch.setenv(name, value)
+        config = DataConfig(task="token", path="${TOKMASK_A}/a", test_source=SourceConfig(path="${TOKMASK_B}/b"))
+        with pytest.raises(RecipeError) as caught:
+            config.expanded()
+        first, second = caught.value.problems
+        assert first.startswith("data.path: is ${TOKMASK_A}/a, but the environment variable TOKMASK_A is not set")
+        assert "give data.path=FOLDER" in first
+        assert second.startswith("data.test_source.path: is ${TOKMASK_B}/b, but the environment variable TOKMASK_B")
+        assert "give data.test_source.path=FOLDER" in second
+
+    def test_nothing_to_replace(self):
+        config = DataConfig(task="token", builtin=True)
+        assert config.expanded() == config

@@ -1,0 +1,184 @@
+"""The shipped recipes, and what `tokmask recipes` does with them."""
+
+import re
+import shlex
+
+import pytest
+
+from tokmask_peft.errors import RecipeError
+from tokmask_peft.recipe_errors import all_fields
+from tokmask_peft.recipe_io import (
+    SHIPPED,
+    copy_recipe,
+    differences,
+    field_help,
+    find_recipe,
+    load_recipe,
+    shipped_recipes,
+    to_yaml,
+)
+
+BACKBONES = {
+    "mbert": "google-bert/bert-base-multilingual-cased",
+    "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B",
+    "tinyllama-1.1b": "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
+}
+TASKS = {"lid_spaeng": "token", "lid_nepeng": "token", "lid_hineng": "token", "sa_spaeng": "sequence"}
+OFFLINE = ["lid_spaeng", "sa_spaeng", "melid_mareng", "mesent_mareng", "trec"]
+OFFLINE += [f"afrisenti_{language}" for language in ("twi", "tso", "swa", "kin")]
+ALL = [path.relative_to(SHIPPED).with_suffix("").as_posix() for path in sorted(SHIPPED.rglob("[!_]*.yaml"))]
+ALL = [name for name in ALL if not name.startswith("_")]
+
+
+def head(name):
+    lines = (SHIPPED / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+    return lines[: next(number for number, line in enumerate(lines) if not line.startswith("#"))]
+
+
+def test_the_list_is_what_lies_there_without_the_bases():
+    assert shipped_recipes() == sorted(ALL)
+    assert "quickstart" in ALL
+    assert not [name for name in ALL if name.startswith("_")]
+
+
+def test_every_backbone_has_every_task_and_minilm_runs_offline():
+    wanted = {f"{task}/{backbone}" for task in TASKS for backbone in BACKBONES} | {f"{task}/minilm" for task in OFFLINE}
+    assert wanted | {"quickstart"} <= set(ALL)
+
+
+@pytest.mark.parametrize("name", ALL)
+class TestEach:
+    def test_loads_under_its_own_name(self, name):
+        recipe = load_recipe(name)
+        assert recipe.name == name.replace("/", "-")  # so no two have the same
+        assert load_recipe(SHIPPED / f"{name}.yaml") == recipe
+
+    def test_begins_with_its_command_and_what_it_needs(self, name):
+        comment = head(name)
+        assert len(comment) >= 3
+        assert re.fullmatch(r"# [A-Z].+\.", comment[0])
+        pattern = rf"#   (TOKMASK_DATA=FOLDER )?tokmask train recipes/{re.escape(name)}\.yaml"
+        commands = [line for line in comment if re.fullmatch(pattern, line)]
+        assert len(commands) == 1
+        assert any(line.startswith("# Needs ") for line in comment)
+        needs_folder = "${TOKMASK_DATA}" in (load_recipe(name).data.path or "")
+        assert ("TOKMASK_DATA=FOLDER" in commands[0]) == needs_folder
+
+    def test_its_copy_is_the_same_recipe(self, name, tmp_path):
+        target = tmp_path / "new folder" / "mine.yaml"
+        copy_recipe(name, target)
+        assert load_recipe(target) == load_recipe(name)
+        text = target.read_text(encoding="utf-8")
+        assert f"tokmask train {shlex.quote(str(target))}\n" in text
+        assert f"recipes/{name}" not in text
+
+    def test_resolved_it_reads_back_equal(self, name, tmp_path):
+        path = tmp_path / "resolved.yaml"
+        path.write_text(to_yaml(load_recipe(name)), encoding="utf-8")
+        assert load_recipe(path) == load_recipe(name)
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("task", TASKS)
+def test_hub_ids_and_tasks(backbone, task):
+    recipe = load_recipe(f"{task}/{backbone}")
+    assert recipe.model.backbone == BACKBONES[backbone]
+    assert recipe.model.backbone_path is None
+    assert recipe.data.task == TASKS[task]
+    assert (recipe.data.hub, recipe.data.hub_revision) == ("lince-benchmark/lince", "refs/convert/parquet")
+    assert recipe.data.validation == 0.1  # LinCE's test has no labels: its validation split scores
+    assert recipe.data.test == "validation"
+    if task == "lid_nepeng":
+        assert recipe.data.hub_config == "lid_spaeng"
+        assert (recipe.data.test_source.hub_config, recipe.data.test_source.hub_revision) == (
+            "lid_nepeng",
+            "refs/convert/parquet",
+        )
+    else:
+        assert recipe.data.hub_config == task
+        assert recipe.data.test_source is None
+
+
+class TestFind:
+    @pytest.mark.parametrize("given", ["trec/minilm", "trec/minilm.yaml", "recipes/trec/minilm.yaml"])
+    def test_by_name_from_anywhere(self, given, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        assert find_recipe(given) == SHIPPED / "trec/minilm.yaml"
+
+    def test_a_file_of_the_users_comes_first(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "quickstart").write_text("name: mine")
+        assert find_recipe("quickstart").resolve() == tmp_path / "quickstart"
+
+    @pytest.mark.parametrize(
+        ("given", "guess"),
+        [("quickstrat", "quickstart"), ("lid_spaeng/mbret.yaml", "lid_spaeng/mbert"), ("recipes/trec", "trec/minilm")],
+    )
+    def test_a_near_miss_gets_a_guess(self, given, guess):
+        with pytest.raises(RecipeError, match=f"Did you mean '{guess}'"):
+            find_recipe(given)
+
+    @pytest.mark.parametrize("given", ["", "xyzzy", "_tasks/lid_spaeng", "a\0b"])
+    def test_what_there_is_not(self, given):
+        with pytest.raises(RecipeError, match="no such file, and no shipped recipe of that name"):
+            find_recipe(given)
+
+
+class TestCopy:
+    def test_never_overwrites(self, tmp_path):
+        target = tmp_path / "mine.yaml"
+        target.write_text("precious")
+        with pytest.raises(RecipeError, match=r"mine\.yaml exists; choose another name or remove it"):
+            copy_recipe("quickstart", target)
+        assert target.read_text() == "precious"
+
+    def test_into_a_place_that_cannot_be(self, tmp_path):
+        (tmp_path / "file").write_text("")
+        with pytest.raises(RecipeError, match=r"/file exists; choose another name"):
+            copy_recipe("quickstart", tmp_path / "file" / "mine.yaml")
+
+    def test_by_relative_path_and_of_the_users_own(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(SHIPPED.parent)
+        copy_recipe("recipes/quickstart.yaml", tmp_path / "one.yaml")
+        copy_recipe(tmp_path / "one.yaml", tmp_path / "two.yaml")
+        assert load_recipe(tmp_path / "two.yaml") == load_recipe("quickstart")
+        assert f"tokmask train {tmp_path / 'two.yaml'}" in (tmp_path / "two.yaml").read_text()
+
+
+def test_differences_name_what_changed_and_not_where_it_lies():
+    before = load_recipe("lid_spaeng/mbert")
+    after = load_recipe(
+        "lid_spaeng/mbert",
+        ["name=again", "output_dir=elsewhere", "masking.p=0.2", "data.label_map=null", "training.patience=2"],
+    )
+    assert differences(before, before) == []
+    found = differences(before, after)
+    assert "masking.p: 0.1 before, 0.2 now" in found
+    assert "training.patience: null before, 2 now" in found
+    assert "data.label_map.lang1: 'lang1' before, null now" in found
+    assert {line.split(".")[0].split(":")[0] for line in found} == {"masking", "training", "data"}
+
+
+class TestFields:
+    def test_every_key_is_explained(self):
+        lines = field_help()
+        assert [line.split(" (")[0] for line in lines] == [path for path, _ in all_fields()]
+        assert [line for line in lines if not re.search(r"\): \w+", line)] == []
+
+    def test_every_key_of_a_resolved_recipe_is_there(self):
+        recipe = load_recipe("lid_nepeng/mbert")
+        paths = {path for path, _ in all_fields()}
+
+        def keys(model, prefix=""):
+            for name in type(model).model_fields:
+                value = getattr(model, name)
+                yield from keys(value, f"{prefix}{name}.") if hasattr(value, "model_fields") else [f"{prefix}{name}"]
+
+        assert set(keys(recipe)) == paths
+
+    def test_defaults_are_written_as_in_a_recipe(self):
+        lines = "\n".join(field_help())
+        for expected in ("name (required)", "training.baseline (default true)", "data.label_map (default null)"):
+            assert expected in lines
+        assert "masking.protect (default [])" in lines
+        assert not re.search(r"default (None|True|False|\()", lines)
