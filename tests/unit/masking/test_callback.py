@@ -52,8 +52,8 @@ def trainer(folder, callbacks, model=None, cls=Trainer, texts=8, **settings):
     model = build("qwen2")[0] if model is None else model
     rows = [{**tokenizer(text), "labels": i % 3} for i, text in enumerate(TEXTS[:texts])]
     settings = {
-        "max_steps": 4, "per_device_train_batch_size": 2, "logging_steps": 1, "save_strategy": "no", "report_to": "none",
-        "use_cpu": True, "disable_tqdm": True, "seed": 11, **settings,
+        "max_steps": 4, "per_device_train_batch_size": 2, "logging_steps": 1, "save_strategy": "no",
+        "report_to": "none", "use_cpu": True, "disable_tqdm": True, "seed": 11, **settings,
     }  # fmt: skip
     made = cls(
         model, TrainingArguments(str(folder), **settings), train_dataset=rows, eval_dataset=rows,
@@ -120,7 +120,9 @@ def test_forwards_within_an_accumulated_step_get_their_own_pattern(tmp_path):
     recorder = Recorder(callback := TokenMaskCallback(TokenMaskConfig(p=0.5)))
     rows = [TEXTS[5]] * 4
     _, tokenizer = build("qwen2")
-    made = trainer(tmp_path, [callback, recorder], max_steps=2, gradient_accumulation_steps=2, per_device_train_batch_size=1)
+    made = trainer(
+        tmp_path, [callback, recorder], max_steps=2, gradient_accumulation_steps=2, per_device_train_batch_size=1
+    )
     made.train_dataset = [{**tokenizer(text), "labels": 0} for text in rows]
     made.train()
     patterns = {tuple((ids[0] == 347).tolist()) for ids in recorder.ids}
@@ -149,7 +151,7 @@ class FailingTrainer(Trainer):
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["constructor", "add_callback"])
-@pytest.mark.parametrize("where", ["compute_loss", "data", "on_step_end", "on_epoch_end", "on_evaluate", "interrupt"])
+@pytest.mark.parametrize("where", ["compute_loss", "data", "on_step_end", "on_evaluate", "interrupt"])
 def test_a_failing_run_takes_the_masker_with_it(tmp_path, where, late):
     callback = TokenMaskCallback(TokenMaskConfig(p=0.5), announce=False)
     others = [Failing(where, ValueError("bad"))] if where.startswith("on_") else []

@@ -32,7 +32,10 @@ def test_share_is_the_rate_and_specials_stay(family, rate):
     # Only the lookup is run: the share needs many forwards, the rest of the model none.
     embedding = model.get_input_embeddings()
     for seed in range(6):
-        with TokenMasker.attach(model, tokenizer, TokenMaskConfig(p=rate), seed=seed) as masker, seen_ids(model) as seen:
+        with (
+            TokenMasker.attach(model, tokenizer, TokenMaskConfig(p=rate), seed=seed) as masker,
+            seen_ids(model) as seen,
+        ):
             for _ in range(20):
                 embedding(batch["input_ids"])
         for ids in seen:

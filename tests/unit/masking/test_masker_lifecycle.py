@@ -128,7 +128,11 @@ def test_state_is_json_and_goes_on_where_it_was_taken():
 
 def test_the_seed_of_the_config_wins_even_if_zero():
     model, tokenizer = build("bert")
-    for config, seed, expected in ((TokenMaskConfig(seed=0), 9, 0), (TokenMaskConfig(), 9, 9), (TokenMaskConfig(), None, 0)):
+    for config, seed, expected in (
+        (TokenMaskConfig(seed=0), 9, 0),
+        (TokenMaskConfig(), 9, 9),
+        (TokenMaskConfig(), None, 0),
+    ):
         with TokenMasker.attach(model, tokenizer, config, seed=seed) as masker:
             assert masker.seed == expected
 
@@ -142,7 +146,9 @@ def test_encoder_decoders_are_refused(kind):
                        decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16)
         )  # fmt: skip
     else:
-        model = T5ForSequenceClassification(T5Config(vocab_size=150, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2))
+        model = T5ForSequenceClassification(
+            T5Config(vocab_size=150, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+        )
     with pytest.raises(MaskTokenError, match="encoder-decoder"):
         TokenMasker.attach(model, tokenizer)
 

@@ -28,7 +28,10 @@ def test_a_peft_model_is_masked_and_only_the_adapter_learns(family):
     model, tokenizer = build(family)
     model = lora(model)
     batch = encode(tokenizer)
-    with TokenMasker.attach(model, tokenizer, TokenMaskConfig(p=0.5)) as masker, seen_ids(model.get_base_model()) as seen:
+    with (
+        TokenMasker.attach(model, tokenizer, TokenMaskConfig(p=0.5)) as masker,
+        seen_ids(model.get_base_model()) as seen,
+    ):
         model.train()(**batch, labels=LABELS).loss.backward()
         assert (seen[0] == masker.mask_token.id).sum() > 5
     assert model.get_base_model().get_input_embeddings().weight.grad is None
@@ -118,7 +121,9 @@ def four_bit(family, folder):
         bnb_4bit_compute_dtype=torch.float32,
         llm_int8_skip_modules=["score"],
     )
-    model = AutoModelForSequenceClassification.from_pretrained(folder, quantization_config=quantization, device_map="cpu")
+    model = AutoModelForSequenceClassification.from_pretrained(
+        folder, quantization_config=quantization, device_map="cpu"
+    )
     quantized = [module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
     assert len(quantized) == 14
     for module in quantized:
@@ -137,7 +142,10 @@ def test_a_4_bit_model_is_masked(family, checkpointing, tmp_path):
         model.enable_input_require_grads()
     model = lora(model).train()
     batch = encode(tokenizer)
-    with TokenMasker.attach(model, tokenizer, TokenMaskConfig(p=0.5)) as masker, seen_ids(model.get_base_model()) as seen:
+    with (
+        TokenMasker.attach(model, tokenizer, TokenMaskConfig(p=0.5)) as masker,
+        seen_ids(model.get_base_model()) as seen,
+    ):
         output = model(**batch, labels=LABELS)
         output.loss.backward()
         with masker.paused():
