@@ -22,6 +22,9 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+# Threads cost tiny matrices a hundred times what they give, above all where other processes share the cores.
+torch.set_num_threads(1)
+
 TEXTS = [
     "mañana tengo un meeting con mi boss",
     "i love this canción so much",
