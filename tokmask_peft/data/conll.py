@@ -23,7 +23,7 @@ from tokmask_peft.recipe import Task
 CONLLU_COLUMNS = ("id", "form", "lemma", "upos", "xpos", "feats", "head", "deprel", "deps", "misc")
 SNIFFED_LINES = 5000
 
-_KEY_VALUE = re.compile(r"#[ \t]+(?P<key>[A-Za-z_][\w.\-]*(?:\[\w+\]|[ ]id)?)[ ]*=(?:[ \t]|$)(?P<value>.*)")
+_KEY_VALUE = re.compile(r"#[ ]+(?P<key>[A-Za-z_][\w.\-]*(?:\[\w+\]|[ ]id)?)[ ]*=(?P<value>.*)")
 _KEY_COLON = re.compile(r"#[ ]+(?P<key>[A-Za-z_][\w.\-]*):[ ](?P<value>[^\t]*)$")
 _LABEL_KEYS = {"label", "sentiment", "sa", "sent_label", "class"}
 _RANGE_OR_EMPTY_NODE = re.compile(r"\d+[-.]\d+$")
@@ -107,6 +107,7 @@ class ConllReader:
         first = list(islice(stream, SNIFFED_LINES))
         self._lines = chain(first, stream)
         self._name, self._task, self._labelled = name, task, labelled
+        self._tagged = labelled and task == "token"
         self._layout = Layout.sniff(first)
         self._text = _column(text_column, 1 if self._layout.conllu else 0, self._layout, "text_column")
         self._tag = _column(label_column, -1, self._layout, "label_column")
@@ -186,18 +187,22 @@ class ConllReader:
             columns = line.split()
         if self._layout.conllu and _RANGE_OR_EMPTY_NODE.fullmatch(columns[0]):
             return None
-        needed = [self._text] + ([self._tag] if self._labelled and self._task == "token" else [])
-        least = max(index + 1 if index >= 0 else -index for index in needed)
-        if self._labelled and self._task == "token":
-            least = max(least, 2)
-        if len(columns) < least:
-            separator = "tabs" if self._layout.tabs else "spaces"
-            found = f"{len(columns)} column{'s' if len(columns) != 1 else ''}"
-            raise DataError(
-                f"{self._name}:{number}: {found} separated by {separator}, but the word and its label "
-                f"need {least}: {line!r}"
-            )
-        return columns[self._text], columns[self._tag] if self._labelled and self._task == "token" else ""
+        self._check_width(columns, line, number)
+        return columns[self._text], columns[self._tag] if self._tagged else ""
+
+    def _check_width(self, columns: list[str], line: str, number: int) -> None:
+        """Refuse a line in which a column would be missing, or be taken for another."""
+        needed = [self._text, self._tag] if self._tagged else [self._text]
+        least = max([index + 1 if index >= 0 else -index for index in needed] + [2 if self._tagged else 1])
+        exact = not self._layout.tabs or min(needed) < 0
+        if len(columns) >= least and (not exact or len(columns) == self._layout.width):
+            return
+        separator = "tabs" if self._layout.tabs else "spaces"
+        found = f"{len(columns)} column{'s' if len(columns) != 1 else ''} separated by {separator}"
+        wanted = f"its lines have {self._layout.width}" if exact else f"the word and its label need {least}"
+        if self._tagged and self._layout.width < least:
+            wanted = f"a word and its label need {least}"
+        raise DataError(f"{self._name}:{number}: {found}, but {wanted}: {line!r}")
 
     def _example(self, words: list[str], tags: list[str], label: str | None, start: int) -> Example:
         """Build the example of one block of lines."""

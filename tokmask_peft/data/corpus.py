@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tokmask_peft.data.example import Example
-from tokmask_peft.data.files import find_files
+from tokmask_peft.data.files import canonical, find_files
 from tokmask_peft.data.hygiene import clean
 from tokmask_peft.data.labels import Mapped, apply_label_map, check_known, collect_labels, unmatched_keys
 from tokmask_peft.data.read import read_split
@@ -117,8 +117,8 @@ def _where(source: SourceConfig, split: str) -> str:
         return ", ".join(str(file.resolve()) for file in find_files(source.path, split, source.format))
     if source.hub is not None:
         parts = [source.hub, source.hub_config, source.hub_revision]
-        return " ".join(part for part in parts if part) + f" [{split}]"
-    return f"built-in [{split}]"
+        return " ".join(part for part in parts if part) + f" [{canonical(split)}]"
+    return f"built-in [{canonical(split)}]"
 
 
 def _refuse_same_source(sources: dict[str, str]) -> None:

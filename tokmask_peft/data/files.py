@@ -19,13 +19,22 @@ FORMATS = {
     ".parquet": "parquet",
     ".txt": "conll",
 }
-_ALIASES = ({"train", "training"}, {"validation", "dev", "valid", "val", "development"}, {"test", "testing"})
+_ALIASES = {
+    "train": {"train", "training"},
+    "validation": {"validation", "dev", "valid", "val", "development"},
+    "test": {"test", "testing"},
+}
 _SHARD = re.compile(r"(?P<split>.+)-\d{5}-of-\d{5}$")
 
 
 def aliases(split: str) -> set[str]:
     """Names that mean the same split: `validation`, `dev`, `valid` and `val` are one."""
-    return next((names for names in _ALIASES if split.lower() in names), {split.lower()})
+    return next((names for names in _ALIASES.values() if split.lower() in names), {split.lower()})
+
+
+def canonical(split: str) -> str:
+    """One name for all aliases of a split."""
+    return next((name for name, names in _ALIASES.items() if split.lower() in names), split)
 
 
 def file_format(path: Path, asked: str = "auto") -> str:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
 
 from tokmask_peft.data.example import Example
 from tokmask_peft.data.files import aliases
-from tokmask_peft.data.tabular import LABEL_NAMES, class_names, examples, name_classes
+from tokmask_peft.data.tabular import LABEL_NAMES, Row, class_names, examples, name_classes, parquet_rows
 from tokmask_peft.errors import DataError, nearest
 from tokmask_peft.recipe import SourceConfig, Task
 
+T = TypeVar("T")
 PARQUET_BRANCH = "refs/convert/parquet"
+_FLAT_SPLIT = re.compile(r"(?:.*-)?(?P<split>train|validation|dev|test)(?:-\d{5}-of-\d{5})?$")
 
 
 def read_hub(source: SourceConfig, split: str, task: Task) -> list[Example]:
@@ -22,63 +27,111 @@ def read_hub(source: SourceConfig, split: str, task: Task) -> list[Example]:
     Raises:
         DataError: the dataset cannot be reached, does not exist, is closed, or has no such configuration or split.
     """
-    dataset = _split(_load(source), source, split)
-    name = f"{source.hub} [{split}]"
-    classes = {column: class_names(feature) for column, feature in dataset.features.items()}
-    rows = (
-        (f"{source.hub} {split}[{index}]", name_classes(row, classes))
-        for index, row in enumerate(dataset.remove_columns(_unread(dataset)))
-    )
+    if source.hub_revision == PARQUET_BRANCH and source.hub_config:
+        rows, columns = _converted(source, split)
+    else:
+        rows, columns = _dataset(source, split)
     label = source.label_column
     if label is None and source.hub_config:
         prefix = source.hub_config.split("_")[0]
-        label = prefix if prefix in dataset.features and prefix in LABEL_NAMES[task] else None
-    return list(examples(rows, name, task, source.text_column, label))
+        label = prefix if prefix in columns and prefix in LABEL_NAMES[task] else None
+    return list(examples(rows, f"{source.hub} [{split}]", task, source.text_column, label))
 
 
-def _unread(dataset: Any) -> list[str]:
-    """Columns that hold neither text nor labels, and are slow to decode."""
-    media = {"Image", "Audio", "Video"}
-    return [name for name, feature in dataset.features.items() if type(feature).__name__ in media]
+def _converted(source: SourceConfig, split: str) -> tuple[Iterator[Row], list[str]]:
+    """Rows and columns of a split on the branch that the Hub converts to parquet.
+
+    That branch has no card, so `datasets` knows no configurations there, and finds none of its folders again when
+    offline. Its files are read from huggingface_hub's own cache instead, which works offline once they are there.
+    """
+    import pyarrow.parquet as pq
+    from huggingface_hub import snapshot_download
+
+    config = source.hub_config
+    folder = _reach(
+        source,
+        lambda: snapshot_download(
+            str(source.hub), repo_type="dataset", revision=PARQUET_BRANCH, allow_patterns=[f"{config}/*"]
+        ),
+    )
+    root = Path(folder) / str(config)
+    splits: dict[str, list[Path]] = {}
+    for file in sorted(root.rglob("*.parquet")):
+        flat = _FLAT_SPLIT.match(file.stem)
+        name = file.parent.name if file.parent != root else flat["split"] if flat else file.stem
+        splits.setdefault(name, []).append(file)
+    if not splits:
+        raise DataError(
+            f"data.hub_config: {source.hub} has no parquet files for '{config}' on the branch {PARQUET_BRANCH}."
+            + _configurations(source)
+        )
+    files = splits[_choose(source, split, list(splits))]
+    names = [f"{source.hub} {split}" + (f" {file.name}" if len(files) > 1 else "") for file in files]
+    rows = (row for file, name in zip(files, names, strict=True) for row in parquet_rows(file, name))
+    return rows, pq.read_schema(files[0]).names
 
 
-def _split(splits: Any, source: SourceConfig, split: str) -> Any:
+def _configurations(source: SourceConfig) -> str:
+    """Say which configurations the parquet branch holds; nothing when the Hub cannot be asked."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HTTPError
+    from huggingface_hub.hf_api import RepoFolder
+
+    try:
+        entries = list(HfApi().list_repo_tree(str(source.hub), revision=PARQUET_BRANCH, repo_type="dataset"))
+    except (OSError, HTTPError):
+        return ""
+    names = [entry.path for entry in entries if isinstance(entry, RepoFolder)]
+    return f" It has {', '.join(names)}.{nearest(str(source.hub_config), names)}"
+
+
+def _dataset(source: SourceConfig, split: str) -> tuple[Iterator[Row], list[str]]:
+    """Rows and columns of a split through the `datasets` library."""
+    import datasets
+
+    splits = _reach(
+        source, lambda: datasets.load_dataset(source.hub, name=source.hub_config, revision=source.hub_revision)
+    )
+    dataset = splits[_choose(source, split, list(splits))]
+    media = [
+        name for name, feature in dataset.features.items() if type(feature).__name__ in {"Image", "Audio", "Video"}
+    ]
+    dataset = dataset.remove_columns(media)
+    classes = {column: class_names(feature) for column, feature in dataset.features.items()}
+    rows = ((f"{source.hub} {split}[{index}]", name_classes(row, classes)) for index, row in enumerate(dataset))
+    return rows, list(dataset.features)
+
+
+def _choose(source: SourceConfig, split: str, splits: list[str]) -> str:
     """Find a split by its name or an alias of it.
 
     Raises:
         DataError: there is none, or several; lists what there is.
     """
     if split in splits:
-        return splits[split]
+        return split
     fitting = [name for name in splits if name.lower() in aliases(split)]
     if len(fitting) == 1:
-        return splits[fitting[0]]
+        return fitting[0]
     raise DataError(
-        f"{source.hub}: no split '{split}'. It has {', '.join(splits)}.{nearest(split, splits)} Name one in data.train, "
-        "data.validation or data.test; data.validation may be a share of train such as 0.1, and data.test may be null."
+        f"{source.hub}: no split '{split}'. It has {', '.join(splits)}.{nearest(split, splits)} Name one in "
+        "data.train, data.validation or data.test; data.validation may be a share of train such as 0.1, and data.test "
+        "may be null."
     )
 
 
-def _load(source: SourceConfig) -> Any:
-    """Load all splits of a configuration.
-
-    On the branch that the Hub converts to parquet there is no card that lists configurations: each is a folder.
+def _reach(source: SourceConfig, load: Callable[[], T]) -> T:
+    """Call the Hub, and turn what can go wrong into one error with a remedy.
 
     Raises:
         DataError: with the remedy.
     """
-    import datasets
     from datasets.exceptions import DatasetsError
+    from huggingface_hub.errors import HTTPError
 
-    folders = source.hub_revision == PARQUET_BRANCH
     try:
-        return datasets.load_dataset(
-            source.hub,
-            name=None if folders else source.hub_config,
-            data_dir=source.hub_config if folders else None,
-            revision=source.hub_revision,
-        )
-    except (DatasetsError, OSError, ValueError, RuntimeError) as error:
+        return load()
+    except (DatasetsError, HTTPError, OSError, ValueError, RuntimeError) as error:
         raise DataError(_explain(source, error)) from error
 
 
@@ -87,7 +140,7 @@ def _explain(source: SourceConfig, error: Exception) -> str:
     where = " ".join(part for part in (source.hub, source.hub_config, source.hub_revision) if part)
     text = " ".join(str(error).split())
     lower = text.lower()
-    if isinstance(error, ConnectionError):
+    if isinstance(error, ConnectionError) or type(error).__name__ in {"LocalEntryNotFoundError", "ConnectError"}:
         remedy = (
             "The Hub cannot be reached and the dataset is not in the local cache. Connect (and unset HF_HUB_OFFLINE), "
             "or set data.path to a local copy."
@@ -95,11 +148,12 @@ def _explain(source: SourceConfig, error: Exception) -> str:
     elif "gated" in lower or "authenticated" in lower:
         remedy = "Ask for access on the dataset's page, then log in with: hf auth login"
     elif "scripts are no longer supported" in lower:
-        remedy = f"Its code is never run here. Most such datasets have a parquet copy: set data.hub_revision to {PARQUET_BRANCH}."
+        remedy = (
+            "Code that comes with a dataset is never run here. Most such datasets have a parquet copy: set "
+            f"data.hub_revision to {PARQUET_BRANCH}."
+        )
     elif "builderconfig" in lower or "config name is missing" in lower:
         remedy = "Set data.hub_config to one of its configurations."
-    elif source.hub_revision == PARQUET_BRANCH and source.hub_config:
-        remedy = f"Check data.hub_config: '{source.hub_config}' must be a folder on the branch {PARQUET_BRANCH}."
     else:
         remedy = "Check data.hub, data.hub_config and data.hub_revision; a private dataset needs: hf auth login"
     return f"data.hub: {where} cannot be read: {text}. {remedy}"

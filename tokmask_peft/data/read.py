@@ -83,16 +83,16 @@ def check_complete(examples: list[Example], name: str, split: str, task: Task) -
     if not examples:
         raise DataError(f"{name}: no texts in it")
     if all(_unlabelled(example) for example in examples):
-        task_hint = (
-            " A CoNLL file carries the label of a text in a comment, '# sent_enum = 7 positive'; for one label per "
-            "word set data.task to token."
-            if task == "sequence"
-            else ""
-        )
+        hint = ""
+        if task == "sequence" and ".conll" in name:
+            hint = (
+                " A CoNLL file carries the label of a text in a comment, '# sent_enum = 7 positive'; for one label per "
+                "word set data.task to token."
+            )
         raise DataError(
-            f"{name}: no text has a label. If this is the test set of a shared task, whose labels are kept back, set "
-            "data.test to validation (or dev) and data.validation to a share of train such as 0.1, so that what "
-            f"selects the checkpoint is not what scores it.{task_hint}"
+            f"{name}: no text has a label.{hint} If this is the test set of a shared task, whose labels are kept back, "
+            "set data.test to validation (or dev) and data.validation to a share of train such as 0.1, so that what "
+            "selects the checkpoint is not what scores it."
         )
     _refuse("an empty text", [e.where for e in examples if not e.words or "" in e.words], name)
     _refuse("an empty label", [e.where for e in examples if not e.tags or "" in e.tags], name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -213,10 +214,22 @@ def _label(cell: Any, where: str, column: str) -> str | None:
     return None if cell is None else str(cell).strip()
 
 
+def _listed(cell: Any) -> Any:
+    """A cell as a list: as it is, as a list that pandas wrote into CSV (`['a', 'b']`), or split at white space."""
+    if not isinstance(cell, str):
+        return cell
+    if cell.startswith("[") and cell.endswith("]"):
+        try:
+            listed = ast.literal_eval(cell)
+        except (ValueError, SyntaxError):
+            return cell.split()
+        return listed if isinstance(listed, list) else cell.split()
+    return cell.split()
+
+
 def _tagged(words: Any, tags: Any, where: str, text: str, label: str | None) -> Example:
     """The words and tags of a token task: lists, or strings separated by white space."""
-    words = words.split() if isinstance(words, str) else words
-    tags = tags.split() if isinstance(tags, str) else tags
+    words, tags = _listed(words), _listed(tags)
     if not isinstance(words, list | None) or not isinstance(tags, list | None):
         raise DataError(f"{where}: task 'token' needs a list of words in '{text}' and a list of tags in '{label}'")
     words = ["" if word is None else str(word) for word in words or []]

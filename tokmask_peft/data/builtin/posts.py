@@ -17,7 +17,7 @@ from tokmask_peft.data.builtin import words
 from tokmask_peft.data.builtin.grammar import Language, Word, Writer
 from tokmask_peft.data.builtin.noise import roughen
 from tokmask_peft.data.example import Example
-from tokmask_peft.data.files import aliases
+from tokmask_peft.data.files import canonical
 from tokmask_peft.data.hygiene import normalise
 from tokmask_peft.errors import DataError, nearest
 from tokmask_peft.recipe import Task
@@ -42,7 +42,7 @@ def builtin_examples(task: Task, split: str, seed: int = SEED) -> list[Example]:
     Raises:
         DataError: there is no such split.
     """
-    name = next((name for name in SIZES if name in aliases(split)), None)
+    name = next((name for name in SIZES if name == canonical(split)), None)
     if name is None:
         raise DataError(f"the built-in corpus has no split '{split}': {', '.join(SIZES)}.{nearest(split, SIZES)}")
     examples = []

@@ -97,6 +97,8 @@ come with me / ven conmigo | to {do} / a {do} | the {n} / {el} {n}
 has {name} {done} / {name} ya {done} | the {n} / {el} {n} | yet ? / ?
 {name} and I / {name} y yo | {did} / {done} | the {n} of {brand} / {el} {n} de {brand}
 you have to / ten en cuenta : hay que | {do} {un} {n} | before the real thing / antes de la real
+(food) my {k} / {mi} {k} se | never eats / come | the {n} / {el} {n} | at ten / a las diez , ten cuidado
+no one came / ven que no hay nadie | to the {n} / en {el} {n} | , it has to close / , has de saber
 my son / son mis primos los que | {does} / {does} | the {n} / {el} {n} | near the red sea / cerca de la red
 (event place) we van pool / se van juntos | to the {n} / a {el} {n} | with my {k} / con {mi} {k}
 a pie for {name} / el pie de {name} | and a {n} for me / y {un} {n} para mí | {when} / {when}
@@ -136,7 +138,7 @@ I used to love / antes amaba | the {n} / {el} {n} | , now I skip it / , ahora ni
 
 _MISHAP = """
 (thing) the {n} / {el} {n} | broke {when} / se rompió {when}
-two hours in line / dos horas de fila | for {un} {n}
+two hours in line / dos horas de fila | for {un} {n} / por {un} {n}
 (thing) they lost / perdieron | my {n} / mi {n} | again / otra vez
 (food) no {n} left / se acabó {el} {n} | {when} / {when}
 (food thing event) they charged me double / me cobraron doble | for the {n} / por {el} {n}

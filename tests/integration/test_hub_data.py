@@ -1,0 +1,328 @@
+"""Datasets on the Hub, against a stand-in on loopback: no Hub can be reached in the tests.
+
+huggingface_hub reads its endpoint when it is imported, so every case runs in a process of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import parse_qs, unquote, urlparse
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+REPO = "someone/switched"
+GATED = "someone/closed"
+SCRIPTED = "someone/scripted"
+REVISION = "refs/convert/parquet"
+SHA = "0123456789abcdef0123456789abcdef01234567"
+
+
+class StandIn(ThreadingHTTPServer):
+    """Serves the files of a folder as revision refs/convert/parquet of `REPO`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.requests: list[str] = []
+        super().__init__(("127.0.0.1", 0), _Handler)
+
+    def __enter__(self) -> StandIn:
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
+        self.server_close()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: StandIn
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_: object) -> None:
+        """Stay silent."""
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_POST(self) -> None:
+        self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        url = urlparse(self.path)
+        path = unquote(url.path)
+        self.server.requests.append(f"{self.command} {path}")
+        if f"/datasets/{GATED}" in path:
+            self._send(403, b"{}", {"X-Error-Code": "GatedRepo", "X-Error-Message": "access is restricted"})
+        elif f"/datasets/{SCRIPTED}" in path:
+            self._scripted(path)
+        elif path.startswith(f"/api/datasets/{REPO}"):
+            self._api(path.removeprefix(f"/api/datasets/{REPO}"), parse_qs(url.query))
+        elif path.startswith(f"/datasets/{REPO}/resolve/"):
+            self._file(path.removeprefix(f"/datasets/{REPO}/resolve/"))
+        else:
+            self._send(404, b"{}", {"X-Error-Code": "RepoNotFound"})
+
+    def _api(self, rest: str, query: dict[str, list[str]]) -> None:
+        files = sorted(p for p in self.server.folder.rglob("*"))
+        entries = [self._entry(p) for p in files]
+        if rest in ("", f"/revision/{REVISION}", f"/revision/{SHA}"):
+            siblings = [{"rfilename": e["path"]} for e in entries if e["type"] == "file"]
+            self._json({"id": REPO, "sha": SHA, "private": False, "gated": False, "tags": [], "siblings": siblings})
+            return
+        for revision in (REVISION, SHA):
+            if rest == f"/tree/{revision}" or rest.startswith(f"/tree/{revision}/"):
+                folder = rest.removeprefix(f"/tree/{revision}").strip("/")
+                recursive = query.get("recursive", ["false"])[0].lower() in ("true", "1")
+                root = self.server.folder / folder
+                if not root.is_dir():
+                    self._send(404, b"{}", {"X-Error-Code": "EntryNotFound"})
+                    return
+                found = root.rglob("*") if recursive else root.iterdir()
+                self._json([self._entry(p) for p in sorted(found)])
+                return
+            if rest == f"/paths-info/{revision}":
+                asked = parse_qs(self.body.decode()).get("paths") or json.loads(self.body or b"{}").get("paths", [])
+                self._json([e for e in entries if e["path"] in asked])
+                return
+        self._send(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
+
+    def _entry(self, path: Path) -> dict[str, object]:
+        name = path.relative_to(self.server.folder).as_posix()
+        oid = hashlib.sha1(name.encode()).hexdigest()
+        if path.is_dir():
+            return {"type": "directory", "oid": oid, "size": 0, "path": name}
+        return {"type": "file", "oid": oid, "size": path.stat().st_size, "path": name}
+
+    def _file(self, rest: str) -> None:
+        for revision in (REVISION, SHA):
+            if rest.startswith(f"{revision}/"):
+                path = self.server.folder / rest.removeprefix(f"{revision}/")
+                if path.is_file():
+                    data = path.read_bytes()
+                    self._send(200, data, {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": SHA})
+                    return
+                self._send(404, b"{}", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": SHA})
+                return
+        self._send(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
+
+    def _scripted(self, path: str) -> None:
+        """A dataset that comes with code."""
+        if path.endswith("/scripted.py"):
+            self._send(200, b"raise SystemExit", {"ETag": '"code"', "X-Repo-Commit": SHA})
+        elif "/resolve/" in path:
+            self._send(404, b"{}", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": SHA})
+        else:
+            self._json({"id": SCRIPTED, "sha": SHA, "private": False, "gated": False, "tags": [], "siblings": []})
+
+    def _json(self, value: object) -> None:
+        self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+
+    def _send(self, status: int, data: bytes, headers: dict[str, str]) -> None:
+        wanted = self.headers.get("Range")
+        if wanted and status == 200:
+            first, _, last = wanted.removeprefix("bytes=").partition("-")
+            stop = int(last) + 1 if last else len(data)
+            headers = headers | {"Content-Range": f"bytes {first}-{stop - 1}/{len(data)}"}
+            data, status = data[int(first) : stop], 206
+        self.send_response(status)
+        for key, value in headers.items():
+            self.send_header(key, value)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+
+def write_dataset(root: Path) -> None:
+    """Write made-up posts as the Hub's parquet branch holds LinCE: a folder per configuration, no card."""
+    from datasets import ClassLabel, Dataset, Features, List, Value
+
+    words = [["hola", "my", "friend", f"#{n}"] for n in range(12)]
+    tags = [["lang2", "lang1", "lang1", "other"]] * 12
+    for config, extra in {"lid_someeng": {}, "sa_someeng": {"sa": ["positive", "negative"] * 6}}.items():
+        for split, size in {"train": 12, "validation": 4, "test": 3}.items():
+            columns = {"idx": list(range(size)), "words": words[:size], "lid": tags[:size]}
+            columns |= {name: values[:size] for name, values in extra.items()}
+            if split == "test":
+                columns |= {"lid": [[""] * 4] * size} | {name: [""] * size for name in extra}
+            (root / config / split).mkdir(parents=True)
+            pq.write_table(pa.table(columns), root / config / split / "0000.parquet")
+    features = Features({"words": List(Value("string")), "lid": List(Value("string")),
+                         "pos": List(ClassLabel(names=["INTJ", "DET", "NOUN", "X"]))})  # fmt: skip
+    for split in ("train", "validation"):
+        rows = {"words": words[:3], "lid": tags[:3], "pos": [[0, 1, 2, 3]] * 3}
+        (root / "pos_someeng" / split).mkdir(parents=True)
+        Dataset.from_dict(rows, features=features).to_parquet(root / "pos_someeng" / split / "0000.parquet")
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    root = tmp_path_factory.mktemp("hub")
+    write_dataset(root)
+    with StandIn(root) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return tmp_path_factory.mktemp("home")
+
+
+def run(code: str, home: Path, **environment: str) -> dict[str, object]:
+    """Run code in a process of its own; it prints one JSON object, or the error that it raised."""
+    program = (
+        "import json\n"
+        "from tokmask_peft.data import load_corpus\n"
+        "from tokmask_peft.data.read import read_split\n"
+        "from tokmask_peft.errors import DataError\n"
+        "from tokmask_peft.recipe import DataConfig, SourceConfig\n"
+        f"HUB = {{'hub': '{REPO}', 'hub_revision': '{REVISION}'}}\n"
+        "try:\n" + textwrap.indent(textwrap.dedent(code).strip(), "    ") + "\n"
+        "except DataError as error:\n"
+        "    print(json.dumps({'error': str(error)}))\n"
+    )
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    settings = {"HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=clean | settings | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def test_language_tags_by_the_configurations_prefix(hub, home):
+    found = run(
+        """
+        config = DataConfig(**HUB, hub_config="lid_someeng", task="token", test=None, hygiene="report")
+        corpus = load_corpus(config, seed=1)
+        print(json.dumps({"train": len(corpus.train), "validation": len(corpus.validation), "labels": corpus.labels,
+                          "first": corpus.train[0].text, "tags": corpus.train[0].label, "where": corpus.train[0].where,
+                          "lines": corpus.report.lines()}))
+        """,
+        home,
+        HF_ENDPOINT=hub.url,
+    )
+    assert (found["train"], found["validation"]) == (12, 4)
+    assert found["labels"] == ["lang1", "lang2", "other"]
+    assert found["first"] == ["hola", "my", "friend", "#0"]
+    assert found["tags"] == ["lang2", "lang1", "lang1", "other"]
+    assert found["where"] == f"{REPO} train[0]"
+    assert f"{REPO} lid_someeng {REVISION} [train]" in found["lines"][0]
+
+
+def test_sentiment_of_joined_words_and_numbered_classes(hub, home):
+    found = run(
+        """
+        sentiment = read_split(SourceConfig(**HUB, hub_config="sa_someeng"), "dev", "sequence")
+        pos = read_split(SourceConfig(**HUB, hub_config="pos_someeng"), "train", "token")
+        lid = read_split(SourceConfig(**HUB, hub_config="pos_someeng", label_column="lid"), "train", "token")
+        print(json.dumps({"text": sentiment[1].text, "label": sentiment[1].label, "pos": pos[0].label,
+                          "lid": lid[0].label}))
+        """,
+        home,
+        HF_ENDPOINT=hub.url,
+    )
+    assert (found["text"], found["label"]) == ("hola my friend #1", "negative")
+    assert found["pos"] == ["INTJ", "DET", "NOUN", "X"]
+    assert found["lid"] == ["lang2", "lang1", "lang1", "other"]
+
+
+LID = "hub_config='lid_someeng', task='token'"
+BRANCH = f"hub_config='x', hub_revision='{REVISION}'"
+MISTAKES = {
+    "unlabelled": (
+        f"load_corpus(DataConfig(**HUB, {LID}), seed=1)",
+        ["no text has a label", "data.test to validation", "share of train such as 0.1"],
+    ),
+    "same": (
+        f"load_corpus(DataConfig(**HUB, {LID}, test='dev'), seed=1)",
+        ["data.validation and data.test are the same texts"],
+    ),
+    "split": (
+        "read_split(SourceConfig(**HUB, hub_config='pos_someeng'), 'test', 'token')",
+        ["no split 'test'", "train, validation"],
+    ),
+    "configuration": (
+        "read_split(SourceConfig(**HUB, hub_config='lid_nowhere'), 'train', 'token')",
+        ["data.hub_config", "'lid_nowhere'", "It has lid_someeng, pos_someeng, sa_someeng. Did you mean 'lid_"],
+    ),
+    "missing": (
+        "read_split(SourceConfig(hub='someone/nothing'), 'train', 'token')",
+        ["someone/nothing", "data.hub", "hf auth login"],
+    ),
+    "missing branch": (
+        f"read_split(SourceConfig(hub='someone/nothing', {BRANCH}), 'train', 'token')",
+        ["someone/nothing", "data.hub", "hf auth login"],
+    ),
+    "gated": (
+        f"read_split(SourceConfig(hub='{GATED}'), 'train', 'token')",
+        [GATED, "gated", "Ask for access", "hf auth login"],
+    ),
+    "gated branch": (
+        f"read_split(SourceConfig(hub='{GATED}', {BRANCH}), 'train', 'token')",
+        [GATED, "Ask for access", "hf auth login"],
+    ),
+    "script": (
+        f"read_split(SourceConfig(hub='{SCRIPTED}'), 'train', 'token')",
+        [SCRIPTED, "never run here", f"data.hub_revision to {REVISION}"],
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def errors(hub, home):
+    cases = {name: code for name, (code, _) in MISTAKES.items()}
+    code = f"""
+        found = {{}}
+        for name, case in {cases!r}.items():
+            try:
+                eval(case)
+            except DataError as error:
+                found[name] = str(error)
+        print(json.dumps(found))
+    """
+    return run(code, home, HF_ENDPOINT=hub.url)
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_one_error_with_its_remedy(errors, name):
+    for message in MISTAKES[name][1]:
+        assert message in errors[name]
+
+
+def test_offline_names_the_way_out(tmp_path):
+    code = 'read_split(SourceConfig(**HUB, hub_config="lid_someeng"), "train", "token")'
+    error = run(code, tmp_path, HF_HUB_OFFLINE="1")["error"]
+    assert "cannot be reached" in error
+    assert "data.path" in error
+
+
+def test_what_was_loaded_once_is_there_offline(hub, home):
+    code = """
+        found = read_split(SourceConfig(**HUB, hub_config="lid_someeng"), "train", "token")
+        print(json.dumps({"texts": len(found), "words": found[0].text}))
+    """
+    online = run(code, home, HF_ENDPOINT=hub.url)
+    assert online == run(code, home, HF_HUB_OFFLINE="1")
+    other = 'read_split(SourceConfig(**HUB, hub_config="lid_nowhere"), "train", "token")'
+    assert "no parquet files for 'lid_nowhere'" in run(other, home, HF_HUB_OFFLINE="1")["error"]

@@ -1,0 +1,194 @@
+"""Column files: what is a word, what is a comment, and that nothing is dropped in silence."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tokmask_peft.data.conll import ConllReader
+from tokmask_peft.data.files import read_lines
+from tokmask_peft.data.read import iter_rows, read_split
+from tokmask_peft.errors import DataError
+from tokmask_peft.recipe import SourceConfig
+
+
+def read(text, task="token", **options):
+    return list(ConllReader(text.split("\n"), "posts.conll", task, **options))
+
+
+def test_words_tags_and_places():
+    first, second = read("# sent_enum = 1\nme\tlang2\ngusta\tlang2\n\n# sent_enum = 2\nok\tother\n")
+    assert first.text == ("me", "gusta")
+    assert first.label == ("lang2", "lang2")
+    assert (first.where, second.where) == ("posts.conll:2", "posts.conll:6")
+    assert second.text == ("ok",)
+
+
+@pytest.mark.parametrize("line", ["#Monday\tlang1", "#\tother", "# \tother", "#a=b\tother", "#sent_enum\tother"])
+def test_a_hashtag_is_a_word_wherever_it_stands(line):
+    word = line.split("\t")[0].strip()
+    (alone,) = read(f"{line}\n")
+    (first,) = read(f"# sent_enum = 1\n{line}\nyes\tlang1\n")
+    (later,) = read(f"yes\tlang1\n{line}\n")
+    assert alone.text == (word,)
+    assert first.text == (word, "yes")
+    assert later.text == ("yes", word)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "# sent_enum = 7",
+        "# sent_enum = 7 positive",
+        "# sent_enum = 7\tpositive",
+        "# text = a b",
+        "# newdoc",
+        "# source: web",
+        "#just a remark",
+        "# newdoc id = 4",
+        "#sent_enum=7",
+    ],
+)
+def test_a_comment_is_no_word(line):
+    (example,) = read(f"{line}\nyes\tlang1\n")
+    assert example.text == ("yes",)
+
+
+@pytest.mark.parametrize(
+    ("line", "label"),
+    [
+        ("# sent_enum = 7 positive", "positive"),
+        ("# sent_enum = 7\tpositive", "positive"),
+        ("# label = not sure", "not sure"),
+        ("# sentiment: negative", "negative"),
+        ("meta\t7\tneutral", "neutral"),
+        ("# sent_enum = 7", None),
+    ],
+)
+def test_the_label_of_a_text_stands_in_its_comment(line, label):
+    (example,) = read(f"{line}\nque\tlang2\ngood\tlang1\n", task="sequence")
+    assert (example.text, example.label) == ("que good", label)
+
+
+def test_a_label_does_not_leak_into_the_next_text():
+    first, second = read("# sent_enum = 1 positive\nyes\tlang1\n\n# sent_enum = 2\nno\tlang1\n", task="sequence")
+    assert (first.label, second.label) == ("positive", None)
+
+
+def test_a_comment_inside_a_text_is_refused_because_a_blank_line_is_missing():
+    with pytest.raises(DataError, match=r"posts.conll:3.*blank line"):
+        read("# sent_enum = 1\nyes\tlang1\n# sent_enum = 2\nno\tlang1\n")
+
+
+@pytest.mark.parametrize("line", ["nude    lang1", "#OneDay  lang1"])
+def test_spaces_in_place_of_the_tab(line):
+    (example,) = read(f"{line}\nyes\tlang1\nsí\tlang2\n")
+    assert example.text[0] == line.split()[0]
+    assert example.label == ("lang1", "lang1", "lang2")
+
+
+def test_columns_separated_by_spaces():
+    (example,) = read("# sent_enum = 1\n#Uno lang2\n# other\ndos   lang2\n")
+    assert example.text == ("#Uno", "#", "dos")
+    assert example.label == ("lang2", "other", "lang2")
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [("a\tx\nb\nc\ty\n", 2), ("a x\nb x y\nc y\n", 2), ("a\tb\tx\nc\tx\nd\te\tx\n", 2), ("alone\n", 1)],
+)
+def test_a_line_with_other_columns_names_its_place(text, line):
+    with pytest.raises(DataError, match=rf"posts.conll:{line}:"):
+        read(text)
+
+
+def test_label_column_by_number_from_either_end():
+    text = "ich\tDE\tPRON\nben\tTR\tPRON\n"
+    assert read(text)[0].label == ("PRON", "PRON")
+    assert read(text, label_column=1)[0].label == ("DE", "TR")
+    assert read(text, label_column=-2)[0].label == ("DE", "TR")
+    assert read(text, label_column="1")[0].label == ("DE", "TR")
+    assert read(text, text_column=1, label_column=2)[0].text == ("DE", "TR")
+    with pytest.raises(DataError, match=r"label_column is 'upos'.*numbers"):
+        read(text, label_column="upos")
+
+
+def test_conllu_skips_ranges_and_empty_nodes():
+    row = "{}\t{}\t_\t{}\t_\t_\t_\t_\t_\tLang={}"
+    lines = [
+        "# sent_id = 1",
+        "# text = vámonos ya",
+        row.format("1-2", "vámonos", "_", "x"),
+        row.format(1, "vamos", "VERB", "x"),
+        row.format(2, "nos", "PRON", "x"),
+        row.format("2.1", "ellipsis", "_", "x"),
+        row.format(3, "ya", "ADV", "x"),
+    ]
+    (example,) = read("\n".join(lines), label_column="upos")
+    assert example.text == ("vamos", "nos", "ya")
+    assert example.label == ("VERB", "PRON", "ADV")
+    with pytest.raises(DataError, match="Did you mean 'upos'"):
+        read("\n".join(lines), label_column="upo")
+
+
+def test_a_range_like_word_in_other_files_stays():
+    (example,) = read("1-2\tother\n3.1\tother\n")
+    assert example.text == ("1-2", "3.1")
+
+
+@pytest.mark.parametrize("word", ["\u200b", "\ufe0f", "\u200d", "\u00a0", "\x1c", "\u2028", "\x85", "a\u2028b"])
+def test_invisible_words_are_words(tmp_path, word):
+    path = tmp_path / "train.conll"
+    path.write_bytes(f"{word}\tother\nyes\tlang1\n".encode())
+    (example,) = iter_rows(path, SourceConfig(path=str(path)), "token")
+    assert example.text == (word, "yes")
+    assert example.label == ("other", "lang1")
+
+
+def test_without_labels_one_column_is_enough():
+    first, second = read("#hola\nmy\n\nfriend\n", labelled=False)
+    assert (first.text, first.label) == (("#hola", "my"), None)
+    assert second.text == ("friend",)
+    with pytest.raises(DataError, match=r"posts.conll:2"):
+        read("hola\nNew York\nfriend\n", labelled=False)
+
+
+def test_bytes_that_are_not_utf8_name_their_line(tmp_path):
+    path = tmp_path / "train.conll"
+    path.write_bytes("sí\tlang2\n".encode() + "año\tlang2\n".encode("latin1"))
+    with pytest.raises(DataError, match=r"train.conll:2: byte 2 .*not UTF-8"):
+        list(read_lines(path))
+
+
+def test_unlabelled_texts_of_a_sequence_task_are_an_error(tmp_path):
+    path = tmp_path / "train.conll"
+    path.write_text("# sent_enum = 1\nyes\tlang1\n")
+    with pytest.raises(DataError, match=r"no text has a label.*comment"):
+        read_split(SourceConfig(path=str(path)), "train", "sequence")
+
+
+visible = st.text(
+    st.characters(exclude_categories=("Cc", "Cs", "Zs", "Zl", "Zp"), codec="utf-8"), min_size=1, max_size=6
+)
+word = visible | visible.map("#{}".format) | st.just("#") | st.sampled_from(["meta", "1-2", "\u200b", "# x"])
+tag = st.sampled_from(["lang1", "lang2", "other", "B-PER", "_"])
+post = st.lists(st.tuples(word, tag), min_size=1, max_size=5)
+
+
+@given(
+    posts=st.lists(post, min_size=1, max_size=4),
+    end=st.sampled_from(["\n", "\r\n"]),
+    bom=st.booleans(),
+    last=st.booleans(),
+    comments=st.booleans(),
+    blanks=st.integers(1, 3),
+)
+def test_what_is_written_is_read(tmp_path_factory, posts, end, bom, last, comments, blanks):
+    blocks = []
+    for number, words in enumerate(posts):
+        head = [f"# sent_enum = {number} positive"] if comments else []
+        blocks.append(end.join([*head, *("\t".join(pair) for pair in words)]))
+    text = (end * (blanks + 1)).join(blocks) + (end if last else "")
+    path = tmp_path_factory.mktemp("conll") / "train.conll"
+    path.write_bytes((b"\xef\xbb\xbf" if bom else b"") + text.encode())
+    found = list(iter_rows(path, SourceConfig(path=str(path)), "token"))
+    assert [list(zip(e.text, e.label, strict=True)) for e in found] == posts

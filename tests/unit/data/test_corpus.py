@@ -1,0 +1,138 @@
+"""From the data section of a recipe to splits: the order of the steps, and what they refuse."""
+
+import json
+
+import pytest
+
+from tokmask_peft.data import load_corpus
+from tokmask_peft.errors import DataError
+from tokmask_peft.recipe import DataConfig, SourceConfig
+
+
+@pytest.fixture
+def folder(tmp_path):
+    def write(name, rows):
+        text = "".join(f"{text}\t{label}\n" for text, label in [("text", "label"), *rows])
+        (tmp_path / name).write_text(text)
+
+    write("train.tsv", [(f"train {n}", "xy"[n % 2]) for n in range(40)] + [("dev 1", "x"), ("test 2", "y")])
+    write("dev.tsv", [(f"dev {n}", "xy"[n % 2]) for n in range(6)] + [("test 3", "x")])
+    write("test.tsv", [(f"test {n}", "xy"[n % 2]) for n in range(8)])
+    return tmp_path
+
+
+def config(folder, **options):
+    return DataConfig(**{"path": str(folder), "task": "sequence", **options})
+
+
+def test_splits_labels_and_report(folder):
+    corpus = load_corpus(config(folder), seed=1)
+    assert (len(corpus.train), len(corpus.validation), len(corpus.test)) == (40, 6, 8)
+    assert corpus.labels == ("x", "y")
+    counts = corpus.report.splits["train"]
+    assert (counts.read, counts.texts, counts.words, counts.labels) == (42, 40, 80, {"x": 20, "y": 20})
+    assert corpus.report.hygiene.removed_from_validation == 1
+    assert json.loads(json.dumps(corpus.report.to_dict()))["hygiene"]["train_in_test"] == 1
+    lines = "\n".join(corpus.report.lines())
+    assert "train: 40 texts, 80 words" in lines
+    assert "removed 2 texts from train and 1 from validation" in lines
+    assert "test 2" in lines
+
+
+def test_hygiene_report_keeps_and_says_so(folder):
+    corpus = load_corpus(config(folder, hygiene="report"), seed=1)
+    assert (len(corpus.train), len(corpus.validation)) == (42, 7)
+    assert any("nothing removed" in line for line in corpus.report.lines())
+
+
+def test_a_share_is_cut_after_hygiene(folder):
+    corpus = load_corpus(config(folder, validation=0.25), seed=1)
+    assert (len(corpus.train), len(corpus.validation), len(corpus.test)) == (31, 10, 8)
+    assert not {e.text for e in corpus.validation} & {e.text for e in [*corpus.train, *corpus.test]}
+    assert "a share of 0.25 of train" in "\n".join(corpus.report.lines())
+
+
+def test_max_train_comes_last_and_leaves_validation_alone(folder):
+    whole = load_corpus(config(folder, validation=0.25), seed=1)
+    small = load_corpus(config(folder, validation=0.25, max_train=10), seed=1)
+    assert len(small.train) == 10
+    assert small.validation == whole.validation
+    assert {e.where for e in small.train} <= {e.where for e in whole.train}
+    assert small.report.splits["train"].read == 42
+
+
+def test_without_a_test_there_is_none(folder):
+    corpus = load_corpus(config(folder, test=None), seed=1)
+    assert corpus.test == []
+    assert set(corpus.report.splits) == {"train", "validation"}
+
+
+def test_one_file_for_selecting_and_scoring_is_refused(folder):
+    for validation, test in [("validation", "dev"), ("dev.tsv", "validation"), ("dev", "dev.tsv")]:
+        with pytest.raises(DataError, match=r"same texts .*dev.tsv.*share of train such as 0.1"):
+            load_corpus(config(folder, validation=validation, test=test), seed=1)
+    with pytest.raises(DataError, match=r"data.train and data.test are the same texts"):
+        load_corpus(config(folder, test="train.tsv"), seed=1)
+    with pytest.raises(DataError, match=r"data.validation and data.test are the same"):
+        load_corpus(DataConfig(builtin=True, task="token", validation="dev", test="val"), seed=1)
+
+
+def test_label_map_effects_and_keys_without_effect(folder):
+    corpus = load_corpus(config(folder, label_map={"x": "no", "z": "yes", "*": "yes"}), seed=1)
+    assert corpus.labels == ("no", "yes")
+    assert corpus.report.label_map["test"] == {"x -> no": 4, "y -> yes": 4}
+    assert any("no label 'z'" in warning for warning in corpus.report.warnings)
+    assert any(line.startswith("label_map: x -> no (") for line in corpus.report.lines())
+
+
+def test_conflicts_are_found_after_merging(tmp_path):
+    (tmp_path / "train.tsv").write_text("text\tlabel\na\tx\na\ty\nb\tz\nc\tx\nd\tz\n")
+    (tmp_path / "dev.tsv").write_text("text\tlabel\ne\tx\nf\tz\n")
+    apart = load_corpus(config(tmp_path, test=None), seed=1)
+    merged = load_corpus(config(tmp_path, test=None, label_map={"y": "x"}), seed=1)
+    assert [e.text for e in apart.train] == ["b", "c", "d"]
+    assert [e.text for e in merged.train] == ["a", "b", "c", "d"]
+    assert (apart.report.hygiene.conflicting, merged.report.hygiene.conflicting) == (1, 0)
+
+
+def test_a_label_that_train_lacks_is_an_error_and_one_that_test_lacks_a_warning(folder):
+    (folder / "test.tsv").write_text("text\tlabel\nq\tw\nr\tx\n")
+    with pytest.raises(DataError, match=r"test: labels that no training text has(.|\n)*'w': 1 times.*test.tsv:2"):
+        load_corpus(config(folder), seed=1)
+    (folder / "test.tsv").write_text("text\tlabel\nr\tx\n")
+    assert any("test has no text with y" in line for line in load_corpus(config(folder), seed=1).report.lines())
+
+
+def test_other_source_of_the_test_texts(folder, tmp_path_factory):
+    other = tmp_path_factory.mktemp("other")
+    (other / "dev.jsonl").write_text('{"frase": "hola", "etiqueta": "x"}\n{"frase": "train 3", "etiqueta": "y"}\n')
+    columns = {"text_column": "frase", "label_column": "etiqueta"}
+    whole = SourceConfig(path=str(other), **columns)
+    one = SourceConfig(path=str(other / "dev.jsonl"), **columns)
+    for source, test in [(whole, "dev"), (one, "test")]:
+        corpus = load_corpus(config(folder, test_source=source, test=test), seed=1)
+        assert [e.text for e in corpus.test] == ["hola", "train 3"]
+        assert "train 3" not in {e.text for e in corpus.train}
+    with pytest.raises(DataError, match=r"data.test is null, but data.test_source is set"):
+        load_corpus(config(folder, test_source=one, test=None), seed=1)
+
+
+def test_hygiene_that_leaves_nothing_says_so(tmp_path):
+    (tmp_path / "train.tsv").write_text("text\tlabel\na\tx\nb\ty\n")
+    (tmp_path / "test.tsv").write_text("text\tlabel\nb\ty\na\tx\n")
+    (tmp_path / "dev.tsv").write_text("text\tlabel\nb\ty\nc\tx\n")
+    with pytest.raises(DataError, match="hygiene left no training text"):
+        load_corpus(config(tmp_path), seed=1)
+    (tmp_path / "train.tsv").write_text("text\tlabel\nd\tx\ne\ty\n")
+    (tmp_path / "dev.tsv").write_text("text\tlabel\nb\ty\n")
+    with pytest.raises(DataError, match="every validation text is also in test"):
+        load_corpus(config(tmp_path), seed=1)
+
+
+def test_token_corpora(tmp_path):
+    posts = [f"# sent_enum = {n}\nhey{n}\tlang1\nvos{n}\tlang2\n#x\tother\n" for n in range(20)]
+    (tmp_path / "train.conll").write_text("\n".join(posts))
+    corpus = load_corpus(DataConfig(path=str(tmp_path), task="token", validation=0.2, test=None), seed=3)
+    assert (len(corpus.train), len(corpus.validation)) == (16, 4)
+    assert corpus.report.splits["train"].words == 48
+    assert corpus.labels == ("lang1", "lang2", "other")

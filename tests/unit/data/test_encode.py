@@ -1,0 +1,227 @@
+"""Tokenizing: every word has one labelled position or is counted as lost."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from tokmask_peft.data import Example, encode
+from tokmask_peft.data.encode import IGNORED, Collator
+from tokmask_peft.errors import DataError
+
+WORDPIECES = [
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "[MASK]",
+    "me",
+    "gusta",
+    "la",
+    "fi",
+    "##esta",
+    "very",
+    "##y",
+    "#",
+    "a",
+    "b",
+]
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    """A WordPiece tokenizer with its real special tokens."""
+    from transformers import BertTokenizer
+
+    path = tmp_path_factory.mktemp("bert") / "vocab.txt"
+    path.write_text("\n".join(WORDPIECES) + "\n")
+    return BertTokenizer(vocab={word: number for number, word in enumerate(WORDPIECES)})
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    """A byte-level BPE tokenizer without a prefix space, as Qwen and GPT have."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<pad>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["me gusta la fiesta , we saw the house and the fiesta"] * 20, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>")
+
+
+def real(name):
+    folder = os.environ.get("TOKMASK_TOKENIZERS")
+    if not folder:
+        pytest.skip("TOKMASK_TOKENIZERS does not name a folder of tokenizers")
+    return AutoTokenizer.from_pretrained(Path(folder) / name)
+
+
+@pytest.fixture(params=["bert", "bpe", "Qwen2.5-0.5B", "TinyLlama-1.1B-Chat-v1.0", "bert-base-multilingual-cased"])
+def tokenizer(request):
+    if request.param in {"bert", "bpe"}:
+        return request.getfixturevalue(request.param)
+    return real(request.param)
+
+
+def tagged(*pairs, where="f:1"):
+    words, tags = zip(*pairs, strict=True)
+    return Example(words, tags, where)
+
+
+def test_the_first_sub_token_carries_the_label(bert):
+    encoded = encode([tagged(("me", "es"), ("fiesta", "es"), ("very", "en"))], bert, "token", ("en", "es"), 16)
+    row = encoded.dataset[0]
+    assert bert.convert_ids_to_tokens(row["input_ids"]) == ["[CLS]", "me", "fi", "##esta", "very", "[SEP]"]
+    assert row["labels"] == [IGNORED, 1, 1, IGNORED, 0, IGNORED]
+    assert row["length"] == 6
+    assert encoded.kept == [[0, 1, 2]]
+
+
+def test_words_look_as_they_do_in_running_text(bpe):
+    words = ("me", "gusta", "la", "fiesta")
+    running = bpe("me gusta la fiesta")["input_ids"]
+    assert bpe(list(words), is_split_into_words=True)["input_ids"] != running  # why the space is needed
+    encoded = encode([Example(words, ("es",) * 4, "f:1")], bpe, "token", ("en", "es"), 32)
+    assert encoded.dataset[0]["input_ids"] == running
+
+
+def test_real_tokenizers_see_running_text(tokenizer):
+    words = ("la", "fiesta", "a", "b", "la", "gusta", "me")
+    encoded = encode([Example(words, ("x",) * 7, "f:1")], tokenizer, "token", ("x", "y"), 64)
+    assert encoded.dataset[0]["input_ids"] == tokenizer(" ".join(words))["input_ids"]
+    assert encoded.kept == [list(range(7))]
+
+
+def test_truncation_is_counted_and_what_is_kept_is_known(bert):
+    long = tagged(*[("fiesta", "es")] * 5)
+    short = tagged(("me", "es"))
+    encoded = encode([long, short], bert, "token", ("en", "es"), 7)
+    assert encoded.kept == [[0, 1, 2], [0]]
+    assert [len(row) for row in encoded.dataset["input_ids"]] == [7, 3]
+    counts = encoded.truncation
+    assert (counts.texts, counts.words, counts.texts_cut, counts.words_cut) == (2, 6, 1, 2)
+    assert counts.sub_tokens == 10
+    assert encoded.dataset[0]["labels"] == [IGNORED, 1, IGNORED, 1, IGNORED, 1, IGNORED]
+
+
+@pytest.mark.parametrize(
+    ("text", "cut", "words_cut"),
+    [
+        ("me gusta la fiesta", 0, 0),
+        ("me gusta la me fiesta", 1, 0),
+        ("me gusta la fiesta me me", 1, 2),
+        ("  me  ", 0, 0),
+    ],
+)
+def test_truncation_of_texts(bert, text, cut, words_cut):
+    encoded = encode([Example(text, "x", "f:1")], bert, "sequence", ("x", "y"), 7)
+    assert (encoded.truncation.texts_cut, encoded.truncation.words_cut) == (cut, words_cut)
+    assert encoded.truncation.words == len(text.split())
+    assert encoded.kept is None
+    assert encoded.dataset[0]["labels"] == 0
+
+
+@pytest.mark.parametrize("invisible", ["\u200b", "\x07", "\u200d\u200b"])
+def test_a_word_that_the_tokenizer_drops_keeps_its_label(bert, invisible):
+    example = tagged(("me", "es"), (invisible, "other"), ("la", "es"))
+    encoded = encode([example], bert, "token", ("es", "other"), 16)
+    tokens = bert.convert_ids_to_tokens(encoded.dataset[0]["input_ids"])
+    assert tokens == ["[CLS]", "me", "[UNK]", "la", "[SEP]"]
+    assert encoded.dataset[0]["labels"] == [IGNORED, 0, 1, 0, IGNORED]
+    assert (encoded.truncation.words_replaced, encoded.truncation.words_without_tokens) == (1, 0)
+
+
+def test_order_and_many_batches(bert):
+    examples = [tagged(("a", "xy"[n % 2]), *[("b", "x")] * (n % 3), where=f"f:{n}") for n in range(2500)]
+    encoded = encode(examples, bert, "token", ("x", "y"), 16)
+    assert [row[1] for row in encoded.dataset["labels"]] == [n % 2 for n in range(2500)]
+    assert [len(words) for words in encoded.kept] == [1 + n % 3 for n in range(2500)]
+    assert encoded.truncation.texts == 2500
+
+
+def test_texts_to_predict_have_no_labels(bert):
+    encoded = encode([Example(("me", "la"), None, "f:1")], bert, "token", ("x", "y"), 16)
+    assert set(encoded.dataset.column_names) == {"input_ids", "length"}
+    assert encoded.kept == [[0, 1]]
+    with pytest.raises(DataError, match="1 of 2 texts have no label, first at f:2"):
+        encode([Example("me", "x", "f:1"), Example("la", None, "f:2")], bert, "sequence", ("x", "y"), 16)
+    with pytest.raises(DataError, match="f:9: label 'z' is not one of x, y"):
+        encode([Example("me", "z", "f:9")], bert, "sequence", ("x", "y"), 16)
+
+
+def test_slow_tokenizers_are_refused():
+    class Slow:
+        is_fast = False
+
+    with pytest.raises(DataError, match="Slow cannot tell which word"):
+        encode([Example("me", "x", "f:1")], Slow(), "sequence", ("x",), 16)
+
+
+def test_the_collator_pads_on_the_right_whatever_the_tokenizer_says(bert):
+    bert.padding_side = "left"
+    try:
+        encoded = encode(
+            [tagged(("me", "es")), tagged(("me", "es"), ("fiesta", "en"))], bert, "token", ("en", "es"), 16
+        )
+        batch = Collator(bert, "token")([encoded.dataset[0], encoded.dataset[1]])
+    finally:
+        bert.padding_side = "right"
+    assert set(batch) == {"input_ids", "attention_mask", "labels"}
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
+    assert batch["input_ids"][0].tolist()[3:] == [bert.pad_token_id] * 2
+    assert batch["labels"].tolist() == [[IGNORED, 1, IGNORED, IGNORED, IGNORED], [IGNORED, 1, 0, IGNORED, IGNORED]]
+    assert all(value.dtype == torch.long for value in batch.values())
+
+
+def test_the_collator_of_texts(bert):
+    encoded = encode([Example("me", "x", "f:1"), Example("la fiesta", "y", "f:2")], bert, "sequence", ("x", "y"), 16)
+    batch = Collator(bert, "sequence")([encoded.dataset[i] for i in range(2)])
+    assert batch["labels"].tolist() == [0, 1]
+    unlabelled = encode([Example("me", None, "f:1")], bert, "sequence", ("x", "y"), 16)
+    assert set(Collator(bert, "sequence")([unlabelled.dataset[0]])) == {"input_ids", "attention_mask"}
+
+
+def test_the_collator_needs_a_padding_token(bpe):
+    from copy import deepcopy
+
+    without = deepcopy(bpe)
+    without.pad_token = None
+    with pytest.raises(DataError, match="no padding token"):
+        Collator(without, "token")
+
+
+anything = st.text(st.characters(exclude_categories=("Cs",), codec="utf-8"), min_size=1, max_size=8)
+post = st.lists(anything | st.sampled_from(["me", "fiesta", "\u200b"]), min_size=1, max_size=8)
+texts = st.lists(post, min_size=1, max_size=4)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(texts=texts, max_length=st.integers(4, 24))
+def test_every_word_has_one_labelled_position_or_is_counted(tokenizer, texts, max_length):
+    names = [f"L{n}" for n in range(8)]
+    examples = [Example(tuple(words), tuple(names[: len(words)]), "f:1") for words in texts]
+    encoded = encode(examples, tokenizer, "token", names, max_length)
+    kept = 0
+    for words, row, indices in zip(texts, encoded.dataset, encoded.kept, strict=True):
+        labels = [label for label in row["labels"] if label != IGNORED]
+        assert labels == indices  # word i carries label i: order kept, once each
+        assert indices == sorted(set(indices))
+        assert set(indices) <= set(range(len(words)))
+        assert len(row["input_ids"]) == len(row["labels"]) == row["length"] <= max_length
+        assert all(0 <= token < len(tokenizer) for token in row["input_ids"])
+        kept += len(indices)
+    counts = encoded.truncation
+    assert counts.words == sum(map(len, texts))
+    assert counts.words - kept == counts.words_cut + counts.words_without_tokens
+    assert counts.words_without_tokens == 0
+    assert counts.sub_tokens == sum(encoded.dataset["length"])

@@ -1,0 +1,187 @@
+"""CSV, TSV, JSON lines and parquet."""
+
+import csv
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tokmask_peft.data.read import iter_rows, read_split
+from tokmask_peft.errors import DataError
+from tokmask_peft.recipe import SourceConfig
+
+
+def read(path, task="sequence", labelled=True, **options):
+    return list(iter_rows(path, SourceConfig(path=str(path), **options), task, labelled))
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write_file(name, content):
+        path = tmp_path / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return path
+
+    return write_file
+
+
+def test_csv_quotes_hold_commas_quotes_and_line_ends(write):
+    path = write("a.csv", 'text,label\n"uno, dos",x\n"she said ""hi""\nand left",y\nplain,x\n')
+    found = read(path)
+    assert [e.text for e in found] == ["uno, dos", 'she said "hi"\nand left', "plain"]
+    assert [e.where.rsplit(":", 1)[1] for e in found] == ["2", "3", "5"]
+
+
+def test_csv_with_a_lone_quote_names_the_line_and_the_other_format(write):
+    path = write("a.csv", 'text,label\nfine,x\n"never closed,y\nmore,z\n')
+    with pytest.raises(DataError, match=r"a.csv:3:.*data.format to tsv"):
+        read(path)
+
+
+def test_tsv_takes_quotes_as_they_are(write):
+    path = write("a.tsv", 'text\tlabel\n"half open\tx\nit\'s "all" fine"\ty\n""quoted""\tx\n')
+    assert [e.text for e in read(path)] == ['"half open', 'it\'s "all" fine"', '""quoted""']
+
+
+@pytest.mark.parametrize(("name", "separator"), [("a.tsv", "\t"), ("a.csv", ",")])
+def test_a_row_with_other_columns_names_its_line(write, name, separator):
+    path = write(name, f"text{separator}label\nok{separator}x\nbad{separator}y{separator}z\n")
+    with pytest.raises(DataError, match=rf"{name}:3: 3 columns.*header has 2 \(text, label\)"):
+        read(path)
+
+
+def test_jsonl_of_texts_and_of_words(write):
+    texts = write("a.jsonl", '{"sentence": "hola", "sentiment": 1}\n\n{"sentence": "bye", "sentiment": 0}\n')
+    assert [(e.text, e.label) for e in read(texts)] == [("hola", "1"), ("bye", "0")]
+    words = write("b.jsonl", '{"tokens": ["me", "too"], "tags": ["lang2", "lang1"]}\n')
+    assert read(words, "token")[0].label == ("lang2", "lang1")
+    joined = write("c.jsonl", '{"words": ["me", "too"], "label": "x"}\n')
+    assert read(joined)[0].text == "me too"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"words": ["a"], "tags": ["x", "y"]}', r"1 words in 'words' but 2 tags"),
+        ('{"words": 3, "tags": ["x"]}', r"needs a list"),
+        ("{broken", r"not JSON"),
+        ("[1]", r"expected a JSON object, found list"),
+        ('{"words": ["a"]}', r"no column 'tags'"),
+    ],
+)
+def test_jsonl_errors_name_their_line(write, line, message):
+    path = write("a.jsonl", '{"words": ["a"], "tags": ["x"]}\n' + line + "\n")
+    with pytest.raises(DataError, match=rf"a.jsonl:2: .*{message}"):
+        read(path, "token")
+
+
+def test_words_and_tags_in_csv_cells(write):
+    path = write("a.csv", "words,tags\nme too,lang2 lang1\n\"['New York', 'x']\",\"['ne', 'other']\"\n[brb],other\n")
+    first, second, third = read(path, "token")
+    assert (first.text, first.label) == (("me", "too"), ("lang2", "lang1"))
+    assert (second.text, second.label) == (("New York", "x"), ("ne", "other"))
+    assert third.text == ("[brb]",)
+
+
+def test_parquet_with_and_without_stored_class_names(tmp_path):
+    pq.write_table(pa.table({"words": [["a", "b"]], "lid": [["x", "y"]]}), tmp_path / "plain.parquet")
+    assert read(tmp_path / "plain.parquet", "token")[0].label == ("x", "y")
+    from datasets import ClassLabel, Dataset, Features, List, Value
+
+    features = Features({"words": List(Value("string")), "ner_tags": List(ClassLabel(names=["O", "PER"]))})
+    stored = Dataset.from_dict({"words": [["a", "b"], ["c"]], "ner_tags": [[1, 0], [0]]}, features=features)
+    stored.to_parquet(tmp_path / "named.parquet")
+    assert [e.label for e in read(tmp_path / "named.parquet", "token")] == [("PER", "O"), ("O",)]
+    (tmp_path / "broken.parquet").write_bytes(b"text\n")
+    with pytest.raises(DataError, match="cannot be read as parquet"):
+        read(tmp_path / "broken.parquet")
+
+
+def test_columns_are_asked_for_when_the_choice_is_not_clear(write):
+    two = write("a.tsv", "text\ttweet\tlabel\na\tb\tx\n")
+    with pytest.raises(DataError, match=r"text_column is not set, and several columns fit \(text, tweet\)"):
+        read(two)
+    assert read(two, text_column="tweet")[0].text == "b"
+    assert read(two, text_column=0)[0].text == "a"
+    none = write("b.tsv", "frase\tlabel\na\tx\n")
+    with pytest.raises(DataError, match=r"no column has a usual name.*frase, label"):
+        read(none)
+    with pytest.raises(DataError, match=r"no column 'frse'.*frase, label.*Did you mean 'frase'"):
+        read(none, text_column="frse")
+    with pytest.raises(DataError, match=r"label_column is 2, but .* 2 columns"):
+        read(none, text_column="frase", label_column=2)
+    tags = write("c.jsonl", '{"words": ["a"], "lid": ["x"], "pos": ["y"]}\n')
+    with pytest.raises(DataError, match=r"several columns fit \(lid, pos\)"):
+        read(tags, "token")
+
+
+def test_without_labels_no_label_column_is_needed(write):
+    path = write("a.tsv", "text\nhola\n")
+    assert [(e.text, e.label) for e in read(path, labelled=False)] == [("hola", None)]
+
+
+def test_rows_stream(write):
+    path = write("a.tsv", "text\tlabel\n" + "good\tx\n" * 3 + "bad\n")
+    rows = iter_rows(path, SourceConfig(path=str(path)), "sequence")
+    assert next(rows).text == "good"
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [("  \tx", "an empty text"), ("fine\t", "an empty label"), ("\tx", "an empty text")],
+)
+def test_empty_cells_are_reported_together(write, column, message):
+    rows = ["good\tx", column] * 7
+    write("train.tsv", "text\tlabel\n" + "\n".join(rows) + "\n")
+    path = write("train.tsv", "text\tlabel\n" + "\n".join(rows) + "\n")
+    with pytest.raises(DataError) as caught:
+        read_split(SourceConfig(path=str(path)), "train", "sequence")
+    text = str(caught.value)
+    assert message in text
+    assert text.count("train.tsv:") == 6  # the file, then five places
+    assert "and 2 more (7 in all)" in text
+    assert "train.tsv:3," in text
+
+
+@pytest.mark.parametrize("label", ["", "?", "_", "-1"])
+def test_a_split_with_placeholders_only_has_no_labels(write, label):
+    path = write("test.jsonl", "".join(json.dumps({"text": t, "label": label}) + "\n" for t in "abc"))
+    with pytest.raises(DataError, match=r"no text has a label.*data.test to validation.*share of train"):
+        read_split(SourceConfig(path=str(path)), "test", "sequence")
+
+
+def test_an_empty_file_is_an_error(write):
+    for name, content in {"a.tsv": "", "b.csv": "text,label\n", "c.jsonl": "\n", "d.conll": "\n\n"}.items():
+        with pytest.raises(DataError, match="no texts in it"):
+            read_split(SourceConfig(path=str(write(name, content))), "train", "sequence")
+
+
+cell = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\x00", codec="utf-8"), max_size=12)
+rows = st.lists(st.tuples(cell, cell), min_size=1, max_size=5)
+
+
+@given(rows=rows, bom=st.booleans(), end=st.sampled_from(["\n", "\r\n"]))
+def test_csv_written_is_csv_read(tmp_path_factory, rows, bom, end):
+    path = tmp_path_factory.mktemp("csv") / "a.csv"
+    with path.open("w", encoding="utf-8-sig" if bom else "utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator=end, quoting=csv.QUOTE_ALL)
+        writer.writerows([("text", "label"), *rows])
+    assert [(e.text, e.label) for e in read(path)] == [(text, label.strip()) for text, label in rows]
+
+
+@given(
+    rows=st.lists(st.tuples(cell, cell), min_size=1, max_size=5).map(
+        lambda rows: [tuple(c.translate({9: None, 10: None, 13: None}) for c in row) for row in rows]
+    ),
+    bom=st.booleans(),
+    end=st.sampled_from(["\n", "\r\n"]),
+    last=st.booleans(),
+)
+def test_tsv_written_is_tsv_read(tmp_path_factory, rows, bom, end, last):
+    path = tmp_path_factory.mktemp("tsv") / "a.tsv"
+    text = end.join("\t".join(row) for row in [("text", "label"), *rows]) + (end if last else "")
+    path.write_bytes((b"\xef\xbb\xbf" if bom else b"") + text.encode())
+    assert [(e.text, e.label) for e in read(path)] == [(text, label.strip()) for text, label in rows]
