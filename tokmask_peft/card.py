@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -31,12 +33,14 @@ print([(words[word_ids[i]], labels[predicted[i]]) for i in first])""",
 }
 
 
-def model_card(recipe: Recipe, result: Mapping[str, Any]) -> str:
+def model_card(recipe: Recipe, result: Mapping[str, Any], spaced_words: bool = False) -> str:
     """Return the model card as Markdown with a YAML head, generated from a run.
 
     Args:
         recipe: the resolved recipe.
         result: what `result.json` holds.
+        spaced_words: token tasks: whether words were encoded with their leading space, as byte-level tokenizers
+            without a prefix space need it.
     """
     pipeline, auto = _AUTO[recipe.data.task]
     head = {
@@ -51,14 +55,14 @@ def model_card(recipe: Recipe, result: Mapping[str, Any]) -> str:
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
         f"# {recipe.name}",
-        f"A LoRA adapter for [{recipe.model.backbone}](https://huggingface.co/{recipe.model.backbone}) that gives one "
+        f"A LoRA adapter for {_linked(recipe.model.backbone)} that gives one "
         f"label per {'text' if recipe.data.task == 'sequence' else 'word'}: {', '.join(labels)}.\n"
         f"It was trained with token masking at rate p = {masking.p:g} ({masking.schedule}, unit: {masking.unit}); "
         "at inference nothing is masked.",
         "## Scores",
         _score_table(result),
         "## How to load it",
-        f"```python\n{loading_snippet(recipe, labels, auto)}\n```",
+        f"```python\n{loading_snippet(recipe, labels, auto, spaced_words=spaced_words)}\n```",
         "## Data",
         "\n".join(_data_lines(result)),
         "## Method",
@@ -71,9 +75,14 @@ def model_card(recipe: Recipe, result: Mapping[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def loading_snippet(recipe: Recipe, labels: list[str], auto: str, folder: str = "PATH_OR_HUB_ID") -> str:
+def loading_snippet(
+    recipe: Recipe, labels: list[str], auto: str, folder: str = "PATH_OR_HUB_ID", spaced_words: bool = False
+) -> str:
     """Return Python that loads the adapter with stock PEFT and predicts, labels included."""
-    encode = 'inputs = tokenizer(words, is_split_into_words=True, return_tensors="pt")'
+    pieces, lead = "words", ""
+    if spaced_words:
+        pieces, lead = "spaced", 'spaced = [words[0], *(f" {word}" for word in words[1:])]  # as in a running text\n'
+    encode = f'{lead}inputs = tokenizer({pieces}, is_split_into_words=True, return_tensors="pt")'
     return (
         f"import torch\nfrom peft import {auto}\nfrom transformers import AutoTokenizer\n\n"
         f'adapter = "{folder}"\n'
@@ -86,6 +95,13 @@ def loading_snippet(recipe: Recipe, labels: list[str], auto: str, folder: str = 
         "model.config.get_text_config().pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id\n\n"
         + _USE[recipe.data.task].format(encode=encode)
     )
+
+
+def _linked(backbone: str) -> str:
+    """Return a link to the Hub for what can be an id there; a local folder stays plain."""
+    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", backbone) and not Path(backbone).exists():
+        return f"[{backbone}](https://huggingface.co/{backbone})"
+    return f"`{backbone}`"
 
 
 def _score_table(result: Mapping[str, Any]) -> str:

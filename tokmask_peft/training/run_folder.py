@@ -67,6 +67,9 @@ def check_run(recipe: Recipe, resume: bool) -> RunFolder:
     from tokmask_peft.recipe_io import differences, load_recipe
 
     run = RunFolder(recipe.run_dir)
+    ground = next(place for place in (run.root, *run.root.absolute().parents) if place.exists())
+    if not ground.is_dir() or not os.access(ground, os.W_OK):
+        raise RunError(f"{run.root} cannot be a run folder: {ground} is a file or cannot be written; set output_dir")
     if not run.root.exists() or not any(run.root.iterdir()):
         if resume:
             raise RunError(f"there is no run to resume in {run.root}; start it without --resume")
