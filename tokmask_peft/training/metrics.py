@@ -42,17 +42,18 @@ def scores(gold: NDArray[np.int64], predicted: NDArray[np.int64], labels: Sequen
         JSON-able; `confusion` has a row per gold label and a column per predicted one, with a last column for
         items without a prediction if there are any.
     """
-    from sklearn.metrics import confusion_matrix, f1_score, precision_recall_fscore_support
-
-    ids = list(range(len(labels)))
-    occurring = [i for i in ids if i in set(gold.tolist()) | set(predicted.tolist())]
-    precision, recall, f1, support = precision_recall_fscore_support(gold, predicted, labels=ids, zero_division=0)
-    missing = int((predicted == NO_PREDICTION).sum())
-    columns = [*ids, NO_PREDICTION] if missing else ids
+    classes = len(labels)
+    # the last column counts what has no prediction
+    column = np.where(predicted == NO_PREDICTION, classes, predicted)
+    counts = np.bincount(gold * (classes + 1) + column, minlength=classes * (classes + 1)).reshape(classes, classes + 1)
+    right, support, given = counts.diagonal(), counts.sum(axis=1), counts.sum(axis=0)[:classes]
+    precision, recall, f1 = _ratio(right, given), _ratio(right, support), _ratio(2 * right, given + support)
+    occurring = given + support > 0
+    missing = int(counts[:, classes].sum())
     return {
-        "f1_macro": float(f1_score(gold, predicted, labels=occurring, average="macro", zero_division=0)),
-        "f1_weighted": float(f1_score(gold, predicted, labels=ids, average="weighted", zero_division=0)),
-        "accuracy": float((gold == predicted).mean()) if len(gold) else 0.0,
+        "f1_macro": float(f1[occurring].mean()) if occurring.any() else 0.0,
+        "f1_weighted": float(_ratio(np.dot(f1, support), support.sum())),
+        "accuracy": float(_ratio(right.sum(), support.sum())),
         "items": len(gold),
         "without_prediction": missing,
         "per_class": {
@@ -66,9 +67,14 @@ def scores(gold: NDArray[np.int64], predicted: NDArray[np.int64], labels: Sequen
         },
         "confusion": {
             "labels": [*labels, *(["(none)"] if missing else [])],
-            "matrix": confusion_matrix(gold, predicted, labels=columns)[: len(ids)].tolist(),
+            "matrix": counts[:, : classes + bool(missing)].tolist(),
         },
     }
+
+
+def _ratio(part: Any, whole: Any) -> NDArray[np.float64]:
+    """Divide, with 0 for nothing of nothing."""
+    return np.asarray(part, dtype=np.float64) / np.maximum(whole, 1)
 
 
 def code_mixing_index(tags: Sequence[str], languages: Sequence[str]) -> float:
