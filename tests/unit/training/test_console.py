@@ -1,0 +1,51 @@
+"""What a run prints."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from tokmask_peft.console import baseline_verdict, print_decisions, print_lines, print_result, print_scores
+from tokmask_peft.model.decisions import Decision
+
+
+@pytest.fixture
+def console():
+    return Console(file=io.StringIO(), width=120, highlight=False, soft_wrap=True)
+
+
+def part(score, **more):
+    return {"f1_macro": score, "f1_weighted": score, "accuracy": score, "items": 1234, **more}
+
+
+def test_brackets_are_text_and_not_markup(console, tmp_path):
+    print_decisions(console, [Decision("mask [token]", "[mask]", "modules [q_proj, /v_proj] are [bold]")])
+    print_lines(console, "Data", ["file [a].csv"])
+    print_result(console, {"validation": part(0.5)}, tmp_path / "[a]" / "adapter")
+    text = console.file.getvalue()
+    for expected in ("mask [token]", " [mask] ", "[q_proj, /v_proj] are [bold]", "file [a].csv", "/[a]/adapter"):
+        assert expected in text
+
+
+def test_scores_say_what_was_cut_and_how_mixed_posts_fare(console):
+    mixing = [{"cmi": "0 to 15", "posts": 1000, "f1_macro": 0.25}]
+    print_scores(console, {"test": part(0.5, without_prediction=17, by_mixing=mixing), "validation": part(1.0)})
+    text = console.file.getvalue()
+    assert ["test", "0.5000", "0.5000", "0.5000", "1,234"] in [line.split() for line in text.splitlines()]
+    assert "test: 17 words lie beyond the cut and count as errors" in text
+    assert "code-mixing index 0 to 15: macro-F1 0.2500 (1,000 posts)" in text
+
+
+@pytest.mark.parametrize(
+    ("result", "said"),
+    [
+        ({"test": part(0.7), "baseline": part(0.6)}, "The adapter is 0.1000 macro-F1 above"),
+        ({"test": part(0.5), "validation": part(0.9), "baseline": part(0.6)}, "does NOT beat"),
+        ({"test": part(0.6), "baseline": part(0.6)}, "does NOT beat the character n-gram baseline (+0.0000 macro-F1)"),
+        ({"validation": part(0.7), "baseline": part(0.6)}, "0.1000 macro-F1 above"),
+        ({"test": part(0.7)}, ""),
+    ],
+)
+def test_the_verdict_is_said_whichever_way_it_falls(result, said):
+    assert said in baseline_verdict(result)
+    assert bool(baseline_verdict(result)) == bool(said)

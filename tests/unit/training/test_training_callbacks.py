@@ -1,0 +1,205 @@
+"""Callbacks, driven as the Trainer drives them."""
+
+import json
+import os
+import signal
+import threading
+import time
+
+import pytest
+import torch
+from transformers import TrainerControl, TrainerState
+
+from tokmask_peft.errors import RunError
+from tokmask_peft.training.callbacks import AdapterMoves, LogFile, StepClock, StopOnSignal
+
+
+def state(step, main=True):
+    return TrainerState(global_step=step, epoch=step / 10, is_world_process_zero=main)
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+class TestLogFile:
+    def run(self, path, first, last):
+        log = LogFile(path)
+        log.on_train_begin(None, state(first), TrainerControl())
+        for step in range(first + 1, last + 1):
+            log.on_log(None, state(step), TrainerControl(), logs={"loss": step / 2})
+
+    def test_a_line_per_logged_step(self, tmp_path):
+        self.run(tmp_path / "log.jsonl", 0, 3)
+        assert lines(tmp_path / "log.jsonl") == [{"step": n, "epoch": n / 10, "loss": n / 2} for n in (1, 2, 3)]
+
+    def test_a_resumed_run_drops_the_lines_after_its_checkpoint(self, tmp_path):
+        self.run(tmp_path / "log.jsonl", 0, 7)
+        self.run(tmp_path / "log.jsonl", 4, 6)
+        assert [line["step"] for line in lines(tmp_path / "log.jsonl")] == [1, 2, 3, 4, 5, 6]
+
+    def test_a_line_that_a_killed_run_left_half_written(self, tmp_path):
+        path = tmp_path / "log.jsonl"
+        self.run(path, 0, 3)
+        path.write_text(path.read_text() + '{"step": 4, "lo', encoding="utf-8")
+        self.run(path, 3, 4)
+        assert [line["step"] for line in lines(path)] == [1, 2, 3, 4]
+
+    def test_a_loss_that_is_no_number_is_still_json(self, tmp_path):
+        path = tmp_path / "log.jsonl"
+        log = LogFile(path)
+        log.on_log(None, state(1), TrainerControl(), logs={"loss": float("nan"), "grad_norm": float("inf"), "p": 0.1})
+        assert "NaN" not in path.read_text()
+        assert lines(path) == [{"step": 1, "epoch": 0.1, "loss": None, "grad_norm": None, "p": 0.1}]
+
+    def test_only_the_main_process_writes(self, tmp_path):
+        log = LogFile(tmp_path / "log.jsonl")
+        log.on_train_begin(None, state(0, main=False), TrainerControl())
+        log.on_log(None, state(1, main=False), TrainerControl(), logs={"loss": 1.0})
+        assert not (tmp_path / "log.jsonl").exists()
+
+
+def handlers():
+    return [signal.getsignal(number) for number in StopOnSignal.SIGNALS]
+
+
+def send(number):
+    os.kill(os.getpid(), number)
+    time.sleep(0)  # let the interpreter run the handler
+
+
+class TestStopOnSignal:
+    @pytest.fixture(autouse=True)
+    def _python_handlers(self):
+        before = handlers()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        yield
+        for number, handler in zip(StopOnSignal.SIGNALS, before, strict=True):
+            signal.signal(number, handler)
+
+    @pytest.mark.parametrize("number", StopOnSignal.SIGNALS)
+    def test_the_first_signal_asks_for_a_checkpoint_and_the_end(self, number):
+        before = handlers()
+        with StopOnSignal() as stop:
+            assert handlers() != before
+            control = TrainerControl()
+            stop.on_step_end(None, state(1), control)
+            assert (stop.stopped, control.should_save, control.should_training_stop) == (False, False, False)
+            send(number)
+            assert stop.stopped
+            assert handlers() == before  # so that the second signal stops at once
+            stop.on_step_end(None, state(2), control)
+            assert (control.should_save, control.should_training_stop) == (True, True)
+        assert handlers() == before
+
+    def test_the_second_signal_stops_at_once(self):
+        with StopOnSignal() as stop:
+            send(signal.SIGINT)
+            with pytest.raises(KeyboardInterrupt):
+                send(signal.SIGINT)
+        assert stop.stopped
+
+    def test_handlers_come_back_when_training_raises(self):
+        before = handlers()
+        with pytest.raises(ValueError, match="boom"), StopOnSignal():
+            raise ValueError("boom")
+        assert handlers() == before
+
+    def test_in_another_thread_it_leaves_the_signals_alone(self):
+        before, seen = handlers(), []
+
+        def train():
+            with StopOnSignal() as stop:
+                seen.append((handlers() == before, stop.stopped))
+
+        thread = threading.Thread(target=train)
+        thread.start()
+        thread.join()
+        assert seen == [(True, False)]
+
+
+class Adapted(torch.nn.Module):
+    """A frozen layer with a LoRA pair, and a head that learns whatever happens."""
+
+    def __init__(self):
+        super().__init__()
+        self.lora_A = torch.nn.Parameter(torch.ones(2, 3))
+        self.lora_B = torch.nn.Parameter(torch.zeros(3, 2))
+        self.head = torch.nn.Parameter(torch.zeros(3))
+        self.frozen_lora_B = torch.nn.Parameter(torch.zeros(3), requires_grad=False)
+
+    def step(self, adapter):
+        with torch.no_grad():
+            self.head += 1
+            if adapter:
+                self.lora_B += 0.1
+
+
+class Schedule:
+    def __init__(self, rate):
+        self.rate = rate
+
+    def get_last_lr(self):
+        return [self.rate]
+
+
+class TestAdapterMoves:
+    def drive(self, moves, steps, evaluate_every=None, rate=1e-3):
+        guard, model = AdapterMoves(), Adapted()
+        guard.on_evaluate(None, state(0), TrainerControl(), model=model)
+        for step in range(1, steps + 1):
+            model.step(moves(step))
+            guard.on_step_end(None, state(step), TrainerControl(), model=model, lr_scheduler=Schedule(rate))
+            if evaluate_every and step % evaluate_every == 0:
+                guard.on_evaluate(None, state(step), TrainerControl(), model=model)
+
+    def test_an_adapter_that_moves_passes(self):
+        self.drive(lambda step: True, 20, evaluate_every=4)
+        self.drive(lambda step: step % 3 == 0, 20)  # a step without a move is none to worry about
+
+    def test_an_adapter_that_stands_still_fails(self):
+        with pytest.raises(RunError, match=r"1 of 1 adapter weights did not move in 3 steps .*first: lora_B\)"):
+            self.drive(lambda step: False, AdapterMoves.STEPS)
+
+    def test_one_that_stops_after_a_later_evaluation_fails(self):
+        with pytest.raises(RunError, match="no gradient reaches them"):
+            self.drive(lambda step: step <= 8, 20, evaluate_every=8)
+
+    @pytest.mark.parametrize("every", [1, 2])
+    def test_frequent_evaluations_do_not_hide_it(self, every):
+        with pytest.raises(RunError, match="did not move"):
+            self.drive(lambda step: False, 10, evaluate_every=every)
+
+    def test_at_a_learning_rate_of_zero_nothing_need_move(self):
+        self.drive(lambda step: False, 10, rate=0.0)
+
+    def test_before_an_evaluation_nothing_is_compared(self):
+        guard, model = AdapterMoves(), Adapted()
+        for step in range(10):
+            guard.on_step_end(None, state(step), TrainerControl(), model=model)
+
+    def test_under_a_real_optimizer(self):
+        model, guard = Adapted(), AdapterMoves()
+        optimizer = torch.optim.AdamW([model.lora_A, model.lora_B, model.head])
+        guard.on_evaluate(None, state(0), TrainerControl(), model=model)
+
+        def step():
+            (model.head - 5).square().sum().backward()  # the adapter is cut off, and its gradients are none
+            optimizer.step()
+            optimizer.zero_grad()
+            guard.on_step_end(None, state(1), TrainerControl(), model=model)
+
+        for _ in range(AdapterMoves.STEPS - 1):
+            step()
+        with pytest.raises(RunError, match="lora_B"):
+            step()
+
+
+def test_the_clock_counts_steps_and_their_time_only(monkeypatch):
+    now = iter([0.0, 2.0, 10.0, 13.0])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(now))
+    clock = StepClock()
+    for step in (1, 2):
+        clock.on_step_begin(None, state(step), TrainerControl())
+        clock.on_step_end(None, state(step), TrainerControl())
+    assert (clock.seconds, clock.steps) == (5.0, 2)
