@@ -25,9 +25,9 @@ def real_shape(real_tokenizers, tmp_path_factory):
     def make(name):
         if name not in made:
             source = real_tokenizers / NAMES[name]
-            config = AutoConfig.from_pretrained(source)
-            config.num_hidden_layers = 2
-            config.intermediate_size //= 4
+            shape = json.loads((source / "config.json").read_text(encoding="utf-8"))
+            smaller = {"num_hidden_layers": 2, "intermediate_size": shape["intermediate_size"] // 4}
+            config = AutoConfig.for_model(**{**shape, **smaller})
             torch.manual_seed(0)
             folder = tmp_path_factory.mktemp(name)
             AutoModel.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
