@@ -48,6 +48,8 @@ class RunInterruptedError(RunError):
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str:
-    """Return ` Did you mean 'x'?` for the closest candidate, or an empty string."""
-    match = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.5)
+    """Return ` Did you mean 'x'?` for the closest candidate or the one that `name` begins, or an empty string."""
+    names = list(candidates)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    match = close or ([other for other in names if other.startswith(name)] if name else [])
     return f" Did you mean '{match[0]}'?" if match else ""

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tokmask_peft.errors import RecipeError
+from tokmask_peft.errors import RecipeError, nearest
 from tokmask_peft.recipe_io import load_recipe
 
 
@@ -139,3 +139,12 @@ def test_descriptions_help_with_what_is_missing(tmp_path):
         "data.task: is missing; expected 'sequence' or 'token' (sequence: one label per text; token: one label per "
         "word)",
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "guess"),
+    [("quickstrat", "quickstart"), ("seq", "sequence"), ("rank", None), ("", None), ("sequence", "sequence")],
+)
+def test_the_nearest_name(name, guess):
+    said = nearest(name, iter(["dora", "quickstart", "sequence"]))
+    assert said == (f" Did you mean '{guess}'?" if guess else "")

@@ -1,0 +1,177 @@
+"""The command line: quick help, exit codes, and never a traceback for a mistake of the user's."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from tokmask_peft import __version__
+from tokmask_peft.cli import app
+from tokmask_peft.recipe_io import SHIPPED, field_help, load_recipe, shipped_recipes
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, list(map(str, arguments)))
+
+
+def mistake(*arguments):
+    """Run a command that must fail in words, and return them."""
+    found = run(*arguments)
+    assert found.exit_code == 2, found.output
+    assert found.stdout == ""
+    assert "Traceback" not in found.stderr
+    assert found.exception is None or isinstance(found.exception, SystemExit)
+    return found.stderr
+
+
+def process(*arguments, **settings):
+    command = [sys.executable, "-m", "tokmask_peft", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, **settings)
+
+
+HEAVY = ("torch", "transformers", "peft", "datasets", "sklearn", "numpy")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["train", "--help"], ["recipes", "list"], ["validate", "quickstart"], ["evaluate", "nope"]],
+)
+def test_nothing_heavy_is_imported_for_a_quick_answer(arguments):
+    code = (
+        "import sys; from tokmask_peft.cli import main\n"
+        f"sys.argv = ['tokmask', *{arguments!r}]\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        f"print('LOADED', [name for name in {HEAVY!r} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines()[-1] == "LOADED []", done.stdout + done.stderr
+
+
+class TestHelp:
+    def test_names_every_command(self):
+        found = run("--help")
+        assert found.exit_code == 0
+        for command in ("train", "evaluate", "validate", "recipes"):
+            assert command in found.stdout
+
+    def test_version(self):
+        assert run("--version").stdout.strip() == __version__
+
+    def test_no_command_is_a_request_for_help(self):
+        assert "validate" in run().output
+
+    @pytest.mark.parametrize(
+        "arguments", [["frobnicate"], ["train"], ["recipes", "copy", "quickstart"], ["train", "--x"]]
+    )
+    def test_wrong_usage(self, arguments):
+        assert "Usage:" in mistake(*arguments)
+
+
+class TestValidate:
+    @pytest.mark.parametrize("name", ["quickstart", "lid_spaeng/mbert", SHIPPED / "trec" / "minilm.yaml"])
+    def test_a_good_recipe(self, name):
+        found = run("validate", name, "name=mine", "output_dir=there")
+        assert found.exit_code == 0
+        assert found.stdout.startswith(f"{name} is valid: ")
+        assert found.stdout.endswith("run there/mine\n")
+
+    def test_every_problem_of_a_bad_one(self):
+        said = mistake("validate", "quickstart", "masking.p=2", "adapter.rank=8", "oops")
+        assert said.splitlines() == [
+            "Error: quickstart: 3 problems",
+            "  oops: expected dotted.key=value, for example training.epochs=3",
+            "  adapter.rank: unknown key. Known here: r, alpha, dropout, targets, rslora, dora",
+            "  masking.p: is 2; expected a number (at least 0, below 1)",
+        ]
+
+    def test_no_such_recipe(self):
+        assert "Did you mean 'quickstart'?" in mistake("validate", "quickstrat")
+
+    def test_a_file_that_is_no_recipe(self, tmp_path):
+        for number, content in enumerate([b"\xff\xfe\x00", b"a: [", b"- 1", b"[a]: b", b"\x00"]):
+            path = tmp_path / f"{number}.yaml"
+            path.write_bytes(content)
+            assert mistake("validate", path).startswith(f"Error: {path}: 1 problem\n")
+        assert "no such file" in mistake("validate", tmp_path)
+
+
+class TestRecipes:
+    @pytest.mark.parametrize("arguments", [["recipes"], ["recipes", "list"]])
+    def test_list_says_what_each_is_for(self, arguments):
+        lines = run(*arguments).stdout.splitlines()
+        assert [line.split()[0] for line in lines] == shipped_recipes()
+        assert all(len(line.split(maxsplit=1)[1]) > 10 for line in lines)
+        assert "TREC" in next(line for line in lines if line.startswith("trec/minilm"))
+
+    def test_show_prints_the_file_or_all_that_it_means(self):
+        assert run("recipes", "show", "trec/minilm").stdout == (SHIPPED / "trec" / "minilm.yaml").read_text()
+        resolved = run("recipes", "show", "trec/minilm", "--resolved").stdout
+        assert yaml.safe_load(resolved) == json.loads(load_recipe("trec/minilm").model_dump_json())
+
+    def test_copy_tells_the_next_command_and_never_overwrites(self, tmp_path):
+        target = tmp_path / "my recipe.yaml"
+        found = run("recipes", "copy", "quickstart", target)
+        assert found.stdout.endswith(f"run it with: tokmask train '{target}'\n")
+        assert load_recipe(target) == load_recipe("quickstart")
+        assert "exists" in mistake("recipes", "copy", "quickstart", target)
+        assert "Did you mean" in mistake("recipes", "copy", "quickstat", tmp_path / "other.yaml")
+
+    def test_fields(self):
+        assert run("recipes", "fields").stdout.splitlines() == field_help()
+
+
+class TestEvaluate:
+    def test_no_run(self, tmp_path):
+        assert mistake("evaluate", tmp_path) == f"Error: {tmp_path} is not a run folder (it holds no recipe.yaml)\n"
+
+    def test_a_run_without_an_adapter(self, tmp_path):
+        (tmp_path / "recipe.yaml").write_text("name: mine\n")
+        assert "has no adapter yet" in mistake("evaluate", tmp_path)
+
+
+class TestTrain:
+    def test_a_bad_recipe(self):
+        assert "masking.p: is 2" in mistake("train", "quickstart", "masking.p=2")
+
+    @pytest.mark.parametrize(
+        ("resume", "said"), [([], "exists and was not finished"), (["--resume"], "Differences: seed")]
+    )
+    def test_a_name_that_is_taken(self, tmp_path, resume, said):
+        (tmp_path / "mine").mkdir()
+        overrides = [f"output_dir={tmp_path}", "name=mine"]
+        (tmp_path / "mine" / "recipe.yaml").write_text(run("recipes", "show", "quickstart", "--resolved").stdout)
+        assert said in mistake("train", "quickstart", *overrides, "seed=7", *resume)
+
+    def test_data_that_is_not_there(self, tmp_path, monkeypatch):
+        monkeypatch.delenv("TOKMASK_DATA", raising=False)
+        said = mistake("train", "trec/minilm", f"output_dir={tmp_path}")
+        assert "the environment variable TOKMASK_DATA is not set" in said
+        said = mistake("train", "trec/minilm", f"output_dir={tmp_path}", f"data.path={tmp_path}/nowhere")
+        assert f"{tmp_path}/nowhere" in said
+        assert list(tmp_path.iterdir()) == []  # a mistake leaves no run behind
+
+
+class TestExitCodes:
+    def test_a_mistake_is_2_with_the_message_on_stderr(self):
+        done = process("validate", "quickstart", "masking.p=2")
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.splitlines()[1].startswith("  masking.p: is 2;")
+        assert "Traceback" not in done.stderr
+
+    def test_right_is_0(self):
+        done = process("validate", "quickstart")
+        assert (done.returncode, done.stderr) == (0, "")
+
+    def test_an_interruption_is_130(self, tmp_path):
+        code = (
+            "import os, signal, sys, tokmask_peft.recipe as recipe\n"
+            "from tokmask_peft.cli import main\n"
+            "recipe.Recipe.load = lambda *_: os.kill(os.getpid(), signal.SIGINT)\n"
+            "sys.argv = ['tokmask', 'validate', 'quickstart']\n"
+            "main()"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stderr) == (130, "Interrupted.\n")
