@@ -139,10 +139,10 @@ def test_checkpoints_hold_the_resolved_config(tmp_path):
 class FailingTrainer(Trainer):
     where = "compute_loss"
 
-    def compute_loss(self, *args, **kwargs):
-        if self.where == "compute_loss" and self.state.global_step == 1:
+    def compute_loss(self, model, *args, **kwargs):
+        if self.where == "compute_loss" and self.state.global_step == 1 and model.training:
             raise torch.OutOfMemoryError("no memory")
-        return super().compute_loss(*args, **kwargs)
+        return super().compute_loss(model, *args, **kwargs)
 
     def get_batch_samples(self, *args, **kwargs):
         if self.where == "data" and self.state.global_step == 1:

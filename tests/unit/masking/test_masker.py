@@ -4,6 +4,7 @@ import pytest
 import torch
 from scipy import stats
 from tiny_models import TEXTS, build, causal_families, encode, families, seen_ids, token_families
+from transformers import AddedToken
 
 from tokmask_peft.masking import MaskToken, TokenMaskConfig, TokenMasker
 
@@ -252,6 +253,19 @@ def test_protected_ids_stay_and_break_words():
     kept = batch["input_ids"] == frequent
     assert kept.any()
     assert (ids[kept] == frequent).all()
+
+
+def test_specials_that_only_the_backend_knows_and_padding_that_only_the_model_knows_stay():
+    model, tokenizer = build("qwen2")
+    tokenizer.add_tokens([AddedToken("<|tool|>", special=True)])
+    tokenizer.pad_token = None
+    model.config.pad_token_id = 40
+    tool = tokenizer.convert_tokens_to_ids("<|tool|>")
+    embedding = model.train().get_input_embeddings()
+    with TokenMasker.attach(model, tokenizer, TokenMaskConfig(p=0.9)) as masker, seen_ids(model) as seen:
+        embedding(torch.tensor([[tool, 40, 41] * 30]))
+    assert (seen[0].reshape(30, 3)[:, :2] == torch.tensor([tool, 40])).all()
+    assert (seen[0].reshape(30, 3)[:, 2] == masker.mask_token.id).any()
 
 
 def test_input_gradients_which_an_edit_of_the_output_breaks():

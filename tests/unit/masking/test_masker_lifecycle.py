@@ -35,13 +35,16 @@ def test_the_context_manager_detaches_when_training_raises():
 
 def test_pause_and_layout_end_when_their_body_raises():
     model, tokenizer = build("bert")
-    batch = encode(tokenizer)
-    with TokenMasker.attach(model.train(), tokenizer, TokenMaskConfig(p=0.9)) as masker:
-        with pytest.raises(ZeroDivisionError), masker.paused(), masker.layout(torch.zeros(1, 1), torch.zeros(1, 1)):
+    embedding, ids = model.train().get_input_embeddings(), encode(tokenizer)["input_ids"]
+    with TokenMasker.attach(model, tokenizer, TokenMaskConfig(p=0.5)) as masker, seen_ids(model) as seen:
+        embedding(ids)
+        one = torch.zeros(1, 1, dtype=torch.int64)
+        with pytest.raises(ZeroDivisionError), masker.paused(), masker.layout(one, one):
             raise ZeroDivisionError
-        with seen_ids(model) as seen:
-            model(**batch)
-    assert not torch.equal(seen[0], batch["input_ids"])
+        masker.step = 0
+        embedding(ids)
+    assert not torch.equal(seen[0], ids)
+    assert torch.equal(seen[0], seen[1])
 
 
 def test_attaching_twice_is_refused_and_after_detach_allowed():

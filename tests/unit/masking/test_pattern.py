@@ -119,6 +119,15 @@ def test_words_and_spans_are_whole_and_nothing_protected_is_touched(text, seed, 
         assert torch.equal(by_unit["span"], by_unit["word"])
 
 
+def test_a_protected_token_ends_a_word():
+    """What follows it inside the same word is a word of its own, which may have another fate."""
+    starts = torch.tensor([[True, False, False, False]]).expand(64, 4)
+    maskable = torch.tensor([[True, True, False, True]]).expand(64, 4)
+    masked = mask(0.5, maskable=maskable, word_starts=starts, unit="word")
+    assert torch.equal(masked[:, 0], masked[:, 1])
+    assert not torch.equal(masked[:, 0], masked[:, 3])
+
+
 def test_share_of_words_and_spans_is_the_rate():
     starts = torch.arange(128).expand(64, 128) % 4 == 0  # 32 words of 4 tokens
     for unit, words in (("word", 1), ("span", 4)):
