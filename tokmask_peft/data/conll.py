@@ -51,11 +51,16 @@ class Layout:
         rows = [line for line in (line.rstrip(" ") for line in lines) if line.strip(" \t")]
         tabbed = [line.split("\t") for line in rows if "\t" in line and not _comment(line)]
         tabs = bool(tabbed)
-        fields = tabbed or [line.split() for line in rows if not _comment(line)]
+        fields = tabbed or [_split(line) for line in rows if not _comment(line)]
         widths = [len(row) for row in fields] or [0]
         width = max(set(widths), key=widths.count)
         conllu = tabs and width == len(CONLLU_COLUMNS)
         return cls(tabs, width, conllu, frozenset(row[-1] for row in fields if len(row) == width))
+
+
+def _split(line: str) -> list[str]:
+    """Split at spaces and tabs only: a word may be any other white space, such as a no-break space."""
+    return re.split(r"[ \t]+", line.strip(" \t"))
 
 
 def _comment(line: str) -> re.Match[str] | None:
@@ -159,7 +164,7 @@ class ConllReader:
 
     def _repaired(self, line: str) -> list[str] | None:
         """Columns of a word line that has spaces in place of its tabs, or none if it is not one."""
-        columns = line.split()
+        columns = _split(line)
         fits = self._layout.tabs and len(columns) == self._layout.width and columns[-1] in self._layout.labels
         return columns if fits else None
 
@@ -184,7 +189,7 @@ class ConllReader:
             if len(columns) == 1:
                 columns = self._repaired(line) or columns
         else:
-            columns = line.split()
+            columns = _split(line)
         if self._layout.conllu and _RANGE_OR_EMPTY_NODE.fullmatch(columns[0]):
             return None
         self._check_width(columns, line, number)

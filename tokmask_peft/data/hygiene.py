@@ -103,7 +103,7 @@ def clean(
         for kind, applies in kinds.items():
             if applies and len(shown[kind]) < EXAMPLES_SHOWN and key not in shown[kind]:
                 shown[kind].append(key)
-        if key not in conflicting and not any(kinds.values()):
+        if not any(kinds.values()):
             kept.append(example)
         seen.add(key)
 

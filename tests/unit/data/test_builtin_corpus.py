@@ -49,8 +49,9 @@ def test_both_tasks_show_the_same_posts():
     assert all(len(e.text) == len(e.label) and all(e.text) for e in words)
 
 
-def test_no_post_twice():
-    keys = Counter(normalise(e.text) for split in SPLITS for e in builtin_examples("sequence", split))
+@pytest.mark.parametrize("seed", [7, 15])  # 15 writes a post twice, once in two splits, when nobody looks
+def test_no_post_twice(seed):
+    keys = Counter(normalise(e.text) for split in SPLITS for e in builtin_examples("sequence", split, seed))
     assert max(keys.values()) == 1
 
 
@@ -169,7 +170,8 @@ def test_noise_keeps_the_number_of_words_and_their_tags():
         assert [tag for _, tag in rough] == [tag for _, tag in clause]
         assert all(word for word, _ in rough)
         assert rough[2] == (",", "other")
-    assert any("niño" not in dict(roughen(clause, Random(seed))) for seed in range(50))
+    spelled = {roughen([("mañanitás", "lang2")], Random(seed))[0][0].lower() for seed in range(50)}
+    assert {"mañanitás", "mañanitas"} <= spelled
 
 
 def test_neither_one_word_nor_n_grams_settle_the_sentiment():

@@ -142,6 +142,9 @@ def test_invisible_words_are_words(tmp_path, word):
     (example,) = iter_rows(path, SourceConfig(path=str(path)), "token")
     assert example.text == (word, "yes")
     assert example.label == ("other", "lang1")
+    path.write_bytes(f"yes\n{word}\nno\n".encode())
+    (example,) = iter_rows(path, SourceConfig(path=str(path)), "token", labelled=False)
+    assert example.text == ("yes", word, "no")
 
 
 def test_without_labels_one_column_is_enough():

@@ -95,6 +95,10 @@ def test_parquet_with_and_without_stored_class_names(tmp_path):
     stored = Dataset.from_dict({"words": [["a", "b"], ["c"]], "ner_tags": [[1, 0], [0]]}, features=features)
     stored.to_parquet(tmp_path / "named.parquet")
     assert [e.label for e in read(tmp_path / "named.parquet", "token")] == [("PER", "O"), ("O",)]
+    hidden = Features({"text": Value("string"), "label": ClassLabel(names=["no", "yes"])})
+    Dataset.from_dict({"text": ["a", "b"], "label": [-1, -1]}, features=hidden).to_parquet(tmp_path / "test.parquet")
+    with pytest.raises(DataError, match="no text has a label"):
+        read_split(SourceConfig(path=str(tmp_path)), "test", "sequence")
     (tmp_path / "broken.parquet").write_bytes(b"text\n")
     with pytest.raises(DataError, match="cannot be read as parquet"):
         read(tmp_path / "broken.parquet")
