@@ -1,4 +1,4 @@
-"""Choose the token that stands for a masked one, and say why."""
+"""Choose the token that stands for a masked one, and say why; say which tokens are never masked."""
 
 from __future__ import annotations
 
@@ -107,6 +107,19 @@ def _explicit(tokenizer: Any, rows: int, token_id: int) -> MaskToken:
             "for the end of the text; take an ordinary token, a spare row, or leave mask_token at auto"
         )
     return MaskToken(token_id, "id", f"{token!r} as asked, an ordinary token of the tokenizer")
+
+
+def maskable_table(tokenizer: Any, rows: int, protected: set[int | None]) -> Tensor:
+    """Say for every id whether it may be masked; bool [rows].
+
+    The unknown token counts as special, as it does for the tokenizer: masking it would hide next to nothing.
+    """
+    specials = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    table = torch.ones(rows, dtype=torch.bool)
+    for token_id in {*tokenizer.all_special_ids, *specials, *protected}:
+        if token_id is not None and 0 <= token_id < rows:
+            table[token_id] = False
+    return table
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tokmask_peft.errors import MaskTokenError
 from tokmask_peft.masking.embedding import embedding_weight, find_embedding, is_trainable, unwrap
-from tokmask_peft.masking.mask_token import MaskToken, choose_mask_token, fill_spare_row, used_rows
+from tokmask_peft.masking.mask_token import MaskToken, choose_mask_token, fill_spare_row, maskable_table, used_rows
 from tokmask_peft.masking.pattern import masked_positions, text_positions
 from tokmask_peft.masking.schedule import rate_at
 from tokmask_peft.masking.words import word_start_table
@@ -118,7 +118,7 @@ class TokenMasker:
             embedding,
             config,
             mask_token,
-            _maskable_table(tokenizer, rows, {*config.protect, pad_id, getattr(model_config, "pad_token_id", None)}),
+            maskable_table(tokenizer, rows, {*config.protect, pad_id, getattr(model_config, "pad_token_id", None)}),
             None if config.unit == "token" else word_start_table(tokenizer, rows),
             pad_id=pad_id,
             real_rows=min(used_rows(tokenizer), rows),
@@ -273,16 +273,3 @@ class TokenMasker:
             raise MaskTokenError(f"cannot resume masking with other settings: {'; '.join(differing)}")
         self.set_step(state["step"])
         self.rate = state["rate"]
-
-
-def _maskable_table(tokenizer: Any, rows: int, protected: set[int | None]) -> Tensor:
-    """Say for every id whether it may be masked; bool [rows].
-
-    The unknown token counts as special, as it does for the tokenizer: masking it would hide next to nothing.
-    """
-    specials = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
-    table = torch.ones(rows, dtype=torch.bool)
-    for token_id in {*tokenizer.all_special_ids, *specials, *protected}:
-        if token_id is not None and 0 <= token_id < rows:
-            table[token_id] = False
-    return table
