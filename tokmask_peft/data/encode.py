@@ -234,38 +234,3 @@ def _replace_dropped(texts: list[list[str]], tokenizer: PreTrainedTokenizerFast,
                 words[position] = stand_in
                 count += 1
     return count
-
-
-class Collator:
-    """Pad a batch on the right and make its attention mask.
-
-    Args:
-        tokenizer: gives the padding token.
-        task: in token tasks labels are padded too, with -100.
-
-    Raises:
-        DataError: the tokenizer has no padding token.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, task: Task) -> None:
-        if tokenizer.pad_token_id is None:
-            raise DataError("the tokenizer has no padding token: set tokenizer.pad_token before batching")
-        self._pad, self._task = int(tokenizer.pad_token_id), task
-
-    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Build the batch: `input_ids`, `attention_mask` and, if given, `labels`; other columns are dropped."""
-        import torch
-        from torch.nn.utils.rnn import pad_sequence
-
-        ids = [torch.as_tensor(row["input_ids"], dtype=torch.long) for row in rows]
-        ones = [torch.ones_like(row) for row in ids]
-        batch = {
-            "input_ids": pad_sequence(ids, batch_first=True, padding_value=self._pad),
-            "attention_mask": pad_sequence(ones, batch_first=True, padding_value=0),
-        }
-        if "labels" in rows[0] and self._task == "token":
-            labels = [torch.as_tensor(row["labels"], dtype=torch.long) for row in rows]
-            batch["labels"] = pad_sequence(labels, batch_first=True, padding_value=IGNORED)
-        elif "labels" in rows[0]:
-            batch["labels"] = torch.tensor([row["labels"] for row in rows], dtype=torch.long)
-        return batch

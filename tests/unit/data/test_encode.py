@@ -4,14 +4,13 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tokmask_peft.data import Example, encode
-from tokmask_peft.data.encode import IGNORED, Collator
+from tokmask_peft.data.encode import IGNORED
 from tokmask_peft.errors import DataError
 
 WORDPIECES = [
@@ -165,39 +164,6 @@ def test_slow_tokenizers_are_refused():
 
     with pytest.raises(DataError, match="Slow cannot tell which word"):
         encode([Example("me", "x", "f:1")], Slow(), "sequence", ("x",), 16)
-
-
-def test_the_collator_pads_on_the_right_whatever_the_tokenizer_says(bert):
-    bert.padding_side = "left"
-    try:
-        encoded = encode(
-            [tagged(("me", "es")), tagged(("me", "es"), ("fiesta", "en"))], bert, "token", ("en", "es"), 16
-        )
-        batch = Collator(bert, "token")([encoded.dataset[0], encoded.dataset[1]])
-    finally:
-        bert.padding_side = "right"
-    assert set(batch) == {"input_ids", "attention_mask", "labels"}
-    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
-    assert batch["input_ids"][0].tolist()[3:] == [bert.pad_token_id] * 2
-    assert batch["labels"].tolist() == [[IGNORED, 1, IGNORED, IGNORED, IGNORED], [IGNORED, 1, 0, IGNORED, IGNORED]]
-    assert all(value.dtype == torch.long for value in batch.values())
-
-
-def test_the_collator_of_texts(bert):
-    encoded = encode([Example("me", "x", "f:1"), Example("la fiesta", "y", "f:2")], bert, "sequence", ("x", "y"), 16)
-    batch = Collator(bert, "sequence")([encoded.dataset[i] for i in range(2)])
-    assert batch["labels"].tolist() == [0, 1]
-    unlabelled = encode([Example("me", None, "f:1")], bert, "sequence", ("x", "y"), 16)
-    assert set(Collator(bert, "sequence")([unlabelled.dataset[0]])) == {"input_ids", "attention_mask"}
-
-
-def test_the_collator_needs_a_padding_token(bpe):
-    from copy import deepcopy
-
-    without = deepcopy(bpe)
-    without.pad_token = None
-    with pytest.raises(DataError, match="no padding token"):
-        Collator(without, "token")
 
 
 anything = st.text(st.characters(exclude_categories=("Cs",), codec="utf-8"), min_size=1, max_size=8)
