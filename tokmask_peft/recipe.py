@@ -235,8 +235,10 @@ class TrainingConfig(Section):
     max_steps: int | None = Field(None, ge=1, description="stop after so many optimizer steps; wins over epochs")
     batch_size: int = Field(32, ge=1, description="texts per forward pass and device")
     gradient_accumulation: int = Field(1, ge=1, description="forward passes per optimizer step")
-    batching: Literal["grouped", "padded"] = Field(
-        "grouped", description="grouped: random batches of similar length; padded: random batches"
+    batching: Literal["padded", "grouped"] = Field(
+        "padded",
+        description="padded: random batches; grouped: random batches of similar length, faster, but a label that goes "
+        "with the length of a text then comes in clumps, which has kept runs from learning anything",
     )
     learning_rate: float = Field(5e-4, gt=0, description="peak learning rate of AdamW, for adapter and head")
     scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(

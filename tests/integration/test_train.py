@@ -137,6 +137,8 @@ def test_mistakes_end_in_one_message_and_leave_nothing(write_recipe, tokmask, tm
         "data.label_column=colour": "colour",
         "adapter.targets=[querry]": "Did you mean 'query'",
         "masking.mask_token=0": "mask_token 0",
+        "masking.protect=[99999]": "masking.protect",
+        "training.report_to=[foo]": "there is no tracker 'foo'",
     }
     for override, expected in cases.items():
         done = tokmask("train", recipe, override, check=False)

@@ -15,7 +15,8 @@ from transformers import EarlyStoppingCallback, set_seed
 from tokmask_peft import card
 from tokmask_peft.console import ProgressDisplay, make_console, print_decisions, print_lines, print_result
 from tokmask_peft.data import Corpus, load_corpus
-from tokmask_peft.errors import RunError, RunInterruptedError
+from tokmask_peft.data.encode import words_need_a_space
+from tokmask_peft.errors import RecipeError, RunError, RunInterruptedError
 from tokmask_peft.masking import MaskToken, TokenMaskCallback, choose_mask_token
 from tokmask_peft.masking.embedding import embedding_weight, find_embedding
 from tokmask_peft.masking.mask_token import fill_spare_row, used_rows
@@ -29,9 +30,16 @@ from tokmask_peft.training.callbacks import AdapterMoves, LogFile, StepClock, St
 from tokmask_peft.training.environment import environment, peak_memory, versions
 from tokmask_peft.training.losses import ClassificationLoss, class_weights
 from tokmask_peft.training.metrics import scores, scores_by_mixing
-from tokmask_peft.training.run_folder import RunFolder, check_run, write_json
+from tokmask_peft.training.run_folder import RunFolder, check_run, start_run, write_json
 from tokmask_peft.training.splits import Split
-from tokmask_peft.training.trainer import OrderedEvalTrainer, argmax_logits, collator, scorer, training_arguments
+from tokmask_peft.training.trainer import (
+    OrderedEvalTrainer,
+    argmax_logits,
+    check_trackers,
+    collator,
+    scorer,
+    training_arguments,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +70,7 @@ def train(recipe: Recipe | str | Path, *, resume: bool = False, quiet: bool = Fa
     state = PartialState()
     console = make_console(quiet or not state.is_main_process)
     run = check_run(recipe, resume)
+    check_trackers(recipe.training.report_to)
     state.wait_for_everyone()
     corpus = load_corpus(recipe.data.expanded(), recipe.seed)
     set_seed(recipe.seed)  # before the head is drawn
@@ -71,10 +80,6 @@ def train(recipe: Recipe | str | Path, *, resume: bool = False, quiet: bool = Fa
     model, decisions = add_adapter(backbone, recipe.adapter, recipe.data.task, trained_row)
     decisions = (*backbone.decisions, *mask_decisions, *decisions)
     print_decisions(console, decisions)
-    if state.is_main_process and not run.recipe.is_file():
-        run.root.mkdir(parents=True, exist_ok=True)
-        run.recipe.write_text(_recipe_text(recipe), encoding="utf-8")
-    state.wait_for_everyone()
     session = _Session(recipe, corpus, backbone, model, mask, run, console, state.device)
     return session.run_to_end(decisions, resume)
 
@@ -93,6 +98,9 @@ def _choose_mask(recipe: Recipe, backbone: Backbone) -> tuple[MaskToken | None, 
         return None, (Decision("mask token", "none", "masking.p is 0: nothing is masked"),)
     embedding = find_embedding(backbone.model)
     rows = embedding_weight(embedding).shape[0]
+    outside = [token_id for token_id in config.protect if token_id >= rows]
+    if outside:
+        raise RecipeError([f"masking.protect: {outside} lie outside the embedding, which has rows 0 to {rows - 1}"])
     mask = choose_mask_token(backbone.tokenizer, rows, config.mask_token)
     if config.trainable_mask and mask.kind == "spare":
         fill_spare_row(embedding, mask, used_rows(backbone.tokenizer))
@@ -133,6 +141,9 @@ class _Session:
         print_lines(self.console, "Data", lines)
         clock, stop, display = StepClock(), StopOnSignal(), ProgressDisplay(self.console)
         trainer = self._trainer([clock, stop, display, AdapterMoves()])
+        if trainer.is_world_process_zero():  # not before: a mistake found until here leaves no folder behind
+            start_run(self.run, _recipe_text(self.recipe))
+        trainer.accelerator.wait_for_everyone()
         try:
             with stop:
                 trainer.train(resume_from_checkpoint=self._checkpoint(resume))
@@ -243,7 +254,8 @@ class _Session:
         if self.mask is not None:
             masking = masking.model_copy(update={"mask_token": self.mask.id})
         masking.save_pretrained(folder)
-        (folder / "README.md").write_text(card.model_card(recipe, result), encoding="utf-8")
+        spaced = recipe.data.task == "token" and words_need_a_space(self.backbone.tokenizer)
+        (folder / "README.md").write_text(card.model_card(recipe, result, spaced), encoding="utf-8")
         write_json(self.run.result, result)
 
 

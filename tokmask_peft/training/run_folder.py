@@ -90,6 +90,20 @@ def check_run(recipe: Recipe, resume: bool) -> RunFolder:
     return run
 
 
+def start_run(run: RunFolder, recipe_text: str) -> None:
+    """Make the run folder with its recipe; one that is being resumed keeps its own.
+
+    Raises:
+        RunError: the folder cannot be made or written.
+    """
+    try:
+        run.root.mkdir(parents=True, exist_ok=True)
+        if not run.recipe.is_file():
+            run.recipe.write_text(recipe_text, encoding="utf-8")
+    except OSError as error:
+        raise RunError(f"the run folder {run.root} cannot be made ({error.strerror}); set output_dir") from error
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write JSON so that a reader sees the old file or the new one, never half of it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")

@@ -63,7 +63,7 @@ def test_saved_adapter_gives_the_same_logits_on_a_fresh_backbone(model_config, f
     backbone = load_backbone(model_config(family), task, LABELS, CPU)
     model, _ = add_adapter(backbone, AdapterConfig(r=2), task)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     batch = backbone.tokenizer(TEXTS, return_tensors="pt", padding=True)
@@ -90,7 +90,7 @@ def test_adapter_for_other_labels_is_refused(model_config, tmp_path):
 
 def test_unknown_target_names_the_nearest(model_config):
     backbone = load_backbone(model_config("bert"), "sequence", LABELS, CPU)
-    with pytest.raises(ModelError, match="Did you mean 'query'.*key, query, value"):
+    with pytest.raises(ModelError, match=r"Did you mean 'query'.*key, query, value"):
         add_adapter(backbone, AdapterConfig(targets=("querry",)), "sequence")
 
 
