@@ -193,3 +193,22 @@ def test_what_is_written_out_reads_back_equal(tmp_path):
     assert again == recipe
     assert Recipe.load(tmp_path / "again.yaml") == recipe
     assert to_yaml(again) == to_yaml(recipe)
+
+
+class TestFactsForTheCard:
+    def test_yaml_reads_norwegian_as_a_switch_and_the_error_says_what_to_do(self, tmp_path):
+        content = 'name: m\nmodel: {backbone: a/b}\ndata: {task: token, path: x, language: [no, "no", english, es]}\n'
+        lines = problems(load_recipe, write(tmp_path, "mine.yaml", content))
+        assert [line.split(";")[0] for line in lines] == [
+            "data.language[0]: is false",
+            "data.language[2]: is 'english'",
+        ]
+        assert all("needs quotes: 'no'" in line for line in lines)
+
+    def test_the_test_source_has_facts_of_its_own(self, tmp_path):
+        source = {"path": "y", "name": "Nepali", "language": ["ne", "en"], "license": "CC0", "citation": "A. Author"}
+        data = {**MINIMAL["data"], "name": "Spanish", "language": ["es"], "test_source": source}
+        recipe = minimal(tmp_path, data=data)
+        assert (recipe.data.name, recipe.data.language) == ("Spanish", ("es",))
+        assert recipe.data.test_source.language == ("ne", "en")
+        assert recipe.data.test_source.citation == "A. Author"
