@@ -95,7 +95,7 @@ def encode(
     columns: dict[str, list[Any]] = {"input_ids": [], "length": []} | ({"labels": []} if labelled else {})
     kept: list[list[int]] = []
     total = Truncation()
-    lead = _words_need_a_space(tokenizer) if task == "token" else False
+    lead = words_need_a_space(tokenizer) if task == "token" else False
     for start in range(0, len(examples), BATCH):
         batch = examples[start : start + BATCH]
         if task == "sequence":
@@ -168,7 +168,7 @@ def _whole_words_after(text: str, end: int) -> int:
     return len(rest) - (1 if inside_a_word and rest else 0)
 
 
-def _words_need_a_space(tokenizer: PreTrainedTokenizerFast) -> bool:
+def words_need_a_space(tokenizer: PreTrainedTokenizerFast) -> bool:
     """Whether words must bring their own leading space to look as they do in running text.
 
     Byte-level BPE without a prefix space (Qwen, GPT) reads a word given on its own as the start of a text: `gusta`

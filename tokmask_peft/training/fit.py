@@ -12,9 +12,10 @@ from accelerate import PartialState
 from rich.console import Console
 from transformers import EarlyStoppingCallback, set_seed
 
-from tokmask_peft import card
+from tokmask_peft.card import write_card
 from tokmask_peft.console import ProgressDisplay, make_console, print_decisions, print_lines, print_result
 from tokmask_peft.data import Corpus, load_corpus
+from tokmask_peft.data.encode import words_need_a_space
 from tokmask_peft.errors import RunError, RunInterruptedError
 from tokmask_peft.masking import MaskToken, TokenMaskCallback, choose_mask_token
 from tokmask_peft.masking.embedding import embedding_weight, find_embedding
@@ -243,7 +244,8 @@ class _Session:
         if self.mask is not None:
             masking = masking.model_copy(update={"mask_token": self.mask.id})
         masking.save_pretrained(folder)
-        (folder / "README.md").write_text(card.model_card(recipe, result), encoding="utf-8")
+        spaced = recipe.data.task == "token" and words_need_a_space(self.backbone.tokenizer)
+        write_card(folder, recipe, result, spaced_words=spaced)
         write_json(self.run.result, result)
 
 
