@@ -24,10 +24,7 @@ TokenId = Annotated[int, Field(ge=0, title="a token id")]
 SplitName = Annotated[str, Field(min_length=1, title="a split or file name")]
 ShareOfTrain = Annotated[float, Field(gt=0.0, lt=1.0, title="a share of train between 0 and 1, for example 0.1")]
 Modules = Annotated[tuple[str, ...], Field(min_length=1, title="a list of module names, for example [q_proj, v_proj]")]
-LanguageCode = Annotated[
-    str,
-    Field(pattern=r"^([a-z]{2,3}|multilingual)$", title="an ISO 639 code, such as es (Norwegian needs quotes: 'no')"),
-]
+LanguageCode = Annotated[str, Field(pattern=r"^([a-z]{2,3}|multilingual)$", title="an ISO 639 code such as es or swa")]
 Weights = Annotated[
     dict[str, Annotated[float, Field(ge=0.0)]], Field(title="a weight per label, as {en: 1.0, es: 2.0}")
 ]

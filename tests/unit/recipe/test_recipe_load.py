@@ -196,14 +196,16 @@ def test_what_is_written_out_reads_back_equal(tmp_path):
 
 
 class TestFactsForTheCard:
-    def test_yaml_reads_norwegian_as_a_switch_and_the_error_says_what_to_do(self, tmp_path):
-        content = 'name: m\nmodel: {backbone: a/b}\ndata: {task: token, path: x, language: [no, "no", english, es]}\n'
-        lines = problems(load_recipe, write(tmp_path, "mine.yaml", content))
-        assert [line.split(";")[0] for line in lines] == [
-            "data.language[0]: is false",
-            "data.language[2]: is 'english'",
+    def test_norwegian_is_a_language_and_no_switch(self, tmp_path):
+        content = "name: m\nmodel: {backbone: a/b}\ndata: {task: token, path: x, language: [no, es]}\n"
+        assert load_recipe(write(tmp_path, "mine.yaml", content)).data.language == ("no", "es")
+
+    def test_a_language_is_given_by_its_code(self, tmp_path):
+        lines = problems(lambda: minimal(tmp_path, "data.language=[es, english, true]"))
+        assert lines == [
+            "data.language[1]: is 'english'; expected an ISO 639 code such as es or swa",
+            "data.language[2]: is true; expected an ISO 639 code such as es or swa",
         ]
-        assert all("needs quotes: 'no'" in line for line in lines)
 
     def test_the_test_source_has_facts_of_its_own(self, tmp_path):
         source = {"path": "y", "name": "Nepali", "language": ["ne", "en"], "license": "CC0", "citation": "A. Author"}
