@@ -55,7 +55,7 @@ def push(run: str | Path, repo_id: str, private: bool = False, *, quiet: bool = 
         run: the run folder.
         repo_id: `user/name` or `organisation/name`.
         private: make the repository private. One that exists and is public is refused, not pushed to.
-        quiet: print nothing.
+        quiet: print nothing but huggingface_hub's progress bars.
 
     Returns:
         The address of the repository.

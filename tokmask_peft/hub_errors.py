@@ -27,7 +27,7 @@ def explain(error: BaseException, api: HfApi, repo_id: str, token: str, seconds:
     if isinstance(chain[0], ValueError) and "Invalid metadata" in str(chain[0]):
         text = f"the Hub cannot read the head of README.md: {' '.join(str(chain[0]).split()[4:])}"
     elif answer is not None:
-        said = next((text for one in chain if (text := getattr(one, "server_message", None))), "")
+        said = next((words for one in chain if (words := getattr(one, "server_message", None))), "")
         text = _by_status(answer.status_code, api, repo_id)
         text += f" The Hub says: {' '.join(said.split())}" if said else ""
     else:
