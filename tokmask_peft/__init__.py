@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tokmask_peft.errors import TokmaskError
+    from tokmask_peft.hub import push
     from tokmask_peft.masking import TokenMaskCallback, TokenMaskConfig, TokenMasker
     from tokmask_peft.recipe import Recipe
     from tokmask_peft.training.evaluate import evaluate
@@ -24,6 +25,7 @@ __all__ = [
     "TokmaskError",
     "__version__",
     "evaluate",
+    "push",
     "train",
 ]
 
@@ -34,6 +36,7 @@ _HOMES = {
     "TokenMasker": "masking",
     "TokmaskError": "errors",
     "evaluate": "training.evaluate",
+    "push": "hub",
     "train": "training.fit",
 }
 

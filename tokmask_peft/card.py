@@ -1,19 +1,28 @@
-"""The model card: what the adapter is, what it scored, and how to load it without this package."""
+"""The model card: what the adapter is, what it scored, on what, and how to load it without this package.
+
+Nothing about the machine of the training or the places of its files goes in: a card is made to be public.
+"""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
+from huggingface_hub import ModelCard
 
+from tokmask_peft.card_metadata import CorpusFacts, card_data, hub_id
+from tokmask_peft.card_scores import PICTURE, class_table, confusion_table, draw_confusion, score_table
 from tokmask_peft.recipe import Recipe
 
+PLACEHOLDER = "PATH_OR_HUB_ID"
+"""Stands in the snippet of a card for the place of the adapter, which a push knows."""
+
+_FEW = 50  # items of a class in test below which its F1 says little
+
 _AUTO = {
-    "sequence": ("text-classification", "AutoPeftModelForSequenceClassification"),
-    "token": ("token-classification", "AutoPeftModelForTokenClassification"),
+    "sequence": "AutoPeftModelForSequenceClassification",
+    "token": "AutoPeftModelForTokenClassification",
 }
 
 _USE = {
@@ -32,8 +41,40 @@ first = [i for i, word in enumerate(word_ids) if word is not None and word not i
 print([(words[word_ids[i]], labels[predicted[i]]) for i in first])""",
 }
 
+_BIBTEX = """\
+@misc{xu2025tokenmasking,
+  title         = {Token Masking Improves Transformer-Based Text Classification},
+  author        = {Xianglong Xu and John Bowen and Rojin Taheri},
+  year          = {2025},
+  eprint        = {2505.11746},
+  archivePrefix = {arXiv},
+  primaryClass  = {cs.CL}
+}"""
 
-def model_card(recipe: Recipe, result: Mapping[str, Any], spaced_words: bool = False) -> str:
+
+def write_card(
+    folder: Path,
+    recipe: Recipe,
+    result: Mapping[str, Any],
+    *,
+    spaced_words: bool = False,
+    seeds: Sequence[Mapping[str, float]] = (),
+) -> None:
+    """Write the card, `README.md`, and its picture into an adapter's folder; the arguments are `model_card`'s."""
+    part = result.get("test") or result["validation"]
+    drawn = "confusion" in part and draw_confusion(part["confusion"], folder / PICTURE)
+    text = model_card(recipe, result, spaced_words=spaced_words, seeds=seeds, picture=PICTURE if drawn else None)
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def model_card(
+    recipe: Recipe,
+    result: Mapping[str, Any],
+    *,
+    spaced_words: bool = False,
+    seeds: Sequence[Mapping[str, float]] = (),
+    picture: str | None = None,
+) -> str:
     """Return the model card as Markdown with a YAML head, generated from a run.
 
     Args:
@@ -41,42 +82,40 @@ def model_card(recipe: Recipe, result: Mapping[str, Any], spaced_words: bool = F
         result: what `result.json` holds.
         spaced_words: token tasks: whether words were encoded with their leading space, as byte-level tokenizers
             without a prefix space need it.
+        seeds: test scores of runs that differ only in their seed, this run's among them.
+        picture: file name of the confusion matrix beside the card; without, it is a table.
+
+    Raises:
+        ValueError: huggingface_hub cannot read the head back.
     """
-    pipeline, auto = _AUTO[recipe.data.task]
-    head = {
-        "base_model": recipe.model.backbone,
-        "base_model_relation": "adapter",
-        "library_name": "peft",
-        "pipeline_tag": pipeline,
-        "tags": ["lora", "token-masking", "tokmask-peft"],
-    }
     labels = list(result["labels"])
-    masking = recipe.masking
+    snippet = loading_snippet(recipe, labels, _AUTO[recipe.data.task], spaced_words=spaced_words)
     parts = [
-        f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
+        f"---\n{card_data(recipe, result).to_yaml()}\n---",
         f"# {recipe.name}",
-        f"A LoRA adapter for {_linked(recipe.model.backbone)} that gives one "
-        f"label per {'text' if recipe.data.task == 'sequence' else 'word'}: {', '.join(labels)}.\n"
-        f"It was trained with token masking at rate p = {masking.p:g} ({masking.schedule}, unit: {masking.unit}); "
-        "at inference nothing is masked.",
+        f"A LoRA adapter for {_backbone(recipe)} that gives one "
+        f"label per {'text' if recipe.data.task == 'sequence' else 'word'}: {', '.join(labels)}.\n" + _masked(recipe),
         "## Scores",
-        _score_table(result),
+        score_table(result, seeds),
+        _against_baseline(result),
+        *_details(result, picture),
         "## How to load it",
-        f"```python\n{loading_snippet(recipe, labels, auto, spaced_words=spaced_words)}\n```",
+        f"```python\n{snippet}\n```",
         "## Data",
-        "\n".join(_data_lines(result)),
-        "## Method",
-        "Token masking: Xu, Bowen, Taheri (2025), *Token Masking Improves Transformer-Based Text Classification*, "
-        "[arXiv:2505.11746](https://arxiv.org/abs/2505.11746). "
-        "LoRA: Hu et al. (2021), [arXiv:2106.09685](https://arxiv.org/abs/2106.09685). "
-        f"Trained with tokmask-peft {result['speed']['environment']['versions']['tokmask-peft']}; "
-        "the scores are of one run with one seed.",
+        "\n".join(_data_lines(recipe, result)),
+        "## Training",
+        "\n".join(_training_lines(recipe, result)),
+        "## Limits",
+        "\n".join(_limit_lines(recipe, result, len(seeds))),
+        "## Citation",
+        f"The method is token masking:\n\n```bibtex\n{_BIBTEX}\n```",
+        *_corpus_citations(recipe),
     ]
-    return "\n\n".join(parts) + "\n"
+    return str(ModelCard("\n\n".join(part for part in parts if part) + "\n"))
 
 
 def loading_snippet(
-    recipe: Recipe, labels: list[str], auto: str, folder: str = "PATH_OR_HUB_ID", spaced_words: bool = False
+    recipe: Recipe, labels: list[str], auto: str, folder: str = PLACEHOLDER, spaced_words: bool = False
 ) -> str:
     """Return Python that loads the adapter with stock PEFT and predicts, labels included."""
     pieces, lead = "words", ""
@@ -97,34 +136,110 @@ def loading_snippet(
     )
 
 
-def _linked(backbone: str) -> str:
-    """Return a link to the Hub for what can be an id there; a local folder stays plain."""
-    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", backbone) and not Path(backbone).exists():
-        return f"[{backbone}](https://huggingface.co/{backbone})"
-    return f"`{backbone}`"
+def _backbone(recipe: Recipe) -> str:
+    """Link what can be an id on the Hub; a local folder stays unnamed."""
+    backbone = hub_id(recipe.model.backbone)
+    return f"[{backbone}](https://huggingface.co/{backbone})" if backbone else "a backbone from a local folder"
 
 
-def _score_table(result: Mapping[str, Any]) -> str:
-    rows = ["| split | macro-F1 | weighted F1 | accuracy |", "|---|---|---|---|"]
-    names = {"validation": "validation (selected the checkpoint)", "test": "test"}
-    floor = result.get("baseline")
-    if floor:
-        names["baseline"] = f"baseline: {floor['method']}"
-    for key, name in names.items():
-        if part := result.get(key):
-            figures = " | ".join(f"{part[score]:.4f}" for score in ("f1_macro", "f1_weighted", "accuracy"))
-            rows.append(f"| {name} | {figures} |")
-    return "\n".join(rows)
+def _masked(recipe: Recipe) -> str:
+    masking = recipe.masking
+    if masking.p == 0 and (masking.schedule == "constant" or masking.p_start == 0):
+        return "It was trained without token masking (p = 0)."
+    return f"It was trained with token masking at rate p = {masking.p:g}; at inference nothing is masked."
 
 
-def _data_lines(result: Mapping[str, Any]) -> list[str]:
-    lines = []
-    for name, split in result["data"]["splits"].items():
-        cut = result["data"]["truncation"].get(name, {}).get("texts_cut", 0)
-        lines.append(f"- {name}: {split['texts']:,} texts, {split['words']:,} words, {cut:,} texts cut")
-    removed = result["data"]["hygiene"]
-    lines.append(
-        f"- removed from train as duplicates, conflicts or leaks: {removed['removed_from_train']:,}; "
-        f"texts shared between train and test before that: {removed['test_shared']:,}"
-    )
+def _against_baseline(result: Mapping[str, Any]) -> str:
+    floor, mine = result.get("baseline"), result.get("test") or result["validation"]
+    if not floor or mine["f1_macro"] > floor["f1_macro"]:
+        return ""
+    return "**The adapter does not beat the baseline of character n-grams.**"
+
+
+def _details(result: Mapping[str, Any], picture: str | None) -> list[str]:
+    """Return the sections on classes, for test where there is one."""
+    split = "test" if result.get("test") else "validation"
+    part = result[split]
+    found = [f"### By class ({split})", class_table(part)] if "per_class" in part else []
+    if picture:
+        return [*found, f"### Confusion matrix ({split})", f"![Confusion matrix of the {split} split]({picture})"]
+    if "confusion" in part and (table := confusion_table(part["confusion"])):
+        return [*found, f"### Confusion matrix ({split})", table]
+    return found
+
+
+def _data_lines(recipe: Recipe, result: Mapping[str, Any]) -> list[str]:
+    data = result["data"]
+    lines = [_corpus_line("trained on", CorpusFacts.of(recipe.data))]
+    if recipe.data.test_source and result.get("test"):
+        lines.append(_corpus_line("tested on", CorpusFacts.of(recipe.data.test_source)))
+    for name, split in data["splits"].items():
+        cut = data["truncation"].get(name, {})
+        line = f"- {name}: {split['texts']:,} texts, {split['words']:,} words, {cut.get('texts_cut', 0):,} texts cut"
+        lines.append(line + (f" ({cut['words_cut']:,} words lost)" if cut.get("words_cut") else ""))
+    found = data["hygiene"]
+    removed = found["removed_from_train"]
+    lines += [
+        f"- texts in train that repeat an earlier one: {found['duplicates']:,}; with different labels: "
+        f"{found['conflicting']:,}",
+        f"- texts shared between train and test before cleaning: {found['test_shared']:,}; between train and "
+        f"validation: {found['validation_shared']:,}",
+        f"- removed from train as duplicates, conflicts or leaks: {removed:,}"
+        if found["mode"] == "remove"
+        else "- nothing was removed: the scores above include what is shared",
+    ]
     return lines
+
+
+def _corpus_line(what: str, facts: CorpusFacts) -> str:
+    name = f"[{facts.name}](https://huggingface.co/datasets/{facts.hub})" if facts.hub else facts.name
+    languages = f"; languages: {', '.join(facts.language)}" if facts.language else ""
+    return f"- {what}: {name}; licence: {facts.license or 'not given'}{languages}"
+
+
+def _training_lines(recipe: Recipe, result: Mapping[str, Any]) -> list[str]:
+    masking, adapter, training = recipe.masking, recipe.adapter, recipe.training
+    rate = f"p = {masking.p:g}, {masking.schedule}"
+    if masking.schedule != "constant":
+        rate += f" from {masking.p_start:g} between {masking.begin:.0%} and {masking.ramp_end:.0%} of training"
+    unit = masking.unit if masking.unit != "span" else f"span of {masking.span_length} words"
+    chosen = {decision["what"]: decision["choice"] for decision in result.get("decisions", ())}
+    token = chosen.get("mask token", str(masking.mask_token))
+    length = f"{training.max_steps:,} steps" if training.max_steps else f"{training.epochs:g} epochs"
+    weights = "given per label" if isinstance(training.class_weights, dict) else training.class_weights
+    return [
+        f"- masking: {rate}; unit: {unit}; mask token: {token}{', trained' if masking.trainable_mask else ''}",
+        f"- adapter: {'DoRA' if adapter.dora else 'LoRA'}, r = {adapter.r}, alpha = {adapter.alpha:g}, dropout = "
+        f"{adapter.dropout:g}; quantization of the backbone: {chosen.get('quantization', recipe.model.quantization)}",
+        f"- optimisation: {length}, batches of {training.batch_size * training.gradient_accumulation}, learning rate "
+        f"{training.learning_rate:g} ({training.scheduler}), loss: {training.loss}, class weights: {weights}",
+        f"- seed: {recipe.seed}; tokmask-peft {result['speed']['environment']['versions']['tokmask-peft']}",
+    ]
+
+
+def _limit_lines(recipe: Recipe, result: Mapping[str, Any], seeds: int) -> list[str]:
+    what = "text" if recipe.data.task == "sequence" else "word"
+    lines = [
+        f"- It gives one of the labels above to any {what}, in whatever language or domain. The scores hold for texts "
+        "like those it was trained on; other platforms, dialects, spellings and times will score lower.",
+        f"- In training and scoring, texts were cut at {recipe.data.max_length} sub-tokens.",
+    ]
+    part = result.get("test") or result["validation"]
+    rare = [label for label, found in part.get("per_class", {}).items() if found["support"] < _FEW]
+    if rare:
+        lines.append(
+            f"- Classes with fewer than {_FEW} items in the scored split, whose F1 says little: {', '.join(rare)}."
+        )
+    if seeds < 2:
+        lines.append("- The scores are of one run with one seed: differences of a point or two may be chance.")
+    if not result.get("test"):
+        lines.append("- There was no test split: the validation scores chose the checkpoint and flatter it.")
+    if recipe.adapter.license is None:
+        lines.append("- No licence of the adapter is given. The backbone and the corpus have licences of their own.")
+    return lines
+
+
+def _corpus_citations(recipe: Recipe) -> list[str]:
+    sources = [recipe.data, *([recipe.data.test_source] if recipe.data.test_source else [])]
+    cited = dict.fromkeys(facts.citation for facts in map(CorpusFacts.of, sources) if facts.citation)
+    return [f"The data: {'; '.join(cited)}"] if cited else []

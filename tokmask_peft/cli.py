@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shlex
+import sys
 import warnings
 from pathlib import Path
 from typing import Annotated, Any
@@ -95,6 +96,24 @@ def evaluate(
         typer.echo(json.dumps(result, indent=2, ensure_ascii=False))
     else:
         print_scores(make_console(), {split: result})
+
+
+@app.command()
+def push(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="a run folder, such as runs/quickstart")],
+    repo: Annotated[str, typer.Argument(metavar="USER/NAME", help="repository on the Hub; made if there is none")],
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
+) -> None:
+    """Push the adapter of RUN with its model card to the Hugging Face Hub (log in with: hf auth login)."""
+    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils.logging import set_verbosity_error
+
+    from tokmask_peft import hub
+
+    set_verbosity_error()  # its retries print addresses that are signed
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    hub.push(run, repo, private)
 
 
 @app.command()

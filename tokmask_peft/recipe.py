@@ -24,6 +24,7 @@ TokenId = Annotated[int, Field(ge=0, title="a token id")]
 SplitName = Annotated[str, Field(min_length=1, title="a split or file name")]
 ShareOfTrain = Annotated[float, Field(gt=0.0, lt=1.0, title="a share of train between 0 and 1, for example 0.1")]
 Modules = Annotated[tuple[str, ...], Field(min_length=1, title="a list of module names, for example [q_proj, v_proj]")]
+LanguageCode = Annotated[str, Field(pattern=r"^([a-z]{2,3}|multilingual)$", title="an ISO 639 code such as es or swa")]
 Weights = Annotated[
     dict[str, Annotated[float, Field(ge=0.0)]], Field(title="a weight per label, as {en: 1.0, es: 2.0}")
 ]
@@ -119,6 +120,14 @@ class SourceConfig(Section):
     label_column: str | int | None = Field(
         None, description="column of the label, or of the tags in token tasks; a number counts from 0 in CoNLL files"
     )
+    name: str | None = Field(None, description="what the corpus is called (for the model card)")
+    language: tuple[LanguageCode, ...] = Field(
+        (), description="languages of the texts as ISO 639 codes, for example [es, en] (for the model card)"
+    )
+    license: str | None = Field(
+        None, description="licence of the texts, as their source states it (for the model card)"
+    )
+    citation: str | None = Field(None, description="what to cite for the corpus (for the model card)")
 
     @model_validator(mode="after")
     def _has_a_source(self) -> Self:
@@ -226,6 +235,9 @@ class AdapterConfig(Section):
     )
     rslora: StrictBool = Field(False, description="scale by alpha / sqrt(r) (Kalajdzievski 2023)")
     dora: StrictBool = Field(False, description="weight-decomposed LoRA (Liu et al. 2024)")
+    license: str | None = Field(
+        None, description="licence of the adapter as the Hub names it, for example apache-2.0 (for the model card)"
+    )
 
 
 class TrainingConfig(Section):

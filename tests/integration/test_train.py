@@ -170,9 +170,11 @@ def test_words_that_are_cut_away_count_as_errors(write_recipe, tmp_path):
 
 
 def test_the_model_card_snippet_runs_as_it_stands(write_recipe, tmp_path):
-    for task in ("sequence", "token"):
-        run = train(Recipe.load(write_recipe("bert", task), [f"name={task}", "training.max_steps=2"]), quiet=True)
+    for family, task in (("bert", "sequence"), ("bert", "token"), ("qwen2", "token")):
+        overrides = [f"name={family}-{task}", "training.max_steps=2"]
+        run = train(Recipe.load(write_recipe(family, task), overrides), quiet=True)
         text = (run.folder.adapter / "README.md").read_text()
+        assert ("spaced = " in text) == (family == "qwen2"), "words must be spaced as the encoder did"
         snippet = text.split("```python\n")[1].split("```")[0].replace("PATH_OR_HUB_ID", str(run.folder.adapter))
         code = 'import sys\nsys.modules["tokmask_peft"] = None\n' + snippet
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)

@@ -12,7 +12,7 @@ from accelerate import PartialState
 from rich.console import Console
 from transformers import EarlyStoppingCallback, set_seed
 
-from tokmask_peft import card
+from tokmask_peft.card import write_card
 from tokmask_peft.console import ProgressDisplay, make_console, print_decisions, print_lines, print_result
 from tokmask_peft.data import Corpus, load_corpus
 from tokmask_peft.data.encode import words_need_a_space
@@ -255,7 +255,7 @@ class _Session:
             masking = masking.model_copy(update={"mask_token": self.mask.id})
         masking.save_pretrained(folder)
         spaced = recipe.data.task == "token" and words_need_a_space(self.backbone.tokenizer)
-        (folder / "README.md").write_text(card.model_card(recipe, result, spaced), encoding="utf-8")
+        write_card(folder, recipe, result, spaced_words=spaced)
         write_json(self.run.result, result)
 
 

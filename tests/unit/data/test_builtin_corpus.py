@@ -19,7 +19,7 @@ from tokmask_peft.errors import DataError
 from tokmask_peft.recipe import DataConfig
 
 SPLITS = ("train", "validation", "test")
-POOLS = ("SAME", "FLIPPED", "NEUTRAL_WITH_CUES", "PLAIN", "GLAD", "UPSET", "MISHAP")
+POOLS = ("SAME", "TURNED", "FLIPPED", "NEUTRAL_WITH_CUES", "PLAIN", "GLAD", "UPSET", "MISHAP")
 
 
 def test_sizes_and_aliases():

@@ -193,3 +193,24 @@ def test_what_is_written_out_reads_back_equal(tmp_path):
     assert again == recipe
     assert Recipe.load(tmp_path / "again.yaml") == recipe
     assert to_yaml(again) == to_yaml(recipe)
+
+
+class TestFactsForTheCard:
+    def test_norwegian_is_a_language_and_no_switch(self, tmp_path):
+        content = "name: m\nmodel: {backbone: a/b}\ndata: {task: token, path: x, language: [no, es]}\n"
+        assert load_recipe(write(tmp_path, "mine.yaml", content)).data.language == ("no", "es")
+
+    def test_a_language_is_given_by_its_code(self, tmp_path):
+        lines = problems(lambda: minimal(tmp_path, "data.language=[es, english, true]"))
+        assert lines == [
+            "data.language[1]: is 'english'; expected an ISO 639 code such as es or swa",
+            "data.language[2]: is true; expected an ISO 639 code such as es or swa",
+        ]
+
+    def test_the_test_source_has_facts_of_its_own(self, tmp_path):
+        source = {"path": "y", "name": "Nepali", "language": ["ne", "en"], "license": "CC0", "citation": "A. Author"}
+        data = {**MINIMAL["data"], "name": "Spanish", "language": ["es"], "test_source": source}
+        recipe = minimal(tmp_path, data=data)
+        assert (recipe.data.name, recipe.data.language) == ("Spanish", ("es",))
+        assert recipe.data.test_source.language == ("ne", "en")
+        assert recipe.data.test_source.citation == "A. Author"

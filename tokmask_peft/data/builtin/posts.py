@@ -28,6 +28,9 @@ SEED = 7
 LABEL_NOISE = 0.06
 UNSEEN: dict[Split, float] = {"train": 0.0, "validation": 0.0, "test": 0.35}
 CUE_FIDELITY: dict[Split, float] = {"train": 0.75, "validation": 0.6, "test": 0.35}
+OPINIONS = {"same": 50, "turned": 10, "flipped": 15, "stance": 25}
+BODIES = {"opinion": 45, "contrast": 14, "concession": 7, "late concession": 7, "with a fact": 27}
+SARCASM = 0.15
 NAMES = {1: "positive", -1: "negative", 0: "neutral"}
 
 
@@ -120,12 +123,18 @@ class _Author:
 
     def _opinion(self, sentiment: int) -> list[Word]:
         """A clause that says what its author thinks."""
-        kind = self._random.random()
-        if kind < 0.45:
+        kind = self._weighted(OPINIONS)
+        if kind == "same":
             return self._clause(patterns.SAME, sentiment)
-        if kind < 0.75:
+        if kind == "turned":
+            return self._clause(patterns.TURNED, sentiment)
+        if kind == "flipped":
             return self._clause(patterns.FLIPPED, -sentiment)
         return self._clause(patterns.GLAD if sentiment > 0 else patterns.UPSET)
+
+    def _weighted(self, weights: dict[str, int]) -> str:
+        """Draw a name by its weight."""
+        return self._random.choices(list(weights), list(weights.values()))[0]
 
     def _fact(self) -> list[Word]:
         """A clause without an opinion of its author, with or without polar words."""
@@ -133,30 +142,36 @@ class _Author:
 
     def _body(self, sentiment: int) -> tuple[list[Word], bool]:
         """The clauses of a post, and whether it is sarcastic."""
-        kind = self._random.random()
+        comma: Word = (",", "other")
         if sentiment == 0:
-            if kind < 0.5:
-                return self._clause(patterns.NEUTRAL_WITH_CUES), False
-            if kind < 0.7:
-                return self._clause(patterns.PLAIN), False
-            return [*self._fact(), *self._phrase(patterns.ADDITION), *self._fact()], False
-        if sentiment < 0 and kind < 0.15:
+            return self._indifferent(), False
+        if sentiment < 0 and self._random.random() < SARCASM:
             praise = self._phrase(patterns.PRAISE)
-            return [*praise, (",", "other"), *self._clause(patterns.MISHAP)], self._random.random() < 0.7
-        if kind < 0.35:
-            return self._opinion(sentiment), False
-        if kind < 0.55:
-            first, second = self._opinion(-sentiment), self._phrase(patterns.CONTRAST)
-            return [*first, *second, *self._opinion(sentiment)], False
-        if kind < 0.65:
-            first, second = self._phrase(patterns.CONCESSION), self._opinion(-sentiment)
-            return [*first, *second, (",", "other"), *self._opinion(sentiment)], False
-        if kind < 0.75:
-            first, second = self._opinion(sentiment), self._phrase(patterns.CONCESSION)
-            return [*first, (",", "other"), *second, *self._opinion(-sentiment)], False
-        parts = [self._opinion(sentiment), self._fact()]
-        self._random.shuffle(parts)
-        return [*parts[0], *self._phrase(patterns.ADDITION), *parts[1]], False
+            return [*praise, comma, *self._clause(patterns.MISHAP)], self._random.random() < 0.7
+        kind = self._weighted(BODIES)
+        if kind == "contrast":
+            first, link = self._opinion(-sentiment), self._phrase(patterns.CONTRAST)
+            return [*first, *link, *self._opinion(sentiment)], False
+        if kind == "concession":
+            link, first = self._phrase(patterns.CONCESSION), self._opinion(-sentiment)
+            return [*link, *first, comma, *self._opinion(sentiment)], False
+        if kind == "late concession":
+            first, link = self._opinion(sentiment), self._phrase(patterns.CONCESSION)
+            return [*first, comma, *link, *self._opinion(-sentiment)], False
+        if kind == "with a fact":
+            parts = [self._opinion(sentiment), self._fact()]
+            self._random.shuffle(parts)
+            return [*parts[0], *self._phrase(patterns.ADDITION), *parts[1]], False
+        return self._opinion(sentiment), False
+
+    def _indifferent(self) -> list[Word]:
+        """The clauses of a neutral post."""
+        kind = self._random.random()
+        if kind < 0.5:
+            return self._clause(patterns.NEUTRAL_WITH_CUES)
+        if kind < 0.7:
+            return self._clause(patterns.PLAIN)
+        return [*self._fact(), *self._phrase(patterns.ADDITION), *self._fact()]
 
     def _tail(self, sentiment: int, sarcastic: bool) -> list[Word]:
         """Laughter, emoji and hashtags: they hint at the label, and more so in train."""

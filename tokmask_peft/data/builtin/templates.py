@@ -40,17 +40,20 @@ the {n} at {brand} / {el} {n} de {brand} | is always {a} / siempre es {a}
 I never {did} / nunca {did} | a {n} this {a} / {un} {n} tan {a}
 {when} / {when} | I {did} / {did} | a {i} {a} {n} / {un} {n} {i} {a}
 for me / para mí | the {n} was {a} / {el} {n} fue {a} | , no doubt / , sin duda
+once you see it / una vez que lo ves | , the {n} is {i} {a} / , {el} {n} es {i} {a}
+* if you ask me / si me preguntas | , {a} is the word for the {n} / , {a} es la palabra para {el} {n}
+* {when} / {when} | they had me in a {a} {n} / me tocó {un} {n} {i} {a}
+"""
+
+_TURNED = """
 it was not {b} / no fue {b} | , it was {a} / , fue {a}
 my {k} says it is {b} / {mi} {k} dice que es {b} | , but to me / , pero a mí | the {n} is {a} / {el} {n} se me hace {a}
-once you see it / una vez que lo ves | , the {n} is {i} {a} / , {el} {n} es {i} {a}
 I thought it would be {b} / pensé que iba a ser {b} | and the {n} came out {a} / y {el} {n} salió {a}
 used to be {b} / antes era {b} | , now this {n} is {a} / , ahora {este} {n} es {a}
 he told me / me dijo {name} | the {n} was {b} / que {el} {n} era {b} | and no , it is {a} / y no , es {a}
 not a {b} {n} at all / nada {b} {el} {n} | , {a} all the way / , {a} de principio a fin
 * everyone calls it {b} / todos dicen que es {b} | , I call the {n} {a} / , yo digo que {el} {n} es {a}
-* if you ask me / si me preguntas | , {a} is the word for the {n} / , {a} es la palabra para {el} {n}
 * far from {b} / lejos de ser {b} | , the {n} is {a} / , {el} {n} es {a}
-* {when} / {when} | they had me in a {a} {n} / me tocó {un} {n} {i} {a}
 """
 
 _FLIPPED = """
@@ -173,6 +176,7 @@ def _parse(block: str) -> list[Template]:
 
 
 SAME = _parse(_SAME)
+TURNED = _parse(_TURNED)
 FLIPPED = _parse(_FLIPPED)
 NEUTRAL_WITH_CUES = _parse(_NEUTRAL_WITH_CUES)
 PLAIN = _parse(_PLAIN)
