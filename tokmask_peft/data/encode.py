@@ -95,7 +95,7 @@ def encode(
     columns: dict[str, list[Any]] = {"input_ids": [], "length": []} | ({"labels": []} if labelled else {})
     kept: list[list[int]] = []
     total = Truncation()
-    lead = _words_need_a_space(tokenizer) if task == "token" else False
+    lead = words_need_a_space(tokenizer) if task == "token" else False
     for start in range(0, len(examples), BATCH):
         batch = examples[start : start + BATCH]
         if task == "sequence":
@@ -168,7 +168,7 @@ def _whole_words_after(text: str, end: int) -> int:
     return len(rest) - (1 if inside_a_word and rest else 0)
 
 
-def _words_need_a_space(tokenizer: PreTrainedTokenizerFast) -> bool:
+def words_need_a_space(tokenizer: PreTrainedTokenizerFast) -> bool:
     """Whether words must bring their own leading space to look as they do in running text.
 
     Byte-level BPE without a prefix space (Qwen, GPT) reads a word given on its own as the start of a text: `gusta`
@@ -179,11 +179,11 @@ def _words_need_a_space(tokenizer: PreTrainedTokenizerFast) -> bool:
     alone = tokenizer(words, is_split_into_words=True, add_special_tokens=False)["input_ids"]
     if alone == running:
         return False
-    spaced = tokenizer(_spaced(words), is_split_into_words=True, add_special_tokens=False)["input_ids"]
-    return bool(spaced == running)
+    given = tokenizer(spaced(words), is_split_into_words=True, add_special_tokens=False)["input_ids"]
+    return bool(given == running)
 
 
-def _spaced(words: Sequence[str]) -> list[str]:
+def spaced(words: Sequence[str]) -> list[str]:
     """Give every word but the first a leading space."""
     return [word if position == 0 else f" {word}" for position, word in enumerate(words)]
 
@@ -195,7 +195,7 @@ def _encode_words(
     texts = [list(example.words) for example in batch]
     replaced = _replace_dropped(texts, tokenizer, lead)
     encoded = tokenizer(
-        [_spaced(words) for words in texts] if lead else texts,
+        [spaced(words) for words in texts] if lead else texts,
         is_split_into_words=True,
         truncation=True,
         max_length=max_length,
