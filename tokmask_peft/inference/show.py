@@ -17,7 +17,7 @@ from tokmask_peft.inference.files import FileReport, as_record, predict_file
 
 
 def print_answers(texts: Sequence[str], answers: Sequence[Answer], as_json: bool) -> None:
-    """Print an answer per text: label, probability and text between tabs; in token tasks word, label and probability."""
+    """Print label, probability and text per answer, between tabs; in token tasks word, label and probability."""
     for number, (text, answer) in enumerate(zip(texts, answers, strict=True)):
         if as_json:
             typer.echo(json.dumps(as_record(text, answer), ensure_ascii=False))
