@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tokmask_peft.errors import TokmaskError
     from tokmask_peft.hub import push
+    from tokmask_peft.inference.classifier import Classifier, Prediction, WordPredictions, load
     from tokmask_peft.masking import TokenMaskCallback, TokenMaskConfig, TokenMasker
     from tokmask_peft.recipe import Recipe
     from tokmask_peft.training.evaluate import evaluate
@@ -18,25 +19,33 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "Classifier",
+    "Prediction",
     "Recipe",
     "TokenMaskCallback",
     "TokenMaskConfig",
     "TokenMasker",
     "TokmaskError",
+    "WordPredictions",
     "__version__",
     "evaluate",
+    "load",
     "push",
     "train",
 ]
 
 _HOMES = {
+    "Classifier": "inference.classifier",
+    "Prediction": "inference.classifier",
     "Recipe": "recipe",
     "TokenMaskCallback": "masking",
     "TokenMaskConfig": "masking",
     "TokenMasker": "masking",
     "TokmaskError": "errors",
+    "WordPredictions": "inference.classifier",
     "evaluate": "training.evaluate",
     "push": "hub",
+    "load": "inference.classifier",
     "train": "training.fit",
 }
 

@@ -46,6 +46,11 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="overrides, for example training.epochs=3")
 ]
 
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="a run folder, an adapter folder, or a Hub id")]
+BackboneOption = Annotated[
+    str | None, typer.Option(help="load the backbone from this Hub id, folder or package:NAME/FOLDER")
+]
+
 
 @app.callback(invoke_without_command=True)
 def root(
@@ -114,6 +119,73 @@ def push(
     if not sys.stderr.isatty():
         disable_progress_bars()
     hub.push(run, repo, private)
+
+
+@app.command()
+def predict(
+    model: ModelArgument,
+    texts: Annotated[list[str] | None, typer.Argument(metavar="TEXT", help="texts to classify")] = None,
+    file: Annotated[Path | None, typer.Option(help="classify a file: txt, csv, tsv, jsonl, parquet or conll")] = None,
+    out: Annotated[Path | None, typer.Option(help="with --file: the JSON lines to write")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
+    format: Annotated[str, typer.Option(help="format of the file; auto goes by its ending")] = "auto",
+    column: Annotated[str | None, typer.Option(help="column of the text, or of the words in token tasks")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON line per TEXT.")] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="texts per forward pass; changes no answer")] = 32,
+    device: Annotated[str | None, typer.Option(help="cuda, cpu, …; a GPU if there is one")] = None,
+    quantization: Annotated[str | None, typer.Option(help="nf4, int8 or none; as in training")] = None,
+    precision: Annotated[str | None, typer.Option(help="bf16 or fp32; as in training")] = None,
+    backbone: BackboneOption = None,
+) -> None:
+    """Classify TEXTs, or the texts of a file, with MODEL.
+
+    MODEL is a run folder, an adapter folder, or the id of an adapter on the Hub.
+    """
+    from tokmask_peft.inference.saved import find_saved
+
+    if (file is None) == (not texts):
+        raise typer.BadParameter("give either texts or --file", param_hint="TEXT")
+    if (file is None) != (out is None):
+        raise typer.BadParameter("--file and --out go together", param_hint="--out")
+    saved = find_saved(model, backbone)  # before the libraries are loaded, which takes seconds
+    source = None
+    if file is not None and out is not None:
+        from tokmask_peft.data.texts import TextFile
+        from tokmask_peft.inference.outputs import check_output
+
+        source = TextFile(file, saved.task, format, column)
+        check_output(out, file, force)
+    _quiet_libraries()
+    from tokmask_peft.inference import show
+    from tokmask_peft.inference.classifier import load
+
+    classifier = load(saved, device, quantization, precision)
+    if source is None or out is None:
+        show.print_answers(texts or [], classifier.predict(texts or [], batch_size), as_json)
+    else:
+        show.predict_with_bar(classifier, source, out, force, batch_size)
+
+
+@app.command()
+def export(
+    model: ModelArgument,
+    merged: Annotated[Path, typer.Option(help="the folder to make")],
+    precision: Annotated[str, typer.Option(help="fp32 or bf16, of the saved weights")] = "fp32",
+    backbone: BackboneOption = None,
+) -> None:
+    """Merge MODEL into its backbone: a plain transformers model for pipeline(), without PEFT."""
+    from tokmask_peft.inference.outputs import check_folder
+    from tokmask_peft.inference.saved import find_saved
+
+    saved = find_saved(model, backbone)
+    check_folder(merged)
+    _quiet_libraries()
+    from tokmask_peft.inference.export import export_merged
+
+    done = export_merged(saved, merged, precision=precision)
+    typer.echo(f"{done.folder}: logits differ from the adapter's by at most {done.difference:.1e}")
+    for note in done.notes:
+        typer.echo(f"Note: {note}.")
 
 
 @app.command()

@@ -67,7 +67,19 @@ def print_result(console: Console, result: Mapping[str, Any], adapter: Path) -> 
     names = {"validation": "validation", "test": "test", "baseline": "baseline: character n-grams"}
     print_scores(console, {name: result[key] for key, name in names.items() if result.get(key)})
     console.print(baseline_verdict(result))
+    if calibration := result.get("calibration"):
+        console.print(calibration_line(calibration))
     console.print(f"\nAdapter: [bold]{escape(str(adapter))}[/bold]", soft_wrap=True)
+
+
+def calibration_line(calibration: Mapping[str, Any]) -> str:
+    """Say in a sentence what the temperature does to the probabilities of the test (or validation) texts."""
+    split = "test" if "test" in calibration else "validation"
+    before, after = calibration[split]["before"], calibration[split]["after"]
+    return (
+        f"Temperature {calibration['temperature']:.3f}, fitted on validation: expected calibration error on {split} "
+        f"{before['ece']:.4f} before, {after['ece']:.4f} after."
+    )
 
 
 def baseline_verdict(result: Mapping[str, Any]) -> str:

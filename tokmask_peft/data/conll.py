@@ -123,27 +123,42 @@ class ConllReader:
         Raises:
             DataError: a line has too few columns, or a text has no label; names the line.
         """
+        for example in self.examples_or_problems():
+            if isinstance(example, DataError):
+                raise example
+            yield example
+
+    def examples_or_problems(self) -> Iterator[Example | DataError]:
+        """Yield the texts in order, with the first error of a text in its place."""
         words: list[str] = []
         tags: list[str] = []
         label: str | None = None
         start = 0
+        problem: DataError | None = None
         for number, line in enumerate(self._lines, start=1):
             if not line.strip(" \t"):
-                if words:
+                if problem is None and words:
                     yield self._example(words, tags, label, start)
-                words, tags, label = [], [], None
+                words, tags, label, problem = [], [], None, None
                 continue
-            if self._is_comment(line, number, inside=bool(words)):
-                label = self._label_of(line) or label
+            if problem is not None:
+                continue  # the rest of a text that is already given up
+            try:
+                if self._is_comment(line, number, inside=bool(words)):
+                    label = self._label_of(line) or label
+                    continue
+                word_and_tag = self._word(line, number)
+            except DataError as error:
+                problem = error
+                yield problem
                 continue
-            word_and_tag = self._word(line, number)
             if word_and_tag is None:
                 continue
             if not words:
                 start = number
             words.append(word_and_tag[0])
             tags.append(word_and_tag[1])
-        if words:
+        if problem is None and words:
             yield self._example(words, tags, label, start)
 
     def _is_comment(self, line: str, number: int, inside: bool) -> bool:

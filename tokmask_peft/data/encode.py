@@ -179,11 +179,11 @@ def words_need_a_space(tokenizer: PreTrainedTokenizerFast) -> bool:
     alone = tokenizer(words, is_split_into_words=True, add_special_tokens=False)["input_ids"]
     if alone == running:
         return False
-    spaced = tokenizer(_spaced(words), is_split_into_words=True, add_special_tokens=False)["input_ids"]
-    return bool(spaced == running)
+    given = tokenizer(spaced(words), is_split_into_words=True, add_special_tokens=False)["input_ids"]
+    return bool(given == running)
 
 
-def _spaced(words: Sequence[str]) -> list[str]:
+def spaced(words: Sequence[str]) -> list[str]:
     """Give every word but the first a leading space."""
     return [word if position == 0 else f" {word}" for position, word in enumerate(words)]
 
@@ -195,7 +195,7 @@ def _encode_words(
     texts = [list(example.words) for example in batch]
     replaced = _replace_dropped(texts, tokenizer, lead)
     encoded = tokenizer(
-        [_spaced(words) for words in texts] if lead else texts,
+        [spaced(words) for words in texts] if lead else texts,
         is_split_into_words=True,
         truncation=True,
         max_length=max_length,

@@ -37,3 +37,16 @@ class Example:
         if self.label is None:
             return ()
         return (self.label,) if isinstance(self.label, str) else self.label
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """A row or text that could not be read, kept at its place where a reader is asked to go on.
+
+    Attributes:
+        where: `file:line` or `file[row]`.
+        problem: what is wrong with it.
+    """
+
+    where: str
+    problem: str

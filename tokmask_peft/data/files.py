@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tokmask_peft.errors import DataError, nearest
@@ -101,7 +101,9 @@ def _split_of(file: Path) -> str:
     return (shard["split"] if shard else file.stem).lower()
 
 
-def read_lines(path: Path, keep_ends: bool = False) -> Iterator[str]:
+def read_lines(
+    path: Path, keep_ends: bool = False, tolerant: bool = False, advance: Callable[[int], None] | None = None
+) -> Iterator[str]:
     """Read UTF-8 lines, with or without a byte-order mark, ended by LF or CRLF.
 
     Only line feeds end a line: a post may hold other characters that Unicode counts as line ends.
@@ -109,19 +111,32 @@ def read_lines(path: Path, keep_ends: bool = False) -> Iterator[str]:
     Args:
         path: the file.
         keep_ends: keep the line ends, which CSV needs inside quotes.
+        tolerant: keep bytes that are not UTF-8 as lone surrogates, for `unicode_problem` to find in the text.
+        advance: called with the bytes of each line, for a progress bar.
 
     Raises:
-        DataError: a line is not UTF-8; names it.
+        DataError: a line is not UTF-8 (unless `tolerant`); names it.
     """
     with path.open("rb") as file:
         for number, raw in enumerate(file, start=1):
             if number == 1:
                 raw = raw.removeprefix(b"\xef\xbb\xbf")
+            if advance is not None:
+                advance(len(raw))
             try:
-                line = raw.decode("utf-8")
+                line = raw.decode("utf-8", errors="surrogateescape" if tolerant else "strict")
             except UnicodeDecodeError as error:
                 raise DataError(
                     f"{path}:{number}: byte {error.start + 1} of the line is not UTF-8 ({error.reason}). Save the file "
                     f"as UTF-8, for example: iconv -f latin1 -t utf-8 '{path.name}'"
                 ) from error
             yield line if keep_ends else line.removesuffix("\n").removesuffix("\r")
+
+
+def unicode_problem(text: str) -> str | None:
+    """Return why a text is not valid Unicode, or none: what no tokenizer takes, and JSON lines may bring along."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        return f"character {error.start + 1} is not valid Unicode, or the file is not UTF-8"
+    return None

@@ -6,7 +6,6 @@ import ast
 import csv
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,27 +22,33 @@ LABEL_NAMES: dict[Task, tuple[str, ...]] = {
     "token": ("labels", "tags", "lid", "ner_tags", "pos_tags", "pos", "ner", "label"),
 }
 
-Row = tuple[str, dict[str, Any]]
-"""Where a row stands (`file:line`), and its columns by name."""
+Row = tuple[str, dict[str, Any] | DataError]
+"""Where a row stands (`file:line`), and its columns by name, or why it has none."""
 
 
 def csv_rows(lines: Iterable[str], name: str) -> Iterator[Row]:
     """Read CSV with RFC 4180 quoting; a text may hold line ends inside its quotes."""
     reader = csv.reader(lines, strict=True)
-    previous = 0
     header: list[str] | None = None
-    try:
-        for fields in reader:
-            line, previous = previous + 1, reader.line_num
+    while True:
+        where = f"{name}:{reader.line_num + 1}"
+        try:
+            fields = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            problem = DataError(
+                f"{where}: this is not valid CSV ({error}). If quotes are ordinary characters in this file "
+                "and tabs separate its columns, set data.format to tsv."
+            )
             if header is None:
-                header = fields
-            elif fields:
-                yield f"{name}:{line}", _by_name(header, fields, f"{name}:{line}", "','")
-    except csv.Error as error:
-        raise DataError(
-            f"{name}:{previous + 1}: this is not valid CSV ({error}). If quotes are ordinary characters in this file "
-            "and tabs separate its columns, set data.format to tsv."
-        ) from error
+                raise problem from error
+            yield where, problem
+            continue
+        if header is None:
+            header = fields
+        elif fields:
+            yield where, _by_name(header, fields, where, "','")
 
 
 def tsv_rows(lines: Iterable[str], name: str) -> Iterator[Row]:
@@ -62,15 +67,15 @@ def jsonl_rows(lines: Iterable[str], name: str) -> Iterator[Row]:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
+        where = f"{name}:{number}"
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{name}:{number}: this line is not JSON ({error.msg}). A JSONL file holds one object per line."
-            ) from error
-        if not isinstance(row, dict):
-            raise DataError(f"{name}:{number}: expected a JSON object, found {type(row).__name__}")
-        yield f"{name}:{number}", row
+        except (ValueError, RecursionError) as error:
+            why = getattr(error, "msg", error)
+            yield where, DataError(f"{where}: this line is not JSON ({why}). A JSONL file holds one object per line.")
+            continue
+        wrong = DataError(f"{where}: expected a JSON object, found {type(row).__name__}")
+        yield where, row if isinstance(row, dict) else wrong
 
 
 def parquet_rows(path: Path, name: str) -> Iterator[Row]:
@@ -123,10 +128,10 @@ def _name_class(cell: Any, names: list[str] | None) -> Any:
     return names[cell] if isinstance(cell, int) and 0 <= cell < len(names) else ""
 
 
-def _by_name(header: Sequence[str], fields: Sequence[str], where: str, separator: str) -> dict[str, Any]:
-    """Pair the fields of a row with the header's names."""
+def _by_name(header: Sequence[str], fields: Sequence[str], where: str, separator: str) -> dict[str, Any] | DataError:
+    """Pair the fields of a row with the header's names, or say that their numbers differ."""
     if len(fields) != len(header):
-        raise DataError(
+        return DataError(
             f"{where}: {len(fields)} columns separated by {separator}, but the header has {len(header)} "
             f"({', '.join(header)})"
         )
@@ -176,21 +181,49 @@ def examples(
     Raises:
         DataError: a column is missing, or a cell does not fit the task.
     """
-    stream = iter(rows)
-    first = next(stream, None)
-    if first is None:
-        return
-    columns = list(first[1])
-    text = choose_column(columns, text_column, TEXT_NAMES[task], "text_column", name)
-    label = choose_column(columns, label_column, LABEL_NAMES[task], "label_column", name) if labelled else None
-    for where, row in chain([first], stream):
-        for column in (text, label):
-            if column is not None and column not in row:
-                raise DataError(f"{where}: no column '{column}' in this row; it has {', '.join(row) or 'none'}")
-        if task == "sequence":
-            yield Example(_text(row[text], where, text), _label(row[label], where, label) if label else None, where)
-        else:
-            yield _tagged(row[text], row[label] if label else None, where, text, label)
+    for example in examples_or_problems(rows, name, task, text_column, label_column, labelled):
+        if isinstance(example, DataError):
+            raise example
+        yield example
+
+
+def examples_or_problems(
+    rows: Iterable[Row],
+    name: str,
+    task: Task,
+    text_column: str | int | None = None,
+    label_column: str | int | None = None,
+    labelled: bool = True,
+) -> Iterator[Example | DataError]:
+    """Turn rows into examples, with an error in place of each row that cannot be one.
+
+    Raises:
+        DataError: the first row that could be read has no fitting columns.
+    """
+    columns: tuple[str, str | None] | None = None
+    for where, row in rows:
+        if isinstance(row, DataError):
+            yield row
+            continue
+        if columns is None:
+            names = list(row)
+            text = choose_column(names, text_column, TEXT_NAMES[task], "text_column", name)
+            label = choose_column(names, label_column, LABEL_NAMES[task], "label_column", name) if labelled else None
+            columns = text, label
+        try:
+            yield _example(row, where, task, *columns)
+        except DataError as error:
+            yield error
+
+
+def _example(row: dict[str, Any], where: str, task: Task, text: str, label: str | None) -> Example:
+    """Turn one row into an example."""
+    for column in (text, label):
+        if column is not None and column not in row:
+            raise DataError(f"{where}: no column '{column}' in this row; it has {', '.join(row) or 'none'}")
+    if task == "sequence":
+        return Example(_text(row[text], where, text), _label(row[label], where, label) if label else None, where)
+    return _tagged(row[text], row[label] if label else None, where, text, label)
 
 
 def _text(cell: Any, where: str, column: str) -> str:

@@ -1,53 +1,51 @@
 """Which positions are masked: a pure function of counters, so that no random state is read or written.
 
-The numbers come from SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators"), read
-at random access as counter-based generators are (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3").
-Everything is int64 arithmetic that wraps around: the same on CPU and GPU, without synchronisation, and traceable.
+A counter-based generator (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"): seed, rank, step, text
+and position are absorbed one after the other by the finaliser of MurmurHash3 (Appleby 2011). The 32-bit words are held
+in int64, so that no product overflows: C++ leaves signed overflow undefined, and what torch.compile makes for CPUs then
+runs past the end of its loops. The result is the same on CPU and GPU, without synchronisation, and traceable.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 Unit = Literal["token", "word", "span"]
+Word = TypeVar("Word", int, Tensor)
 
-_UINT64 = 2**64 - 1
-_GOLDEN = 0x9E3779B97F4A7C15  # SplitMix64's increment: the golden ratio's odd 64-bit fraction
-_MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)  # Stafford's mix 13, as in SplitMix64
-
-
-def _signed(value: int) -> int:
-    """Return the int64 that has the bits of `value`."""
-    value &= _UINT64
-    return value - 2**64 if value >= 2**63 else value
+_WORD = 2**32 - 1
+# Constants above 2**31 are written as their negative twins modulo 2**32: |word * constant| stays below 2**63.
+_GOLDEN = 0x9E3779B9 - 2**32  # the golden ratio's fraction
+_MURMUR = (0x85EBCA6B - 2**32, 0xC2B2AE35 - 2**32)
+_KEYS = (0x243F6A88, 0x85A308D3)  # the digits of pi
 
 
-def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """Shift without dragging the sign along (torch's shift of int64 is arithmetic)."""
-    return (x >> bits) & (2 ** (64 - bits) - 1)
+def _mix(word: Word) -> Word:
+    """Scramble 32-bit words: MurmurHash3's finaliser, a bijection."""
+    word = ((word ^ (word >> 16)) * _MURMUR[0]) & _WORD
+    word = ((word ^ (word >> 13)) * _MURMUR[1]) & _WORD
+    return word ^ (word >> 16)
 
 
-def _mix(x: Tensor) -> Tensor:
-    """Scramble int64 values: SplitMix64's finaliser, a bijection."""
-    x = (x ^ _shift_right(x, 30)) * _signed(_MULTIPLIERS[0])
-    x = (x ^ _shift_right(x, 27)) * _signed(_MULTIPLIERS[1])
-    return x ^ _shift_right(x, 31)
+def _absorb(state: Word, word: Word) -> Word:
+    """Take a further word into a state; a bijection of either."""
+    return _mix((state + (((word & _WORD) * _GOLDEN) & _WORD)) & _WORD)
 
 
-def _mix_int(x: int) -> int:
-    """Do the same to a Python integer."""
-    x &= _UINT64
-    x = ((x ^ (x >> 30)) * _MULTIPLIERS[0]) & _UINT64
-    x = ((x ^ (x >> 27)) * _MULTIPLIERS[1]) & _UINT64
-    return x ^ (x >> 31)
+def _key(start: int, seed: int, rank: int) -> int:
+    """Return 32 bits that depend on the seed (64 bits of it) and the rank."""
+    return _absorb(_absorb(_absorb(start, seed), seed >> 32), rank)
 
 
-def _draw(stream: Tensor, index: Tensor | int) -> Tensor:
-    """Return 24 random bits: element `index` of each SplitMix64 `stream`."""
-    return _shift_right(_mix(stream + index * _signed(_GOLDEN)), 40)
+def _draw(stream: Tensor, step_key: Tensor, index: Tensor) -> Tensor:
+    """Return 24 random bits: element `index` of each text's stream.
+
+    The step enters a second time, so that two texts whose 32-bit streams coincide do so only within one step.
+    """
+    return _mix(_absorb(stream, index) ^ step_key) >> 8
 
 
 def text_positions(input_ids: Tensor, pad_id: int | None) -> Tensor:
@@ -124,9 +122,9 @@ def masked_positions(
     if not isinstance(step, Tensor):
         step = torch.tensor(step, dtype=torch.int64, device=device)
 
-    run_key = _mix_int(_mix_int(seed) + _GOLDEN * (rank + 1))
-    step_key = _mix(step * _signed(_GOLDEN) + _signed(run_key))
-    stream = _mix((rows.to(torch.int64) + 1) * _signed(_GOLDEN) + step_key)
+    state = _absorb(torch.full_like(step, _key(_KEYS[0], seed, rank)), step)
+    step_key = _mix(state ^ _key(_KEYS[1], seed, rank))
+    stream = _absorb(state, rows.to(torch.int64))
 
     index = positions.to(torch.int64)
     if unit != "token":
@@ -134,6 +132,7 @@ def masked_positions(
             raise ValueError(f"unit {unit!r} needs word_starts")
         index = _word_indices(maskable, word_starts, index)
         if unit == "span":
-            index = (index + _draw(stream, 0) % span_length).div(span_length, rounding_mode="floor")
-    u = _draw(stream, index + 1).to(torch.float32) * 2.0**-24
+            shift = _draw(stream, step_key, torch.zeros_like(stream)) % span_length
+            index = (index + shift).div(span_length, rounding_mode="floor")
+    u = _draw(stream, step_key, index + 1).to(torch.float32) * 2.0**-24
     return (u < rate) & maskable

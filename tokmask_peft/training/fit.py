@@ -23,9 +23,11 @@ from tokmask_peft.masking.mask_token import fill_spare_row, used_rows
 from tokmask_peft.model.adapter import add_adapter, save_adapter
 from tokmask_peft.model.backbone import Backbone, load_backbone
 from tokmask_peft.model.decisions import Decision
+from tokmask_peft.model.loading import LOADING_FILE, Loading
 from tokmask_peft.recipe import Recipe
 from tokmask_peft.recipe_io import to_yaml
 from tokmask_peft.training.baseline import baseline_scores
+from tokmask_peft.training.calibration import calibrate
 from tokmask_peft.training.callbacks import AdapterMoves, LogFile, StepClock, StopOnSignal
 from tokmask_peft.training.environment import environment, peak_memory, versions
 from tokmask_peft.training.losses import ClassificationLoss, class_weights
@@ -207,21 +209,24 @@ class _Session:
 
     def _evaluate(self, trainer: OrderedEvalTrainer) -> dict[str, Any]:
         labels, recipe = self.corpus.labels, self.recipe
+        found, *seen = trainer.predict_with_logits(self.validation)
+        logits: dict[str, Any] = {"validation": seen}
         result: dict[str, Any] = {
             "name": recipe.name,
             "task": recipe.data.task,
             "labels": list(labels),
             "seed": recipe.seed,
             "masking": recipe.masking.model_dump(mode="json"),
-            "validation": scores(*trainer.predict_split(self.validation).flat(), labels),
+            "validation": scores(*found.flat(), labels),
             "best_step": trainer.state.best_global_step,
             "steps": trainer.state.global_step,
         }
         if self.test is not None:
-            found = trainer.predict_split(self.test)
+            found, *logits["test"] = trainer.predict_with_logits(self.test)
             result["test"] = scores(*found.flat(), labels)
             if recipe.data.language_labels:
                 result["test"]["by_mixing"] = scores_by_mixing(found, labels, recipe.data.language_labels)
+        result["calibration"] = calibrate(logits)
         if recipe.training.baseline and trainer.is_world_process_zero():
             scored_on = self.corpus.test or self.corpus.validation
             result["baseline"] = baseline_scores(self.corpus.train, scored_on, labels, recipe.data.task)
@@ -250,6 +255,10 @@ class _Session:
         save_adapter(self.model, folder, recipe.model.backbone)
         self.backbone.tokenizer.save_pretrained(str(folder))
         write_json(folder / "labels.json", {"task": recipe.data.task, "labels": list(self.corpus.labels)})
+        write_json(folder / "calibration.json", result["calibration"])
+        precision = "bf16" if self.backbone.dtype == torch.bfloat16 else "fp32"
+        loading = Loading.of(recipe.model, recipe.data.max_length, self.backbone.quantization, precision)
+        write_json(folder / LOADING_FILE, loading.to_dict())
         masking = recipe.masking
         if self.mask is not None:
             masking = masking.model_copy(update={"mask_token": self.mask.id})

@@ -1,20 +1,25 @@
-"""From a recipe to a `transformers.Trainer`: its arguments, and the two places where we differ from it."""
+"""From a recipe to a `transformers.Trainer`: its arguments, and the places where we differ from it."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from accelerate.utils import gather_object
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import DataCollatorForTokenClassification, DataCollatorWithPadding, Trainer, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from tokmask_peft.errors import RecipeError, nearest
+from tokmask_peft.errors import RecipeError, RunError, nearest
 from tokmask_peft.recipe import Recipe
+from tokmask_peft.training.losses import IGNORED
 from tokmask_peft.training.metrics import Predictions
 from tokmask_peft.training.splits import Split
 
@@ -23,18 +28,46 @@ class OrderedEvalTrainer(Trainer):
     """A Trainer that evaluates in the order of the dataset, also when it groups training texts by length."""
 
     compute_metrics: Any
+    preprocess_logits_for_metrics: Any
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | None:
         return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
 
     def predict_split(self, split: Split) -> Predictions:
         """Return the model's predictions for a split, without scoring them."""
+        return split.predictions(*self._predict(split))
+
+    def predict_with_logits(self, split: Split) -> tuple[Predictions, NDArray[np.float32], NDArray[np.int64]]:
+        """Return the predictions for a split, and the logits behind them.
+
+        Returns:
+            The predictions; logits `[items, classes]` and gold label ids `[items]` of the labelled positions only, in
+            the order of `split.dataset`.
+
+        Raises:
+            RunError: the logits do not belong to the predictions.
+        """
+        shrink = self.preprocess_logits_for_metrics
+        self.preprocess_logits_for_metrics = kept = LabelledLogits()
+        try:
+            predicted, gold = self._predict(split)
+        finally:
+            self.preprocess_logits_for_metrics = shrink
+        labelled = gold != IGNORED
+        logits = kept.in_order(int(labelled.sum()))
+        of_predicted = np.take_along_axis(logits, predicted[labelled][:, None], axis=-1)[:, 0]
+        if not np.array_equal(of_predicted, logits.max(-1), equal_nan=True):
+            raise RunError("the logits of the final evaluation are not in the order of its texts; please report this")
+        return split.predictions(predicted, gold), logits, gold[labelled]
+
+    def _predict(self, split: Split) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return predicted and gold label ids, `[texts]` or `[texts, seq]`, in the order of the dataset."""
         compute, self.compute_metrics = self.compute_metrics, None
         try:
             output = self.predict(split.dataset)
         finally:
             self.compute_metrics = compute
-        return split.predictions(output.predictions, output.label_ids)
+        return output.predictions, output.label_ids
 
 
 def training_arguments(recipe: Recipe, checkpoints: Path, device: torch.device, bf16: bool) -> TrainingArguments:
@@ -118,6 +151,32 @@ def argmax_logits(logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor
     """Keep the predicted label ids only: `[batch, …, classes]` to `[batch, …]`."""
     first = logits[0] if isinstance(logits, tuple) else logits
     return first.argmax(dim=-1)
+
+
+class LabelledLogits:
+    """Keeps the fp32 logits of labelled positions as batches go by, and hands the Trainer the label ids alone.
+
+    Padded logits of all positions would take the longest text's length times the classes for every text.
+    """
+
+    def __init__(self) -> None:
+        self._batches: list[NDArray[np.float32]] = []
+
+    def __call__(self, logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:
+        """Take one batch of one process."""
+        first = logits[0] if isinstance(logits, tuple) else logits
+        self._batches.append(first[labels != IGNORED].float().cpu().numpy())
+        return first.argmax(dim=-1)
+
+    def in_order(self, items: int) -> NDArray[np.float32]:
+        """Return the logits in the order of the dataset, `[items, classes]`, from all processes.
+
+        Process r of R sees the batches r, r + R, …; what the last ones are filled up with is left out.
+        """
+        shares = gather_object([self._batches])
+        rounds = itertools.zip_longest(*shares)
+        batches = [batch for one in rounds for batch in one if batch is not None]
+        return np.concatenate(batches)[:items]
 
 
 def scorer(split: Split) -> Callable[[Any], dict[str, float]]:

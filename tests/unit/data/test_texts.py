@@ -1,0 +1,133 @@
+"""Streaming texts for prediction: bad rows stay at their place, good ones around them are read."""
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tokmask_peft.data.example import Example, Unreadable
+from tokmask_peft.data.texts import TextFile, line_number
+from tokmask_peft.errors import DataError
+
+
+def read(path, task="sequence", **options):
+    """Return (line, text or problem) of every row."""
+    return [
+        (line_number(found.where), found.text if isinstance(found, Example) else f"! {found.problem}")
+        for found in TextFile(path, task, **options)
+    ]
+
+
+def write(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def test_plain_text_is_a_text_per_line(tmp_path):
+    path = write(
+        tmp_path, "in.txt", "\ufeffhoy great\r\n\n#viernes  \nmañana\u2028tarde".encode() + b"\nca\xf1a\nfin\n"
+    )
+    assert read(path) == [
+        (1, "hoy great"),
+        (2, "! the text is empty"),
+        (3, "#viernes  "),
+        (4, "mañana\u2028tarde"),
+        (5, "! character 3 is not valid Unicode, or the file is not UTF-8"),
+        (6, "fin"),
+    ]
+    assert read(path, "token")[2] == (3, ("#viernes",))
+
+
+def test_csv_goes_on_after_a_bad_row(tmp_path):
+    content = 'id,text\n1,"two\nlines"\n2,a,b\n3,"bad" quote\n4,good\n5,\n6,"never closed\n7,swallowed\n'
+    found = read(write(tmp_path, "in.csv", content))
+    assert found[0] == (2, "two\nlines")
+    assert found[1][0] == 4
+    assert "3 columns separated by ','" in found[1][1]
+    assert found[2][0] == 5
+    assert "not valid CSV" in found[2][1]
+    assert found[3:5] == [(6, "good"), (7, "! the text is empty")]
+    assert found[5][0] == 8
+    assert "unexpected end of data" in found[5][1]
+    assert len(found) == 6
+
+
+def test_an_open_quote_does_not_read_the_whole_file_into_memory(tmp_path):
+    rows = "".join(f"row {number} of a long file\n" for number in range(20_000))
+    source = TextFile(write(tmp_path, "in.csv", f'text\n"open\n{rows}'), "sequence")
+    stream = iter(source)
+    first = next(stream)
+    assert isinstance(first, Unreadable)
+    assert source.done < source.total / 3
+    assert sum(1 for _ in stream) > 10_000
+
+
+def test_tsv_and_jsonl_go_on_after_a_bad_row(tmp_path):
+    path = write(tmp_path, "in.tsv", 'label\ttext\nx\t"quote\nonly one\nx\tgood\n')
+    found = read(path)
+    assert [line for line, _ in found] == [2, 3, 4]
+    assert (found[0][1], found[2][1]) == ('"quote', "good")
+    rows = [
+        '{"text": "good"',
+        '{"text": "good"}',
+        "[1]",
+        '{"txt": 1}',
+        '{"text": 7}',
+        '{"text": "half \\ud83d"}',
+        "[" * 10**6,
+    ]
+    found = read(write(tmp_path, "in.jsonl", "\n".join([*rows, '{"text": "last", "more": 1}'])))
+    assert [line for line, _ in found] == list(range(1, 9))
+    assert [text for _, text in found if not text.startswith("!")] == ["good", "last"]
+    for part, (_, problem) in zip(
+        ["not JSON", "", "found list", "no column 'text'", "holds int", "Unicode", "JSON"], found, strict=False
+    ):
+        assert part in problem
+        assert str(tmp_path) not in problem
+
+
+def test_words_come_from_lists_or_strings(tmp_path):
+    rows = [{"words": ["hoy", "great"]}, {"words": "hoy great"}, {"words": ["a", ""]}, {"words": []}, {"words": 4}]
+    path = write(tmp_path, "in.jsonl", "\n".join(map(json.dumps, rows)))
+    found = read(path, "token")
+    assert found[:2] == [(1, ("hoy", "great")), (2, ("hoy", "great"))]
+    assert [text[:3] for _, text in found[2:]] == ["! a", "! t", "! t"]
+
+
+def test_conll_goes_on_with_the_next_text(tmp_path):
+    content = "hoy\tes\ngreat\ten\n\nuno\tes\n# key = value\ndos\tes\n\n# id = 3\nfin\tes\n"
+    found = read(write(tmp_path, "in.conll", content), "token")
+    assert found[0] == (1, ("hoy", "great"))
+    assert found[1][0] == 5
+    assert "inside a text" in found[1][1]
+    assert found[2] == (9, ("fin",))
+
+
+def test_parquet_rows_count_from_one(tmp_path):
+    pq.write_table(pa.table({"id": [1, 2, 3], "text": ["good", None, "last"]}), tmp_path / "in.parquet")
+    source = TextFile(tmp_path / "in.parquet", "sequence")
+    assert source.total == 3
+    assert read(tmp_path / "in.parquet") == [(1, "good"), (2, "! the text is empty"), (3, "last")]
+    assert len(list(source)) == source.done == 3
+
+
+def test_what_no_row_can_mend_is_an_error(tmp_path):
+    with pytest.raises(DataError, match="no such file"):
+        TextFile(tmp_path / "none.txt", "sequence")
+    with pytest.raises(DataError, match=r"ending '\.doc'"):
+        TextFile(write(tmp_path, "in.doc", "x"), "sequence")
+    with pytest.raises(DataError, match="text_column"):
+        read(write(tmp_path, "in.tsv", "a\tb\n1\t2\n"))
+    assert read(tmp_path / "in.tsv", text_column="b") == [(2, "2")]
+    with pytest.raises(DataError, match="parquet"):
+        TextFile(write(tmp_path, "in.parquet", "x"), "sequence")
+    assert read(write(tmp_path, "empty.txt", "")) == []
+
+
+def test_done_grows_to_total(tmp_path):
+    source = TextFile(write(tmp_path, "in.txt", "a\n" * 50), "sequence")
+    seen = [source.done for _ in source]
+    assert seen == sorted(seen)
+    assert (seen[0], seen[-1], source.total) == (2, 100, 100)

@@ -1,0 +1,172 @@
+"""Loading: from an adapter folder alone, as it was trained, with one clear message per mistake."""
+
+import json
+import shutil
+import sys
+
+import pytest
+import torch
+from peft import AutoPeftModelForSequenceClassification
+from tiny_models import TEXTS
+
+import tokmask_peft
+from tokmask_peft.errors import ModelError
+from tokmask_peft.inference.classifier import load
+from tokmask_peft.inference.saved import find_saved
+
+
+@pytest.fixture
+def copied(saved_adapter, tmp_path):
+    """Return a function that gives a copy of a saved adapter, to be spoiled."""
+
+    def make(**options):
+        return shutil.copytree(saved_adapter(**options), tmp_path / "copy")
+
+    return make
+
+
+def edit(path, **changes):
+    content = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("family", ["bert", "qwen2"])
+def test_an_adapter_folder_gives_what_stock_peft_gives(saved_adapter, family):
+    folder = saved_adapter(family)
+    model = tokmask_peft.load(folder)
+    assert model.labels == ("bad [x]", "good", "so-so")
+    assert (model.max_length, model.temperature) == (24, 2.0)
+    stock = AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels=3).eval()
+    short = [text for text in TEXTS if len(model.tokenizer(text)["input_ids"]) <= 24]
+    assert len(short) > 2
+    for text, answer in zip(short, model.predict(short), strict=True):
+        with torch.no_grad():
+            expected = (stock(**model.tokenizer(text, return_tensors="pt")).logits / 2.0).softmax(-1)[0]
+        assert list(answer.probabilities.values()) == pytest.approx(expected.tolist(), abs=1e-5)
+    assert {decision.what for decision in model.decisions} == {"device", "precision", "quantization"}
+
+
+def test_a_backbone_in_an_installed_package_is_found(copied, tmp_path, monkeypatch):
+    folder = copied(package="package:my_backbone/model/small")
+    named = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    edit(folder / "adapter_config.json", base_model_name_or_path="nobody/not-on-the-hub")
+    with pytest.raises(ModelError, match="my_backbone is not installed"):
+        load(folder)
+    (tmp_path / "site" / "my_backbone").mkdir(parents=True)
+    (tmp_path / "site" / "my_backbone" / "__init__.py").write_text("raise RuntimeError('imported')")
+    shutil.copytree(named, tmp_path / "site" / "my_backbone" / "model" / "small")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    assert load(folder).predict(["hoy"])[0].label
+    assert "my_backbone" not in sys.modules
+
+
+def test_another_backbone_can_be_named(copied):
+    folder = copied(package="package:not_there/model")
+    named = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    edit(folder / "adapter_config.json", base_model_name_or_path="nobody/not-on-the-hub")
+    assert load(folder, backbone=named).predict(["hoy"])[0].label
+    config = find_saved(folder, "other/model").model
+    assert (config.backbone, config.backbone_path) == ("other/model", None)
+
+
+def test_bf16_and_4_bit_give_nearly_the_same(saved_adapter):
+    folder = saved_adapter()
+    exact = load(folder).predict(TEXTS)
+    for options in ({"precision": "bf16"}, {"quantization": "nf4"}, {"quantization": "nf4", "precision": "bf16"}):
+        model = load(folder, **options)
+        for one, other in zip(exact, model.predict(TEXTS), strict=True):
+            assert one.probabilities == pytest.approx(other.probabilities, abs=0.25)
+        found = {decision.what: decision.choice for decision in model.decisions}
+        assert found["precision"] == options.get("precision", "fp32")
+        assert found["quantization"] == options.get("quantization", "none")
+
+
+def test_the_quantization_of_training_is_taken_where_it_runs(saved_adapter, monkeypatch):
+    folder = saved_adapter(quantization="nf4")
+    assert find_saved(folder).model.quantization == "nf4"
+    reasons = {decision.what: decision for decision in load(folder).decisions}
+    assert reasons["quantization"].choice == "nf4"
+    monkeypatch.setattr("tokmask_peft.inference.classifier.bitsandbytes_problem", lambda _: "it is not here")
+    reasons = {decision.what: decision for decision in load(folder).decisions}
+    assert reasons["quantization"].choice == "none"
+    assert "trained on nf4, but it is not here" in reasons["quantization"].reason
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "expected"),
+    [
+        ("tokmask.json", {"package": "package:../etc/x"}, "expected package:NAME/FOLDER"),
+        ("tokmask.json", {"package": "package:os/../../x"}, "expected package:NAME/FOLDER"),
+        ("tokmask.json", {"package": "/root/model"}, "expected package:NAME/FOLDER"),
+        ("tokmask.json", {"max_length": "128"}, "max_length"),
+        ("tokmask.json", {"quantization": "nf5"}, "nf5"),
+        ("calibration.json", {"temperature": 0}, "temperature is 0"),
+        ("calibration.json", {"temperature": "1"}, "temperature is '1'"),
+        ("labels.json", {"task": "speech"}, "task and a list of labels"),
+        ("labels.json", {"labels": ["a", "b"]}, "does not fit"),
+        ("adapter_config.json", {"base_model_name_or_path": None}, "names no base model"),
+    ],
+)
+def test_what_does_not_come_from_a_run_is_refused(copied, file, changes, expected):
+    folder = copied()
+    edit(folder / file, **changes)
+    with pytest.raises(ModelError, match=expected):
+        load(folder)
+
+
+def test_missing_places_are_named(copied, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").write_text("name: run")
+    for place, expected in {
+        tmp_path / "empty": "neither a run",
+        tmp_path / "run": "has no adapter yet",
+        tmp_path / "no" / "where": "does not exist",
+        "a b": "does not exist",
+    }.items():
+        with pytest.raises(ModelError, match=expected):
+            load(place)
+    folder = copied()
+    (folder / "labels.json").unlink()
+    with pytest.raises(ModelError, match="not saved by tokmask_peft"):
+        load(folder)
+
+
+def test_wrong_options_are_named(saved_adapter):
+    for options, expected in {
+        ("device", "toaster"): "toaster",
+        ("device", "cuda:99"): "cuda:99",
+        ("quantization", "nf5"): "nf4, int8 or none",
+        ("precision", "fp16"): "bf16 or fp32",
+    }.items():
+        with pytest.raises(ModelError, match=expected):
+            load(saved_adapter(), **dict([options]))
+
+
+def test_a_hub_id_is_fetched_without_pickles(saved_adapter, monkeypatch):
+    asked = {}
+
+    def fetch(repo, allow_patterns):
+        asked[repo] = allow_patterns
+        return str(saved_adapter())
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    assert find_saved("user/name").labels == ("bad [x]", "good", "so-so")
+    assert not any(pattern.endswith((".bin", ".pt", "*.*", ".py")) or pattern == "*" for pattern in asked["user/name"])
+    assert {"adapter_model.safetensors", "labels.json", "tokmask.json"} <= set(asked["user/name"])
+
+
+def test_a_hub_that_cannot_be_reached_is_one_message(monkeypatch, tmp_path):
+    with pytest.raises(ModelError, match=r"user/name is no local folder, and as an id on the Hub it .*network"):
+        find_saved("user/name")  # the tests run offline, and the cache does not hold it
+
+    def broken(*_, **__):
+        raise ConnectionError("reset by peer\nmore")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", broken)
+    with pytest.raises(ModelError, match=r"reset by peer; check the network"):
+        find_saved("user/name")
+    (tmp_path / "snapshot").mkdir()
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path / "snapshot"))
+    with pytest.raises(ModelError, match="holds no adapter"):
+        find_saved("user/name")

@@ -1,0 +1,84 @@
+"""The temperature: never worse than none, the known optimum, and no change of any label."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import minimize_scalar
+
+from tokmask_peft.errors import RunError
+from tokmask_peft.training.calibration import (
+    calibrate,
+    expected_calibration_error,
+    fit_temperature,
+    negative_log_likelihood,
+    probabilities,
+)
+
+
+def drawn(items, classes, scale, seed):
+    """Logits that are `scale` times too sure of labels drawn from their softmax."""
+    draw = np.random.default_rng(seed)
+    logits = draw.normal(size=(items, classes)) * 2
+    shares = probabilities(logits)
+    gold = np.array([draw.choice(classes, p=row) for row in shares])
+    return (logits * scale).astype(np.float32), gold
+
+
+@pytest.mark.parametrize("scale", [0.3, 1.0, 4.0])
+def test_the_factor_that_logits_were_scaled_by_is_found(scale):
+    logits, gold = drawn(20_000, 4, scale, seed=1)
+    assert fit_temperature(logits, gold) == pytest.approx(scale, rel=0.05)
+
+
+@given(st.integers(2, 60), st.integers(2, 6), st.floats(0.01, 30), st.integers(0, 999))
+@settings(max_examples=60, deadline=None)
+def test_it_is_the_optimum_and_never_worse_than_one(items, classes, scale, seed):
+    draw = np.random.default_rng(seed)
+    logits, gold = (draw.normal(size=(items, classes)) * scale).astype(np.float32), draw.integers(0, classes, items)
+    temperature = fit_temperature(logits, gold)
+    assert 0.05 <= temperature <= 20
+    nll = negative_log_likelihood(logits, gold, temperature)
+    assert nll <= negative_log_likelihood(logits, gold) + 1e-12
+    if not (logits.argmax(-1) == gold).all():
+        other = minimize_scalar(
+            lambda log: negative_log_likelihood(logits, gold, np.exp(log)), bounds=(np.log(0.05), np.log(20))
+        )
+        assert nll <= other.fun + 1e-9
+    assert (probabilities(logits, temperature).argmax(-1) == logits.argmax(-1)).all()
+
+
+def test_without_an_error_there_is_nothing_to_fit():
+    logits = np.eye(3, dtype=np.float32)
+    assert fit_temperature(logits, np.arange(3)) == 1.0
+    assert fit_temperature(np.zeros((0, 3), dtype=np.float32), np.zeros(0, dtype=np.int64)) == 1.0
+
+
+def test_likelihood_is_that_of_torch():
+    logits, gold = drawn(200, 5, 3.0, seed=3)
+    expected = torch.nn.functional.cross_entropy(torch.tensor(logits).double() / 1.7, torch.tensor(gold)).item()
+    assert negative_log_likelihood(logits, gold, 1.7) == pytest.approx(expected, abs=1e-12)
+
+
+def test_calibration_error_by_hand():
+    # bins of width 1/15: .95 twice (one right: gap |.5 - .95|), .55 once (right: gap .45)
+    probability = np.array([[0.95, 0.05], [0.05, 0.95], [0.55, 0.45]])
+    gold = np.array([0, 0, 0])
+    assert expected_calibration_error(probability, gold) == pytest.approx((2 * 0.45 + 0.45) / 3)
+    # a confidence on a border belongs below it, and full confidence to the last bin
+    assert expected_calibration_error(np.array([[1.0, 0.0]]), np.array([0])) == 0.0
+    one_bin = expected_calibration_error(np.array([[0.6, 0.4], [0.55, 0.45]]), np.array([0, 1]))
+    assert one_bin == pytest.approx(abs(1 - 0.6 - 0.55) / 2), "9/15 = .6 and .55 share a bin, where gaps cancel"
+
+
+def test_the_report_is_of_every_part_and_refuses_nan():
+    validation, test = drawn(2000, 3, 5.0, seed=4), drawn(2000, 3, 5.0, seed=5)
+    report = calibrate({"validation": validation, "test": test})
+    for part in ("validation", "test"):
+        assert report[part]["items"] == 2000
+        assert report[part]["after"]["nll"] < report[part]["before"]["nll"]
+        assert report[part]["after"]["ece"] < report[part]["before"]["ece"] / 3
+    validation[0][7, 1] = np.nan
+    with pytest.raises(RunError, match="not finite"):
+        calibrate({"validation": validation})

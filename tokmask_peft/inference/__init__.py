@@ -1,0 +1,1 @@
+"""Use what was trained: load an adapter, predict texts and files, merge it into a plain model."""

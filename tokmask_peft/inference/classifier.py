@@ -1,0 +1,275 @@
+"""A trained adapter as a classifier: texts in, labels and calibrated probabilities out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from tokmask_peft.data.files import unicode_problem
+from tokmask_peft.errors import DataError, ModelError
+from tokmask_peft.inference.saved import SavedAdapter, find_saved
+from tokmask_peft.inference.windows import Window, Windower
+from tokmask_peft.model.adapter import load_adapter
+from tokmask_peft.model.backbone import load_backbone
+from tokmask_peft.model.decisions import Decision, bitsandbytes_problem
+from tokmask_peft.recipe import ModelConfig, Task
+from tokmask_peft.training.calibration import probabilities
+
+BATCH_SIZE = 32
+_LONGEST = 512  # sub-tokens per window where neither the run nor the model sets a limit
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """The answer for a text of a sequence task.
+
+    Attributes:
+        label: the most probable label.
+        probabilities: label -> calibrated probability, in the order of the classifier's labels.
+        windows: windows that the text was read in; more than 1 for a text longer than those of training.
+    """
+
+    label: str
+    probabilities: dict[str, float]
+    windows: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class WordPredictions:
+    """The answer for a text of a token task.
+
+    Attributes:
+        words: the words, as they were given or split at white space.
+        labels: the most probable label of each word.
+        probabilities: per word, label -> calibrated probability.
+        windows: windows that the text was read in.
+    """
+
+    words: tuple[str, ...]
+    labels: tuple[str, ...]
+    probabilities: tuple[dict[str, float], ...]
+    windows: int = 1
+
+
+Answer = Prediction | WordPredictions
+
+
+class Classifier:
+    """A model that classifies texts; made by `load`.
+
+    Attributes:
+        task: `sequence` (one label per text) or `token` (one per word).
+        labels: label names in the order of the model's outputs.
+        temperature: divides the logits before the softmax; changes no label.
+        max_length: sub-tokens per window, special tokens included.
+        model: the module, in eval mode.
+        tokenizer: its tokenizer.
+        decisions: device, precision and quantization, with reasons.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        task: Task,
+        labels: Sequence[str],
+        *,
+        max_length: int,
+        temperature: float = 1.0,
+        dtype: torch.dtype = torch.float32,
+        decisions: tuple[Decision, ...] = (),
+    ) -> None:
+        self.model, self.tokenizer, self.task, self.labels = model.eval(), tokenizer, task, tuple(labels)
+        self.max_length, self.temperature, self.decisions = max_length, temperature, decisions
+        self.device = next(model.parameters()).device
+        self._dtype = dtype
+        self._windower = Windower(tokenizer, task, max_length)
+
+    def predict(self, texts: Sequence[str] | Sequence[Sequence[str]], batch_size: int = BATCH_SIZE) -> list[Answer]:
+        """Classify texts; the answers do not hang on `batch_size`, nor on the other texts.
+
+        A text longer than `max_length` sub-tokens is read in windows. In sequence tasks their logits are averaged,
+        weighted by their sub-tokens; so the temperature changes no label there either. In token tasks the windows
+        overlap, and every word gets one label.
+
+        Args:
+            texts: strings; in token tasks they are split at white space, or lists of words, taken as they are.
+            batch_size: windows per forward pass; windows of similar length go together.
+
+        Returns:
+            An answer per text, in their order: `Prediction` in sequence tasks, else `WordPredictions`.
+
+        Raises:
+            DataError: a text has no words, or is not valid Unicode; `texts` is one string.
+            ModelError: the model gives a logit that is not finite.
+        """
+        if isinstance(texts, str):
+            raise DataError("predict takes a list of texts, not one string: predict([text])")
+        if batch_size < 1:
+            raise DataError(f"batch_size is {batch_size}, expected 1 or more")
+        given = [self._checked(text, index) for index, text in enumerate(texts)]
+        windows = self._windower.cut(given)
+        logits = self._logits(windows, batch_size)
+        of_text: list[list[int]] = [[] for _ in given]
+        for number, window in enumerate(windows):
+            of_text[window.text].append(number)
+        return [
+            self._answer(text, [windows[n] for n in numbers], [logits[n] for n in numbers])
+            for text, numbers in zip(given, of_text, strict=True)
+        ]
+
+    def _checked(self, text: str | Sequence[str], index: int) -> Any:
+        """Return a text as its task needs it."""
+        if not isinstance(text, str) and not (
+            isinstance(text, list | tuple) and all(isinstance(word, str) for word in text)
+        ):
+            raise DataError(f"texts[{index}] is neither a string nor a list of words")
+        words = text.split() if isinstance(text, str) else list(text)
+        if not words or "" in words:
+            raise DataError(f"texts[{index}] " + ("holds an empty word" if words else "is empty: it has no words"))
+        running = text if isinstance(text, str) else " ".join(words)
+        if problem := unicode_problem(running):
+            raise DataError(f"texts[{index}]: {problem}")
+        return words if self.task == "token" else running
+
+    def _answer(self, text: Any, windows: list[Window], logits: list[NDArray[np.float32]]) -> Answer:
+        if self.task == "sequence":
+            sizes = np.array([window.size for window in windows], dtype=np.float64)
+            mean = (np.concatenate(logits) * sizes[:, None]).sum(0) / sizes.sum()
+            return Prediction(self.labels[int(mean.argmax())], self._named(mean), len(windows))
+        rows = np.zeros((len(text), len(self.labels)))
+        for window, values in zip(windows, logits, strict=True):
+            rows[window.words] = values
+        labels = tuple(self.labels[int(best)] for best in rows.argmax(-1))
+        return WordPredictions(tuple(text), labels, tuple(self._named(row) for row in rows), len(windows))
+
+    def _named(self, logits: NDArray[Any]) -> dict[str, float]:
+        return dict(zip(self.labels, probabilities(logits, self.temperature).tolist(), strict=True))
+
+    def _logits(self, windows: list[Window], batch_size: int) -> list[NDArray[np.float32]]:
+        """Return per window logits `[1, classes]`, or `[words, classes]` in token tasks, in the order of `windows`."""
+        order = sorted(range(len(windows)), key=lambda number: len(windows[number].ids))
+        found: list[Any] = [None] * len(windows)
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            for number, values in zip(chosen, self._forward([windows[n] for n in chosen]), strict=True):
+                found[number] = values
+        return found
+
+    @torch.inference_mode()
+    def _forward(self, batch: list[Window]) -> list[NDArray[np.float32]]:
+        longest = max(len(window.ids) for window in batch)
+        ids = torch.full((len(batch), longest), self.tokenizer.pad_token_id)
+        mask = torch.zeros_like(ids)
+        for row, window in enumerate(batch):
+            ids[row, : len(window.ids)] = torch.tensor(window.ids)
+            mask[row, : len(window.ids)] = 1
+        low = self._dtype == torch.bfloat16
+        with torch.autocast(self.device.type, dtype=torch.bfloat16) if low else nullcontext():
+            logits = self.model(input_ids=ids.to(self.device), attention_mask=mask.to(self.device)).logits
+        if self.task == "sequence":
+            picked = logits.float().cpu().numpy()
+            sizes = [1] * len(batch)
+        else:
+            rows = np.repeat(np.arange(len(batch)), [len(window.positions) for window in batch])
+            positions = np.concatenate([window.positions for window in batch])
+            picked = logits[torch.as_tensor(rows), torch.as_tensor(positions)].float().cpu().numpy()
+            sizes = [len(window.positions) for window in batch]
+        if not np.isfinite(picked).all():
+            raise ModelError("the model gives logits that are not finite; load it with precision='fp32'")
+        return np.split(picked, np.cumsum(sizes)[:-1])
+
+
+def load(
+    model: str | Path | SavedAdapter,
+    device: str | torch.device | None = None,
+    quantization: str | None = None,
+    precision: str | None = None,
+    backbone: str | None = None,
+) -> Classifier:
+    """Load a trained adapter for prediction.
+
+    Args:
+        model: a run folder (`runs/NAME`), an adapter folder, or the id of an adapter on the Hub.
+        device: `cuda`, `cpu`, …; none takes a GPU if there is one.
+        quantization: `nf4`, `int8` or `none`; none given takes that of training where it runs on this device.
+        precision: `bf16` or `fp32`; none given takes that of training, or fp32 where the hardware has no bf16.
+        backbone: a Hub id, a folder or `package:NAME/FOLDER` to load the backbone from, in place of what the adapter
+            names.
+
+    Raises:
+        ModelError: no adapter, no backbone, or it cannot be held as asked.
+    """
+    saved = model if isinstance(model, SavedAdapter) else find_saved(model, backbone)
+    place = _device(device)
+    config, reason = _held(saved.model, place, quantization, precision)
+    loaded = load_backbone(config, saved.task, saved.labels, place)
+    module = load_adapter(loaded, saved.folder)
+    if loaded.quantization == "none":
+        if loaded.dtype == torch.float32:
+            module = module.merge_and_unload()  # the same function, without the adapter's extra products
+        module = module.to(place)
+    why = "as asked" if device is not None else "a GPU is there" if place.type == "cuda" else "no GPU was found"
+    decisions = [Decision("device", str(place), why)]
+    for decision in loaded.decisions:
+        if decision.what == "quantization" and reason is not None:
+            decision = Decision("quantization", decision.choice, reason)
+        if decision.what != "device":
+            decisions.append(decision)
+    return Classifier(
+        module.eval(),
+        loaded.tokenizer,
+        saved.task,
+        saved.labels,
+        max_length=saved.max_length or _model_limit(module, loaded.tokenizer),
+        temperature=saved.temperature,
+        dtype=loaded.dtype,
+        decisions=tuple(decisions),
+    )
+
+
+def _device(asked: str | torch.device | None) -> torch.device:
+    """Return the device to compute on.
+
+    Raises:
+        ModelError: there is no such device.
+    """
+    if asked is None:
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(asked)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"device {asked} cannot be used: {str(error).splitlines()[0]}") from error
+    return torch.device("cuda", torch.cuda.current_device()) if str(device) == "cuda" else device
+
+
+def _held(
+    trained: ModelConfig, device: torch.device, quantization: str | None, precision: str | None
+) -> tuple[ModelConfig, str | None]:
+    """Return how to hold the backbone, and the reason where it is not the user's wish."""
+    if quantization not in (None, "nf4", "int8", "none") or precision not in (None, "auto", "bf16", "fp32"):
+        raise ModelError("quantization is nf4, int8 or none; precision is bf16 or fp32")
+    reason = None
+    if quantization is None:
+        quantization, reason = trained.quantization, "as in training"
+        if quantization != "none" and (problem := bitsandbytes_problem(device.type)):
+            quantization, reason = "none", f"trained on {trained.quantization}, but {problem}: results differ slightly"
+    return trained.model_copy(
+        update={"quantization": quantization, "precision": precision or trained.precision}
+    ), reason
+
+
+def _model_limit(model: nn.Module, tokenizer: Any) -> int:
+    """Return the longest window for an adapter that does not say what it was trained with."""
+    config: Any = model.config
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or _LONGEST
+    return int(min(_LONGEST, positions, tokenizer.model_max_length))

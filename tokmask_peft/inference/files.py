@@ -1,0 +1,121 @@
+"""Predict a file of any length: read, classify and write a bounded number of texts at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from tokmask_peft.data.example import Example, Unreadable
+from tokmask_peft.data.texts import TextFile, line_number
+from tokmask_peft.inference.classifier import BATCH_SIZE, Answer, Classifier, Prediction
+from tokmask_peft.inference.outputs import check_output
+
+CHUNK_BATCHES = 32
+CHUNK_CHARACTERS = 2_000_000
+SHOWN_PROBLEMS = 5
+
+
+@dataclass(slots=True)
+class FileReport:
+    """What became of a file.
+
+    Attributes:
+        rows: rows written, unreadable ones included.
+        unreadable: rows without an answer.
+        problems: the first few of them.
+    """
+
+    rows: int = 0
+    unreadable: int = 0
+    problems: list[Unreadable] = field(default_factory=list)
+
+
+def predict_file(
+    classifier: Classifier,
+    source: TextFile,
+    out: str | Path,
+    *,
+    force: bool = False,
+    batch_size: int = BATCH_SIZE,
+    progress: Callable[[FileReport], None] | None = None,
+) -> FileReport:
+    """Classify the texts of a file, in its order, into JSON lines.
+
+    A line per text: `line`, the text or its words, and the answer; for a row that cannot be read `line` and `error`.
+    `out` appears when all is done: until then, a file beside it is written.
+
+    Args:
+        classifier: from `load`.
+        source: the texts.
+        out: the file to write.
+        force: replace `out` if it exists.
+        batch_size: windows per forward pass; as many as 32 batches of texts are held in memory at a time.
+        progress: called after each chunk.
+
+    Raises:
+        DataError: `out` cannot be written, or the file as a whole cannot be read.
+    """
+    path = check_output(out, source.path, force)
+    report = FileReport()
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            for chunk in _chunks(source, batch_size * CHUNK_BATCHES):
+                _write(classifier, chunk, file, batch_size, report)
+                if progress is not None:
+                    progress(report)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return report
+
+
+def _chunks(source: TextFile, count: int) -> Iterator[list[Example | Unreadable]]:
+    """Yield lists of at most `count` texts, and of about 2 million characters."""
+    chunk: list[Example | Unreadable] = []
+    characters = 0
+    for found in source:
+        chunk.append(found)
+        characters += len(found.string) if isinstance(found, Example) else 0
+        if len(chunk) >= count or characters >= CHUNK_CHARACTERS:
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
+        yield chunk
+
+
+def _write(
+    classifier: Classifier, chunk: list[Example | Unreadable], file: TextIO, batch_size: int, report: FileReport
+) -> None:
+    texts: list[Any] = [found.text for found in chunk if isinstance(found, Example)]
+    answers = iter(classifier.predict(texts, batch_size))
+    for found in chunk:
+        line = line_number(found.where)
+        if isinstance(found, Unreadable):
+            record: dict[str, Any] = {"line": line, "error": found.problem}
+            report.unreadable += 1
+            if len(report.problems) < SHOWN_PROBLEMS:
+                report.problems.append(found)
+        else:
+            record = {"line": line, **as_record(found.string, next(answers))}
+        report.rows += 1
+        file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def as_record(text: str, answer: Answer) -> dict[str, Any]:
+    """Return an answer as JSON holds it, with probabilities to 6 digits."""
+    if isinstance(answer, Prediction):
+        return {"text": text, "label": answer.label, "probabilities": _rounded(answer.probabilities)}
+    return {
+        "words": list(answer.words),
+        "labels": list(answer.labels),
+        "probabilities": [_rounded(row) for row in answer.probabilities],
+    }
+
+
+def _rounded(row: dict[str, float]) -> dict[str, float]:
+    return {label: round(value, 6) for label, value in row.items()}

@@ -1,0 +1,73 @@
+"""How an adapter folder is to be loaded: what PEFT's `adapter_config.json` has no place for, in `tokmask.json`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from tokmask_peft.errors import ModelError
+from tokmask_peft.recipe import ModelConfig
+
+LOADING_FILE = "tokmask.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Loading:
+    """What a loader needs besides the adapter, the labels and the name of the backbone.
+
+    Attributes:
+        max_length: sub-tokens per text in training, special tokens included; none if not known.
+        package: `package:NAME/FOLDER`, where an installed Python package holds the backbone; else none. A folder of
+            the machine that trained is never written here.
+        revision: the backbone's revision on the Hub.
+        quantization: what the backbone was held in while the adapter was trained: nf4, int8 or none.
+        precision: bf16 or fp32, as it was trained.
+    """
+
+    max_length: int | None = None
+    package: str | None = None
+    revision: str | None = None
+    quantization: str = "none"
+    precision: str = "fp32"
+
+    @classmethod
+    def of(cls, model: ModelConfig, max_length: int, quantization: str, precision: str) -> Self:
+        """Describe a run that was trained with `model`, as its choices came out."""
+        path = model.backbone_path
+        package = path if path is not None and path.startswith("package:") else None
+        return cls(max_length, package, model.revision, quantization, precision)
+
+    @classmethod
+    def read(cls, adapter: Path) -> Self | None:
+        """Read `tokmask.json` of an adapter folder; none if there is none.
+
+        Raises:
+            ModelError: the file is not what this package writes.
+        """
+        path = adapter / LOADING_FILE
+        if not path.is_file():
+            return None
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            loading = cls(**{key: found[key] for key in cls.__slots__ if key in found})
+        except (ValueError, TypeError) as error:
+            raise ModelError(f"{path} cannot be read: {error}") from error
+        loading._check(path)
+        return loading
+
+    def _check(self, path: Path) -> None:
+        """Refuse what did not come from this package: an adapter may be anyone's."""
+        inside = (self.package or "package:a/b").removeprefix("package:").split("/")
+        safe = inside[0].isidentifier() and ".." not in inside and len(inside) > 1
+        if not safe or (self.package is not None and not self.package.startswith("package:")):
+            raise ModelError(f"{path}: package is {self.package!r}, expected package:NAME/FOLDER or null")
+        if self.max_length is not None and (type(self.max_length) is not int or self.max_length < 4):
+            raise ModelError(f"{path}: max_length is {self.max_length!r}, expected a whole number from 4 on")
+        if self.quantization not in ("nf4", "int8", "none") or self.precision not in ("bf16", "fp32"):
+            raise ModelError(f"{path}: quantization or precision is unknown: {self.quantization}, {self.precision}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON-able form."""
+        return asdict(self)
