@@ -1,4 +1,4 @@
-"""From a recipe to a `transformers.Trainer`: its arguments, and the two places where we differ from it."""
+"""From a recipe to a `transformers.Trainer`: its arguments, and the places where we differ from it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Sampler, SequentialSampler
+from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import DataCollatorForTokenClassification, DataCollatorWithPadding, Trainer, TrainingArguments
 
 from tokmask_peft.recipe import Recipe
@@ -17,9 +17,23 @@ from tokmask_peft.training.splits import Split
 
 
 class OrderedEvalTrainer(Trainer):
-    """A Trainer that evaluates in the order of the dataset, also when it groups training texts by length."""
+    """A Trainer that evaluates in the order of the dataset, padded, however it batches the training texts."""
 
     compute_metrics: Any
+    data_collator: Any
+
+    def __init__(self, *args: Any, train_collator: Any = None, **kwargs: Any) -> None:
+        """Make the trainer; `train_collator` makes the training batches, where they differ from the evaluation's."""
+        super().__init__(*args, **kwargs)
+        self.train_collator = train_collator or self.data_collator
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Return the loader of the training batches."""
+        usual, self.data_collator = self.data_collator, self.train_collator
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = usual
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | None:
         return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
