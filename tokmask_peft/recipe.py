@@ -18,6 +18,7 @@ from tokmask_peft.errors import RecipeError
 Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Task = Literal["sequence", "token"]
+Batching = Literal["grouped", "padding_free", "padded"]
 
 # Titles say in errors what is expected where a field takes more than one kind of value.
 TokenId = Annotated[int, Field(ge=0, title="a token id")]
@@ -25,6 +26,8 @@ SplitName = Annotated[str, Field(min_length=1, title="a split or file name")]
 ShareOfTrain = Annotated[float, Field(gt=0.0, lt=1.0, title="a share of train between 0 and 1, for example 0.1")]
 Modules = Annotated[tuple[str, ...], Field(min_length=1, title="a list of module names, for example [q_proj, v_proj]")]
 LanguageCode = Annotated[str, Field(pattern=r"^([a-z]{2,3}|multilingual)$", title="an ISO 639 code such as es or swa")]
+LayerCount = Annotated[int, Field(ge=1, title="a number of layers, for example 6")]
+ShareOfLayers = Annotated[float, Field(gt=0.0, lt=1.0, title="a share of the layers between 0 and 1, for example 0.5")]
 Weights = Annotated[
     dict[str, Annotated[float, Field(ge=0.0)]], Field(title="a weight per label, as {en: 1.0, es: 2.0}")
 ]
@@ -233,6 +236,11 @@ class AdapterConfig(Section):
     targets: Literal["auto"] | Modules = Field(
         "auto", description="module names to adapt; auto is every linear layer of the backbone"
     )
+    layers: Literal["all"] | LayerCount | ShareOfLayers = Field(
+        "all",
+        description="all; or adapt only the upper layers, a number of them or a share, for example 0.5: the backward "
+        "pass ends below them",
+    )
     rslora: StrictBool = Field(False, description="scale by alpha / sqrt(r) (Kalajdzievski 2023)")
     dora: StrictBool = Field(False, description="weight-decomposed LoRA (Liu et al. 2024)")
     license: str | None = Field(
@@ -247,10 +255,12 @@ class TrainingConfig(Section):
     max_steps: int | None = Field(None, ge=1, description="stop after so many optimizer steps; wins over epochs")
     batch_size: int = Field(32, ge=1, description="texts per forward pass and device")
     gradient_accumulation: int = Field(1, ge=1, description="forward passes per optimizer step")
-    batching: Literal["padded", "grouped"] = Field(
+    batching: Batching = Field(
         "padded",
-        description="padded: random batches; grouped: random batches of similar length, faster, but a label that goes "
-        "with the length of a text then comes in clumps, which has kept runs from learning anything",
+        description="padded: random batches; padding_free: the same batches without padding, as one row with attention "
+        "per text (BERT, XLM-R, DistilBERT, Llama, Mistral, Qwen2 and Qwen3; else padded); grouped: random batches of "
+        "similar length, but a label that goes with the length of a text then comes in clumps, which has kept runs "
+        "from learning anything",
     )
     learning_rate: float = Field(5e-4, gt=0, description="peak learning rate of AdamW, for adapter and head")
     scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
@@ -300,6 +310,20 @@ class Recipe(Section):
         if not value or value in {".", ".."} or any(sign in value for sign in "/\\\0"):
             raise ValueError("the name becomes a folder: letters, digits, '.', '_' and '-' are safe, a slash is not")
         return value
+
+    @model_validator(mode="after")
+    def _parts_fit_together(self) -> Self:
+        if self.masking.trainable_mask and self.adapter.layers != "all":
+            raise ValueError(
+                "masking.trainable_mask trains a row of the embedding, so the backward pass would run through all "
+                "layers and adapter.layers would save nothing: set adapter.layers=all, or masking.trainable_mask=false"
+            )
+        if self.training.neftune_alpha is not None and self.training.batching == "padding_free":
+            raise ValueError(
+                "training.neftune_alpha: the noise is scaled by the length of the padded batch, which a packed row "
+                "does not have: set training.batching=grouped, or training.neftune_alpha=null"
+            )
+        return self
 
     @property
     def run_dir(self) -> Path:

@@ -93,7 +93,7 @@ class TokenMasker:
         """
         config = TokenMaskConfig() if config is None else config
         embedding = find_embedding(model)
-        if any(isinstance(getattr(hook, "__self__", None), cls) for hook in embedding._forward_pre_hooks.values()):
+        if cls.of(embedding) is not None:
             raise MaskTokenError("this model has a masker already; detach() it first")
         rows = embedding_weight(embedding).shape[0]
         if outside := [token_id for token_id in config.protect if not 0 <= token_id < rows]:
@@ -132,6 +132,12 @@ class TokenMasker:
             torch.compiler.reset()
         masker.rate = rate_at(config, 0.0)
         return masker
+
+    @classmethod
+    def of(cls, embedding: nn.Module) -> Self | None:
+        """Return the masker that is attached to an input embedding, or None."""
+        owners = (getattr(hook, "__self__", None) for hook in embedding._forward_pre_hooks.values())
+        return next((owner for owner in owners if isinstance(owner, cls)), None)
 
     def _mask(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Swap the ids that the embedding is called with; [batch, seq] or [seq], int32 or int64."""

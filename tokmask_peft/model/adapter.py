@@ -44,6 +44,27 @@ def target_names(model: nn.Module, config: AdapterConfig, outside: tuple[str, ..
     return list(config.targets)
 
 
+def adapted_layers(model: nn.Module, wanted: str | int | float) -> list[int] | None:
+    """Return the indices of the layers that get an adapter, or None for every linear layer of the backbone.
+
+    Args:
+        model: a classification model of transformers.
+        wanted: `all`, a number of upper layers, or their share, rounded to whole layers but at least one.
+
+    Raises:
+        ModelError: the backbone has fewer layers.
+    """
+    if isinstance(wanted, str):
+        return None
+    total = int(model.config.num_hidden_layers)  # type: ignore[union-attr, arg-type]
+    count = max(1, round(wanted * total)) if isinstance(wanted, float) else wanted
+    if count > total:
+        raise ModelError(
+            f"adapter.layers is {wanted}, but this backbone has {total} layers; 'all' adapts every one of them"
+        )
+    return list(range(total - count, total))
+
+
 def add_adapter(
     backbone: Backbone, config: AdapterConfig, task: Task, trained_token: int | None = None
 ) -> tuple[Any, tuple[Decision, ...]]:
@@ -61,6 +82,7 @@ def add_adapter(
     from peft import LoraConfig, TaskType, get_peft_model
 
     targets = target_names(backbone.model, config, backbone.new_modules)
+    layers = adapted_layers(backbone.model, config.layers)
     inside = [name for name in backbone.new_modules if name.rsplit(".", 1)[-1] in targets]
     for parameter in backbone.model.parameters():
         parameter.requires_grad_(False)
@@ -76,6 +98,8 @@ def add_adapter(
         lora_dropout=config.dropout,
         target_modules=targets,
         exclude_modules=inside or None,
+        # modules whose name holds no number, or another one, are left alone: PEFT reads the layer off the name
+        layers_to_transform=layers,
         modules_to_save=list(backbone.new_modules),
         trainable_token_indices=rows,
         use_rslora=config.rslora,
@@ -90,7 +114,9 @@ def add_adapter(
     decision = Decision(
         "trained",
         f"{trained:,} parameters",
-        f"LoRA r={config.r} on {', '.join(targets)}; in full: {', '.join(backbone.new_modules)}"
+        f"LoRA r={config.r} on {', '.join(targets)}"
+        + (f" of layers {layers[0]} to {layers[-1]}" if layers else "")
+        + f"; in full: {', '.join(backbone.new_modules)}"
         + (f"; embedding row {trained_token}" if trained_token is not None else ""),
     )
     return model, (decision,)

@@ -14,7 +14,7 @@ from transformers import EarlyStoppingCallback, set_seed
 
 from tokmask_peft.card import write_card
 from tokmask_peft.console import ProgressDisplay, make_console, print_decisions, print_lines, print_result
-from tokmask_peft.data import Corpus, load_corpus
+from tokmask_peft.data import Corpus, PackedCollator, load_corpus
 from tokmask_peft.data.encode import words_need_a_space
 from tokmask_peft.errors import RecipeError, RunError, RunInterruptedError
 from tokmask_peft.masking import MaskToken, TokenMaskCallback, choose_mask_token
@@ -24,6 +24,7 @@ from tokmask_peft.model.adapter import add_adapter, save_adapter
 from tokmask_peft.model.backbone import Backbone, load_backbone
 from tokmask_peft.model.decisions import Decision
 from tokmask_peft.model.loading import LOADING_FILE, Loading
+from tokmask_peft.model.padding_free import choose_batching, enable_padding_free
 from tokmask_peft.recipe import Recipe
 from tokmask_peft.recipe_io import to_yaml
 from tokmask_peft.training.baseline import baseline_scores
@@ -78,12 +79,18 @@ def train(recipe: Recipe | str | Path, *, resume: bool = False, quiet: bool = Fa
     set_seed(recipe.seed)  # before the head is drawn
     backbone = load_backbone(recipe.model, recipe.data.task, corpus.labels, state.device)
     mask, mask_decisions = _choose_mask(recipe, backbone)
+    batching = choose_batching(recipe.training.batching, backbone.model)
+    if batching.choice == "padding_free":
+        enable_padding_free(backbone.model)
     trained_row = mask.id if mask is not None and recipe.masking.trainable_mask else None
     model, decisions = add_adapter(backbone, recipe.adapter, recipe.data.task, trained_row)
-    decisions = (*backbone.decisions, *mask_decisions, *decisions)
+    decisions = (*backbone.decisions, batching, *mask_decisions, *decisions)
     print_decisions(console, decisions)
+    text = _recipe_text(recipe)
+    batched = recipe.training.model_copy(update={"batching": batching.choice})
+    recipe = recipe.model_copy(update={"training": batched})
     session = _Session(recipe, corpus, backbone, model, mask, run, console, state.device)
-    return session.run_to_end(decisions, resume)
+    return session.run_to_end(decisions, resume, text)
 
 
 def _recipe_text(recipe: Recipe) -> str:
@@ -133,7 +140,7 @@ class _Session:
         data = self.recipe.data
         return Split.make(examples, self.backbone.tokenizer, data.task, self.corpus.labels, data.max_length)
 
-    def run_to_end(self, decisions: tuple[Decision, ...], resume: bool) -> Run:
+    def run_to_end(self, decisions: tuple[Decision, ...], resume: bool, recipe_text: str) -> Run:
         lines = list(self.corpus.report.lines())
         for name, split in (("train", self.train), ("validation", self.validation), ("test", self.test)):
             if split is not None and (cut := split.encoded.truncation).texts_cut:
@@ -144,7 +151,7 @@ class _Session:
         clock, stop, display = StepClock(), StopOnSignal(), ProgressDisplay(self.console)
         trainer = self._trainer([clock, stop, display, AdapterMoves()])
         if trainer.is_world_process_zero():  # not before: a mistake found until here leaves no folder behind
-            start_run(self.run, _recipe_text(self.recipe))
+            start_run(self.run, recipe_text)
         trainer.accelerator.wait_for_everyone()
         try:
             with stop:
@@ -191,6 +198,7 @@ class _Session:
             eval_dataset=self.validation.dataset,
             data_collator=collator(self.backbone.tokenizer, self.recipe.data.task),
             processing_class=self.backbone.tokenizer,
+            train_collator=PackedCollator(self.recipe.data.task) if training.batching == "padding_free" else None,
             compute_loss_func=ClassificationLoss(weights, gamma, training.label_smoothing),
             compute_metrics=scorer(self.validation),
             preprocess_logits_for_metrics=argmax_logits,

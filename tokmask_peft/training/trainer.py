@@ -12,7 +12,7 @@ import torch
 from accelerate.utils import gather_object
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Sampler, SequentialSampler
+from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import DataCollatorForTokenClassification, DataCollatorWithPadding, Trainer, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
@@ -25,10 +25,24 @@ from tokmask_peft.training.splits import Split
 
 
 class OrderedEvalTrainer(Trainer):
-    """A Trainer that evaluates in the order of the dataset, also when it groups training texts by length."""
+    """A Trainer that evaluates in the order of the dataset, padded, however it batches the training texts."""
 
     compute_metrics: Any
     preprocess_logits_for_metrics: Any
+    data_collator: Any
+
+    def __init__(self, *args: Any, train_collator: Any = None, **kwargs: Any) -> None:
+        """Make the trainer; `train_collator` makes the training batches, where they differ from the evaluation's."""
+        super().__init__(*args, **kwargs)
+        self.train_collator = train_collator or self.data_collator
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Return the loader of the training batches."""
+        usual, self.data_collator = self.data_collator, self.train_collator
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = usual
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | None:
         return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None

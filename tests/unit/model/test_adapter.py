@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 import torch
@@ -6,8 +7,8 @@ from safetensors import safe_open
 from tiny_models import families
 
 from tokmask_peft.errors import ModelError
-from tokmask_peft.masking import choose_mask_token
-from tokmask_peft.model.adapter import add_adapter, linear_layers, load_adapter, save_adapter
+from tokmask_peft.masking import TokenMaskConfig, TokenMasker, choose_mask_token
+from tokmask_peft.model.adapter import adapted_layers, add_adapter, linear_layers, load_adapter, save_adapter
 from tokmask_peft.model.backbone import load_backbone
 from tokmask_peft.model.decisions import bitsandbytes_problem
 from tokmask_peft.recipe import AdapterConfig
@@ -113,6 +114,55 @@ def test_trained_mask_row_saves_one_row_and_not_the_matrix(model_config, family,
     with safe_open(tmp_path / "adapter_model.safetensors", "pt") as file:
         of_embedding = [file.get_slice(name).get_shape() for name in file.keys() if "embed" in name]  # noqa: SIM118
     assert of_embedding == [[1, width]]
+
+
+@pytest.mark.parametrize("layers", [1, 0.5])
+@pytest.mark.parametrize("family", families)
+def test_the_backward_pass_ends_below_the_adapted_layers(model_config, family, layers, tmp_path):
+    backbone = load_backbone(model_config(family), "sequence", LABELS, CPU)
+    inside = [name for name in linear_layers(backbone.model, backbone.new_modules) if re.search(r"\.\d+\.", name)]
+    model, (decision,) = add_adapter(backbone, AdapterConfig(r=2, layers=layers), "sequence")
+    assert "of layers 1 to 1;" in decision.reason
+    adapted = [name for name, module in model.named_modules() if hasattr(module, "lora_A")]
+    assert len(adapted) == len(inside) / 2
+    assert all(re.search(r"\.1\.", name) for name in adapted)
+
+    needs_gradient = {}
+
+    def note(name):
+        def hook(module, args, output):
+            first = output[0] if isinstance(output, tuple) else output
+            needs_gradient[name] = first.requires_grad
+
+        return hook
+
+    base = model.get_base_model()
+    for name, module in base.named_modules():
+        if re.search(r"layers?\.\d+$", name) or module is base.get_input_embeddings():
+            module.register_forward_hook(note(name))
+    batch = backbone.tokenizer(TEXTS, return_tensors="pt", padding=True)
+    with TokenMasker.attach(model, backbone.tokenizer, TokenMaskConfig(p=0.5)):  # fills a frozen row for Qwen
+        model.train()(**batch).logits.sum().backward()
+    assert list(needs_gradient.values()) == [False, False, True]  # embedding, lower layer, upper layer
+    assert all(weight.grad is not None for weight in model.parameters() if weight.requires_grad)
+
+    save_adapter(model, tmp_path, "any/name")
+    model.eval()
+    with torch.no_grad():
+        expected = model(**batch).logits
+        again = load_adapter(load_backbone(model_config(family), "sequence", LABELS, CPU), tmp_path)
+        torch.testing.assert_close(again(**batch).logits, expected, atol=1e-6, rtol=0)
+
+
+def test_upper_layers_that_the_backbone_has(model_config):
+    model = load_backbone(model_config("bert"), "sequence", LABELS, CPU).model
+    model.config.num_hidden_layers = 12
+    assert adapted_layers(model, "all") is None
+    assert adapted_layers(model, 12) == list(range(12))
+    assert adapted_layers(model, 0.25) == [9, 10, 11]
+    assert adapted_layers(model, 0.01) == [11]
+    with pytest.raises(ModelError, match=r"adapter\.layers is 13, but this backbone has 12 layers"):
+        adapted_layers(model, 13)
 
 
 @needs_bitsandbytes

@@ -24,6 +24,10 @@ ONE_LINE = {
     "as {en: 1.0, es: 2.0}. Did you mean 'sqrt_inverse'?",
     "adapter.targets=all": "is 'all'; expected 'auto' or a list of module names, for example [q_proj, v_proj]",
     "adapter.targets=[]": "is []; expected 'auto' or a list of module names, for example [q_proj, v_proj]",
+    "adapter.layers=half": "is 'half'; expected 'all', a number of layers, for example 6 or a share of the layers "
+    "between 0 and 1, for example 0.5. Did you mean 'all'?",
+    "adapter.layers=0": "is 0; expected 'all', a number of layers, for example 6 or a share of the layers "
+    "between 0 and 1, for example 0.5",
     "data.validation=[1]": "is [1]; expected a split or file name or a share of train between 0 and 1, for example 0.1",
     "data.validation=2": "is 2; expected a split or file name or a share of train between 0 and 1, for example 0.1",
     "data.validation=0.0": "is 0.0; expected a split or file name or a share of train between 0 and 1, for example 0.1",
@@ -84,6 +88,19 @@ def test_an_unknown_key_lists_its_siblings(override, guess, known):
     assert line.startswith(f"{'train' if override.startswith('train.') else override.partition('=')[0]}: unknown key.")
     assert (f"Did you mean '{guess}'?" in line) if guess else ("Did you mean" not in line)
     assert f"Known here: {known}" in line
+
+
+@pytest.mark.parametrize(
+    ("overrides", "start"),
+    [
+        (("masking.trainable_mask=true", "adapter.layers=2"), "masking.trainable_mask trains a row of the embedding"),
+        (("training.neftune_alpha=5", "training.batching=padding_free"), "training.neftune_alpha: the noise is scaled"),
+    ],
+)
+def test_what_does_not_go_together(overrides, start):
+    (line,) = problems(*overrides)
+    assert start in line
+    assert "set " in line
 
 
 def test_a_key_that_is_no_text(tmp_path):

@@ -1,0 +1,333 @@
+"""A packed batch is its texts run alone: logits, adapter gradients, masked positions; and what goes wrong otherwise."""
+
+import itertools
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny_models import FAMILIES, TEXTS, build, encode, families, seen_ids, token_families
+from torch.nn.parallel import DistributedDataParallel
+from transformers import RobertaConfig, RobertaForSequenceClassification
+
+from tokmask_peft.data import PackedCollator
+from tokmask_peft.errors import ModelError
+from tokmask_peft.masking import TokenMaskConfig, TokenMasker
+from tokmask_peft.model import packed_attention
+from tokmask_peft.model.adapter import add_adapter
+from tokmask_peft.model.backbone import load_backbone
+from tokmask_peft.model.decisions import bitsandbytes_problem
+from tokmask_peft.model.padding_free import choose_batching, enable_padding_free, padding_free_problem
+from tokmask_peft.recipe import AdapterConfig, ModelConfig
+
+SUPPORTED = ["bert", "xlm-r", "distilbert", "qwen2", "qwen3", "llama", "mistral"]
+CASES = [(family, task) for family in SUPPORTED for task in ("sequence", "token")]
+MASKING = TokenMaskConfig(p=0.4, unit="span", span_length=2)
+needs_bitsandbytes = pytest.mark.skipif(
+    bitsandbytes_problem("cpu") is not None, reason=str(bitsandbytes_problem("cpu"))
+)
+
+
+def adapted(model, task="sequence"):
+    """Put LoRA on a model, away from its zero start, and set it to training."""
+    kind = {"sequence": "SEQ_CLS", "token": "TOKEN_CLS"}[task]
+    heads = [name for name, _ in model.named_children() if name in ("score", "classifier", "pre_classifier")]
+    torch.manual_seed(0)
+    model = get_peft_model(
+        model, LoraConfig(task_type=kind, r=2, target_modules="all-linear", modules_to_save=heads)
+    ).train()
+    return away_from_zero(model)
+
+
+def away_from_zero(model):
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(1)
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.1)
+    return model
+
+
+def pack(ids, task="sequence"):
+    return PackedCollator(task)([{"input_ids": text} for text in ids])
+
+
+def texts_of(tokenizer):
+    return [tokenizer(text)["input_ids"] for text in TEXTS]
+
+
+def gradients(model, logits):
+    """Return every gradient of a loss that weighs each logit differently."""
+    weights = torch.linspace(-1, 1, logits.numel()).view_as(logits)
+    wanted = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    found = torch.autograd.grad((weights * logits).sum(), list(wanted.values()), allow_unused=True)
+    return {name: gradient for name, gradient in zip(wanted, found, strict=True) if gradient is not None}
+
+
+def alone(model, ids):
+    """Run each text by itself, without padding; logits of [texts, classes] or [1, total, classes]."""
+    logits = [model(input_ids=torch.as_tensor(text).unsqueeze(0)).logits for text in ids]
+    return torch.cat(logits, dim=0 if logits[0].dim() == 2 else 1)
+
+
+def assert_same(logits, model, expected_logits, expected_model):
+    torch.testing.assert_close(logits, expected_logits, atol=1e-5, rtol=0)
+    found, expected = gradients(model, logits), gradients(expected_model, expected_logits)
+    assert found.keys() == expected.keys()
+    assert sum("lora_" in name for name in found) >= 20
+    for name, gradient in expected.items():
+        assert gradient.abs().max() > 0, name
+        error = (found[name] - gradient).abs().max() / gradient.abs().max()
+        assert error < 1e-5, f"{name}: {error}"
+
+
+@pytest.mark.parametrize(("family", "task"), CASES)
+def test_masked_logits_and_gradients_are_those_of_the_texts_alone(family, task):
+    model, tokenizer = build(family, task=task)
+    reference = adapted(build(family, task=task)[0], task)
+    enable_padding_free(model)
+    model = adapted(model, task)
+    ids = texts_of(tokenizer)
+    with TokenMasker.attach(reference, tokenizer, MASKING) as masker, seen_ids(reference.get_base_model()) as seen:
+        reference(**encode(tokenizer))
+        spare_row = reference.get_base_model().get_input_embeddings().weight.detach().clone()
+        mask_id = masker.mask_token.id
+    masked = [row[: len(text)] for row, text in zip(seen[0], ids, strict=True)]
+    assert sum(int((row == mask_id).sum()) for row in masked) > 10
+    with torch.no_grad():
+        reference.get_base_model().get_input_embeddings().weight.copy_(spare_row)
+    with TokenMasker.attach(model, tokenizer, MASKING) as masker, seen_ids(model.get_base_model()) as seen:
+        logits = model(**pack(ids)).logits
+        assert torch.equal(seen[0][0], torch.cat(masked))
+        assert logits.shape == ((len(ids), 3) if task == "sequence" else (1, sum(map(len, ids)), 3))
+        assert_same(logits, model, alone(reference, masked), reference)
+
+
+@pytest.mark.parametrize(("family", "task"), CASES)
+def test_prediction_without_an_adapter(family, task):
+    model, tokenizer = build(family, task=task)
+    ids = texts_of(tokenizer)
+    with torch.no_grad():
+        expected, padded = alone(model, ids), model(**encode(tokenizer)).logits
+        enable_padding_free(model)
+        enable_padding_free(model)
+        torch.testing.assert_close(model(**pack(ids)).logits, expected, atol=1e-5, rtol=0)
+        one = model(**pack(ids[:1])).logits
+        torch.testing.assert_close(one, alone(model, ids[:1]), atol=1e-5, rtol=0)
+        assert torch.equal(model(**encode(tokenizer)).logits, padded), "padded batches go through as before"
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("family", ["bert", "qwen2", "llama"])
+def test_4_bit(family, tmp_path):
+    assert_loaded_is_same(family, tmp_path, quantization="nf4")
+
+
+def test_a_pooler_that_is_trained(tmp_path):
+    assert "bert.pooler.dense" in assert_loaded_is_same("bert", tmp_path, pooler=None, quantization="none")
+
+
+def assert_loaded_is_same(family, tmp_path, quantization, **changed):
+    """Compare on a backbone and an adapter as a run makes them; returns the modules trained in full."""
+    body, tokenizer = build(family, hidden_size=64, intermediate_size=64)
+    for name, value in changed.items():
+        setattr(body.base_model, name, value)
+    body.base_model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    config = ModelConfig(backbone=str(tmp_path), quantization=quantization, precision="fp32")
+    made = []
+    for packed in (True, False):
+        torch.manual_seed(0)
+        backbone = load_backbone(config, "sequence", ("a", "b", "c"), torch.device("cpu"))
+        if packed:
+            enable_padding_free(backbone.model)
+        model, _ = add_adapter(backbone, AdapterConfig(r=2, dropout=0.0), "sequence")
+        made.append(away_from_zero(model.train()))
+    ids = texts_of(tokenizer)
+    assert_same(made[0](**pack(ids)).logits, made[0], alone(made[1], ids), made[1])
+    return backbone.new_modules
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert", "qwen2", "mistral"])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing(family, reentrant):
+    ids = texts_of(build(family)[1])
+    plain, checkpointed = (adapted(prepared(family)) for _ in range(2))
+    checkpointed.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    if reentrant:
+        checkpointed.enable_input_require_grads()
+        checkpointed(**pack(ids)).logits.square().sum().backward()
+        plain(**pack(ids)).logits.square().sum().backward()
+        for (name, one), other in zip(plain.named_parameters(), checkpointed.parameters(), strict=True):
+            if one.requires_grad:
+                torch.testing.assert_close(other.grad, one.grad, msg=name)
+    else:
+        assert_same(checkpointed(**pack(ids)).logits, checkpointed, plain(**pack(ids)).logits, plain)
+
+
+def prepared(family, **settings):
+    model, _ = build(family, **settings)
+    enable_padding_free(model)
+    return model
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
+def test_a_sliding_window_shorter_than_the_texts(family):
+    settings = {"sliding_window": 4}
+    if family != "mistral":
+        settings |= {"use_sliding_window": True, "max_window_layers": 1}
+    reference, tokenizer = build(family, **settings)
+    ids = texts_of(tokenizer)
+    assert max(map(len, ids)) > 10
+    without = alone(build(family, use_sliding_window=False, sliding_window=None)[0], ids)
+    model, reference = adapted(prepared(family, **settings)), adapted(reference)
+    expected = alone(reference, ids)
+    assert (expected - without).abs().max() > 0.01
+    assert_same(model(**pack(ids)).logits, model, expected, reference)
+
+
+@pytest.mark.parametrize("family", ["xlm-r", "llama", "qwen2"])
+def test_padding_tokens_inside_a_text_and_at_its_end(family):
+    """Llama and Qwen pool before them, XLM-R does not count them as positions."""
+    model, tokenizer = build(family)
+    pad = tokenizer.pad_token_id
+    ids = [[*text[:3], pad, *text[3:], pad] for text in texts_of(tokenizer)]
+    with torch.no_grad():
+        torch.testing.assert_close(prepared(family)(**pack(ids)).logits, alone(model, ids), atol=1e-5, rtol=0)
+
+
+def test_roberta_is_like_xlm_r():
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    model = RobertaForSequenceClassification(RobertaConfig(**shape, vocab_size=100, num_labels=3)).eval()
+    ids = [[0, *range(5, 5 + length), 2] for length in (3, 9, 1)]
+    with torch.no_grad():
+        expected = alone(model, ids)
+        enable_padding_free(model)
+        torch.testing.assert_close(model(**pack(ids)).logits, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["bert", "qwen2"])
+def test_bf16_autocast(family):
+    model, tokenizer = build(family)
+    packed, padded = adapted(prepared(family)), adapted(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, expected = packed(**pack(texts_of(tokenizer))).logits, padded(**encode(tokenizer)).logits
+    torch.testing.assert_close(logits.float(), expected.float(), atol=0.1, rtol=0.05)
+    ours, theirs = (gradients(model, out) for model, out in ((packed, logits), (padded, expected)))
+    for name, gradient in theirs.items():
+        assert torch.nn.functional.cosine_similarity(ours[name].flatten(), gradient.flatten(), dim=0) > 0.98, name
+
+
+def test_inside_ddp(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        ids = texts_of(build("bert")[1])
+        plain, model = adapted(prepared("bert")), adapted(prepared("bert"))
+        DistributedDataParallel(model)(**pack(ids)).logits.square().sum().backward()
+        plain(**pack(ids)).logits.square().sum().backward()
+        for (name, one), other in zip(plain.named_parameters(), model.parameters(), strict=True):
+            if one.requires_grad:
+                torch.testing.assert_close(other.grad, one.grad, msg=name)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("task", ["sequence", "token"])
+def test_labels_give_the_loss(task):
+    model, tokenizer = build("bert", task=task)
+    ids = texts_of(tokenizer)
+    labels = [i % 3 if task == "sequence" else [-100, *([1] * (len(text) - 2)), -100] for i, text in enumerate(ids)]
+    batch = PackedCollator(task)([{"input_ids": a, "labels": b} for a, b in zip(ids, labels, strict=True)])
+    enable_padding_free(model)
+    output = model(**batch)
+    logits, wanted = output.logits.reshape(-1, 3), batch["labels"].reshape(-1)
+    torch.testing.assert_close(output.loss, torch.nn.functional.cross_entropy(logits, wanted))
+
+
+def varlen_by_hand(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size):
+    """What torch documents `varlen_attn` to do."""
+    assert query.shape == key.shape == value.shape
+    assert torch.equal(cu_seq_q, cu_seq_k)
+    assert (cu_seq_q.dtype, max_q, max_k) == (torch.int32, int(cu_seq_q.diff().max()), max_q)
+    left, right = window_size
+    outputs = []
+    for start, end in itertools.pairwise(cu_seq_q):
+        parts = [tensor[start:end].transpose(0, 1) for tensor in (query, key, value)]
+        seen = torch.ones(end - start, end - start, dtype=torch.bool)
+        seen = seen if left < 0 else seen.triu(-left)
+        seen = seen if right < 0 else seen.tril(right)
+        found = torch.nn.functional.scaled_dot_product_attention(*parts, seen, scale=scale)
+        outputs.append(found.transpose(0, 1))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("way", ["varlen", "one bucket"])
+@pytest.mark.parametrize(("family", "window"), [("bert", None), ("qwen2", None), ("llama", None), ("mistral", 4)])
+def test_the_ways_of_a_gpu(family, window, way, monkeypatch):
+    """Run on a CPU what a GPU would run: a kernel for packed rows, or all texts padded to the longest."""
+    if way == "varlen":
+        monkeypatch.setattr(
+            packed_attention,
+            "_padded_attention",
+            lambda rows, packing, causal, window, dropout, scaling: packed_attention._varlen_attention(
+                varlen_by_hand, rows, packing, causal, window, scaling
+            ),
+        )
+    else:
+        monkeypatch.setattr(packed_attention, "_buckets", lambda lengths: [(None, max(lengths), True)])
+    settings = {} if window is None else {"sliding_window": window}
+    reference, tokenizer = build(family, **settings)
+    model, reference = adapted(prepared(family, **settings)), adapted(reference)
+    ids = texts_of(tokenizer)
+    assert_same(model(**pack(ids)).logits, model, alone(reference, ids), reference)
+
+
+# What goes wrong without all this.
+
+
+def natively_packed(ids):
+    positions = torch.cat([torch.arange(len(text)) for text in ids]).unsqueeze(0)
+    return {"input_ids": pack(ids)["input_ids"], "position_ids": positions}
+
+
+@torch.no_grad()
+def test_trap_bert_packed_by_transformers_mixes_texts():
+    model, tokenizer = build("bert", task="token")
+    ids = texts_of(tokenizer)
+    expected = alone(model, ids)
+    native = model(**natively_packed(ids)).logits
+    assert (native - expected).abs().max() > 0.1
+    bounds = pack(ids)["cu_seqlens"]
+    told = model(**natively_packed(ids), cu_seq_lens_q=bounds, cu_seq_lens_k=bounds).logits
+    assert torch.equal(told, native), "sdpa ignores cu_seq_lens in silence"
+    enable_padding_free(model)
+    torch.testing.assert_close(model(**pack(ids)).logits, expected, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_trap_qwen_packed_by_transformers_needs_the_right_options():
+    model, tokenizer = build("qwen2", task="token")
+    ids = texts_of(tokenizer)
+    expected, native = alone(model, ids), natively_packed(ids)
+    torch.testing.assert_close(model(**native, use_cache=False).logits, expected, atol=1e-5, rtol=0)
+    for wrong in ({}, {"use_cache": False, "attention_mask": torch.ones_like(native["input_ids"])}):
+        assert (model(**native, **wrong).logits - expected).abs().max() > 0.1
+    enable_padding_free(model)
+    torch.testing.assert_close(model(**pack(ids)).logits, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", [name for name in families if name not in SUPPORTED])
+def test_other_backbones_fall_back_and_say_why(family):
+    model, _ = build(family)
+    decision = choose_batching("padding_free", model)
+    assert (decision.what, decision.choice) == ("batching", "padded")
+    assert f"{FAMILIES[family].prefix}ForSequenceClassification has no padding-free forward" in decision.reason
+    with pytest.raises(ModelError, match="use padded"):
+        enable_padding_free(model)
+
+
+def test_what_else_does_not_fit():
+    assert "decoder" in padding_free_problem(build("bert", is_decoder=True)[0])
+    assert "eager" in padding_free_problem(build("bert", attn_implementation="eager")[0])
+    assert {*SUPPORTED} <= {*token_families}
+    for wanted in ("grouped", "padded"):
+        assert choose_batching(wanted, build("gemma3")[0]).choice == wanted
