@@ -1,10 +1,13 @@
 """The pattern as a pure function: reference values, shares, nesting, whole units, independence of the layout."""
 
+import operator
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tokmask_peft.masking import pattern
 from tokmask_peft.masking.pattern import masked_positions, text_positions
@@ -17,23 +20,39 @@ def mask(rate=0.3, seed=1, step=0, rank=0, maskable=ALL, **kwargs):
     return masked_positions(torch.zeros(maskable.shape, dtype=torch.int64), rate, seed, step, rank, maskable, **kwargs)
 
 
-def test_the_hash_is_splitmix64():
-    # The published outputs of SplitMix64 for the seed 1234567 (Rosetta Code, and Vigna's splitmix64.c).
-    expected = [
-        6457827717110365317,
-        3203168211198807973,
-        9817491932198370423,
-        4593380528125082431,
-        16408922859458223821,
-    ]
-    states = [1234567 + pattern._GOLDEN * (i + 1) for i in range(5)]
-    assert [pattern._mix_int(state) for state in states] == expected
-    mixed = pattern._mix(torch.tensor([pattern._signed(state) for state in states]))
-    assert [value % 2**64 for value in mixed.tolist()] == expected
+@pytest.mark.parametrize(("word", "expected"), [(1, 0x514E28B7), (0xFFFFFFFF, 0x81F16F39), (0, 0)])
+def test_the_hash_is_that_of_murmur3(word, expected):
+    # MurmurHash3_x86_32 of the empty text under the seeds 1, 0xffffffff and 0 is its finaliser of the seed.
+    assert pattern._mix(word) == expected
+    assert pattern._mix(torch.tensor([word])).tolist() == [expected]
+
+
+class NoOverflow(TorchDispatchMode):
+    """Fails where int64 arithmetic leaves its range; eager torch wraps around, code from torch.compile may crash."""
+
+    checked = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        exact = {torch.ops.aten.mul.Tensor: operator.mul, torch.ops.aten.add.Tensor: operator.add}.get(func)
+        result = func(*args, **(kwargs or {}))
+        if exact is not None and result.dtype == torch.int64:
+            values = [arg.double() if isinstance(arg, torch.Tensor) else float(arg) for arg in args]
+            assert exact(*values).abs().max() < 2.0**63
+            self.checked += 1
+        return result
+
+
+@pytest.mark.parametrize(("seed", "step", "rank"), [(0, 0, 0), (2**64 - 1, 2**62, 2**31), (2**31, 2**32 - 1, 1)])
+def test_no_integer_overflows(seed, step, rank):
+    with NoOverflow() as mode:
+        mask(0.3, seed, step, rank, maskable=ALL[:4], word_starts=ALL[:4], unit="span", span_length=3)
+        mask(0.3, seed, step, rank, maskable=ALL[:4], positions=torch.arange(-5, 123)[None])
+    assert mode.checked > 20
 
 
 def test_draws_are_uniform_and_use_all_24_bits():
-    draws = pattern._draw(torch.arange(200)[:, None], torch.arange(500)[None])
+    step_key = torch.tensor(77)
+    draws = pattern._draw(pattern._mix(torch.arange(200)[:, None]), step_key, torch.arange(500)[None])
     assert 0 <= draws.min() < 1000
     assert 2**24 - 1000 < draws.max() < 2**24
     assert stats.kstest(draws.flatten().double().numpy() / 2**24, "uniform").pvalue > 1e-4
@@ -58,6 +77,7 @@ def test_neighbours_along_each_axis_are_independent(axis):
 def test_counters_cannot_stand_in_for_each_other():
     assert not torch.equal(mask(step=1, rank=0), mask(step=0, rank=1))
     assert not torch.equal(mask(seed=1, step=0), mask(seed=0, step=1))
+    assert not torch.equal(mask(seed=1), mask(seed=1 + 2**32))
 
 
 @settings(max_examples=40, deadline=None)
