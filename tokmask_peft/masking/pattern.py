@@ -32,7 +32,7 @@ def _mix(word: Word) -> Word:
 
 def _absorb(state: Word, word: Word) -> Word:
     """Take a further word into a state; a bijection of either."""
-    return _mix((state + (((word & _WORD) * _GOLDEN) & _WORD)) & _WORD)
+    return _mix((state + (word & _WORD) * _GOLDEN) & _WORD)
 
 
 def _key(start: int, seed: int, rank: int) -> int:
