@@ -24,7 +24,7 @@ quickstart: $(VENV)/.demo
 	$(BIN)/tokmask train recipes/quickstart.yaml name=$(RUN_NAME)
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -27,7 +27,7 @@ _TOKENIZER = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt"),
     *("vocab.json", "merges.txt", "sentencepiece.bpe.model", "spiece.model", "tokenizer.model", "chat_template.jinja"),
 )
-_OURS = ("labels.json", "tokmask_config.json", "calibration.json", "confusion_matrix.png")
+_OURS = ("labels.json", "tokmask.json", "tokmask_config.json", "calibration.json", "confusion_matrix.png")
 BELONG = frozenset({*_NEEDED, *_TOKENIZER, *_OURS})
 """Names of the files that are pushed; everything else stays where it is."""
 

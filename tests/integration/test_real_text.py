@@ -27,11 +27,17 @@ def test_every_local_recipe_reads_its_corpus(real_data, name, monkeypatch):
 
 
 @needs_minilm
-@pytest.mark.parametrize("name", ["trec", "lid_spaeng", "afrisenti_twi"])
+@pytest.mark.parametrize("name", ["trec", "lid_spaeng"])
 def test_a_few_steps_on_real_text(real_data, tokmask, tmp_path, name, monkeypatch):
     monkeypatch.setenv("TOKMASK_DATA", str(real_data))
     tokmask(
-        "train", f"{name}/minilm", f"output_dir={tmp_path}", "name=few", "data.max_train=400", "training.max_steps=30"
+        "train",
+        f"{name}/minilm",
+        f"output_dir={tmp_path}",
+        "name=few",
+        "data.max_train=400",
+        "training.max_steps=60",
+        "training.learning_rate=1e-3",
     )
     result = json.loads((tmp_path / "few" / "result.json").read_text())
     floor = max(part["support"] for part in result["test"]["per_class"].values()) / result["test"]["items"]

@@ -40,6 +40,8 @@ def test_interrupted_and_resumed_is_uninterrupted(write_recipe, tokmask, tmp_pat
     assert "Traceback" not in text
     assert "--resume" in text
     assert not broken.finished()
+    scored = [line["step"] for line in map(json.loads, broken.log.read_text().splitlines()) if "eval_loss" in line]
+    assert all(step % 12 == 0 for step in scored), "a broken-off epoch was scored"
     stopped_at = int(broken.last_checkpoint().name.removeprefix("checkpoint-"))
     assert 0 < stopped_at < 72
 

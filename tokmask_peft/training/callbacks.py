@@ -90,6 +90,12 @@ class StopOnSignal(TrainerCallback):
             control.should_save = True
             control.should_training_stop = True
 
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Keep the Trainer from scoring a broken-off epoch: that moves the random state, and might become the best."""
+        if self.stopped and state.epoch is not None and not float(state.epoch).is_integer():
+            control.should_evaluate = False
+            control.should_save = False
+
 
 class StepClock(TrainerCallback):
     """Add up the time spent in optimizer steps, without evaluation and saving.

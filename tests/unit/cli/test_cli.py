@@ -83,7 +83,7 @@ class TestValidate:
         assert said.splitlines() == [
             "Error: quickstart: 3 problems",
             "  oops: expected dotted.key=value, for example training.epochs=3",
-            "  adapter.rank: unknown key. Known here: r, alpha, dropout, targets, rslora, dora",
+            "  adapter.rank: unknown key. Known here: r, alpha, dropout, targets, layers, rslora, dora, license",
             "  masking.p: is 2; expected a number (at least 0, below 1)",
         ]
 
@@ -169,6 +169,7 @@ class TestExitCodes:
         code = (
             "import os, signal, sys, tokmask_peft.recipe as recipe\n"
             "from tokmask_peft.cli import main\n"
+            "signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell runs this behind &\n"
             "recipe.Recipe.load = lambda *_: os.kill(os.getpid(), signal.SIGINT)\n"
             "sys.argv = ['tokmask', 'validate', 'quickstart']\n"
             "main()"

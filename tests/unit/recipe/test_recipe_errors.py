@@ -25,7 +25,7 @@ ONE_LINE = {
     "adapter.targets=all": "is 'all'; expected 'auto' or a list of module names, for example [q_proj, v_proj]",
     "adapter.targets=[]": "is []; expected 'auto' or a list of module names, for example [q_proj, v_proj]",
     "adapter.layers=half": "is 'half'; expected 'all', a number of layers, for example 6 or a share of the layers "
-    "between 0 and 1, for example 0.5. Did you mean 'all'?",
+    "between 0 and 1, for example 0.5",
     "adapter.layers=0": "is 0; expected 'all', a number of layers, for example 6 or a share of the layers "
     "between 0 and 1, for example 0.5",
     "data.validation=[1]": "is [1]; expected a split or file name or a share of train between 0 and 1, for example 0.1",
