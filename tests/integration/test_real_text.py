@@ -38,6 +38,7 @@ def test_a_few_steps_on_real_text(real_data, tokmask, tmp_path, name, monkeypatc
         "data.max_train=400",
         "training.max_steps=60",
         "training.learning_rate=1e-3",
+        "training.baseline=false",
     )
     result = json.loads((tmp_path / "few" / "result.json").read_text())
     floor = max(part["support"] for part in result["test"]["per_class"].values()) / result["test"]["items"]

@@ -1,6 +1,7 @@
 """The main job through the real command line: a recipe and text in, an adapter out."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tokmask_peft import Recipe, evaluate, train
+from tokmask_peft import Recipe, TokmaskError, evaluate, train
 from tokmask_peft.model.adapter import load_adapter
 from tokmask_peft.model.backbone import load_backbone
 from tokmask_peft.training.run_folder import RunFolder
@@ -142,11 +143,13 @@ def test_mistakes_end_in_one_message_and_leave_nothing(write_recipe, tokmask, tm
         "training.report_to=[foo]": "there is no tracker 'foo'",
     }
     for override, expected in cases.items():
-        done = tokmask("train", recipe, override, check=False)
-        assert done.returncode == 2, override
-        assert expected in done.stderr
-        assert "Traceback" not in done.stderr
+        with pytest.raises(TokmaskError, match=re.escape(expected)):
+            train(Recipe.load(recipe, [override]), quiet=True)
         assert not (tmp_path / "runs" / "tiny").exists(), f"{override} left a run folder behind"
+    done = tokmask("train", recipe, "model.backbone=/no/such/backbone", check=False)
+    assert done.returncode == 2
+    assert "cannot be loaded" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_trained_mask_row_is_saved_and_reloads(write_recipe, tmp_path):
