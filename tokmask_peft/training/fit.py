@@ -232,7 +232,7 @@ class _Session:
         if self.test is not None:
             found, *logits["test"] = trainer.predict_with_logits(self.test)
             result["test"] = scores(*found.flat(), labels)
-            if recipe.data.language_labels:
+            if recipe.data.task == "token" and recipe.data.language_labels:
                 result["test"]["by_mixing"] = scores_by_mixing(found, labels, recipe.data.language_labels)
         result["calibration"] = calibrate(logits)
         if recipe.training.baseline and trainer.is_world_process_zero():
