@@ -54,7 +54,7 @@ def worker(rank, folder):
 
 def test_ranks_differ_and_match_the_rank_argument(tmp_path):
     torch.multiprocessing.spawn(worker, (str(tmp_path),), nprocs=2)
-    seen = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    seen = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
     assert not torch.equal(*seen)
     for rank, ids in enumerate(seen):
         assert torch.equal(ids, masked_ids(TinyModel(), rank=rank))
