@@ -256,11 +256,11 @@ class TrainingConfig(Section):
     batch_size: int = Field(32, ge=1, description="texts per forward pass and device")
     gradient_accumulation: int = Field(1, ge=1, description="forward passes per optimizer step")
     batching: Batching = Field(
-        "padded",
-        description="padded: random batches; padding_free: the same batches without padding, as one row with attention "
-        "per text (BERT, XLM-R, DistilBERT, Llama, Mistral, Qwen2 and Qwen3; else padded); grouped: random batches of "
-        "similar length, but a label that goes with the length of a text then comes in clumps, which has kept runs "
-        "from learning anything",
+        "padding_free",
+        description="padding_free: random batches without padding, as one row with attention per text (BERT, XLM-R, "
+        "DistilBERT, Llama, Mistral, Qwen2 and Qwen3; else, and with NEFTune, padded); padded: the same batches, padded "
+        "to their longest text; grouped: random batches of similar length, but a label that goes with the length of a "
+        "text then comes in clumps, which has kept runs from learning anything",
     )
     learning_rate: float = Field(5e-4, gt=0, description="peak learning rate of AdamW, for adapter and head")
     scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
@@ -317,11 +317,6 @@ class Recipe(Section):
             raise ValueError(
                 "masking.trainable_mask trains a row of the embedding, so the backward pass would run through all "
                 "layers and adapter.layers would save nothing: set adapter.layers=all, or masking.trainable_mask=false"
-            )
-        if self.training.neftune_alpha is not None and self.training.batching == "padding_free":
-            raise ValueError(
-                "training.neftune_alpha: the noise is scaled by the length of the padded batch, which a packed row "
-                "does not have: set training.batching=grouped, or training.neftune_alpha=null"
             )
         return self
 

@@ -47,6 +47,12 @@ ENCODER_HEADS: dict[str, Callable[[Any, Tensor], Tensor]] = {
 }
 CAUSAL = ("Llama", "Mistral", "Qwen2", "Qwen3")
 
+ROUND = 64
+"""Sub-tokens that a packed row on a CPU is a multiple of.
+
+oneDNN compiles and keeps a kernel per shape, and every batch has another number of sub-tokens.
+"""
+
 
 def _kind(model: nn.Module) -> tuple[str, str]:
     """Return architecture and task as transformers' class names say them, or two empty strings."""
@@ -70,13 +76,21 @@ def padding_free_problem(model: nn.Module) -> str | None:
     return None
 
 
-def choose_batching(wanted: Batching, model: nn.Module) -> Decision:
-    """Choose how texts become batches: as the recipe says, or padded where the backbone cannot be run packed."""
+def choose_batching(wanted: Batching, model: nn.Module, neftune: bool = False) -> Decision:
+    """Choose how texts become batches: as the recipe says, or padded where that cannot be packed.
+
+    Args:
+        wanted: `training.batching`.
+        model: a classification model, without an adapter.
+        neftune: whether NEFTune adds noise to the embeddings.
+    """
     if wanted == "grouped":
         return Decision("batching", wanted, "texts of similar length need little padding")
     if wanted == "padded":
         return Decision("batching", wanted, "random batches, padded to their longest text")
     problem = padding_free_problem(model)
+    if problem is None and neftune:
+        problem = "NEFTune scales its noise by the length of the padded batch"
     if problem is not None:
         return Decision("batching", "padded", f"padding_free does not fit: {problem}")
     return Decision("batching", wanted, "a batch is one row, with attention per text")
@@ -139,10 +153,23 @@ class PackedForward:
             return self.padded(input_ids=input_ids, **given, **kwargs)
         if input_ids is None or max_length is None:
             raise ModelError("a packed batch needs input_ids, cu_seqlens and max_length")
-        packing = Packing.make(cu_seqlens, input_ids.shape[1], max_length)
-        hidden = self._hidden(input_ids, packing)
+        total = input_ids.shape[1]
+        packing = Packing.make(cu_seqlens, total, max_length)
+        hidden = self._hidden(*self._filled(input_ids, cu_seqlens, packing))[:, :total]
         logits = self._token_logits(hidden) if self.task == "token" else self._text_logits(hidden, input_ids, packing)
         return self._output(logits, labels)
+
+    def _filled(self, input_ids: Tensor, cu_seqlens: Tensor, packing: Packing) -> tuple[Tensor, Packing]:
+        """Lengthen a row on a CPU with texts of padding to a multiple of `ROUND`; the result is cut off again."""
+        total = input_ids.shape[1]
+        missing = -total % ROUND
+        if not missing or input_ids.device.type != "cpu":
+            return input_ids, packing
+        ids = F.pad(input_ids, (0, missing), value=self.model.config.pad_token_id or 0)
+        # no longer than the longest text: the model may have no more positions
+        ends = [*range(total + packing.max_length, total + missing, packing.max_length), total + missing]
+        bounds = torch.cat((cu_seqlens, cu_seqlens.new_tensor(ends)))
+        return ids, Packing.make(bounds, total + missing, packing.max_length)
 
     def _hidden(self, input_ids: Tensor, packing: Packing) -> Tensor:
         """Return the last hidden states, [1, total, hidden]."""

@@ -79,7 +79,9 @@ def train(recipe: Recipe | str | Path, *, resume: bool = False, quiet: bool = Fa
     set_seed(recipe.seed)  # before the head is drawn
     backbone = load_backbone(recipe.model, recipe.data.task, corpus.labels, state.device)
     mask, mask_decisions = _choose_mask(recipe, backbone)
-    batching = choose_batching(recipe.training.batching, backbone.model)
+    batching = choose_batching(
+        recipe.training.batching, backbone.model, neftune=recipe.training.neftune_alpha is not None
+    )
     if batching.choice == "padding_free":
         enable_padding_free(backbone.model)
     trained_row = mask.id if mask is not None and recipe.masking.trainable_mask else None

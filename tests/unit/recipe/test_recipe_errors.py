@@ -94,7 +94,6 @@ def test_an_unknown_key_lists_its_siblings(override, guess, known):
     ("overrides", "start"),
     [
         (("masking.trainable_mask=true", "adapter.layers=2"), "masking.trainable_mask trains a row of the embedding"),
-        (("training.neftune_alpha=5", "training.batching=padding_free"), "training.neftune_alpha: the noise is scaled"),
     ],
 )
 def test_what_does_not_go_together(overrides, start):
