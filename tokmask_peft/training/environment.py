@@ -9,10 +9,21 @@ import sys
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 
 import tokmask_peft
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "scikit-learn")
+
+
+def processes() -> PartialState:
+    """Join the processes that torchrun or `accelerate launch` started, and choose each one's device.
+
+    On CPUs accelerate joins them only if it is told to compute there. Otherwise each of them would be a run of its own,
+    all in one folder.
+    """
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
 
 
 def versions() -> dict[str, str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from transformers import set_seed
 
 from tokmask_peft.data import Example, load_corpus
@@ -15,6 +14,7 @@ from tokmask_peft.errors import DataError
 from tokmask_peft.model.adapter import load_adapter
 from tokmask_peft.model.backbone import load_backbone
 from tokmask_peft.recipe import Recipe
+from tokmask_peft.training.environment import processes
 from tokmask_peft.training.metrics import scores, scores_by_mixing
 from tokmask_peft.training.run_folder import open_finished
 from tokmask_peft.training.splits import Split
@@ -39,7 +39,7 @@ def evaluate(run: str | Path, *, split: str = "test", data: str | None = None) -
     folder = open_finished(run)
     recipe = Recipe.load(folder.recipe)
     examples, labels = _examples(recipe, split, data, folder.adapter)
-    state = PartialState()
+    state = processes()
     set_seed(recipe.seed)
     backbone = load_backbone(recipe.model, recipe.data.task, labels, state.device)
     model = load_adapter(backbone, folder.adapter)

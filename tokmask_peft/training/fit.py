@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from rich.console import Console
 from transformers import EarlyStoppingCallback, set_seed
 
@@ -30,7 +29,7 @@ from tokmask_peft.recipe_io import to_yaml
 from tokmask_peft.training.baseline import baseline_scores
 from tokmask_peft.training.calibration import calibrate
 from tokmask_peft.training.callbacks import AdapterMoves, LogFile, StepClock, StopOnSignal
-from tokmask_peft.training.environment import environment, peak_memory, versions
+from tokmask_peft.training.environment import environment, peak_memory, processes, versions
 from tokmask_peft.training.losses import ClassificationLoss, class_weights
 from tokmask_peft.training.metrics import scores, scores_by_mixing
 from tokmask_peft.training.run_folder import RunFolder, check_run, start_run, write_json
@@ -70,7 +69,7 @@ def train(recipe: Recipe | str | Path, *, resume: bool = False, quiet: bool = Fa
     """
     if not isinstance(recipe, Recipe):
         recipe = Recipe.load(recipe)
-    state = PartialState()
+    state = processes()
     console = make_console(quiet or not state.is_main_process)
     run = check_run(recipe, resume)
     check_trackers(recipe.training.report_to)

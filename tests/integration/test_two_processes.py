@@ -1,0 +1,70 @@
+"""Two processes train as one does with the same global batch: `torchrun` and `accelerate launch` work unchanged."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tokmask_peft.recipe import Recipe
+from tokmask_peft.training.fit import train
+from tokmask_peft.training.run_folder import RunFolder
+
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node=2")
+# with --cpu it would start one process, or ask for MPI; --multi_gpu is its own call of torchrun
+ACCELERATE = (
+    "accelerate.commands.launch",
+    "--multi_gpu",
+    "--num_processes=2",
+    "--num_machines=1",
+    "--mixed_precision=no",
+)
+# Nothing random but the batches: each process draws dropout and masks of its own.
+EXACT = ("adapter.dropout=0", "masking.p=0", "training.max_steps=12", "training.baseline=false")
+
+
+def launch(launcher, recipe, *options):
+    """Train in two processes and return what was printed."""
+    done = subprocess.run(
+        [sys.executable, "-m", *launcher, "-m", "tokmask_peft", "train", str(recipe), *options],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr[-4000:] + done.stdout[-2000:]
+    return done.stdout
+
+
+def logged(run, key="loss"):
+    lines = [json.loads(line) for line in run.log.read_text().splitlines()]
+    return {line["step"]: line[key] for line in lines if key in line}
+
+
+@pytest.mark.parametrize(
+    ("launcher", "family", "task", "batching"),
+    [
+        (TORCHRUN, "bert", "token", "padding_free"),
+        (TORCHRUN, "bert", "sequence", "grouped"),
+        (ACCELERATE, "qwen2", "sequence", "padded"),
+    ],
+)
+def test_two_processes_are_one_with_the_same_global_batch(write_recipe, tmp_path, launcher, family, task, batching):
+    recipe = write_recipe(family, task)
+    options = (*EXACT, f"training.batching={batching}")
+    one, two = (RunFolder(tmp_path / "runs" / name) for name in ("one", "two"))
+    train(Recipe.load(recipe, [*options, "name=one", "training.batch_size=8"]), quiet=True)
+    said = launch(launcher, recipe, *options, "name=two", "training.batch_size=4")
+    assert said.count("Decisions") == 1, "one process prints"
+    assert list(logged(two)) == list(range(1, 13))
+    assert logged(two) == pytest.approx(logged(one), abs=1e-5)
+    assert logged(two, "eval_f1_macro") == pytest.approx(logged(one, "eval_f1_macro"), abs=1e-6)
+    expected, found = (load_file(run.adapter / "adapter_model.safetensors") for run in (one, two))
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight, atol=1e-5, rtol=0)
+    results = [json.loads(run.result.read_text()) for run in (one, two)]
+    for part in ("validation", "test"):
+        assert results[1][part]["confusion"] == results[0][part]["confusion"]
