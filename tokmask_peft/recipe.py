@@ -259,8 +259,8 @@ class TrainingConfig(Section):
         "padding_free",
         description="padding_free: random batches without padding, as one row with attention per text (BERT, XLM-R, "
         "DistilBERT, Llama, Mistral, Qwen2 and Qwen3; else, and with NEFTune, padded); padded: the same batches, "
-        "padded to their longest text; grouped: random batches of similar length, but a label that goes with the length of a "
-        "text then comes in clumps, which has kept runs from learning anything",
+        "padded to their longest text; grouped: random batches of similar length, but a label that goes with the "
+        "length of a text then comes in clumps, which has kept runs from learning anything",
     )
     learning_rate: float = Field(5e-4, gt=0, description="peak learning rate of AdamW, for adapter and head")
     scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
