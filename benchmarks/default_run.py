@@ -1,0 +1,143 @@
+"""The default run as a whole beside what tutorials do: a Trainer that pads texts to 128, or to their batch's longest.
+
+    OMP_NUM_THREADS=1 python benchmarks/default_run.py
+
+MiniLM with LoRA on all linear layers, 32 texts a batch, optimizer and all, CPU seconds of `Trainer.train()` on the same
+texts, in interleaved rounds. The tutorials' runs compute in fp32, without masking; ours as the recipes say. With
+`TOKMASK_DATA` set the texts are real tweets. Beside it stands the share of a physical limit: 4 x parameters x real
+sub-tokens FLOPs (forward pass and gradients of the inputs; the frozen weights have none) at the machine's matrix rate.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+from workload import CPU, MINILM, benchmark_texts, interleaved, matrix_rate, ratio, report
+
+from tokmask_peft.data import PackedCollator
+from tokmask_peft.masking import TokenMaskCallback, TokenMaskConfig
+from tokmask_peft.model.adapter import add_adapter
+from tokmask_peft.model.backbone import backbone_location, load_backbone
+from tokmask_peft.model.padding_free import enable_padding_free
+from tokmask_peft.recipe import AdapterConfig, ModelConfig, Recipe
+from tokmask_peft.training.losses import ClassificationLoss
+from tokmask_peft.training.trainer import OrderedEvalTrainer, collator, training_arguments
+
+STEPS, BATCH, ROUNDS = 16, 32, 3
+
+
+def tutorial(rows: Dataset, tokenizer: Any, folder: str, **padding: Any) -> float:
+    """Train as the tutorials do and return the CPU seconds."""
+    set_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        backbone_location(ModelConfig(**MINILM)), num_labels=3, ignore_mismatched_sizes=True
+    )
+    lora = LoraConfig(
+        task_type="SEQ_CLS", r=16, lora_alpha=32, lora_dropout=0.05, target_modules=["query", "key", "value", "dense"]
+    )
+    arguments = TrainingArguments(
+        folder,
+        per_device_train_batch_size=BATCH,
+        max_steps=STEPS,
+        learning_rate=5e-4,
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+        save_strategy="no",
+        logging_strategy="no",
+    )
+    collate = DataCollatorWithPadding(tokenizer, **padding)
+    return trained(Trainer(get_peft_model(model, lora), arguments, train_dataset=rows, data_collator=collate))
+
+
+def default(rows: Dataset, folder: str, precision: str = "auto") -> float:
+    """Train as the recipes do and return the CPU seconds."""
+    options = ["data.path=.", f"training.max_steps={STEPS}", f"model.precision={precision}"]
+    recipe = Recipe.load("trec/minilm", options)
+    set_seed(0)
+    backbone = load_backbone(recipe.model, "sequence", ("a", "b", "c"), CPU)
+    enable_padding_free(backbone.model)
+    model, _ = add_adapter(backbone, AdapterConfig(), "sequence")
+    arguments = training_arguments(recipe, Path(folder), CPU, backbone.dtype == torch.bfloat16)
+    arguments.eval_strategy, arguments.save_strategy, arguments.load_best_model_at_end = "no", "no", False
+    trainer = OrderedEvalTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=rows,
+        data_collator=collator(backbone.tokenizer, "sequence"),
+        processing_class=backbone.tokenizer,
+        train_collator=PackedCollator("sequence"),
+        compute_loss_func=ClassificationLoss(),
+        callbacks=[TokenMaskCallback(TokenMaskConfig(p=0.1), announce=False)],
+    )
+    return trained(trainer)
+
+
+def trained(trainer: Trainer) -> float:
+    """Train silently and return the CPU seconds."""
+    trainer.callback_handler.callbacks = [
+        callback for callback in trainer.callback_handler.callbacks if "Print" not in type(callback).__name__
+    ]
+    start = time.process_time()
+    trainer.train()
+    return time.process_time() - start
+
+
+def main() -> None:
+    """Measure, print the table and write the JSON."""
+    config = ModelConfig(**MINILM)
+    tokenizer = AutoTokenizer.from_pretrained(backbone_location(config))
+    origin, texts = benchmark_texts(tokenizer, STEPS * BATCH)
+    rows = Dataset.from_dict(
+        {"input_ids": texts, "labels": [n % 3 for n in range(len(texts))], "length": [len(text) for text in texts]}
+    )
+    plain = rows.remove_columns("length")
+    with tempfile.TemporaryDirectory() as folder:
+        arms = {
+            "default": lambda: default(rows, folder),
+            "default, fp32": lambda: default(rows, folder, "fp32"),
+            "dynamic, fp32": lambda: tutorial(plain, tokenizer, folder),
+            "padded to 128, fp32": lambda: tutorial(plain, tokenizer, folder, padding="max_length", max_length=128),
+        }
+        default(rows, folder)  # what is slow the first time
+        found = interleaved(arms, ROUNDS)
+    backbone = load_backbone(config, "sequence", ("a", "b", "c"), CPU)
+    inside = sum(weight.numel() for name, weight in backbone.model.named_parameters() if "embeddings" not in name)
+    work = 4 * inside * sum(map(len, texts))
+    rates = {"bf16": matrix_rate(torch.bfloat16), "fp32": matrix_rate(torch.float32)}
+    computed = "bf16" if backbone.dtype == torch.bfloat16 else "fp32"
+    rows_ = {
+        "padded to 128, to the default run": (ratio(found, "padded to 128, fp32", "default"), "12; 6 on fp32 CPUs"),
+        "dynamic padding, to the default run": (ratio(found, "dynamic, fp32", "default"), "3.5"),
+        "padded to 128, to the default run in fp32": (ratio(found, "padded to 128, fp32", "default, fp32"), "6"),
+        "dynamic padding, to the default run in fp32": (ratio(found, "dynamic, fp32", "default, fp32"), ""),
+        f"default run, share of the {computed} matrix rate": (
+            [work / rates[computed] / seconds for seconds in found["default"]],
+            "",
+        ),
+        "dynamic padding, share of the fp32 matrix rate": (
+            [work / rates["fp32"] / seconds for seconds in found["dynamic, fp32"]],
+            "",
+        ),
+    }
+    lengths = {"texts": len(texts), "mean": sum(map(len, texts)) / len(texts), "longest": max(map(len, texts))}
+    result = {"texts": {"from": origin, **lengths}, "steps": STEPS, "cpu_seconds": found, "flops_per_second": rates}
+    report("default_run", result, rows_)
+
+
+if __name__ == "__main__":
+    main()

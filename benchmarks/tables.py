@@ -1,0 +1,51 @@
+"""Collect the tables of `benchmarks/results/*.json` in one Markdown page: `benchmarks/BENCHMARKS.md`.
+
+python benchmarks/tables.py
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from workload import RESULTS, markdown
+
+PAGE = Path(__file__).parent / "BENCHMARKS.md"
+TITLES = {
+    "default_run": "The default run as a whole, beside the tutorials' (CPU seconds of theirs over ours)",
+    "padding_free": "Batches without padding, drawn texts",
+    "padding_free_tweets": "Batches without padding, real tweets",
+    "masking": "What masking costs",
+    "qlora": "QLoRA bytes and step, shape of Qwen2.5-0.5B, random weights",
+    "same_score": "Steps to the same score, beside the authors' protocol",
+    "predict": "Prediction",
+}
+
+
+def page() -> str:
+    """Return the page."""
+    parts = [
+        "# Benchmarks",
+        "Written by `make bench`. Medians and ranges over rounds that take turns in one process; CPU time, unless it "
+        "says otherwise, so that ratios say more than seconds. The JSON beside this page holds every round.",
+    ]
+    for name, title in TITLES.items():
+        path = RESULTS / f"{name}.json"
+        if not path.is_file():
+            continue
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if "table" not in content:
+            continue
+        seen = content["environment"]
+        versions = ", ".join(f"{key} {seen['versions'][key]}" for key in ("torch", "transformers", "peft"))
+        parts += [
+            f"## {title}",
+            markdown(content["table"]),
+            f"{versions}; {seen['threads']} thread(s), {seen['device']}.",
+        ]
+    return "\n\n".join(parts) + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
+    print(PAGE)
