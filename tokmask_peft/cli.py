@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from tokmask_peft import __version__
-from tokmask_peft.errors import RunInterruptedError, TokmaskError
+from tokmask_peft.errors import RunError, RunInterruptedError, TokmaskError
 
 
 class _Commands(TyperGroup):
@@ -186,6 +186,33 @@ def export(
     typer.echo(f"{done.folder}: logits differ from the adapter's by at most {done.difference:.1e}")
     for note in done.notes:
         typer.echo(f"Note: {note}.")
+
+
+@app.command()
+def report(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="a run folder, such as runs/quickstart")],
+    out: Annotated[Path | None, typer.Option(help="the page to write; report.html in the run folder if not given")] = None,
+    show: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
+    examples: Annotated[
+        bool, typer.Option("--examples/--no-examples", help="show the worst mistakes; needs the data and the backbone")
+    ] = True,
+    backbone: BackboneOption = None,
+) -> None:
+    """Write one HTML page of RUN: scores, curves, calibration, mistakes, data. It loads nothing from anywhere."""
+    from tokmask_peft.report.record import is_run
+
+    if not is_run(run):
+        raise RunError(f"{run} is not a run folder (it holds no recipe.yaml)")
+    from tokmask_peft.report.make import prepare, report_run
+
+    prepared = prepare(run, out)  # before the libraries are loaded, which takes seconds
+    _quiet_libraries()
+    path, left_out = report_run(*prepared, examples=examples, backbone=backbone)
+    if left_out:
+        typer.echo(f"Note: the page shows no mistakes: {left_out}", err=True)
+    typer.echo(path)
+    if show:
+        typer.launch(str(path))
 
 
 @app.command()
