@@ -145,7 +145,7 @@ def _backbone(recipe: Recipe) -> str:
 
 def _masked(recipe: Recipe) -> str:
     masking = recipe.masking
-    if masking.p == 0 and (masking.schedule == "constant" or masking.p_start == 0):
+    if masking.is_off:
         return "It was trained without token masking (p = 0)."
     return f"It was trained with token masking at rate p = {masking.p:g}; at inference nothing is masked."
 
