@@ -191,7 +191,9 @@ def export(
 @app.command()
 def report(
     run: Annotated[str, typer.Argument(metavar="RUN", help="a run folder, such as runs/quickstart")],
-    out: Annotated[Path | None, typer.Option(help="the page to write; report.html in the run folder if not given")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="the page to write; report.html in the run folder if not given")
+    ] = None,
     show: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
     examples: Annotated[
         bool, typer.Option("--examples/--no-examples", help="show the worst mistakes; needs the data and the backbone")
@@ -205,9 +207,9 @@ def report(
         raise RunError(f"{run} is not a run folder (it holds no recipe.yaml)")
     from tokmask_peft.report.make import prepare, report_run
 
-    prepared = prepare(run, out)  # before the libraries are loaded, which takes seconds
+    prepare(run, out)  # before the libraries are loaded, which takes seconds
     _quiet_libraries()
-    path, left_out = report_run(*prepared, examples=examples, backbone=backbone)
+    path, left_out = report_run(run, out, examples=examples, backbone=backbone)
     if left_out:
         typer.echo(f"Note: the page shows no mistakes: {left_out}", err=True)
     typer.echo(path)

@@ -13,7 +13,6 @@ from tokmask_peft import __version__
 from tokmask_peft.card import AUTO, limit_lines, loading_snippet, training_lines
 from tokmask_peft.card_metadata import hub_id
 from tokmask_peft.console import baseline_verdict, calibration_line
-from tokmask_peft.errors import RunError
 from tokmask_peft.report.data_section import data_section
 from tokmask_peft.report.pictures import Picture, mixing_picture, reliability_picture, training_curves
 from tokmask_peft.report.record import Record
@@ -22,23 +21,10 @@ from tokmask_peft.report.words import influence_words, strongest_words
 if TYPE_CHECKING:
     from tokmask_peft.report.examples import Mistakes
 
-MARK = "<!-- tokmask report -->"
 _TASKS = {"sequence": "one label per text", "token": "one label per word"}
 _THINGS = {"sequence": "texts", "token": "words"}
+_CLEAR = 0.01  # macro-F1 above the baseline from which on the verdict is green
 _DARKEST = 0.55  # opacity of a cell that holds its whole row
-
-
-def check_page(path: Path) -> Path:
-    """Return the path of the page to write, before anything is loaded.
-
-    Raises:
-        RunError: it is a folder, its folder is missing, or it is a file that is no report.
-    """
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise RunError(f"{path} cannot be written: " + ("it is a folder" if path.is_dir() else "its folder is missing"))
-    if path.is_file() and MARK not in path.read_text(encoding="utf-8", errors="replace")[:200]:
-        raise RunError(f"{path} exists and is no report of this tool; give another file with --out")
-    return path
 
 
 def environment() -> Environment:
@@ -80,6 +66,7 @@ def render(record: Record, mistakes: Mistakes | None, no_mistakes: str = "") -> 
         "split": record.split,
         "scores": record.scores,
         "baseline": result.get("baseline"),
+        "caution": _caution(record),
         "limits": [line.removeprefix("- ") for line in limit_lines(recipe, result, 1)],
         "confusion": _confusion(record.scores["confusion"]),
         "mixing": _mixing(record.scores),
@@ -140,17 +127,25 @@ def _verdict(record: Record) -> dict[str, str]:
     """Return whether the adapter beats the baseline, in words and as a mood for the colour."""
     if not (sentence := baseline_verdict(record.result)):
         return {"mood": "", "text": "No baseline was scored: nothing says whether the adapter is worth its effort."}
-    better = record.scores["f1_macro"] > record.result["baseline"]["f1_macro"]
-    return {"mood": "good" if better else "bad", "text": sentence}
+    difference = record.scores["f1_macro"] - record.result["baseline"]["f1_macro"]
+    mood = "good" if difference >= _CLEAR else "" if difference > 0 else "bad"
+    return {"mood": mood, "text": sentence}
 
 
 def _splits(result: Mapping[str, Any]) -> list[tuple[str, Any]]:
     names = {
         "test": "test",
-        "validation": "validation (selected the checkpoint)",
-        "baseline": "baseline: character n-grams",
+        "validation": "validation",
+        "baseline": "n-gram baseline",
     }
     return [(name, result[key]) for key, name in names.items() if result.get(key)]
+
+
+def _caution(record: Record) -> str:
+    chosen = "Validation selected the checkpoint"
+    if record.split == "validation":
+        return f"{chosen}, and there was no test split: the scores flatter the adapter. They are of one run, one seed."
+    return f"{chosen}; test was scored once. One run, one seed: differences of a point or two may be chance."
 
 
 def _confusion(confusion: Mapping[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:

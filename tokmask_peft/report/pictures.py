@@ -62,16 +62,16 @@ def mixing_picture(rows: Sequence[Mapping[str, Any]], overall: float) -> Picture
     def paint(axes: Any) -> None:
         axes.axhline(overall, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
         axes.plot(range(len(rows)), values, color=FIRST, linewidth=1.2, marker="o", markersize=7)
-        for place, value in enumerate(values):
-            axes.annotate(f"{value:.3f}", (place, value), (0, 8), textcoords="offset points", ha="center", fontsize=9)
         axes.set_xticks(range(len(rows)), names)
         axes.set_xlabel("code-mixing index of the post")
-        axes.margins(x=0.12, y=0.3)
+        axes.margins(x=0.08, y=0.15)
         axes.grid(visible=False, axis="x")
 
     listed = ", ".join(f"{value:.3f} at {name}" for name, value in zip(names, values, strict=True))
     alt = f"Macro-F1 by code-mixing index: {listed}."
-    return Picture(draw("mixing", alt, paint), "Macro-F1 by code-mixing index; the dashed line is the score of all posts")
+    return Picture(
+        draw("mixing", alt, paint), "Macro-F1 by code-mixing index; the dashed line is the score of all posts"
+    )
 
 
 def reliability_picture(before: Mapping[str, Any], after: Mapping[str, Any], split: str) -> Picture | None:

@@ -55,7 +55,7 @@ def require_matplotlib() -> None:
         )
 
 
-def draw(name: str, alt: str, paint: Callable[[Any], None], size: tuple[float, float] = (4.2, 2.7)) -> Markup:
+def draw(name: str, alt: str, paint: Callable[[Any], None], size: tuple[float, float] = (3.6, 2.5)) -> Markup:
     """Return one picture as an `<svg>` element.
 
     Args:
