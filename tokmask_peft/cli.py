@@ -218,6 +218,28 @@ def report(
 
 
 @app.command()
+def demo(
+    model: ModelArgument,
+    host: Annotated[str, typer.Option(help="address to listen on; by default only for this machine")] = "127.0.0.1",
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="port; else a free one from 7860 on")] = None,
+    share: Annotated[bool, typer.Option("--share", help="Open a public link through gradio's servers.")] = False,
+    device: Annotated[str | None, typer.Option(help="cuda, cpu, …; a GPU if there is one")] = None,
+    backbone: BackboneOption = None,
+) -> None:
+    """Try MODEL in the browser: text in, label and coloured words out (needs the extra demo)."""
+    from tokmask_peft.inference.saved import find_saved
+    from tokmask_peft.report.demo import build, check_address, require_gradio, serve
+
+    require_gradio()
+    check_address(host, port)
+    saved = find_saved(model, backbone)
+    _quiet_libraries()
+    from tokmask_peft.inference.classifier import load
+
+    serve(build(load(saved, device), Path(model).name), host, port, share=share, said=typer.echo)
+
+
+@app.command()
 def validate(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     """Check RECIPE and print every problem at once, without loading anything."""
     from tokmask_peft.recipe import Recipe

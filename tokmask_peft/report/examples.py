@@ -81,7 +81,7 @@ def find_mistakes(record: Record, backbone: str | None = None) -> Mistakes:
     if len(examples) > MOST_TEXTS:
         chosen = random.Random(0).sample(examples, MOST_TEXTS)  # noqa: S311 - a sample, no secret
     classifier = load(record.run.root, backbone=backbone)
-    answers = classifier.predict([example.text for example in chosen])  # type: ignore[arg-type] # one kind per task
+    answers = classifier.predict([example.text for example in chosen])
     wrong = [list(mistakes_of(example, answer)) for example, answer in zip(chosen, answers, strict=True)]
     shown, unexplained = _explained(classifier, most_confident(wrong))
     return Mistakes(
@@ -123,7 +123,7 @@ def _explained(classifier: Classifier, mistakes: list[Mistake]) -> tuple[tuple[M
     for mistake in mistakes:
         text = list(mistake.words) if classifier.task == "token" else " ".join(mistake.words)
         try:
-            (explanation,) = explain(classifier, [text], word=mistake.word)  # type: ignore[arg-type]
+            (explanation,) = explain(classifier, [text], word=mistake.word)
         except MaskTokenError as error:
             return tuple(mistakes), str(error)
         found.append(replace(mistake, influences=explanation.influences))
