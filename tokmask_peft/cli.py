@@ -50,6 +50,9 @@ ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="a run folde
 BackboneOption = Annotated[
     str | None, typer.Option(help="load the backbone from this Hub id, folder or package:NAME/FOLDER")
 ]
+DeviceOption = Annotated[str | None, typer.Option(help="cuda, cpu, …; a GPU if there is one")]
+QuantizationOption = Annotated[str | None, typer.Option(help="nf4, int8 or none; as in training")]
+PrecisionOption = Annotated[str | None, typer.Option(help="bf16 or fp32; as in training")]
 
 
 @app.callback(invoke_without_command=True)
@@ -132,9 +135,9 @@ def predict(
     column: Annotated[str | None, typer.Option(help="column of the text, or of the words in token tasks")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON line per TEXT.")] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="texts per forward pass; changes no answer")] = 32,
-    device: Annotated[str | None, typer.Option(help="cuda, cpu, …; a GPU if there is one")] = None,
-    quantization: Annotated[str | None, typer.Option(help="nf4, int8 or none; as in training")] = None,
-    precision: Annotated[str | None, typer.Option(help="bf16 or fp32; as in training")] = None,
+    device: DeviceOption = None,
+    quantization: QuantizationOption = None,
+    precision: PrecisionOption = None,
     backbone: BackboneOption = None,
 ) -> None:
     """Classify TEXTs, or the texts of a file, with MODEL.
@@ -164,6 +167,63 @@ def predict(
         show.print_answers(texts or [], classifier.predict(texts or [], batch_size), as_json)
     else:
         show.predict_with_bar(classifier, source, out, force, batch_size)
+
+
+@app.command()
+def explain(
+    model: ModelArgument,
+    texts: Annotated[list[str], typer.Argument(metavar="TEXT", help="texts to explain")],
+    word: Annotated[
+        str | None, typer.Option(help="token tasks: explain the label of this word (its number from 0, or itself)")
+    ] = None,
+    html: Annotated[Path | None, typer.Option(help="write a page that can be shared")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the page if it exists.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON line per TEXT.")] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="masked texts per forward pass; changes no answer")] = 32,
+    device: DeviceOption = None,
+    quantization: QuantizationOption = None,
+    precision: PrecisionOption = None,
+    backbone: BackboneOption = None,
+) -> None:
+    """Say which words of TEXTs MODEL's label rests on, by masking each as in training.
+
+    A word's influence is how far the log-odds of the label fall when it is masked, in nats; beside it stands the
+    label's probability without the word. In word-level tasks each word's label is explained by masking the word itself.
+    """
+    from tokmask_peft.inference.chosen_word import find_word
+    from tokmask_peft.inference.outputs import check_output
+    from tokmask_peft.inference.saved import find_saved
+
+    saved = find_saved(model, backbone)  # before the libraries are loaded, which takes seconds
+    chosen = int(word) if word is not None and word.removeprefix("-").isdecimal() else word
+    if chosen is not None and saved.task == "sequence":
+        raise typer.BadParameter(
+            f"{model} gives one label per text; --word is for word-level tasks", param_hint="--word"
+        )
+    for number, text in enumerate(texts if chosen is not None else (), start=1):
+        find_word(text.split(), chosen, f"text {number}")  # type: ignore[arg-type]
+    if html is not None:
+        check_output(html, None, force)
+    _quiet_libraries()
+    from rich.console import Console
+
+    from tokmask_peft.inference import show_explanations
+    from tokmask_peft.inference.classifier import load
+
+    classifier = load(saved, device, quantization, precision)
+    explanations = classifier.explain(texts, word=chosen, batch_size=batch_size)
+    note = classifier.occlusion.note
+    if as_json:
+        show_explanations.print_json(explanations)
+    else:
+        show_explanations.print_explanations(explanations, Console(highlight=False))
+        typer.echo(f"Note: {note}.", err=True)
+    if html is not None:
+        from tokmask_peft.inference.explain_page import explanations_page
+
+        name = Path(model).name if Path(model).exists() else model  # the page is made to be shared: no local path
+        html.write_text(explanations_page(name, explanations, note), encoding="utf-8")
+        typer.echo(f"Page: {html}", err=True)
 
 
 @app.command()

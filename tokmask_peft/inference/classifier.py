@@ -136,7 +136,7 @@ class Classifier:
         self,
         texts: Sequence[str] | Sequence[Sequence[str]],
         *,
-        word: int | None = None,
+        word: int | str | None = None,
         batch_size: int = BATCH_SIZE,
     ) -> list[Explanation]:
         """Say how much each word speaks for the predicted label; see `inference.explain`."""

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokmask_peft.errors import DataError
+from tokmask_peft.inference.chosen_word import find_word
 from tokmask_peft.inference.occluded import Occluded, Question
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def explain(
     classifier: Classifier,
     texts: Sequence[str] | Sequence[Sequence[str]],
     *,
-    word: int | None = None,
+    word: int | str | None = None,
     batch_size: int = 32,
 ) -> list[Explanation]:
     """Return the influence of each word of each text on what the classifier says.
@@ -73,8 +74,8 @@ def explain(
     Args:
         classifier: from `load`.
         texts: as for `Classifier.predict`.
-        word: token tasks: index of the word whose label is to be explained by all words, counted from 0 and from the
-            end if negative; none explains each word's label by the word itself.
+        word: token tasks: the word whose label is to be explained by all words: its index from 0, from the end if
+            negative, or itself; none explains each word's label by the word itself.
         batch_size: windows per forward pass; changes no influence.
 
     Raises:
@@ -106,8 +107,10 @@ class _Explainer:
         self._words = [tuple(text.split() if isinstance(text, str) else text) for text in texts]
         self._occluded = Occluded(classifier, texts)
 
-    def explain(self, word: int | None, batch_size: int, first: int) -> Iterator[Explanation]:
-        targets = [self._target(words, word, first + text) for text, words in enumerate(self._words)]
+    def explain(self, word: int | str | None, batch_size: int, first: int) -> Iterator[Explanation]:
+        targets: list[int | None] = [None] * len(self._words)
+        if word is not None:
+            targets = [find_word(words, word, f"texts[{first + text}]") for text, words in enumerate(self._words)]
         plain = [self._plain(text, len(words)) for text, words in enumerate(self._words)]
         masked = [self._masked(text, target) for text, target in enumerate(targets)]
         questions = [question for parts in zip(plain, masked, strict=True) for part in parts for question in part]
@@ -117,13 +120,6 @@ class _Explainer:
             middle, stop = start + len(plain[text]), start + len(plain[text]) + len(masked[text])
             yield self._explanation(text, target, logits[start:middle], logits[middle:stop])
             start = stop
-
-    def _target(self, words: tuple[str, ...], word: int | None, text: int) -> int | None:
-        if word is None:
-            return None
-        if not -len(words) <= word < len(words):
-            raise DataError(f"texts[{text}] has no word {word}: its words are 0 to {len(words) - 1}")
-        return word % len(words)
 
     def _plain(self, text: int, words: int) -> list[Question]:
         """Ask for the text as it is, in token tasks for each word."""

@@ -29,7 +29,7 @@ class Occlusion:
 
     Attributes:
         mask_token: what hidden sub-tokens become, with the reason.
-        trained: whether the model saw masked tokens in training.
+        trained: whether the model saw masked tokens in training; none if that is not known.
         maskable: for every id whether it may be hidden, bool [rows]: special and protected tokens may not, as in
             training; the unknown token may, unlike there, because a word that became one is a word still.
 
@@ -38,11 +38,13 @@ class Occlusion:
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, config: TokenMaskConfig | None = None) -> None:
-        config = TokenMaskConfig(p=0.0) if config is None else config
-        self.trained = not config.is_off
+        self.trained = None if config is None else not config.is_off
+        config = TokenMaskConfig() if config is None else config
         self._embedding = find_embedding(model)
         rows = embedding_weight(self._embedding).shape[0]
         self.mask_token = choose_mask_token(tokenizer, rows, config.mask_token)
+        name = tokenizer.convert_ids_to_tokens(self.mask_token.id)
+        self._token = f"{name or 'an embedding row that no token uses'} (id {self.mask_token.id})"
         learned = config.trainable_mask or is_trained_row(self._embedding, self.mask_token.id)
         if self.mask_token.kind == "spare" and not learned:
             fill_spare_row(self._embedding, self.mask_token, min(used_rows(tokenizer), rows))
@@ -55,13 +57,12 @@ class Occlusion:
     @property
     def note(self) -> str:
         """What a reader of the explanations must know about the mask token, in a sentence."""
-        token = f"id {self.mask_token.id}, {self.mask_token.reason}"
         if self.trained:
-            return f"words are masked as in training: {token}"
-        return (
-            f"the model was trained without masking (p = 0), so it has never seen a masked word and its influences "
-            f"are less to be trusted; words are masked by {token}"
-        )
+            return f"words are masked as in training, by {self._token}"
+        how = "was trained without masking (p = 0): it has never seen a masked word, and its influences are"
+        if self.trained is None:
+            how = "does not say how it was masked in training; if it was not, its influences are"
+        return f"the model {how} less to be trusted. Words are masked by {self._token}: {self.mask_token.reason}"
 
     @contextlib.contextmanager
     def at(self, positions: Tensor) -> Iterator[None]:

@@ -75,7 +75,11 @@ def test_a_spare_row_is_filled_with_the_mean(classifier):
     used = used_rows(model.tokenizer)
     assert model.occlusion.mask_token.kind == "spare"
     torch.testing.assert_close(weight[-1], weight[:used].mean(0))
+    assert "does not say how it was masked" in model.occlusion.note
+    model = classifier("qwen2")
+    model.masking = TokenMaskConfig(p=0.0)
     assert "never seen a masked word" in model.occlusion.note
+    assert "rows 332 to 347" in model.occlusion.note
 
 
 @pytest.mark.parametrize(("family", "task"), [("bert", "sequence"), ("qwen2", "token")])
@@ -124,6 +128,7 @@ def test_a_word_is_explained_by_its_context(classifier):
     (row,) = model.explain([words], word=-2)
     target = len(words) - 2
     assert row.word == target
+    assert [row] == model.explain([words], word=words[target])
     assert row.label == row.labels[target] == own.labels[target]
     assert row.probability == pytest.approx(own.probabilities[target])
     assert row.influences[target] == pytest.approx(own.influences[target], abs=1e-5)
@@ -190,6 +195,8 @@ def test_mistakes_are_named(classifier):
         ("sequence", "a text", None, "not one string"),
         ("sequence", ["ok", "  "], None, r"texts\[1\] is empty"),
         ("token", ["ok", "two words"], 1, r"texts\[0\] has no word 1: its words are 0 to 0"),
+        ("token", ["two words", "ok"], "words", r"texts\[1\] has no word 'words'"),
+        ("token", ["so so so"], "so", "'so' is word 0, 1 and 2 of .*: give one of these numbers"),
     ):
         with pytest.raises(DataError, match=expected):
             classifier("bert", task).explain(texts, word=word)
