@@ -98,7 +98,7 @@ def _explained(classifier: Any, text: str) -> tuple[Any, Any, Markup]:
     (explanation,) = explain(classifier, [text])
     note = Markup(
         '<span class="words"><span class="for" style="--w:.6">Blue</span> words speak for “{}”, '
-        '<span class="against" style="--w:.6">orange, dotted</span> ones against it: masked, they lower or raise its '
+        '<span class="against" style="--w:.6">red, dotted</span> ones against it: masked, they lower or raise its '
         "log-odds.</span>"
     ).format(explanation.label)
     return explanation.words, explanation.influences, note

@@ -11,6 +11,7 @@ from tokmask_peft.data import Example
 from tokmask_peft.errors import MaskTokenError
 from tokmask_peft.inference.classifier import Answer, Classifier, Prediction, load
 from tokmask_peft.inference.explain import explain
+from tokmask_peft.inference.saved import find_saved
 from tokmask_peft.report.record import Record
 from tokmask_peft.training.evaluate import split_examples
 
@@ -76,11 +77,12 @@ def find_mistakes(record: Record, backbone: str | None = None) -> Mistakes:
     Raises:
         DataError, ModelError, RecipeError: the data or the backbone is not there.
     """
+    saved = find_saved(record.run.root, backbone)
     examples, _ = split_examples(record.recipe, record.split, None, record.run.adapter)
     chosen = examples
     if len(examples) > MOST_TEXTS:
         chosen = random.Random(0).sample(examples, MOST_TEXTS)  # noqa: S311 - a sample, no secret
-    classifier = load(record.run.root, backbone=backbone)
+    classifier = load(saved)
     answers = classifier.predict([example.text for example in chosen])
     wrong = [list(mistakes_of(example, answer)) for example, answer in zip(chosen, answers, strict=True)]
     shown, unexplained = _explained(classifier, most_confident(wrong))
