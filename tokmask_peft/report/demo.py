@@ -62,8 +62,6 @@ def answer(classifier: Any, text: str) -> tuple[dict[str, float] | None, Markup]
     """
     from tokmask_peft.report.words import influence_words, label_legend, label_words
 
-    if not text or not text.strip():
-        return None, _message("Type a text first: this one has no words.")
     try:
         (found,) = classifier.predict([text])
         if classifier.task == "token":
@@ -123,7 +121,7 @@ def build(classifier: Any, name: str) -> Any:
     calibrated = "" if classifier.temperature == 1 else "Probabilities are calibrated on validation texts."
 
     def respond(text: str) -> Any:
-        chances, page = answer(classifier, text)
+        chances, page = answer(classifier, text or "")
         return str(page) if per == "word" else (chances, str(page))
 
     with gradio.Blocks(title=f"{name}: demo", analytics_enabled=False) as app:
