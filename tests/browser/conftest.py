@@ -14,7 +14,7 @@ FLAGS = (
 )
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # no longer than needed: playwright's event loop runs in this thread until it ends
 def chromium():
     """A headless Chromium of the system, driven by playwright; skips where either is missing."""
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
