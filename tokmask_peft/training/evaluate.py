@@ -38,7 +38,7 @@ def evaluate(run: str | Path, *, split: str = "test", data: str | None = None) -
     """
     folder = open_finished(run)
     recipe = Recipe.load(folder.recipe)
-    examples, labels = _examples(recipe, split, data, folder.adapter)
+    examples, labels = split_examples(recipe, split, data, folder.adapter)
     state = PartialState()
     set_seed(recipe.seed)
     backbone = load_backbone(recipe.model, recipe.data.task, labels, state.device)
@@ -59,7 +59,10 @@ def evaluate(run: str | Path, *, split: str = "test", data: str | None = None) -
     return result
 
 
-def _examples(recipe: Recipe, split: str, data: str | None, adapter: Path) -> tuple[list[Example], tuple[str, ...]]:
+def split_examples(
+    recipe: Recipe, split: str, data: str | None, adapter: Path
+) -> tuple[list[Example], tuple[str, ...]]:
+    """Return the texts of a split of a run, or of other data, with the run's labels; as for `evaluate`."""
     import json
 
     labels = tuple(json.loads((adapter / "labels.json").read_text(encoding="utf-8"))["labels"])
