@@ -247,6 +247,7 @@ def export(
     model: ModelArgument,
     merged: Annotated[Path, typer.Option(help="the folder to make")],
     precision: Annotated[str, typer.Option(help="fp32 or bf16, of the saved weights")] = "fp32",
+    onnx: Annotated[bool, typer.Option("--onnx", help="Write model.onnx, too (extra onnx), and compare it.")] = False,
     backbone: BackboneOption = None,
 ) -> None:
     """Merge MODEL into its backbone: a plain transformers model for pipeline(), without PEFT."""
@@ -258,8 +259,10 @@ def export(
     _quiet_libraries()
     from tokmask_peft.inference.export import export_merged
 
-    done = export_merged(saved, merged, precision=precision)
+    done = export_merged(saved, merged, precision=precision, onnx=onnx)
     typer.echo(f"{done.folder}: logits differ from the adapter's by at most {done.difference:.1e}")
+    if done.onnx is not None:
+        typer.echo(f"{done.folder / 'model.onnx'}: onnxruntime's logits differ from those by at most {done.onnx:.1e}")
     for note in done.notes:
         typer.echo(f"Note: {note}.")
 

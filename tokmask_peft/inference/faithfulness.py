@@ -178,9 +178,7 @@ def _said(found: dict[str, float]) -> str:
 def _verdict(part: dict[str, Any]) -> str:
     name, found = Path(part["path"]).name, part["measures"]["random_minus_most"]
     if found["low"] > 0:
-        return (
-            f"{name}: masking by influence takes the label away faster than chance; the influences rank words rightly."
-        )
+        return f"{name}: masking by influence takes the label away faster than random masking does."
     if found["high"] < 0:
         return f"{name}: masking by influence does worse than chance; do not trust the influences."
     return f"{name}: masking by influence is not shown to do better than chance on these texts."

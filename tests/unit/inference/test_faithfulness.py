@@ -82,7 +82,7 @@ def part(low, high, p):
 @pytest.mark.parametrize(
     ("low", "high", "alone", "paired"),
     [
-        (0.1, 0.2, "faster than chance", "is more than"),
+        (0.1, 0.2, "faster than random", "is more than"),
         (-0.2, -0.1, "worse than chance", "is less than"),
         (-0.1, 0.1, "not shown to do better", "is not shown to be more or less than"),
     ],
