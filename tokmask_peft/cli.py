@@ -88,14 +88,30 @@ def evaluate(
     split: Annotated[str, typer.Option(help="train, validation or test; with --data, a split or file there")] = "test",
     data: Annotated[str | None, typer.Option(help="folder or file with other texts")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the scores as JSON.")] = False,
+    faithfulness: Annotated[
+        bool, typer.Option("--faithfulness", help="Measure whether `tokmask explain` ranks words rightly, instead.")
+    ] = False,
+    against: Annotated[str | None, typer.Option(help="with --faithfulness: a p = 0 run of the same recipe")] = None,
+    limit: Annotated[int, typer.Option(min=2, help="with --faithfulness: texts, drawn at random")] = 200,
+    seed: Annotated[int, typer.Option(min=0, help="with --faithfulness: of texts, orders and bootstrap")] = 0,
 ) -> None:
     """Score the adapter of RUN on one of its splits, or on other texts."""
     import json
 
     from tokmask_peft.training.run_folder import open_finished
 
-    open_finished(run)  # before the libraries are loaded, which takes seconds
+    if against is not None and not faithfulness:
+        raise typer.BadParameter("it goes with --faithfulness", param_hint="--against")
+    for folder in (run, against):
+        if folder is not None:
+            open_finished(folder)  # before the libraries are loaded, which takes seconds
     _quiet_libraries()
+    if faithfulness:
+        from tokmask_peft.inference import faithfulness as measure
+
+        measured = measure.faithfulness(run, against, split=split, data=data, limit=limit, seed=seed)
+        typer.echo(json.dumps(measured, indent=2) if as_json else "\n".join(measure.report_lines(measured)))
+        return
     from tokmask_peft.console import make_console, print_scores
     from tokmask_peft.training.evaluate import evaluate as score
 
@@ -231,6 +247,7 @@ def export(
     model: ModelArgument,
     merged: Annotated[Path, typer.Option(help="the folder to make")],
     precision: Annotated[str, typer.Option(help="fp32 or bf16, of the saved weights")] = "fp32",
+    onnx: Annotated[bool, typer.Option("--onnx", help="Write model.onnx, too (extra onnx), and compare it.")] = False,
     backbone: BackboneOption = None,
 ) -> None:
     """Merge MODEL into its backbone: a plain transformers model for pipeline(), without PEFT."""
@@ -242,8 +259,10 @@ def export(
     _quiet_libraries()
     from tokmask_peft.inference.export import export_merged
 
-    done = export_merged(saved, merged, precision=precision)
+    done = export_merged(saved, merged, precision=precision, onnx=onnx)
     typer.echo(f"{done.folder}: logits differ from the adapter's by at most {done.difference:.1e}")
+    if done.onnx is not None:
+        typer.echo(f"{done.folder / 'model.onnx'}: onnxruntime's logits differ from those by at most {done.onnx:.1e}")
     for note in done.notes:
         typer.echo(f"Note: {note}.")
 

@@ -137,6 +137,28 @@ def test_explain_on_the_command_line(run, tmp_path):
         assert (failed.exit_code, words in failed.stderr) == (2, True)
 
 
+def test_faithfulness_on_the_command_line(run):
+    root = run("sequence").folder.root
+
+    def evaluate(*arguments):
+        return CliRunner().invoke(app, ["evaluate", *map(str, arguments)])
+
+    said = evaluate(root, "--faithfulness", "--against", root, "--limit", 12, "--json")
+    found = json.loads(said.stdout)
+    assert found["texts"] + found["left_out"] == 12
+    assert found["run"]["measures"] == found["against"]["measures"]
+    assert all(part == {"mean": 0.0, "low": 0.0, "high": 0.0} for part in found["difference"].values())
+    assert found["other_differences"] == []
+    assert "masked as in training" in found["run"]["mask"]
+    for options, words in (
+        (["--against", root], "--faithfulness"),
+        (["--faithfulness", "--against", run("token").folder.root], "another task"),
+        (["--faithfulness", "--against", root.parent], "not a run folder"),
+    ):
+        failed = evaluate(root, *options)
+        assert (failed.exit_code, words in " ".join(failed.stderr.split())) == (2, True), failed.stderr
+
+
 def test_export_on_the_command_line(run, tokmask, tmp_path):
     done = run("token")
     said = tokmask("export", done.folder.root, "--merged", "merged").stdout
