@@ -13,15 +13,15 @@ RUN_NAME ?= $(if $(wildcard runs/quickstart),quickstart-$(shell date +%Y%m%d-%H%
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo]'
+$(VENV)/.quickstart: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[quickstart]'
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	@touch $@ $(VENV)/.demo
+	@touch $@ $(VENV)/.quickstart
 
-quickstart: $(VENV)/.demo
+quickstart: $(VENV)/.quickstart
 	$(BIN)/tokmask train recipes/quickstart.yaml name=$(RUN_NAME)
 
 test: $(VENV)/.dev

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from tokmask_peft.errors import TokmaskError
     from tokmask_peft.hub import push
     from tokmask_peft.inference.classifier import Classifier, Prediction, WordPredictions, load
+    from tokmask_peft.inference.explain import Explanation, explain
     from tokmask_peft.masking import TokenMaskCallback, TokenMaskConfig, TokenMasker
     from tokmask_peft.recipe import Recipe
     from tokmask_peft.training.evaluate import evaluate
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "Classifier",
+    "Explanation",
     "Prediction",
     "Recipe",
     "TokenMaskCallback",
@@ -29,6 +31,7 @@ __all__ = [
     "WordPredictions",
     "__version__",
     "evaluate",
+    "explain",
     "load",
     "push",
     "train",
@@ -36,6 +39,7 @@ __all__ = [
 
 _HOMES = {
     "Classifier": "inference.classifier",
+    "Explanation": "inference.explain",
     "Prediction": "inference.classifier",
     "Recipe": "recipe",
     "TokenMaskCallback": "masking",
@@ -44,6 +48,7 @@ _HOMES = {
     "TokmaskError": "errors",
     "WordPredictions": "inference.classifier",
     "evaluate": "training.evaluate",
+    "explain": "inference.explain",
     "push": "hub",
     "load": "inference.classifier",
     "train": "training.fit",

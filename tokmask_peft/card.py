@@ -20,10 +20,11 @@ PLACEHOLDER = "PATH_OR_HUB_ID"
 
 _FEW = 50  # items of a class in test below which its F1 says little
 
-_AUTO = {
+AUTO = {
     "sequence": "AutoPeftModelForSequenceClassification",
     "token": "AutoPeftModelForTokenClassification",
 }
+"""PEFT's class that loads an adapter of each task."""
 
 _USE = {
     "sequence": """\
@@ -89,7 +90,7 @@ def model_card(
         ValueError: huggingface_hub cannot read the head back.
     """
     labels = list(result["labels"])
-    snippet = loading_snippet(recipe, labels, _AUTO[recipe.data.task], spaced_words=spaced_words)
+    snippet = loading_snippet(recipe, labels, AUTO[recipe.data.task], spaced_words=spaced_words)
     parts = [
         f"---\n{card_data(recipe, result).to_yaml()}\n---",
         f"# {recipe.name}",
@@ -104,9 +105,9 @@ def model_card(
         "## Data",
         "\n".join(_data_lines(recipe, result)),
         "## Training",
-        "\n".join(_training_lines(recipe, result)),
+        "\n".join(training_lines(recipe, result)),
         "## Limits",
-        "\n".join(_limit_lines(recipe, result, len(seeds))),
+        "\n".join(limit_lines(recipe, result, len(seeds))),
         "## Citation",
         f"The method is token masking:\n\n```bibtex\n{_BIBTEX}\n```",
         *_corpus_citations(recipe),
@@ -144,7 +145,7 @@ def _backbone(recipe: Recipe) -> str:
 
 def _masked(recipe: Recipe) -> str:
     masking = recipe.masking
-    if masking.p == 0 and (masking.schedule == "constant" or masking.p_start == 0):
+    if masking.is_off:
         return "It was trained without token masking (p = 0)."
     return f"It was trained with token masking at rate p = {masking.p:g}; at inference nothing is masked."
 
@@ -197,7 +198,8 @@ def _corpus_line(what: str, facts: CorpusFacts) -> str:
     return f"- {what}: {name}; licence: {facts.license or 'not given'}{languages}"
 
 
-def _training_lines(recipe: Recipe, result: Mapping[str, Any]) -> list[str]:
+def training_lines(recipe: Recipe, result: Mapping[str, Any]) -> list[str]:
+    """Return how the adapter was trained, as the items of a Markdown list."""
     masking, adapter, training = recipe.masking, recipe.adapter, recipe.training
     rate = f"p = {masking.p:g}, {masking.schedule}"
     if masking.schedule != "constant":
@@ -217,7 +219,8 @@ def _training_lines(recipe: Recipe, result: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _limit_lines(recipe: Recipe, result: Mapping[str, Any], seeds: int) -> list[str]:
+def limit_lines(recipe: Recipe, result: Mapping[str, Any], seeds: int) -> list[str]:
+    """Return what the scores do not say, as the items of a Markdown list."""
     what = "text" if recipe.data.task == "sequence" else "word"
     lines = [
         f"- It gives one of the labels above to any {what}, in whatever language or domain. The scores hold for texts "

@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from tokmask_peft import __version__
-from tokmask_peft.errors import RunInterruptedError, TokmaskError
+from tokmask_peft.errors import RunError, RunInterruptedError, TokmaskError
 
 
 class _Commands(TyperGroup):
@@ -50,6 +50,9 @@ ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="a run folde
 BackboneOption = Annotated[
     str | None, typer.Option(help="load the backbone from this Hub id, folder or package:NAME/FOLDER")
 ]
+DeviceOption = Annotated[str | None, typer.Option(help="cuda, cpu, …; a GPU if there is one")]
+QuantizationOption = Annotated[str | None, typer.Option(help="nf4, int8 or none; as in training")]
+PrecisionOption = Annotated[str | None, typer.Option(help="bf16 or fp32; as in training")]
 
 
 @app.callback(invoke_without_command=True)
@@ -85,14 +88,30 @@ def evaluate(
     split: Annotated[str, typer.Option(help="train, validation or test; with --data, a split or file there")] = "test",
     data: Annotated[str | None, typer.Option(help="folder or file with other texts")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the scores as JSON.")] = False,
+    faithfulness: Annotated[
+        bool, typer.Option("--faithfulness", help="Measure whether `tokmask explain` ranks words rightly, instead.")
+    ] = False,
+    against: Annotated[str | None, typer.Option(help="with --faithfulness: a p = 0 run of the same recipe")] = None,
+    limit: Annotated[int, typer.Option(min=2, help="with --faithfulness: texts, drawn at random")] = 200,
+    seed: Annotated[int, typer.Option(min=0, help="with --faithfulness: of texts, orders and bootstrap")] = 0,
 ) -> None:
     """Score the adapter of RUN on one of its splits, or on other texts."""
     import json
 
     from tokmask_peft.training.run_folder import open_finished
 
-    open_finished(run)  # before the libraries are loaded, which takes seconds
+    if against is not None and not faithfulness:
+        raise typer.BadParameter("it goes with --faithfulness", param_hint="--against")
+    for folder in (run, against):
+        if folder is not None:
+            open_finished(folder)  # before the libraries are loaded, which takes seconds
     _quiet_libraries()
+    if faithfulness:
+        from tokmask_peft.inference import faithfulness as measure
+
+        measured = measure.faithfulness(run, against, split=split, data=data, limit=limit, seed=seed)
+        typer.echo(json.dumps(measured, indent=2) if as_json else "\n".join(measure.report_lines(measured)))
+        return
     from tokmask_peft.console import make_console, print_scores
     from tokmask_peft.training.evaluate import evaluate as score
 
@@ -132,9 +151,9 @@ def predict(
     column: Annotated[str | None, typer.Option(help="column of the text, or of the words in token tasks")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON line per TEXT.")] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="texts per forward pass; changes no answer")] = 32,
-    device: Annotated[str | None, typer.Option(help="cuda, cpu, …; a GPU if there is one")] = None,
-    quantization: Annotated[str | None, typer.Option(help="nf4, int8 or none; as in training")] = None,
-    precision: Annotated[str | None, typer.Option(help="bf16 or fp32; as in training")] = None,
+    device: DeviceOption = None,
+    quantization: QuantizationOption = None,
+    precision: PrecisionOption = None,
     backbone: BackboneOption = None,
 ) -> None:
     """Classify TEXTs, or the texts of a file, with MODEL.
@@ -167,10 +186,68 @@ def predict(
 
 
 @app.command()
+def explain(
+    model: ModelArgument,
+    texts: Annotated[list[str], typer.Argument(metavar="TEXT", help="texts to explain")],
+    word: Annotated[
+        str | None, typer.Option(help="token tasks: explain the label of this word (its number from 0, or itself)")
+    ] = None,
+    html: Annotated[Path | None, typer.Option(help="write a page that can be shared")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the page if it exists.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON line per TEXT.")] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="masked texts per forward pass; changes no answer")] = 32,
+    device: DeviceOption = None,
+    quantization: QuantizationOption = None,
+    precision: PrecisionOption = None,
+    backbone: BackboneOption = None,
+) -> None:
+    """Say which words of TEXTs MODEL's label rests on, by masking each as in training.
+
+    A word's influence is how far the log-odds of the label fall when it is masked, in nats; beside it stands the
+    label's probability without the word. In word-level tasks each word's label is explained by masking the word itself.
+    """
+    from tokmask_peft.inference.chosen_word import find_word
+    from tokmask_peft.inference.outputs import check_output
+    from tokmask_peft.inference.saved import find_saved
+
+    saved = find_saved(model, backbone)  # before the libraries are loaded, which takes seconds
+    chosen = int(word) if word is not None and word.removeprefix("-").isdecimal() else word
+    if chosen is not None and saved.task == "sequence":
+        raise typer.BadParameter(
+            f"{model} gives one label per text; --word is for word-level tasks", param_hint="--word"
+        )
+    for number, text in enumerate(texts if chosen is not None else (), start=1):
+        find_word(text.split(), chosen, f"text {number}")  # type: ignore[arg-type]
+    if html is not None:
+        check_output(html, None, force)
+    _quiet_libraries()
+    from rich.console import Console
+
+    from tokmask_peft.inference import show_explanations
+    from tokmask_peft.inference.classifier import load
+
+    classifier = load(saved, device, quantization, precision)
+    explanations = classifier.explain(texts, word=chosen, batch_size=batch_size)
+    note = classifier.occlusion.note
+    if as_json:
+        show_explanations.print_json(explanations)
+    else:
+        show_explanations.print_explanations(explanations, Console(highlight=False))
+        typer.echo(f"Note: {note}.", err=True)
+    if html is not None:
+        from tokmask_peft.inference.explain_page import explanations_page
+
+        name = Path(model).name if Path(model).exists() else model  # the page is made to be shared: no local path
+        html.write_text(explanations_page(name, explanations, note), encoding="utf-8")
+        typer.echo(f"Page: {html}", err=True)
+
+
+@app.command()
 def export(
     model: ModelArgument,
     merged: Annotated[Path, typer.Option(help="the folder to make")],
     precision: Annotated[str, typer.Option(help="fp32 or bf16, of the saved weights")] = "fp32",
+    onnx: Annotated[bool, typer.Option("--onnx", help="Write model.onnx, too (extra onnx), and compare it.")] = False,
     backbone: BackboneOption = None,
 ) -> None:
     """Merge MODEL into its backbone: a plain transformers model for pipeline(), without PEFT."""
@@ -182,10 +259,63 @@ def export(
     _quiet_libraries()
     from tokmask_peft.inference.export import export_merged
 
-    done = export_merged(saved, merged, precision=precision)
+    done = export_merged(saved, merged, precision=precision, onnx=onnx)
     typer.echo(f"{done.folder}: logits differ from the adapter's by at most {done.difference:.1e}")
+    if done.onnx is not None:
+        typer.echo(f"{done.folder / 'model.onnx'}: onnxruntime's logits differ from those by at most {done.onnx:.1e}")
     for note in done.notes:
         typer.echo(f"Note: {note}.")
+
+
+@app.command()
+def report(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="a run folder, such as runs/quickstart")],
+    out: Annotated[
+        Path | None, typer.Option(help="the page to write; report.html in the run folder if not given")
+    ] = None,
+    show: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
+    examples: Annotated[
+        bool, typer.Option("--examples/--no-examples", help="show the worst mistakes; needs the data and the backbone")
+    ] = True,
+    backbone: BackboneOption = None,
+) -> None:
+    """Write one HTML page of RUN: scores, curves, calibration, mistakes, data. It loads nothing from anywhere."""
+    from tokmask_peft.report.record import is_run
+
+    if not is_run(run):
+        raise RunError(f"{run} is not a run folder (it holds no recipe.yaml)")
+    from tokmask_peft.report.make import prepare, report_run
+
+    prepare(run, out)  # before the libraries are loaded, which takes seconds
+    _quiet_libraries()
+    path, left_out = report_run(run, out, examples=examples, backbone=backbone)
+    if left_out:
+        typer.echo(f"Note: the page shows no mistakes: {left_out}", err=True)
+    typer.echo(path)
+    if show:
+        typer.launch(str(path))
+
+
+@app.command()
+def demo(
+    model: ModelArgument,
+    host: Annotated[str, typer.Option(help="address to listen on; by default only for this machine")] = "127.0.0.1",
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="port; else a free one from 7860 on")] = None,
+    share: Annotated[bool, typer.Option("--share", help="Open a public link through gradio's servers.")] = False,
+    device: Annotated[str | None, typer.Option(help="cuda, cpu, …; a GPU if there is one")] = None,
+    backbone: BackboneOption = None,
+) -> None:
+    """Try MODEL in the browser: text in, label and coloured words out (needs the extra demo)."""
+    from tokmask_peft.inference.saved import find_saved
+    from tokmask_peft.report.demo import build, check_address, require_gradio, serve
+
+    require_gradio()
+    check_address(host, port)
+    saved = find_saved(model, backbone)
+    _quiet_libraries()
+    from tokmask_peft.inference.classifier import load
+
+    serve(build(load(saved, device), Path(model).name), host, port, share=share, said=typer.echo)
 
 
 @app.command()

@@ -47,6 +47,10 @@ class HubError(TokmaskError):
     """An adapter cannot be pushed to the Hugging Face Hub as asked."""
 
 
+class ExtraError(TokmaskError):
+    """A command needs an optional library that is not installed."""
+
+
 class RunInterruptedError(RunError):
     """A signal stopped the run; it can be resumed."""
 

@@ -82,6 +82,11 @@ class TokenMaskConfig(Section):
         return self
 
     @property
+    def is_off(self) -> bool:
+        """Whether nothing is masked at any time of training."""
+        return self.p == 0 and (self.schedule == "constant" or self.p_start == 0)
+
+    @property
     def ramp_end(self) -> float:
         """Share of training at which the rate reaches `p`."""
         if self.end is not None:

@@ -8,9 +8,11 @@ import sys
 
 import pytest
 from transformers import pipeline
+from typer.testing import CliRunner
 
 import tokmask_peft
 from tokmask_peft import Recipe, evaluate, train
+from tokmask_peft.cli import app
 
 TEXTS = ["hoy great phone", "muy malo :(", "the casa is awful"]
 
@@ -104,6 +106,57 @@ def test_predict_on_the_command_line(run, tokmask, tmp_path):
         failed = tokmask(*wrong, check=False)
         assert failed.returncode == 2
         assert "Traceback" not in failed.stderr
+
+
+def test_explain_on_the_command_line(run, tmp_path):
+    done = run("token")
+    classifier = tokmask_peft.load(done.folder.root)
+    text = "hoy great <b>phone</b>"
+    (expected,) = classifier.explain([text])
+    page = tmp_path / "page.html"
+
+    def tokmask(*arguments):
+        return CliRunner().invoke(app, ["explain", *map(str, arguments)])
+
+    said = tokmask(done.folder.root, text, "--html", page)
+    rows = [line.split("\t") for line in said.stdout.splitlines()[2:]]
+    assert [row[:2] for row in rows] == [list(pair) for pair in zip(expected.words, expected.labels, strict=True)]
+    assert [float(row[2]) for row in rows] == pytest.approx(expected.influences, abs=0.006)
+    assert "masked as in training, by [MASK]" in said.stderr
+    assert "&lt;b&gt;phone&lt;/b&gt;" in page.read_text()
+    assert str(done.folder.root.parent) not in page.read_text()
+    (line,) = tokmask(done.folder.adapter, text, "--json", "--word", "great").stdout.splitlines()
+    (row,) = classifier.explain([text], word=1)
+    assert json.loads(line)["influences"] == pytest.approx(row.influences, abs=1e-5)
+    for options, words in (
+        (["--word", "phone"], "has no word 'phone'"),
+        (["--word", "7"], "its words are 0 to 2"),
+        (["--html", page], "exists"),
+    ):
+        failed = tokmask(done.folder.root, text, *options)
+        assert (failed.exit_code, words in failed.stderr) == (2, True)
+
+
+def test_faithfulness_on_the_command_line(run):
+    root = run("sequence").folder.root
+
+    def evaluate(*arguments):
+        return CliRunner().invoke(app, ["evaluate", *map(str, arguments)])
+
+    said = evaluate(root, "--faithfulness", "--against", root, "--limit", 12, "--json")
+    found = json.loads(said.stdout)
+    assert found["texts"] + found["left_out"] == 12
+    assert found["run"]["measures"] == found["against"]["measures"]
+    assert all(part == {"mean": 0.0, "low": 0.0, "high": 0.0} for part in found["difference"].values())
+    assert found["other_differences"] == []
+    assert "masked as in training" in found["run"]["mask"]
+    for options, words in (
+        (["--against", root], "--faithfulness"),
+        (["--faithfulness", "--against", run("token").folder.root], "another task"),
+        (["--faithfulness", "--against", root.parent], "not a run folder"),
+    ):
+        failed = evaluate(root, *options)
+        assert (failed.exit_code, words in " ".join(failed.stderr.split())) == (2, True), failed.stderr
 
 
 def test_export_on_the_command_line(run, tokmask, tmp_path):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,13 +15,18 @@ from torch import nn
 
 from tokmask_peft.data.files import unicode_problem
 from tokmask_peft.errors import DataError, ModelError
+from tokmask_peft.inference.forward import Forward
 from tokmask_peft.inference.saved import SavedAdapter, find_saved
 from tokmask_peft.inference.windows import Window, Windower
+from tokmask_peft.masking.occlusion import Occlusion
 from tokmask_peft.model.adapter import load_adapter
 from tokmask_peft.model.backbone import load_backbone
 from tokmask_peft.model.decisions import Decision, bitsandbytes_problem
-from tokmask_peft.recipe import ModelConfig, Task
+from tokmask_peft.recipe import ModelConfig, Task, TokenMaskConfig
 from tokmask_peft.training.calibration import probabilities
+
+if TYPE_CHECKING:
+    from tokmask_peft.inference.explain import Explanation
 
 BATCH_SIZE = 32
 _LONGEST = 512  # sub-tokens per window where neither the run nor the model sets a limit
@@ -73,6 +78,7 @@ class Classifier:
         model: the module, in eval mode.
         tokenizer: its tokenizer.
         decisions: device, precision and quantization, with reasons.
+        masking: how tokens were masked in training; none if not known.
     """
 
     def __init__(
@@ -86,12 +92,14 @@ class Classifier:
         temperature: float = 1.0,
         dtype: torch.dtype = torch.float32,
         decisions: tuple[Decision, ...] = (),
+        masking: TokenMaskConfig | None = None,
     ) -> None:
         self.model, self.tokenizer, self.task, self.labels = model.eval(), tokenizer, task, tuple(labels)
         self.max_length, self.temperature, self.decisions = max_length, temperature, decisions
         self.device = next(model.parameters()).device
-        self._dtype = dtype
-        self._windower = Windower(tokenizer, task, max_length)
+        self.masking = masking
+        self.windower = Windower(tokenizer, task, max_length)
+        self.forward = Forward(self.model, tokenizer.pad_token_id, task, dtype)
 
     def predict(self, texts: Sequence[str] | Sequence[Sequence[str]], batch_size: int = BATCH_SIZE) -> list[Answer]:
         """Classify texts; the answers do not hang on `batch_size`, nor on the other texts.
@@ -111,13 +119,11 @@ class Classifier:
             DataError: a text has no words, or is not valid Unicode; `texts` is one string.
             ModelError: the model gives a logit that is not finite.
         """
-        if isinstance(texts, str):
-            raise DataError("predict takes a list of texts, not one string: predict([text])")
         if batch_size < 1:
             raise DataError(f"batch_size is {batch_size}, expected 1 or more")
-        given = [self._checked(text, index) for index, text in enumerate(texts)]
-        windows = self._windower.cut(given)
-        logits = self._logits(windows, batch_size)
+        given = self.checked(texts)
+        windows = self.windower.cut(given)
+        logits = self.forward.logits(windows, batch_size)
         of_text: list[list[int]] = [[] for _ in given]
         for number, window in enumerate(windows):
             of_text[window.text].append(number)
@@ -125,6 +131,37 @@ class Classifier:
             self._answer(text, [windows[n] for n in numbers], [logits[n] for n in numbers])
             for text, numbers in zip(given, of_text, strict=True)
         ]
+
+    def explain(
+        self,
+        texts: Sequence[str] | Sequence[Sequence[str]],
+        *,
+        word: int | str | None = None,
+        batch_size: int = BATCH_SIZE,
+    ) -> list[Explanation]:
+        """Say how much each word speaks for the predicted label; see `inference.explain`."""
+        from tokmask_peft.inference.explain import explain
+
+        return explain(self, texts, word=word, batch_size=batch_size)
+
+    @functools.cached_property
+    def occlusion(self) -> Occlusion:
+        """Masks words as the training of this model did.
+
+        Raises:
+            MaskTokenError: there is no token to mask with.
+        """
+        return Occlusion(self.model, self.tokenizer, self.masking)
+
+    def checked(self, texts: Sequence[str] | Sequence[Sequence[str]]) -> list[Any]:
+        """Return texts as the task needs them: strings, or lists of words.
+
+        Raises:
+            DataError: as `predict` says.
+        """
+        if isinstance(texts, str):
+            raise DataError("expected a list of texts, not one string: [text]")
+        return [self._checked(text, index) for index, text in enumerate(texts)]
 
     def _checked(self, text: str | Sequence[str], index: int) -> Any:
         """Return a text as its task needs it."""
@@ -153,39 +190,6 @@ class Classifier:
 
     def _named(self, logits: NDArray[Any]) -> dict[str, float]:
         return dict(zip(self.labels, probabilities(logits, self.temperature).tolist(), strict=True))
-
-    def _logits(self, windows: list[Window], batch_size: int) -> list[NDArray[np.float32]]:
-        """Return per window logits `[1, classes]`, or `[words, classes]` in token tasks, in the order of `windows`."""
-        order = sorted(range(len(windows)), key=lambda number: len(windows[number].ids))
-        found: list[Any] = [None] * len(windows)
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            for number, values in zip(chosen, self._forward([windows[n] for n in chosen]), strict=True):
-                found[number] = values
-        return found
-
-    @torch.inference_mode()
-    def _forward(self, batch: list[Window]) -> list[NDArray[np.float32]]:
-        longest = max(len(window.ids) for window in batch)
-        ids = torch.full((len(batch), longest), self.tokenizer.pad_token_id)
-        mask = torch.zeros_like(ids)
-        for row, window in enumerate(batch):
-            ids[row, : len(window.ids)] = torch.tensor(window.ids)
-            mask[row, : len(window.ids)] = 1
-        low = self._dtype == torch.bfloat16
-        with torch.autocast(self.device.type, dtype=torch.bfloat16) if low else nullcontext():
-            logits = self.model(input_ids=ids.to(self.device), attention_mask=mask.to(self.device)).logits
-        if self.task == "sequence":
-            picked = logits.float().cpu().numpy()
-            sizes = [1] * len(batch)
-        else:
-            rows = np.repeat(np.arange(len(batch)), [len(window.positions) for window in batch])
-            positions = np.concatenate([window.positions for window in batch])
-            picked = logits[torch.as_tensor(rows), torch.as_tensor(positions)].float().cpu().numpy()
-            sizes = [len(window.positions) for window in batch]
-        if not np.isfinite(picked).all():
-            raise ModelError("the model gives logits that are not finite; load it with precision='fp32'")
-        return np.split(picked, np.cumsum(sizes)[:-1])
 
 
 def load(
@@ -233,6 +237,7 @@ def load(
         temperature=saved.temperature,
         dtype=loaded.dtype,
         decisions=tuple(decisions),
+        masking=saved.masking,
     )
 
 

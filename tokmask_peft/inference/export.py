@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tokmask_peft.errors import ModelError
+from tokmask_peft.inference.onnx import check_onnx_installed, export_onnx, ordinary_batch
 from tokmask_peft.inference.outputs import check_folder
 from tokmask_peft.inference.saved import SavedAdapter, find_saved
 from tokmask_peft.model.adapter import load_adapter
@@ -31,12 +32,14 @@ class Export:
         difference: largest difference between its logits and the adapter's, in fp32, on the same backbone.
         rounding: the same for the model as saved: what rounding to bf16 costs, if asked for.
         notes: what a user of the model should know.
+        onnx: largest difference between onnxruntime's logits and the saved model's; none without `model.onnx`.
     """
 
     folder: Path
     difference: float
     rounding: float
     notes: tuple[str, ...]
+    onnx: float | None = None
 
 
 def export_merged(
@@ -45,6 +48,7 @@ def export_merged(
     *,
     precision: str = "fp32",
     backbone: str | None = None,
+    onnx: bool = False,
 ) -> Export:
     """Merge an adapter into its backbone and save the result, with the head and the label names.
 
@@ -55,17 +59,23 @@ def export_merged(
         folder: what to make; must not exist, or be empty.
         precision: `fp32` or `bf16`, of the saved weights.
         backbone: where to load the backbone from, in place of what the adapter names.
+        onnx: write `model.onnx`, too, and compare it (extra `onnx`; fp32 only).
 
     Raises:
-        ModelError: there is no adapter or no backbone, `folder` is taken, or the merged model differs from the adapter.
+        ModelError: there is no adapter or no backbone, `folder` is taken, the merged model differs from the adapter, or
+            it cannot be exported to ONNX.
     """
+    if onnx:
+        check_onnx_installed()
+    if onnx and precision != "fp32":
+        raise ModelError("onnx is written in fp32 only: onnxruntime computes little in bf16 on CPUs")
     if precision not in ("fp32", "bf16"):
         raise ModelError(f"precision is {precision}, expected fp32 or bf16")
     target = check_folder(folder)
     saved = model if isinstance(model, SavedAdapter) else find_saved(model, backbone)
     plain = saved.model.model_copy(update={"quantization": "none", "precision": "fp32"})
     loaded = load_backbone(plain, saved.task, saved.labels, torch.device("cpu"))
-    probes = _probes(loaded.tokenizer)
+    probes = ordinary_batch(_PROBES, _PROBE_LENGTH, loaded.tokenizer)
     adapted = load_adapter(loaded, saved.folder)
     expected = _logits(adapted, probes)
     merged = adapted.merge_and_unload(safe_merge=True)
@@ -80,13 +90,15 @@ def export_merged(
     try:
         merged.save_pretrained(str(temporary))
         loaded.tokenizer.save_pretrained(str(temporary))
-        rounding = _distance(_logits(_reloaded(temporary, saved, merged), probes), expected)
+        plain_model = _reloaded(temporary, saved, merged)
+        rounding = _distance(_logits(plain_model, probes), expected)
         if precision == "fp32" and not rounding <= allowed:
             raise ModelError(_unequal("the saved model's logits", rounding, allowed))
+        measured = export_onnx(plain_model, loaded.tokenizer, temporary, TOLERANCE) if onnx else None
         temporary.replace(target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return Export(target, difference, rounding, tuple(_notes(saved, precision, rounding)))
+    return Export(target, difference, rounding, tuple(_notes(saved, precision, rounding)), measured)
 
 
 def _notes(saved: SavedAdapter, precision: str, rounding: float) -> list[str]:
@@ -104,17 +116,6 @@ def _notes(saved: SavedAdapter, precision: str, rounding: float) -> list[str]:
             "its probabilities are uncalibrated, its labels the same"
         )
     return notes
-
-
-def _probes(tokenizer: Any) -> dict[str, Tensor]:
-    """Return a padded batch of random ordinary tokens, drawn apart from torch's global random state."""
-    draw = torch.Generator().manual_seed(0)
-    special = set(tokenizer.all_special_ids)
-    ordinary = torch.tensor([number for number in range(len(tokenizer)) if number not in special])
-    ids = ordinary[torch.randint(len(ordinary), (_PROBES, _PROBE_LENGTH), generator=draw)]
-    lengths = torch.arange(1, _PROBES + 1) * _PROBE_LENGTH // _PROBES
-    mask = (torch.arange(_PROBE_LENGTH) < lengths[:, None]).long()
-    return {"input_ids": ids.masked_fill(mask == 0, tokenizer.pad_token_id), "attention_mask": mask}
 
 
 @torch.inference_mode()

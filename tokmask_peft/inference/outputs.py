@@ -7,7 +7,7 @@ from pathlib import Path
 from tokmask_peft.errors import DataError, ModelError
 
 
-def check_output(out: str | Path, source: str | Path, force: bool = False) -> Path:
+def check_output(out: str | Path, source: str | Path | None, force: bool = False) -> Path:
     """Return the path to write to, before anything is loaded.
 
     Raises:
@@ -16,7 +16,7 @@ def check_output(out: str | Path, source: str | Path, force: bool = False) -> Pa
     path = Path(out)
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise DataError(f"{out} cannot be written: " + ("it is a folder" if path.is_dir() else "its folder is missing"))
-    if path.exists() and Path(source).exists() and path.samefile(source):
+    if path.exists() and source is not None and Path(source).exists() and path.samefile(source):
         raise DataError(f"{out} is the input itself; give another file")
     if path.exists() and not force:
         raise DataError(f"{out} exists; give another file, or --force to replace it")

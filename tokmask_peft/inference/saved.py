@@ -11,7 +11,7 @@ from typing import Any, cast, get_args
 
 from tokmask_peft.errors import ModelError
 from tokmask_peft.model.loading import Loading
-from tokmask_peft.recipe import ModelConfig, Recipe, Task
+from tokmask_peft.recipe import ModelConfig, Recipe, Task, TokenMaskConfig
 
 HUB_FILES = (
     "adapter_config.json",
@@ -44,6 +44,7 @@ class SavedAdapter:
         model: the backbone, with `quantization` and `precision` as trained.
         max_length: sub-tokens per text in training; none if not known.
         temperature: divides the logits; 1 without a calibration.
+        masking: how tokens were masked in training; none if not known.
     """
 
     name: str
@@ -53,6 +54,7 @@ class SavedAdapter:
     model: ModelConfig
     max_length: int | None
     temperature: float
+    masking: TokenMaskConfig | None = None
 
 
 def find_saved(model: str | Path, backbone: str | None = None) -> SavedAdapter:
@@ -82,6 +84,7 @@ def find_saved(model: str | Path, backbone: str | None = None) -> SavedAdapter:
         model=_model_config(folder, config, loading, recipe, backbone),
         max_length=loading.max_length if loading else recipe.data.max_length if recipe else None,
         temperature=_temperature(folder / "calibration.json"),
+        masking=_masking(folder),
     )
 
 
@@ -187,3 +190,12 @@ def _temperature(path: Path) -> float:
     if not isinstance(temperature, int | float) or not math.isfinite(temperature) or temperature <= 0:
         raise ModelError(f"{path}: temperature is {temperature!r}, expected a positive number")
     return float(temperature)
+
+
+def _masking(folder: Path) -> TokenMaskConfig | None:
+    try:
+        return TokenMaskConfig.from_pretrained(folder)
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ModelError(f"{folder / 'tokmask_config.json'} cannot be read: {_first_line(error)}") from error

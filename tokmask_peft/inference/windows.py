@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,8 @@ from tokmask_peft.errors import DataError
 from tokmask_peft.recipe import Task
 
 _PLACEHOLDER = "?"
+_NONE: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
+_Encoded = tuple[list[int], list[int | None], NDArray[np.int64]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +30,7 @@ class Window:
         size: sub-tokens of the text in it.
         words: token tasks: the words that take their label from this window; else empty.
         positions: for each of them the position of its first sub-token in `ids`.
+        owners: where asked for, the word of each id, -1 for none: int64 [ids].
     """
 
     text: int
@@ -34,6 +38,7 @@ class Window:
     size: int
     words: NDArray[np.int64]
     positions: NDArray[np.int64]
+    owners: NDArray[np.int64] | None = None
 
 
 class Windower:
@@ -62,62 +67,86 @@ class Windower:
             raise DataError(f"windows of {max_length} sub-tokens leave no room beside the special tokens")
         self._lead = words_need_a_space(tokenizer) if task == "token" else False
 
-    def cut(self, texts: Sequence[str] | Sequence[Sequence[str]]) -> list[Window]:
-        """Return the windows of strings (sequence tasks) or of lists of words (token tasks), in order."""
+    def cut(self, texts: Sequence[str] | Sequence[Sequence[str]], owners: bool = False) -> list[Window]:
+        """Return the windows of strings (sequence tasks) or of lists of words (token tasks), in order.
+
+        Args:
+            texts: at least a word each.
+            owners: say of each id which word it belongs to; in strings, words are what stands between white space.
+        """
         if not texts:
             return []
         if self._task == "token":
             return [
                 window
-                for index, (ids, firsts) in enumerate(self._words([list(words) for words in texts]))
-                for window in self._of_words(index, ids, firsts)
+                for index, (ids, word_ids, firsts) in enumerate(self._words([list(words) for words in texts]))
+                for window in self._of_words(index, ids, firsts, _word_array(word_ids) if owners else None)
             ]
-        encodings = self._tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
-        return [window for index, ids in enumerate(encodings["input_ids"]) for window in self._of_text(index, ids)]
+        strings = cast(Sequence[str], texts)
+        encoded = self._tokenizer(list(strings), add_special_tokens=False, return_attention_mask=False, verbose=False)
+        found: list[Window] = []
+        for index, ids in enumerate(encoded["input_ids"]):
+            of = words_of(strings[index], encoded.encodings[index].offsets) if owners else None
+            found.extend(self._of_text(index, ids, of))
+        return found
 
-    def _of_text(self, index: int, ids: list[int]) -> list[Window]:
+    def _of_text(self, index: int, ids: list[int], owners: NDArray[np.int64] | None) -> Iterator[Window]:
         if not ids:
             ids = self._stand_in()
+            owners = None if owners is None else np.zeros(len(ids), dtype=np.int64)
         count = -(-len(ids) // self._room)
         borders = [part * len(ids) // count for part in range(count + 1)]
-        none = np.zeros(0, dtype=np.int64)
-        return [self._window(index, ids[start:stop], none, none) for start, stop in itertools.pairwise(borders)]
+        for start, stop in itertools.pairwise(borders):
+            yield self._window(index, ids, start, stop, _NONE, _NONE, owners)
 
-    def _of_words(self, index: int, ids: list[int], firsts: NDArray[np.int64]) -> list[Window]:
+    def _of_words(
+        self, index: int, ids: list[int], firsts: NDArray[np.int64], owners: NDArray[np.int64] | None
+    ) -> Iterator[Window]:
         overlap = self._room // 4
         last = max(len(ids) - self._room, 0)
         starts = [*range(0, last, self._room - overlap), last]
         # a word before the middle of what two windows share is the earlier one's
         borders = [(earlier + self._room + later) // 2 for earlier, later in itertools.pairwise(starts)]
-        owner = np.searchsorted(np.asarray(borders, dtype=np.int64), firsts, side="right")
-        found = []
+        window_of = np.searchsorted(np.asarray(borders, dtype=np.int64), firsts, side="right")
         for number, start in enumerate(starts):
-            words = np.flatnonzero(owner == number)
+            words = np.flatnonzero(window_of == number)
             if len(words):
-                part = ids[start : start + self._room]
-                found.append(self._window(index, part, words, firsts[words] - start + len(self._before)))
-        return found
+                positions = firsts[words] - start + len(self._before)
+                yield self._window(index, ids, start, start + self._room, words, positions, owners)
 
-    def _window(self, text: int, part: list[int], words: NDArray[np.int64], positions: NDArray[np.int64]) -> Window:
-        return Window(text, [*self._before, *part, *self._after], len(part), words, positions)
+    def _window(
+        self,
+        text: int,
+        ids: list[int],
+        start: int,
+        stop: int,
+        words: NDArray[np.int64],
+        positions: NDArray[np.int64],
+        owners: NDArray[np.int64] | None,
+    ) -> Window:
+        part = ids[start:stop]
+        if owners is not None:
+            frame = len(self._before), len(self._after)
+            owners = np.pad(owners[start:stop], frame, constant_values=-1)
+        return Window(text, [*self._before, *part, *self._after], len(part), words, positions, owners)
 
-    def _words(self, texts: list[list[str]]) -> list[tuple[list[int], NDArray[np.int64]]]:
-        """Return the ids of each text, and the position of every word's first sub-token among them."""
+    def _words(self, texts: list[list[str]]) -> list[_Encoded]:
+        """Return of each text its ids, the word of each, and the position of every word's first sub-token."""
         encoded = self._encode_words(texts)
         # a word that the tokenizer drops is encoded as the unknown token, as in training
-        lacking = [number for number, (_, firsts) in enumerate(encoded) if (firsts < 0).any()]
+        lacking = [number for number, (_, _, firsts) in enumerate(encoded) if (firsts < 0).any()]
         stand_in = self._tokenizer.unk_token or _PLACEHOLDER
         filled = [
-            [stand_in if first < 0 else word for word, first in zip(texts[number], encoded[number][1], strict=True)]
+            [stand_in if first < 0 else word for word, first in zip(texts[number], encoded[number][2], strict=True)]
             for number in lacking
         ]
         for number, again in zip(lacking, self._encode_words(filled), strict=True):
-            if (again[1] < 0).any():
+            if (again[2] < 0).any():
                 raise DataError(f"a word gets no token, nor does {stand_in!r} in its place: {texts[number]}")
             encoded[number] = again
         return encoded
 
-    def _encode_words(self, texts: list[list[str]]) -> list[tuple[list[int], NDArray[np.int64]]]:
+    def _encode_words(self, texts: list[list[str]]) -> list[_Encoded]:
         """As `_words`, with -1 for a word without a sub-token."""
         if not texts:
             return []
@@ -131,10 +160,11 @@ class Windower:
         found = []
         for words, encoding in zip(texts, encodings, strict=True):
             firsts = np.full(len(words), -1, dtype=np.int64)
-            for position, word in reversed(list(enumerate(encoding.word_ids))):
+            word_ids = encoding.word_ids
+            for position, word in reversed(list(enumerate(word_ids))):
                 if word is not None:
                     firsts[word] = position
-            found.append((encoding.ids, firsts))
+            found.append((encoding.ids, word_ids, firsts))
         return found
 
     def _stand_in(self) -> list[int]:
@@ -148,3 +178,23 @@ def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:
     full = tokenizer("a")["input_ids"]
     start = next(at for at in range(len(full)) if full[at : at + len(plain)] == plain)
     return full[:start], full[start + len(plain) :]
+
+
+def words_of(text: str, offsets: Sequence[tuple[int, int]]) -> NDArray[np.int64]:
+    """Say of each sub-token which word of a running text it belongs to, by its last character that is no space.
+
+    Args:
+        text: words stand between white space, as in `str.split`.
+        offsets: first character of each sub-token and the one after its last.
+
+    Returns:
+        Index of the word, -1 for a sub-token of white space alone; int64 [sub-tokens].
+    """
+    word_at = np.full(len(text), -1, dtype=np.int64)
+    for number, word in enumerate(re.finditer(r"\S+", text)):
+        word_at[word.start() : word.end()] = number
+    return np.array([word_at[start:stop].max(initial=-1) for start, stop in offsets], dtype=np.int64)
+
+
+def _word_array(word_ids: Sequence[int | None]) -> NDArray[np.int64]:
+    return np.array([-1 if word is None else word for word in word_ids], dtype=np.int64)

@@ -99,17 +99,34 @@ def expected_calibration_error(probability: NDArray[Any], gold: NDArray[Any], bi
         gold: `[items]` label ids.
         bins: number of bins over (0, 1]; a confidence on a border belongs to the bin below it.
     """
-    if len(gold) == 0:
-        return 0.0
+    rows = reliability_bins(probability, gold, bins)
+    return sum(row["items"] * abs(row["accuracy"] - row["confidence"]) for row in rows) / max(len(gold), 1)
+
+
+def reliability_bins(probability: NDArray[Any], gold: NDArray[Any], bins: int = BINS) -> list[dict[str, Any]]:
+    """Return the points of a reliability diagram: per bin with items, their number, mean confidence and accuracy.
+
+    Args:
+        probability: `[items, classes]`.
+        gold: `[items]` label ids.
+        bins: number of bins over (0, 1]; a confidence on a border belongs to the bin below it.
+    """
     confidence = probability.max(-1)
     right = probability.argmax(-1) == gold
     place = np.clip(np.ceil(confidence * bins).astype(np.int64) - 1, 0, bins - 1)
-    gaps = np.bincount(place, weights=right - confidence, minlength=bins)
-    return float(np.abs(gaps).sum() / len(gold))
+    counts = np.bincount(place, minlength=bins)
+    sure, correct = (np.bincount(place, weights=values, minlength=bins) for values in (confidence, right))
+    return [
+        {"items": int(count), "confidence": float(sure[i] / count), "accuracy": float(correct[i] / count)}
+        for i, count in enumerate(counts)
+        if count
+    ]
 
 
-def _figures(logits: NDArray[Any], gold: NDArray[Any], temperature: float) -> dict[str, float]:
+def _figures(logits: NDArray[Any], gold: NDArray[Any], temperature: float) -> dict[str, Any]:
+    probability = probabilities(logits, temperature)
     return {
         "nll": negative_log_likelihood(logits, gold, temperature),
-        "ece": expected_calibration_error(probabilities(logits, temperature), gold),
+        "ece": expected_calibration_error(probability, gold),
+        "reliability": reliability_bins(probability, gold),
     }

@@ -38,7 +38,7 @@ def evaluate(run: str | Path, *, split: str = "test", data: str | None = None) -
     """
     folder = open_finished(run)
     recipe = Recipe.load(folder.recipe)
-    examples, labels = _examples(recipe, split, data, folder.adapter)
+    examples, labels = split_examples(recipe, split, data, folder.adapter)
     state = processes()
     set_seed(recipe.seed)
     backbone = load_backbone(recipe.model, recipe.data.task, labels, state.device)
@@ -59,7 +59,20 @@ def evaluate(run: str | Path, *, split: str = "test", data: str | None = None) -
     return result
 
 
-def _examples(recipe: Recipe, split: str, data: str | None, adapter: Path) -> tuple[list[Example], tuple[str, ...]]:
+def split_examples(
+    recipe: Recipe, split: str, data: str | None, adapter: Path
+) -> tuple[list[Example], tuple[str, ...]]:
+    """Return the texts of a split as the run saw them, or other texts, and the labels of the adapter.
+
+    Args:
+        recipe: of the run.
+        split: `train`, `validation` or `test`; with `data`, the split or file name there.
+        data: a folder or file with other texts.
+        adapter: the folder of the adapter.
+
+    Raises:
+        DataError: there is no such split, or it cannot be read.
+    """
     import json
 
     labels = tuple(json.loads((adapter / "labels.json").read_text(encoding="utf-8"))["labels"])

@@ -104,7 +104,7 @@ def _recipe_text(recipe: Recipe) -> str:
 
 def _choose_mask(recipe: Recipe, backbone: Backbone) -> tuple[MaskToken | None, tuple[Decision, ...]]:
     config = recipe.masking
-    if config.p == 0 and (config.schedule == "constant" or config.p_start == 0) and not config.trainable_mask:
+    if config.is_off and not config.trainable_mask:
         return None, (Decision("mask token", "none", "masking.p is 0: nothing is masked"),)
     embedding = find_embedding(backbone.model)
     rows = embedding_weight(embedding).shape[0]

@@ -37,7 +37,14 @@ HEAVY = ("torch", "transformers", "peft", "datasets", "sklearn", "numpy")
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["train", "--help"], ["recipes", "list"], ["validate", "quickstart"], ["evaluate", "nope"]],
+    [
+        ["--help"],
+        ["train", "--help"],
+        ["recipes", "list"],
+        ["validate", "quickstart"],
+        ["evaluate", "nope"],
+        ["report", "nope"],
+    ],
 )
 def test_nothing_heavy_is_imported_for_a_quick_answer(arguments):
     code = (

@@ -14,6 +14,7 @@ from tokmask_peft.training.calibration import (
     fit_temperature,
     negative_log_likelihood,
     probabilities,
+    reliability_bins,
 )
 
 
@@ -82,3 +83,13 @@ def test_the_report_is_of_every_part_and_refuses_nan():
     validation[0][7, 1] = np.nan
     with pytest.raises(RunError, match="not finite"):
         calibrate({"validation": validation})
+
+
+def test_reliability_bins_by_hand():
+    probability = np.array([[0.9, 0.1], [0.95, 0.05], [0.45, 0.55], [0.8, 0.2]])
+    gold = np.array([0, 1, 1, 0])
+    rows = reliability_bins(probability, gold, 5)
+    assert [row["items"] for row in rows] == [1, 1, 2]
+    assert [row["confidence"] for row in rows] == pytest.approx([0.55, 0.8, 0.925])  # .8 belongs to the bin below it
+    assert [row["accuracy"] for row in rows] == [1.0, 1.0, 0.5]
+    assert reliability_bins(np.zeros((0, 2)), np.zeros(0, dtype=int)) == []

@@ -1,0 +1,103 @@
+"""Masking curves and their areas: right orders, the same texts and orders for every run, honest intervals."""
+
+import numpy as np
+import pytest
+from scipy.stats import norm
+from tiny_models import TEXTS
+
+from tokmask_peft.inference import faithfulness
+from tokmask_peft.inference.faithfulness import interval, report_lines
+from tokmask_peft.inference.masking_curves import SHARES, masking_curves
+from tokmask_peft.inference.occluded import Occluded, Question
+from tokmask_peft.training.calibration import probabilities
+
+
+@pytest.mark.parametrize(("family", "task"), [("bert", "sequence"), ("qwen2", "sequence"), ("bert", "token")])
+def test_curves_begin_at_the_prediction_and_end_where_all_is_masked(classifier, family, task):
+    model = classifier(family, task, max_length=64, temperature=1.5)
+    found = masking_curves(model, TEXTS, seed=3)
+    assert sorted(found) == [n for n, text in enumerate(TEXTS) if len(text.split()) > 1]
+    answers = model.predict(TEXTS)
+    for number, curves in found.items():
+        assert curves.shape == (3, len(SHARES))
+        assert np.ptp(curves[:, 0]) < 1e-6
+        assert np.ptp(curves[:, -1]) < 1e-6
+        if task == "sequence":
+            assert curves[0, 0] == pytest.approx(max(answers[number].probabilities.values()), abs=1e-5)
+        else:
+            best = [max(row.values()) for row in answers[number].probabilities]
+            assert np.abs(np.array(best) - curves[0, 0]).min() < 1e-5
+    again = masking_curves(model, TEXTS, seed=3, batch_size=5)
+    assert all(np.allclose(found[number], again[number], atol=1e-5) for number in found)
+    other = masking_curves(model, TEXTS, seed=4)
+    if task == "sequence":
+        assert all(np.allclose(found[n][:2], other[n][:2], atol=1e-5) for n in found), "only the random orders change"
+    assert any(not np.allclose(found[n][2], other[n][2], atol=1e-3) for n in found)
+
+
+def test_words_are_masked_in_the_order_of_their_influence(classifier):
+    model = classifier(max_length=64)
+    text = "she said que no quería to go #fiesta 2025 ok"  # ten words: each step is a share
+    curves = masking_curves(model, [text])[0]
+    (explanation,) = model.explain([text])
+    order = np.argsort(explanation.influences)
+    occluded = Occluded(model, [text])
+    label = model.labels.index(explanation.label)
+    for row, words in ((0, order[::-1]), (1, order)):
+        asked = [Question(0, frozenset(words[:count].tolist())) for count in range(11)]
+        assert curves[row] == pytest.approx(probabilities(occluded.logits(asked, 8))[:, label], abs=1e-5)
+
+
+def test_intervals_are_those_of_large_samples_and_paired():
+    draw = np.random.default_rng(0)
+    texts, one = draw.normal(1.0, 3.0, 4000), np.ones(4000)
+    found = interval((texts, one), None, 0)
+    half = norm.ppf(0.975) * texts.std() / np.sqrt(len(texts))
+    assert found["mean"] == pytest.approx(texts.mean())
+    assert (found["high"] - found["low"]) / 2 == pytest.approx(half, rel=0.05)
+    shifted = interval((texts + draw.normal(0.5, 0.01, 4000), one), (texts, one), 0)
+    assert shifted["low"] == pytest.approx(0.5, abs=0.01), "pairing takes the spread of the texts out"
+    ratio = interval((texts, 2 * one), None, 0)
+    assert ratio["mean"] == pytest.approx(texts.mean() / 2)
+    assert interval((one, one), (one, one), 0) == {"mean": 0.0, "low": 0.0, "high": 0.0}
+
+
+def test_areas_are_those_under_the_curves():
+    line = np.linspace(1.0, 0.0, len(SHARES))
+    curves = np.stack([[line, np.ones_like(line), 0.5 + line / 2]])
+    parts = {key: values[0] / values[1] for key, values in faithfulness._parts(curves).items()}
+    assert parts["least_minus_most"] == pytest.approx(0.5)
+    assert parts["random_minus_most"] == pytest.approx(0.25)
+    assert parts["least_minus_random"] == pytest.approx(0.25)
+    assert parts["relative"] == pytest.approx(0.25 / 0.75)
+    assert parts["random_fall"] == pytest.approx(0.25)
+
+
+def part(low, high, p):
+    measures = {key: {"mean": (low + high) / 2, "low": low, "high": high} for key in faithfulness.MEASURES}
+    curves = dict.fromkeys(("most", "least", "random"), SHARES.tolist())
+    return {"path": f"runs/p{p}", "p": p, "mask": "note", "curves": curves, "measures": measures}
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "alone", "paired"),
+    [
+        (0.1, 0.2, "faster than random", "is more than"),
+        (-0.2, -0.1, "worse than chance", "is less than"),
+        (-0.1, 0.1, "not shown to do better", "is not shown to be more or less than"),
+    ],
+)
+def test_the_verdict_is_that_of_the_interval(low, high, alone, paired):
+    result = {"texts": 9, "left_out": 1, "split": "test", "shares": SHARES.tolist(), "run": part(low, high, 0.1)}
+    said = "\n".join(report_lines(result))
+    assert alone in said
+    assert "First run" not in said
+    assert "(1 with fewer than two words" in said
+    result |= {
+        "against": part(0.1, 0.2, 0),
+        "difference": part(low, high, 0)["measures"],
+        "other_differences": ["seed"],
+    }
+    said = "\n".join(report_lines(result))
+    assert f"The separation of its curves {paired} the second's" in said
+    assert "Not only masking differs: seed." in said

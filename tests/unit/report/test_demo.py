@@ -1,0 +1,91 @@
+"""The demo's answers: coloured words for good input, a sentence for bad input, and nothing of the text's markup."""
+
+import socket
+
+import pytest
+from tiny_models import build
+from typer.testing import CliRunner
+
+from tokmask_peft.cli import app
+from tokmask_peft.errors import ExtraError, ModelError
+from tokmask_peft.inference.classifier import Classifier
+from tokmask_peft.report import demo
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    """Return a function that makes a classifier of a tiny random model."""
+
+    def make(task, family="bert"):
+        model, tokenizer = build(family, task)
+        model.config.pad_token_id = tokenizer.pad_token_id
+        return Classifier(model, tokenizer, task, ("lang1", "<b>", "other"), max_length=32)
+
+    return make
+
+
+def test_a_text_gets_probabilities_and_words_coloured_by_influence(classifier):
+    chances, html = demo.answer(classifier("sequence"), "mañana <i>meeting</i> boss")
+    assert chances is not None
+    assert sum(chances.values()) == pytest.approx(1)
+    assert 'class="for"' in html or 'class="against"' in html
+    assert "&lt;i&gt;meeting&lt;/i&gt;" in html
+    assert "<i>" not in html
+
+
+def test_words_get_the_colour_of_their_label(classifier):
+    chances, html = demo.answer(classifier("token"), "mañana <i>meeting</i> boss")
+    assert chances is None
+    assert html.count('<span class="label') == 3
+    assert html.count("<tr>") == 4
+    assert "&lt;b&gt;" in html
+    assert "<b>" not in html
+    assert "<i>" not in html
+
+
+@pytest.mark.parametrize("text", ["", "  \n "])
+def test_no_words_are_answered_in_words(classifier, text):
+    chances, html = demo.answer(classifier("sequence"), text)
+    assert chances is None
+    assert html == '<p class="message" role="alert">the text is empty: it has no words</p>'
+
+
+def test_what_the_classifier_refuses_is_answered_in_words(classifier):
+    chances, html = demo.answer(classifier("token"), "half a pair \ud800")
+    assert chances is None
+    assert 'role="alert"' in html
+    assert "texts[0]" not in html
+
+
+def test_long_texts_are_classified_without_colours(classifier):
+    chances, html = demo.answer(classifier("sequence"), "boss " * 301)
+    assert chances is not None
+    assert "up to 300 words, and this one has 301" in html
+    assert 'class="for"' not in html
+
+
+def test_a_taken_port_and_a_foreign_host_are_said_before_loading():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(ModelError, match="cannot listen on"):
+            demo.check_address("127.0.0.1", taken.getsockname()[1])
+    with pytest.raises(ModelError, match="--host"):
+        demo.check_address("192.0.2.1", None)
+    demo.check_address(demo.HOST, None)
+
+
+def test_missing_gradio_is_said(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ExtraError, match=r"tokmask-peft\[demo\]"):
+        demo.require_gradio()
+
+
+def test_the_command_listens_on_loopback_unless_told_otherwise(monkeypatch):
+    pytest.importorskip("gradio")
+    asked = []
+    monkeypatch.setattr(demo, "check_address", lambda *address: asked.append(address))
+    found = CliRunner().invoke(app, ["demo", "no/such/model/here"])
+    assert asked == [("127.0.0.1", None)]
+    assert found.exit_code == 2
+    assert "does not exist" in found.stderr

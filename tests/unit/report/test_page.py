@@ -1,0 +1,254 @@
+"""The page of a run: everything that was measured, escaped, and nothing where nothing was measured."""
+
+import re
+import sys
+from html.parser import HTMLParser
+
+import pytest
+from run_files import NASTY, log, result, write_run
+from typer.testing import CliRunner
+
+from tokmask_peft.cli import app
+from tokmask_peft.errors import ExtraError, RunError
+from tokmask_peft.report.examples import Mistake, Mistakes
+from tokmask_peft.report.make import prepare, report_run
+from tokmask_peft.report.page import render
+from tokmask_peft.report.record import Record
+
+pytest.importorskip("matplotlib")
+VOID = {"meta", "br", "input", "link", "img", "hr"}
+
+
+class Outline(HTMLParser):
+    """Collects what a browser would see, and complains about tags that do not close."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.open, self.tags, self.attributes, self.texts = [], [], [], []
+        self.feed(page)
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.texts).split())
+
+
+def mistakes(task="sequence", **more):
+    words, word = (("so", NASTY, "bueno"), 1 if task == "token" else None)
+    wrong = Mistake(words, "good", "bad", 0.9999, 0.00004, "test.tsv:3", word, (0.5, -2.0, 0.0))
+    return Mistakes(**{"split": "test", "texts": 9, "of": 9, "items": 126, "wrong": 1, "shown": (wrong,), **more})
+
+
+def page(tmp_path, found=None, shown=None, why="", task="sequence", **more):
+    record = Record.open(write_run(tmp_path / "run", found, task=task, **more))
+    return render(record, shown, why)
+
+
+def without(found, *keys):
+    for key in keys:
+        del found[key]
+    return found
+
+
+@pytest.mark.parametrize("task", ["sequence", "token"])
+def test_it_holds_what_was_measured(tmp_path, task):
+    seen = Outline(page(tmp_path, shown=mistakes(task), task=task)).text
+    for expected in (
+        "made-up",
+        "someone/tiny-bert",
+        "p = 0.1",
+        "above the character n-gram baseline",
+        "test 0.6100 0.6200 0.6300",
+        "validation 0.7100 0.7200 0.7300",
+        "n-gram baseline 0.5100 0.5200 0.5300",
+        "Temperature 1.250",
+        "test 0.0789 0.0123 0.4321 0.4321",
+        "in train and in test 926",
+        "Merged in reading: so-so → bad (12).",
+        "Removed: 87 from train.",
+        "train train.tsv 1,234 5,678 17 29",
+        "Texts are cut at 99 sub-tokens",
+        "61 s in 30 steps",
+        "595 sub-tokens per second",
+        "1.00 GiB",
+        "tokmask predict",
+        "1 of 126",
+        "above 99.9%",
+        "AutoPeftModelFor",
+    ):
+        assert expected in seen
+    assert ("By code-mixing index (test)" in seen) == (task == "token")
+    assert ("0 to 15 5 50 0.8000 0.8000" in seen) == (task == "token")
+
+
+@pytest.mark.parametrize("task", ["sequence", "token"])
+def test_texts_and_labels_are_escaped(tmp_path, task):
+    text = page(tmp_path, shown=mistakes(task), task=task)
+    assert "<script" not in text
+    seen = Outline(text)
+    assert "script" not in seen.tags
+    assert seen.text.count("alert(") >= 6  # label, warning, decision, shared text, mistake
+    assert not [name for name, _ in seen.attributes if name.startswith("on")]
+
+
+def test_it_is_one_file_that_loads_nothing(tmp_path):
+    text = page(tmp_path, shown=mistakes("token"), task="token")
+    seen = Outline(text)
+    assert not {"link", "script", "iframe", "object", "img"} & set(seen.tags)
+    links = [value for name, value in seen.attributes if name in ("src", "href", "xlink:href", "srcset")]
+    assert links
+    assert all(link.startswith("#") for link in links)
+    assert "@import" not in text
+    assert all(inside.startswith("#") for inside in re.findall(r"url\(([^)]*)\)", text))
+    assert "default-src 'none'" in text
+
+
+def test_ids_are_unique_and_every_link_has_its_target(tmp_path):
+    seen = Outline(page(tmp_path, shown=mistakes("token"), task="token"))
+    ids = [value for name, value in seen.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+    assert {value[1:] for name, value in seen.attributes if name in ("href", "xlink:href")} <= set(ids)
+
+
+def test_pictures_say_what_they_show_and_take_the_colours_of_the_page(tmp_path):
+    text = page(tmp_path, task="token")
+    seen = Outline(text)
+    assert seen.tags.count("svg") == 5  # loss, F1, rate, code-mixing, reliability
+    labels = dict.fromkeys(value for name, value in seen.attributes if name == "aria-label")
+    assert any("Training loss: 1.000 at step 1, 0.033 at step 30" in label for label in labels)
+    assert any("0.900 at 0, 0.800 at 0–15, 0.700 at 45–100" in label for label in labels)
+    assert any("0.0789 before the temperature, 0.0123 after" in label for label in labels)
+    assert "var(--ink)" in text
+    assert not re.findall(r"#0[1-5]0[1-5]0[1-5]", text)
+
+
+def test_a_run_that_does_not_beat_the_baseline_says_so(tmp_path):
+    found = result()
+    found["baseline"]["f1_macro"] = 0.62
+    text = page(tmp_path, found)
+    assert 'class="verdict bad"' in text
+    assert "does NOT beat" in text
+
+
+def test_a_hair_above_the_baseline_is_not_painted_green(tmp_path):
+    found = result()
+    found["baseline"]["f1_macro"] = 0.609
+    assert 'class="verdict "' in page(tmp_path, found)
+
+
+def test_a_run_without_test_baseline_calibration_and_log(tmp_path):
+    found = without(result(), "test", "baseline", "calibration")
+    del found["data"]["splits"]["test"]
+    seen = Outline(page(tmp_path, found, why="no data", lines=[]))
+    assert "svg" not in seen.tags
+    for expected in (
+        "macro-F1 on validation 0.7100",
+        "No baseline was scored",
+        "there was no test split",
+        "did not calibrate",
+        "log.jsonl is missing or empty",
+        "Left out: no data",
+        "By class (validation)",
+    ):
+        assert expected in seen.text
+
+
+def test_an_older_calibration_has_its_numbers_without_the_picture(tmp_path):
+    found = result()
+    for split in ("validation", "test"):
+        for when in ("before", "after"):
+            found["calibration"][split][when] = {"nll": 0.5, "ece": 0.25}
+    seen = Outline(page(tmp_path, found)).text
+    assert "test 0.2500 0.2500 0.5000 0.5000" in seen
+    assert "no points for a reliability diagram" in seen
+
+
+def test_without_masking_there_is_no_curve_of_it(tmp_path):
+    lines = [{key: value for key, value in line.items() if key != "masking_rate"} for line in log()]
+    text = page(tmp_path, lines=[*lines, {"step": 31, "loss": None}], masking=0)
+    assert "Masking rate p" not in text
+    assert "0.033 at step 30" in text
+
+
+def test_changed_data_and_samples_are_told(tmp_path):
+    assert "have changed since training: 99 texts now" in page(tmp_path, shown=mistakes(items=99))
+    sampled = page(tmp_path / "b", shown=mistakes(items=99, of=500))
+    assert "random sample of 9 of its 500 texts" in sampled
+    assert "have changed" not in sampled
+    assert "Without word colours: no mask" in page(tmp_path / "c", shown=mistakes(unexplained="no mask"))
+
+
+def test_no_folder_of_the_machine_is_in_the_data_report(tmp_path):
+    assert "/home/someone" not in page(tmp_path)
+
+
+def test_a_half_written_log_is_read_to_its_end(tmp_path):
+    folder = write_run(tmp_path / "run")
+    with (folder / "log.jsonl").open("a") as file:
+        file.write('{"step": 31, "lo')
+    assert len(Record.open(folder).log) == len(log())
+
+
+def test_only_a_report_is_replaced(tmp_path):
+    folder = write_run(tmp_path / "run")
+    path, _ = report_run(folder, examples=False)
+    assert path == folder / "report.html"
+    report_run(folder, examples=False)
+    mine = tmp_path / "thesis.html"
+    mine.write_text("mine")
+    with pytest.raises(RunError, match="is no report of this tool"):
+        report_run(folder, mine, examples=False)
+    assert mine.read_text() == "mine"
+    with pytest.raises(RunError, match="folder is missing"):
+        report_run(folder, tmp_path / "no/such.html", examples=False)
+
+
+def test_missing_matplotlib_is_said_before_anything_else(tmp_path, monkeypatch):
+    folder = write_run(tmp_path / "run")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ExtraError, match=r"tokmask-peft\[plots\]"):
+        prepare(folder)
+
+
+class TestCommand:
+    def run(self, *arguments):
+        return CliRunner().invoke(app, ["report", *map(str, arguments)])
+
+    def test_mistakes_of_the_user_are_one_message(self, tmp_path):
+        unfinished = write_run(tmp_path / "unfinished")
+        (unfinished / "result.json").unlink()
+        broken = write_run(tmp_path / "broken")
+        (broken / "result.json").write_text("{")
+        for arguments, said in (
+            ([tmp_path], "is not a run folder"),
+            ([tmp_path / "nope"], "is not a run folder"),
+            ([unfinished], "is not finished"),
+            ([broken], "is not JSON"),
+        ):
+            found = self.run(*arguments)
+            assert found.exit_code == 2
+            assert said in found.stderr
+            assert "Traceback" not in found.output
+
+    def test_data_that_are_gone_leave_the_mistakes_out_and_say_so(self, tmp_path):
+        found = self.run(write_run(tmp_path / "run"))
+        assert found.exit_code == 0, found.output
+        assert "Note: the page shows no mistakes" in found.stderr
+        assert "Left out" in (tmp_path / "run/report.html").read_text()

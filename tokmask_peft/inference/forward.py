@@ -1,0 +1,94 @@
+"""Windows of sub-tokens through a model in batches; no answer hangs on its batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from tokmask_peft.errors import ModelError
+from tokmask_peft.inference.windows import Window
+from tokmask_peft.masking.occlusion import Occlusion
+from tokmask_peft.recipe import Task
+
+Hidden = NDArray[np.bool_]
+"""Which sub-tokens of a window are masked, bool [ids]."""
+
+
+class Forward:
+    """Runs windows through a classification model.
+
+    Args:
+        model: the module, in eval mode.
+        pad_id: fills shorter windows up.
+        task: `sequence` or `token`.
+        dtype: bfloat16 for autocast, else the model's own.
+    """
+
+    def __init__(self, model: nn.Module, pad_id: int, task: Task, dtype: torch.dtype) -> None:
+        self._model, self._pad_id, self._task = model, pad_id, task
+        self._device = next(model.parameters()).device
+        self._low = dtype == torch.bfloat16
+
+    def logits(
+        self,
+        windows: Sequence[Window],
+        batch_size: int,
+        occlusion: Occlusion | None = None,
+        hidden: Sequence[Hidden] = (),
+    ) -> list[NDArray[np.float32]]:
+        """Return per window logits `[1, classes]`, or `[words, classes]` in token tasks, in the order of `windows`.
+
+        Args:
+            windows: of any lengths; those of similar length go together.
+            batch_size: windows per forward pass.
+            occlusion: hides sub-tokens.
+            hidden: with `occlusion`, which, for each window.
+
+        Raises:
+            ModelError: a logit is not finite.
+        """
+        order = sorted(range(len(windows)), key=lambda number: len(windows[number].ids))
+        found: list[Any] = [None] * len(windows)
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            batch = [windows[number] for number in chosen]
+            with nullcontext() if occlusion is None else occlusion.at(_padded([hidden[n] for n in chosen])):
+                values = self._batch(batch)
+            for number, rows in zip(chosen, values, strict=True):
+                found[number] = rows
+        return found
+
+    @torch.inference_mode()
+    def _batch(self, batch: list[Window]) -> list[NDArray[np.float32]]:
+        longest = max(len(window.ids) for window in batch)
+        ids = torch.full((len(batch), longest), self._pad_id)
+        mask = torch.zeros_like(ids)
+        for row, window in enumerate(batch):
+            ids[row, : len(window.ids)] = torch.tensor(window.ids)
+            mask[row, : len(window.ids)] = 1
+        device = self._device
+        with torch.autocast(device.type, dtype=torch.bfloat16) if self._low else nullcontext():
+            logits = self._model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
+        if self._task == "sequence":
+            picked = logits.float().cpu().numpy()
+            sizes = [1] * len(batch)
+        else:
+            rows = np.repeat(np.arange(len(batch)), [len(window.positions) for window in batch])
+            positions = np.concatenate([window.positions for window in batch])
+            picked = logits[torch.as_tensor(rows), torch.as_tensor(positions)].float().cpu().numpy()
+            sizes = [len(window.positions) for window in batch]
+        if not np.isfinite(picked).all():
+            raise ModelError("the model gives logits that are not finite; load it with precision='fp32'")
+        return np.split(picked, np.cumsum(sizes)[:-1])
+
+
+def _padded(rows: Sequence[Hidden]) -> torch.Tensor:
+    """Stack what is hidden in each window, nothing of the padding; bool [batch, seq]."""
+    longest = max(map(len, rows))
+    return torch.from_numpy(np.stack([np.pad(row, (0, longest - len(row))) for row in rows]))
