@@ -73,7 +73,7 @@ def train(
     from tokmask_peft.recipe import Recipe
 
     checked = Recipe.load(recipe, overrides or [])
-    _quiet_libraries()
+    quiet_libraries()
     from tokmask_peft.training import fit
 
     fit.train(checked, resume=resume, quiet=quiet)
@@ -92,7 +92,7 @@ def evaluate(
     from tokmask_peft.training.run_folder import open_finished
 
     open_finished(run)  # before the libraries are loaded, which takes seconds
-    _quiet_libraries()
+    quiet_libraries()
     from tokmask_peft.console import make_console, print_scores
     from tokmask_peft.training.evaluate import evaluate as score
 
@@ -101,6 +101,77 @@ def evaluate(
         typer.echo(json.dumps(result, indent=2, ensure_ascii=False))
     else:
         print_scores(make_console(), {split: result})
+
+
+@app.command()
+def sweep(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    p: Annotated[str | None, typer.Option("--p", help="masking rates, for example 0,0.1,0.2")] = None,
+    seeds: Annotated[str, typer.Option(help="how many (5 is the seeds 1 to 5), or which: 11,12,13")] = "5",
+    grid: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUES", help="another axis, as training.learning_rate=1e-4,3e-4; may be repeated"),
+    ] = None,
+    arms: Annotated[
+        str | None,
+        typer.Option(
+            help="compare regularizers: none, lora_dropout, attention_dropout, neftune, label_smoothing, mask, and "
+            "combinations such as mask+neftune, separated by commas"
+        ),
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="of the sweep; its folder is runs/NAME")] = None,
+    storage: Annotated[
+        str | None, typer.Option(metavar="URL", help="database to share with other machines; SQLite in the folder else")
+    ] = None,
+    sampler: Annotated[str, typer.Option(help="grid, random or tpe")] = "grid",
+    trials: Annotated[int | None, typer.Option(help="number of runs, with random and tpe")] = None,
+    prune: Annotated[bool, typer.Option("--prune", help="Stop runs that fall below the median of earlier ones.")] = False,
+    workers: Annotated[int, typer.Option(min=1, help="runs at once on this machine")] = 1,
+    keep_checkpoints: Annotated[
+        bool, typer.Option("--keep-checkpoints", help="Keep the checkpoints of finished runs.")
+    ] = False,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run failed trials again.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs, and start none.")] = False,
+) -> None:
+    """Train RECIPE once for each masking rate, seed and grid value; the same command goes on where it stopped."""
+    from tokmask_peft.study.plan import make_plan
+
+    plan = make_plan(
+        recipe,
+        overrides or [],
+        p=p,
+        seeds=seeds,
+        grid=grid or [],
+        arms=arms,
+        sampler=sampler,
+        trials=trials,
+        name=name,
+    )
+    if dry_run:
+        for cell in plan.cells:
+            typer.echo(f"{cell.name}  {' '.join((f'seed={cell.seed}', *cell.overrides))}")
+        return
+    from tokmask_peft.study import sweep as running
+
+    options = running.Options(workers, keep_checkpoints, prune, retry_failed)
+    cells = running.run_sweep(plan, storage, options)
+    for line in running.closing_lines(plan, cells):
+        typer.echo(line)
+    if running.failures(cells):
+        raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="SWEEP", help="the folder of a sweep, such as runs/trec-sweep")],
+) -> None:
+    """Compare the arms of a sweep: tables, a plot and statistics in SWEEP/report."""
+    from tokmask_peft.study.report import sweep_report
+
+    paths = sweep_report(folder)
+    typer.echo(paths.summary)
+    typer.echo(f"Report: {paths.markdown}")
 
 
 @app.command()
@@ -155,7 +226,7 @@ def predict(
 
         source = TextFile(file, saved.task, format, column)
         check_output(out, file, force)
-    _quiet_libraries()
+    quiet_libraries()
     from tokmask_peft.inference import show
     from tokmask_peft.inference.classifier import load
 
@@ -179,7 +250,7 @@ def export(
 
     saved = find_saved(model, backbone)
     check_folder(merged)
-    _quiet_libraries()
+    quiet_libraries()
     from tokmask_peft.inference.export import export_merged
 
     done = export_merged(saved, merged, precision=precision)
@@ -249,7 +320,7 @@ def list_fields() -> None:
         typer.echo(line)
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """Silence what the libraries say on a normal run: load reports, progress bars of theirs, advice for others."""
     # first: importing transformers imports bitsandbytes, which warns of optional kernels at once
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
