@@ -123,11 +123,12 @@ class Ledger:
         """Take a waiting trial; none if there is none."""
         import optuna
 
-        mine = {cell.name: cell for cell in self.plan.cells}
-        for trial in self.storage.get_all_trials(self.study_id, deepcopy=False, states=(self._states.WAITING,)):
-            cell = mine.get(trial.user_attrs.get("cell"))
-            if cell is None:
-                continue
+        place = {cell.name: number for number, cell in enumerate(self.plan.cells)}
+        waiting = self.storage.get_all_trials(self.study_id, deepcopy=False, states=(self._states.WAITING,))
+        mine = [trial for trial in waiting if trial.user_attrs.get("cell") in place]
+        # in the order of the plan: what is run again belongs to a seed that is half done
+        for trial in sorted(mine, key=lambda one: (place[one.user_attrs["cell"]], one.number)):
+            cell = self.plan.cells[place[trial.user_attrs["cell"]]]
             self.storage.record_heartbeat(trial._trial_id)  # before: a running trial without one is never given up
             try:
                 if not self.storage.set_trial_state_values(trial._trial_id, self._states.RUNNING):

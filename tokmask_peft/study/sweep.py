@@ -36,6 +36,7 @@ class Options:
         retry_failed: run failed cells again.
         command: what runs a trial.
         pause: seconds between two looks at the processes.
+        look: seconds between two looks at the storage while a worker is idle.
     """
 
     workers: int = 1
@@ -44,6 +45,7 @@ class Options:
     retry_failed: bool = False
     command: tuple[str, ...] = TRIAL
     pause: float = 0.2
+    look: float = 2.0
 
 
 def run_sweep(
@@ -150,7 +152,7 @@ class _Loop:
 
     def _look(self) -> None:
         self.cells = self.ledger.tidy()
-        self._next_look = time.monotonic() + (2.0 if len(self.running) < self.options.workers else 10.0)
+        self._next_look = time.monotonic() + self.options.look * (1 if len(self.running) < self.options.workers else 5)
 
     def _start(self, claim: Claim) -> None:
         try:
