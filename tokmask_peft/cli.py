@@ -126,7 +126,7 @@ def sweep(
     ] = None,
     sampler: Annotated[str, typer.Option(help="grid, random or tpe")] = "grid",
     trials: Annotated[int | None, typer.Option(help="number of runs, with random and tpe")] = None,
-    prune: Annotated[bool, typer.Option("--prune", help="Stop runs that fall below the median of earlier ones.")] = False,
+    prune: Annotated[bool, typer.Option("--prune", help="Stop runs that fall below the median.")] = False,
     workers: Annotated[int, typer.Option(min=1, help="runs at once on this machine")] = 1,
     keep_checkpoints: Annotated[
         bool, typer.Option("--keep-checkpoints", help="Keep the checkpoints of finished runs.")

@@ -53,7 +53,7 @@ def analyse(results: SweepResults) -> dict[str, Any]:
 
 
 def _row(results: SweepResults, row: Row) -> dict[str, Any]:
-    scores = {metric: results.scores(row, metric) for metric in METRICS}
+    scores = {metric: list(results.scores(row, metric).values()) for metric in METRICS}
     validation = results.scores(row, "f1_macro", "validation")
     seconds = [run["speed"]["step_seconds"] for run in results.runs[row].values() if "speed" in run]
     return {
@@ -64,7 +64,7 @@ def _row(results: SweepResults, row: Row) -> dict[str, Any]:
         "p": row.p,
         "is_reference": row.is_reference,
         "seeds": list(results.runs[row]),
-        **{metric: {"by_seed": list(scores[metric].values()), **spread(list(scores[metric].values()))} for metric in METRICS},
+        **{metric: {"by_seed": values, **spread(values)} for metric, values in scores.items()},
         "validation_f1_macro": {"by_seed": list(validation.values()), **spread(list(validation.values()))},
         "step_seconds": float(np.mean(seconds)) if seconds else None,
     }
@@ -122,7 +122,7 @@ def _choice(results: SweepResults) -> dict[str, Any]:
     validation = {row: results.scores(row, "f1_macro", "validation") for row in results.runs}
     seeds = sorted({seed for scores in validation.values() for seed in scores})
     whole = [seed for seed in seeds if all(seed in scores for scores in validation.values())]
-    per_seed = []
+    per_seed: list[dict[str, Any]] = []
     for seed in whole:  # of equals the first, which is the one with less masking
         chosen = max(results.runs, key=lambda row: validation[row][seed])
         per_seed.append({"seed": seed, "label": chosen.label, "p": chosen.p, **_test(results, chosen, seed)})

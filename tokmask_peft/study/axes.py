@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +15,8 @@ RESERVED = {
     "name": "--name NAME (each run is named by its place in the grid)",
     "output_dir": "output_dir=FOLDER, for the whole sweep",
 }
+
+_NUMBER = r"[-+]?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +67,8 @@ def read_axis(text: str, problems: list[str]) -> Axis | None:
         known = [path for path, _ in all_fields() if path.startswith(f"{key}.")]
         problems.append(f"--grid {key}: is a section; name a key in it, such as {', '.join(known[:3])}")
         return None
-    return _range(key, written, problems) or _listed(key, written, f"--grid {key}", problems)
+    found = re.fullmatch(rf"\s*({_NUMBER})\.\.({_NUMBER})(:log)?\s*", written)
+    return _range(key, found, problems) if found else _listed(key, written, problems)
 
 
 def read_rates(text: str, problems: list[str]) -> tuple[str, ...]:
@@ -109,23 +111,19 @@ def split_values(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in found if part.strip())
 
 
-def _listed(key: str, written: str, where: str, problems: list[str]) -> Axis | None:
-    values: Sequence[str] = split_values(written)
+def _listed(key: str, written: str, problems: list[str]) -> Axis | None:
+    values = split_values(written)
     if len(set(values)) < len(values):
-        problems.append(f"{where}: a value is given twice in {written}")
+        problems.append(f"--grid {key}: a value is given twice in {written}")
         return None
-    return Axis(key, tuple(values))
+    return Axis(key, values)
 
 
-def _range(key: str, written: str, problems: list[str]) -> Axis | None:
-    number = r"[-+]?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?"
-    found = re.fullmatch(rf"\s*({number})\.\.({number})(:log)?\s*", written)
-    if not found:
-        return None
+def _range(key: str, found: re.Match[str], problems: list[str]) -> Axis | None:
     whole = all(re.fullmatch(r"[-+]?\d+", part) for part in found.group(1, 2))
     low, high = ((int if whole else float)(part) for part in found.group(1, 2))
     if low >= high or (found[3] and low <= 0):
         rule = "above 0 and rising" if found[3] else "rising"
-        problems.append(f"--grid {key}: the range {written} is not {rule}")
+        problems.append(f"--grid {key}: the range {found[0].strip()} is not {rule}")
         return None
     return Axis(key, (), low, high, bool(found[3]))

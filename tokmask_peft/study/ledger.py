@@ -1,9 +1,9 @@
 """Who runs which cell: Optuna's trials as a queue that many processes share.
 
-A cell is enqueued at least once and run exactly once. Enqueuing needs no lock: whoever finds a cell without a trial adds
-one, and of two trials of one cell the later gives way when it is claimed. Optuna numbers trials in the order in which
-they were committed, so whoever claims one sees all earlier ones. The claim itself is Optuna's step from WAITING to
-RUNNING, which only one process can make.
+A cell is enqueued at least once and run exactly once. Enqueuing needs no lock: whoever finds a cell without a trial
+adds one, and of two trials of one cell the later gives way when it is claimed. Optuna numbers trials in the order in
+which they were committed, so whoever claims one sees all earlier ones. The claim itself is Optuna's step from WAITING
+to RUNNING, which only one process can make.
 """
 
 from __future__ import annotations
@@ -239,6 +239,7 @@ class Ledger:
             return
         import optuna
 
+        self._study.get_trials(deepcopy=False)  # Optuna's cache knows no trial that it has not read
         trial = optuna.trial.Trial(self._study, trial_id)
         for axis in self.plan.axes:
             yield f"{axis.key}={axis.suggest(trial)}"

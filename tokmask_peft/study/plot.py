@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def plot_f1(analysis: dict[str, Any], folder: Path) -> list[Path]:
         room = max(_ROOM * (max(values) - min(values)), 0.002)
         bottom, top = min(shown) - room, min(max(shown) + room, 1.0)
         rates = sorted({row["p"] for row in analysis["rows"]})
-        step = min((b - a for a, b in zip(rates, rates[1:], strict=False)), default=0.1)
+        step = min((b - a for a, b in itertools.pairwise(rates)), default=0.1)
         for number, (name, rows) in enumerate(lines.items()):
             colour = colours[number % len(colours)]
             shift = (number - (len(lines) - 1) / 2) * min(0.12, 0.5 / len(lines)) * step

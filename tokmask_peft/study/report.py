@@ -95,7 +95,8 @@ def cautions(analysis: dict[str, Any]) -> list[str]:
                 f"With {fewest} seeds the smallest p-value is {smallest:.3g}, and Holm's correction multiplies the "
                 f"smallest of {len(compared)} by {len(compared)}: a single arm cannot reach .05 after it."
             )
-        lines.append("The bootstrap draws among the seeds that there are; with fewer than ten its intervals are too short.")
+        if fewest < 10:
+            lines.append("The bootstrap draws among the seeds that there are: with so few its intervals are too short.")
         problems = {one["bootstrap_problem"] for one in compared if one["bootstrap_problem"]}
         lines.extend(f"No bootstrap: {problem}." for problem in sorted(problems))
     else:
@@ -146,7 +147,7 @@ def _markdown(analysis: dict[str, Any]) -> str:
     for metric, name in (("f1_macro", "Macro-F1"), ("f1_weighted", "Weighted F1")):
         table = difference_table(analysis, metric)
         if table[1]:
-            parts += [f"## {name}: differences from p = 0, seed by seed", "", markdown(table), ""]
+            parts += [f"## {name}: differences from {_reference(analysis)}, seed by seed", "", markdown(table), ""]
     if choice["per_seed"]:
         parts += ["## What validation would have chosen", "", markdown(_choice_table(choice)), ""]
         if "gain" in choice:
@@ -179,16 +180,18 @@ def _markdown(analysis: dict[str, Any]) -> str:
     return "\n".join([*parts, f"Versions: {versions}." if versions else "", ""])
 
 
+def _reference(analysis: dict[str, Any]) -> str:
+    as_recipe = any(row["is_reference"] and row["regularizers"] == "recipe" for row in analysis["rows"])
+    return "p = 0" if as_recipe else "no regularizer"
+
+
 def _choice_table(choice: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    body = [
-        [str(one["seed"]), one["label"], f"{one['f1_macro']:.4f}", f"{one['f1_weighted']:.4f}"]
-        + [signed(one["gain"]) if "gain" in one else ""]
-        for one in choice["per_seed"]
-    ]
-    body.append(
-        ["mean", "", mean_sd(choice["f1_macro"]), mean_sd(choice["f1_weighted"])]
-        + [signed(choice["gain"]["mean"]) if "gain" in choice else ""]
-    )
+    body = []
+    for one in choice["per_seed"]:
+        gain = signed(one["gain"]) if "gain" in one else ""
+        body.append([str(one["seed"]), one["label"], f"{one['f1_macro']:.4f}", f"{one['f1_weighted']:.4f}", gain])
+    gain = signed(choice["gain"]["mean"]) if "gain" in choice else ""
+    body.append(["mean", "", mean_sd(choice["f1_macro"]), mean_sd(choice["f1_weighted"]), gain])
     return ["seed", "chosen", "macro-F1", "weighted F1", "macro-F1 against no masking"], body
 
 
@@ -199,8 +202,8 @@ def _latex(analysis: dict[str, Any]) -> str:
     if not differences[1]:
         return scores + "\n"
     caption = (
-        f"{analysis['sweep']}: paired differences in macro-F1 from p = 0; sign-flip permutation test over seeds, "
-        "Holm-corrected; g_z is Hedges' correction of Cohen's d_z."
+        f"{analysis['sweep']}: paired differences in macro-F1 from {_reference(analysis)}; sign-flip permutation test "
+        "over seeds, Holm-corrected; g_z is Hedges' correction of Cohen's d_z."
     )
     return f"{scores}\n\n{latex(differences, caption)}\n"
 
@@ -212,6 +215,6 @@ def _summary(analysis: dict[str, Any]) -> str:
     parts = [f"Scores on {analysis['scored_on']}", plain(scores), ""]
     differences = difference_table(analysis, "f1_macro")
     if differences[1]:
-        parts += ["Macro-F1, differences from p = 0, seed by seed", plain(differences), ""]
+        parts += [f"Macro-F1, differences from {_reference(analysis)}, seed by seed", plain(differences), ""]
     parts += [*findings(analysis), "", *(f"Caution: {line}" for line in cautions(analysis)), ""]
     return "\n".join(parts)

@@ -44,6 +44,8 @@ def sign_flip_p(differences: Any, axis: int = -1) -> NDArray[np.float64]:
         axis: the axis of the seeds.
     """
     sample = np.asarray(differences, dtype=np.float64)
+    if sample.shape[axis] < 2:  # either sign is as good, and SciPy wants two
+        return np.ones(np.delete(sample.shape, axis))
     resamples = np.inf if sample.shape[axis] <= EXACT_UP_TO else 99_999
     found = stats.permutation_test(
         (sample,),

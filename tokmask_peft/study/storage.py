@@ -30,7 +30,9 @@ def open_storage(url: str) -> Any:
         import optuna
         import sqlalchemy.exc
     except ImportError as error:
-        raise SweepError(f"a sweep needs Optuna ({error.name} is missing): pip install 'tokmask-peft[sweep]'") from error
+        raise SweepError(
+            f"a sweep needs Optuna ({error.name} is missing): pip install 'tokmask-peft[sweep]'"
+        ) from error
     logging.getLogger("optuna").setLevel(logging.ERROR)
     logging.getLogger("alembic").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
@@ -71,7 +73,9 @@ def errors_of_storage() -> Iterator[None]:
         yield
     except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
         first = str(error.__cause__ or error).strip().partition("\n")[0]
-        raise SweepError(f"the storage of the sweep failed ({first}); nothing is lost: the same command goes on") from error
+        raise SweepError(
+            f"the storage of the sweep failed ({first}); nothing is lost: the same command goes on"
+        ) from error
 
 
 def _may_pass(error: Exception) -> bool:

@@ -6,7 +6,16 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-LATEX = {"\\": r"\textbackslash{}", "±": r"$\pm$", "−": "$-$", "×": r"$\times$", "_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#"}
+LATEX = {
+    "\\": r"\textbackslash{}",
+    "±": r"$\pm$",
+    "−": "$-$",
+    "×": r"$\times$",
+    "_": r"\_",
+    "%": r"\%",
+    "&": r"\&",
+    "#": r"\#",
+}
 
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 

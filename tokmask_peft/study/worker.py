@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import socket
@@ -21,10 +22,8 @@ def _host() -> str:
     """Name the machine, its boot, and the container: process ids of another one mean nothing here."""
     parts = [socket.gethostname()]
     boot, container = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
-    try:
+    with contextlib.suppress(OSError):  # no Linux: processes of an earlier boot are told apart by their start
         parts += [boot.read_text(encoding="ascii").strip(), str(container.readlink())]
-    except OSError:  # no Linux: process ids of an earlier boot are told apart by the process's start
-        pass
     return "|".join(parts)
 
 

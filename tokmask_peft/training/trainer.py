@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import DataCollatorForTokenClassification, DataCollatorWithPadding, Trainer, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
-from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from tokmask_peft.errors import RecipeError, RunError, nearest
 from tokmask_peft.recipe import Recipe
