@@ -44,8 +44,14 @@ def main() -> int:
 
     plan = make_plan("quickstart", [f"output_dir={folder}"], p="0,0.1", seeds=seeds, name="stub")
     retry = "--retry" in sys.argv
+    from tokmask_peft.errors import RunInterruptedError
+
     command = (sys.executable, __file__, "--stand-in", str(broken))
-    cells = run_sweep(plan, options=Options(workers=2, command=command, pause=0.02, look=0.1, retry_failed=retry))
+    try:
+        cells = run_sweep(plan, options=Options(workers=2, command=command, pause=0.02, look=0.1, retry_failed=retry))
+    except RunInterruptedError as error:
+        print(error)
+        return 130
     return 1 if failures(cells) else 0
 
 

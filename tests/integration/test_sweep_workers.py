@@ -1,6 +1,7 @@
 """Several workers on one sweep: no trial twice, none lost, whatever is killed."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -41,20 +42,20 @@ def counted(folder, what):
 
 
 def test_two_workers_and_a_kill_in_the_middle_double_and_lose_nothing(tmp_path):
-    cells = {f"p{p}-seed{seed}" for p in ("0", "0.1") for seed in range(1, 10)}
-    one, two = start(tmp_path, 9), start(tmp_path, 9)  # at once: both find the sweep new
-    wait_for(lambda: len(counted(tmp_path, "end")) >= 5, one, two)
+    cells = {f"p{p}-seed{seed}" for p in ("0", "0.1") for seed in range(1, 6)}
+    one, two = start(tmp_path, 5), start(tmp_path, 5)  # at once: both find the sweep new
+    wait_for(lambda: len(counted(tmp_path, "end")) >= 3, one, two)
     one.kill()
     one.wait()
     # whoever takes over must not wait for a heartbeat to grow old: the worker was on this machine
-    three = start(tmp_path, 9)
+    three = start(tmp_path, 5)
     assert (two.wait(timeout=120), three.wait(timeout=120)) == (0, 0), (tmp_path / "said").read_text()
 
     assert counted(tmp_path, "end") == dict.fromkeys(cells, 1), (tmp_path / "said").read_text()
     again = {cell: times for cell, times in counted(tmp_path, "start").items() if times > 1}
     assert len(again) <= 2, "only what the killed worker had in hand may begin a second time"
     before = journal(tmp_path)
-    assert start(tmp_path, 9).wait(timeout=120) == 0
+    assert start(tmp_path, 5).wait(timeout=120) == 0
     assert journal(tmp_path) == before, "a finished trial was run again"
 
 
@@ -72,6 +73,17 @@ def test_a_killed_sweep_goes_on_alone(tmp_path):
     assert set(ends.values()) == {1}
 
 
+def test_an_interrupted_sweep_goes_on(tmp_path):
+    worker = start(tmp_path, 3)
+    wait_for(lambda: len(counted(tmp_path, "end")) >= 2, worker)
+    worker.send_signal(signal.SIGINT)
+    assert worker.wait(timeout=120) == 130
+    assert "trials finished; the same command goes on" in (tmp_path / "said").read_text()
+    assert start(tmp_path, 3).wait(timeout=120) == 0
+    assert set(counted(tmp_path, "end").values()) == {1}
+    assert len(counted(tmp_path, "end")) == 6
+
+
 def test_a_failed_trial_is_told_and_stops_nothing(tmp_path):
     assert start(tmp_path, 3, 2).wait(timeout=120) == 1
     said = (tmp_path / "said").read_text()
@@ -83,3 +95,11 @@ def test_a_failed_trial_is_told_and_stops_nothing(tmp_path):
     assert start(tmp_path, 4, -1, "--retry").wait(timeout=120) == 0  # the cause is mended, and a seed is added
     assert set(counted(tmp_path, "end").values()) == {1}
     assert len(counted(tmp_path, "end")) == 8
+
+
+def test_claims_of_many_workers_never_meet(tmp_path):
+    command = [sys.executable, str(WORKER.with_name("claim_all.py")), str(tmp_path)]
+    workers = [subprocess.Popen([*command, str(i), "3"], stdout=subprocess.PIPE, text=True) for i in range(3)]
+    claimed = Counter(name for worker in workers for name in worker.communicate(timeout=120)[0].split())
+    assert len(claimed) == 20
+    assert set(claimed.values()) == {1}
