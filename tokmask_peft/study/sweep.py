@@ -231,6 +231,8 @@ class _Loop:
         """Stop what runs; the second Ctrl-C does not wait for checkpoints."""
         for trial in self.running:
             if trial.signals < min(self.asked, 2):
+                if trial.signals == 0:
+                    self.display.say(f"stopping {trial.claim.cell.name} at its next step (Ctrl-C again: at once)")
                 trial.stop()
         if self.running:
             return True
