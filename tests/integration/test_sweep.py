@@ -32,6 +32,12 @@ def test_sweep_and_report(write_recipe, tokmask, tmp_path):
     assert "started" not in again
     assert "2/2 done" in again
 
+    before = (folder / "sweep.json").read_text()
+    refused = tokmask(*command[:-1], "training.max_steps=5", check=False)
+    assert refused.returncode == 2
+    assert "training.max_steps: 4 before, 5 now" in refused.stderr
+    assert (folder / "sweep.json").read_text() == before
+
     said = tokmask("report", folder).stdout
     assert "Macro-F1, differences from p = 0, seed by seed" in said
     assert (folder / "report" / "f1_against_p.png").is_file()

@@ -14,9 +14,11 @@ from types import FrameType
 from typing import Any
 
 from tokmask_peft.errors import RecipeError, RunInterruptedError, SweepError
+from tokmask_peft.recipe_errors import shown
+from tokmask_peft.recipe_io import load_recipe
 from tokmask_peft.study import process as processes
 from tokmask_peft.study.ledger import FINAL, CellState, Claim, Ledger
-from tokmask_peft.study.live import SweepDisplay, duration, remaining_seconds, summary_line, sweep_console
+from tokmask_peft.study.live import SweepDisplay, best_of, duration, remaining_seconds, summary_line, sweep_console
 from tokmask_peft.study.plan import Plan
 from tokmask_peft.study.process import TRIAL, TrialProcess
 from tokmask_peft.study.storage import HEARTBEAT, errors_of_storage
@@ -67,26 +69,33 @@ def run_sweep(
         RunInterruptedError: on Ctrl-C or SIGTERM; the same command goes on.
     """
     options = options or Options()
-    write_plan(plan)
+    _make_folder(plan)
     ledger = Ledger(plan, storage or f"sqlite:///{plan.folder / 'sweep.db'}", prune=options.prune)
+    write_plan(plan)
     with errors_of_storage(), SweepDisplay(sweep_console(quiet), options.workers) as display:
         if options.retry_failed:
             ledger.retry_failed()
         return _Loop(plan, ledger, options, display).run()
 
 
+def _make_folder(plan: Plan) -> None:
+    if RunFolder(plan.folder).recipe.is_file():
+        raise SweepError(f"{plan.folder} is the folder of a run, not of a sweep; choose another --name")
+    try:
+        plan.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SweepError(f"the folder of the sweep, {plan.folder}, cannot be made: {error.strerror}") from error
+
+
 def write_plan(plan: Plan) -> None:
     """Write `sweep.json`: what the sweep is, for its report. Cells of an earlier command stay in it.
 
     Raises:
-        SweepError: the folder belongs to something else, or cannot be written.
+        SweepError: the folder cannot be written, or its `sweep.json` is broken.
     """
     file = plan.folder / SWEEP_FILE
     content: dict[str, Any] = {"name": plan.name, **plan.definition(), "cells": {}}
     try:
-        if RunFolder(plan.folder).recipe.is_file():
-            raise SweepError(f"{plan.folder} is the folder of a run, not of a sweep; choose another --name")
-        plan.folder.mkdir(parents=True, exist_ok=True)
         if file.is_file():
             content["cells"] = json.loads(file.read_text(encoding="utf-8"))["cells"]
         content["cells"].update({cell.name: cell.to_dict() for cell in plan.cells})
@@ -278,6 +287,19 @@ def closing_lines(plan: Plan, cells: dict[str, CellState]) -> Sequence[str]:
         lines.append(f"failed: {shown}: {reason}")
     if failures(cells):
         lines.append("Run failed trials again with --retry-failed.")
-    if any(cell.state == "done" for cell in cells.values()):
+    best = best_of(cells)
+    if best and plan.sampler == "grid":
         lines.append(f"Next: tokmask report {plan.folder}")
+    elif best:
+        run = RunFolder(plan.folder / best[0])
+        recipe = load_recipe(run.recipe).model_dump(mode="json") if run.recipe.is_file() else {}
+        values = [f"{axis.key}={_value(recipe, axis.key)}" for axis in plan.axes]
+        lines.append(f"Best: {run.root}: {' '.join(values)}. Compare it with p = 0 over seeds before you believe it.")
     return lines
+
+
+def _value(recipe: dict[str, Any], key: str) -> Any:
+    found: Any = recipe
+    for part in key.split("."):
+        found = found.get(part) if isinstance(found, dict) else None
+    return shown(found)

@@ -18,6 +18,7 @@ def made_up_sweep(tmp_path):
         plan = make_plan(
             "trec/minilm", [f"output_dir={tmp_path}"], seeds=seeds, name="made-up", sampler=sampler, **axes
         )
+        plan.folder.mkdir()
         write_plan(plan)
         gold = np.random.default_rng(0).integers(0, len(LABELS), texts)
         for cell in plan.cells:

@@ -59,6 +59,15 @@ def test_a_cell_that_was_enqueued_twice_is_run_once(open_ledger):
     assert [cell.state for cell in two.tidy().values()] == ["failed"] * 4
 
 
+def test_the_double_of_a_failed_trial_is_no_second_chance(open_ledger):
+    ledger = open_ledger(p="0", seeds="1")
+    for _ in range(2):
+        ledger._enqueue(ledger.plan.cells[0], -1)
+    ledger.failed(ledger.claim(), "broken")
+    assert ledger.claim() is None
+    assert ledger.tidy()["p0-seed1"].state == "failed"
+
+
 def test_the_claim_locks_against_other_processes(open_ledger, tmp_path):
     # SELECT … FOR UPDATE does nothing on SQLite: without a lock from the first read two workers can claim one trial
     ledger = open_ledger()

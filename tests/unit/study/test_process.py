@@ -1,6 +1,7 @@
 """A trial's process: its end, its reason, and what becomes of its files."""
 
 import json
+import os
 import sys
 
 import pytest
@@ -72,6 +73,12 @@ def test_a_trial_ends_with_the_sweep_that_began_it(start):
     process = start("from tokmask_peft.study.trial import read_task; read_task(); import time; time.sleep(120)")
     process.close()  # the system closes the pipe of a killed process
     assert process._process.wait(timeout=60) == 130
+
+
+def test_ctrl_c_at_the_terminal_does_not_reach_it(start):
+    process = start("import os; print(os.getsid(0))")
+    ended(process)
+    assert int(process.log.read_text()) != os.getsid(0)
 
 
 def test_stopping_asks_first_and_then_insists(start):
