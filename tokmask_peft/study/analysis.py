@@ -35,7 +35,7 @@ def analyse(results: SweepResults) -> dict[str, Any]:
         others = [row for row in group if row != reference]
         for row in others:
             by_row[row]["difference"] = _difference(results, reference, row)
-            by_row[row]["cost"] = _ratio(by_row[row]["step_seconds"], by_row[reference]["step_seconds"])
+            by_row[row]["cost"] = _ratio(by_row[row]["seconds_per_step"], by_row[reference]["seconds_per_step"])
         _adjust([by_row[row]["difference"] for row in others])
     return {
         "sweep": results.name,
@@ -55,7 +55,8 @@ def analyse(results: SweepResults) -> dict[str, Any]:
 def _row(results: SweepResults, row: Row) -> dict[str, Any]:
     scores = {metric: list(results.scores(row, metric).values()) for metric in METRICS}
     validation = results.scores(row, "f1_macro", "validation")
-    seconds = [run["speed"]["step_seconds"] for run in results.runs[row].values() if "speed" in run]
+    speeds = [run["speed"] for run in results.runs[row].values() if run.get("speed", {}).get("steps")]
+    seconds = [speed["step_seconds"] / speed["steps"] for speed in speeds]  # a resumed run timed its last steps only
     return {
         "arm": row.arm,
         "label": row.label,
@@ -66,7 +67,7 @@ def _row(results: SweepResults, row: Row) -> dict[str, Any]:
         "seeds": list(results.runs[row]),
         **{metric: {"by_seed": values, **spread(values)} for metric, values in scores.items()},
         "validation_f1_macro": {"by_seed": list(validation.values()), **spread(list(validation.values()))},
-        "step_seconds": float(np.mean(seconds)) if seconds else None,
+        "seconds_per_step": float(np.median(seconds)) if seconds else None,
     }
 
 

@@ -135,8 +135,8 @@ def _markdown(analysis: dict[str, Any]) -> str:
     parts = [f"# {analysis['sweep']}", "", *(f"- {line}" for line in findings(analysis)), ""]
     parts += ["![F1 against p](f1_against_p.png)", "", f"## Scores on {analysis['scored_on']}", ""]
     parts += [
-        "Mean ± standard deviation over seeds; intervals by Student's t. Cost is the time of the optimizer steps, "
-        "without masking = 1.",
+        "Mean ± standard deviation over seeds; intervals by Student's t. Cost is the median time of an optimizer step, "
+        "p = 0 alone being 1; what else the machine did at the time is in it.",
         "",
         markdown(score_table(analysis)),
         "",

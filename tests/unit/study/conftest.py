@@ -34,7 +34,7 @@ def made_up_sweep(tmp_path):
             rows = {"gold": [[int(i)] for i in gold], "predicted": [[int(i)] for i in predicted]}
             content = {"labels": list(LABELS), "validation": rows, "test": rows}
             (folder / "predictions.json").write_text(json.dumps(content))
-            speed = {"step_seconds": 2.0 if "neftune" in label else 1.0}
+            speed = {"step_seconds": 2.0 if "neftune" in label else 1.0, "steps": 10}
             speed["environment"] = {"versions": {"torch": "2"}}
             result = {"validation": found, "test": found, "speed": speed, "baseline": None}
             (folder / "result.json").write_text(json.dumps(result))

@@ -81,6 +81,10 @@ def test_validation_chooses_and_test_scores(made_up_sweep):
 
 def test_arms_are_compared_with_none_and_their_cost_is_told(made_up_sweep):
     folder = made_up_sweep(p="0,0.1", arms="mask,none,neftune,mask+neftune")
+    resumed = folder / "mask0.1-seed2" / "result.json"  # timed three of its ten steps
+    result = json.loads(resumed.read_text())
+    result["speed"].update(step_seconds=0.3, steps=3)
+    resumed.write_text(json.dumps(result))
     report = sweep_report(folder)
     found = rows_by_arm(report)
     assert list(found) == ["none", "neftune", "mask 0.1", "mask 0.1 + neftune"]
