@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import shlex
-import sys
 import warnings
 from pathlib import Path
 from typing import Annotated, Any
@@ -76,7 +75,7 @@ def train(
     from tokmask_peft.recipe import Recipe
 
     checked = Recipe.load(recipe, overrides or [])
-    _quiet_libraries()
+    quiet_libraries()
     from tokmask_peft.training import fit
 
     fit.train(checked, resume=resume, quiet=quiet)
@@ -105,7 +104,7 @@ def evaluate(
     for folder in (run, against):
         if folder is not None:
             open_finished(folder)  # before the libraries are loaded, which takes seconds
-    _quiet_libraries()
+    quiet_libraries()
     if faithfulness:
         from tokmask_peft.inference import faithfulness as measure
 
@@ -123,153 +122,67 @@ def evaluate(
 
 
 @app.command()
-def push(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="a run folder, such as runs/quickstart")],
-    repo: Annotated[str, typer.Argument(metavar="USER/NAME", help="repository on the Hub; made if there is none")],
-    private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
-) -> None:
-    """Push the adapter of RUN with its model card to the Hugging Face Hub (log in with: hf auth login)."""
-    from huggingface_hub.utils import disable_progress_bars
-    from huggingface_hub.utils.logging import set_verbosity_error
-
-    from tokmask_peft import hub
-
-    set_verbosity_error()  # its retries print addresses that are signed
-    if not sys.stderr.isatty():
-        disable_progress_bars()
-    hub.push(run, repo, private)
-
-
-@app.command()
-def predict(
-    model: ModelArgument,
-    texts: Annotated[list[str] | None, typer.Argument(metavar="TEXT", help="texts to classify")] = None,
-    file: Annotated[Path | None, typer.Option(help="classify a file: txt, csv, tsv, jsonl, parquet or conll")] = None,
-    out: Annotated[Path | None, typer.Option(help="with --file: the JSON lines to write")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
-    format: Annotated[str, typer.Option(help="format of the file; auto goes by its ending")] = "auto",
-    column: Annotated[str | None, typer.Option(help="column of the text, or of the words in token tasks")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON line per TEXT.")] = False,
-    batch_size: Annotated[int, typer.Option(min=1, help="texts per forward pass; changes no answer")] = 32,
-    device: DeviceOption = None,
-    quantization: QuantizationOption = None,
-    precision: PrecisionOption = None,
-    backbone: BackboneOption = None,
-) -> None:
-    """Classify TEXTs, or the texts of a file, with MODEL.
-
-    MODEL is a run folder, an adapter folder, or the id of an adapter on the Hub.
-    """
-    from tokmask_peft.inference.saved import find_saved
-
-    if (file is None) == (not texts):
-        raise typer.BadParameter("give either texts or --file", param_hint="TEXT")
-    if (file is None) != (out is None):
-        raise typer.BadParameter("--file and --out go together", param_hint="--out")
-    saved = find_saved(model, backbone)  # before the libraries are loaded, which takes seconds
-    source = None
-    if file is not None and out is not None:
-        from tokmask_peft.data.texts import TextFile
-        from tokmask_peft.inference.outputs import check_output
-
-        source = TextFile(file, saved.task, format, column)
-        check_output(out, file, force)
-    _quiet_libraries()
-    from tokmask_peft.inference import show
-    from tokmask_peft.inference.classifier import load
-
-    classifier = load(saved, device, quantization, precision)
-    if source is None or out is None:
-        show.print_answers(texts or [], classifier.predict(texts or [], batch_size), as_json)
-    else:
-        show.predict_with_bar(classifier, source, out, force, batch_size)
-
-
-@app.command()
-def explain(
-    model: ModelArgument,
-    texts: Annotated[list[str], typer.Argument(metavar="TEXT", help="texts to explain")],
-    word: Annotated[
-        str | None, typer.Option(help="token tasks: explain the label of this word (its number from 0, or itself)")
+def sweep(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    p: Annotated[str | None, typer.Option("--p", help="masking rates, for example 0,0.1,0.2")] = None,
+    seeds: Annotated[str, typer.Option(help="how many (5 is the seeds 1 to 5), or which: 11,12,13")] = "5",
+    grid: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUES", help="another axis, as training.learning_rate=1e-4,3e-4; may be repeated"),
     ] = None,
-    html: Annotated[Path | None, typer.Option(help="write a page that can be shared")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace the page if it exists.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON line per TEXT.")] = False,
-    batch_size: Annotated[int, typer.Option(min=1, help="masked texts per forward pass; changes no answer")] = 32,
-    device: DeviceOption = None,
-    quantization: QuantizationOption = None,
-    precision: PrecisionOption = None,
-    backbone: BackboneOption = None,
+    arms: Annotated[
+        str | None,
+        typer.Option(
+            help="compare regularizers: none, lora_dropout, attention_dropout, neftune, label_smoothing, mask, and "
+            "combinations such as mask+neftune, separated by commas"
+        ),
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="of the sweep; its folder is runs/NAME")] = None,
+    storage: Annotated[
+        str | None, typer.Option(metavar="URL", help="database to share with other machines; SQLite in the folder else")
+    ] = None,
+    sampler: Annotated[str, typer.Option(help="grid, random or tpe")] = "grid",
+    trials: Annotated[int | None, typer.Option(help="number of runs, with random and tpe")] = None,
+    prune: Annotated[bool, typer.Option("--prune", help="Stop runs that fall below the median.")] = False,
+    workers: Annotated[int, typer.Option(min=1, help="runs at once on this machine")] = 1,
+    keep_checkpoints: Annotated[
+        bool, typer.Option("--keep-checkpoints", help="Keep the checkpoints of finished runs.")
+    ] = False,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run failed trials again.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs, and start none.")] = False,
 ) -> None:
-    """Say which words of TEXTs MODEL's label rests on, by masking each as in training.
+    """Train RECIPE once for each masking rate, seed and grid value; the same command goes on where it stopped."""
+    from tokmask_peft.study.plan import make_plan
 
-    A word's influence is how far the log-odds of the label fall when it is masked, in nats; beside it stands the
-    label's probability without the word. In word-level tasks each word's label is explained by masking the word itself.
-    """
-    from tokmask_peft.inference.chosen_word import find_word
-    from tokmask_peft.inference.outputs import check_output
-    from tokmask_peft.inference.saved import find_saved
+    plan = make_plan(
+        recipe,
+        overrides or [],
+        p=p,
+        seeds=seeds,
+        grid=grid or [],
+        arms=arms,
+        sampler=sampler,
+        trials=trials,
+        name=name,
+    )
+    if dry_run:
+        for cell in plan.cells:
+            typer.echo(f"{cell.name}  {' '.join((f'seed={cell.seed}', *cell.overrides))}")
+        return
+    from tokmask_peft.study import sweep as running
 
-    saved = find_saved(model, backbone)  # before the libraries are loaded, which takes seconds
-    chosen = int(word) if word is not None and word.removeprefix("-").isdecimal() else word
-    if chosen is not None and saved.task == "sequence":
-        raise typer.BadParameter(
-            f"{model} gives one label per text; --word is for word-level tasks", param_hint="--word"
-        )
-    for number, text in enumerate(texts if chosen is not None else (), start=1):
-        find_word(text.split(), chosen, f"text {number}")  # type: ignore[arg-type]
-    if html is not None:
-        check_output(html, None, force)
-    _quiet_libraries()
-    from rich.console import Console
-
-    from tokmask_peft.inference import show_explanations
-    from tokmask_peft.inference.classifier import load
-
-    classifier = load(saved, device, quantization, precision)
-    explanations = classifier.explain(texts, word=chosen, batch_size=batch_size)
-    note = classifier.occlusion.note
-    if as_json:
-        show_explanations.print_json(explanations)
-    else:
-        show_explanations.print_explanations(explanations, Console(highlight=False))
-        typer.echo(f"Note: {note}.", err=True)
-    if html is not None:
-        from tokmask_peft.inference.explain_page import explanations_page
-
-        name = Path(model).name if Path(model).exists() else model  # the page is made to be shared: no local path
-        html.write_text(explanations_page(name, explanations, note), encoding="utf-8")
-        typer.echo(f"Page: {html}", err=True)
-
-
-@app.command()
-def export(
-    model: ModelArgument,
-    merged: Annotated[Path, typer.Option(help="the folder to make")],
-    precision: Annotated[str, typer.Option(help="fp32 or bf16, of the saved weights")] = "fp32",
-    onnx: Annotated[bool, typer.Option("--onnx", help="Write model.onnx, too (extra onnx), and compare it.")] = False,
-    backbone: BackboneOption = None,
-) -> None:
-    """Merge MODEL into its backbone: a plain transformers model for pipeline(), without PEFT."""
-    from tokmask_peft.inference.outputs import check_folder
-    from tokmask_peft.inference.saved import find_saved
-
-    saved = find_saved(model, backbone)
-    check_folder(merged)
-    _quiet_libraries()
-    from tokmask_peft.inference.export import export_merged
-
-    done = export_merged(saved, merged, precision=precision, onnx=onnx)
-    typer.echo(f"{done.folder}: logits differ from the adapter's by at most {done.difference:.1e}")
-    if done.onnx is not None:
-        typer.echo(f"{done.folder / 'model.onnx'}: onnxruntime's logits differ from those by at most {done.onnx:.1e}")
-    for note in done.notes:
-        typer.echo(f"Note: {note}.")
+    options = running.Options(workers, keep_checkpoints, prune, retry_failed)
+    cells = running.run_sweep(plan, storage, options)
+    for line in running.closing_lines(plan, cells):
+        typer.echo(line)
+    if running.failures(cells):
+        raise typer.Exit(1)
 
 
 @app.command()
 def report(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="a run folder, such as runs/quickstart")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="the folder of a run or a sweep, such as runs/quickstart")],
     out: Annotated[
         Path | None, typer.Option(help="the page to write; report.html in the run folder if not given")
     ] = None,
@@ -279,15 +192,25 @@ def report(
     ] = True,
     backbone: BackboneOption = None,
 ) -> None:
-    """Write one HTML page of RUN: scores, curves, calibration, mistakes, data. It loads nothing from anywhere."""
+    """Write one HTML page of RUN: scores, curves, calibration, mistakes, data. It loads nothing from anywhere.
+
+    Of a sweep: compare its arms; tables, a plot and statistics in RUN/report.
+    """
     from tokmask_peft.report.record import is_run
 
+    if (Path(run) / "sweep.json").is_file():
+        from tokmask_peft.study.report import sweep_report
+
+        paths = sweep_report(Path(run))
+        typer.echo(paths.summary)
+        typer.echo(f"Report: {paths.markdown}")
+        return
     if not is_run(run):
-        raise RunError(f"{run} is not a run folder (it holds no recipe.yaml)")
+        raise RunError(f"{run} is neither a run folder (it holds no recipe.yaml) nor a sweep (no sweep.json)")
     from tokmask_peft.report.make import prepare, report_run
 
     prepare(run, out)  # before the libraries are loaded, which takes seconds
-    _quiet_libraries()
+    quiet_libraries()
     path, left_out = report_run(run, out, examples=examples, backbone=backbone)
     if left_out:
         typer.echo(f"Note: the page shows no mistakes: {left_out}", err=True)
@@ -312,7 +235,7 @@ def demo(
     require_gradio()
     check_address(host, port)
     saved = find_saved(model, backbone)
-    _quiet_libraries()
+    quiet_libraries()
     from tokmask_peft.inference.classifier import load
 
     serve(build(load(saved, device), Path(model).name), host, port, share=share, said=typer.echo)
@@ -379,7 +302,7 @@ def list_fields() -> None:
         typer.echo(line)
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """Silence what the libraries say on a normal run: load reports, progress bars of theirs, advice for others."""
     # first: importing transformers imports bitsandbytes, which warns of optional kernels at once
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -43,6 +43,10 @@ class RunError(TokmaskError):
     """A run folder is missing, taken or unfinished, or a run went wrong in a way that would pass unnoticed."""
 
 
+class SweepError(TokmaskError):
+    """A sweep cannot be run, continued or reported as asked."""
+
+
 class HubError(TokmaskError):
     """An adapter cannot be pushed to the Hugging Face Hub as asked."""
 

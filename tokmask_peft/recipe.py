@@ -226,6 +226,9 @@ class ModelConfig(Section):
     precision: Literal["auto", "bf16", "fp32"] = Field(
         "auto", description="auto: bf16 where the hardware has it, else fp32"
     )
+    attention_dropout: Rate | None = Field(
+        None, description="dropout on the attention weights in training; null leaves it as the backbone has it"
+    )
     gradient_checkpointing: StrictBool = Field(False, description="trade time for memory: recompute activations")
     trust_remote_code: StrictBool = Field(
         False, description="run code that comes with the backbone; only if you trust it"

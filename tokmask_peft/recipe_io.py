@@ -49,9 +49,20 @@ def find_recipe(recipe: str | Path) -> Path:
 
 def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read, merge, override and check a recipe; see `Recipe.load`."""
-    path = find_recipe(recipe)
+    return _overridden(_read_merged(find_recipe(recipe), ()), overrides, str(recipe))
+
+
+def with_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    """Return a checked copy of a recipe with `dotted.key=value` overrides.
+
+    Raises:
+        RecipeError: with every problem found.
+    """
+    return _overridden(recipe.model_dump(mode="json"), overrides, recipe.name)
+
+
+def _overridden(content: dict[str, Any], overrides: Sequence[str], source: str) -> Recipe:
     problems: list[str] = []
-    content = _read_merged(path, ())
     for override in overrides:
         key, sign, value = override.partition("=")
         keys = key.strip().split(".")
@@ -67,7 +78,7 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     except ValidationError as error:
         problems.extend(explain(error))
     if problems:
-        raise RecipeError(problems, source=str(recipe))
+        raise RecipeError(problems, source=source)
     return checked
 
 

@@ -19,6 +19,9 @@ from tokmask_peft.recipe import ModelConfig, Task
 
 logger = logging.getLogger(__name__)
 
+_ATTENTION_DROPOUT = ("attention_dropout", "attention_probs_dropout_prob")
+"""What the configs of transformers call the dropout on attention weights."""
+
 
 @dataclass(frozen=True, slots=True)
 class Backbone:
@@ -99,6 +102,8 @@ def load_backbone(
     dtype = torch.bfloat16 if precision.choice == "bf16" else torch.float32
     auto = AutoModelForSequenceClassification if task == "sequence" else AutoModelForTokenClassification
     extra: dict[str, Any] = {}
+    if config.attention_dropout is not None:
+        extra[_attention_dropout_name(config, location)] = config.attention_dropout
     if quantization.choice != "none":
         extra["quantization_config"] = quantization_config(quantization.choice, dtype, list(HEAD_NAMES))
         extra["device_map"] = {"": device}
@@ -128,6 +133,29 @@ def load_backbone(
         decisions=(Decision("device", str(device), "set by accelerate"), precision, quantization),
         dtype=dtype,
         quantization=quantization.choice,
+    )
+
+
+def _attention_dropout_name(config: ModelConfig, location: str) -> str:
+    """Return what the backbone's config calls its attention dropout.
+
+    Raises:
+        ModelError: it has none, or the config cannot be loaded.
+    """
+    from transformers import AutoConfig
+
+    try:
+        found = AutoConfig.from_pretrained(
+            location, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(_load_problem("config", location, error)) from error
+    for name in _ATTENTION_DROPOUT:
+        if hasattr(found, name):
+            return name
+    raise ModelError(
+        f"model.attention_dropout is {config.attention_dropout}, but the config of {location} "
+        f"({type(found).__name__}) has no attention dropout; set model.attention_dropout=null"
     )
 
 

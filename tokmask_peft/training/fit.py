@@ -31,7 +31,7 @@ from tokmask_peft.training.calibration import calibrate
 from tokmask_peft.training.callbacks import AdapterMoves, LogFile, StepClock, StopOnSignal
 from tokmask_peft.training.environment import environment, peak_memory, processes, versions
 from tokmask_peft.training.losses import ClassificationLoss, class_weights
-from tokmask_peft.training.metrics import scores, scores_by_mixing
+from tokmask_peft.training.metrics import Predictions, scores, scores_by_mixing
 from tokmask_peft.training.run_folder import RunFolder, check_run, start_run, write_json
 from tokmask_peft.training.splits import Split
 from tokmask_peft.training.trainer import (
@@ -136,6 +136,7 @@ class _Session:
         self.train = self._split(corpus.train)
         self.validation = self._split(corpus.validation)
         self.test = self._split(corpus.test) if corpus.test else None
+        self.predictions: dict[str, Predictions] = {}
 
     def _split(self, examples: Any) -> Split:
         data = self.recipe.data
@@ -219,6 +220,7 @@ class _Session:
     def _evaluate(self, trainer: OrderedEvalTrainer) -> dict[str, Any]:
         labels, recipe = self.corpus.labels, self.recipe
         found, *seen = trainer.predict_with_logits(self.validation)
+        self.predictions = {"validation": found}
         logits: dict[str, Any] = {"validation": seen}
         result: dict[str, Any] = {
             "name": recipe.name,
@@ -232,6 +234,7 @@ class _Session:
         }
         if self.test is not None:
             found, *logits["test"] = trainer.predict_with_logits(self.test)
+            self.predictions["test"] = found
             result["test"] = scores(*found.flat(), labels)
             if recipe.data.task == "token" and recipe.data.language_labels:
                 result["test"]["by_mixing"] = scores_by_mixing(found, labels, recipe.data.language_labels)
@@ -274,7 +277,9 @@ class _Session:
         masking.save_pretrained(folder)
         spaced = recipe.data.task == "token" and words_need_a_space(self.backbone.tokenizer)
         write_card(folder, recipe, result, spaced_words=spaced)
-        write_json(self.run.result, result)
+        found = {name: part.to_dict() for name, part in self.predictions.items()}
+        write_json(self.run.predictions, {"labels": list(self.corpus.labels), **found}, indent=None)
+        write_json(self.run.result, result)  # last: it says that the run is finished
 
 
 def _check_best(result: dict[str, Any], best: float | None) -> None:

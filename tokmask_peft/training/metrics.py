@@ -27,6 +27,10 @@ class Predictions:
             return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
         return np.concatenate(self.gold), np.concatenate(self.predicted)
 
+    def to_dict(self) -> dict[str, list[list[int]]]:
+        """Return a JSON-able form: a list of label ids per text, `NO_PREDICTION` for what was cut away."""
+        return {"gold": [row.tolist() for row in self.gold], "predicted": [row.tolist() for row in self.predicted]}
+
 
 def scores(gold: NDArray[np.int64], predicted: NDArray[np.int64], labels: Sequence[str]) -> dict[str, Any]:
     """Return accuracy, macro and weighted F1, per-class figures and the confusion matrix.

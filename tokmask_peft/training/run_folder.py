@@ -39,6 +39,11 @@ class RunFolder:
         return self.root / "result.json"
 
     @property
+    def predictions(self) -> Path:
+        """Gold and predicted label ids per text of validation and test."""
+        return self.root / "predictions.json"
+
+    @property
     def log(self) -> Path:
         """A JSON line per logged step."""
         return self.root / "log.jsonl"
@@ -104,10 +109,11 @@ def start_run(run: RunFolder, recipe_text: str) -> None:
         raise RunError(f"the run folder {run.root} cannot be made ({error.strerror}); set output_dir") from error
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON so that a reader sees the old file or the new one, never half of it."""
+def write_json(path: Path, content: dict[str, Any], indent: int | None = 2) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never half of it; in one line without `indent`."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    text = json.dumps(content, indent=indent, ensure_ascii=False, allow_nan=False)
+    temporary.write_text(text + "\n", encoding="utf-8")
     temporary.replace(path)
 
 

@@ -44,6 +44,8 @@ HEAVY = ("torch", "transformers", "peft", "datasets", "sklearn", "numpy")
         ["validate", "quickstart"],
         ["evaluate", "nope"],
         ["report", "nope"],
+        ["sweep", "quickstart", "--p", "0,2"],
+        ["sweep", "quickstart", "--p", "0,0.1", "--dry-run"],
     ],
 )
 def test_nothing_heavy_is_imported_for_a_quick_answer(arguments):
@@ -137,6 +139,33 @@ class TestEvaluate:
     def test_a_run_without_an_adapter(self, tmp_path):
         (tmp_path / "recipe.yaml").write_text("name: mine\n")
         assert "has no adapter yet" in mistake("evaluate", tmp_path)
+
+
+class TestSweep:
+    def test_every_problem_at_once(self):
+        said = mistake("sweep", "quickstart", "--p", "0,2", "--grid", "trainng.epochs=1", "--arms", "x", "seed=1")
+        assert said.startswith("Error: quickstart: 3 problems\n")
+        assert "trainng: unknown key. Did you mean 'training'?" in said
+
+    def test_dry_run_lists_the_runs_and_makes_nothing(self, tmp_path):
+        found = run("sweep", "quickstart", f"output_dir={tmp_path}", "--p", "0,0.2", "--seeds", "2", "--dry-run")
+        assert [line.split()[0] for line in found.stdout.splitlines()] == [
+            f"p{p}-seed{seed}" for seed in (1, 2) for p in ("0", "0.2")
+        ]
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_folder_that_is_a_run_s(self, tmp_path):
+        (tmp_path / "mine").mkdir()
+        (tmp_path / "mine" / "recipe.yaml").touch()
+        assert "choose another --name" in mistake("sweep", "quickstart", f"output_dir={tmp_path}", "--name", "mine")
+
+    def test_a_storage_that_cannot_be_opened(self, tmp_path):
+        pytest.importorskip("optuna")
+        said = mistake("sweep", "quickstart", f"output_dir={tmp_path}", "--storage", "here")
+        assert "--storage is not a database URL" in said
+
+    def test_report_of_what_is_no_sweep(self, tmp_path):
+        assert "nor a sweep (no sweep.json)" in mistake("report", tmp_path)
 
 
 class TestTrain:

@@ -73,6 +73,39 @@ def test_backbone_is_quantized_but_never_the_head(model_config, family, task, qu
     assert all(p.dtype == torch.float32 for part in head for p in part.parameters())
 
 
+@pytest.mark.parametrize("family", ["bert", "qwen2", "distilbert"])
+@pytest.mark.parametrize("task", ["sequence", "token"])
+def test_attention_dropout_is_the_recipe_s(model_config, family, task):
+    ids = torch.arange(5, 17).repeat(2, 1)
+
+    def spread(dropout):
+        """How far two forward passes in training differ; the tiny backbones have no other dropout."""
+        model = load_backbone(model_config(family, attention_dropout=dropout), task, LABELS, CPU).model
+        model.train()
+        with torch.no_grad():
+            return float((model(input_ids=ids).logits - model(input_ids=ids).logits).abs().max())
+
+    assert spread(0.5) > 1e-6
+    assert spread(0.0) == 0.0
+    assert spread(None) == 0.0
+
+
+def test_attention_dropout_is_off_in_evaluation_and_draws_no_other_head(model_config):
+    torch.manual_seed(1)
+    plain = load_backbone(model_config("bert"), "sequence", LABELS, CPU).model.eval()
+    torch.manual_seed(1)
+    dropped = load_backbone(model_config("bert", attention_dropout=0.5), "sequence", LABELS, CPU).model.eval()
+    ids = torch.arange(5, 17).repeat(2, 1)
+    with torch.no_grad():
+        assert torch.equal(plain(input_ids=ids).logits, dropped(input_ids=ids).logits)
+
+
+def test_a_backbone_without_attention_dropout_says_so(model_config, monkeypatch):
+    monkeypatch.setattr("tokmask_peft.model.backbone._ATTENTION_DROPOUT", ("no_such_name",))
+    with pytest.raises(ModelError, match=r"model.attention_dropout is 0.1.*set model.attention_dropout=null"):
+        load_backbone(model_config("bert", attention_dropout=0.1), "sequence", LABELS, CPU)
+
+
 def test_package_path_is_found_and_its_absence_explained():
     config = ModelConfig(backbone="a/b", backbone_path="package:transformers/models")
     assert backbone_location(config).endswith("transformers/models")

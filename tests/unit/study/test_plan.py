@@ -1,0 +1,171 @@
+import pytest
+
+from tokmask_peft.errors import RecipeError
+from tokmask_peft.study.axes import Axis, read_axis, read_seeds, split_values
+from tokmask_peft.study.plan import make_plan
+
+
+def problems_of(*overrides, **axes):
+    with pytest.raises(RecipeError) as caught:
+        make_plan("quickstart", overrides, **axes)
+    return caught.value.problems
+
+
+def test_cells_are_every_seed_setting_and_rate():
+    plan = make_plan("quickstart", p="0,.10,0.3", seeds="2", grid=["training.learning_rate=1e-4,3e-4"])
+    assert len(plan.cells) == len({cell.name for cell in plan.cells}) == 12
+    assert [cell.name for cell in plan.cells[:4]] == [
+        "p0-learning_rate1e-4-seed1",
+        "p0.1-learning_rate1e-4-seed1",
+        "p0.3-learning_rate1e-4-seed1",
+        "p0-learning_rate3e-4-seed1",
+    ]
+    assert plan.name == "quickstart-sweep"
+    recipe = plan.recipe_of(plan.cells[-1])
+    assert (recipe.masking.p, recipe.seed, recipe.training.learning_rate) == (0.3, 2, 3e-4)
+    assert recipe.run_dir == plan.folder / plan.cells[-1].name
+
+
+def test_only_the_first_arm_of_a_seed_fits_the_baseline():
+    plan = make_plan("quickstart", p="0,0.1,0.2", seeds="2")
+    assert [plan.recipe_of(cell).training.baseline for cell in plan.cells] == [True, False, False] * 2
+
+
+def test_cells_differ_in_what_they_name_alone():
+    plan = make_plan("quickstart", p="0,0.2", seeds="3,")
+    one, two = (plan.recipe_of(cell).model_dump() for cell in plan.cells)
+    assert two["masking"].pop("p") == 0.2
+    assert one["masking"].pop("p") == 0
+    for part in (one, two):
+        part.pop("name")
+        part["training"].pop("baseline")
+    assert one == two
+
+
+class TestArms:
+    def test_each_switches_on_what_it_names(self):
+        plan = make_plan(
+            "quickstart",
+            p="0,0.1,0.3",
+            seeds="1,",
+            arms="none,lora_dropout,attention_dropout,neftune:15,label_smoothing,mask,mask+neftune",
+        )
+        recipes = {cell.arm.label: plan.recipe_of(cell) for cell in plan.cells}
+        found = {
+            label: (
+                r.adapter.dropout,
+                r.model.attention_dropout,
+                r.training.neftune_alpha,
+                r.training.label_smoothing,
+                r.masking.p,
+            )
+            for label, r in recipes.items()
+        }
+        assert found == {
+            "none": (0, 0, None, 0, 0),
+            "lora_dropout": (0.1, 0, None, 0, 0),
+            "attention_dropout": (0, 0.1, None, 0, 0),
+            "neftune15": (0, 0, 15, 0, 0),
+            "label_smoothing": (0, 0, None, 0.1, 0),
+            "mask0.1": (0, 0, None, 0, 0.1),
+            "mask0.3": (0, 0, None, 0, 0.3),
+            "mask0.1+neftune": (0, 0, 5, 0, 0.1),
+            "mask0.3+neftune": (0, 0, 5, 0, 0.3),
+        }
+
+    @pytest.mark.parametrize(("batching", "becomes"), [("padding_free", "padded"), ("grouped", "grouped")])
+    def test_neftune_takes_padded_batches_where_it_must(self, batching, becomes):
+        plan = make_plan("quickstart", [f"training.batching={batching}"], arms="none,neftune", seeds="1,")
+        assert [plan.recipe_of(cell).training.batching for cell in plan.cells] == [batching, becomes]
+
+    def test_mistakes(self):
+        assert "there is no arm 'nefune'. Did you mean 'neftune'?" in problems_of(arms="none,nefune")[0]
+        assert "'none+mask'" in problems_of(arms="none+mask")[0]
+        assert "'mask0.1' is given twice" in problems_of(arms="mask,mask", p="0.1")[0]
+        assert problems_of(arms="label_smoothing:2")[0].startswith("training.label_smoothing: is 2;")
+
+
+class TestMistakes:
+    def test_all_at_once_with_the_nearest_names(self):
+        found = problems_of(
+            "seed=3",
+            "trainin.epochs=2",
+            p="0,2",
+            seeds="many",
+            grid=["learning_rate=1", "training.batch_size=x,8", "masking=3", "adapter.r"],
+            sampler="gird",
+            name="a/b",
+        )
+        text = "\n".join(found)
+        for expected in (
+            "seed=3: in a sweep use --seeds",
+            "trainin: unknown key. Did you mean 'training'?",
+            "'2' is no masking rate",
+            "--seeds many: expected",
+            "learning_rate: unknown key. Did you mean 'training.learning_rate'?",
+            "training.batch_size: is 'x'; expected a whole number",
+            "--grid masking: is a section; name a key in it, such as masking.p",
+            "--grid adapter.r: expected dotted.key=value,value",
+            "--sampler gird: expected grid, random, tpe. Did you mean 'grid'?",
+            "--name a/b: the name becomes a folder",
+        ):
+            assert expected in text
+
+    @pytest.mark.parametrize(
+        ("axes", "said"),
+        [
+            ({"grid": ["masking.p=0,0.1"]}, "--grid masking.p: use --p"),
+            ({"grid": ["adapter.r=4,4"]}, "a value is given twice"),
+            ({"grid": ["adapter.r=4", "adapter.r=8"]}, "--grid adapter.r: is given twice"),
+            ({"grid": ["training.learning_rate=1e-4,0.0001"]}, "are the same run"),
+            ({"grid": ["adapter.dropout=0,0.1"], "arms": "none,mask"}, "--arms sets it"),
+            ({"grid": ["adapter.r=4..8"]}, "a range needs --sampler random or tpe"),
+            ({"p": "0,0.0"}, "a rate is given twice"),
+            ({"p": "0", "trials": 3}, "a grid has as many trials as cells"),
+            ({"p": "0", "sampler": "tpe"}, "say how many runs with --trials"),
+            ({"sampler": "random", "trials": 3}, "there is nothing to draw"),
+            ({"seeds": "0"}, "expected 1 to 1000 seeds"),
+            ({"seeds": "4,4"}, "a seed is given twice"),
+            ({"grid": ["training.neftune_alpha=5", "training.batching=padding_free"]}, "which a packed row does not"),
+        ],
+    )
+    def test_one_by_one(self, axes, said):
+        assert said in "\n".join(problems_of(**axes))
+
+    def test_a_schedule_that_masks_at_zero(self):
+        found = problems_of("masking.schedule=linear", "masking.p_start=0.3", p="0,0.1")
+        assert "set masking.p_start=0" in found[0]
+
+    def test_an_override_of_an_axis(self):
+        found = problems_of("masking.p=0.2", "adapter.r=2", p="0,0.1", grid=["adapter.r=4,8"])
+        assert any("masking.p=0.2: in a sweep use --p" in line for line in found)
+        assert any("adapter.r=2: the key is an axis" in line for line in found)
+
+
+class TestReading:
+    def test_values_with_commas_inside(self):
+        assert split_values("[q, v],[q],null") == ("[q, v]", "[q]", "null")
+        plan = make_plan("quickstart", grid=["adapter.targets=[query, key],auto"], seeds="1,")
+        assert [plan.recipe_of(cell).adapter.targets for cell in plan.cells] == [("query", "key"), "auto"]
+
+    def test_seeds(self):
+        assert read_seeds("3", []) == (1, 2, 3)
+        assert read_seeds("7,", []) == (7,)
+        assert read_seeds("11, 12", []) == (11, 12)
+
+    def test_ranges(self):
+        assert read_axis("adapter.r=4..16", []) == Axis("adapter.r", (), 4, 16, False)
+        assert read_axis("training.learning_rate=1e-5..1e-3:log", []) == Axis(
+            "training.learning_rate", (), 1e-5, 1e-3, True
+        )
+        problems = []
+        assert read_axis("training.weight_decay=0..1:log", problems) is None
+        assert "above 0 and rising" in problems[0]
+
+
+def test_long_names_stay_apart():
+    modules = ["[" + ", ".join(f"layer{i}_{j}" for j in range(12)) + "]" for i in range(2)]
+    plan = make_plan("quickstart", grid=[f"adapter.targets={','.join(modules)}"], seeds="1,")
+    names = [cell.name for cell in plan.cells]
+    assert len(set(names)) == 2
+    assert max(map(len, names)) < 120

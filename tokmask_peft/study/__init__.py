@@ -1,0 +1,1 @@
+"""Sweeps over recipes, and what may be concluded from them."""

@@ -1,0 +1,148 @@
+"""Statistics of paired runs: a few seeds, each with a score per arm.
+
+Every figure here is checked against SciPy or brute force in the tests.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import special, stats
+
+LEVEL = 0.95
+EXACT_UP_TO = 16
+"""Up to so many seeds all sign patterns are counted; beyond, 99,999 random ones stand for them."""
+_MOST_SEEDS = 10**6
+
+
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    """Return mean, standard deviation (n - 1) and the 95% interval of the mean by Student's t.
+
+    With a single value there is neither deviation nor interval: both are none.
+    """
+    sample = np.asarray(values, dtype=np.float64)
+    mean = float(sample.mean())
+    if len(sample) < 2:
+        return {"n": len(sample), "mean": mean, "sd": None, "interval": None}
+    sd = float(sample.std(ddof=1))
+    half = float(stats.t.ppf((1 + LEVEL) / 2, len(sample) - 1)) * sd / math.sqrt(len(sample))
+    return {"n": len(sample), "mean": mean, "sd": sd, "interval": [mean - half, mean + half]}
+
+
+def sign_flip_p(differences: Any, axis: int = -1) -> NDArray[np.float64]:
+    """Return the two-sided p-value of the sign-flip permutation test of a mean of 0 (Fisher 1935).
+
+    Under the null hypothesis that the arms do not differ, each seed's difference is as likely as its negative. The
+    test assumes no distribution; it is exact up to 16 seeds.
+
+    Args:
+        differences: `[..., seeds]`, one difference per seed along `axis`.
+        axis: the axis of the seeds.
+    """
+    sample = np.asarray(differences, dtype=np.float64)
+    if sample.shape[axis] < 2:  # either sign is as good, and SciPy wants two
+        return np.ones(np.delete(sample.shape, axis))
+    resamples = np.inf if sample.shape[axis] <= EXACT_UP_TO else 99_999
+    found = stats.permutation_test(
+        (sample,),
+        np.mean,
+        permutation_type="samples",
+        n_resamples=resamples,
+        vectorized=True,
+        axis=axis,
+        batch=2**12,
+        rng=np.random.default_rng(0),
+    )
+    return np.asarray(found.pvalue)
+
+
+def smallest_p(seeds: int) -> float:
+    """Return the smallest two-sided p-value that the sign-flip test can reach: 2 of the 2^n sign patterns."""
+    return min(1.0, 2.0 ** (1 - seeds))
+
+
+def seeds_to_reach(alpha: float) -> int:
+    """Return the least number of seeds with which the sign-flip test can fall to `alpha`."""
+    return math.ceil(1 - math.log2(alpha))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return p-values adjusted for all of them by Holm's step-down method (1979), in the given order."""
+    raw = np.asarray(p_values, dtype=np.float64)
+    order = np.argsort(raw, kind="stable")
+    stepped = np.maximum.accumulate(raw[order] * (len(raw) - np.arange(len(raw))))
+    adjusted = np.empty_like(raw)
+    adjusted[order] = np.minimum(stepped, 1.0)
+    return [float(value) for value in adjusted]
+
+
+def hedges_gz(differences: Sequence[float]) -> float | None:
+    """Return Cohen's d_z (mean over standard deviation of the differences) with Hedges' exact correction for few pairs.
+
+    The correction is J(m) = Γ(m / 2) / (sqrt(m / 2) Γ((m - 1) / 2)) with m = n - 1 (Hedges 1981). None for fewer than
+    three pairs, where J is 0 or not defined, and where the differences do not vary.
+    """
+    sample = np.asarray(differences, dtype=np.float64)
+    m = len(sample) - 1
+    if m < 2 or _is_constant(sample):
+        return None
+    correction = math.exp(special.gammaln(m / 2) - special.gammaln((m - 1) / 2)) / math.sqrt(m / 2)
+    return float(sample.mean() / sample.std(ddof=1)) * correction
+
+
+def paired_power(effect: float, seeds: int, alpha: float = 0.05) -> float:
+    """Return the power of the two-sided paired t-test, exactly, by the noncentral t distribution.
+
+    Args:
+        effect: true mean difference over the standard deviation of differences.
+        seeds: number of pairs, at least 2.
+        alpha: level of the test.
+    """
+    freedom, shift = seeds - 1, abs(effect) * math.sqrt(seeds)
+    critical = stats.t.ppf(1 - alpha / 2, freedom)
+    lower = stats.nct.cdf(-critical, freedom, shift)  # lost in rounding for a large shift, where it is 0
+    return float(stats.nct.sf(critical, freedom, shift) + (lower if np.isfinite(lower) else 0.0))
+
+
+def seeds_needed(gain: float, sd: float, power: float = 0.8, alpha: float = 0.05) -> int | None:
+    """Return the least number of seeds with which a paired t-test sees `gain` with that power.
+
+    Args:
+        gain: the true mean difference to be seen.
+        sd: standard deviation of the differences over seeds.
+        power: chance of seeing it.
+        alpha: level of the two-sided test.
+
+    Returns:
+        At least 2; none where the gain is 0 or a million seeds are too few.
+    """
+    if gain == 0 or sd < 0 or not math.isfinite(sd):
+        return None
+    if sd == 0:
+        return 2
+    effect = abs(gain) / sd
+    high = 2
+    while paired_power(effect, high, alpha) < power:
+        if high >= _MOST_SEEDS:
+            return None
+        high *= 2
+    low = high // 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        enough = middle >= 2 and paired_power(effect, middle, alpha) >= power
+        low, high = (low, middle) if enough else (middle, high)
+    return max(high, 2)
+
+
+def sd_interval(sd: float, n: int) -> tuple[float, float]:
+    """Return the 95% interval of a standard deviation that was estimated from `n` normal values (chi-square)."""
+    low, high = stats.chi2.ppf([(1 + LEVEL) / 2, (1 - LEVEL) / 2], n - 1)
+    return sd * math.sqrt((n - 1) / low), sd * math.sqrt((n - 1) / high)
+
+
+def _is_constant(sample: NDArray[np.float64]) -> bool:
+    return float(sample.std()) <= 1e-12 * max(1.0, float(np.abs(sample).max()))
