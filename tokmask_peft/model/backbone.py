@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from torch import nn
 
 from tokmask_peft.errors import ModelError
 from tokmask_peft.model.decisions import Decision, choose_precision, choose_quantization
-from tokmask_peft.model.head import HEAD_NAMES, head_modules, hold_head_in_fp32
+from tokmask_peft.model.head import HEAD_NAMES, head_modules, hold_in_fp32
 from tokmask_peft.model.quantized import keep_gradients_after_eval, quantization_config
 from tokmask_peft.recipe import ModelConfig, Task
 
@@ -98,37 +100,51 @@ def load_backbone(
     tokenizer = load_tokenizer(config, location)
     dtype = torch.bfloat16 if precision.choice == "bf16" else torch.float32
     auto = AutoModelForSequenceClassification if task == "sequence" else AutoModelForTokenClassification
+    load = functools.partial(
+        auto.from_pretrained,
+        location,
+        revision=config.revision,
+        trust_remote_code=config.trust_remote_code,
+        num_labels=len(labels),
+        id2label=dict(enumerate(labels)),
+        label2id={label: index for index, label in enumerate(labels)},
+        ignore_mismatched_sizes=True,
+        dtype=dtype,
+        output_loading_info=True,
+    )
     extra: dict[str, Any] = {}
-    if quantization.choice != "none":
-        extra["quantization_config"] = quantization_config(quantization.choice, dtype, list(HEAD_NAMES))
-        extra["device_map"] = {"": device}
     try:
-        model, info = auto.from_pretrained(
-            location,
-            revision=config.revision,
-            trust_remote_code=config.trust_remote_code,
-            num_labels=len(labels),
-            id2label=dict(enumerate(labels)),
-            label2id={label: index for index, label in enumerate(labels)},
-            ignore_mismatched_sizes=True,
-            dtype=dtype,
-            output_loading_info=True,
-            **extra,
-        )
+        if quantization.choice != "none":
+            keep = [*HEAD_NAMES, *_missing_before(load)]
+            extra["quantization_config"] = quantization_config(quantization.choice, dtype, keep)
+            extra["device_map"] = {"": device}
+        model, info = load(**extra)
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(_load_problem("backbone", location, error)) from error
     model.config.pad_token_id = tokenizer.pad_token_id
     model.config.use_cache = False
-    hold_head_in_fp32(model)
+    new_modules = _new_modules(model, info)
+    hold_in_fp32(model, new_modules)
     keep_gradients_after_eval(model)
     return Backbone(
         model=model,
         tokenizer=tokenizer,
-        new_modules=_new_modules(model, info),
+        new_modules=new_modules,
         decisions=(Decision("device", str(device), "set by accelerate"), precision, quantization),
         dtype=dtype,
         quantization=quantization.choice,
     )
+
+
+def _missing_before(load: Callable[..., Any]) -> tuple[str, ...]:
+    """Name the modules that a checkpoint does not hold, before any weight is read.
+
+    What is new must not be quantized (a pooler of BERT, for example), and which modules those are is known only from
+    the names in the checkpoint.
+    """
+    with torch.random.fork_rng():
+        model, info = load(device_map="meta")
+    return _new_modules(model, info)
 
 
 def _new_modules(model: nn.Module, info: dict[str, Any]) -> tuple[str, ...]:
