@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
@@ -33,6 +33,10 @@ Weights = Annotated[
 ]
 
 
+def _takes_a_switch(annotation: Any) -> bool:
+    return annotation is bool or any(_takes_a_switch(part) for part in get_args(annotation))
+
+
 class Section(BaseModel):
     """Base of every part of a recipe: immutable, no unknown keys, and no true or false where a number belongs."""
 
@@ -41,7 +45,7 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _switches_only_where_they_belong(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+        if isinstance(value, bool) and not _takes_a_switch(cls.model_fields[str(info.field_name)].annotation):
             raise PydanticCustomError("switch", "true or false does not fit here")  # Python would take them as 1 and 0
         return value
 
@@ -221,7 +225,14 @@ class ModelConfig(Section):
     precision: Literal["auto", "bf16", "fp32"] = Field(
         "auto", description="auto: bf16 where the hardware has it, else fp32"
     )
-    gradient_checkpointing: StrictBool = Field(False, description="trade time for memory: recompute activations")
+    embedding: Literal["resident", "offload", "8bit"] = Field(
+        "resident",
+        description="the frozen input embedding: resident on the device; offload keeps it in the host's memory and "
+        "sends a batch's rows; 8bit holds it on the device through bitsandbytes, at slightly other values",
+    )
+    gradient_checkpointing: Literal["auto"] | StrictBool = Field(
+        "auto", description="trade time for memory: recompute activations; auto does where they would not fit otherwise"
+    )
     trust_remote_code: StrictBool = Field(
         False, description="run code that comes with the backbone; only if you trust it"
     )
@@ -317,6 +328,11 @@ class Recipe(Section):
             raise ValueError(
                 "masking.trainable_mask trains a row of the embedding, so the backward pass would run through all "
                 "layers and adapter.layers would save nothing: set adapter.layers=all, or masking.trainable_mask=false"
+            )
+        if self.masking.trainable_mask and self.model.embedding != "resident":
+            raise ValueError(
+                f"masking.trainable_mask trains a row of the embedding, which model.embedding={self.model.embedding} "
+                "cannot: set model.embedding=resident, or masking.trainable_mask=false"
             )
         if self.training.neftune_alpha is not None and self.training.batching == "padding_free":
             raise ValueError(

@@ -16,6 +16,7 @@ from torch import nn
 from tokmask_peft.errors import ModelError
 from tokmask_peft.model.decisions import Decision, choose_precision, choose_quantization
 from tokmask_peft.model.head import HEAD_NAMES, head_modules, hold_in_fp32
+from tokmask_peft.model.placement import place_embedding
 from tokmask_peft.model.quantized import keep_gradients_after_eval, quantization_config
 from tokmask_peft.recipe import ModelConfig, Task
 
@@ -126,11 +127,12 @@ def load_backbone(
     new_modules = _new_modules(model, info)
     hold_in_fp32(model, new_modules)
     keep_gradients_after_eval(model)
+    placed = place_embedding(model, config.embedding, device)
     return Backbone(
         model=model,
         tokenizer=tokenizer,
         new_modules=new_modules,
-        decisions=(Decision("device", str(device), "set by accelerate"), precision, quantization),
+        decisions=(Decision("device", str(device), "set by accelerate"), precision, quantization, *placed),
         dtype=dtype,
         quantization=quantization.choice,
     )
