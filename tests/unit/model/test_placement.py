@@ -52,9 +52,10 @@ def test_masking_is_that_of_a_resident_embedding(family, placement):
     ids, rows, spare, logits = found(family, "resident")
     placed_ids, placed_rows, placed_spare, placed_logits = found(family, placement)
     assert torch.equal(ids, placed_ids)
-    largest = rows.abs().amax(-1, keepdim=True)
+    # a mean row is small beside the rows that it is the mean of, whose errors it has
+    largest = rows.abs().amax(-1, keepdim=True).clamp(min=0.4)
     assert ((rows - placed_rows).abs() <= TOLERANCE[placement] * largest).all()
-    assert ((spare - placed_spare).abs() <= 2 * TOLERANCE[placement] * spare.abs().max()).all()
+    assert ((spare - placed_spare).abs() <= TOLERANCE[placement] * 0.5).all()
     if placement == "offload":
         assert torch.equal(logits, placed_logits)
     else:
