@@ -55,7 +55,7 @@ def test_masking_is_that_of_a_resident_embedding(family, placement):
     # a mean row is small beside the rows that it is the mean of, whose errors it has
     largest = rows.abs().amax(-1, keepdim=True).clamp(min=0.4)
     assert ((rows - placed_rows).abs() <= TOLERANCE[placement] * largest).all()
-    assert ((spare - placed_spare).abs() <= TOLERANCE[placement] * 0.5).all()
+    assert ((spare - placed_spare).abs() <= TOLERANCE[placement] * spare.abs().max().clamp(min=0.4)).all()
     if placement == "offload":
         assert torch.equal(logits, placed_logits)
     else:
