@@ -266,6 +266,10 @@ class TrainingConfig(Section):
     max_steps: int | None = Field(None, ge=1, description="stop after so many optimizer steps; wins over epochs")
     batch_size: int = Field(32, ge=1, description="texts per forward pass and device")
     gradient_accumulation: int = Field(1, ge=1, description="forward passes per optimizer step")
+    auto_batch: StrictBool = Field(
+        False,
+        description="where memory runs out, go on with a smaller batch_size and as much more gradient_accumulation",
+    )
     batching: Batching = Field(
         "padded",
         description="padded: random batches; padding_free: the same batches without padding, as one row with attention "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,29 @@ class OrderedEvalTrainer(Trainer):
     preprocess_logits_for_metrics: Any
     data_collator: Any
 
-    def __init__(self, *args: Any, train_collator: Any = None, **kwargs: Any) -> None:
-        """Make the trainer; `train_collator` makes the training batches, where they differ from the evaluation's."""
+    def __init__(
+        self,
+        *args: Any,
+        train_collator: Any = None,
+        memory_errors: Callable[[], AbstractContextManager[None]] = nullcontext,
+        **kwargs: Any,
+    ) -> None:
+        """Make the trainer.
+
+        Args:
+            args: of the Trainer.
+            train_collator: makes the training batches, where they differ from the evaluation's.
+            memory_errors: makes the context of evaluations, for what they raise.
+            kwargs: of the Trainer.
+        """
         super().__init__(*args, **kwargs)
         self.train_collator = train_collator or self.data_collator
+        self.memory_errors = memory_errors
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate or predict."""
+        with self.memory_errors():
+            return super().evaluation_loop(*args, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader:
         """Return the loader of the training batches."""
