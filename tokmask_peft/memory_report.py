@@ -33,9 +33,10 @@ def print_report(cast: Forecast, setting: Setting, ways: list[Remedy]) -> None:
     known = "of your texts" if cast.shapes.known else "every text as long as data.max_length"
     console.print(
         f"{cast.recipe.model.backbone} on {setting.device_type}, {precision}, quantization {setting.quantization}, "
-        f"embedding {cast.recipe.model.embedding}, gradient checkpointing {cast.decision.choice}",
+        f"embedding {cast.recipe.model.embedding}",
         markup=False,
     )
+    console.print(f"gradient checkpointing {cast.decision.choice}: {cast.decision.reason}", markup=False)
     console.print(f"largest batch: {_described(cast.shapes.largest)} ({known})\n", markup=False)
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("what")

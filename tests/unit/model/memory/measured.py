@@ -65,9 +65,9 @@ def measure_step(recipe: Recipe, shape: Shape) -> tuple[int, int, int]:
     labels = torch.zeros(len(shape.lengths) if recipe.data.task == "sequence" else shape.tokens, dtype=torch.long)
     with LiveBytes() as live:
         live.exclude(*frozen, *(value for value in batch.values() if isinstance(value, torch.Tensor)))
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            with torch.autocast("cpu", torch.bfloat16, enabled=backbone.dtype == torch.bfloat16):
-                loss = F.cross_entropy(model(**batch).logits.flatten(0, -2).float(), labels)
+        in_bf16 = torch.autocast("cpu", torch.bfloat16, enabled=backbone.dtype == torch.bfloat16)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), in_bf16:
+            loss = F.cross_entropy(model(**batch).logits.flatten(0, -2).float(), labels)
         loss.backward()
     return sum(saved.values()), live.peak, _bytes(model)
 

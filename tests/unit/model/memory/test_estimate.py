@@ -90,16 +90,16 @@ def changes(family="qwen2", device="cuda", **sections):
     return estimate(recipe, Setting(model.config, device, "none", torch.bfloat16), shape, Shape.padded(1, 8))
 
 
-def test_what_each_change_saves(device="cuda"):
-    plain = changes(device=device)
-    checkpointed = changes(device=device, model={"gradient_checkpointing": True})
+def test_what_each_change_saves():
+    plain = changes()
+    checkpointed = changes(model={"gradient_checkpointing": True})
     assert checkpointed.activations < plain.activations / 4
     assert checkpointed.tensors < plain.tensors
-    upper = changes(device=device, adapter={"layers": 2})
+    upper = changes(adapter={"layers": 2})
     assert upper.activations < 0.6 * plain.activations
     assert upper.optimizer < plain.optimizer
     rest = {"model": {"embedding": "offload"}, "training": {"gradient_accumulation": 4}}
-    other = changes(device=device, **rest)
+    other = changes(**rest)
     assert (other.embedding, other.host) == (0, plain.embedding)
     assert other.workspace == plain.workspace + plain.adapter
 
