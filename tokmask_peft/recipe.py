@@ -266,6 +266,12 @@ class TrainingConfig(Section):
     max_steps: int | None = Field(None, ge=1, description="stop after so many optimizer steps; wins over epochs")
     batch_size: int = Field(32, ge=1, description="texts per forward pass and device")
     gradient_accumulation: int = Field(1, ge=1, description="forward passes per optimizer step")
+    tokens_per_batch: int | None = Field(
+        None,
+        ge=16,
+        description="sub-tokens per forward pass and device, padding included, in place of batch_size texts: few long "
+        "texts or many short ones",
+    )
     auto_batch: StrictBool = Field(
         False,
         description="where memory runs out, go on with a smaller batch_size and as much more gradient_accumulation",
@@ -337,6 +343,11 @@ class Recipe(Section):
             raise ValueError(
                 f"masking.trainable_mask trains a row of the embedding, which model.embedding={self.model.embedding} "
                 "cannot: set model.embedding=resident, or masking.trainable_mask=false"
+            )
+        if self.training.auto_batch and self.training.tokens_per_batch is not None:
+            raise ValueError(
+                "training.auto_batch changes batch_size, which training.tokens_per_batch takes the place of: "
+                "set training.auto_batch=false, or training.tokens_per_batch=null"
             )
         if self.training.neftune_alpha is not None and self.training.batching == "padding_free":
             raise ValueError(

@@ -7,10 +7,11 @@ import torch
 from safetensors.torch import load_file
 
 import tokmask_peft
-from tokmask_peft.errors import RecipeError, RunError
+from tokmask_peft.errors import RecipeError, RunError, RunInterruptedError
 from tokmask_peft.model.memory.room import Room
 from tokmask_peft.recipe_io import load_recipe
 from tokmask_peft.training import fit, fits
+from tokmask_peft.training.callbacks import StopOnSignal
 from tokmask_peft.training.trainer import OrderedEvalTrainer
 
 SHORT = ["training.epochs=1", "training.baseline=false", "training.batching=padded"]
@@ -155,6 +156,47 @@ def test_the_report_as_it_is_read(write_recipe, capsys):
     assert "still too much" in said
     with pytest.raises(RecipeError, match="expected a size such as 6GB"):
         fits.without_training(recipe, "big")
+
+
+@pytest.mark.parametrize("batching", ["padded", "grouped", "padding_free"])
+def test_a_token_budget_makes_the_batches_and_a_resumed_run_the_same(write_recipe, monkeypatch, batching):
+    path, seen = write_recipe(), []
+    step = OrderedEvalTrainer.training_step
+
+    def noted(self, model, inputs, *rest):
+        seen.append(inputs["input_ids"].numel())
+        return step(self, model, inputs, *rest)
+
+    monkeypatch.setattr(OrderedEvalTrainer, "training_step", noted)
+    budget = ["training.tokens_per_batch=128", f"training.batching={batching}", "training.epochs=2"]
+    whole = train(path, "whole", *budget)
+    assert max(seen) <= 128
+    assert len(set(seen)) > 2 or batching == "grouped"
+    assert whole.result["steps"] == len(seen)
+    assert whole.result["speed"]["tokens_per_second"] > 0
+    half = whole.result["steps"] // 2 + 2  # within the second epoch
+    stop = StopOnSignal.on_step_end
+
+    def stopping(self, args, state, control, **rest):
+        self.stopped = state.global_step == half
+        return stop(self, args, state, control, **rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StopOnSignal, "on_step_end", stopping)
+        with pytest.raises(RunInterruptedError):
+            train(path, "broken", *budget)
+    recipe = load_recipe(path, [*SHORT, "name=broken", *budget])
+    broken = tokmask_peft.train(recipe, resume=True, quiet=True)
+    assert broken.result["steps"] == whole.result["steps"]
+    for name, value in weights(whole).items():
+        torch.testing.assert_close(weights(broken)[name], value, atol=1e-6, rtol=0)
+
+
+def test_a_budget_below_the_longest_text(write_recipe):
+    with pytest.raises(RecipeError, match=r"training.tokens_per_batch: the longest text takes .* set it higher"):
+        train(write_recipe(), "small", "training.tokens_per_batch=16")
+    with pytest.raises(RecipeError, match=r"training.auto_batch changes batch_size"):
+        load_recipe(write_recipe(), ["training.auto_batch=true", "training.tokens_per_batch=64"])
 
 
 def test_auto_and_switches_of_checkpointing(write_recipe):

@@ -19,6 +19,7 @@ from tokmask_peft.card import write_card
 from tokmask_peft.console import ProgressDisplay, make_console, print_decisions, print_lines, print_result
 from tokmask_peft.data import Corpus, PackedCollator, load_corpus
 from tokmask_peft.data.encode import words_need_a_space
+from tokmask_peft.data.token_budget import TokenBudgetSampler
 from tokmask_peft.errors import RecipeError, RunError, RunInterruptedError
 from tokmask_peft.masking import MaskToken, TokenMaskCallback, choose_mask_token
 from tokmask_peft.masking.embedding import embedding_weight, find_embedding
@@ -198,7 +199,7 @@ class _Session:
             decisions = (*decisions, Decision("micro-batch", texts, reason))
         result = self._evaluate(trainer)
         result["decisions"] = [asdict(decision) for decision in decisions]
-        result["speed"] = self._speed(clock)
+        result["speed"] = self._speed(clock, trainer)
         if trainer.is_world_process_zero():
             self._save(result)
             print_result(self.console, result, self.run.adapter)
@@ -260,6 +261,7 @@ class _Session:
             self.recipe, self.run.checkpoints, self.device, self.backbone.dtype == torch.bfloat16
         )
         trainer = OrderedEvalTrainer(
+            batches=self._token_budget(arguments),
             model=self.model,
             args=arguments,
             train_dataset=self.train.encoded.dataset,
@@ -277,6 +279,17 @@ class _Session:
 
         trainer.remove_callback(PrinterCallback)
         return trainer
+
+    def _token_budget(self, arguments: Any) -> TokenBudgetSampler | None:
+        training, lengths = self.recipe.training, self.train.encoded.dataset["length"]
+        if training.tokens_per_batch is None:
+            return None
+        here = arguments.process_index, arguments.world_size
+        try:
+            return TokenBudgetSampler(lengths, training.tokens_per_batch, training.batching, self.recipe.seed, *here)
+        except ValueError as error:
+            remedy = "set it higher, or data.max_length lower"
+            raise RecipeError([f"training.tokens_per_batch: {error}; {remedy}"], source=self.recipe.name) from error
 
     def _label_counts(self) -> dict[str, int]:
         counts: Counter[str] = Counter()
@@ -314,11 +327,14 @@ class _Session:
         }
         return result
 
-    def _speed(self, clock: StepClock) -> dict[str, Any]:
+    def _speed(self, clock: StepClock, trainer: OrderedEvalTrainer) -> dict[str, Any]:
         lengths = self.train.encoded.dataset["length"]
         per_text = sum(lengths) / max(len(lengths), 1)
         training = self.recipe.training
-        texts = clock.steps * training.batch_size * training.gradient_accumulation
+        per_batch: float = training.batch_size
+        if (batches := self._token_budget(trainer.args)) is not None:
+            per_batch = len(lengths) / len(batches)
+        texts = clock.steps * per_batch * training.gradient_accumulation
         return {
             "step_seconds": round(clock.seconds, 2),
             "steps": clock.steps,

@@ -44,7 +44,9 @@ def _message(recipe: Recipe, error: BaseException, evaluating: bool) -> str:
     else:
         smaller = smaller_batch(training.batch_size, training.gradient_accumulation)
         ways = [f"training.batch_size={smaller[0]} training.gradient_accumulation={smaller[1]}"] if smaller else []
-        if not training.auto_batch:
+        if training.tokens_per_batch is not None:
+            ways = [f"training.tokens_per_batch={training.tokens_per_batch // 2}"]
+        elif not training.auto_batch:
             ways.append("training.auto_batch=true, which does that by itself")
         if recipe.model.gradient_checkpointing is not True:
             ways.append("model.gradient_checkpointing=true")

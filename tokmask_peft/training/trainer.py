@@ -18,6 +18,7 @@ from transformers import DataCollatorForTokenClassification, DataCollatorWithPad
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
+from tokmask_peft.data.token_budget import TokenBudgetSampler, token_budget_loader
 from tokmask_peft.errors import RecipeError, RunError, nearest
 from tokmask_peft.recipe import Recipe
 from tokmask_peft.training.losses import IGNORED
@@ -36,6 +37,7 @@ class OrderedEvalTrainer(Trainer):
         self,
         *args: Any,
         train_collator: Any = None,
+        batches: TokenBudgetSampler | None = None,
         memory_errors: Callable[[], AbstractContextManager[None]] = nullcontext,
         **kwargs: Any,
     ) -> None:
@@ -44,11 +46,13 @@ class OrderedEvalTrainer(Trainer):
         Args:
             args: of the Trainer.
             train_collator: makes the training batches, where they differ from the evaluation's.
+            batches: makes the training batches, where they are not of `per_device_train_batch_size` texts.
             memory_errors: makes the context of evaluations, for what they raise.
             kwargs: of the Trainer.
         """
         super().__init__(*args, **kwargs)
         self.train_collator = train_collator or self.data_collator
+        self.batches = batches
         self.memory_errors = memory_errors
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
@@ -58,6 +62,10 @@ class OrderedEvalTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Return the loader of the training batches."""
+        if self.batches is not None:
+            dataset = self._remove_unused_columns(self.train_dataset, description="training")
+            pin = self.args.dataloader_pin_memory
+            return token_budget_loader(dataset, self.train_collator, self.batches, self.args.device, pin)
         usual, self.data_collator = self.data_collator, self.train_collator
         try:
             return super().get_train_dataloader()

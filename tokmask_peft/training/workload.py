@@ -41,6 +41,13 @@ def workload(recipe: Recipe, batching: str, lengths: Sequence[int] | None) -> Wo
         lengths: sub-tokens of each training text, if they are known.
     """
     texts, evaluated = recipe.training.batch_size, recipe.training.eval_batch_size
+    if (budget := recipe.training.tokens_per_batch) is not None:
+        longest = min(max(lengths or [recipe.data.max_length]), recipe.data.max_length)
+        largest = Shape.padded(max(budget // _rounded(longest), 1), _rounded(longest))
+        if batching == "padding_free":
+            rest = (budget % longest,) if budget % longest else ()
+            largest = Shape((longest,) * (budget // longest) + rest, packed=True)
+        return Workload(largest, None, Shape.padded(evaluated, _rounded(longest)), bool(lengths))
     if not lengths:
         longest = recipe.data.max_length
         largest = Shape((longest,) * texts, packed=batching == "padding_free")

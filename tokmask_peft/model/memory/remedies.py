@@ -89,6 +89,12 @@ def _candidates(recipe: Recipe, count: Count, room: Room, gpu: bool) -> Iterator
 def _batch(recipe: Recipe, count: Count, room: Room) -> Iterator[Changes]:
     """Give the largest micro-batch that fits, or that of a single text; the optimizer step stays as large."""
     training = recipe.training
+    if training.tokens_per_batch is not None:
+        yield {
+            "training.tokens_per_batch": max(training.tokens_per_batch // 2, 16),
+            "training.gradient_accumulation": 2 * training.gradient_accumulation,
+        }
+        return
     size: tuple[int, int] | None = (training.batch_size, training.gradient_accumulation)
     changes: Changes = {}
     while size and (size := smaller_batch(*size)):
