@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 from tokmask_peft.masking import TokenMaskConfig, TokenMasker
 from tokmask_peft.model.adapter import add_adapter
 from tokmask_peft.model.backbone import load_backbone
+from tokmask_peft.model.checkpointing import enable_checkpointing
 from tokmask_peft.model.memory.estimate import Setting, estimate
 from tokmask_peft.model.memory.step import Shape
 from tokmask_peft.model.placement import place_embedding
@@ -48,7 +49,7 @@ def test_the_estimate_is_what_the_allocator_counts(name, quantization, checkpoin
     wrapped, _ = add_adapter(backbone, recipe.adapter, "sequence")
     wrapped.cuda().train()
     if checkpointing:
-        wrapped.gradient_checkpointing_enable({"use_reentrant": False})
+        enable_checkpointing(wrapped)
     optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad])
     ids = torch.full((16, 64), 5, device="cuda")
     mask = torch.ones_like(ids)

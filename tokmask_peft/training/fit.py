@@ -26,6 +26,7 @@ from tokmask_peft.masking.embedding import embedding_weight, find_embedding
 from tokmask_peft.masking.mask_token import fill_spare_row, used_rows
 from tokmask_peft.model.adapter import add_adapter, save_adapter
 from tokmask_peft.model.backbone import Backbone, load_backbone
+from tokmask_peft.model.checkpointing import enable_checkpointing
 from tokmask_peft.model.decisions import Decision
 from tokmask_peft.model.loading import LOADING_FILE, Loading
 from tokmask_peft.model.memory.remedies import changed, smaller_batch
@@ -155,6 +156,8 @@ class _Session:
         lengths = self.train.encoded.dataset["length"]
         batching = self.recipe.training.batching
         self.recipe, decision, warning = before_training(self.recipe, self.backbone, batching, lengths, self.device)
+        if self.recipe.model.gradient_checkpointing is True:
+            enable_checkpointing(self.model)
         if warning is not None:
             self.console.print(f"{warning}\n", markup=False)
         return decision

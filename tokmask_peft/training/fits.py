@@ -175,8 +175,14 @@ def before_training(
 
     Returns:
         The recipe with the decision in it, the decision, and a warning or none.
+
+    Raises:
+        ModelError: the recipe asks for gradient checkpointing, which the backbone cannot do.
     """
     setting = Setting(backbone.model.config, device.type, backbone.quantization, backbone.dtype)
+    if recipe.model.gradient_checkpointing is True and not backbone.model.supports_gradient_checkpointing:
+        what = type(backbone.model).__name__
+        raise ModelError(f"model.gradient_checkpointing is true, but {what} cannot do that: set it to false")
     try:
         with torch.random.fork_rng(devices=()):
             cast = forecast(recipe, setting, batching, lengths, device_room(device))

@@ -115,7 +115,6 @@ class OrderedEvalTrainer(Trainer):
 def training_arguments(recipe: Recipe, checkpoints: Path, device: torch.device, bf16: bool) -> TrainingArguments:
     """Return the Trainer's arguments for a recipe."""
     training = recipe.training
-    checkpointing = recipe.model.gradient_checkpointing is True  # `auto` has been decided where there is training
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
         run_name=recipe.name,
@@ -138,8 +137,6 @@ def training_arguments(recipe: Recipe, checkpoints: Path, device: torch.device, 
         neftune_noise_alpha=training.neftune_alpha,
         bf16=bf16,
         use_cpu=device.type == "cpu",
-        gradient_checkpointing=checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
         dataloader_pin_memory=device.type == "cuda",
         eval_strategy="epoch",
         save_strategy="epoch",

@@ -14,6 +14,7 @@ from torch import nn
 
 from tokmask_peft.masking.embedding import find_embedding
 from tokmask_peft.model.adapter import adapted_layers
+from tokmask_peft.model.checkpointing import enable_checkpointing
 from tokmask_peft.model.head import head_modules
 from tokmask_peft.model.memory.gpu_rules import checkpointing_options
 from tokmask_peft.model.memory.skeleton import bare_model, skeleton, with_layers
@@ -146,7 +147,7 @@ def _probe(
     config = with_layers(setting.config, adapted + more_below)
     model, mode = skeleton(config, recipe, setting.quantization, setting.dtype, adapted if more_below else None)
     if recipe.model.gradient_checkpointing is True:
-        model.gradient_checkpointing_enable(checkpointing_options(setting.device_type))
+        enable_checkpointing(model, checkpointing_options(setting.device_type))
     trained = sum(4 * parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     rest = recipe.data.task, setting.device_type, setting.dtype == torch.bfloat16
     forward = count_forward(model, mode, evaluation, *rest)

@@ -12,6 +12,7 @@ from transformers import AutoModel
 from tokmask_peft.data import PackedCollator
 from tokmask_peft.model.adapter import add_adapter
 from tokmask_peft.model.backbone import load_backbone
+from tokmask_peft.model.checkpointing import enable_checkpointing
 from tokmask_peft.model.memory.live import LiveBytes
 from tokmask_peft.model.memory.step import Shape
 from tokmask_peft.model.padding_free import enable_padding_free
@@ -44,7 +45,7 @@ def measure_step(recipe: Recipe, shape: Shape) -> tuple[int, int, int]:
     model, _ = add_adapter(backbone, recipe.adapter, recipe.data.task)
     model.train()
     if recipe.model.gradient_checkpointing is True:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        enable_checkpointing(model)
     if shape.packed:
         enable_padding_free(backbone.model)
         batch = PackedCollator("sequence")([{"input_ids": [5] * length} for length in shape.lengths])
