@@ -73,7 +73,7 @@ def load_tokenizer(config: ModelConfig, location: str | None = None) -> Any:
             location, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
     except (OSError, ValueError, ImportError) as error:
-        raise ModelError(_load_problem("tokenizer", location, error)) from error
+        raise ModelError(load_problem("tokenizer", location, error)) from error
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise ModelError(f"the tokenizer of {location} has neither a pad nor an end token; texts cannot be padded")
@@ -126,7 +126,7 @@ def load_backbone(
             extra["device_map"] = {"": device}
         model, info = load(**extra)
     except (OSError, ValueError, ImportError) as error:
-        raise ModelError(_load_problem("backbone", location, error)) from error
+        raise ModelError(load_problem("backbone", location, error)) from error
     model.config.pad_token_id = tokenizer.pad_token_id
     model.config.use_cache = False
     new_modules = _new_modules(model, info)
@@ -165,7 +165,8 @@ def _new_modules(model: nn.Module, info: dict[str, Any]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _load_problem(what: str, location: str, error: Exception) -> str:
+def load_problem(what: str, location: str, error: Exception) -> str:
+    """Say in one message why a part of a backbone cannot be loaded, and what to check."""
     first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return (
         f"the {what} cannot be loaded from {location}: {first} "

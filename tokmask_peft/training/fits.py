@@ -109,7 +109,7 @@ def without_training(recipe: Recipe, gpu: str | None = None) -> tuple[Forecast, 
     """
     from transformers import AutoConfig
 
-    from tokmask_peft.model.backbone import backbone_location
+    from tokmask_peft.model.backbone import backbone_location, load_problem
     from tokmask_peft.model.memory.skeleton import bare_model
     from tokmask_peft.model.padding_free import choose_batching
 
@@ -125,8 +125,7 @@ def without_training(recipe: Recipe, gpu: str | None = None) -> tuple[Forecast, 
             num_labels=labels,
         )
     except (OSError, ValueError) as error:
-        first = (str(error).strip().splitlines() or [""])[0]
-        raise ModelError(f"the backbone's config cannot be loaded from {location}: {first}") from error
+        raise ModelError(load_problem("backbone's config", location, error)) from error
     if gpu is None:
         precision, quantization = choose_precision(recipe.model, device), choose_quantization(recipe.model, device)
         chosen = precision.choice, quantization.choice
