@@ -82,6 +82,30 @@ def train(
 
 
 @app.command()
+def estimate(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    gpu: Annotated[str | None, typer.Option(help="memory of a GPU, for example 6GB; default: this machine")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the bytes as JSON.")] = False,
+) -> None:
+    """Say how much memory RECIPE takes, whether it fits, and what to change; no weights are needed."""
+    from tokmask_peft.recipe import Recipe
+
+    checked = Recipe.load(recipe, overrides or [])
+    quiet_libraries()
+    from tokmask_peft import memory_report
+    from tokmask_peft.training.fits import without_training
+
+    found = without_training(checked, gpu)
+    if as_json:
+        import json
+
+        typer.echo(json.dumps(memory_report.to_dict(*found), indent=2))
+    else:
+        memory_report.print_report(*found)
+
+
+@app.command()
 def evaluate(
     run: Annotated[str, typer.Argument(metavar="RUN", help="a run folder, such as runs/quickstart")],
     split: Annotated[str, typer.Option(help="train, validation or test; with --data, a split or file there")] = "test",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
@@ -33,6 +33,10 @@ Weights = Annotated[
 ]
 
 
+def _takes_a_switch(annotation: Any) -> bool:
+    return annotation is bool or any(_takes_a_switch(part) for part in get_args(annotation))
+
+
 class Section(BaseModel):
     """Base of every part of a recipe: immutable, no unknown keys, and no true or false where a number belongs."""
 
@@ -41,7 +45,7 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _switches_only_where_they_belong(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+        if isinstance(value, bool) and not _takes_a_switch(cls.model_fields[str(info.field_name)].annotation):
             raise PydanticCustomError("switch", "true or false does not fit here")  # Python would take them as 1 and 0
         return value
 
@@ -229,7 +233,14 @@ class ModelConfig(Section):
     attention_dropout: Rate | None = Field(
         None, description="dropout on the attention weights in training; null leaves it as the backbone has it"
     )
-    gradient_checkpointing: StrictBool = Field(False, description="trade time for memory: recompute activations")
+    embedding: Literal["resident", "offload", "8bit"] = Field(
+        "resident",
+        description="the frozen input embedding: resident on the device; offload keeps it in the host's memory and "
+        "sends a batch's rows; 8bit holds it on the device through bitsandbytes, at slightly other values",
+    )
+    gradient_checkpointing: Literal["auto"] | StrictBool = Field(
+        "auto", description="trade time for memory: recompute activations; auto does where they would not fit otherwise"
+    )
     trust_remote_code: StrictBool = Field(
         False, description="run code that comes with the backbone; only if you trust it"
     )
@@ -263,6 +274,16 @@ class TrainingConfig(Section):
     max_steps: int | None = Field(None, ge=1, description="stop after so many optimizer steps; wins over epochs")
     batch_size: int = Field(32, ge=1, description="texts per forward pass and device")
     gradient_accumulation: int = Field(1, ge=1, description="forward passes per optimizer step")
+    tokens_per_batch: int | None = Field(
+        None,
+        ge=16,
+        description="sub-tokens per forward pass and device, padding included, in place of batch_size texts: few long "
+        "texts or many short ones",
+    )
+    auto_batch: StrictBool = Field(
+        False,
+        description="where memory runs out, go on with a smaller batch_size and as much more gradient_accumulation",
+    )
     batching: Batching = Field(
         "padding_free",
         description="padding_free: random batches without padding, as one row with attention per text (BERT, XLM-R, "
@@ -325,6 +346,16 @@ class Recipe(Section):
             raise ValueError(
                 "masking.trainable_mask trains a row of the embedding, so the backward pass would run through all "
                 "layers and adapter.layers would save nothing: set adapter.layers=all, or masking.trainable_mask=false"
+            )
+        if self.masking.trainable_mask and self.model.embedding != "resident":
+            raise ValueError(
+                f"masking.trainable_mask trains a row of the embedding, which model.embedding={self.model.embedding} "
+                "cannot: set model.embedding=resident, or masking.trainable_mask=false"
+            )
+        if self.training.auto_batch and self.training.tokens_per_batch is not None:
+            raise ValueError(
+                "training.auto_batch changes batch_size, which training.tokens_per_batch takes the place of: "
+                "set training.auto_batch=false, or training.tokens_per_batch=null"
             )
         return self
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tokmask_peft.errors import MaskTokenError
@@ -71,6 +72,24 @@ def embedding_weight(embedding: nn.Module) -> Tensor:
     holder: Any = embedding if token_adapter is None else token_adapter.base_layer
     weight: Tensor = holder.weight
     return weight
+
+
+def read_rows(embedding: nn.Module, first: int, last: int) -> Tensor:
+    """Return the rows from `first` to before `last` as they are looked up, [rows, hidden]; a view where it can be."""
+    quantized: Any = getattr(embedding, "read_rows", None)
+    rows: Tensor = embedding_weight(embedding)[first:last] if quantized is None else quantized(first, last)
+    return rows
+
+
+@torch.no_grad()
+def write_row(embedding: nn.Module, index: int, row: Tensor) -> None:
+    """Set a row, [hidden], in place; a quantized embedding quantizes it."""
+    quantized: Any = getattr(embedding, "write_row", None)
+    if quantized is not None:
+        quantized(index, row)
+    else:
+        weight = embedding_weight(embedding)
+        weight[index] = row.to(weight.device, weight.dtype)
 
 
 def is_trainable(embedding: nn.Module, token_id: int) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tokmask_peft.errors import MaskTokenError
-from tokmask_peft.masking.embedding import embedding_weight
+from tokmask_peft.masking.embedding import embedding_weight, read_rows, write_row
 
 Wanted = Literal["auto", "mask", "spare", "unk"] | int
 
@@ -145,9 +145,9 @@ def fill_spare_row(embedding: nn.Module, mask_token: MaskToken, real_rows: int) 
             f"the embedding matrix has shape {list(weight.shape)} here, so row {mask_token.id} cannot be written: "
             "attach before the model is sharded, or choose mask_token: unk"
         )
-    original = weight[mask_token.id].clone()
+    original = read_rows(embedding, mask_token.id, mask_token.id + 1)[0].clone()
     total = torch.zeros(weight.shape[1], dtype=torch.float32, device=weight.device)
-    for chunk in weight[:real_rows].split(8192):  # in chunks: an fp32 copy of the whole matrix may not fit
-        total += chunk.sum(dim=0, dtype=torch.float32)
-    weight[mask_token.id] = (total / real_rows).to(weight.dtype)
+    for first in range(0, real_rows, 8192):  # in chunks: an fp32 copy of the whole matrix may not fit
+        total += read_rows(embedding, first, min(first + 8192, real_rows)).sum(dim=0, dtype=torch.float32)
+    write_row(embedding, mask_token.id, total / real_rows)
     return original

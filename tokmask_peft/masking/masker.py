@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tokmask_peft.errors import MaskTokenError
-from tokmask_peft.masking.embedding import embedding_weight, find_embedding, is_trainable, unwrap
+from tokmask_peft.masking.embedding import embedding_weight, find_embedding, is_trainable, unwrap, write_row
 from tokmask_peft.masking.mask_token import MaskToken, choose_mask_token, fill_spare_row, maskable_table, used_rows
 from tokmask_peft.masking.pattern import masked_positions, text_positions
 from tokmask_peft.masking.schedule import rate_at
@@ -243,9 +243,7 @@ class TokenMasker:
         self._attached = False
         self._handle.remove()
         if self._original_row is not None and not is_trainable(self._embedding, self.mask_token.id):
-            weight = embedding_weight(self._embedding)
-            with torch.no_grad():
-                weight[self.mask_token.id] = self._original_row.to(weight.device)
+            write_row(self._embedding, self.mask_token.id, self._original_row)
 
     def __enter__(self) -> Self:
         return self

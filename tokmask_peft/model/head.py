@@ -37,18 +37,20 @@ def head_modules(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def hold_head_in_fp32(model: nn.Module) -> None:
-    """Bring the head to fp32, in place, and make its linear layers compute in fp32.
+def hold_in_fp32(model: nn.Module, new_modules: tuple[str, ...]) -> None:
+    """Bring the head, and whatever else is new, to fp32, in place, and make its linear layers compute in fp32.
 
     Raises:
-        ModelError: a part of the head is quantized; training it would fail or silently not happen.
+        ModelError: a part is quantized; training it would fail or silently not happen.
     """
-    for name, module in head_modules(model).items():
+    for name in new_modules:
+        module = model.get_submodule(name)
         quantized = [type(part).__name__ for part in module.modules() if is_quantized(part)]
         if quantized:
             raise ModelError(
-                f"the head '{name}' is quantized ({quantized[0]}); a head must be held in full precision. "
-                "The checkpoint comes already quantized: use the unquantized backbone with model.quantization=nf4."
+                f"the new module '{name}' is quantized ({quantized[0]}); what is trained must be held in full "
+                "precision. The checkpoint comes already quantized: use the unquantized backbone with "
+                "model.quantization=nf4."
             )
         module.float()
         for part in module.modules():

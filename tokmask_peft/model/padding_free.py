@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -114,6 +115,15 @@ def enable_padding_free(model: nn.Module) -> None:
     model.forward = PackedForward(model)
 
 
+def filler(total: int, longest: int) -> list[int]:
+    """Return the lengths of the texts of padding that lengthen a row of `total` sub-tokens to a multiple of `ROUND`.
+
+    None is longer than the `longest` text of the batch: the model may have no more positions.
+    """
+    missing = -total % ROUND
+    return [min(longest, missing - start) for start in range(0, missing, longest)]
+
+
 class PackedForward:
     """Takes the place of a model's `forward`: packed where a batch has `cu_seqlens`, else as before."""
 
@@ -162,14 +172,12 @@ class PackedForward:
     def _filled(self, input_ids: Tensor, cu_seqlens: Tensor, packing: Packing) -> tuple[Tensor, Packing]:
         """Lengthen a row on a CPU with texts of padding to a multiple of `ROUND`; the result is cut off again."""
         total = input_ids.shape[1]
-        missing = -total % ROUND
-        if not missing or input_ids.device.type != "cpu":
+        extra = filler(total, packing.max_length) if input_ids.device.type == "cpu" else []
+        if not extra:
             return input_ids, packing
-        ids = F.pad(input_ids, (0, missing), value=self.model.config.pad_token_id or 0)
-        # no longer than the longest text: the model may have no more positions
-        ends = [*range(total + packing.max_length, total + missing, packing.max_length), total + missing]
-        bounds = torch.cat((cu_seqlens, cu_seqlens.new_tensor(ends)))
-        return ids, Packing.make(bounds, total + missing, packing.max_length)
+        ids = F.pad(input_ids, (0, sum(extra)), value=self.model.config.pad_token_id or 0)
+        bounds = torch.cat((cu_seqlens, cu_seqlens.new_tensor([total + end for end in accumulate(extra)])))
+        return ids, Packing.make(bounds, ids.shape[1], packing.max_length)
 
     def _hidden(self, input_ids: Tensor, packing: Packing) -> Tensor:
         """Return the last hidden states, [1, total, hidden]."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import find_executable_batch_size
 from rich.console import Console
 from transformers import EarlyStoppingCallback, set_seed
 
@@ -15,14 +18,17 @@ from tokmask_peft.card import write_card
 from tokmask_peft.console import ProgressDisplay, make_console, print_decisions, print_lines, print_result
 from tokmask_peft.data import Corpus, PackedCollator, load_corpus
 from tokmask_peft.data.encode import words_need_a_space
+from tokmask_peft.data.token_budget import TokenBudgetSampler
 from tokmask_peft.errors import RecipeError, RunError, RunInterruptedError
 from tokmask_peft.masking import MaskToken, TokenMaskCallback, choose_mask_token
 from tokmask_peft.masking.embedding import embedding_weight, find_embedding
 from tokmask_peft.masking.mask_token import fill_spare_row, used_rows
 from tokmask_peft.model.adapter import add_adapter, save_adapter
 from tokmask_peft.model.backbone import Backbone, load_backbone
+from tokmask_peft.model.checkpointing import enable_checkpointing
 from tokmask_peft.model.decisions import Decision
 from tokmask_peft.model.loading import LOADING_FILE, Loading
+from tokmask_peft.model.memory.remedies import changed, smaller_batch
 from tokmask_peft.model.padding_free import choose_batching, enable_padding_free
 from tokmask_peft.recipe import Recipe
 from tokmask_peft.recipe_io import to_yaml
@@ -30,8 +36,10 @@ from tokmask_peft.training.baseline import baseline_scores
 from tokmask_peft.training.calibration import calibrate
 from tokmask_peft.training.callbacks import AdapterMoves, LogFile, StepClock, StopOnSignal
 from tokmask_peft.training.environment import environment, peak_memory, processes, versions
+from tokmask_peft.training.fits import before_training
 from tokmask_peft.training.losses import ClassificationLoss, class_weights
 from tokmask_peft.training.metrics import Predictions, scores, scores_by_mixing
+from tokmask_peft.training.out_of_memory import explained_memory_errors
 from tokmask_peft.training.run_folder import RunFolder, check_run, start_run, write_json
 from tokmask_peft.training.splits import Split
 from tokmask_peft.training.trainer import (
@@ -73,6 +81,8 @@ def train(recipe: Recipe | str | Path, *, resume: bool = False, quiet: bool = Fa
     console = make_console(quiet or not state.is_main_process)
     run = check_run(recipe, resume)
     check_trackers(recipe.training.report_to)
+    if recipe.training.auto_batch and state.num_processes > 1:
+        raise RunError("training.auto_batch works in one process: with several, set training.batch_size yourself")
     state.wait_for_everyone()
     corpus = load_corpus(recipe.data.expanded(), recipe.seed)
     set_seed(recipe.seed)  # before the head is drawn
@@ -85,13 +95,18 @@ def train(recipe: Recipe | str | Path, *, resume: bool = False, quiet: bool = Fa
         enable_padding_free(backbone.model)
     trained_row = mask.id if mask is not None and recipe.masking.trainable_mask else None
     model, decisions = add_adapter(backbone, recipe.adapter, recipe.data.task, trained_row)
-    decisions = (*backbone.decisions, batching, *mask_decisions, *decisions)
-    print_decisions(console, decisions)
     text = _recipe_text(recipe)
     batched = recipe.training.model_copy(update={"batching": batching.choice})
     recipe = recipe.model_copy(update={"training": batched})
     session = _Session(recipe, corpus, backbone, model, mask, run, console, state.device)
-    return session.run_to_end(decisions, resume, text)
+    decisions = (*backbone.decisions, batching, session.decide_on_memory(), *mask_decisions, *decisions)
+    print_decisions(console, decisions)
+    with explained_memory_errors(recipe):
+        return session.run_to_end(decisions, resume, text)
+
+
+def _trained(model: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    return ((name, value) for name, value in model.named_parameters() if value.requires_grad)
 
 
 def _recipe_text(recipe: Recipe) -> str:
@@ -138,11 +153,23 @@ class _Session:
         self.test = self._split(corpus.test) if corpus.test else None
         self.predictions: dict[str, Predictions] = {}
 
+    def decide_on_memory(self) -> Decision:
+        """Decide on gradient checkpointing, and warn of what will not fit."""
+        lengths = self.train.encoded.dataset["length"]
+        batching = self.recipe.training.batching
+        self.recipe, decision, warning = before_training(self.recipe, self.backbone, batching, lengths, self.device)
+        if self.recipe.model.gradient_checkpointing is True:
+            enable_checkpointing(self.model)
+        if warning is not None:
+            self.console.print(f"{warning}\n", markup=False)
+        return decision
+
     def _split(self, examples: Any) -> Split:
         data = self.recipe.data
         return Split.make(examples, self.backbone.tokenizer, data.task, self.corpus.labels, data.max_length)
 
     def run_to_end(self, decisions: tuple[Decision, ...], resume: bool, recipe_text: str) -> Run:
+        asked = self.recipe.training
         lines = list(self.corpus.report.lines())
         for name, split in (("train", self.train), ("validation", self.validation), ("test", self.test)):
             if split is not None and (cut := split.encoded.truncation).texts_cut:
@@ -150,29 +177,74 @@ class _Session:
                 if cut.words_cut:
                     lines[-1] += f"; {cut.words_cut} words are cut away" + ("" if name == "train" else " (errors)")
         print_lines(self.console, "Data", lines)
-        clock, stop, display = StepClock(), StopOnSignal(), ProgressDisplay(self.console)
-        trainer = self._trainer([clock, stop, display, AdapterMoves()])
-        if trainer.is_world_process_zero():  # not before: a mistake found until here leaves no folder behind
-            start_run(self.run, recipe_text)
-        trainer.accelerator.wait_for_everyone()
-        try:
-            with stop:
-                trainer.train(resume_from_checkpoint=self._checkpoint(resume))
-        finally:
-            display.close()
-        if stop.stopped:
-            raise RunInterruptedError(
-                f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; "
-                f"continue with `tokmask train {self.run.recipe} --resume`"
-            )
+        clock = StepClock()
+
+        def attempt(go_on: bool = resume) -> OrderedEvalTrainer:
+            stop, display = StopOnSignal(), ProgressDisplay(self.console)
+            trainer = self._trainer([clock, stop, display, AdapterMoves()])
+            if trainer.is_world_process_zero():  # not before: a mistake found until here leaves no folder behind
+                start_run(self.run, recipe_text)
+            trainer.accelerator.wait_for_everyone()
+            try:
+                with stop:
+                    trainer.train(resume_from_checkpoint=self._checkpoint(go_on))
+            finally:
+                display.close()
+            if stop.stopped:
+                raise RunInterruptedError(
+                    f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; "
+                    f"continue with `tokmask train {self.run.recipe} --resume`"
+                )
+            return trainer
+
+        trainer = self._with_smaller_batches(attempt) if self.recipe.training.auto_batch else attempt()
+        if self.recipe.training.batch_size != asked.batch_size:
+            texts = f"{self.recipe.training.batch_size} times {self.recipe.training.gradient_accumulation}"
+            reason = f"{asked.batch_size} times {asked.gradient_accumulation} ran out of memory"
+            decisions = (*decisions, Decision("micro-batch", texts, reason))
         result = self._evaluate(trainer)
         result["decisions"] = [asdict(decision) for decision in decisions]
-        result["speed"] = self._speed(clock)
+        result["speed"] = self._speed(clock, trainer)
         if trainer.is_world_process_zero():
             self._save(result)
             print_result(self.console, result, self.run.adapter)
             _check_best(result, trainer.state.best_metric)
         return Run(self.run, result)
+
+    def _with_smaller_batches(self, attempt: Callable[..., OrderedEvalTrainer]) -> OrderedEvalTrainer:
+        """Train; where memory runs out, go on with a smaller micro-batch and the same optimizer step.
+
+        The Trainer's own `auto_find_batch_size` makes the optimizer step smaller, too, and keeps half-trained weights.
+        """
+        start = {name: value.detach().cpu().clone() for name, value in _trained(self.model)}
+        training = self.recipe.training
+        sizes = [(training.batch_size, training.gradient_accumulation)]
+        while smaller := smaller_batch(*sizes[-1]):
+            sizes.append(smaller)
+        left = iter(sizes[1:])
+
+        def run(batch_size: int) -> OrderedEvalTrainer:
+            if batch_size != training.batch_size:
+                with torch.no_grad():
+                    for name, value in _trained(self.model):
+                        value.grad = None
+                        value.copy_(start[name])
+                size = {"batch_size": batch_size, "gradient_accumulation": dict(sizes)[batch_size]}
+                self.recipe = changed(self.recipe, {f"training.{key}": value for key, value in size.items()})
+                told = f"Out of memory: going on with {batch_size} texts, {size['gradient_accumulation']} times a step."
+                self.console.print(told, markup=False)
+                return attempt(self.run.last_checkpoint() is not None)
+            return attempt()
+
+        def smaller_size() -> int:
+            size = next(left, None)
+            if size is None:
+                raise RunError(f"out of memory with a single text of up to {self.recipe.data.max_length} sub-tokens")
+            return size[0]
+
+        search = find_executable_batch_size(run, sizes[0][0], reduce_batch_size_fn=smaller_size)
+        found: OrderedEvalTrainer = search()
+        return found
 
     def _checkpoint(self, resume: bool) -> str | None:
         newest = self.run.last_checkpoint() if resume else None
@@ -194,12 +266,14 @@ class _Session:
             self.recipe, self.run.checkpoints, self.device, self.backbone.dtype == torch.bfloat16
         )
         trainer = OrderedEvalTrainer(
+            batches=self._token_budget(arguments),
             model=self.model,
             args=arguments,
             train_dataset=self.train.encoded.dataset,
             eval_dataset=self.validation.dataset,
             data_collator=collator(self.backbone.tokenizer, self.recipe.data.task),
             processing_class=self.backbone.tokenizer,
+            memory_errors=functools.partial(explained_memory_errors, self.recipe, evaluating=True),
             train_collator=PackedCollator(self.recipe.data.task) if training.batching == "padding_free" else None,
             compute_loss_func=ClassificationLoss(weights, gamma, training.label_smoothing),
             compute_metrics=scorer(self.validation),
@@ -210,6 +284,17 @@ class _Session:
 
         trainer.remove_callback(PrinterCallback)
         return trainer
+
+    def _token_budget(self, arguments: Any) -> TokenBudgetSampler | None:
+        training, lengths = self.recipe.training, self.train.encoded.dataset["length"]
+        if training.tokens_per_batch is None:
+            return None
+        here = arguments.process_index, arguments.world_size
+        try:
+            return TokenBudgetSampler(lengths, training.tokens_per_batch, training.batching, self.recipe.seed, *here)
+        except ValueError as error:
+            remedy = "set it higher, or data.max_length lower"
+            raise RecipeError([f"training.tokens_per_batch: {error}; {remedy}"], source=self.recipe.name) from error
 
     def _label_counts(self) -> dict[str, int]:
         counts: Counter[str] = Counter()
@@ -249,11 +334,14 @@ class _Session:
         }
         return result
 
-    def _speed(self, clock: StepClock) -> dict[str, Any]:
+    def _speed(self, clock: StepClock, trainer: OrderedEvalTrainer) -> dict[str, Any]:
         lengths = self.train.encoded.dataset["length"]
         per_text = sum(lengths) / max(len(lengths), 1)
         training = self.recipe.training
-        texts = clock.steps * training.batch_size * training.gradient_accumulation
+        per_batch: float = training.batch_size
+        if (batches := self._token_budget(trainer.args)) is not None:
+            per_batch = len(lengths) / len(batches)
+        texts = clock.steps * per_batch * training.gradient_accumulation
         return {
             "step_seconds": round(clock.seconds, 2),
             "steps": clock.steps,

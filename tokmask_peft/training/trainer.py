@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from tokmask_peft.data.token_budget import TokenBudgetSampler, token_budget_loader
 from tokmask_peft.errors import RecipeError, RunError, nearest
 from tokmask_peft.recipe import Recipe
 from tokmask_peft.training.losses import IGNORED
@@ -50,13 +52,39 @@ class OrderedEvalTrainer(Trainer):
     preprocess_logits_for_metrics: Any
     data_collator: Any
 
-    def __init__(self, *args: Any, train_collator: Any = None, **kwargs: Any) -> None:
-        """Make the trainer; `train_collator` makes the training batches, where they differ from the evaluation's."""
+    def __init__(
+        self,
+        *args: Any,
+        train_collator: Any = None,
+        batches: TokenBudgetSampler | None = None,
+        memory_errors: Callable[[], AbstractContextManager[None]] = nullcontext,
+        **kwargs: Any,
+    ) -> None:
+        """Make the trainer.
+
+        Args:
+            args: of the Trainer.
+            train_collator: makes the training batches, where they differ from the evaluation's.
+            batches: makes the training batches, where they are not of `per_device_train_batch_size` texts.
+            memory_errors: makes the context of evaluations, for what they raise.
+            kwargs: of the Trainer.
+        """
         super().__init__(*args, **kwargs)
         self.train_collator = train_collator or self.data_collator
+        self.batches = batches
+        self.memory_errors = memory_errors
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate or predict."""
+        with self.memory_errors():
+            return super().evaluation_loop(*args, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader:
         """Return the loader of the training batches."""
+        if self.batches is not None:
+            dataset = self._remove_unused_columns(self.train_dataset, description="training")
+            pin = self.args.dataloader_pin_memory
+            return token_budget_loader(dataset, self.train_collator, self.batches, self.args.device, pin)
         usual, self.data_collator = self.data_collator, self.train_collator
         try:
             return super().get_train_dataloader()
@@ -134,8 +162,6 @@ def training_arguments(recipe: Recipe, checkpoints: Path, device: torch.device, 
         neftune_noise_alpha=training.neftune_alpha,
         bf16=bf16,
         use_cpu=device.type == "cpu",
-        gradient_checkpointing=recipe.model.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if recipe.model.gradient_checkpointing else None,
         dataloader_pin_memory=device.type == "cuda",
         eval_strategy="epoch",
         save_strategy="epoch",

@@ -4,11 +4,12 @@ from tiny_models import families, token_families
 from torch import nn
 
 from tokmask_peft.errors import ModelError
+from tokmask_peft.model.adapter import add_adapter
 from tokmask_peft.model.backbone import backbone_location, load_backbone, load_tokenizer
 from tokmask_peft.model.decisions import bitsandbytes_problem
 from tokmask_peft.model.head import Float32Linear, head_modules
 from tokmask_peft.model.quantized import is_quantized
-from tokmask_peft.recipe import ModelConfig
+from tokmask_peft.recipe import AdapterConfig, ModelConfig
 
 CPU = torch.device("cpu")
 LABELS = ("negative", "neutral", "positive")
@@ -48,15 +49,32 @@ def test_head_is_new_and_in_fp32_also_in_bf16(model_config, family, task):
         assert backbone.model(**batch).logits.dtype == torch.float32
 
 
-def test_pooler_that_the_checkpoint_lacks_is_trained_and_saved(tiny_folder, tmp_path):
+@pytest.fixture(scope="module")
+def without_pooler(tiny_folder, tmp_path_factory):
+    """A BERT checkpoint as pretraining without a sentence task leaves it."""
     from transformers import AutoModel, AutoTokenizer
 
-    body = AutoModel.from_pretrained(tiny_folder("bert"), add_pooling_layer=False)
-    body.save_pretrained(tmp_path)
-    AutoTokenizer.from_pretrained(tiny_folder("bert")).save_pretrained(tmp_path)
-    config = ModelConfig(backbone=str(tmp_path), quantization="none", precision="fp32")
+    folder = tmp_path_factory.mktemp("without-pooler")
+    AutoModel.from_pretrained(tiny_folder("bert"), add_pooling_layer=False).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_folder("bert")).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("quantization", ["none", pytest.param("nf4", marks=needs_bitsandbytes)])
+def test_pooler_that_the_checkpoint_lacks_is_trained_in_fp32(without_pooler, quantization, precision):
+    config = ModelConfig(backbone=without_pooler, quantization=quantization, precision=precision)
     backbone = load_backbone(config, "sequence", LABELS, CPU)
     assert set(backbone.new_modules) == {"classifier", "bert.pooler.dense"}
+    model, _ = add_adapter(backbone, AdapterConfig(), "sequence")
+    batch = backbone.tokenizer(["hola my amigo", "ok"], return_tensors="pt", padding=True)
+    for enabled in (True, False):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled and precision == "bf16"):
+            model.train()(**batch).logits.sum().backward()
+        pooler = {name: value for name, value in model.named_parameters() if "pooler" in name and value.requires_grad}
+        assert len(pooler) == 2
+        assert all(value.dtype == torch.float32 and value.grad.abs().sum() > 0 for value in pooler.values())
 
 
 @needs_bitsandbytes

@@ -43,7 +43,7 @@ ONE_LINE = {
     "training=3": "is 3; expected a section with keys such as epochs, max_steps, batch_size, gradient_accumulation",
     "training=null": "is null; expected a section with keys such as epochs, max_steps, batch_size, "
     "gradient_accumulation",
-    "model.gradient_checkpointing=yes": "is 'yes'; expected true or false",
+    "model.gradient_checkpointing=yes": "is 'yes'; expected 'auto' or true or false",
     "name=5": "is 5; expected text: put it in quotes",
     "model.revision=123": "is 123; expected text or null: put it in quotes",
     "data.test=false": "is false; expected text or null: put it in quotes",

@@ -1,0 +1,207 @@
+"""Memory in whole runs: the estimate's command, running out, and smaller micro-batches."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import tokmask_peft
+from tokmask_peft.errors import RecipeError, RunError, RunInterruptedError
+from tokmask_peft.model.memory.room import Room
+from tokmask_peft.recipe_io import load_recipe
+from tokmask_peft.training import fit, fits
+from tokmask_peft.training.callbacks import StopOnSignal
+from tokmask_peft.training.trainer import OrderedEvalTrainer
+
+SHORT = ["training.epochs=1", "training.baseline=false", "training.batching=padded"]
+
+
+def run_out(monkeypatch, above, at_step=0):
+    """Let steps of more than so many texts run out of memory, from a step on."""
+    step, seen = OrderedEvalTrainer.training_step, []
+
+    def limited(self, model, inputs, *rest):
+        seen.append(len(inputs["input_ids"]))
+        if len(inputs["input_ids"]) > above and self.state.global_step >= at_step:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 4 GiB in all.")
+        return step(self, model, inputs, *rest)
+
+    monkeypatch.setattr(OrderedEvalTrainer, "training_step", limited)
+    return seen
+
+
+def train(path, name, *overrides):
+    recipe = load_recipe(path, [*SHORT, f"name={name}", *overrides])
+    return tokmask_peft.train(recipe, quiet=True)
+
+
+def weights(run):
+    return load_file(run.folder.adapter / "adapter_model.safetensors")
+
+
+def test_running_out_of_memory_names_the_keys_to_change(write_recipe, monkeypatch):
+    run_out(monkeypatch, above=4)
+    with pytest.raises(RunError) as caught:
+        train(write_recipe(), "oom")
+    message = str(caught.value)
+    assert message.startswith("out of memory in training (CUDA out of memory")
+    assert "training.batch_size=4 training.gradient_accumulation=2; training.auto_batch=true" in message
+    assert "model.gradient_checkpointing=true" in message
+    assert "tokmask estimate" in message
+
+
+def test_running_out_of_memory_in_evaluation_blames_evaluation(write_recipe, monkeypatch):
+    def refuse(*_, **__):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried")
+
+    monkeypatch.setattr(OrderedEvalTrainer, "prediction_step", refuse)
+    with pytest.raises(RunError, match=r"in evaluation .*training.eval_batch_size=32"):
+        train(write_recipe(), "oom", "training.auto_batch=true")
+
+
+def test_other_errors_are_left_alone(write_recipe, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("shapes do not fit")
+
+    monkeypatch.setattr(OrderedEvalTrainer, "training_step", fail)
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        train(write_recipe(), "other", "training.auto_batch=true")
+
+
+@pytest.mark.parametrize("at_step", [0, 3])
+def test_auto_batch_is_the_run_with_smaller_batches(write_recipe, monkeypatch, at_step):
+    path = write_recipe()
+    expected = train(path, "small", "training.batch_size=2", "training.gradient_accumulation=4")
+    seen = run_out(monkeypatch, above=2, at_step=at_step)
+    run = train(path, "auto", "training.auto_batch=true")
+    assert seen[at_step] == 8  # and there it began again
+    assert set(seen[at_step + 1 :]) == {4, 2}
+    assert run.result["steps"] == expected.result["steps"] == 12
+    assert {"what": "micro-batch", "choice": "2 times 4", "reason": "8 times 1 ran out of memory"} in run.result[
+        "decisions"
+    ]
+    for name, value in weights(expected).items():
+        assert torch.equal(weights(run)[name], value), name
+    assert len((run.folder.log).read_text().splitlines()) == len((expected.folder.log).read_text().splitlines())
+    assert load_recipe(run.folder.recipe).training.batch_size == 8  # what was asked for stays
+
+
+def test_auto_batch_ends_with_a_single_text(write_recipe, monkeypatch):
+    run_out(monkeypatch, above=0)
+    with pytest.raises(RunError, match="out of memory with a single text"):
+        train(write_recipe(), "none", "training.auto_batch=true")
+
+
+def test_a_run_that_will_not_fit_is_told_before_it_starts(write_recipe, monkeypatch, capsys):
+    monkeypatch.setattr(fits, "device_room", lambda device: Room(700 * 2**20, "this machine's free memory"))
+    monkeypatch.setattr(OrderedEvalTrainer, "train", lambda *_, **__: pytest.fail("said before"))
+    monkeypatch.setattr(fit, "make_console", lambda *_: fit_console())
+    with pytest.raises(pytest.fail.Exception):
+        tokmask_peft.train(load_recipe(write_recipe(), [*SHORT, "name=tight"]))
+    said = capsys.readouterr().out
+    assert "Warning: the largest batch would take" in said
+    assert "training.batch_size=" in said
+    assert "checkpointing" in said
+
+
+def fit_console():
+    from tokmask_peft.console import make_console
+
+    return make_console()
+
+
+def test_checkpointing_that_memory_asks_for_changes_no_weight(write_recipe, monkeypatch):
+    path = write_recipe("qwen2", extra="")
+    settings = ["adapter.dropout=0", "training.eval_batch_size=2"]
+    plain = train(path, "plain", *settings)
+    sizes = iter([Room(700 * 2**20 + 2**18, "this machine's free memory")])
+    monkeypatch.setattr(fits, "device_room", lambda device: next(sizes))
+    tight = train(path, "tight", *settings)
+    chosen = {decision["what"]: decision["choice"] for decision in tight.result["decisions"]}
+    assert chosen["checkpointing"] == "on"
+    for name, value in weights(plain).items():
+        torch.testing.assert_close(weights(tight)[name], value, atol=1e-5, rtol=1e-4)
+
+
+def test_the_command_reads_no_weights(write_recipe, tokmask, tiny_backbone, tmp_path):
+    path = write_recipe()
+    without = tmp_path / "no-weights"
+    without.mkdir()
+    for file in tiny_backbone("bert").iterdir():
+        if not file.name.endswith(".safetensors"):
+            (without / file.name).write_bytes(file.read_bytes())
+    found = json.loads(tokmask("estimate", path, f"model.backbone={without}", "--gpu", "0.5GB", "--json").stdout)
+    assert found["fits"] is False
+    assert found["shapes"]["from_texts"] is True
+    parts = ("weights", "embedding", "adapter", "optimizer", "overhead")
+    largest = found["largest"]
+    step = max(largest["activations"] + largest["workspace"], largest["evaluation"])
+    assert largest["total"] == sum(largest[part] for part in parts) + step
+    assert found["quantization"] == "none"
+
+
+def test_the_report_as_it_is_read(write_recipe, capsys):
+    from tokmask_peft.memory_report import print_report
+
+    recipe = load_recipe(write_recipe(), SHORT)
+    print_report(*fits.without_training(recipe, "4GB"))
+    said = capsys.readouterr().out
+    assert "It fits: a GPU of 4 GiB has 4.0 GiB" in said
+    assert "quantization none" in said
+    print_report(*fits.without_training(recipe, "0.6GB"))
+    said = capsys.readouterr().out
+    assert "It does NOT fit" in said
+    assert "  training.batch_size=1 training.gradient_accumulation=8" in said
+    assert "still too much" in said
+    with pytest.raises(RecipeError, match="expected a size such as 6GB"):
+        fits.without_training(recipe, "big")
+
+
+@pytest.mark.parametrize("batching", ["padded", "grouped", "padding_free"])
+def test_a_token_budget_makes_the_batches_and_a_resumed_run_the_same(write_recipe, monkeypatch, batching):
+    path, seen = write_recipe(), []
+    step = OrderedEvalTrainer.training_step
+
+    def noted(self, model, inputs, *rest):
+        seen.append(inputs["input_ids"].numel())
+        return step(self, model, inputs, *rest)
+
+    monkeypatch.setattr(OrderedEvalTrainer, "training_step", noted)
+    budget = ["training.tokens_per_batch=128", f"training.batching={batching}", "training.epochs=2"]
+    whole = train(path, "whole", *budget)
+    assert max(seen) <= 128
+    assert len(set(seen)) > 2 or batching == "grouped"
+    assert whole.result["steps"] == len(seen)
+    assert whole.result["speed"]["tokens_per_second"] > 0
+    half = whole.result["steps"] // 2 + 2  # within the second epoch
+    stop = StopOnSignal.on_step_end
+
+    def stopping(self, args, state, control, **rest):
+        self.stopped = state.global_step == half
+        return stop(self, args, state, control, **rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StopOnSignal, "on_step_end", stopping)
+        with pytest.raises(RunInterruptedError):
+            train(path, "broken", *budget)
+    recipe = load_recipe(path, [*SHORT, "name=broken", *budget])
+    broken = tokmask_peft.train(recipe, resume=True, quiet=True)
+    assert broken.result["steps"] == whole.result["steps"]
+    for name, value in weights(whole).items():
+        torch.testing.assert_close(weights(broken)[name], value, atol=1e-6, rtol=0)
+
+
+def test_a_budget_below_the_longest_text(write_recipe):
+    with pytest.raises(RecipeError, match=r"training.tokens_per_batch: the longest text takes .* set it higher"):
+        train(write_recipe(), "small", "training.tokens_per_batch=16")
+    with pytest.raises(RecipeError, match=r"training.auto_batch changes batch_size"):
+        load_recipe(write_recipe(), ["training.auto_batch=true", "training.tokens_per_batch=64"])
+
+
+def test_auto_and_switches_of_checkpointing(write_recipe):
+    path = write_recipe()
+    assert load_recipe(path).model.gradient_checkpointing == "auto"
+    assert load_recipe(path, ["model.gradient_checkpointing=true"]).model.gradient_checkpointing is True
+    with pytest.raises(RecipeError, match="expected 'auto' or true or false"):
+        load_recipe(path, ["model.gradient_checkpointing=1"])

@@ -1,0 +1,85 @@
+"""A training step that is really taken, on a CPU, with the bytes that autograd keeps for its backward pass."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import AutoModel
+
+from tokmask_peft.data import PackedCollator
+from tokmask_peft.model.adapter import add_adapter
+from tokmask_peft.model.backbone import load_backbone
+from tokmask_peft.model.checkpointing import enable_checkpointing
+from tokmask_peft.model.memory.live import LiveBytes
+from tokmask_peft.model.memory.step import Shape
+from tokmask_peft.model.padding_free import enable_padding_free
+from tokmask_peft.recipe import Recipe
+
+CPU = torch.device("cpu")
+LABELS = ("a", "b", "c")
+
+
+def make_recipe(folder: Path | str, task: str = "sequence", **sections: Any) -> Recipe:
+    content = {"name": "x", "model": {"backbone": str(folder)}, "data": {"task": task, "builtin": True}}
+    for name, values in sections.items():
+        content[name] = {**content.get(name, {}), **values}
+    return Recipe.model_validate(content)
+
+
+def save_random(config: Any, tokenizer: Any, folder: Path, dtype: torch.dtype) -> None:
+    """Save a backbone with random weights."""
+    with torch.random.fork_rng():
+        AutoModel.from_config(config, dtype=dtype).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def measure_step(recipe: Recipe, shape: Shape) -> tuple[int, int, int]:
+    """Take a step; return the bytes that autograd saved, the most alive at once besides the model, and the model's.
+
+    Saved tensors are found by autograd's hooks, independently of `LiveBytes`.
+    """
+    backbone = load_backbone(recipe.model, recipe.data.task, LABELS, CPU)
+    model, _ = add_adapter(backbone, recipe.adapter, recipe.data.task)
+    model.train()
+    if recipe.model.gradient_checkpointing is True:
+        enable_checkpointing(model)
+    if shape.packed:
+        enable_padding_free(backbone.model)
+        batch = PackedCollator("sequence")([{"input_ids": [5] * length} for length in shape.lengths])
+    else:
+        ids = torch.full((len(shape.lengths), max(shape.lengths)), 5)
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        batch["attention_mask"][0, -2:] = 0
+    frozen = [*model.parameters(), *model.buffers()]
+    known = {tensor.untyped_storage().data_ptr() for tensor in frozen}
+    saved: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    labels = torch.zeros(len(shape.lengths) if recipe.data.task == "sequence" else shape.tokens, dtype=torch.long)
+    with LiveBytes() as live:
+        live.exclude(*frozen, *(value for value in batch.values() if isinstance(value, torch.Tensor)))
+        in_bf16 = torch.autocast("cpu", torch.bfloat16, enabled=backbone.dtype == torch.bfloat16)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), in_bf16:
+            loss = F.cross_entropy(model(**batch).logits.flatten(0, -2).float(), labels)
+        loss.backward()
+    return sum(saved.values()), live.peak, _bytes(model)
+
+
+def _bytes(model: torch.nn.Module) -> int:
+    total = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
+    for parameter in model.parameters():
+        total += parameter.numel() * parameter.element_size()
+        if (state := getattr(parameter, "quant_state", None)) is not None:
+            tensors = (state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code)
+            total += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        if getattr(parameter, "SCB", None) is not None:
+            total += 4 * parameter.SCB.numel()
+    return total

@@ -1,0 +1,104 @@
+"""What is suggested where a run does not fit, and for which memory."""
+
+import pytest
+import torch
+from measured import make_recipe
+from tiny_models import build
+
+from tokmask_peft.errors import RecipeError
+from tokmask_peft.model.memory import room as room_module
+from tokmask_peft.model.memory.estimate import Estimate, Setting
+from tokmask_peft.model.memory.remedies import changed, remedies, smaller_batch
+from tokmask_peft.model.memory.room import Room, device_room, gpu_room
+from tokmask_peft.training.fits import forecast, ways_out
+from tokmask_peft.training.workload import workload
+
+GIB = 2**30
+
+
+def test_a_smaller_batch_makes_the_same_step():
+    assert smaller_batch(32, 1) == (16, 2)
+    assert smaller_batch(5, 1) == (1, 5)
+    assert smaller_batch(6, 2) == (3, 4)
+    assert smaller_batch(9, 4) == (4, 9)
+    assert smaller_batch(1, 8) is None
+
+
+def counted(recipe):
+    """Stand in for a backbone of 1 GiB whose activations are a GiB for each 8 texts."""
+    activations = recipe.training.batch_size * GIB // 8
+    if recipe.model.gradient_checkpointing is True:
+        activations //= 4
+    embedding = 0 if recipe.model.embedding == "offload" else GIB // 2
+    return Estimate(GIB // 2, embedding, 0, 0, activations, 0, 0, 0)
+
+
+def test_single_changes_come_first_and_then_what_fits_together():
+    recipe = make_recipe("x", model={"quantization": "nf4", "gradient_checkpointing": False})
+    found = remedies(recipe, counted, Room(3 * GIB, "a GPU"), gpu=True)
+    assert [remedy.text for remedy in found if remedy.fits] == [
+        "training.batch_size=8 training.gradient_accumulation=4 training.eval_batch_size=32",
+        "model.gradient_checkpointing=true",
+    ]
+    tight = remedies(recipe, counted, Room(int(0.9 * GIB), "a GPU"), gpu=True)
+    assert [remedy.fits for remedy in tight] == [False] * (len(tight) - 1) + [True]
+    assert {"training.batch_size", "model.embedding"} <= set(tight[-1].changes)
+    assert counted(changed(recipe, tight[-1].changes)).total == tight[-1].total
+    assert not any(remedy.fits for remedy in remedies(recipe, counted, Room(GIB // 4, "a GPU"), gpu=True))
+    on_cpu = remedies(recipe, counted, Room(GIB // 4, "RAM"), gpu=False)
+    assert not any("embedding" in remedy.text or "quantization" in remedy.text for remedy in on_cpu)
+
+
+@pytest.mark.parametrize(("text", "size"), [("6GB", 6), ("4 GiB", 4), ("7.5", 7.5), ("8gb", 8), ("80G", 80)])
+def test_sizes_of_gpus(text, size):
+    assert gpu_room(text).bytes == size * GIB
+
+
+@pytest.mark.parametrize("text", ["", "big", "0GB", "-4GB", "4MB"])
+def test_what_is_no_size(text):
+    with pytest.raises(RecipeError, match="expected a size such as 6GB"):
+        gpu_room(text)
+
+
+def test_a_container_s_limit_and_other_processes_count(monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(room_module, "_cgroup_rest", lambda: [GIB])
+    limited = device_room(cpu).bytes
+    assert GIB < limited < 2 * GIB + GIB // 2
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert device_room(cpu).bytes == pytest.approx(limited - GIB // 2, abs=GIB // 20)
+    assert device_room(torch.device("meta")) is None
+
+
+def test_checkpointing_is_switched_on_where_the_rest_does_not_fit():
+    model, _ = build("qwen2")
+    setting = Setting(model.config, "cpu", "none", torch.float32)
+    recipe = make_recipe("x", data={"max_length": 64}, training={"batching": "padded"})
+    easy = forecast(recipe, setting, "padded", [10, 20, 64] * 20, Room(10 * GIB, "RAM"))
+    assert (easy.decision.choice, easy.recipe.model.gradient_checkpointing, easy.fits) == ("off", False, True)
+    assert easy.usual.total <= easy.largest.total
+    less = easy.largest.total - easy.largest.step // 4
+    tight = forecast(recipe, setting, "padded", [10, 20, 64] * 20, Room(int(less / 0.95), "RAM"))
+    assert (tight.decision.choice, tight.recipe.model.gradient_checkpointing) == ("on", True)
+    assert "without" in tight.decision.reason
+    asked = changed(recipe, {"model.gradient_checkpointing": False})
+    refused = forecast(asked, setting, "padded", [64] * 40, Room(int(less / 0.95), "RAM"))
+    assert (refused.decision.choice, refused.fits) == ("off", False)
+    assert any(remedy.fits for remedy in ways_out(refused, setting, "padded", [64] * 40))
+
+
+def test_shapes_of_batches():
+    recipe = make_recipe("x", training={"batch_size": 4, "eval_batch_size": 6}, data={"max_length": 50})
+    lengths = [3, 9, 9, 9, 12, 12, 17, 80] * 4
+    padded = workload(recipe, "padded", lengths)
+    assert padded.largest.lengths == (56,) * 4  # cut at 50, padded to a multiple of 8
+    assert padded.evaluation.lengths == (56,) * 6
+    assert padded.usual.tokens < padded.largest.tokens
+    packed = workload(recipe, "padding_free", lengths)
+    assert packed.largest.packed
+    assert len(packed.largest.lengths) == 4
+    assert packed.usual.tokens < packed.largest.tokens <= 4 * 50
+    assert workload(recipe, "padded", None).largest.lengths == (50,) * 4
+    assert workload(recipe, "padding_free", None).largest.tokens == 200
+    few = workload(recipe, "padded", [5, 6])
+    assert len(few.largest.lengths) == 2

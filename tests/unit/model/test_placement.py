@@ -1,0 +1,138 @@
+"""The input embedding on the host and in 8 bits: same masking, same adapters."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from tiny_models import TEXTS, build, encode
+from torch import nn
+
+from tokmask_peft.errors import ModelError, RecipeError
+from tokmask_peft.masking import TokenMaskConfig, TokenMasker
+from tokmask_peft.masking.embedding import find_embedding, read_rows
+from tokmask_peft.model.adapter import add_adapter, save_adapter
+from tokmask_peft.model.backbone import load_backbone
+from tokmask_peft.model.decisions import bitsandbytes_problem
+from tokmask_peft.model.placement import HostEmbedding, place_embedding
+from tokmask_peft.recipe import AdapterConfig
+from tokmask_peft.recipe_io import load_recipe
+
+CPU = torch.device("cpu")
+LABELS = ("negative", "neutral", "positive")
+PLACED = [
+    "offload",
+    pytest.param("8bit", marks=pytest.mark.skipif(bitsandbytes_problem("cpu") is not None, reason="bitsandbytes")),
+]
+TOLERANCE = {"offload": 0.0, "8bit": 1 / 220}
+
+
+def found(family, placement, tokenizer_texts=TEXTS):
+    """Return what the masked embedding gives, the ids it was asked for, and the spare row during and after."""
+    model, tokenizer = build(family)
+    model.requires_grad_(False)
+    place_embedding(model, placement, CPU)
+    embedding = model.get_input_embeddings()
+    last = embedding.num_embeddings - 1
+    before = read_rows(embedding, last, last + 1).clone()
+    batch = encode(tokenizer, tokenizer_texts)
+    seen = []
+    embedding.register_forward_hook(lambda module, args, output: seen.append((args[0], output)))
+    with TokenMasker.attach(model.train(), tokenizer, TokenMaskConfig(p=0.4, seed=3)) as masker:
+        logits = model(**batch).logits
+        during = read_rows(embedding, last, last + 1).clone()
+    assert masker.observed_rate > 0.2
+    torch.testing.assert_close(read_rows(embedding, last, last + 1), before, atol=1e-6, rtol=0)
+    return seen[0][0], seen[0][1].detach(), during, logits.detach()
+
+
+@pytest.mark.parametrize("placement", PLACED)
+@pytest.mark.parametrize("family", ["bert", "xlm-r", "qwen2", "llama"])
+def test_masking_is_that_of_a_resident_embedding(family, placement):
+    ids, rows, spare, logits = found(family, "resident")
+    placed_ids, placed_rows, placed_spare, placed_logits = found(family, placement)
+    assert torch.equal(ids, placed_ids)
+    # a mean row is small beside the rows that it is the mean of, whose errors it has
+    largest = rows.abs().amax(-1, keepdim=True).clamp(min=0.4)
+    assert ((rows - placed_rows).abs() <= TOLERANCE[placement] * largest).all()
+    assert ((spare - placed_spare).abs() <= TOLERANCE[placement] * spare.abs().max().clamp(min=0.4)).all()
+    if placement == "offload":
+        assert torch.equal(logits, placed_logits)
+    else:
+        assert not torch.equal(rows, placed_rows)
+
+
+@pytest.mark.parametrize("placement", PLACED)
+def test_the_matrix_is_no_parameter_of_full_size(model_config, placement):
+    backbone = load_backbone(model_config("qwen2", embedding=placement), "sequence", LABELS, CPU)
+    embedding = backbone.model.get_input_embeddings()
+    assert backbone.decisions[-1].what == "embedding"
+    floats = [p for p in embedding.parameters() if p.is_floating_point()]
+    assert not floats
+    backbone.model.to(CPU).to(torch.float32)  # moved as a Trainer moves it
+    rows = read_rows(embedding, 0, 5)
+    assert torch.equal(embedding(torch.arange(5)), rows)
+
+
+@pytest.mark.parametrize("placement", PLACED)
+def test_the_adapter_holds_no_embedding_and_loads_with_stock_peft(model_config, placement, tmp_path):
+    from peft import AutoPeftModelForSequenceClassification
+
+    config = model_config("qwen2", embedding=placement)
+    backbone = load_backbone(config, "sequence", LABELS, CPU)
+    model, _ = add_adapter(backbone, AdapterConfig(r=4), "sequence")
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    batch = encode(backbone.tokenizer)
+    with TokenMasker.attach(model.train(), backbone.tokenizer, TokenMaskConfig(p=0.2)):
+        for _ in range(3):
+            model(**batch).logits.square().sum().backward()
+            optimizer.step()
+    save_adapter(model, tmp_path, config.backbone)
+    model.save_pretrained(tmp_path / "as-a-checkpoint")  # as the Trainer saves one
+    for folder in (tmp_path, tmp_path / "as-a-checkpoint"):
+        with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+            assert not [name for name in file.keys() if "embed" in name]  # noqa: SIM118
+    model.eval()
+    stock = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path, num_labels=3).eval()
+    stock.config.pad_token_id = backbone.tokenizer.pad_token_id
+    stock.base_model.model.config.pad_token_id = backbone.tokenizer.pad_token_id
+    with torch.no_grad():
+        difference = (stock(**batch).logits - model(**batch).logits).abs().max()
+    assert difference < (1e-5 if placement == "offload" else 0.5)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == 4
+
+
+def test_a_scaled_lookup_stays_where_it_is():
+    model, _ = build("gemma3")
+    with pytest.raises(ModelError, match=r"model.embedding=offload needs a plain lookup.*ScaledWordEmbedding"):
+        place_embedding(model, "offload", CPU)
+
+
+def test_a_trained_mask_row_needs_a_resident_embedding():
+    overrides = ["model.embedding=8bit", "masking.trainable_mask=true"]
+    with pytest.raises(RecipeError, match=r"model.embedding=8bit cannot: set model.embedding=resident"):
+        load_recipe("quickstart", overrides)
+
+
+def test_the_lookup_on_a_device_sends_distinct_rows(monkeypatch):
+    # the meta device stands for one whose memory is not the host's
+    embedding = HostEmbedding(torch.randn(20, 4))
+    sent = []
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: torch.tensor([1, 4, 7]))
+    monkeypatch.setattr(
+        torch, "unique", lambda ids, return_inverse: (torch.empty(3, device="meta"), torch.zeros_like(ids))
+    )
+    real = nn.functional.embedding
+    monkeypatch.setattr(nn.functional, "embedding", lambda ids, rows: sent.append(rows.shape) or real(ids, rows))
+    out = embedding(torch.empty(2, 9, dtype=torch.long, device="meta"))
+    assert out.shape == (2, 9, 4)
+    assert out.device.type == "meta"
+    assert sent == [(3, 4)]
+
+
+@pytest.mark.parametrize("placement", PLACED)
+def test_find_embedding_below_peft(model_config, placement):
+    backbone = load_backbone(model_config("bert", embedding=placement), "sequence", LABELS, CPU)
+    model, _ = add_adapter(backbone, AdapterConfig(), "sequence")
+    assert find_embedding(model) is backbone.model.get_input_embeddings()
+    assert type(find_embedding(model)) is not nn.Embedding

@@ -1,0 +1,20 @@
+"""Gradient checkpointing that starts where the adapter does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def enable_checkpointing(model: Any, options: dict[str, Any] | None = None) -> None:
+    """Compute the activations of each layer again in the backward pass instead of keeping them. May be repeated.
+
+    transformers makes the embedding's output require gradients at this occasion, so that the backward pass, and with it
+    what is computed again, goes through layers below the first adapter for nothing. Only reentrant checkpointing needs
+    that, which is not used here.
+
+    Args:
+        model: of transformers, bare or wrapped by PEFT.
+        options: for torch's `checkpoint`.
+    """
+    model.gradient_checkpointing_enable(options or {"use_reentrant": False})
+    model.disable_input_require_grads()

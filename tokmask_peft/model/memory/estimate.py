@@ -1,0 +1,193 @@
+"""Bytes of a run: what lies on the device all the time, and what a step adds to it.
+
+A step is not guessed at: the real model classes run one on fake tensors, and the bytes are counted. Backbones with many
+layers are counted with two and three of them, from which the rest follows, since layers are alike.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from tokmask_peft.masking.embedding import find_embedding
+from tokmask_peft.model.adapter import adapted_layers
+from tokmask_peft.model.checkpointing import enable_checkpointing
+from tokmask_peft.model.head import head_modules
+from tokmask_peft.model.memory.gpu_rules import checkpointing_options
+from tokmask_peft.model.memory.skeleton import bare_model, skeleton, with_layers
+from tokmask_peft.model.memory.step import Shape, count_forward, count_step
+from tokmask_peft.recipe import Recipe
+
+MIB = 2**20
+OVERHEAD = {"cpu": 700 * MIB, "cuda": 600 * MIB}
+"""Bytes that no tensor holds: Python with its libraries; a CUDA context with the workspaces of its libraries."""
+
+PROBES = (2, 3)
+"""Layers that are counted where there are more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Bytes that a run takes on its device at its peak.
+
+    Attributes:
+        weights: the frozen backbone, without the embedding.
+        embedding: the input embedding, where it lies on the device.
+        adapter: what is trained, in fp32.
+        optimizer: the two states of AdamW, in fp32.
+        activations: kept between forward and backward of a micro-batch.
+        workspace: what comes on top of them at the peak of a step: gradients and results on their way.
+        evaluation: the peak of a forward in evaluation, which takes the place of the two above where it is larger.
+        overhead: what no tensor holds.
+        host: of the embedding, where it lies in the host's memory.
+    """
+
+    weights: int
+    embedding: int
+    adapter: int
+    optimizer: int
+    activations: int
+    workspace: int
+    evaluation: int
+    overhead: int
+    host: int = 0
+
+    @property
+    def step(self) -> int:
+        """The most that comes and goes."""
+        return max(self.activations + self.workspace, self.evaluation)
+
+    @property
+    def tensors(self) -> int:
+        """The most that tensors take at once: what `torch.cuda.max_memory_allocated` tells."""
+        return self.weights + self.embedding + self.adapter + self.optimizer + self.step
+
+    @property
+    def total(self) -> int:
+        """The most that is taken at once."""
+        return self.tensors + self.overhead
+
+    def to_dict(self) -> dict[str, int]:
+        """Return a JSON-able form, in bytes."""
+        return {**asdict(self), "tensors": self.tensors, "total": self.total}
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What an estimate depends on besides the recipe.
+
+    Attributes:
+        config: of the backbone, of transformers, with its number of labels.
+        device_type: cpu or cuda.
+        quantization: nf4, int8 or none, as decided.
+        dtype: of the backbone, as decided.
+    """
+
+    config: Any
+    device_type: str
+    quantization: str
+    dtype: torch.dtype
+
+
+def estimate(recipe: Recipe, setting: Setting, training: Shape, evaluation: Shape) -> Estimate:
+    """Count a run.
+
+    Args:
+        recipe: with gradient checkpointing decided: `auto` counts as off.
+        setting: backbone and device.
+        training: shape of a micro-batch.
+        evaluation: shape of a batch in evaluation.
+
+    Raises:
+        ModelError: the recipe does not fit the backbone.
+    """
+    full = bare_model(setting.config, recipe.data.task, setting.dtype)
+    layers = int(full.config.num_hidden_layers)  # type: ignore[union-attr, arg-type]
+    upper = adapted_layers(full, recipe.adapter.layers)
+    adapted = layers if upper is None else len(upper)
+    found = {
+        count: _probe(recipe, setting, count, adapted < layers, training, evaluation) for count in _counts(adapted)
+    }
+    trained, saved, peak, forward = (_extend({n: found[n][i] for n in found}, adapted) for i in range(4))
+    if recipe.training.gradient_accumulation > 1:
+        peak += trained  # gradients of the micro-batches before
+    device, host = _embedding_bytes(full, recipe)
+    return Estimate(
+        weights=_weight_bytes(full, setting),
+        embedding=device,
+        adapter=trained,
+        optimizer=2 * trained,
+        activations=saved,
+        workspace=max(peak - saved, 0),
+        evaluation=forward,
+        overhead=OVERHEAD["cpu" if setting.device_type == "cpu" else "cuda"],
+        host=host,
+    )
+
+
+def _counts(adapted: int) -> tuple[int, ...]:
+    return (adapted,) if adapted <= PROBES[-1] + 1 else PROBES
+
+
+def _extend(at: dict[int, int], layers: int) -> int:
+    """Return the value for so many layers, on the line through the counted ones."""
+    if layers in at:
+        return at[layers]
+    (few, low), (more, high) = at.items()
+    return low + (high - low) * (layers - few) // (more - few)
+
+
+def _probe(
+    recipe: Recipe, setting: Setting, adapted: int, more_below: bool, training: Shape, evaluation: Shape
+) -> tuple[int, int, int, int]:
+    """Count bytes trained, saved, at the peak of a step, and at that of an evaluation, with few layers."""
+    config = with_layers(setting.config, adapted + more_below)
+    model, mode = skeleton(config, recipe, setting.quantization, setting.dtype, adapted if more_below else None)
+    if recipe.model.gradient_checkpointing is True:
+        enable_checkpointing(model, checkpointing_options(setting.device_type))
+    trained = sum(4 * parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    rest = recipe.data.task, setting.device_type, setting.dtype == torch.bfloat16
+    forward = count_forward(model, mode, evaluation, *rest)
+    step = count_step(model, mode, training, *rest)
+    return trained, step.saved, step.peak, forward
+
+
+def _weight_bytes(model: nn.Module, setting: Setting) -> int:
+    heads = tuple(head_modules(model))
+    embedding = find_embedding(model)
+    total = 0
+    for name, module in model.named_modules():
+        if module is embedding:
+            continue
+        inside_head = name.split(".")[0] in heads
+        for key, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            if type(module) is nn.Linear and key == "weight" and not inside_head and setting.quantization != "none":
+                total += _quantized_bytes(setting.quantization, *parameter.shape)
+            else:
+                total += parameter.numel() * (4 if inside_head else parameter.element_size())
+        total += sum(
+            buffer.numel() * buffer.element_size() for buffer in module._buffers.values() if buffer is not None
+        )
+    return total
+
+
+def _quantized_bytes(kind: str, out_features: int, in_features: int) -> int:
+    from tokmask_peft.model.memory.simulated import int8_bytes, nf4_bytes
+
+    return nf4_bytes(out_features * in_features) if kind == "nf4" else int8_bytes(out_features, in_features)
+
+
+def _embedding_bytes(model: nn.Module, recipe: Recipe) -> tuple[int, int]:
+    """Return the bytes of the input embedding on the device and on the host."""
+    weight: Any = find_embedding(model).weight
+    whole = weight.numel() * weight.element_size()
+    if recipe.model.embedding == "offload":
+        return 0, whole
+    if recipe.model.embedding == "8bit":
+        return weight.numel() + 4 * weight.shape[0], 0
+    return whole, 0

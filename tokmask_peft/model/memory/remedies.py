@@ -1,0 +1,111 @@
+"""Changes of a recipe that save memory, with what each would save."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tokmask_peft.model.memory.estimate import Estimate
+from tokmask_peft.model.memory.room import Room
+from tokmask_peft.recipe import Recipe
+
+Changes = Mapping[str, Any]
+Count = Callable[[Recipe], Estimate]
+
+
+@dataclass(frozen=True, slots=True)
+class Remedy:
+    """A change of one or more keys, and the total that it leads to."""
+
+    changes: Changes
+    total: int
+    fits: bool
+
+    @property
+    def text(self) -> str:
+        """The change as it would be typed on the command line."""
+        return " ".join(f"{key}={_typed(value)}" for key, value in self.changes.items())
+
+
+def changed(recipe: Recipe, changes: Changes) -> Recipe:
+    """Return a copy of a recipe with other values at dotted keys of its sections."""
+    for key, value in changes.items():
+        name, _, field = key.partition(".")
+        section = getattr(recipe, name).model_copy(update={field: value})
+        recipe = recipe.model_copy(update={name: section})
+    return recipe
+
+
+def smaller_batch(batch_size: int, gradient_accumulation: int) -> tuple[int, int] | None:
+    """Return the next smaller micro-batch that makes the same optimizer step, and its number; None below one text."""
+    texts = batch_size * gradient_accumulation
+    sizes = [size for size in range(1, batch_size // 2 + 1) if texts % size == 0]
+    return (sizes[-1], texts // sizes[-1]) if sizes else None
+
+
+def remedies(recipe: Recipe, count: Count, room: Room, gpu: bool) -> list[Remedy]:
+    """Return the single changes that save memory, and the shortest sequence of them that fits, if none does alone.
+
+    Args:
+        recipe: that does not fit.
+        count: estimates a recipe.
+        room: what there is.
+        gpu: whether the device is a GPU.
+    """
+    before = count(recipe).total
+    found: list[Remedy] = []
+    for changes in _candidates(recipe, count, room, gpu):
+        total = count(changed(recipe, changes)).total
+        if total < before:
+            found.append(Remedy(changes, total, room.fits(total)))
+    if any(remedy.fits for remedy in found):
+        return found
+    together: dict[str, Any] = {}
+    for remedy in sorted(found, key=lambda remedy: remedy.total):
+        together.update(remedy.changes)
+        total = count(changed(recipe, together)).total
+        if room.fits(total):
+            return [*found, Remedy(dict(together), total, True)]
+    return found
+
+
+def _candidates(recipe: Recipe, count: Count, room: Room, gpu: bool) -> Iterator[Changes]:
+    yield from _batch(recipe, count, room)
+    if recipe.model.gradient_checkpointing is not True:
+        yield {"model.gradient_checkpointing": True}
+    if gpu and recipe.model.quantization in ("none", "int8"):
+        yield {"model.quantization": "nf4"}
+    if gpu and recipe.model.embedding == "resident" and not recipe.masking.trainable_mask:
+        yield {"model.embedding": "offload"}
+    if recipe.adapter.layers == "all" and not recipe.masking.trainable_mask:
+        yield {"adapter.layers": 0.5}
+    if recipe.data.max_length > 16:
+        yield {"data.max_length": recipe.data.max_length // 2}
+    if recipe.training.eval_batch_size > recipe.training.batch_size:
+        yield {"training.eval_batch_size": recipe.training.batch_size}
+
+
+def _batch(recipe: Recipe, count: Count, room: Room) -> Iterator[Changes]:
+    """Give the largest micro-batch that fits, or that of a single text; the optimizer step stays as large."""
+    training = recipe.training
+    if training.tokens_per_batch is not None:
+        yield {
+            "training.tokens_per_batch": max(training.tokens_per_batch // 2, 16),
+            "training.gradient_accumulation": 2 * training.gradient_accumulation,
+        }
+        return
+    size: tuple[int, int] | None = (training.batch_size, training.gradient_accumulation)
+    changes: Changes = {}
+    while size and (size := smaller_batch(*size)):
+        changes = {"training.batch_size": size[0], "training.gradient_accumulation": size[1]}
+        if training.eval_batch_size > size[0]:
+            changes = {**changes, "training.eval_batch_size": max(size[0], min(training.eval_batch_size, 4 * size[0]))}
+        if room.fits(count(changed(recipe, changes)).total):
+            break
+    if changes:
+        yield changes
+
+
+def _typed(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,90 @@
+"""Where the frozen input embedding lies: on the device, on the host, or on the device in 8 bits.
+
+The lookup is the largest part of a small multilingual backbone in 4 bits (Qwen2.5-0.5B: 260 of 436 MiB), and a batch
+needs a few hundred of its rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tokmask_peft.errors import ModelError
+from tokmask_peft.masking.embedding import find_embedding
+from tokmask_peft.model.decisions import Decision, bitsandbytes_problem
+
+Placement = Literal["resident", "offload", "8bit"]
+
+
+class HostEmbedding(nn.Module):
+    """A frozen lookup whose matrix stays in the host's memory; a batch's distinct rows go to the device.
+
+    The matrix is no parameter: `to(device)`, checkpoints, DDP and adapters pass it by. On a GPU a lookup waits for the
+    ids, which a masker has just chosen there: once for each micro-batch.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        """Take over the matrix, [rows, hidden]; on a GPU it is copied to the host."""
+        super().__init__()
+        self._held = (weight.detach().to("cpu"),)  # in a tuple, or nn.Module would look after it
+        self.num_embeddings, self.embedding_dim = weight.shape
+
+    @property
+    def weight(self) -> Tensor:
+        """The matrix on the host, [rows, hidden], frozen."""
+        return self._held[0]
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Look up ids of any shape; [..., hidden] on the device of the ids."""
+        device = input_ids.device
+        if device.type == "cpu":
+            return F.embedding(input_ids, self.weight)
+        distinct, places = torch.unique(input_ids, return_inverse=True)
+        rows = torch.empty(len(distinct), self.embedding_dim, dtype=self.weight.dtype, pin_memory=device.type == "cuda")
+        torch.index_select(self.weight, 0, distinct.cpu(), out=rows)
+        return F.embedding(places, rows.to(device, non_blocking=True))
+
+    def extra_repr(self) -> str:
+        """Say what is held."""
+        return f"{self.num_embeddings}, {self.embedding_dim}, on the host"
+
+
+def place_embedding(model: nn.Module, wanted: Placement, device: torch.device) -> tuple[Decision, ...]:
+    """Put the input embedding of a frozen model where the recipe says, in place.
+
+    Args:
+        model: a classification model of transformers, without an adapter.
+        wanted: from the recipe.
+        device: where the model will compute.
+
+    Raises:
+        ModelError: this embedding can only be resident, or bitsandbytes does not run here.
+    """
+    if wanted == "resident":
+        return ()
+    owner: Any = model
+    embedding = find_embedding(model)
+    if type(embedding) is not nn.Embedding or owner.get_output_embeddings() is not None:
+        what = "shared with the output" if type(embedding) is nn.Embedding else f"a {type(embedding).__name__}"
+        raise ModelError(f"model.embedding={wanted} needs a plain lookup, and this one is {what}: use resident")
+    weight = embedding.weight
+    full = weight.numel() * weight.element_size() / 2**20
+    placed: nn.Module
+    if wanted == "offload":
+        placed = HostEmbedding(weight)
+        reason = "its device is the host: nothing is saved"
+        if device.type != "cpu":
+            reason = f"{full:.0f} MiB on the host; a batch's rows are copied to the {device.type}"
+    else:
+        if problem := bitsandbytes_problem(device.type):
+            raise ModelError(f"model.embedding is 8bit, but {problem}. Set model.embedding=resident, or offload.")
+        from tokmask_peft.model.embedding_8bit import Int8Embedding
+
+        placed = Int8Embedding(weight, device)
+        now = weight.numel() + 4 * weight.shape[0]
+        reason = f"{now / 2**20:.0f} MiB, not {full:.0f}; values are off by up to 0.4% of their row's largest"
+    owner.set_input_embeddings(placed.train(embedding.training))
+    return (Decision("embedding", wanted, reason),)

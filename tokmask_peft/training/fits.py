@@ -1,0 +1,207 @@
+"""Will it fit: the estimate of a run against the memory there is, before the run starts or without one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tokmask_peft.errors import ModelError, TokmaskError
+from tokmask_peft.model.decisions import Decision, choose_precision, choose_quantization
+from tokmask_peft.model.memory.estimate import Estimate, Setting, estimate
+from tokmask_peft.model.memory.remedies import Remedy, changed, remedies
+from tokmask_peft.model.memory.room import Room, device_room, gpu_room
+from tokmask_peft.recipe import Recipe
+from tokmask_peft.training.workload import Workload, workload
+
+GIB = 2**30
+USUAL_CLASSES = 3
+CHECKPOINTING = "model.gradient_checkpointing"
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """A run's memory against what there is.
+
+    Attributes:
+        recipe: with gradient checkpointing decided.
+        decision: on gradient checkpointing.
+        shapes: of its batches.
+        largest: with the largest batch.
+        usual: with a usual batch, where the texts are known.
+        room: what there is, if that is known.
+    """
+
+    recipe: Recipe
+    decision: Decision
+    shapes: Workload
+    largest: Estimate
+    usual: Estimate | None
+    room: Room | None
+
+    @property
+    def fits(self) -> bool:
+        """Whether the largest batch fits, as far as one can tell."""
+        return self.room is None or self.room.fits(self.largest.total)
+
+
+def forecast(
+    recipe: Recipe, setting: Setting, batching: str, lengths: Sequence[int] | None, room: Room | None
+) -> Forecast:
+    """Estimate a run, and decide on gradient checkpointing where the recipe leaves it open.
+
+    Raises:
+        ModelError: the recipe does not fit the backbone.
+    """
+    shapes = workload(recipe, batching, lengths)
+    asked = recipe.model.gradient_checkpointing
+    plain = changed(recipe, {CHECKPOINTING: asked is True})
+    found = estimate(plain, setting, shapes.largest, shapes.evaluation)
+    what = "checkpointing"
+    if asked != "auto":
+        decision = Decision(what, "on" if asked else "off", "set in the recipe")
+    elif room is None:
+        decision = Decision(what, "off", f"nobody tells how much memory this {setting.device_type} has")
+    elif room.fits(found.total):
+        reason = f"{shown(found.total)} at the most, without it; {room.name} has {shown(room.bytes)}"
+        decision = Decision(what, "off", reason)
+    else:
+        with_it = changed(recipe, {CHECKPOINTING: True})
+        less = estimate(with_it, setting, shapes.largest, shapes.evaluation)
+        saves = less.total < found.total
+        reason = f"{shown(found.total)} without, {shown(less.total)} with it; {room.name} has {shown(room.bytes)}"
+        decision = Decision(what, "on" if saves else "off", reason)
+        if saves:
+            plain, found = with_it, less
+    usual = None if shapes.usual is None else estimate(plain, setting, shapes.usual, shapes.evaluation)
+    return Forecast(plain, decision, shapes, found, usual, room)
+
+
+def ways_out(cast: Forecast, setting: Setting, batching: str, lengths: Sequence[int] | None) -> list[Remedy]:
+    """Return what could be changed where a run does not fit."""
+    if cast.room is None:
+        return []
+
+    def count(recipe: Recipe) -> Estimate:
+        shapes = workload(recipe, batching, lengths)
+        quantization = recipe.model.quantization if recipe.model.quantization == "nf4" else setting.quantization
+        there = Setting(setting.config, setting.device_type, quantization, setting.dtype)
+        return estimate(recipe, there, shapes.largest, shapes.evaluation)
+
+    decided = changed(cast.recipe, {"model.quantization": setting.quantization})
+    return remedies(decided, count, cast.room, setting.device_type != "cpu")
+
+
+def without_training(recipe: Recipe, gpu: str | None = None) -> tuple[Forecast, Setting, list[Remedy]]:
+    """Estimate a recipe on this machine, or on a GPU of a size; no weights are read.
+
+    Args:
+        recipe: to estimate.
+        gpu: memory of the GPU to estimate for, as 6GB; default: the device that `tokmask train` would take here.
+
+    Returns:
+        The forecast, what it rests on, and the changes that would save memory, where it does not fit.
+
+    Raises:
+        RecipeError, DataError, ModelError: with what to do.
+    """
+    from transformers import AutoConfig
+
+    from tokmask_peft.model.backbone import backbone_location, load_problem
+    from tokmask_peft.model.memory.skeleton import bare_model
+    from tokmask_peft.model.padding_free import choose_batching
+
+    room = None if gpu is None else gpu_room(gpu)
+    device = torch.device("cuda" if gpu or torch.cuda.is_available() else "cpu")
+    labels, lengths = _texts(recipe)
+    location = backbone_location(recipe.model)
+    try:
+        config = AutoConfig.from_pretrained(
+            location,
+            revision=recipe.model.revision,
+            trust_remote_code=recipe.model.trust_remote_code,
+            num_labels=labels,
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(load_problem("backbone's config", location, error)) from error
+    if gpu is None:
+        precision, quantization = choose_precision(recipe.model, device), choose_quantization(recipe.model, device)
+        chosen = precision.choice, quantization.choice
+    else:  # one that bitsandbytes and bf16 run on
+        wanted = {"precision": recipe.model.precision, "quantization": recipe.model.quantization}
+        chosen = (
+            "bf16" if wanted["precision"] == "auto" else wanted["precision"],
+            "nf4" if wanted["quantization"] == "auto" else wanted["quantization"],
+        )
+    dtype = torch.bfloat16 if chosen[0] == "bf16" else torch.float32
+    setting = Setting(config, device.type, chosen[1], dtype)
+    try:
+        batching = choose_batching(recipe.training.batching, bare_model(config, recipe.data.task, dtype)).choice
+        cast = forecast(recipe, setting, batching, lengths, room or device_room(device))
+        ways = [] if cast.fits else ways_out(cast, setting, batching, lengths)
+    except TokmaskError:
+        raise
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"a step of {config.model_type} cannot be counted without running it: {first}") from error
+    return cast, setting, ways
+
+
+def _texts(recipe: Recipe) -> tuple[int, list[int] | None]:
+    """Return the number of classes and the sub-tokens of each training text, where the texts are at hand.
+
+    Texts that would have to be downloaded are not.
+    """
+    from tokmask_peft.data import load_corpus
+    from tokmask_peft.data.encode import encode
+    from tokmask_peft.model.backbone import load_tokenizer
+
+    if recipe.data.path is None and not recipe.data.builtin:
+        return USUAL_CLASSES, None
+    corpus = load_corpus(recipe.data.expanded(), recipe.seed)
+    encoded = encode(
+        corpus.train, load_tokenizer(recipe.model), recipe.data.task, corpus.labels, recipe.data.max_length
+    )
+    return len(corpus.labels), list(encoded.dataset["length"])
+
+
+def before_training(
+    recipe: Recipe, backbone: Any, batching: str, lengths: Sequence[int], device: torch.device
+) -> tuple[Recipe, Decision, str | None]:
+    """Decide on gradient checkpointing, and warn of what will not fit.
+
+    Returns:
+        The recipe with the decision in it, the decision, and a warning or none.
+
+    Raises:
+        ModelError: the recipe asks for gradient checkpointing, which the backbone cannot do.
+    """
+    setting = Setting(backbone.model.config, device.type, backbone.quantization, backbone.dtype)
+    if recipe.model.gradient_checkpointing is True and not backbone.model.supports_gradient_checkpointing:
+        what = type(backbone.model).__name__
+        raise ModelError(f"model.gradient_checkpointing is true, but {what} cannot do that: set it to false")
+    try:
+        with torch.random.fork_rng(devices=()):
+            cast = forecast(recipe, setting, batching, lengths, device_room(device))
+            warning = None if cast.fits else _warning(cast, ways_out(cast, setting, batching, lengths))
+    except Exception as error:  # an architecture that cannot be counted can still be trained
+        asked = recipe.model.gradient_checkpointing is True
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        decision = Decision("checkpointing", "on" if asked else "off", f"memory cannot be estimated here: {first}")
+        return changed(recipe, {CHECKPOINTING: asked}), decision, None
+    return cast.recipe, cast.decision, warning
+
+
+def _warning(cast: Forecast, ways: list[Remedy]) -> str:
+    room = cast.room
+    have = "" if room is None else f"; {room.name} has {shown(room.bytes)}"
+    lines = [f"Warning: the largest batch would take {shown(cast.largest.total)}{have}. It may run out of memory."]
+    lines += [f"  {remedy.text}: {shown(remedy.total)}{'' if remedy.fits else ', still too much'}" for remedy in ways]
+    return "\n".join(lines)
+
+
+def shown(count: int) -> str:
+    """Return bytes for a reader."""
+    return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / 2**20:.0f} MiB"

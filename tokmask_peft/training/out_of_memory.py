@@ -1,0 +1,64 @@
+"""Running out of memory ends in one message that says what to change."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from accelerate.utils.memory import should_reduce_batch_size
+
+from tokmask_peft.errors import RunError
+from tokmask_peft.model.memory.remedies import smaller_batch
+from tokmask_peft.recipe import Recipe
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Return whether a device or the host refused memory."""
+    return isinstance(error, MemoryError) or (isinstance(error, Exception) and should_reduce_batch_size(error))
+
+
+@contextlib.contextmanager
+def explained_memory_errors(recipe: Recipe, evaluating: bool = False) -> Iterator[None]:
+    """Turn running out of memory into an error that names the keys to change.
+
+    Args:
+        recipe: of the run, with gradient checkpointing decided.
+        evaluating: whether it is an evaluation that runs.
+
+    Raises:
+        RunError: out of memory.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise RunError(_message(recipe, error, evaluating)) from error
+
+
+def _message(recipe: Recipe, error: BaseException, evaluating: bool) -> str:
+    training = recipe.training
+    first = (str(error).strip().splitlines() or ["no memory"])[0].split(". ")[0]
+    if evaluating:
+        ways = [f"training.eval_batch_size={max(training.eval_batch_size // 4, 1)}"]
+    else:
+        smaller = smaller_batch(training.batch_size, training.gradient_accumulation)
+        ways = [f"training.batch_size={smaller[0]} training.gradient_accumulation={smaller[1]}"] if smaller else []
+        if training.tokens_per_batch is not None:
+            ways = [f"training.tokens_per_batch={training.tokens_per_batch // 2}"]
+        elif not training.auto_batch:
+            ways.append("training.auto_batch=true, which does that by itself")
+        if recipe.model.gradient_checkpointing is not True:
+            ways.append("model.gradient_checkpointing=true")
+        if recipe.adapter.layers == "all":
+            ways.append("adapter.layers=0.5")
+    if recipe.model.quantization == "none":
+        ways.append("model.quantization=nf4 (on a GPU)")
+    if recipe.model.embedding == "resident":
+        ways.append("model.embedding=offload (on a GPU)")
+    ways.append("a smaller data.max_length")
+    what = "in evaluation" if evaluating else "in training"
+    return (
+        f"out of memory {what} ({first}). Any of these takes less: {'; '.join(ways)}. "
+        "`tokmask estimate` with the same recipe says how much."
+    )
