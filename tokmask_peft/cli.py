@@ -127,6 +127,9 @@ def push(
     run: Annotated[str, typer.Argument(metavar="RUN", help="a run folder, such as runs/quickstart")],
     repo: Annotated[str, typer.Argument(metavar="USER/NAME", help="repository on the Hub; made if there is none")],
     private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
+    merged: Annotated[
+        bool, typer.Option("--merged", help="Push a plain transformers model, the adapter merged in.")
+    ] = False,
 ) -> None:
     """Push the adapter of RUN with its model card to the Hugging Face Hub (log in with: hf auth login)."""
     from huggingface_hub.utils import disable_progress_bars
@@ -137,7 +140,9 @@ def push(
     set_verbosity_error()  # its retries print addresses that are signed
     if not sys.stderr.isatty():
         disable_progress_bars()
-    hub.push(run, repo, private)
+    if merged:
+        _quiet_libraries()
+    hub.push(run, repo, private, merged=merged)
 
 
 @app.command()
