@@ -5,6 +5,7 @@ import math
 import shutil
 import subprocess
 import sys
+import tracemalloc
 
 import pytest
 from transformers import pipeline
@@ -13,6 +14,8 @@ from typer.testing import CliRunner
 import tokmask_peft
 from tokmask_peft import Recipe, evaluate, train
 from tokmask_peft.cli import app
+from tokmask_peft.data.texts import TextFile
+from tokmask_peft.inference.files import predict_file
 
 TEXTS = ["hoy great phone", "muy malo :(", "the casa is awful"]
 
@@ -106,6 +109,22 @@ def test_predict_on_the_command_line(run, tokmask, tmp_path):
         failed = tokmask(*wrong, check=False)
         assert failed.returncode == 2
         assert "Traceback" not in failed.stderr
+
+
+def test_memory_does_not_grow_with_the_file(run, tmp_path):
+    classifier = tokmask_peft.load(run("sequence").folder.root)
+    peaks = {}
+    for rows in (500, 1_500, 4_500):  # the first fills the caches
+        path = tmp_path / f"{rows}.txt"
+        path.write_text("".join(f"hoy great phone n{number}\n" for number in range(rows)), encoding="utf-8")
+        tracemalloc.start()
+        try:
+            done = predict_file(classifier, TextFile(path, "sequence"), tmp_path / f"{rows}.jsonl", batch_size=16)
+            peaks[rows] = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        assert done.rows == rows
+    assert peaks[4_500] - peaks[1_500] < 3_000 * 100, "rows are kept: each costs some 300 bytes"
 
 
 def test_explain_on_the_command_line(run, tmp_path):
