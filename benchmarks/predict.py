@@ -133,6 +133,7 @@ def measure_file(run: str, rows: int, device: str) -> dict[str, Any]:
         assert process.returncode == 0
         with out.open(encoding="utf-8") as lines:
             assert sum(1 for _ in lines) == rows
+    assert memory, "the file was done before a second was over: give more --rows"
     tenths = [memory[min(len(memory) - 1, len(memory) * part // 10)] >> 20 for part in range(1, 11)]
     return {
         "rows": rows,
