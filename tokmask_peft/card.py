@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelCardData
 
 from tokmask_peft.card_metadata import CorpusFacts, card_data, hub_id
 from tokmask_peft.card_scores import PICTURE, class_table, confusion_table, draw_confusion, score_table
@@ -40,6 +40,20 @@ with torch.no_grad():
 word_ids = inputs.word_ids()
 first = [i for i, word in enumerate(word_ids) if word is not None and word not in word_ids[:i]]
 print([(words[word_ids[i]], labels[predicted[i]]) for i in first])""",
+}
+
+_PIPELINE = {
+    "sequence": f"""\
+from transformers import pipeline
+
+classify = pipeline("text-classification", model="{PLACEHOLDER}")
+print(classify(["This phone is bien bonito"]))""",
+    "token": f"""\
+from transformers import pipeline
+
+# neighbouring words with the same label come as one piece
+tag = pipeline("token-classification", model="{PLACEHOLDER}", aggregation_strategy="first", ignore_labels=[])
+print([(part["word"], part["entity_group"]) for part in tag("This phone is bien bonito")])""",
 }
 
 _BIBTEX = """\
@@ -89,12 +103,44 @@ def model_card(
     Raises:
         ValueError: huggingface_hub cannot read the head back.
     """
+    snippet = loading_snippet(recipe, list(result["labels"]), AUTO[recipe.data.task], spaced_words=spaced_words)
+    return _card(recipe, result, card_data(recipe, result), "A LoRA adapter for", snippet, seeds, picture)
+
+
+def merged_card(
+    recipe: Recipe, result: Mapping[str, Any], *, notes: Sequence[str] = (), picture: str | None = None
+) -> str:
+    """Return the card of a plain transformers model, an adapter merged into its backbone.
+
+    Args:
+        recipe: the resolved recipe.
+        result: what `result.json` holds.
+        notes: what a user of the merged model should know, in sentences.
+        picture: as for `model_card`.
+
+    Raises:
+        ValueError: huggingface_hub cannot read the head back.
+    """
+    head = card_data(recipe, result, merged=True)
+    return _card(recipe, result, head, "A fine-tuned", _PIPELINE[recipe.data.task], (), picture, notes)
+
+
+def _card(
+    recipe: Recipe,
+    result: Mapping[str, Any],
+    head: ModelCardData,
+    what: str,
+    snippet: str,
+    seeds: Sequence[Mapping[str, float]],
+    picture: str | None,
+    notes: Sequence[str] = (),
+) -> str:
     labels = list(result["labels"])
-    snippet = loading_snippet(recipe, labels, AUTO[recipe.data.task], spaced_words=spaced_words)
+    limits = [*limit_lines(recipe, result, len(seeds)), *(f"- {note[0].upper()}{note[1:]}." for note in notes)]
     parts = [
-        f"---\n{card_data(recipe, result).to_yaml()}\n---",
+        f"---\n{head.to_yaml()}\n---",
         f"# {recipe.name}",
-        f"A LoRA adapter for {_backbone(recipe)} that gives one "
+        f"{what} {_backbone(recipe)} that gives one "
         f"label per {'text' if recipe.data.task == 'sequence' else 'word'}: {', '.join(labels)}.\n" + _masked(recipe),
         "## Scores",
         score_table(result, seeds),
@@ -107,7 +153,7 @@ def model_card(
         "## Training",
         "\n".join(training_lines(recipe, result)),
         "## Limits",
-        "\n".join(limit_lines(recipe, result, len(seeds))),
+        "\n".join(limits),
         "## Citation",
         f"The method is token masking:\n\n```bibtex\n{_BIBTEX}\n```",
         *_corpus_citations(recipe),

@@ -60,8 +60,8 @@ def hub_id(backbone: str) -> str | None:
     return None if Path(backbone).exists() else backbone
 
 
-def card_data(recipe: Recipe, result: Mapping[str, Any]) -> ModelCardData:
-    """Return the head of the card.
+def card_data(recipe: Recipe, result: Mapping[str, Any], merged: bool = False) -> ModelCardData:
+    """Return the head of the card; of the adapter, or of a plain model with the adapter merged in.
 
     Scores go into the model index only when they are of a test split: validation chose the checkpoint.
     """
@@ -72,12 +72,12 @@ def card_data(recipe: Recipe, result: Mapping[str, Any]) -> ModelCardData:
     return ModelCardData(
         language=list(dict.fromkeys([*facts.language, *tested.language])) or None,
         license=recipe.adapter.license,
-        library_name="peft",
+        library_name="transformers" if merged else "peft",
         base_model=backbone,
-        base_model_relation="adapter" if backbone else None,
+        base_model_relation=("finetune" if merged else "adapter") if backbone else None,
         pipeline_tag=PIPELINES[recipe.data.task],
         datasets=list(dict.fromkeys(corpus.hub for corpus in (facts, tested) if corpus.hub)) or None,
-        tags=["lora", "token-masking", "tokmask-peft"],
+        tags=[*([] if merged else ["lora"]), "token-masking", "tokmask-peft"],
         metrics=["f1", "accuracy"],
         model_name=recipe.name if results else None,
         eval_results=results,

@@ -1,4 +1,4 @@
-"""Push the adapter of a run to the Hugging Face Hub: what belongs to it, and nothing else.
+"""Push the adapter of a run, or the merged model, to the Hugging Face Hub: what belongs to it, and nothing else.
 
 huggingface_hub does the transport, with its own login and its own retries. One commit holds all files, so a push that
 breaks leaves the repository as it was; what was uploaded by then is not sent twice.
@@ -7,7 +7,10 @@ breaks leaves the repository as it was; what was uploaded by then is not sent tw
 from __future__ import annotations
 
 import json
+import mmap
 import os
+import re
+import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +31,8 @@ _TOKENIZER = (
     *("vocab.json", "merges.txt", "sentencepiece.bpe.model", "spiece.model", "tokenizer.model", "chat_template.jinja"),
 )
 _OURS = ("labels.json", "tokmask.json", "tokmask_config.json", "calibration.json", "confusion_matrix.png")
+WEIGHTS = re.compile(r"config\.json|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
+"""Names of the files of a merged model, besides the tokenizer's."""
 BELONG = frozenset({*_NEEDED, *_TOKENIZER, *_OURS})
 """Names of the files that are pushed; everything else stays where it is."""
 
@@ -45,16 +50,18 @@ class PushFile:
         return len(self.content) if isinstance(self.content, bytes) else self.content.stat().st_size
 
 
-def push(run: str | Path, repo_id: str, private: bool = False, *, quiet: bool = False) -> str:
+def push(run: str | Path, repo_id: str, private: bool = False, *, merged: bool = False, quiet: bool = False) -> str:
     """Push the adapter of a finished run, with its tokenizer, labels and model card, to the Hugging Face Hub.
 
     A repository that exists is updated. Files of an earlier push that this run does not have are removed there;
-    files that tokmask_peft never writes are left alone.
+    files that tokmask_peft never writes are left alone. A repository holds an adapter or a whole model, not both:
+    transformers would put the adapter on the model, too.
 
     Args:
         run: the run folder.
         repo_id: `user/name` or `organisation/name`.
         private: make the repository private. One that exists and is public is refused, not pushed to.
+        merged: push the adapter merged into its backbone, a plain transformers model.
         quiet: print nothing but huggingface_hub's progress bars.
 
     Returns:
@@ -69,22 +76,38 @@ def push(run: str | Path, repo_id: str, private: bool = False, *, quiet: bool = 
     folder = open_finished(run)
     if not folder.finished():
         raise RunError(f"the run {run} has no result yet; finish it with `tokmask train {folder.recipe} --resume`")
-    files, stay = files_to_push(folder.adapter, repo_id)
-    base = _base_model(folder.adapter / "adapter_config.json")
-    token = _login()
-    _check_no_token(files, token)
+    if merged:
+        token = _login()
+        with tempfile.TemporaryDirectory() as place:
+            from tokmask_peft.hub_merged import write_merged
 
-    total = sum(file.size for file in files)
-    width = max(len(file.name) for file in files)
-    console.print(f"To {repo_id}, an adapter for {base}:", markup=False)
-    for file in files:
-        console.print(f"  {file.name:<{width}}  {file.size:>13,} bytes", markup=False)
-    console.print(f"  {len(files)} files, {total:,} bytes")
-    if stay:
-        console.print(f"Not pushed: {', '.join(stay)}", markup=False)
-    url = _send(files, repo_id, private, token, console)
+            notes = write_merged(folder, repo_id, Path(place) / "merged")
+            files = [PushFile(path.name, path) for path in sorted((Path(place) / "merged").iterdir())]
+            _check_no_token(files, token)
+            _list(console, f"To {repo_id}, the merged model of {folder.root.name}:", files)
+            for note in notes:
+                console.print(f"Note: {note}.", markup=False)
+            url = _send(files, repo_id, private, token, console, merged)
+    else:
+        files, stay = files_to_push(folder.adapter, repo_id)
+        base = _base_model(folder.adapter / "adapter_config.json")
+        token = _login()
+        _check_no_token(files, token)
+        _list(console, f"To {repo_id}, an adapter for {base}:", files)
+        if stay:
+            console.print(f"Not pushed: {', '.join(stay)}", markup=False)
+        url = _send(files, repo_id, private, token, console, merged)
     console.print(url, markup=False)
     return url
+
+
+def _list(console: Console, title: str, files: list[PushFile]) -> None:
+    """Print what is pushed, with its sizes."""
+    width = max(len(file.name) for file in files)
+    console.print(title, markup=False)
+    for file in files:
+        console.print(f"  {file.name:<{width}}  {file.size:>13,} bytes", markup=False)
+    console.print(f"  {len(files)} files, {sum(file.size for file in files):,} bytes")
 
 
 def files_to_push(adapter: Path, repo_id: str) -> tuple[list[PushFile], list[str]]:
@@ -167,14 +190,21 @@ def _login() -> str:
 
 def _check_no_token(files: list[PushFile], token: str) -> None:
     for file in files:
-        content = file.content if isinstance(file.content, bytes) else file.content.read_bytes()
-        if token.encode() in content:
+        if _holds(file.content, token.encode()):
             raise HubError(
                 f"{file.name} holds your Hub token: nothing was pushed. Remove it there, and renew the token"
             )
 
 
-def _send(files: list[PushFile], repo_id: str, private: bool, token: str, console: Console) -> str:
+def _holds(content: Path | bytes, token: bytes) -> bool:
+    """Say whether a file holds the token; a large one is not read into memory as a whole."""
+    if isinstance(content, bytes) or content.stat().st_size == 0:
+        return isinstance(content, bytes) and token in content
+    with content.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        return mapped.find(token) >= 0
+
+
+def _send(files: list[PushFile], repo_id: str, private: bool, token: str, console: Console, merged: bool) -> str:
     """Make the repository if need be, and commit the files."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
     from huggingface_hub.errors import HTTPError
@@ -193,16 +223,24 @@ def _send(files: list[PushFile], repo_id: str, private: bool, token: str, consol
                     "its settings on the Hub, push to another name, or leave --private out"
                 )
             held = {sibling.rfilename for sibling in before.siblings or ()}
-            gone = sorted((held & BELONG) - {file.name for file in files})
+            sent = {file.name for file in files}
+            other = "adapter_config.json" if merged else "config.json"
+            if other in held:
+                raise HubError(
+                    f"{repo_id} holds {'an adapter' if merged else 'a whole model'} ({other}), and one repository "
+                    "cannot hold both: transformers would load the two together. Push to another name"
+                )
+            gone = sorted(name for name in held - sent if name in BELONG or (merged and WEIGHTS.fullmatch(name)))
             if gone:
                 console.print(f"Removed there, as this run has none: {', '.join(gone)}")
+            what, first = ("merged model", "config.json") if merged else ("adapter", "adapter_config.json")
             commit = api.create_commit(
                 repo_id,
                 [
                     *(CommitOperationAdd(file.name, file.content) for file in files),
                     *(CommitOperationDelete(name) for name in gone),
                 ],
-                commit_message="Update the adapter" if "adapter_config.json" in held else "Add the adapter",
+                commit_message=f"{'Update' if first in held else 'Add'} the {what}",
             )
         except (HTTPError, OSError, RuntimeError, ValueError, LookupError) as error:
             raise HubError(explain(error, api, repo_id, token, ANSWER_SECONDS)) from None

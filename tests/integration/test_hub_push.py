@@ -5,6 +5,7 @@ huggingface_hub reads its settings when it is imported, so every push runs in a 
 
 from __future__ import annotations
 
+import ast
 import getpass
 import json
 import os
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 from hub_server import TOKEN, HubServer
 
+from tokmask_peft import load
 from tokmask_peft.recipe import Recipe
 from tokmask_peft.training.fit import train
 
@@ -247,3 +249,58 @@ def test_private_is_private_or_nothing_goes(finished, hub, push):
 def test_the_python_twin_returns_the_address(finished, hub, python):
     program = f"import tokmask_peft; print(repr(tokmask_peft.push({str(finished)!r}, {REPO!r}, quiet=True)))"
     assert python("-c", program).stdout.strip() == repr(f"{hub.url}/{REPO}")
+
+
+RUN_THE_CARD = f"""
+import sys
+sys.modules["tokmask_peft"] = sys.modules["peft"] = None  # any use of them fails
+from pathlib import Path
+from huggingface_hub import hf_hub_download
+exec(Path(hf_hub_download("{REPO}", "README.md")).read_text().split("```python\\n")[1].split("```")[0])
+"""
+
+
+def test_the_merged_model_is_pushed_pulled_and_run_by_its_card(finished, hub, push, python, tmp_path):
+    out = push(finished, REPO, "--merged").stdout
+    held = hub.repositories[REPO]
+    assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= set(held.files)
+    assert "adapter_config.json" not in held.files
+    assert held.commits[-1] == "Add the merged model"
+    assert "the merged model of moods" in out
+    assert f"{len(held.files['model.safetensors']):,} bytes" in out
+    for name in ("config.json", "README.md"):
+        assert str(finished.parent).encode() not in held.files[name]
+    head = held.files["README.md"].decode().split("---")[1]
+    for line in ("library_name: transformers", "base_model_relation: finetune", f"base_model: {BASE}"):
+        assert line in head
+    fresh = {"HF_HOME": str(tmp_path / "fresh"), "HF_TOKEN": ""}
+    said = python("-c", RUN_THE_CARD, **fresh).stdout
+    (expected,) = load(finished).predict(["This phone is bien bonito"])
+    (found,) = ast.literal_eval(said.strip().splitlines()[-1])
+    assert found["label"] == expected.label
+    assert any(method == "HEAD" and path.endswith("/model.safetensors") for method, path, _ in hub.requests)
+    both = push(finished, REPO, code=2).stderr
+    assert "holds a whole model (config.json)" in both
+    assert "adapter_config.json" not in hub.repositories[REPO].files
+
+
+def test_a_pushed_adapter_is_loaded_by_its_id_and_predicts(finished, hub, push, python, tmp_path):
+    push(finished)
+    program = f"""
+import tokmask_peft
+classifier = tokmask_peft.load("{REPO}")
+(answer,) = classifier.predict(["hoy great phone"])
+(explanation,) = classifier.explain(["hoy great phone"])
+print(repr((answer.label, answer.probabilities, explanation.influences, classifier.occlusion.trained)))
+"""
+    fresh = {"HF_HOME": str(tmp_path / "fresh"), "HF_TOKEN": ""}
+    label, probabilities, influences, trained = ast.literal_eval(python("-c", program, **fresh).stdout.splitlines()[-1])
+    here = load(finished)
+    (answer,), (explanation,) = here.predict(["hoy great phone"]), here.explain(["hoy great phone"])
+    assert label == answer.label
+    assert probabilities == pytest.approx(answer.probabilities, abs=1e-5)
+    assert influences == pytest.approx(explanation.influences, abs=1e-4)
+    assert trained
+    assert (tmp_path / "fresh" / "hub" / f"models--{REPO.replace('/', '--')}").is_dir()
+    fetched = {path.rsplit("/", 1)[1] for _, path, _ in hub.requests if "/resolve/" in path and f"/{REPO}/" in path}
+    assert {"adapter_model.safetensors", "calibration.json", "tokmask_config.json"} <= fetched

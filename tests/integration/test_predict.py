@@ -1,10 +1,13 @@
 """From a run to use, through the real command line: predict texts and files, load the adapter alone, export."""
 
+import ast
+import itertools
 import json
 import math
 import shutil
 import subprocess
 import sys
+import tracemalloc
 
 import pytest
 from transformers import pipeline
@@ -12,7 +15,11 @@ from typer.testing import CliRunner
 
 import tokmask_peft
 from tokmask_peft import Recipe, evaluate, train
+from tokmask_peft.card import PLACEHOLDER, merged_card
 from tokmask_peft.cli import app
+from tokmask_peft.data.texts import TextFile
+from tokmask_peft.inference.files import predict_file
+from tokmask_peft.recipe_io import load_recipe
 
 TEXTS = ["hoy great phone", "muy malo :(", "the casa is awful"]
 
@@ -108,6 +115,22 @@ def test_predict_on_the_command_line(run, tokmask, tmp_path):
         assert "Traceback" not in failed.stderr
 
 
+def test_memory_does_not_grow_with_the_file(run, tmp_path):
+    classifier = tokmask_peft.load(run("sequence").folder.root)
+    peaks = {}
+    for rows in (500, 1_500, 4_500):  # the first fills the caches
+        path = tmp_path / f"{rows}.txt"
+        path.write_text("".join(f"hoy great phone n{number}\n" for number in range(rows)), encoding="utf-8")
+        tracemalloc.start()
+        try:
+            done = predict_file(classifier, TextFile(path, "sequence"), tmp_path / f"{rows}.jsonl", batch_size=16)
+            peaks[rows] = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        assert done.rows == rows
+    assert peaks[4_500] - peaks[1_500] < 3_000 * 100, "rows are kept: each costs some 300 bytes"
+
+
 def test_explain_on_the_command_line(run, tmp_path):
     done = run("token")
     classifier = tokmask_peft.load(done.folder.root)
@@ -159,7 +182,7 @@ def test_faithfulness_on_the_command_line(run):
         assert (failed.exit_code, words in " ".join(failed.stderr.split())) == (2, True), failed.stderr
 
 
-def test_export_on_the_command_line(run, tokmask, tmp_path):
+def test_export_on_the_command_line(run, tokmask, tmp_path, capsys):
     done = run("token")
     said = tokmask("export", done.folder.root, "--merged", "merged").stdout
     assert "differ from the adapter's by at most" in said
@@ -168,6 +191,12 @@ def test_export_on_the_command_line(run, tokmask, tmp_path):
     firsts = {TEXTS[0].index(word): label for word, label in zip(answer.words, answer.labels, strict=True)}
     found = {part["start"]: part["entity"] for part in reversed(tag(TEXTS[0]))}
     assert {start: found[start] for start in firsts} == firsts
+    card = merged_card(load_recipe(done.folder.recipe), done.result)
+    capsys.readouterr()
+    exec(card.split("```python\n")[1].split("```")[0].replace(PLACEHOLDER, str(tmp_path / "merged")))
+    (answer,) = tokmask_peft.load(done.folder.root).predict(["This phone is bien bonito"])
+    pieces = ast.literal_eval(capsys.readouterr().out.splitlines()[-1])
+    assert [label for _, label in pieces] == [label for label, _ in itertools.groupby(answer.labels)]
 
 
 @pytest.mark.parametrize("task", ["sequence", "token"])
