@@ -1,0 +1,13 @@
+"""The command line. Thin: each command imports what it needs, so that `tokmask --help` answers at once."""
+
+from tokmask_peft.cli.app import app, quiet_libraries
+
+# in the order of the help text
+from tokmask_peft.cli import training, results, use, recipes  # isort: skip
+
+__all__ = ["app", "main", "quiet_libraries", "recipes", "results", "training", "use"]
+
+
+def main() -> None:
+    """Run the command line."""
+    app()

@@ -1,0 +1,112 @@
+"""Commands that look at a run: `evaluate`, `report`, `demo`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tokmask_peft.cli.app import BackboneOption, ModelArgument, app, quiet_libraries
+from tokmask_peft.errors import RunError
+
+
+@app.command()
+def evaluate(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="a run folder, such as runs/quickstart")],
+    split: Annotated[str, typer.Option(help="train, validation or test; with --data, a split or file there")] = "test",
+    data: Annotated[str | None, typer.Option(help="folder or file with other texts")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the scores as JSON.")] = False,
+    faithfulness: Annotated[
+        bool, typer.Option("--faithfulness", help="Measure whether `tokmask explain` ranks words rightly, instead.")
+    ] = False,
+    against: Annotated[str | None, typer.Option(help="with --faithfulness: a p = 0 run of the same recipe")] = None,
+    limit: Annotated[int, typer.Option(min=2, help="with --faithfulness: texts, drawn at random")] = 200,
+    seed: Annotated[int, typer.Option(min=0, help="with --faithfulness: of texts, orders and bootstrap")] = 0,
+) -> None:
+    """Score the adapter of RUN on one of its splits, or on other texts."""
+    import json
+
+    from tokmask_peft.training.run_folder import open_finished
+
+    if against is not None and not faithfulness:
+        raise typer.BadParameter("it goes with --faithfulness", param_hint="--against")
+    for folder in (run, against):
+        if folder is not None:
+            open_finished(folder)  # before the libraries are loaded, which takes seconds
+    quiet_libraries()
+    if faithfulness:
+        from tokmask_peft.inference import faithfulness as measure
+
+        measured = measure.faithfulness(run, against, split=split, data=data, limit=limit, seed=seed)
+        typer.echo(json.dumps(measured, indent=2) if as_json else "\n".join(measure.report_lines(measured)))
+        return
+    from tokmask_peft.console import make_console, print_scores
+    from tokmask_peft.training.evaluate import evaluate as score
+
+    result = score(run, split=split, data=data)
+    if as_json:
+        typer.echo(json.dumps(result, indent=2, ensure_ascii=False))
+    else:
+        print_scores(make_console(), {split: result})
+
+
+@app.command()
+def report(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="the folder of a run or a sweep, such as runs/quickstart")],
+    out: Annotated[
+        Path | None, typer.Option(help="the page to write; report.html in the run folder if not given")
+    ] = None,
+    show: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
+    examples: Annotated[
+        bool, typer.Option("--examples/--no-examples", help="show the worst mistakes; needs the data and the backbone")
+    ] = True,
+    backbone: BackboneOption = None,
+) -> None:
+    """Write one HTML page of RUN: scores, curves, calibration, mistakes, data. It loads nothing from anywhere.
+
+    Of a sweep: compare its arms; tables, a plot and statistics in RUN/report.
+    """
+    from tokmask_peft.report.record import is_run
+
+    if (Path(run) / "sweep.json").is_file():
+        from tokmask_peft.study.report import sweep_report
+
+        paths = sweep_report(Path(run))
+        typer.echo(paths.summary)
+        typer.echo(f"Report: {paths.markdown}")
+        return
+    if not is_run(run):
+        raise RunError(f"{run} is neither a run folder (it holds no recipe.yaml) nor a sweep (no sweep.json)")
+    from tokmask_peft.report.make import prepare, report_run
+
+    prepare(run, out)  # before the libraries are loaded, which takes seconds
+    quiet_libraries()
+    path, left_out = report_run(run, out, examples=examples, backbone=backbone)
+    if left_out:
+        typer.echo(f"Note: the page shows no mistakes: {left_out}", err=True)
+    typer.echo(path)
+    if show:
+        typer.launch(str(path))
+
+
+@app.command()
+def demo(
+    model: ModelArgument,
+    host: Annotated[str, typer.Option(help="address to listen on; by default only for this machine")] = "127.0.0.1",
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="port; else a free one from 7860 on")] = None,
+    share: Annotated[bool, typer.Option("--share", help="Open a public link through gradio's servers.")] = False,
+    device: Annotated[str | None, typer.Option(help="cuda, cpu, …; a GPU if there is one")] = None,
+    backbone: BackboneOption = None,
+) -> None:
+    """Try MODEL in the browser: text in, label and coloured words out (needs the extra demo)."""
+    from tokmask_peft.inference.saved import find_saved
+    from tokmask_peft.report.demo import build, check_address, require_gradio, serve
+
+    require_gradio()
+    check_address(host, port)
+    saved = find_saved(model, backbone)
+    quiet_libraries()
+    from tokmask_peft.inference.classifier import load
+
+    serve(build(load(saved, device), Path(model).name), host, port, share=share, said=typer.echo)
