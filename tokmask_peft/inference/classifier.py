@@ -22,6 +22,7 @@ from tokmask_peft.masking.occlusion import Occlusion
 from tokmask_peft.model.adapter import load_adapter
 from tokmask_peft.model.backbone import load_backbone
 from tokmask_peft.model.decisions import Decision, bitsandbytes_problem
+from tokmask_peft.model.padding_free import enable_padding_free, padding_free_problem
 from tokmask_peft.recipe import ModelConfig, Task, TokenMaskConfig
 from tokmask_peft.training.calibration import probabilities
 
@@ -216,6 +217,8 @@ def load(
     place = _device(device)
     config, reason = _held(saved.model, place, quantization, precision)
     loaded = load_backbone(config, saved.task, saved.labels, place)
+    if place.type == "cpu" and padding_free_problem(loaded.model) is None:
+        enable_padding_free(loaded.model)
     module = load_adapter(loaded, saved.folder)
     if loaded.quantization == "none":
         if loaded.dtype == torch.float32:

@@ -11,9 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from tokmask_peft.data import PackedCollator
 from tokmask_peft.errors import ModelError
 from tokmask_peft.inference.windows import Window
 from tokmask_peft.masking.occlusion import Occlusion
+from tokmask_peft.model.padding_free import takes_packed_rows
 from tokmask_peft.recipe import Task
 
 Hidden = NDArray[np.bool_]
@@ -21,7 +23,10 @@ Hidden = NDArray[np.bool_]
 
 
 class Forward:
-    """Runs windows through a classification model.
+    """Runs windows through a classification model: on packed rows where it takes them, else padded.
+
+    Padding changes the last digits of attention, and in bf16 these come to 1e-3 in a probability. On a packed row texts
+    of one length attend together and no other, and the answers are those of the text alone.
 
     Args:
         model: the module, in eval mode.
@@ -34,6 +39,7 @@ class Forward:
         self._model, self._pad_id, self._task = model, pad_id, task
         self._device = next(model.parameters()).device
         self._low = dtype == torch.bfloat16
+        self._pack = PackedCollator(task) if takes_packed_rows(model) else None
 
     def logits(
         self,
@@ -58,7 +64,7 @@ class Forward:
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             batch = [windows[number] for number in chosen]
-            with nullcontext() if occlusion is None else occlusion.at(_padded([hidden[n] for n in chosen])):
+            with nullcontext() if occlusion is None else occlusion.at(self._laid_out([hidden[n] for n in chosen])):
                 values = self._batch(batch)
             for number, rows in zip(chosen, values, strict=True):
                 found[number] = rows
@@ -66,29 +72,39 @@ class Forward:
 
     @torch.inference_mode()
     def _batch(self, batch: list[Window]) -> list[NDArray[np.float32]]:
+        device = self._device
+        inputs = (
+            self._padded(batch) if self._pack is None else self._pack([{"input_ids": window.ids} for window in batch])
+        )
+        inputs = {name: part.to(device) if isinstance(part, torch.Tensor) else part for name, part in inputs.items()}
+        with torch.autocast(device.type, dtype=torch.bfloat16) if self._low else nullcontext():
+            logits = self._model(**inputs).logits
+        if self._task == "sequence":
+            picked = logits.float().cpu().numpy()
+            sizes = [1] * len(batch)
+        else:
+            sizes = [len(window.positions) for window in batch]
+            starts = np.arange(len(batch)) * inputs["input_ids"].shape[1]  # of each text, in the row of all
+            if self._pack is not None:
+                starts = inputs["cu_seqlens"][:-1].cpu().numpy()
+            places = np.concatenate([window.positions for window in batch]) + np.repeat(starts, sizes)
+            picked = logits.flatten(0, 1)[torch.as_tensor(places)].float().cpu().numpy()
+        if not np.isfinite(picked).all():
+            raise ModelError("the model gives logits that are not finite; load it with precision='fp32'")
+        return np.split(picked, np.cumsum(sizes)[:-1])
+
+    def _padded(self, batch: list[Window]) -> dict[str, torch.Tensor]:
         longest = max(len(window.ids) for window in batch)
         ids = torch.full((len(batch), longest), self._pad_id)
         mask = torch.zeros_like(ids)
         for row, window in enumerate(batch):
             ids[row, : len(window.ids)] = torch.tensor(window.ids)
             mask[row, : len(window.ids)] = 1
-        device = self._device
-        with torch.autocast(device.type, dtype=torch.bfloat16) if self._low else nullcontext():
-            logits = self._model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
-        if self._task == "sequence":
-            picked = logits.float().cpu().numpy()
-            sizes = [1] * len(batch)
-        else:
-            rows = np.repeat(np.arange(len(batch)), [len(window.positions) for window in batch])
-            positions = np.concatenate([window.positions for window in batch])
-            picked = logits[torch.as_tensor(rows), torch.as_tensor(positions)].float().cpu().numpy()
-            sizes = [len(window.positions) for window in batch]
-        if not np.isfinite(picked).all():
-            raise ModelError("the model gives logits that are not finite; load it with precision='fp32'")
-        return np.split(picked, np.cumsum(sizes)[:-1])
+        return {"input_ids": ids, "attention_mask": mask}
 
-
-def _padded(rows: Sequence[Hidden]) -> torch.Tensor:
-    """Stack what is hidden in each window, nothing of the padding; bool [batch, seq]."""
-    longest = max(map(len, rows))
-    return torch.from_numpy(np.stack([np.pad(row, (0, longest - len(row))) for row in rows]))
+    def _laid_out(self, rows: Sequence[Hidden]) -> torch.Tensor:
+        """Lay out what is hidden in each window as the ids are, nothing of the padding."""
+        if self._pack is not None:
+            return torch.from_numpy(np.concatenate(rows)).unsqueeze(0)
+        longest = max(map(len, rows))
+        return torch.from_numpy(np.stack([np.pad(row, (0, longest - len(row))) for row in rows]))

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from tokmask_peft.masking.embedding import embedding_weight, find_embedding, is_trainable
 from tokmask_peft.masking.mask_token import choose_mask_token, fill_spare_row, maskable_table, used_rows
@@ -78,7 +79,8 @@ class Occlusion:
                 return None
             name = None if args else next(iter(kwargs))
             given: Tensor = args[0] if name is None else kwargs[name]
-            hidden = given.masked_fill(positions.to(given.device), self.mask_token.id)
+            at = F.pad(positions, (0, given.shape[1] - positions.shape[1]))  # a packed row may be lengthened on its way
+            hidden = given.masked_fill(at.to(given.device), self.mask_token.id)
             return ((hidden, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: hidden})
 
         handle = self._embedding.register_forward_pre_hook(swap, with_kwargs=True)

@@ -49,7 +49,7 @@ ENCODER_HEADS: dict[str, Callable[[Any, Tensor], Tensor]] = {
 CAUSAL = ("Llama", "Mistral", "Qwen2", "Qwen3")
 
 ROUND = 64
-"""Sub-tokens that a packed row on a CPU is a multiple of.
+"""Sub-tokens that a packed row on a CPU is a multiple of; short rows, of 8.
 
 oneDNN compiles and keeps a kernel per shape, and every batch has another number of sub-tokens.
 """
@@ -115,12 +115,18 @@ def enable_padding_free(model: nn.Module) -> None:
     model.forward = PackedForward(model)
 
 
+def takes_packed_rows(model: Any) -> bool:
+    """Return whether a model, with an adapter or without, was given to `enable_padding_free`."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return isinstance(inner.forward, PackedForward)
+
+
 def filler(total: int, longest: int) -> list[int]:
-    """Return the lengths of the texts of padding that lengthen a row of `total` sub-tokens to a multiple of `ROUND`.
+    """Return the lengths of the texts of padding that lengthen a row of `total` sub-tokens, see `ROUND`.
 
     None is longer than the `longest` text of the batch: the model may have no more positions.
     """
-    missing = -total % ROUND
+    missing = -total % (ROUND if total > ROUND else 8)
     return [min(longest, missing - start) for start in range(0, missing, longest)]
 
 
@@ -164,7 +170,7 @@ class PackedForward:
         if input_ids is None or max_length is None:
             raise ModelError("a packed batch needs input_ids, cu_seqlens and max_length")
         total = input_ids.shape[1]
-        packing = Packing.make(cu_seqlens, total, max_length)
+        packing = Packing.make(cu_seqlens, total, max_length, exact=not self.model.training)
         hidden = self._hidden(*self._filled(input_ids, cu_seqlens, packing))[:, :total]
         logits = self._token_logits(hidden) if self.task == "token" else self._text_logits(hidden, input_ids, packing)
         return self._output(logits, labels)
@@ -177,7 +183,7 @@ class PackedForward:
             return input_ids, packing
         ids = F.pad(input_ids, (0, sum(extra)), value=self.model.config.pad_token_id or 0)
         bounds = torch.cat((cu_seqlens, cu_seqlens.new_tensor([total + end for end in accumulate(extra)])))
-        return ids, Packing.make(bounds, ids.shape[1], packing.max_length)
+        return ids, Packing.make(bounds, ids.shape[1], packing.max_length, exact=not self.model.training)
 
     def _hidden(self, input_ids: Tensor, packing: Packing) -> Tensor:
         """Return the last hidden states, [1, total, hidden]."""
