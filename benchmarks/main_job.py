@@ -21,7 +21,6 @@ from typing import Any
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "main_job.json"
 RECIPES = ("trec", "melid_mareng", "mesent_mareng")
-OPTIONS = {"mesent_mareng": ["data.max_train=3000"]}  # what two busy cores had time for
 SEEDS = (1, 2, 3)
 RATES = (0.0, 0.1)
 
@@ -35,7 +34,6 @@ def train_missing(runs: Path) -> None:
                 if (runs / name / "result.json").is_file():
                     continue
                 options = [f"output_dir={runs}", f"name={name}", f"seed={seed}", f"masking.p={p:g}"]
-                options += OPTIONS.get(recipe, [])
                 command = [sys.executable, "-m", "tokmask_peft", "train", f"{recipe}/minilm", *options, "--quiet"]
                 if (runs / name / "recipe.yaml").is_file():
                     command.append("--resume")

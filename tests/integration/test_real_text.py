@@ -35,8 +35,9 @@ def test_a_few_steps_on_real_text(real_data, tokmask, tmp_path, name, monkeypatc
         f"{name}/minilm",
         f"output_dir={tmp_path}",
         "name=few",
-        "data.max_train=400",
-        "training.max_steps=60",
+        "data.max_train=960",
+        "data.validation=0.05",
+        "training.max_steps=30",
         "training.learning_rate=1e-3",
         "training.baseline=false",
     )

@@ -237,8 +237,8 @@ class TestCommand:
         broken = write_run(tmp_path / "broken")
         (broken / "result.json").write_text("{")
         for arguments, said in (
-            ([tmp_path], "is not a run folder"),
-            ([tmp_path / "nope"], "is not a run folder"),
+            ([tmp_path], "is neither a run folder"),
+            ([tmp_path / "nope"], "is neither a run folder"),
             ([unfinished], "is not finished"),
             ([broken], "is not JSON"),
         ):

@@ -126,7 +126,7 @@ class TestMistakes:
             ({"sampler": "random", "trials": 3}, "there is nothing to draw"),
             ({"seeds": "0"}, "expected 1 to 1000 seeds"),
             ({"seeds": "4,4"}, "a seed is given twice"),
-            ({"grid": ["training.neftune_alpha=5", "training.batching=padding_free"]}, "which a packed row does not"),
+            ({"grid": ["masking.trainable_mask=true", "adapter.layers=2"]}, "adapter.layers would save nothing"),
         ],
     )
     def test_one_by_one(self, axes, said):
