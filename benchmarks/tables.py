@@ -17,7 +17,6 @@ TITLES = {
     "padding_free_tweets": "Batches without padding, real tweets",
     "masking": "What masking costs",
     "qlora": "QLoRA bytes and step, shape of Qwen2.5-0.5B, random weights",
-    "same_score": "Steps to the same score, beside the authors' protocol",
     "predict": "Prediction",
 }
 
