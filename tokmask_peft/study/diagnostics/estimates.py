@@ -208,8 +208,8 @@ def _mean(values: Array, weights: Array) -> Array:
 def _pairs(products: Array, weights: Array) -> Array:
     """Return the weighted mean over pairs of different batches."""
     others = 1.0 - np.eye(len(products))
-    total = np.einsum("rb,bc,rc->r", weights, products * others, weights)
-    return _over(total, np.einsum("rb,bc,rc->r", weights, others, weights))
+    total = ((weights @ (products * others)) * weights).sum(1)
+    return _over(total, ((weights @ others) * weights).sum(1))
 
 
 def _variance(products: Array, weights: Array) -> Array:
