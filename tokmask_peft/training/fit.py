@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -132,6 +133,8 @@ def train_only(
             trainer.train()
         finally:
             display.close()
+            with contextlib.suppress(OSError):  # the Trainer makes the folder, and nothing is in it
+                session.run.checkpoints.rmdir()
     return session.recipe
 
 

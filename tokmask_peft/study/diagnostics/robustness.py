@@ -90,6 +90,9 @@ def _score(member: Member, what: Disturbances, backbone: str | None, device: str
     found = score_disturbed(classifier, corpus.test or corpus.validation, vocabulary(corpus.train), what)
     about = {"run": str(member.run.root), "seed": recipe.seed, "p": recipe.masking.p, "split": split}
     mask = {"unit": recipe.masking.unit, "token": classifier.occlusion.mask_token.reason}
+    found["reported"] = None
+    if member.run.finished() and what.limit is None:
+        found["reported"] = json.loads(member.run.result.read_text(encoding="utf-8")).get(split, {}).get("f1_macro")
     return {**about, "task": recipe.data.task, "mask_token": mask, **found}
 
 

@@ -65,6 +65,14 @@ def cautions(analysis: dict[str, Any]) -> list[str]:
     ]
     if analysis["split"] != "test":
         lines.append("There are no test texts: these are validation scores, which also chose the checkpoints.")
+    reported = [(run["clean"]["f1_macro"], run.get("reported")) for run in analysis["runs"]]
+    apart = [abs(found - before) for found, before in reported if before is not None]
+    if max(apart, default=0.0) > 1e-6:
+        lines.append(
+            f"{sum(one > 1e-6 for one in apart)} of {len(apart)} runs score up to {max(apart):.4f} otherwise on the texts "
+            "as they are than their result.json says: bf16 rounds otherwise in predictions than in evaluation, and "
+            "nothing is cut here."
+        )
     fewest = min(len(group["seeds"]) for group in analysis["groups"])
     if fewest < 2:
         lines.append("One run per line: nothing is known about how much another seed would differ.")
