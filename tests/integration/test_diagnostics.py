@@ -17,6 +17,8 @@ from tokmask_peft.training.fit import train_only
 pytest.importorskip("matplotlib")
 pytest.importorskip("scipy")
 
+from tokmask_peft.inference.windows import Windower
+from tokmask_peft.study.diagnostics import disturbed
 from tokmask_peft.study.diagnostics import meter as metering
 from tokmask_peft.study.diagnostics.disturbed import Disturbances, score_disturbed
 from tokmask_peft.study.diagnostics.gradient_plan import GradientPlan
@@ -150,6 +152,15 @@ def test_scores_on_masked_texts_are_those_of_ids_masked_by_hand(write_recipe, tm
     two = found["mask"][0]["accuracy"]
     accuracies.append(2 * two - one)  # of the second draw
     assert accuracies[0] == pytest.approx(right / total)
+
+    # texts longer than those of training, as predict reads them
+    classifier.windower = Windower(tokenizer, task, 8)
+    given = [example.string if task == "sequence" else list(example.words) for example in examples]
+    answers = classifier.predict(given)
+    labels = [list(one.labels) if task == "token" else [one.label] for one in answers]
+    assert max(one.windows for one in answers) > 1
+    found = disturbed._predicted(classifier, given, 16)
+    assert [[classifier.labels[at] for at in row] for row in found] == labels
 
 
 def test_robustness_of_two_runs_through_the_command_line(write_recipe, tmp_path, tokmask):

@@ -72,7 +72,7 @@ def score_disturbed(
         means = {metric: float(np.mean([one[metric] for one in found])) for metric in METRICS}
         return {**means, "f1_macro_by_draw": [one["f1_macro"] for one in found]}
 
-    masks = _Masks(classifier, given, what.seed)
+    masks = _Masks(classifier, given, what.seed) if what.rates else None
     letters = alphabet(word for example in texts for word in example.words)
 
     def misspelt(share: float, draw: int) -> list[Any]:
@@ -84,7 +84,9 @@ def score_disturbed(
         "texts": len(texts),
         "clean": mean([plain]),
         "mask": [
-            {"at": rate, **mean([masks.predicted(rate, draw, batch_size) for draw in draws])} for rate in what.rates
+            {"at": rate, **mean([masks.predicted(rate, draw, batch_size) for draw in draws])}
+            for rate in what.rates
+            if masks is not None
         ],
         "noise": [
             {"at": share, **mean([_predicted(classifier, misspelt(share, draw), batch_size) for draw in draws])}

@@ -55,17 +55,25 @@ def findings(analysis: dict[str, Any], group: str = MAIN) -> list[str]:
         if at["interval"] is not None:
             text += f" ({_rates(at['interval'], most)})"
         lines.append(f"{when}: {text}.")
-        for row in found["rates"]:
-            distance, cosine = row["distance"], row["cosine"]
-            if distance["value"] is None or distance["interval"] is None:
-                continue
-            low = row["distance_squared"]["interval"]
-            clear = low is not None and low[0] is not None and low[0] > 0
-            verdict = "is not the unmasked one" if clear else "cannot be told from the unmasked one"
-            angle = "" if cosine["value"] is None else f", cosine {cosine['value']:.3f}"
+        lines.extend(f"{when}: {said}." for said in _shift(found["rates"]))
+    return lines
+
+
+def _shift(rows: list[dict[str, Any]]) -> list[str]:
+    """Say at which rates the mean masked gradient is another one than the unmasked."""
+    apart: list[tuple[float, float]] = []
+    alike: list[tuple[float, float]] = []
+    for row in rows:
+        distance, bounds = row["distance"]["value"], row["distance_squared"]["interval"]
+        if distance is not None and bounds is not None:
+            (apart if bounds[0] is not None and bounds[0] > 0 else alike).append((row["p"], distance))
+    lines = []
+    for found, verdict in ((apart, "is not its unmasked one"), (alike, "cannot be told from its unmasked one")):
+        if found:
+            rates = ", ".join(f"{p:g}" for p, _ in found)
+            shares = ", ".join(f"{distance:.0%}" for _, distance in found)
             lines.append(
-                f"{when}, p = {row['p']:g}: a batch's mean masked gradient {verdict}: they lie "
-                f"{distance['value']:.0%} of its length apart{angle}."
+                f"a batch's mean masked gradient {verdict} at p = {rates}: they lie {shares} of its length apart"
             )
     return lines
 

@@ -11,7 +11,7 @@ import numpy as np
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tokmask_peft.console import make_console
-from tokmask_peft.errors import DataError
+from tokmask_peft.errors import DataError, RunError
 from tokmask_peft.masking import MaskToken
 from tokmask_peft.recipe import Recipe
 from tokmask_peft.study.diagnostics.estimates import MEANING, REPLICATES, summarise
@@ -41,7 +41,10 @@ def diagnose(recipe: Recipe, plan: GradientPlan, *, quiet: bool = False) -> Grad
     Raises:
         RecipeError, DataError, ModelError, RunError: with what to do.
     """
-    plan.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        plan.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{plan.folder} cannot be made ({error.strerror}); choose a folder with --out") from error
     console = make_console(quiet)
     points: list[dict[str, Any]] = []
     sizes: dict[str, int] = {}

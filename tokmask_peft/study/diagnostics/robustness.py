@@ -89,7 +89,9 @@ def _score(member: Member, what: Disturbances, backbone: str | None, device: str
     classifier = load(find_saved(member.run.root, backbone), device)
     found = score_disturbed(classifier, corpus.test or corpus.validation, vocabulary(corpus.train), what)
     about = {"run": str(member.run.root), "seed": recipe.seed, "p": recipe.masking.p, "split": split}
-    mask = {"unit": recipe.masking.unit, "token": classifier.occlusion.mask_token.reason}
+    mask = None
+    if what.rates:  # a model for which there is no mask token can still be scored on the rest
+        mask = {"unit": recipe.masking.unit, "token": classifier.occlusion.mask_token.reason}
     found["reported"] = None
     if member.run.finished() and what.limit is None:
         found["reported"] = json.loads(member.run.result.read_text(encoding="utf-8")).get(split, {}).get("f1_macro")

@@ -69,9 +69,9 @@ def cautions(analysis: dict[str, Any]) -> list[str]:
     apart = [abs(found - before) for found, before in reported if before is not None]
     if max(apart, default=0.0) > 1e-6:
         lines.append(
-            f"{sum(one > 1e-6 for one in apart)} of {len(apart)} runs score up to {max(apart):.4f} otherwise on the texts "
-            "as they are than their result.json says: bf16 rounds otherwise in predictions than in evaluation, and "
-            "nothing is cut here."
+            f"{sum(one > 1e-6 for one in apart)} of {len(apart)} runs score up to {max(apart):.4f} otherwise on the "
+            "texts as they are than their result.json says: bf16 rounds otherwise in predictions than in evaluation, "
+            "and nothing is cut here."
         )
     fewest = min(len(group["seeds"]) for group in analysis["groups"])
     if fewest < 2:
@@ -103,7 +103,7 @@ def markdown_report(analysis: dict[str, Any]) -> str:
     parts += [
         "## Methods",
         "",
-        f"- Masked: by the rule of training (unit {mask['unit']}); {mask['token']}.",
+        *([f"- Masked: by the rule of training (unit {mask['unit']}); {mask['token']}."] if mask else []),
         "- Misspelt: in a share of the words that have a letter, two neighbouring letters are swapped, one is dropped, "
         "inserted or replaced. New letters are of the same script and take the case of their place; marks stay with "
         "their letter.",
