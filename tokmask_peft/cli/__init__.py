@@ -3,9 +3,9 @@
 from tokmask_peft.cli.app import app, quiet_libraries
 
 # in the order of the help text
-from tokmask_peft.cli import training, results, use, recipes  # isort: skip
+from tokmask_peft.cli import training, results, diagnostics, use, recipes  # isort: skip
 
-__all__ = ["app", "main", "quiet_libraries", "recipes", "results", "training", "use"]
+__all__ = ["app", "diagnostics", "main", "quiet_libraries", "recipes", "results", "training", "use"]
 
 
 def main() -> None:

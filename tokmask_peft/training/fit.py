@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from accelerate.utils import find_executable_batch_size
 from rich.console import Console
-from transformers import EarlyStoppingCallback, set_seed
+from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 
 from tokmask_peft.card import write_card
 from tokmask_peft.console import ProgressDisplay, make_console, print_decisions, print_lines, print_result
@@ -84,9 +85,66 @@ def train(recipe: Recipe | str | Path, *, resume: bool = False, quiet: bool = Fa
     if recipe.training.auto_batch and state.num_processes > 1:
         raise RunError("training.auto_batch works in one process: with several, set training.batch_size yourself")
     state.wait_for_everyone()
+    session, decisions, text = _open(recipe, run, console, state.device)
+    print_decisions(console, decisions)
+    with explained_memory_errors(session.recipe):
+        return session.run_to_end(decisions, resume, text)
+
+
+def train_only(
+    recipe: Recipe,
+    folder: Path,
+    observers: Callable[[OrderedEvalTrainer, MaskToken | None], list[TrainerCallback]],
+    *,
+    quiet: bool = False,
+) -> Recipe:
+    """Train as a recipe says, and keep nothing: no evaluation, checkpoints, scores or adapter.
+
+    For studies that look at the training itself. The weights move as in `train`.
+
+    Args:
+        recipe: early stopping and trackers are switched off in it.
+        folder: takes `log.jsonl`.
+        observers: makes callbacks from the trainer and the mask token, which is none where nothing is masked.
+        quiet: print nothing.
+
+    Returns:
+        The recipe with what was decided for this machine.
+
+    Raises:
+        RecipeError, DataError, ModelError, RunError: with what to do.
+    """
+    state = processes()
+    if state.num_processes > 1:
+        raise RunError("this training is observed in one process: start it without torchrun or accelerate launch")
+    quiet_training = recipe.training.model_copy(update={"patience": None, "report_to": ()})
+    recipe = recipe.model_copy(update={"training": quiet_training})
+    console = make_console(quiet)
+    session, decisions, _ = _open(recipe, RunFolder(folder), console, state.device)
+    print_decisions(console, decisions)
+    display = ProgressDisplay(console)
+    with explained_memory_errors(session.recipe):
+        trainer = session.trainer([display])
+        trainer.args.eval_strategy = trainer.args.save_strategy = "no"
+        trainer.args.load_best_model_at_end = False
+        for observer in observers(trainer, session.mask):
+            trainer.add_callback(observer)
+        try:
+            trainer.train()
+        finally:
+            display.close()
+            with contextlib.suppress(OSError):  # the Trainer makes the folder, and nothing is in it
+                session.run.checkpoints.rmdir()
+    return session.recipe
+
+
+def _open(
+    recipe: Recipe, run: RunFolder, console: Console, device: torch.device
+) -> tuple[_Session, tuple[Decision, ...], str]:
+    """Load data and backbone and add the adapter; return the session, its decisions and the recipe's text."""
     corpus = load_corpus(recipe.data.expanded(), recipe.seed)
     set_seed(recipe.seed)  # before the head is drawn
-    backbone = load_backbone(recipe.model, recipe.data.task, corpus.labels, state.device)
+    backbone = load_backbone(recipe.model, recipe.data.task, corpus.labels, device)
     mask, mask_decisions = _choose_mask(recipe, backbone)
     batching = choose_batching(
         recipe.training.batching, backbone.model, neftune=recipe.training.neftune_alpha is not None
@@ -98,11 +156,9 @@ def train(recipe: Recipe | str | Path, *, resume: bool = False, quiet: bool = Fa
     text = _recipe_text(recipe)
     batched = recipe.training.model_copy(update={"batching": batching.choice})
     recipe = recipe.model_copy(update={"training": batched})
-    session = _Session(recipe, corpus, backbone, model, mask, run, console, state.device)
+    session = _Session(recipe, corpus, backbone, model, mask, run, console, device)
     decisions = (*backbone.decisions, batching, session.decide_on_memory(), *mask_decisions, *decisions)
-    print_decisions(console, decisions)
-    with explained_memory_errors(recipe):
-        return session.run_to_end(decisions, resume, text)
+    return session, decisions, text
 
 
 def _trained(model: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
@@ -181,7 +237,7 @@ class _Session:
 
         def attempt(go_on: bool = resume) -> OrderedEvalTrainer:
             stop, display = StopOnSignal(), ProgressDisplay(self.console)
-            trainer = self._trainer([clock, stop, display, AdapterMoves()])
+            trainer = self.trainer([clock, stop, display, AdapterMoves()])
             if trainer.is_world_process_zero():  # not before: a mistake found until here leaves no folder behind
                 start_run(self.run, recipe_text)
             trainer.accelerator.wait_for_everyone()
@@ -252,7 +308,8 @@ class _Session:
             self.console.print("No checkpoint yet: starting from the beginning.")
         return str(newest) if newest else None
 
-    def _trainer(self, callbacks: list[Any]) -> OrderedEvalTrainer:
+    def trainer(self, callbacks: list[Any]) -> OrderedEvalTrainer:
+        """Return the trainer, with callbacks on top of those of every training."""
         training, masking = self.recipe.training, self.recipe.masking
         if self.mask is not None:
             config = masking if masking.seed is not None else masking.model_copy(update={"seed": self.recipe.seed})

@@ -46,6 +46,8 @@ HEAVY = ("torch", "transformers", "peft", "datasets", "sklearn", "numpy")
         ["report", "nope"],
         ["sweep", "quickstart", "--p", "0,2"],
         ["sweep", "quickstart", "--p", "0,0.1", "--dry-run"],
+        ["diagnose", "quickstart", "--p", "0"],
+        ["robustness", "nope"],
     ],
 )
 def test_nothing_heavy_is_imported_for_a_quick_answer(arguments):

@@ -1,0 +1,122 @@
+"""What the command line says to mistakes, and which runs are compared."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from run_files import write_run
+from typer.testing import CliRunner
+
+from tokmask_peft.cli import app
+from tokmask_peft.data import Example
+from tokmask_peft.errors import DataError, RunError
+from tokmask_peft.study.diagnostics.disturbed import Disturbances, by_unseen
+from tokmask_peft.study.diagnostics.gradients import draw_batches
+from tokmask_peft.study.diagnostics.robustness import analyse
+from tokmask_peft.study.diagnostics.robustness_plan import find_members
+from tokmask_peft.study.diagnostics.robustness_report import score_table
+from tokmask_peft.study.statistics import spread
+
+
+def mistake(*arguments: object) -> str:
+    done = CliRunner().invoke(app, [str(part) for part in arguments])
+    assert done.exit_code == 2, done.output
+    return done.output
+
+
+class TestDiagnose:
+    def test_all_problems_at_once(self):
+        said = mistake("diagnose", "quickstart", "--p", "0,2", "--at", "0,1.5", "--draws", "1", "--batches", "2")
+        for part in ("--p 0,2: '2'", "--at 0,1.5: '1.5'", "--draws 1", "--batches 2"):
+            assert part in said
+
+    def test_something_must_be_masked(self):
+        assert "give a rate above 0" in mistake("diagnose", "quickstart", "--p", "0")
+
+    def test_a_measurement_is_not_overwritten(self, tmp_path):
+        (tmp_path / "gradients.json").write_text("{}")
+        assert "choose another folder with --out" in mistake("diagnose", "quickstart", "--out", tmp_path)
+
+    def test_batches_are_disjoint_and_fit(self):
+        rows = draw_batches(20, 4, 5, seed=1)
+        assert sorted(index for row in rows for index in row) == list(range(20))
+        assert rows == draw_batches(20, 4, 5, seed=1) != draw_batches(20, 4, 5, seed=2)
+        with pytest.raises(DataError, match=r"--batches 4, or training\.batch_size=3"):
+            draw_batches(24, 8, 5, seed=1)
+
+
+class TestRobustness:
+    def test_mistakes(self, tmp_path):
+        assert "is not a run folder" in mistake("robustness", tmp_path)
+        assert "is no share of words" in mistake("robustness", tmp_path, "--noise", "2")
+        one, two = write_run(tmp_path / "one"), write_run(tmp_path / "two")
+        assert "--out FOLDER" in mistake("robustness", one, two)
+
+    def test_runs_are_grouped_by_their_masking_rate(self, tmp_path):
+        runs = [write_run(tmp_path / f"run{i}", masking=p) for i, p in enumerate((0.1, 0.0, 0.1))]
+        found = find_members([str(run) for run in runs])
+        assert [(one.group, one.run.root.name) for one in found] == [
+            ("p = 0", "run1"),
+            ("p = 0.1", "run0"),
+            ("p = 0.1", "run2"),
+        ]
+
+    def test_runs_that_differ_otherwise_are_refused(self, tmp_path):
+        one, two = write_run(tmp_path / "one"), write_run(tmp_path / "two")
+        recipe = yaml.safe_load((two / "recipe.yaml").read_text())
+        recipe["training"] = {"learning_rate": 1e-3}
+        (two / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        with pytest.raises(RunError, match=r"differ in more.*training\.learning_rate"):
+            find_members([str(one), str(two)])
+
+    def test_one_sweep_at_a_time(self, made_up_sweep, tmp_path):
+        folder = made_up_sweep(p="0,0.1", seeds="2")
+        with pytest.raises(RunError, match="one sweep, or several runs"):
+            find_members([str(folder), str(tmp_path)])
+
+    def test_the_runs_of_a_sweep_are_grouped_by_arm(self, made_up_sweep):
+        folder = made_up_sweep(p="0,0.1", seeds="2")
+        for cell in Path(folder).iterdir():
+            if cell.is_dir():
+                (cell / "adapter").mkdir()
+                (cell / "adapter/adapter_config.json").write_text("{}")
+                (cell / "recipe.yaml").write_text("name: x\ndata: {task: sequence, path: x}\nmodel: {backbone: a/b}\n")
+        found = find_members([str(folder)])
+        assert [one.group for one in found] == ["p = 0", "p = 0", "p = 0.1", "p = 0.1"]
+
+
+def test_texts_or_words_by_whether_they_are_unseen():
+    texts = [Example("a b", "x", "1"), Example("a zzz", "y", "2"), Example("b", "y", "3")]
+    gold, predicted = [np.array([0]), np.array([1]), np.array([1])], [np.array([0]), np.array([0]), np.array([1])]
+    found = by_unseen(texts, gold, predicted, {"a", "b"}, ("x", "y"))
+    assert (found["seen"]["items"], found["seen"]["accuracy"]) == (2, 1.0)
+    assert (found["unseen"]["items"], found["unseen"]["accuracy"]) == (1, 0.0)
+    words = [Example(("a", "zzz", "b"), ("x", "y", "y"), "1")]
+    found = by_unseen(words, [np.array([0, 1, 1])], [np.array([0, 0, 0])], {"a", "b"}, ("x", "y"))
+    assert (found["seen"]["items"], found["seen"]["accuracy"]) == (2, 0.5)
+    assert (found["unseen"]["items"], found["unseen"]["accuracy"]) == (1, 0.0)
+
+
+def test_groups_have_intervals_over_their_runs():
+    def part(score, **more):
+        return {"f1_macro": score, "f1_weighted": score, "accuracy": score, **more}
+
+    def run(group, seed, clean, masked):
+        words = {"seen": part(clean, items=7), "unseen": part(0.0, items=0)}
+        about = {"group": group, "seed": seed, "p": 0.1, "split": "test", "task": "sequence", "texts": 7}
+        about["mask_token"] = {"unit": "token", "token": "its own"}
+        return {**about, "clean": part(clean), "mask": [{"at": 0.5, **part(masked)}], "noise": [], "words": words}
+
+    runs = [run("p = 0", 1, 0.9, 0.5), run("p = 0", 2, 0.8, 0.6), run("p = 0.1", 1, 0.7, 0.7)]
+    found = analyse(runs, Disturbances((0.5,), (), 1))
+    both, alone = found["groups"]
+    masked = both["rows"][1]
+    assert masked["f1_macro"] == spread([0.5, 0.6])
+    assert masked["loss"] == spread([0.9 - 0.5, 0.8 - 0.6])
+    assert alone["rows"][1]["f1_macro"]["interval"] is None
+    assert [row["kind"] for row in both["rows"]] == ["clean", "mask", "seen"]  # nothing is unseen
+    head, body = score_table(found)
+    assert head == ["texts", "trained with p = 0, 2 seeds", "trained with p = 0.1, seed 1"]
+    assert [row[0] for row in body] == ["as they are", "50% of sub-tokens masked", "texts with no unseen word (7)"]
+    assert body[1][2] == "0.7000"

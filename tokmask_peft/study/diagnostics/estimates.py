@@ -1,0 +1,230 @@
+"""Unbiased estimates from inner products of gradients: variances, agreement, and how far masking shifts the mean.
+
+Let u_b be the unmasked gradient of batch b and g_bd the gradient of the same batch under mask draw d. Everything here
+needs inner products of the w_bd = g_bd - u_b and the u_b only. Squared lengths of a mean over draws contain the noise
+of the draws; so they are U-statistics, means over pairs of *different* draws, which have the right expectation for any
+number of draws (Hoeffding 1948). Products between batches leave a batch's product with itself out for the same reason.
+
+Intervals draw batches, the independent units (draws are nested in them), with U-statistics weighted by how often each
+batch was drawn. With few batches percentile intervals are too short; their level is widened as by Student's t
+(the expanded percentile interval of Hesterberg 2015, arXiv:1411.5279, section 5.3).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+Array = NDArray[np.float64]
+
+REPLICATES = 4000
+LEVEL = 0.95
+
+MEANING = {
+    "mask_variance": "trace of the covariance of the gradient over mask draws of a batch, mean over batches",
+    "batch_variance": "trace of the covariance of the unmasked gradient over batches",
+    "batch_variance_masked": "trace of the covariance over batches of the gradient averaged over all masks",
+    "ratio": "mask_variance over batch_variance; it does not hang on the batch size, which divides both",
+    "agreement": "cosine between gradients of two mask draws of a batch, mean over pairs and batches",
+    "cosine": "between a batch's gradient averaged over all masks and its unmasked gradient, debiased, pooled",
+    "distance": "length of the difference of those two over the length of the unmasked one, debiased, pooled",
+    "distance_squared": "its square, which is unbiased up to the ratio and may fall below 0",
+    "naive_cosine": "cosine with the plain mean over the draws: biased downwards by their noise",
+    "naive_distance": "distance with the plain mean over the draws: biased upwards by their noise",
+    "shared_cosine": "as cosine, for the gradients averaged over all batches",
+    "shared_distance_squared": "as distance_squared, for the gradients averaged over all batches",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Grams:
+    """Inner products of gradients at one masking rate.
+
+    Attributes:
+        within: `[batches, draws + 1, draws + 1]`, for each batch of w_b1, …, w_bD and u_b.
+        between: `[2 batches, 2 batches]`, of the means of the w over draws, for each batch, and then the u.
+    """
+
+    within: Array
+    between: Array
+
+    @property
+    def batches(self) -> int:
+        """Number of batches."""
+        return len(self.within)
+
+    @property
+    def draws(self) -> int:
+        """Number of mask draws."""
+        return self.within.shape[1] - 1
+
+
+def batch_weights(batches: int, replicates: int = REPLICATES, seed: int = 0) -> Array:
+    """Return how often each batch is drawn in each bootstrap replicate, `[replicates, batches]`."""
+    drawn = np.random.default_rng(seed).multinomial(batches, np.full(batches, 1 / batches), replicates)
+    return drawn.astype(np.float64)
+
+
+def estimate(grams: Grams, weights: Array) -> dict[str, Array]:
+    """Return every quantity of `MEANING`, `[replicates]`, for batches weighted by each row of `weights`.
+
+    Args:
+        grams: at least 2 batches and 2 draws.
+        weights: `[replicates, batches]`; ones give the estimates themselves. What a row leaves undefined is nan.
+    """
+    each = of_batches(grams)
+    count = grams.batches
+    mean_w, cross, unmasked = (
+        grams.between[:count, :count],
+        grams.between[:count, count:],
+        grams.between[count:, count:],
+    )
+    masked = mean_w + cross + cross.T + unmasked
+    variance = _mean(each["mask_variance"], weights)
+    spread = _variance(unmasked, weights)
+    found = {
+        "mask_variance": variance,
+        "batch_variance": spread,
+        "batch_variance_masked": _variance(masked, weights) - variance / grams.draws,
+        "ratio": _over(variance, spread),
+        "agreement": _mean(each["agreement"], weights),
+        "cosine": _cosine(
+            _mean(each["product"], weights), _mean(each["masked_squared"], weights), _mean(each["squared"], weights)
+        ),
+        "distance_squared": _over(_mean(each["shift_squared"], weights), _mean(each["squared"], weights)),
+        "naive_cosine": _mean(each["naive_cosine"], weights),
+        "naive_distance": _mean(each["naive_distance"], weights),
+        "shared_cosine": _cosine(_pairs(cross + unmasked, weights), _pairs(masked, weights), _pairs(unmasked, weights)),
+        "shared_distance_squared": _over(_pairs(mean_w, weights), _pairs(unmasked, weights)),
+    }
+    found["distance"] = np.sqrt(np.maximum(found["distance_squared"], 0.0))
+    return {name: found[name] for name in MEANING}
+
+
+def of_batches(grams: Grams) -> dict[str, Array]:
+    """Return the unbiased estimates of each batch on its own, `[batches]` each.
+
+    `shift_squared` is the squared length of mean masked minus unmasked gradient, `masked_squared` and `squared` are
+    those of the two, `product` is their inner product.
+    """
+    draws = grams.draws
+    w = grams.within[:, :draws, :draws]
+    to_u = grams.within[:, :draws, draws]
+    squared = grams.within[:, draws, draws]
+    own = np.einsum("bdd->b", w)
+    pairs = draws * (draws - 1)
+    shift_squared = (w.sum((1, 2)) - own) / pairs
+    along = to_u.mean(1)
+    g = w + to_u[:, :, None] + to_u[:, None, :] + squared[:, None, None]
+    lengths = np.sqrt(np.maximum(np.einsum("bdd->bd", g), 0.0))
+    cosines = _over(g, lengths[:, :, None] * lengths[:, None, :])
+    mean_squared = w.mean((1, 2)) + 2 * along + squared
+    return {
+        "mask_variance": own / draws - shift_squared,
+        "shift_squared": shift_squared,
+        "masked_squared": shift_squared + 2 * along + squared,
+        "squared": squared,
+        "product": along + squared,
+        "agreement": (cosines.sum((1, 2)) - np.einsum("bdd->b", cosines)) / pairs,
+        "naive_cosine": _cosine(along + squared, mean_squared, squared),
+        "naive_distance": np.sqrt(_over(np.maximum(w.mean((1, 2)), 0.0), squared)),
+    }
+
+
+def summarise(grams: Mapping[float, Grams], replicates: int = REPLICATES, seed: int = 0) -> dict[str, Any]:
+    """Return estimates with intervals for each rate, and the rate at which masking outweighs batches; JSON-able.
+
+    Args:
+        grams: by masking rate above 0, of the same batches.
+        replicates: draws of the bootstrap, the same for all rates.
+        seed: of these.
+    """
+    count = next(iter(grams.values())).batches
+    weights = batch_weights(count, replicates, seed)
+    rows = []
+    ratios: list[Array] = []
+    for rate, one in sorted(grams.items()):
+        point, drawn = estimate(one, np.ones((1, count))), estimate(one, weights)
+        ratios.append(np.concatenate([point["ratio"], drawn["ratio"]]))
+        values = {name: {"value": number(point[name][0]), "interval": interval(drawn[name], count)} for name in MEANING}
+        by_batch = {name: [number(value) for value in values] for name, values in of_batches(one).items()}
+        rows.append({"p": rate, **values, "by_batch": by_batch})
+    crossings = crossing(sorted(grams), np.stack(ratios, axis=1))
+    return {"rates": rows, "outweighs_at": {"value": number(crossings[0]), "interval": interval(crossings[1:], count)}}
+
+
+def crossing(rates: Sequence[float], ratios: Array) -> Array:
+    """Return the rate at which the ratio reaches 1, on straight lines through (0, 0) and the measured rates.
+
+    Args:
+        rates: above 0, ascending.
+        ratios: `[replicates, rates]`.
+
+    Returns:
+        `[replicates]`; inf where all measured ratios are below 1.
+    """
+    x = np.array([0.0, *rates])
+    found = np.full(len(ratios), np.inf)
+    for row, values in enumerate(ratios):
+        y = np.array([0.0, *values])
+        above = np.flatnonzero(y >= 1.0)
+        if len(above):
+            at = int(above[0])
+            found[row] = x[at - 1] + (1.0 - y[at - 1]) / (y[at] - y[at - 1]) * (x[at] - x[at - 1])
+    return found
+
+
+def interval(replicates: Array, units: int) -> list[float | None] | None:
+    """Return the expanded percentile interval of bootstrap replicates; none where a tenth or more are undefined.
+
+    A bound that is infinite (the rate of a crossing that was not reached) is none.
+    """
+    usable = replicates[~np.isnan(replicates)]
+    if len(usable) <= 0.9 * len(replicates):
+        return None
+    reach = math.sqrt(units / (units - 1)) * float(stats.t.ppf((1 + LEVEL) / 2, units - 1))
+    tail = float(stats.norm.cdf(-reach))
+    # an order statistic, because between a number and infinity there is nothing to interpolate
+    low, high = np.quantile(usable, [tail, 1 - tail], method="closest_observation")
+    return [number(low), number(high)]
+
+
+def number(value: float) -> float | None:
+    """Return a finite number, else none, for JSON."""
+    return float(value) if math.isfinite(value) else None
+
+
+def _mean(values: Array, weights: Array) -> Array:
+    mean: Array = weights @ values / weights.sum(1)
+    return mean
+
+
+def _pairs(products: Array, weights: Array) -> Array:
+    """Return the weighted mean over pairs of different batches."""
+    others = 1.0 - np.eye(len(products))
+    total = ((weights @ (products * others)) * weights).sum(1)
+    return _over(total, ((weights @ others) * weights).sum(1))
+
+
+def _variance(products: Array, weights: Array) -> Array:
+    """Return the trace of the covariance of vectors from their inner products: half the mean squared distance."""
+    own = np.diagonal(products)
+    squared = own[:, None] + own[None, :] - products - products.T
+    return _pairs(squared / 2.0, weights)
+
+
+def _cosine(product: Array, one: Array, other: Array) -> Array:
+    """Return a cosine from an inner product and squared lengths; nan where a length is not above 0."""
+    return _over(product, np.sqrt(np.where((one > 0) & (other > 0), one * other, np.nan)))
+
+
+def _over(part: Array, whole: Array) -> Array:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found: Array = np.where(whole > 0, part / whole, np.nan)
+    return found
