@@ -81,9 +81,7 @@ class Packing:
         rows = torch.repeat_interleave(texts, lengths, output_size=total)
         positions = torch.arange(total, device=device) - starts[rows]
         # On a GPU the lengths are not known here without waiting, and calls cost more than padding.
-        groups = (
-            _buckets(lengths.tolist(), WORTH) if device.type == "cpu" else [(None, max_length, True)]
-        )
+        groups = _buckets(lengths.tolist(), WORTH) if device.type == "cpu" else [(None, max_length, True)]
         buckets, slots, first = [], [], torch.empty_like(starts)
         used = 0
         for members, length, padded in groups:
