@@ -8,7 +8,7 @@ from tiny_models import TEXTS, build
 
 from tokmask_peft.masking.embedding import find_embedding
 from tokmask_peft.study.plan import make_plan
-from tokmask_peft.training import fit
+from tokmask_peft.training import fit, session
 from tokmask_peft.training.trainer import OrderedEvalTrainer
 
 
@@ -59,7 +59,7 @@ def train_arms(recipe, tmp_path, monkeypatch):
         monkeypatch.setattr(OrderedEvalTrainer, "training_step", watching)
         return step
 
-    monkeypatch.setattr(fit._Session, "_save", lambda *_: None)  # what is left behind is no matter here
+    monkeypatch.setattr(session.Session, "_save", lambda *_: None)  # what is left behind is no matter here
 
     def train(*overrides, **axes):
         plan = make_plan(str(recipe), [*overrides, f"output_dir={tmp_path}"], seeds="7,", name="arms", **axes)
