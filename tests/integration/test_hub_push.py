@@ -231,17 +231,14 @@ def test_an_update_takes_away_what_no_longer_belongs_and_only_that(run, hub, pus
     assert held["labels.json"] == (run / "adapter" / "labels.json").read_bytes()
 
 
-def test_private_is_private_or_nothing_goes(finished, hub, push):
-    push(finished, REPO, "--private")
+def test_private_is_private_or_nothing_goes(run, hub, push):
+    push(run, REPO, "--private")
     assert hub.repositories[REPO].private
-    push(finished, "zelda/open")
+    push(run, "zelda/open")
     before = hub.repositories["zelda/open"].commits[:]
     assert not hub.repositories["zelda/open"].private
-    (finished / "adapter" / "calibration.json").write_text("{}")
-    try:
-        said = push(finished, "zelda/open", "--private", code=2).stderr
-    finally:
-        (finished / "adapter" / "calibration.json").unlink()
+    (run / "adapter" / "calibration.json").write_text("{}")
+    said = push(run, "zelda/open", "--private", code=2).stderr
     assert "exists and is public" in said
     assert hub.repositories["zelda/open"].commits == before
 
