@@ -16,6 +16,7 @@ TITLES = {
     "padding_free": "Batches without padding, drawn texts",
     "padding_free_tweets": "Batches without padding, real tweets",
     "masking": "What masking costs",
+    "qlora": "QLoRA bytes and step, shape of Qwen2.5-0.5B, random weights",
     "predict": "Prediction",
 }
 
