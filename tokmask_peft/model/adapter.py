@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +132,24 @@ def _check_trainable(model: nn.Module, new_modules: tuple[str, ...]) -> None:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.dtype != torch.float32:
             raise ModelError(f"{name} would be trained in {parameter.dtype}; adapters and heads are trained in fp32")
+
+
+@contextlib.contextmanager
+def inputs_as_they_come(model: nn.Module, autocast: bool) -> Iterator[None]:
+    """Keep PEFT from making an fp32 copy of what enters each adapter, which autocast would turn back to bf16.
+
+    Without dropout on the adapter's input nothing changes but time and memory; with it the dropout is computed in bf16,
+    as the backbone's own. DoRA reads the dtype of its norms off the input, so there the copy stays.
+
+    Args:
+        model: the PEFT model.
+        autocast: whether the forward passes run in autocast; without it the copy is needed.
+    """
+    from peft.helpers import disable_input_dtype_casting
+
+    dora = any(getattr(module, "lora_variant", None) for module in model.modules())
+    with disable_input_dtype_casting(model, active=autocast and not dora):
+        yield
 
 
 def save_adapter(model: Any, folder: Path, backbone_id: str) -> None:

@@ -21,6 +21,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from tokmask_peft.data.token_budget import TokenBudgetSampler, token_budget_loader
 from tokmask_peft.errors import RecipeError, RunError, nearest
+from tokmask_peft.model.adapter import inputs_as_they_come
 from tokmask_peft.recipe import Recipe
 from tokmask_peft.training.losses import IGNORED
 from tokmask_peft.training.metrics import Predictions
@@ -74,9 +75,14 @@ class OrderedEvalTrainer(Trainer):
         self.batches = batches
         self.memory_errors = memory_errors
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train."""
+        with inputs_as_they_come(self.model, self.args.bf16):
+            return super().train(*args, **kwargs)
+
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate or predict."""
-        with self.memory_errors():
+        with self.memory_errors(), inputs_as_they_come(self.model, self.args.bf16):
             return super().evaluation_loop(*args, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader:

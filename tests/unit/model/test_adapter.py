@@ -8,7 +8,14 @@ from tiny_models import families
 
 from tokmask_peft.errors import ModelError
 from tokmask_peft.masking import TokenMaskConfig, TokenMasker, choose_mask_token
-from tokmask_peft.model.adapter import adapted_layers, add_adapter, linear_layers, load_adapter, save_adapter
+from tokmask_peft.model.adapter import (
+    adapted_layers,
+    add_adapter,
+    inputs_as_they_come,
+    linear_layers,
+    load_adapter,
+    save_adapter,
+)
 from tokmask_peft.model.backbone import load_backbone
 from tokmask_peft.model.decisions import bitsandbytes_problem
 from tokmask_peft.recipe import AdapterConfig
@@ -186,3 +193,44 @@ def test_gradients_survive_an_evaluation(model_config, family):
     for name, gradient in before.items():
         assert after[name] is not None, f"{name} has lost its gradient"
         torch.testing.assert_close(after[name], gradient)
+
+
+def saved_bytes(model, batch):
+    found = {}
+
+    def keep(tensor):
+        found[tensor.data_ptr()] = tensor.nbytes
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+        loss = model(**batch).logits.float().square().sum()
+    model.zero_grad()
+    loss.backward()
+    return sum(found.values()), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("family", ["bert", "qwen2"])
+def test_in_autocast_adapters_take_their_input_as_it_comes(model_config, family):
+    backbone = load_backbone(model_config(family, precision="bf16"), "sequence", LABELS, CPU)
+    model, _ = add_adapter(backbone, AdapterConfig(r=2, dropout=0.0), "sequence")
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    batch = backbone.tokenizer(TEXTS, padding=True, return_tensors="pt")
+    model.eval()
+    usual, expected = saved_bytes(model, batch)
+    with inputs_as_they_come(model, autocast=True):
+        lean, found = saved_bytes(model, batch)
+    assert lean < usual
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    with inputs_as_they_come(model, autocast=False):  # fp32 adapters on bf16 activations need the cast
+        model(**batch)
+    model(**batch)
+
+
+def test_dora_keeps_its_fp32_norms(model_config):
+    backbone = load_backbone(model_config("bert", precision="bf16"), "sequence", LABELS, CPU)
+    model, _ = add_adapter(backbone, AdapterConfig(r=2, dora=True), "sequence")
+    with inputs_as_they_come(model, autocast=True):
+        assert all(module.cast_input_dtype_enabled for module in model.modules() if hasattr(module, "lora_variant"))

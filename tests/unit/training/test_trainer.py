@@ -1,9 +1,11 @@
 import pytest
 import torch
-from tiny_models import tiny_tokenizer
+from peft import LoraConfig, get_peft_model
+from tiny_models import build, tiny_tokenizer
+from transformers import TrainerCallback, TrainingArguments
 
 from tokmask_peft.errors import RecipeError
-from tokmask_peft.training.trainer import check_trackers, collator
+from tokmask_peft.training.trainer import OrderedEvalTrainer, check_trackers, collator
 
 
 @pytest.mark.parametrize("task", ["sequence", "token"])
@@ -24,3 +26,26 @@ def test_unknown_and_missing_trackers_are_told_apart():
         check_trackers(("tensorbord",))
     with pytest.raises(RecipeError, match=r"'comet_ml' is not installed \(pip install comet_ml\)"):
         check_trackers(("comet_ml",))
+
+
+class CastsSeen(TrainerCallback):
+    """Notes at each step whether the adapters would cast what enters them."""
+
+    def __init__(self):
+        self.seen = set()
+
+    def on_step_end(self, args, state, control, model, **kwargs):
+        self.seen |= {module.cast_input_dtype_enabled for module in model.modules() if hasattr(module, "lora_A")}
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_adapters_cast_their_inputs_only_outside_autocast(bf16, tmp_path):
+    model, _ = build("bert")
+    model = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query"]))
+    arguments = TrainingArguments(str(tmp_path), max_steps=1, use_cpu=True, bf16=bf16, report_to="none")
+    rows = [{"input_ids": [5, 6, 7], "labels": 1}] * 2
+    seen = CastsSeen()
+    collate = collator(tiny_tokenizer("wordpiece"), "sequence")
+    OrderedEvalTrainer(model, arguments, collate, train_dataset=rows, callbacks=[seen]).train()
+    assert seen.seen == {not bf16}
+    assert all(module.cast_input_dtype_enabled for module in model.modules() if hasattr(module, "lora_A"))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from tokmask_peft.masking.embedding import unwrap
+from tokmask_peft.model.adapter import inputs_as_they_come
 from tokmask_peft.model.memory.gpu_rules import SavedAttention, autocast_forward, device_rules
 from tokmask_peft.model.memory.live import LiveBytes
 from tokmask_peft.recipe import Task
@@ -70,7 +71,7 @@ def count_step(
     model.train()
     with _counting(model, mode, shape, task, device_type) as (live, batch):
         with device_rules(device_type, autocast):
-            with autocast_forward(autocast):
+            with autocast_forward(autocast), inputs_as_they_come(model, autocast):
                 logits = _forward(model, batch, device_type)
                 loss = F.cross_entropy(logits.flatten(0, -2).float(), batch["labels"].flatten())
             del logits
@@ -86,7 +87,8 @@ def count_forward(model: Any, mode: FakeTensorMode, shape: Shape, task: Task, de
     """Return the peak bytes of a forward of an evaluation; arguments as for `count_step`."""
     model.eval()
     with _counting(model, mode, shape, task, device_type) as (live, batch):
-        with torch.no_grad(), device_rules(device_type, autocast), autocast_forward(autocast):
+        computed = autocast_forward(autocast), inputs_as_they_come(model, autocast)
+        with torch.no_grad(), device_rules(device_type, autocast), computed[0], computed[1]:
             _forward(model, batch, device_type)
         return live.peak
 

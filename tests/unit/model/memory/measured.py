@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from transformers import AutoModel
 
 from tokmask_peft.data import PackedCollator
-from tokmask_peft.model.adapter import add_adapter
+from tokmask_peft.model.adapter import add_adapter, inputs_as_they_come
 from tokmask_peft.model.backbone import load_backbone
 from tokmask_peft.model.checkpointing import enable_checkpointing
 from tokmask_peft.model.memory.live import LiveBytes
@@ -67,8 +67,10 @@ def measure_step(recipe: Recipe, shape: Shape) -> tuple[int, int, int]:
     labels = torch.zeros(len(shape.lengths) if recipe.data.task == "sequence" else shape.tokens, dtype=torch.long)
     with LiveBytes() as live:
         live.exclude(*frozen, *(value for value in batch.values() if isinstance(value, torch.Tensor)))
-        in_bf16 = torch.autocast("cpu", torch.bfloat16, enabled=backbone.dtype == torch.bfloat16)
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), in_bf16:
+        in_bf16 = backbone.dtype == torch.bfloat16
+        autocast = torch.autocast("cpu", torch.bfloat16, enabled=in_bf16)
+        hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+        with hooks, autocast, inputs_as_they_come(model, in_bf16):
             loss = F.cross_entropy(model(**batch).logits.flatten(0, -2).float(), labels)
         loss.backward()
     return sum(saved.values()), live.peak, _bytes(model)

@@ -106,7 +106,7 @@ def test_what_each_change_saves():
 
 def test_a_gpu_keeps_less_of_dropout_and_attention_and_more_of_layer_norms():
     settings = {"adapter": {"dropout": 0.1}}
-    assert changes(device="cuda", **settings).activations < 0.85 * changes(device="cpu", **settings).activations
+    assert changes(device="cuda", **settings).activations < 0.92 * changes(device="cpu", **settings).activations
     norms = {"adapter": {"dropout": 0.0}, "family": "bert"}
     assert changes(device="cuda", **norms).activations > changes(device="cpu", **norms).activations
 
