@@ -1,0 +1,121 @@
+"""What the masking study found, in sentences that are made from its figures."""
+
+from __future__ import annotations
+
+from figures import TITLES, Study, paired
+
+from tokmask_peft.study.tables import signed
+
+
+def findings(study: Study) -> list[str]:
+    """Return the first lines of the page, the unfavourable too."""
+    return [line for part in (_overall, _by_task, _lid_and_pos, _less_data, _chosen, _floor) for line in part(study)]
+
+
+def _overall(study: Study) -> list[str]:
+    pairs = [(name, p) for name in study.tasks for p in study.masked_rates() if study.difference(name, p)]
+    means = [study.difference(*pair)["mean"] for pair in pairs]  # type: ignore[index]
+    if not pairs:
+        return []
+    lines = [
+        f"Over {len(study.tasks)} tasks and {len(study.masked_rates())} masking rates, test macro-F1 with masking was "
+        f"higher on average in {sum(mean > 0 for mean in means)} of {len(means)} comparisons and lower in "
+        f"{sum(mean < 0 for mean in means)}."
+    ]
+    whole = [name for name in study.whole_tasks if all(study.difference(name, p) for p in study.masked_rates())]
+    parts = []
+    for p in study.masked_rates():
+        if found := study.together(p, whole):
+            parts.append(f"p = {p:g} {signed(found['mean'])} (higher in {found['up']} of {found['n']} runs)")
+    if parts:
+        lines.append(f"Mean change over the {len(whole)} tasks with all their texts: {', '.join(parts)}.")
+    return lines
+
+
+def _by_task(study: Study) -> list[str]:
+    clear = {"higher": [], "lower": []}  # type: dict[str, list[str]]
+    for name in study.tasks:
+        for p in study.masked_rates():
+            found = study.difference(name, p)
+            if found and found["interval"] and (found["interval"][0] > 0 or found["interval"][1] < 0):
+                side = "higher" if found["mean"] > 0 else "lower"
+                clear[side].append(f"{TITLES[name]} at p = {p:g} ({signed(found['mean'])})")
+    lines = [
+        f"Clearly {side} (the 95% t interval of the paired difference leaves out 0): {'; '.join(listed) or 'nowhere'}."
+        for side, listed in clear.items()
+    ]
+    count = sum(len(listed) for listed in clear.values())
+    compared = sum(bool(study.difference(name, p)) for name in study.tasks for p in study.masked_rates())
+    if compared:
+        lines[-1] += f" Of {compared} such intervals about one in twenty would leave out 0 by chance; {count} do."
+    return lines
+
+
+def _lid_and_pos(study: Study) -> list[str]:
+    names = ("ud_tur_deu_lid", "ud_tur_deu_pos")
+    if not all(name in study.tasks for name in names):
+        return []
+    parts = []
+    for name, what in zip(names, ("languages", "parts of speech"), strict=True):
+        means = [signed(found["mean"]) for p in study.masked_rates() if (found := study.difference(name, p))]
+        parts.append(f"{what} {', '.join(means)}")
+    listed = ", ".join(f"{p:g}" for p in study.masked_rates())
+    return [f"The same Turkish-German sentences, change in macro-F1 at p = {listed}: {'; '.join(parts)}."]
+
+
+def _less_data(study: Study) -> list[str]:
+    lines = []
+    for name in ("trec", "afrisenti_twi"):
+        few = f"{name}-500"
+        if name not in study.tasks or few not in study.tasks:
+            continue
+        parts = []
+        for p in study.masked_rates():
+            one, other = study.difference(few, p), study.difference(name, p)
+            if one and other:
+                parts.append(f"p = {p:g}: {signed(one['mean'])} with 500, {signed(other['mean'])} with all")
+        lines.append(f"Less data, {TITLES[name]}: {'; '.join(parts)}.")
+    return lines
+
+
+def _chosen(study: Study) -> list[str]:
+    gains = {}
+    for name in study.tasks:
+        choice = study.analysis(name)["chosen_by_validation"]
+        if "gain" in choice:
+            gains[name] = choice["gain"]["mean"]
+    if not gains:
+        return []
+    mean = sum(gains.values()) / len(gains)
+    return [
+        f"The p that validation chose scored {signed(mean)} against no masking on the test texts, mean over "
+        f"{len(gains)} tasks (from {signed(min(gains.values()))} to {signed(max(gains.values()))})."
+    ]
+
+
+def _floor(study: Study) -> list[str]:
+    below = []
+    for name in study.tasks:
+        floor, row = study.analysis(name)["baseline"], study.row(name, 0.0)
+        if floor and row and row["f1_macro"]["mean"] < floor["f1_macro"]:
+            below.append(TITLES[name])
+    if not below:
+        return ["MiniLM is above character n-grams with logistic regression on every task."]
+    return [f"MiniLM without masking stays below character n-grams with logistic regression on: {'; '.join(below)}."]
+
+
+def defaults_found(study: Study) -> list[str]:
+    """Say whether the fast defaults cost score."""
+    lines = []
+    for suffix, what in (("", "bf16 without padding"), ("-top", "bf16 without padding, upper half of the layers")):
+        parts = []
+        for name in study.tasks:
+            plain, fast = study.sweeps.get(f"{name}-plain"), study.sweeps.get(f"{name}{suffix}")
+            if plain is None or fast is None:
+                continue
+            rows = [next(row for row in one["analysis"]["rows"] if row["p"] == 0.1) for one in (fast, plain)]
+            found = paired(*rows)
+            parts.append(f"{TITLES[name]} {signed(found['mean'])}")
+        if parts:
+            lines.append(f"Against fp32, padded, all layers: {what}: {'; '.join(parts)} (macro-F1, mean of the pairs).")
+    return lines

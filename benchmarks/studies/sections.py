@@ -1,0 +1,193 @@
+"""The tables of the masking study's page."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from figures import TITLES, Study, paired
+from findings import defaults_found
+
+from tokmask_peft.study.report import findings as report_findings
+from tokmask_peft.study.tables import difference_table, interval, markdown, mean_sd, score_table, signed
+
+METRICS = {"f1_macro": "Macro-F1", "f1_weighted": "Weighted F1"}
+
+
+def setting(study: Study) -> list[str]:
+    """Say what was trained on what."""
+    head = ("task", "train", "validation", "test", "labels", "steps", "seeds")
+    body = []
+    for name in study.tasks:
+        found = study.sweeps[name]
+        words = found["analysis"]["task"] == "token"
+        sizes = [
+            f"{found['texts'][split]:,}" + (f" ({found['words'][split]:,} words)" if words else "")
+            for split in ("train", "validation", "test")
+        ]
+        seeds = str(len(found["analysis"]["seeds"]))
+        body.append([TITLES[name], *sizes, str(found["labels"]), str(found["steps"]), seeds])
+    return [
+        "## What was trained",
+        "MiniLM (all-MiniLM-L6-v2, 22M parameters, an English encoder) with LoRA of rank 16 on all linear layers, by "
+        "the shipped recipes, except for the number of epochs. Training texts that repeat, contradict each other or "
+        "occur in validation or test are removed. All rates train for the same number of steps. Validation chooses the "
+        "checkpoint, test is scored once.",
+        markdown((head, body)),
+    ]
+
+
+def scores(study: Study) -> list[str]:
+    """Return the scores by masking rate, beside the n-gram floor."""
+    parts = ["## Scores by masking rate", "Test scores, mean ± standard deviation over seeds."]
+    for metric, title in METRICS.items():
+        rates = [0.0, *study.masked_rates()]
+        head = ("task", "character n-grams", *(f"p = {p:g}" for p in rates))
+        body = []
+        for name in study.tasks:
+            floor = study.analysis(name)["baseline"]
+            cells = [mean_sd(row[metric]) if (row := study.row(name, p)) else "" for p in rates]
+            body.append([TITLES[name], f"{floor[metric]:.4f}" if floor else "", *cells])
+        parts += [f"### {title}", markdown((head, body))]
+    return parts
+
+
+def differences(study: Study) -> list[str]:
+    """Return the paired differences from p = 0."""
+    parts = [
+        "## Differences from p = 0, seed by seed",
+        "For one seed all rates share the initial head, the batches and the dropout stream, and what is masked at a "
+        "low rate is masked at a higher one. Mean difference with its 95% t interval, in how many seeds it is above 0, "
+        "and the p-value of the exact sign-flip test after Holm's correction over the rates. With five seeds that test "
+        "cannot go below .0625 for a task: only all tasks together can reach .05.",
+        "![Change in macro-F1 by masking rate](results/masking/differences.svg)",
+    ]
+    for metric, title in METRICS.items():
+        head = ("task", *(f"p = {p:g}" for p in study.masked_rates()))
+        body = []
+        for name in study.tasks:
+            found = [study.difference(name, p, metric) for p in study.masked_rates()]
+            body.append([TITLES[name], *(_difference(one) if one else "" for one in found)])
+        whole = study.whole_tasks
+        pooled = [study.together(p, whole, metric) for p in study.masked_rates()]
+        cells = [f"{signed(one['mean'])}; {one['up']}/{one['n']}; p = {one['p_value']:.3g}" for one in pooled if one]
+        if len(cells) == len(pooled):
+            body.append(["all tasks with all texts, no correction", *cells])
+        parts += [f"### {title}", markdown((head, body))]
+    return parts
+
+
+def _difference(found: dict[str, Any]) -> str:
+    up = sum(value > 0 for value in found["by_seed"])
+    return f"{signed(found['mean'])} {interval(found['interval'])}; {up}/{found['n']}; p = {found['p_holm']:.3g}"
+
+
+def chosen(study: Study) -> list[str]:
+    """Return what validation would have chosen."""
+    head = ("task", "chosen, seed by seed", "test macro-F1", "against p = 0")
+    body = []
+    for name in study.tasks:
+        choice = study.analysis(name)["chosen_by_validation"]
+        if not choice["per_seed"]:
+            continue
+        picks = ", ".join(f"{one['p']:g}" for one in choice["per_seed"])
+        gain = f"{signed(choice['gain']['mean'])} {interval(choice['gain']['interval'])}" if "gain" in choice else ""
+        body.append([TITLES[name], picks, mean_sd(choice["f1_macro"]), gain])
+    return [
+        "## The p that validation chooses",
+        "Choosing the best p on test would flatter masking. This is the honest number: each seed takes the rate that "
+        "scored best on its validation texts.",
+        markdown((head, body)),
+    ]
+
+
+def regularizers(study: Study) -> list[str]:
+    """Compare masking with other regularizers."""
+    parts: list[str] = []
+    for name in study.sweeps:
+        if not name.endswith("-arms"):
+            continue
+        analysis = study.analysis(name)
+        parts += [
+            f"### {TITLES.get(name.removesuffix('-arms'), name)}",
+            *(f"- {line}" for line in report_findings(analysis)),
+            markdown(score_table(analysis)),
+            "Macro-F1, differences from no regularizer, seed by seed:",
+            markdown(difference_table(analysis, "f1_macro")),
+        ]
+    if not parts:
+        return []
+    intro = (
+        "Each arm switches on what it names and all others off; the dropout of the backbone's hidden layers (0.1) "
+        "stays. Cost is the median time of an optimizer step; several runs shared the machine, so read it roughly."
+    )
+    return ["## Beside other regularizers", intro, *_with_lists(parts)]
+
+
+def defaults(study: Study) -> list[str]:
+    """Compare the fast defaults with fp32, padded batches."""
+    head = ("task", "fp32, padded, all layers", "defaults: bf16, no padding", "difference", "upper half", "difference")
+    body = []
+    for name in study.tasks:
+        variants = [f"{name}-plain", name, f"{name}-top"]
+        if not all(variant in study.sweeps for variant in variants):
+            continue
+        rows = [next(row for row in study.analysis(one)["rows"] if row["p"] == 0.1) for one in variants]
+        rows[1] = _first_seeds(rows[1], rows[0]["seeds"])
+        cells = [mean_sd(rows[0]["f1_macro"])]
+        for row in rows[1:]:
+            found = paired(row, rows[0])
+            by_seed = ", ".join(signed(value) for value in found["by_seed"])
+            cells += [mean_sd(row["f1_macro"]), f"{signed(found['mean'])} ({by_seed})"]
+        body.append([TITLES[name], *cells])
+    if not body:
+        return []
+    return [
+        "## What the fast defaults cost",
+        *_with_lists([f"- {line}" for line in defaults_found(study)]),
+        "Test macro-F1 at p = 0.1, mean ± standard deviation over the seeds that all columns have; differences from "
+        "the first column, seed by seed.",
+        markdown((head, body)),
+    ]
+
+
+def _first_seeds(row: dict[str, Any], seeds: list[int]) -> dict[str, Any]:
+    """Return a row with some of its seeds alone."""
+    from tokmask_peft.study.statistics import spread
+
+    kept = [value for seed, value in zip(row["seeds"], row["f1_macro"]["by_seed"], strict=True) if seed in seeds]
+    return {**row, "seeds": seeds, "f1_macro": {"by_seed": kept, **spread(kept)}}
+
+
+def _with_lists(parts: list[str]) -> list[str]:
+    """Join the lines of lists, which the page would put apart."""
+    joined: list[str] = []
+    for part in parts:
+        if part.startswith("- ") and joined and joined[-1].startswith("- "):
+            joined[-1] += f"\n{part}"
+        else:
+            joined.append(part)
+    return joined
+
+
+def how(study: Study) -> list[str]:
+    """Say how it was made: commands, versions, machine."""
+    machines = {
+        (
+            ", ".join(f"{name} {version}" for name, version in found["environment"]["versions"].items()),
+            f"{found['environment']['platform']}, {found['environment']['cpu_cores']} CPU cores, "
+            f"{found['environment']['threads']} thread a run",
+        ): None
+        for found in study.sweeps.values()
+    }
+    commands = "\n".join(found["command"] for found in study.sweeps.values())
+    return [
+        "## How it was made",
+        "`python benchmarks/studies/masking.py` trains all of it again, `python benchmarks/studies/page.py` writes "
+        "this page from the JSON in `benchmarks/results`, where the scores of every seed are. Single commands, with "
+        "`TOKMASK_DATA` as the folder of the corpora:",
+        f"```\n{commands}\n```",
+        *(f"Versions: {versions}. Machine: {machine}." for versions, machine in machines),
+        "Tests and intervals as `tokmask report` makes them: "
+        + "; ".join(f"{name}: {text}" for name, text in study.analysis(study.tasks[0])["methods"].items())
+        + ".",
+    ]
