@@ -18,7 +18,7 @@ def _overall(study: Study) -> list[str]:
     if not pairs:
         return []
     lines = [
-        f"Over {len(study.tasks)} tasks and {len(study.masked_rates())} masking rates, test macro-F1 with masking was "
+        f"Over {_tasks(len(study.tasks))} and {len(study.masked_rates())} masking rates, test macro-F1 with masking was "
         f"higher on average in {sum(mean > 0 for mean in means)} of {len(means)} comparisons and lower in "
         f"{sum(mean < 0 for mean in means)}."
     ]
@@ -28,8 +28,12 @@ def _overall(study: Study) -> list[str]:
         if found := study.together(p, whole):
             parts.append(f"p = {p:g} {signed(found['mean'])} (higher in {found['up']} of {found['n']} runs)")
     if parts:
-        lines.append(f"Mean change over the {len(whole)} tasks with all their texts: {', '.join(parts)}.")
+        lines.append(f"Mean change over {_tasks(len(whole))} with all training texts: {', '.join(parts)}.")
     return lines
+
+
+def _tasks(count: int) -> str:
+    return "1 task" if count == 1 else f"{count} tasks"
 
 
 def _by_task(study: Study) -> list[str]:
@@ -89,7 +93,7 @@ def _chosen(study: Study) -> list[str]:
     mean = sum(gains.values()) / len(gains)
     return [
         f"The p that validation chose scored {signed(mean)} against no masking on the test texts, mean over "
-        f"{len(gains)} tasks (from {signed(min(gains.values()))} to {signed(max(gains.values()))})."
+        f"{_tasks(len(gains))} (from {signed(min(gains.values()))} to {signed(max(gains.values()))})."
     ]
 
 
