@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from workload import CPU, MINILM, benchmark_texts, matrix_rate, ratio, report
 
 from tokmask_peft.data import PackedCollator
 from tokmask_peft.masking import TokenMaskConfig, TokenMasker
-from tokmask_peft.model.adapter import add_adapter
+from tokmask_peft.model.adapter import add_adapter, inputs_as_they_come
 from tokmask_peft.model.backbone import load_backbone
 from tokmask_peft.model.padding_free import enable_padding_free
 from tokmask_peft.recipe import AdapterConfig, ModelConfig
@@ -44,8 +45,10 @@ class Arm:
         if batching == "padding_free":
             enable_padding_free(backbone.model)
         self.tokenizer = backbone.tokenizer
-        self.model, _ = add_adapter(backbone, AdapterConfig(layers=layers), "sequence")
+        self.model, _ = add_adapter(backbone, AdapterConfig(layers=layers, dropout=0.0), "sequence")
         self.model.train()
+        self.as_trained = ExitStack()  # for as long as the arm lives
+        self.as_trained.enter_context(inputs_as_they_come(self.model, self.bf16))
         TokenMasker.attach(self.model, self.tokenizer, TokenMaskConfig(p=0.1))
         self.trained = [weight for weight in self.model.parameters() if weight.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4)

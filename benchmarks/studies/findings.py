@@ -18,8 +18,8 @@ def _overall(study: Study) -> list[str]:
     if not pairs:
         return []
     lines = [
-        f"Over {_tasks(len(study.tasks))} and {len(study.masked_rates())} masking rates, test macro-F1 with masking was "
-        f"higher on average in {sum(mean > 0 for mean in means)} of {len(means)} comparisons and lower in "
+        f"Over {_tasks(len(study.tasks))} and {len(study.masked_rates())} masking rates, test macro-F1 with masking "
+        f"was higher on average in {sum(mean > 0 for mean in means)} of {len(means)} comparisons and lower in "
         f"{sum(mean < 0 for mean in means)}."
     ]
     whole = [name for name in study.whole_tasks if all(study.difference(name, p) for p in study.masked_rates())]
