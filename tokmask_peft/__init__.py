@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tokmask_peft.errors import TokmaskError
-    from tokmask_peft.hub import push
+    from tokmask_peft.hub.push import push
     from tokmask_peft.inference.classifier import Classifier, Prediction, WordPredictions, load
     from tokmask_peft.inference.explain import Explanation, explain
     from tokmask_peft.masking import TokenMaskCallback, TokenMaskConfig, TokenMasker
     from tokmask_peft.recipe import Recipe
+    from tokmask_peft.run import train
     from tokmask_peft.training.evaluate import evaluate
-    from tokmask_peft.training.fit import train
 
 __version__ = "0.1.0"
 __all__ = [
@@ -49,9 +49,9 @@ _HOMES = {
     "WordPredictions": "inference.classifier",
     "evaluate": "training.evaluate",
     "explain": "inference.explain",
-    "push": "hub",
+    "push": "hub.push",
     "load": "inference.classifier",
-    "train": "training.fit",
+    "train": "run",
 }
 
 

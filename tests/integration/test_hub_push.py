@@ -17,9 +17,8 @@ from pathlib import Path
 import pytest
 from hub_server import TOKEN, HubServer
 
-from tokmask_peft import load
+from tokmask_peft import load, train
 from tokmask_peft.recipe import Recipe
-from tokmask_peft.training.fit import train
 
 REPO = "zelda/moods"
 BASE = "castle/tiny-bert"
@@ -143,7 +142,7 @@ def logits_here(run: Path) -> list[float]:
 
     from tokmask_peft.model.adapter import load_adapter
     from tokmask_peft.model.backbone import load_backbone
-    from tokmask_peft.recipe_io import load_recipe
+    from tokmask_peft.recipe.io import load_recipe
 
     recipe = load_recipe(run / "recipe.yaml")
     backbone = load_backbone(recipe.model, "sequence", ("negative", "positive"), torch.device("cpu"))
@@ -194,7 +193,9 @@ def test_a_card_that_the_hub_cannot_read_is_named(run, hub, push):
 
 def test_no_answer_is_not_waited_for_for_ever(finished, hub, python):
     hub.fail("/repos/create", "hang")
-    program = "from tokmask_peft import cli, hub; hub.ANSWER_SECONDS = 0.5; cli.main()"
+    program = (
+        "from tokmask_peft import cli; from tokmask_peft.hub import transfer; transfer.ANSWER_SECONDS = 0.5; cli.main()"
+    )
     said = python("-c", program, "push", finished, REPO, code=2).stderr
     assert "gave no answer within 0.5 seconds" in said
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 import tokmask_peft
 from tokmask_peft.errors import RecipeError, RunError, RunInterruptedError
 from tokmask_peft.model.memory.room import Room
-from tokmask_peft.recipe_io import load_recipe
+from tokmask_peft.recipe.io import load_recipe
 from tokmask_peft.training import fit, fits
 from tokmask_peft.training.callbacks import StopOnSignal
 from tokmask_peft.training.trainer import OrderedEvalTrainer

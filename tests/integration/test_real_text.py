@@ -7,7 +7,7 @@ import pytest
 
 from tokmask_peft import Recipe
 from tokmask_peft.data import load_corpus
-from tokmask_peft.recipe_io import shipped_recipes
+from tokmask_peft.recipe.io import shipped_recipes
 
 MINILM = [name for name in shipped_recipes() if name.endswith("/minilm")]
 needs_minilm = pytest.mark.skipif(

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from tokmask_peft.recipe import Recipe
-from tokmask_peft.training.fit import train
+from tokmask_peft.run import train
 from tokmask_peft.training.run_folder import RunFolder
 
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node=2")

@@ -1,11 +1,11 @@
 """The command line. Thin: each command imports what it needs, so that `tokmask --help` answers at once."""
 
-from tokmask_peft.cli.app import app, quiet_libraries
+from tokmask_peft.cli.app import app
 
 # in the order of the help text
 from tokmask_peft.cli import training, results, diagnostics, use, recipes  # isort: skip
 
-__all__ = ["app", "diagnostics", "main", "quiet_libraries", "recipes", "results", "training", "use"]
+__all__ = ["app", "diagnostics", "main", "recipes", "results", "training", "use"]
 
 
 def main() -> None:

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from tokmask_peft.cli.app import BackboneOption, DeviceOption, Overrides, RecipeArgument, app, quiet_libraries
+from tokmask_peft.cli.app import BackboneOption, DeviceOption, Overrides, RecipeArgument, app
+from tokmask_peft.quiet import quiet_libraries
 
 
 @app.command()

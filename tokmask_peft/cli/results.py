@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from tokmask_peft.cli.app import BackboneOption, ModelArgument, app, quiet_libraries
+from tokmask_peft.cli.app import BackboneOption, ModelArgument, app
 from tokmask_peft.errors import RunError
+from tokmask_peft.quiet import quiet_libraries
 
 
 @app.command()

@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from tokmask_peft.cli.app import Overrides, RecipeArgument, app, quiet_libraries
+from tokmask_peft.cli.app import Overrides, RecipeArgument, app
+from tokmask_peft.quiet import quiet_libraries
 
 
 @app.command()
@@ -21,9 +22,9 @@ def train(
 
     checked = Recipe.load(recipe, overrides or [])
     quiet_libraries()
-    from tokmask_peft.training import fit
+    from tokmask_peft import run
 
-    fit.train(checked, resume=resume, quiet=quiet)
+    run.train(checked, resume=resume, quiet=quiet)
 
 
 @app.command()

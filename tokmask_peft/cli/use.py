@@ -15,8 +15,8 @@ from tokmask_peft.cli.app import (
     PrecisionOption,
     QuantizationOption,
     app,
-    quiet_libraries,
 )
+from tokmask_peft.quiet import quiet_libraries
 
 
 @app.command()
@@ -159,11 +159,11 @@ def push(
     from huggingface_hub.utils import disable_progress_bars
     from huggingface_hub.utils.logging import set_verbosity_error
 
-    from tokmask_peft import hub
+    from tokmask_peft.hub import push as pushing
 
     set_verbosity_error()  # its retries print addresses that are signed
     if not sys.stderr.isatty():
         disable_progress_bars()
     if merged:
         quiet_libraries()
-    hub.push(run, repo, private, merged=merged)
+    pushing.push(run, repo, private, merged=merged)

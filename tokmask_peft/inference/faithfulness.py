@@ -19,7 +19,7 @@ from tokmask_peft.errors import DataError, RunError
 from tokmask_peft.inference.classifier import load
 from tokmask_peft.inference.masking_curves import RANDOM_ORDERS, SHARES, masking_curves
 from tokmask_peft.inference.saved import find_saved
-from tokmask_peft.recipe_io import differences, load_recipe
+from tokmask_peft.recipe.io import differences, load_recipe
 from tokmask_peft.training.evaluate import split_examples
 from tokmask_peft.training.run_folder import open_finished
 

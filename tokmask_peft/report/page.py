@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from tokmask_peft import __version__
-from tokmask_peft.card import AUTO, limit_lines, loading_snippet, training_lines
-from tokmask_peft.card_metadata import hub_id
 from tokmask_peft.console import baseline_verdict, calibration_line
+from tokmask_peft.hub.card_metadata import hub_id
+from tokmask_peft.hub.card_sections import limit_lines, training_lines
+from tokmask_peft.hub.card_snippets import AUTO, loading_snippet
 from tokmask_peft.report.data_section import data_section
 from tokmask_peft.report.pictures import Picture, mixing_picture, reliability_picture, training_curves
 from tokmask_peft.report.record import Record

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tokmask_peft.recipe import Recipe
-from tokmask_peft.recipe_errors import all_fields, section_of
+from tokmask_peft.recipe.errors import all_fields, section_of
 
 RESERVED = {
     "seed": "--seeds 1,2,3",

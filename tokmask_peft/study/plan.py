@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from tokmask_peft.errors import RecipeError, nearest
 from tokmask_peft.recipe import Recipe
-from tokmask_peft.recipe_io import load_recipe, with_overrides
+from tokmask_peft.recipe.io import load_recipe, with_overrides
 from tokmask_peft.study.arms import OFF, Arm, masking_arms, regularizer_arms
 from tokmask_peft.study.axes import RESERVED, Axis, read_axis, read_rates, read_seeds, split_values
 

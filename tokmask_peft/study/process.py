@@ -16,7 +16,7 @@ from typing import Any
 
 from tokmask_peft.errors import SweepError
 from tokmask_peft.recipe import Recipe
-from tokmask_peft.recipe_io import differences, load_recipe
+from tokmask_peft.recipe.io import differences, load_recipe
 from tokmask_peft.study.ledger import Claim
 from tokmask_peft.study.trial import INTERRUPTED
 from tokmask_peft.training.run_folder import RunFolder

@@ -14,8 +14,8 @@ from types import FrameType
 from typing import Any
 
 from tokmask_peft.errors import RecipeError, RunInterruptedError, SweepError
-from tokmask_peft.recipe_errors import shown
-from tokmask_peft.recipe_io import load_recipe
+from tokmask_peft.recipe.errors import shown
+from tokmask_peft.recipe.io import load_recipe
 from tokmask_peft.study import process as processes
 from tokmask_peft.study.ledger import FINAL, CellState, Claim, Ledger
 from tokmask_peft.study.live import SweepDisplay, best_of, duration, remaining_seconds, summary_line, sweep_console

@@ -35,15 +35,15 @@ def _exit_at_end() -> None:
 def main() -> int:
     """Train what standard input says; return the exit code."""
     task = read_task()
-    from tokmask_peft.cli import quiet_libraries
     from tokmask_peft.errors import RunInterruptedError, TokmaskError
+    from tokmask_peft.quiet import quiet_libraries
     from tokmask_peft.recipe import Recipe
 
     quiet_libraries()
-    from tokmask_peft.training import fit
+    from tokmask_peft import run
 
     try:
-        fit.train(Recipe.model_validate(task["recipe"]), resume=task["resume"])
+        run.train(Recipe.model_validate(task["recipe"]), resume=task["resume"])
     except RunInterruptedError as error:
         print(error, flush=True)  # noqa: T201 (the log of the trial)
         return INTERRUPTED

@@ -21,7 +21,8 @@ from tokmask_peft.model.backbone import Backbone, load_backbone
 from tokmask_peft.model.decisions import Decision
 from tokmask_peft.model.padding_free import choose_batching, enable_padding_free
 from tokmask_peft.recipe import Recipe
-from tokmask_peft.recipe_io import to_yaml
+from tokmask_peft.recipe.io import to_yaml
+from tokmask_peft.training.adapter_folder import CardWriter
 from tokmask_peft.training.environment import processes, versions
 from tokmask_peft.training.out_of_memory import explained_memory_errors
 from tokmask_peft.training.run_folder import RunFolder, check_run
@@ -32,11 +33,12 @@ from tokmask_peft.training.trainer import (
 )
 
 
-def train(recipe: Recipe | str | Path, *, resume: bool = False, quiet: bool = False) -> Run:
+def fit(recipe: Recipe, write_card: CardWriter, *, resume: bool = False, quiet: bool = False) -> Run:
     """Train a token-masked adapter as a recipe says.
 
     Args:
-        recipe: a recipe, the path of one, or the name of a shipped one.
+        recipe: what to train.
+        write_card: writes the model card, before `result.json` says that the run is finished.
         resume: continue an interrupted run from its newest checkpoint.
         quiet: print nothing.
 
@@ -47,8 +49,6 @@ def train(recipe: Recipe | str | Path, *, resume: bool = False, quiet: bool = Fa
         RecipeError, DataError, ModelError, RunError: with what to do.
         RunInterruptedError: on Ctrl-C; the run can be resumed.
     """
-    if not isinstance(recipe, Recipe):
-        recipe = Recipe.load(recipe)
     state = processes()
     console = make_console(quiet or not state.is_main_process)
     run = check_run(recipe, resume)
@@ -59,7 +59,7 @@ def train(recipe: Recipe | str | Path, *, resume: bool = False, quiet: bool = Fa
     session, decisions, text = _open(recipe, run, console, state.device)
     print_decisions(console, decisions)
     with explained_memory_errors(session.recipe):
-        return session.run_to_end(decisions, resume, text)
+        return session.run_to_end(decisions, resume, text, write_card)
 
 
 def train_only(
@@ -71,7 +71,7 @@ def train_only(
 ) -> Recipe:
     """Train as a recipe says, and keep nothing: no evaluation, checkpoints, scores or adapter.
 
-    For studies that look at the training itself. The weights move as in `train`.
+    For studies that look at the training itself. The weights move as in `fit`.
 
     Args:
         recipe: early stopping and trackers are switched off in it.

@@ -69,7 +69,7 @@ def check_run(recipe: Recipe, resume: bool) -> RunFolder:
         RunError: the name is taken and `resume` is off; or there is nothing to resume, the run is finished, or it
             was started with another recipe.
     """
-    from tokmask_peft.recipe_io import differences, load_recipe
+    from tokmask_peft.recipe.io import differences, load_recipe
 
     run = RunFolder(recipe.run_dir)
     ground = next(place for place in (run.root, *run.root.absolute().parents) if place.exists())

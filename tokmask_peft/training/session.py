@@ -1,41 +1,36 @@
-"""One training session: its splits and Trainer, the way to the end, and what it leaves behind."""
+"""One training session: its splits and Trainer, and the way to the end."""
 
 from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from accelerate.utils import find_executable_batch_size
 from rich.console import Console
 from transformers import EarlyStoppingCallback
 
-from tokmask_peft.card import write_card
 from tokmask_peft.console import ProgressDisplay, print_lines, print_result
 from tokmask_peft.data import Corpus, PackedCollator
-from tokmask_peft.data.encode import words_need_a_space
 from tokmask_peft.data.token_budget import TokenBudgetSampler
 from tokmask_peft.errors import RecipeError, RunError, RunInterruptedError
 from tokmask_peft.masking import MaskToken, TokenMaskCallback
-from tokmask_peft.model.adapter import save_adapter
 from tokmask_peft.model.backbone import Backbone
 from tokmask_peft.model.checkpointing import enable_checkpointing
 from tokmask_peft.model.decisions import Decision
-from tokmask_peft.model.loading import LOADING_FILE, Loading
-from tokmask_peft.model.memory.remedies import changed, smaller_batch
+from tokmask_peft.model.memory.remedies import changed
 from tokmask_peft.recipe import Recipe
-from tokmask_peft.training.baseline import baseline_scores
-from tokmask_peft.training.calibration import calibrate
+from tokmask_peft.training.adapter_folder import CardWriter, save_adapter_folder
+from tokmask_peft.training.auto_batch import with_smaller_batches
 from tokmask_peft.training.callbacks import AdapterMoves, LogFile, StepClock, StopOnSignal
 from tokmask_peft.training.environment import environment, peak_memory
 from tokmask_peft.training.fits import before_training
 from tokmask_peft.training.losses import ClassificationLoss, class_weights
-from tokmask_peft.training.metrics import Predictions, scores, scores_by_mixing
+from tokmask_peft.training.metrics import Predictions
 from tokmask_peft.training.out_of_memory import explained_memory_errors
 from tokmask_peft.training.run_folder import RunFolder, start_run, write_json
+from tokmask_peft.training.scoring import score_best
 from tokmask_peft.training.splits import Split
 from tokmask_peft.training.trainer import (
     OrderedEvalTrainer,
@@ -73,7 +68,6 @@ class Session:
         self.train = self._split(corpus.train)
         self.validation = self._split(corpus.validation)
         self.test = self._split(corpus.test) if corpus.test else None
-        self.predictions: dict[str, Predictions] = {}
 
     def decide_on_memory(self) -> Decision:
         """Decide on gradient checkpointing, and warn of what will not fit."""
@@ -90,7 +84,9 @@ class Session:
         data = self.recipe.data
         return Split.make(examples, self.backbone.tokenizer, data.task, self.corpus.labels, data.max_length)
 
-    def run_to_end(self, decisions: tuple[Decision, ...], resume: bool, recipe_text: str) -> Run:
+    def run_to_end(
+        self, decisions: tuple[Decision, ...], resume: bool, recipe_text: str, write_card: CardWriter
+    ) -> Run:
         """Train, score the best checkpoint, and write the run folder.
 
         Raises:
@@ -99,8 +95,13 @@ class Session:
         """
         asked = self.recipe.training
         lines = list(self.corpus.report.lines())
-        for name, split in (("train", self.train), ("validation", self.validation), ("test", self.test)):
-            if split is not None and (cut := split.encoded.truncation).texts_cut:
+        parts = {
+            "train": self.train,
+            "validation": self.validation,
+            **({} if self.test is None else {"test": self.test}),
+        }
+        for name, split in parts.items():
+            if (cut := split.encoded.truncation).texts_cut:
                 lines.append(f"{name}: {cut.texts_cut} texts are cut at {self.recipe.data.max_length} sub-tokens")
                 if cut.words_cut:
                     lines[-1] += f"; {cut.words_cut} words are cut away" + ("" if name == "train" else " (errors)")
@@ -125,54 +126,26 @@ class Session:
                 )
             return trainer
 
-        trainer = self._with_smaller_batches(attempt) if self.recipe.training.auto_batch else attempt()
+        def retry(batch_size: int, accumulation: int) -> OrderedEvalTrainer:
+            size = {"training.batch_size": batch_size, "training.gradient_accumulation": accumulation}
+            self.recipe = changed(self.recipe, size)
+            told = f"Out of memory: going on with {batch_size} texts, {accumulation} times a step."
+            self.console.print(told, markup=False)
+            return attempt(self.run.last_checkpoint() is not None)
+
+        trainer = with_smaller_batches(self.model, self.recipe, attempt, retry) if asked.auto_batch else attempt()
         if self.recipe.training.batch_size != asked.batch_size:
             texts = f"{self.recipe.training.batch_size} times {self.recipe.training.gradient_accumulation}"
             reason = f"{asked.batch_size} times {asked.gradient_accumulation} ran out of memory"
             decisions = (*decisions, Decision("micro-batch", texts, reason))
-        result = self._evaluate(trainer)
+        result, predictions = score_best(trainer, self.recipe, self.corpus, parts)
         result["decisions"] = [asdict(decision) for decision in decisions]
         result["speed"] = self._speed(clock, trainer)
         if trainer.is_world_process_zero():
-            self._save(result)
+            self._save(result, predictions, write_card)
             print_result(self.console, result, self.run.adapter)
             _check_best(result, trainer.state.best_metric)
         return Run(self.run, result)
-
-    def _with_smaller_batches(self, attempt: Callable[..., OrderedEvalTrainer]) -> OrderedEvalTrainer:
-        """Train; where memory runs out, go on with a smaller micro-batch and the same optimizer step.
-
-        The Trainer's own `auto_find_batch_size` makes the optimizer step smaller, too, and keeps half-trained weights.
-        """
-        start = {name: value.detach().cpu().clone() for name, value in _trained(self.model)}
-        training = self.recipe.training
-        sizes = [(training.batch_size, training.gradient_accumulation)]
-        while smaller := smaller_batch(*sizes[-1]):
-            sizes.append(smaller)
-        left = iter(sizes[1:])
-
-        def run(batch_size: int) -> OrderedEvalTrainer:
-            if batch_size != training.batch_size:
-                with torch.no_grad():
-                    for name, value in _trained(self.model):
-                        value.grad = None
-                        value.copy_(start[name])
-                size = {"batch_size": batch_size, "gradient_accumulation": dict(sizes)[batch_size]}
-                self.recipe = changed(self.recipe, {f"training.{key}": value for key, value in size.items()})
-                told = f"Out of memory: going on with {batch_size} texts, {size['gradient_accumulation']} times a step."
-                self.console.print(told, markup=False)
-                return attempt(self.run.last_checkpoint() is not None)
-            return attempt()
-
-        def smaller_size() -> int:
-            size = next(left, None)
-            if size is None:
-                raise RunError(f"out of memory with a single text of up to {self.recipe.data.max_length} sub-tokens")
-            return size[0]
-
-        search = find_executable_batch_size(run, sizes[0][0], reduce_batch_size_fn=smaller_size)
-        found: OrderedEvalTrainer = search()
-        return found
 
     def _checkpoint(self, resume: bool) -> str | None:
         newest = self.run.last_checkpoint() if resume else None
@@ -231,38 +204,6 @@ class Session:
             counts.update([example.label] if isinstance(example.label, str) else example.label or ())
         return {label: counts[label] for label in self.corpus.labels}
 
-    def _evaluate(self, trainer: OrderedEvalTrainer) -> dict[str, Any]:
-        labels, recipe = self.corpus.labels, self.recipe
-        found, *seen = trainer.predict_with_logits(self.validation)
-        self.predictions = {"validation": found}
-        logits: dict[str, Any] = {"validation": seen}
-        result: dict[str, Any] = {
-            "name": recipe.name,
-            "task": recipe.data.task,
-            "labels": list(labels),
-            "seed": recipe.seed,
-            "masking": recipe.masking.model_dump(mode="json"),
-            "validation": scores(*found.flat(), labels),
-            "best_step": trainer.state.best_global_step,
-            "steps": trainer.state.global_step,
-        }
-        if self.test is not None:
-            found, *logits["test"] = trainer.predict_with_logits(self.test)
-            self.predictions["test"] = found
-            result["test"] = scores(*found.flat(), labels)
-            if recipe.data.task == "token" and recipe.data.language_labels:
-                result["test"]["by_mixing"] = scores_by_mixing(found, labels, recipe.data.language_labels)
-        result["calibration"] = calibrate(logits)
-        if recipe.training.baseline and trainer.is_world_process_zero():
-            scored_on = self.corpus.test or self.corpus.validation
-            result["baseline"] = baseline_scores(self.corpus.train, scored_on, labels, recipe.data.task)
-        parts = {"train": self.train, "validation": self.validation, "test": self.test}
-        result["data"] = {
-            **self.corpus.report.to_dict(),
-            "truncation": {name: part.encoded.truncation.to_dict() for name, part in parts.items() if part},
-        }
-        return result
-
     def _speed(self, clock: StepClock, trainer: OrderedEvalTrainer) -> dict[str, Any]:
         lengths = self.train.encoded.dataset["length"]
         per_text = sum(lengths) / max(len(lengths), 1)
@@ -279,22 +220,9 @@ class Session:
             "environment": environment(self.device),
         }
 
-    def _save(self, result: dict[str, Any]) -> None:
-        folder, recipe = self.run.adapter, self.recipe
-        save_adapter(self.model, folder, recipe.model.backbone)
-        self.backbone.tokenizer.save_pretrained(str(folder))
-        write_json(folder / "labels.json", {"task": recipe.data.task, "labels": list(self.corpus.labels)})
-        write_json(folder / "calibration.json", result["calibration"])
-        precision = "bf16" if self.backbone.dtype == torch.bfloat16 else "fp32"
-        loading = Loading.of(recipe.model, recipe.data.max_length, self.backbone.quantization, precision)
-        write_json(folder / LOADING_FILE, loading.to_dict())
-        masking = recipe.masking
-        if self.mask is not None:
-            masking = masking.model_copy(update={"mask_token": self.mask.id})
-        masking.save_pretrained(folder)
-        spaced = recipe.data.task == "token" and words_need_a_space(self.backbone.tokenizer)
-        write_card(folder, recipe, result, spaced_words=spaced)
-        found = {name: part.to_dict() for name, part in self.predictions.items()}
+    def _save(self, result: dict[str, Any], predictions: dict[str, Predictions], write_card: CardWriter) -> None:
+        save_adapter_folder(self.run.adapter, self.model, self.backbone, self.recipe, self.mask, result, write_card)
+        found = {name: part.to_dict() for name, part in predictions.items()}
         write_json(self.run.predictions, {"labels": list(self.corpus.labels), **found}, indent=None)
         write_json(self.run.result, result)  # last: it says that the run is finished
 
@@ -307,7 +235,3 @@ def _check_best(result: dict[str, Any], best: float | None) -> None:
             f"the best checkpoint scored {best:.4f} macro-F1 on validation, but the saved adapter scores {found:.4f}: "
             "the scores above do not belong to the best checkpoint. Please report this with result.json."
         )
-
-
-def _trained(model: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    return ((name, value) for name, value in model.named_parameters() if value.requires_grad)

@@ -4,9 +4,10 @@ import json
 
 import pytest
 
-from tokmask_peft import hub
 from tokmask_peft.errors import HubError, RunError
-from tokmask_peft.hub import files_to_push, push
+from tokmask_peft.hub import push as pushing
+from tokmask_peft.hub.push import push
+from tokmask_peft.hub.push_files import files_to_push
 
 TOKEN = "hf_0123456789abcdef"
 CARD = '---\nlibrary_name: peft\n---\nadapter = "PATH_OR_HUB_ID"\n'
@@ -17,7 +18,7 @@ def run(tmp_path, monkeypatch):
     """The outline of a finished run, with nothing that could be reached outside."""
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setattr(hub, "_send", lambda *_: pytest.fail("something was sent"))
+    monkeypatch.setattr(pushing, "send", lambda *_: pytest.fail("something was sent"))
     root = tmp_path / "run"
     (root / "adapter").mkdir(parents=True)
     (root / "recipe.yaml").write_text("name: run\n")
@@ -38,7 +39,7 @@ def refused(run, *words, error=HubError, repo="zelda/moods"):
 
 def test_the_outline_itself_is_sent(run, monkeypatch):
     sent = []
-    monkeypatch.setattr(hub, "_send", lambda files, *_: sent.extend(files) or "there")
+    monkeypatch.setattr(pushing, "send", lambda files, *_: sent.extend(files) or "there")
     assert push(run, "zelda/moods", quiet=True) == "there"
     assert [file.name for file in sent] == ["adapter_config.json", "adapter_model.safetensors", "README.md"]
 

@@ -16,7 +16,7 @@ from tokmask_peft.model.backbone import load_backbone
 from tokmask_peft.model.decisions import bitsandbytes_problem
 from tokmask_peft.model.placement import HostEmbedding, place_embedding
 from tokmask_peft.recipe import AdapterConfig
-from tokmask_peft.recipe_io import load_recipe
+from tokmask_peft.recipe.io import load_recipe
 
 CPU = torch.device("cpu")
 LABELS = ("negative", "neutral", "positive")

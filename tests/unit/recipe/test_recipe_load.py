@@ -5,7 +5,7 @@ import yaml
 
 from tokmask_peft.errors import RecipeError
 from tokmask_peft.recipe import Recipe
-from tokmask_peft.recipe_io import load_recipe, to_yaml
+from tokmask_peft.recipe.io import load_recipe, to_yaml
 
 MINIMAL = {"name": "mine", "model": {"backbone": "some/model"}, "data": {"task": "sequence", "path": "texts"}}
 

@@ -6,8 +6,8 @@ import shlex
 import pytest
 
 from tokmask_peft.errors import RecipeError
-from tokmask_peft.recipe_errors import all_fields
-from tokmask_peft.recipe_io import (
+from tokmask_peft.recipe.errors import all_fields
+from tokmask_peft.recipe.io import (
     SHIPPED,
     copy_recipe,
     differences,

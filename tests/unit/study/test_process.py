@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from tokmask_peft.errors import SweepError
-from tokmask_peft.recipe_io import to_yaml
+from tokmask_peft.recipe.io import to_yaml
 from tokmask_peft.study.ledger import Claim
 from tokmask_peft.study.plan import make_plan
 from tokmask_peft.study.process import TrialProcess, drop_checkpoints, finished_result, interrupted, reject_result

@@ -7,7 +7,7 @@ import pytest
 
 from tokmask_peft.errors import RunError
 from tokmask_peft.recipe import Recipe
-from tokmask_peft.recipe_io import to_yaml
+from tokmask_peft.recipe.io import to_yaml
 from tokmask_peft.training.run_folder import RunFolder, check_run, open_finished, write_json
 
 

@@ -36,7 +36,7 @@ def find_members(folders: Sequence[str]) -> list[Member]:
         RunError: a folder is neither, or the runs are not comparable.
         SweepError: a sweep has no finished run, or is no grid.
     """
-    from tokmask_peft.recipe_io import differences
+    from tokmask_peft.recipe.io import differences
 
     members: list[Member] = []
     single: list[Member] = []

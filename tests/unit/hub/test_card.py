@@ -5,8 +5,9 @@ import sys
 import pytest
 from huggingface_hub import ModelCard
 
-from tokmask_peft.card import loading_snippet, model_card, write_card
-from tokmask_peft.card_scores import PICTURE, draw_confusion
+from tokmask_peft.hub.card import model_card, write_card
+from tokmask_peft.hub.card_scores import PICTURE, draw_confusion
+from tokmask_peft.hub.card_snippets import loading_snippet
 from tokmask_peft.recipe import Recipe
 
 LABELS = ["año 'x'", 'say "y"', "{z}"]

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tokmask_peft.card import PLACEHOLDER, merged_card
-from tokmask_peft.card_scores import PICTURE
 from tokmask_peft.errors import HubError
+from tokmask_peft.hub.card import merged_card
+from tokmask_peft.hub.card_scores import PICTURE
+from tokmask_peft.hub.card_snippets import PLACEHOLDER
 from tokmask_peft.inference.export import export_merged
-from tokmask_peft.recipe_io import load_recipe
+from tokmask_peft.recipe.io import load_recipe
 from tokmask_peft.training.run_folder import RunFolder
 
 

@@ -13,9 +13,9 @@ from pydantic import BaseModel, ValidationError
 
 from tokmask_peft.errors import RecipeError, nearest
 from tokmask_peft.recipe import Recipe
-from tokmask_peft.recipe_errors import all_fields, explain, section_of, shown
+from tokmask_peft.recipe.errors import all_fields, explain, section_of, shown
 
-_PACKAGE = Path(__file__).parent
+_PACKAGE = Path(__file__).parent.parent
 SHIPPED = _PACKAGE / "recipes" if (_PACKAGE / "recipes").is_dir() else _PACKAGE.parent / "recipes"
 """The recipes that come with the package (in a source checkout, the ones at its top)."""
 

@@ -1,0 +1,1 @@
+"""What goes to the Hugging Face Hub: the model card, and the push of an adapter or a merged model."""

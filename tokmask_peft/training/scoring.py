@@ -1,0 +1,59 @@
+"""The scores of a run: its best checkpoint on validation and test, beside the baseline's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tokmask_peft.data import Corpus
+from tokmask_peft.recipe import Recipe
+from tokmask_peft.training.baseline import baseline_scores
+from tokmask_peft.training.calibration import calibrate
+from tokmask_peft.training.metrics import Predictions, scores, scores_by_mixing
+from tokmask_peft.training.splits import Split
+from tokmask_peft.training.trainer import OrderedEvalTrainer
+
+
+def score_best(
+    trainer: OrderedEvalTrainer, recipe: Recipe, corpus: Corpus, parts: Mapping[str, Split]
+) -> tuple[dict[str, Any], dict[str, Predictions]]:
+    """Score the best checkpoint, which the trainer has loaded.
+
+    Args:
+        trainer: after training.
+        recipe: of the run.
+        corpus: its texts.
+        parts: their encoded splits `train`, `validation` and, where there is one, `test`.
+
+    Returns:
+        What `result.json` holds of scores, calibration and data; and the predictions per split.
+    """
+    labels = corpus.labels
+    found, *seen = trainer.predict_with_logits(parts["validation"])
+    predictions = {"validation": found}
+    logits: dict[str, Any] = {"validation": seen}
+    result: dict[str, Any] = {
+        "name": recipe.name,
+        "task": recipe.data.task,
+        "labels": list(labels),
+        "seed": recipe.seed,
+        "masking": recipe.masking.model_dump(mode="json"),
+        "validation": scores(*found.flat(), labels),
+        "best_step": trainer.state.best_global_step,
+        "steps": trainer.state.global_step,
+    }
+    if "test" in parts:
+        found, *logits["test"] = trainer.predict_with_logits(parts["test"])
+        predictions["test"] = found
+        result["test"] = scores(*found.flat(), labels)
+        if recipe.data.task == "token" and recipe.data.language_labels:
+            result["test"]["by_mixing"] = scores_by_mixing(found, labels, recipe.data.language_labels)
+    result["calibration"] = calibrate(logits)
+    if recipe.training.baseline and trainer.is_world_process_zero():
+        scored_on = corpus.test or corpus.validation
+        result["baseline"] = baseline_scores(corpus.train, scored_on, labels, recipe.data.task)
+    result["data"] = {
+        **corpus.report.to_dict(),
+        "truncation": {name: part.encoded.truncation.to_dict() for name, part in parts.items()},
+    }
+    return result, predictions
