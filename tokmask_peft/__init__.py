@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tokmask_peft.errors import TokmaskError
     from tokmask_peft.hub.push import push
-    from tokmask_peft.inference.classifier import Classifier, Prediction, WordPredictions, load
+    from tokmask_peft.inference.classifier import Classifier, Prediction, WordPredictions
     from tokmask_peft.inference.explain import Explanation, explain
+    from tokmask_peft.inference.load import load
     from tokmask_peft.masking import TokenMaskCallback, TokenMaskConfig, TokenMasker
     from tokmask_peft.recipe import Recipe
     from tokmask_peft.run import train
@@ -50,7 +51,7 @@ _HOMES = {
     "evaluate": "training.evaluate",
     "explain": "inference.explain",
     "push": "hub.push",
-    "load": "inference.classifier",
+    "load": "inference.load",
     "train": "run",
 }
 

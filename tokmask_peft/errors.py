@@ -65,3 +65,8 @@ def nearest(name: str, candidates: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     match = close or ([other for other in names if other.startswith(name)] if name else [])
     return f" Did you mean '{match[0]}'?" if match else ""
+
+
+def first_line(error: object) -> str:
+    """Return the first line of what an error says, or, where it says nothing, the name of its class."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -108,6 +108,6 @@ def demo(
     check_address(host, port)
     saved = find_saved(model, backbone)
     quiet_libraries()
-    from tokmask_peft.inference.classifier import load
+    from tokmask_peft.inference.load import load
 
     serve(build(load(saved, device), Path(model).name), host, port, share=share, said=typer.echo)

@@ -77,8 +77,9 @@ def sweep(
             typer.echo(f"{cell.name}  {' '.join((f'seed={cell.seed}', *cell.overrides))}")
         return
     from tokmask_peft.study import sweep as running
+    from tokmask_peft.study.loop import Options
 
-    options = running.Options(workers, keep_checkpoints, prune, retry_failed)
+    options = Options(workers, keep_checkpoints, prune, retry_failed)
     cells = running.run_sweep(plan, storage, options)
     for line in running.closing_lines(plan, cells):
         typer.echo(line)

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokmask_peft.errors import DataError, RunError
-from tokmask_peft.inference.classifier import load
+from tokmask_peft.inference.load import load
 from tokmask_peft.inference.masking_curves import RANDOM_ORDERS, SHARES, masking_curves
 from tokmask_peft.inference.saved import find_saved
 from tokmask_peft.recipe.io import differences, load_recipe

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tokmask_peft.errors import ModelError
+from tokmask_peft.errors import ModelError, first_line
 
 FILE = "model.onnx"
 SHAPES = ((1, 1), (1, 9), (3, 24), (7, 40))
@@ -113,7 +113,7 @@ def _compare(model: Any, tokenizer: Any, path: Path, tolerance: float) -> float:
     except ModelError:
         raise
     except Exception as error:  # onnxruntime's own exceptions share no base
-        raise ModelError(f"onnxruntime cannot run the exported model: {str(error).splitlines()[0]}") from error
+        raise ModelError(f"onnxruntime cannot run the exported model: {first_line(error)}") from error
     return worst
 
 

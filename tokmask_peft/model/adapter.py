@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tokmask_peft.errors import ModelError, nearest
+from tokmask_peft.errors import ModelError, first_line, nearest
 from tokmask_peft.masking.embedding import find_embedding
 from tokmask_peft.model.backbone import Backbone
 from tokmask_peft.model.decisions import Decision
@@ -182,6 +182,7 @@ def load_adapter(backbone: Backbone, folder: Path) -> Any:
     try:
         model = PeftModel.from_pretrained(backbone.model, str(folder))
     except (RuntimeError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ModelError(f"the adapter in {folder} does not fit the backbone or the labels: {first}") from error
+        raise ModelError(
+            f"the adapter in {folder} does not fit the backbone or the labels: {first_line(error)}"
+        ) from error
     return model.eval()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from tokmask_peft.errors import ModelError
+from tokmask_peft.errors import ModelError, first_line
 from tokmask_peft.recipe import ModelConfig
 
 
@@ -68,7 +68,7 @@ def bitsandbytes_problem(device_type: str) -> str | None:
     except ImportError as error:
         return f"bitsandbytes cannot be imported ({error})"
     except (RuntimeError, NotImplementedError, AttributeError) as error:
-        return f"bitsandbytes does not run on {device_type} ({str(error).splitlines()[0]})"
+        return f"bitsandbytes does not run on {device_type} ({first_line(error)})"
     return None
 
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 
 from tokmask_peft.data import Example
 from tokmask_peft.errors import MaskTokenError
-from tokmask_peft.inference.classifier import Answer, Classifier, Prediction, load
+from tokmask_peft.inference.classifier import Answer, Classifier, Prediction
 from tokmask_peft.inference.explain import explain
+from tokmask_peft.inference.load import load
 from tokmask_peft.inference.saved import find_saved
 from tokmask_peft.report.record import Record
 from tokmask_peft.training.evaluate import split_examples

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-from tokmask_peft.errors import SweepError
+from tokmask_peft.errors import SweepError, first_line
 
 HEARTBEAT = 15
 """Seconds between signs of life of a running trial."""
@@ -53,8 +53,8 @@ def open_storage(url: str) -> Any:
         except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError, RuntimeError) as error:
             # another process that starts at the same moment may be making the tables
             if attempt == _ATTEMPTS - 1 or not _may_pass(error):
-                first = str(getattr(error, "orig", None) or error).strip().partition("\n")[0]
-                raise SweepError(f"--storage cannot be opened: {first}") from error
+                reason = first_line(getattr(error, "orig", None) or error)
+                raise SweepError(f"--storage cannot be opened: {reason}") from error
             time.sleep(random.uniform(0.05, 0.3))  # noqa: S311 (no secret)
             continue
         if sqlite:
@@ -72,9 +72,9 @@ def errors_of_storage() -> Iterator[None]:
     try:
         yield
     except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
-        first = str(error.__cause__ or error).strip().partition("\n")[0]
         raise SweepError(
-            f"the storage of the sweep failed ({first}); nothing is lost: the same command goes on"
+            f"the storage of the sweep failed ({first_line(error.__cause__ or error)}); "
+            "nothing is lost: the same command goes on"
         ) from error
 
 

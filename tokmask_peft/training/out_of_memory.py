@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from accelerate.utils.memory import should_reduce_batch_size
 
-from tokmask_peft.errors import RunError
+from tokmask_peft.errors import RunError, first_line
 from tokmask_peft.model.memory.remedies import smaller_batch
 from tokmask_peft.recipe import Recipe
 
@@ -38,7 +38,7 @@ def explained_memory_errors(recipe: Recipe, evaluating: bool = False) -> Iterato
 
 def _message(recipe: Recipe, error: BaseException, evaluating: bool) -> str:
     training = recipe.training
-    first = (str(error).strip().splitlines() or ["no memory"])[0].split(". ")[0]
+    first = first_line(error).split(". ")[0]
     if evaluating:
         ways = [f"training.eval_batch_size={max(training.eval_batch_size // 4, 1)}"]
     else:

@@ -10,8 +10,8 @@ from transformers import AutoModelForSequenceClassification, pipeline
 
 from tokmask_peft.errors import ModelError
 from tokmask_peft.inference import export as export_module
-from tokmask_peft.inference.classifier import load
 from tokmask_peft.inference.export import export_merged
+from tokmask_peft.inference.load import load
 
 SHORT = [text for text in TEXTS if len(text) < 30]
 

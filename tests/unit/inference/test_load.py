@@ -11,7 +11,7 @@ from tiny_models import TEXTS
 
 import tokmask_peft
 from tokmask_peft.errors import ModelError
-from tokmask_peft.inference.classifier import load
+from tokmask_peft.inference.load import load
 from tokmask_peft.inference.saved import find_saved
 
 
@@ -86,7 +86,7 @@ def test_the_quantization_of_training_is_taken_where_it_runs(saved_adapter, monk
     assert find_saved(folder).model.quantization == "nf4"
     reasons = {decision.what: decision for decision in load(folder).decisions}
     assert reasons["quantization"].choice == "nf4"
-    monkeypatch.setattr("tokmask_peft.inference.classifier.bitsandbytes_problem", lambda _: "it is not here")
+    monkeypatch.setattr("tokmask_peft.inference.load.bitsandbytes_problem", lambda _: "it is not here")
     reasons = {decision.what: decision for decision in load(folder).decisions}
     assert reasons["quantization"].choice == "none"
     assert "trained on nf4, but it is not here" in reasons["quantization"].reason

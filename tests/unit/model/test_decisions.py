@@ -1,3 +1,6 @@
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -31,3 +34,12 @@ def test_quantization_auto_takes_nf4_where_bitsandbytes_runs(monkeypatch):
     monkeypatch.setattr(decisions, "bitsandbytes_problem", lambda kind: None)
     assert decisions.choose_quantization(ModelConfig(backbone="x"), CPU).choice == "nf4"
     assert decisions.choose_quantization(ModelConfig(backbone="x", quantization="none"), CPU).choice == "none"
+
+
+def test_a_bitsandbytes_that_fails_without_a_word_is_a_reason_too(monkeypatch):
+    def fail(*_, **__):
+        raise NotImplementedError
+
+    monkeypatch.setitem(sys.modules, "bitsandbytes", SimpleNamespace(nn=SimpleNamespace(Linear4bit=fail)))
+    problem = decisions.bitsandbytes_problem.__wrapped__("cpu")  # past the cache
+    assert problem == "bitsandbytes does not run on cpu (NotImplementedError)"

@@ -12,7 +12,7 @@ from typing import Any
 from tokmask_peft.console import make_console
 from tokmask_peft.data import load_corpus
 from tokmask_peft.errors import RunError
-from tokmask_peft.inference.classifier import load
+from tokmask_peft.inference.load import load
 from tokmask_peft.inference.saved import find_saved
 from tokmask_peft.study.diagnostics.disturbed import METRICS, Disturbances, score_disturbed
 from tokmask_peft.study.diagnostics.robustness_plan import Member

@@ -1,0 +1,110 @@
+"""Load a trained adapter for prediction: where, and held how, with the reasons."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tokmask_peft.errors import ModelError, first_line
+from tokmask_peft.inference.classifier import Classifier
+from tokmask_peft.inference.saved import SavedAdapter, find_saved
+from tokmask_peft.model.adapter import load_adapter
+from tokmask_peft.model.backbone import load_backbone
+from tokmask_peft.model.decisions import Decision, bitsandbytes_problem
+from tokmask_peft.model.padding_free import enable_padding_free, padding_free_problem
+from tokmask_peft.recipe import ModelConfig
+
+_LONGEST = 512  # sub-tokens per window where neither the run nor the model sets a limit
+
+
+def load(
+    model: str | Path | SavedAdapter,
+    device: str | torch.device | None = None,
+    quantization: str | None = None,
+    precision: str | None = None,
+    backbone: str | None = None,
+) -> Classifier:
+    """Load a trained adapter for prediction.
+
+    Args:
+        model: a run folder (`runs/NAME`), an adapter folder, or the id of an adapter on the Hub.
+        device: `cuda`, `cpu`, …; none takes a GPU if there is one.
+        quantization: `nf4`, `int8` or `none`; none given takes that of training where it runs on this device.
+        precision: `bf16` or `fp32`; none given takes that of training, or fp32 where the hardware has no bf16.
+        backbone: a Hub id, a folder or `package:NAME/FOLDER` to load the backbone from, in place of what the adapter
+            names.
+
+    Raises:
+        ModelError: no adapter, no backbone, or it cannot be held as asked.
+    """
+    saved = model if isinstance(model, SavedAdapter) else find_saved(model, backbone)
+    place = _device(device)
+    config, reason = _held(saved.model, place, quantization, precision)
+    loaded = load_backbone(config, saved.task, saved.labels, place)
+    if place.type == "cpu" and padding_free_problem(loaded.model) is None:
+        enable_padding_free(loaded.model)
+    module = load_adapter(loaded, saved.folder)
+    if loaded.quantization == "none":
+        if loaded.dtype == torch.float32:
+            module = module.merge_and_unload()  # the same function, without the adapter's extra products
+        module = module.to(place)
+    why = "as asked" if device is not None else "a GPU is there" if place.type == "cuda" else "no GPU was found"
+    decisions = [Decision("device", str(place), why)]
+    for decision in loaded.decisions:
+        if decision.what == "quantization" and reason is not None:
+            decision = Decision("quantization", decision.choice, reason)
+        if decision.what != "device":
+            decisions.append(decision)
+    return Classifier(
+        module.eval(),
+        loaded.tokenizer,
+        saved.task,
+        saved.labels,
+        max_length=saved.max_length or _model_limit(module, loaded.tokenizer),
+        temperature=saved.temperature,
+        dtype=loaded.dtype,
+        decisions=tuple(decisions),
+        masking=saved.masking,
+    )
+
+
+def _device(asked: str | torch.device | None) -> torch.device:
+    """Return the device to compute on.
+
+    Raises:
+        ModelError: there is no such device.
+    """
+    if asked is None:
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(asked)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"device {asked} cannot be used: {first_line(error)}") from error
+    return torch.device("cuda", torch.cuda.current_device()) if str(device) == "cuda" else device
+
+
+def _held(
+    trained: ModelConfig, device: torch.device, quantization: str | None, precision: str | None
+) -> tuple[ModelConfig, str | None]:
+    """Return how to hold the backbone, and the reason where it is not the user's wish."""
+    if quantization not in (None, "nf4", "int8", "none") or precision not in (None, "auto", "bf16", "fp32"):
+        raise ModelError("quantization is nf4, int8 or none; precision is bf16 or fp32")
+    reason = None
+    if quantization is None:
+        quantization, reason = trained.quantization, "as in training"
+        if quantization != "none" and (problem := bitsandbytes_problem(device.type)):
+            quantization, reason = "none", f"trained on {trained.quantization}, but {problem}: results differ slightly"
+    return trained.model_copy(
+        update={"quantization": quantization, "precision": precision or trained.precision}
+    ), reason
+
+
+def _model_limit(model: nn.Module, tokenizer: Any) -> int:
+    """Return the longest window for an adapter that does not say what it was trained with."""
+    config: Any = model.config
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or _LONGEST
+    return int(min(_LONGEST, positions, tokenizer.model_max_length))
