@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
+from tokmask_peft.inference.coloured_words import influence_words
 from tokmask_peft.inference.explain import Explanation
-from tokmask_peft.inference.show_explanations import headline, strengths
+from tokmask_peft.inference.show_explanations import FULL_COLOUR, headline
 
 
 def explanations_page(model: str, explanations: Sequence[Explanation], note: str) -> str:
@@ -24,7 +26,18 @@ def explanations_page(model: str, explanations: Sequence[Explanation], note: str
         model=model,
         note=note,
         items=[
-            {"of": explanation, "headline": headline(explanation), "strengths": strengths(explanation)}
+            {"of": explanation, "headline": headline(explanation), "words": _tinted(explanation)}
             for explanation in explanations
         ],
+    )
+
+
+def _tinted(explanation: Explanation) -> Markup:
+    return influence_words(
+        explanation.words,
+        explanation.influences,
+        explanation.word,
+        full=FULL_COLOUR,
+        unmasked=explanation.unmasked,
+        tags=explanation.labels if explanation.word is None else (),
     )

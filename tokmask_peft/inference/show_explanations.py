@@ -11,17 +11,12 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from tokmask_peft.inference.coloured_words import strengths
 from tokmask_peft.inference.explain import Explanation
 
 FULL_COLOUR = 2.0
 """Nats from which a text's strongest word has the full colour: weaker texts stay pale, noise is not blown up."""
 _FOR, _AGAINST = (33, 102, 172), (214, 96, 77)  # blue and orange-red, told apart by colour-blind readers, too
-
-
-def strengths(explanation: Explanation) -> list[float]:
-    """Return per word how strong its colour is, from -1 (against the label) to 1 (for it)."""
-    top = max(FULL_COLOUR, *map(abs, explanation.influences))
-    return [influence / top for influence in explanation.influences]
 
 
 def print_explanations(explanations: Sequence[Explanation], console: Console) -> None:
@@ -60,7 +55,8 @@ def headline(explanation: Explanation) -> str:
 
 def _print_coloured(explanation: Explanation, console: Console) -> None:
     line = Text()
-    for index, (word, strength) in enumerate(zip(explanation.words, strengths(explanation), strict=True)):
+    colours = strengths(explanation.influences, FULL_COLOUR)
+    for index, (word, strength) in enumerate(zip(explanation.words, colours, strict=True)):
         underlined = " underline" if index == explanation.word else ""
         line.append(word, style=_style(strength) + underlined)
         if explanation.labels and explanation.word is None:

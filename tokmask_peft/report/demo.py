@@ -60,7 +60,7 @@ def answer(classifier: Any, text: str) -> tuple[dict[str, float] | None, Markup]
         Calibrated probabilities in sequence tasks, else none; and HTML with the coloured words, or with what is wrong
         with the text.
     """
-    from tokmask_peft.report.words import influence_words, label_legend, label_words
+    from tokmask_peft.inference.coloured_words import influence_words, label_legend, label_words
 
     try:
         (found,) = classifier.predict([text])
@@ -158,8 +158,8 @@ def launch(app: Any, host: str = HOST, port: int | None = None, *, share: bool =
     import gradio
 
     theme = gradio.themes.Base(primary_hue="blue", font=_FONTS, font_mono=("ui-monospace", "monospace"))
-    style = files("tokmask_peft.report").joinpath("templates")
-    css = "".join(style.joinpath(name).read_text(encoding="utf-8") for name in ("words.css", "demo.css"))
+    styles = files("tokmask_peft.inference") / "words.css", files("tokmask_peft.report") / "templates/demo.css"
+    css = "".join(style.read_text(encoding="utf-8") for style in styles)
     return app.launch(
         server_name=host,
         server_port=port,

@@ -7,17 +7,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
 from tokmask_peft import __version__
 from tokmask_peft.console import baseline_verdict, calibration_line
 from tokmask_peft.hub.card_metadata import hub_id
 from tokmask_peft.hub.card_sections import limit_lines, training_lines
 from tokmask_peft.hub.card_snippets import AUTO, loading_snippet
+from tokmask_peft.inference.coloured_words import influence_words, strongest_words
 from tokmask_peft.report.data_section import data_section
 from tokmask_peft.report.pictures import Picture, mixing_picture, reliability_picture, training_curves
 from tokmask_peft.report.record import Record
-from tokmask_peft.report.words import influence_words, strongest_words
 
 if TYPE_CHECKING:
     from tokmask_peft.report.examples import Mistakes
@@ -31,7 +31,9 @@ _DARKEST = 0.55  # opacity of a cell that holds its whole row
 def environment() -> Environment:
     """Return the templates of the package; every value is escaped, and one that is missing is an error."""
     found = Environment(
-        loader=PackageLoader("tokmask_peft.report", "templates"),
+        loader=ChoiceLoader(
+            [PackageLoader("tokmask_peft.report", "templates"), PackageLoader("tokmask_peft", "inference")]
+        ),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -3,6 +3,7 @@
 import sys
 
 import pytest
+import run_files
 from huggingface_hub import ModelCard
 
 from tokmask_peft.hub.card import model_card, write_card
@@ -22,40 +23,10 @@ def make_recipe(task, backbone="Qwen/Qwen2.5-0.5B", data=None, **more):
 
 
 def make_result(test=True, baseline=True):
-    def part(score):
-        found = {"precision": 0.5, "recall": 0.25, "f1": 0.3333}
-        return {
-            "f1_macro": score,
-            "f1_weighted": score + 0.01,
-            "accuracy": score + 0.02,
-            "per_class": {
-                label: {**found, "support": support} for label, support in zip(LABELS, (7, 800, 90), strict=True)
-            },
-            "confusion": {"labels": LABELS, "matrix": [[4, 2, 1], [0, 799, 1], [0, 0, 90]]},
-        }
-
-    result = {
-        "labels": LABELS,
-        "validation": part(0.71),
-        "data": {
-            "splits": {"train": {"texts": 12345, "words": 99999}, "validation": {"texts": 10, "words": 20}},
-            "truncation": {"train": {"texts_cut": 1234, "words_cut": 5678}},
-            "hygiene": {
-                "mode": "remove",
-                "duplicates": 31,
-                "conflicting": 4,
-                "validation_shared": 5,
-                "test_shared": 926,
-                "removed_from_train": 17,
-            },
-        },
-        "speed": {"environment": {"versions": {"tokmask-peft": "0.1.0"}}},
-    }
-    if test:
-        result["test"] = part(0.61)
-    if baseline:
-        result["baseline"] = {**part(0.51), "method": "n-grams"}
-    return result
+    found = run_files.result(labels=LABELS, matrix=[[4, 2, 1], [0, 799, 1], [0, 0, 90]])
+    left_out = [] if test else ["test"]
+    left_out += [] if baseline else ["baseline"]
+    return {key: value for key, value in found.items() if key not in left_out}
 
 
 @pytest.mark.parametrize(("task", "pipeline"), [("sequence", "text-classification"), ("token", "token-classification")])
@@ -125,10 +96,10 @@ def test_it_holds_labels_masking_scores_and_data():
     assert "masking: p = 0.15, constant; unit: word; mask token: auto" in card
     assert "| validation (selected the checkpoint) | 0.7100 | 0.7200 | 0.7300 |" in card
     assert "| test | 0.6100 | 0.6200 | 0.6300 |" in card
-    assert "| baseline: n-grams | 0.5100 | 0.5200 | 0.5300 |" in card
-    assert "- train: 12,345 texts, 99,999 words, 1,234 texts cut (5,678 words lost)" in card
-    assert "- validation: 10 texts, 20 words, 0 texts cut" in card
-    assert "removed from train as duplicates, conflicts or leaks: 17" in card
+    assert "| baseline: character n-grams, logistic regression | 0.5100 | 0.5200 | 0.5300 |" in card
+    assert "- train: 1,234 texts, 5,678 words, 17 texts cut (29 words lost)" in card
+    assert "- validation: 1,234 texts, 5,678 words, 0 texts cut" in card
+    assert "removed from train as duplicates, conflicts or leaks: 87" in card
     assert "texts shared between train and test before cleaning: 926" in card
     assert "- trained on: Posts; licence: CC BY 4.0; languages: sw" in card
     assert "The data: Muhammad et al." in card

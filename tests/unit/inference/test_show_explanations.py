@@ -9,7 +9,7 @@ from rich.console import Console
 
 from tokmask_peft.inference.explain import Explanation
 from tokmask_peft.inference.explain_page import explanations_page
-from tokmask_peft.inference.show_explanations import print_explanations, print_json, strengths
+from tokmask_peft.inference.show_explanations import print_explanations, print_json
 
 TEXT = Explanation(
     ("so", "[bold]", "<script>", "&", "bad"),
@@ -60,11 +60,6 @@ def test_json_holds_what_is_there(capsys):
     assert other["labels"] == list(WORDS.labels)
 
 
-def test_colours_are_relative_to_the_strongest_word_but_noise_stays_pale():
-    assert strengths(TEXT)[2] == -1.0
-    assert strengths(WORDS) == [0.5, -0.1]
-
-
 def test_the_page_is_escaped_and_needs_nothing_else():
     page = explanations_page("me/<model>", [TEXT, WORDS], "words are <masked>")
     assert "<script" not in page
@@ -79,4 +74,4 @@ def test_the_page_is_escaped_and_needs_nothing_else():
         assert loads not in page
     assert "prefers-color-scheme: dark" in page
     assert "width=device-width" in page
-    assert page.count('class="word against"') == 2 + 1  # and the legend
+    assert page.count('class="against"') == 2 + 1  # and the legend

@@ -1,8 +1,11 @@
-"""Words with colours behind them, as HTML: by their influence on an answer, or by their label."""
+"""Words with colours behind them, as HTML: by their influence on an answer, or by their label.
+
+The page that shows them includes `words.css`, which lies beside this file.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from markupsafe import Markup
 
@@ -12,26 +15,51 @@ HUES = 8
 """Colours for labels that the style sheet has; further labels begin again with the first."""
 
 
-def influence_words(words: Sequence[str], influences: Sequence[float], focus: int | None = None) -> Markup:
+def strengths(influences: Sequence[float], full: float = 0.0) -> list[float]:
+    """Return per word how strong its colour is, from -1 (against the answer) to 1 (for it).
+
+    Args:
+        influences: per word, in nats.
+        full: from which influence on a text's strongest word has the full colour; weaker texts stay pale.
+    """
+    strongest = max(full, *map(abs, influences)) if influences else 0.0
+    return [influence / strongest if strongest else 0.0 for influence in influences]
+
+
+def influence_words(
+    words: Sequence[str],
+    influences: Sequence[float],
+    focus: int | None = None,
+    *,
+    full: float = 0.0,
+    unmasked: Collection[int] = (),
+    tags: Sequence[str] = (),
+) -> Markup:
     """Return a text whose words are tinted by their influence, relative to the strongest in the text.
 
     Args:
         words: of the text.
         influences: per word, positive where it speaks for the answer; empty where unknown.
         focus: index of the word that the answer is about; it gets a frame.
+        full: as for `strengths`.
+        unmasked: indices of words that cannot be masked.
+        tags: per word, what stands small behind it; empty for nothing.
     """
     known = list(influences) or [0.0] * len(words)
-    strongest = max(map(abs, known), default=0.0)
     spans = []
-    for place, (word, influence) in enumerate(zip(words, known, strict=True)):
+    for place, (word, influence, strength) in enumerate(zip(words, known, strengths(known, full), strict=True)):
         shown = Markup("<strong>{}</strong>").format(word) if place == focus else word
-        if strongest == 0.0 or abs(influence) < _FAINTEST * strongest:
-            spans.append(Markup("<span>{}</span>").format(shown))
-            continue
-        weight = _STRONGEST * abs(influence) / strongest
-        side = "for" if influence > 0 else "against"
-        span = Markup('<span class="{}" style="--w:{:.2f}" title="{:+.2f}">{}</span>')
-        spans.append(span.format(side, weight, influence, shown))
+        if place in unmasked:
+            span = Markup('<span title="cannot be masked">{}</span>').format(shown)
+        elif abs(strength) < _FAINTEST:
+            span = Markup("<span>{}</span>").format(shown)
+        else:
+            span = Markup('<span class="{}" style="--w:{:.2f}" title="{:+.2f}">{}</span>').format(
+                "for" if influence > 0 else "against", _STRONGEST * abs(strength), influence, shown
+            )
+        if tags:
+            span = Markup('<span class="pair">{}<span class="tag">{}</span></span>').format(span, tags[place])
+        spans.append(span)
     return Markup(" ").join(spans)
 
 

@@ -1,6 +1,12 @@
 """Coloured words: escaped, relative to the strongest, and readable without the colours."""
 
-from tokmask_peft.report.words import influence_words, label_legend, label_words, strongest_words
+from tokmask_peft.inference.coloured_words import (
+    influence_words,
+    label_legend,
+    label_words,
+    strengths,
+    strongest_words,
+)
 
 
 def test_influences_are_relative_to_the_strongest():
@@ -28,3 +34,17 @@ def test_labels_keep_their_colour_and_are_in_the_legend():
     legend = label_legend(order)
     assert legend.count("<li") == 10
     assert "<x>" not in legend
+
+
+def test_colours_are_relative_to_the_strongest_word_but_noise_stays_pale():
+    assert strengths([0.5, 3.0, -4.0])[2] == -1.0
+    assert strengths([1.0, -0.2], full=2.0) == [0.5, -0.1]
+    assert strengths([1.0, -0.2]) == [1.0, -0.2]
+    assert strengths([0.0]) == [0.0]
+    assert strengths([], full=2.0) == []
+
+
+def test_a_word_that_cannot_be_masked_says_so_and_labels_stand_behind_their_words():
+    html = influence_words(["a", "b"], [2.0, 0.0], unmasked=(1,), tags=("<x>", "y"))
+    assert 'title="+2.00">a</span><span class="tag">&lt;x&gt;</span>' in html
+    assert '<span title="cannot be masked">b</span><span class="tag">y</span>' in html
