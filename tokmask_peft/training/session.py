@@ -95,11 +95,9 @@ class Session:
         """
         asked = self.recipe.training
         lines = list(self.corpus.report.lines())
-        parts = {
-            "train": self.train,
-            "validation": self.validation,
-            **({} if self.test is None else {"test": self.test}),
-        }
+        parts = {"train": self.train, "validation": self.validation}
+        if self.test is not None:
+            parts["test"] = self.test
         for name, split in parts.items():
             if (cut := split.encoded.truncation).texts_cut:
                 lines.append(f"{name}: {cut.texts_cut} texts are cut at {self.recipe.data.max_length} sub-tokens")
