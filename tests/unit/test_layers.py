@@ -10,19 +10,19 @@ import tokmask_peft
 
 PACKAGE = Path(tokmask_peft.__file__).parent
 LAYERS = (
-    {"errors", "quiet"},
-    {"recipe"},
-    {"masking"},
-    {"data"},
-    {"model"},
-    {"console"},
-    {"training"},
-    {"inference"},
-    {"hub"},
-    {"run"},
-    {"report", "study", "memory_report"},  # none of these knows another
-    {"cli"},
-    {"__main__"},
+    ("errors", "quiet"),
+    ("recipe",),
+    ("masking",),
+    ("data",),
+    ("model",),
+    ("console",),
+    ("training",),
+    ("inference",),
+    ("hub",),
+    ("run",),
+    ("report", "study", "memory_report"),  # none of these knows another
+    ("cli",),
+    ("__main__",),
 )
 HEIGHT = {part: height for height, parts in enumerate(LAYERS) for part in parts}
 
