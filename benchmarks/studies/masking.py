@@ -62,8 +62,8 @@ SWEEPS = (
     Sweep("afrisenti_twi-500-arms", "afrisenti_twi", (*ARMS, *FEW)),
     Sweep("trec-500-plain", "trec", (*PLAIN, *FEW)),
     Sweep("trec-500-top", "trec", (*TOP, *FEW)),
-    Sweep("afrisenti_twi-500-plain", "afrisenti_twi", (*PLAIN, *FEW)),
-    Sweep("afrisenti_twi-500-top", "afrisenti_twi", (*TOP, *FEW)),
+    Sweep("ud_tur_deu_pos-plain", "ud_tur_deu_pos", (*PLAIN, "training.epochs=6")),
+    Sweep("ud_tur_deu_pos-top", "ud_tur_deu_pos", (*TOP, "training.epochs=6")),
     Sweep("ud_tur_deu_lid-plain", "ud_tur_deu_lid", (*PLAIN, "training.epochs=6")),
     Sweep("ud_tur_deu_lid-top", "ud_tur_deu_lid", (*TOP, "training.epochs=6")),
 )
