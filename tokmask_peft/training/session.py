@@ -20,7 +20,7 @@ from tokmask_peft.data.encode import words_need_a_space
 from tokmask_peft.data.token_budget import TokenBudgetSampler
 from tokmask_peft.errors import RecipeError, RunError, RunInterruptedError
 from tokmask_peft.masking import MaskToken, TokenMaskCallback
-from tokmask_peft.model.adapter import save_adapter
+from tokmask_peft.model.adapter import gathered_weights, save_adapter
 from tokmask_peft.model.backbone import Backbone
 from tokmask_peft.model.checkpointing import enable_checkpointing
 from tokmask_peft.model.decisions import Decision
@@ -133,8 +133,9 @@ class Session:
         result = self._evaluate(trainer)
         result["decisions"] = [asdict(decision) for decision in decisions]
         result["speed"] = self._speed(clock, trainer)
+        weights = gathered_weights(self.model)
         if trainer.is_world_process_zero():
-            self._save(result)
+            self._save(result, weights)
             print_result(self.console, result, self.run.adapter)
             _check_best(result, trainer.state.best_metric)
         return Run(self.run, result)
@@ -279,9 +280,9 @@ class Session:
             "environment": environment(self.device),
         }
 
-    def _save(self, result: dict[str, Any]) -> None:
+    def _save(self, result: dict[str, Any], weights: dict[str, torch.Tensor] | None) -> None:
         folder, recipe = self.run.adapter, self.recipe
-        save_adapter(self.model, folder, recipe.model.backbone)
+        save_adapter(self.model, folder, recipe.model.backbone, weights)
         self.backbone.tokenizer.save_pretrained(str(folder))
         write_json(folder / "labels.json", {"task": recipe.data.task, "labels": list(self.corpus.labels)})
         write_json(folder / "calibration.json", result["calibration"])
