@@ -70,12 +70,12 @@ def random_backbone(config: Any, tokenizer: Any, device: torch.device) -> Backbo
         if type(module) is nn.Linear and name not in heads:
             setattr(model.get_submodule(parent), last, _quantized(module, device))
         elif "inv_freq" in module._buffers:  # of rotary positions, computed where the module is made
-            setattr(model.get_submodule(parent), last, type(module)(config=model.config, device=device))
+            setattr(model.get_submodule(parent), last, type(module)(config=model.config).to(device))
         else:
             for key, weight in module._parameters.items():
                 if weight is not None:
                     module._parameters[key] = nn.Parameter(_drawn(weight, device), requires_grad=False)
-    model.is_loaded_in_4bit = model.is_quantized = True  # what PEFT asks for
+    model.is_loaded_in_4bit = True  # what PEFT asks for
     hold_in_fp32(model, heads)
     keep_gradients_after_eval(model)
     return Backbone(model, tokenizer, heads, (), torch.bfloat16, "nf4")
