@@ -37,7 +37,7 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.dev
-	for name in default_run padding_free masking qlora; do \
+	for name in default_run padding_free masking qlora predict; do \
 		OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$$name.py || exit 1; done
 	$(BIN)/python benchmarks/tables.py
 

@@ -1,18 +1,20 @@
 """How fast `predict` is beside `transformers.pipeline`, and whether memory grows with the file.
 
-    TOKMASK_DATA=FOLDER python benchmarks/predict.py RUN [--texts 1000] [--rounds 5] [--rows 100000] [--out FILE.json]
+    OMP_NUM_THREADS=1 python benchmarks/predict.py [RUN]                        # two minutes; part of `make bench`
+    TOKMASK_DATA=FOLDER python benchmarks/predict.py RUN --rows 100000          # a file, in place of the pipeline
 
-RUN is a run of a sequence task; the texts are those it was trained on, in random order. Classifier and pipeline hold
-the same adapter, the pipeline merged into the backbone, each in fp32 and, where the run was trained so, in bf16; the
-pipeline at the best batch size of several, found first. They take turns in every round, so that what else the machine
-does meets all of them. Then a file of `--rows` texts goes through `tokmask predict` in a process of its own, whose
-memory is read every second.
+RUN is a run of a sequence task; the texts are those it was trained on, in random order. Without it MiniLM is trained
+for a few steps, on TREC where TOKMASK_DATA is set, else on the built-in posts: what it learns does not matter here.
+Classifier and pipeline hold the same adapter, the pipeline merged into the backbone, each in fp32 and, where the run
+was trained so, in bf16; the pipeline at the best batch size of several, found first. They take turns in every round. On
+a CPU it is CPU time that counts. With `--rows` a file of so many texts goes through `tokmask predict` in a process of
+its own, whose memory is read every second, and the rate is that of the clock.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import os
 import random
 import statistics
 import subprocess
@@ -27,15 +29,24 @@ from typing import Any
 import psutil
 import torch
 from transformers import pipeline
+from workload import ratio, report
 
-from tokmask_peft import load
+from tokmask_peft import load, train
 from tokmask_peft.data import load_corpus
 from tokmask_peft.inference.export import export_merged
 from tokmask_peft.inference.saved import find_saved
 from tokmask_peft.recipe import Recipe
-from tokmask_peft.training.environment import environment
 
 BATCH_SIZES = (1, 4, 8, 16, 32, 64)
+FEW = 100
+"""Texts to find the best batch size with."""
+
+
+def short_run(folder: str) -> str:
+    """Train MiniLM for a few steps and return the run."""
+    recipe = "trec/minilm" if os.environ.get("TOKMASK_DATA") else "quickstart"
+    options = ["data.task=sequence", "data.max_train=512", "training.max_steps=4", "training.baseline=false"]
+    return str(train(Recipe.load(recipe, [*options, f"output_dir={folder}"]), quiet=True).folder.root)
 
 
 def texts_of(run: str, count: int) -> list[str]:
@@ -46,11 +57,12 @@ def texts_of(run: str, count: int) -> list[str]:
     return list(islice(cycle(texts), count))
 
 
-def rate(classify: Callable[[list[str]], Any], texts: list[str]) -> float:
-    """Return texts per second."""
-    start = time.perf_counter()
+def rate(classify: Callable[[list[str]], Any], texts: list[str], device: str) -> float:
+    """Return texts per second, on a CPU per CPU second."""
+    clock = time.process_time if device == "cpu" else time.perf_counter
+    start = clock()
     classify(texts)
-    return len(texts) / (time.perf_counter() - start)
+    return len(texts) / (clock() - start)
 
 
 def rivals(run: str, folder: str, few: list[str], device: str) -> tuple[dict[str, Callable[..., Any]], dict[str, Any]]:
@@ -65,7 +77,9 @@ def rivals(run: str, folder: str, few: list[str], device: str) -> tuple[dict[str
         found[f"classifier {name}"] = load(run, device, precision=name).predict
         pipe = pipeline("text-classification", model=str(merged), device=device, dtype=dtype)
         rates = {
-            size: statistics.median(rate(lambda part, s=size, p=pipe: p(part, batch_size=s), few) for _ in range(3))
+            size: statistics.median(
+                rate(lambda part, s=size, p=pipe: p(part, batch_size=s), few, device) for _ in range(3)
+            )
             for size in BATCH_SIZES
         }
         tried[name] = {str(size): round(value, 1) for size, value in rates.items()}
@@ -74,16 +88,15 @@ def rivals(run: str, folder: str, few: list[str], device: str) -> tuple[dict[str
     return found, tried
 
 
-def measure(run: str, count: int, rounds: int, device: str) -> dict[str, Any]:
-    """Return the rates of all in every round, medians, ranges, ratios, and how many labels agree."""
+def measure(run: str, count: int, rounds: int, device: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the rates of all in every round and how many labels agree, and the rows of the table."""
     texts = texts_of(run, count)
     with tempfile.TemporaryDirectory() as folder:
-        found, tried = rivals(run, folder, texts[:200], device)
+        found, tried = rivals(run, folder, texts[:FEW], device)
     rates: dict[str, list[float]] = {name: [] for name in found}
     for number in range(rounds):
         for name in sorted(found, reverse=bool(number % 2)):
-            rates[name].append(rate(found[name], texts))
-    medians = {name: statistics.median(values) for name, values in rates.items()}
+            rates[name].append(rate(found[name], texts, device))
     agreeing = {
         precision: sum(
             mine.label == other["label"]
@@ -93,25 +106,19 @@ def measure(run: str, count: int, rounds: int, device: str) -> dict[str, Any]:
         )
         for precision in tried
     }
-    pairs = [(precision, other) for precision in tried for other in tried if (precision, other) != ("fp32", "bf16")]
-    return {
-        "texts": count,
-        "pipeline_batch_sizes": tried,
-        "texts_per_second": {
-            name: {"median": round(medians[name], 1), "lowest": round(min(values), 1), "highest": round(max(values), 1)}
-            for name, values in rates.items()
-        },
-        "median_ratio_of_rounds": {
-            f"classifier {mine} / pipeline {other}": round(
-                statistics.median(
-                    a / b for a, b in zip(rates[f"classifier {mine}"], rates[f"pipeline {other}"], strict=True)
-                ),
-                3,
-            )
-            for mine, other in pairs
-        },
-        "labels_agreeing": agreeing,
-    }
+    own = "bf16" if "bf16" in tried else "fp32"
+    second = "CPU second" if device == "cpu" else "second"
+    rows: dict[str, Any] = {f"{name}, texts per {second}": (values, "") for name, values in rates.items()}
+    rows[f"as each comes: classifier {own} to pipeline fp32"] = (
+        ratio(rates, f"classifier {own}", "pipeline fp32"),
+        "3",
+    )
+    for precision in tried:
+        both = ratio(rates, f"classifier {precision}", f"pipeline {precision}")
+        rows[f"classifier to pipeline, both in {precision}"] = (both, "")
+        rows[f"labels that agree, both in {precision} (share)"] = ([agreeing[precision] / count], "")
+    result = {"texts": count, "pipeline_batch_sizes": tried, "texts_per_second": rates, "labels_agreeing": agreeing}
+    return result, rows
 
 
 def measure_file(run: str, rows: int, device: str) -> dict[str, Any]:
@@ -147,20 +154,26 @@ def measure_file(run: str, rows: int, device: str) -> dict[str, Any]:
 def main() -> None:
     """Run the command line of this file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", help="a run of a sequence task")
-    parser.add_argument("--texts", type=int, default=1000)
+    parser.add_argument("run", nargs="?", help="a run of a sequence task; default: one is made, and thrown away")
+    parser.add_argument("--texts", type=int, default=400)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--rows", type=int, default=100_000)
+    parser.add_argument("--rows", type=int, help="send a file of so many texts, and leave out the pipeline")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "predict.json")
     arguments = parser.parse_args()
-    result: dict[str, Any] = {"run": Path(arguments.run).name}
-    result |= measure(arguments.run, arguments.texts, arguments.rounds, arguments.device)
-    result["file"] = measure_file(arguments.run, arguments.rows, arguments.device)
-    result["environment"] = environment(torch.device(arguments.device))
-    arguments.out.parent.mkdir(exist_ok=True)
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps({key: result[key] for key in ("texts_per_second", "median_ratio_of_rounds", "file")}, indent=1))
+    device = torch.device(arguments.device)
+    with tempfile.TemporaryDirectory() as folder:
+        run = arguments.run or short_run(folder)
+        if arguments.rows is None:
+            result, rows = measure(run, arguments.texts, arguments.rounds, arguments.device)
+            report("predict", {"run": Path(run).name, **result}, rows, device)
+            return
+        found = measure_file(run, arguments.rows, arguments.device)
+    tenths = [float(value) for value in found["rss_mib_by_tenth_of_the_time"]]
+    rows = {
+        "rows per second": ([found["rows_per_second"]], ""),
+        "memory of the process, from its first to its last tenth (MiB)": (tenths, ""),
+    }
+    report("predict_file", {"run": Path(run).name, **found}, rows, device)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,10 @@ TITLES = {
     "padding_free_tweets": "Batches without padding, real tweets",
     "masking": "What masking costs",
     "qlora": "QLoRA bytes and step, shape of Qwen2.5-0.5B, random weights",
-    "predict": "Prediction",
+    "predict": "Prediction, beside `transformers.pipeline` at its best batch size",
+    "predict_file": "Prediction of a file",
+    "same_score": "Optimizer steps to the same score, beside the authors' protocol (TREC, MiniLM; not in `make bench`)",
+    "gpu": "On a GPU (not in `make bench`)",
 }
 
 

@@ -83,13 +83,21 @@ def ratio(found: Mapping[str, Sequence[float]], one: str, other: str) -> list[fl
     return [a / b for a, b in zip(found[one], found[other], strict=True)]
 
 
-def report(name: str, result: Mapping[str, Any], rows: Mapping[str, tuple[Sequence[float], str]]) -> None:
+def report(
+    name: str,
+    result: Mapping[str, Any],
+    rows: Mapping[str, tuple[Sequence[float], str]],
+    device: torch.device = CPU,
+    write: bool = True,
+) -> None:
     """Write `results/NAME.json` and print its table.
 
     Args:
         name: of the benchmark.
         result: everything that was measured.
         rows: what -> figures of all rounds, and the target or an empty string.
+        device: that was measured.
+        write: whether to write the file.
     """
     table = [
         {
@@ -100,9 +108,10 @@ def report(name: str, result: Mapping[str, Any], rows: Mapping[str, tuple[Sequen
         }
         for what, (values, target) in rows.items()
     ]
-    RESULTS.mkdir(exist_ok=True)
-    content = {"benchmark": name, "table": table, "environment": environment(CPU), **result}
-    (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    content = {"benchmark": name, "table": table, "environment": environment(device), **result}
+    if write:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     print(f"\n## {name}\n")
     print(markdown(table))
 

@@ -49,7 +49,8 @@ def tiny_backbone(tmp_path_factory):
 
     def make(family: str) -> Path:
         if family not in made:
-            model, tokenizer = build(family)
+            name, wide, _ = family.partition("-wide")
+            model, tokenizer = build(name, **({"hidden_size": 64, "intermediate_size": 128} if wide else {}))
             made[family] = tmp_path_factory.mktemp(f"tiny-{family}")
             model.base_model.save_pretrained(made[family])
             tokenizer.save_pretrained(made[family])

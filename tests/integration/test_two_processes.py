@@ -4,12 +4,16 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification
 
 from tokmask_peft.recipe import Recipe
+from tokmask_peft.recipe.io import SHIPPED
 from tokmask_peft.run import train
 from tokmask_peft.training.run_folder import RunFolder
 
@@ -26,17 +30,20 @@ ACCELERATE = (
 EXACT = ("adapter.dropout=0", "masking.p=0", "training.max_steps=12", "training.baseline=false")
 
 
-def launch(launcher, recipe, *options):
-    """Train in two processes and return what was printed."""
+HEAD = "base_model.model.score.weight"
+
+
+def launch(launcher, recipe, *options, program=("-m", "tokmask_peft")):
+    """Train in two processes and return what was printed on stdout and stderr."""
     done = subprocess.run(
-        [sys.executable, "-m", *launcher, "-m", "tokmask_peft", "train", str(recipe), *options],
+        [sys.executable, "-m", *launcher, *program, "train", str(recipe), *options],
         capture_output=True,
         text=True,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
         timeout=280,
     )
     assert done.returncode == 0, done.stderr[-4000:] + done.stdout[-2000:]
-    return done.stdout
+    return done.stdout, done.stderr
 
 
 def logged(run, key="loss"):
@@ -57,7 +64,7 @@ def test_two_processes_are_one_with_the_same_global_batch(write_recipe, tmp_path
     options = (*EXACT, f"training.batching={batching}")
     one, two = (RunFolder(tmp_path / "runs" / name) for name in ("one", "two"))
     train(Recipe.load(recipe, [*options, "name=one", "training.batch_size=8"]), quiet=True)
-    said = launch(launcher, recipe, *options, "name=two", "training.batch_size=4")
+    said, _ = launch(launcher, recipe, *options, "name=two", "training.batch_size=4")
     assert said.count("Decisions") == 1, "one process prints"
     assert list(logged(two)) == list(range(1, 13))
     assert logged(two) == pytest.approx(logged(one), abs=1e-5)
@@ -68,3 +75,24 @@ def test_two_processes_are_one_with_the_same_global_batch(write_recipe, tmp_path
     results = [json.loads(run.result.read_text()) for run in (one, two)]
     for part in ("validation", "test"):
         assert results[1][part]["confusion"] == results[0][part]["confusion"]
+
+
+def test_sharded_qlora_is_one_process_and_leaves_a_whole_adapter(write_recipe, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    recipe = write_recipe("qwen2-wide", "sequence")  # 4-bit blocks are of 64 weights
+    options = (*EXACT, "training.max_steps=2", "model.quantization=nf4", "masking.p=0")
+    one, two = (RunFolder(tmp_path / "runs" / name) for name in ("one", "two"))
+    train(Recipe.load(recipe, [*options, "name=one", "training.batch_size=8"]), quiet=True)
+    config, worker = SHIPPED / "_accelerate/fsdp_qlora.yaml", Path(__file__).with_name("fsdp_worker.py")
+    sharded = ("accelerate.commands.launch", f"--config_file={config}")
+    said, warned = launch(sharded, recipe, *options, "name=two", "training.batch_size=4", program=(str(worker),))
+    assert said.count("Decisions") == 1, "one process prints"
+    assert "Excluding from FSDP2 sharding" not in warned, "4-bit weights are sharded, too"
+    assert logged(two) == pytest.approx(logged(one), abs=1e-5)
+    expected, found = (load_file(run.adapter / "adapter_model.safetensors") for run in (one, two))
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight, atol=1e-5, rtol=0)
+    backbone = AutoModelForSequenceClassification.from_pretrained(Recipe.load(recipe).model.backbone, num_labels=2)
+    loaded = PeftModel.from_pretrained(backbone, str(two.adapter))
+    torch.testing.assert_close(loaded.base_model.model.score.modules_to_save["default"].weight.detach(), found[HEAD])

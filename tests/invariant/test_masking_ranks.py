@@ -1,13 +1,15 @@
-"""Two processes mask differently, and each as its rank alone decides."""
+"""Two processes mask differently, and each as its rank alone decides; also where FSDP shards the embedding."""
 
 import os
 
 import torch
 import torch.multiprocessing
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from tokmask_peft.masking import TokenMaskConfig, TokenMasker
+from tokmask_peft.masking.sharded import is_sharded, whole
 
 IDS = torch.arange(5, 45).expand(4, 40)
 
@@ -26,21 +28,34 @@ class TinyTokenizer:
         return {f"t{i}": i for i in range(50)}
 
 
+class SpareTokenizer(TinyTokenizer):
+    """Without a mask token: a spare row becomes one."""
+
+    mask_token = mask_token_id = None
+
+    def __len__(self):
+        return 45
+
+    def get_vocab(self):
+        return {f"t{i}": i for i in range(45)}
+
+
 class TinyModel(nn.Module):
     def __init__(self):
         super().__init__()
         self.embedding = nn.Embedding(50, 4)
+        self.scale = nn.Parameter(torch.ones(1))
 
     def get_input_embeddings(self):
         return self.embedding
 
     def forward(self, ids):
-        return self.embedding(ids).mean()
+        return self.embedding(ids).mean() * self.scale
 
 
-def masked_ids(model, **kwargs):
+def masked_ids(model, tokenizer=None, **kwargs):
     seen = []
-    with TokenMasker.attach(model, TinyTokenizer(), TokenMaskConfig(p=0.5), **kwargs):
+    with TokenMasker.attach(model, tokenizer or TinyTokenizer(), TokenMaskConfig(p=0.5), **kwargs):
         inner = getattr(model, "module", model)
         handle = inner.embedding.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
         model.train()(IDS).backward()
@@ -63,3 +78,33 @@ def test_ranks_differ_and_match_the_rank_argument(tmp_path):
     for rank, ids in enumerate(seen):
         assert torch.equal(ids, masked_ids(TinyModel(), rank=rank))
         assert 40 < (ids == 1).sum() < 120
+
+
+def sharded_worker(rank, folder):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    model = TinyModel()
+    model.embedding.requires_grad_(False)
+    fully_shard(model.embedding)
+    fully_shard(model)
+    found = {"born": whole(model.embedding.weight.detach()).clone(), "sharded": is_sharded(model.embedding.weight)}
+    with TokenMasker.attach(model, SpareTokenizer(), TokenMaskConfig(p=0.5)):
+        found["masked"] = whole(model.embedding.weight.detach()).clone()
+    found["ids"] = masked_ids(model, SpareTokenizer())
+    found["after"] = whole(model.embedding.weight.detach())
+    torch.save(found, f"{folder}/{rank}.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    os._exit(0)
+
+
+def test_a_sharded_embedding_is_masked_as_a_whole_one(tmp_path):
+    torch.multiprocessing.spawn(sharded_worker, (str(tmp_path),), nprocs=2)
+    for rank in (0, 1):
+        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert found["sharded"]
+        assert torch.equal(found["ids"], masked_ids(TinyModel(), SpareTokenizer(), rank=rank))
+        changed = (found["masked"] != found["born"]).any(1).nonzero().flatten().tolist()
+        assert changed == [49]
+        torch.testing.assert_close(found["masked"][49], found["born"][:45].mean(0))
+        assert torch.equal(found["after"], found["born"])

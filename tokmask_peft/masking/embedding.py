@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tokmask_peft.errors import MaskTokenError
+from tokmask_peft.masking.sharded import local_rows, whole
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -75,20 +76,26 @@ def embedding_weight(embedding: nn.Module) -> Tensor:
 
 
 def read_rows(embedding: nn.Module, first: int, last: int) -> Tensor:
-    """Return the rows from `first` to before `last` as they are looked up, [rows, hidden]; a view where it can be."""
+    """Return the rows from `first` to before `last` as they are looked up, [rows, hidden]; a view where it can be.
+
+    Where FSDP keeps the matrix in shards, every process has to call this: the rows are gathered.
+    """
     quantized: Any = getattr(embedding, "read_rows", None)
-    rows: Tensor = embedding_weight(embedding)[first:last] if quantized is None else quantized(first, last)
-    return rows
+    if quantized is not None:
+        found: Tensor = quantized(first, last)
+        return found
+    return whole(embedding_weight(embedding)[first:last])
 
 
 @torch.no_grad()
 def write_row(embedding: nn.Module, index: int, row: Tensor) -> None:
-    """Set a row, [hidden], in place; a quantized embedding quantizes it."""
+    """Set a row, [hidden], in place; a quantized embedding quantizes it, and of a sharded one its holder writes it."""
     quantized: Any = getattr(embedding, "write_row", None)
     if quantized is not None:
         quantized(index, row)
-    else:
-        weight = embedding_weight(embedding)
+        return
+    weight, index = local_rows(embedding_weight(embedding), index)
+    if 0 <= index < weight.shape[0]:
         weight[index] = row.to(weight.device, weight.dtype)
 
 

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tokmask_peft.errors import ModelError, first_line, nearest
 from tokmask_peft.masking.embedding import find_embedding
+from tokmask_peft.masking.sharded import is_sharded, whole
 from tokmask_peft.model.backbone import Backbone
 from tokmask_peft.model.decisions import Decision
 from tokmask_peft.model.quantized import is_quantized
@@ -152,19 +153,33 @@ def inputs_as_they_come(model: nn.Module, autocast: bool) -> Iterator[None]:
         yield
 
 
-def save_adapter(model: Any, folder: Path, backbone_id: str) -> None:
+def gathered_weights(model: Any) -> dict[str, Tensor] | None:
+    """Return what is trained as plain tensors of the host, where FSDP keeps it in shards, else None.
+
+    Every process has to call this.
+    """
+    trained = {name for name, value in model.named_parameters() if value.requires_grad}
+    # not of named_parameters: after a forward some are still put together, and their memory is FSDP's to take back
+    state = {name: value for name, value in model.state_dict().items() if name in trained}
+    if not any(is_sharded(value) for value in state.values()):
+        return None
+    return {name: whole(value.detach()).cpu() for name, value in state.items()}
+
+
+def save_adapter(model: Any, folder: Path, backbone_id: str, weights: dict[str, Tensor] | None = None) -> None:
     """Save LoRA, head and other new modules into `folder`, never the embedding matrix.
 
     Args:
         model: the PEFT model.
         folder: made if missing.
         backbone_id: what `adapter_config.json` names as the base model, so that it loads on other machines.
+        weights: from `gathered_weights`.
     """
     config = model.peft_config["default"]
     loaded_from = config.base_model_name_or_path
     config.base_model_name_or_path = backbone_id
     try:
-        model.save_pretrained(str(folder), save_embedding_layers=False)
+        model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=weights)
     finally:
         config.base_model_name_or_path = loaded_from
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from torch import nn
 
 
@@ -12,7 +13,8 @@ def quantization_config(kind: str, compute_dtype: torch.dtype, keep: list[str]) 
     """Return the transformers configuration for `kind` (nf4 or int8), leaving the modules in `keep` alone.
 
     transformers strips only `.weight` when it looks for the last module, so that a head with a bias would be
-    quantized; every head has to be named.
+    quantized; every head has to be named. Under FSDP 4-bit codes are stored as numbers of the other weights' type:
+    it shards floating-point weights only, and would keep the whole backbone on every GPU.
     """
     from transformers import BitsAndBytesConfig
 
@@ -23,6 +25,7 @@ def quantization_config(kind: str, compute_dtype: torch.dtype, keep: list[str]) 
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute_dtype,
+        bnb_4bit_quant_storage=compute_dtype if parse_flag_from_env("ACCELERATE_USE_FSDP") else torch.uint8,
         llm_int8_skip_modules=keep,
     )
 

@@ -32,6 +32,7 @@ def save_adapter_folder(
     mask: MaskToken | None,
     result: Mapping[str, Any],
     write_card: CardWriter,
+    weights: dict[str, torch.Tensor] | None = None,
 ) -> None:
     """Write adapter, tokenizer, labels, calibration, how to load and how it was masked, and the card.
 
@@ -43,8 +44,9 @@ def save_adapter_folder(
         mask: the mask token; none where nothing was masked.
         result: what `result.json` will hold.
         write_card: writes the model card.
+        weights: what is trained, where FSDP holds it in shards (`gathered_weights`).
     """
-    save_adapter(model, folder, recipe.model.backbone)
+    save_adapter(model, folder, recipe.model.backbone, weights)
     backbone.tokenizer.save_pretrained(str(folder))
     write_json(folder / "labels.json", {"task": recipe.data.task, "labels": list(result["labels"])})
     write_json(folder / "calibration.json", result["calibration"])

@@ -16,6 +16,7 @@ from tokmask_peft.data import Corpus, PackedCollator
 from tokmask_peft.data.token_budget import TokenBudgetSampler
 from tokmask_peft.errors import RecipeError, RunError, RunInterruptedError
 from tokmask_peft.masking import MaskToken, TokenMaskCallback
+from tokmask_peft.model.adapter import gathered_weights
 from tokmask_peft.model.backbone import Backbone
 from tokmask_peft.model.checkpointing import enable_checkpointing
 from tokmask_peft.model.decisions import Decision
@@ -139,8 +140,9 @@ class Session:
         result, predictions = score_best(trainer, self.recipe, self.corpus, parts)
         result["decisions"] = [asdict(decision) for decision in decisions]
         result["speed"] = self._speed(clock, trainer)
+        weights = gathered_weights(self.model)
         if trainer.is_world_process_zero():
-            self._save(result, predictions, write_card)
+            self._save(result, predictions, weights, write_card)
             print_result(self.console, result, self.run.adapter)
             _check_best(result, trainer.state.best_metric)
         return Run(self.run, result)
@@ -218,8 +220,15 @@ class Session:
             "environment": environment(self.device),
         }
 
-    def _save(self, result: dict[str, Any], predictions: dict[str, Predictions], write_card: CardWriter) -> None:
-        save_adapter_folder(self.run.adapter, self.model, self.backbone, self.recipe, self.mask, result, write_card)
+    def _save(
+        self,
+        result: dict[str, Any],
+        predictions: dict[str, Predictions],
+        weights: dict[str, torch.Tensor] | None,
+        write_card: CardWriter,
+    ) -> None:
+        parts = self.model, self.backbone, self.recipe, self.mask
+        save_adapter_folder(self.run.adapter, *parts, result, write_card, weights)
         found = {name: part.to_dict() for name, part in predictions.items()}
         write_json(self.run.predictions, {"labels": list(self.corpus.labels), **found}, indent=None)
         write_json(self.run.result, result)  # last: it says that the run is finished
