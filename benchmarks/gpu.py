@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,7 +34,7 @@ from workload import benchmark_texts, report
 
 from tokmask_peft.data import PackedCollator
 from tokmask_peft.masking import TokenMaskConfig, TokenMasker
-from tokmask_peft.model.adapter import add_adapter
+from tokmask_peft.model.adapter import add_adapter, inputs_as_they_come
 from tokmask_peft.model.checkpointing import enable_checkpointing
 from tokmask_peft.model.memory.estimate import Setting, estimate
 from tokmask_peft.model.memory.step import Shape
@@ -115,6 +116,8 @@ class Runner:
         self.trained = [weight for weight in model.parameters() if weight.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4, fused=device.type == "cuda")
         self.loss = ClassificationLoss()
+        self.as_trained = ExitStack()  # for as long as the runner lives; on a GPU PEFT makes no fp32 copies in autocast
+        self.as_trained.enter_context(inputs_as_they_come(self.model, autocast=True))
         if masked:
             TokenMasker.attach(model, tokenizer, TokenMaskConfig(p=0.1))
 

@@ -112,9 +112,10 @@ def saved_bytes(model: nn.Module, batch: dict[str, Any]) -> int:
         return tensor
 
     kept_here = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-    with kept_here, torch.autocast("cpu", torch.bfloat16), inputs_as_they_come(model, autocast=True):
-        loss = model(**batch).loss
-    loss.backward()
+    with inputs_as_they_come(model, autocast=True):
+        with kept_here, torch.autocast("cpu", torch.bfloat16):
+            loss = model(**batch).loss
+        loss.backward()
     model.zero_grad()
     return sum(seen.values())
 
@@ -122,9 +123,10 @@ def saved_bytes(model: nn.Module, batch: dict[str, Any]) -> int:
 def step(model: nn.Module, batch: dict[str, Any]) -> float:
     """Return the CPU seconds of a forward and a backward pass."""
     start = time.process_time()
-    with torch.autocast("cpu", torch.bfloat16), inputs_as_they_come(model, autocast=True):
-        loss = model(**batch).loss
-    loss.backward()
+    with inputs_as_they_come(model, autocast=True):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(**batch).loss
+        loss.backward()
     model.zero_grad()
     return time.process_time() - start
 

@@ -70,8 +70,8 @@ def count_step(
     """
     model.train()
     with _counting(model, mode, shape, task, device_type) as (live, batch):
-        with device_rules(device_type, autocast):
-            with autocast_forward(autocast), inputs_as_they_come(model, autocast):
+        with device_rules(device_type, autocast), inputs_as_they_come(model, autocast):
+            with autocast_forward(autocast):
                 logits = _forward(model, batch, device_type)
                 loss = F.cross_entropy(logits.flatten(0, -2).float(), batch["labels"].flatten())
             del logits

@@ -70,9 +70,10 @@ def measure_step(recipe: Recipe, shape: Shape) -> tuple[int, int, int]:
         in_bf16 = backbone.dtype == torch.bfloat16
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=in_bf16)
         hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-        with hooks, autocast, inputs_as_they_come(model, in_bf16):
-            loss = F.cross_entropy(model(**batch).logits.flatten(0, -2).float(), labels)
-        loss.backward()
+        with inputs_as_they_come(model, in_bf16):
+            with hooks, autocast:
+                loss = F.cross_entropy(model(**batch).logits.flatten(0, -2).float(), labels)
+            loss.backward()
     return sum(saved.values()), live.peak, _bytes(model)
 
 

@@ -32,7 +32,7 @@ def near(count, measured, tolerance):
     ("name", "layers", "shape", "model", "adapter"),
     [
         ("Qwen2.5-0.5B", 2, PADDED, {"quantization": "nf4", "precision": "bf16"}, {}),
-        ("Qwen2.5-0.5B", 2, PACKED, {"quantization": "nf4", "gradient_checkpointing": True}, {}),
+        ("Qwen2.5-0.5B", 2, PACKED, {"quantization": "nf4", "precision": "bf16", "gradient_checkpointing": True}, {}),
         ("TinyLlama-1.1B-Chat-v1.0", 2, PADDED, {"quantization": "nf4", "precision": "bf16"}, {"layers": 1}),
         ("bert-base-multilingual-cased", 2, PADDED, {"quantization": "int8", "precision": "bf16"}, {}),
         ("bert-base-multilingual-cased", 6, PACKED, {"quantization": "none", "precision": "bf16"}, {"layers": 5}),
