@@ -4,7 +4,7 @@
     python benchmarks/studies/confounds.py --report               # only the text, from the committed JSON
 
 A finished run has its record in the folder of the runs and is never run again; `--minutes` stops before a further run
-begins. When all runs are there, everything that is reported goes to `benchmarks/results/confounds.json`.
+begins. What is reported goes to `benchmarks/results/confounds.json`: every arm and rate that was run with all seeds.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def train_missing(folder: Path, seeds: tuple[int, ...], groups: list[str], bf16:
 
 
 def collect(folder: Path, seeds: tuple[int, ...], bf16: bool) -> None:
-    """Write the JSON from the records."""
+    """Write the JSON from the records that are there."""
     model = folder / f"{LANGUAGE_MODEL}.json"
     content = {
         "command": "python benchmarks/studies/confounds.py --seeds " + " ".join(map(str, seeds)),
@@ -65,9 +65,9 @@ def main() -> None:
     if not arguments.report:
         seeds = tuple(arguments.seeds)
         left = train_missing(arguments.runs, seeds, arguments.groups, not arguments.fp32, arguments.minutes)
+        collect(arguments.runs, seeds, not arguments.fp32)
         if left:
             raise SystemExit(f"{left} runs are left; the same command goes on with them")
-        collect(arguments.runs, seeds, not arguments.fp32)
     print(section(json.loads(RESULTS.read_text(encoding="utf-8"))))
 
 

@@ -23,6 +23,8 @@ class Protocol:
         dropout_kept: whether dropout is on after the first epoch; theirs calls `model.train()` once and
             `model.eval()` after each epoch.
         warm_up: of the learning rate, in lengths of the run; theirs is `steps // 0.1`, ten lengths.
+        peak: rate at the end of warm-up as a share of the nominal one. Theirs ends a run at a tenth of it; a warm-up
+            of a tenth of the run up to that rate has the same sum of rates, so that the schedules differ in shape.
         masked_by: what stands for a masked token: the tokenizer's mask token, id 0, the unknown token, or a row that
             no text uses, set to the mean embedding and held there (`spare`) or trained as all others (`trained`).
         pads_masked: whether padding is masked, in the ids that the model itself sees and pools by (causal models).
@@ -32,6 +34,7 @@ class Protocol:
 
     dropout_kept: bool = False
     warm_up: float = 10.0
+    peak: float = 1.0
     masked_by: MaskedBy = "mask"
     pads_masked: bool = False
     hashtags_kept: bool = True
@@ -111,10 +114,13 @@ class RunSpec:
 
 
 SETTINGS = {
-    "encoder": Setting("minilm", "trec", 256, 100, 300, epochs=5, learning_rate=8e-4, batch_size=8),
-    "words": Setting("minilm", "lid", 200, 80, 200, epochs=5, learning_rate=1e-3, batch_size=16),
-    "causal": Setting("qwen2", "trec", 1000, 200, None, epochs=6, learning_rate=5e-3),
+    "encoder": Setting("minilm", "trec", 320, 100, 300, epochs=5, learning_rate=2e-3, batch_size=16),
+    "words": Setting("minilm", "lid", 200, 80, 200, epochs=5, learning_rate=2e-3, batch_size=16),
+    "causal": Setting("qwen2", "trec", 1000, 200, None, epochs=6, learning_rate=1e-2),
 }
+
+
+SHORT: dict[str, Any] = {"warm_up": 0.1, "peak": 0.1}
 
 
 def _encoder() -> Iterator[Arm]:
@@ -127,11 +133,11 @@ def _encoder() -> Iterator[Arm]:
     }
     yield Arm("encoder", "authors", "nothing: the authors' protocol", theirs)
     yield Arm("encoder", "dropout", "dropout stays on after epoch 1", replace(theirs, dropout_kept=True))
-    yield Arm("encoder", "warm-up", "warm-up a tenth of the run, not ten runs", replace(theirs, warm_up=0.1))
+    yield Arm("encoder", "warm-up", "warm-up a tenth of the run, same sum of rates", replace(theirs, **SHORT))
     for token, words in tokens.items():
         yield Arm("encoder", token, words, replace(theirs, masked_by=token), zero_of="authors")  # type: ignore[arg-type]
     yield Arm("encoder", "selection", "checkpoint chosen on validation", theirs, "validation", runs_of="authors")
-    lifted = replace(theirs, dropout_kept=True, warm_up=0.1)
+    lifted = replace(theirs, dropout_kept=True, **SHORT)
     yield Arm("encoder", "all", "dropout, warm-up and selection", lifted, "validation")
 
 
@@ -149,7 +155,7 @@ def _causal() -> Iterator[Arm]:
     yield Arm("causal", "padding", "padding never masked", replace(theirs, pads_masked=False), zero_of="authors")
     yield Arm("causal", "row", "id 0 to a spare row, trained", replace(theirs, masked_by="trained"), zero_of="authors")
     yield Arm("causal", "selection", "checkpoint chosen on validation", theirs, "validation", runs_of="authors")
-    lifted = replace(theirs, masked_by="trained", pads_masked=False, dropout_kept=True, warm_up=0.1)
+    lifted = replace(theirs, masked_by="trained", pads_masked=False, dropout_kept=True, **SHORT)
     yield Arm("causal", "all", "padding, mask token, warm-up and selection", lifted, "validation")
 
 

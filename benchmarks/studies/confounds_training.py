@@ -80,7 +80,8 @@ def train(
     setting, rows = run.setting, parts["train"].rows
     model, criterion = learner.model, ClassificationLoss(weights, GAMMA)
     embedding = model.get_input_embeddings()  # type: ignore[operator]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=setting.learning_rate, weight_decay=WEIGHT_DECAY, fused=True)
+    rate = setting.learning_rate * run.protocol.peak
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=WEIGHT_DECAY, fused=True)
     steps = setting.epochs * -(-len(rows) // setting.batch_size)
     schedule = warm_up_schedule(optimizer, steps, run.protocol.warm_up)
     generator = torch.Generator().manual_seed(run.seed)
