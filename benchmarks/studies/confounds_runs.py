@@ -76,6 +76,7 @@ def do(run: RunSpec, folder: Path, bf16: bool) -> dict[str, Any]:
     return record
 
 
+@functools.lru_cache(maxsize=1)
 def language_model(folder: Path) -> tuple[Any, CutVocabulary, dict[str, torch.Tensor]]:
     """Return Qwen2.5's tokenizer, the rows of it that are used, and the pretrained weights; trained if not there."""
     tokenizer = qwen_tokenizer()

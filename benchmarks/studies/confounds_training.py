@@ -20,6 +20,8 @@ from tokmask_peft.training.metrics import NO_PREDICTION, scores
 WEIGHT_DECAY = 0.01
 GAMMA = 1.0
 EVALUATED_AT_ONCE = 64
+DIVERGED = 1e6
+"""The loss that is kept for one that is no number: JSON has none, and early stopping must see no improvement."""
 
 
 class Learner(Protocol):
@@ -98,7 +100,7 @@ def train(
             schedule.step()
             learner.after_step()
             losses.append(loss.item())
-        epochs.append({"learning_rate": schedule.get_last_lr()[0], "train_loss": float(np.mean(losses))})
+        epochs.append({"learning_rate": schedule.get_last_lr()[0], "train_loss": _finite(np.mean(losses))})
         trained = time.process_time()
         for name in ("validation", "test"):
             epochs[-1][name] = evaluate(learner, parts[name], criterion, labels, keep=name == "test")
@@ -137,8 +139,12 @@ def evaluate(
     predicted = np.concatenate([np.asarray(row, dtype=np.int64) for row in by_text])
     seen, whole = predicted != NO_PREDICTION, scores(gold, predicted, labels)
     record = {
-        "loss": loss / items,
+        "loss": _finite(loss / items),
         "f1_macro": scores(gold[seen], predicted[seen], labels)["f1_macro"],
         "f1_macro_all": whole["f1_macro"],
     }
     return {**record, "predictions": by_text} if keep else record
+
+
+def _finite(loss: float | np.floating[Any]) -> float:
+    return float(loss) if np.isfinite(loss) else DIVERGED
