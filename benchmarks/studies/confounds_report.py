@@ -65,14 +65,15 @@ def _protocol(result: Mapping[str, Any]) -> str:
         for name, one in result["settings"].items()
     )
     return (
-        "As in the authors' code (Sean652039/Token-Masking at fad3fc1): full fine-tuning with AdamW (weight decay "
-        ".01), focal loss with gamma 1 on class-weighted cross entropy, dropout off after epoch 1, a linear warm-up "
-        "ten times as long as the run, early stopping and the checkpoint by the set that is reported. Different here: "
-        "small models and few texts, hence a higher nominal learning rate, of which a run reaches a tenth (theirs, "
-        "2e-5, would learn nothing in so few steps); smaller batches; and 2 epochs of patience where theirs are 10 of "
-        "up to 2,000, so that most runs end at the last epoch and masked runs cannot train longer, as theirs did. Warm-up "
-        "is lifted to a tenth of the run, up to the rate that the authors' schedule ends at: the nominal one, chosen "
-        "for the long warm-up, would be ten times too high. Special tokens are never masked. "
+        "As in the authors' code (Sean652039/Token-Masking at fad3fc1): full fine-tuning with AdamW (weight "
+        "decay .01), focal loss with gamma 1 on class-weighted cross entropy, dropout off after epoch 1, a "
+        "linear warm-up ten times as long as the run, early stopping and the checkpoint by the set that is "
+        "reported. Different here: small models and few texts, hence a higher nominal learning rate, of which "
+        "a run reaches a tenth (theirs, 2e-5, would learn nothing in so few steps); smaller batches; and 2 "
+        "epochs of patience where theirs are 10 of up to 2,000, so that most runs end at the last epoch and "
+        "masked runs cannot train longer, as theirs did. Warm-up is lifted to a tenth of the run, up to the "
+        "rate that the authors' schedule ends at: the nominal one, chosen for the long warm-up, would be ten "
+        "times too high. Special tokens are never masked. "
         f"{sizes}. Each arm has its own p = 0, unless what it lifts acts on masked tokens alone; for one seed "
         "all arms share texts, initial head and batch order, and masked positions nest across p. "
         f"Command: `{result['command']}`; {result['precision']} for MiniLM."
