@@ -114,8 +114,8 @@ class RunSpec:
 
 
 SETTINGS = {
-    "encoder": Setting("minilm", "trec", 256, 100, 300, epochs=5, learning_rate=2e-3, batch_size=16),
-    "words": Setting("minilm", "lid", 200, 80, 200, epochs=5, learning_rate=2e-3, batch_size=16),
+    "encoder": Setting("minilm", "trec", 256, 100, 300, epochs=4, learning_rate=2.5e-3, batch_size=16),
+    "words": Setting("minilm", "lid", 200, 80, 200, epochs=4, learning_rate=2.5e-3, batch_size=16),
     "causal": Setting("qwen2", "trec", 1000, 200, None, epochs=6, learning_rate=1e-2),
 }
 

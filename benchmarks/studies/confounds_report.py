@@ -121,13 +121,14 @@ def _facts(name: str, result: Mapping[str, Any], group: Mapping[str, Any]) -> st
     if name == "causal":
         moved = ", ".join(f"{rate['moved_share']:.0%} at p = {p}" for p, rate in theirs.items() if p != "0")
         model = result["language_model"]
+        unseen = "" if model["texts_with_id_0"] else ", so that it, too, is a row that nothing has trained"
         return (
             f"Masked padding moved the pooled position of this share of the training rows: {moved}. The model is a "
             f"Qwen2 of {model['shape']['num_hidden_layers']} layers and {model['shape']['hidden_size']} units with "
             f"those {model['rows']} rows of Qwen2.5's vocabulary that the texts use, first trained as a language model "
             f"on {model['texts']} questions without their labels ({model['epochs']} epochs, training loss "
             f"{model['loss_by_epoch'][-1]:.2f}); id 0 is {model['id_0']!r}, which {model['texts_with_id_0']} of all "
-            "texts hold. It stands for no real backbone: only the comparison counts."
+            f"texts hold{unseen}. It stands for no real backbone: only the comparison counts."
         )
     reached = "; ".join(
         f"p = {p}: epoch {rate['epoch']['mean']:.1f}, rate {rate['learning_rate']['mean']:.1e}"
