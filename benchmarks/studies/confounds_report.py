@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 TITLES = {
@@ -26,35 +26,40 @@ def section(result: Mapping[str, Any]) -> str:
 
 
 def _found(result: Mapping[str, Any]) -> str:
-    """Say first what was found: where the interval of a change excludes 0, and what masking did at all."""
-    changes, clear, gains, better = 0, [], 0, []
+    """Say first what was found: what lifting a confound clearly changed, and what masking clearly did at all."""
+    cells: dict[str, list[tuple[str, Mapping[str, Any]]]] = {"change": [], "difference": []}
     for name, group in result["groups"].items():
         for row in group["arms"]:
             for p, rate in row["rates"].items():
-                if "change" in rate:
-                    changes += 1
-                    if rate["change"]["clear"]:
-                        clear.append(f"{name}, {row['lifted']}, p = {p}: {_signed(rate['change']['mean'])}")
-                if "difference" in rate:
-                    gains += 1
-                    if rate["difference"]["clear"] and rate["difference"]["mean"] > 0:
-                        better.append(f"{name}, {row['arm']}, p = {p}: {_signed(rate['difference']['mean'])}")
-    seeds = len(result["seeds"])
+                for what in cells:
+                    if what in rate:
+                        cells[what].append((f"{name}, {row['lifted']}, p = {p}", rate[what]))
+    changed = _clear(cells["change"], (-1, 1))
+    raised, lowered = (_clear(cells["difference"], (sign,)) for sign in (1, -1))
+    changes, differences, seeds = len(cells["change"]), len(cells["difference"]), len(result["seeds"])
     first = (
-        f"Lifting a confound changed what masking does in {len(clear)} of {changes} comparisons ({'; '.join(clear)})"
-        if clear
-        else f"In none of {changes} comparisons did lifting a confound clearly change what masking does"
-    )
-    second = (
-        f"masking clearly raised macro-F1 in {len(better)} of {gains} cells ({'; '.join(better)})"
-        if better
-        else f"masking clearly raised macro-F1 in none of {gains} cells"
+        f"Lifting a confound clearly changed what masking does in {len(changed)} of {changes} comparisons"
+        f"{_listed(changed)}. Masking clearly raised macro-F1 in {len(raised)} of {differences} cells{_listed(raised)} "
+        f"and clearly lowered it in {len(lowered)}{_listed(lowered)}."
     )
     return (
-        f"**{first}; {second}.** Clearly: both the t interval over {seeds} seeds and the bootstrap interval over seeds "
-        f"and texts exclude 0, without a correction for {changes} and {gains} comparisons. {seeds} seeds and small "
-        "training sets see large effects only: no clear change is not the same as no change."
+        f"**{first}** Clearly: both the t interval over {seeds} seeds and the bootstrap interval over seeds and texts "
+        "exclude 0, without a correction for the number of comparisons. So few seeds and small training sets show "
+        "large effects only: no clear change is not the same as no change."
     )
+
+
+def _clear(cells: Sequence[tuple[str, Mapping[str, Any]]], signs: Sequence[int]) -> list[str]:
+    """Name the cells that are clear and of one of the signs."""
+    return [
+        f"{name}: {_signed(found['mean'])}"
+        for name, found in cells
+        if found["clear"] and (1 if found["mean"] > 0 else -1) in signs
+    ]
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f" ({'; '.join(names)})" if names else ""
 
 
 def _protocol(result: Mapping[str, Any]) -> str:
@@ -140,9 +145,9 @@ def _facts(name: str, result: Mapping[str, Any], group: Mapping[str, Any]) -> st
 def _selection(group: Mapping[str, Any]) -> str:
     found = group["selection"]
     return (
-        "The checkpoint chosen on the set that is reported scores on average "
-        f"{_signed(found['mean'])} macro-F1 beside the one chosen on validation, over {found['runs']} runs "
-        f"({_signed(found['least'])} to {_signed(found['most'])})."
+        "Macro-F1 of the checkpoint chosen on the set that is reported, minus that of the one chosen on validation: "
+        f"{_signed(found['mean'])} on average over {found['runs']} runs ({_signed(found['least'])} to "
+        f"{_signed(found['most'])})."
     )
 
 

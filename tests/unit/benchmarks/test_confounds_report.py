@@ -82,7 +82,9 @@ def test_the_section_begins_with_what_was_found_and_names_what_is_clear(records)
     text = section(result)
     found = text.split("\n\n")[1]
     assert "causal, padding never masked, p = 0.3: +0.100" in found
-    assert "raised macro-F1 in none of" in found
+    assert "clearly raised macro-F1 in 0 of" in found
+    assert "clearly lowered it in " in found
+    assert "causal, nothing: the authors' protocol, p = 0.3: -0.1" in found
     assert "60% at p = 0.1" in text
     assert "not run" not in text
     for row in result["groups"]["causal"]["arms"]:
