@@ -192,5 +192,7 @@ def test_every_arm_finds_its_runs_and_no_run_is_there_twice():
     assert len(names) == len(set(names))
     sources = {f"{arm.group}-{arm.source(p)}-p{p:g}-s{seed}" for arm in ARMS for p in arm.rates for seed in (1, 2)}
     assert sources == set(names)
+    assert "encoder-unk-p0.3-s1" in names
+    assert "encoder-unk-p0-s1" not in names
     assert {arm.source(0) for arm in ARMS if arm.name == "unk"} == {"authors"}
     assert RATES[0] == 0
