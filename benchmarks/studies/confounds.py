@@ -13,6 +13,7 @@ import argparse
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from confounds_analysis import analyse
@@ -49,7 +50,16 @@ def collect(folder: Path, seeds: tuple[int, ...], bf16: bool) -> None:
         **analyse(read_records(folder, seeds), seeds),
         "language_model": json.loads(model.read_text(encoding="utf-8")) if model.is_file() else None,
     }
-    write_json(RESULTS, content, indent=1)
+    write_json(RESULTS, _rounded(content), indent=1)
+
+
+def _rounded(content: Any) -> Any:
+    """Return JSON-able content with six significant digits."""
+    if isinstance(content, dict):
+        return {key: _rounded(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_rounded(value) for value in content]
+    return float(f"{content:.6g}") if isinstance(content, float) else content
 
 
 def main() -> None:

@@ -142,10 +142,10 @@ def _facts(name: str, result: Mapping[str, Any], group: Mapping[str, Any]) -> st
     last = result["settings"][name]["epochs"]
     epochs = [epoch for p, rate in theirs.items() if p != "0" for epoch in rate["epoch"]["by_seed"]]
     return (
-        f"Reported checkpoint under the authors' protocol, mean over seeds: {reached}. Of its {len(epochs)} masked runs "
-        f"{sum(epoch == last for epoch in epochs)} report the last epoch that they are allowed: where masking slows "
-        "learning down under a rate that still rises, these differences count the delay, which longer runs might make "
-        "up, as a loss."
+        f"Reported checkpoint under the authors' protocol, mean over seeds: {reached}. Of its {len(epochs)} masked "
+        f"runs {sum(epoch == last for epoch in epochs)} report the last epoch that they are allowed: where masking "
+        "slows learning down under a rate that still rises, these differences count the delay, which longer runs "
+        "might make up, as a loss."
     )
 
 
