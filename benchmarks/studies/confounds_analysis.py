@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
-from confounds_protocol import ARMS, RATES, SETTINGS, Arm, Select, chosen_epoch
+from confounds_protocol import ARMS, RATES, SETTINGS, Arm, Select, chosen_epoch, stop_epoch
 from numpy.typing import NDArray
 
 from tokmask_peft.study.bootstrap import TextCounts, bootstrap_differences, percentile_interval
@@ -103,6 +103,7 @@ def _cell(arm: Arm, record: dict[str, Any]) -> dict[str, Any]:
         "score_all": epoch["test"]["f1_macro_all"],
         "epoch": index + 1,
         "learning_rate": epoch["learning_rate"],
+        "stopped_early": stop_epoch([one[arm.select]["loss"] for one in record["epochs"]], setting) is not None,
         "scored_share": record["scored_share"],
         "moved_share": record.get("moved_share"),
         "counts": TextCounts.of(gold, predicted, len(record["labels"])),
@@ -124,6 +125,7 @@ def _rate(
     found: dict[str, Any] = {
         key: _spread([cell[key] for cell in here]) for key in ("score", "score_all", "epoch", "learning_rate")
     }
+    found["stopped_early"] = [cell["stopped_early"] for cell in here]
     found["scored_share"] = float(np.mean([cell["scored_share"] for cell in here]))
     if here[0]["moved_share"] is not None:
         found["moved_share"] = float(np.mean([cell["moved_share"] for cell in here]))

@@ -96,7 +96,11 @@ def _table(result: Mapping[str, Any], group: Mapping[str, Any]) -> str:
         for what in ("difference", "change"):
             cells += [_cell(row["rates"][p].get(what)) if p in row["rates"] else "not run" for p in rates]
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n\nIn brackets: 95% t interval over seeds; bold where the bootstrap, too, excludes 0."
+    note = "In brackets: 95% t interval over seeds; bold where the bootstrap, too, excludes 0."
+    left_out = [f"{p:g}" for p in result["rates"] if p > 0 and f"{p:g}" not in rates]
+    if left_out:
+        note += f" Not run with every seed, and left out: p = {', '.join(left_out)}."
+    return "\n".join(lines) + "\n\n" + note
 
 
 def _cell(found: Mapping[str, Any] | None) -> str:
@@ -139,13 +143,12 @@ def _facts(name: str, result: Mapping[str, Any], group: Mapping[str, Any]) -> st
         f"p = {p}: epoch {rate['epoch']['mean']:.1f}, rate {rate['learning_rate']['mean']:.1e}"
         for p, rate in theirs.items()
     )
-    last = result["settings"][name]["epochs"]
-    epochs = [epoch for p, rate in theirs.items() if p != "0" for epoch in rate["epoch"]["by_seed"]]
+    stopped = [early for p, rate in theirs.items() if p != "0" for early in rate["stopped_early"]]
     return (
-        f"Reported checkpoint under the authors' protocol, mean over seeds: {reached}. Of its {len(epochs)} masked "
-        f"runs {sum(epoch == last for epoch in epochs)} report the last epoch that they are allowed: where masking "
-        "slows learning down under a rate that still rises, these differences count the delay, which longer runs "
-        "might make up, as a loss."
+        f"Reported checkpoint under the authors' protocol, mean over seeds: {reached}. Early stopping ended "
+        f"{sum(stopped)} of its {len(stopped)} masked runs, the last epoch the others: where masking slows learning "
+        "down under a rate that still rises, these differences count the delay, which longer runs might make up, as a "
+        "loss."
     )
 
 
