@@ -130,7 +130,7 @@ def _facts(name: str, result: Mapping[str, Any], group: Mapping[str, Any]) -> st
     if name == "causal":
         moved = ", ".join(f"{rate['moved_share']:.0%} at p = {p}" for p, rate in theirs.items() if p != "0")
         model = result["language_model"]
-        unseen = "" if model["texts_with_id_0"] else ", so that it, too, is a row that nothing has trained"
+        unseen = "" if model["texts_with_id_0"] else ", so that it, too, is a row that no text uses"
         return (
             f"Masked padding moved the pooled position of this share of the training rows: {moved}. The model is a "
             f"Qwen2 of {model['shape']['num_hidden_layers']} layers and {model['shape']['hidden_size']} units with "
