@@ -1,0 +1,150 @@
+"""The training loop of the confound study: full fine-tuning, as the authors' code does it but for the switches."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from confounds_protocol import RunSpec, Setting, stop_epoch
+from confounds_texts import Texts
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import get_linear_schedule_with_warmup
+
+from tokmask_peft.training.losses import IGNORED, ClassificationLoss
+from tokmask_peft.training.metrics import NO_PREDICTION, scores
+
+WEIGHT_DECAY = 0.01
+GAMMA = 1.0
+EVALUATED_AT_ONCE = 64
+DIVERGED = 1e6
+"""The loss that is kept for one that is no number: JSON has none, and early stopping must see no improvement."""
+
+
+class Learner(Protocol):
+    """A model with its way of running and masking a batch."""
+
+    model: nn.Module
+
+    def outputs(self, rows: Sequence[dict[str, Any]], training: bool) -> tuple[Any, Tensor]:
+        """Run a batch, masked in training; return the model's output and the labels that fit its logits."""
+
+    def after_step(self) -> None:
+        """Do what must follow an update of the weights."""
+
+    def seen(self) -> dict[str, float]:
+        """Return what masking did so far."""
+
+
+def set_dropout(model: nn.Module, embedding: nn.Module, on: bool) -> None:
+    """Put a model in train mode, with dropout or without.
+
+    Without, every part below the model itself is in eval mode, as after the authors' `model.eval()`, but for the
+    embedding: there the masker tells training from evaluation, and the authors' masking goes on.
+    """
+    model.train()
+    if not on:
+        for module in model.modules():
+            module.training = module is model or module is embedding
+
+
+def warm_up_schedule(optimizer: torch.optim.Optimizer, steps: int, warm_up: float) -> Any:
+    """Return the linear schedule with a warm-up of `warm_up` times the run's `steps`."""
+    return get_linear_schedule_with_warmup(optimizer, round(warm_up * steps), steps)
+
+
+def batches(rows: Sequence[Any], size: int, generator: torch.Generator) -> Iterator[list[Any]]:
+    """Shuffle and cut into batches."""
+    order = torch.randperm(len(rows), generator=generator).tolist()
+    for start in range(0, len(rows), size):
+        yield [rows[index] for index in order[start : start + size]]
+
+
+def train(
+    learner: Learner, run: RunSpec, parts: dict[str, Texts], weights: Sequence[float], labels: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Train one run and score it after each epoch.
+
+    Args:
+        learner: the model.
+        run: what to do.
+        parts: `train`, `validation` and `test`.
+        weights: of the classes.
+        labels: their names.
+
+    Returns:
+        A record per epoch. Training goes on until early stopping has struck by the loss of validation and by that of
+        test, so that either rule can be read off the same run.
+    """
+    setting, rows = run.setting, parts["train"].rows
+    model, criterion = learner.model, ClassificationLoss(weights, GAMMA)
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    rate = setting.learning_rate * run.protocol.peak
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=WEIGHT_DECAY, fused=True)
+    steps = setting.epochs * -(-len(rows) // setting.batch_size)
+    schedule = warm_up_schedule(optimizer, steps, run.protocol.warm_up)
+    generator = torch.Generator().manual_seed(run.seed)
+    epochs: list[dict[str, Any]] = []
+    for number in range(setting.epochs):
+        start = time.process_time()
+        set_dropout(model, embedding, on=number == 0 or run.protocol.dropout_kept)
+        losses = []
+        for batch in batches(rows, setting.batch_size, generator):
+            loss = criterion(*learner.outputs(batch, training=True))
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            learner.after_step()
+            losses.append(loss.item())
+        epochs.append({"learning_rate": schedule.get_last_lr()[0], "train_loss": _finite(np.mean(losses))})
+        trained = time.process_time()
+        for name in ("validation", "test"):
+            epochs[-1][name] = evaluate(learner, parts[name], criterion, labels, keep=name == "test")
+        epochs[-1]["seconds"] = [trained - start, time.process_time() - trained]
+        if has_stopped(epochs, setting):
+            break
+    return epochs
+
+
+def has_stopped(epochs: Sequence[dict[str, Any]], setting: Setting) -> bool:
+    """Return whether early stopping has struck by the loss of validation and by that of test."""
+    splits = ("validation", "test")
+    return all(stop_epoch([epoch[split]["loss"] for epoch in epochs], setting) is not None for split in splits)
+
+
+@torch.no_grad()
+def evaluate(
+    learner: Learner, texts: Texts, criterion: ClassificationLoss, labels: Sequence[str], keep: bool
+) -> dict[str, Any]:
+    """Return loss and scores, over what the model sees and over all, and the predictions if they are to be kept."""
+    learner.model.eval()
+    found: list[NDArray[np.int64]] = [np.zeros(0, dtype=np.int64)] * len(texts.rows)
+    order = sorted(range(len(texts.rows)), key=lambda index: len(texts.rows[index]["input_ids"]))
+    loss = items = 0.0
+    for start in range(0, len(order), EVALUATED_AT_ONCE):
+        chosen = order[start : start + EVALUATED_AT_ONCE]
+        outputs, given = learner.outputs([texts.rows[index] for index in chosen], training=False)
+        count = int((given != IGNORED).sum())
+        loss, items = loss + float(criterion(outputs, given)) * count, items + count
+        predicted = outputs.logits.argmax(-1)[given != IGNORED].numpy()
+        lengths = [len(texts.slots[index]) for index in chosen]
+        for index, part in zip(chosen, np.split(predicted, np.cumsum(lengths)[:-1]), strict=True):
+            found[index] = part
+    by_text = texts.predictions(found)
+    gold = np.concatenate([np.asarray(row, dtype=np.int64) for row in texts.gold])
+    predicted = np.concatenate([np.asarray(row, dtype=np.int64) for row in by_text])
+    seen, whole = predicted != NO_PREDICTION, scores(gold, predicted, labels)
+    record = {
+        "loss": _finite(loss / items),
+        "f1_macro": scores(gold[seen], predicted[seen], labels)["f1_macro"],
+        "f1_macro_all": whole["f1_macro"],
+    }
+    return {**record, "predictions": by_text} if keep else record
+
+
+def _finite(loss: float | np.floating[Any]) -> float:
+    return float(loss) if np.isfinite(loss) else DIVERGED
