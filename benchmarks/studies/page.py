@@ -7,8 +7,10 @@ The table of `README.md` between the marks `<!-- results -->` is written, too.
 
 from __future__ import annotations
 
+import json
 import re
 
+from confounds_report import section as confounds
 from diagnostics import single_measurements
 from figures import RESULTS, STUDY, TITLES, Study
 from findings import findings
@@ -33,11 +35,17 @@ def page(study: Study) -> str:
         *differences(study),
         *chosen(study),
         *regularizers(study),
+        *_confounds(),
         *defaults(study),
         *single_measurements(RESULTS),
         *how(study),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _confounds() -> list[str]:
+    file = RESULTS / "confounds.json"
+    return [confounds(json.loads(file.read_text(encoding="utf-8"))).strip()] if file.is_file() else []
 
 
 def readme_table(study: Study) -> str:
