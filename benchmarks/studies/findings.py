@@ -37,19 +37,23 @@ def _tasks(count: int) -> str:
 
 
 def _by_task(study: Study) -> list[str]:
-    clear = {"higher": [], "lower": []}  # type: dict[str, list[str]]
+    clear: dict[str, list[str]] = {"higher": [], "lower": []}
+    count = compared = 0
     for name in study.tasks:
+        of_task: dict[str, list[str]] = {"higher": [], "lower": []}
         for p in study.masked_rates():
             found = study.difference(name, p)
+            compared += found is not None
             if found and found["interval"] and (found["interval"][0] > 0 or found["interval"][1] < 0):
-                side = "higher" if found["mean"] > 0 else "lower"
-                clear[side].append(f"{TITLES[name]} at p = {p:g} ({signed(found['mean'])})")
+                of_task["higher" if found["mean"] > 0 else "lower"].append(f"{signed(found['mean'])} at p = {p:g}")
+                count += 1
+        for side, listed in of_task.items():
+            if listed:
+                clear[side].append(f"{TITLES[name]} ({', '.join(listed)})")
     lines = [
         f"Clearly {side} (the 95% t interval of the paired difference leaves out 0): {'; '.join(listed) or 'nowhere'}."
         for side, listed in clear.items()
     ]
-    count = sum(len(listed) for listed in clear.values())
-    compared = sum(bool(study.difference(name, p)) for name in study.tasks for p in study.masked_rates())
     if compared:
         lines[-1] += f" Of {compared} such intervals about one in twenty would leave out 0 by chance; {count} do."
     return lines

@@ -55,7 +55,8 @@ def test_sentences_follow_the_figures():
     text = "\n".join(findings(made_up()))
     assert "higher on average in 0 of 4 comparisons and lower in 4" in text
     assert (
-        f"Clearly lower (the 95% t interval of the paired difference leaves out 0): {TITLES['trec']} at p = 0.1" in text
+        f"Clearly lower (the 95% t interval of the paired difference leaves out 0): {TITLES['trec']} (−0.0210 at p"
+        in text
     )
     assert "Clearly higher (the 95% t interval of the paired difference leaves out 0): nowhere" in text
     assert "1 do" in text
