@@ -16,6 +16,7 @@ STUDY = RESULTS / "masking"
 TITLES = {
     "trec": "TREC question types, English",
     "trec-500": "TREC, 500 training texts",
+    "trec-500-long": "TREC, 500 training texts, 30 epochs",
     "mesent_mareng": "MeSent sentiment, Marathi-English",
     "afrisenti_twi": "AfriSenti sentiment, Twi",
     "afrisenti_twi-500": "AfriSenti Twi, 500 training texts",
@@ -49,7 +50,7 @@ class Study:
     @property
     def whole_tasks(self) -> list[str]:
         """Those with all training texts."""
-        return [name for name in self.tasks if not name.endswith("-500")]
+        return [name for name in self.tasks if "-500" not in name]
 
     def analysis(self, name: str) -> dict[str, Any]:
         """Return the statistics of a sweep, as `tokmask report` writes them."""

@@ -53,6 +53,7 @@ class Sweep:
 SWEEPS = (
     Sweep("trec", "trec", (*RATES, "training.epochs=4")),
     Sweep("trec-500", "trec", (*RATES, *FEW)),
+    Sweep("trec-500-long", "trec", ("--p", "0,0.1,0.3", "--seeds", "3", "data.max_train=500", "training.epochs=30")),
     Sweep("mesent_mareng", "mesent_mareng", (*RATES, "training.epochs=2")),
     Sweep("afrisenti_twi", "afrisenti_twi", (*RATES, "training.epochs=4")),
     Sweep("afrisenti_twi-500", "afrisenti_twi", (*RATES, *FEW)),
@@ -80,6 +81,7 @@ def collected(sweep: Sweep, results: SweepResults) -> dict[str, Any]:
         "words": {name: split["words"] for name, split in splits.items()},
         "labels": len(runs[0]["labels"]),
         "steps": runs[0]["steps"],
+        "best_at_end": sum(run["best_step"] == run["steps"] for run in runs) / len(runs),
         "seconds_per_run": statistics.median(run["speed"]["step_seconds"] for run in runs),
         "environment": runs[0]["speed"]["environment"],
     }

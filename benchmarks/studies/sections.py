@@ -15,7 +15,7 @@ METRICS = {"f1_macro": "Macro-F1", "f1_weighted": "Weighted F1"}
 
 def setting(study: Study) -> list[str]:
     """Say what was trained on what."""
-    head = ("task", "train", "validation", "test", "labels", "steps", "seeds")
+    head = ("task", "train", "validation", "test", "labels", "steps", "best at the end", "seeds")
     body = []
     for name in study.tasks:
         found = study.sweeps[name]
@@ -25,7 +25,8 @@ def setting(study: Study) -> list[str]:
             for split in ("train", "validation", "test")
         ]
         seeds = str(len(found["analysis"]["seeds"]))
-        body.append([TITLES[name], *sizes, str(found["labels"]), str(found["steps"]), seeds])
+        ends = f"{found['best_at_end']:.0%}"
+        body.append([TITLES[name], *sizes, str(found["labels"]), str(found["steps"]), ends, seeds])
     return [
         "## What was trained",
         "MiniLM (all-MiniLM-L6-v2, 22M parameters, an English encoder) with LoRA of rank 16 on all linear layers, by "
@@ -33,6 +34,8 @@ def setting(study: Study) -> list[str]:
         "occur in validation or test are removed. All rates train for the same number of steps. Validation chooses the "
         "checkpoint, test is scored once.",
         markdown((head, body)),
+        "*Best at the end* is the share of runs whose last evaluation was their best on validation: where it is high, the "
+        "scores were still rising, and the differences between rates count how fast a run learns, too.",
     ]
 
 
