@@ -34,8 +34,8 @@ def setting(study: Study) -> list[str]:
         "occur in validation or test are removed. All rates train for the same number of steps. Validation chooses the "
         "checkpoint, test is scored once.",
         markdown((head, body)),
-        "*Best at the end* is the share of runs whose last evaluation was their best on validation: where it is high, the "
-        "scores were still rising, and the differences between rates count how fast a run learns, too.",
+        "*Best at the end* is the share of runs whose last evaluation was their best on validation: where it is high, "
+        "the scores were still rising, and the differences between rates count how fast a run learns, too.",
     ]
 
 
