@@ -146,11 +146,16 @@ def inputs_as_they_come(model: nn.Module, autocast: bool) -> Iterator[None]:
         model: the PEFT model.
         autocast: whether the forward passes run in autocast; without it the copy is needed.
     """
-    from peft.helpers import disable_input_dtype_casting
-
-    dora = any(getattr(module, "lora_variant", None) for module in model.modules())
-    with disable_input_dtype_casting(model, active=autocast and not dora):
+    # PEFT's own `disable_input_dtype_casting` trips over layers without the switch (TrainableTokensLayer, peft 0.21.2)
+    layers = [module for module in model.modules() if getattr(module, "cast_input_dtype_enabled", False)]
+    dora = any(getattr(module, "lora_variant", None) for module in layers)
+    for module in layers if autocast and not dora else ():
+        module.cast_input_dtype_enabled = False  # type: ignore[assignment]
+    try:
         yield
+    finally:
+        for module in layers:
+            module.cast_input_dtype_enabled = True  # type: ignore[assignment]
 
 
 def gathered_weights(model: Any) -> dict[str, Tensor] | None:

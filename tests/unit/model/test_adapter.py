@@ -234,3 +234,12 @@ def test_dora_keeps_its_fp32_norms(model_config):
     model, _ = add_adapter(backbone, AdapterConfig(r=2, dora=True), "sequence")
     with inputs_as_they_come(model, autocast=True):
         assert all(module.cast_input_dtype_enabled for module in model.modules() if hasattr(module, "lora_variant"))
+
+
+def test_a_trained_mask_row_has_no_cast_to_switch_off(model_config):
+    backbone = load_backbone(model_config("bert", precision="bf16"), "sequence", LABELS, CPU)
+    model, _ = add_adapter(backbone, AdapterConfig(r=2), "sequence", trained_token=4)
+    adapted = [module for module in model.modules() if hasattr(module, "lora_A")]
+    with inputs_as_they_come(model, autocast=True):
+        assert not any(module.cast_input_dtype_enabled for module in adapted)
+    assert all(module.cast_input_dtype_enabled for module in adapted)
