@@ -53,6 +53,7 @@ class Course:
         reached: whether the target was reached.
         best: validation macro-F1.
         cpu_seconds: of the steps, without evaluations.
+        rate: the last learning rate, where it was noted.
         ended: by what.
     """
 
@@ -60,6 +61,7 @@ class Course:
     reached: bool = False
     best: float = 0.0
     cpu_seconds: float = 0.0
+    rate: float = 0.0
     ended: str = "the run was over"
 
     def score(self, macro_f1: float) -> bool:
@@ -131,7 +133,7 @@ def theirs(recipe: Recipe, patience: int | None, limit: int | None) -> Course:
         for _ in range(EPOCHS):
             for batch in batches:
                 start = time.process_time()
-                optimizer.param_groups[0]["lr"] = RATE * course.steps / warm_up
+                optimizer.param_groups[0]["lr"] = course.rate = RATE * course.steps / warm_up
                 labels = batch.pop("labels")
                 loss(model(**batch), labels).backward()
                 optimizer.step()
@@ -176,6 +178,7 @@ def table(pairs: Sequence[tuple[Course, Course]]) -> dict[str, tuple[list[float]
         f"steps of the authors' protocol until its end ({ends})": ([float(other.steps) for _, other in pairs], ""),
         "validation macro-F1 that they reach": ([other.best for _, other in pairs], ""),
         f"their steps to the recipe's{bound}": ([other.steps / own.steps for own, other in pairs], "10"),
+        "their learning rate at the end": ([other.rate for _, other in pairs], ""),
         "CPU seconds of the recipe's steps": ([own.cpu_seconds for own, _ in pairs], ""),
         "CPU seconds of theirs": ([other.cpu_seconds for _, other in pairs], ""),
     }
@@ -208,7 +211,7 @@ def main() -> None:
             for seed, (own, other) in zip(arguments.seeds, pairs, strict=True)
         ],
     }
-    report("same_score", result, table(pairs))
+    report("same_score_bound" if arguments.no_patience else "same_score", result, table(pairs))
 
 
 if __name__ == "__main__":

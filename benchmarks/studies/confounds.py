@@ -70,14 +70,15 @@ def main() -> None:
     parser.add_argument("--groups", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
     parser.add_argument("--fp32", action="store_true", help="no bf16 autocast for MiniLM")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after so many minutes")
+    parser.add_argument("--collect", action="store_true", help="write the JSON though runs are left")
     parser.add_argument("--report", action="store_true", help="only print the text, from the committed JSON")
     arguments = parser.parse_args()
     if not arguments.report:
         seeds = tuple(arguments.seeds)
         left = train_missing(arguments.runs, seeds, arguments.groups, not arguments.fp32, arguments.minutes)
-        collect(arguments.runs, seeds, not arguments.fp32)
-        if left:
+        if left and not arguments.collect:
             raise SystemExit(f"{left} runs are left; the same command goes on with them")
+        collect(arguments.runs, seeds, not arguments.fp32)
     print(section(json.loads(RESULTS.read_text(encoding="utf-8"))))
 
 

@@ -73,15 +73,28 @@ class Study:
         return found
 
     def together(self, p: float, names: list[str], metric: str = "f1_macro") -> dict[str, Any] | None:
-        """Return mean and sign-flip p-value over the differences of several tasks; each task's seeds count alone.
+        """Return spread and sign-flip p-value of the mean difference over tasks, a value per seed.
 
-        Differences are divided by nothing: a task whose scores move more weighs more.
+        Tasks are averaged first: their runs of one seed share the initial weights, and some their texts, so they are
+        no observations of their own. Seeds that a task lacks are left out.
         """
-        found = [self.difference(name, p, metric) for name in names]
-        values = [value for one in found if one for value in one["by_seed"]]
-        if len(values) < 2:
+        found = [one for name in names if (one := self.row(name, p)) and self.difference(name, p, metric)]
+        changes = [
+            dict(zip(one["difference"]["seeds"], one["difference"][metric]["by_seed"], strict=True)) for one in found
+        ]
+        seeds = sorted(set.intersection(*map(set, changes))) if changes else []
+        if len(seeds) < 2 or len(found) < len(names):
             return None
-        return {**spread(values), "p_value": float(np.round(sign_flip_p(values), 4)), "up": sum(v > 0 for v in values)}
+        values = [float(np.mean([one[seed] for one in changes])) for seed in seeds]
+        return {**spread(values), "p_value": float(sign_flip_p(values)), "by_seed": values}
+
+    def is_clear(self, name: str, p: float, metric: str = "f1_macro") -> bool:
+        """Tell whether both the t interval over seeds and the bootstrap over seeds and texts leave out 0."""
+        found = self.difference(name, p, metric)
+        if not found or not found["interval"] or not found["bootstrap"]:
+            return False
+        (low, high), (least, most) = found["interval"], found["bootstrap"]
+        return (low > 0 and least > 0) or (high < 0 and most < 0)
 
 
 def paired(one: dict[str, Any], other: dict[str, Any], metric: str = "f1_macro") -> dict[str, Any]:

@@ -26,7 +26,8 @@ def _overall(study: Study) -> list[str]:
     parts = []
     for p in study.masked_rates():
         if found := study.together(p, whole):
-            parts.append(f"p = {p:g} {signed(found['mean'])} (higher in {found['up']} of {found['n']} runs)")
+            up = sum(value > 0 for value in found["by_seed"])
+            parts.append(f"p = {p:g} {signed(found['mean'])} (higher in {up} of {found['n']} seeds)")
     if parts:
         lines.append(f"Mean change over {_tasks(len(whole))} with all training texts: {', '.join(parts)}.")
     return lines
@@ -44,18 +45,22 @@ def _by_task(study: Study) -> list[str]:
         for p in study.masked_rates():
             found = study.difference(name, p)
             compared += found is not None
-            if found and found["interval"] and (found["interval"][0] > 0 or found["interval"][1] < 0):
+            if found and study.is_clear(name, p):
                 of_task["higher" if found["mean"] > 0 else "lower"].append(f"{signed(found['mean'])} at p = {p:g}")
                 count += 1
         for side, listed in of_task.items():
             if listed:
                 clear[side].append(f"{TITLES[name]} ({', '.join(listed)})")
     lines = [
-        f"Clearly {side} (the 95% t interval of the paired difference leaves out 0): {'; '.join(listed) or 'nowhere'}."
+        f"Clearly {side} (the 95% t interval of the paired difference over seeds leaves out 0, and so does the "
+        f"bootstrap over seeds and texts): {'; '.join(listed) or 'nowhere'}."
         for side, listed in clear.items()
     ]
     if compared:
-        lines[-1] += f" Of {compared} such intervals about one in twenty would leave out 0 by chance; {count} do."
+        lines[-1] += (
+            f" That is {count} of {compared} comparisons, without a correction for their number; those of a task share "
+            "their runs without masking. No task on its own reaches .05 in the sign-flip test: five seeds cannot."
+        )
     return lines
 
 
@@ -87,17 +92,18 @@ def _less_data(study: Study) -> list[str]:
 
 
 def _chosen(study: Study) -> list[str]:
-    gains = {}
-    for name in study.tasks:
-        choice = study.analysis(name)["chosen_by_validation"]
-        if "gain" in choice:
-            gains[name] = choice["gain"]["mean"]
-    if not gains:
+    choices = {name: study.analysis(name)["chosen_by_validation"] for name in study.tasks}
+    gains = [one["gain"]["mean"] for one in choices.values() if "gain" in one]
+    picks = [pick["p"] for one in choices.values() for pick in one["per_seed"]]
+    if not picks or not gains:
         return []
-    mean = sum(gains.values()) / len(gains)
+    if not any(picks):
+        return [f"Validation chose p = 0 in every seed of every task ({len(picks)} choices)."]
+    masked = sum(p > 0 for p in picks)
     return [
-        f"The p that validation chose scored {signed(mean)} against no masking on the test texts, mean over "
-        f"{_tasks(len(gains))} (from {signed(min(gains.values()))} to {signed(max(gains.values()))})."
+        f"Validation chose a rate above 0 in {masked} of {len(picks)} choices (a choice per task and seed); what it "
+        f"chose scored {signed(sum(gains) / len(gains))} against no masking on the test texts, mean over "
+        f"{_tasks(len(gains))} (from {signed(min(gains))} to {signed(max(gains))})."
     ]
 
 

@@ -16,6 +16,7 @@ from figures import RESULTS, STUDY, TITLES, Study
 from findings import findings
 from plot import draw
 from sections import chosen, defaults, differences, how, regularizers, scores, setting
+from sweeps import SWEEPS
 
 from tokmask_peft.study.tables import markdown, mean_sd, signed
 
@@ -38,7 +39,7 @@ def page(study: Study) -> str:
         *_confounds(),
         *defaults(study),
         *single_measurements(RESULTS),
-        *how(study),
+        *how(study, [sweep.name for sweep in SWEEPS]),
     ]
     return "\n\n".join(parts) + "\n"
 

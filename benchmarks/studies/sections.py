@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from figures import TITLES, Study, paired
@@ -25,7 +26,7 @@ def setting(study: Study) -> list[str]:
             for split in ("train", "validation", "test")
         ]
         seeds = str(len(found["analysis"]["seeds"]))
-        ends = f"{found['best_at_end']:.0%}"
+        ends = ", ".join(f"{share:.0%}" for share in found["best_at_end"].values())
         body.append([TITLES[name], *sizes, str(found["labels"]), str(found["steps"]), ends, seeds])
     return [
         "## What was trained",
@@ -34,8 +35,9 @@ def setting(study: Study) -> list[str]:
         "occur in validation or test are removed. All rates train for the same number of steps. Validation chooses the "
         "checkpoint, test is scored once.",
         markdown((head, body)),
-        "*Best at the end* is the share of runs whose last evaluation was their best on validation: where it is high, "
-        "the scores were still rising, and the differences between rates count how fast a run learns, too.",
+        "*Best at the end* is the share of runs, by rate, whose last evaluation was their best on validation. The "
+        "learning rate falls to 0, so a run need not have been cut short for that; but where it rises with the rate, "
+        "part of what masking loses may be time.",
     ]
 
 
@@ -60,8 +62,9 @@ def differences(study: Study) -> list[str]:
         "## Differences from p = 0, seed by seed",
         "For one seed all rates share the initial head, the batches and the dropout stream, and what is masked at a "
         "low rate is masked at a higher one. Mean difference with its 95% t interval, in how many seeds it is above 0, "
-        "and the p-value of the exact sign-flip test after Holm's correction over the rates. With five seeds that test "
-        "cannot go below .0625 for a task: only all tasks together can reach .05.",
+        "and the p-value of the exact sign-flip test over seeds after Holm's correction over the rates. With five "
+        "seeds that test cannot go below .0625, and .1875 after the correction for three rates, whatever the scores: "
+        "read the intervals. The last line averages the tasks seed by seed first; it is not corrected.",
         "![Change in macro-F1 by masking rate](results/masking/differences.svg)",
     ]
     for metric, title in METRICS.items():
@@ -72,16 +75,15 @@ def differences(study: Study) -> list[str]:
             body.append([TITLES[name], *(_difference(one) if one else "" for one in found)])
         whole = study.whole_tasks
         pooled = [study.together(p, whole, metric) for p in study.masked_rates()]
-        cells = [f"{signed(one['mean'])}; {one['up']}/{one['n']}; p = {one['p_value']:.3g}" for one in pooled if one]
-        if len(cells) == len(pooled):
-            body.append(["all tasks with all texts, no correction", *cells])
+        if all(pooled):
+            body.append(["mean of the tasks with all texts", *(_difference(one) for one in pooled if one)])
         parts += [f"### {title}", markdown((head, body))]
     return parts
 
 
 def _difference(found: dict[str, Any]) -> str:
-    up = sum(value > 0 for value in found["by_seed"])
-    return f"{signed(found['mean'])} {interval(found['interval'])}; {up}/{found['n']}; p = {found['p_holm']:.3g}"
+    up, p_value = sum(value > 0 for value in found["by_seed"]), found.get("p_holm", found["p_value"])
+    return f"{signed(found['mean'])} {interval(found['interval'])}; {up}/{found['n']}; p = {p_value:.3g}"
 
 
 def chosen(study: Study) -> list[str]:
@@ -172,7 +174,7 @@ def _with_lists(parts: list[str]) -> list[str]:
     return joined
 
 
-def how(study: Study) -> list[str]:
+def how(study: Study, planned: Sequence[str]) -> list[str]:
     """Say how it was made: commands, versions, machine."""
     machines = {
         (
@@ -182,13 +184,19 @@ def how(study: Study) -> list[str]:
         ): None
         for found in study.sweeps.values()
     }
+    missing = [name for name in planned if name not in study.sweeps]
+    gaps = [
+        f"{name}: {len(one['analysis']['missing'])}" for name, one in study.sweeps.items() if one["analysis"]["missing"]
+    ]
     commands = "\n".join(found["command"] for found in study.sweeps.values())
     return [
         "## How it was made",
-        "`python benchmarks/studies/masking.py` trains all of it again, `python benchmarks/studies/page.py` writes "
+        "`python benchmarks/studies/masking.py NAME …` trains sweeps again, `python benchmarks/studies/page.py` writes "
         "this page from the JSON in `benchmarks/results`, where the scores of every seed are. Single commands, with "
         "`TOKMASK_DATA` as the folder of the corpora:",
         f"```\n{commands}\n```",
+        *([f"Planned and not run yet: {', '.join(missing)}."] if missing else []),
+        *([f"Runs without a result, left out: {', '.join(gaps)}."] if gaps else []),
         *(f"Versions: {versions}. Machine: {machine}." for versions, machine in machines),
         "Tests and intervals as `tokmask report` makes them: "
         + "; ".join(f"{name}: {text}" for name, text in study.analysis(study.tasks[0])["methods"].items())

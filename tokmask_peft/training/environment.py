@@ -13,6 +13,7 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 
 import tokmask_peft
+from tokmask_peft.errors import RunError
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "scikit-learn")
 
@@ -24,6 +25,22 @@ def processes() -> PartialState:
     all in one folder.
     """
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
+
+
+def check_sharding() -> None:
+    """Refuse ways to shard a model from which the adapter could not be put together again.
+
+    Raises:
+        RunError: DeepSpeed or the first version of FSDP was chosen.
+    """
+    chosen = "DeepSpeed" if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") else None
+    if parse_flag_from_env("ACCELERATE_USE_FSDP") and os.environ.get("FSDP_VERSION", "1") == "1":
+        chosen = "FSDP 1"
+    if chosen is not None:
+        raise RunError(
+            f"{chosen} was chosen, and the adapter could not be saved whole: use the second version of FSDP "
+            "(fsdp_version: 2, as in recipes/_accelerate/fsdp_qlora.yaml), or torchrun without sharding"
+        )
 
 
 def versions() -> dict[str, str]:

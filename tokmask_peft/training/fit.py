@@ -23,14 +23,11 @@ from tokmask_peft.model.padding_free import choose_batching, enable_padding_free
 from tokmask_peft.recipe import Recipe
 from tokmask_peft.recipe.io import to_yaml
 from tokmask_peft.training.adapter_folder import CardWriter
-from tokmask_peft.training.environment import processes, versions
+from tokmask_peft.training.environment import check_sharding, processes, versions
 from tokmask_peft.training.out_of_memory import explained_memory_errors
 from tokmask_peft.training.run_folder import RunFolder, check_run
 from tokmask_peft.training.session import Run, Session
-from tokmask_peft.training.trainer import (
-    OrderedEvalTrainer,
-    check_trackers,
-)
+from tokmask_peft.training.trainer import OrderedEvalTrainer, check_trackers
 
 
 def fit(recipe: Recipe, write_card: CardWriter, *, resume: bool = False, quiet: bool = False) -> Run:
@@ -53,6 +50,7 @@ def fit(recipe: Recipe, write_card: CardWriter, *, resume: bool = False, quiet: 
     console = make_console(quiet or not state.is_main_process)
     run = check_run(recipe, resume)
     check_trackers(recipe.training.report_to)
+    check_sharding()
     if recipe.training.auto_batch and state.num_processes > 1:
         raise RunError("training.auto_batch works in one process: with several, set training.batch_size yourself")
     state.wait_for_everyone()
