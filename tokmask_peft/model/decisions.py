@@ -63,7 +63,8 @@ def bitsandbytes_problem(device_type: str) -> str | None:
     try:
         import bitsandbytes as bnb
 
-        layer = bnb.nn.Linear4bit(64, 64, bias=False, compute_dtype=torch.float32, quant_type="nf4")
+        with torch.random.fork_rng(devices=[]):  # else the first run of a process has another head
+            layer = bnb.nn.Linear4bit(64, 64, bias=False, compute_dtype=torch.float32, quant_type="nf4")
         layer.to(device_type)(torch.ones(2, 64, device=device_type))
     except ImportError as error:
         return f"bitsandbytes cannot be imported ({error})"

@@ -43,3 +43,10 @@ def test_a_bitsandbytes_that_fails_without_a_word_is_a_reason_too(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", SimpleNamespace(nn=SimpleNamespace(Linear4bit=fail)))
     problem = decisions.bitsandbytes_problem.__wrapped__("cpu")  # past the cache
     assert problem == "bitsandbytes does not run on cpu (NotImplementedError)"
+
+
+def test_looking_for_bitsandbytes_draws_no_random_numbers():
+    pytest.importorskip("bitsandbytes")
+    before = torch.get_rng_state()
+    decisions.bitsandbytes_problem.__wrapped__("cpu")  # not the cached answer
+    assert torch.equal(torch.get_rng_state(), before)
