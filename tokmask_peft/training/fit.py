@@ -31,20 +31,13 @@ from tokmask_peft.training.trainer import OrderedEvalTrainer, check_trackers
 
 
 def fit(recipe: Recipe, write_card: CardWriter, *, resume: bool = False, quiet: bool = False) -> Run:
-    """Train a token-masked adapter as a recipe says.
+    """Train as `tokmask_peft.run.train` says, which also tells what is returned and raised.
 
     Args:
         recipe: what to train.
         write_card: writes the model card, before `result.json` says that the run is finished.
         resume: continue an interrupted run from its newest checkpoint.
         quiet: print nothing.
-
-    Returns:
-        The run: its folder, and what `result.json` holds.
-
-    Raises:
-        RecipeError, DataError, ModelError, RunError: with what to do.
-        RunInterruptedError: on Ctrl-C; the run can be resumed.
     """
     state = processes()
     console = make_console(quiet or not state.is_main_process)
