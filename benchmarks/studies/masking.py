@@ -1,7 +1,7 @@
 """Does masking help? The sweeps behind `benchmarks/RESULTS.md`, each an ordinary `tokmask sweep`.
 
-    TOKMASK_DATA=FOLDER python benchmarks/studies/masking.py                 # what is missing, then JSON and page
-    TOKMASK_DATA=FOLDER python benchmarks/studies/masking.py trec trec-500   # only these
+    TOKMASK_DATA=FOLDER python benchmarks/studies/masking.py trec trec-500   # these, then JSON and page
+    TOKMASK_DATA=FOLDER python benchmarks/studies/masking.py --all           # hours
     python benchmarks/studies/masking.py --list                              # the commands, to run them elsewhere
 
 A finished run is not trained again, a sweep that was broken off goes on. What came of each sweep goes to
@@ -50,7 +50,8 @@ def collected(sweep: Sweep, results: SweepResults) -> dict[str, Any]:
 def main() -> None:
     """Run the command line of this file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help=f"of {', '.join(sweep.name for sweep in SWEEPS)}; default all")
+    parser.add_argument("names", nargs="*", help=f"of {', '.join(sweep.name for sweep in SWEEPS)}")
+    parser.add_argument("--all", action="store_true", help="every sweep, which takes hours")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the sweeps")
     parser.add_argument("--workers", type=int, default=1, help="runs at once")
     parser.add_argument("--collect", action="store_true", help="train nothing; take what is finished")
@@ -59,6 +60,8 @@ def main() -> None:
     known = {sweep.name: sweep for sweep in SWEEPS}
     if unknown := [name for name in arguments.names if name not in known]:
         parser.error(f"there is no sweep called {', '.join(unknown)}; there are {', '.join(known)}")
+    if not (arguments.names or arguments.all or arguments.list):
+        parser.error("name the sweeps to train, or give --all")
     for sweep in [known[name] for name in arguments.names] or SWEEPS:
         if arguments.list:
             print(shlex.join(["tokmask", *sweep.command]))

@@ -14,6 +14,7 @@ from tokmask_peft.inference.saved import SavedAdapter, find_saved
 from tokmask_peft.model.adapter import load_adapter
 from tokmask_peft.model.backbone import load_backbone
 from tokmask_peft.model.decisions import Decision, bitsandbytes_problem
+from tokmask_peft.model.merging import merge_if_harmless
 from tokmask_peft.model.padding_free import enable_padding_free, padding_free_problem
 from tokmask_peft.recipe import ModelConfig
 
@@ -47,12 +48,12 @@ def load(
     if place.type == "cpu" and padding_free_problem(loaded.model) is None:
         enable_padding_free(loaded.model)
     module = load_adapter(loaded, saved.folder)
-    if loaded.quantization == "none":
-        if loaded.dtype == torch.float32:
-            module = module.merge_and_unload()  # the same function, without the adapter's extra products
-        module = module.to(place)
     why = "as asked" if device is not None else "a GPU is there" if place.type == "cuda" else "no GPU was found"
     decisions = [Decision("device", str(place), why)]
+    if loaded.quantization == "none":
+        module, decision = merge_if_harmless(module)
+        module = module.to(place)
+        decisions.append(decision)
     for decision in loaded.decisions:
         if decision.what == "quantization" and reason is not None:
             decision = Decision("quantization", decision.choice, reason)

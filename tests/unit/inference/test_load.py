@@ -43,7 +43,7 @@ def test_an_adapter_folder_gives_what_stock_peft_gives(saved_adapter, family):
         with torch.no_grad():
             expected = (stock(**model.tokenizer(text, return_tensors="pt")).logits / 2.0).softmax(-1)[0]
         assert list(answer.probabilities.values()) == pytest.approx(expected.tolist(), abs=1e-5)
-    assert {decision.what for decision in model.decisions} == {"device", "precision", "quantization"}
+    assert {decision.what for decision in model.decisions} == {"device", "adapter", "precision", "quantization"}
 
 
 def test_a_backbone_in_an_installed_package_is_found(copied, tmp_path, monkeypatch):
