@@ -30,7 +30,7 @@ class Forecast:
         decision: on gradient checkpointing.
         shapes: of its batches.
         largest: with the largest batch.
-        usual: with a usual batch, where the texts are known.
+        usual: with a usual batch, where asked for and the texts are known.
         room: what there is, if that is known.
     """
 
@@ -48,9 +48,23 @@ class Forecast:
 
 
 def forecast(
-    recipe: Recipe, setting: Setting, batching: str, lengths: Sequence[int] | None, room: Room | None
+    recipe: Recipe,
+    setting: Setting,
+    batching: str,
+    lengths: Sequence[int] | None,
+    room: Room | None,
+    *,
+    usual: bool = True,
 ) -> Forecast:
     """Estimate a run, and decide on gradient checkpointing where the recipe leaves it open.
+
+    Args:
+        recipe: to estimate.
+        setting: backbone and device.
+        batching: as decided.
+        lengths: sub-tokens of each training text, where they are at hand.
+        room: what there is, if that is known.
+        usual: estimate a usual batch, too, which takes as long again.
 
     Raises:
         ModelError: the recipe does not fit the backbone.
@@ -75,8 +89,8 @@ def forecast(
         decision = Decision(what, "on" if saves else "off", reason)
         if saves:
             plain, found = with_it, less
-    usual = None if shapes.usual is None else estimate(plain, setting, shapes.usual, shapes.evaluation)
-    return Forecast(plain, decision, shapes, found, usual, room)
+    ordinary = estimate(plain, setting, shapes.usual, shapes.evaluation) if usual and shapes.usual else None
+    return Forecast(plain, decision, shapes, found, ordinary, room)
 
 
 def ways_out(cast: Forecast, setting: Setting, batching: str, lengths: Sequence[int] | None) -> list[Remedy]:
@@ -184,7 +198,7 @@ def before_training(
         raise ModelError(f"model.gradient_checkpointing is true, but {what} cannot do that: set it to false")
     try:
         with torch.random.fork_rng(devices=()):
-            cast = forecast(recipe, setting, batching, lengths, device_room(device))
+            cast = forecast(recipe, setting, batching, lengths, device_room(device), usual=False)
             warning = None if cast.fits else _warning(cast, ways_out(cast, setting, batching, lengths))
     except Exception as error:  # an architecture that cannot be counted can still be trained
         asked = recipe.model.gradient_checkpointing is True
