@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,13 @@ TITLES = {
     "ud_tur_deu_pos": "UD SAGT parts of speech, Turkish-German",
 }
 """The sweeps over masking rates, in the order of the page."""
+SHORT = {
+    "trec": "TREC",
+    "afrisenti_twi": "AfriSenti Twi",
+}
+"""Tasks that were trained with 500 texts, too."""
+SAME_TEXTS = {"ud_tur_deu_lid": "ud_tur_deu", "ud_tur_deu_pos": "ud_tur_deu"}
+"""Tasks that are labels of the same texts, which count as one where tasks are averaged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +66,8 @@ class Study:
         return found
 
     def row(self, name: str, p: float) -> dict[str, Any] | None:
-        """Return the line of a masking rate, everything else as the recipe has it."""
-        rows = self.analysis(name)["rows"]
+        """Return the line of a masking rate, everything else as the recipe has it; none where it has not run."""
+        rows = self.analysis(name)["rows"] if name in self.sweeps else []
         return next((row for row in rows if row["p"] == p and row["regularizers"] == "recipe"), None)
 
     def masked_rates(self) -> list[float]:
@@ -72,29 +80,66 @@ class Study:
         found: dict[str, Any] | None = ((self.row(name, p) or {}).get("difference") or {}).get(metric)
         return found
 
+    def changes(self, name: str, p: float, metric: str = "f1_macro") -> dict[int, float]:
+        """Return the paired difference of a rate from p = 0 for each seed; none where there is no such rate."""
+        found = self.difference(name, p, metric)
+        if found is None:
+            return {}
+        row = self.row(name, p) or {}
+        return dict(zip(row["difference"]["seeds"], found["by_seed"], strict=True))
+
+    def contrast(self, one: str, other: str, p: float, metric: str = "f1_macro") -> dict[str, Any] | None:
+        """Return spread of the difference that masking makes in `one` minus that in `other`, over seeds of both.
+
+        Besides, the mean differences `one` and `other` over these seeds. None with less than two of them.
+        """
+        first, second = self.changes(one, p, metric), self.changes(other, p, metric)
+        seeds = sorted({*first} & {*second})
+        if len(seeds) < 2:
+            return None
+        return {
+            **spread([first[seed] - second[seed] for seed in seeds]),
+            "one": float(np.mean([first[seed] for seed in seeds])),
+            "other": float(np.mean([second[seed] for seed in seeds])),
+        }
+
     def together(self, p: float, names: list[str], metric: str = "f1_macro") -> dict[str, Any] | None:
         """Return spread and sign-flip p-value of the mean difference over tasks, a value per seed.
 
         Tasks are averaged first: their runs of one seed share the initial weights, and some their texts, so they are
-        no observations of their own. Seeds that a task lacks are left out.
+        no observations of their own. Tasks with the same texts count as one. Seeds that a task lacks are left out.
         """
-        found = [one for name in names if (one := self.row(name, p)) and self.difference(name, p, metric)]
-        changes = [
-            dict(zip(one["difference"]["seeds"], one["difference"][metric]["by_seed"], strict=True)) for one in found
-        ]
-        seeds = sorted(set.intersection(*map(set, changes))) if changes else []
-        if len(seeds) < 2 or len(found) < len(names):
+        changes = {name: self.changes(name, p, metric) for name in names}
+        seeds = sorted(set.intersection(*map(set, changes.values()))) if changes else []
+        if len(seeds) < 2:
             return None
-        values = [float(np.mean([one[seed] for one in changes])) for seed in seeds]
+        corpora: dict[str, list[str]] = {}
+        for name in names:
+            corpora.setdefault(SAME_TEXTS.get(name, name), []).append(name)
+        values = [
+            float(np.mean([np.mean([changes[name][seed] for name in group]) for group in corpora.values()]))
+            for seed in seeds
+        ]
         return {**spread(values), "p_value": float(sign_flip_p(values)), "by_seed": values}
 
     def is_clear(self, name: str, p: float, metric: str = "f1_macro") -> bool:
         """Tell whether both the t interval over seeds and the bootstrap over seeds and texts leave out 0."""
         found = self.difference(name, p, metric)
-        if not found or not found["interval"] or not found["bootstrap"]:
-            return False
-        (low, high), (least, most) = found["interval"], found["bootstrap"]
-        return (low > 0 and least > 0) or (high < 0 and most < 0)
+        return bool(found) and clear(found)
+
+
+def clear(found: dict[str, Any]) -> bool:
+    """Tell whether the t interval and the bootstrap interval of a difference both leave out 0, on the same side."""
+    if not found["interval"] or not found["bootstrap"]:
+        return False
+    (low, high), (least, most) = found["interval"], found["bootstrap"]
+    return (low > 0 and least > 0) or (high < 0 and most < 0)
+
+
+def with_seeds(row: dict[str, Any], seeds: Iterable[int], metric: str = "f1_macro") -> dict[str, Any]:
+    """Return the scores of a row for those of its seeds that are asked for."""
+    kept = {seed: value for seed, value in zip(row["seeds"], row[metric]["by_seed"], strict=True) if seed in seeds}
+    return {"seeds": list(kept), metric: {"by_seed": list(kept.values()), **spread(list(kept.values()))}}
 
 
 def paired(one: dict[str, Any], other: dict[str, Any], metric: str = "f1_macro") -> dict[str, Any]:

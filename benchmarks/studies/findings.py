@@ -2,154 +2,262 @@
 
 from __future__ import annotations
 
-from figures import TITLES, Study, paired
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from tokmask_peft.study.tables import signed
+from figures import SHORT, TITLES, Study, clear
+
+from tokmask_peft.study.statistics import smallest_p
+from tokmask_peft.study.tables import interval, signed
+
+CLEAR = (
+    "Clear: the 95% t interval of the paired differences over seeds and the bootstrap interval over seeds and texts "
+    "both leave out 0, without a correction for the number of comparisons."
+)
 
 
-def findings(study: Study) -> list[str]:
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """A sentence.
+
+    Attributes:
+        text: what was found, without its full stop.
+        details: the figures behind it.
+        after: a sentence to follow.
+        short: whether it stands where there is room for few lines.
+    """
+
+    text: str
+    details: str = ""
+    after: str = ""
+    short: bool = True
+
+    def __str__(self) -> str:
+        told = f"{self.text} ({self.details})." if self.details else f"{self.text}."
+        return f"{told} {self.after}".rstrip()
+
+
+def findings(study: Study) -> list[Finding]:
     """Return the first lines of the page, the unfavourable too."""
-    return [
-        line
-        for part in (_overall, _by_task, _longer, _lid_and_pos, _less_data, _chosen, _floor)
-        for line in part(study)
-    ]
+    parts = (_overall, _clear, _tests, _pooled, _lid_and_pos, _less_data, _longer, _regularizers, _chosen, _floor)
+    return [line for part in parts for line in part(study)]
 
 
-def _overall(study: Study) -> list[str]:
-    pairs = [(name, p) for name in study.tasks for p in study.masked_rates() if study.difference(name, p)]
-    means = [study.difference(*pair)["mean"] for pair in pairs]  # type: ignore[index]
-    if not pairs:
+def _comparisons(study: Study) -> list[tuple[str, float, dict[str, Any]]]:
+    pairs = [(name, p) for name in study.tasks for p in study.masked_rates()]
+    return [(name, p, found) for name, p in pairs if (found := study.difference(name, p))]
+
+
+def _overall(study: Study) -> list[Finding]:
+    found = _comparisons(study)
+    if not found:
         return []
-    lines = [
-        f"Over {_count(len(study.tasks), 'sweep')} and {len(study.masked_rates())} masking rates, test macro-F1 with "
-        f"masking was higher on average in {sum(mean > 0 for mean in means)} of {len(means)} comparisons and lower in "
-        f"{sum(mean < 0 for mean in means)}."
-    ]
-    whole = [name for name in study.whole_tasks if all(study.difference(name, p) for p in study.masked_rates())]
-    parts = []
-    for p in study.masked_rates():
-        if found := study.together(p, whole):
-            up = sum(value > 0 for value in found["by_seed"])
-            parts.append(f"p = {p:g} {signed(found['mean'])} (higher in {up} of {found['n']} seeds)")
-    if parts:
-        lines.append(f"Mean change over {_count(len(whole), 'task')} with all training texts: {', '.join(parts)}.")
-    return lines
+    means = [one["mean"] for _, _, one in found]
+    sure = [one["mean"] for _, _, one in found if clear(one)]
+    up, down = (sum(sign * mean > 0 for mean in sure) for sign in (1, -1))
+    verdict = {(True, True): "here helped and there hurt", (True, False): "helped", (False, True): "lowered scores"}
+    about = f"{_count(len(study.tasks), 'sweep')}, {_count(len(study.masked_rates()), 'masking rate')}"
+    text = (
+        f"**Masking {verdict.get((up > 0, down > 0), 'changed no score clearly')}.** Of {len(found)} comparisons with "
+        f"p = 0 ({about}), mean test macro-F1 was higher with masking in {sum(mean > 0 for mean in means)}, clearly so "
+        f"in {up}, and lower in {sum(mean < 0 for mean in means)}, clearly so in {down}"
+    )
+    return [Finding(text, after=CLEAR)]
 
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def _by_task(study: Study) -> list[str]:
-    clear: dict[str, list[str]] = {"higher": [], "lower": []}
-    count = compared = 0
-    for name in study.tasks:
-        of_task: dict[str, list[str]] = {"higher": [], "lower": []}
-        for p in study.masked_rates():
-            found = study.difference(name, p)
-            compared += found is not None
-            if found and study.is_clear(name, p):
-                of_task["higher" if found["mean"] > 0 else "lower"].append(f"{signed(found['mean'])} at p = {p:g}")
-                count += 1
-        for side, listed in of_task.items():
-            if listed:
-                clear[side].append(f"{TITLES[name]} ({', '.join(listed)})")
-    lines = [
-        f"Clearly {side} (the 95% t interval of the paired difference over seeds leaves out 0, and so does the "
-        f"bootstrap over seeds and texts): {'; '.join(listed) or 'nowhere'}."
-        for side, listed in clear.items()
-    ]
-    if compared:
-        lines[-1] += (
-            f" That is {count} of {compared} comparisons, without a correction for their number; those of a task share "
-            "their runs without masking. No task on its own reaches .05 in the sign-flip test: five seeds cannot."
-        )
+def _clear(study: Study) -> list[Finding]:
+    lines = []
+    for sign, side in ((1, "higher"), (-1, "lower")):
+        listed = []
+        for name in study.tasks:
+            rates = [(p, one["mean"]) for task, p, one in _comparisons(study) if task == name and clear(one)]
+            if parts := [f"{signed(mean)} at p = {p:g}" for p, mean in rates if sign * mean > 0]:
+                listed.append(f"{TITLES[name]} ({', '.join(parts)})")
+        if listed:
+            lines.append(Finding(f"Clearly {side}: {'; '.join(listed)}", short=False))
     return lines
 
 
-def _longer(study: Study) -> list[str]:
-    short, long = "trec-500", "trec-500-long"
-    if short not in study.tasks or long not in study.tasks:
+def _tests(study: Study) -> list[Finding]:
+    found = [(name, p, one) for name, p, one in _comparisons(study) if "p_holm" in one]
+    if not found:
         return []
-    parts, smaller = [], 0
-    for p in study.masked_rates():
-        one, other = study.difference(short, p), study.difference(long, p)
-        if one and other:
-            parts.append(f"p = {p:g}: {signed(one['mean'])} after 10 epochs, {signed(other['mean'])} after 30")
-            smaller += abs(other["mean"]) < abs(one["mean"])
-    line = f"Longer training, TREC with 500 texts: {'; '.join(parts)}."
-    if parts and smaller == len(parts):
-        line += " Longer, the difference was smaller: part of what masking loses is time."
-    return [line]
+    reached = [f"{TITLES[name]} at p = {p:g}" for name, p, one in found if one["p_holm"] <= 0.05]
+    text = (
+        f"The exact sign-flip test reaches .05 after Holm's correction over the rates in {len(reached)} of {len(found)}"
+    )
+    most = max(one["n"] for _, _, one in found)
+    cannot = f"With at most {most} seeds it cannot: {smallest_p(most):.3g} is the least before the correction."
+    return [Finding(text, "; ".join(reached), cannot if smallest_p(most) > 0.05 else "", short=False)]
 
 
-def _lid_and_pos(study: Study) -> list[str]:
-    names = ("ud_tur_deu_lid", "ud_tur_deu_pos")
-    if not all(name in study.tasks for name in names):
-        return []
+def _pooled(study: Study) -> list[Finding]:
     parts = []
-    for name, what in zip(names, ("languages", "parts of speech"), strict=True):
-        means = [signed(found["mean"]) for p in study.masked_rates() if (found := study.difference(name, p))]
-        parts.append(f"{what} {', '.join(means)}")
-    listed = ", ".join(f"{p:g}" for p in study.masked_rates())
-    return [f"The same Turkish-German sentences, change in macro-F1 at p = {listed}: {'; '.join(parts)}."]
+    for p in study.masked_rates():
+        if found := study.together(p, study.whole_tasks):
+            up = sum(value > 0 for value in found["by_seed"])
+            parts.append(f"p = {p:g} {signed(found['mean'])} (higher in {up} of {found['n']} seeds)")
+    if not parts:
+        return []
+    text = "Mean change over the tasks with all training texts, which says nothing of others"
+    return [Finding(f"{text}: {', '.join(parts)}", short=False)]
 
 
-def _less_data(study: Study) -> list[str]:
+def _lid_and_pos(study: Study) -> list[Finding]:
+    lid, pos = "ud_tur_deu_lid", "ud_tur_deu_pos"
+    parts, sides = [], []
+    for p in study.masked_rates():
+        found = study.contrast(pos, lid, p)
+        if found is None:
+            continue
+        gap = f"{signed(found['mean'])} {interval(found['interval'])}"
+        parts.append(
+            f"at p = {p:g} languages {signed(found['other'])}, parts of speech {signed(found['one'])}, the second "
+            f"minus the first {gap}"
+        )
+        sides.append(tuple(_side(study, name, p) for name in (lid, pos)))
+    if not parts:
+        return []
+    if (1, -1) in sides or (-1, 1) in sides:
+        verdict = "masking clearly helps one and hurts the other"
+    elif set(sides) == {(-1, -1)}:
+        verdict = "masking clearly hurts both"
+    elif set(sides) == {(1, 1)}:
+        verdict = "masking clearly helps both"
+    else:
+        verdict = "there is no rate at which masking clearly helps one and hurts the other"
+    return [Finding(f"Languages and parts of speech of the same Turkish-German sentences: {verdict}", "; ".join(parts))]
+
+
+def _side(study: Study, name: str, p: float) -> int:
+    """Return 1 where a rate is clearly higher, -1 where it is clearly lower, else 0."""
+    found = study.difference(name, p)
+    return 0 if not found or not clear(found) else 1 if found["mean"] > 0 else -1
+
+
+def _less_data(study: Study) -> list[Finding]:
     lines = []
-    for name in ("trec", "afrisenti_twi"):
-        few = f"{name}-500"
-        if name not in study.tasks or few not in study.tasks:
+    for name, short in SHORT.items():
+        parts, gaps = _contrasts(study, f"{name}-500", name, "with 500 texts", "with all")
+        if not parts:
+            continue
+        verdict = _verdict(gaps, "masking does clearly better with fewer", "masking does clearly worse with fewer")
+        few, whole = (study.sweeps[one]["steps"] for one in (f"{name}-500", name))
+        steps = f"The runs differ in steps, too: {few} and {whole}."
+        text = f"Less data, {short}, 500 texts beside all: {verdict}"
+        lines.append(Finding(text, f"over {_count(gaps[0]['n'], 'seed')}, {'; '.join(parts)}", steps))
+    return lines
+
+
+def _longer(study: Study) -> list[Finding]:
+    lines = []
+    for long in (name for name in study.tasks if name.endswith("-long")):
+        short = long.removesuffix("-long")
+        if short not in study.tasks:
+            continue
+        few, many = (study.sweeps[one]["steps"] for one in (short, long))
+        parts, gaps = _contrasts(study, long, short, f"after {many} steps", f"after {few}")
+        if not parts:
+            continue
+        before = [one["other"] for one in gaps]
+        verdict = _verdict(gaps, "masking does clearly better", "masking does clearly worse")
+        if max(before) < 0 and min(one["mean"] for one in gaps) > 0 and not any(map(_leaves_out_0, gaps)):
+            verdict = "masking loses less, so part of its loss may be time, but these seeds cannot tell"
+        text = f"Longer training, {TITLES[short]}, {many} steps beside {few}: {verdict}"
+        lines.append(Finding(text, f"over {_count(gaps[0]['n'], 'seed')}, {'; '.join(parts)}"))
+    return lines
+
+
+def _contrasts(
+    study: Study, one: str, other: str, with_one: str, with_other: str
+) -> tuple[list[str], list[dict[str, Any]]]:
+    """Return what masking changes in two sweeps, over the seeds of both, for each rate: as text and as figures."""
+    if not {one, other} <= {*study.tasks}:
+        return [], []
+    gaps = {p: found for p in study.masked_rates() if (found := study.contrast(one, other, p))}
+    parts = [
+        f"p = {p:g}: {signed(found['one'])} {with_one}, {signed(found['other'])} {with_other}, gap "
+        f"{signed(found['mean'])} {interval(found['interval'])}"
+        for p, found in gaps.items()
+    ]
+    return parts, list(gaps.values())
+
+
+def _leaves_out_0(found: dict[str, Any]) -> bool:
+    return not found["interval"][0] <= 0 <= found["interval"][1]
+
+
+def _verdict(gaps: Sequence[dict[str, Any]], better: str, worse: str) -> str:
+    """Say on which side of 0 the intervals of the gaps lie, where one does at all."""
+    sides = {found["mean"] > 0 for found in gaps if _leaves_out_0(found)}
+    if len(sides) != 1:
+        return "no clear difference between the two" if not sides else "better at one rate and worse at another"
+    clearly = sum(map(_leaves_out_0, gaps))
+    return f"{better if sides == {True} else worse} at {clearly} of {_count(len(gaps), 'rate')}"
+
+
+def _regularizers(study: Study) -> list[Finding]:
+    lines = []
+    for name in study.sweeps:
+        if not name.endswith("-arms"):
+            continue
+        rows = [row for row in study.analysis(name)["rows"] if "f1_macro" in row.get("difference", {})]
+        found = {row["label"]: row["difference"]["f1_macro"] for row in rows}
+        if not found:
             continue
         parts = []
-        for p in study.masked_rates():
-            one, other = study.difference(few, p), study.difference(name, p)
-            if one and other:
-                parts.append(f"p = {p:g}: {signed(one['mean'])} with 500, {signed(other['mean'])} with all")
-        lines.append(f"Less data, {TITLES[name]}: {'; '.join(parts)}.")
+        for sign, side in ((1, "higher"), (-1, "lower")):
+            listed = [
+                f"{label} ({signed(one['mean'])})"
+                for label, one in found.items()
+                if sign * one["mean"] > 0 and clear(one)
+            ]
+            parts.append(f"clearly {side}: {', '.join(listed) or 'none'}")
+        best = max(found, key=lambda label: float(found[label]["mean"]))
+        costs = {row["label"]: row["cost"] for row in rows if row.get("cost")}
+        text = (
+            f"Beside other regularizers, {TITLES[name.removesuffix('-arms')]}, {len(found)} arms against none at all: "
+            f"{'; '.join(parts)}; highest on average: {best} ({signed(found[best]['mean'])})"
+        )
+        cost = ""
+        if costs:
+            low, high = (pick(costs, key=lambda label: float(costs[label])) for pick in (min, max))
+            cost = f"A step costs {costs[low]:.2f} ({low}) to {costs[high]:.2f} ({high}) of one without any."
+        lines.append(Finding(text, after=cost))
     return lines
 
 
-def _chosen(study: Study) -> list[str]:
+def _chosen(study: Study) -> list[Finding]:
     choices = {name: study.analysis(name)["chosen_by_validation"] for name in study.tasks}
     gains = [one["gain"]["mean"] for one in choices.values() if "gain" in one]
     picks = [pick["p"] for one in choices.values() for pick in one["per_seed"]]
     if not picks or not gains:
         return []
     if not any(picks):
-        return [f"Validation chose p = 0 in every seed of every sweep ({len(picks)} choices)."]
+        return [Finding(f"Validation chose p = 0 in every seed of every sweep ({len(picks)} choices)")]
     masked = sum(p > 0 for p in picks)
-    return [
+    text = (
         f"Validation chose a rate above 0 in {masked} of {len(picks)} choices (a choice per sweep and seed); what it "
         f"chose scored {signed(sum(gains) / len(gains))} against no masking on the test texts, mean over "
-        f"{_count(len(gains), 'sweep')} (from {signed(min(gains))} to {signed(max(gains))})."
+        f"{_count(len(gains), 'sweep')} (from {signed(min(gains))} to {signed(max(gains))})"
+    )
+    return [Finding(text)]
+
+
+def _floor(study: Study) -> list[Finding]:
+    scored = {name: study.analysis(name)["baseline"] for name in study.tasks if study.row(name, 0.0)}
+    floors = {name: floor for name, floor in scored.items() if floor}
+    below = [
+        name for name, floor in floors.items() if (study.row(name, 0.0) or {})["f1_macro"]["mean"] < floor["f1_macro"]
     ]
-
-
-def _floor(study: Study) -> list[str]:
-    below = []
-    for name in study.tasks:
-        floor, row = study.analysis(name)["baseline"], study.row(name, 0.0)
-        if floor and row and row["f1_macro"]["mean"] < floor["f1_macro"]:
-            below.append(TITLES[name])
+    what = "character n-grams with logistic regression"
+    if not floors:
+        return []
     if not below:
-        return ["MiniLM is above character n-grams with logistic regression on every task."]
-    return [f"MiniLM without masking stays below character n-grams with logistic regression on: {'; '.join(below)}."]
-
-
-def defaults_found(study: Study) -> list[str]:
-    """Say whether the fast defaults cost score."""
-    lines = []
-    for suffix, what in (("", "bf16 without padding"), ("-top", "bf16 without padding, upper half of the layers")):
-        parts = []
-        for name in study.tasks:
-            plain, fast = study.sweeps.get(f"{name}-plain"), study.sweeps.get(f"{name}{suffix}")
-            if plain is None or fast is None:
-                continue
-            rows = [next(row for row in one["analysis"]["rows"] if row["p"] == 0.1) for one in (fast, plain)]
-            found = paired(*rows)
-            parts.append(f"{TITLES[name]} {signed(found['mean'])}")
-        if parts:
-            lines.append(f"Against fp32, padded, all layers: {what}: {'; '.join(parts)} (macro-F1, mean of the pairs).")
-    return lines
+        return [Finding(f"MiniLM without masking is above {what} in each of {_count(len(floors), 'sweep')}")]
+    return [Finding(f"MiniLM without masking stays below {what} on: {'; '.join(TITLES[name] for name in below)}")]

@@ -43,8 +43,17 @@ def collected(sweep: Sweep, results: SweepResults) -> dict[str, Any]:
             for row, by_seed in results.runs.items()
         },
         "seconds_per_run": statistics.median(run["speed"]["step_seconds"] for run in runs),
-        "environment": runs[0]["speed"]["environment"],
+        "environments": environments(runs),
     }
+
+
+def environments(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the machines and versions that the runs were made on, each once."""
+    found: list[dict[str, Any]] = []
+    for run in runs:
+        if (one := run["speed"]["environment"]) not in found:
+            found.append(one)
+    return found
 
 
 def main() -> None:

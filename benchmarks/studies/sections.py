@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from figures import TITLES, Study, paired
-from findings import defaults_found
+from figures import TITLES, Study, paired, with_seeds
 
 from tokmask_peft.study.report import findings as report_findings
 from tokmask_peft.study.tables import difference_table, interval, markdown, mean_sd, score_table, signed
@@ -62,9 +61,10 @@ def differences(study: Study) -> list[str]:
         "## Differences from p = 0, seed by seed",
         "For one seed all rates share the initial head, the batches and the dropout stream, and what is masked at a "
         "low rate is masked at a higher one. Mean difference with its 95% t interval, in how many seeds it is above 0, "
-        "and the p-value of the exact sign-flip test over seeds after Holm's correction over the rates. With five "
-        "seeds that test cannot go below .0625, and .1875 after the correction for three rates, whatever the scores: "
-        "read the intervals. The last line averages the tasks seed by seed first; it is not corrected.",
+        "and the p-value of the exact sign-flip test over seeds after Holm's correction over the rates. With n seeds "
+        "that test cannot go below 2 to the power of 1 - n before the correction, whatever the scores (.0625 with "
+        "five): read the intervals. The last line averages these tasks seed by seed first, languages and parts of "
+        "speech of the same sentences as one; its p-value is not corrected, and it says nothing of other tasks.",
         "![Change in macro-F1 by masking rate](results/masking/differences.svg)",
     ]
     for metric, title in METRICS.items():
@@ -123,44 +123,44 @@ def regularizers(study: Study) -> list[str]:
         return []
     intro = (
         "Each arm switches on what it names and all others off; the dropout of the backbone's hidden layers (0.1) "
-        "stays. Cost is the median time of an optimizer step; several runs shared the machine, so read it roughly."
+        "stays. Cost is the median time of an optimizer step; several runs shared the machine, so read it roughly. "
+        "NEFTune scales its noise by the length of a padded batch, so its arms pad the batches that the others pack: "
+        "most of their cost is that."
     )
     return ["## Beside other regularizers", intro, *_with_lists(parts)]
 
 
 def defaults(study: Study) -> list[str]:
     """Compare the fast defaults with fp32, padded batches."""
-    head = ("task", "fp32, padded, all layers", "defaults: bf16, no padding", "difference", "upper half", "difference")
-    body = []
+    head = ("task", "seeds", "fp32, padded, all layers", "defaults: bf16, no padding", "difference")
+    head = (*head, "upper half", "difference")
+    body, found = [], {"bf16 without padding": [], "the same, upper half of the layers": []}
     for name in study.tasks:
         variants = [f"{name}-plain", name, f"{name}-top"]
         if not all(variant in study.sweeps for variant in variants):
             continue
-        rows = [next(row for row in study.analysis(one)["rows"] if row["p"] == 0.1) for one in variants]
-        rows[1] = _first_seeds(rows[1], rows[0]["seeds"])
-        cells = [mean_sd(rows[0]["f1_macro"])]
-        for row in rows[1:]:
-            found = paired(row, rows[0])
-            by_seed = ", ".join(signed(value) for value in found["by_seed"])
-            cells += [mean_sd(row["f1_macro"]), f"{signed(found['mean'])} ({by_seed})"]
-        body.append([TITLES[name], *cells])
+        rows = [next((row for row in study.analysis(one)["rows"] if row["p"] == 0.1), None) for one in variants]
+        there = [row for row in rows if row]
+        seeds = sorted(set.intersection(*({*row["seeds"]} for row in there)))
+        if len(there) < len(rows) or not seeds:
+            continue
+        plain, *others = (with_seeds(row, seeds) for row in there)
+        cells = [mean_sd(plain["f1_macro"])]
+        for row, listed in zip(others, found.values(), strict=True):
+            change = paired(row, plain)
+            by_seed = ", ".join(signed(value) for value in change["by_seed"])
+            cells += [mean_sd(row["f1_macro"]), f"{signed(change['mean'])} ({by_seed})"]
+            listed.append(f"{TITLES[name]} {signed(change['mean'])} {interval(change['interval'])}".rstrip())
+        body.append([TITLES[name], str(len(seeds)), *cells])
     if not body:
         return []
     return [
         "## What the fast defaults cost",
-        *_with_lists([f"- {line}" for line in defaults_found(study)]),
+        "\n".join(f"- Against fp32, padded, all layers: {what}: {'; '.join(parts)}." for what, parts in found.items()),
         "Test macro-F1 at p = 0.1, mean ± standard deviation over the seeds that all columns have; differences from "
-        "the first column, seed by seed.",
+        "the first column, seed by seed, and above with their 95% t interval.",
         markdown((head, body)),
     ]
-
-
-def _first_seeds(row: dict[str, Any], seeds: list[int]) -> dict[str, Any]:
-    """Return a row with some of its seeds alone."""
-    from tokmask_peft.study.statistics import spread
-
-    kept = [value for seed, value in zip(row["seeds"], row["f1_macro"]["by_seed"], strict=True) if seed in seeds]
-    return {**row, "seeds": seeds, "f1_macro": {"by_seed": kept, **spread(kept)}}
 
 
 def _with_lists(parts: list[str]) -> list[str]:
@@ -174,16 +174,18 @@ def _with_lists(parts: list[str]) -> list[str]:
     return joined
 
 
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def how(study: Study, planned: Sequence[str]) -> list[str]:
     """Say how it was made: commands, versions, machine."""
-    machines = {
-        (
-            ", ".join(f"{name} {version}" for name, version in found["environment"]["versions"].items()),
-            f"{found['environment']['platform']}, {found['environment']['cpu_cores']} CPU cores, "
-            f"{found['environment']['threads']} thread a run",
-        ): None
-        for found in study.sweeps.values()
-    }
+    machines: dict[tuple[str, str], list[str]] = {}
+    for name, one in study.sweeps.items():
+        for found in one["environments"]:
+            versions = ", ".join(f"{package} {version}" for package, version in found["versions"].items())
+            about = f"{found['platform']}, {found['cpu_cores']} CPU cores, {_count(found['threads'], 'thread')} a run"
+            machines.setdefault((versions, f"{found['device']}; {about}"), []).append(name)
     missing = [name for name in planned if name not in study.sweeps]
     gaps = [
         f"{name}: {len(one['analysis']['missing'])}" for name, one in study.sweeps.items() if one["analysis"]["missing"]
@@ -197,7 +199,11 @@ def how(study: Study, planned: Sequence[str]) -> list[str]:
         f"```\n{commands}\n```",
         *([f"Planned and not run yet: {', '.join(missing)}."] if missing else []),
         *([f"Runs without a result, left out: {', '.join(gaps)}."] if gaps else []),
-        *(f"Versions: {versions}. Machine: {machine}." for versions, machine in machines),
+        *(
+            f"Versions: {versions}. Machine: {machine}."
+            + (f" Sweeps: {', '.join(names)}." if len(machines) > 1 else "")
+            for (versions, machine), names in machines.items()
+        ),
         "Tests and intervals as `tokmask report` makes them: "
         + "; ".join(f"{name}: {text}" for name, text in study.analysis(study.tasks[0])["methods"].items())
         + ".",

@@ -13,11 +13,12 @@ sys.path.insert(0, str(ROOT / "benchmarks" / "studies"))
 
 from figures import TITLES, Study, paired  # noqa: E402
 from findings import findings  # noqa: E402
-from page import PAGE, README, in_readme, page  # noqa: E402
+from page import PAGE, README, in_readme, page, readme_table  # noqa: E402
 
 from tokmask_peft.study.statistics import spread  # noqa: E402
 
 RATES = (0.0, 0.1, 0.2)
+PLAIN = [0.6, 0.61, 0.62]
 
 
 def sweep(by_rate, floor=0.5, task="sequence", bootstrap=(-0.03, -0.01)):
@@ -27,18 +28,22 @@ def sweep(by_rate, floor=0.5, task="sequence", bootstrap=(-0.03, -0.01)):
         row = {"p": p, "regularizers": "recipe", "seeds": list(range(1, len(scores) + 1))}
         row["f1_macro"] = row["f1_weighted"] = {"by_seed": scores, **spread(scores)}
         if p:
-            changes = [score - plain for score, plain in zip(scores, by_rate[0.0], strict=True)]
+            changes = [score - plain for score, plain in zip(scores, by_rate.get(0.0, scores), strict=True)]
             found = {"by_seed": changes, **spread(changes), "p_value": 0.1, "p_holm": 0.2, "bootstrap": bootstrap}
             row["difference"] = {"seeds": row["seeds"], "f1_macro": found, "f1_weighted": found}
         rows.append(row)
     gain = spread([0.01, 0.02])
+    steps = {"texts": dict.fromkeys(("train", "validation", "test"), 9), "steps": 100, "labels": 3, "best_at_end": {}}
+    steps |= {"words": steps["texts"], "command": "tokmask sweep", "environments": []}
     chosen = {"gain": gain, "f1_macro": gain, "per_seed": [{"p": 0.1}, {"p": 0.0}]}
     baseline = {"f1_macro": floor, "f1_weighted": floor}
-    return {"analysis": {"task": task, "rows": rows, "baseline": baseline, "chosen_by_validation": chosen}}
+    seeds = list(range(1, 1 + max(map(len, by_rate.values()))))
+    analysis = {"task": task, "rows": rows, "baseline": baseline, "chosen_by_validation": chosen, "seeds": seeds}
+    return {**steps, "analysis": {**analysis, "missing": [], "methods": {"interval": "by hand"}}}
 
 
 def made_up(low=(-0.02, -0.021, -0.022), high=(0.03, 0.01, -0.05)):
-    plain = [0.6, 0.61, 0.62]
+    plain = PLAIN
     return Study(
         {
             "trec": sweep({0.0: plain, **dict(zip(RATES[1:], moved(plain, low, high), strict=True))}, floor=0.7),
@@ -51,17 +56,122 @@ def moved(plain, *changes):
     return [[score + change for score, change in zip(plain, one, strict=True)] for one in changes]
 
 
+def sentences(study):
+    return "\n".join(map(str, findings(study)))
+
+
 def test_sentences_follow_the_figures():
-    text = "\n".join(findings(made_up()))
-    assert "higher on average in 0 of 4 comparisons and lower in 4" in text
-    assert f"texts): {TITLES['trec']} (−0.0210 at p = 0.1)" in text
-    assert "texts): nowhere" in text
-    assert "That is 1 of 4 comparisons" in text
+    text = sentences(made_up())
+    assert "**Masking lowered scores.** Of 4 comparisons with p = 0 (2 sweeps, 2 masking rates)" in text
+    assert "higher with masking in 0, clearly so in 0, and lower in 4, clearly so in 1." in text
+    assert f"Clearly lower: {TITLES['trec']} (−0.0210 at p = 0.1)." in text
+    assert "Clearly higher" not in text
+    assert "sign-flip test reaches .05 after Holm's correction over the rates in 0 of 4. With at most 3 seeds" in text
     assert "Validation chose a rate above 0 in 2 of 4 choices" in text
     assert f"stays below character n-grams with logistic regression on: {TITLES['trec']}." in text
-    other = "\n".join(findings(made_up(low=(0.02, 0.021, 0.022), high=(0.03, 0.01, 0.05))))
-    assert "higher on average in 4 of 4 comparisons and lower in 0" in other
-    assert "That is 0 of 4 comparisons" in other  # the bootstrap says otherwise
+    other = sentences(made_up(low=(0.02, 0.021, 0.022), high=(0.03, 0.01, 0.05)))
+    assert "**Masking changed no score clearly.**" in other  # the bootstrap says otherwise
+    assert "higher with masking in 4, clearly so in 0, and lower in 0" in other
+
+
+def test_higher_and_lower_are_told_apart():
+    gain = sweep({0.0: PLAIN, 0.1: [0.63, 0.641, 0.649]}, bootstrap=(0.01, 0.05))
+    loss = sweep({0.0: PLAIN, 0.1: [0.57, 0.579, 0.591]})
+    text = sentences(Study({"trec": gain, "afrisenti_twi": loss}))
+    assert "**Masking here helped and there hurt.**" in text
+    assert "higher with masking in 1, clearly so in 1, and lower in 1, clearly so in 1" in text
+    assert f"Clearly higher: {TITLES['trec']}" in text
+    assert f"Clearly lower: {TITLES['afrisenti_twi']}" in text
+    assert "**Masking helped.**" in sentences(Study({"trec": gain}))
+
+
+def test_many_seeds_that_establish_a_difference_are_named():
+    scores = [0.6 + 0.001 * seed for seed in range(8)]
+    study = Study({"trec": sweep({0.0: scores, 0.1: [score - 0.02 - 0.001 * (score > 0.603) for score in scores]})})
+    study.difference("trec", 0.1)["p_holm"] = 0.0078
+    text = sentences(study)
+    assert f"in 1 of 1 ({TITLES['trec']} at p = 0.1)." in text
+    assert "it cannot" not in text
+
+
+@pytest.mark.parametrize(
+    ("languages", "speech", "expected"),
+    [
+        (-0.02, -0.03, "masking clearly hurts both"),
+        (0.02, -0.03, "masking clearly helps one and hurts the other"),
+        (0.02, 0.03, "masking clearly helps both"),
+        (0.0, -0.03, "there is no rate at which masking clearly helps one and hurts the other"),
+    ],
+)
+def test_languages_and_parts_of_speech(languages, speech, expected):
+    made = {
+        name: sweep({0.0: PLAIN, 0.1: scores(mean)}, bootstrap=(mean, mean))
+        for name, mean in (("ud_tur_deu_lid", languages), ("ud_tur_deu_pos", speech))
+    }
+    assert expected in sentences(Study(made))
+
+
+def scores(change):
+    """Return scores whose change from PLAIN is all but the same in every seed."""
+    return [score + change + wobble for score, wobble in zip(PLAIN, (-0.001, 0.0, 0.001), strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("short", "long", "expected"),
+    [
+        (-0.05, -0.01, "masking does clearly better at 1 of 1 rate ("),
+        (-0.01, -0.05, "masking does clearly worse at 1 of 1 rate ("),
+        (0.05, 0.01, "masking does clearly worse at 1 of 1 rate ("),
+        (-0.02, -0.0199, "masking loses less, so part of its loss may be time, but these seeds cannot tell"),
+        (0.02, 0.0199, "no clear difference between the two"),
+        (-0.0199, -0.02, "no clear difference between the two"),
+    ],
+)
+def test_longer_training_is_compared_over_the_seeds_of_both(short, long, expected):
+    few = sweep({0.0: [*PLAIN, 0.1], 0.1: [*scores(short), 0.9]})  # its last seed would turn it round
+    wobbly = [score + wobble for score, wobble in zip(scores(long), (0.001, -0.003, 0.002), strict=True)]
+    many = sweep({0.0: PLAIN, 0.1: wobbly})
+    text = sentences(Study({"trec-500": few, "trec-500-long": many}))
+    line = next(line for line in text.splitlines() if line.startswith("Longer"))
+    assert expected in line
+    assert "over 3 seeds" in line
+
+
+def test_regularizers_are_among_the_first_lines():
+    arms = sweep({0.0: PLAIN, 0.1: scores(-0.02)})
+    rows = arms["analysis"]["rows"]
+    rows[0]["label"], rows[1]["label"] = "none", "label_smoothing"
+    rows[1]["cost"] = 1.25
+    text = sentences(Study({"trec-500-arms": arms, "trec": sweep({0.0: PLAIN})}))
+    assert "clearly higher: none; clearly lower: label_smoothing (−0.0200)" in text
+    assert "highest on average: label_smoothing" in text
+    assert "A step costs 1.25 (label_smoothing)" in text
+
+
+def test_what_is_half_there_makes_a_page():
+    """Whatever is missing is left out: seeds, rates, the n-gram floor, a whole sweep's comparisons."""
+    whole, one_seed = sweep({0.0: PLAIN, 0.1: scores(-0.02)}), sweep({0.0: [0.6], 0.1: [0.61]})
+    no_floor = sweep({0.0: PLAIN, 0.2: scores(-0.02)})
+    no_floor["analysis"]["baseline"] = None
+    fewer = sweep({0.1: [0.6, 0.61]})
+    study = Study(
+        {
+            "trec": whole,
+            "trec-500": one_seed,
+            "afrisenti_twi": no_floor,
+            "afrisenti_twi-500": whole,
+            "ud_tur_deu_lid": no_floor,
+            "ud_tur_deu_pos": whole,
+            "trec-plain": fewer,
+            "trec-top": fewer,
+        }
+    )
+    text = page(study)
+    assert "Less data, AfriSenti" not in text  # they have no rate in common
+    assert f"| {TITLES['trec']} | 2 |" in text  # the defaults, over the two seeds of all columns
+    table = readme_table(study)
+    assert f"| {TITLES['trec-500']} | 0.5000 | 0.6000 | 0.6100 | +0.0100 | 1 of 1 |" in table
+    assert TITLES["afrisenti_twi"] not in table
 
 
 def test_tasks_are_averaged_seed_by_seed_before_they_are_tested():
