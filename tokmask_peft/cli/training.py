@@ -50,7 +50,7 @@ def sweep(
     ] = None,
     sampler: Annotated[str, typer.Option(help="grid, random or tpe")] = "grid",
     trials: Annotated[int | None, typer.Option(help="number of runs, with random and tpe")] = None,
-    prune: Annotated[bool, typer.Option("--prune", help="Stop runs that fall below the median.")] = False,
+    prune: Annotated[bool, typer.Option("--prune", help="Stop runs below the median; biases a grid's report.")] = False,
     workers: Annotated[int, typer.Option(min=1, help="runs at once on this machine")] = 1,
     keep_checkpoints: Annotated[
         bool, typer.Option("--keep-checkpoints", help="Keep the checkpoints of finished runs.")

@@ -123,14 +123,17 @@ def finished_result(recipe: Recipe, check: bool = True) -> dict[str, Any] | None
         check: make sure that the run is of this recipe.
 
     Raises:
-        SweepError: the folder holds the run of another recipe.
+        SweepError: the folder holds the run of another recipe, or a result that cannot be read.
     """
     run = RunFolder(recipe.run_dir)
     if not run.finished():
         return None
     if check and run.recipe.is_file() and (changed := differences(load_recipe(run.recipe), recipe)):
         raise SweepError(f"{run.root} holds a run of another recipe: {'; '.join(changed)}")
-    found: dict[str, Any] = json.loads(run.result.read_text(encoding="utf-8"))
+    try:
+        found: dict[str, Any] = json.loads(run.result.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise SweepError(f"{run.result} cannot be read ({error}); remove it, and the run goes on") from error
     return found
 
 

@@ -10,7 +10,7 @@ from tokmask_peft.errors import SweepError
 from tokmask_peft.study.analysis import analyse
 from tokmask_peft.study.plot import plot_f1
 from tokmask_peft.study.results import read_sweep
-from tokmask_peft.study.statistics import seeds_to_reach
+from tokmask_peft.study.statistics import seeds_to_reach, smallest_p
 from tokmask_peft.study.tables import (
     difference_table,
     interval,
@@ -72,7 +72,7 @@ def findings(analysis: dict[str, Any]) -> list[str]:
             f"seeds), {'a difference' if clear else 'not a difference'} that the seeds establish "
             f"(p = {found['p_value']:.3g}, after Holm {found['p_holm']:.3g})."
         )
-    lines.extend(_chosen(analysis["chosen_by_validation"], analysis["scored_on"]))
+    lines.extend(_chosen(analysis["chosen_by_validation"], analysis["scored_on"], _reference(analysis)))
     return lines
 
 
@@ -80,22 +80,9 @@ def cautions(analysis: dict[str, Any]) -> list[str]:
     """Say what limits the report."""
     lines = []
     compared = [row["difference"] for row in analysis["rows"] if "f1_macro" in row.get("difference", {})]
-    fewest = min((len(one["seeds"]) for one in compared), default=0)
     if compared:
-        smallest = max(one["f1_macro"]["smallest_p"] for one in compared)
-        needed = seeds_to_reach(0.05)
-        if smallest > 0.05:
-            lines.append(
-                f"With {fewest} seed{'s' if fewest > 1 else ''} the sign-flip test cannot give a p-value below "
-                f"{smallest:.3g}, whatever the scores are: no difference can be established. {needed} seeds are the "
-                f"least for .05, and more where Holm's correction is over several arms."
-            )
-        elif smallest * len(compared) > 0.05:
-            lines.append(
-                f"With {fewest} seeds the smallest p-value is {smallest:.3g}, and Holm's correction multiplies the "
-                f"smallest of {len(compared)} by {len(compared)}: a single arm cannot reach .05 after it."
-            )
-        if fewest < 10:
+        lines.extend(_few_seeds(analysis["rows"]))
+        if min(len(one["seeds"]) for one in compared) < 10:
             lines.append("The bootstrap draws among the seeds that there are: with so few its intervals are too short.")
         problems = {one["bootstrap_problem"] for one in compared if one["bootstrap_problem"]}
         lines.extend(f"No bootstrap: {problem}." for problem in sorted(problems))
@@ -105,13 +92,43 @@ def cautions(analysis: dict[str, Any]) -> list[str]:
         lines.append("The runs have no test texts: these are validation scores, which also chose the checkpoints.")
     if analysis["missing"]:
         names = ", ".join(analysis["missing"][:5]) + (", …" if len(analysis["missing"]) > 5 else "")
-        lines.append(f"{len(analysis['missing'])} runs have no result and are left out: {names}.")
+        lines.append(
+            f"{len(analysis['missing'])} runs have no result and are left out: {names}. Where --prune stopped them, "
+            "they are the worse ones, and every comparison is biased."
+        )
     mixed = {name: found for name, found in analysis["versions"].items() if len(found) > 1}
     lines.extend(f"The runs were made with several versions of {name}: {', '.join(v)}." for name, v in mixed.items())
     return lines
 
 
-def _chosen(choice: dict[str, Any], split: str) -> list[str]:
+def _few_seeds(rows: list[dict[str, Any]]) -> list[str]:
+    """Say which differences the sign-flip test cannot establish for want of seeds; Holm's correction is per setting."""
+    settings: dict[str, list[tuple[str, int]]] = {}
+    for row in rows:
+        if found := row.get("difference", {}).get("f1_macro"):
+            settings.setdefault(str(row["setting"]), []).append((row["label"], found["n"]))
+    arms = [arm for listed in settings.values() for arm in listed]
+    lines = []
+    for seeds in sorted({seeds for _, seeds in arms if smallest_p(seeds) > 0.05}):
+        weak = list(dict.fromkeys(label for label, count in arms if count == seeds))
+        names = "" if len(weak) == len({label for label, _ in arms}) else f" for {', '.join(weak)}"
+        lines.append(
+            f"With {seeds} seed{'s' if seeds > 1 else ''} the sign-flip test cannot give a p-value below "
+            f"{smallest_p(seeds):.3g}, whatever the scores are: no difference can be established{names}. "
+            f"{seeds_to_reach(0.05)} seeds are the least for .05, and more where Holm's correction is over several "
+            "arms."
+        )
+    for listed in settings.values():
+        smallest, count = max(smallest_p(seeds) for _, seeds in listed), len(listed)
+        if smallest <= 0.05 < smallest * count:
+            lines.append(
+                f"With {min(seeds for _, seeds in listed)} seeds the smallest p-value is {smallest:.3g}, and Holm's "
+                f"correction multiplies the smallest of {count} by {count}: a single arm cannot reach .05 after it."
+            )
+    return list(dict.fromkeys(lines))
+
+
+def _chosen(choice: dict[str, Any], split: str, reference: str) -> list[str]:
     if not choice["per_seed"]:
         return ["No seed has all arms yet, so validation chooses nothing."]
     picks: dict[str, int] = {}
@@ -120,7 +137,7 @@ def _chosen(choice: dict[str, Any], split: str) -> list[str]:
     listed = ", ".join(f"{label} ({count})" for label, count in picks.items())
     lines = [
         f"Chosen by validation seed by seed: {listed}; {split} macro-F1 {mean_sd(choice['f1_macro'])}"
-        + (f", {signed(choice['gain']['mean'])} against no masking." if "gain" in choice else ".")
+        + (f", {signed(choice['gain']['mean'])} against {reference}." if "gain" in choice else ".")
     ]
     overall = choice["overall"]
     lines.append(
@@ -149,11 +166,12 @@ def _markdown(analysis: dict[str, Any]) -> str:
         if table[1]:
             parts += [f"## {name}: differences from {_reference(analysis)}, seed by seed", "", markdown(table), ""]
     if choice["per_seed"]:
-        parts += ["## What validation would have chosen", "", markdown(_choice_table(choice)), ""]
+        parts += ["## What validation would have chosen", "", markdown(_choice_table(choice, _reference(analysis))), ""]
         if "gain" in choice:
             within = interval(choice["gain"]["interval"])
             parts += [
-                f"Gain over no masking: {signed(choice['gain']['mean'])}" + (f" {within} (t)." if within else "."),
+                f"Gain over {_reference(analysis)}: {signed(choice['gain']['mean'])}"
+                + (f" {within} (t)." if within else "."),
                 "",
             ]
     if paper["rows"]:
@@ -173,7 +191,8 @@ def _markdown(analysis: dict[str, Any]) -> str:
     if any(row["regularizers"] != "recipe" for row in analysis["rows"]):
         parts += [
             "In a sweep over arms all regularizers named here are off but those of the arm; the dropout of the "
-            "backbone's hidden layers stays as the backbone has it.",
+            "backbone's hidden layers stays as the backbone has it. NEFTune scales its noise by the length of a padded "
+            "batch: where the recipe is padding-free, its arms pad the same batches, and their cost is mostly that.",
             "",
         ]
     versions = ", ".join(f"{name} {' and '.join(found)}" for name, found in analysis["versions"].items())
@@ -185,14 +204,14 @@ def _reference(analysis: dict[str, Any]) -> str:
     return "p = 0" if as_recipe else "no regularizer"
 
 
-def _choice_table(choice: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+def _choice_table(choice: dict[str, Any], reference: str) -> tuple[list[str], list[list[str]]]:
     body = []
     for one in choice["per_seed"]:
         gain = signed(one["gain"]) if "gain" in one else ""
         body.append([str(one["seed"]), one["label"], f"{one['f1_macro']:.4f}", f"{one['f1_weighted']:.4f}", gain])
     gain = signed(choice["gain"]["mean"]) if "gain" in choice else ""
     body.append(["mean", "", mean_sd(choice["f1_macro"]), mean_sd(choice["f1_weighted"]), gain])
-    return ["seed", "chosen", "macro-F1", "weighted F1", "macro-F1 against no masking"], body
+    return ["seed", "chosen", "macro-F1", "weighted F1", f"macro-F1 against {reference}"], body
 
 
 def _latex(analysis: dict[str, Any]) -> str:

@@ -53,7 +53,7 @@ class RunFolder:
         found = [
             (int(folder.name.removeprefix("checkpoint-")), folder)
             for folder in self.checkpoints.glob("checkpoint-*")
-            if (folder / "trainer_state.json").is_file() and folder.name.removeprefix("checkpoint-").isdigit()
+            if folder.name.removeprefix("checkpoint-").isdigit() and _is_json(folder / "trainer_state.json")
         ]
         return max(found)[1] if found else None
 
@@ -104,17 +104,33 @@ def start_run(run: RunFolder, recipe_text: str) -> None:
     try:
         run.root.mkdir(parents=True, exist_ok=True)
         if not run.recipe.is_file():
-            run.recipe.write_text(recipe_text, encoding="utf-8")
+            write_whole(run.recipe, recipe_text)
     except OSError as error:
         raise RunError(f"the run folder {run.root} cannot be made ({error.strerror}); set output_dir") from error
 
 
 def write_json(path: Path, content: dict[str, Any], indent: int | None = 2) -> None:
-    """Write JSON so that a reader sees the old file or the new one, never half of it; in one line without `indent`."""
+    """Write JSON as `write_whole` does; in one line without `indent`."""
+    write_whole(path, json.dumps(content, indent=indent, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old one or the new one, never half of it, and after a power cut, too."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    text = json.dumps(content, indent=indent, ensure_ascii=False, allow_nan=False)
-    temporary.write_text(text + "\n", encoding="utf-8")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def _is_json(path: Path) -> bool:
+    """Return whether a file is there and whole; the Trainer's may be empty after a power cut."""
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def open_finished(folder: str | Path) -> RunFolder:

@@ -14,10 +14,8 @@ LABELS = ("a", "b", "c")
 def made_up_sweep(tmp_path):
     """Return a function that writes a sweep whose runs are drawn: an arm's accuracy is 0.6 plus its `gains`."""
 
-    def make(gains=None, seeds="4", texts=120, leave_out=(), sampler="grid", **axes):
-        plan = make_plan(
-            "trec/minilm", [f"output_dir={tmp_path}"], seeds=seeds, name="made-up", sampler=sampler, **axes
-        )
+    def make(gains=None, seeds="4", texts=120, leave_out=(), sampler="grid", name="made-up", **axes):
+        plan = make_plan("trec/minilm", [f"output_dir={tmp_path}"], seeds=seeds, name=name, sampler=sampler, **axes)
         plan.folder.mkdir()
         write_plan(plan)
         gold = np.random.default_rng(0).integers(0, len(LABELS), texts)

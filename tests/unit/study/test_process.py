@@ -135,3 +135,11 @@ class TestFinished:
         drop_checkpoints(recipe)
         drop_checkpoints(recipe)
         assert not (recipe.run_dir / "checkpoints").exists()
+
+
+def test_a_result_that_cannot_be_read_is_told(plan):
+    recipe = plan.recipe_of(plan.cells[0])
+    recipe.run_dir.mkdir(parents=True)
+    (recipe.run_dir / "result.json").write_text("")  # after a power cut
+    with pytest.raises(SweepError, match=r"result\.json cannot be read .*remove it, and the run goes on"):
+        finished_result(recipe)

@@ -90,7 +90,12 @@ def test_arms_are_compared_with_none_and_their_cost_is_told(made_up_sweep):
     assert list(found) == ["none", "neftune", "mask 0.1", "mask 0.1 + neftune"]
     assert found["mask 0.1 + neftune"]["cost"] == 2.0
     assert found["mask 0.1"]["cost"] == 1.0
-    assert "differences from no regularizer" in report.markdown.read_text()
+    text = report.markdown.read_text()
+    assert "differences from no regularizer" in text
+    assert "Gain over no regularizer" in text
+    assert "macro-F1 against no regularizer" in text
+    assert "no masking" not in text
+    assert "its arms pad the same batches" in text
 
 
 def test_what_few_seeds_cannot_show_is_said(made_up_sweep):
@@ -98,6 +103,26 @@ def test_what_few_seeds_cannot_show_is_said(made_up_sweep):
     assert "With 3 seeds the sign-flip test cannot give a p-value below 0.25" in said
     assert "6 seeds are the least for .05" in said
     assert "not a difference that the seeds establish (p = 0.25" in said
+
+
+def test_an_arm_that_lacks_seeds_does_not_speak_for_the_others(made_up_sweep):
+    gone = [f"p0.3-seed{seed}" for seed in range(3, 9)]
+    said = sweep_report(made_up_sweep({"p0.1": 0.3}, p="0,0.1,0.3", seeds="8", leave_out=gone)).summary
+    assert "p = 0.1: macro-F1 higher on average" in said
+    assert "a difference that the seeds establish" in said
+    assert "With 2 seeds the sign-flip test cannot" in said
+    assert "no difference can be established for p = 0.3." in said
+    assert "6 runs have no result and are left out" in said
+    assert "Where --prune stopped them, they are the worse ones" in said
+
+
+def test_the_correction_is_told_for_each_setting(made_up_sweep):
+    one = sweep_report(made_up_sweep(p="0,0.1", seeds="6")).summary
+    assert "single arm" not in one
+    several = made_up_sweep(p="0,0.1", seeds="6", grid=["adapter.r=2,4,8,16"], name="several")
+    assert "single arm" not in sweep_report(several).summary  # four settings, one comparison in each
+    rates = sweep_report(made_up_sweep(p="0,0.1,0.2", seeds="6", name="rates")).summary
+    assert "smallest of 2 by 2: a single arm cannot reach .05" in rates
 
 
 def test_enough_seeds_and_a_real_difference(made_up_sweep):

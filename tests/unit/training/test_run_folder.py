@@ -2,13 +2,15 @@
 
 import json
 import math
+import os
+from pathlib import Path
 
 import pytest
 
 from tokmask_peft.errors import RunError
 from tokmask_peft.recipe import Recipe
 from tokmask_peft.recipe.io import to_yaml
-from tokmask_peft.training.run_folder import RunFolder, check_run, open_finished, write_json
+from tokmask_peft.training.run_folder import RunFolder, check_run, open_finished, start_run, write_json
 
 
 @pytest.fixture
@@ -93,6 +95,8 @@ class TestLastCheckpoint:
         whole = self.checkpoint(begun, "checkpoint-10")
         self.checkpoint(begun, "checkpoint-20", complete=False)
         self.checkpoint(begun, "checkpoint-30.tmp")
+        for step, left in ((25, ""), (26, '{"global_step": 2')):  # after a power cut
+            (self.checkpoint(begun, f"checkpoint-{step}") / "trainer_state.json").write_text(left)
         self.checkpoint(begun, "checkpoint-best")
         (begun.checkpoints / "checkpoint-40").write_text("a file")
         assert begun.last_checkpoint() == whole
@@ -130,6 +134,22 @@ class TestWriteJson:
         with pytest.raises(KeyboardInterrupt):
             write_json(path, {"a": 3})
         assert json.loads(path.read_text()) == {"a": 2}
+
+    def test_what_it_renames_is_on_the_disk(self, tmp_path, monkeypatch):
+        done = []
+        sync, rename = os.fsync, Path.replace
+        monkeypatch.setattr("os.fsync", lambda number: done.append("sync") or sync(number))
+        monkeypatch.setattr("pathlib.Path.replace", lambda *both: done.append("rename") or rename(*both))
+        write_json(tmp_path / "result.json", {"a": 1})
+        assert done == ["sync", "rename"]
+
+
+def test_a_recipe_is_whole_or_not_there(tmp_path, monkeypatch):
+    run = RunFolder(tmp_path / "mine")
+    monkeypatch.setattr("pathlib.Path.replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        start_run(run, "name: mine\n")
+    assert not run.recipe.exists()
 
 
 class TestOpenFinished:
