@@ -18,6 +18,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
+from transformers import DataCollatorWithPadding
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from workload import CPU, MINILM, benchmark_texts, matrix_rate, ratio, report
 
@@ -51,10 +52,13 @@ class Arm:
         self.as_trained.enter_context(inputs_as_they_come(self.model, self.bf16))
         TokenMasker.attach(self.model, self.tokenizer, TokenMaskConfig(p=0.1))
         self.trained = [weight for weight in self.model.parameters() if weight.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4)
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4, fused=True)
         self.loss = ClassificationLoss()
-        packed = batching == "padding_free"
-        self.collate = PackedCollator("sequence") if packed else collator(self.tokenizer, "sequence")
+        self.collate = {
+            "padded": DataCollatorWithPadding(self.tokenizer),  # to the longest text exactly, as the tutorials do
+            "grouped": collator(self.tokenizer, "sequence"),
+            "padding_free": PackedCollator("sequence"),
+        }[batching]
 
     def batches(self, rows: list[dict[str, Any]], turn: int) -> Iterator[dict[str, Any]]:
         """Make the batches of one round, as the Trainer samples them."""

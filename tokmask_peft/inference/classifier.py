@@ -97,7 +97,10 @@ class Classifier:
         self.forward = Forward(self.model, tokenizer.pad_token_id, task, dtype)
 
     def predict(self, texts: Sequence[str] | Sequence[Sequence[str]], batch_size: int = BATCH_SIZE) -> list[Answer]:
-        """Classify texts; the answers do not hang on `batch_size`, nor on the other texts.
+        """Classify texts.
+
+        The answers do not hang on `batch_size`, nor on the other texts: exactly so in padding-free passes (on CPUs,
+        where the backbone allows them), else but for rounding, which in bf16 comes to thousandths of a probability.
 
         A text longer than `max_length` sub-tokens is read in windows. In sequence tasks their logits are averaged,
         weighted by their sub-tokens; so the temperature changes no label there either. In token tasks the windows

@@ -76,7 +76,7 @@ def explain(
         texts: as for `Classifier.predict`.
         word: token tasks: the word whose label is to be explained by all words: its index from 0, from the end if
             negative, or itself; none explains each word's label by the word itself.
-        batch_size: windows per forward pass; changes no influence.
+        batch_size: windows per forward pass.
 
     Raises:
         DataError: a text is empty or invalid, or has no such word; `word` is given in a sequence task.

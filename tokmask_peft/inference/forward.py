@@ -1,4 +1,4 @@
-"""Windows of sub-tokens through a model in batches; no answer hangs on its batch."""
+"""Windows of sub-tokens through a model in batches; on packed rows no answer hangs on its batch."""
 
 from __future__ import annotations
 

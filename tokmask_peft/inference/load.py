@@ -51,8 +51,7 @@ def load(
     why = "as asked" if device is not None else "a GPU is there" if place.type == "cuda" else "no GPU was found"
     decisions = [Decision("device", str(place), why)]
     if loaded.quantization == "none":
-        module, decision = merge_if_harmless(module)
-        module = module.to(place)
+        module, decision = merge_if_harmless(module.to(place))
         decisions.append(decision)
     for decision in loaded.decisions:
         if decision.what == "quantization" and reason is not None:

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -68,6 +70,15 @@ def test_the_share_that_decides_is_that_of_the_worst_matrix(monkeypatch):
         monkeypatch.setattr("tokmask_peft.model.merging.MOST_ROUNDED", limit)
         assert merge_if_harmless(adapted(0.002)[0])[1].choice == choice
     assert 0 < MOST_ROUNDED < 1
+
+
+def test_some_rows_stand_for_all(monkeypatch):
+    shares = []
+    for rows in (16, 10_000):
+        monkeypatch.setattr("tokmask_peft.model.merging.SAMPLED", rows)
+        shares.append(merge_if_harmless(adapted(0.05)[0])[1].reason)
+    some, whole = (float(re.search(r"up to ([\d.]+)%", reason)[1]) for reason in shares)
+    assert some == pytest.approx(whole, rel=0.2)
 
 
 @pytest.mark.parametrize(("dtype", "choice"), [(torch.float32, "merged"), (torch.bfloat16, "kept apart")])
