@@ -30,8 +30,8 @@ def page() -> str:
     parts = [
         "# Benchmarks",
         "Written by `python benchmarks/tables.py` from the JSON in `benchmarks/results`, which holds every round; "
-        "`make bench` measures again, but for what says otherwise. Medians and ranges over rounds that take turns in one "
-        "process; CPU time, unless it says otherwise, so that ratios say more than seconds.",
+        "`make bench` measures again, but for what says otherwise. Medians and ranges over rounds that take turns in "
+        "one process; CPU time, unless it says otherwise, so that ratios say more than seconds.",
     ]
     for name, title in TITLES.items():
         path = RESULTS / f"{name}.json"
