@@ -141,6 +141,34 @@ def test_the_command_reads_no_weights(write_recipe, tokmask, tiny_backbone, tmp_
     assert found["quantization"] == "none"
 
 
+def test_validation_and_test_texts_count_as_they_are_evaluated(write_recipe, data_folder, tmp_path, monkeypatch):
+    own = tmp_path / "long-test"
+    own.mkdir()
+    for file in data_folder.glob("*.tsv"):
+        (own / file.name).write_text(file.read_text())
+    with (own / "test.tsv").open("a") as file:
+        file.writelines(f"{'casa amigo ' * 45}{number}\tpositive\n" for number in range(150))
+    recipe = load_recipe(
+        write_recipe(), [*SHORT, f"data.path={own}", "data.max_length=64", "training.eval_batch_size=128"]
+    )
+    found = fits.without_training(recipe)[0].shapes
+    assert max(found.largest.lengths) < 64
+    assert found.evaluation.lengths == (64,) * 128  # there are 96 texts to train on
+    casts, forecast = [], fits.forecast
+    monkeypatch.setattr(fits, "forecast", lambda *given, **more: casts.append(forecast(*given, **more)) or casts[-1])
+    monkeypatch.setattr(OrderedEvalTrainer, "train", lambda *_, **__: pytest.fail("said before"))
+    with pytest.raises(pytest.fail.Exception):
+        tokmask_peft.train(recipe, quiet=True)
+    assert casts[0].shapes == found
+
+
+def test_the_estimate_s_batches_are_padded_where_neftune_asks_for_it(write_recipe):
+    recipe = load_recipe(write_recipe(), ["training.batching=padding_free"])
+    assert fits.without_training(recipe)[0].shapes.largest.packed
+    noisy = load_recipe(write_recipe(), ["training.batching=padding_free", "training.neftune_alpha=5"])
+    assert not fits.without_training(noisy)[0].shapes.largest.packed
+
+
 def test_the_report_as_it_is_read(write_recipe, capsys):
     from tokmask_peft.memory_report import print_report
 

@@ -40,6 +40,7 @@ from tokmask_peft.training.trainer import (
     scorer,
     training_arguments,
 )
+from tokmask_peft.training.workload import Lengths
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,10 @@ class Session:
 
     def decide_on_memory(self) -> Decision:
         """Decide on gradient checkpointing, and warn of what will not fit."""
-        lengths = self.train.encoded.dataset["length"]
+        evaluated = (self.validation, self.test) if self.test is not None else (self.validation,)
+        lengths = Lengths(
+            self.train.encoded.dataset["length"], tuple(split.encoded.dataset["length"] for split in evaluated)
+        )
         batching = self.recipe.training.batching
         self.recipe, decision, warning = before_training(self.recipe, self.backbone, batching, lengths, self.device)
         if self.recipe.model.gradient_checkpointing is True:

@@ -11,7 +11,7 @@ from tokmask_peft.model.memory.estimate import Estimate, Setting
 from tokmask_peft.model.memory.remedies import changed, remedies, smaller_batch
 from tokmask_peft.model.memory.room import Room, device_room, gpu_room
 from tokmask_peft.training.fits import forecast, ways_out
-from tokmask_peft.training.workload import workload
+from tokmask_peft.training.workload import Lengths, workload
 
 GIB = 2**30
 
@@ -74,22 +74,25 @@ def test_checkpointing_is_switched_on_where_the_rest_does_not_fit():
     model, _ = build("qwen2")
     setting = Setting(model.config, "cpu", "none", torch.float32)
     recipe = make_recipe("x", data={"max_length": 64}, training={"batching": "padded"})
-    easy = forecast(recipe, setting, "padded", [10, 20, 64] * 20, Room(10 * GIB, "RAM"))
+    mixed = Lengths([10, 20, 64] * 20, ([10, 20, 64] * 20,))
+    easy = forecast(recipe, setting, "padded", mixed, Room(10 * GIB, "RAM"))
     assert (easy.decision.choice, easy.recipe.model.gradient_checkpointing, easy.fits) == ("off", False, True)
     assert easy.usual.total <= easy.largest.total
     less = easy.largest.total - easy.largest.step // 4
-    tight = forecast(recipe, setting, "padded", [10, 20, 64] * 20, Room(int(less / 0.95), "RAM"))
+    tight = forecast(recipe, setting, "padded", mixed, Room(int(less / 0.95), "RAM"))
     assert (tight.decision.choice, tight.recipe.model.gradient_checkpointing) == ("on", True)
     assert "without" in tight.decision.reason
     asked = changed(recipe, {"model.gradient_checkpointing": False})
-    refused = forecast(asked, setting, "padded", [64] * 40, Room(int(less / 0.95), "RAM"))
+    long = Lengths([64] * 40, ([64] * 40,))
+    refused = forecast(asked, setting, "padded", long, Room(int(less / 0.95), "RAM"))
     assert (refused.decision.choice, refused.fits) == ("off", False)
-    assert any(remedy.fits for remedy in ways_out(refused, setting, "padded", [64] * 40))
+    assert any(remedy.fits for remedy in ways_out(refused, setting, "padded", long))
 
 
 def test_shapes_of_batches():
     recipe = make_recipe("x", training={"batch_size": 4, "eval_batch_size": 6}, data={"max_length": 50})
-    lengths = [3, 9, 9, 9, 12, 12, 17, 80] * 4
+    texts = [3, 9, 9, 9, 12, 12, 17, 80] * 4
+    lengths = Lengths(texts, (texts,))
     padded = workload(recipe, "padded", lengths)
     assert padded.largest.lengths == (56,) * 4  # cut at 50, padded to a multiple of 8
     assert padded.evaluation.lengths == (56,) * 6
@@ -100,5 +103,18 @@ def test_shapes_of_batches():
     assert packed.usual.tokens < packed.largest.tokens <= 4 * 50
     assert workload(recipe, "padded", None).largest.lengths == (50,) * 4
     assert workload(recipe, "padding_free", None).largest.tokens == 200
-    few = workload(recipe, "padded", [5, 6])
+    few = workload(recipe, "padded", Lengths([5, 6], ([5, 6],)))
     assert len(few.largest.lengths) == 2
+    assert few.evaluation.lengths == (8,) * 2
+
+
+@pytest.mark.parametrize("budget", [None, 128])
+def test_the_batch_of_an_evaluation_is_of_the_texts_that_are_evaluated(budget):
+    training = {"batch_size": 4, "eval_batch_size": 32, "tokens_per_batch": budget, "batching": "padded"}
+    recipe = make_recipe("x", training=training, data={"max_length": 100})
+    more_and_longer = workload(recipe, "padded", Lengths([8] * 10, ([20] * 12, [9, 70] * 40)))
+    assert more_and_longer.largest.lengths[0] == 8
+    assert more_and_longer.evaluation.lengths == (72,) * 32
+    fewer_and_shorter = workload(recipe, "padded", Lengths([90] * 50, ([20] * 12, [9, 30] * 3)))
+    assert fewer_and_shorter.evaluation.lengths == (32,) * 12
+    assert workload(recipe, "padded", None).evaluation.lengths == (104,) * 32
