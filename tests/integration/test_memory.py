@@ -49,6 +49,10 @@ def test_running_out_of_memory_names_the_keys_to_change(write_recipe, monkeypatc
     assert "training.batch_size=4 training.gradient_accumulation=2; training.auto_batch=true" in message
     assert "model.gradient_checkpointing=true" in message
     assert "tokmask estimate" in message
+    assert "model.embedding=offload" in message
+    with pytest.raises(RunError, match="out of memory in training") as caught:
+        train(write_recipe("gemma3"), "oom-gemma3")
+    assert "model.embedding" not in str(caught.value)
 
 
 def test_running_out_of_memory_in_evaluation_blames_evaluation(write_recipe, monkeypatch):

@@ -12,6 +12,8 @@ from tokmask_peft.model.decisions import Decision, choose_precision, choose_quan
 from tokmask_peft.model.memory.estimate import Estimate, Setting, estimate
 from tokmask_peft.model.memory.remedies import Remedy, changed, remedies
 from tokmask_peft.model.memory.room import Room, device_room, gpu_room
+from tokmask_peft.model.memory.skeleton import bare_model
+from tokmask_peft.model.placement import placement_problem
 from tokmask_peft.recipe import Recipe
 from tokmask_peft.training.workload import Lengths, Workload, workload
 
@@ -104,7 +106,8 @@ def ways_out(cast: Forecast, setting: Setting, batching: str, lengths: Lengths |
         return estimate(recipe, there, shapes.largest, shapes.evaluation)
 
     decided = changed(cast.recipe, {"model.quantization": setting.quantization})
-    return remedies(decided, count, cast.room, setting.device_type != "cpu")
+    movable = placement_problem(bare_model(setting.config, cast.recipe.data.task, setting.dtype)) is None
+    return remedies(decided, count, cast.room, setting.device_type != "cpu", movable)
 
 
 def without_training(recipe: Recipe, gpu: str | None = None) -> tuple[Forecast, Setting, list[Remedy]]:
@@ -123,7 +126,6 @@ def without_training(recipe: Recipe, gpu: str | None = None) -> tuple[Forecast, 
     from transformers import AutoConfig
 
     from tokmask_peft.model.backbone import backbone_location, load_problem
-    from tokmask_peft.model.memory.skeleton import bare_model
     from tokmask_peft.model.padding_free import choose_batching
 
     room = None if gpu is None else gpu_room(gpu)

@@ -19,6 +19,7 @@ from tokmask_peft.model.head import head_modules
 from tokmask_peft.model.memory.gpu_rules import checkpointing_options
 from tokmask_peft.model.memory.skeleton import bare_model, skeleton, with_layers
 from tokmask_peft.model.memory.step import Shape, count_forward, count_step
+from tokmask_peft.model.placement import check_placement
 from tokmask_peft.recipe import Recipe
 
 MIB = 2**20
@@ -105,6 +106,7 @@ def estimate(recipe: Recipe, setting: Setting, training: Shape, evaluation: Shap
         ModelError: the recipe does not fit the backbone.
     """
     full = bare_model(setting.config, recipe.data.task, setting.dtype)
+    check_placement(full, recipe.model.embedding)
     layers = int(full.config.num_hidden_layers)  # type: ignore[union-attr, arg-type]
     upper = adapted_layers(full, recipe.adapter.layers)
     adapted = layers if upper is None else len(upper)

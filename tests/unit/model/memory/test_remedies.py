@@ -5,12 +5,13 @@ import torch
 from measured import make_recipe
 from tiny_models import build
 
-from tokmask_peft.errors import RecipeError
+from tokmask_peft.errors import ModelError, RecipeError, RunError
 from tokmask_peft.model.memory import room as room_module
 from tokmask_peft.model.memory.estimate import Estimate, Setting
 from tokmask_peft.model.memory.remedies import changed, remedies, smaller_batch
 from tokmask_peft.model.memory.room import Room, device_room, gpu_room
 from tokmask_peft.training.fits import forecast, ways_out
+from tokmask_peft.training.out_of_memory import explained_memory_errors
 from tokmask_peft.training.workload import Lengths, workload
 
 GIB = 2**30
@@ -35,18 +36,49 @@ def counted(recipe):
 
 def test_single_changes_come_first_and_then_what_fits_together():
     recipe = make_recipe("x", model={"quantization": "nf4", "gradient_checkpointing": False})
-    found = remedies(recipe, counted, Room(3 * GIB, "a GPU"), gpu=True)
+    found = remedies(recipe, counted, Room(3 * GIB, "a GPU"), gpu=True, movable=True)
     assert [remedy.text for remedy in found if remedy.fits] == [
         "training.batch_size=8 training.gradient_accumulation=4 training.eval_batch_size=32",
         "model.gradient_checkpointing=true",
     ]
-    tight = remedies(recipe, counted, Room(int(0.9 * GIB), "a GPU"), gpu=True)
+    tight = remedies(recipe, counted, Room(int(0.9 * GIB), "a GPU"), gpu=True, movable=True)
     assert [remedy.fits for remedy in tight] == [False] * (len(tight) - 1) + [True]
     assert {"training.batch_size", "model.embedding"} <= set(tight[-1].changes)
     assert counted(changed(recipe, tight[-1].changes)).total == tight[-1].total
-    assert not any(remedy.fits for remedy in remedies(recipe, counted, Room(GIB // 4, "a GPU"), gpu=True))
-    on_cpu = remedies(recipe, counted, Room(GIB // 4, "RAM"), gpu=False)
+    assert not any(remedy.fits for remedy in remedies(recipe, counted, Room(GIB // 4, "a GPU"), gpu=True, movable=True))
+    on_cpu = remedies(recipe, counted, Room(GIB // 4, "RAM"), gpu=False, movable=True)
     assert not any("embedding" in remedy.text or "quantization" in remedy.text for remedy in on_cpu)
+
+
+@pytest.mark.parametrize(("family", "moves"), [("qwen2", True), ("gemma3", False)])
+def test_the_embedding_is_moved_only_where_that_works(family, moves):
+    model, _ = build(family)
+    setting = Setting(model.config, "cuda", "none", torch.float32)
+    recipe = make_recipe("x", model={"gradient_checkpointing": False}, training={"batch_size": 2})
+    tight = forecast(recipe, setting, "padded", None, Room(GIB // 2, "a GPU"))
+    offered = [remedy.text for remedy in ways_out(tight, setting, "padded", None)]
+    assert ("model.embedding=offload" in " ".join(offered)) == moves
+    offload = changed(recipe, {"model.embedding": "offload"})
+    if moves:
+        assert forecast(offload, setting, "padded", None, None).largest.embedding == 0
+    else:
+        with pytest.raises(ModelError, match=r"model.embedding=offload needs a plain lookup.*ScaledWordEmbedding"):
+            forecast(offload, setting, "padded", None, None)
+
+
+@pytest.mark.parametrize("evaluating", [True, False])
+def test_running_out_offers_only_what_works(evaluating):
+    def told(movable, **sections):
+        recipe = make_recipe("x", **sections)
+        with pytest.raises(RunError) as caught, explained_memory_errors(recipe, movable, evaluating=evaluating):
+            raise MemoryError
+        return str(caught.value)
+
+    assert "model.embedding=offload (on a GPU)" in told(movable=True)
+    assert "model.embedding" not in told(movable=False)
+    with_row = told(movable=True, masking={"trainable_mask": True})
+    assert "model.embedding" not in with_row
+    assert "adapter.layers" not in with_row
 
 
 @pytest.mark.parametrize(("text", "size"), [("6GB", 6), ("4 GiB", 4), ("7.5", 7.5), ("8gb", 8), ("80G", 80)])
