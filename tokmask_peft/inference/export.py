@@ -73,7 +73,7 @@ def export_merged(
         raise ModelError(f"precision is {precision}, expected fp32 or bf16")
     target = check_folder(folder)
     saved = model if isinstance(model, SavedAdapter) else find_saved(model, backbone)
-    plain = saved.model.model_copy(update={"quantization": "none", "precision": "fp32"})
+    plain = saved.model.model_copy(update={"quantization": "none", "precision": "fp32", "embedding": "resident"})
     loaded = load_backbone(plain, saved.task, saved.labels, torch.device("cpu"))
     probes = ordinary_batch(_PROBES, _PROBE_LENGTH, loaded.tokenizer)
     adapted = load_adapter(loaded, saved.folder)
@@ -107,6 +107,11 @@ def _notes(saved: SavedAdapter, precision: str, rounding: float) -> list[str]:
         notes.append(
             f"the adapter was trained on the {saved.model.quantization} backbone and is merged into the unquantized "
             "one: the logits are those of the adapter on the unquantized backbone, not those of the run"
+        )
+    if saved.model.embedding == "8bit":
+        notes.append(
+            "the adapter was trained on the 8-bit embedding and is merged into the backbone with the exact one: the "
+            "logits are those of the adapter on the exact embedding, not those of the run"
         )
     if precision == "bf16":
         notes.append(f"the weights are rounded to bf16, which moves logits by up to {rounding:.2g}")

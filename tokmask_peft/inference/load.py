@@ -43,7 +43,7 @@ def load(
     """
     saved = model if isinstance(model, SavedAdapter) else find_saved(model, backbone)
     place = _device(device)
-    config, reason = _held(saved.model, place, quantization, precision)
+    config, reasons = _held(saved.model, place, quantization, precision)
     loaded = load_backbone(config, saved.task, saved.labels, place)
     if place.type == "cpu" and padding_free_problem(loaded.model) is None:
         enable_padding_free(loaded.model)
@@ -54,10 +54,10 @@ def load(
         module, decision = merge_if_harmless(module.to(place))
         decisions.append(decision)
     for decision in loaded.decisions:
-        if decision.what == "quantization" and reason is not None:
-            decision = Decision("quantization", decision.choice, reason)
         if decision.what != "device":
-            decisions.append(decision)
+            decisions.append(Decision(decision.what, decision.choice, reasons.pop(decision.what, decision.reason)))
+    if "embedding" in reasons:  # a resident one is no decision of the backbone's
+        decisions.append(Decision("embedding", config.embedding, reasons["embedding"]))
     return Classifier(
         module.eval(),
         loaded.tokenizer,
@@ -89,18 +89,24 @@ def _device(asked: str | torch.device | None) -> torch.device:
 
 def _held(
     trained: ModelConfig, device: torch.device, quantization: str | None, precision: str | None
-) -> tuple[ModelConfig, str | None]:
-    """Return how to hold the backbone, and the reason where it is not the user's wish."""
+) -> tuple[ModelConfig, dict[str, str]]:
+    """Return how to hold the backbone, and the reasons, by what was decided, where it is not the user's wish."""
     if quantization not in (None, "nf4", "int8", "none") or precision not in (None, "auto", "bf16", "fp32"):
         raise ModelError("quantization is nf4, int8 or none; precision is bf16 or fp32")
-    reason = None
+    reasons = {}
     if quantization is None:
-        quantization, reason = trained.quantization, "as in training"
+        quantization, reasons["quantization"] = trained.quantization, "as in training"
         if quantization != "none" and (problem := bitsandbytes_problem(device.type)):
-            quantization, reason = "none", f"trained on {trained.quantization}, but {problem}: results differ slightly"
-    return trained.model_copy(
-        update={"quantization": quantization, "precision": precision or trained.precision}
-    ), reason
+            quantization = "none"
+            reasons["quantization"] = f"trained on {trained.quantization}, but {problem}: results differ slightly"
+    embedding = trained.embedding
+    if embedding == "offload" and device.type == "cpu":
+        embedding = "resident"  # the host's memory is the device's: the same lookup
+    elif embedding == "8bit" and (problem := bitsandbytes_problem(device.type)):
+        embedding = "resident"
+        reasons["embedding"] = f"trained on the 8-bit embedding, but {problem}: results differ slightly"
+    held = {"quantization": quantization, "precision": precision or trained.precision, "embedding": embedding}
+    return trained.model_copy(update=held), reasons
 
 
 def _model_limit(model: nn.Module, tokenizer: Any) -> int:

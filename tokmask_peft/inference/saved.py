@@ -41,7 +41,7 @@ class SavedAdapter:
         folder: holds `adapter_config.json`, the weights and `labels.json`.
         task: `sequence` or `token`.
         labels: label names in the order of the classifier's outputs.
-        model: the backbone, with `quantization` and `precision` as trained.
+        model: the backbone, with `quantization`, `precision` and `embedding` as trained.
         max_length: sub-tokens per text in training; none if not known.
         temperature: divides the logits; 1 without a calibration.
         masking: how tokens were masked in training; none if not known.
@@ -171,7 +171,11 @@ def _model_config(
     if recipe is not None:
         settings = recipe.model.model_dump()
     elif loading is not None:
-        settings |= {"backbone_path": loading.package, "revision": loading.revision}
+        settings |= {
+            "backbone_path": loading.package,
+            "revision": loading.revision,
+            "embedding": loading.embedding,
+        }
     if loading is not None:
         # bf16 where the hardware has it
         precision = "auto" if loading.precision == "bf16" else "fp32"

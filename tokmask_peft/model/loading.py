@@ -24,6 +24,7 @@ class Loading:
         revision: the backbone's revision on the Hub.
         quantization: what the backbone was held in while the adapter was trained: nf4, int8 or none.
         precision: bf16 or fp32, as it was trained.
+        embedding: where the input embedding lay, as in the recipe; 8bit rounds it.
     """
 
     max_length: int | None = None
@@ -31,13 +32,14 @@ class Loading:
     revision: str | None = None
     quantization: str = "none"
     precision: str = "fp32"
+    embedding: str = "resident"
 
     @classmethod
     def of(cls, model: ModelConfig, max_length: int, quantization: str, precision: str) -> Self:
         """Describe a run that was trained with `model`, as its choices came out."""
         path = model.backbone_path
         package = path if path is not None and path.startswith("package:") else None
-        return cls(max_length, package, model.revision, quantization, precision)
+        return cls(max_length, package, model.revision, quantization, precision, model.embedding)
 
     @classmethod
     def read(cls, adapter: Path) -> Self | None:
@@ -67,6 +69,8 @@ class Loading:
             raise ModelError(f"{path}: max_length is {self.max_length!r}, expected a whole number from 4 on")
         if self.quantization not in ("nf4", "int8", "none") or self.precision not in ("bf16", "fp32"):
             raise ModelError(f"{path}: quantization or precision is unknown: {self.quantization}, {self.precision}")
+        if self.embedding not in ("resident", "offload", "8bit"):
+            raise ModelError(f"{path}: embedding is {self.embedding!r}, expected resident, offload or 8bit")
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-able form."""

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokmask_peft.errors import ModelError
+from tokmask_peft.errors import MaskTokenError, ModelError
 from tokmask_peft.masking.embedding import find_embedding
 from tokmask_peft.model.decisions import Decision, bitsandbytes_problem
 
@@ -52,6 +52,28 @@ class HostEmbedding(nn.Module):
         return f"{self.num_embeddings}, {self.embedding_dim}, on the host"
 
 
+def placement_problem(model: nn.Module) -> str | None:
+    """Return why the input embedding of a model can only be resident, or None if it can lie elsewhere."""
+    owner: Any = model
+    try:
+        embedding = find_embedding(model)
+    except MaskTokenError as error:
+        return str(error)
+    if type(embedding) is not nn.Embedding:
+        return f"this one is a {type(embedding).__name__}"
+    return None if owner.get_output_embeddings() is None else "this one is shared with the output"
+
+
+def check_placement(model: nn.Module, wanted: Placement) -> None:
+    """Refuse what the input embedding of a model cannot do.
+
+    Raises:
+        ModelError: it can only be resident.
+    """
+    if wanted != "resident" and (problem := placement_problem(model)):
+        raise ModelError(f"model.embedding={wanted} needs a plain lookup, and {problem}: use resident")
+
+
 def place_embedding(model: nn.Module, wanted: Placement, device: torch.device) -> tuple[Decision, ...]:
     """Put the input embedding of a frozen model where the recipe says, in place.
 
@@ -65,11 +87,9 @@ def place_embedding(model: nn.Module, wanted: Placement, device: torch.device) -
     """
     if wanted == "resident":
         return ()
+    check_placement(model, wanted)
     owner: Any = model
-    embedding = find_embedding(model)
-    if type(embedding) is not nn.Embedding or owner.get_output_embeddings() is not None:
-        what = "shared with the output" if type(embedding) is nn.Embedding else f"a {type(embedding).__name__}"
-        raise ModelError(f"model.embedding={wanted} needs a plain lookup, and this one is {what}: use resident")
+    embedding: Any = find_embedding(model)
     weight = embedding.weight
     full = weight.numel() * weight.element_size() / 2**20
     placed: nn.Module

@@ -26,7 +26,7 @@ class ModelConfig(Section):
     revision: str | None = Field(None, description="revision of the backbone on the Hub")
     quantization: Literal["auto", "nf4", "int8", "none"] = Field(
         "auto",
-        description="auto: 4-bit NF4 on a GPU when bitsandbytes runs there, none on a CPU (where it saves nothing)",
+        description="auto: 4-bit NF4 where bitsandbytes runs on the device, a CPU too, else none",
     )
     precision: Literal["auto", "bf16", "fp32"] = Field(
         "auto", description="auto: bf16 where the hardware has it, else fp32"

@@ -49,7 +49,7 @@ def fit(recipe: Recipe, write_card: CardWriter, *, resume: bool = False, quiet: 
     state.wait_for_everyone()
     session, decisions, text = _open(recipe, run, console, state.device)
     print_decisions(console, decisions)
-    with explained_memory_errors(session.recipe):
+    with explained_memory_errors(session.recipe, session.movable):
         return session.run_to_end(decisions, resume, text, write_card)
 
 
@@ -85,7 +85,7 @@ def train_only(
     session, decisions, _ = _open(recipe, RunFolder(folder), console, state.device)
     print_decisions(console, decisions)
     display = ProgressDisplay(console)
-    with explained_memory_errors(session.recipe):
+    with explained_memory_errors(session.recipe, session.movable):
         trainer = session.trainer([display])
         trainer.args.eval_strategy = trainer.args.save_strategy = "no"
         trainer.args.load_best_model_at_end = False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +12,10 @@ from tokmask_peft.model.decisions import Decision, choose_precision, choose_quan
 from tokmask_peft.model.memory.estimate import Estimate, Setting, estimate
 from tokmask_peft.model.memory.remedies import Remedy, changed, remedies
 from tokmask_peft.model.memory.room import Room, device_room, gpu_room
+from tokmask_peft.model.memory.skeleton import bare_model
+from tokmask_peft.model.placement import placement_problem
 from tokmask_peft.recipe import Recipe
-from tokmask_peft.training.workload import Workload, workload
+from tokmask_peft.training.workload import Lengths, Workload, workload
 
 GIB = 2**30
 USUAL_CLASSES = 3
@@ -51,7 +52,7 @@ def forecast(
     recipe: Recipe,
     setting: Setting,
     batching: str,
-    lengths: Sequence[int] | None,
+    lengths: Lengths | None,
     room: Room | None,
     *,
     usual: bool = True,
@@ -62,7 +63,7 @@ def forecast(
         recipe: to estimate.
         setting: backbone and device.
         batching: as decided.
-        lengths: sub-tokens of each training text, where they are at hand.
+        lengths: of the texts, where they are at hand.
         room: what there is, if that is known.
         usual: estimate a usual batch, too, which takes as long again.
 
@@ -93,7 +94,7 @@ def forecast(
     return Forecast(plain, decision, shapes, found, ordinary, room)
 
 
-def ways_out(cast: Forecast, setting: Setting, batching: str, lengths: Sequence[int] | None) -> list[Remedy]:
+def ways_out(cast: Forecast, setting: Setting, batching: str, lengths: Lengths | None) -> list[Remedy]:
     """Return what could be changed where a run does not fit."""
     if cast.room is None:
         return []
@@ -105,7 +106,8 @@ def ways_out(cast: Forecast, setting: Setting, batching: str, lengths: Sequence[
         return estimate(recipe, there, shapes.largest, shapes.evaluation)
 
     decided = changed(cast.recipe, {"model.quantization": setting.quantization})
-    return remedies(decided, count, cast.room, setting.device_type != "cpu")
+    movable = placement_problem(bare_model(setting.config, cast.recipe.data.task, setting.dtype)) is None
+    return remedies(decided, count, cast.room, setting.device_type != "cpu", movable)
 
 
 def without_training(recipe: Recipe, gpu: str | None = None) -> tuple[Forecast, Setting, list[Remedy]]:
@@ -124,7 +126,6 @@ def without_training(recipe: Recipe, gpu: str | None = None) -> tuple[Forecast, 
     from transformers import AutoConfig
 
     from tokmask_peft.model.backbone import backbone_location, load_problem
-    from tokmask_peft.model.memory.skeleton import bare_model
     from tokmask_peft.model.padding_free import choose_batching
 
     room = None if gpu is None else gpu_room(gpu)
@@ -152,7 +153,9 @@ def without_training(recipe: Recipe, gpu: str | None = None) -> tuple[Forecast, 
     dtype = torch.bfloat16 if chosen[0] == "bf16" else torch.float32
     setting = Setting(config, device.type, chosen[1], dtype)
     try:
-        batching = choose_batching(recipe.training.batching, bare_model(config, recipe.data.task, dtype)).choice
+        bare = bare_model(config, recipe.data.task, dtype)
+        noisy = recipe.training.neftune_alpha is not None
+        batching = choose_batching(recipe.training.batching, bare, neftune=noisy).choice
         cast = forecast(recipe, setting, batching, lengths, room or device_room(device))
         ways = [] if cast.fits else ways_out(cast, setting, batching, lengths)
     except TokmaskError:
@@ -163,8 +166,8 @@ def without_training(recipe: Recipe, gpu: str | None = None) -> tuple[Forecast, 
     return cast, setting, ways
 
 
-def _texts(recipe: Recipe) -> tuple[int, list[int] | None]:
-    """Return the number of classes and the sub-tokens of each training text, where the texts are at hand.
+def _texts(recipe: Recipe) -> tuple[int, Lengths | None]:
+    """Return the number of classes and the lengths of the texts, where these are at hand.
 
     Texts that would have to be downloaded are not.
     """
@@ -174,15 +177,17 @@ def _texts(recipe: Recipe) -> tuple[int, list[int] | None]:
 
     if recipe.data.path is None and not recipe.data.builtin:
         return USUAL_CLASSES, None
-    corpus = load_corpus(recipe.data.expanded(), recipe.seed)
-    encoded = encode(
-        corpus.train, load_tokenizer(recipe.model), recipe.data.task, corpus.labels, recipe.data.max_length
+    corpus, tokenizer = load_corpus(recipe.data.expanded(), recipe.seed), load_tokenizer(recipe.model)
+    train, *evaluated = (
+        list(encode(split, tokenizer, recipe.data.task, corpus.labels, recipe.data.max_length).dataset["length"])
+        for split in (corpus.train, corpus.validation, corpus.test)
+        if split
     )
-    return len(corpus.labels), list(encoded.dataset["length"])
+    return len(corpus.labels), Lengths(train, tuple(evaluated))
 
 
 def before_training(
-    recipe: Recipe, backbone: Any, batching: str, lengths: Sequence[int], device: torch.device
+    recipe: Recipe, backbone: Any, batching: str, lengths: Lengths, device: torch.device
 ) -> tuple[Recipe, Decision, str | None]:
     """Decide on gradient checkpointing, and warn of what will not fit.
 

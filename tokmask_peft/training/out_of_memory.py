@@ -18,11 +18,12 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def explained_memory_errors(recipe: Recipe, evaluating: bool = False) -> Iterator[None]:
+def explained_memory_errors(recipe: Recipe, movable: bool, evaluating: bool = False) -> Iterator[None]:
     """Turn running out of memory into an error that names the keys to change.
 
     Args:
         recipe: of the run, with gradient checkpointing decided.
+        movable: whether the backbone's embedding can lie on the host.
         evaluating: whether it is an evaluation that runs.
 
     Raises:
@@ -33,10 +34,10 @@ def explained_memory_errors(recipe: Recipe, evaluating: bool = False) -> Iterato
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        raise RunError(_message(recipe, error, evaluating)) from error
+        raise RunError(_message(recipe, error, movable, evaluating)) from error
 
 
-def _message(recipe: Recipe, error: BaseException, evaluating: bool) -> str:
+def _message(recipe: Recipe, error: BaseException, movable: bool, evaluating: bool) -> str:
     training = recipe.training
     first = first_line(error).split(". ")[0]
     if evaluating:
@@ -50,11 +51,11 @@ def _message(recipe: Recipe, error: BaseException, evaluating: bool) -> str:
             ways.append("training.auto_batch=true, which does that by itself")
         if recipe.model.gradient_checkpointing is not True:
             ways.append("model.gradient_checkpointing=true")
-        if recipe.adapter.layers == "all":
+        if recipe.adapter.layers == "all" and not recipe.masking.trainable_mask:
             ways.append("adapter.layers=0.5")
     if recipe.model.quantization == "none":
         ways.append("model.quantization=nf4 (on a GPU)")
-    if recipe.model.embedding == "resident":
+    if movable and recipe.model.embedding == "resident" and not recipe.masking.trainable_mask:
         ways.append("model.embedding=offload (on a GPU)")
     ways.append("a smaller data.max_length")
     what = "in evaluation" if evaluating else "in training"

@@ -21,6 +21,7 @@ from tokmask_peft.model.backbone import Backbone
 from tokmask_peft.model.checkpointing import enable_checkpointing
 from tokmask_peft.model.decisions import Decision
 from tokmask_peft.model.memory.remedies import changed
+from tokmask_peft.model.placement import placement_problem
 from tokmask_peft.recipe import Recipe
 from tokmask_peft.training.adapter_folder import CardWriter, save_adapter_folder
 from tokmask_peft.training.auto_batch import with_smaller_batches
@@ -40,6 +41,7 @@ from tokmask_peft.training.trainer import (
     scorer,
     training_arguments,
 )
+from tokmask_peft.training.workload import Lengths
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +68,17 @@ class Session:
     ) -> None:
         self.recipe, self.corpus, self.backbone, self.model = recipe, corpus, backbone, model
         self.mask, self.run, self.console, self.device = mask, run, console, device
+        self.movable = placement_problem(backbone.model) is None
         self.train = self._split(corpus.train)
         self.validation = self._split(corpus.validation)
         self.test = self._split(corpus.test) if corpus.test else None
 
     def decide_on_memory(self) -> Decision:
         """Decide on gradient checkpointing, and warn of what will not fit."""
-        lengths = self.train.encoded.dataset["length"]
+        evaluated = (self.validation, self.test) if self.test is not None else (self.validation,)
+        lengths = Lengths(
+            self.train.encoded.dataset["length"], tuple(split.encoded.dataset["length"] for split in evaluated)
+        )
         batching = self.recipe.training.batching
         self.recipe, decision, warning = before_training(self.recipe, self.backbone, batching, lengths, self.device)
         if self.recipe.model.gradient_checkpointing is True:
@@ -175,7 +181,7 @@ class Session:
             eval_dataset=self.validation.dataset,
             data_collator=collator(self.backbone.tokenizer, self.recipe.data.task),
             processing_class=self.backbone.tokenizer,
-            memory_errors=functools.partial(explained_memory_errors, self.recipe, evaluating=True),
+            memory_errors=functools.partial(explained_memory_errors, self.recipe, self.movable, evaluating=True),
             train_collator=PackedCollator(self.recipe.data.task) if training.batching == "padding_free" else None,
             compute_loss_func=ClassificationLoss(weights, gamma, training.label_smoothing),
             compute_metrics=scorer(self.validation),

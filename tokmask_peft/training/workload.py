@@ -16,6 +16,19 @@ MULTIPLE = 8
 
 
 @dataclass(frozen=True, slots=True)
+class Lengths:
+    """Sub-tokens of each text.
+
+    Attributes:
+        train: of the texts to train on.
+        evaluated: of each split that the run evaluates, validation and test, whose texts may be longer and more.
+    """
+
+    train: Sequence[int]
+    evaluated: tuple[Sequence[int], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Workload:
     """Shapes of micro-batches.
 
@@ -32,29 +45,27 @@ class Workload:
     known: bool
 
 
-def workload(recipe: Recipe, batching: str, lengths: Sequence[int] | None) -> Workload:
+def workload(recipe: Recipe, batching: str, lengths: Lengths | None) -> Workload:
     """Return the shapes of a run's batches.
 
     Args:
         recipe: of the run.
         batching: as decided: padded, grouped or padding_free.
-        lengths: sub-tokens of each training text, if they are known.
+        lengths: of the texts, if they are known.
     """
-    texts, evaluated = recipe.training.batch_size, recipe.training.eval_batch_size
+    texts, evaluation = recipe.training.batch_size, _evaluation(recipe, lengths)
     if (budget := recipe.training.tokens_per_batch) is not None:
-        longest = min(max(lengths or [recipe.data.max_length]), recipe.data.max_length)
+        longest = min(max(lengths.train) if lengths else recipe.data.max_length, recipe.data.max_length)
         largest = Shape.padded(max(budget // _rounded(longest), 1), _rounded(longest))
         if batching == "padding_free":
             rest = (budget % longest,) if budget % longest else ()
             largest = Shape((longest,) * (budget // longest) + rest, packed=True)
-        return Workload(largest, None, Shape.padded(evaluated, _rounded(longest)), bool(lengths))
-    if not lengths:
-        longest = recipe.data.max_length
-        largest = Shape((longest,) * texts, packed=batching == "padding_free")
-        return Workload(largest, None, Shape.padded(evaluated, _rounded(longest)), False)
-    cut = [min(length, recipe.data.max_length) for length in lengths]
-    texts, evaluated = min(texts, len(cut)), min(evaluated, len(cut))
-    evaluation = Shape.padded(evaluated, _rounded(max(cut)))
+        return Workload(largest, None, evaluation, lengths is not None)
+    if lengths is None:
+        largest = Shape((recipe.data.max_length,) * texts, packed=batching == "padding_free")
+        return Workload(largest, None, evaluation, False)
+    cut = [min(length, recipe.data.max_length) for length in lengths.train]
+    texts = min(texts, len(cut))
     batches = _batches(cut, texts, batching == "grouped", recipe.seed)
     if batching == "padding_free":
         by_size = sorted(batches, key=sum)
@@ -62,6 +73,15 @@ def workload(recipe: Recipe, batching: str, lengths: Sequence[int] | None) -> Wo
     by_size = sorted(batches, key=max)
     usual = Shape.padded(texts, _rounded(max(by_size[len(by_size) // 2])))
     return Workload(Shape.padded(texts, _rounded(max(cut))), usual, evaluation, True)
+
+
+def _evaluation(recipe: Recipe, lengths: Lengths | None) -> Shape:
+    """Return a shape that no batch of an evaluation exceeds: its texts come by length, the longest together."""
+    texts, longest = recipe.training.eval_batch_size, recipe.data.max_length
+    if lengths is not None:
+        texts = min(texts, max(map(len, lengths.evaluated)))
+        longest = min(longest, max(max(split) for split in lengths.evaluated if split))
+    return Shape.padded(texts, _rounded(longest))
 
 
 def _batches(lengths: list[int], texts: int, grouped: bool, seed: int) -> list[tuple[int, ...]]:

@@ -1,9 +1,11 @@
 """Merged models: plain transformers, the same function, nothing lost."""
 
 import json
+import shutil
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from tiny_models import TEXTS
 from transformers import AutoModelForSequenceClassification, pipeline
@@ -12,8 +14,14 @@ from tokmask_peft.errors import ModelError
 from tokmask_peft.inference import export as export_module
 from tokmask_peft.inference.export import export_merged
 from tokmask_peft.inference.load import load
+from tokmask_peft.model.decisions import bitsandbytes_problem
 
 SHORT = [text for text in TEXTS if len(text) < 30]
+PLACEMENTS = [
+    "resident",
+    "offload",
+    pytest.param("8bit", marks=pytest.mark.skipif(bitsandbytes_problem("cpu") is not None, reason="bitsandbytes")),
+]
 
 
 @pytest.mark.parametrize("family", ["bert", "qwen2", "distilbert"])
@@ -65,6 +73,20 @@ def test_a_4_bit_run_is_merged_into_the_unquantized_backbone_and_says_so(saved_a
     done = export_merged(saved_adapter(quantization="nf4"), tmp_path / "merged")
     assert done.difference <= 1e-4
     assert any("trained on the nf4 backbone" in note and "unquantized" in note for note in done.notes)
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_a_run_is_merged_wherever_its_embedding_lay(saved_adapter, tmp_path, placement):
+    adapter = shutil.copytree(saved_adapter(), tmp_path / "run" / "adapter")
+    named = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    model = {"backbone": named, "quantization": "none", "precision": "fp32", "embedding": placement}
+    recipe = {"name": "run", "model": model, "data": {"task": "sequence", "builtin": True}}
+    (tmp_path / "run" / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    done = export_merged(tmp_path / "run", tmp_path / "merged")
+    assert done.difference <= 1e-4
+    classify = pipeline("text-classification", model=str(tmp_path / "merged"))
+    assert [row["label"] for row in classify(SHORT)] == [answer.label for answer in load(adapter).predict(SHORT)]
+    assert any("8-bit embedding" in note for note in done.notes) == (placement == "8bit")
 
 
 def test_a_merge_that_changes_the_logits_is_refused(saved_adapter, tmp_path, monkeypatch):

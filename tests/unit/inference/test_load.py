@@ -13,6 +13,10 @@ import tokmask_peft
 from tokmask_peft.errors import ModelError
 from tokmask_peft.inference.load import load
 from tokmask_peft.inference.saved import find_saved
+from tokmask_peft.masking.embedding import find_embedding
+from tokmask_peft.model.decisions import bitsandbytes_problem
+from tokmask_peft.model.loading import Loading
+from tokmask_peft.recipe import ModelConfig
 
 
 @pytest.fixture
@@ -92,6 +96,43 @@ def test_the_quantization_of_training_is_taken_where_it_runs(saved_adapter, monk
     assert "trained on nf4, but it is not here" in reasons["quantization"].reason
 
 
+@pytest.mark.skipif(bitsandbytes_problem("cpu") is not None, reason="bitsandbytes")
+def test_the_embedding_of_training_is_taken_where_it_runs(saved_adapter, monkeypatch):
+    trained = ModelConfig(backbone="x", embedding="8bit")
+    assert Loading.of(trained, 24, "none", "fp32").to_dict()["embedding"] == "8bit"
+    folder = saved_adapter(embedding="8bit")
+    model = load(folder)
+    assert type(find_embedding(model.model)).__name__ == "Int8Embedding"
+    assert {decision.what: decision.choice for decision in model.decisions}["embedding"] == "8bit"
+    monkeypatch.setattr("tokmask_peft.inference.load.bitsandbytes_problem", lambda _: "it is not here")
+    model = load(folder)
+    assert type(find_embedding(model.model)) is torch.nn.Embedding
+    reasons = {decision.what: decision for decision in model.decisions}
+    assert reasons["embedding"].choice == "resident"
+    assert "trained on the 8-bit embedding, but it is not here" in reasons["embedding"].reason
+
+
+def test_a_run_s_own_recipe_says_where_the_embedding_lay(saved_adapter, tmp_path):
+    adapter = shutil.copytree(saved_adapter(), tmp_path / "run" / "adapter")
+    loading = json.loads((adapter / "tokmask.json").read_text())
+    del loading["embedding"]  # as runs were saved before it was
+    (adapter / "tokmask.json").write_text(json.dumps(loading))
+    named = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    model = {"backbone": named, "embedding": "8bit"}
+    recipe = {"name": "run", "model": model, "data": {"task": "sequence", "builtin": True}}
+    (tmp_path / "run" / "recipe.yaml").write_text(json.dumps(recipe))
+    assert find_saved(tmp_path / "run").model.embedding == "8bit"
+    assert find_saved(adapter).model.embedding == "resident"
+
+
+def test_an_embedding_on_the_host_is_an_ordinary_one_on_a_cpu(saved_adapter):
+    folder = saved_adapter(embedding="offload")
+    assert find_saved(folder).model.embedding == "offload"
+    model = load(folder)
+    assert type(find_embedding(model.model)) is torch.nn.Embedding
+    assert "embedding" not in {decision.what for decision in model.decisions}
+
+
 @pytest.mark.parametrize(
     ("file", "changes", "expected"),
     [
@@ -100,6 +141,7 @@ def test_the_quantization_of_training_is_taken_where_it_runs(saved_adapter, monk
         ("tokmask.json", {"package": "/root/model"}, "expected package:NAME/FOLDER"),
         ("tokmask.json", {"max_length": "128"}, "max_length"),
         ("tokmask.json", {"quantization": "nf5"}, "nf5"),
+        ("tokmask.json", {"embedding": "disk"}, "disk"),
         ("calibration.json", {"temperature": 0}, "temperature is 0"),
         ("calibration.json", {"temperature": "1"}, "temperature is '1'"),
         ("labels.json", {"task": "speech"}, "task and a list of labels"),

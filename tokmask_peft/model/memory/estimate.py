@@ -19,6 +19,7 @@ from tokmask_peft.model.head import head_modules
 from tokmask_peft.model.memory.gpu_rules import checkpointing_options
 from tokmask_peft.model.memory.skeleton import bare_model, skeleton, with_layers
 from tokmask_peft.model.memory.step import Shape, count_forward, count_step
+from tokmask_peft.model.placement import check_placement
 from tokmask_peft.recipe import Recipe
 
 MIB = 2**20
@@ -105,13 +106,21 @@ def estimate(recipe: Recipe, setting: Setting, training: Shape, evaluation: Shap
         ModelError: the recipe does not fit the backbone.
     """
     full = bare_model(setting.config, recipe.data.task, setting.dtype)
+    check_placement(full, recipe.model.embedding)
     layers = int(full.config.num_hidden_layers)  # type: ignore[union-attr, arg-type]
     upper = adapted_layers(full, recipe.adapter.layers)
     adapted = layers if upper is None else len(upper)
-    found = {
-        count: _probe(recipe, setting, count, adapted < layers, training, evaluation) for count in _counts(adapted)
-    }
-    trained, saved, peak, forward = (_extend({n: found[n][i] for n in found}, adapted) for i in range(4))
+
+    def counted(trained_row: bool) -> tuple[int, ...]:
+        shapes = training, evaluation
+        found = {n: _probe(recipe, setting, n, adapted < layers, *shapes, trained_row) for n in _counts(adapted)}
+        return tuple(_extend({n: found[n][i] for n in found}, adapted) for i in range(4))
+
+    trained, saved, peak, forward = counted(True)
+    if recipe.masking.trainable_mask:
+        # the copy of the embedding comes and goes where the layers hold little: the peak is that of the one or the
+        # other, and with few layers only the one may be seen
+        peak = max(peak, counted(False)[2])
     if recipe.training.gradient_accumulation > 1:
         peak += trained  # gradients of the micro-batches before
     device, host = _embedding_bytes(full, recipe)
@@ -141,11 +150,18 @@ def _extend(at: dict[int, int], layers: int) -> int:
 
 
 def _probe(
-    recipe: Recipe, setting: Setting, adapted: int, more_below: bool, training: Shape, evaluation: Shape
+    recipe: Recipe,
+    setting: Setting,
+    adapted: int,
+    more_below: bool,
+    training: Shape,
+    evaluation: Shape,
+    trained_row: bool,
 ) -> tuple[int, int, int, int]:
     """Count bytes trained, saved, at the peak of a step, and at that of an evaluation, with few layers."""
     config = with_layers(setting.config, adapted + more_below)
-    model, mode = skeleton(config, recipe, setting.quantization, setting.dtype, adapted if more_below else None)
+    upper = adapted if more_below else None
+    model, mode = skeleton(config, recipe, setting.quantization, setting.dtype, upper, trained_row)
     if recipe.model.gradient_checkpointing is True:
         enable_checkpointing(model, checkpointing_options(setting.device_type))
     trained = sum(4 * parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

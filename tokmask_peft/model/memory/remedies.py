@@ -44,7 +44,7 @@ def smaller_batch(batch_size: int, gradient_accumulation: int) -> tuple[int, int
     return (sizes[-1], texts // sizes[-1]) if sizes else None
 
 
-def remedies(recipe: Recipe, count: Count, room: Room, gpu: bool) -> list[Remedy]:
+def remedies(recipe: Recipe, count: Count, room: Room, gpu: bool, movable: bool) -> list[Remedy]:
     """Return the single changes that save memory, and the shortest sequence of them that fits, if none does alone.
 
     Args:
@@ -52,10 +52,11 @@ def remedies(recipe: Recipe, count: Count, room: Room, gpu: bool) -> list[Remedy
         count: estimates a recipe.
         room: what there is.
         gpu: whether the device is a GPU.
+        movable: whether the backbone's embedding can lie on the host.
     """
     before = count(recipe).total
     found: list[Remedy] = []
-    for changes in _candidates(recipe, count, room, gpu):
+    for changes in _candidates(recipe, count, room, gpu, movable):
         total = count(changed(recipe, changes)).total
         if total < before:
             found.append(Remedy(changes, total, room.fits(total)))
@@ -70,13 +71,13 @@ def remedies(recipe: Recipe, count: Count, room: Room, gpu: bool) -> list[Remedy
     return found
 
 
-def _candidates(recipe: Recipe, count: Count, room: Room, gpu: bool) -> Iterator[Changes]:
+def _candidates(recipe: Recipe, count: Count, room: Room, gpu: bool, movable: bool) -> Iterator[Changes]:
     yield from _batch(recipe, count, room)
     if recipe.model.gradient_checkpointing is not True:
         yield {"model.gradient_checkpointing": True}
     if gpu and recipe.model.quantization in ("none", "int8"):
         yield {"model.quantization": "nf4"}
-    if gpu and recipe.model.embedding == "resident" and not recipe.masking.trainable_mask:
+    if gpu and movable and recipe.model.embedding == "resident" and not recipe.masking.trainable_mask:
         yield {"model.embedding": "offload"}
     if recipe.adapter.layers == "all" and not recipe.masking.trainable_mask:
         yield {"adapter.layers": 0.5}

@@ -50,7 +50,12 @@ def with_layers(config: Any, layers: int) -> Any:
 
 
 def skeleton(
-    config: Any, recipe: Recipe, quantization: str, dtype: torch.dtype, adapted: int | None = None
+    config: Any,
+    recipe: Recipe,
+    quantization: str,
+    dtype: torch.dtype,
+    adapted: int | None = None,
+    trained_row: bool = True,
 ) -> tuple[Any, FakeTensorMode]:
     """Return the model with its adapter, ready for a step, and the mode in which its tensors live.
 
@@ -60,6 +65,8 @@ def skeleton(
         quantization: nf4, int8 or none.
         dtype: of what is not quantized.
         adapted: how many upper layers get an adapter; all of them by default.
+        trained_row: whether a mask row that the recipe trains is part of the adapter, for which PEFT copies the whole
+            embedding in each forward and makes a gradient of it; else the gradient only flows down to the embedding.
     """
     model: Any = bare_model(config, recipe.data.task, dtype)
     new_modules = tuple(head_modules(model))
@@ -70,8 +77,11 @@ def skeleton(
     hold_in_fp32(model, new_modules)
     backbone = Backbone(model, None, new_modules, (), dtype, quantization)
     adapter = recipe.adapter.model_copy(update={"layers": adapted or "all"})
+    trained = recipe.masking.trainable_mask
     with torch.device("meta"):
-        wrapped, _ = add_adapter(backbone, adapter, recipe.data.task)
+        wrapped, _ = add_adapter(backbone, adapter, recipe.data.task, 0 if trained and trained_row else None)
+    if trained and not trained_row:
+        model.enable_input_require_grads()
     return wrapped.train(), make_fake(wrapped)
 
 

@@ -43,7 +43,8 @@ def measure_step(recipe: Recipe, shape: Shape) -> tuple[int, int, int]:
     """
     backbone = load_backbone(recipe.model, recipe.data.task, LABELS, CPU)
     backbone.model.config.pad_token_id = 0  # tests cut the vocabulary below the real one
-    model, _ = add_adapter(backbone, recipe.adapter, recipe.data.task)
+    row = 7 if recipe.masking.trainable_mask else None
+    model, _ = add_adapter(backbone, recipe.adapter, recipe.data.task, row)
     model.train()
     if recipe.model.gradient_checkpointing is True:
         enable_checkpointing(model)

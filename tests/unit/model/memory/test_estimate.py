@@ -68,6 +68,34 @@ def test_every_family(family, task, tmp_path):
     near(found.weights + found.embedding + found.adapter, static, 0.01)
 
 
+CHECKPOINTED = {"gradient_checkpointing": True}
+
+
+@pytest.mark.parametrize(
+    ("rows", "layers", "shape", "model"),
+    [
+        (20_000, 8, PADDED, {"precision": "fp32"}),  # more than all layers keep
+        (20_000, 8, PACKED, {"precision": "bf16", **CHECKPOINTED}),
+        # more than the peak with the three layers that are counted, less than that with sixteen
+        (62_000, 16, Shape.padded(48, 32), {"precision": "fp32", **CHECKPOINTED}),
+        (50, 8, PADDED, {"precision": "fp32"}),
+    ],
+)
+def test_a_trained_mask_row_takes_a_copy_of_the_embedding(rows, layers, shape, model, tmp_path):
+    backbone, tokenizer = build("qwen2", num_hidden_layers=layers)
+    config = backbone.base_model.config
+    config.vocab_size, config.pad_token_id, config.bos_token_id, config.eos_token_id = rows, 0, None, None
+    dtype = torch.bfloat16 if model["precision"] == "bf16" else torch.float32
+    save_random(config, tokenizer, tmp_path, dtype)
+    config = AutoConfig.from_pretrained(tmp_path, num_labels=len(LABELS))
+    recipe = make_recipe(tmp_path, model={"quantization": "none", **model}, masking={"trainable_mask": True})
+    found, (saved, peak, static) = both(config, recipe, shape, dtype=dtype)
+    near(found.activations, saved, 0.1)
+    near(found.activations + found.workspace, peak, 0.05)
+    near(found.weights + found.embedding + found.adapter, static, 0.01)
+    assert found.evaluation >= found.embedding
+
+
 @needs_bitsandbytes
 @pytest.mark.parametrize("shape", [(64, 64), (70, 33), (300, 257)])
 def test_bytes_of_a_4_bit_layer(shape):

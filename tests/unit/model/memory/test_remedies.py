@@ -5,13 +5,14 @@ import torch
 from measured import make_recipe
 from tiny_models import build
 
-from tokmask_peft.errors import RecipeError
+from tokmask_peft.errors import ModelError, RecipeError, RunError
 from tokmask_peft.model.memory import room as room_module
 from tokmask_peft.model.memory.estimate import Estimate, Setting
 from tokmask_peft.model.memory.remedies import changed, remedies, smaller_batch
 from tokmask_peft.model.memory.room import Room, device_room, gpu_room
 from tokmask_peft.training.fits import forecast, ways_out
-from tokmask_peft.training.workload import workload
+from tokmask_peft.training.out_of_memory import explained_memory_errors
+from tokmask_peft.training.workload import Lengths, workload
 
 GIB = 2**30
 
@@ -35,18 +36,49 @@ def counted(recipe):
 
 def test_single_changes_come_first_and_then_what_fits_together():
     recipe = make_recipe("x", model={"quantization": "nf4", "gradient_checkpointing": False})
-    found = remedies(recipe, counted, Room(3 * GIB, "a GPU"), gpu=True)
+    found = remedies(recipe, counted, Room(3 * GIB, "a GPU"), gpu=True, movable=True)
     assert [remedy.text for remedy in found if remedy.fits] == [
         "training.batch_size=8 training.gradient_accumulation=4 training.eval_batch_size=32",
         "model.gradient_checkpointing=true",
     ]
-    tight = remedies(recipe, counted, Room(int(0.9 * GIB), "a GPU"), gpu=True)
+    tight = remedies(recipe, counted, Room(int(0.9 * GIB), "a GPU"), gpu=True, movable=True)
     assert [remedy.fits for remedy in tight] == [False] * (len(tight) - 1) + [True]
     assert {"training.batch_size", "model.embedding"} <= set(tight[-1].changes)
     assert counted(changed(recipe, tight[-1].changes)).total == tight[-1].total
-    assert not any(remedy.fits for remedy in remedies(recipe, counted, Room(GIB // 4, "a GPU"), gpu=True))
-    on_cpu = remedies(recipe, counted, Room(GIB // 4, "RAM"), gpu=False)
+    assert not any(remedy.fits for remedy in remedies(recipe, counted, Room(GIB // 4, "a GPU"), gpu=True, movable=True))
+    on_cpu = remedies(recipe, counted, Room(GIB // 4, "RAM"), gpu=False, movable=True)
     assert not any("embedding" in remedy.text or "quantization" in remedy.text for remedy in on_cpu)
+
+
+@pytest.mark.parametrize(("family", "moves"), [("qwen2", True), ("gemma3", False)])
+def test_the_embedding_is_moved_only_where_that_works(family, moves):
+    model, _ = build(family)
+    setting = Setting(model.config, "cuda", "none", torch.float32)
+    recipe = make_recipe("x", model={"gradient_checkpointing": False}, training={"batch_size": 2})
+    tight = forecast(recipe, setting, "padded", None, Room(GIB // 2, "a GPU"))
+    offered = [remedy.text for remedy in ways_out(tight, setting, "padded", None)]
+    assert ("model.embedding=offload" in " ".join(offered)) == moves
+    offload = changed(recipe, {"model.embedding": "offload"})
+    if moves:
+        assert forecast(offload, setting, "padded", None, None).largest.embedding == 0
+    else:
+        with pytest.raises(ModelError, match=r"model.embedding=offload needs a plain lookup.*ScaledWordEmbedding"):
+            forecast(offload, setting, "padded", None, None)
+
+
+@pytest.mark.parametrize("evaluating", [True, False])
+def test_running_out_offers_only_what_works(evaluating):
+    def told(movable, **sections):
+        recipe = make_recipe("x", **sections)
+        with pytest.raises(RunError) as caught, explained_memory_errors(recipe, movable, evaluating=evaluating):
+            raise MemoryError
+        return str(caught.value)
+
+    assert "model.embedding=offload (on a GPU)" in told(movable=True)
+    assert "model.embedding" not in told(movable=False)
+    with_row = told(movable=True, masking={"trainable_mask": True})
+    assert "model.embedding" not in with_row
+    assert "adapter.layers" not in with_row
 
 
 @pytest.mark.parametrize(("text", "size"), [("6GB", 6), ("4 GiB", 4), ("7.5", 7.5), ("8gb", 8), ("80G", 80)])
@@ -74,22 +106,25 @@ def test_checkpointing_is_switched_on_where_the_rest_does_not_fit():
     model, _ = build("qwen2")
     setting = Setting(model.config, "cpu", "none", torch.float32)
     recipe = make_recipe("x", data={"max_length": 64}, training={"batching": "padded"})
-    easy = forecast(recipe, setting, "padded", [10, 20, 64] * 20, Room(10 * GIB, "RAM"))
+    mixed = Lengths([10, 20, 64] * 20, ([10, 20, 64] * 20,))
+    easy = forecast(recipe, setting, "padded", mixed, Room(10 * GIB, "RAM"))
     assert (easy.decision.choice, easy.recipe.model.gradient_checkpointing, easy.fits) == ("off", False, True)
     assert easy.usual.total <= easy.largest.total
     less = easy.largest.total - easy.largest.step // 4
-    tight = forecast(recipe, setting, "padded", [10, 20, 64] * 20, Room(int(less / 0.95), "RAM"))
+    tight = forecast(recipe, setting, "padded", mixed, Room(int(less / 0.95), "RAM"))
     assert (tight.decision.choice, tight.recipe.model.gradient_checkpointing) == ("on", True)
     assert "without" in tight.decision.reason
     asked = changed(recipe, {"model.gradient_checkpointing": False})
-    refused = forecast(asked, setting, "padded", [64] * 40, Room(int(less / 0.95), "RAM"))
+    long = Lengths([64] * 40, ([64] * 40,))
+    refused = forecast(asked, setting, "padded", long, Room(int(less / 0.95), "RAM"))
     assert (refused.decision.choice, refused.fits) == ("off", False)
-    assert any(remedy.fits for remedy in ways_out(refused, setting, "padded", [64] * 40))
+    assert any(remedy.fits for remedy in ways_out(refused, setting, "padded", long))
 
 
 def test_shapes_of_batches():
     recipe = make_recipe("x", training={"batch_size": 4, "eval_batch_size": 6}, data={"max_length": 50})
-    lengths = [3, 9, 9, 9, 12, 12, 17, 80] * 4
+    texts = [3, 9, 9, 9, 12, 12, 17, 80] * 4
+    lengths = Lengths(texts, (texts,))
     padded = workload(recipe, "padded", lengths)
     assert padded.largest.lengths == (56,) * 4  # cut at 50, padded to a multiple of 8
     assert padded.evaluation.lengths == (56,) * 6
@@ -100,5 +135,18 @@ def test_shapes_of_batches():
     assert packed.usual.tokens < packed.largest.tokens <= 4 * 50
     assert workload(recipe, "padded", None).largest.lengths == (50,) * 4
     assert workload(recipe, "padding_free", None).largest.tokens == 200
-    few = workload(recipe, "padded", [5, 6])
+    few = workload(recipe, "padded", Lengths([5, 6], ([5, 6],)))
     assert len(few.largest.lengths) == 2
+    assert few.evaluation.lengths == (8,) * 2
+
+
+@pytest.mark.parametrize("budget", [None, 128])
+def test_the_batch_of_an_evaluation_is_of_the_texts_that_are_evaluated(budget):
+    training = {"batch_size": 4, "eval_batch_size": 32, "tokens_per_batch": budget, "batching": "padded"}
+    recipe = make_recipe("x", training=training, data={"max_length": 100})
+    more_and_longer = workload(recipe, "padded", Lengths([8] * 10, ([20] * 12, [9, 70] * 40)))
+    assert more_and_longer.largest.lengths[0] == 8
+    assert more_and_longer.evaluation.lengths == (72,) * 32
+    fewer_and_shorter = workload(recipe, "padded", Lengths([90] * 50, ([20] * 12, [9, 30] * 3)))
+    assert fewer_and_shorter.evaluation.lengths == (32,) * 12
+    assert workload(recipe, "padded", None).evaluation.lengths == (104,) * 32
