@@ -21,6 +21,7 @@ TITLES = {
     "predict_file": "Prediction of a file",
     "same_score": "Optimizer steps to the same score, beside the authors' protocol (TREC, MiniLM; not in `make bench`)",
     "same_score_bound": "The same, where theirs goes on up to ten times our steps (TREC, MiniLM; not in `make bench`)",
+    "arms_cost": "CPU time of a step with each regularizer, to that without any (TREC, MiniLM; not in `make bench`)",
     "gpu": "On a GPU (not in `make bench`)",
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +40,20 @@ class Study:
 
     Attributes:
         sweeps: content of the JSON by name of the sweep.
+        costs: CPU time of an optimizer step by regularizers, as a multiple of that without any.
     """
 
     sweeps: dict[str, dict[str, Any]]
+    costs: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def read(cls, folder: Path = STUDY) -> Study:
         """Read what is there; sweeps that have not run are left out of the page."""
         files = sorted(folder.glob("*.json"))
-        return cls({file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files})
+        sweeps = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}
+        cost = folder.parent / "arms_cost.json"
+        table = json.loads(cost.read_text(encoding="utf-8"))["table"] if cost.is_file() else []
+        return cls(sweeps, {row["what"]: row["median"] for row in table})
 
     @property
     def tasks(self) -> list[str]:

@@ -219,7 +219,7 @@ def _regularizers(study: Study) -> list[Finding]:
             ]
             parts.append(f"clearly {side}: {', '.join(listed) or 'none'}")
         best = max(found, key=lambda label: float(found[label]["mean"]))
-        costs = {row["label"]: row["cost"] for row in rows if row.get("cost")}
+        costs = {label: study.costs[label] for label in found if label in study.costs}
         text = (
             f"Beside other regularizers, {TITLES[name.removesuffix('-arms')]}, {len(found)} arms against none at all: "
             f"{'; '.join(parts)}; highest on average: {best} ({signed(found[best]['mean'])})"
@@ -227,7 +227,8 @@ def _regularizers(study: Study) -> list[Finding]:
         cost = ""
         if costs:
             low, high = (pick(costs, key=lambda label: float(costs[label])) for pick in (min, max))
-            cost = f"A step costs {costs[low]:.2f} ({low}) to {costs[high]:.2f} ({high}) of one without any."
+            span = f"{costs[low]:.2f} ({low}) to {costs[high]:.2f} ({high})"
+            cost = f"A step takes {span} times the CPU time of one without."
         lines.append(Finding(text, after=cost))
     return lines
 

@@ -8,7 +8,7 @@ from typing import Any
 from figures import TITLES, Study, paired, with_seeds
 
 from tokmask_peft.study.report import findings as report_findings
-from tokmask_peft.study.tables import difference_table, interval, markdown, mean_sd, score_table, signed
+from tokmask_peft.study.tables import Table, difference_table, interval, markdown, mean_sd, score_table, signed
 
 METRICS = {"f1_macro": "Macro-F1", "f1_weighted": "Weighted F1"}
 
@@ -115,7 +115,7 @@ def regularizers(study: Study) -> list[str]:
         parts += [
             f"### {TITLES.get(name.removesuffix('-arms'), name)}",
             *(f"- {line}" for line in report_findings(analysis)),
-            markdown(score_table(analysis)),
+            markdown(_with_cost(study, *score_table(analysis))),
             "Macro-F1, differences from no regularizer, seed by seed:",
             markdown(difference_table(analysis, "f1_macro")),
         ]
@@ -123,11 +123,17 @@ def regularizers(study: Study) -> list[str]:
         return []
     intro = (
         "Each arm switches on what it names and all others off; the dropout of the backbone's hidden layers (0.1) "
-        "stays. Cost is the median time of an optimizer step; several runs shared the machine, so read it roughly. "
-        "NEFTune scales its noise by the length of a padded batch, so its arms pad the batches that the others pack: "
-        "most of their cost is that."
+        "stays. Cost is the CPU time of an optimizer step beside that without any, measured apart in interleaved "
+        "rounds (`python benchmarks/arms_cost.py`). NEFTune scales its noise by the length of a padded batch, so its "
+        "arms pad the batches that the others pack: most of their cost is that."
     )
     return ["## Beside other regularizers", intro, *_with_lists(parts)]
+
+
+def _with_cost(study: Study, head: Sequence[str], body: Sequence[Sequence[str]]) -> Table:
+    """Put the cost that was measured apart in place of the runs' own, which shared the machine."""
+    cost = {"none": "1", **{label: f"{value:.2f}" for label, value in study.costs.items()}}
+    return head, [[*row[:-1], cost.get(row[0], "")] for row in body]
 
 
 def defaults(study: Study) -> list[str]:

@@ -1,0 +1,75 @@
+"""What each regularizer adds to the CPU time of an optimizer step, beside none.
+
+    TOKMASK_DATA=FOLDER OMP_NUM_THREADS=1 python benchmarks/arms_cost.py      # ten minutes
+
+The arms are those of `tokmask sweep --arms`, trained as its runs are, on 500 TREC questions (the built-in posts without
+TOKMASK_DATA), in interleaved rounds of one process. It is CPU time that counts, so that other work on the machine does
+little harm; the first steps of a round are left out. NEFTune's arms pad the batches that the others pack.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+from workload import interleaved, ratio, report
+
+from tokmask_peft.quiet import quiet_libraries
+from tokmask_peft.recipe import Recipe
+from tokmask_peft.study.arms import MASK, NONE, REGULARIZERS, Arm, regularizer_arms
+from tokmask_peft.study.results import Row
+from tokmask_peft.training.fit import train_only
+
+STEPS, FIRST, ROUNDS = 30, 6, 3
+
+
+class StepTimes(TrainerCallback):
+    """Keeps the CPU seconds of each optimizer step."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._start = 0.0
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        """Take the time."""
+        self._start = time.process_time()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """Take the time again."""
+        self.seconds.append(time.process_time() - self._start)
+
+
+def step_seconds(arm: Arm) -> float:
+    """Train an arm for some steps and return the median CPU seconds of one."""
+    real = bool(os.environ.get("TOKMASK_DATA"))
+    data = ["data.max_train=500"] if real else ["data.task=sequence"]
+    recipe = Recipe.load(
+        "trec/minilm" if real else "quickstart", [*arm.overrides, *data, f"training.max_steps={STEPS}"]
+    )
+    times = StepTimes()
+    with tempfile.TemporaryDirectory() as folder:
+        train_only(recipe, Path(folder), lambda *_: [times], quiet=True)
+    return statistics.median(times.seconds[FIRST:])
+
+
+def main() -> None:
+    """Measure, print the table and write the JSON."""
+    quiet_libraries()
+    names = [NONE, *REGULARIZERS, MASK, *(f"{MASK}+{name}" for name in REGULARIZERS)]
+    arms = {
+        Row((), arm.regularizers, float(arm.p)).label: arm
+        for arm in regularizer_arms(names, ["0.1"], "padding_free", [])
+    }
+    found = interleaved({label: partial(step_seconds, arm) for label, arm in arms.items()}, ROUNDS)
+    rows = {label: (ratio(found, label, NONE), "") for label in found if label != NONE}
+    report("arms_cost", {"steps": STEPS - FIRST, "cpu_seconds_per_step": found}, rows)
+
+
+if __name__ == "__main__":
+    main()
