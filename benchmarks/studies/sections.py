@@ -123,15 +123,22 @@ def regularizers(study: Study) -> list[str]:
         return []
     intro = (
         "Each arm switches on what it names and all others off; the dropout of the backbone's hidden layers (0.1) "
-        "stays. Cost is the CPU time of an optimizer step beside that without any, measured apart in interleaved "
-        "rounds (`python benchmarks/arms_cost.py`). NEFTune scales its noise by the length of a padded batch, so its "
-        "arms pad the batches that the others pack: most of their cost is that."
+        "stays. NEFTune scales its noise by the length of a padded batch, so its arms pad the batches that the others "
+        "pack. "
+    )
+    intro += (
+        "Cost is the CPU time of an optimizer step beside that without any, measured apart in interleaved rounds "
+        "(`python benchmarks/arms_cost.py`); most of NEFTune's is that padding."
+        if study.costs
+        else "What the arms cost has not been measured yet: the runs shared the machine."
     )
     return ["## Beside other regularizers", intro, *_with_lists(parts)]
 
 
 def _with_cost(study: Study, head: Sequence[str], body: Sequence[Sequence[str]]) -> Table:
     """Put the cost that was measured apart in place of the runs' own, which shared the machine."""
+    if not study.costs:
+        return head[:-1], [row[:-1] for row in body]
     cost = {"none": "1", **{label: f"{value:.2f}" for label, value in study.costs.items()}}
     return head, [[*row[:-1], cost.get(row[0], "")] for row in body]
 
