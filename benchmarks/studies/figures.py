@@ -127,10 +127,10 @@ class Study:
         ]
         return {**spread(values), "p_value": float(sign_flip_p(values)), "by_seed": values}
 
-    def is_clear(self, name: str, p: float, metric: str = "f1_macro") -> bool:
-        """Tell whether both the t interval over seeds and the bootstrap over seeds and texts leave out 0."""
-        found = self.difference(name, p, metric)
-        return bool(found) and clear(found)
+
+def counted(number: int, noun: str) -> str:
+    """Write a number with its noun."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def clear(found: dict[str, Any]) -> bool:

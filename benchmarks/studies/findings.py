@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from figures import SHORT, TITLES, Study, clear
+from figures import SHORT, TITLES, Study, clear, counted
 
 from tokmask_peft.study.statistics import smallest_p
 from tokmask_peft.study.tables import interval, signed
@@ -57,17 +57,13 @@ def _overall(study: Study) -> list[Finding]:
     sure = [one["mean"] for _, _, one in found if clear(one)]
     up, down = (sum(sign * mean > 0 for mean in sure) for sign in (1, -1))
     verdict = {(True, True): "here helped and there hurt", (True, False): "helped", (False, True): "lowered scores"}
-    about = f"{_count(len(study.tasks), 'sweep')}, {_count(len(study.masked_rates()), 'masking rate')}"
+    about = f"{counted(len(study.tasks), 'sweep')}, {counted(len(study.masked_rates()), 'masking rate')}"
     text = (
         f"**Masking {verdict.get((up > 0, down > 0), 'changed no score clearly')}.** Of {len(found)} comparisons with "
         f"p = 0 ({about}), mean test macro-F1 was higher with masking in {sum(mean > 0 for mean in means)}, clearly so "
         f"in {up}, and lower in {sum(mean < 0 for mean in means)}, clearly so in {down}"
     )
     return [Finding(text, after=CLEAR)]
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _clear(study: Study) -> list[Finding]:
@@ -150,7 +146,7 @@ def _less_data(study: Study) -> list[Finding]:
         few, whole = (study.sweeps[one]["steps"] for one in (f"{name}-500", name))
         steps = f"The runs differ in steps, too: {few} and {whole}."
         text = f"Less data, {short}, 500 texts beside all: {verdict}"
-        lines.append(Finding(text, f"over {_count(gaps[0]['n'], 'seed')}, {'; '.join(parts)}", steps))
+        lines.append(Finding(text, f"over {counted(gaps[0]['n'], 'seed')}, {'; '.join(parts)}", steps))
     return lines
 
 
@@ -169,7 +165,7 @@ def _longer(study: Study) -> list[Finding]:
         if max(before) < 0 and min(one["mean"] for one in gaps) > 0 and not any(map(_leaves_out_0, gaps)):
             verdict = "masking loses less, so part of its loss may be time, but these seeds cannot tell"
         text = f"Longer training, {TITLES[short]}, {many} steps beside {few}: {verdict}"
-        lines.append(Finding(text, f"over {_count(gaps[0]['n'], 'seed')}, {'; '.join(parts)}"))
+        lines.append(Finding(text, f"over {counted(gaps[0]['n'], 'seed')}, {'; '.join(parts)}"))
     return lines
 
 
@@ -198,7 +194,7 @@ def _verdict(gaps: Sequence[dict[str, Any]], better: str, worse: str) -> str:
     if len(sides) != 1:
         return "no clear difference between the two" if not sides else "better at one rate and worse at another"
     clearly = sum(map(_leaves_out_0, gaps))
-    return f"{better if sides == {True} else worse} at {clearly} of {_count(len(gaps), 'rate')}"
+    return f"{better if sides == {True} else worse} at {clearly} of {counted(len(gaps), 'rate')}"
 
 
 def _regularizers(study: Study) -> list[Finding]:
@@ -245,7 +241,7 @@ def _chosen(study: Study) -> list[Finding]:
     text = (
         f"Validation chose a rate above 0 in {masked} of {len(picks)} choices (a choice per sweep and seed); what it "
         f"chose scored {signed(sum(gains) / len(gains))} against no masking on the test texts, mean over "
-        f"{_count(len(gains), 'sweep')} (from {signed(min(gains))} to {signed(max(gains))})"
+        f"{counted(len(gains), 'sweep')} (from {signed(min(gains))} to {signed(max(gains))})"
     )
     return [Finding(text)]
 
@@ -260,5 +256,5 @@ def _floor(study: Study) -> list[Finding]:
     if not floors:
         return []
     if not below:
-        return [Finding(f"MiniLM without masking is above {what} in each of {_count(len(floors), 'sweep')}")]
+        return [Finding(f"MiniLM without masking is above {what} in each of {counted(len(floors), 'sweep')}")]
     return [Finding(f"MiniLM without masking stays below {what} on: {'; '.join(TITLES[name] for name in below)}")]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from figures import TITLES, Study, paired, with_seeds
+from figures import TITLES, Study, counted, paired, with_seeds
 
 from tokmask_peft.study.report import findings as report_findings
 from tokmask_peft.study.tables import Table, difference_table, interval, markdown, mean_sd, score_table, signed
@@ -187,17 +187,13 @@ def _with_lists(parts: list[str]) -> list[str]:
     return joined
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
 def how(study: Study, planned: Sequence[str]) -> list[str]:
     """Say how it was made: commands, versions, machine."""
     machines: dict[tuple[str, str], list[str]] = {}
     for name, one in study.sweeps.items():
         for found in one["environments"]:
             versions = ", ".join(f"{package} {version}" for package, version in found["versions"].items())
-            about = f"{found['platform']}, {found['cpu_cores']} CPU cores, {_count(found['threads'], 'thread')} a run"
+            about = f"{found['platform']}, {found['cpu_cores']} CPU cores, {counted(found['threads'], 'thread')} a run"
             machines.setdefault((versions, f"{found['device']}; {about}"), []).append(name)
     missing = [name for name in planned if name not in study.sweeps]
     gaps = [
