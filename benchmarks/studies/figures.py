@@ -23,6 +23,7 @@ TITLES = {
     "afrisenti_twi-500": "AfriSenti Twi, 500 training texts",
     "ud_tur_deu_lid": "UD SAGT languages, Turkish-German",
     "ud_tur_deu_pos": "UD SAGT parts of speech, Turkish-German",
+    "ud_tur_deu_pos-long": "UD SAGT parts of speech, 20 epochs",
 }
 """The sweeps over masking rates, in the order of the page."""
 SHORT = {
@@ -62,8 +63,8 @@ class Study:
 
     @property
     def whole_tasks(self) -> list[str]:
-        """Those with all training texts."""
-        return [name for name in self.tasks if "-500" not in name]
+        """Those with all training texts, without the longer trainings."""
+        return [name for name in self.tasks if "-" not in name]
 
     def analysis(self, name: str) -> dict[str, Any]:
         """Return the statistics of a sweep, as `tokmask report` writes them."""

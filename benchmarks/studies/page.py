@@ -2,7 +2,8 @@
 
     python benchmarks/studies/page.py
 
-What stands in `README.md` between the marks `<!-- results -->` and `<!-- findings -->` is written, too.
+What stands in `README.md` between the marks `<!-- results -->`, `<!-- findings -->` and `<!-- speed -->` is written,
+too.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from figures import RESULTS, STUDY, TITLES, Study
 from findings import findings
 from plot import draw
 from sections import chosen, defaults, differences, how, regularizers, scores, setting
+from speed import speed_table
 from sweeps import SWEEPS
 
 from tokmask_peft.study.tables import interval, markdown, mean_sd, signed
@@ -86,8 +88,13 @@ def readme_table(study: Study) -> str:
 
 
 def in_readme(text: str, study: Study) -> str:
-    """Return README's text with its table and its findings written anew."""
-    for mark, new in (("results", readme_table(study)), ("findings", first_lines(study, short=True))):
+    """Return README's text with its tables and its findings written anew."""
+    marks = {
+        "results": readme_table(study),
+        "findings": first_lines(study, short=True),
+        "speed": speed_table(RESULTS),
+    }
+    for mark, new in marks.items():
         text = re.sub(
             rf"(<!-- {mark} -->\n).*?(\n<!-- /{mark} -->)",
             lambda found, new=new: found[1] + new + found[2],  # type: ignore[misc]

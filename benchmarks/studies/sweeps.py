@@ -37,6 +37,7 @@ SWEEPS = (
     Sweep("afrisenti_twi-500", "afrisenti_twi", (*RATES, *FEW)),
     Sweep("ud_tur_deu_lid", "ud_tur_deu_lid", (*RATES, "training.epochs=6")),
     Sweep("ud_tur_deu_pos", "ud_tur_deu_pos", (*RATES, "training.epochs=6")),
+    Sweep("ud_tur_deu_pos-long", "ud_tur_deu_pos", ("--p", "0,0.1,0.3", "--seeds", "3", "training.epochs=20")),
     Sweep("trec-500-arms", "trec", (*ARMS, *FEW)),
     Sweep("afrisenti_twi-500-arms", "afrisenti_twi", (*ARMS, *FEW)),
     Sweep("trec-500-plain", "trec", (*PLAIN, *FEW)),
