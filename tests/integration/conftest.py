@@ -1,9 +1,8 @@
 import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 from tiny_models import build
 
@@ -83,18 +82,25 @@ training: {{epochs: 3, batch_size: 8, learning_rate: 3.0e-3, logging_steps: 1}}
 
 
 @pytest.fixture
-def tokmask(tmp_path):
-    """Return a function that runs the command line in a fresh process."""
+def begin(tmp_path_factory, tmp_path):
+    """Return a function that starts the command line; it gives the process, and what to call to wait for its end."""
 
-    def run(*arguments: object, check: bool = True) -> subprocess.CompletedProcess:
-        done = subprocess.run(
-            [sys.executable, "-m", "tokmask_peft", *map(str, arguments)],
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-            env={**os.environ, "HF_HUB_OFFLINE": "1"},
-            timeout=280,
-        )
+    def start(*arguments: object, timeout: float = 280):
+        said = tmp_path_factory.mktemp("said")
+        files = (said / "stdout", said / "stderr")
+        process = forked.command(arguments, tmp_path, {**os.environ, "HF_HUB_OFFLINE": "1"}, *files)
+        return process, lambda: forked.ended(process, *files, timeout)
+
+    return start
+
+
+@pytest.fixture
+def tokmask(begin):
+    """Return a function that runs the command line in a process of its own."""
+
+    def run(*arguments: object, check: bool = True) -> forked.Finished:
+        _, end = begin(*arguments)
+        done = end()
         if check:
             assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-2000:]
         return done

@@ -36,7 +36,7 @@ def test_a_few_steps_on_real_text(real_data, tokmask, tmp_path, name, monkeypatc
         f"output_dir={tmp_path}",
         "name=few",
         "data.max_train=960",
-        "data.validation=0.05",
+        "data.validation=0.02",
         "training.max_steps=30",
         "training.learning_rate=1e-3",
         "training.baseline=false",

@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -17,26 +15,21 @@ SLOW = "training.epochs=6"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_and_resumed_is_uninterrupted(write_recipe, tokmask, tmp_path, number):
+def test_interrupted_and_resumed_is_uninterrupted(write_recipe, tokmask, begin, tmp_path, number):
     recipe = write_recipe()
     whole, broken = RunFolder(tmp_path / "runs" / "whole"), RunFolder(tmp_path / "runs" / "broken")
     tokmask("train", recipe, SLOW, "name=whole", "--quiet")
 
-    with (tmp_path / "said").open("w") as said:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "tokmask_peft", "train", str(recipe), SLOW, "name=broken"],
-            stdout=said,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        )
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and process.poll() is None:
-            if broken.log.is_file() and len(broken.log.read_text().splitlines()) >= 20:  # within the second epoch
-                process.send_signal(number)
-                break
-            time.sleep(0.005)
-        assert process.wait(timeout=120) == 130, (tmp_path / "said").read_text()
-    text = (tmp_path / "said").read_text()
+    process, end = begin("train", recipe, SLOW, "name=broken")
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.is_alive():
+        if broken.log.is_file() and len(broken.log.read_text().splitlines()) >= 20:  # within the second epoch
+            os.kill(process.pid, number)
+            break
+        time.sleep(0.005)
+    done = end()
+    text = done.stdout + done.stderr
+    assert done.returncode == 130, text
     assert "Traceback" not in text
     assert "--resume" in text
     assert not broken.finished()
