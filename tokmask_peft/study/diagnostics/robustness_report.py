@@ -6,6 +6,9 @@ from typing import Any
 
 from tokmask_peft.study.tables import Table, level, markdown, mean_sd, plain
 
+SHOWN = 5e-5
+"""The least difference that four decimals show."""
+
 
 def label(row: dict[str, Any], task: str) -> str:
     """Name a condition."""
@@ -67,9 +70,9 @@ def cautions(analysis: dict[str, Any]) -> list[str]:
         lines.append("There are no test texts: these are validation scores, which also chose the checkpoints.")
     reported = [(run["clean"]["f1_macro"], run.get("reported")) for run in analysis["runs"]]
     apart = [abs(found - before) for found, before in reported if before is not None]
-    if max(apart, default=0.0) > 1e-6:
+    if max(apart, default=0.0) >= SHOWN:
         lines.append(
-            f"{sum(one > 1e-6 for one in apart)} of {len(apart)} runs score up to {max(apart):.4f} otherwise on the "
+            f"{sum(one >= SHOWN for one in apart)} of {len(apart)} runs score up to {max(apart):.4f} otherwise on the "
             "texts as they are than their result.json says: bf16 rounds otherwise in predictions than in evaluation, "
             "and nothing is cut here."
         )

@@ -15,7 +15,7 @@ from tokmask_peft.study.diagnostics.disturbed import Disturbances, by_unseen
 from tokmask_peft.study.diagnostics.gradients import draw_batches
 from tokmask_peft.study.diagnostics.robustness import analyse
 from tokmask_peft.study.diagnostics.robustness_plan import find_members
-from tokmask_peft.study.diagnostics.robustness_report import score_table
+from tokmask_peft.study.diagnostics.robustness_report import cautions, score_table
 from tokmask_peft.study.statistics import spread
 
 
@@ -120,3 +120,11 @@ def test_groups_have_intervals_over_their_runs():
     assert head == ["texts", "trained with p = 0, 2 seeds", "trained with p = 0.1, seed 1"]
     assert [row[0] for row in body] == ["as they are", "50% of sub-tokens masked", "texts with no unseen word (7)"]
     assert body[1][2] == "0.7000"
+
+
+@pytest.mark.parametrize(("apart", "told"), [(0.00003, False), (0.0002, True)])
+def test_a_score_that_differs_from_the_runs_own_is_told_where_it_shows(apart, told):
+    run = {"clean": {"f1_macro": 0.5 + apart}, "reported": 0.5}
+    analysis = {"disturbances": {"draws": 4}, "split": "test", "runs": [run], "groups": [{"seeds": [1]}]}
+    assert any("1 of 1 runs score up to 0.0002" in line for line in cautions(analysis)) == told
+    assert not any("up to 0.0000" in line for line in cautions(analysis))
