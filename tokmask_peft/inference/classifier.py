@@ -99,8 +99,8 @@ class Classifier:
     def predict(self, texts: Sequence[str] | Sequence[Sequence[str]], batch_size: int = BATCH_SIZE) -> list[Answer]:
         """Classify texts.
 
-        The answers do not hang on `batch_size`, nor on the other texts: exactly so in padding-free passes (on CPUs,
-        where the backbone allows them), else but for rounding, which in bf16 comes to thousandths of a probability.
+        The answers hang on `batch_size` and the other texts by rounding alone: below 1e-5 of a probability in fp32,
+        thousandths in bf16.
 
         A text longer than `max_length` sub-tokens is read in windows. In sequence tasks their logits are averaged,
         weighted by their sub-tokens; so the temperature changes no label there either. In token tasks the windows

@@ -66,14 +66,13 @@ class Packing:
     back: Tensor
 
     @classmethod
-    def make(cls, cu_seqlens: Tensor, total: int, max_length: int, exact: bool = False) -> Packing:
+    def make(cls, cu_seqlens: Tensor, total: int, max_length: int) -> Packing:
         """Lay out a row of `total` sub-tokens; waits for no GPU.
 
         Args:
             cu_seqlens: where each text begins, and the end of the last.
             total: sub-tokens of the row.
             max_length: of the longest text.
-            exact: on a CPU, put only texts of one length together, so that no answer hangs on the others.
         """
         device = cu_seqlens.device
         starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
@@ -81,7 +80,7 @@ class Packing:
         rows = torch.repeat_interleave(texts, lengths, output_size=total)
         positions = torch.arange(total, device=device) - starts[rows]
         # On a GPU the lengths are not known here without waiting, and calls cost more than padding.
-        groups = _buckets(lengths.tolist(), WORTH) if device.type == "cpu" else [(None, max_length, True)]
+        groups = _buckets(lengths.tolist()) if device.type == "cpu" else [(None, max_length, True)]
         buckets, slots, first = [], [], torch.empty_like(starts)
         used = 0
         for members, length, padded in groups:
@@ -103,14 +102,14 @@ class Packing:
         )
 
 
-def _buckets(lengths: list[int], worth: int) -> list[tuple[list[int] | None, int, bool]]:
+def _buckets(lengths: list[int]) -> list[tuple[list[int] | None, int, bool]]:
     """Put texts of similar length together: members, longest, and whether any is shorter than that."""
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     found: list[list[int]] = []
     for text in order:
         if found:
             waste = sum(lengths[text] ** 2 - lengths[other] ** 2 for other in found[-1])
-            if waste <= worth:
+            if waste <= WORTH:
                 found[-1].append(text)
                 continue
         found.append([text])

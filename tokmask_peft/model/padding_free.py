@@ -170,7 +170,7 @@ class PackedForward:
         if input_ids is None or max_length is None:
             raise ModelError("a packed batch needs input_ids, cu_seqlens and max_length")
         total = input_ids.shape[1]
-        packing = Packing.make(cu_seqlens, total, max_length, exact=not self.model.training)
+        packing = Packing.make(cu_seqlens, total, max_length)
         hidden = self._hidden(*self._filled(input_ids, cu_seqlens, packing))[:, :total]
         logits = self._token_logits(hidden) if self.task == "token" else self._text_logits(hidden, input_ids, packing)
         return self._output(logits, labels)
@@ -183,7 +183,7 @@ class PackedForward:
             return input_ids, packing
         ids = F.pad(input_ids, (0, sum(extra)), value=self.model.config.pad_token_id or 0)
         bounds = torch.cat((cu_seqlens, cu_seqlens.new_tensor([total + end for end in accumulate(extra)])))
-        return ids, Packing.make(bounds, ids.shape[1], packing.max_length, exact=not self.model.training)
+        return ids, Packing.make(bounds, ids.shape[1], packing.max_length)
 
     def _hidden(self, input_ids: Tensor, packing: Packing) -> Tensor:
         """Return the last hidden states, [1, total, hidden]."""

@@ -74,7 +74,7 @@ def test_answers_do_not_hang_on_batch_size_or_order(classifier, family, task):
 
 @pytest.mark.parametrize(("family", "task"), [("bert", "sequence"), ("qwen2", "sequence"), ("llama", "token")])
 def test_answers_in_bf16_do_not_hang_on_batch_size_either(family, task):
-    """Padded, the same texts differ by up to 1e-3: padding moves last digits, and bf16 has few."""
+    """Of a small model, whose products round alike in rows of any length; padded, its answers differ by up to 1e-3."""
     model, tokenizer = build(family, task, hidden_size=64, intermediate_size=128)
     model.config.pad_token_id = tokenizer.pad_token_id
     enable_padding_free(model)
