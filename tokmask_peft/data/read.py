@@ -41,7 +41,7 @@ def read_split(source: SourceConfig, split: str, task: Task) -> list[Example]:
 
         name = f"built-in corpus [{split}]"
         examples = builtin_examples(task, split)
-    check_complete(examples, name, split, task)
+    check_complete(examples, name, task)
     return examples
 
 
@@ -74,7 +74,7 @@ def iter_rows(path: str | Path, source: SourceConfig, task: Task, labelled: bool
     yield from tabular.examples(rows, str(path), task, source.text_column, source.label_column, labelled)
 
 
-def check_complete(examples: list[Example], name: str, split: str, task: Task) -> None:
+def check_complete(examples: list[Example], name: str, task: Task) -> None:
     """Refuse a split in which a text or a label is missing.
 
     Raises:
