@@ -17,14 +17,18 @@ from tokmask_peft.training.trainer import OrderedEvalTrainer
 SHORT = ["training.epochs=1", "training.baseline=false", "training.batching=padded"]
 
 
-def run_out(monkeypatch, above, at_step=0):
+ALLOCATOR = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 4 GiB in all."
+KERNEL = "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"
+
+
+def run_out(monkeypatch, above, at_step=0, error=torch.OutOfMemoryError, said=ALLOCATOR):
     """Let steps of more than so many texts run out of memory, from a step on."""
     step, seen = OrderedEvalTrainer.training_step, []
 
     def limited(self, model, inputs, *rest):
         seen.append(len(inputs["input_ids"]))
         if len(inputs["input_ids"]) > above and self.state.global_step >= at_step:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 4 GiB in all.")
+            raise error(said)
         return step(self, model, inputs, *rest)
 
     monkeypatch.setattr(OrderedEvalTrainer, "training_step", limited)
@@ -64,6 +68,16 @@ def test_running_out_of_memory_in_evaluation_blames_evaluation(write_recipe, mon
         train(write_recipe(), "oom", "training.auto_batch=true")
 
 
+def test_running_out_of_memory_while_loading_blames_the_backbone(write_recipe, monkeypatch):
+    def refuse(*_, **__):
+        raise torch.OutOfMemoryError(ALLOCATOR)
+
+    monkeypatch.setattr(fit, "load_backbone", refuse)
+    with pytest.raises(RunError, match=r"while the backbone was loaded .*model\.quantization=nf4") as caught:
+        train(write_recipe(), "oom")
+    assert "batch" not in str(caught.value)
+
+
 def test_other_errors_are_left_alone(write_recipe, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("shapes do not fit")
@@ -73,12 +87,19 @@ def test_other_errors_are_left_alone(write_recipe, monkeypatch):
         train(write_recipe(), "other", "training.auto_batch=true")
 
 
-@pytest.mark.parametrize("at_step", [0, 3])
-def test_auto_batch_is_the_run_with_smaller_batches(write_recipe, monkeypatch, at_step):
-    path = write_recipe()
-    expected = train(path, "small", "training.batch_size=2", "training.gradient_accumulation=4")
-    seen = run_out(monkeypatch, above=2, at_step=at_step)
-    run = train(path, "auto", "training.auto_batch=true")
+@pytest.mark.parametrize(
+    ("at_step", "neftune", "error", "said"),
+    [
+        (0, "null", torch.OutOfMemoryError, ALLOCATOR),
+        (3, "null", RuntimeError, KERNEL),
+        (3, "5", MemoryError, ""),
+    ],
+)
+def test_auto_batch_is_the_run_with_smaller_batches(write_recipe, monkeypatch, at_step, neftune, error, said):
+    path, noise = write_recipe(), f"training.neftune_alpha={neftune}"
+    expected = train(path, "small", noise, "training.batch_size=2", "training.gradient_accumulation=4")
+    seen = run_out(monkeypatch, 2, at_step, error, said)
+    run = train(path, "auto", noise, "training.auto_batch=true")
     assert seen[at_step] == 8  # and there it began again
     assert set(seen[at_step + 1 :]) == {4, 2}
     assert run.result["steps"] == expected.result["steps"] == 12

@@ -37,6 +37,7 @@ def test_interrupted_and_resumed_is_uninterrupted(write_recipe, tokmask, begin, 
     assert all(step % 12 == 0 for step in scored), "a broken-off epoch was scored"
     stopped_at = int(broken.last_checkpoint().name.removeprefix("checkpoint-"))
     assert 0 < stopped_at < 72
+    assert f"stopped at step {stopped_at} of 72" in text, "the checkpoint of the stop is not the one that is kept"
 
     refused = tokmask("train", recipe, SLOW, "name=broken", check=False)
     assert refused.returncode == 2

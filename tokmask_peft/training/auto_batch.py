@@ -7,11 +7,13 @@ from typing import TypeVar
 
 import torch
 from accelerate.utils import find_executable_batch_size
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 
 from tokmask_peft.errors import RunError
 from tokmask_peft.model.memory.remedies import smaller_batch
 from tokmask_peft.recipe import Recipe
+from tokmask_peft.training.out_of_memory import out_of_memory
 
 T = TypeVar("T")
 
@@ -43,6 +45,14 @@ def with_smaller_batches(
     left = iter(sizes[1:])
 
     def run(batch_size: int) -> T:
+        try:
+            return begin(batch_size)
+        except (RuntimeError, MemoryError) as error:
+            if out_of_memory(error) and not should_reduce_batch_size(error):
+                raise torch.OutOfMemoryError("CUDA out of memory.") from error  # in words that accelerate knows
+            raise
+
+    def begin(batch_size: int) -> T:
         if batch_size == training.batch_size:
             return attempt()
         with torch.no_grad():

@@ -12,7 +12,7 @@ from types import FrameType
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tokmask_peft.errors import RunError
 
@@ -95,6 +95,16 @@ class StopOnSignal(TrainerCallback):
         if self.stopped and state.epoch is not None and not float(state.epoch).is_integer():
             control.should_evaluate = False
             control.should_save = False
+
+
+class Patience(EarlyStoppingCallback):
+    """Early stopping that a resumed run goes on with where it was: the Trainer begins to count anew."""
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Take the count over from the checkpoint."""
+        super().on_train_begin(args, state, control)
+        stored = state.stateful_callbacks.get(type(self).__name__, {})
+        self.early_stopping_patience_counter = stored.get("attributes", {}).get("early_stopping_patience_counter", 0)
 
 
 class StepClock(TrainerCallback):

@@ -106,7 +106,8 @@ def _open(
     """Load data and backbone and add the adapter; return the session, its decisions and the recipe's text."""
     corpus = load_corpus(recipe.data.expanded(), recipe.seed)
     set_seed(recipe.seed)  # before the head is drawn
-    backbone = load_backbone(recipe.model, recipe.data.task, corpus.labels, device)
+    with explained_memory_errors(recipe, movable=False, loading=True):
+        backbone = load_backbone(recipe.model, recipe.data.task, corpus.labels, device)
     mask, mask_decisions = _choose_mask(recipe, backbone)
     batching = choose_batching(
         recipe.training.batching, backbone.model, neftune=recipe.training.neftune_alpha is not None

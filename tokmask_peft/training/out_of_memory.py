@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
+import torch
 from accelerate.utils.memory import should_reduce_batch_size
 
 from tokmask_peft.errors import RunError, first_line
@@ -14,17 +15,25 @@ from tokmask_peft.recipe import Recipe
 
 def out_of_memory(error: BaseException) -> bool:
     """Return whether a device or the host refused memory."""
-    return isinstance(error, MemoryError) or (isinstance(error, Exception) and should_reduce_batch_size(error))
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    # accelerate knows the allocators' words, not those of CUDA's own calls
+    said = str(error).lower()
+    raw = isinstance(error, RuntimeError) and ("out of memory" in said or "status_alloc_failed" in said)
+    return raw or (isinstance(error, Exception) and should_reduce_batch_size(error))
 
 
 @contextlib.contextmanager
-def explained_memory_errors(recipe: Recipe, movable: bool, evaluating: bool = False) -> Iterator[None]:
+def explained_memory_errors(
+    recipe: Recipe, movable: bool, evaluating: bool = False, loading: bool = False
+) -> Iterator[None]:
     """Turn running out of memory into an error that names the keys to change.
 
     Args:
         recipe: of the run, with gradient checkpointing decided.
         movable: whether the backbone's embedding can lie on the host.
         evaluating: whether it is an evaluation that runs.
+        loading: whether the backbone is being loaded.
 
     Raises:
         RunError: out of memory.
@@ -34,7 +43,20 @@ def explained_memory_errors(recipe: Recipe, movable: bool, evaluating: bool = Fa
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
+        if loading:
+            raise RunError(_while_loading(recipe, error)) from error
         raise RunError(_message(recipe, error, movable, evaluating)) from error
+
+
+def _while_loading(recipe: Recipe, error: BaseException) -> str:
+    """Say what takes less before the first batch: fewer texts at a time do not."""
+    ways = ["a smaller model.backbone", "other programs closed"]
+    if recipe.model.quantization == "none":
+        ways.insert(0, "model.quantization=nf4 (on a GPU)")
+    return (
+        f"out of memory while the backbone was loaded ({first_line(error).split('. ')[0]}). Any of these may help: "
+        f"{'; '.join(ways)}. `tokmask estimate` with the same recipe says how much it takes."
+    )
 
 
 def _message(recipe: Recipe, error: BaseException, movable: bool, evaluating: bool) -> str:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import EarlyStoppingCallback
 
 from tokmask_peft.console import ProgressDisplay, print_lines, print_result
 from tokmask_peft.data import Corpus, PackedCollator
@@ -25,7 +24,7 @@ from tokmask_peft.model.placement import placement_problem
 from tokmask_peft.recipe import Recipe
 from tokmask_peft.training.adapter_folder import CardWriter, save_adapter_folder
 from tokmask_peft.training.auto_batch import with_smaller_batches
-from tokmask_peft.training.callbacks import AdapterMoves, LogFile, StepClock, StopOnSignal
+from tokmask_peft.training.callbacks import AdapterMoves, LogFile, Patience, StepClock, StopOnSignal
 from tokmask_peft.training.environment import environment, peak_memory
 from tokmask_peft.training.fits import before_training
 from tokmask_peft.training.losses import ClassificationLoss, class_weights
@@ -109,7 +108,8 @@ class Session:
             if (cut := split.encoded.truncation).texts_cut:
                 lines.append(f"{name}: {cut.texts_cut} texts are cut at {self.recipe.data.max_length} sub-tokens")
                 if cut.words_cut:
-                    lines[-1] += f"; {cut.words_cut} words are cut away" + ("" if name == "train" else " (errors)")
+                    wrong = name != "train" and self.recipe.data.task == "token"
+                    lines[-1] += f"; {cut.words_cut} words are cut away" + (" (errors)" if wrong else "")
         print_lines(self.console, "Data", lines)
         clock = StepClock()
 
@@ -167,7 +167,7 @@ class Session:
             callbacks.insert(0, TokenMaskCallback(config, self.mask, announce=False))
         callbacks.append(LogFile(self.run.log))
         if training.patience is not None:
-            callbacks.append(EarlyStoppingCallback(training.patience))
+            callbacks.append(Patience(training.patience))
         gamma = training.focal_gamma if training.loss == "focal" else 0.0
         weights = class_weights(training.class_weights, self._label_counts())
         arguments = training_arguments(

@@ -76,9 +76,14 @@ class OrderedEvalTrainer(Trainer):
         self.memory_errors = memory_errors
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train."""
-        with inputs_as_they_come(self.model, self.args.bf16):
-            return super().train(*args, **kwargs)
+        """Train; a training that breaks off leaves no noise of NEFTune on the embedding."""
+        try:
+            with inputs_as_they_come(self.model, self.args.bf16):
+                return super().train(*args, **kwargs)
+        except BaseException:
+            if (handle := getattr(self, "neftune_hook_handle", None)) is not None:
+                handle.remove()
+            raise
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate or predict."""
@@ -170,7 +175,8 @@ def training_arguments(recipe: Recipe, checkpoints: Path, device: torch.device, 
         dataloader_pin_memory=device.type == "cuda",
         eval_strategy="epoch",
         save_strategy="epoch",
-        save_total_limit=1,
+        # with 1 the Trainer would end by removing all but the best: the checkpoint, too, that Ctrl-C left to go on from
+        save_total_limit=2,
         load_best_model_at_end=True,
         metric_for_best_model="f1_macro",
         greater_is_better=True,

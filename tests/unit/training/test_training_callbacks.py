@@ -8,10 +8,10 @@ import time
 
 import pytest
 import torch
-from transformers import TrainerControl, TrainerState
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from tokmask_peft.errors import RunError
-from tokmask_peft.training.callbacks import AdapterMoves, LogFile, StepClock, StopOnSignal
+from tokmask_peft.training.callbacks import AdapterMoves, LogFile, Patience, StepClock, StopOnSignal
 
 
 def state(step, main=True):
@@ -203,3 +203,22 @@ def test_the_clock_counts_steps_and_their_time_only(monkeypatch):
         clock.on_step_begin(None, state(step), TrainerControl())
         clock.on_step_end(None, state(step), TrainerControl())
     assert (clock.seconds, clock.steps) == (5.0, 2)
+
+
+def test_patience_goes_on_where_the_checkpoint_was(tmp_path):
+    args = TrainingArguments(
+        str(tmp_path), eval_strategy="epoch", save_strategy="epoch", metric_for_best_model="f1", use_cpu=True,
+        load_best_model_at_end=True, greater_is_better=True, report_to="none",
+    )  # fmt: skip
+    first, then, control = Patience(2), state(10), TrainerControl()
+    first.on_train_begin(args, then, control)
+    then.best_metric = 0.5
+    first.on_evaluate(args, then, control, metrics={"eval_f1": 0.4})
+    assert not control.should_training_stop
+    then.stateful_callbacks["Patience"] = first.state()
+    then.save_to_json(tmp_path / "state.json")  # as checkpoints do
+
+    resumed, later = Patience(2), TrainerState.load_from_json(tmp_path / "state.json")
+    resumed.on_train_begin(args, later, control)
+    resumed.on_evaluate(args, later, control, metrics={"eval_f1": 0.4})
+    assert control.should_training_stop, "the second evaluation without a better score"
