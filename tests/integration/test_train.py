@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -98,6 +99,28 @@ def test_evaluate_repeats_the_scores_of_the_run(write_recipe, tokmask, tmp_path,
     wrong = tokmask("evaluate", run, "--split", "dev2", check=False)
     assert wrong.returncode == 2
     assert "it has train, validation, test" in wrong.stderr
+
+
+def test_evaluate_holds_the_backbone_as_in_training_and_says_where_it_cannot(write_recipe, monkeypatch):
+    run = train(Recipe.load(write_recipe(), ["training.max_steps=2", "model.quantization=auto"]), quiet=True).folder
+    asked = []
+
+    def load(config, *rest):
+        asked.append((config.quantization, config.precision))
+        return load_backbone(config, *rest)
+
+    monkeypatch.setattr("tokmask_peft.training.evaluate.load_backbone", load)
+    shutil.rmtree(run.checkpoints)
+    assert "not_as_trained" not in evaluate(run.root)
+    assert asked[-1][0] == json.loads((run.adapter / "tokmask.json").read_text())["quantization"] != "auto"
+    assert not run.checkpoints.exists(), "the run folder may be read-only"
+
+    found = json.loads((run.adapter / "tokmask.json").read_text())
+    (run.adapter / "tokmask.json").write_text(json.dumps({**found, "quantization": "nf4"}))  # as from a GPU
+    monkeypatch.setattr("tokmask_peft.model.loading.bitsandbytes_problem", lambda _: "it is not here")
+    (told,) = evaluate(run.root)["not_as_trained"]
+    assert told == "trained on nf4, but it is not here: results differ slightly"
+    assert asked[-1][0] == "none"
 
 
 def test_a_finished_run_is_never_overwritten(write_recipe, tokmask, tmp_path):

@@ -49,7 +49,10 @@ def evaluate(
     if as_json:
         typer.echo(json.dumps(result, indent=2, ensure_ascii=False))
     else:
-        print_scores(make_console(), {split: result})
+        console = make_console()
+        print_scores(console, {split: result})
+        for reason in result.get("not_as_trained", ()):
+            console.print(f"Caution: {reason}", markup=False)
 
 
 @app.command()

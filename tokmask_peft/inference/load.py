@@ -13,10 +13,10 @@ from tokmask_peft.inference.classifier import Classifier
 from tokmask_peft.inference.saved import SavedAdapter, find_saved
 from tokmask_peft.model.adapter import load_adapter
 from tokmask_peft.model.backbone import load_backbone
-from tokmask_peft.model.decisions import Decision, bitsandbytes_problem
+from tokmask_peft.model.decisions import Decision
+from tokmask_peft.model.loading import held
 from tokmask_peft.model.merging import merge_if_harmless
 from tokmask_peft.model.padding_free import enable_padding_free, padding_free_problem
-from tokmask_peft.recipe import ModelConfig
 
 _LONGEST = 512  # sub-tokens per window where neither the run nor the model sets a limit
 
@@ -43,7 +43,7 @@ def load(
     """
     saved = model if isinstance(model, SavedAdapter) else find_saved(model, backbone)
     place = _device(device)
-    config, reasons = _held(saved.model, place, quantization, precision)
+    config, reasons = held(saved.model, place, quantization, precision)
     loaded = load_backbone(config, saved.task, saved.labels, place)
     if place.type == "cpu" and padding_free_problem(loaded.model) is None:
         enable_padding_free(loaded.model)
@@ -85,28 +85,6 @@ def _device(asked: str | torch.device | None) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ModelError(f"device {asked} cannot be used: {first_line(error)}") from error
     return torch.device("cuda", torch.cuda.current_device()) if str(device) == "cuda" else device
-
-
-def _held(
-    trained: ModelConfig, device: torch.device, quantization: str | None, precision: str | None
-) -> tuple[ModelConfig, dict[str, str]]:
-    """Return how to hold the backbone, and the reasons, by what was decided, where it is not the user's wish."""
-    if quantization not in (None, "nf4", "int8", "none") or precision not in (None, "auto", "bf16", "fp32"):
-        raise ModelError("quantization is nf4, int8 or none; precision is bf16 or fp32")
-    reasons = {}
-    if quantization is None:
-        quantization, reasons["quantization"] = trained.quantization, "as in training"
-        if quantization != "none" and (problem := bitsandbytes_problem(device.type)):
-            quantization = "none"
-            reasons["quantization"] = f"trained on {trained.quantization}, but {problem}: results differ slightly"
-    embedding = trained.embedding
-    if embedding == "offload" and device.type == "cpu":
-        embedding = "resident"  # the host's memory is the device's: the same lookup
-    elif embedding == "8bit" and (problem := bitsandbytes_problem(device.type)):
-        embedding = "resident"
-        reasons["embedding"] = f"trained on the 8-bit embedding, but {problem}: results differ slightly"
-    held = {"quantization": quantization, "precision": precision or trained.precision, "embedding": embedding}
-    return trained.model_copy(update=held), reasons
 
 
 def _model_limit(model: nn.Module, tokenizer: Any) -> int:

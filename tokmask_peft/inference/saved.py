@@ -176,15 +176,12 @@ def _model_config(
             "revision": loading.revision,
             "embedding": loading.embedding,
         }
-    if loading is not None:
-        # bf16 where the hardware has it
-        precision = "auto" if loading.precision == "bf16" else "fp32"
-        settings |= {"quantization": loading.quantization, "precision": precision}
     if backbone is not None:
         local = backbone.startswith("package:") or Path(backbone).is_dir()
         settings |= {"backbone_path": backbone} if local else {"backbone": backbone, "backbone_path": None}
         settings["revision"] = None
-    return ModelConfig(**settings)
+    found = ModelConfig(**settings)
+    return loading.applied(found) if loading is not None else found
 
 
 def _temperature(path: Path) -> float:

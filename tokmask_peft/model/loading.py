@@ -7,7 +7,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
+import torch
+
 from tokmask_peft.errors import ModelError
+from tokmask_peft.model.decisions import bitsandbytes_problem
 from tokmask_peft.recipe import ModelConfig
 
 LOADING_FILE = "tokmask.json"
@@ -59,6 +62,11 @@ class Loading:
         loading._check(path)
         return loading
 
+    def applied(self, model: ModelConfig) -> ModelConfig:
+        """Return settings with what was decided in training: the quantization, and bf16 where the hardware has it."""
+        precision = "auto" if self.precision == "bf16" else "fp32"
+        return model.model_copy(update={"quantization": self.quantization, "precision": precision})
+
     def _check(self, path: Path) -> None:
         """Refuse what did not come from this package: an adapter may be anyone's."""
         inside = (self.package or "package:a/b").removeprefix("package:").split("/")
@@ -75,3 +83,38 @@ class Loading:
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-able form."""
         return asdict(self)
+
+
+def held(
+    trained: ModelConfig, device: torch.device, quantization: str | None = None, precision: str | None = None
+) -> tuple[ModelConfig, dict[str, str]]:
+    """Say how to hold the backbone of a trained adapter on this device.
+
+    Args:
+        trained: as it was in training.
+        device: to compute on.
+        quantization: `nf4`, `int8` or `none`; none given takes that of training where it runs on this device.
+        precision: `bf16` or `fp32`; none given takes that of training.
+
+    Returns:
+        The settings, and the reasons by what was decided, where it is not the user's wish.
+
+    Raises:
+        ModelError: there is no such quantization or precision.
+    """
+    if quantization not in (None, "nf4", "int8", "none") or precision not in (None, "auto", "bf16", "fp32"):
+        raise ModelError("quantization is nf4, int8 or none; precision is bf16 or fp32")
+    reasons = {}
+    if quantization is None:
+        quantization, reasons["quantization"] = trained.quantization, "as in training"
+        if quantization != "none" and (problem := bitsandbytes_problem(device.type)):
+            quantization = "none"
+            reasons["quantization"] = f"trained on {trained.quantization}, but {problem}: results differ slightly"
+    embedding = trained.embedding
+    if embedding == "offload" and device.type == "cpu":
+        embedding = "resident"  # the host's memory is the device's: the same lookup
+    elif embedding == "8bit" and (problem := bitsandbytes_problem(device.type)):
+        embedding = "resident"
+        reasons["embedding"] = f"trained on the 8-bit embedding, but {problem}: results differ slightly"
+    held = {"quantization": quantization, "precision": precision or trained.precision, "embedding": embedding}
+    return trained.model_copy(update=held), reasons

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import set_seed
 
 from tokmask_peft.data import Example, load_corpus
@@ -13,9 +16,12 @@ from tokmask_peft.data.read import read_split
 from tokmask_peft.errors import DataError
 from tokmask_peft.model.adapter import load_adapter
 from tokmask_peft.model.backbone import load_backbone
+from tokmask_peft.model.loading import Loading, held
+from tokmask_peft.model.placement import placement_problem
 from tokmask_peft.recipe import Recipe
 from tokmask_peft.training.environment import processes
 from tokmask_peft.training.metrics import scores, scores_by_mixing
+from tokmask_peft.training.out_of_memory import explained_memory_errors
 from tokmask_peft.training.run_folder import open_finished
 from tokmask_peft.training.splits import Split
 from tokmask_peft.training.trainer import OrderedEvalTrainer, argmax_logits, collator, training_arguments
@@ -31,7 +37,8 @@ def evaluate(run: str | Path, *, split: str = "test", data: str | None = None) -
         data: a folder or file with other texts, in the format and with the columns of the run's recipe.
 
     Returns:
-        The scores of `metrics.scores`, with `by_mixing` where the recipe names language labels.
+        The scores of `metrics.scores`, with `by_mixing` where the recipe names language labels, and `not_as_trained`,
+        with the reasons, where this machine cannot hold the backbone as it was in training.
 
     Raises:
         RunError, DataError, ModelError: with what to do.
@@ -41,19 +48,31 @@ def evaluate(run: str | Path, *, split: str = "test", data: str | None = None) -
     examples, labels = split_examples(recipe, split, data, folder.adapter)
     state = processes()
     set_seed(recipe.seed)
-    backbone = load_backbone(recipe.model, recipe.data.task, labels, state.device)
+    loading = Loading.read(folder.adapter)
+    trained = loading.applied(recipe.model) if loading is not None else recipe.model
+    config, reasons = held(trained, state.device)
+    backbone = load_backbone(config, recipe.data.task, labels, state.device)
+    movable = placement_problem(backbone.model) is None
     model = load_adapter(backbone, folder.adapter)
     part = Split.make(examples, backbone.tokenizer, recipe.data.task, labels, recipe.data.max_length)
-    bf16 = str(backbone.dtype) == "torch.bfloat16"
-    trainer = OrderedEvalTrainer(
-        model=model,
-        args=training_arguments(recipe, folder.checkpoints, state.device, bf16),
-        eval_dataset=part.dataset,
-        data_collator=collator(backbone.tokenizer, recipe.data.task),
-        preprocess_logits_for_metrics=argmax_logits,
-    )
-    found = trainer.predict_split(part)
+    bf16 = backbone.dtype == torch.bfloat16
+    untracked = recipe.model_copy(update={"training": recipe.training.model_copy(update={"report_to": ()})})
+    with tempfile.TemporaryDirectory() as scratch:  # the Trainer makes its folder, and the run may be read-only
+        trainer = OrderedEvalTrainer(
+            model=model,
+            args=training_arguments(untracked, Path(scratch), state.device, bf16),
+            eval_dataset=part.dataset,
+            data_collator=collator(backbone.tokenizer, recipe.data.task),
+            memory_errors=functools.partial(explained_memory_errors, recipe, movable, evaluating=True),
+            preprocess_logits_for_metrics=argmax_logits,
+        )
+        found = trainer.predict_split(part)
     result = scores(*found.flat(), labels)
+    otherwise = [reason for reason in reasons.values() if reason.startswith("trained on")]
+    if loading is not None and loading.precision == "bf16" and not bf16:
+        otherwise.append("trained in bf16, which this machine does not compute in: results differ slightly")
+    if otherwise:
+        result["not_as_trained"] = otherwise
     if recipe.data.task == "token" and recipe.data.language_labels:
         result["by_mixing"] = scores_by_mixing(found, labels, recipe.data.language_labels)
     return result
