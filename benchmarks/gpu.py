@@ -19,7 +19,8 @@ from __future__ import annotations
 
 import argparse
 import os
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -178,6 +179,16 @@ def stock(config: Any, tokenizer: Any, device: torch.device) -> Any:
     return get_peft_model(model, lora)
 
 
+@contextmanager
+def left_out(ways: list[Way]) -> Iterator[None]:
+    """Mark ways that have not been measured where memory runs out, as it may while a model is made."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        for way in ways:
+            way.ran_out = way.ran_out or not way.rates
+
+
 def measure_shape(name: str, options: argparse.Namespace, rate: float) -> tuple[dict[str, Any], Any]:
     """Measure one backbone; return the rows of the table, and what else was found."""
     device = torch.device(options.device)
@@ -189,7 +200,8 @@ def measure_shape(name: str, options: argparse.Namespace, rate: float) -> tuple[
     offloaded = [Way("padding_free", embedding="offload")]
     theirs = [Way("padded", True), Way("padded to 128", True)]
     before = allocated(device)
-    for ways in (own, offloaded):
+
+    def measure_own(ways: list[Way]) -> None:
         backbone = random_backbone(config, tokenizer, device)
         place_embedding(backbone.model, ways[0].embedding, device)
         enable_padding_free(backbone.model)
@@ -197,9 +209,15 @@ def measure_shape(name: str, options: argparse.Namespace, rate: float) -> tuple[
         Runner(model, tokenizer, device, masked=True).measure(ways, rows, size, rounds, before)
         for way in ways:
             way.predicted = predicted(way, config, batches(way, rows, tokenizer, size), device)
-        del backbone, model
+
+    for ways in (own, offloaded):
+        with left_out(ways):
+            measure_own(ways)
         before = allocated(device)
-    StockRunner(stock(config, tokenizer, device), tokenizer, device, False).measure(theirs, rows, size, rounds, before)
+    with left_out(theirs):
+        StockRunner(stock(config, tokenizer, device), tokenizer, device, False).measure(
+            theirs, rows, size, rounds, before
+        )
     allocated(device)
     flops = 4 * linear_weights(config)
     title = f"{name}, {config.num_hidden_layers} layers"
@@ -252,10 +270,12 @@ def main(arguments: list[str] | None = None) -> None:
     rate = matrix_rate(device)
     rows: dict[str, Any] = {"bf16 matrix rate (TFLOPs a second)": ([rate / 1e12], "")}
     result: dict[str, Any] = {"texts_a_step": options.batch, "ways": {}}
-    for name in options.only:
-        found, result["ways"][name] = measure_shape(name, options, rate)
-        rows |= found
-    report("gpu", result, rows, device, write=not options.smoke)
+    try:
+        for name in options.only:
+            found, result["ways"][name] = measure_shape(name, options, rate)
+            rows |= found
+    finally:  # whatever a later shape ends in, what was measured is not lost
+        report("gpu", result, rows, device, write=bool(result["ways"]) and not options.smoke)
     ran_out = [f"{name}: {way['name']}" for name, ways in result["ways"].items() for way in ways if way["ran_out"]]
     if ran_out:
         print(f"\nOut of memory: {'; '.join(ran_out)}")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from workload import CPU, MINILM, benchmark_texts, interleaved, report
 from tokmask_peft.data import PackedCollator
 from tokmask_peft.masking import TokenMaskConfig, TokenMasker
 from tokmask_peft.masking.embedding import find_embedding
-from tokmask_peft.model.adapter import add_adapter
+from tokmask_peft.model.adapter import add_adapter, inputs_as_they_come
 from tokmask_peft.model.backbone import load_backbone
 from tokmask_peft.model.padding_free import enable_padding_free
 from tokmask_peft.recipe import AdapterConfig, ModelConfig
@@ -90,23 +90,28 @@ def steps() -> list[float]:
     set_seed(0)
     backbone = load_backbone(ModelConfig(**MINILM), "sequence", ("a", "b", "c"), CPU)
     enable_padding_free(backbone.model)
-    model, _ = add_adapter(backbone, AdapterConfig(), "sequence")
+    model, _ = add_adapter(backbone, AdapterConfig(dropout=0.0), "sequence")
     model.train()
     _, texts = benchmark_texts(backbone.tokenizer, BATCH)
     batch = PackedCollator("sequence")([{"input_ids": text, "labels": n % 3} for n, text in enumerate(texts)])
     labels = batch.pop("labels")
     trained = [weight for weight in model.parameters() if weight.requires_grad]
-    optimizer, loss = torch.optim.AdamW(trained, lr=1e-4), ClassificationLoss()
+    optimizer, loss = torch.optim.AdamW(trained, lr=1e-4, fused=True), ClassificationLoss()
     masker = TokenMasker.attach(model, backbone.tokenizer, TokenMaskConfig(p=0.1))
 
     def step() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=backbone.dtype == torch.bfloat16):
             output = model(**batch)
         loss(output, labels).backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
 
-    ratios = []
+    with inputs_as_they_come(model, backbone.dtype == torch.bfloat16):
+        return [*_step_ratios(step, masker)]
+
+
+def _step_ratios(step: Callable[[], None], masker: TokenMasker) -> Iterator[float]:
     for _ in range(5):
         step()
     for _ in range(ROUNDS):
@@ -120,8 +125,7 @@ def steps() -> list[float]:
                 with masker.paused():
                     step()
             times[masked].append(time.process_time() - start)
-        ratios.append(statistics.median(times[True]) / statistics.median(times[False]))
-    return ratios
+        yield statistics.median(times[True]) / statistics.median(times[False])
 
 
 def graph_breaks(backbone: Any) -> int:

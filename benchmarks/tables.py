@@ -13,14 +13,14 @@ from workload import RESULTS, markdown
 PAGE = Path(__file__).parent / "BENCHMARKS.md"
 TITLES = {
     "default_run": "The default run as a whole, beside the tutorials' (CPU seconds of theirs over ours)",
-    "padding_free": "Batches without padding, drawn texts",
-    "padding_free_tweets": "Batches without padding, real tweets",
+    "padding_free": "Batches without padding",
     "masking": "What masking costs",
     "qlora": "QLoRA bytes and step, shape of Qwen2.5-0.5B, random weights",
     "predict": "Prediction, beside `transformers.pipeline` at its best batch size",
     "predict_file": "Prediction of a file",
     "same_score": "Optimizer steps to the same score, beside the authors' protocol (TREC, MiniLM; not in `make bench`)",
-    "same_score_bound": "The same, where theirs goes on up to ten times our steps (TREC, MiniLM; not in `make bench`)",
+    "same_score_bound": "Optimizer steps to the same score, where the authors' protocol goes on up to ten times ours "
+    "(TREC, MiniLM; not in `make bench`)",
     "arms_cost": "CPU time of a step with each regularizer, to that without any (TREC, MiniLM; not in `make bench`)",
     "gpu": "On a GPU (not in `make bench`)",
 }
@@ -42,11 +42,13 @@ def page() -> str:
         if "table" not in content:
             continue
         seen = content["environment"]
+        texts = content.get("texts", "")
+        origin = texts["from"] if isinstance(texts, dict) else texts if isinstance(texts, str) else ""
         versions = ", ".join(f"{key} {seen['versions'][key]}" for key in ("torch", "transformers", "peft"))
         parts += [
             f"## {title}",
             markdown(content["table"]),
-            f"{versions}; {seen['threads']} thread(s), {seen['device']}.",
+            f"{versions}; {seen['threads']} thread(s), {seen['device']}{f'; {origin}' if origin else ''}.",
         ]
     return "\n\n".join(parts) + "\n"
 

@@ -31,6 +31,8 @@ SHORT = {
     "afrisenti_twi": "AfriSenti Twi",
 }
 """Tasks that were trained with 500 texts, too."""
+COSTS_OF = "trec-500-arms"
+"""The sweep whose texts `benchmarks/arms_cost.py` takes."""
 SAME_TEXTS = {"ud_tur_deu_lid": "ud_tur_deu", "ud_tur_deu_pos": "ud_tur_deu"}
 """Tasks that are labels of the same texts, which count as one where tasks are averaged."""
 
@@ -41,7 +43,7 @@ class Study:
 
     Attributes:
         sweeps: content of the JSON by name of the sweep.
-        costs: CPU time of an optimizer step by regularizers, as a multiple of that without any.
+        costs: CPU time of an optimizer step by regularizers, as a multiple of that without any, on `COSTS_OF`.
     """
 
     sweeps: dict[str, dict[str, Any]]
@@ -55,6 +57,10 @@ class Study:
         cost = folder.parent / "arms_cost.json"
         table = json.loads(cost.read_text(encoding="utf-8"))["table"] if cost.is_file() else []
         return cls(sweeps, {row["what"]: row["median"] for row in table})
+
+    def costs_of(self, name: str) -> dict[str, float]:
+        """Return what the arms of a sweep cost; nothing where that was not measured on its texts."""
+        return self.costs if name == COSTS_OF else {}
 
     @property
     def tasks(self) -> list[str]:

@@ -57,9 +57,13 @@ def _overall(study: Study) -> list[Finding]:
     sure = [one["mean"] for _, _, one in found if clear(one)]
     up, down = (sum(sign * mean > 0 for mean in sure) for sign in (1, -1))
     verdict = {(True, True): "here helped and there hurt", (True, False): "helped", (False, True): "lowered scores"}
+    most = 2 * sum(mean > 0 for mean in means) > len(means), 2 * sum(mean < 0 for mean in means) > len(means)
+    clearly = (up > 0, down > 0)
+    against = sum(clearly) == 1 and clearly != most  # a few clear ones among many that go the other way
+    said = "went no way clearly" if against else verdict.get(clearly, "changed no score clearly")
     about = f"{counted(len(study.tasks), 'sweep')}, {counted(len(study.masked_rates()), 'masking rate')}"
     text = (
-        f"**Masking {verdict.get((up > 0, down > 0), 'changed no score clearly')}.** Of {len(found)} comparisons with "
+        f"**Masking {said}.** Of {len(found)} comparisons with "
         f"p = 0 ({about}), mean test macro-F1 was higher with masking in {sum(mean > 0 for mean in means)}, clearly so "
         f"in {up}, and lower in {sum(mean < 0 for mean in means)}, clearly so in {down}"
     )
@@ -215,7 +219,8 @@ def _regularizers(study: Study) -> list[Finding]:
             ]
             parts.append(f"clearly {side}: {', '.join(listed) or 'none'}")
         best = max(found, key=lambda label: float(found[label]["mean"]))
-        costs = {label: study.costs[label] for label in found if label in study.costs}
+        known = study.costs_of(name)
+        costs = {label: known[label] for label in found if label in known}
         text = (
             f"Beside other regularizers, {TITLES[name.removesuffix('-arms')]}, {len(found)} arms against none at all: "
             f"{'; '.join(parts)}; highest on average: {best} ({signed(found[best]['mean'])})"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from figures import TITLES, Study, counted, paired, with_seeds
+from figures import COSTS_OF, TITLES, Study, counted, paired, with_seeds
 
 from tokmask_peft.study.report import findings as report_findings
 from tokmask_peft.study.tables import Table, difference_table, interval, markdown, mean_sd, score_table, signed
@@ -30,9 +30,9 @@ def setting(study: Study) -> list[str]:
     return [
         "## What was trained",
         "MiniLM (all-MiniLM-L6-v2, 22M parameters, an English encoder) with LoRA of rank 16 on all linear layers, by "
-        "the shipped recipes, except for the number of epochs. Training texts that repeat, contradict each other or "
-        "occur in validation or test are removed. All rates train for the same number of steps. Validation chooses the "
-        "checkpoint, test is scored once.",
+        "the shipped recipes, except for the number of epochs and, where it says so, of training texts. Training texts "
+        "that repeat, contradict each other or occur in validation or test are removed. All rates train for the same "
+        "number of steps. Validation chooses the checkpoint, test is scored once.",
         markdown((head, body)),
         "*Best at the end* is the share of runs, by rate, whose last evaluation was their best on validation. The "
         "learning rate falls to 0, so a run need not have been cut short for that; but where it rises with the rate, "
@@ -115,7 +115,7 @@ def regularizers(study: Study) -> list[str]:
         parts += [
             f"### {TITLES.get(name.removesuffix('-arms'), name)}",
             *(f"- {line}" for line in report_findings(analysis)),
-            markdown(_with_cost(study, *score_table(analysis))),
+            markdown(_with_cost(study.costs_of(name), *score_table(analysis))),
             "Macro-F1, differences from no regularizer, seed by seed:",
             markdown(difference_table(analysis, "f1_macro")),
         ]
@@ -128,18 +128,19 @@ def regularizers(study: Study) -> list[str]:
     )
     intro += (
         "Cost is the CPU time of an optimizer step beside that without any, measured apart in interleaved rounds "
-        "(`python benchmarks/arms_cost.py`); most of NEFTune's is that padding."
+        f"on {TITLES[COSTS_OF.removesuffix('-arms')]} (`python benchmarks/arms_cost.py`). Padding alone costs "
+        f"{study.costs['none, padded']:.2f}."
         if study.costs
         else "What the arms cost has not been measured yet: the runs shared the machine."
     )
     return ["## Beside other regularizers", intro, *_with_lists(parts)]
 
 
-def _with_cost(study: Study, head: Sequence[str], body: Sequence[Sequence[str]]) -> Table:
+def _with_cost(costs: dict[str, float], head: Sequence[str], body: Sequence[Sequence[str]]) -> Table:
     """Put the cost that was measured apart in place of the runs' own, which shared the machine."""
-    if not study.costs:
+    if not costs:
         return head[:-1], [row[:-1] for row in body]
-    cost = {"none": "1", **{label: f"{value:.2f}" for label, value in study.costs.items()}}
+    cost = {"none": "1", **{label: f"{value:.2f}" for label, value in costs.items()}}
     return head, [[*row[:-1], cost.get(row[0], "")] for row in body]
 
 

@@ -3,71 +3,98 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from tokmask_peft.study.tables import markdown
+
+PEFT = "PEFT's preparation"
+LINES = (
+    (
+        "the default run, MiniLM",
+        "a Trainer in fp32, every text padded to 128",
+        "{padded to 128, to the default run:.1f} times as fast; "
+        "{padded to 128, to the default run with the same dropout:.1f} with the same LoRA dropout; "
+        "both in fp32 {padded to 128, to the default run in fp32:.1f}",
+    ),
+    (
+        "the default run, MiniLM",
+        "a Trainer in fp32, padded to the batch's longest",
+        "{dynamic padding, to the default run:.1f} times as fast; "
+        "{dynamic padding, to the default run with the same dropout:.1f} with the same LoRA dropout; "
+        "both in fp32 {dynamic padding, to the default run in fp32:.1f}",
+    ),
+    (
+        "training steps without padding",
+        "the same, padded to the batch's longest",
+        "{fp32 - padding-free to padded:.1f} times the sub-tokens in fp32, {bf16 - padding-free to padded:.1f} in bf16",
+    ),
+    (
+        "adapter in the upper half of the layers",
+        "in all",
+        "{fp32 - upper half to all layers, padding-free step:.2f} of a step's time in fp32, "
+        "{bf16 - upper half to all layers, padding-free step:.2f} in bf16",
+    ),
+    (
+        "masking, added to an embedding lookup",
+        "NEFTune of transformers",
+        "{masker to NEFTune:.2f} of its time, {masker, added to a lookup (ms):.2f} ms, "
+        "{masker to the collator:.0f} times that of masking in the collator; "
+        "a step takes {masked step to unmasked step:.2f} of one without masking",
+    ),
+    (
+        "QLoRA, shape of Qwen2.5-0.5B, 16 posts - bytes",
+        "PEFT's preparation, padded to 128",
+        "{bytes, to PEFT's preparation:.2f} of them, without checkpointing",
+    ),
+    (
+        "QLoRA, the same - step",
+        "PEFT's preparation, padded and checkpointed",
+        "{step, to PEFT's checkpointed one:.2f} of its time, at "
+        "{bytes, to PEFT's checkpointed ones:.1f} times its bytes",
+    ),
+    (
+        "`predict`, MiniLM, as each comes",
+        "`transformers.pipeline` at its best batch size",
+        "{as each comes - classifier bf16 to pipeline fp32:.1f} times as fast; "
+        "both in fp32 {classifier to pipeline, both in fp32:.1f}, both in bf16 "
+        "{classifier to pipeline, both in bf16:.1f}",
+    ),
+)
+"""What, beside what, and how much, with the names of the benchmarks' rows; a colon is written as ` -`."""
 
 
 def speed_table(folder: Path) -> str:
     """Return what the benchmarks in `folder` found beside what people would use instead, as Markdown.
 
-    Raises:
-        KeyError: a benchmark no longer measures what is told here.
+    A line is left out where this machine did not measure all of it: predictions in bf16, on a CPU without it.
     """
-    found = {
-        name: {row["what"]: row["median"] for row in json.loads((folder / f"{name}.json").read_text())["table"]}
-        for name in ("default_run", "padding_free_tweets", "masking", "qlora", "predict")
-    }
-    run, steps, masking, qlora, predict = found.values()
-    ours, theirs = (qlora[f"{what}, static + saved (MiB)"] for what in ("ours", "PEFT's preparation, checkpointed"))
-    bytes_, step = qlora["bytes, to PEFT's preparation"], qlora["step, to PEFT's checkpointed one"]
-    more = masking["masker, added to a lookup (ms)"] - masking["masking in the collator (ms)"]
-    padded, dynamic = "padded to 128, to the default run", "dynamic padding, to the default run"
-    free = {kind: steps[f"{kind}: padding-free to padded"] for kind in ("fp32", "bf16")}
-    half = steps["bf16: upper half to all layers, padding-free step"]
-    same = "with the same LoRA dropout"
-    head = ("what", "beside", "")
-    body = [
-        [
-            "the default run, MiniLM",
-            "a Trainer in fp32, every text padded to 128",
-            f"{run[padded]:.1f} times as fast; {run[padded + ' with the same dropout']:.1f} {same}; both in fp32 "
-            f"{run[padded + ' in fp32']:.1f}",
-        ],
-        [
-            "the default run, MiniLM",
-            "a Trainer in fp32, padded to the batch's longest",
-            f"{run[dynamic]:.1f} times as fast; {run[dynamic + ' with the same dropout']:.1f} {same}; both in fp32 "
-            f"{run[dynamic + ' in fp32']:.1f}",
-        ],
-        [
-            "training steps without padding",
-            "the same, padded to the batch's longest",
-            f"{free['fp32']:.1f} times the sub-tokens in fp32, {free['bf16']:.1f} in bf16",
-        ],
-        ["adapter in the upper half of the layers", "in all", f"{half:.2f} of a step's time"],
-        [
-            "masking, added to an embedding lookup",
-            "NEFTune of transformers",
-            f"{masking['masker to NEFTune']:.2f} of its time, {more:.2f} ms more than masking in the collator; a step "
-            f"takes {masking['masked step to unmasked step']:.2f} of one without masking",
-        ],
-        [
-            "QLoRA, shape of Qwen2.5-0.5B, 16 posts: bytes",
-            "PEFT's preparation, padded to 128",
-            f"{bytes_:.2f} of them, without checkpointing",
-        ],
-        [
-            "QLoRA, the same: step",
-            "PEFT's preparation, padded and checkpointed",
-            f"{step:.2f} of its time, at {ours / theirs:.1f} times its bytes",
-        ],
-        [
-            "`predict`, MiniLM, as each comes (bf16 and fp32)",
-            "`transformers.pipeline` at its best batch size",
-            f"{predict['as each comes: classifier bf16 to pipeline fp32']:.1f} times as fast; both in fp32 "
-            f"{predict['classifier to pipeline, both in fp32']:.1f}, both in bf16 "
-            f"{predict['classifier to pipeline, both in bf16']:.1f}",
-        ],
-    ]
-    return markdown((head, body))
+    figures: dict[str, float] = {}
+    for name in ("default_run", "padding_free", "masking", "qlora", "predict"):
+        file = folder / f"{name}.json"
+        table = json.loads(file.read_text(encoding="utf-8"))["table"] if file.is_file() else []
+        figures |= {row["what"].replace(": ", " - "): row["median"] for row in table}
+    ours, theirs = (figures.get(f"{what}, static + saved (MiB)") for what in ("ours", f"{PEFT}, checkpointed"))
+    if ours and theirs:
+        figures["bytes, to PEFT's checkpointed ones"] = ours / theirs
+    run = folder / "default_run.json"
+    seen = json.loads(run.read_text(encoding="utf-8"))["environment"] if run.is_file() else {}
+    computed = "bf16" if "default run, share of the bf16 matrix rate" in figures else "fp32"
+    caption = f"Medians on {seen.get('threads', 1)} thread of a CPU; the default run computes in {computed} there."
+    lines = [[what.replace(" -", ":"), beside, _filled(said, figures)] for what, beside, said in LINES]
+    body = [line for line in lines if line[-1]]
+    return f"{caption}\n\n{markdown((('what', 'beside', ''), body))}"
+
+
+def _filled(said: str, figures: Mapping[str, float]) -> str:
+    """Put the figures into a sentence; empty where one is missing."""
+    told = []
+    for number, part in enumerate(said.replace("}", "{").split("{")):
+        if number % 2 == 0:
+            told.append(part)
+            continue
+        name, _, form = part.rpartition(":")
+        if name not in figures:
+            return ""
+        told.append(format(figures[name], form))
+    return "".join(told)

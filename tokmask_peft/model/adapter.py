@@ -33,9 +33,14 @@ def target_names(model: nn.Module, config: AdapterConfig, outside: tuple[str, ..
     """Return the last parts of the names of the layers to adapt.
 
     Raises:
-        ModelError: a name in `adapter.targets` is no linear layer of this backbone.
+        ModelError: the backbone has no linear layers, or a name in `adapter.targets` is none of them.
     """
     found = sorted({name.rsplit(".", 1)[-1] for name in linear_layers(model, outside)})
+    if not found:
+        raise ModelError(
+            f"{type(model).__name__} has no linear layers to adapt (GPT-2's are convolutions, as transformers writes "
+            "them): take another backbone, such as those of `tokmask recipes`"
+        )
     if config.targets == "auto":
         return found
     unknown = [name for name in config.targets if name not in found]

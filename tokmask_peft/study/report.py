@@ -192,7 +192,7 @@ def _markdown(analysis: dict[str, Any]) -> str:
         parts += [
             "In a sweep over arms all regularizers named here are off but those of the arm; the dropout of the "
             "backbone's hidden layers stays as the backbone has it. NEFTune scales its noise by the length of a padded "
-            "batch: where the recipe is padding-free, its arms pad the same batches, and their cost is mostly that.",
+            "batch: where the recipe is padding-free, its arms pad the same batches, which is part of their cost.",
             "",
         ]
     versions = ", ".join(f"{name} {' and '.join(found)}" for name, found in analysis["versions"].items())

@@ -39,3 +39,15 @@ def test_without_a_gpu_one_message_says_so():
     assert done.returncode == 2
     assert "there is no CUDA GPU here" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_model_that_does_not_fit_leaves_its_ways_out(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    import gpu
+
+    measured, missing = gpu.Way("padded", rates=[1.0]), gpu.Way("grouped")
+    with gpu.left_out([measured, missing]):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+    assert (measured.ran_out, missing.ran_out) == (False, True)
+    with pytest.raises(ValueError, match="else"), gpu.left_out([measured]):
+        raise ValueError("else")

@@ -1,6 +1,7 @@
 """The page of the masking study is what its JSON says, and README's figures are on it."""
 
 import itertools
+import json
 import re
 import sys
 from pathlib import Path
@@ -12,8 +13,9 @@ ROOT = Path(__file__).parents[3]
 sys.path.insert(0, str(ROOT / "benchmarks" / "studies"))
 
 from figures import TITLES, Study, paired  # noqa: E402
-from findings import findings  # noqa: E402
+from findings import _overall, findings  # noqa: E402
 from page import PAGE, README, in_readme, page, readme_table  # noqa: E402
+from speed import LINES, speed_table  # noqa: E402
 
 from tokmask_peft.study.statistics import spread  # noqa: E402
 
@@ -210,3 +212,32 @@ def test_every_score_in_the_readme_is_on_a_page():
         for text in (pages, README.read_text(encoding="utf-8"))
     )
     assert not sorted(quoted - known)
+
+
+def test_a_machine_without_bf16_leaves_lines_of_the_speed_table_out(tmp_path):
+    results = PAGE.parent / "results"
+    whole = speed_table(results)
+    assert whole.count("\n| ") == len(LINES) + 2, "every line is measured"
+    assert "computes in bf16" in whole
+    for name in ("default_run", "padding_free", "masking", "qlora", "predict"):
+        content = json.loads((results / f"{name}.json").read_text())
+        content["table"] = [row for row in content["table"] if "bf16" not in row["what"]]
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    less = speed_table(tmp_path)
+    assert "computes in fp32" in less
+    assert "`predict`" not in less
+    assert "NEFTune" in less
+
+
+def test_a_few_clear_cells_against_the_rest_are_no_verdict():
+    study = Study.read()
+    many = {"mean": 0.01, "interval": [-0.1, 0.1], "bootstrap": [-0.1, 0.1], "by_seed": [0.0, 0.02], "n": 2}
+    one = {**many, "mean": -0.02, "interval": [-0.03, -0.01], "bootstrap": [-0.03, -0.01]}
+    pairs = [("trec", 0.1), ("trec", 0.2), ("trec", 0.3)]
+
+    class Turned(type(study)):
+        def difference(self, name, p, metric="f1_macro"):
+            return (one if p == 0.3 else many) if (name, p) in pairs else None
+
+    (line,) = _overall(Turned(study.sweeps, study.costs))
+    assert "went no way clearly" in str(line)

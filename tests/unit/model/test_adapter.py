@@ -5,6 +5,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from tiny_models import families
+from transformers import GPT2Config, GPT2ForSequenceClassification
 
 from tokmask_peft.errors import ModelError
 from tokmask_peft.masking import TokenMaskConfig, TokenMasker, choose_mask_token
@@ -15,6 +16,7 @@ from tokmask_peft.model.adapter import (
     linear_layers,
     load_adapter,
     save_adapter,
+    target_names,
 )
 from tokmask_peft.model.backbone import load_backbone
 from tokmask_peft.model.decisions import bitsandbytes_problem
@@ -243,3 +245,9 @@ def test_a_trained_mask_row_has_no_cast_to_switch_off(model_config):
     with inputs_as_they_come(model, autocast=True):
         assert not any(module.cast_input_dtype_enabled for module in adapted)
     assert all(module.cast_input_dtype_enabled for module in adapted)
+
+
+def test_a_backbone_without_linear_layers_is_refused():
+    model = GPT2ForSequenceClassification(GPT2Config(vocab_size=40, n_positions=16, n_embd=8, n_layer=1, n_head=1))
+    with pytest.raises(ModelError, match="GPT2ForSequenceClassification has no linear layers to adapt"):
+        target_names(model, AdapterConfig(), ("score",))
