@@ -102,6 +102,18 @@ def test_a_container_s_limit_and_other_processes_count(monkeypatch):
     assert device_room(torch.device("meta")) is None
 
 
+def test_a_container_s_cached_files_are_free_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(room_module, "CGROUP", tmp_path)
+    assert room_module._cgroup_rest() == []
+    (tmp_path / "memory.max").write_text(f"{8 * GIB}\n")
+    (tmp_path / "memory.current").write_text(f"{7 * GIB}\n")
+    assert room_module._cgroup_rest() == [GIB]
+    (tmp_path / "memory.stat").write_text(f"anon {2 * GIB}\nfile {5 * GIB}\ninactive_file {4 * GIB}\nslab 7\n")
+    assert room_module._cgroup_rest() == [5 * GIB]
+    (tmp_path / "memory.max").write_text("max\n")
+    assert room_module._cgroup_rest() == []
+
+
 def test_checkpointing_is_switched_on_where_the_rest_does_not_fit():
     model, _ = build("qwen2")
     setting = Setting(model.config, "cpu", "none", torch.float32)
