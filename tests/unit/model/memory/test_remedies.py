@@ -50,6 +50,25 @@ def test_single_changes_come_first_and_then_what_fits_together():
     assert not any("embedding" in remedy.text or "quantization" in remedy.text for remedy in on_cpu)
 
 
+def test_changes_that_fit_together_keep_the_smaller_value():
+    def count(recipe):
+        kept = recipe.training.batch_size * GIB // (4 if recipe.model.gradient_checkpointing is True else 1)
+        return Estimate(0, 0, 0, 0, kept, 8 * recipe.training.eval_batch_size * GIB, 0, 0)
+
+    training, model = {"batch_size": 32, "eval_batch_size": 64}, {"gradient_checkpointing": False}
+    recipe = make_recipe("x", training=training, adapter={"layers": 2}, model=model, data={"max_length": 16})
+    *single, together = remedies(recipe, count, Room(int(32.5 / 0.95 * GIB), "RAM"), gpu=False, movable=False)
+    assert [remedy.changes.get("training.eval_batch_size") for remedy in single] == [4, None, 32]
+    assert not any(remedy.fits for remedy in single)
+    assert together.fits
+    assert together.changes == {
+        "training.batch_size": 1,
+        "training.gradient_accumulation": 32,
+        "training.eval_batch_size": 4,
+        "model.gradient_checkpointing": True,
+    }
+
+
 @pytest.mark.parametrize(("family", "moves"), [("qwen2", True), ("gemma3", False)])
 def test_the_embedding_is_moved_only_where_that_works(family, moves):
     model, _ = build(family)
