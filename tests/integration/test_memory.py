@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 import tokmask_peft
-from tokmask_peft.errors import RecipeError, RunError, RunInterruptedError
+from tokmask_peft.errors import ModelError, RecipeError, RunError, RunInterruptedError
+from tokmask_peft.model import backbone as backbone_module
 from tokmask_peft.model.memory.room import Room
 from tokmask_peft.recipe.io import load_recipe
 from tokmask_peft.training import fit, fits
@@ -192,6 +193,20 @@ def test_the_estimate_s_batches_are_padded_where_neftune_asks_for_it(write_recip
     assert fits.without_training(recipe)[0].shapes.largest.packed
     noisy = load_recipe(write_recipe(), ["training.batching=padding_free", "training.neftune_alpha=5"])
     assert not fits.without_training(noisy)[0].shapes.largest.packed
+
+
+def test_the_estimate_has_the_attention_dropout_of_the_run(write_recipe, monkeypatch):
+    recipe = load_recipe(write_recipe(), [*SHORT, "model.attention_dropout=0.3"])
+    found = fits.without_training(recipe)[0].largest
+    casts, forecast = [], fits.forecast
+    monkeypatch.setattr(fits, "forecast", lambda *given, **more: casts.append(forecast(*given, **more)) or casts[-1])
+    monkeypatch.setattr(OrderedEvalTrainer, "train", lambda *_, **__: pytest.fail("said before"))
+    with pytest.raises(pytest.fail.Exception):
+        tokmask_peft.train(recipe, quiet=True)
+    assert casts[0].largest == found
+    monkeypatch.setattr(backbone_module, "_ATTENTION_DROPOUT", ("another_name",))
+    with pytest.raises(ModelError, match=r"has no attention dropout; set model.attention_dropout=null"):
+        fits.without_training(recipe)
 
 
 def test_the_report_as_it_is_read(write_recipe, capsys):

@@ -288,7 +288,7 @@ def test_the_ways_of_a_gpu(family, window, way, monkeypatch):
             ),
         )
     else:
-        monkeypatch.setattr(packed_attention, "_buckets", lambda lengths, worth: [(None, max(lengths), True)])
+        monkeypatch.setattr(packed_attention, "_buckets", lambda lengths: [(None, max(lengths), True)])
     settings = {} if window is None else {"sliding_window": window}
     reference, tokenizer = build(family, **settings)
     model, reference = adapted(prepared(family, **settings)), adapted(reference)

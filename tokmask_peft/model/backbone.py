@@ -123,7 +123,7 @@ def load_backbone(
     )
     extra: dict[str, Any] = {}
     if config.attention_dropout is not None:
-        extra[_attention_dropout_name(config, location)] = config.attention_dropout
+        extra[_find_attention_dropout_name(config, location)] = config.attention_dropout
     try:
         if quantization.choice != "none":
             keep = [*HEAD_NAMES, *_missing_before(load)]
@@ -148,8 +148,8 @@ def load_backbone(
     )
 
 
-def _attention_dropout_name(config: ModelConfig, location: str) -> str:
-    """Return what the backbone's config calls its attention dropout.
+def _find_attention_dropout_name(config: ModelConfig, location: str) -> str:
+    """Load the backbone's config, and return what it calls its attention dropout.
 
     Raises:
         ModelError: it has none, or the config cannot be loaded.
@@ -162,6 +162,15 @@ def _attention_dropout_name(config: ModelConfig, location: str) -> str:
         )
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(load_problem("config", location, error)) from error
+    return attention_dropout_name(config, location, found)
+
+
+def attention_dropout_name(config: ModelConfig, location: str, found: Any) -> str:
+    """Return what a config of transformers, found at a location, calls its attention dropout.
+
+    Raises:
+        ModelError: it has none.
+    """
     for name in _ATTENTION_DROPOUT:
         if hasattr(found, name):
             return name

@@ -66,13 +66,14 @@ class Packing:
     back: Tensor
 
     @classmethod
-    def make(cls, cu_seqlens: Tensor, total: int, max_length: int) -> Packing:
+    def make(cls, cu_seqlens: Tensor, total: int, max_length: int, one_bucket: bool = False) -> Packing:
         """Lay out a row of `total` sub-tokens; waits for no GPU.
 
         Args:
             cu_seqlens: where each text begins, and the end of the last.
             total: sub-tokens of the row.
             max_length: of the longest text.
+            one_bucket: pad all texts to the longest, as always on a GPU.
         """
         device = cu_seqlens.device
         starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
@@ -80,7 +81,8 @@ class Packing:
         rows = torch.repeat_interleave(texts, lengths, output_size=total)
         positions = torch.arange(total, device=device) - starts[rows]
         # On a GPU the lengths are not known here without waiting, and calls cost more than padding.
-        groups = _buckets(lengths.tolist()) if device.type == "cpu" else [(None, max_length, True)]
+        together = one_bucket or device.type != "cpu"
+        groups = [(None, max_length, True)] if together else _buckets(lengths.tolist())
         buckets, slots, first = [], [], torch.empty_like(starts)
         used = 0
         for members, length, padded in groups:
@@ -182,9 +184,7 @@ def packed_attention(
 
         options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal}
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options, **kwargs)
-    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    if sliding_window is not None and sliding_window >= packing.max_length:
-        sliding_window = None
+    causal, sliding_window = seen(module, is_causal, sliding_window, packing.max_length)
     rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
     device = query.device.type
     if device == "cuda" and query.dtype == torch.float32 and torch.is_autocast_enabled("cuda"):
@@ -194,6 +194,12 @@ def packed_attention(
     else:
         found = _padded_attention(rows, packing, causal, sliding_window, dropout, scaling)
     return found.to(value.dtype).unsqueeze(0), None
+
+
+def seen(module: torch.nn.Module, is_causal: bool | None, window: int | None, longest: int) -> tuple[bool, int | None]:
+    """Return whether a layer is causal, and its window, if it is narrower than the longest text."""
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    return causal, None if window is not None and window >= longest else window
 
 
 def _varlen_attention(
@@ -216,28 +222,35 @@ def _padded_attention(
     rows: list[Tensor], packing: Packing, causal: bool, window: int | None, dropout: float, scaling: float | None
 ) -> Tensor:
     """Attend in padded buckets; query, key and value as [total, heads, head], and so the result."""
-    rows, device = list(rows), rows[0].device.type
+    device = rows[0].device.type
     # The kernels of CPUs are slow in bf16: 26.6 ms in four buckets where fp32 takes 6.8 (see WORTH).
     with torch.autocast(device, enabled=False if device == "cpu" else torch.is_autocast_enabled(device)):
         if device == "cpu":
             rows = [tensor.float() for tensor in rows]
-        rows[1:] = [_repeat_heads(tensor, rows[0]) for tensor in rows[1:]]
-        sizes = [bucket.texts * bucket.length for bucket in packing.buckets]
-        padded = [_Pad.apply(tensor, packing.slots, packing.back).split(sizes) for tensor in rows]
-        outputs = []
-        for bucket, *parts in zip(packing.buckets, *padded, strict=True):
-            query, key, value = (part.unflatten(0, (bucket.texts, bucket.length)).transpose(1, 2) for part in parts)
-            # The padding is on the right, so that no real sub-token of a causal layer sees it.
-            mask = None if causal else bucket.mask
-            if causal and window is not None:
-                mask = torch.ones(bucket.length, bucket.length, dtype=torch.bool, device=query.device)
-                mask = mask.tril().triu(1 - window)
-            found = F.scaled_dot_product_attention(
-                query, key, value, mask, dropout, is_causal=causal and mask is None, scale=scaling
-            )
-            outputs.append(found.transpose(1, 2).flatten(0, 1))
-        unpadded: Tensor = _Unpad.apply(torch.cat(outputs), packing.back)
-        return unpadded
+        return attend_in_buckets(rows, packing, causal, window, dropout, scaling)
+
+
+def attend_in_buckets(
+    rows: list[Tensor], packing: Packing, causal: bool, window: int | None, dropout: float, scaling: float | None
+) -> Tensor:
+    """Attend in padded buckets, in the precision that query, key and value come in."""
+    rows = [rows[0], *(_repeat_heads(tensor, rows[0]) for tensor in rows[1:])]
+    sizes = [bucket.texts * bucket.length for bucket in packing.buckets]
+    padded = [_Pad.apply(tensor, packing.slots, packing.back).split(sizes) for tensor in rows]
+    outputs = []
+    for bucket, *parts in zip(packing.buckets, *padded, strict=True):
+        query, key, value = (part.unflatten(0, (bucket.texts, bucket.length)).transpose(1, 2) for part in parts)
+        # The padding is on the right, so that no real sub-token of a causal layer sees it.
+        mask = None if causal else bucket.mask
+        if causal and window is not None:
+            mask = torch.ones(bucket.length, bucket.length, dtype=torch.bool, device=query.device)
+            mask = mask.tril().triu(1 - window)
+        found = F.scaled_dot_product_attention(
+            query, key, value, mask, dropout, is_causal=causal and mask is None, scale=scaling
+        )
+        outputs.append(found.transpose(1, 2).flatten(0, 1))
+    unpadded: Tensor = _Unpad.apply(torch.cat(outputs), packing.back)
+    return unpadded
 
 
 def _repeat_heads(tensor: Tensor, query: Tensor) -> Tensor:

@@ -125,7 +125,7 @@ def without_training(recipe: Recipe, gpu: str | None = None) -> tuple[Forecast, 
     """
     from transformers import AutoConfig
 
-    from tokmask_peft.model.backbone import backbone_location, load_problem
+    from tokmask_peft.model.backbone import attention_dropout_name, backbone_location, load_problem
     from tokmask_peft.model.padding_free import choose_batching
 
     room = None if gpu is None else gpu_room(gpu)
@@ -141,6 +141,8 @@ def without_training(recipe: Recipe, gpu: str | None = None) -> tuple[Forecast, 
         )
     except (OSError, ValueError) as error:
         raise ModelError(load_problem("backbone's config", location, error)) from error
+    if (dropout := recipe.model.attention_dropout) is not None:
+        setattr(config, attention_dropout_name(recipe.model, location, config), dropout)
     if gpu is None:
         precision, quantization = choose_precision(recipe.model, device), choose_quantization(recipe.model, device)
         chosen = precision.choice, quantization.choice

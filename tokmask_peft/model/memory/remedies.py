@@ -45,7 +45,9 @@ def smaller_batch(batch_size: int, gradient_accumulation: int) -> tuple[int, int
 
 
 def remedies(recipe: Recipe, count: Count, room: Room, gpu: bool, movable: bool) -> list[Remedy]:
-    """Return the single changes that save memory, and the shortest sequence of them that fits, if none does alone.
+    """Return the single changes that save memory, and several of them that fit together, if none does alone.
+
+    These are taken in turn, the one that saves the most first, until they fit: they need not be the fewest.
 
     Args:
         recipe: that does not fit.
@@ -64,11 +66,17 @@ def remedies(recipe: Recipe, count: Count, room: Room, gpu: bool, movable: bool)
         return found
     together: dict[str, Any] = {}
     for remedy in sorted(found, key=lambda remedy: remedy.total):
-        together.update(remedy.changes)
+        together = _both(together, remedy.changes)
         total = count(changed(recipe, together)).total
         if room.fits(total):
             return [*found, Remedy(dict(together), total, True)]
     return found
+
+
+def _both(changes: Changes, more: Changes) -> dict[str, Any]:
+    """Return two changes in one; a number of texts or sub-tokens that both set is the smaller one."""
+    shared = changes.keys() & more.keys()
+    return {**changes, **more, **{key: min(changes[key], more[key]) for key in shared}}
 
 
 def _candidates(recipe: Recipe, count: Count, room: Room, gpu: bool, movable: bool) -> Iterator[Changes]:

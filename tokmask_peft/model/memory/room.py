@@ -14,6 +14,9 @@ from tokmask_peft.errors import RecipeError
 USABLE = 0.95
 """Share of the memory that is counted on: what the allocator cannot hand out in one piece is left over."""
 
+CGROUP = Path("/sys/fs/cgroup")
+"""Where a container finds its limits (cgroup v2)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Room:
@@ -65,9 +68,21 @@ def device_room(device: torch.device) -> Room | None:
 
 
 def _cgroup_rest() -> list[int]:
-    """Return what a container may still take, where it has a limit."""
+    """Return what a container may still take, where it has a limit: all but its working set.
+
+    `memory.current` holds the page cache, too, of which the kernel drops the inactive part before it refuses memory.
+    """
     try:
-        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text().strip() for name in ("max", "current"))
-        return [int(limit) - int(used)]
+        limit, used = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
     except (OSError, ValueError):
         return []
+    return [limit - max(used - _inactive_file(), 0)]
+
+
+def _inactive_file() -> int:
+    try:
+        lines = (CGROUP / "memory.stat").read_text().splitlines()
+    except OSError:
+        return 0
+    found = dict(line.split(" ", 1) for line in lines)
+    return int(found.get("inactive_file", 0))

@@ -21,7 +21,11 @@ from tokmask_peft.model.memory.live import LiveBytes
 from tokmask_peft.recipe import Task
 
 PACKED = "tokmask_counted"
-"""Name of the attention for packed rows on a GPU, where a kernel keeps nothing but its inputs and outputs."""
+"""Name of the attention for packed rows on a GPU.
+
+Its kernel for such rows keeps nothing but its inputs and outputs; with dropout and in fp32, which the kernel does not
+take, texts are padded to the longest.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +127,8 @@ def _packed_batch(shape: Shape, device_type: str) -> dict[str, Any]:
     extra = filler(shape.tokens, longest) if device_type == "cpu" else []
 
     def packing(lengths: Sequence[int]) -> Packing:
-        return Packing.make(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32), sum(lengths), longest)
+        bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+        return Packing.make(bounds, sum(lengths), longest, one_bucket=device_type != "cpu")
 
     with unset_fake_temporarily():
         row = torch.ones(1, shape.tokens + sum(extra), dtype=torch.long)
@@ -163,13 +168,30 @@ def _logits(output: Any) -> Tensor:
 
 
 def _counted_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **_: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    packing: Any = None,
+    **_: Any,
 ) -> tuple[Tensor, None]:
+    """Stand for `packed_attention` on a GPU."""
+    from tokmask_peft.model.packed_attention import attend_in_buckets, seen
+
+    kind = value.dtype
+    if torch.is_autocast_enabled("cuda"):
+        query, key, value = (tensor.to(torch.bfloat16) for tensor in (query, key, value))
+    if dropout > 0 or query.dtype == torch.float32:
+        causal, window = seen(module, is_causal, sliding_window, packing.max_length)
+        rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
+        return attend_in_buckets(rows, packing, causal, window, dropout, None).to(kind).unsqueeze(0), None
     times = query.shape[1] // key.shape[1]
     if times > 1:
         key, value = (tensor.repeat_interleave(times, 1) for tensor in (key, value))
-    if torch.is_autocast_enabled("cuda"):
-        query, key, value = (tensor.to(torch.bfloat16) for tensor in (query, key, value))
     rows = [tensor.transpose(1, 2).contiguous() for tensor in (query, key, value)]
     return SavedAttention.apply(*rows, None), None
 

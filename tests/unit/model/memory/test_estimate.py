@@ -139,6 +139,38 @@ def test_a_gpu_keeps_less_of_dropout_and_attention_and_more_of_layer_norms():
     assert changes(device="cuda", **norms).activations > changes(device="cpu", **norms).activations
 
 
+@pytest.mark.parametrize(
+    ("family", "dropout", "dtype", "checkpointing", "is_padded"),
+    [
+        ("bert", 0.0, torch.bfloat16, False, False),
+        ("bert", 0.1, torch.bfloat16, False, True),
+        ("bert", 0.1, torch.bfloat16, True, True),
+        ("bert", 0.0, torch.float32, False, True),
+        ("qwen2", 0.1, torch.bfloat16, False, True),
+    ],
+)
+def test_a_gpu_pads_packed_texts_where_no_kernel_takes_rows(family, dropout, dtype, checkpointing, is_padded):
+    model, _ = build(family, num_hidden_layers=2)
+    recipe = make_recipe("x", model={"gradient_checkpointing": checkpointing})
+    config = model.config
+    setattr(config, "attention_probs_dropout_prob" if family == "bert" else "attention_dropout", dropout)
+
+    def count(*lengths):
+        shape = Shape(lengths, packed=True)
+        return estimate(recipe, Setting(config, "cuda", "none", dtype), shape, Shape.padded(1, 8))
+
+    even, uneven = count(16, 16, 16, 16), count(40, 8, 8, 8)
+    if not is_padded:
+        assert uneven == even
+        return
+    size = torch.empty(0, dtype=dtype).element_size()
+    slots = 4 * 40 - 4 * 16
+    tensors = 4 * size * slots * config.hidden_size  # query, key, value and output, which all have as many heads here
+    assert uneven.step - even.step > 0.9 * tensors
+    if not checkpointing:
+        near(uneven.activations - even.activations, 2 * tensors, 0.2)  # of both layers
+
+
 def test_nothing_is_left_behind(model_config):
     backbone = load_backbone(model_config("bert"), "sequence", LABELS, torch.device("cpu"))
     config = backbone.model.config

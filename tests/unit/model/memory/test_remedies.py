@@ -50,6 +50,25 @@ def test_single_changes_come_first_and_then_what_fits_together():
     assert not any("embedding" in remedy.text or "quantization" in remedy.text for remedy in on_cpu)
 
 
+def test_changes_that_fit_together_keep_the_smaller_value():
+    def count(recipe):
+        kept = recipe.training.batch_size * GIB // (4 if recipe.model.gradient_checkpointing is True else 1)
+        return Estimate(0, 0, 0, 0, kept, 8 * recipe.training.eval_batch_size * GIB, 0, 0)
+
+    training, model = {"batch_size": 32, "eval_batch_size": 64}, {"gradient_checkpointing": False}
+    recipe = make_recipe("x", training=training, adapter={"layers": 2}, model=model, data={"max_length": 16})
+    *single, together = remedies(recipe, count, Room(int(32.5 / 0.95 * GIB), "RAM"), gpu=False, movable=False)
+    assert [remedy.changes.get("training.eval_batch_size") for remedy in single] == [4, None, 32]
+    assert not any(remedy.fits for remedy in single)
+    assert together.fits
+    assert together.changes == {
+        "training.batch_size": 1,
+        "training.gradient_accumulation": 32,
+        "training.eval_batch_size": 4,
+        "model.gradient_checkpointing": True,
+    }
+
+
 @pytest.mark.parametrize(("family", "moves"), [("qwen2", True), ("gemma3", False)])
 def test_the_embedding_is_moved_only_where_that_works(family, moves):
     model, _ = build(family)
@@ -100,6 +119,18 @@ def test_a_container_s_limit_and_other_processes_count(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert device_room(cpu).bytes == pytest.approx(limited - GIB // 2, abs=GIB // 20)
     assert device_room(torch.device("meta")) is None
+
+
+def test_a_container_s_cached_files_are_free_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(room_module, "CGROUP", tmp_path)
+    assert room_module._cgroup_rest() == []
+    (tmp_path / "memory.max").write_text(f"{8 * GIB}\n")
+    (tmp_path / "memory.current").write_text(f"{7 * GIB}\n")
+    assert room_module._cgroup_rest() == [GIB]
+    (tmp_path / "memory.stat").write_text(f"anon {2 * GIB}\nfile {5 * GIB}\ninactive_file {4 * GIB}\nslab 7\n")
+    assert room_module._cgroup_rest() == [5 * GIB]
+    (tmp_path / "memory.max").write_text("max\n")
+    assert room_module._cgroup_rest() == []
 
 
 def test_checkpointing_is_switched_on_where_the_rest_does_not_fit():
