@@ -107,7 +107,8 @@ def make_plan(
     if not rates:
         rates = (str(base.masking.p),)
     listed = _arms(arms, rates, base, problems)
-    if base.masking.p_start > 0 and base.masking.schedule != "constant" and any(float(r) == 0 for r in rates):
+    unmasked = any(float(arm.p) == 0 for arm in listed)
+    if unmasked and base.masking.p_start > 0 and base.masking.schedule != "constant":
         problems.append("masking.p_start: is above 0, so p = 0 would mask, too; set masking.p_start=0")
     if sampler == "grid":
         cells = _grid(base, listed, axes, chosen_seeds)
