@@ -11,7 +11,7 @@ from tokmask_peft.recipe import Recipe
 from tokmask_peft.study.axes import read_rates, split_values
 from tokmask_peft.training.run_folder import RunFolder, open_finished
 
-_MAY_DIFFER = ("masking.p", "seed", "masking.seed", "training.baseline")
+_MAY_DIFFER = ("masking.p", "seed", "masking.seed")
 
 
 @dataclass(frozen=True, slots=True)
