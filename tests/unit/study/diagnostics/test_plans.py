@@ -62,6 +62,15 @@ class TestRobustness:
             ("p = 0.1", "run2"),
         ]
 
+    def test_rates_of_a_schedule_are_told_apart(self, tmp_path):
+        runs = [write_run(tmp_path / f"run{i}", masking=p) for i, p in enumerate((0.3, 0.1))]
+        for run in runs:
+            recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+            recipe["masking"]["schedule"] = "linear"
+            (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        found = find_members([str(run) for run in runs])
+        assert [one.group for one in found] == ["p = 0.1, linear", "p = 0.3, linear"]
+
     def test_runs_that_differ_otherwise_are_refused(self, tmp_path):
         one, two = write_run(tmp_path / "one"), write_run(tmp_path / "two")
         recipe = yaml.safe_load((two / "recipe.yaml").read_text())
