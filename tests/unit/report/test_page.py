@@ -207,6 +207,16 @@ def test_the_snippet_encodes_words_as_the_run_did(tmp_path, kind, spaced):
     assert ("spaced = " in render(record, None)) == spaced
 
 
+def test_what_a_cut_does_to_the_scores_is_told_by_task(tmp_path):
+    words = "Words that are cut away count as errors in the scores."
+    texts = "A text that is cut is scored by what is left of it."
+    token, sequence = page(tmp_path / "a", task="token"), page(tmp_path / "b")
+    assert words in token
+    assert texts not in token
+    assert texts in sequence
+    assert words not in sequence
+
+
 def test_a_half_written_log_is_read_to_its_end(tmp_path):
     folder = write_run(tmp_path / "run")
     with (folder / "log.jsonl").open("a") as file:
