@@ -175,7 +175,9 @@ class Loop:
     def _prune(self) -> None:
         for trial in list(self.running):
             for step, score in trial.new_evaluations():
-                self.ledger.report(trial.claim, step, score)
+                if not self.ledger.report(trial.claim, step, score):
+                    self._let_go(trial)
+                    break
                 if trial.poll() is None and self.ledger.is_hopeless(trial.claim):
                     trial.kill()
                     self.running.remove(trial)

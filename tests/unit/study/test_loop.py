@@ -68,6 +68,17 @@ def test_after_the_machine_has_slept_it_keeps_its_own_trials(loop, tmp_path):
     assert len(loop.running) == 2
 
 
+def test_an_evaluation_of_a_trial_that_was_taken_over_stops_it(loop):
+    gone, kept = loop.running
+    loop.ledger.give_back(gone.claim)
+    for trial in (gone, kept):
+        trial.evaluations = [(10, 0.5), (20, 0.6)]
+    loop._prune()
+    assert (gone.killed, kept.killed) == (1, 0)
+    assert loop.running == [kept]
+    assert said(loop) == ["p0-seed1 was taken over by another worker; stopped here"]
+
+
 def test_a_trial_that_is_stopped_while_another_ends_has_no_outcome(loop):
     ended, gone = loop.running
     loop.ledger.give_back(gone.claim)
