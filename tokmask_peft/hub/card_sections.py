@@ -56,10 +56,19 @@ def training_lines(recipe: Recipe, result: Mapping[str, Any]) -> list[str]:
         f"- masking: {rate}; unit: {unit}; mask token: {token}{', trained' if masking.trainable_mask else ''}",
         f"- adapter: {'DoRA' if adapter.dora else 'LoRA'}, r = {adapter.r}, alpha = {adapter.alpha:g}, dropout = "
         f"{adapter.dropout:g}; quantization of the backbone: {chosen.get('quantization', recipe.model.quantization)}",
-        f"- optimisation: {length}, batches of {training.batch_size * training.gradient_accumulation}, learning rate "
+        f"- optimisation: {length}, batches of {_batch(recipe, result)}, learning rate "
         f"{training.learning_rate:g} ({training.scheduler}), loss: {training.loss}, class weights: {weights}",
         f"- seed: {recipe.seed}; tokmask-peft {result['speed']['environment']['versions']['tokmask-peft']}",
     ]
+
+
+def _batch(recipe: Recipe, result: Mapping[str, Any]) -> str:
+    """Return what an optimizer step sees, over all processes."""
+    training = recipe.training
+    times = training.gradient_accumulation * result["speed"]["environment"].get("processes", 1)
+    if training.tokens_per_batch is not None:
+        return f"up to {training.tokens_per_batch * times:,} sub-tokens"
+    return f"{training.batch_size * times:,} texts"
 
 
 def limit_lines(recipe: Recipe, result: Mapping[str, Any], seeds: int) -> list[str]:

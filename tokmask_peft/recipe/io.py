@@ -121,11 +121,15 @@ def field_help() -> list[str]:
 
 
 def differences(before: Recipe, after: Recipe) -> list[str]:
-    """Return a line per field that differs, apart from where the run lies."""
+    """Return a line per field that differs, apart from where the run lies and whether it scores the n-gram baseline.
+
+    The baseline does not touch training. In a sweep one run of a seed fits it for all, and which one changes when the
+    sweep is extended.
+    """
     old, new = _flat(before.model_dump(mode="json")), _flat(after.model_dump(mode="json"))
     return [
         f"{key}: {shown(old.get(key))} before, {shown(new.get(key))} now"
-        for key in sorted({*old, *new} - {"name", "output_dir"})
+        for key in sorted({*old, *new} - {"name", "output_dir", "training.baseline"})
         if old.get(key) != new.get(key)
     ]
 

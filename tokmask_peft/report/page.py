@@ -11,6 +11,7 @@ from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
 from tokmask_peft import __version__
 from tokmask_peft.console import baseline_verdict, calibration_line
+from tokmask_peft.errors import ModelError
 from tokmask_peft.hub.card_metadata import hub_id
 from tokmask_peft.hub.card_sections import limit_lines, training_lines
 from tokmask_peft.hub.card_snippets import AUTO, loading_snippet
@@ -83,7 +84,9 @@ def render(record: Record, mistakes: Mistakes | None, no_mistakes: str = "") -> 
         "decisions": result.get("decisions", []),
         "speed": _speed(result.get("speed", {})),
         "commands": _commands(record),
-        "snippet": loading_snippet(recipe, list(result["labels"]), AUTO[recipe.data.task], str(record.run.adapter)),
+        "snippet": loading_snippet(
+            recipe, list(result["labels"]), AUTO[recipe.data.task], str(record.run.adapter), _spaced_words(record)
+        ),
         "version": __version__,
     }
     sections = {
@@ -212,6 +215,20 @@ def _speed(speed: Mapping[str, Any]) -> list[tuple[str, str]]:
     if "platform" in place:
         found.append(("platform", place["platform"]))
     return [*found, *place.get("versions", {}).items()]
+
+
+def _spaced_words(record: Record) -> bool:
+    """Return whether words were encoded with their leading space, by the tokenizer that lies with the adapter."""
+    adapter = record.run.adapter
+    if record.recipe.data.task != "token" or not (adapter / "tokenizer.json").is_file():
+        return False
+    from tokmask_peft.data.encode import words_need_a_space
+    from tokmask_peft.model.backbone import load_tokenizer
+
+    try:
+        return words_need_a_space(load_tokenizer(record.recipe.model, str(adapter)))
+    except ModelError:  # the snippet cannot load it, either
+        return False
 
 
 def _commands(record: Record) -> str:

@@ -149,9 +149,15 @@ class Ledger:
         self.storage.record_heartbeat(claim.trial_id)
         return True
 
-    def report(self, claim: Claim, step: int, score: float) -> None:
-        """Record an evaluation in the middle of a trial."""
-        self.storage.set_trial_intermediate_value(claim.trial_id, step, score)
+    def report(self, claim: Claim, step: int, score: float) -> bool:
+        """Record an evaluation in the middle of a trial; return false when another worker has taken it over."""
+        import optuna
+
+        try:
+            self.storage.set_trial_intermediate_value(claim.trial_id, step, score)
+        except optuna.exceptions.UpdateFinishedTrialError:
+            return False
+        return True
 
     def is_hopeless(self, claim: Claim) -> bool:
         """Ask the pruner: is the trial below the median of earlier ones at the same step?"""

@@ -84,11 +84,11 @@ class Loop:
     def _step(self) -> bool:
         """Do what is due; return false at the end."""
         for trial in list(self.running):
-            if (code := trial.poll()) is not None:
+            # settling one looks at the storage, which may stop another
+            if trial in self.running and (code := trial.poll()) is not None:
                 self._settle(trial, code)
         now = time.monotonic()
         if now >= self._next_beat:
-            self._next_beat = now + HEARTBEAT
             self._beat()
         if self.asked:
             return self._wind_down()
@@ -105,6 +105,7 @@ class Loop:
         return bool(self.running) or any(cell.state not in FINAL for cell in self.cells.values())
 
     def _look(self) -> None:
+        self._beat()  # after the machine has slept none is due by this clock, but by the storage's all are too old
         self.cells = self.ledger.tidy()
         self._next_look = time.monotonic() + self.options.look * (1 if len(self.running) < self.options.workers else 5)
 
@@ -159,17 +160,24 @@ class Loop:
         self._look()
 
     def _beat(self) -> None:
+        self._next_beat = time.monotonic() + HEARTBEAT
         for trial in list(self.running):
             if not self.ledger.beat(trial.claim):
-                trial.kill()
-                self.running.remove(trial)
-                trial.close()
-                self.display.say(f"{trial.claim.cell.name} was taken over by another worker; stopped here")
+                self._let_go(trial)
+
+    def _let_go(self, trial: TrialProcess) -> None:
+        """Stop a trial that another worker has taken over."""
+        trial.kill()
+        self.running.remove(trial)
+        trial.close()
+        self.display.say(f"{trial.claim.cell.name} was taken over by another worker; stopped here")
 
     def _prune(self) -> None:
         for trial in list(self.running):
             for step, score in trial.new_evaluations():
-                self.ledger.report(trial.claim, step, score)
+                if not self.ledger.report(trial.claim, step, score):
+                    self._let_go(trial)
+                    break
                 if trial.poll() is None and self.ledger.is_hopeless(trial.claim):
                     trial.kill()
                     self.running.remove(trial)

@@ -18,6 +18,7 @@ from tokmask_peft.study.axes import RESERVED, Axis, read_axis, read_rates, read_
 
 SAMPLERS = ("grid", "random", "tpe")
 _NAME_LENGTH = 80
+_MASKS_AT_ZERO = "masking.p_start: is above 0, so p = 0 would mask, too; set masking.p_start=0"
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,11 +108,11 @@ def make_plan(
     if not rates:
         rates = (str(base.masking.p),)
     listed = _arms(arms, rates, base, problems)
-    if base.masking.p_start > 0 and base.masking.schedule != "constant" and any(float(r) == 0 for r in rates):
-        problems.append("masking.p_start: is above 0, so p = 0 would mask, too; set masking.p_start=0")
     if sampler == "grid":
         cells = _grid(base, listed, axes, chosen_seeds)
     else:
+        if any(float(rate) == 0 for rate in rates) and not base.masking.model_copy(update={"p": 0.0}).is_off:
+            problems.append(_MASKS_AT_ZERO)
         axes = [*axes, *([Axis("masking.p", rates)] if p is not None else [])]
         cells = [
             Cell(f"trial-{number:04d}", chosen_seeds[number % len(chosen_seeds)], None, (), ())
@@ -212,6 +213,8 @@ def _check_cells(plan: Plan) -> Iterable[str]:
         except RecipeError as error:
             yield from error.problems
             continue
+        if cell.arm is not None and float(cell.arm.p) == 0 and not recipe.masking.is_off:
+            yield _MASKS_AT_ZERO
         same = recipe.model_dump_json(exclude={"name": True, "output_dir": True, "training": {"baseline"}})
         if plan.sampler == "grid" and same in seen:
             yield f"{cell.name} and {seen[same]} are the same run: two values of an axis mean the same"

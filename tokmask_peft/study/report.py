@@ -87,7 +87,9 @@ def cautions(analysis: dict[str, Any]) -> list[str]:
         problems = {one["bootstrap_problem"] for one in compared if one["bootstrap_problem"]}
         lines.extend(f"No bootstrap: {problem}." for problem in sorted(problems))
     else:
-        lines.append("There is no arm with p = 0 beside others, so nothing is compared; add 0 to --p.")
+        of_arms = any(row["regularizers"] != "recipe" for row in analysis["rows"])
+        what, remedy = ("without a regularizer", "none to --arms") if of_arms else ("with p = 0", "0 to --p")
+        lines.append(f"There is no arm {what} beside others, so nothing is compared; add {remedy}.")
     if analysis["scored_on"] != "test":
         lines.append("The runs have no test texts: these are validation scores, which also chose the checkpoints.")
     if analysis["missing"]:

@@ -158,6 +158,22 @@ def test_the_picture_stands_in_for_the_table_where_matplotlib_is(tmp_path, monke
     assert [path.name for path in (tmp_path / "plain").iterdir()] == ["README.md"]
 
 
+@pytest.mark.parametrize(
+    ("training", "processes", "said"),
+    [
+        ({"batch_size": 8}, None, "batches of 8 texts, learning rate"),
+        ({"batch_size": 8, "gradient_accumulation": 4}, 2, "batches of 64 texts,"),
+        ({"tokens_per_batch": 512}, 1, "batches of up to 512 sub-tokens,"),
+        ({"tokens_per_batch": 512, "gradient_accumulation": 3}, 2, "batches of up to 3,072 sub-tokens,"),
+    ],
+)
+def test_batches_are_those_of_a_step(training, processes, said):
+    result = make_result()
+    if processes is not None:  # runs of before it was recorded lack it
+        result["speed"]["environment"]["processes"] = processes
+    assert said in model_card(make_recipe("sequence", training=training), result)
+
+
 def test_labels_that_the_font_cannot_write_get_a_table(tmp_path):
     confusion = {"labels": ["अच्छा", "बुरा"], "matrix": [[3, 1], [0, 4]]}
     assert not draw_confusion(confusion, tmp_path / "matrix.png")

@@ -149,7 +149,14 @@ def test_differences_name_what_changed_and_not_where_it_lies():
     before = load_recipe("lid_spaeng/mbert")
     after = load_recipe(
         "lid_spaeng/mbert",
-        ["name=again", "output_dir=elsewhere", "masking.p=0.2", "data.label_map=null", "training.patience=2"],
+        [
+            "name=again",
+            "output_dir=elsewhere",
+            "masking.p=0.2",
+            "data.label_map=null",
+            "training.patience=2",
+            "training.baseline=false",
+        ],
     )
     assert differences(before, before) == []
     found = differences(before, after)
@@ -157,6 +164,7 @@ def test_differences_name_what_changed_and_not_where_it_lies():
     assert "training.patience: null before, 2 now" in found
     assert "data.label_map.lang1: 'lang1' before, null now" in found
     assert {line.split(".")[0].split(":")[0] for line in found} == {"masking", "training", "data"}
+    assert not [line for line in found if "training.baseline" in line]
 
 
 class TestFields:

@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 
 import pytest
 from run_files import NASTY, log, result, write_run
+from tiny_models import tiny_tokenizer
 from typer.testing import CliRunner
 
 from tokmask_peft.cli import app
@@ -196,6 +197,24 @@ def test_changed_data_and_samples_are_told(tmp_path):
 
 def test_no_folder_of_the_machine_is_in_the_data_report(tmp_path):
     assert "/home/someone" not in page(tmp_path)
+
+
+@pytest.mark.parametrize(("kind", "spaced"), [("bytelevel", True), ("wordpiece", False)])
+def test_the_snippet_encodes_words_as_the_run_did(tmp_path, kind, spaced):
+    record = Record.open(write_run(tmp_path / "run", task="token"))
+    assert "spaced = " not in render(record, None)  # no tokenizer beside the adapter
+    tiny_tokenizer(kind).save_pretrained(record.run.adapter)
+    assert ("spaced = " in render(record, None)) == spaced
+
+
+def test_what_a_cut_does_to_the_scores_is_told_by_task(tmp_path):
+    words = "Words that are cut away count as errors in the scores."
+    texts = "A text that is cut is scored by what is left of it."
+    token, sequence = page(tmp_path / "a", task="token"), page(tmp_path / "b")
+    assert words in token
+    assert texts not in token
+    assert texts in sequence
+    assert words not in sequence
 
 
 def test_a_half_written_log_is_read_to_its_end(tmp_path):

@@ -136,6 +136,23 @@ class TestMistakes:
         found = problems_of("masking.schedule=linear", "masking.p_start=0.3", p="0,0.1")
         assert "set masking.p_start=0" in found[0]
 
+    def test_a_schedule_that_masks_the_reference_of_arms(self):
+        linear = ("masking.schedule=linear", "masking.p_start=0.3")
+        assert "set masking.p_start=0" in problems_of(*linear, p="0.1", arms="none,mask")[0]
+        assert make_plan("quickstart", linear, p="0,0.1", arms="mask", seeds="1,").cells
+
+    @pytest.mark.parametrize(
+        ("override", "axis"),
+        [
+            ("masking.schedule=linear", "masking.p_start=0,0.3"),
+            ("masking.p_start=0.3", "masking.schedule=constant,linear"),
+        ],
+    )
+    def test_an_axis_that_masks_at_zero(self, override, axis):
+        assert "set masking.p_start=0" in problems_of(override, p="0,0.1", grid=[axis])[0]
+        drawn = problems_of("masking.schedule=linear", "masking.p_start=0.3", p="0,0.1", sampler="random", trials=2)
+        assert "set masking.p_start=0" in drawn[0]
+
     def test_an_override_of_an_axis(self):
         found = problems_of("masking.p=0.2", "adapter.r=2", p="0,0.1", grid=["adapter.r=4,8"])
         assert any("masking.p=0.2: in a sweep use --p" in line for line in found)

@@ -11,6 +11,7 @@ from tokmask_peft.recipe.io import to_yaml
 from tokmask_peft.study.ledger import Claim
 from tokmask_peft.study.plan import make_plan
 from tokmask_peft.study.process import TrialProcess, drop_checkpoints, finished_result, interrupted, reject_result
+from tokmask_peft.training.run_folder import check_run
 
 
 @pytest.fixture
@@ -120,6 +121,17 @@ class TestFinished:
         (recipe.run_dir / "recipe.yaml").write_text(to_yaml(plan.recipe_of(other)))
         with pytest.raises(SweepError, match=r"masking.p: 0.1 before, 0.0 now"):
             finished_result(recipe)
+
+    def test_a_sweep_to_which_a_rate_is_added_keeps_its_runs(self, plan, tmp_path):
+        wider = make_plan("quickstart", [f"output_dir={tmp_path}"], p="0.3,0,0.1", seeds="1,", name="mine")
+        before, after = plan.recipe_of(plan.cells[0]), wider.recipe_of(wider.cells[1])
+        assert before.run_dir == after.run_dir
+        assert (before.training.baseline, after.training.baseline) == (True, False)  # the first arm of a seed fits it
+        before.run_dir.mkdir(parents=True)
+        (before.run_dir / "recipe.yaml").write_text(to_yaml(before))
+        assert check_run(after, resume=True).root == before.run_dir
+        (before.run_dir / "result.json").write_text('{"validation": {}}')
+        assert finished_result(after) == {"validation": {}}
 
     def test_a_rejected_result_is_none(self, plan):
         recipe = plan.recipe_of(plan.cells[0])

@@ -156,6 +156,8 @@ def test_without_predictions_there_is_no_bootstrap_and_a_reason(made_up_sweep):
 
 def test_no_reference(made_up_sweep):
     assert "add 0 to --p" in sweep_report(made_up_sweep(p="0.1,0.2")).summary
+    said = sweep_report(made_up_sweep(p="0.1", arms="lora_dropout,mask", name="arms")).summary
+    assert "no arm without a regularizer beside others, so nothing is compared; add none to --arms" in said
 
 
 def test_seeds_needed_are_given_with_their_uncertainty(made_up_sweep):

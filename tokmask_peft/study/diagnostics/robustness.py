@@ -74,9 +74,10 @@ def robustness(
         )
         runs.append(found or {"key": key, **_score(member, what, backbone, device)})
         runs[-1]["group"] = member.group
-        write_json(folder / _FILE, {"runs": [*runs, *(one for other, one in done.items() if other != key)]})
+        done[key] = runs[-1]
+        write_json(folder / _FILE, {"runs": runs, "known": _others(done, runs)})
     analysis = analyse(runs, what)
-    write_json(folder / _FILE, analysis)
+    write_json(folder / _FILE, {**analysis, "known": _others(done, runs)})
     plots = plot_robustness(analysis, folder)
     (folder / "robustness.md").write_text(markdown_report(analysis), encoding="utf-8")
     return RobustnessReport(folder / "robustness.md", folder / _FILE, tuple(plots), summary(analysis))
@@ -141,10 +142,16 @@ def _key(member: Member, what: Disturbances) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
+def _others(done: dict[str, dict[str, Any]], runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the runs that were scored by earlier commands and not asked for in this one."""
+    asked = {run["key"] for run in runs}
+    return [run for key, run in done.items() if key not in asked]
+
+
 def _read(file: Path) -> dict[str, dict[str, Any]]:
     """Return the runs that were scored before, by key."""
     try:
-        runs = json.loads(file.read_text(encoding="utf-8"))["runs"]
-        return {run["key"]: run for run in runs}
+        found = json.loads(file.read_text(encoding="utf-8"))
+        return {run["key"]: run for run in (*found["runs"], *found.get("known", ()))}
     except (OSError, ValueError, KeyError, TypeError):
         return {}

@@ -11,7 +11,7 @@ from tokmask_peft.recipe import Recipe
 from tokmask_peft.study.axes import read_rates, split_values
 from tokmask_peft.training.run_folder import RunFolder, open_finished
 
-_MAY_DIFFER = ("masking.p", "seed", "masking.seed", "training.baseline")
+_MAY_DIFFER = ("masking.p", "seed", "masking.seed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +48,8 @@ def find_members(folders: Sequence[str]) -> list[Member]:
             continue
         run = open_finished(folder)
         recipe = Recipe.load(run.recipe)
-        masking = "varies" if recipe.masking.schedule != "constant" else f"{recipe.masking.p:g}"
-        single.append(Member(f"p = {masking}", run, recipe))
+        schedule = "" if recipe.masking.schedule == "constant" else f", {recipe.masking.schedule}"
+        single.append(Member(f"p = {recipe.masking.p:g}{schedule}", run, recipe))
     for member in single[1:]:
         other = [
             line for line in differences(single[0].recipe, member.recipe) if line.partition(":")[0] not in _MAY_DIFFER

@@ -1,6 +1,8 @@
 """What the command line says to mistakes, and which runs are compared."""
 
+import json
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from typer.testing import CliRunner
 from tokmask_peft.cli import app
 from tokmask_peft.data import Example
 from tokmask_peft.errors import DataError, RunError
+from tokmask_peft.study.diagnostics import robustness
 from tokmask_peft.study.diagnostics.disturbed import Disturbances, by_unseen
 from tokmask_peft.study.diagnostics.gradients import draw_batches
 from tokmask_peft.study.diagnostics.robustness import analyse
@@ -62,6 +65,15 @@ class TestRobustness:
             ("p = 0.1", "run2"),
         ]
 
+    def test_rates_of_a_schedule_are_told_apart(self, tmp_path):
+        runs = [write_run(tmp_path / f"run{i}", masking=p) for i, p in enumerate((0.3, 0.1))]
+        for run in runs:
+            recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+            recipe["masking"]["schedule"] = "linear"
+            (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        found = find_members([str(run) for run in runs])
+        assert [one.group for one in found] == ["p = 0.1, linear", "p = 0.3, linear"]
+
     def test_runs_that_differ_otherwise_are_refused(self, tmp_path):
         one, two = write_run(tmp_path / "one"), write_run(tmp_path / "two")
         recipe = yaml.safe_load((two / "recipe.yaml").read_text())
@@ -98,17 +110,20 @@ def test_texts_or_words_by_whether_they_are_unseen():
     assert (found["unseen"]["items"], found["unseen"]["accuracy"]) == (1, 0.0)
 
 
-def test_groups_have_intervals_over_their_runs():
+def scored(group, seed, clean, masked):
+    """Return what the scoring of a run returns."""
+
     def part(score, **more):
         return {"f1_macro": score, "f1_weighted": score, "accuracy": score, **more}
 
-    def run(group, seed, clean, masked):
-        words = {"seen": part(clean, items=7), "unseen": part(0.0, items=0)}
-        about = {"group": group, "seed": seed, "p": 0.1, "split": "test", "task": "sequence", "texts": 7}
-        about["mask_token"] = {"unit": "token", "token": "its own"}
-        return {**about, "clean": part(clean), "mask": [{"at": 0.5, **part(masked)}], "noise": [], "words": words}
+    words = {"seen": part(clean, items=7), "unseen": part(0.0, items=0)}
+    about = {"group": group, "seed": seed, "p": 0.1, "split": "test", "task": "sequence", "texts": 7}
+    about["mask_token"] = {"unit": "token", "token": "its own"}
+    return {**about, "clean": part(clean), "mask": [{"at": 0.5, **part(masked)}], "noise": [], "words": words}
 
-    runs = [run("p = 0", 1, 0.9, 0.5), run("p = 0", 2, 0.8, 0.6), run("p = 0.1", 1, 0.7, 0.7)]
+
+def test_groups_have_intervals_over_their_runs():
+    runs = [scored("p = 0", 1, 0.9, 0.5), scored("p = 0", 2, 0.8, 0.6), scored("p = 0.1", 1, 0.7, 0.7)]
     found = analyse(runs, Disturbances((0.5,), (), 1))
     both, alone = found["groups"]
     masked = both["rows"][1]
@@ -120,6 +135,25 @@ def test_groups_have_intervals_over_their_runs():
     assert head == ["texts", "trained with p = 0, 2 seeds", "trained with p = 0.1, seed 1"]
     assert [row[0] for row in body] == ["as they are", "50% of sub-tokens masked", "texts with no unseen word (7)"]
     assert body[1][2] == "0.7000"
+
+
+def test_a_run_is_scored_once_whatever_is_asked_for_in_between(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    score, asked = Mock(side_effect=lambda member, *_: scored(member.group, 1, 0.9, 0.5)), Disturbances((0.5,), (), 1)
+    monkeypatch.setattr(robustness, "_score", score)
+    names = [str(write_run(tmp_path / name)) for name in "abc"]
+
+    def runs_of(names, what):
+        report = robustness.robustness(find_members(names), what, tmp_path / "found", quiet=True)
+        return json.loads(report.statistics.read_text())["runs"]
+
+    first = runs_of(names[:2], asked)
+    assert len(runs_of(names[2:], asked)) == 1
+    assert runs_of(names[:2], asked) == first
+    assert score.call_count == 3
+    assert len(runs_of(names[:1], Disturbances((0.5,), (), 2))) == 1
+    assert runs_of(names[:2], asked) == first
+    assert score.call_count == 4
 
 
 @pytest.mark.parametrize(("apart", "told"), [(0.00003, False), (0.0002, True)])
