@@ -4,8 +4,8 @@
 
 The arms are those of `tokmask sweep --arms`, trained as its runs are, on 500 TREC questions, in interleaved rounds of
 one process; without TOKMASK_DATA on the built-in posts, and then nothing is written. It is CPU time that counts, so
-that other work on the machine does little harm; the first steps of a round are left out. NEFTune's arms pad the batches that
-the others pack; what padding alone costs stands beside them.
+that other work on the machine does little harm; the first steps of a round are left out. NEFTune's arms pad the batches
+that the others pack; what padding alone costs stands beside them.
 """
 
 from __future__ import annotations
