@@ -35,15 +35,19 @@ HEAD = "base_model.model.score.weight"
 
 def launch(launcher, recipe, *options, program=("-m", "tokmask_peft")):
     """Train in two processes and return what was printed on stdout and stderr."""
-    done = subprocess.run(
+    done = run_launched(launcher, program, recipe, *options)
+    assert done.returncode == 0, done.stderr[-4000:] + done.stdout[-2000:]
+    return done.stdout, done.stderr
+
+
+def run_launched(launcher, program, recipe, *options, timeout=280):
+    return subprocess.run(
         [sys.executable, "-m", *launcher, *program, "train", str(recipe), *options],
         capture_output=True,
         text=True,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-        timeout=280,
+        timeout=timeout,
     )
-    assert done.returncode == 0, done.stderr[-4000:] + done.stdout[-2000:]
-    return done.stdout, done.stderr
 
 
 def logged(run, key="loss"):
@@ -75,6 +79,14 @@ def test_two_processes_are_one_with_the_same_global_batch(write_recipe, tmp_path
     results = [json.loads(run.result.read_text()) for run in (one, two)]
     for part in ("validation", "test"):
         assert results[1][part]["confusion"] == results[0][part]["confusion"]
+
+
+def test_a_signal_to_one_process_stops_all_at_the_same_step(write_recipe, tmp_path):
+    worker = Path(__file__).with_name("stop_worker.py")
+    done = run_launched(TORCHRUN, (str(worker),), write_recipe(), *EXACT, "training.batch_size=4", timeout=60)
+    assert done.returncode != 0
+    assert done.stderr.count("stopped at step 3 of 12") + done.stdout.count("stopped at step 3 of 12") >= 1
+    assert RunFolder(tmp_path / "runs" / "tiny").last_checkpoint().name == "checkpoint-3"
 
 
 def test_sharded_qlora_is_one_process_and_leaves_a_whole_adapter(write_recipe, tmp_path):

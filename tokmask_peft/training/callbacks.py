@@ -85,7 +85,11 @@ class StopOnSignal(TrainerCallback):
         self._give_back()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Ask the Trainer for a checkpoint and the end."""
+        """Ask the Trainer for a checkpoint and the end; of several processes all stop at the step that one was told in."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            told = torch.tensor(float(self.stopped), device=args.device)
+            torch.distributed.all_reduce(told, op=torch.distributed.ReduceOp.MAX)
+            self.stopped = bool(told)
         if self.stopped:
             control.should_save = True
             control.should_training_stop = True
