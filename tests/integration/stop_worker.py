@@ -1,4 +1,4 @@
-"""`python -m torch.distributed.run … stop_worker.py train …`: a signal that reaches the second process alone, in step 3."""
+"""Train in one of two processes of `torch.distributed.run`; a signal reaches the second alone, in step 3."""
 
 from transformers import TrainerState
 

@@ -85,7 +85,7 @@ class StopOnSignal(TrainerCallback):
         self._give_back()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Ask the Trainer for a checkpoint and the end; of several processes all stop at the step that one was told in."""
+        """Ask the Trainer for a checkpoint and the end; of several processes all stop where one was told to."""
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             told = torch.tensor(float(self.stopped), device=args.device)
             torch.distributed.all_reduce(told, op=torch.distributed.ReduceOp.MAX)
