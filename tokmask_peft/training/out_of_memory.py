@@ -41,7 +41,8 @@ def _message(recipe: Recipe, error: BaseException, movable: bool, evaluating: bo
     training = recipe.training
     first = first_line(error).split(". ")[0]
     if evaluating:
-        ways = [f"training.eval_batch_size={max(training.eval_batch_size // 4, 1)}"]
+        texts = training.eval_batch_size
+        ways = [f"training.eval_batch_size={max(texts // 4, 1)}"] if texts > 1 else []
     else:
         smaller = smaller_batch(training.batch_size, training.gradient_accumulation)
         ways = [f"training.batch_size={smaller[0]} training.gradient_accumulation={smaller[1]}"] if smaller else []

@@ -102,6 +102,15 @@ def test_running_out_offers_only_what_works(evaluating):
     assert "adapter.layers" not in with_row
 
 
+@pytest.mark.parametrize(("size", "offered"), [(16, "training.eval_batch_size=4;"), (3, "size=1;"), (1, None)])
+def test_an_evaluation_of_single_texts_is_offered_no_smaller_batch(size, offered):
+    recipe = make_recipe("x", training={"eval_batch_size": size})
+    with pytest.raises(RunError) as caught, explained_memory_errors(recipe, movable=False, evaluating=True):
+        raise MemoryError
+    assert "a smaller data.max_length" in str(caught.value)
+    assert offered in str(caught.value) if offered else "eval_batch_size" not in str(caught.value)
+
+
 @pytest.mark.parametrize(("text", "size"), [("6GB", 6), ("4 GiB", 4), ("7.5", 7.5), ("8gb", 8), ("80G", 80)])
 def test_sizes_of_gpus(text, size):
     assert gpu_room(text).bytes == size * GIB
