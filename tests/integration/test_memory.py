@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 import tokmask_peft
+from tokmask_peft.data import hub
 from tokmask_peft.errors import ModelError, RecipeError, RunError, RunInterruptedError
 from tokmask_peft.model import backbone as backbone_module
 from tokmask_peft.model.memory.room import Room
@@ -186,6 +187,19 @@ def test_validation_and_test_texts_count_as_they_are_evaluated(write_recipe, dat
     with pytest.raises(pytest.fail.Exception):
         tokmask_peft.train(recipe, quiet=True)
     assert casts[0].shapes == found
+
+
+@pytest.mark.parametrize("builtin", [True, False])
+def test_the_estimate_downloads_no_texts(write_recipe, monkeypatch, builtin):
+    monkeypatch.setattr(hub, "read_hub", lambda *_: pytest.fail("downloads"))
+    path, small = write_recipe(), ["data.max_length=64", "training.eval_batch_size=40"]
+    plain = fits.without_training(load_recipe(path, small))[0].shapes
+    tested = fits.without_training(load_recipe(path, [*small, "data.test_source.hub=someone/texts"]))[0].shapes
+    assert tested.largest == plain.largest
+    assert plain.evaluation.tokens < tested.evaluation.tokens
+    assert tested.evaluation.lengths == (64,) * 40  # as long and as many as they may be
+    trained = [*small, "data.path=null", "data.hub=someone/texts", f"data.builtin={str(builtin).lower()}"]
+    assert not fits.without_training(load_recipe(path, trained))[0].shapes.known
 
 
 def test_the_estimate_s_batches_are_padded_where_neftune_asks_for_it(write_recipe):

@@ -46,10 +46,8 @@ class TokenBudgetSampler(Sampler[list[int]]):
         self.budget, self.batching, self.seed = budget, batching, seed
         self.rank, self.processes = rank, processes
         self.epoch = 0
-        self._cost = _packed_cost if batching == "padding_free" else _padded_cost
-        longest = int(self.lengths.max())
-        if (alone := self._cost(longest, 1, longest)) > budget:
-            raise ValueError(f"the longest text takes {alone} sub-tokens, more than the {budget} of a batch")
+        self._cost = _cost_of(batching)
+        check_budget(int(self.lengths.max()), budget, batching)
         needed = max(len(self._filled(epoch, 0)) for epoch in range(COUNTED_EPOCHS))
         self._batches = -(-needed // processes) * processes
 
@@ -95,6 +93,20 @@ class TokenBudgetSampler(Sampler[list[int]]):
                 total = longest = length
             batches[-1].append(text)
         return batches
+
+
+def check_budget(longest: int, budget: int, batching: Batching) -> None:
+    """Refuse a budget that the longest text exceeds.
+
+    Raises:
+        ValueError: it does.
+    """
+    if (alone := _cost_of(batching)(longest, 1, longest)) > budget:
+        raise ValueError(f"the longest text takes {alone} sub-tokens, more than the {budget} of a batch")
+
+
+def _cost_of(batching: Batching) -> Cost:
+    return _packed_cost if batching == "padding_free" else _padded_cost
 
 
 def _padded_cost(total: int, texts: int, longest: int) -> int:

@@ -14,7 +14,7 @@ from tokmask_peft.model.memory.remedies import Remedy, changed, remedies
 from tokmask_peft.model.memory.room import Room, device_room, gpu_room
 from tokmask_peft.model.memory.skeleton import bare_model
 from tokmask_peft.model.placement import placement_problem
-from tokmask_peft.recipe import Recipe
+from tokmask_peft.recipe import Recipe, SourceConfig
 from tokmask_peft.training.workload import Lengths, Workload, workload
 
 GIB = 2**30
@@ -115,7 +115,7 @@ def without_training(recipe: Recipe, gpu: str | None = None) -> tuple[Forecast, 
 
     Args:
         recipe: to estimate.
-        gpu: memory of the GPU to estimate for, as 6GB; default: the device that `tokmask train` would take here.
+        gpu: memory of the GPU to estimate for, as 6GB; default: this machine's GPU of CUDA, or its CPU if it has none.
 
     Returns:
         The forecast, what it rests on, and the changes that would save memory, where it does not fit.
@@ -171,21 +171,29 @@ def without_training(recipe: Recipe, gpu: str | None = None) -> tuple[Forecast, 
 def _texts(recipe: Recipe) -> tuple[int, Lengths | None]:
     """Return the number of classes and the lengths of the texts, where these are at hand.
 
-    Texts that would have to be downloaded are not.
+    Those of the Hub are not, since they may have to be downloaded; a test set there counts as many texts of max_length.
     """
     from tokmask_peft.data import load_corpus
     from tokmask_peft.data.encode import encode
     from tokmask_peft.model.backbone import load_tokenizer
 
-    if recipe.data.path is None and not recipe.data.builtin:
+    data, unread = recipe.data, list[tuple[int, ...]]()
+    if _on_hub(data):
         return USUAL_CLASSES, None
-    corpus, tokenizer = load_corpus(recipe.data.expanded(), recipe.seed), load_tokenizer(recipe.model)
+    if data.test is not None and data.test_source is not None and _on_hub(data.test_source):
+        data = data.model_copy(update={"test": None, "test_source": None})
+        unread = [(data.max_length,) * recipe.training.eval_batch_size]
+    corpus, tokenizer = load_corpus(data.expanded(), recipe.seed), load_tokenizer(recipe.model)
     train, *evaluated = (
         list(encode(split, tokenizer, recipe.data.task, corpus.labels, recipe.data.max_length).dataset["length"])
         for split in (corpus.train, corpus.validation, corpus.test)
         if split
     )
-    return len(corpus.labels), Lengths(train, tuple(evaluated))
+    return len(corpus.labels), Lengths(train, (*evaluated, *unread))
+
+
+def _on_hub(source: SourceConfig) -> bool:
+    return source.path is None and source.hub is not None
 
 
 def before_training(

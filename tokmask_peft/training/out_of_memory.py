@@ -63,12 +63,13 @@ def _message(recipe: Recipe, error: BaseException, movable: bool, evaluating: bo
     training = recipe.training
     first = first_line(error).split(". ")[0]
     if evaluating:
-        ways = [f"training.eval_batch_size={max(training.eval_batch_size // 4, 1)}"]
+        texts = training.eval_batch_size
+        ways = [f"training.eval_batch_size={max(texts // 4, 1)}"] if texts > 1 else []
     else:
         smaller = smaller_batch(training.batch_size, training.gradient_accumulation)
         ways = [f"training.batch_size={smaller[0]} training.gradient_accumulation={smaller[1]}"] if smaller else []
         if training.tokens_per_batch is not None:
-            ways = [f"training.tokens_per_batch={training.tokens_per_batch // 2}"]
+            ways = _smaller_budget(training.tokens_per_batch, recipe.data.max_length)
         elif not training.auto_batch:
             ways.append("training.auto_batch=true, which does that by itself")
         if recipe.model.gradient_checkpointing is not True:
@@ -85,3 +86,9 @@ def _message(recipe: Recipe, error: BaseException, movable: bool, evaluating: bo
         f"out of memory {what} ({first}). Any of these takes less: {'; '.join(ways)}. "
         "`tokmask estimate` with the same recipe says how much."
     )
+
+
+def _smaller_budget(budget: int, max_length: int) -> list[str]:
+    half = max(budget // 2, 16)
+    caveat = ", if no text takes more" if half < max_length else ""
+    return [f"training.tokens_per_batch={half}{caveat}"] if half < budget else []

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 
+from tokmask_peft.data.token_budget import COUNTED_EPOCHS, TokenBudgetSampler, check_budget
+from tokmask_peft.errors import RecipeError
 from tokmask_peft.model.memory.step import Shape
-from tokmask_peft.recipe import Recipe
+from tokmask_peft.recipe import Batching, Recipe
 
 SHUFFLES = 20
 MULTIPLE = 8
 """Padding goes up to a multiple of it (`trainer.collator`)."""
+NEARLY = 0.9
+"""Share of the most sub-tokens in a batch that passes for as many."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +38,8 @@ class Workload:
     """Shapes of micro-batches.
 
     Attributes:
-        largest: in training; of the longest texts there are, or of max_length where the texts are not known.
+        largest: in training; of the longest texts there are, or of max_length where the texts are not known, or what
+            fills a budget of sub-tokens.
         usual: in training; none where the texts are not known.
         evaluation: the largest in evaluation.
         known: whether the shapes come from the texts.
@@ -52,15 +58,13 @@ def workload(recipe: Recipe, batching: str, lengths: Lengths | None) -> Workload
         recipe: of the run.
         batching: as decided: padded, grouped or padding_free.
         lengths: of the texts, if they are known.
+
+    Raises:
+        RecipeError: a text alone exceeds the budget of sub-tokens.
     """
     texts, evaluation = recipe.training.batch_size, _evaluation(recipe, lengths)
-    if (budget := recipe.training.tokens_per_batch) is not None:
-        longest = min(max(lengths.train) if lengths else recipe.data.max_length, recipe.data.max_length)
-        largest = Shape.padded(max(budget // _rounded(longest), 1), _rounded(longest))
-        if batching == "padding_free":
-            rest = (budget % longest,) if budget % longest else ()
-            largest = Shape((longest,) * (budget // longest) + rest, packed=True)
-        return Workload(largest, None, evaluation, lengths is not None)
+    if recipe.training.tokens_per_batch is not None:
+        return Workload(_largest_of_budget(recipe, batching, lengths), None, evaluation, lengths is not None)
     if lengths is None:
         largest = Shape((recipe.data.max_length,) * texts, packed=batching == "padding_free")
         return Workload(largest, None, evaluation, False)
@@ -73,6 +77,47 @@ def workload(recipe: Recipe, batching: str, lengths: Lengths | None) -> Workload
     by_size = sorted(batches, key=max)
     usual = Shape.padded(texts, _rounded(max(by_size[len(by_size) // 2])))
     return Workload(Shape.padded(texts, _rounded(max(cut))), usual, evaluation, True)
+
+
+def _largest_of_budget(recipe: Recipe, batching: str, lengths: Lengths | None) -> Shape:
+    budget, cut = recipe.training.tokens_per_batch or 0, recipe.data.max_length
+    if lengths is None:
+        if batching == "padding_free":
+            return _filled((), budget, cut)
+        return _fullest(budget, dict.fromkeys(range(MULTIPLE, _rounded(cut) + 1, MULTIPLE), budget))
+    texts, kind = [min(length, cut) for length in lengths.train], cast("Batching", batching)
+    try:
+        check_budget(max(texts), budget, kind)
+    except ValueError as error:
+        problem = f"training.tokens_per_batch: {error}; set it higher, or data.max_length lower"
+        raise RecipeError([problem], source=recipe.name) from error
+    if batching != "padding_free":
+        return _fullest(budget, {_rounded(length): number for number, length in enumerate(sorted(texts), 1)})
+    sampler = TokenBudgetSampler(texts, budget, kind, recipe.seed)
+    drawn = [[texts[at] for at in batch] for epoch in range(COUNTED_EPOCHS) for batch in sampler.all_batches(epoch)]
+    # In attention with dropout a GPU pads them to the longest: most for a long text among many short ones.
+    widest = max(drawn, key=lambda batch: (len(batch) * max(batch), sum(batch)))
+    return _filled(widest, min(budget, sum(texts)), max(texts))
+
+
+def _fullest(budget: int, up_to: dict[int, int]) -> Shape:
+    """Return the padded batch of the most sub-tokens, or one of nearly as many and longer texts: attention takes more.
+
+    Args:
+        budget: sub-tokens, padding included.
+        up_to: how many texts there are of a padded length or less.
+    """
+    fitting = ((length, min(budget // length, number)) for length, number in up_to.items() if length <= budget)
+    shapes = [Shape.padded(number, length) for length, number in fitting]
+    most = max(shape.tokens for shape in shapes)
+    return max((shape for shape in shapes if shape.tokens >= NEARLY * most), key=lambda shape: shape.lengths[0])
+
+
+def _filled(texts: Sequence[int], budget: int, longest: int) -> Shape:
+    """Return a packed batch with texts added until it takes the whole budget."""
+    missing = budget - sum(texts)
+    more = (min(longest, missing - start) for start in range(0, missing, longest))
+    return Shape((*texts, *more), packed=True)
 
 
 def _evaluation(recipe: Recipe, lengths: Lengths | None) -> Shape:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tokmask_peft.errors import RecipeError
 from tokmask_peft.model.memory.estimate import Estimate
 from tokmask_peft.model.memory.room import Room
 from tokmask_peft.recipe import Recipe
@@ -51,7 +52,7 @@ def remedies(recipe: Recipe, count: Count, room: Room, gpu: bool, movable: bool)
 
     Args:
         recipe: that does not fit.
-        count: estimates a recipe.
+        count: estimates a recipe; what it raises a RecipeError for is not suggested.
         room: what there is.
         gpu: whether the device is a GPU.
         movable: whether the backbone's embedding can lie on the host.
@@ -59,7 +60,10 @@ def remedies(recipe: Recipe, count: Count, room: Room, gpu: bool, movable: bool)
     before = count(recipe).total
     found: list[Remedy] = []
     for changes in _candidates(recipe, count, room, gpu, movable):
-        total = count(changed(recipe, changes)).total
+        try:
+            total = count(changed(recipe, changes)).total
+        except RecipeError:  # a budget below the longest text
+            continue
         if total < before:
             found.append(Remedy(changes, total, room.fits(total)))
     if any(remedy.fits for remedy in found):

@@ -5,11 +5,13 @@ import torch
 from measured import make_recipe
 from tiny_models import build
 
+from tokmask_peft.data.token_budget import TokenBudgetSampler
 from tokmask_peft.errors import ModelError, RecipeError, RunError
 from tokmask_peft.model.memory import room as room_module
 from tokmask_peft.model.memory.estimate import Estimate, Setting
 from tokmask_peft.model.memory.remedies import changed, remedies, smaller_batch
 from tokmask_peft.model.memory.room import Room, device_room, gpu_room
+from tokmask_peft.model.memory.step import Shape
 from tokmask_peft.training.fits import forecast, ways_out
 from tokmask_peft.training.out_of_memory import explained_memory_errors
 from tokmask_peft.training.workload import Lengths, workload
@@ -100,6 +102,15 @@ def test_running_out_offers_only_what_works(evaluating):
     assert "adapter.layers" not in with_row
 
 
+@pytest.mark.parametrize(("size", "offered"), [(16, "training.eval_batch_size=4;"), (3, "size=1;"), (1, None)])
+def test_an_evaluation_of_single_texts_is_offered_no_smaller_batch(size, offered):
+    recipe = make_recipe("x", training={"eval_batch_size": size})
+    with pytest.raises(RunError) as caught, explained_memory_errors(recipe, movable=False, evaluating=True):
+        raise MemoryError
+    assert "a smaller data.max_length" in str(caught.value)
+    assert offered in str(caught.value) if offered else "eval_batch_size" not in str(caught.value)
+
+
 @pytest.mark.parametrize(("text", "size"), [("6GB", 6), ("4 GiB", 4), ("7.5", 7.5), ("8gb", 8), ("80G", 80)])
 def test_sizes_of_gpus(text, size):
     assert gpu_room(text).bytes == size * GIB
@@ -169,6 +180,69 @@ def test_shapes_of_batches():
     few = workload(recipe, "padded", Lengths([5, 6], ([5, 6],)))
     assert len(few.largest.lengths) == 2
     assert few.evaluation.lengths == (8,) * 2
+
+
+def budgeted(budget, batching, max_length=600):
+    training = {"tokens_per_batch": budget, "batching": batching}
+    return make_recipe("x", training=training, data={"max_length": max_length})
+
+
+@pytest.mark.parametrize("batching", ["padded", "grouped", "padding_free"])
+def test_no_batch_of_a_budget_exceeds_the_largest_by_much(batching):
+    texts = [520, *[128] * 30, *[3, 9, 17, 40] * 50]
+    lengths, recipe = Lengths(texts, (texts,)), budgeted(1024, batching)
+    largest = workload(recipe, batching, lengths).largest
+    assert 0.9 * 1024 < largest.tokens <= 1024
+    sampler = TokenBudgetSampler(texts, 1024, batching, recipe.seed)
+    drawn = [[texts[at] for at in batch] for epoch in range(5) for batch in sampler.all_batches(epoch)]
+    shapes = [Shape(tuple(batch), packed=batching == "padding_free") for batch in drawn]
+    assert max(shape.tokens for shape in shapes) < 1.1 * largest.tokens
+    if batching == "padding_free":  # a GPU pads them in attention with dropout
+        slots = [len(shape.lengths) * max(shape.lengths) for shape in (largest, *shapes)]
+        assert slots[0] >= max(slots)
+
+
+def test_the_largest_batch_of_a_budget():
+    texts = [520, *[128] * 30]
+    lengths = Lengths(texts, (texts,))
+    assert workload(budgeted(1024, "padded"), "padded", lengths).largest == Shape.padded(8, 128)
+    assert workload(budgeted(1152, "padded"), "padded", lengths).largest == Shape.padded(2, 520)  # of 9 x 128
+    assert workload(budgeted(1024, "padded"), "padded", None).largest == Shape.padded(2, 512)
+    few = Lengths([60, 20], ([60, 20],))
+    assert workload(budgeted(1024, "padded"), "padded", few).largest == Shape.padded(2, 64)
+    packed = workload(budgeted(1024, "padding_free"), "padding_free", few).largest
+    assert (sorted(packed.lengths), packed.packed) == ([20, 60], True)
+    assert workload(budgeted(1024, "padding_free"), "padding_free", None).largest.tokens == 1024
+
+
+@pytest.mark.parametrize("batching", ["padded", "padding_free"])
+def test_a_budget_below_the_longest_text_is_neither_counted_nor_suggested(batching):
+    lengths = Lengths([100, 20] * 9, ([100, 20],))
+    with pytest.raises(RecipeError, match=r"training.tokens_per_batch: the longest text takes .* set it higher"):
+        workload(budgeted(96, batching), batching, lengths)
+
+    def count(recipe):
+        return Estimate(0, 0, 0, 0, workload(recipe, batching, lengths).largest.tokens * GIB, 0, 0, 0)
+
+    def suggested(budget):
+        found = remedies(budgeted(budget, batching), count, Room(GIB, "RAM"), gpu=False, movable=False)
+        return [r.changes["training.tokens_per_batch"] for r in found if "training.tokens_per_batch" in r.changes]
+
+    assert suggested(400) == [200]
+    assert suggested(150) == []
+
+
+def test_running_out_suggests_budgets_that_may_be_set():
+    def told(budget):
+        recipe = make_recipe("x", training={"tokens_per_batch": budget}, data={"max_length": 128})
+        with pytest.raises(RunError) as caught, explained_memory_errors(recipe, movable=False):
+            raise MemoryError
+        return str(caught.value)
+
+    assert "training.tokens_per_batch=512;" in told(1024)
+    assert "training.tokens_per_batch=100, if no text takes more;" in told(200)
+    assert "training.tokens_per_batch=16, if no text takes more;" in told(24)
+    assert "tokens_per_batch" not in told(16)
 
 
 @pytest.mark.parametrize("budget", [None, 128])
