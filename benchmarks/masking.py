@@ -26,6 +26,7 @@ from tokmask_peft.masking import TokenMaskConfig, TokenMasker
 from tokmask_peft.masking.embedding import find_embedding
 from tokmask_peft.model.adapter import add_adapter, inputs_as_they_come
 from tokmask_peft.model.backbone import load_backbone
+from tokmask_peft.model.dropout import quick_dropout
 from tokmask_peft.model.padding_free import enable_padding_free
 from tokmask_peft.recipe import AdapterConfig, ModelConfig
 from tokmask_peft.training.losses import ClassificationLoss
@@ -107,7 +108,7 @@ def steps() -> list[float]:
         optimizer.step()
         optimizer.zero_grad()
 
-    with inputs_as_they_come(model, backbone.dtype == torch.bfloat16):
+    with inputs_as_they_come(model, backbone.dtype == torch.bfloat16), quick_dropout(model):
         return [*_step_ratios(step, masker)]
 
 

@@ -43,7 +43,9 @@ def page() -> str:
             continue
         seen = content["environment"]
         texts = content.get("texts", "")
-        origin = texts["from"] if isinstance(texts, dict) else texts if isinstance(texts, str) else ""
+        origin = texts if isinstance(texts, str) else ""
+        if isinstance(texts, dict):
+            origin = ", ".join(_told(*item) for item in texts.items())
         versions = ", ".join(f"{key} {seen['versions'][key]}" for key in ("torch", "transformers", "peft"))
         parts += [
             f"## {title}",
@@ -51,6 +53,10 @@ def page() -> str:
             f"{versions}; {seen['threads']} thread(s), {seen['device']}{f'; {origin}' if origin else ''}.",
         ]
     return "\n\n".join(parts) + "\n"
+
+
+def _told(origin: str, texts: dict[str, float]) -> str:
+    return f"{origin} (sub-tokens: {texts['mean']:.0f} on average, at most {texts['longest']})"
 
 
 if __name__ == "__main__":

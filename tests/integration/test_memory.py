@@ -74,10 +74,13 @@ def test_running_out_of_memory_while_loading_blames_the_backbone(write_recipe, m
     def refuse(*_, **__):
         raise torch.OutOfMemoryError(ALLOCATOR)
 
-    monkeypatch.setattr(fit, "load_backbone", refuse)
-    with pytest.raises(RunError, match=r"while the backbone was loaded .*model\.quantization=nf4") as caught:
-        train(write_recipe(), "oom")
-    assert "batch" not in str(caught.value)
+    run = train(write_recipe(), "fits").folder.root
+    again = {"fit": lambda: train(write_recipe(), "oom"), "evaluate": lambda: tokmask_peft.evaluate(run)}
+    for module, load in again.items():
+        monkeypatch.setattr(f"tokmask_peft.training.{module}.load_backbone", refuse)
+        with pytest.raises(RunError, match=r"while the backbone was loaded .*model\.quantization=nf4") as caught:
+            load()
+        assert "batch" not in str(caught.value)
 
 
 def test_other_errors_are_left_alone(write_recipe, monkeypatch):

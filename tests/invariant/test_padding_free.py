@@ -12,7 +12,7 @@ from transformers import RobertaConfig, RobertaForSequenceClassification
 from tokmask_peft.data import PackedCollator
 from tokmask_peft.errors import ModelError
 from tokmask_peft.masking import TokenMaskConfig, TokenMasker
-from tokmask_peft.model import packed_attention
+from tokmask_peft.model import packed_attention, packing
 from tokmask_peft.model.adapter import add_adapter
 from tokmask_peft.model.backbone import load_backbone
 from tokmask_peft.model.decisions import bitsandbytes_problem
@@ -291,7 +291,7 @@ def test_the_ways_of_a_gpu(family, window, way, monkeypatch):
             ),
         )
     else:
-        monkeypatch.setattr(packed_attention, "_buckets", lambda lengths: [(None, max(lengths), True)])
+        monkeypatch.setattr(packing, "_buckets", lambda lengths: [(None, max(lengths), True)])
     settings = {} if window is None else {"sliding_window": window}
     reference, tokenizer = build(family, **settings)
     model, reference = adapted(prepared(family, **settings)), adapted(reference)

@@ -43,8 +43,8 @@ def load(
     """
     saved = model if isinstance(model, SavedAdapter) else find_saved(model, backbone)
     place = _device(device)
-    config, reasons = held(saved.model, place, quantization, precision)
-    loaded = load_backbone(config, saved.task, saved.labels, place)
+    here = held(saved.model, place, quantization, precision)
+    loaded = load_backbone(here.model, saved.task, saved.labels, place)
     if place.type == "cpu" and padding_free_problem(loaded.model) is None:
         enable_padding_free(loaded.model)
     module = load_adapter(loaded, saved.folder)
@@ -55,9 +55,10 @@ def load(
         decisions.append(decision)
     for decision in loaded.decisions:
         if decision.what != "device":
-            decisions.append(Decision(decision.what, decision.choice, reasons.pop(decision.what, decision.reason)))
-    if "embedding" in reasons:  # a resident one is no decision of the backbone's
-        decisions.append(Decision("embedding", config.embedding, reasons["embedding"]))
+            reason = here.reasons.get(decision.what, decision.reason)
+            decisions.append(Decision(decision.what, decision.choice, reason))
+    if "embedding" in here.reasons:  # a resident one is no decision of the backbone's
+        decisions.append(Decision("embedding", here.model.embedding, here.reasons["embedding"]))
     return Classifier(
         module.eval(),
         loaded.tokenizer,

@@ -85,9 +85,24 @@ class Loading:
         return asdict(self)
 
 
+@dataclass(frozen=True, slots=True)
+class Held:
+    """How the backbone of a trained adapter is held.
+
+    Attributes:
+        model: the settings to load it with.
+        reasons: by what was decided, where it is not the user's wish.
+        deviations: the reasons why something is not as in training, although nobody asked for that.
+    """
+
+    model: ModelConfig
+    reasons: dict[str, str]
+    deviations: tuple[str, ...]
+
+
 def held(
     trained: ModelConfig, device: torch.device, quantization: str | None = None, precision: str | None = None
-) -> tuple[ModelConfig, dict[str, str]]:
+) -> Held:
     """Say how to hold the backbone of a trained adapter on this device.
 
     Args:
@@ -96,25 +111,22 @@ def held(
         quantization: `nf4`, `int8` or `none`; none given takes that of training where it runs on this device.
         precision: `bf16` or `fp32`; none given takes that of training.
 
-    Returns:
-        The settings, and the reasons by what was decided, where it is not the user's wish.
-
     Raises:
         ModelError: there is no such quantization or precision.
     """
     if quantization not in (None, "nf4", "int8", "none") or precision not in (None, "auto", "bf16", "fp32"):
         raise ModelError("quantization is nf4, int8 or none; precision is bf16 or fp32")
-    reasons = {}
+    reasons, deviations = {}, {}
     if quantization is None:
         quantization, reasons["quantization"] = trained.quantization, "as in training"
         if quantization != "none" and (problem := bitsandbytes_problem(device.type)):
             quantization = "none"
-            reasons["quantization"] = f"trained on {trained.quantization}, but {problem}: results differ slightly"
+            deviations["quantization"] = f"trained on {trained.quantization}, but {problem}: results differ slightly"
     embedding = trained.embedding
     if embedding == "offload" and device.type == "cpu":
         embedding = "resident"  # the host's memory is the device's: the same lookup
     elif embedding == "8bit" and (problem := bitsandbytes_problem(device.type)):
         embedding = "resident"
-        reasons["embedding"] = f"trained on the 8-bit embedding, but {problem}: results differ slightly"
-    held = {"quantization": quantization, "precision": precision or trained.precision, "embedding": embedding}
-    return trained.model_copy(update=held), reasons
+        deviations["embedding"] = f"trained on the 8-bit embedding, but {problem}: results differ slightly"
+    here = {"quantization": quantization, "precision": precision or trained.precision, "embedding": embedding}
+    return Held(trained.model_copy(update=here), reasons | deviations, tuple(deviations.values()))

@@ -20,7 +20,7 @@ from tokmask_peft.masking import TokenMasker
 from tokmask_peft.masking.embedding import find_embedding
 from tokmask_peft.model import packed_attention
 from tokmask_peft.model.decisions import Decision
-from tokmask_peft.model.packed_attention import Packing
+from tokmask_peft.model.packing import Packing
 from tokmask_peft.recipe import Batching
 
 

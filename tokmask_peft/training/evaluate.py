@@ -50,10 +50,11 @@ def evaluate(run: str | Path, *, split: str = "test", data: str | None = None) -
     set_seed(recipe.seed)
     loading = Loading.read(folder.adapter)
     trained = loading.applied(recipe.model) if loading is not None else recipe.model
-    config, reasons = held(trained, state.device)
-    backbone = load_backbone(config, recipe.data.task, labels, state.device)
-    movable = placement_problem(backbone.model) is None
-    model = load_adapter(backbone, folder.adapter)
+    here = held(trained, state.device)
+    with explained_memory_errors(recipe, movable=False, loading=True):
+        backbone = load_backbone(here.model, recipe.data.task, labels, state.device)
+        movable = placement_problem(backbone.model) is None
+        model = load_adapter(backbone, folder.adapter)
     part = Split.make(examples, backbone.tokenizer, recipe.data.task, labels, recipe.data.max_length)
     bf16 = backbone.dtype == torch.bfloat16
     untracked = recipe.model_copy(update={"training": recipe.training.model_copy(update={"report_to": ()})})
@@ -68,7 +69,7 @@ def evaluate(run: str | Path, *, split: str = "test", data: str | None = None) -
         )
         found = trainer.predict_split(part)
     result = scores(*found.flat(), labels)
-    otherwise = [reason for reason in reasons.values() if reason.startswith("trained on")]
+    otherwise = list(here.deviations)
     if loading is not None and loading.precision == "bf16" and not bf16:
         otherwise.append("trained in bf16, which this machine does not compute in: results differ slightly")
     if otherwise:

@@ -22,6 +22,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from tokmask_peft.data.token_budget import TokenBudgetSampler, token_budget_loader
 from tokmask_peft.errors import RecipeError, RunError, nearest
 from tokmask_peft.model.adapter import inputs_as_they_come
+from tokmask_peft.model.dropout import quick_dropout
 from tokmask_peft.recipe import Recipe
 from tokmask_peft.training.losses import IGNORED
 from tokmask_peft.training.metrics import Predictions
@@ -78,7 +79,7 @@ class OrderedEvalTrainer(Trainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; a training that breaks off leaves no noise of NEFTune on the embedding."""
         try:
-            with inputs_as_they_come(self.model, self.args.bf16):
+            with inputs_as_they_come(self.model, self.args.bf16), quick_dropout(self.model):
                 return super().train(*args, **kwargs)
         except BaseException:
             if (handle := getattr(self, "neftune_hook_handle", None)) is not None:

@@ -2,6 +2,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny_models import build, tiny_tokenizer
+from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
 from tokmask_peft.errors import RecipeError
@@ -28,24 +29,31 @@ def test_unknown_and_missing_trackers_are_told_apart():
         check_trackers(("comet_ml",))
 
 
-class CastsSeen(TrainerCallback):
-    """Notes at each step whether the adapters would cast what enters them."""
+class AsTrained(TrainerCallback):
+    """Notes at each step whether the adapters would cast what enters them, and whether dropout is torch's."""
 
     def __init__(self):
-        self.seen = set()
+        self.casts, self.dropout = set(), set()
 
     def on_step_end(self, args, state, control, model, **kwargs):
-        self.seen |= {module.cast_input_dtype_enabled for module in model.modules() if hasattr(module, "lora_A")}
+        self.casts |= {module.cast_input_dtype_enabled for module in model.modules() if hasattr(module, "lora_A")}
+        self.dropout |= dropout_of(model)
+
+
+def dropout_of(model):
+    return {"forward" in vars(module) for module in model.modules() if type(module) is nn.Dropout}
 
 
 @pytest.mark.parametrize("bf16", [True, False])
-def test_adapters_cast_their_inputs_only_outside_autocast(bf16, tmp_path):
+def test_forwards_are_changed_for_as_long_as_they_train(bf16, tmp_path):
     model, _ = build("bert")
     model = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query"]))
     arguments = TrainingArguments(str(tmp_path), max_steps=1, use_cpu=True, bf16=bf16, report_to="none")
     rows = [{"input_ids": [5, 6, 7], "labels": 1}] * 2
-    seen = CastsSeen()
+    seen = AsTrained()
     collate = collator(tiny_tokenizer("wordpiece"), "sequence")
     OrderedEvalTrainer(model, arguments, collate, train_dataset=rows, callbacks=[seen]).train()
-    assert seen.seen == {not bf16}
+    assert seen.casts == {not bf16}
+    assert seen.dropout == {True}
     assert all(module.cast_input_dtype_enabled for module in model.modules() if hasattr(module, "lora_A"))
+    assert dropout_of(model) == {False}

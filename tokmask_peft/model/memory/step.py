@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from tokmask_peft.masking.embedding import unwrap
 from tokmask_peft.model.adapter import inputs_as_they_come
+from tokmask_peft.model.dropout import quick_dropout
 from tokmask_peft.model.memory.gpu_rules import SavedAttention, autocast_forward, device_rules
 from tokmask_peft.model.memory.live import LiveBytes
 from tokmask_peft.recipe import Task
@@ -74,7 +75,8 @@ def count_step(
     """
     model.train()
     with _counting(model, mode, shape, task, device_type) as (live, batch):
-        with device_rules(device_type, autocast), inputs_as_they_come(model, autocast):
+        drawn = quick_dropout(model) if device_type == "cpu" else contextlib.nullcontext()
+        with device_rules(device_type, autocast), inputs_as_they_come(model, autocast), drawn:
             with autocast_forward(autocast):
                 logits = _forward(model, batch, device_type)
                 loss = F.cross_entropy(logits.flatten(0, -2).float(), batch["labels"].flatten())
@@ -120,7 +122,7 @@ def _packed_batch(shape: Shape, device_type: str) -> dict[str, Any]:
 
     The row is as the body of the model takes it, lengthened on a CPU; `texts` and `layout` are of its texts alone.
     """
-    from tokmask_peft.model.packed_attention import Packing
+    from tokmask_peft.model.packing import Packing
     from tokmask_peft.model.padding_free import filler
 
     longest = max(shape.lengths)

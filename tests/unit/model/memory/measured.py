@@ -13,6 +13,7 @@ from tokmask_peft.data import PackedCollator
 from tokmask_peft.model.adapter import add_adapter, inputs_as_they_come
 from tokmask_peft.model.backbone import load_backbone
 from tokmask_peft.model.checkpointing import enable_checkpointing
+from tokmask_peft.model.dropout import quick_dropout
 from tokmask_peft.model.memory.live import LiveBytes
 from tokmask_peft.model.memory.step import Shape
 from tokmask_peft.model.padding_free import enable_padding_free
@@ -71,7 +72,7 @@ def measure_step(recipe: Recipe, shape: Shape) -> tuple[int, int, int]:
         in_bf16 = backbone.dtype == torch.bfloat16
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=in_bf16)
         hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-        with inputs_as_they_come(model, in_bf16):
+        with inputs_as_they_come(model, in_bf16), quick_dropout(model):
             with hooks, autocast:
                 loss = F.cross_entropy(model(**batch).logits.flatten(0, -2).float(), labels)
             loss.backward()

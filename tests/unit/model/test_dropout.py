@@ -1,0 +1,139 @@
+"""Dropout with few random bits: right rates, right means, torch's place, and gone afterwards."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from tokmask_peft.model import packed_attention
+from tokmask_peft.model.dropout import dropout, quick_dropout
+from tokmask_peft.model.packing import Packing
+
+
+@settings(deadline=None)
+@given(
+    p=st.floats(0.0, 1.0),
+    shape=st.lists(st.integers(0, 5), min_size=0, max_size=3),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)
+def test_every_element_is_zero_or_scaled_and_so_is_its_gradient(p, shape, dtype):
+    x = torch.ones(shape, dtype=dtype, requires_grad=True)
+    dropped = dropout(x, p)
+    assert dropped.shape == x.shape
+    assert dropped.dtype == dtype
+    scale = torch.tensor(65536 / max(1, round((1 - p) * 65536)), dtype=dtype)
+    assert torch.all((dropped == 0) | (dropped == scale))
+    dropped.backward(torch.ones_like(dropped))
+    torch.testing.assert_close(x.grad, dropped.detach(), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("p", [0.02, 0.1, 0.5, 0.9])
+def test_as_many_are_dropped_as_torch_drops_and_the_mean_stays(p):
+    count = 400_000
+    torch.manual_seed(0)
+    dropped = dropout(torch.ones(count), p)
+    deviation = math.sqrt(p * (1 - p) / count)
+    assert abs((dropped == 0).double().mean().item() - p) < 5 * deviation
+    assert abs(dropped.double().mean().item() - 1) < 5 * deviation / (1 - p)
+
+
+def test_neighbours_are_dropped_independently():
+    torch.manual_seed(0)
+    zero = (dropout(torch.ones(400_000), 0.3) == 0).double() - 0.3
+    for distance in range(1, 9):  # four elements share a draw
+        correlation = (zero[distance:] * zero[:-distance]).mean().item() / 0.21
+        assert abs(correlation) < 5 / math.sqrt(400_000)
+
+
+def test_the_seed_decides_and_each_call_draws_anew():
+    x = torch.ones(1000)
+    torch.manual_seed(3)
+    first, second = dropout(x, 0.4), dropout(x, 0.4)
+    torch.manual_seed(3)
+    assert torch.equal(dropout(x, 0.4), first)
+    assert not torch.equal(first, second)
+
+
+def test_nothing_and_everything():
+    x = torch.tensor([1.0, math.inf])
+    state = torch.get_rng_state()
+    assert dropout(x, 0.0) is x
+    assert torch.equal(state, torch.get_rng_state())
+    assert torch.equal(dropout(torch.ones(5), 1.0), torch.zeros(5))
+
+
+def test_it_takes_strided_tensors_and_traces_without_content():
+    x = torch.arange(1.0, 13.0).view(3, 4).t()
+    dropped = dropout(x, 0.5)
+    assert dropped.shape == (4, 3)
+    assert torch.all((dropped == 0) | (dropped == 2 * x))
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        assert dropout(torch.ones(3, 5, dtype=torch.bfloat16), 0.5).shape == (3, 5)
+
+
+class Twice(nn.Dropout):
+    """Somebody's own dropout."""
+
+
+def model():
+    return nn.Sequential(nn.Dropout(0.5), nn.Dropout(0.5, inplace=True), Twice(0.5), nn.Linear(2, 2))
+
+
+def test_only_plain_dropout_is_changed_and_only_for_the_time_being(monkeypatch):
+    ours = []
+    monkeypatch.setattr("tokmask_peft.model.dropout.dropout", lambda x, p: ours.append(p) or x)
+    changed = model()
+    with quick_dropout(changed):
+        changed(torch.ones(3, 2))
+        assert ours == [0.5]
+        changed.eval()(torch.ones(3, 2))
+        assert ours == [0.5]
+        with quick_dropout(changed):  # twice is once
+            pass
+        changed.train()(torch.ones(3, 2))
+        assert ours == [0.5, 0.5]
+    changed(torch.ones(3, 2))
+    assert ours == [0.5, 0.5]
+    with pytest.raises(RuntimeError, match="shapes"), quick_dropout(changed):
+        changed(torch.ones(3, 5))
+    assert not any("forward" in vars(module) for module in changed.modules())
+
+
+@pytest.mark.parametrize(("causal", "window"), [(False, None), (True, None), (True, 2)])
+@pytest.mark.parametrize("scaling", [None, 0.3])
+def test_attention_with_dropout_is_torchs_where_nothing_is_dropped(monkeypatch, causal, window, scaling):
+    """The weights that stay are divided by 1 - p, so without draws the result is that of torch's kernel over 1 - p."""
+    lengths = [3, 7, 4, 30, 1]
+    bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
+    packing = Packing.make(bounds, sum(lengths), max(lengths))
+    assert {bucket.mask is None for bucket in packing.buckets} == {True, False}
+    draw = torch.Generator().manual_seed(0)
+    rows = [torch.randn(sum(lengths), 4, 8, generator=draw).requires_grad_() for _ in range(3)]
+    expected = packed_attention.attend_in_buckets(rows, packing, causal, window, 0.0, scaling)
+    monkeypatch.setattr(packed_attention, "dropped", lambda x, p: x / (1 - p))
+    found = packed_attention._padded_attention(rows, packing, causal, window, 0.2, scaling)
+    torch.testing.assert_close(found * 0.8, expected, atol=1e-6, rtol=1e-5)
+    for one, other in zip(
+        torch.autograd.grad((found * 0.8).square().sum(), rows),
+        torch.autograd.grad(expected.square().sum(), rows),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+def test_attention_with_dropout_is_unbiased():
+    bounds = torch.tensor([0, 2, 5], dtype=torch.int32)
+    packing = Packing.make(bounds, 5, 3)
+    torch.manual_seed(0)
+    rows = [torch.randn(5, 2, 4) for _ in range(3)]
+    expected = packed_attention.attend_in_buckets(rows, packing, False, None, 0.0, None)
+    draws = torch.stack(
+        [packed_attention._padded_attention(rows, packing, False, None, 0.3, None) for _ in range(3000)]
+    )
+    spread = draws.std(0) / math.sqrt(len(draws))
+    assert torch.all((draws.mean(0) - expected).abs() < 5 * spread)
