@@ -23,7 +23,8 @@ TITLES = {
     "afrisenti_twi-500": "AfriSenti Twi, 500 training texts",
     "ud_tur_deu_lid": "UD SAGT languages, Turkish-German",
     "ud_tur_deu_pos": "UD SAGT parts of speech, Turkish-German",
-    "ud_tur_deu_pos-long": "UD SAGT parts of speech, 20 epochs",
+    "ud_tur_deu_lid-tuned": "UD SAGT languages, tuned training",
+    "ud_tur_deu_pos-tuned": "UD SAGT parts of speech, tuned training",
 }
 """The sweeps over masking rates, in the order of the page."""
 SHORT = {

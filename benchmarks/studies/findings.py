@@ -16,6 +16,9 @@ CLEAR = (
     "both leave out 0, without a correction for the number of comparisons."
 )
 
+LONGER = {"long": "Longer training", "tuned": "Training tuned on validation"}
+"""How sweeps with such a suffix train, beside those without."""
+
 
 @dataclass(frozen=True, slots=True)
 class Finding:
@@ -156,9 +159,9 @@ def _less_data(study: Study) -> list[Finding]:
 
 def _longer(study: Study) -> list[Finding]:
     lines = []
-    for long in (name for name in study.tasks if name.endswith("-long")):
-        short = long.removesuffix("-long")
-        if short not in study.tasks:
+    for long in study.tasks:
+        short, _, how = long.rpartition("-")
+        if how not in LONGER or short not in study.tasks:
             continue
         few, many = (study.sweeps[one]["steps"] for one in (short, long))
         parts, gaps = _contrasts(study, long, short, f"after {many} steps", f"after {few}")
@@ -168,7 +171,7 @@ def _longer(study: Study) -> list[Finding]:
         verdict = _verdict(gaps, "masking does clearly better", "masking does clearly worse")
         if max(before) < 0 and min(one["mean"] for one in gaps) > 0 and not any(map(_leaves_out_0, gaps)):
             verdict = "masking loses less, so part of its loss may be time, but these seeds cannot tell"
-        text = f"Longer training, {TITLES[short]}, {many} steps beside {few}: {verdict}"
+        text = f"{LONGER[how]}, {TITLES[short]}, {many} steps beside {few}: {verdict}"
         lines.append(Finding(text, f"over {counted(gaps[0]['n'], 'seed')}, {'; '.join(parts)}"))
     return lines
 

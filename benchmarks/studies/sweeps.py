@@ -12,6 +12,7 @@ FEW = ("data.max_train=500", "training.epochs=10")
 BESIDE = ("--p", "0.1", "--seeds", "3", "training.baseline=false")
 PLAIN = (*BESIDE, "model.precision=fp32", "training.batching=padded")
 TOP = (*BESIDE, "adapter.layers=0.5")
+SHORTER = ("training.epochs=6", "training.batch_size=32", "training.learning_rate=5e-4")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,15 +36,16 @@ SWEEPS = (
     Sweep("mesent_mareng", "mesent_mareng", (*RATES, "training.epochs=2")),
     Sweep("afrisenti_twi", "afrisenti_twi", (*RATES, "training.epochs=4")),
     Sweep("afrisenti_twi-500", "afrisenti_twi", (*RATES, *FEW)),
-    Sweep("ud_tur_deu_lid", "ud_tur_deu_lid", (*RATES, "training.epochs=6")),
-    Sweep("ud_tur_deu_pos", "ud_tur_deu_pos", (*RATES, "training.epochs=6")),
-    Sweep("ud_tur_deu_pos-long", "ud_tur_deu_pos", ("--p", "0,0.1,0.3", "--seeds", "3", "training.epochs=20")),
+    Sweep("ud_tur_deu_lid", "ud_tur_deu_lid", (*RATES, *SHORTER)),
+    Sweep("ud_tur_deu_pos", "ud_tur_deu_pos", (*RATES, *SHORTER)),
+    Sweep("ud_tur_deu_lid-tuned", "ud_tur_deu_lid", ("--p", "0,0.1,0.3", "--seeds", "3")),
+    Sweep("ud_tur_deu_pos-tuned", "ud_tur_deu_pos", ("--p", "0,0.1,0.3", "--seeds", "3")),
     Sweep("trec-500-arms", "trec", (*ARMS, *FEW)),
     Sweep("afrisenti_twi-500-arms", "afrisenti_twi", (*ARMS, *FEW)),
     Sweep("trec-500-plain", "trec", (*PLAIN, *FEW)),
     Sweep("trec-500-top", "trec", (*TOP, *FEW)),
-    Sweep("ud_tur_deu_pos-plain", "ud_tur_deu_pos", (*PLAIN, "training.epochs=6")),
-    Sweep("ud_tur_deu_pos-top", "ud_tur_deu_pos", (*TOP, "training.epochs=6")),
-    Sweep("ud_tur_deu_lid-plain", "ud_tur_deu_lid", (*PLAIN, "training.epochs=6")),
-    Sweep("ud_tur_deu_lid-top", "ud_tur_deu_lid", (*TOP, "training.epochs=6")),
+    Sweep("ud_tur_deu_lid-plain", "ud_tur_deu_lid", (*PLAIN, *SHORTER)),
+    Sweep("ud_tur_deu_lid-top", "ud_tur_deu_lid", (*TOP, *SHORTER)),
+    Sweep("ud_tur_deu_pos-tuned-plain", "ud_tur_deu_pos", PLAIN),
+    Sweep("ud_tur_deu_pos-tuned-top", "ud_tur_deu_pos", TOP),
 )
