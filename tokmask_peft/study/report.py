@@ -89,7 +89,11 @@ def cautions(analysis: dict[str, Any]) -> list[str]:
     else:
         of_arms = any(row["regularizers"] != "recipe" for row in analysis["rows"])
         what, remedy = ("without a regularizer", "none to --arms") if of_arms else ("with p = 0", "0 to --p")
-        lines.append(f"There is no arm {what} beside others, so nothing is compared; add {remedy}.")
+        if all(row["is_reference"] for row in analysis["rows"]):
+            others = "arms to --arms" if of_arms else "rates to --p"
+            lines.append(f"There is nothing to compare with {_reference(analysis)}; add {others}.")
+        else:
+            lines.append(f"There is no arm {what} beside others, so nothing is compared; add {remedy}.")
     if analysis["scored_on"] != "test":
         lines.append("The runs have no test texts: these are validation scores, which also chose the checkpoints.")
     if analysis["missing"]:

@@ -160,6 +160,13 @@ def test_no_reference(made_up_sweep):
     assert "no arm without a regularizer beside others, so nothing is compared; add none to --arms" in said
 
 
+def test_nothing_but_the_reference(made_up_sweep):
+    said = sweep_report(made_up_sweep(p="0")).summary
+    assert "There is nothing to compare with p = 0; add rates to --p." in said
+    said = sweep_report(made_up_sweep(p="0.1", arms="none", name="arms")).summary
+    assert "There is nothing to compare with no regularizer; add arms to --arms." in said
+
+
 def test_seeds_needed_are_given_with_their_uncertainty(made_up_sweep):
     report = sweep_report(made_up_sweep(p="0,0.1", seeds="5"))
     needed = statistics(report)["paper"]["rows"][0]["needed"]["mBERT"]
