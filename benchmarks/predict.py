@@ -94,6 +94,16 @@ def rivals(
     return found, tried, adapter
 
 
+def batch_effect(classify: Callable[..., Any], texts: list[str]) -> float:
+    """Return by how much any probability moves, at the most, between texts one by one and in batches."""
+    pairs = zip(classify(texts), classify(texts, batch_size=1), strict=True)
+    return max(
+        abs(one.probabilities[label] - other.probabilities[label])
+        for one, other in pairs
+        for label in one.probabilities
+    )
+
+
 def measure(run: str, count: int, rounds: int, device: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the rates of all in every round and how many labels agree, and the rows of the table."""
     texts = texts_of(run, count)
@@ -112,6 +122,7 @@ def measure(run: str, count: int, rounds: int, device: str) -> tuple[dict[str, A
         )
         for precision in tried
     }
+    moved = {precision: batch_effect(found[f"classifier {precision}"], texts[:FEW]) for precision in tried}
     own = "bf16" if "bf16" in tried else "fp32"
     second = "CPU second" if device == "cpu" else "second"
     rows: dict[str, Any] = {f"{name}, texts per {second}": (values, "") for name, values in rates.items()}
@@ -123,6 +134,10 @@ def measure(run: str, count: int, rounds: int, device: str) -> tuple[dict[str, A
         both = ratio(rates, f"classifier {precision}", f"pipeline {precision}")
         rows[f"classifier to pipeline, both in {precision}"] = (both, "")
         rows[f"labels that agree, both in {precision} (share)"] = ([agreeing[precision] / count], "")
+        rows[f"{precision}: largest change of a probability with the batch"] = (
+            [moved[precision]],
+            "",
+        )
     result = {
         "texts": count,
         "adapter": adapter,
