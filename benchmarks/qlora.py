@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +32,6 @@ from tokmask_peft.data import PackedCollator
 from tokmask_peft.masking import TokenMaskConfig, TokenMasker
 from tokmask_peft.model.adapter import add_adapter, inputs_as_they_come
 from tokmask_peft.model.backbone import load_backbone
-from tokmask_peft.model.dropout import quick_dropout
 from tokmask_peft.model.padding_free import enable_padding_free
 from tokmask_peft.recipe import AdapterConfig, ModelConfig
 
@@ -74,13 +71,6 @@ def ours(folder: Path) -> nn.Module:
     return model.train()
 
 
-@contextmanager
-def as_trained(model: nn.Module, own: bool) -> Iterator[None]:
-    """Run an arm's step: ours with dropout as it draws it; no arm with PEFT's copies, see above."""
-    with inputs_as_they_come(model, autocast=True), quick_dropout(model) if own else nullcontext():
-        yield
-
-
 def stock(folder: Path, checkpointing: bool) -> nn.Module:
     """Return the model as PEFT's guide prepares it."""
     quantized = BitsAndBytesConfig(
@@ -108,7 +98,7 @@ def static_bytes(model: nn.Module) -> int:
     return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
 
 
-def saved_bytes(model: nn.Module, batch: dict[str, Any], own: bool) -> int:
+def saved_bytes(model: nn.Module, batch: dict[str, Any]) -> int:
     """Return the bytes that a forward pass keeps for the backward pass, without the model's own tensors."""
     known = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
     seen: dict[int, int] = {}
@@ -122,7 +112,7 @@ def saved_bytes(model: nn.Module, batch: dict[str, Any], own: bool) -> int:
         return tensor
 
     kept_here = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-    with as_trained(model, own):
+    with inputs_as_they_come(model, autocast=True):
         with kept_here, torch.autocast("cpu", torch.bfloat16):
             loss = model(**batch).loss
         loss.backward()
@@ -130,10 +120,10 @@ def saved_bytes(model: nn.Module, batch: dict[str, Any], own: bool) -> int:
     return sum(seen.values())
 
 
-def step(model: nn.Module, batch: dict[str, Any], own: bool) -> float:
+def step(model: nn.Module, batch: dict[str, Any]) -> float:
     """Return the CPU seconds of a forward and a backward pass."""
     start = time.process_time()
-    with as_trained(model, own):
+    with inputs_as_they_come(model, autocast=True):
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(**batch).loss
         loss.backward()
@@ -163,13 +153,9 @@ def main() -> None:
         "PEFT's preparation, checkpointed": (checkpointed, padded),
     }
     for name, (model, batch) in arms.items():
-        found[name] = {"static": static_bytes(model), "saved": saved_bytes(model, batch, model is own)}
+        found[name] = {"static": static_bytes(model), "saved": saved_bytes(model, batch)}
     seconds = interleaved(
-        {
-            name: lambda model=model, batch=batch: step(model, batch, model is own)
-            for name, (model, batch) in arms.items()
-        },
-        ROUNDS,
+        {name: lambda model=model, batch=batch: step(model, batch) for name, (model, batch) in arms.items()}, ROUNDS
     )
     total = {name: part["static"] + part["saved"] for name, part in found.items()}
     rows = {

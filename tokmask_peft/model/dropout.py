@@ -38,9 +38,9 @@ def dropout(x: Tensor, p: float) -> Tensor:
 def _noise(x: Tensor, kept: int) -> Tensor:
     """Return a tensor like `x` that holds `_STEPS / kept` with probability `kept / _STEPS`, else 0."""
     count = x.numel()
-    draws = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(1 << 63), None).view(torch.int16)[:count]
-    noise = torch.empty(count, dtype=x.dtype)
-    torch.lt(draws, kept - _STEPS // 2, out=noise)  # as numbers at once: turning booleans into them costs more
+    draws = torch.empty((count + 3) // 4, dtype=torch.int64, device=x.device).random_(-(1 << 63), None)
+    noise = torch.empty(count, dtype=x.dtype, device=x.device)
+    torch.lt(draws.view(torch.int16)[:count], kept - _STEPS // 2, out=noise)  # as numbers at once: turning booleans into them costs more
     return noise.mul_(_STEPS / kept).view(x.shape)
 
 

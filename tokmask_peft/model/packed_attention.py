@@ -167,7 +167,7 @@ def _dropped_attention(
     """Attend with dropout on a CPU, where torch's kernel takes its slow path; every row sees something."""
     scores = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.transpose(-1, -2)
     if is_causal:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     if mask is not None:
         scores = scores.masked_fill_(~mask, float("-inf"))
     return dropped(scores.softmax(-1), p) @ value

@@ -6,11 +6,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_models import build
 from torch import nn
 
 from tokmask_peft.model import packed_attention
 from tokmask_peft.model.dropout import dropout, quick_dropout
+from tokmask_peft.model.memory.estimate import Setting, estimate
+from tokmask_peft.model.memory.step import Shape
 from tokmask_peft.model.packing import Packing
+from tokmask_peft.recipe import Recipe
 
 
 @settings(deadline=None)
@@ -31,13 +35,18 @@ def test_every_element_is_zero_or_scaled_and_so_is_its_gradient(p, shape, dtype)
 
 
 @pytest.mark.parametrize("p", [0.02, 0.1, 0.5, 0.9])
-def test_as_many_are_dropped_as_torch_drops_and_the_mean_stays(p):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_as_many_are_dropped_as_torch_drops_and_the_mean_stays(p, dtype):
     count = 400_000
     torch.manual_seed(0)
-    dropped = dropout(torch.ones(count), p)
+    dropped = dropout(torch.ones(count, dtype=dtype), p)
     deviation = math.sqrt(p * (1 - p) / count)
     assert abs((dropped == 0).double().mean().item() - p) < 5 * deviation
-    assert abs(dropped.double().mean().item() - 1) < 5 * deviation / (1 - p)
+    scale = 1 / (1 - p)
+    rounded = torch.tensor(scale, dtype=dtype).item() / scale
+    assert abs(dropped.double().mean().item() / rounded - 1) < 5 * deviation * scale
+    torch_s = torch.nn.functional.dropout(torch.ones(100, dtype=dtype), p).max().item()
+    assert dropped.max().item() == pytest.approx(torch_s, rel=1e-4)
 
 
 def test_neighbours_are_dropped_independently():
@@ -137,3 +146,35 @@ def test_attention_with_dropout_is_unbiased():
     )
     spread = draws.std(0) / math.sqrt(len(draws))
     assert torch.all((draws.mean(0) - expected).abs() < 5 * spread)
+
+
+def test_recomputed_layers_drop_the_same():
+    """Gradient checkpointing runs a layer forward again in the backward pass, which `quick_dropout` must outlast."""
+    model, tokenizer = build("bert")
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.3
+    batch = tokenizer(["mein Hund", "el perro corre mucho"], padding=True, return_tensors="pt")
+    found = []
+    for again in (False, True):
+        if again:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.zero_grad()
+        torch.manual_seed(4)
+        with quick_dropout(model):
+            logits = model(**batch).logits
+            logits.square().sum().backward()
+        found.append((logits.detach(), model.base_model.encoder.layer[0].output.dense.weight.grad.clone()))
+    torch.testing.assert_close(found[1], found[0], atol=0, rtol=0)
+
+
+@pytest.mark.parametrize(("device", "ours"), [("cpu", True), ("cuda", False)])
+def test_the_estimate_counts_the_dropout_that_will_run(monkeypatch, device, ours):
+    seen = []
+    monkeypatch.setattr("tokmask_peft.model.dropout.dropout", lambda x, p: seen.append(p) or x)
+    recipe = Recipe.load("trec/minilm", ["data.path=.", "model.backbone_path=null"])
+    config = build("bert")[0].config
+    config.hidden_dropout_prob = 0.2
+    estimate(recipe, Setting(config, device, "none", torch.float32), Shape.padded(2, 8), Shape.padded(1, 8))
+    assert (0.2 in seen) == ours
