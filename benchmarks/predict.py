@@ -30,7 +30,7 @@ from typing import Any
 import psutil
 import torch
 from transformers import pipeline
-from workload import ratio, report
+from workload import matrix_rate, ratio, report
 
 from tokmask_peft import load, train
 from tokmask_peft.data import load_corpus
@@ -94,6 +94,14 @@ def rivals(
     return found, tried, adapter
 
 
+def forward_flops(run: str, texts: list[str]) -> float:
+    """Return 2 x parameters x sub-tokens of a text, on average: the physical limit's FLOPs of a forward pass."""
+    classifier = load(run, "cpu")
+    inside = sum(part.numel() for name, part in classifier.model.named_parameters() if "embeddings" not in name)
+    ids = classifier.tokenizer(texts)["input_ids"]
+    return 2 * inside * sum(map(len, ids)) / len(ids)
+
+
 def batch_effect(classify: Callable[..., Any], texts: list[str]) -> float:
     """Return by how much any probability moves, at the most, between texts one by one and in batches."""
     pairs = zip(classify(texts), classify(texts, batch_size=1), strict=True)
@@ -130,6 +138,12 @@ def measure(run: str, count: int, rounds: int, device: str) -> tuple[dict[str, A
         ratio(rates, f"classifier {own}", "pipeline fp32"),
         "3",
     )
+    if device == "cpu":
+        flops = forward_flops(run, texts)
+        for precision in tried:
+            limit = matrix_rate(torch.bfloat16 if precision == "bf16" else torch.float32)
+            share = [value * flops / limit for value in rates[f"classifier {precision}"]]
+            rows[f"classifier {precision}, share of the matrix rate"] = (share, "")
     for precision in tried:
         both = ratio(rates, f"classifier {precision}", f"pipeline {precision}")
         rows[f"classifier to pipeline, both in {precision}"] = (both, "")

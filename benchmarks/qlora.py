@@ -10,8 +10,10 @@ No arm makes the fp32 copies of what enters an adapter that PEFT makes on CPUs: 
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from transformers import (
     Qwen2Config,
     Qwen2ForSequenceClassification,
 )
-from workload import CPU, drawn_lengths, interleaved, ratio, report
+from workload import CPU, drawn_lengths, interleaved, matrix_rate, ratio, report
 
 from tokmask_peft.data import PackedCollator
 from tokmask_peft.masking import TokenMaskConfig, TokenMasker
@@ -98,6 +100,13 @@ def static_bytes(model: nn.Module) -> int:
     return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
 
 
+def quantized(model: nn.Module) -> Iterator[Any]:
+    """Yield the quantization constants of every 4-bit layer, with the layer's shape."""
+    for module in model.modules():
+        if (state := getattr(getattr(module, "weight", None), "quant_state", None)) is not None:
+            yield state
+
+
 def saved_bytes(model: nn.Module, batch: dict[str, Any]) -> int:
     """Return the bytes that a forward pass keeps for the backward pass, without the model's own tensors."""
     known = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
@@ -158,10 +167,13 @@ def main() -> None:
         {name: lambda model=model, batch=batch: step(model, batch) for name, (model, batch) in arms.items()}, ROUNDS
     )
     total = {name: part["static"] + part["saved"] for name, part in found.items()}
+    linear = sum(math.prod(state.shape) for state in quantized(own))
+    rate, tokens = matrix_rate(torch.bfloat16, len(packed["input_ids"][0]), 896, 4864), len(packed["input_ids"][0])
     rows = {
         **{f"{name}, static + saved (MiB)": ([value / 2**20], "") for name, value in total.items()},
         "bytes, to PEFT's preparation": ([total["ours"] / total["PEFT's preparation"]], "0.2"),
         "step, to PEFT's checkpointed one": (ratio(seconds, "ours", "PEFT's preparation, checkpointed"), "0.75"),
+        "ours, share of the bf16 matrix rate": ([4 * linear * tokens / rate / value for value in seconds["ours"]], ""),
     }
     lengths = [len(text) for text in texts]
     report("qlora", {"lengths": lengths, "padded_to": PADDED, "bytes": found, "cpu_seconds": seconds}, rows)

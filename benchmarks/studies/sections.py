@@ -30,9 +30,10 @@ def setting(study: Study) -> list[str]:
     return [
         "## What was trained",
         "MiniLM (all-MiniLM-L6-v2, 22M parameters, an English encoder) with LoRA of rank 16 on all linear layers, by "
-        "the shipped recipes, except for the number of epochs and, where it says so, of training texts. Training texts "
-        "that repeat, contradict each other or occur in validation or test are removed. All rates train for the same "
-        "number of steps. Validation chooses the checkpoint, test is scored once.",
+        "the shipped recipes, except for the number of epochs and, where it says so, of training texts; the UD sweeps "
+        "that are not called tuned take batches of 32 at a learning rate of 5e-4, too. Training texts that repeat, "
+        "contradict each other or occur in validation or test are removed. All rates train for the same number of "
+        "steps. Validation chooses the checkpoint, test is scored once.",
         markdown((head, body)),
         "*Best at the end* is the share of runs, by rate, whose last evaluation was their best on validation. The "
         "learning rate falls to 0, so a run need not have been cut short for that; but where it rises with the rate, "

@@ -25,7 +25,7 @@ LINES = (
         "both in fp32 {dynamic padding, to the default run in fp32:.1f}",
     ),
     (
-        "the default run, posts of 18 sub-tokens (Twi)",
+        "the default run, on shorter posts (Twi)",
         "the same two",
         "{AfriSenti Twi tweets - padded to 128, to the default run:.1f} and "
         "{AfriSenti Twi tweets - dynamic padding, to the default run:.1f} times as fast; all in fp32 "
@@ -88,9 +88,13 @@ def speed_table(folder: Path) -> str:
     if ours and theirs:
         figures["bytes, to PEFT's checkpointed ones"] = ours / theirs
     run = folder / "default_run.json"
-    seen = json.loads(run.read_text(encoding="utf-8"))["environment"] if run.is_file() else {}
+    content = json.loads(run.read_text(encoding="utf-8")) if run.is_file() else {}
+    threads = content.get("environment", {}).get("threads", 1)
     computed = "bf16" if "default run, share of the bf16 matrix rate" in figures else "fp32"
-    caption = f"Medians on {seen.get('threads', 1)} thread of a CPU; the default run computes in {computed} there."
+    caption = f"Medians on {threads} thread of a CPU; the default run computes in {computed} there."
+    if texts := content.get("texts"):
+        told = " and ".join(f"{name} ({about['mean']:.0f} sub-tokens on average)" for name, about in texts.items())
+        caption += f" Its texts: {told}."
     lines = [[what.replace(" -", ":"), beside, _filled(said, figures)] for what, beside, said in LINES]
     body = [line for line in lines if line[-1]]
     return f"{caption}\n\n{markdown((('what', 'beside', ''), body))}"

@@ -40,7 +40,9 @@ def _noise(x: Tensor, kept: int) -> Tensor:
     count = x.numel()
     draws = torch.empty((count + 3) // 4, dtype=torch.int64, device=x.device).random_(-(1 << 63), None)
     noise = torch.empty(count, dtype=x.dtype, device=x.device)
-    torch.lt(draws.view(torch.int16)[:count], kept - _STEPS // 2, out=noise)  # as numbers at once: turning booleans into them costs more
+    torch.lt(
+        draws.view(torch.int16)[:count], kept - _STEPS // 2, out=noise
+    )  # as numbers at once: turning booleans into them costs more
     return noise.mul_(_STEPS / kept).view(x.shape)
 
 
