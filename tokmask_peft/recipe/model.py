@@ -52,7 +52,7 @@ class AdapterConfig(Section):
 
     r: int = Field(16, ge=1, description="rank")
     alpha: float = Field(32.0, gt=0, description="scaling numerator: the update is alpha / r times B A")
-    dropout: Rate = Field(0.05, description="dropout on the adapter's input")
+    dropout: Rate = Field(0.0, description="dropout on the adapter's input; takes time and memory in every layer")
     targets: Literal["auto"] | Modules = Field(
         "auto", description="module names to adapt; auto is every linear layer of the backbone"
     )
