@@ -11,9 +11,9 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 
 from tokmask_peft.errors import RunError
+from tokmask_peft.model.memory.exhausted import out_of_memory
 from tokmask_peft.model.memory.remedies import smaller_batch
 from tokmask_peft.recipe import Recipe
-from tokmask_peft.training.out_of_memory import out_of_memory
 
 T = TypeVar("T")
 

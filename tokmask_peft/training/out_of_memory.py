@@ -5,22 +5,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-import torch
-from accelerate.utils.memory import should_reduce_batch_size
-
-from tokmask_peft.errors import RunError, first_line
+from tokmask_peft.errors import RunError
+from tokmask_peft.model.memory.exhausted import instead_of_memory_errors
 from tokmask_peft.model.memory.remedies import smaller_batch
 from tokmask_peft.recipe import Recipe
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Return whether a device or the host refused memory."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    # accelerate knows the allocators' words, not those of CUDA's own calls
-    said = str(error).lower()
-    raw = isinstance(error, RuntimeError) and ("out of memory" in said or "status_alloc_failed" in said)
-    return raw or (isinstance(error, Exception) and should_reduce_batch_size(error))
 
 
 @contextlib.contextmanager
@@ -38,30 +26,27 @@ def explained_memory_errors(
     Raises:
         RunError: out of memory.
     """
-    try:
+
+    def explained(said: str) -> RunError:
+        return RunError(_while_loading(recipe, said) if loading else _message(recipe, said, movable, evaluating))
+
+    with instead_of_memory_errors(explained):
         yield
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        if loading:
-            raise RunError(_while_loading(recipe, error)) from error
-        raise RunError(_message(recipe, error, movable, evaluating)) from error
 
 
-def _while_loading(recipe: Recipe, error: BaseException) -> str:
+def _while_loading(recipe: Recipe, said: str) -> str:
     """Say what takes less before the first batch: fewer texts at a time do not."""
     ways = ["a smaller model.backbone", "other programs closed"]
     if recipe.model.quantization == "none":
         ways.insert(0, "model.quantization=nf4 (on a GPU)")
     return (
-        f"out of memory while the backbone was loaded ({first_line(error).split('. ')[0]}). Any of these may help: "
+        f"out of memory while the backbone was loaded ({said}). Any of these may help: "
         f"{'; '.join(ways)}. `tokmask estimate` with the same recipe says how much it takes."
     )
 
 
-def _message(recipe: Recipe, error: BaseException, movable: bool, evaluating: bool) -> str:
+def _message(recipe: Recipe, said: str, movable: bool, evaluating: bool) -> str:
     training = recipe.training
-    first = first_line(error).split(". ")[0]
     if evaluating:
         texts = training.eval_batch_size
         ways = [f"training.eval_batch_size={max(texts // 4, 1)}"] if texts > 1 else []
@@ -83,7 +68,7 @@ def _message(recipe: Recipe, error: BaseException, movable: bool, evaluating: bo
     ways.append("a smaller data.max_length")
     what = "in evaluation" if evaluating else "in training"
     return (
-        f"out of memory {what} ({first}). Any of these takes less: {'; '.join(ways)}. "
+        f"out of memory {what} ({said}). Any of these takes less: {'; '.join(ways)}. "
         "`tokmask estimate` with the same recipe says how much."
     )
 
