@@ -119,8 +119,32 @@ def test_auto_batch_is_the_run_with_smaller_batches(write_recipe, monkeypatch, a
 
 def test_auto_batch_ends_with_a_single_text(write_recipe, monkeypatch):
     run_out(monkeypatch, above=0)
-    with pytest.raises(RunError, match="out of memory with a single text"):
+    with pytest.raises(RunError, match=r"out of memory with a single text of up to \d+ sub-tokens \(CUDA") as caught:
         train(write_recipe(), "none", "training.auto_batch=true")
+    message = str(caught.value)
+    for key in ("model.gradient_checkpointing=true", "model.quantization=nf4", "model.embedding=offload"):
+        assert key in message
+    assert "batch" not in message
+    monkeypatch.setattr("transformers.BertForSequenceClassification.supports_gradient_checkpointing", False)
+    with pytest.raises(RunError, match=r"adapter\.layers=0\.5") as caught:
+        train(write_recipe(), "none-either", "training.auto_batch=true", "model.embedding=offload")
+    assert "checkpointing" not in str(caught.value)
+    assert "model.embedding" not in str(caught.value)
+
+
+@pytest.mark.parametrize("auto", ["true", "false"])
+def test_a_backbone_that_does_not_fit_on_the_gpu_is_not_retried_with_fewer_texts(write_recipe, monkeypatch, auto):
+    seen = []
+
+    def refuse(self, *_):
+        seen.append(self)
+        raise torch.OutOfMemoryError(ALLOCATOR)
+
+    monkeypatch.setattr("transformers.Trainer._move_model_to_device", refuse)
+    with pytest.raises(RunError, match=r"while the backbone was loaded .*model\.quantization=nf4") as caught:
+        train(write_recipe(), "oom", f"training.auto_batch={auto}")
+    assert "batch" not in str(caught.value)
+    assert len(seen) == 1
 
 
 def test_a_run_that_will_not_fit_is_told_before_it_starts(write_recipe, monkeypatch, capsys):
