@@ -5,10 +5,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
+import torch
+
 from tokmask_peft.errors import RunError
-from tokmask_peft.model.memory.exhausted import instead_of_memory_errors
+from tokmask_peft.model.memory.exhausted import instead_of_memory_errors, message
 from tokmask_peft.model.memory.remedies import smaller_batch
 from tokmask_peft.recipe import Recipe
+
+LOADING = "while the backbone was loaded"
 
 
 @contextlib.contextmanager
@@ -40,6 +44,30 @@ def explained_memory_errors(
         yield
 
 
+@contextlib.contextmanager
+def evaluation_memory_errors(device: torch.device, texts: int | None = None) -> Iterator[None]:
+    """Turn running out of memory in `tokmask evaluate`, which takes no keys, into an error that says what helps there.
+
+    Args:
+        device: that computes.
+        texts: per forward pass; none while the backbone is loaded.
+
+    Raises:
+        RunError: out of memory.
+    """
+
+    def explained(said: str) -> RunError:
+        fewer = max((texts or 1) // 4, 1)
+        ways = [f"--batch-size {fewer} (batch_size={fewer})"] if texts is not None and texts > 1 else []
+        ways.append("other programs closed")
+        if device.type == "cuda":
+            ways.append("CUDA_VISIBLE_DEVICES= before the command, which then computes on the CPU")
+        return RunError(message(LOADING if texts is None else "in evaluation", said, ways))
+
+    with instead_of_memory_errors(explained):
+        yield
+
+
 def single_text_error(recipe: Recipe, movable: bool, checkpointable: bool, said: str) -> RunError:
     """Return the error for a training that runs out of memory with micro-batches of one text.
 
@@ -63,10 +91,8 @@ def _takes_less(what: str, said: str, ways: list[str]) -> RunError:
 def _while_loading(recipe: Recipe, said: str, movable: bool) -> RunError:
     """Say what takes less before the first batch: fewer texts at a time do not."""
     ways = [*_quantization(recipe), *_placement(recipe, movable), "a smaller model.backbone", "other programs closed"]
-    return RunError(
-        f"out of memory while the backbone was loaded ({said}). Any of these may help: "
-        f"{'; '.join(ways)}. `tokmask estimate` with the same recipe says how much it takes."
-    )
+    said = message(LOADING, said, ways)
+    return RunError(f"{said} `tokmask estimate` with the same recipe says how much it takes.")
 
 
 def _batch(recipe: Recipe) -> list[str]:

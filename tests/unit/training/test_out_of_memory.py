@@ -1,10 +1,11 @@
 """What the message offers where memory runs out: what the recipe may be changed to, and what saves memory."""
 
 import pytest
+import torch
 
 from tokmask_peft.errors import RunError
 from tokmask_peft.recipe import Recipe
-from tokmask_peft.training.out_of_memory import explained_memory_errors
+from tokmask_peft.training.out_of_memory import evaluation_memory_errors, explained_memory_errors
 
 
 def make_recipe(**sections):
@@ -52,3 +53,15 @@ def test_fewer_texts_do_not_help_where_the_backbone_is_loaded():
     assert "batch" not in message
     assert "model.embedding=offload" in message
     assert "model.embedding" not in told(make_recipe(), movable=False, loading=True)
+
+
+@pytest.mark.parametrize(("texts", "offered"), [(128, "--batch-size 32 (batch_size=32);"), (1, None), (None, None)])
+def test_an_evaluation_of_a_run_is_told_what_its_command_takes(texts, offered):
+    def said(device):
+        with pytest.raises(RunError) as caught, evaluation_memory_errors(torch.device(device), texts):
+            raise MemoryError
+        return str(caught.value)
+
+    assert offered in said("cuda") if offered else "batch" not in said("cuda")
+    assert "CUDA_VISIBLE_DEVICES= before the command" in said("cuda")
+    assert "CUDA" not in said("cpu")

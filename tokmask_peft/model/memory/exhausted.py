@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
@@ -34,6 +34,17 @@ def instead_of_memory_errors(explained: Callable[[str], TokmaskError]) -> Iterat
         if not out_of_memory(error):
             raise
         raise explained(in_short(error)) from error
+
+
+def message(what: str, said: str, ways: Iterable[str]) -> str:
+    """Say that memory ran out, and what may help.
+
+    Args:
+        what: was being done.
+        said: the allocator's words.
+        ways: what a user can do.
+    """
+    return f"out of memory {what} ({said}). Any of these may help: {'; '.join(ways)}."
 
 
 def in_short(error: BaseException) -> str:
