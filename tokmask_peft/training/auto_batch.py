@@ -50,11 +50,11 @@ def with_smaller_batches(
     left, said = iter(sizes[1:]), ""
 
     def run(batch_size: int) -> T:
+        nonlocal said
         try:
             return begin(batch_size)
         except (RuntimeError, MemoryError) as error:
-            nonlocal said  # not the error itself, which would hold the tensors of the step
-            said = in_short(error)
+            said = in_short(error)  # not the error itself, which would hold the tensors of the step
             if out_of_memory(error) and not should_reduce_batch_size(error):
                 raise torch.OutOfMemoryError("CUDA out of memory.") from error  # in words that accelerate knows
             raise
