@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 import tokmask_peft
 from tokmask_peft.data import hub
-from tokmask_peft.errors import ModelError, RecipeError, RunError, RunInterruptedError
+from tokmask_peft.errors import DataError, ModelError, RecipeError, RunError, RunInterruptedError
 from tokmask_peft.model import backbone as backbone_module
 from tokmask_peft.model.memory.room import Room
 from tokmask_peft.recipe.io import load_recipe
@@ -74,13 +74,42 @@ def test_running_out_of_memory_while_loading_blames_the_backbone(write_recipe, m
     def refuse(*_, **__):
         raise torch.OutOfMemoryError(ALLOCATOR)
 
+    monkeypatch.setattr("tokmask_peft.training.fit.load_backbone", refuse)
+    with pytest.raises(RunError, match=r"while the backbone was loaded .*model\.quantization=nf4") as caught:
+        train(write_recipe(), "oom")
+    assert "batch" not in str(caught.value)
+
+
+def test_what_evaluate_advises_where_memory_runs_out_can_be_followed(write_recipe, monkeypatch):
+    def refuse(*_, **__):
+        raise torch.OutOfMemoryError(ALLOCATOR)
+
+    def told():
+        with pytest.raises(RunError, match=r"other programs closed") as caught:
+            tokmask_peft.evaluate(run)
+        assert "model." not in str(caught.value)  # the command takes no keys of the recipe
+        assert "training." not in str(caught.value)
+        return str(caught.value)
+
     run = train(write_recipe(), "fits").folder.root
-    again = {"fit": lambda: train(write_recipe(), "oom"), "evaluate": lambda: tokmask_peft.evaluate(run)}
-    for module, load in again.items():
-        monkeypatch.setattr(f"tokmask_peft.training.{module}.load_backbone", refuse)
-        with pytest.raises(RunError, match=r"while the backbone was loaded .*model\.quantization=nf4") as caught:
-            load()
-        assert "batch" not in str(caught.value)
+    where = ("load_backbone", "load_adapter", "OrderedEvalTrainer._move_model_to_device")
+    for part in where:
+        with monkeypatch.context() as patch:
+            patch.setattr(f"tokmask_peft.training.evaluate.{part}", refuse)
+            assert "while the backbone was loaded" in (said := told())
+            assert "batch" not in said
+    seen, step = [], OrderedEvalTrainer.prediction_step
+
+    def limited(self, model, inputs, *rest, **more):
+        seen.append(len(inputs["input_ids"]))
+        return refuse() if seen[-1] > 10 else step(self, model, inputs, *rest, **more)
+
+    monkeypatch.setattr(OrderedEvalTrainer, "prediction_step", limited)
+    assert "--batch-size 10 (batch_size=10);" in told()  # a quarter of the 40 texts that were one batch
+    tokmask_peft.evaluate(run, batch_size=10)
+    assert seen == [40, *[10] * 4]
+    with pytest.raises(DataError, match="batch_size is 0, expected 1 or more"):
+        tokmask_peft.evaluate(run, batch_size=0)
 
 
 def test_other_errors_are_left_alone(write_recipe, monkeypatch):
@@ -119,8 +148,32 @@ def test_auto_batch_is_the_run_with_smaller_batches(write_recipe, monkeypatch, a
 
 def test_auto_batch_ends_with_a_single_text(write_recipe, monkeypatch):
     run_out(monkeypatch, above=0)
-    with pytest.raises(RunError, match="out of memory with a single text"):
+    with pytest.raises(RunError, match=r"out of memory with a single text of up to \d+ sub-tokens \(CUDA") as caught:
         train(write_recipe(), "none", "training.auto_batch=true")
+    message = str(caught.value)
+    for key in ("model.gradient_checkpointing=true", "model.quantization=nf4", "model.embedding=offload"):
+        assert key in message
+    assert "batch" not in message
+    monkeypatch.setattr("transformers.BertForSequenceClassification.supports_gradient_checkpointing", False)
+    with pytest.raises(RunError, match=r"adapter\.layers=0\.5") as caught:
+        train(write_recipe(), "none-either", "training.auto_batch=true", "model.embedding=offload")
+    assert "checkpointing" not in str(caught.value)
+    assert "model.embedding" not in str(caught.value)
+
+
+@pytest.mark.parametrize("auto", ["true", "false"])
+def test_a_backbone_that_does_not_fit_on_the_gpu_is_not_retried_with_fewer_texts(write_recipe, monkeypatch, auto):
+    seen = []
+
+    def refuse(self, *_):
+        seen.append(self)
+        raise torch.OutOfMemoryError(ALLOCATOR)
+
+    monkeypatch.setattr("transformers.Trainer._move_model_to_device", refuse)
+    with pytest.raises(RunError, match=r"while the backbone was loaded .*model\.quantization=nf4") as caught:
+        train(write_recipe(), "oom", f"training.auto_batch={auto}")
+    assert "batch" not in str(caught.value)
+    assert len(seen) == 1
 
 
 def test_a_run_that_will_not_fit_is_told_before_it_starts(write_recipe, monkeypatch, capsys):

@@ -94,7 +94,9 @@ def test_evaluate_repeats_the_scores_of_the_run(write_recipe, tokmask, tmp_path,
     run = tmp_path / "runs" / "tiny"
     for split in ("validation", "test"):
         assert evaluate(run, split=split)["confusion"] == result[split]["confusion"]
-    other = json.loads(tokmask("evaluate", run, "--data", data_folder, "--split", "test", "--json").stdout)
+    other = json.loads(
+        tokmask("evaluate", run, "--data", data_folder, "--split", "test", "--json", "--batch-size", 7).stdout
+    )
     assert other["confusion"] == result["test"]["confusion"]
     wrong = tokmask("evaluate", run, "--split", "dev2", check=False)
     assert wrong.returncode == 2

@@ -24,6 +24,7 @@ def evaluate(
     against: Annotated[str | None, typer.Option(help="with --faithfulness: a p = 0 run of the same recipe")] = None,
     limit: Annotated[int, typer.Option(min=2, help="with --faithfulness: texts, drawn at random")] = 200,
     seed: Annotated[int, typer.Option(min=0, help="with --faithfulness: of texts, orders and bootstrap")] = 0,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="texts per forward pass; as in training")] = None,
 ) -> None:
     """Score the adapter of RUN on one of its splits, or on other texts."""
     import json
@@ -39,13 +40,15 @@ def evaluate(
     if faithfulness:
         from tokmask_peft.inference import faithfulness as measure
 
-        measured = measure.faithfulness(run, against, split=split, data=data, limit=limit, seed=seed)
+        measured = measure.faithfulness(
+            run, against, split=split, data=data, limit=limit, seed=seed, batch_size=batch_size
+        )
         typer.echo(json.dumps(measured, indent=2) if as_json else "\n".join(measure.report_lines(measured)))
         return
     from tokmask_peft.console import make_console, print_scores
     from tokmask_peft.training.evaluate import evaluate as score
 
-    result = score(run, split=split, data=data)
+    result = score(run, split=split, data=data, batch_size=batch_size)
     if as_json:
         typer.echo(json.dumps(result, indent=2, ensure_ascii=False))
     else:

@@ -115,7 +115,7 @@ class Classifier:
 
         Raises:
             DataError: a text has no words, or is not valid Unicode; `texts` is one string.
-            ModelError: the model gives a logit that is not finite.
+            ModelError: the model gives a logit that is not finite, or memory runs out.
         """
         if batch_size < 1:
             raise DataError(f"batch_size is {batch_size}, expected 1 or more")

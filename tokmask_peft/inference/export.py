@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tokmask_peft.errors import ModelError
+from tokmask_peft.inference.memory import loading_memory_errors
 from tokmask_peft.inference.onnx import check_onnx_installed, export_onnx, ordinary_batch
 from tokmask_peft.inference.outputs import check_folder
 from tokmask_peft.inference.saved import SavedAdapter, find_saved
@@ -63,7 +64,7 @@ def export_merged(
 
     Raises:
         ModelError: there is no adapter or no backbone, `folder` is taken, the merged model differs from the adapter, or
-            it cannot be exported to ONNX.
+            it cannot be exported to ONNX; or memory runs out.
     """
     if onnx:
         check_onnx_installed()
@@ -73,6 +74,11 @@ def export_merged(
         raise ModelError(f"precision is {precision}, expected fp32 or bf16")
     target = check_folder(folder)
     saved = model if isinstance(model, SavedAdapter) else find_saved(model, backbone)
+    with loading_memory_errors(torch.device("cpu"), "while the model was merged"):
+        return _export(saved, target, precision, onnx)
+
+
+def _export(saved: SavedAdapter, target: Path, precision: str, onnx: bool) -> Export:
     plain = saved.model.model_copy(update={"quantization": "none", "precision": "fp32", "embedding": "resident"})
     loaded = load_backbone(plain, saved.task, saved.labels, torch.device("cpu"))
     probes = ordinary_batch(_PROBES, _PROBE_LENGTH, loaded.tokenizer)

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokmask_peft.errors import DataError, RunError
+from tokmask_peft.inference.classifier import BATCH_SIZE
 from tokmask_peft.inference.load import load
 from tokmask_peft.inference.masking_curves import RANDOM_ORDERS, SHARES, masking_curves
 from tokmask_peft.inference.saved import find_saved
@@ -42,6 +43,7 @@ def faithfulness(
     data: str | None = None,
     limit: int = 200,
     seed: int = 0,
+    batch_size: int | None = None,
 ) -> dict[str, Any]:
     """Measure how faithful occlusion is for a run, and by how much more than for another.
 
@@ -52,6 +54,7 @@ def faithfulness(
         data: other texts, as for `evaluate`.
         limit: texts, drawn with `seed`.
         seed: of the texts, the random orders and the bootstrap.
+        batch_size: masked texts per forward pass.
 
     Returns:
         `run` (and `against`): curves and areas with 95% bootstrap intervals over texts; `difference`: of the areas,
@@ -75,7 +78,7 @@ def faithfulness(
     curves: dict[str, dict[int, NDArray[np.float64]]] = {}
     for name, folder in folders.items():
         classifier = load(saved[name])
-        curves[name] = masking_curves(classifier, texts, seed=seed)
+        curves[name] = masking_curves(classifier, texts, seed=seed, batch_size=batch_size or BATCH_SIZE)
         result[name] = {"path": str(folder.root), "p": recipes[name].masking.p, "mask": classifier.occlusion.note}
     kept = sorted(set.intersection(*(set(found) for found in curves.values())))
     if len(kept) < 2:

@@ -13,6 +13,7 @@ from torch import nn
 
 from tokmask_peft.data import PackedCollator
 from tokmask_peft.errors import ModelError
+from tokmask_peft.inference.memory import prediction_memory_errors
 from tokmask_peft.inference.windows import Window
 from tokmask_peft.masking.occlusion import Occlusion
 from tokmask_peft.model.padding_free import takes_packed_rows
@@ -57,15 +58,19 @@ class Forward:
             hidden: with `occlusion`, which, for each window.
 
         Raises:
-            ModelError: a logit is not finite.
+            ModelError: a logit is not finite, or memory runs out.
         """
         order = sorted(range(len(windows)), key=lambda number: len(windows[number].ids))
         found: list[Any] = [None] * len(windows)
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             batch = [windows[number] for number in chosen]
-            with nullcontext() if occlusion is None else occlusion.at(self._laid_out([hidden[n] for n in chosen])):
-                values = self._batch(batch)
+            with prediction_memory_errors(self._device, len(batch)):
+                if occlusion is None:
+                    values = self._batch(batch)
+                else:
+                    with occlusion.at(self._laid_out([hidden[n] for n in chosen])):
+                        values = self._batch(batch)
             for number, rows in zip(chosen, values, strict=True):
                 found[number] = rows
         return found

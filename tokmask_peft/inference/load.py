@@ -10,6 +10,7 @@ from torch import nn
 
 from tokmask_peft.errors import ModelError, first_line
 from tokmask_peft.inference.classifier import Classifier
+from tokmask_peft.inference.memory import loading_memory_errors
 from tokmask_peft.inference.saved import SavedAdapter, find_saved
 from tokmask_peft.model.adapter import load_adapter
 from tokmask_peft.model.backbone import load_backbone
@@ -39,16 +40,24 @@ def load(
             names.
 
     Raises:
-        ModelError: no adapter, no backbone, or it cannot be held as asked.
+        ModelError: no adapter, no backbone, it cannot be held as asked, or memory runs out.
     """
     saved = model if isinstance(model, SavedAdapter) else find_saved(model, backbone)
     place = _device(device)
+    with loading_memory_errors(place):
+        return _load(saved, place, "as asked" if device is not None else None, quantization, precision)
+
+
+def _load(
+    saved: SavedAdapter, place: torch.device, why: str | None, quantization: str | None, precision: str | None
+) -> Classifier:
+    """Load a saved adapter to a device, which was chosen for the reason `why`."""
     here = held(saved.model, place, quantization, precision)
     loaded = load_backbone(here.model, saved.task, saved.labels, place)
     if place.type == "cpu" and padding_free_problem(loaded.model) is None:
         enable_padding_free(loaded.model)
     module = load_adapter(loaded, saved.folder)
-    why = "as asked" if device is not None else "a GPU is there" if place.type == "cuda" else "no GPU was found"
+    why = why or ("a GPU is there" if place.type == "cuda" else "no GPU was found")
     decisions = [Decision("device", str(place), why)]
     if loaded.quantization == "none":
         module, decision = merge_if_harmless(module.to(place))
@@ -76,13 +85,14 @@ def _device(asked: str | torch.device | None) -> torch.device:
     """Return the device to compute on.
 
     Raises:
-        ModelError: there is no such device.
+        ModelError: there is no such device, or it has no memory left.
     """
     if asked is None:
         return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     try:
         device = torch.device(asked)
-        torch.empty(1, device=device)
+        with loading_memory_errors(device):
+            torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ModelError(f"device {asked} cannot be used: {first_line(error)}") from error
     return torch.device("cuda", torch.cuda.current_device()) if str(device) == "cuda" else device

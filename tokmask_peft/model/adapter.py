@@ -15,6 +15,7 @@ from tokmask_peft.masking.embedding import find_embedding
 from tokmask_peft.masking.sharded import is_sharded, whole
 from tokmask_peft.model.backbone import Backbone
 from tokmask_peft.model.decisions import Decision
+from tokmask_peft.model.memory.exhausted import out_of_memory
 from tokmask_peft.model.quantized import is_quantized
 from tokmask_peft.recipe import AdapterConfig, Task
 
@@ -207,6 +208,8 @@ def load_adapter(backbone: Backbone, folder: Path) -> Any:
     try:
         model = PeftModel.from_pretrained(backbone.model, str(folder))
     except (RuntimeError, ValueError) as error:
+        if out_of_memory(error):
+            raise
         raise ModelError(
             f"the adapter in {folder} does not fit the backbone or the labels: {first_line(error)}"
         ) from error

@@ -29,7 +29,8 @@ class TrainingConfig(Section):
     )
     auto_batch: StrictBool = Field(
         False,
-        description="where memory runs out, go on with a smaller batch_size and as much more gradient_accumulation",
+        description="where memory runs out, go on with a smaller batch_size and as much more gradient_accumulation; "
+        "not where the kernel kills the process instead, as Linux does on CPUs",
     )
     batching: Batching = Field(
         "padding_free",

@@ -11,15 +11,19 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 
 from tokmask_peft.errors import RunError
+from tokmask_peft.model.memory.exhausted import in_short, out_of_memory
 from tokmask_peft.model.memory.remedies import smaller_batch
 from tokmask_peft.recipe import Recipe
-from tokmask_peft.training.out_of_memory import out_of_memory
 
 T = TypeVar("T")
 
 
 def with_smaller_batches(
-    model: nn.Module, recipe: Recipe, attempt: Callable[[], T], retry: Callable[[int, int], T]
+    model: nn.Module,
+    recipe: Recipe,
+    attempt: Callable[[], T],
+    retry: Callable[[int, int], T],
+    alone: Callable[[str], RunError],
 ) -> T:
     """Train; where memory runs out, go on with a smaller micro-batch and the same optimizer step.
 
@@ -30,6 +34,7 @@ def with_smaller_batches(
         recipe: says what is tried first.
         attempt: trains as the recipe says.
         retry: trains with other texts per forward pass and forward passes per optimizer step.
+        alone: makes the error for a single text that takes too much, from the allocator's words.
 
     Returns:
         What the attempt returned that had enough memory.
@@ -42,12 +47,14 @@ def with_smaller_batches(
     sizes = [(training.batch_size, training.gradient_accumulation)]
     while smaller := smaller_batch(*sizes[-1]):
         sizes.append(smaller)
-    left = iter(sizes[1:])
+    left, said = iter(sizes[1:]), ""
 
     def run(batch_size: int) -> T:
+        nonlocal said
         try:
             return begin(batch_size)
         except (RuntimeError, MemoryError) as error:
+            said = in_short(error)  # not the error itself, which would hold the tensors of the step
             if out_of_memory(error) and not should_reduce_batch_size(error):
                 raise torch.OutOfMemoryError("CUDA out of memory.") from error  # in words that accelerate knows
             raise
@@ -64,7 +71,7 @@ def with_smaller_batches(
     def smaller_size() -> int:
         size = next(left, None)
         if size is None:
-            raise RunError(f"out of memory with a single text of up to {recipe.data.max_length} sub-tokens")
+            raise alone(said)
         return size[0]
 
     found: T = find_executable_batch_size(run, sizes[0][0], reduce_batch_size_fn=smaller_size)()

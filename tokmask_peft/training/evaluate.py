@@ -17,17 +17,19 @@ from tokmask_peft.errors import DataError
 from tokmask_peft.model.adapter import load_adapter
 from tokmask_peft.model.backbone import load_backbone
 from tokmask_peft.model.loading import Loading, held
-from tokmask_peft.model.placement import placement_problem
+from tokmask_peft.model.memory.remedies import changed
 from tokmask_peft.recipe import Recipe
 from tokmask_peft.training.environment import processes
 from tokmask_peft.training.metrics import scores, scores_by_mixing
-from tokmask_peft.training.out_of_memory import explained_memory_errors
+from tokmask_peft.training.out_of_memory import evaluation_memory_errors
 from tokmask_peft.training.run_folder import open_finished
 from tokmask_peft.training.splits import Split
 from tokmask_peft.training.trainer import OrderedEvalTrainer, argmax_logits, collator, training_arguments
 
 
-def evaluate(run: str | Path, *, split: str = "test", data: str | None = None) -> dict[str, Any]:
+def evaluate(
+    run: str | Path, *, split: str = "test", data: str | None = None, batch_size: int | None = None
+) -> dict[str, Any]:
     """Score the adapter of a run.
 
     Args:
@@ -35,6 +37,7 @@ def evaluate(run: str | Path, *, split: str = "test", data: str | None = None) -
         split: `train`, `validation` or `test` of the run's own data, as they were split and cleaned in training;
             with `data`, the split or file name there.
         data: a folder or file with other texts, in the format and with the columns of the run's recipe.
+        batch_size: texts per forward pass, in place of the run's `training.eval_batch_size`.
 
     Returns:
         The scores of `metrics.scores`, with `by_mixing` where the recipe names language labels, and `not_as_trained`,
@@ -43,30 +46,35 @@ def evaluate(run: str | Path, *, split: str = "test", data: str | None = None) -
     Raises:
         RunError, DataError, ModelError: with what to do.
     """
+    if batch_size is not None and batch_size < 1:
+        raise DataError(f"batch_size is {batch_size}, expected 1 or more")
     folder = open_finished(run)
     recipe = Recipe.load(folder.recipe)
+    if batch_size is not None:
+        recipe = changed(recipe, {"training.eval_batch_size": batch_size})
     examples, labels = split_examples(recipe, split, data, folder.adapter)
     state = processes()
     set_seed(recipe.seed)
     loading = Loading.read(folder.adapter)
     trained = loading.applied(recipe.model) if loading is not None else recipe.model
     here = held(trained, state.device)
-    with explained_memory_errors(recipe, movable=False, loading=True):
+    with evaluation_memory_errors(state.device):
         backbone = load_backbone(here.model, recipe.data.task, labels, state.device)
-        movable = placement_problem(backbone.model) is None
         model = load_adapter(backbone, folder.adapter)
     part = Split.make(examples, backbone.tokenizer, recipe.data.task, labels, recipe.data.max_length)
     bf16 = backbone.dtype == torch.bfloat16
     untracked = recipe.model_copy(update={"training": recipe.training.model_copy(update={"report_to": ()})})
     with tempfile.TemporaryDirectory() as scratch:  # the Trainer makes its folder, and the run may be read-only
-        trainer = OrderedEvalTrainer(
-            model=model,
-            args=training_arguments(untracked, Path(scratch), state.device, bf16),
-            eval_dataset=part.dataset,
-            data_collator=collator(backbone.tokenizer, recipe.data.task),
-            memory_errors=functools.partial(explained_memory_errors, recipe, movable, evaluating=True),
-            preprocess_logits_for_metrics=argmax_logits,
-        )
+        texts = min(recipe.training.eval_batch_size, len(examples))
+        with evaluation_memory_errors(state.device):  # an unquantized backbone lies on the host until here
+            trainer = OrderedEvalTrainer(
+                model=model,
+                args=training_arguments(untracked, Path(scratch), state.device, bf16),
+                eval_dataset=part.dataset,
+                data_collator=collator(backbone.tokenizer, recipe.data.task),
+                memory_errors=functools.partial(evaluation_memory_errors, state.device, texts),
+                preprocess_logits_for_metrics=argmax_logits,
+            )
         found = trainer.predict_split(part)
     result = scores(*found.flat(), labels)
     otherwise = list(here.deviations)

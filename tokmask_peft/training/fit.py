@@ -49,7 +49,7 @@ def fit(recipe: Recipe, write_card: CardWriter, *, resume: bool = False, quiet: 
     state.wait_for_everyone()
     session, decisions, text = _open(recipe, run, console, state.device)
     print_decisions(console, decisions)
-    with explained_memory_errors(session.recipe, session.movable):
+    with session.memory_errors():
         return session.run_to_end(decisions, resume, text, write_card)
 
 
@@ -85,7 +85,7 @@ def train_only(
     session, decisions, _ = _open(recipe, RunFolder(folder), console, state.device)
     print_decisions(console, decisions)
     display = ProgressDisplay(console)
-    with explained_memory_errors(session.recipe, session.movable):
+    with session.memory_errors():
         trainer = session.trainer([display])
         trainer.args.eval_strategy = trainer.args.save_strategy = "no"
         trainer.args.load_best_model_at_end = False
@@ -115,7 +115,8 @@ def _open(
     if batching.choice == "padding_free":
         enable_padding_free(backbone.model)
     trained_row = mask.id if mask is not None and recipe.masking.trainable_mask else None
-    model, decisions = add_adapter(backbone, recipe.adapter, recipe.data.task, trained_row)
+    with explained_memory_errors(recipe, movable=False, loading=True):
+        model, decisions = add_adapter(backbone, recipe.adapter, recipe.data.task, trained_row)
     text = _recipe_text(recipe)
     batched = recipe.training.model_copy(update={"batching": batching.choice})
     recipe = recipe.model_copy(update={"training": batched})

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tokmask_peft.data import Corpus
+from tokmask_peft.errors import RunError
 from tokmask_peft.recipe import Recipe
 from tokmask_peft.training.baseline import baseline_scores
 from tokmask_peft.training.calibration import calibrate
@@ -57,3 +58,21 @@ def score_best(
         "truncation": {name: part.encoded.truncation.to_dict() for name, part in parts.items()},
     }
     return result, predictions
+
+
+def check_best(result: dict[str, Any], best: float | None) -> None:
+    """Fail when the saved adapter is not the one that was best in training.
+
+    Args:
+        result: of `score_best`.
+        best: macro-F1 on validation of the best checkpoint, as the Trainer has it; none if it has none.
+
+    Raises:
+        RunError: it is another one.
+    """
+    found = result["validation"]["f1_macro"]
+    if best is not None and abs(found - best) > 0.005:
+        raise RunError(
+            f"the best checkpoint scored {best:.4f} macro-F1 on validation, but the saved adapter scores {found:.4f}: "
+            "the scores above do not belong to the best checkpoint. Please report this with result.json."
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from rich.console import Console
 from tokmask_peft.console import ProgressDisplay, print_lines, print_result
 from tokmask_peft.data import Corpus, PackedCollator
 from tokmask_peft.data.token_budget import TokenBudgetSampler
-from tokmask_peft.errors import RecipeError, RunError, RunInterruptedError
+from tokmask_peft.errors import RecipeError, RunInterruptedError
 from tokmask_peft.masking import MaskToken, TokenMaskCallback
 from tokmask_peft.model.adapter import gathered_weights
 from tokmask_peft.model.backbone import Backbone
@@ -29,9 +30,9 @@ from tokmask_peft.training.environment import environment, peak_memory
 from tokmask_peft.training.fits import before_training
 from tokmask_peft.training.losses import ClassificationLoss, class_weights
 from tokmask_peft.training.metrics import Predictions
-from tokmask_peft.training.out_of_memory import explained_memory_errors
+from tokmask_peft.training.out_of_memory import explained_memory_errors, single_text_error
 from tokmask_peft.training.run_folder import RunFolder, start_run, write_json
-from tokmask_peft.training.scoring import score_best
+from tokmask_peft.training.scoring import check_best, score_best
 from tokmask_peft.training.splits import Split
 from tokmask_peft.training.trainer import (
     OrderedEvalTrainer,
@@ -68,6 +69,7 @@ class Session:
         self.recipe, self.corpus, self.backbone, self.model = recipe, corpus, backbone, model
         self.mask, self.run, self.console, self.device = mask, run, console, device
         self.movable = placement_problem(backbone.model) is None
+        self.checkpointable = bool(backbone.model.supports_gradient_checkpointing)
         self.train = self._split(corpus.train)
         self.validation = self._split(corpus.validation)
         self.test = self._split(corpus.test) if corpus.test else None
@@ -138,7 +140,9 @@ class Session:
             self.console.print(told, markup=False)
             return attempt(self.run.last_checkpoint() is not None)
 
-        trainer = with_smaller_batches(self.model, self.recipe, attempt, retry) if asked.auto_batch else attempt()
+        alone = functools.partial(single_text_error, self.recipe, self.movable, self.checkpointable)
+        retried = functools.partial(with_smaller_batches, self.model, self.recipe, attempt, retry, alone)
+        trainer = retried() if asked.auto_batch else attempt()
         if self.recipe.training.batch_size != asked.batch_size:
             texts = f"{self.recipe.training.batch_size} times {self.recipe.training.gradient_accumulation}"
             reason = f"{asked.batch_size} times {asked.gradient_accumulation} ran out of memory"
@@ -150,8 +154,12 @@ class Session:
         if trainer.is_world_process_zero():
             self._save(result, predictions, weights, write_card)
             print_result(self.console, result, self.run.adapter)
-            _check_best(result, trainer.state.best_metric)
+            check_best(result, trainer.state.best_metric)
         return Run(self.run, result)
+
+    def memory_errors(self, evaluating: bool = False, loading: bool = False) -> AbstractContextManager[None]:
+        """Explain, as `explained_memory_errors` does, running out of memory in this session's training."""
+        return explained_memory_errors(self.recipe, self.movable, self.checkpointable, evaluating, loading)
 
     def _checkpoint(self, resume: bool) -> str | None:
         newest = self.run.last_checkpoint() if resume else None
@@ -173,21 +181,22 @@ class Session:
         arguments = training_arguments(
             self.recipe, self.run.checkpoints, self.device, self.backbone.dtype == torch.bfloat16
         )
-        trainer = OrderedEvalTrainer(
-            batches=self._token_budget(arguments),
-            model=self.model,
-            args=arguments,
-            train_dataset=self.train.encoded.dataset,
-            eval_dataset=self.validation.dataset,
-            data_collator=collator(self.backbone.tokenizer, self.recipe.data.task),
-            processing_class=self.backbone.tokenizer,
-            memory_errors=functools.partial(explained_memory_errors, self.recipe, self.movable, evaluating=True),
-            train_collator=PackedCollator(self.recipe.data.task) if training.batching == "padding_free" else None,
-            compute_loss_func=ClassificationLoss(weights, gamma, training.label_smoothing),
-            compute_metrics=scorer(self.validation),
-            preprocess_logits_for_metrics=argmax_logits,
-            callbacks=callbacks,
-        )
+        with self.memory_errors(loading=True):  # an unquantized backbone lies on the host until here
+            trainer = OrderedEvalTrainer(
+                batches=self._token_budget(arguments),
+                model=self.model,
+                args=arguments,
+                train_dataset=self.train.encoded.dataset,
+                eval_dataset=self.validation.dataset,
+                data_collator=collator(self.backbone.tokenizer, self.recipe.data.task),
+                processing_class=self.backbone.tokenizer,
+                memory_errors=functools.partial(self.memory_errors, evaluating=True),
+                train_collator=PackedCollator(self.recipe.data.task) if training.batching == "padding_free" else None,
+                compute_loss_func=ClassificationLoss(weights, gamma, training.label_smoothing),
+                compute_metrics=scorer(self.validation),
+                preprocess_logits_for_metrics=argmax_logits,
+                callbacks=callbacks,
+            )
         from transformers.trainer_callback import PrinterCallback
 
         trainer.remove_callback(PrinterCallback)
@@ -238,13 +247,3 @@ class Session:
         found = {name: part.to_dict() for name, part in predictions.items()}
         write_json(self.run.predictions, {"labels": list(self.corpus.labels), **found}, indent=None)
         write_json(self.run.result, result)  # last: it says that the run is finished
-
-
-def _check_best(result: dict[str, Any], best: float | None) -> None:
-    """Fail when the saved adapter is not the one that was best in training."""
-    found = result["validation"]["f1_macro"]
-    if best is not None and abs(found - best) > 0.005:
-        raise RunError(
-            f"the best checkpoint scored {best:.4f} macro-F1 on validation, but the saved adapter scores {found:.4f}: "
-            "the scores above do not belong to the best checkpoint. Please report this with result.json."
-        )

@@ -98,6 +98,21 @@ def test_adapter_for_other_labels_is_refused(model_config, tmp_path):
         load_adapter(backbone, tmp_path / "elsewhere")
 
 
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("CUDA error: out of memory")]
+)
+def test_running_out_of_memory_is_not_taken_for_another_adapter(model_config, tmp_path, monkeypatch, error):
+    backbone = load_backbone(model_config("bert"), "sequence", LABELS, CPU)
+    (tmp_path / "adapter_config.json").touch()
+
+    def refuse(*_, **__):
+        raise error
+
+    monkeypatch.setattr("peft.PeftModel.from_pretrained", refuse)
+    with pytest.raises(type(error), match="out of memory"):
+        load_adapter(backbone, tmp_path)
+
+
 def test_unknown_target_names_the_nearest(model_config):
     backbone = load_backbone(model_config("bert"), "sequence", LABELS, CPU)
     with pytest.raises(ModelError, match=r"Did you mean 'query'.*key, query, value"):

@@ -239,9 +239,9 @@ def test_running_out_suggests_budgets_that_may_be_set():
             raise MemoryError
         return str(caught.value)
 
-    assert "training.tokens_per_batch=512;" in told(1024)
-    assert "training.tokens_per_batch=100, if no text takes more;" in told(200)
-    assert "training.tokens_per_batch=16, if no text takes more;" in told(24)
+    assert "training.tokens_per_batch=512 training.gradient_accumulation=2;" in told(1024)
+    assert "training.tokens_per_batch=100 training.gradient_accumulation=2, if no text takes more;" in told(200)
+    assert "training.tokens_per_batch=16 training.gradient_accumulation=2, if no text takes more;" in told(24)
     assert "tokens_per_batch" not in told(16)
 
 

@@ -1,0 +1,81 @@
+"""Running out of memory in predicting, explaining and exporting ends in one message that says what helps."""
+
+import pytest
+import torch
+from tiny_models import TEXTS
+
+from tokmask_peft.errors import ModelError
+from tokmask_peft.inference import export, load
+from tokmask_peft.inference.memory import loading_memory_errors, prediction_memory_errors
+from tokmask_peft.model.padding_free import enable_padding_free
+
+ALLOCATOR = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 4 GiB in all."
+
+
+def refuse(*_, **__):
+    raise torch.OutOfMemoryError(ALLOCATOR)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("what", ["predict", "explain"])
+def test_fewer_texts_are_offered_and_help(classifier, monkeypatch, what, packed):
+    model = classifier(max_length=64)
+    if packed:
+        enable_padding_free(model.model)
+        model = type(model)(model.model, model.tokenizer, model.task, model.labels, max_length=64)
+    ask, forward = getattr(model, what), model.forward._model.forward
+
+    def limited(*args, **inputs):
+        return forward(*args, **inputs) if texts_in(inputs) == 1 else refuse()
+
+    def texts_in(inputs):
+        return len(inputs["cu_seqlens"]) - 1 if packed else len(inputs["input_ids"])
+
+    monkeypatch.setattr(model.forward._model, "forward", limited)
+    with pytest.raises(ModelError, match=r"out of memory in prediction \(CUDA out of memory\)") as caught:
+        ask(TEXTS[:5], batch_size=4)
+    assert "--batch-size 1 (batch_size=1)" in str(caught.value)
+    assert len(ask(TEXTS[:5], batch_size=1)) == 5
+    monkeypatch.setattr(model.forward._model, "forward", refuse)
+    with pytest.raises(ModelError, match="other programs closed") as caught:
+        ask(TEXTS[:1], batch_size=1)
+    assert "batch" not in str(caught.value)
+
+
+@pytest.mark.parametrize("context", [loading_memory_errors, prediction_memory_errors])
+def test_the_cpu_is_offered_to_gpus_alone(context):
+    def told(device):
+        with pytest.raises(ModelError) as caught, context(torch.device(device)):
+            raise MemoryError
+        return str(caught.value)
+
+    assert "--device cpu (device='cpu')" in told("cuda")
+    assert "CUDA_VISIBLE_DEVICES=" in told("cuda")  # report has no --device
+    assert "cpu" not in told("cpu").lower()
+
+
+def test_other_errors_are_left_alone(classifier, monkeypatch):
+    model = classifier()
+
+    def fail(*_, **__):
+        raise RuntimeError("shapes do not fit")
+
+    monkeypatch.setattr(model.model, "forward", fail)
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        model.predict(TEXTS[:1])
+
+
+@pytest.mark.parametrize("part", ["load_backbone", "load_adapter", "merge_if_harmless"])
+def test_an_adapter_that_cannot_be_loaded_for_want_of_memory(saved_adapter, monkeypatch, part):
+    monkeypatch.setattr(load, part, refuse)
+    with pytest.raises(ModelError, match=r"out of memory while the model was loaded \(CUDA .*other programs closed"):
+        load.load(saved_adapter())
+
+
+@pytest.mark.parametrize("part", ["load_backbone", "load_adapter", "_logits", "_reloaded", "export_onnx"])
+def test_an_export_that_runs_out_of_memory_leaves_nothing(saved_adapter, monkeypatch, tmp_path, part):
+    monkeypatch.setattr(export, part, refuse)
+    monkeypatch.setattr(export, "check_onnx_installed", lambda: None)
+    with pytest.raises(ModelError, match=r"out of memory while the model was merged \(CUDA .*other programs closed"):
+        export.export_merged(saved_adapter(), tmp_path / "merged", onnx=True)
+    assert list(tmp_path.iterdir()) == []
