@@ -1,6 +1,7 @@
 """The command line under FSDP on CPUs, for `accelerate launch`.
 
-accelerate shards on GPUs alone; here it is told that gloo's processes were such.
+accelerate shards on GPUs alone; here it is told that gloo's processes were such. Where SEEN names a folder, each
+process leaves there, as RANK.pt, whether FSDP had its embedding, and the ids that each training forward looked up.
 """
 
 import os
@@ -16,9 +17,31 @@ def _gloo(self, cpu=False, sagemaker_dp=False, backend=None):
     return "gloo", DistributedType.MULTI_GPU
 
 
+def _keep_what_is_seen(folder):
+    from torch.distributed.fsdp import FSDPModule
+
+    from tokmask_peft.masking import TokenMasker
+
+    mask, seen = TokenMasker._mask, {"sharded": [], "ids": [], "mask": None}
+
+    def kept(self, module, args, kwargs):
+        swapped = mask(self, module, args, kwargs)
+        if swapped is not None:
+            found_args, found_kwargs = swapped
+            seen["ids"].append(next(iter((*found_args, *found_kwargs.values()))).clone())
+            seen["sharded"].append(isinstance(module, FSDPModule))
+            seen["mask"] = self.mask_token.id
+            torch.save(seen, f"{folder}/{self.rank}.pt")
+        return swapped
+
+    TokenMasker._mask = kept
+
+
 if __name__ == "__main__":
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
     PartialState._prepare_backend = _gloo
+    if "SEEN" in os.environ:
+        _keep_what_is_seen(os.environ["SEEN"])
     from tokmask_peft.cli import main
 
     main()

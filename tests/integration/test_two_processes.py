@@ -30,6 +30,8 @@ ACCELERATE = (
 EXACT = ("adapter.dropout=0", "masking.p=0", "training.max_steps=12", "training.baseline=false")
 
 
+SHARDED = ("accelerate.commands.launch", f"--config_file={SHIPPED / '_accelerate/fsdp_qlora.yaml'}")
+SHARDED_WORKER = (str(Path(__file__).with_name("fsdp_worker.py")),)
 HEAD = "base_model.model.score.weight"
 
 
@@ -95,9 +97,7 @@ def test_sharded_qlora_is_one_process_and_leaves_a_whole_adapter(write_recipe, t
     options = (*EXACT, "training.max_steps=2", "model.quantization=nf4", "masking.p=0")
     one, two = (RunFolder(tmp_path / "runs" / name) for name in ("one", "two"))
     train(Recipe.load(recipe, [*options, "name=one", "training.batch_size=8"]), quiet=True)
-    config, worker = SHIPPED / "_accelerate/fsdp_qlora.yaml", Path(__file__).with_name("fsdp_worker.py")
-    sharded = ("accelerate.commands.launch", f"--config_file={config}")
-    said, warned = launch(sharded, recipe, *options, "name=two", "training.batch_size=4", program=(str(worker),))
+    said, warned = launch(SHARDED, recipe, *options, "name=two", "training.batch_size=4", program=SHARDED_WORKER)
     assert said.count("Decisions") == 1, "one process prints"
     assert "Excluding from FSDP2 sharding" not in warned, "4-bit weights are sharded, too"
     assert logged(two) == pytest.approx(logged(one), abs=1e-5)
@@ -108,3 +108,27 @@ def test_sharded_qlora_is_one_process_and_leaves_a_whole_adapter(write_recipe, t
     backbone = AutoModelForSequenceClassification.from_pretrained(Recipe.load(recipe).model.backbone, num_labels=2)
     loaded = PeftModel.from_pretrained(backbone, str(two.adapter))
     torch.testing.assert_close(loaded.base_model.model.score.modules_to_save["default"].weight.detach(), found[HEAD])
+
+
+def test_sharded_qlora_is_masked_and_leaves_a_whole_adapter(write_recipe, tmp_path, monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    monkeypatch.setenv("SEEN", str(tmp_path))
+    options = (*EXACT, "training.max_steps=2", "model.quantization=nf4", "masking.p=0.4", "training.batch_size=4")
+    recipe = write_recipe("qwen2-wide", "sequence")
+    launch(SHARDED, recipe, *options, program=SHARDED_WORKER)
+    for rank in (0, 1):  # the maskers' own: patterns differ by them, see test_masking_ranks
+        seen = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert seen["sharded"] == [True, True], "two steps, with the embedding in shards"
+        share = torch.cat([(ids == seen["mask"]).flatten() for ids in seen["ids"]]).float().mean()
+        assert 0.1 < share < 0.6, "0.4 of what may be masked"
+    run = RunFolder(tmp_path / "runs/tiny")
+    assert list(logged(run)) == [1, 2]
+    assert set(logged(run, "masking_rate").values()) == {0.4}
+    found = load_file(run.adapter / "adapter_model.safetensors")
+    backbone = AutoModelForSequenceClassification.from_pretrained(Recipe.load(recipe).model.backbone, num_labels=2)
+    loaded = PeftModel.from_pretrained(backbone, str(run.adapter))
+    torch.testing.assert_close(loaded.base_model.model.score.modules_to_save["default"].weight.detach(), found[HEAD])
+    moved = [weight for name, weight in found.items() if "lora_B" in name]
+    assert moved
+    assert all(weight.abs().sum() > 0 for weight in moved), "born as zeros"
+    assert all(weight.isfinite().all() for weight in found.values())

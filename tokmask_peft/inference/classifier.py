@@ -72,7 +72,7 @@ class Classifier:
         max_length: sub-tokens per window, special tokens included.
         model: the module, in eval mode.
         tokenizer: its tokenizer.
-        decisions: device, precision and quantization, with reasons.
+        decisions: device, precision, quantization, batching and the like, with reasons.
         masking: how tokens were masked in training; none if not known.
     """
 

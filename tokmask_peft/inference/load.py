@@ -17,7 +17,7 @@ from tokmask_peft.model.backbone import load_backbone
 from tokmask_peft.model.decisions import Decision
 from tokmask_peft.model.loading import held
 from tokmask_peft.model.merging import merge_if_harmless
-from tokmask_peft.model.padding_free import enable_padding_free, padding_free_problem
+from tokmask_peft.model.padding_free import choose_batching, enable_padding_free
 
 _LONGEST = 512  # sub-tokens per window where neither the run nor the model sets a limit
 
@@ -54,8 +54,7 @@ def _load(
     """Load a saved adapter to a device, which was chosen for the reason `why`."""
     here = held(saved.model, place, quantization, precision)
     loaded = load_backbone(here.model, saved.task, saved.labels, place)
-    if place.type == "cpu" and padding_free_problem(loaded.model) is None:
-        enable_padding_free(loaded.model)
+    batching = _choose_batching(loaded.model, place)
     module = load_adapter(loaded, saved.folder)
     why = why or ("a GPU is there" if place.type == "cuda" else "no GPU was found")
     decisions = [Decision("device", str(place), why)]
@@ -66,6 +65,7 @@ def _load(
         if decision.what != "device":
             reason = here.reasons.get(decision.what, decision.reason)
             decisions.append(Decision(decision.what, decision.choice, reason))
+    decisions.append(batching)
     if "embedding" in here.reasons:  # a resident one is no decision of the backbone's
         decisions.append(Decision("embedding", here.model.embedding, here.reasons["embedding"]))
     return Classifier(
@@ -79,6 +79,16 @@ def _load(
         decisions=tuple(decisions),
         masking=saved.masking,
     )
+
+
+def _choose_batching(model: nn.Module, device: torch.device) -> Decision:
+    """Choose between packed rows and padded batches, and let the model take what was chosen."""
+    if device.type != "cpu":  # no GPU was at hand to compare packed answers with padded ones
+        return Decision("batching", "padded", f"predictions on packed rows were not tried on {device.type}")
+    decision = choose_batching("padding_free", model)
+    if decision.choice == "padding_free":
+        enable_padding_free(model)
+    return decision
 
 
 def _device(asked: str | torch.device | None) -> torch.device:

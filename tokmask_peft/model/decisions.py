@@ -9,6 +9,7 @@ import platform
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,16 +26,60 @@ class Decision:
     reason: str
 
 
+CPUINFO = Path("/proc/cpuinfo")
+"""Where Linux tells a CPU's features; macOS and Windows have no such file."""
+
+_BF16 = frozenset({"avx512_bf16", "amx_bf16"})
+
+
 @cache
-def cpu_flags() -> frozenset[str]:
-    """Return the CPU's feature flags, empty where the system does not tell."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if platform.system() != "Linux" or not cpuinfo.exists():
-        return frozenset()
-    for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
-        if line.startswith(("flags", "Features")):
+def cpu_flags() -> frozenset[str] | None:
+    """Return the feature flags of an x86 CPU that torch or Linux knows of, or None where neither tells."""
+    return _told_by_torch() or _told_by_linux() or _told_by_old_torch()
+
+
+def _told_by_torch() -> frozenset[str] | None:
+    told = _ask_torch("get_capabilities")
+    if told is None or "avx512_bf16" not in told:  # a build of torch that cannot look names the architecture at most
+        return None
+    return frozenset(name for name, has in told.items() if has is True)
+
+
+def _told_by_linux() -> frozenset[str] | None:
+    if not CPUINFO.exists():
+        return None
+    for line in CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines():
+        if line.startswith("flags"):
             return frozenset(line.split(":", 1)[1].split())
-    return frozenset()
+    return None
+
+
+def _told_by_old_torch() -> frozenset[str] | None:
+    """Ask what torch 2.6 has, before `get_capabilities`: it knows nothing of AMX's bf16, which no CPU has alone."""
+    has = _ask_torch("_is_avx512_bf16_supported")
+    return None if has is None else frozenset({"avx512_bf16"} if has else ())
+
+
+def _ask_torch(name: str) -> Any:
+    """Call a function of `torch.cpu` that older versions do not have; None where it cannot answer."""
+    try:
+        return getattr(torch.cpu, name)()
+    except (AttributeError, RuntimeError):
+        return None
+
+
+def _cpu_precision() -> Decision:
+    machine = platform.machine()
+    if machine.lower().startswith(("arm", "aarch")):
+        reason = f"bf16 was not measured on {machine} CPUs; model.precision=bf16 takes it"
+        return Decision("precision", "fp32", reason)
+    flags = cpu_flags()
+    if flags is None:
+        reason = f"neither torch nor {platform.system()} tells whether the CPU computes in bf16"
+        return Decision("precision", "fp32", reason)
+    if found := sorted(flags & _BF16):
+        return Decision("precision", "bf16", f"the CPU has {', '.join(found)}")
+    return Decision("precision", "fp32", "the CPU would emulate bf16 (neither avx512_bf16 nor amx_bf16)")
 
 
 def choose_precision(config: ModelConfig, device: torch.device) -> Decision:
@@ -50,10 +95,7 @@ def choose_precision(config: ModelConfig, device: torch.device) -> Decision:
             return Decision("precision", "bf16", f"{torch.cuda.get_device_name(device)} computes in bf16")
         return Decision("precision", "fp32", f"{torch.cuda.get_device_name(device)} has no bf16")
     if device.type == "cpu":
-        found = sorted(cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"})
-        if found:
-            return Decision("precision", "bf16", f"the CPU has {', '.join(found)}")
-        return Decision("precision", "fp32", "the CPU would emulate bf16 (neither avx512_bf16 nor amx_bf16)")
+        return _cpu_precision()
     return Decision("precision", "fp32", f"bf16 is not tested on {device.type}")
 
 

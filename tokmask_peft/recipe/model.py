@@ -29,7 +29,7 @@ class ModelConfig(Section):
         description="auto: 4-bit NF4 where bitsandbytes runs on the device, a CPU too, else none",
     )
     precision: Literal["auto", "bf16", "fp32"] = Field(
-        "auto", description="auto: bf16 where the hardware has it, else fp32"
+        "auto", description="auto: bf16 where the hardware has it, else fp32, and so on ARM CPUs"
     )
     attention_dropout: Rate | None = Field(
         None, description="dropout on the attention weights in training; null leaves it as the backbone has it"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from accelerate.utils import parse_flag_from_env
 
 from tokmask_peft.errors import ModelError, TokmaskError
 from tokmask_peft.model.decisions import Decision, choose_precision, choose_quantization
@@ -15,6 +16,7 @@ from tokmask_peft.model.memory.room import Room, device_room, gpu_room
 from tokmask_peft.model.memory.skeleton import bare_model
 from tokmask_peft.model.placement import placement_problem
 from tokmask_peft.recipe import Recipe, SourceConfig
+from tokmask_peft.training.agreement import agreed
 from tokmask_peft.training.workload import Lengths, Workload, workload
 
 GIB = 2**30
@@ -199,7 +201,9 @@ def _on_hub(source: SourceConfig) -> bool:
 def before_training(
     recipe: Recipe, backbone: Any, batching: str, lengths: Lengths, device: torch.device
 ) -> tuple[Recipe, Decision, str | None]:
-    """Decide on gradient checkpointing, and warn of what will not fit.
+    """Decide on gradient checkpointing, and warn of what will not fit; of several processes the tightest decides.
+
+    Under FSDP it does not warn, since the estimate is of a device that holds everything.
 
     Returns:
         The recipe with the decision in it, the decision, and a warning or none.
@@ -211,16 +215,22 @@ def before_training(
     if recipe.model.gradient_checkpointing is True and not backbone.model.supports_gradient_checkpointing:
         what = type(backbone.model).__name__
         raise ModelError(f"model.gradient_checkpointing is true, but {what} cannot do that: set it to false")
+    sharded = parse_flag_from_env("ACCELERATE_USE_FSDP")
     try:
         with torch.random.fork_rng(devices=()):
             cast = forecast(recipe, setting, batching, lengths, device_room(device), usual=False)
-            warning = None if cast.fits else _warning(cast, ways_out(cast, setting, batching, lengths))
+            warning = None if cast.fits or sharded else _warning(cast, ways_out(cast, setting, batching, lengths))
     except Exception as error:  # an architecture that cannot be counted can still be trained
         asked = recipe.model.gradient_checkpointing is True
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        decision = Decision("checkpointing", "on" if asked else "off", f"memory cannot be estimated here: {first}")
-        return changed(recipe, {CHECKPOINTING: asked}), decision, None
-    return cast.recipe, cast.decision, warning
+        reason = f"memory cannot be estimated here: {first}"
+        decision, warning = Decision("checkpointing", "on" if asked else "off", reason), None
+    else:
+        decision = cast.decision
+        if sharded and recipe.model.gradient_checkpointing == "auto":
+            decision = replace(decision, reason=f"{decision.reason}; shards are not counted")
+    decision, warning = agreed(decision, warning)
+    return changed(recipe, {CHECKPOINTING: decision.choice == "on"}), decision, warning
 
 
 def _warning(cast: Forecast, ways: list[Remedy]) -> str:

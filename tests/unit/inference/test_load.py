@@ -7,15 +7,16 @@ import sys
 import pytest
 import torch
 from peft import AutoPeftModelForSequenceClassification
-from tiny_models import TEXTS
+from tiny_models import TEXTS, build
 
 import tokmask_peft
 from tokmask_peft.errors import ModelError
-from tokmask_peft.inference.load import load
+from tokmask_peft.inference.load import _choose_batching, load
 from tokmask_peft.inference.saved import find_saved
 from tokmask_peft.masking.embedding import find_embedding
 from tokmask_peft.model.decisions import bitsandbytes_problem
 from tokmask_peft.model.loading import Loading
+from tokmask_peft.model.padding_free import takes_packed_rows
 from tokmask_peft.recipe import ModelConfig
 
 
@@ -47,7 +48,27 @@ def test_an_adapter_folder_gives_what_stock_peft_gives(saved_adapter, family):
         with torch.no_grad():
             expected = (stock(**model.tokenizer(text, return_tensors="pt")).logits / 2.0).softmax(-1)[0]
         assert list(answer.probabilities.values()) == pytest.approx(expected.tolist(), abs=1e-5)
-    assert {decision.what for decision in model.decisions} == {"device", "adapter", "precision", "quantization"}
+    decided = {"device", "adapter", "batching", "precision", "quantization"}
+    assert {decision.what for decision in model.decisions} == decided
+
+
+def test_packed_rows_are_decided_with_the_reason(saved_adapter, monkeypatch):
+    decided = next(one for one in load(saved_adapter()).decisions if one.what == "batching")
+    assert (decided.choice, decided.reason) == ("padding_free", "a batch is one row, with attention per text")
+    monkeypatch.setattr("tokmask_peft.model.padding_free.padding_free_problem", lambda _: "its attention is eager")
+    model = load(saved_adapter())
+    decided = next(one for one in model.decisions if one.what == "batching")
+    assert (decided.choice, decided.reason) == ("padded", "padding_free does not fit: its attention is eager")
+    assert not takes_packed_rows(model.model)
+
+
+@pytest.mark.parametrize(("device", "choice"), [("cpu", "padding_free"), ("cuda", "padded"), ("mps", "padded")])
+def test_packed_rows_are_for_cpus_alone(device, choice):
+    model, _ = build("bert")
+    decided = _choose_batching(model, torch.device(device))
+    assert decided.choice == choice
+    assert device in decided.reason or choice == "padding_free"
+    assert takes_packed_rows(model) == (choice == "padding_free")
 
 
 def test_a_backbone_in_an_installed_package_is_found(copied, tmp_path, monkeypatch):

@@ -11,15 +11,71 @@ from tokmask_peft.recipe import ModelConfig
 CPU = torch.device("cpu")
 
 
+@pytest.fixture
+def cpu(monkeypatch, tmp_path):
+    """Return a function that puts another system and CPU in this one's place."""
+    decisions.cpu_flags.cache_clear()
+
+    def put(system, machine, capabilities=None, predicate=None, cpuinfo=None):
+        monkeypatch.setattr(decisions.platform, "system", lambda: system)
+        monkeypatch.setattr(decisions.platform, "machine", lambda: machine)
+        for name, answer in (("get_capabilities", capabilities), ("_is_avx512_bf16_supported", predicate)):
+            monkeypatch.delattr(torch.cpu, name, raising=False)
+            if answer is not None:
+                monkeypatch.setattr(torch.cpu, name, lambda answer=answer: answer, raising=False)
+        monkeypatch.setattr(decisions, "CPUINFO", tmp_path / "cpuinfo")
+        if cpuinfo is not None:
+            decisions.CPUINFO.write_text(f"processor : 0\n{cpuinfo}\nbugs :\n")
+
+    yield put
+    decisions.cpu_flags.cache_clear()
+
+
+X86 = {"architecture": "x86_64", "avx2": True, "l1d_cache_size": 49152, "cpu_name": "Some CPU"}
+LACKS = "the CPU would emulate bf16 (neither avx512_bf16 nor amx_bf16)"
+
+
 @pytest.mark.parametrize(
-    ("flags", "choice"),
-    [({"avx2"}, "fp32"), ({"avx512_bf16", "avx2"}, "bf16"), ({"amx_bf16"}, "bf16"), (set(), "fp32")],
+    ("told", "choice", "reason"),
+    [
+        (("Windows", "AMD64", X86 | {"avx512_bf16": True, "amx_bf16": False}), "bf16", "the CPU has avx512_bf16"),
+        (("Linux", "x86_64", X86 | {"avx512_bf16": False, "amx_bf16": True}), "bf16", "the CPU has amx_bf16"),
+        (("Windows", "AMD64", X86 | {"avx512_bf16": False}), "fp32", LACKS),
+        (("Linux", "x86_64", {"architecture": "unknown"}, None, "flags : avx2 amx_bf16"), "bf16", "has amx_bf16"),
+        (("Linux", "x86_64", None, False, "flags : avx2 avx512_bf16"), "bf16", "the CPU has avx512_bf16"),
+        (("Linux", "x86_64", None, None, "flags : avx2"), "fp32", LACKS),
+        (("Windows", "AMD64", None, True), "bf16", "the CPU has avx512_bf16"),
+        (("Windows", "AMD64", None, False), "fp32", LACKS),
+        (("Windows", "AMD64"), "fp32", "neither torch nor Windows tells whether the CPU computes in bf16"),
+        (("Linux", "x86_64", None, None, "vendor_id : x"), "fp32", "neither torch nor Linux tells"),
+        (("Darwin", "arm64", {"architecture": "arm64", "bf16": True}), "fp32", "not measured on arm64 CPUs"),
+        (("Linux", "aarch64", None, None, "Features : neon bf16"), "fp32", "not measured on aarch64 CPUs"),
+    ],
 )
-def test_bf16_only_where_the_cpu_has_it(monkeypatch, flags, choice):
-    monkeypatch.setattr(decisions, "cpu_flags", lambda: frozenset(flags))
-    assert decisions.choose_precision(ModelConfig(backbone="x"), CPU).choice == choice
+def test_bf16_only_where_the_cpu_is_known_to_have_it(cpu, told, choice, reason):
+    cpu(*told)
+    found = decisions.choose_precision(ModelConfig(backbone="x"), CPU)
+    assert found.choice == choice
+    assert reason in found.reason
     forced = decisions.choose_precision(ModelConfig(backbone="x", precision="fp32"), CPU)
     assert (forced.choice, forced.reason) == ("fp32", "set in the recipe")
+
+
+def test_a_torch_that_cannot_look_at_the_cpu_is_no_error(cpu, monkeypatch):
+    def fail():
+        raise RuntimeError("cpuinfo failed")
+
+    cpu("Windows", "AMD64")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", fail, raising=False)
+    assert decisions.choose_precision(ModelConfig(backbone="x"), CPU).choice == "fp32"
+
+
+def test_this_cpu_is_told_alike_by_torch_and_the_system(cpu):
+    torchs, linuxs = decisions._told_by_torch(), decisions._told_by_linux()
+    if torchs is None or linuxs is None:
+        pytest.skip("one of them does not tell")
+    bf16 = {"avx512_bf16", "amx_bf16"}
+    assert torchs & bf16 == linuxs & bf16
 
 
 def test_quantization_auto_falls_back_with_the_reason_and_nf4_insists(monkeypatch):

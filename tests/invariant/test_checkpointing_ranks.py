@@ -1,0 +1,80 @@
+"""Two processes with different room decide on gradient checkpointing alike: the one with the least decides."""
+
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny_models import build
+
+from tokmask_peft.model.decisions import Decision
+from tokmask_peft.model.memory.room import Room
+from tokmask_peft.recipe import Recipe
+from tokmask_peft.training import fits
+from tokmask_peft.training.agreement import tightest
+from tokmask_peft.training.workload import Lengths
+
+ROOMS = {"plenty": Room(2**40, "a big GPU"), "none": Room(1, "a full GPU")}
+
+
+def decide(room, checkpointing="auto"):
+    """Return the recipe's key, the decision and the warning of one process with so much room."""
+    model, _ = build("bert", "sequence", 3)
+    backbone = SimpleNamespace(model=model, quantization="none", dtype=torch.float32)
+    model_section = {"backbone": "x", "gradient_checkpointing": checkpointing}
+    recipe = Recipe.model_validate({"name": "x", "model": model_section, "data": {"task": "sequence", "builtin": True}})
+    fits.device_room = lambda _: ROOMS[room]
+    lengths = Lengths([40] * 32, ([40] * 32,))
+    decided, decision, warning = fits.before_training(recipe, backbone, "padded", lengths, torch.device("cpu"))
+    return decided.model.gradient_checkpointing, decision, warning
+
+
+@pytest.fixture(autouse=True)
+def whole(monkeypatch):
+    """Put back what `decide` puts in place, and begin without FSDP."""
+    monkeypatch.setattr(fits, "device_room", fits.device_room)
+    monkeypatch.delenv("ACCELERATE_USE_FSDP", raising=False)
+
+
+def worker(rank, rooms, folder):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    on, decision, warning = decide(rooms[rank])
+    torch.save((on, decision.choice, decision.reason, warning), f"{folder}/{rank}.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    os._exit(0)  # as in test_masking_ranks
+
+
+def test_the_process_with_the_least_room_decides_for_all(tmp_path):
+    torch.multiprocessing.spawn(worker, (("plenty", "none"), str(tmp_path)), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert first == second
+    on, choice, reason, warning = first
+    assert (on, choice) == (True, "on")
+    assert reason.endswith("a full GPU has 0 MiB (process 1)")
+    assert "It may run out of memory" in warning, "the first process prints what the second finds"
+
+
+def test_of_equals_the_first_decides():
+    off, also, on = (Decision("checkpointing", *told) for told in (("off", "a"), ("off", "b"), ("on", "c")))
+    assert tightest([(off, None), (also, None)]) == (off, None)
+    assert tightest([(off, None), (also, "full")])[1] == "full"
+    assert tightest([(on, None), (off, None)]) == (on, None)
+    decision, _ = tightest([(off, None), (on, None), (on, None)])
+    assert (decision.choice, decision.reason) == ("on", "c (process 1)")
+
+
+def test_one_process_is_told_nothing_of_others():
+    on, decision, warning = decide("none")
+    assert (on, decision.choice) == (True, "on")
+    assert decision.reason.endswith("a full GPU has 0 MiB")
+    assert warning is not None
+    assert decide("plenty")[0] is False
+
+
+@pytest.mark.parametrize(("asked", "told"), [("auto", "; shards are not counted"), (True, "set in the recipe")])
+def test_shards_are_no_reason_to_warn(monkeypatch, asked, told):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    on, decision, warning = decide("none", asked)
+    assert (on, warning) == (True, None)
+    assert decision.reason.endswith(told)
