@@ -132,6 +132,12 @@ def test_what_each_change_saves():
     assert other.workspace == plain.workspace + plain.adapter
 
 
+def test_on_a_cpu_the_host_is_the_device():
+    plain, offload = (changes(device="cpu", model={"embedding": way}) for way in ("resident", "offload"))
+    assert (offload.embedding, offload.host) == (plain.embedding, 0)
+    assert offload.total == plain.total
+
+
 def test_a_gpu_keeps_less_of_dropout_and_attention_and_more_of_layer_norms():
     settings = {"adapter": {"dropout": 0.1}}
     assert changes(device="cuda", **settings).activations < 0.92 * changes(device="cpu", **settings).activations
