@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from tokmask_peft.errors import ModelError, TokmaskError
+from tokmask_peft.model.checkpointing import can_checkpoint, check_checkpointing
 from tokmask_peft.model.decisions import Decision, choose_precision, choose_quantization
 from tokmask_peft.model.memory.estimate import Estimate, Setting, estimate
-from tokmask_peft.model.memory.remedies import Remedy, changed, remedies
+from tokmask_peft.model.memory.remedies import Able, Remedy, changed, remedies
 from tokmask_peft.model.memory.room import Room, device_room, gpu_room
 from tokmask_peft.model.memory.skeleton import bare_model
 from tokmask_peft.model.placement import placement_problem
@@ -72,6 +73,8 @@ def forecast(
     """
     shapes = workload(recipe, batching, lengths)
     asked = recipe.model.gradient_checkpointing
+    bare = bare_model(setting.config, recipe.data.task, setting.dtype)
+    check_checkpointing(bare, asked)
     plain = changed(recipe, {CHECKPOINTING: asked is True})
     found = estimate(plain, setting, shapes.largest, shapes.evaluation)
     what = "checkpointing"
@@ -82,6 +85,9 @@ def forecast(
     elif room.fits(found.total):
         reason = f"{shown(found.total)} at the most, without it; {room.name} has {shown(room.bytes)}"
         decision = Decision(what, "off", reason)
+    elif not can_checkpoint(bare):
+        have = f"{shown(found.total)} without it; {room.name} has {shown(room.bytes)}"
+        decision = Decision(what, "off", f"{have}, but {type(bare).__name__} cannot do it")
     else:
         with_it = changed(recipe, {CHECKPOINTING: True})
         less = estimate(with_it, setting, shapes.largest, shapes.evaluation)
@@ -106,8 +112,9 @@ def ways_out(cast: Forecast, setting: Setting, batching: str, lengths: Lengths |
         return estimate(recipe, there, shapes.largest, shapes.evaluation)
 
     decided = changed(cast.recipe, {"model.quantization": setting.quantization})
-    movable = placement_problem(bare_model(setting.config, cast.recipe.data.task, setting.dtype)) is None
-    return remedies(decided, count, cast.room, setting.device_type != "cpu", movable)
+    bare = bare_model(setting.config, cast.recipe.data.task, setting.dtype)
+    able = Able(setting.device_type != "cpu", placement_problem(bare) is None, can_checkpoint(bare))
+    return remedies(decided, count, cast.room, able)
 
 
 def without_training(recipe: Recipe, gpu: str | None = None) -> tuple[Forecast, Setting, list[Remedy]]:
@@ -208,9 +215,7 @@ def before_training(
         ModelError: the recipe asks for gradient checkpointing, which the backbone cannot do.
     """
     setting = Setting(backbone.model.config, device.type, backbone.quantization, backbone.dtype)
-    if recipe.model.gradient_checkpointing is True and not backbone.model.supports_gradient_checkpointing:
-        what = type(backbone.model).__name__
-        raise ModelError(f"model.gradient_checkpointing is true, but {what} cannot do that: set it to false")
+    check_checkpointing(backbone.model, recipe.model.gradient_checkpointing)
     try:
         with torch.random.fork_rng(devices=()):
             cast = forecast(recipe, setting, batching, lengths, device_room(device), usual=False)

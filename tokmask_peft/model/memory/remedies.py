@@ -6,13 +6,28 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tokmask_peft.errors import RecipeError
+from tokmask_peft.errors import TokmaskError
 from tokmask_peft.model.memory.estimate import Estimate
 from tokmask_peft.model.memory.room import Room
 from tokmask_peft.recipe import Recipe
 
 Changes = Mapping[str, Any]
 Count = Callable[[Recipe], Estimate]
+
+
+@dataclass(frozen=True, slots=True)
+class Able:
+    """What a device and a backbone can do.
+
+    Attributes:
+        gpu: whether the device is a GPU.
+        movable: whether the backbone's embedding can lie elsewhere than on the device as it is.
+        checkpoints: whether the backbone can compute activations again.
+    """
+
+    gpu: bool
+    movable: bool
+    checkpoints: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,24 +60,26 @@ def smaller_batch(batch_size: int, gradient_accumulation: int) -> tuple[int, int
     return (sizes[-1], texts // sizes[-1]) if sizes else None
 
 
-def remedies(recipe: Recipe, count: Count, room: Room, gpu: bool, movable: bool) -> list[Remedy]:
+def remedies(recipe: Recipe, count: Count, room: Room, able: Able) -> list[Remedy]:
     """Return the single changes that save memory, and several of them that fit together, if none does alone.
 
     These are taken in turn, the one that saves the most first, until they fit: they need not be the fewest.
 
     Args:
         recipe: that does not fit.
-        count: estimates a recipe; what it raises a RecipeError for is not suggested.
+        count: estimates a recipe; what it raises a TokmaskError or ValueError for is not suggested.
         room: what there is.
-        gpu: whether the device is a GPU.
-        movable: whether the backbone's embedding can lie on the host.
+        able: what is suggested only where it works.
     """
     before = count(recipe).total
     found: list[Remedy] = []
-    for changes in _candidates(recipe, count, room, gpu, movable):
+    for changes in _candidates(recipe, count, room, able):
         try:
             total = count(changed(recipe, changes)).total
-        except RecipeError:  # a budget below the longest text
+        except (
+            TokmaskError,
+            ValueError,
+        ):  # a budget below the longest text; PEFT finds no layers in ALBERT, which has one
             continue
         if total < before:
             found.append(Remedy(changes, total, room.fits(total)))
@@ -83,13 +100,13 @@ def _both(changes: Changes, more: Changes) -> dict[str, Any]:
     return {**changes, **more, **{key: min(changes[key], more[key]) for key in shared}}
 
 
-def _candidates(recipe: Recipe, count: Count, room: Room, gpu: bool, movable: bool) -> Iterator[Changes]:
+def _candidates(recipe: Recipe, count: Count, room: Room, able: Able) -> Iterator[Changes]:
     yield from _batch(recipe, count, room)
-    if recipe.model.gradient_checkpointing is not True:
+    if able.checkpoints and recipe.model.gradient_checkpointing is not True:
         yield {"model.gradient_checkpointing": True}
-    if gpu and recipe.model.quantization in ("none", "int8"):
+    if able.gpu and recipe.model.quantization in ("none", "int8"):
         yield {"model.quantization": "nf4"}
-    if gpu and movable and recipe.model.embedding == "resident" and not recipe.masking.trainable_mask:
+    if able.gpu and able.movable and recipe.model.embedding == "resident" and not recipe.masking.trainable_mask:
         yield {"model.embedding": "offload"}
     if recipe.adapter.layers == "all" and not recipe.masking.trainable_mask:
         yield {"adapter.layers": 0.5}
