@@ -10,9 +10,9 @@ from rich.table import Table
 from tokmask_peft.console import make_console
 from tokmask_peft.model.memory.estimate import Estimate, Setting
 from tokmask_peft.model.memory.remedies import Remedy
-from tokmask_peft.model.memory.room import USABLE
+from tokmask_peft.model.memory.room import USABLE, shown
 from tokmask_peft.model.memory.step import Shape
-from tokmask_peft.training.fits import Forecast, shown
+from tokmask_peft.training.fits import Forecast
 
 ROWS = {
     "weights": "frozen backbone",
@@ -64,8 +64,7 @@ def print_report(cast: Forecast, setting: Setting, ways: list[Remedy]) -> None:
     for number, remedy in enumerate(ways):
         if number == 0:
             console.print("What would take less, with its total:")
-        end = "" if remedy.fits else ", still too much"
-        console.print(f"  {remedy.text}: {shown(remedy.total)}{end}", markup=False)
+        console.print(f"  {remedy.told}", markup=False)
     if not cast.fits and not any(remedy.fits for remedy in ways):
         console.print("Nothing here makes it fit: take a smaller backbone.")
 

@@ -9,16 +9,15 @@ import torch
 
 from tokmask_peft.errors import ModelError, TokmaskError
 from tokmask_peft.model.checkpointing import can_checkpoint, check_checkpointing
-from tokmask_peft.model.decisions import Decision, choose_precision, choose_quantization
+from tokmask_peft.model.decisions import Decision, bitsandbytes_problem, choose_precision, choose_quantization
 from tokmask_peft.model.memory.estimate import Estimate, Setting, estimate
 from tokmask_peft.model.memory.remedies import Able, Remedy, changed, remedies
-from tokmask_peft.model.memory.room import Room, device_room, gpu_room
+from tokmask_peft.model.memory.room import Room, device_room, gpu_room, shown
 from tokmask_peft.model.memory.skeleton import bare_model
 from tokmask_peft.model.placement import placement_problem
 from tokmask_peft.recipe import Recipe, SourceConfig
 from tokmask_peft.training.workload import Lengths, Workload, workload
 
-GIB = 2**30
 USUAL_CLASSES = 3
 CHECKPOINTING = "model.gradient_checkpointing"
 
@@ -113,8 +112,15 @@ def ways_out(cast: Forecast, setting: Setting, batching: str, lengths: Lengths |
 
     decided = changed(cast.recipe, {"model.quantization": setting.quantization})
     bare = bare_model(setting.config, cast.recipe.data.task, setting.dtype)
-    able = Able(setting.device_type != "cpu", placement_problem(bare) is None, can_checkpoint(bare))
+    movable, int8 = placement_problem(bare) is None, quantizes(setting.device_type)
+    able = Able(setting.device_type != "cpu", movable, can_checkpoint(bare), int8)
     return remedies(decided, count, cast.room, able)
+
+
+def quantizes(device_type: str) -> bool:
+    """Return whether bitsandbytes runs on a device; a GPU that is not here is taken for one that it runs on."""
+    thought_of = device_type == "cuda" and not torch.cuda.is_available()
+    return thought_of or bitsandbytes_problem(device_type) is None
 
 
 def without_training(recipe: Recipe, gpu: str | None = None) -> tuple[Forecast, Setting, list[Remedy]]:
@@ -232,10 +238,5 @@ def _warning(cast: Forecast, ways: list[Remedy]) -> str:
     room = cast.room
     have = "" if room is None else f"; {room.name} has {shown(room.bytes)}"
     lines = [f"Warning: the largest batch would take {shown(cast.largest.total)}{have}. It may run out of memory."]
-    lines += [f"  {remedy.text}: {shown(remedy.total)}{'' if remedy.fits else ', still too much'}" for remedy in ways]
+    lines += [f"  {remedy.told}" for remedy in ways]
     return "\n".join(lines)
-
-
-def shown(count: int) -> str:
-    """Return bytes for a reader."""
-    return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / 2**20:.0f} MiB"

@@ -8,11 +8,14 @@ from typing import Any
 
 from tokmask_peft.errors import TokmaskError
 from tokmask_peft.model.memory.estimate import Estimate
-from tokmask_peft.model.memory.room import Room
+from tokmask_peft.model.memory.room import Room, shown
 from tokmask_peft.recipe import Recipe
 
 Changes = Mapping[str, Any]
 Count = Callable[[Recipe], Estimate]
+
+COSTS = {"adapter.layers": "may cost score"}
+"""What a reader should know of a change before making it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,11 +26,13 @@ class Able:
         gpu: whether the device is a GPU.
         movable: whether the backbone's embedding can lie elsewhere than on the device as it is.
         checkpoints: whether the backbone can compute activations again.
+        int8: whether bitsandbytes runs on the device.
     """
 
     gpu: bool
     movable: bool
     checkpoints: bool = True
+    int8: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +47,12 @@ class Remedy:
     def text(self) -> str:
         """The change as it would be typed on the command line."""
         return " ".join(f"{key}={_typed(value)}" for key, value in self.changes.items())
+
+    @property
+    def told(self) -> str:
+        """The change with what it leads to, for a reader."""
+        costs = "".join(f" ({cost})" for key, cost in COSTS.items() if key in self.changes)
+        return f"{self.text}: {shown(self.total)}{'' if self.fits else ', still too much'}{costs}"
 
 
 def changed(recipe: Recipe, changes: Changes) -> Recipe:
@@ -76,10 +87,7 @@ def remedies(recipe: Recipe, count: Count, room: Room, able: Able) -> list[Remed
     for changes in _candidates(recipe, count, room, able):
         try:
             total = count(changed(recipe, changes)).total
-        except (
-            TokmaskError,
-            ValueError,
-        ):  # a budget below the longest text; PEFT finds no layers in ALBERT, which has one
+        except (TokmaskError, ValueError):  # a budget below the longest text; ALBERT has no layers that PEFT could find
             continue
         if total < before:
             found.append(Remedy(changes, total, room.fits(total)))
@@ -95,9 +103,10 @@ def remedies(recipe: Recipe, count: Count, room: Room, able: Able) -> list[Remed
 
 
 def _both(changes: Changes, more: Changes) -> dict[str, Any]:
-    """Return two changes in one; a number of texts or sub-tokens that both set is the smaller one."""
+    """Return two changes in one; of a number that both set the smaller is taken, of anything else the first."""
     shared = changes.keys() & more.keys()
-    return {**changes, **more, **{key: min(changes[key], more[key]) for key in shared}}
+    kept = {k: changes[k] if isinstance(changes[k], str) else min(changes[k], more[k]) for k in shared}
+    return {**changes, **more, **kept}
 
 
 def _candidates(recipe: Recipe, count: Count, room: Room, able: Able) -> Iterator[Changes]:
@@ -106,14 +115,28 @@ def _candidates(recipe: Recipe, count: Count, room: Room, able: Able) -> Iterato
         yield {"model.gradient_checkpointing": True}
     if able.gpu and recipe.model.quantization in ("none", "int8"):
         yield {"model.quantization": "nf4"}
-    if able.gpu and able.movable and recipe.model.embedding == "resident" and not recipe.masking.trainable_mask:
-        yield {"model.embedding": "offload"}
-    if recipe.adapter.layers == "all" and not recipe.masking.trainable_mask:
-        yield {"adapter.layers": 0.5}
+    if recipe.masking.trainable_mask:
+        frozen = {"masking.trainable_mask": False}
+        yield frozen
+        if not room.fits(count(changed(recipe, frozen)).total):  # a trained row forbids the others
+            yield from ({**frozen, **changes} for changes in _with_frozen_row(recipe, able))
+    else:
+        yield from _with_frozen_row(recipe, able)
     if recipe.data.max_length > 16:
         yield {"data.max_length": recipe.data.max_length // 2}
     if recipe.training.eval_batch_size > recipe.training.batch_size:
         yield {"training.eval_batch_size": recipe.training.batch_size}
+
+
+def _with_frozen_row(recipe: Recipe, able: Able) -> Iterator[Changes]:
+    """Give what cannot be done where a row of the embedding is trained."""
+    placed = recipe.model.embedding
+    if able.gpu and able.movable and placed == "resident":
+        yield {"model.embedding": "offload"}
+    if able.int8 and able.movable and (placed == "resident" or (placed == "offload" and not able.gpu)):
+        yield {"model.embedding": "8bit"}
+    if recipe.adapter.layers == "all":
+        yield {"adapter.layers": 0.5}
 
 
 def _batch(recipe: Recipe, count: Count, room: Room) -> Iterator[Changes]:
