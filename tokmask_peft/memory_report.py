@@ -36,6 +36,8 @@ def print_report(cast: Forecast, setting: Setting, ways: list[Remedy]) -> None:
         f"embedding {cast.recipe.model.embedding}",
         markup=False,
     )
+    if setting.assumed is not None:
+        console.print(setting.assumed, markup=False)
     console.print(f"gradient checkpointing {cast.decision.choice}: {cast.decision.reason}", markup=False)
     console.print(f"largest batch: {_described(cast.shapes.largest)} ({known})\n", markup=False)
     table = Table(box=None, padding=(0, 2, 0, 0))
@@ -76,6 +78,7 @@ def to_dict(cast: Forecast, setting: Setting, ways: list[Remedy]) -> dict[str, A
         "device": setting.device_type,
         "precision": str(setting.dtype).removeprefix("torch."),
         "quantization": setting.quantization,
+        "assumed": setting.assumed,
         "gradient_checkpointing": cast.decision.choice == "on",
         "shapes": {"largest": _described(cast.shapes.largest), "from_texts": cast.shapes.known},
         "largest": cast.largest.to_dict(),

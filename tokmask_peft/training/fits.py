@@ -19,6 +19,10 @@ from tokmask_peft.recipe import Recipe, SourceConfig
 from tokmask_peft.training.workload import Lengths, Workload, workload
 
 USUAL_CLASSES = 3
+BF16_ASSUMED = (
+    "Assumed: the GPU computes in bf16, as from the RTX 30 series and the A100 on. The GTX 10 and 16 series (GTX 1650, "
+    "1660), the RTX 20 series (RTX 2060), T4 and V100 do not: add model.precision=fp32 for those."
+)
 CHECKPOINTING = "model.gradient_checkpointing"
 
 
@@ -166,7 +170,8 @@ def without_training(recipe: Recipe, gpu: str | None = None) -> tuple[Forecast, 
             "nf4" if wanted["quantization"] == "auto" else wanted["quantization"],
         )
     dtype = torch.bfloat16 if chosen[0] == "bf16" else torch.float32
-    setting = Setting(config, device.type, chosen[1], dtype)
+    assumed = BF16_ASSUMED if gpu is not None and recipe.model.precision == "auto" else None
+    setting = Setting(config, device.type, chosen[1], dtype, assumed)
     try:
         bare = bare_model(config, recipe.data.task, dtype)
         noisy = recipe.training.neftune_alpha is not None

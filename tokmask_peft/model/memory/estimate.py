@@ -85,12 +85,14 @@ class Setting:
         device_type: cpu or cuda.
         quantization: nf4, int8 or none, as decided.
         dtype: of the backbone, as decided.
+        assumed: what a reader should know of a device that is not here.
     """
 
     config: Any
     device_type: str
     quantization: str
     dtype: torch.dtype
+    assumed: str | None = None
 
 
 def estimate(recipe: Recipe, setting: Setting, training: Shape, evaluation: Shape) -> Estimate:
