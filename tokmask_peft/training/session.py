@@ -40,7 +40,7 @@ from tokmask_peft.training.trainer import (
     scorer,
     training_arguments,
 )
-from tokmask_peft.training.workload import Lengths
+from tokmask_peft.training.workload import Lengths, tokens_per_step
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,17 +211,15 @@ class Session:
         return {label: counts[label] for label in self.corpus.labels}
 
     def _speed(self, clock: StepClock, trainer: OrderedEvalTrainer) -> dict[str, Any]:
+        budget = self._token_budget(trainer.args)
+        batches = None if budget is None else len(budget)
         lengths = self.train.encoded.dataset["length"]
-        per_text = sum(lengths) / max(len(lengths), 1)
-        training = self.recipe.training
-        per_batch: float = training.batch_size
-        if (batches := self._token_budget(trainer.args)) is not None:
-            per_batch = len(lengths) / len(batches)
-        texts = clock.steps * per_batch * training.gradient_accumulation
+        per_step = tokens_per_step(self.recipe.training, lengths, batches, trainer.args.world_size)
         return {
             "step_seconds": round(clock.seconds, 2),
             "steps": clock.steps,
-            "tokens_per_second": round(texts * per_text / clock.seconds, 1) if clock.seconds else None,
+            # of all processes together
+            "tokens_per_second": round(clock.steps * per_step / clock.seconds, 1) if clock.seconds else None,
             "peak_memory": peak_memory(self.device),
             "environment": environment(self.device),
         }
