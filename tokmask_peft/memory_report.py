@@ -10,9 +10,9 @@ from rich.table import Table
 from tokmask_peft.console import make_console
 from tokmask_peft.model.memory.estimate import Estimate, Setting
 from tokmask_peft.model.memory.remedies import Remedy
-from tokmask_peft.model.memory.room import USABLE
+from tokmask_peft.model.memory.room import USABLE, shown
 from tokmask_peft.model.memory.step import Shape
-from tokmask_peft.training.fits import Forecast, shown
+from tokmask_peft.training.fits import Forecast
 
 ROWS = {
     "weights": "frozen backbone",
@@ -36,6 +36,8 @@ def print_report(cast: Forecast, setting: Setting, ways: list[Remedy]) -> None:
         f"embedding {cast.recipe.model.embedding}",
         markup=False,
     )
+    if setting.assumed is not None:
+        console.print(setting.assumed, markup=False)
     console.print(f"gradient checkpointing {cast.decision.choice}: {cast.decision.reason}", markup=False)
     console.print(f"largest batch: {_described(cast.shapes.largest)} ({known})\n", markup=False)
     table = Table(box=None, padding=(0, 2, 0, 0))
@@ -64,8 +66,7 @@ def print_report(cast: Forecast, setting: Setting, ways: list[Remedy]) -> None:
     for number, remedy in enumerate(ways):
         if number == 0:
             console.print("What would take less, with its total:")
-        end = "" if remedy.fits else ", still too much"
-        console.print(f"  {remedy.text}: {shown(remedy.total)}{end}", markup=False)
+        console.print(f"  {remedy.told}", markup=False)
     if not cast.fits and not any(remedy.fits for remedy in ways):
         console.print("Nothing here makes it fit: take a smaller backbone.")
 
@@ -77,6 +78,7 @@ def to_dict(cast: Forecast, setting: Setting, ways: list[Remedy]) -> dict[str, A
         "device": setting.device_type,
         "precision": str(setting.dtype).removeprefix("torch."),
         "quantization": setting.quantization,
+        "assumed": setting.assumed,
         "gradient_checkpointing": cast.decision.choice == "on",
         "shapes": {"largest": _described(cast.shapes.largest), "from_texts": cast.shapes.known},
         "largest": cast.largest.to_dict(),

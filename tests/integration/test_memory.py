@@ -296,6 +296,21 @@ def test_the_report_as_it_is_read(write_recipe, capsys):
         fits.without_training(recipe, "big")
 
 
+@pytest.mark.parametrize(
+    ("gpu", "precision", "told"), [("4GB", "auto", True), ("4GB", "fp32", False), (None, "auto", False)]
+)
+def test_a_gpu_is_taken_for_one_with_bf16_and_the_report_says_so(write_recipe, capsys, gpu, precision, told):
+    from tokmask_peft.memory_report import print_report, to_dict
+
+    recipe = load_recipe(write_recipe(), [*SHORT, f"model.precision={precision}"])
+    found = fits.without_training(recipe, gpu)
+    print_report(*found)
+    said = " ".join(capsys.readouterr().out.split())
+    assert ("GTX 1650" in said) == told
+    assert ("model.precision=fp32" in said) == told
+    assert (to_dict(*found)["assumed"] is not None) == told
+
+
 @pytest.mark.parametrize("batching", ["padded", "grouped", "padding_free"])
 def test_a_token_budget_makes_the_batches_and_a_resumed_run_the_same(write_recipe, monkeypatch, batching):
     path, seen = write_recipe(), []

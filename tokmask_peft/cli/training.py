@@ -100,7 +100,13 @@ def validate(recipe: RecipeArgument, overrides: Overrides = None) -> None:
 def estimate(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    gpu: Annotated[str | None, typer.Option(help="memory of a GPU, for example 6GB; default: this machine")] = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            help="memory of a GPU, for example 6GB, taken for one with bf16 (GTX and RTX 20 have none: add "
+            "model.precision=fp32); default: this machine"
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the bytes as JSON.")] = False,
 ) -> None:
     """Say how much memory RECIPE takes, whether it fits, and what to change; no weights are needed."""

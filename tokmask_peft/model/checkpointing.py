@@ -4,6 +4,27 @@ from __future__ import annotations
 
 from typing import Any
 
+from tokmask_peft.errors import ModelError
+
+
+def can_checkpoint(model: Any) -> bool:
+    """Return whether the class of a model of transformers, bare or wrapped by PEFT, can checkpoint its layers.
+
+    ALBERT, MPNet, SqueezeBERT, Funnel and XLM cannot.
+    """
+    return bool(model.supports_gradient_checkpointing)
+
+
+def check_checkpointing(model: Any, wanted: bool | str) -> None:
+    """Refuse `model.gradient_checkpointing: true` for a model that cannot do it.
+
+    Raises:
+        ModelError: it cannot.
+    """
+    if wanted is True and not can_checkpoint(model):
+        what = type(model).__name__
+        raise ModelError(f"model.gradient_checkpointing is true, but {what} cannot do that: set it to false")
+
 
 def enable_checkpointing(model: Any, options: dict[str, Any] | None = None) -> None:
     """Compute the activations of each layer again in the backward pass instead of keeping them. May be repeated.

@@ -9,18 +9,22 @@ import torch
 from accelerate.utils import parse_flag_from_env
 
 from tokmask_peft.errors import ModelError, TokmaskError
-from tokmask_peft.model.decisions import Decision, choose_precision, choose_quantization
+from tokmask_peft.model.checkpointing import can_checkpoint, check_checkpointing
+from tokmask_peft.model.decisions import Decision, bitsandbytes_problem, choose_precision, choose_quantization
 from tokmask_peft.model.memory.estimate import Estimate, Setting, estimate
-from tokmask_peft.model.memory.remedies import Remedy, changed, remedies
-from tokmask_peft.model.memory.room import Room, device_room, gpu_room
+from tokmask_peft.model.memory.remedies import Able, Remedy, changed, remedies
+from tokmask_peft.model.memory.room import Room, device_room, gpu_room, shown
 from tokmask_peft.model.memory.skeleton import bare_model
 from tokmask_peft.model.placement import placement_problem
 from tokmask_peft.recipe import Recipe, SourceConfig
 from tokmask_peft.training.agreement import agreed
 from tokmask_peft.training.workload import Lengths, Workload, workload
 
-GIB = 2**30
 USUAL_CLASSES = 3
+BF16_ASSUMED = (
+    "Assumed: the GPU computes in bf16, as from the RTX 30 series and the A100 on. The GTX 10 and 16 series (GTX 1650, "
+    "1660), the RTX 20 series (RTX 2060), T4 and V100 do not: add model.precision=fp32 for those."
+)
 CHECKPOINTING = "model.gradient_checkpointing"
 
 
@@ -74,6 +78,8 @@ def forecast(
     """
     shapes = workload(recipe, batching, lengths)
     asked = recipe.model.gradient_checkpointing
+    bare = bare_model(setting.config, recipe.data.task, setting.dtype)
+    check_checkpointing(bare, asked)
     plain = changed(recipe, {CHECKPOINTING: asked is True})
     found = estimate(plain, setting, shapes.largest, shapes.evaluation)
     what = "checkpointing"
@@ -84,6 +90,9 @@ def forecast(
     elif room.fits(found.total):
         reason = f"{shown(found.total)} at the most, without it; {room.name} has {shown(room.bytes)}"
         decision = Decision(what, "off", reason)
+    elif not can_checkpoint(bare):
+        have = f"{shown(found.total)} without it; {room.name} has {shown(room.bytes)}"
+        decision = Decision(what, "off", f"{have}, but {type(bare).__name__} cannot do it")
     else:
         with_it = changed(recipe, {CHECKPOINTING: True})
         less = estimate(with_it, setting, shapes.largest, shapes.evaluation)
@@ -108,8 +117,16 @@ def ways_out(cast: Forecast, setting: Setting, batching: str, lengths: Lengths |
         return estimate(recipe, there, shapes.largest, shapes.evaluation)
 
     decided = changed(cast.recipe, {"model.quantization": setting.quantization})
-    movable = placement_problem(bare_model(setting.config, cast.recipe.data.task, setting.dtype)) is None
-    return remedies(decided, count, cast.room, setting.device_type != "cpu", movable)
+    bare = bare_model(setting.config, cast.recipe.data.task, setting.dtype)
+    movable, int8 = placement_problem(bare) is None, quantizes(setting.device_type)
+    able = Able(setting.device_type != "cpu", movable, can_checkpoint(bare), int8)
+    return remedies(decided, count, cast.room, able)
+
+
+def quantizes(device_type: str) -> bool:
+    """Return whether bitsandbytes runs on a device; a GPU that is not here is taken for one that it runs on."""
+    thought_of = device_type == "cuda" and not torch.cuda.is_available()
+    return thought_of or bitsandbytes_problem(device_type) is None
 
 
 def without_training(recipe: Recipe, gpu: str | None = None) -> tuple[Forecast, Setting, list[Remedy]]:
@@ -155,7 +172,8 @@ def without_training(recipe: Recipe, gpu: str | None = None) -> tuple[Forecast, 
             "nf4" if wanted["quantization"] == "auto" else wanted["quantization"],
         )
     dtype = torch.bfloat16 if chosen[0] == "bf16" else torch.float32
-    setting = Setting(config, device.type, chosen[1], dtype)
+    assumed = BF16_ASSUMED if gpu is not None and recipe.model.precision == "auto" else None
+    setting = Setting(config, device.type, chosen[1], dtype, assumed)
     try:
         bare = bare_model(config, recipe.data.task, dtype)
         noisy = recipe.training.neftune_alpha is not None
@@ -212,9 +230,7 @@ def before_training(
         ModelError: the recipe asks for gradient checkpointing, which the backbone cannot do.
     """
     setting = Setting(backbone.model.config, device.type, backbone.quantization, backbone.dtype)
-    if recipe.model.gradient_checkpointing is True and not backbone.model.supports_gradient_checkpointing:
-        what = type(backbone.model).__name__
-        raise ModelError(f"model.gradient_checkpointing is true, but {what} cannot do that: set it to false")
+    check_checkpointing(backbone.model, recipe.model.gradient_checkpointing)
     sharded = parse_flag_from_env("ACCELERATE_USE_FSDP")
     try:
         with torch.random.fork_rng(devices=()):
@@ -237,10 +253,5 @@ def _warning(cast: Forecast, ways: list[Remedy]) -> str:
     room = cast.room
     have = "" if room is None else f"; {room.name} has {shown(room.bytes)}"
     lines = [f"Warning: the largest batch would take {shown(cast.largest.total)}{have}. It may run out of memory."]
-    lines += [f"  {remedy.text}: {shown(remedy.total)}{'' if remedy.fits else ', still too much'}" for remedy in ways]
+    lines += [f"  {remedy.told}" for remedy in ways]
     return "\n".join(lines)
-
-
-def shown(count: int) -> str:
-    """Return bytes for a reader."""
-    return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / 2**20:.0f} MiB"

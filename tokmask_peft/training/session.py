@@ -18,7 +18,7 @@ from tokmask_peft.errors import RecipeError, RunInterruptedError
 from tokmask_peft.masking import MaskToken, TokenMaskCallback
 from tokmask_peft.model.adapter import gathered_weights
 from tokmask_peft.model.backbone import Backbone
-from tokmask_peft.model.checkpointing import enable_checkpointing
+from tokmask_peft.model.checkpointing import can_checkpoint, enable_checkpointing
 from tokmask_peft.model.decisions import Decision
 from tokmask_peft.model.memory.remedies import changed
 from tokmask_peft.model.placement import placement_problem
@@ -41,7 +41,7 @@ from tokmask_peft.training.trainer import (
     scorer,
     training_arguments,
 )
-from tokmask_peft.training.workload import Lengths
+from tokmask_peft.training.workload import Lengths, tokens_per_step
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ class Session:
         self.recipe, self.corpus, self.backbone, self.model = recipe, corpus, backbone, model
         self.mask, self.run, self.console, self.device = mask, run, console, device
         self.movable = placement_problem(backbone.model) is None
-        self.checkpointable = bool(backbone.model.supports_gradient_checkpointing)
+        self.checkpointable = can_checkpoint(backbone.model)
         self.train = self._split(corpus.train)
         self.validation = self._split(corpus.validation)
         self.test = self._split(corpus.test) if corpus.test else None
@@ -220,17 +220,15 @@ class Session:
         return {label: counts[label] for label in self.corpus.labels}
 
     def _speed(self, clock: StepClock, trainer: OrderedEvalTrainer) -> dict[str, Any]:
+        budget = self._token_budget(trainer.args)
+        batches = None if budget is None else len(budget)
         lengths = self.train.encoded.dataset["length"]
-        per_text = sum(lengths) / max(len(lengths), 1)
-        training = self.recipe.training
-        per_batch: float = training.batch_size
-        if (batches := self._token_budget(trainer.args)) is not None:
-            per_batch = len(lengths) / len(batches)
-        texts = clock.steps * per_batch * training.gradient_accumulation
+        per_step = tokens_per_step(self.recipe.training, lengths, batches, trainer.args.world_size)
         return {
             "step_seconds": round(clock.seconds, 2),
             "steps": clock.steps,
-            "tokens_per_second": round(texts * per_text / clock.seconds, 1) if clock.seconds else None,
+            # of all processes together
+            "tokens_per_second": round(clock.steps * per_step / clock.seconds, 1) if clock.seconds else None,
             "peak_memory": peak_memory(self.device),
             "environment": environment(self.device),
         }

@@ -11,7 +11,7 @@ import numpy as np
 from tokmask_peft.data.token_budget import COUNTED_EPOCHS, TokenBudgetSampler, check_budget
 from tokmask_peft.errors import RecipeError
 from tokmask_peft.model.memory.step import Shape
-from tokmask_peft.recipe import Batching, Recipe
+from tokmask_peft.recipe import Batching, Recipe, TrainingConfig
 
 SHUFFLES = 20
 MULTIPLE = 8
@@ -142,3 +142,17 @@ def _batches(lengths: list[int], texts: int, grouped: bool, seed: int) -> list[t
 
 def _rounded(length: int) -> int:
     return -(-length // MULTIPLE) * MULTIPLE
+
+
+def tokens_per_step(training: TrainingConfig, lengths: Sequence[int], batches: int | None, processes: int) -> float:
+    """Return the sub-tokens that an optimizer step takes on average, in all processes together; padding is none.
+
+    Args:
+        training: the size of a micro-batch and how many make a step.
+        lengths: sub-tokens of each text to train on.
+        batches: of one process in an epoch, where a budget of sub-tokens makes them, each with as many as there are
+            processes at the same time; None where `batch_size` does.
+        processes: how many train.
+    """
+    texts = training.batch_size * processes if batches is None else len(lengths) / max(batches, 1)
+    return texts * training.gradient_accumulation * sum(lengths) / max(len(lengths), 1)

@@ -43,7 +43,7 @@ class Estimate:
         workspace: what comes on top of them at the peak of a step: gradients and results on their way.
         evaluation: the peak of a forward in evaluation, which takes the place of the two above where it is larger.
         overhead: what no tensor holds.
-        host: of the embedding, where it lies in the host's memory.
+        host: of the embedding, where it lies in the memory of the host of a GPU.
     """
 
     weights: int
@@ -85,12 +85,14 @@ class Setting:
         device_type: cpu or cuda.
         quantization: nf4, int8 or none, as decided.
         dtype: of the backbone, as decided.
+        assumed: what a reader should know of a device that is not here.
     """
 
     config: Any
     device_type: str
     quantization: str
     dtype: torch.dtype
+    assumed: str | None = None
 
 
 def estimate(recipe: Recipe, setting: Setting, training: Shape, evaluation: Shape) -> Estimate:
@@ -123,7 +125,7 @@ def estimate(recipe: Recipe, setting: Setting, training: Shape, evaluation: Shap
         peak = max(peak, counted(False)[2])
     if recipe.training.gradient_accumulation > 1:
         peak += trained  # gradients of the micro-batches before
-    device, host = _embedding_bytes(full, recipe)
+    device, host = _embedding_bytes(full, recipe, setting.device_type)
     return Estimate(
         weights=_weight_bytes(full, setting),
         embedding=device,
@@ -198,11 +200,11 @@ def _quantized_bytes(kind: str, out_features: int, in_features: int) -> int:
     return nf4_bytes(out_features * in_features) if kind == "nf4" else int8_bytes(out_features, in_features)
 
 
-def _embedding_bytes(model: nn.Module, recipe: Recipe) -> tuple[int, int]:
-    """Return the bytes of the input embedding on the device and on the host."""
+def _embedding_bytes(model: nn.Module, recipe: Recipe, device_type: str) -> tuple[int, int]:
+    """Return the bytes of the input embedding on the device, and on a host that is another than the device."""
     weight: Any = find_embedding(model).weight
     whole = weight.numel() * weight.element_size()
-    if recipe.model.embedding == "offload":
+    if recipe.model.embedding == "offload" and device_type != "cpu":
         return 0, whole
     if recipe.model.embedding == "8bit":
         return weight.numel() + 4 * weight.shape[0], 0

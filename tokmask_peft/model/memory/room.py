@@ -86,3 +86,8 @@ def _inactive_file() -> int:
         return 0
     found = dict(line.split(" ", 1) for line in lines)
     return int(found.get("inactive_file", 0))
+
+
+def shown(count: int) -> str:
+    """Return bytes for a reader."""
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"

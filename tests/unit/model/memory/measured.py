@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import AutoModel
+from tiny_models import real_tokenizer
+from transformers import AutoConfig, AutoModel
 
 from tokmask_peft.data import PackedCollator
 from tokmask_peft.model.adapter import add_adapter, inputs_as_they_come
@@ -15,6 +17,7 @@ from tokmask_peft.model.backbone import load_backbone
 from tokmask_peft.model.checkpointing import enable_checkpointing
 from tokmask_peft.model.dropout import quick_dropout
 from tokmask_peft.model.memory.live import LiveBytes
+from tokmask_peft.model.memory.skeleton import with_layers
 from tokmask_peft.model.memory.step import Shape
 from tokmask_peft.model.padding_free import enable_padding_free
 from tokmask_peft.recipe import Recipe
@@ -35,6 +38,17 @@ def save_random(config: Any, tokenizer: Any, folder: Path, dtype: torch.dtype) -
     with torch.random.fork_rng():
         AutoModel.from_config(config, dtype=dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def save_real(name: str, layers: int, precision: str, folder: Path) -> tuple[Any, torch.dtype]:
+    """Save a backbone of a real shape with random weights and few layers; return its config and dtype."""
+    tokenizer = real_tokenizer(name)
+    config = with_layers(AutoConfig.from_pretrained(tokenizer.name_or_path, num_labels=3), layers)
+    # no answer hangs on the rows of the embedding, which take time to make
+    config.vocab_size, config.pad_token_id, config.bos_token_id, config.eos_token_id = 500, 0, None, None
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    save_random(config, tokenizer, folder, dtype)
+    return config, dtype
 
 
 def measure_step(recipe: Recipe, shape: Shape) -> tuple[int, int, int]:
@@ -77,6 +91,28 @@ def measure_step(recipe: Recipe, shape: Shape) -> tuple[int, int, int]:
                 loss = F.cross_entropy(model(**batch).logits.flatten(0, -2).float(), labels)
             loss.backward()
     return sum(saved.values()), live.peak, _bytes(model)
+
+
+def measure_forward(recipe: Recipe, shape: Shape) -> int:
+    """Run a padded batch of an evaluation; return the most bytes alive at once besides the model.
+
+    torch's profiler tells what the allocator handed out. `LiveBytes` would not see what bitsandbytes unpacks within
+    one operation (TinyLlama's 4-bit layers: 56 of 80 MiB).
+    """
+    backbone = load_backbone(recipe.model, recipe.data.task, LABELS, CPU)
+    backbone.model.config.pad_token_id = 0
+    model, _ = add_adapter(backbone, recipe.adapter, recipe.data.task, 7 if recipe.masking.trainable_mask else None)
+    model.eval()
+    ids = torch.full((len(shape.lengths), max(shape.lengths)), 5)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    batch["attention_mask"][0, -2:] = 0
+    in_bf16 = backbone.dtype == torch.bfloat16
+    profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=in_bf16)
+    with torch.no_grad(), profile as profiler, autocast, inputs_as_they_come(model, in_bf16):
+        model(**batch)
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
 
 
 def _bytes(model: torch.nn.Module) -> int:

@@ -2,14 +2,13 @@
 
 import pytest
 import torch
-from measured import LABELS, make_recipe, measure_step, save_random
-from tiny_models import FAMILIES, build, real_tokenizer
+from measured import LABELS, make_recipe, measure_step, save_random, save_real
+from tiny_models import FAMILIES, build
 from transformers import AutoConfig
 
 from tokmask_peft.model.backbone import load_backbone
 from tokmask_peft.model.decisions import bitsandbytes_problem
 from tokmask_peft.model.memory.estimate import Setting, estimate
-from tokmask_peft.model.memory.skeleton import with_layers
 from tokmask_peft.model.memory.step import Shape
 from tokmask_peft.recipe import AdapterConfig
 
@@ -36,16 +35,12 @@ def near(count, measured, tolerance):
         ("TinyLlama-1.1B-Chat-v1.0", 2, PADDED, {"quantization": "nf4", "precision": "bf16"}, {"layers": 1}),
         ("bert-base-multilingual-cased", 2, PADDED, {"quantization": "int8", "precision": "bf16"}, {}),
         ("bert-base-multilingual-cased", 6, PACKED, {"quantization": "none", "precision": "bf16"}, {"layers": 5}),
+        ("Qwen2.5-0.5B", 2, PADDED, {"quantization": "none", "precision": "fp32"}, {}),
+        ("bert-base-multilingual-cased", 2, PACKED, {"quantization": "nf4", "precision": "fp32"}, {}),
     ],
 )
 def test_real_shapes_within_a_tenth(name, layers, shape, model, adapter, tmp_path):
-    tokenizer = real_tokenizer(name)
-    config = with_layers(AutoConfig.from_pretrained(tokenizer.name_or_path, num_labels=3), layers)
-    # no answer hangs on the rows of the embedding, which take time to make
-    config.vocab_size, config.pad_token_id, config.bos_token_id, config.eos_token_id = 500, 0, None, None
-    model = {"precision": "fp32", **model}
-    dtype = torch.bfloat16 if model["precision"] == "bf16" else torch.float32
-    save_random(config, tokenizer, tmp_path, dtype)
+    config, dtype = save_real(name, layers, model["precision"], tmp_path)
     recipe = make_recipe(tmp_path, model=model, adapter=adapter)
     found, (saved, peak, static) = both(config, recipe, shape, model["quantization"], dtype)
     if model["quantization"] != "int8":  # whose layers keep their input where autograd's hooks do not look
@@ -130,6 +125,12 @@ def test_what_each_change_saves():
     other = changes(**rest)
     assert (other.embedding, other.host) == (0, plain.embedding)
     assert other.workspace == plain.workspace + plain.adapter
+
+
+def test_on_a_cpu_the_host_is_the_device():
+    plain, offload = (changes(device="cpu", model={"embedding": way}) for way in ("resident", "offload"))
+    assert (offload.embedding, offload.host) == (plain.embedding, 0)
+    assert offload.total == plain.total
 
 
 def test_a_gpu_keeps_less_of_dropout_and_attention_and_more_of_layer_norms():

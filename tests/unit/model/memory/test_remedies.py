@@ -9,7 +9,7 @@ from tokmask_peft.data.token_budget import TokenBudgetSampler
 from tokmask_peft.errors import ModelError, RecipeError, RunError
 from tokmask_peft.model.memory import room as room_module
 from tokmask_peft.model.memory.estimate import Estimate, Setting
-from tokmask_peft.model.memory.remedies import changed, remedies, smaller_batch
+from tokmask_peft.model.memory.remedies import Able, changed, remedies, smaller_batch
 from tokmask_peft.model.memory.room import Room, device_room, gpu_room
 from tokmask_peft.model.memory.step import Shape
 from tokmask_peft.training.fits import forecast, ways_out
@@ -38,17 +38,19 @@ def counted(recipe):
 
 def test_single_changes_come_first_and_then_what_fits_together():
     recipe = make_recipe("x", model={"quantization": "nf4", "gradient_checkpointing": False})
-    found = remedies(recipe, counted, Room(3 * GIB, "a GPU"), gpu=True, movable=True)
+    found = remedies(recipe, counted, Room(3 * GIB, "a GPU"), Able(gpu=True, movable=True))
     assert [remedy.text for remedy in found if remedy.fits] == [
         "training.batch_size=8 training.gradient_accumulation=4 training.eval_batch_size=32",
         "model.gradient_checkpointing=true",
     ]
-    tight = remedies(recipe, counted, Room(int(0.9 * GIB), "a GPU"), gpu=True, movable=True)
+    tight = remedies(recipe, counted, Room(int(0.9 * GIB), "a GPU"), Able(gpu=True, movable=True))
     assert [remedy.fits for remedy in tight] == [False] * (len(tight) - 1) + [True]
     assert {"training.batch_size", "model.embedding"} <= set(tight[-1].changes)
     assert counted(changed(recipe, tight[-1].changes)).total == tight[-1].total
-    assert not any(remedy.fits for remedy in remedies(recipe, counted, Room(GIB // 4, "a GPU"), gpu=True, movable=True))
-    on_cpu = remedies(recipe, counted, Room(GIB // 4, "RAM"), gpu=False, movable=True)
+    assert not any(
+        remedy.fits for remedy in remedies(recipe, counted, Room(GIB // 4, "a GPU"), Able(gpu=True, movable=True))
+    )
+    on_cpu = remedies(recipe, counted, Room(GIB // 4, "RAM"), Able(gpu=False, movable=True))
     assert not any("embedding" in remedy.text or "quantization" in remedy.text for remedy in on_cpu)
 
 
@@ -59,7 +61,7 @@ def test_changes_that_fit_together_keep_the_smaller_value():
 
     training, model = {"batch_size": 32, "eval_batch_size": 64}, {"gradient_checkpointing": False}
     recipe = make_recipe("x", training=training, adapter={"layers": 2}, model=model, data={"max_length": 16})
-    *single, together = remedies(recipe, count, Room(int(32.5 / 0.95 * GIB), "RAM"), gpu=False, movable=False)
+    *single, together = remedies(recipe, count, Room(int(32.5 / 0.95 * GIB), "RAM"), Able(gpu=False, movable=False))
     assert [remedy.changes.get("training.eval_batch_size") for remedy in single] == [4, None, 32]
     assert not any(remedy.fits for remedy in single)
     assert together.fits
@@ -225,7 +227,7 @@ def test_a_budget_below_the_longest_text_is_neither_counted_nor_suggested(batchi
         return Estimate(0, 0, 0, 0, workload(recipe, batching, lengths).largest.tokens * GIB, 0, 0, 0)
 
     def suggested(budget):
-        found = remedies(budgeted(budget, batching), count, Room(GIB, "RAM"), gpu=False, movable=False)
+        found = remedies(budgeted(budget, batching), count, Room(GIB, "RAM"), Able(gpu=False, movable=False))
         return [r.changes["training.tokens_per_batch"] for r in found if "training.tokens_per_batch" in r.changes]
 
     assert suggested(400) == [200]
