@@ -18,7 +18,7 @@ from diagnostics import single_measurements
 from figures import RESULTS, STUDY, TITLES, Study
 from findings import findings
 from plot import draw
-from sections import chosen, defaults, differences, how, regularizers, scores, setting
+from sections import chosen, defaults, differences, grouped, how, regularizers, scores, setting
 from speed import speed_table
 from sweeps import SWEEPS
 
@@ -42,6 +42,7 @@ def page(study: Study) -> str:
         *regularizers(study),
         *([section(confounds).strip()] if (confounds := _confounds()) else []),
         *defaults(study),
+        *grouped(study),
         *single_measurements(RESULTS),
         *how(study, [sweep.name for sweep in SWEEPS]),
     ]

@@ -12,6 +12,7 @@ FEW = ("data.max_train=500", "training.epochs=10")
 BESIDE = ("--p", "0.1", "--seeds", "3", "training.baseline=false")
 PLAIN = (*BESIDE, "model.precision=fp32", "training.batching=padded")
 TOP = (*BESIDE, "adapter.layers=0.5")
+GROUPED = ("--p", "0", "--seeds", "3", "training.baseline=false", "training.batching=grouped")
 SHORTER = ("training.epochs=6", "training.batch_size=32", "training.learning_rate=5e-4")
 
 
@@ -48,4 +49,7 @@ SWEEPS = (
     Sweep("ud_tur_deu_lid-top", "ud_tur_deu_lid", (*TOP, *SHORTER)),
     Sweep("ud_tur_deu_pos-tuned-plain", "ud_tur_deu_pos", PLAIN),
     Sweep("ud_tur_deu_pos-tuned-top", "ud_tur_deu_pos", TOP),
+    Sweep("trec-500-grouped", "trec", (*GROUPED, *FEW)),
+    Sweep("afrisenti_twi-grouped", "afrisenti_twi", (*GROUPED, "training.epochs=4")),
+    Sweep("mesent_mareng-grouped", "mesent_mareng", (*GROUPED, "training.epochs=2")),
 )

@@ -175,11 +175,17 @@ def test_what_is_half_there_makes_a_page():
             "ud_tur_deu_pos": whole,
             "trec-plain": fewer,
             "trec-top": fewer,
+            "trec-500-grouped": whole,
+            "afrisenti_twi-grouped": fewer,
         }
     )
     text = page(study)
     assert "Less data, AfriSenti" not in text  # they have no rate in common
     assert f"| {TITLES['trec']} | 2 |" in text  # the defaults, over the two seeds of all columns
+    section = text[text.index("## What grouping texts by length costs") :]
+    assert f"| {TITLES['trec-500']} | 1 | 0.6000 | 0.6000 | +0.0000 (+0.0000) |" in section
+    assert f"- Grouped against random batches: {TITLES['trec-500']} +0.0000." in section
+    assert TITLES["afrisenti_twi"] not in section[: section.index("## How")]  # its runs have no p = 0
     table = readme_table(study)
     assert f"| {TITLES['trec-500']} | 0.5000 | 0.6000 | 0.6100 | +0.0100 | 1 of 1 |" in table
     assert TITLES["afrisenti_twi"] not in table
