@@ -1,7 +1,7 @@
 # make quickstart   an environment, then an adapter trained offline on the built-in corpus
 # make test         an environment, then the tests
 # make lint         style, format and types
-# make bench        the benchmarks that a CPU can run, a quarter of an hour, into benchmarks/results and README's table
+# make bench        the benchmarks that a CPU can run, twenty minutes, into benchmarks/results and README's table
 #                   (TOKMASK_DATA for real texts)
 
 PYTHON ?= python3

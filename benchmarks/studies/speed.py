@@ -50,7 +50,8 @@ LINES = (
         "NEFTune of transformers",
         "{masker to NEFTune:.2f} of its time, {masker, added to a lookup (ms):.2f} ms, "
         "{masker to the collator:.0f} times that of masking in the collator; "
-        "a step takes {masked step to unmasked step:.2f} of one without masking",
+        "{masker, added to a lookup, as a share of a step:.2%} of a step (steps as a whole: "
+        "{masked step to unmasked step:.3f} of those without masking)",
     ),
     (
         "QLoRA, shape of Qwen2.5-0.5B, 16 posts - bytes",
