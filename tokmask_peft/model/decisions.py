@@ -110,7 +110,7 @@ def bitsandbytes_problem(device_type: str) -> str | None:
         layer.to(device_type)(torch.ones(2, 64, device=device_type))
     except ImportError as error:
         return f"bitsandbytes cannot be imported ({error})"
-    except (RuntimeError, NotImplementedError, AttributeError) as error:
+    except (RuntimeError, NotImplementedError, AttributeError, AssertionError) as error:
         return f"bitsandbytes does not run on {device_type} ({first_line(error)})"
     return None
 

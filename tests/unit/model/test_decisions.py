@@ -101,6 +101,11 @@ def test_a_bitsandbytes_that_fails_without_a_word_is_a_reason_too(monkeypatch):
     assert problem == "bitsandbytes does not run on cpu (NotImplementedError)"
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+def test_a_torch_without_the_device_is_a_reason():
+    assert "does not run on cuda" in decisions.bitsandbytes_problem.__wrapped__("cuda")
+
+
 def test_looking_for_bitsandbytes_draws_no_random_numbers():
     pytest.importorskip("bitsandbytes")
     before = torch.get_rng_state()
