@@ -86,7 +86,11 @@ def choose_batching(wanted: Batching, model: nn.Module, neftune: bool = False) -
         neftune: whether NEFTune adds noise to the embeddings.
     """
     if wanted == "grouped":
-        return Decision("batching", wanted, "texts of similar length need little padding; where length tells the label, a run may not learn")
+        return Decision(
+            "batching",
+            wanted,
+            "texts of similar length need little padding; where length tells the label, a run may not learn",
+        )
     if wanted == "padded":
         return Decision("batching", wanted, "random batches, padded to their longest text")
     problem = padding_free_problem(model)
