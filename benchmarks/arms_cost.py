@@ -21,11 +21,11 @@ from typing import Any
 from transformers import TrainerCallback
 from workload import interleaved, ratio, report
 
-from tokmask_peft.quiet import quiet_libraries
-from tokmask_peft.recipe import Recipe
-from tokmask_peft.study.arms import MASK, NONE, REGULARIZERS, Arm, regularizer_arms
+from tokmask_peft.console import quiet_libraries
+from tokmask_peft.recipe.schema import Recipe
+from tokmask_peft.study.plan import MASK, NONE, REGULARIZERS, Arm, regularizer_arms
 from tokmask_peft.study.results import Row
-from tokmask_peft.training.fit import train_only
+from tokmask_peft.training.train import train_only
 
 STEPS, FIRST, ROUNDS = 30, 6, 3
 PADDED = f"{NONE}, padded"

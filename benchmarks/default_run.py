@@ -30,13 +30,14 @@ from transformers import (
 )
 from workload import CPU, MINILM, SHORT, TWEETS, benchmark_texts, interleaved, matrix_rate, ratio, report
 
-from tokmask_peft.data import PackedCollator
+from tokmask_peft.data.batches import PackedCollator
 from tokmask_peft.errors import DataError
-from tokmask_peft.masking import TokenMaskCallback, TokenMaskConfig
+from tokmask_peft.masking.callback import TokenMaskCallback
 from tokmask_peft.model.adapter import add_adapter
 from tokmask_peft.model.backbone import backbone_location, load_backbone
-from tokmask_peft.model.padding_free import enable_padding_free
-from tokmask_peft.recipe import ModelConfig, Recipe
+from tokmask_peft.model.packed import enable_padding_free
+from tokmask_peft.recipe import TokenMaskConfig
+from tokmask_peft.recipe.schema import ModelConfig, Recipe
 from tokmask_peft.training.losses import ClassificationLoss
 from tokmask_peft.training.trainer import OrderedEvalTrainer, collator, training_arguments
 

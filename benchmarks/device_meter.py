@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokmask_peft.model.memory.live import LiveBytes
+from tokmask_peft.model.memory.step import LiveBytes
 
 
 def clock(device: torch.device) -> float:

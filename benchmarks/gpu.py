@@ -33,15 +33,16 @@ from transformers import DataCollatorWithPadding
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from workload import benchmark_texts, report
 
-from tokmask_peft.data import PackedCollator
-from tokmask_peft.masking import TokenMaskConfig, TokenMasker
+from tokmask_peft.data.batches import PackedCollator
+from tokmask_peft.masking.masker import TokenMasker
 from tokmask_peft.model.adapter import add_adapter, inputs_as_they_come
-from tokmask_peft.model.checkpointing import enable_checkpointing
+from tokmask_peft.model.decisions import enable_checkpointing
 from tokmask_peft.model.memory.estimate import Setting, estimate
 from tokmask_peft.model.memory.step import Shape
-from tokmask_peft.model.padding_free import enable_padding_free
+from tokmask_peft.model.packed import enable_padding_free
 from tokmask_peft.model.placement import place_embedding
-from tokmask_peft.recipe import AdapterConfig, Recipe
+from tokmask_peft.recipe import TokenMaskConfig
+from tokmask_peft.recipe.schema import AdapterConfig, Recipe
 from tokmask_peft.training.losses import ClassificationLoss
 from tokmask_peft.training.trainer import collator
 

@@ -21,14 +21,15 @@ from transformers import set_seed
 from transformers.integrations.neftune import neftune_post_forward_hook
 from workload import CPU, MINILM, benchmark_texts, interleaved, report
 
-from tokmask_peft.data import PackedCollator
-from tokmask_peft.masking import TokenMaskConfig, TokenMasker
+from tokmask_peft.data.batches import PackedCollator
 from tokmask_peft.masking.embedding import find_embedding
+from tokmask_peft.masking.masker import TokenMasker
 from tokmask_peft.model.adapter import add_adapter, inputs_as_they_come
 from tokmask_peft.model.backbone import load_backbone
 from tokmask_peft.model.dropout import quick_dropout
-from tokmask_peft.model.padding_free import enable_padding_free
-from tokmask_peft.recipe import AdapterConfig, ModelConfig
+from tokmask_peft.model.packed import enable_padding_free
+from tokmask_peft.recipe import TokenMaskConfig
+from tokmask_peft.recipe.schema import AdapterConfig, ModelConfig
 from tokmask_peft.training.losses import ClassificationLoss
 
 BATCH, LENGTH, CALLS, ROUNDS, STEPS = 32, 64, 200, 5, 20

@@ -33,10 +33,10 @@ from transformers import pipeline
 from workload import matrix_rate, ratio, report
 
 from tokmask_peft import load, train
-from tokmask_peft.data import load_corpus
+from tokmask_peft.artifacts import find_saved
+from tokmask_peft.data.corpus import load_corpus
 from tokmask_peft.inference.export import export_merged
-from tokmask_peft.inference.saved import find_saved
-from tokmask_peft.recipe import Recipe
+from tokmask_peft.recipe.schema import Recipe
 
 BATCH_SIZES = (1, 4, 8, 16, 32, 64)
 FEW = 100

@@ -30,12 +30,13 @@ from transformers import (
 )
 from workload import CPU, drawn_lengths, interleaved, matrix_rate, ratio, report
 
-from tokmask_peft.data import PackedCollator
-from tokmask_peft.masking import TokenMaskConfig, TokenMasker
+from tokmask_peft.data.batches import PackedCollator
+from tokmask_peft.masking.masker import TokenMasker
 from tokmask_peft.model.adapter import add_adapter, inputs_as_they_come
 from tokmask_peft.model.backbone import load_backbone
-from tokmask_peft.model.padding_free import enable_padding_free
-from tokmask_peft.recipe import AdapterConfig, ModelConfig
+from tokmask_peft.model.packed import enable_padding_free
+from tokmask_peft.recipe import TokenMaskConfig
+from tokmask_peft.recipe.schema import AdapterConfig, ModelConfig
 
 TEXTS, PADDED, ROUNDS = 16, 128, 3
 QWEN = Qwen2Config(  # of Qwen/Qwen2.5-0.5B

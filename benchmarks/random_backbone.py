@@ -11,10 +11,8 @@ from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, Qwen2Config
 
-from tokmask_peft.model.backbone import Backbone
-from tokmask_peft.model.head import head_modules, hold_in_fp32
-from tokmask_peft.model.memory.skeleton import bare_model
-from tokmask_peft.model.quantized import keep_gradients_after_eval
+from tokmask_peft.model.backbone import Backbone, head_modules, hold_in_fp32, keep_gradients_after_eval
+from tokmask_peft.model.memory.step import bare_model
 
 CLASSES = 3
 FOLDERS = {"Qwen2.5-0.5B": "Qwen2.5-0.5B", "TinyLlama-1.1B": "TinyLlama-1.1B-Chat-v1.0", "Qwen2.5-7B": "Qwen2.5-0.5B"}

@@ -31,14 +31,17 @@ from transformers import TrainerCallback, set_seed
 from transformers.trainer_utils import IntervalStrategy
 from workload import CPU, report
 
-from tokmask_peft.data import PackedCollator, encode, load_corpus
-from tokmask_peft.masking import TokenMaskConfig, TokenMasker
+from tokmask_peft.data.batches import PackedCollator
+from tokmask_peft.data.corpus import load_corpus
+from tokmask_peft.data.encoding import encode
 from tokmask_peft.masking.embedding import find_embedding
+from tokmask_peft.masking.masker import TokenMasker
 from tokmask_peft.model.backbone import load_backbone
-from tokmask_peft.model.padding_free import enable_padding_free
-from tokmask_peft.recipe import Recipe
-from tokmask_peft.training.fit import train_only
+from tokmask_peft.model.packed import enable_padding_free
+from tokmask_peft.recipe import TokenMaskConfig
+from tokmask_peft.recipe.schema import Recipe
 from tokmask_peft.training.losses import ClassificationLoss, class_weights
+from tokmask_peft.training.train import train_only
 
 TEXTS, EVERY, TARGET = 640, 10, 0.65
 EPOCHS, RATE, PATIENCE, LESS = 2000, 2e-5, 10, 1e-3

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from tokmask_peft.quiet import quiet_libraries
+from tokmask_peft.console import quiet_libraries
 from tokmask_peft.training.environment import environment
 
 quiet_libraries()
@@ -53,8 +53,8 @@ def drawn_texts(count: int, vocabulary: int) -> list[list[int]]:
 
 def real_texts(folder: Path, name: str, tokenizer: Any, count: int) -> list[list[int]]:
     """Return the first texts of one of `REAL` below `folder`, cut at 128 sub-tokens."""
-    from tokmask_peft.data import load_corpus
-    from tokmask_peft.recipe import Recipe
+    from tokmask_peft.data.corpus import load_corpus
+    from tokmask_peft.recipe.schema import Recipe
 
     recipe, place = REAL[name]
     data = Recipe.load(recipe, [f"data.path={folder / place}"]).data

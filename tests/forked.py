@@ -14,7 +14,7 @@ from pathlib import Path
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
-    ["tokmask_peft.run", "tokmask_peft.inference.load", "tokmask_peft.report.make", "sklearn.linear_model"]
+    ["tokmask_peft.training.train", "tokmask_peft.inference.load", "tokmask_peft.report.page", "sklearn.linear_model"]
 )
 
 

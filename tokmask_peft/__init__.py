@@ -14,10 +14,12 @@ if TYPE_CHECKING:
     from tokmask_peft.inference.classifier import Classifier, Prediction, WordPredictions
     from tokmask_peft.inference.explain import Explanation, explain
     from tokmask_peft.inference.load import load
-    from tokmask_peft.masking import TokenMaskCallback, TokenMaskConfig, TokenMasker
-    from tokmask_peft.recipe import Recipe
-    from tokmask_peft.run import train
+    from tokmask_peft.masking.callback import TokenMaskCallback
+    from tokmask_peft.masking.masker import TokenMasker
+    from tokmask_peft.recipe import TokenMaskConfig
+    from tokmask_peft.recipe.schema import Recipe
     from tokmask_peft.training.evaluate import evaluate
+    from tokmask_peft.training.train import train
 
 __version__ = "0.1.0"
 __all__ = [

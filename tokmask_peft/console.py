@@ -6,18 +6,41 @@ once, and what is suspicious is said.
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from tokmask_peft.model.decisions import Decision
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """A choice that was made for the user, with its reason."""
+
+    what: str
+    choice: str
+    reason: str
+
+
+def quiet_libraries() -> None:
+    """Silence what the libraries say on a normal run: load reports, progress bars of theirs, advice for others."""
+    # first: importing transformers imports bitsandbytes, which warns of optional kernels at once
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import datasets
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    warnings.filterwarnings("ignore", module=r"(torch|transformers|peft|bitsandbytes|accelerate)(\..*)?$")
 
 
 def make_console(quiet: bool = False) -> Console:
@@ -95,61 +118,3 @@ def baseline_verdict(result: Mapping[str, Any]) -> str:
         f"The adapter does NOT beat the character n-gram baseline ({difference:+.4f} macro-F1): "
         "use the baseline, or train longer, with another learning rate or a larger backbone."
     )
-
-
-class ProgressDisplay(TrainerCallback):
-    """Show loss, masking rate, validation F1 and the remaining time."""
-
-    def __init__(self, console: Console) -> None:
-        self.console = console
-        self._progress: Progress | None = None
-        self._task: Any = None
-        self._shown: dict[str, str] = {}
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Open the bar in a terminal."""
-        if not state.is_world_process_zero or self.console.quiet or not self.console.is_terminal:
-            return
-        self._progress = Progress(
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[shown]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=self.console,
-        )
-        self._task = self._progress.add_task("", total=state.max_steps, completed=state.global_step, shown="")
-        self._progress.start()
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Move the bar."""
-        if self._progress is not None:
-            self._progress.update(self._task, completed=state.global_step)
-
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
-    ) -> None:
-        """Show the newest figures."""
-        if not state.is_world_process_zero or not logs or self.console.quiet:
-            return
-        names = {"loss": "loss", "masking_rate": "p", "eval_loss": "val loss", "eval_f1_macro": "val macro-F1"}
-        new = {name: f"{logs[key]:.4f}" for key, name in names.items() if isinstance(logs.get(key), float)}
-        self._shown.update(new)
-        if self._progress is not None:
-            shown = "  ".join(f"{name} {value}" for name, value in self._shown.items())
-            self._progress.update(self._task, shown=shown)
-        elif new:
-            text = "  ".join(f"{name} {value}" for name, value in new.items())
-            self.console.print(f"step {state.global_step}/{state.max_steps}  epoch {state.epoch or 0:.2f}  {text}")
-
-    def close(self) -> None:
-        """Close the bar, also when training raised."""
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
-
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Close the bar."""
-        self.close()

@@ -7,10 +7,28 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class TokmaskError(Exception):
-    """Base of every error that tokmask_peft raises on purpose."""
+    """Base of every error that tokmask_peft raises on purpose.
+
+    Args:
+        message: what was expected, what was found, and what to do.
+        code: a stable, lower-case name of the mistake, for example `no-labels`; default: that of the class.
+        fields: what the message is about, for example `file`, `column`, `label`.
+
+    Attributes:
+        code: as given; stable between versions, unlike the message.
+        fields: as given.
+    """
+
+    code: str = "error"
+
+    def __init__(self, message: str, *, code: str | None = None, **fields: Any) -> None:
+        super().__init__(message)
+        self.code = code or type(self).code
+        self.fields = fields
 
 
 class RecipeError(TokmaskError):
@@ -20,43 +38,63 @@ class RecipeError(TokmaskError):
         problems: one line each, `dotted.path: what is wrong; what to do`.
     """
 
-    def __init__(self, problems: Iterable[str], source: str = "recipe") -> None:
+    code = "recipe"
+
+    def __init__(
+        self, problems: Iterable[str], source: str = "recipe", *, code: str | None = None, **fields: Any
+    ) -> None:
         self.problems = list(problems)
         count = len(self.problems)
         head = f"{source}: {count} problem{'s' if count != 1 else ''}"
-        super().__init__("\n".join([head, *(f"  {line}" for line in self.problems)]))
+        super().__init__("\n".join([head, *(f"  {line}" for line in self.problems)]), code=code, **fields)
 
 
 class DataError(TokmaskError):
     """Data cannot be read, or does not fit the task."""
 
+    code = "data"
+
 
 class ModelError(TokmaskError):
     """A backbone or an adapter cannot be built or loaded as asked."""
+
+    code = "model"
 
 
 class MaskTokenError(TokmaskError):
     """No usable mask token, or a masker is attached where it cannot be."""
 
+    code = "mask-token"
+
 
 class RunError(TokmaskError):
     """A run folder is missing, taken or unfinished, or a run went wrong in a way that would pass unnoticed."""
+
+    code = "run"
 
 
 class SweepError(TokmaskError):
     """A sweep cannot be run, continued or reported as asked."""
 
+    code = "sweep"
+
 
 class HubError(TokmaskError):
     """An adapter cannot be pushed to the Hugging Face Hub as asked."""
+
+    code = "hub"
 
 
 class ExtraError(TokmaskError):
     """A command needs an optional library that is not installed."""
 
+    code = "missing-extra"
+
 
 class RunInterruptedError(RunError):
     """A signal stopped the run; it can be resumed."""
+
+    code = "interrupted"
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str:

@@ -21,8 +21,8 @@ from confounds_protocol import SETTINGS
 from confounds_report import section
 from confounds_runs import LANGUAGE_MODEL, do, missing, read_records
 
+from tokmask_peft.artifacts import write_json
 from tokmask_peft.training.environment import environment
-from tokmask_peft.training.run_folder import write_json
 
 RESULTS = Path(__file__).parent.parent / "results" / "confounds.json"
 

@@ -10,8 +10,7 @@ import numpy as np
 from confounds_protocol import ARMS, RATES, SETTINGS, Arm, Select, chosen_epoch, stop_epoch
 from numpy.typing import NDArray
 
-from tokmask_peft.study.bootstrap import TextCounts, bootstrap_differences, percentile_interval
-from tokmask_peft.study.statistics import spread
+from tokmask_peft.study.statistics import TextCounts, bootstrap_differences, percentile_interval, spread
 from tokmask_peft.training.metrics import NO_PREDICTION
 
 REPLICATES = 2000

@@ -9,12 +9,14 @@ import torch
 from confounds_protocol import RunSpec
 from torch import Tensor
 
-from tokmask_peft.data import PackedCollator
-from tokmask_peft.masking import MaskToken, TokenMasker
+from tokmask_peft.data.batches import PackedCollator
+from tokmask_peft.masking.config import TokenMaskConfig
 from tokmask_peft.masking.embedding import read_rows, write_row
+from tokmask_peft.masking.masker import TokenMasker
+from tokmask_peft.masking.replacement import MaskToken
 from tokmask_peft.model.backbone import load_backbone
-from tokmask_peft.model.padding_free import enable_padding_free
-from tokmask_peft.recipe import ModelConfig, Recipe, Task, TokenMaskConfig
+from tokmask_peft.model.packed import enable_padding_free
+from tokmask_peft.recipe.schema import ModelConfig, Recipe, Task
 
 UNUSED = "[unused993]"
 

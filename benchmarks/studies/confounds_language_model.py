@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, get_linear_schedule_with_warmup
 
-from tokmask_peft.data import Example
+from tokmask_peft.tasks import Example
 
 SHAPE = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
 EPOCHS, BATCH, LEARNING_RATE = 4, 32, 2e-3

@@ -17,10 +17,9 @@ from confounds_protocol import SETTINGS, RunSpec, runs
 from confounds_texts import Texts, encode_texts, labelled, read_corpus, whole_corpus
 from confounds_training import Learner, train
 
-from tokmask_peft.data import Corpus
-from tokmask_peft.data.labels import count_labels
+from tokmask_peft.artifacts import write_json
+from tokmask_peft.data.corpus import Corpus, count_labels
 from tokmask_peft.training.losses import class_weights
-from tokmask_peft.training.run_folder import write_json
 
 LANGUAGE_MODEL = "language_model"
 

@@ -10,9 +10,11 @@ import numpy as np
 from confounds_protocol import Protocol, Setting
 from numpy.typing import NDArray
 
-from tokmask_peft.data import Corpus, Example, encode, load_corpus
+from tokmask_peft.data.corpus import Corpus, load_corpus
+from tokmask_peft.data.encoding import encode
 from tokmask_peft.data.split import subset
-from tokmask_peft.recipe import Recipe, Task
+from tokmask_peft.recipe.schema import Recipe, Task
+from tokmask_peft.tasks import Example
 from tokmask_peft.training.metrics import NO_PREDICTION
 
 RECIPES = {"trec": "trec/minilm", "lid": "lid_spaeng/minilm"}

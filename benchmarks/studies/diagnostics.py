@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tokmask_peft.study.report import markdown, mean_sd, signed
 from tokmask_peft.study.statistics import spread
-from tokmask_peft.study.tables import markdown, mean_sd, signed
 
 
 def single_measurements(results: Path) -> list[str]:

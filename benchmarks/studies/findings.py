@@ -8,8 +8,8 @@ from typing import Any
 
 from figures import SHORT, TITLES, Study, clear, counted
 
+from tokmask_peft.study.report import interval, signed
 from tokmask_peft.study.statistics import smallest_p
-from tokmask_peft.study.tables import interval, signed
 
 CLEAR = (
     "Clear: the 95% t interval of the paired differences over seeds and the bootstrap interval over seeds and texts "

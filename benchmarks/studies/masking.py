@@ -22,9 +22,8 @@ from figures import STUDY
 from page import PAGE, write
 from sweeps import SWEEPS, Sweep
 
-from tokmask_peft.study.analysis import analyse
-from tokmask_peft.study.results import SweepResults, read_sweep
-from tokmask_peft.training.run_folder import write_json
+from tokmask_peft.artifacts import write_json
+from tokmask_peft.study.results import SweepResults, analyse, read_sweep
 
 
 def collected(sweep: Sweep, results: SweepResults) -> dict[str, Any]:

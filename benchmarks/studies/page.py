@@ -22,7 +22,7 @@ from sections import chosen, defaults, differences, grouped, how, regularizers, 
 from speed import speed_table
 from sweeps import SWEEPS
 
-from tokmask_peft.study.tables import interval, markdown, mean_sd, signed
+from tokmask_peft.study.report import interval, markdown, mean_sd, signed
 
 PAGE = RESULTS.parent / "RESULTS.md"
 README = RESULTS.parent.parent / "README.md"

@@ -7,8 +7,8 @@ from typing import Any
 
 from figures import COSTS_OF, TITLES, Study, counted, paired, with_seeds
 
+from tokmask_peft.study.report import Table, difference_table, interval, markdown, mean_sd, score_table, signed
 from tokmask_peft.study.report import findings as report_findings
-from tokmask_peft.study.tables import Table, difference_table, interval, markdown, mean_sd, score_table, signed
 
 METRICS = {"f1_macro": "Macro-F1", "f1_weighted": "Weighted F1"}
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from tokmask_peft.study.tables import markdown
+from tokmask_peft.study.report import markdown
 
 PEFT = "PEFT's preparation"
 LINES = (

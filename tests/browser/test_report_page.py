@@ -3,9 +3,9 @@
 import pytest
 from run_files import NASTY, write_run
 
+from tokmask_peft.artifacts import Record
 from tokmask_peft.report.examples import Mistake, Mistakes
 from tokmask_peft.report.page import render
-from tokmask_peft.report.record import Record
 
 pytest.importorskip("matplotlib")
 

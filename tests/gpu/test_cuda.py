@@ -4,11 +4,12 @@ import pytest
 import torch
 from tiny_models import build, encode
 
-from tokmask_peft.masking import TokenMaskConfig, TokenMasker
+from tokmask_peft.masking.masker import TokenMasker
 from tokmask_peft.masking.pattern import masked_positions
 from tokmask_peft.model.adapter import add_adapter
 from tokmask_peft.model.backbone import load_backbone
-from tokmask_peft.recipe import AdapterConfig, ModelConfig
+from tokmask_peft.recipe import TokenMaskConfig
+from tokmask_peft.recipe.schema import AdapterConfig, ModelConfig
 
 pytestmark = [
     pytest.mark.gpu,

@@ -9,14 +9,15 @@ import torch.nn.functional as F
 from tiny_models import build, encode
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
-from tokmask_peft.masking import TokenMaskConfig, TokenMasker
+from tokmask_peft.masking.masker import TokenMasker
 from tokmask_peft.model.adapter import add_adapter
 from tokmask_peft.model.backbone import load_backbone
-from tokmask_peft.model.checkpointing import enable_checkpointing
+from tokmask_peft.model.decisions import enable_checkpointing
 from tokmask_peft.model.memory.estimate import Setting, estimate
 from tokmask_peft.model.memory.step import Shape
 from tokmask_peft.model.placement import place_embedding
-from tokmask_peft.recipe import Recipe
+from tokmask_peft.recipe import TokenMaskConfig
+from tokmask_peft.recipe.schema import Recipe
 
 pytestmark = [
     pytest.mark.gpu,

@@ -4,9 +4,9 @@ import pytest
 import torch
 from tiny_models import TEXTS, build, encode
 
-from tokmask_peft.data import PackedCollator
-from tokmask_peft.model import packed_attention
-from tokmask_peft.model.padding_free import enable_padding_free
+from tokmask_peft.data.batches import PackedCollator
+from tokmask_peft.model import packed as packed_attention
+from tokmask_peft.model.packed import enable_padding_free
 
 pytestmark = [
     pytest.mark.gpu,

@@ -20,7 +20,7 @@ def _gloo(self, cpu=False, sagemaker_dp=False, backend=None):
 def _keep_what_is_seen(folder):
     from torch.distributed.fsdp import FSDPModule
 
-    from tokmask_peft.masking import TokenMasker
+    from tokmask_peft.masking.masker import TokenMasker
 
     mask, seen = TokenMasker._mask, {"sharded": [], "ids": [], "mask": None}
 

@@ -39,9 +39,8 @@ def main() -> int:
     if folder == "--stand-in":
         stand_in(int(seeds))
         return 0
-    from tokmask_peft.study.loop import Options
     from tokmask_peft.study.plan import make_plan
-    from tokmask_peft.study.sweep import failures, run_sweep
+    from tokmask_peft.study.runner import Options, failures, run_sweep
 
     plan = make_plan("quickstart", [f"output_dir={folder}"], p="0,0.1", seeds=seeds, name="stub")
     retry = "--retry" in sys.argv

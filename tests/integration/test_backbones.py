@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from tokmask_peft import Recipe, evaluate, train
-from tokmask_peft.recipe.io import load_recipe
+from tokmask_peft.recipe.loading import load_recipe
 
 NAMES = {
     "mbert": "bert-base-multilingual-cased",

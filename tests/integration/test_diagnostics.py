@@ -8,24 +8,21 @@ import torch
 
 from tokmask_peft import train
 from tokmask_peft.inference.load import load
-from tokmask_peft.masking.mask_token import maskable_table
 from tokmask_peft.masking.pattern import masked_positions
-from tokmask_peft.recipe import Recipe
+from tokmask_peft.masking.replacement import maskable_table
+from tokmask_peft.recipe.schema import Recipe
 from tokmask_peft.training.evaluate import split_examples
-from tokmask_peft.training.fit import train_only
+from tokmask_peft.training.train import train_only
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("scipy")
 
-from tokmask_peft.inference.windows import Windower
-from tokmask_peft.study.diagnostics import disturbed
-from tokmask_peft.study.diagnostics import meter as metering
-from tokmask_peft.study.diagnostics.disturbed import Disturbances, score_disturbed
-from tokmask_peft.study.diagnostics.gradient_plan import GradientPlan
+from tokmask_peft.data.encoding import Windower
+from tokmask_peft.study.diagnostics import gradients as metering
+from tokmask_peft.study.diagnostics import robustness as disturbed
 from tokmask_peft.study.diagnostics.gradients import diagnose
-from tokmask_peft.study.diagnostics.robustness import robustness
-from tokmask_peft.study.diagnostics.robustness_plan import find_members
-from tokmask_peft.study.diagnostics.unseen import vocabulary
+from tokmask_peft.study.diagnostics.plans import GradientPlan, find_members
+from tokmask_peft.study.diagnostics.robustness import Disturbances, robustness, score_disturbed, vocabulary
 
 
 def losses(file):
@@ -129,7 +126,7 @@ def test_scores_on_masked_texts_are_those_of_ids_masked_by_hand(write_recipe, tm
     assert unseen == len(examples)
     assert found["words"]["seen"]["items"] == (0 if task == "sequence" else done.result["test"]["items"] - unseen)
 
-    from tokmask_peft.masking.words import word_start_table
+    from tokmask_peft.masking.pattern import word_start_table
 
     tokenizer = classifier.tokenizer
     rows = len(classifier.occlusion.maskable)

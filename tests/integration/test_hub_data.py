@@ -188,7 +188,7 @@ def run(code: str, home: Path, **environment: str) -> dict[str, object]:
     program = (
         "import json\n"
         "from tokmask_peft.data import load_corpus\n"
-        "from tokmask_peft.data.read import read_split\n"
+        "from tokmask_peft.data.readers import read_split\n"
         "from tokmask_peft.errors import DataError\n"
         "from tokmask_peft.recipe import DataConfig, SourceConfig\n"
         f"HUB = {{'hub': '{REPO}', 'hub_revision': '{REVISION}'}}\n"

@@ -18,7 +18,7 @@ import pytest
 from hub_server import TOKEN, HubServer
 
 from tokmask_peft import load, train
-from tokmask_peft.recipe import Recipe
+from tokmask_peft.recipe.schema import Recipe
 
 REPO = "zelda/moods"
 BASE = "castle/tiny-bert"
@@ -142,7 +142,7 @@ def logits_here(run: Path) -> list[float]:
 
     from tokmask_peft.model.adapter import load_adapter
     from tokmask_peft.model.backbone import load_backbone
-    from tokmask_peft.recipe.io import load_recipe
+    from tokmask_peft.recipe.loading import load_recipe
 
     recipe = load_recipe(run / "recipe.yaml")
     backbone = load_backbone(recipe.model, "sequence", ("negative", "positive"), torch.device("cpu"))

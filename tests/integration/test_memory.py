@@ -10,9 +10,10 @@ import tokmask_peft
 from tokmask_peft.data import hub
 from tokmask_peft.errors import DataError, ModelError, RecipeError, RunError, RunInterruptedError
 from tokmask_peft.model import backbone as backbone_module
-from tokmask_peft.model.memory.room import Room
-from tokmask_peft.recipe.io import load_recipe
-from tokmask_peft.training import fit, fits
+from tokmask_peft.model.memory.estimate import Room
+from tokmask_peft.recipe.loading import load_recipe
+from tokmask_peft.training import memory as fits
+from tokmask_peft.training import train as fit
 from tokmask_peft.training.callbacks import StopOnSignal
 from tokmask_peft.training.trainer import OrderedEvalTrainer
 
@@ -74,7 +75,7 @@ def test_running_out_of_memory_while_loading_blames_the_backbone(write_recipe, m
     def refuse(*_, **__):
         raise torch.OutOfMemoryError(ALLOCATOR)
 
-    monkeypatch.setattr("tokmask_peft.training.fit.load_backbone", refuse)
+    monkeypatch.setattr("tokmask_peft.training.train.load_backbone", refuse)
     with pytest.raises(RunError, match=r"while the backbone was loaded .*model\.quantization=nf4") as caught:
         train(write_recipe(), "oom")
     assert "batch" not in str(caught.value)
@@ -280,7 +281,7 @@ def test_the_estimate_has_the_attention_dropout_of_the_run(write_recipe, monkeyp
 
 
 def test_the_report_as_it_is_read(write_recipe, capsys):
-    from tokmask_peft.memory_report import print_report
+    from tokmask_peft.cli.training import print_report
 
     recipe = load_recipe(write_recipe(), SHORT)
     print_report(*fits.without_training(recipe, "4GB"))
@@ -300,7 +301,7 @@ def test_the_report_as_it_is_read(write_recipe, capsys):
     ("gpu", "precision", "told"), [("4GB", "auto", True), ("4GB", "fp32", False), (None, "auto", False)]
 )
 def test_a_gpu_is_taken_for_one_with_bf16_and_the_report_says_so(write_recipe, capsys, gpu, precision, told):
-    from tokmask_peft.memory_report import print_report, to_dict
+    from tokmask_peft.cli.training import print_report, to_dict
 
     recipe = load_recipe(write_recipe(), [*SHORT, f"model.precision={precision}"])
     found = fits.without_training(recipe, gpu)

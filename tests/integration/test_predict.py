@@ -16,12 +16,11 @@ from typer.testing import CliRunner
 import tokmask_peft
 from tokmask_peft import Recipe, evaluate, train
 from tokmask_peft.cli import app
-from tokmask_peft.data.texts import TextFile
-from tokmask_peft.hub.card import merged_card
-from tokmask_peft.hub.card_snippets import PLACEHOLDER
+from tokmask_peft.data.readers import TextFile
+from tokmask_peft.hub.card import PLACEHOLDER, merged_card
 from tokmask_peft.inference.files import predict_file
 from tokmask_peft.model.decisions import bitsandbytes_problem
-from tokmask_peft.recipe.io import load_recipe
+from tokmask_peft.recipe.loading import load_recipe
 
 TEXTS = ["hoy great phone", "muy malo :(", "the casa is awful"]
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from tokmask_peft.data import load_corpus
-from tokmask_peft.data.read import read_split
+from tokmask_peft.data.corpus import load_corpus
+from tokmask_peft.data.readers import read_split
 from tokmask_peft.errors import DataError
-from tokmask_peft.recipe import DataConfig, SourceConfig
+from tokmask_peft.recipe.schema import DataConfig, SourceConfig
 
 LID = {"lang1": "lang1", "lang2": "lang2", "*": "other"}
 

@@ -6,8 +6,8 @@ import json
 import pytest
 
 from tokmask_peft import Recipe
-from tokmask_peft.data import load_corpus
-from tokmask_peft.recipe.io import shipped_recipes
+from tokmask_peft.data.corpus import load_corpus
+from tokmask_peft.recipe.loading import shipped_recipes
 
 MINILM = [name for name in shipped_recipes() if name.endswith("/minilm")]
 needs_minilm = pytest.mark.skipif(

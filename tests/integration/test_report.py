@@ -5,7 +5,7 @@ import re
 import pytest
 
 from tokmask_peft import train
-from tokmask_peft.report.make import report_run
+from tokmask_peft.report.page import report_run
 
 pytest.importorskip("matplotlib")
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tokmask_peft.training.run_folder import RunFolder
+from tokmask_peft.artifacts import RunFolder
 
 SLOW = "training.epochs=6"
 

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from tokmask_peft import Recipe, TokmaskError, evaluate, train
+from tokmask_peft.artifacts import RunFolder
 from tokmask_peft.model.adapter import load_adapter
 from tokmask_peft.model.backbone import load_backbone
-from tokmask_peft.training.run_folder import RunFolder
 
 ALONE = """
 import sys
@@ -119,7 +119,7 @@ def test_evaluate_holds_the_backbone_as_in_training_and_says_where_it_cannot(wri
 
     found = json.loads((run.adapter / "tokmask.json").read_text())
     (run.adapter / "tokmask.json").write_text(json.dumps({**found, "quantization": "nf4"}))  # as from a GPU
-    monkeypatch.setattr("tokmask_peft.model.loading.bitsandbytes_problem", lambda _: "it is not here")
+    monkeypatch.setattr("tokmask_peft.artifacts.bitsandbytes_problem", lambda _: "it is not here")
     (told,) = evaluate(run.root)["not_as_trained"]
     assert told == "trained on nf4, but it is not here: results differ slightly"
     assert asked[-1][0] == "none"

@@ -12,10 +12,10 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
-from tokmask_peft.recipe import Recipe
-from tokmask_peft.recipe.io import SHIPPED
-from tokmask_peft.run import train
-from tokmask_peft.training.run_folder import RunFolder
+from tokmask_peft.artifacts import RunFolder
+from tokmask_peft.recipe.loading import SHIPPED
+from tokmask_peft.recipe.schema import Recipe
+from tokmask_peft.training.train import train
 
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node=2")
 # with --cpu it would start one process, or ask for MPI; --multi_gpu is its own call of torchrun

@@ -9,12 +9,11 @@ import pytest
 import torch
 from tiny_models import build
 
-from tokmask_peft.model.decisions import Decision
-from tokmask_peft.model.memory.room import Room
-from tokmask_peft.recipe import Recipe
-from tokmask_peft.training import fits
-from tokmask_peft.training.agreement import tightest
-from tokmask_peft.training.workload import Lengths
+from tokmask_peft.console import Decision
+from tokmask_peft.model.memory.estimate import Room
+from tokmask_peft.recipe.schema import Recipe
+from tokmask_peft.training import memory as fits
+from tokmask_peft.training.memory import Lengths, tightest
 
 ROOMS = {"plenty": Room(2**40, "a big GPU"), "none": Room(1, "a full GPU")}
 

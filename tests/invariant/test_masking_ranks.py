@@ -8,8 +8,9 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from tokmask_peft.masking import TokenMaskConfig, TokenMasker
-from tokmask_peft.masking.sharded import is_sharded, whole
+from tokmask_peft.masking.embedding import is_sharded, whole
+from tokmask_peft.masking.masker import TokenMasker
+from tokmask_peft.recipe import TokenMaskConfig
 
 IDS = torch.arange(5, 45).expand(4, 40)
 

@@ -5,7 +5,8 @@ import torch
 from tiny_models import TEXTS, build
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from tokmask_peft.masking import TokenMaskCallback, TokenMaskConfig
+from tokmask_peft.masking.callback import TokenMaskCallback
+from tokmask_peft.recipe import TokenMaskConfig
 
 
 class Recorder(TrainerCallback):

@@ -4,7 +4,8 @@ import pytest
 import torch
 from tiny_models import TEXTS, build, encode, families
 
-from tokmask_peft.masking import TokenMaskConfig, TokenMasker
+from tokmask_peft.masking.masker import TokenMasker
+from tokmask_peft.recipe import TokenMaskConfig
 
 LABELS = torch.arange(len(TEXTS)) % 3
 

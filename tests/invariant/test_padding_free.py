@@ -9,15 +9,17 @@ from tiny_models import FAMILIES, TEXTS, build, encode, families, seen_ids, toke
 from torch.nn.parallel import DistributedDataParallel
 from transformers import RobertaConfig, RobertaForSequenceClassification
 
-from tokmask_peft.data import PackedCollator
+from tokmask_peft.data.batches import PackedCollator
 from tokmask_peft.errors import ModelError
-from tokmask_peft.masking import TokenMaskConfig, TokenMasker
-from tokmask_peft.model import packed_attention, packing
+from tokmask_peft.masking.masker import TokenMasker
+from tokmask_peft.model import packed as packed_attention
+from tokmask_peft.model import packed as packing
 from tokmask_peft.model.adapter import add_adapter
 from tokmask_peft.model.backbone import load_backbone
 from tokmask_peft.model.decisions import bitsandbytes_problem
-from tokmask_peft.model.padding_free import choose_batching, enable_padding_free, padding_free_problem
-from tokmask_peft.recipe import AdapterConfig, ModelConfig
+from tokmask_peft.model.packed import choose_batching, enable_padding_free, padding_free_problem
+from tokmask_peft.recipe import TokenMaskConfig
+from tokmask_peft.recipe.schema import AdapterConfig, ModelConfig
 
 SUPPORTED = ["bert", "xlm-r", "distilbert", "qwen2", "qwen3", "llama", "mistral"]
 CASES = [(family, task) for family in SUPPORTED for task in ("sequence", "token")]

@@ -8,7 +8,8 @@ from tiny_models import TEXTS, build
 
 from tokmask_peft.masking.embedding import find_embedding
 from tokmask_peft.study.plan import make_plan
-from tokmask_peft.training import fit, session
+from tokmask_peft.training import train as fit
+from tokmask_peft.training import train as session
 from tokmask_peft.training.trainer import OrderedEvalTrainer
 
 

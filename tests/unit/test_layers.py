@@ -10,17 +10,18 @@ import tokmask_peft
 
 PACKAGE = Path(tokmask_peft.__file__).parent
 LAYERS = (
-    ("errors", "quiet"),
-    ("recipe",),
+    ("errors",),
+    ("console",),
     ("masking",),
+    ("tasks",),
+    ("recipe",),
     ("data",),
     ("model",),
-    ("console",),
+    ("artifacts",),
+    ("hub",),
     ("training",),
     ("inference",),
-    ("hub",),
-    ("run",),
-    ("report", "study", "memory_report"),  # none of these knows another
+    ("report", "study"),  # neither knows the other
     ("cli",),
     ("__main__",),
 )

@@ -1,9 +1,8 @@
 """The command line. Thin: each command imports what it needs, so that `tokmask --help` answers at once."""
 
-from tokmask_peft.cli.app import app
-
 # in the order of the help text
-from tokmask_peft.cli import training, results, diagnostics, use, recipes  # isort: skip
+from tokmask_peft.cli import diagnostics, recipes, results, training, use
+from tokmask_peft.cli.app import app
 
 __all__ = ["app", "diagnostics", "main", "recipes", "results", "training", "use"]
 

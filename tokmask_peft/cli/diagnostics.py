@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from tokmask_peft.cli.app import BackboneOption, DeviceOption, Overrides, RecipeArgument, app
-from tokmask_peft.quiet import quiet_libraries
+from tokmask_peft.console import quiet_libraries
 
 
 @app.command()
@@ -26,13 +26,13 @@ def diagnose(
 
     The training uses the recipe's own masking rate and keeps no adapter; training.max_steps=60 makes it short.
     """
-    from tokmask_peft.recipe import Recipe
-    from tokmask_peft.study.diagnostics.gradient_plan import GradientPlan
+    from tokmask_peft.recipe.schema import Recipe
+    from tokmask_peft.study.diagnostics.plans import GradientPlan
 
     checked = Recipe.load(recipe, overrides or [])
     plan = GradientPlan.make(checked, p, draws, batches, at, out)
     quiet_libraries()
-    from tokmask_peft.study.diagnostics.gradient_plot import matplotlib
+    from tokmask_peft.study.diagnostics.gradient_report import matplotlib
 
     matplotlib()  # before a training whose plot could not be drawn
     from tokmask_peft.study.diagnostics.gradients import diagnose as measure
@@ -62,17 +62,17 @@ def robustness(
 
     Runs that differ by their seed alone are one line, with an interval; a run that was scored is not scored again.
     """
-    from tokmask_peft.study.diagnostics import robustness_plan
+    from tokmask_peft.study.diagnostics import plans as robustness_plan
 
     rates, shares = robustness_plan.read_options(p, noise)
     folder = robustness_plan.choose_folder(runs, out)
     members = robustness_plan.find_members(runs)
     quiet_libraries()
-    from tokmask_peft.study.diagnostics.gradient_plot import matplotlib
+    from tokmask_peft.study.diagnostics.gradient_report import matplotlib
 
     matplotlib()
     from tokmask_peft.study.diagnostics import robustness as measuring
-    from tokmask_peft.study.diagnostics.disturbed import Disturbances
+    from tokmask_peft.study.diagnostics.robustness import Disturbances
 
     what = Disturbances(rates, shares, draws, seed, limit)
     report = measuring.robustness(members, what, folder, backbone=backbone, device=device, quiet=quiet)

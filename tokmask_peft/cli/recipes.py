@@ -24,7 +24,7 @@ def recipes(context: typer.Context) -> None:
 @recipes_app.command("list")
 def list_recipes() -> None:
     """List the shipped recipes with what they are for."""
-    from tokmask_peft.recipe.io import SHIPPED, shipped_recipes
+    from tokmask_peft.recipe.loading import SHIPPED, shipped_recipes
 
     names = shipped_recipes()
     width = max(map(len, names))
@@ -40,7 +40,7 @@ def show_recipe(
     resolved: Annotated[bool, typer.Option("--resolved", help="With its bases and all defaults.")] = False,
 ) -> None:
     """Print a recipe."""
-    from tokmask_peft.recipe.io import find_recipe, load_recipe, to_yaml
+    from tokmask_peft.recipe.loading import find_recipe, load_recipe, to_yaml
 
     path = find_recipe(name)
     typer.echo(to_yaml(load_recipe(path)) if resolved else path.read_text(encoding="utf-8"), nl=False)
@@ -51,7 +51,7 @@ def copy_recipe(
     name: RecipeArgument, target: Annotated[Path, typer.Argument(help="the file to write; never overwritten")]
 ) -> None:
     """Copy a recipe, with its bases merged in, as a start for your own."""
-    from tokmask_peft.recipe.io import copy_recipe as copy
+    from tokmask_peft.recipe.loading import copy_recipe as copy
 
     copy(name, target)
     typer.echo(f"{target} is yours to change; run it with: tokmask train {shlex.quote(str(target))}")
@@ -60,7 +60,7 @@ def copy_recipe(
 @recipes_app.command("fields")
 def list_fields() -> None:
     """Explain every key that a recipe may hold."""
-    from tokmask_peft.recipe.io import field_help
+    from tokmask_peft.recipe.loading import field_help
 
     for line in field_help():
         typer.echo(line)

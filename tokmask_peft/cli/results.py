@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from tokmask_peft.cli.app import BackboneOption, ModelArgument, app
+from tokmask_peft.console import quiet_libraries
 from tokmask_peft.errors import RunError
-from tokmask_peft.quiet import quiet_libraries
 
 
 @app.command()
@@ -29,7 +29,7 @@ def evaluate(
     """Score the adapter of RUN on one of its splits, or on other texts."""
     import json
 
-    from tokmask_peft.training.run_folder import open_finished
+    from tokmask_peft.artifacts import open_finished
 
     if against is not None and not faithfulness:
         raise typer.BadParameter("it goes with --faithfulness", param_hint="--against")
@@ -38,7 +38,7 @@ def evaluate(
             open_finished(folder)  # before the libraries are loaded, which takes seconds
     quiet_libraries()
     if faithfulness:
-        from tokmask_peft.inference import faithfulness as measure
+        from tokmask_peft.study.diagnostics import faithfulness as measure
 
         measured = measure.faithfulness(
             run, against, split=split, data=data, limit=limit, seed=seed, batch_size=batch_size
@@ -74,7 +74,7 @@ def report(
 
     Of a sweep: compare its arms; tables, a plot and statistics in RUN/report.
     """
-    from tokmask_peft.report.record import is_run
+    from tokmask_peft.artifacts import is_run
 
     if (Path(run) / "sweep.json").is_file():
         from tokmask_peft.study.report import sweep_report
@@ -85,7 +85,7 @@ def report(
         return
     if not is_run(run):
         raise RunError(f"{run} is neither a run folder (it holds no recipe.yaml) nor a sweep (no sweep.json)")
-    from tokmask_peft.report.make import prepare, report_run
+    from tokmask_peft.report.page import prepare, report_run
 
     prepare(run, out)  # before the libraries are loaded, which takes seconds
     quiet_libraries()
@@ -107,7 +107,7 @@ def demo(
     backbone: BackboneOption = None,
 ) -> None:
     """Try MODEL in the browser: text in, label and coloured words out (needs the extra demo)."""
-    from tokmask_peft.inference.saved import find_saved
+    from tokmask_peft.artifacts import find_saved
     from tokmask_peft.report.demo import build, check_address, require_gradio, serve
 
     require_gradio()

@@ -8,15 +8,8 @@ from typing import Annotated
 
 import typer
 
-from tokmask_peft.cli.app import (
-    BackboneOption,
-    DeviceOption,
-    ModelArgument,
-    PrecisionOption,
-    QuantizationOption,
-    app,
-)
-from tokmask_peft.quiet import quiet_libraries
+from tokmask_peft.cli.app import BackboneOption, DeviceOption, ModelArgument, PrecisionOption, QuantizationOption, app
+from tokmask_peft.console import quiet_libraries
 
 
 @app.command()
@@ -39,7 +32,7 @@ def predict(
 
     MODEL is a run folder, an adapter folder, or the id of an adapter on the Hub.
     """
-    from tokmask_peft.inference.saved import find_saved
+    from tokmask_peft.artifacts import find_saved
 
     if (file is None) == (not texts):
         raise typer.BadParameter("give either texts or --file", param_hint="TEXT")
@@ -48,13 +41,13 @@ def predict(
     saved = find_saved(model, backbone)  # before the libraries are loaded, which takes seconds
     source = None
     if file is not None and out is not None:
-        from tokmask_peft.data.texts import TextFile
-        from tokmask_peft.inference.outputs import check_output
+        from tokmask_peft.data.readers import TextFile
+        from tokmask_peft.inference.export import check_output
 
         source = TextFile(file, saved.task, format, column)
         check_output(out, file, force)
     quiet_libraries()
-    from tokmask_peft.inference import show
+    from tokmask_peft.inference import display as show
     from tokmask_peft.inference.load import load
 
     classifier = load(saved, device, quantization, precision)
@@ -85,9 +78,9 @@ def explain(
     A word's influence is how far the log-odds of the label fall when it is masked, in nats; beside it stands the
     label's probability without the word. In word-level tasks each word's label is explained by masking the word itself.
     """
-    from tokmask_peft.inference.chosen_word import find_word
-    from tokmask_peft.inference.outputs import check_output
-    from tokmask_peft.inference.saved import find_saved
+    from tokmask_peft.artifacts import find_saved
+    from tokmask_peft.inference.explain import find_word
+    from tokmask_peft.inference.export import check_output
 
     saved = find_saved(model, backbone)  # before the libraries are loaded, which takes seconds
     chosen = int(word) if word is not None and word.removeprefix("-").isdecimal() else word
@@ -102,7 +95,7 @@ def explain(
     quiet_libraries()
     from rich.console import Console
 
-    from tokmask_peft.inference import show_explanations
+    from tokmask_peft.inference import display as show_explanations
     from tokmask_peft.inference.load import load
 
     classifier = load(saved, device, quantization, precision)
@@ -114,7 +107,7 @@ def explain(
         show_explanations.print_explanations(explanations, Console(highlight=False))
         typer.echo(f"Note: {note}.", err=True)
     if html is not None:
-        from tokmask_peft.inference.explain_page import explanations_page
+        from tokmask_peft.inference.display import explanations_page
 
         name = Path(model).name if Path(model).exists() else model  # the page is made to be shared: no local path
         html.write_text(explanations_page(name, explanations, note), encoding="utf-8")
@@ -130,8 +123,8 @@ def export(
     backbone: BackboneOption = None,
 ) -> None:
     """Merge MODEL into its backbone: a plain transformers model for pipeline(), without PEFT."""
-    from tokmask_peft.inference.outputs import check_folder
-    from tokmask_peft.inference.saved import find_saved
+    from tokmask_peft.artifacts import find_saved
+    from tokmask_peft.inference.export import check_folder
 
     saved = find_saved(model, backbone)
     check_folder(merged)

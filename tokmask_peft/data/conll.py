@@ -16,9 +16,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain, islice
 
-from tokmask_peft.data.example import Example
 from tokmask_peft.errors import DataError, nearest
-from tokmask_peft.recipe import Task
+from tokmask_peft.recipe.schema import Task
+from tokmask_peft.tasks import Example
 
 CONLLU_COLUMNS = ("id", "form", "lemma", "upos", "xpos", "feats", "head", "deprel", "deps", "misc")
 SNIFFED_LINES = 5000

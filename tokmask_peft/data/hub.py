@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-from tokmask_peft.data.example import Example
 from tokmask_peft.data.files import aliases
-from tokmask_peft.data.tabular import LABEL_NAMES, Row, class_names, examples, name_classes, parquet_rows
+from tokmask_peft.data.tables import LABEL_NAMES, Row, class_names, examples, name_classes, parquet_rows
 from tokmask_peft.errors import DataError, nearest
-from tokmask_peft.recipe import SourceConfig, Task
+from tokmask_peft.recipe.schema import SourceConfig, Task
+from tokmask_peft.tasks import Example
 
 T = TypeVar("T")
 PARQUET_BRANCH = "refs/convert/parquet"

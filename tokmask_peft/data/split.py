@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
-from tokmask_peft.data.example import Example
-from tokmask_peft.data.hygiene import normalise
+from tokmask_peft.data.cleaning import normalise
 from tokmask_peft.errors import DataError
+from tokmask_peft.tasks import Example
 
 
 def carve(train: Sequence[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:

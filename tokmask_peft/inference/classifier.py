@@ -12,14 +12,15 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from tokmask_peft.console import Decision
+from tokmask_peft.data.encoding import Window, Windower
 from tokmask_peft.data.files import unicode_problem
 from tokmask_peft.errors import DataError
 from tokmask_peft.inference.forward import Forward
-from tokmask_peft.inference.windows import Window, Windower
+from tokmask_peft.masking.config import TokenMaskConfig
 from tokmask_peft.masking.occlusion import Occlusion
-from tokmask_peft.model.decisions import Decision
-from tokmask_peft.recipe import Task, TokenMaskConfig
-from tokmask_peft.training.calibration import probabilities
+from tokmask_peft.recipe.schema import Task
+from tokmask_peft.training.metrics import probabilities
 
 if TYPE_CHECKING:
     from tokmask_peft.inference.explain import Explanation

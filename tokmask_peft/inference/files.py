@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from tokmask_peft.data.example import Example, Unreadable
-from tokmask_peft.data.texts import TextFile, line_number
+from tokmask_peft.data.readers import TextFile, line_number
 from tokmask_peft.inference.classifier import BATCH_SIZE, Answer, Classifier, Prediction
-from tokmask_peft.inference.outputs import check_output
+from tokmask_peft.inference.export import check_output
+from tokmask_peft.tasks import Example, Unreadable
 
 CHUNK_BATCHES = 32
 CHUNK_CHARACTERS = 2_000_000
@@ -101,12 +101,12 @@ def _write(
             if len(report.problems) < SHOWN_PROBLEMS:
                 report.problems.append(found)
         else:
-            record = {"line": line, **as_record(found.string, next(answers))}
+            record = {"line": line, **answer_record(found.string, next(answers))}
         report.rows += 1
         file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
-def as_record(text: str, answer: Answer) -> dict[str, Any]:
+def answer_record(text: str, answer: Answer) -> dict[str, Any]:
     """Return an answer as JSON holds it, with probabilities to 6 digits."""
     if isinstance(answer, Prediction):
         return {"text": text, "label": answer.label, "probabilities": _rounded(answer.probabilities)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -11,13 +11,13 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from tokmask_peft.data import PackedCollator
+from tokmask_peft.data.batches import PackedCollator
+from tokmask_peft.data.encoding import Window
 from tokmask_peft.errors import ModelError
-from tokmask_peft.inference.memory import prediction_memory_errors
-from tokmask_peft.inference.windows import Window
 from tokmask_peft.masking.occlusion import Occlusion
-from tokmask_peft.model.padding_free import takes_packed_rows
-from tokmask_peft.recipe import Task
+from tokmask_peft.model.decisions import instead_of_memory_errors, message
+from tokmask_peft.model.packed import takes_packed_rows
+from tokmask_peft.recipe.schema import Task
 
 Hidden = NDArray[np.bool_]
 """Which sub-tokens of a window are masked, bool [ids]."""
@@ -113,3 +113,38 @@ class Forward:
             return torch.from_numpy(np.concatenate(rows)).unsqueeze(0)
         longest = max(map(len, rows))
         return torch.from_numpy(np.stack([np.pad(row, (0, longest - len(row))) for row in rows]))
+
+
+def loading_memory_errors(
+    device: torch.device, what: str = "while the model was loaded"
+) -> AbstractContextManager[None]:
+    """Turn running out of memory into a ModelError.
+
+    Args:
+        device: that the model is to compute on.
+        what: is done with the model.
+    """
+    return instead_of_memory_errors(lambda said: ModelError(message(what, said, _elsewhere(device))))
+
+
+def prediction_memory_errors(device: torch.device, windows: int = 1) -> AbstractContextManager[None]:
+    """Turn running out of memory in a forward pass into a ModelError.
+
+    Args:
+        device: that computes.
+        windows: in this pass; a text longer than a window is read in several.
+    """
+    fewer = max(windows // 4, 1)
+    # the demo and `report` compute with the usual batches, and have no option for them
+    ways = [f"--batch-size {fewer} (batch_size={fewer}) where the command has it"] if windows > 1 else []
+    ways += _elsewhere(device)
+    return instead_of_memory_errors(lambda said: ModelError(message("in prediction", said, ways)))
+
+
+def _elsewhere(device: torch.device) -> list[str]:
+    ways = ["other programs closed"]
+    if device.type != "cpu":
+        ways.append("--device cpu (device='cpu')")
+    if device.type == "cuda":
+        ways[-1] += ", or CUDA_VISIBLE_DEVICES= before a command without --device"
+    return ways

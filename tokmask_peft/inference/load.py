@@ -8,16 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from tokmask_peft.artifacts import SavedAdapter, find_saved, held
+from tokmask_peft.console import Decision
 from tokmask_peft.errors import ModelError, first_line
 from tokmask_peft.inference.classifier import Classifier
-from tokmask_peft.inference.memory import loading_memory_errors
-from tokmask_peft.inference.saved import SavedAdapter, find_saved
-from tokmask_peft.model.adapter import load_adapter
+from tokmask_peft.inference.forward import loading_memory_errors
+from tokmask_peft.model.adapter import load_adapter, merge_if_harmless
 from tokmask_peft.model.backbone import load_backbone
-from tokmask_peft.model.decisions import Decision
-from tokmask_peft.model.loading import held
-from tokmask_peft.model.merging import merge_if_harmless
-from tokmask_peft.model.padding_free import choose_batching, enable_padding_free
+from tokmask_peft.model.packed import choose_batching, enable_padding_free
 
 _LONGEST = 512  # sub-tokens per window where neither the run nor the model sets a limit
 

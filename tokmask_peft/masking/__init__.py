@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from tokmask_peft.masking.mask_token import MaskToken, choose_mask_token
+from tokmask_peft.masking.config import TokenMaskConfig
 from tokmask_peft.masking.masker import TokenMasker
-from tokmask_peft.recipe import TokenMaskConfig
+from tokmask_peft.masking.replacement import MaskToken, choose_mask_token
 
 if TYPE_CHECKING:
     from tokmask_peft.masking.callback import TokenMaskCallback

@@ -10,10 +10,10 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tokmask_peft.errors import MaskTokenError
-from tokmask_peft.masking.mask_token import MaskToken
+from tokmask_peft.masking.config import TokenMaskConfig
 from tokmask_peft.masking.masker import TokenMasker
+from tokmask_peft.masking.replacement import MaskToken
 from tokmask_peft.masking.schedule import rate_at
-from tokmask_peft.recipe import TokenMaskConfig
 
 
 class TokenMaskCallback(TrainerCallback):

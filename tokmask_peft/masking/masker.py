@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from tokmask_peft.errors import MaskTokenError
+from tokmask_peft.masking.config import TokenMaskConfig
 from tokmask_peft.masking.embedding import embedding_weight, find_embedding, is_trainable, unwrap, write_row
-from tokmask_peft.masking.mask_token import MaskToken, choose_mask_token, fill_spare_row, maskable_table, used_rows
-from tokmask_peft.masking.pattern import masked_positions, text_positions
+from tokmask_peft.masking.pattern import masked_positions, text_positions, word_start_table
+from tokmask_peft.masking.replacement import MaskToken, choose_mask_token, fill_spare_row, maskable_table, used_rows
 from tokmask_peft.masking.schedule import rate_at
-from tokmask_peft.masking.words import word_start_table
-from tokmask_peft.recipe import TokenMaskConfig
 
 
 class TokenMasker:

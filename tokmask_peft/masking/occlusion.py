@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tokmask_peft.masking.config import TokenMaskConfig
 from tokmask_peft.masking.embedding import embedding_weight, find_embedding, is_trainable
-from tokmask_peft.masking.mask_token import choose_mask_token, fill_spare_row, maskable_table, used_rows
-from tokmask_peft.recipe import TokenMaskConfig
+from tokmask_peft.masking.replacement import choose_mask_token, fill_spare_row, maskable_table, used_rows
 
 
 class Occlusion:

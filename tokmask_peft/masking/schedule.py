@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from tokmask_peft.recipe import TokenMaskConfig
+from tokmask_peft.masking.config import TokenMaskConfig
 
 
 def rate_at(config: TokenMaskConfig, share: float) -> float:

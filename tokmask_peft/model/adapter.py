@@ -1,4 +1,4 @@
-"""Put a LoRA adapter on a backbone, and check that what should be trained is, and that what is saved stays small."""
+"""Merge an adapter for prediction where that loses nothing."""
 
 from __future__ import annotations
 
@@ -8,16 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.tuners.lora import Linear, LoraLayer
 from torch import Tensor, nn
 
+from tokmask_peft.console import Decision
 from tokmask_peft.errors import ModelError, first_line, nearest
-from tokmask_peft.masking.embedding import find_embedding
-from tokmask_peft.masking.sharded import is_sharded, whole
-from tokmask_peft.model.backbone import Backbone
-from tokmask_peft.model.decisions import Decision
-from tokmask_peft.model.memory.exhausted import out_of_memory
-from tokmask_peft.model.quantized import is_quantized
-from tokmask_peft.recipe import AdapterConfig, Task
+from tokmask_peft.masking.embedding import find_embedding, is_sharded, whole
+from tokmask_peft.model.backbone import Backbone, is_quantized
+from tokmask_peft.model.decisions import out_of_memory
+from tokmask_peft.recipe.schema import AdapterConfig, Task
 
 
 def linear_layers(model: nn.Module, outside: tuple[str, ...]) -> list[str]:
@@ -214,3 +213,59 @@ def load_adapter(backbone: Backbone, folder: Path) -> Any:
             f"the adapter in {folder} does not fit the backbone or the labels: {first_line(error)}"
         ) from error
     return model.eval()
+
+
+MOST_ROUNDED = 0.3
+"""Share of an adapter's change to a bf16 weight matrix that rounding may take before it is kept apart.
+
+Measured with MiniLM on question types (sequence) and parts of speech (token), adapters scaled by 1, .3, .1, .03 and
+.01, against fp32: up to a share of .31 merged and unmerged logits deviate alike (rms .0054 and .0055, .0016 and .0016;
+.0068 and .0069, .0041 and .0041), from .53 on the merged ones deviate more (.0012 and .0005; .0055 and .0029).
+"""
+
+
+SAMPLED = 256
+"""Rows of each matrix that are looked at: all of a large one would take five times as long as merging it."""
+
+
+def merge_if_harmless(model: Any) -> tuple[Any, Decision]:
+    """Merge an adapter into its unquantized backbone, which saves its extra products, unless rounding would spoil it.
+
+    bf16 weights hold three digits. A change that is small beside them gets lost in them, so there the adapter stays.
+
+    Args:
+        model: the PEFT model; taken apart where it is merged.
+
+    Returns:
+        The merged model, or `model`; and which, with the reason.
+    """
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    low = [layer for layer in layers if layer.get_base_layer().weight.dtype != torch.float32]
+    if not all(map(_is_plain, low)):
+        return model, Decision("adapter", "kept apart", "what rounding to bf16 does is known of plain LoRA alone")
+    rounded = max(map(_rounded_share, low), default=0.0)
+    if not rounded <= MOST_ROUNDED:
+        reason = f"rounding to bf16 would take up to {rounded:.0%} of its change to a matrix"
+        return model, Decision("adapter", "kept apart", reason)
+    reason = "the same function with fewer products"
+    if low:
+        reason += f"; rounding to bf16 takes up to {rounded:.1%} of its change to a matrix"
+    return model.merge_and_unload(), Decision("adapter", "merged", reason)
+
+
+def _is_plain(layer: Any) -> bool:
+    return type(layer) is Linear and not layer.fan_in_fan_out and not layer.lora_variant
+
+
+@torch.no_grad()
+def _rounded_share(layer: Any) -> float:
+    """Return what rounding takes of a layer's change, as a share of the change's norm, from some of its rows."""
+    weight = layer.get_base_layer().weight
+    some = slice(None, None, -(-weight.shape[0] // SAMPLED))
+    change = torch.zeros_like(weight[some], dtype=torch.float32)
+    for name in layer.active_adapters:
+        upper, lower = layer.lora_B[name].weight[some].float(), layer.lora_A[name].weight.float()
+        change.addmm_(upper, lower, alpha=layer.scaling[name])
+    exact = weight[some].float() + change
+    taken = (exact.to(weight.dtype).float() - exact).norm()
+    return float(taken / change.norm().clamp_min(torch.finfo(torch.float32).tiny))

@@ -11,14 +11,105 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from accelerate.utils import parse_flag_from_env
+from torch import Tensor, nn
 
+from tokmask_peft.console import Decision
 from tokmask_peft.errors import ModelError
-from tokmask_peft.model.decisions import Decision, choose_precision, choose_quantization
-from tokmask_peft.model.head import HEAD_NAMES, head_modules, hold_in_fp32
+from tokmask_peft.model.decisions import choose_precision, choose_quantization
 from tokmask_peft.model.placement import place_embedding
-from tokmask_peft.model.quantized import keep_gradients_after_eval, quantization_config
-from tokmask_peft.recipe import ModelConfig, Task
+from tokmask_peft.recipe.schema import ModelConfig, Task
+
+
+def quantization_config(kind: str, compute_dtype: torch.dtype, keep: list[str]) -> Any:
+    """Return the transformers configuration for `kind` (nf4 or int8), leaving the modules in `keep` alone.
+
+    transformers strips only `.weight` when it looks for the last module, so that a head with a bias would be
+    quantized; every head has to be named. Under FSDP 4-bit codes are stored as numbers of the other weights' type:
+    it shards floating-point weights only, and would keep the whole backbone on every GPU.
+    """
+    from transformers import BitsAndBytesConfig
+
+    if kind == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=keep)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+        bnb_4bit_quant_storage=compute_dtype if parse_flag_from_env("ACCELERATE_USE_FSDP") else torch.uint8,
+        llm_int8_skip_modules=keep,
+    )
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Return whether a module is a bitsandbytes layer."""
+    return type(module).__module__.startswith("bitsandbytes.")
+
+
+def keep_gradients_after_eval(model: nn.Module) -> int:
+    """Stop 4-bit layers from repacking their weights for inference; return how many there are.
+
+    On CPUs with avx512_bf16, bitsandbytes' `Linear4bit` repacks its weights at the first forward pass in eval
+    mode and never unpacks them; from then on no gradient passes through, while the loss still falls because the
+    head learns. Seen with bitsandbytes 0.50.2. Remove this when `test_gradients_survive_an_evaluation` passes
+    without it on such a CPU.
+    """
+    layers = [module for module in model.modules() if hasattr(module, "support_avx512bf16_for_cpu")]
+    for layer in layers:
+        layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+    return len(layers)
+
+
+HEAD_NAMES = ("score", "classifier", "head", "pre_classifier", "classification_head")
+"""Top-level names of the classification heads in transformers, for which 4-bit loading needs to be told."""
+
+
+class Float32Linear(nn.Linear):
+    """A linear layer that computes in fp32 whatever comes in, autocast or not."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map `[..., in_features]` of any dtype to fp32 `[..., out_features]`."""
+        with torch.autocast(input.device.type, enabled=False):
+            bias = None if self.bias is None else self.bias.float()
+            return F.linear(input.float(), self.weight.float(), bias)
+
+
+def head_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the classification head's modules by name: the model's children that are not its backbone.
+
+    Args:
+        model: a sequence or token classification model of transformers, without an adapter.
+    """
+    backbone = model.base_model
+    return {
+        name: module
+        for name, module in model.named_children()
+        if module is not backbone and any(True for _ in module.parameters())
+    }
+
+
+def hold_in_fp32(model: nn.Module, new_modules: tuple[str, ...]) -> None:
+    """Bring the head, and whatever else is new, to fp32, in place, and make its linear layers compute in fp32.
+
+    Raises:
+        ModelError: a part is quantized; training it would fail or silently not happen.
+    """
+    for name in new_modules:
+        module = model.get_submodule(name)
+        quantized = [type(part).__name__ for part in module.modules() if is_quantized(part)]
+        if quantized:
+            raise ModelError(
+                f"the new module '{name}' is quantized ({quantized[0]}); what is trained must be held in full "
+                "precision. The checkpoint comes already quantized: use the unquantized backbone with "
+                "model.quantization=nf4."
+            )
+        module.float()
+        for part in module.modules():
+            if type(part) is nn.Linear:
+                part.__class__ = Float32Linear
+
 
 logger = logging.getLogger(__name__)
 

@@ -1,30 +1,20 @@
-"""What the tool decided for the user, and why: precision, quantization, mask token, trained modules.
-
-Each choice is a `Decision`; a run prints them once, in one table, and keeps them in its result.
-"""
+"""Gradient checkpointing that starts where the adapter does."""
 
 from __future__ import annotations
 
+import contextlib
 import platform
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 
-from tokmask_peft.errors import ModelError, first_line
-from tokmask_peft.recipe import ModelConfig
-
-
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """A choice with its reason."""
-
-    what: str
-    choice: str
-    reason: str
-
+from tokmask_peft.console import Decision
+from tokmask_peft.errors import ModelError, TokmaskError, first_line
+from tokmask_peft.recipe.schema import ModelConfig
 
 CPUINFO = Path("/proc/cpuinfo")
 """Where Linux tells a CPU's features; macOS and Windows have no such file."""
@@ -134,3 +124,78 @@ def choose_quantization(config: ModelConfig, device: torch.device) -> Decision:
             "Set model.quantization=none, or install a bitsandbytes that serves this device."
         )
     return Decision("quantization", config.quantization, "set in the recipe")
+
+
+def can_checkpoint(model: Any) -> bool:
+    """Return whether the class of a model of transformers, bare or wrapped by PEFT, can checkpoint its layers.
+
+    ALBERT, MPNet, SqueezeBERT, Funnel and XLM cannot.
+    """
+    return bool(model.supports_gradient_checkpointing)
+
+
+def check_checkpointing(model: Any, wanted: bool | str) -> None:
+    """Refuse `model.gradient_checkpointing: true` for a model that cannot do it.
+
+    Raises:
+        ModelError: it cannot.
+    """
+    if wanted is True and not can_checkpoint(model):
+        what = type(model).__name__
+        raise ModelError(f"model.gradient_checkpointing is true, but {what} cannot do that: set it to false")
+
+
+def enable_checkpointing(model: Any, options: dict[str, Any] | None = None) -> None:
+    """Compute the activations of each layer again in the backward pass instead of keeping them. May be repeated.
+
+    transformers makes the embedding's output require gradients at this occasion, so that the backward pass, and with it
+    what is computed again, goes through layers below the first adapter for nothing. Only reentrant checkpointing needs
+    that, which is not used here.
+
+    Args:
+        model: of transformers, bare or wrapped by PEFT.
+        options: for torch's `checkpoint`.
+    """
+    model.gradient_checkpointing_enable(options or {"use_reentrant": False})
+    model.disable_input_require_grads()
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Return whether a device or the host refused memory."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    # accelerate knows the allocators' words, not those of CUDA's own calls
+    said = str(error).lower()
+    raw = isinstance(error, RuntimeError) and ("out of memory" in said or "status_alloc_failed" in said)
+    return raw or (isinstance(error, Exception) and should_reduce_batch_size(error))
+
+
+@contextlib.contextmanager
+def instead_of_memory_errors(explained: Callable[[str], TokmaskError]) -> Iterator[None]:
+    """Raise another error where memory runs out.
+
+    Args:
+        explained: makes it from the allocator's words.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise explained(in_short(error)) from error
+
+
+def message(what: str, said: str, ways: Iterable[str]) -> str:
+    """Say that memory ran out, and what may help.
+
+    Args:
+        what: was being done.
+        said: the allocator's words.
+        ways: what a user can do.
+    """
+    return f"out of memory {what} ({said}). Any of these may help: {'; '.join(ways)}."
+
+
+def in_short(error: BaseException) -> str:
+    """Return the first sentence of the allocator's words."""
+    return first_line(error).split(". ")[0]

@@ -6,15 +6,56 @@ needs a few hundred of its rows.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
+from bitsandbytes.nn import Embedding8bit, Int8Params
 from torch import Tensor, nn
 
+from tokmask_peft.console import Decision
 from tokmask_peft.errors import MaskTokenError, ModelError
 from tokmask_peft.masking.embedding import find_embedding
-from tokmask_peft.model.decisions import Decision, bitsandbytes_problem
+from tokmask_peft.model.decisions import bitsandbytes_problem
+
+
+class Int8Embedding(Embedding8bit):
+    """bitsandbytes' 8-bit lookup, with what a masker and a Trainer need of it besides.
+
+    bitsandbytes quantizes a matrix when it leaves the host, loses its scales when a module that holds it is moved, and
+    refuses to be part of a state dict (seen with 0.50.2).
+    """
+
+    def __init__(self, weight: Tensor, device: torch.device) -> None:
+        """Quantize a matrix, [rows, hidden], and put it on `device`."""
+        super().__init__(*weight.shape, device="meta", dtype=weight.dtype)
+        on_host = Int8Params(weight.detach().to("cpu"), requires_grad=False, has_fp16_weights=False)
+        self.weight: Any = on_host.to(device)
+
+    def read_rows(self, first: int, last: int) -> Tensor:
+        """Return the rows from `first` to before `last` as they are looked up, [rows, hidden]."""
+        ids = torch.arange(first, last, device=self.weight.device)
+        rows: Tensor = self.forward(ids)
+        return rows
+
+    def write_row(self, index: int, row: Tensor) -> None:
+        """Quantize a row, [hidden], in place of another."""
+        row = row.to(self.weight.device, torch.float32)
+        scale = row.abs().max()
+        self.weight.SCB[index] = scale
+        self.weight.data[index] = (row * (127.0 / scale.clamp(min=1e-12))).round().to(torch.int8)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = self.weight
+        super()._apply(fn, recurse)
+        self.weight.SCB = before.SCB.to(self.weight.device)
+        self.weight.CB = self.weight.data
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
+
 
 Placement = Literal["resident", "offload", "8bit"]
 
@@ -101,7 +142,6 @@ def place_embedding(model: nn.Module, wanted: Placement, device: torch.device) -
     else:
         if problem := bitsandbytes_problem(device.type):
             raise ModelError(f"model.embedding is 8bit, but {problem}. Set model.embedding=resident, or offload.")
-        from tokmask_peft.model.embedding_8bit import Int8Embedding
 
         placed = Int8Embedding(weight, device)
         now = weight.numel() + 4 * weight.shape[0]

@@ -3,11 +3,17 @@
 Field descriptions are the documentation: `tokmask recipes fields` prints them.
 """
 
-from tokmask_peft.recipe.data import DataConfig, SourceConfig, Task
-from tokmask_peft.recipe.masking import TokenMaskConfig
-from tokmask_peft.recipe.model import AdapterConfig, ModelConfig
-from tokmask_peft.recipe.training import Batching, TrainingConfig
-from tokmask_peft.recipe.whole import Recipe
+from tokmask_peft.masking.config import TokenMaskConfig
+from tokmask_peft.recipe.schema import (
+    AdapterConfig,
+    Batching,
+    DataConfig,
+    ModelConfig,
+    Recipe,
+    SourceConfig,
+    Task,
+    TrainingConfig,
+)
 
 __all__ = [
     "AdapterConfig",

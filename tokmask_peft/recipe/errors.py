@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from tokmask_peft.errors import nearest
-from tokmask_peft.recipe import Recipe
+from tokmask_peft.recipe.schema import Recipe
 
 _NOUNS = {str: "text", int: "a whole number", float: "a number", bool: "true or false", NoneType: "null"}
 _BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}

@@ -60,7 +60,7 @@ def answer(classifier: Any, text: str) -> tuple[dict[str, float] | None, Markup]
         Calibrated probabilities in sequence tasks, else none; and HTML with the coloured words, or with what is wrong
         with the text.
     """
-    from tokmask_peft.inference.coloured_words import influence_words, label_legend, label_words
+    from tokmask_peft.inference.display import influence_words, label_legend, label_words
 
     try:
         (found,) = classifier.predict([text])

@@ -1,27 +1,98 @@
-"""The page of a run: everything that `result.json` and `log.jsonl` hold, in one file that loads nothing."""
+"""Make the report of a run: read it, look at its mistakes, write the page. Imports what is heavy when it gets there."""
 
 from __future__ import annotations
 
 import shlex
+from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
 from tokmask_peft import __version__
+from tokmask_peft.artifacts import Record
 from tokmask_peft.console import baseline_verdict, calibration_line
-from tokmask_peft.errors import ModelError
-from tokmask_peft.hub.card_metadata import hub_id
-from tokmask_peft.hub.card_sections import limit_lines, training_lines
-from tokmask_peft.hub.card_snippets import AUTO, loading_snippet
-from tokmask_peft.inference.coloured_words import influence_words, strongest_words
-from tokmask_peft.report.data_section import data_section
-from tokmask_peft.report.pictures import Picture, mixing_picture, reliability_picture, training_curves
-from tokmask_peft.report.record import Record
+from tokmask_peft.errors import ModelError, RunError, TokmaskError
+from tokmask_peft.hub.card import AUTO, hub_id, limit_lines, loading_snippet, training_lines
+from tokmask_peft.inference.display import influence_words, strongest_words
+from tokmask_peft.report.pictures import (
+    Picture,
+    mixing_picture,
+    reliability_picture,
+    require_matplotlib,
+    training_curves,
+)
 
 if TYPE_CHECKING:
     from tokmask_peft.report.examples import Mistakes
+
+_FINDINGS = {
+    "duplicates": ("repeated in train", "duplicates"),
+    "conflicting": ("in train with different labels", "conflicting"),
+    "train_in_validation": ("in train and in validation", "validation_shared"),
+    "train_in_test": ("in train and in test", "test_shared"),
+    "validation_in_test": ("in validation and in test", "validation_in_test"),
+}
+
+
+def data_section(data: Mapping[str, Any], max_length: int) -> dict[str, Any]:
+    """Return sizes, cuts, merged labels, duplicates and leaks for the page.
+
+    Args:
+        data: the part `data` of `result.json`.
+        max_length: sub-tokens at which texts were cut.
+    """
+    cuts = data.get("truncation", {})
+    found = data["hygiene"]
+    examples = found.get("examples", {})
+    return {
+        "max_length": max_length,
+        "splits": [
+            {
+                "name": name,
+                "source": file_name(split["source"]),
+                "texts": split["texts"],
+                "words": split["words"],
+                "labels": split.get("labels", {}),
+                "texts_cut": cuts.get(name, {}).get("texts_cut", 0),
+                "words_cut": cuts.get(name, {}).get("words_cut", 0),
+            }
+            for name, split in data["splits"].items()
+        ],
+        "merged": _merged(data.get("label_map", {})),
+        "hygiene": [
+            {"what": what, "texts": found.get(count, 0), "examples": examples.get(kind, [])}
+            for kind, (what, count) in _FINDINGS.items()
+        ],
+        "removed": _removed(found),
+        "warnings": data.get("warnings", []),
+    }
+
+
+def file_name(source: str) -> str:
+    """Return the source of a split without the folders of the machine it lay on."""
+    for kind in (PurePosixPath, PureWindowsPath):
+        if (path := kind(source)).is_absolute():
+            return path.name
+    return source
+
+
+def _merged(label_map: Mapping[str, Mapping[str, int]]) -> str:
+    totals: Counter[str] = Counter()
+    for effects in label_map.values():
+        totals.update(effects)
+    changed = {pair: count for pair, count in totals.items() if len(set(pair.split(" -> "))) > 1}
+    return ", ".join(f"{pair.replace(' -> ', ' → ')} ({count:,})" for pair, count in changed.items())
+
+
+def _removed(found: Mapping[str, Any]) -> str:
+    if found.get("mode") != "remove":
+        return "Nothing was removed: the scores include what is shared."
+    gone = {"train": found.get("removed_from_train", 0), "validation": found.get("removed_from_validation", 0)}
+    listed = " and ".join(f"{count:,} from {name}" for name, count in gone.items() if count)
+    return f"Removed: {listed}." if listed else "Nothing had to be removed."
+
 
 _TASKS = {"sequence": "one label per text", "token": "one label per word"}
 _THINGS = {"sequence": "texts", "token": "words"}
@@ -222,7 +293,7 @@ def _spaced_words(record: Record) -> bool:
     adapter = record.run.adapter
     if record.recipe.data.task != "token" or not (adapter / "tokenizer.json").is_file():
         return False
-    from tokmask_peft.data.encode import words_need_a_space
+    from tokmask_peft.data.encoding import words_need_a_space
     from tokmask_peft.model.backbone import load_tokenizer
 
     try:
@@ -234,3 +305,60 @@ def _spaced_words(record: Record) -> bool:
 def _commands(record: Record) -> str:
     run = shlex.quote(str(record.run.root))
     return f'tokmask predict {run} "a text of yours"\ntokmask demo {run}'
+
+
+MARK = "<!-- tokmask report -->"
+"""Stands at the head of every page, so that one is replaced and no other file is."""
+
+
+def prepare(run: str | Path, out: str | Path | None = None) -> tuple[Record, Path]:
+    """Read a run and choose the file of its page, before anything heavy is loaded.
+
+    Args:
+        run: the run folder.
+        out: the file to write; none means `report.html` in the run folder.
+
+    Raises:
+        RunError: the folder is no finished run, or the file cannot be written or is no report.
+        ExtraError: matplotlib is not installed.
+    """
+    record = Record.open(run)
+    path = Path(out) if out is not None else record.run.root / "report.html"
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise RunError(f"{path} cannot be written: " + ("it is a folder" if path.is_dir() else "its folder is missing"))
+    if path.is_file() and MARK not in path.read_text(encoding="utf-8", errors="replace")[:200]:
+        raise RunError(f"{path} exists and is no report of this tool; give another file with --out")
+    require_matplotlib()
+    return record, path
+
+
+def report_run(
+    run: str | Path, out: str | Path | None = None, *, examples: bool = True, backbone: str | None = None
+) -> tuple[Path, str]:
+    """Write the report of a run: one HTML file that loads nothing.
+
+    Args:
+        run: the run folder.
+        out: the file to write; none writes `report.html` in the run folder.
+        examples: predict the scored split again to show the most confident mistakes; needs the data and the backbone.
+        backbone: where to load the backbone from for that, in place of what the recipe says.
+
+    Returns:
+        The file, and why it shows no mistakes though they were asked for; empty where it does.
+
+    Raises:
+        RunError, ExtraError: as `prepare`.
+    """
+    record, path = prepare(run, out)
+
+    mistakes, why_not = None, ""
+    if examples:
+        from tokmask_peft.report.examples import find_mistakes
+
+        try:
+            mistakes = find_mistakes(record, backbone)
+        except TokmaskError as error:
+            why_not = str(error)
+    page = render(record, mistakes, why_not or "the report was made with --no-examples")
+    path.write_text(page, encoding="utf-8")
+    return path, why_not

@@ -9,14 +9,141 @@ to RUNNING, which only one process can make.
 from __future__ import annotations
 
 import contextlib
+import functools
+import logging
+import os
+import random
+import socket
+import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
-from tokmask_peft.errors import SweepError
-from tokmask_peft.study import worker
+import psutil
+
+from tokmask_peft.errors import SweepError, first_line
 from tokmask_peft.study.plan import Cell, Plan
-from tokmask_peft.study.storage import open_storage
+
+HEARTBEAT = 15
+"""Seconds between signs of life of a running trial."""
+GRACE = 120
+"""Seconds without one, after which another machine takes the trial over."""
+_ATTEMPTS = 20
+_PATIENCE = 60.0  # seconds that SQLite waits for another process's transaction
+
+
+def open_storage(url: str) -> Any:
+    """Open the storage, making its tables if there are none.
+
+    Raises:
+        SweepError: Optuna is not installed, or the storage cannot be opened.
+    """
+    try:
+        import optuna
+        import sqlalchemy.exc
+    except ImportError as error:
+        raise SweepError(
+            f"a sweep needs Optuna ({error.name} is missing): pip install 'tokmask-peft[sweep]'"
+        ) from error
+    logging.getLogger("optuna").setLevel(logging.ERROR)
+    logging.getLogger("alembic").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    sqlite = url.startswith("sqlite")
+    settings: dict[str, Any] = {"connect_args": {"timeout": _PATIENCE}} if sqlite else {"pool_pre_ping": True}
+    for attempt in range(_ATTEMPTS):
+        try:
+            storage = optuna.storages.RDBStorage(
+                url, engine_kwargs=settings, heartbeat_interval=HEARTBEAT, grace_period=GRACE
+            )
+        except ImportError as error:
+            raise SweepError(f"--storage needs a database driver that is not installed: {error.__cause__}") from error
+        except sqlalchemy.exc.ArgumentError as error:
+            raise SweepError(
+                "--storage is not a database URL; expected, for example, postgresql://USER@HOST/DATABASE or "
+                "sqlite:///FILE"
+            ) from error
+        except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError, RuntimeError) as error:
+            # another process that starts at the same moment may be making the tables
+            if attempt == _ATTEMPTS - 1 or not _may_pass(error):
+                reason = first_line(getattr(error, "orig", None) or error)
+                raise SweepError(f"--storage cannot be opened: {reason}") from error
+            time.sleep(random.uniform(0.05, 0.3))  # noqa: S311 (no secret)
+            continue
+        if sqlite:
+            _lock_whole_transactions(storage.engine)
+        return storage
+    raise AssertionError("unreachable")
+
+
+@contextlib.contextmanager
+def errors_of_storage() -> Iterator[None]:
+    """Turn a storage that fails in the middle of a sweep into an error of ours."""
+    import optuna
+    import sqlalchemy.exc
+
+    try:
+        yield
+    except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+        raise SweepError(
+            f"the storage of the sweep failed ({first_line(error.__cause__ or error)}); "
+            "nothing is lost: the same command goes on"
+        ) from error
+
+
+def _may_pass(error: Exception) -> bool:
+    text = f"{error} {error.__cause__}".lower()
+    return any(word in text for word in ("exist", "unique", "duplicate", "locked", "no such table"))
+
+
+def _lock_whole_transactions(engine: Any) -> None:
+    """Take SQLite's write lock when a transaction begins, not when it first writes.
+
+    Optuna reads a trial's state and then sets it, with SELECT … FOR UPDATE in between. SQLite has no such clause: two
+    processes can both read WAITING and both go on to run the trial. (SQLAlchemy's documentation on pysqlite and
+    serializable isolation gives this remedy. Can go when Optuna locks on SQLite.)
+    """
+    from sqlalchemy import event
+
+    @event.listens_for(engine, "connect")
+    def leave_transactions_to_us(connection: Any, _: Any) -> None:
+        connection.isolation_level = None
+
+    @event.listens_for(engine, "begin")
+    def lock(connection: Any) -> None:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+    engine.dispose()  # connections made before know nothing of it
+
+
+@functools.cache
+def identity() -> dict[str, Any]:
+    """Return what tells this process from every other: machine, boot and container, process id and its start."""
+    return {"host": _host(), "pid": os.getpid(), "started": psutil.Process().create_time()}
+
+
+def _host() -> str:
+    """Name the machine, its boot, and the container: process ids of another one mean nothing here."""
+    parts = [socket.gethostname()]
+    boot, container = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
+    with contextlib.suppress(OSError):  # no Linux: processes of an earlier boot are told apart by their start
+        parts += [boot.read_text(encoding="ascii").strip(), str(container.readlink())]
+    return "|".join(parts)
+
+
+def is_gone(who: dict[str, Any] | None) -> bool:
+    """Return whether a worker of this machine is dead; false where nobody can tell from here."""
+    if not who or who["host"] != identity()["host"]:
+        return False
+    try:
+        process = psutil.Process(who["pid"])
+        return abs(process.create_time() - who["started"]) > 1.0 or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+    except psutil.AccessDenied:
+        return False
+
 
 State = Literal["missing", "waiting", "running", "done", "pruned", "failed"]
 FINAL: tuple[State, ...] = ("done", "pruned", "failed")
@@ -110,7 +237,7 @@ class Ledger:
 
         for trials in self._trials().values():
             for trial in trials:
-                if trial.state == self._states.RUNNING and worker.is_gone(trial.user_attrs.get("worker")):
+                if trial.state == self._states.RUNNING and is_gone(trial.user_attrs.get("worker")):
                     self._close(trial._trial_id, self._states.FAIL, kind="lost", reason="its worker was killed")
         optuna.storages.fail_stale_trials(self._study)  # of other machines; they carry no outcome, which means lost
         found = self.look()
@@ -133,7 +260,7 @@ class Ledger:
             try:
                 if not self.storage.set_trial_state_values(trial._trial_id, self._states.RUNNING):
                     continue
-                self.storage.set_trial_user_attr(trial._trial_id, "worker", worker.identity())
+                self.storage.set_trial_user_attr(trial._trial_id, "worker", identity())
             except optuna.exceptions.UpdateFinishedTrialError:
                 continue
             if self._gives_way(trial.number, trial.user_attrs):

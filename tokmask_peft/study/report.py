@@ -2,27 +2,217 @@
 
 from __future__ import annotations
 
+import itertools
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tokmask_peft.artifacts import write_json
 from tokmask_peft.errors import SweepError
-from tokmask_peft.study.analysis import analyse
-from tokmask_peft.study.plot import plot_f1
-from tokmask_peft.study.results import read_sweep
+from tokmask_peft.study.results import analyse, read_sweep
 from tokmask_peft.study.statistics import seeds_to_reach, smallest_p
-from tokmask_peft.study.tables import (
-    difference_table,
-    interval,
-    latex,
-    markdown,
-    mean_sd,
-    needed_table,
-    plain,
-    score_table,
-    signed,
-)
-from tokmask_peft.training.run_folder import write_json
+
+LATEX = {
+    "\\": r"\textbackslash{}",
+    "±": r"$\pm$",
+    "−": "$-$",
+    "×": r"$\times$",
+    "_": r"\_",
+    "%": r"\%",
+    "&": r"\&",
+    "#": r"\#",
+}
+
+Table = tuple[Sequence[str], Sequence[Sequence[str]]]
+
+
+def signed(value: float) -> str:
+    """Write a difference with its sign."""
+    return f"{value:+.4f}".replace("-", "−")
+
+
+def interval(bounds: Sequence[float] | None) -> str:
+    """Write an interval of differences."""
+    return "" if bounds is None else f"[{signed(bounds[0])}, {signed(bounds[1])}]"
+
+
+def mean_sd(found: dict[str, Any]) -> str:
+    """Write mean ± standard deviation."""
+    return f"{found['mean']:.4f}" + ("" if found["sd"] is None else f" ± {found['sd']:.4f}")
+
+
+def level(found: dict[str, Any]) -> str:
+    """Write the 95% interval of a mean."""
+    return "" if found["interval"] is None else f"[{found['interval'][0]:.4f}, {found['interval'][1]:.4f}]"
+
+
+def score_table(analysis: dict[str, Any]) -> Table:
+    """Return mean, deviation and interval of each arm."""
+    head = ("arm", "seeds", "macro-F1", "95% interval", "weighted F1", "95% interval", "validation macro-F1", "cost")
+    body = []
+    for row in analysis["rows"]:
+        cost = "1" if row["is_reference"] else ("" if row.get("cost") is None else f"{row['cost']:.2f}")
+        macro, weighted = row["f1_macro"], row["f1_weighted"]
+        cells = [row["label"], str(len(row["seeds"])), mean_sd(macro), level(macro), mean_sd(weighted), level(weighted)]
+        body.append([*cells, mean_sd(row["validation_f1_macro"]), cost])
+    return head, body
+
+
+def difference_table(analysis: dict[str, Any], metric: str) -> Table:
+    """Return the paired differences from the arm without masking."""
+    head = ("arm", "seeds", "difference", "95% t", "95% bootstrap", "p", "p (Holm)", "g_z")
+    body = []
+    for row in analysis["rows"]:
+        found = row.get("difference", {}).get(metric)
+        if not found:
+            continue
+        effect = found["effect_size"]
+        body.append(
+            [
+                row["label"],
+                str(found["n"]),
+                signed(found["mean"]) + ("" if found["sd"] is None else f" ± {found['sd']:.4f}"),
+                interval(found["interval"]),
+                interval(found["bootstrap"]),
+                f"{found['p_value']:.3g}",
+                f"{found['p_holm']:.3g}",
+                "" if effect is None else f"{effect:+.2f}".replace("-", "−"),
+            ]
+        )
+    return head, body
+
+
+def needed_table(analysis: dict[str, Any]) -> Table:
+    """Return how many seeds would show each of the paper's gains."""
+    gains = analysis["paper"]["gains"]
+    head = ("arm", "sd of the differences", *(f"{name} ({signed(gain)})" for name, gain in gains.items()))
+    body = []
+    for row in analysis["paper"]["rows"]:
+        counts = [_count(row["needed"][name]) for name in gains]
+        body.append([row["label"], f"{row['sd']:.4f}", *counts])
+    return head, body
+
+
+def _count(found: dict[str, Any]) -> str:
+    low, high = ("over a million" if bound is None else f"{bound:,}" for bound in found["interval"])
+    middle = "over a million" if found["seeds"] is None else f"{found['seeds']:,}"
+    return f"{middle} ({low} to {high})"
+
+
+def markdown(table: Table) -> str:
+    """Write a table in Markdown."""
+    head, body = table
+    rows = [head, ["---"] * len(head), *body]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
+
+
+def plain(table: Table) -> str:
+    """Write a table for a terminal."""
+    head, body = table
+    widths = [max(len(row[i]) for row in (head, *body)) for i in range(len(head))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (head, *body)]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def latex(table: Table, caption: str) -> str:
+    """Write a table in LaTeX, for the package booktabs."""
+    head, body = table
+    columns = "l" + "r" * (len(head) - 1)
+    rows = [" & ".join(_tex(cell) for cell in row) + r" \\" for row in body]
+    lines = [
+        r"\begin{table}",
+        r"\centering",
+        rf"\begin{{tabular}}{{{columns}}}",
+        r"\toprule",
+        " & ".join(_tex(cell) for cell in head) + r" \\",
+        r"\midrule",
+        *rows,
+        r"\bottomrule",
+        r"\end{tabular}",
+        rf"\caption{{{_tex(caption)}}}",
+        r"\end{table}",
+    ]
+    return "\n".join(lines)
+
+
+def _tex(text: str) -> str:
+    return re.sub("[" + re.escape("".join(LATEX)) + "]", lambda found: LATEX[found[0]], text)
+
+
+NAMES = {"f1_macro": "macro-F1", "f1_weighted": "weighted F1"}
+_ROOM = 0.35  # of the range of the scores, above and below
+
+
+def plot_f1(analysis: dict[str, Any], folder: Path) -> list[Path]:
+    """Draw F1 against p, a line per setting and set of regularizers; return the PNG and the SVG.
+
+    Points are seeds, the line goes through their means, bars are 95% intervals of the mean (Student's t). With few
+    seeds these can reach far beyond the seeds: the axis follows the seeds, and an arrow marks a bar that is cut.
+
+    Raises:
+        SweepError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib as mpl
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise SweepError("the plot needs matplotlib: pip install 'tokmask-peft[sweep]'") from error
+    lines = _lines(analysis)
+    figure = Figure(figsize=(9.5, 4.2), layout="constrained")
+    colours = mpl.color_sequences["tab10"]
+    for axes, metric in zip(figure.subplots(1, 2), NAMES, strict=True):
+        values = [score for row in analysis["rows"] for score in row[metric]["by_seed"]]
+        floor = (analysis["baseline"] or {}).get(metric)
+        shown = values if floor is None else [*values, floor]
+        room = max(_ROOM * (max(values) - min(values)), 0.002)
+        bottom, top = min(shown) - room, min(max(shown) + room, 1.0)
+        rates = sorted({row["p"] for row in analysis["rows"]})
+        step = min((b - a for a, b in itertools.pairwise(rates)), default=0.1)
+        for number, (name, rows) in enumerate(lines.items()):
+            colour = colours[number % len(colours)]
+            shift = (number - (len(lines) - 1) / 2) * min(0.12, 0.5 / len(lines)) * step
+            x = [row["p"] + shift for row in rows]
+            axes.plot(x, [row[metric]["mean"] for row in rows], "o-", color=colour, markersize=5, label=name)
+            for place, row in zip(x, rows, strict=True):
+                scores = row[metric]["by_seed"]
+                axes.plot([place] * len(scores), scores, "_", color=colour, alpha=0.55, markersize=9)
+                if row[metric]["interval"] is None:
+                    continue
+                low, high = row[metric]["interval"]
+                axes.plot([place, place], [max(low, bottom), min(high, top)], color=colour, linewidth=1.3, alpha=0.9)
+                for bound, edge, marker in ((low, bottom, "v"), (high, top, "^")):
+                    if (bound < edge) if marker == "v" else (bound > edge):
+                        axes.plot([place], [edge], marker, color=colour, markersize=5, clip_on=False)
+        if floor is not None:
+            axes.axhline(floor, color="0.4", linestyle="--", linewidth=1, label="character n-grams")
+        axes.set_ylim(bottom, top)
+        axes.set_xticks(rates)
+        axes.set_xlabel("masking rate p")
+        axes.set_ylabel(f"{analysis['scored_on']} {NAMES[metric]}")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", alpha=0.25)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    if len(labels) > 1:
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4), frameon=False)
+    seeds = len(analysis["seeds"])
+    figure.suptitle(f"{analysis['sweep']}: mean and 95% interval over {seeds} seed{'s' if seeds > 1 else ''}")
+    paths = [folder / "f1_against_p.png", folder / "f1_against_p.svg"]
+    with mpl.rc_context({"svg.hashsalt": "tokmask"}):  # the same figures make the same file
+        figure.savefig(paths[0], dpi=150)
+        figure.savefig(paths[1], metadata={"Date": None})
+    return paths
+
+
+def _lines(analysis: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Group the rows into lines over p."""
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for row in analysis["rows"]:
+        parts = [row["regularizers"]] if row["regularizers"] not in ("recipe", "none") else ["masking alone"]
+        parts += [f"{key.rpartition('.')[2]} = {value}" for key, value in row["setting"].items()]
+        lines.setdefault("; ".join(parts), []).append(row)
+    return {name: sorted(rows, key=lambda row: row["p"]) for name, rows in lines.items()}
 
 
 @dataclass(frozen=True, slots=True)

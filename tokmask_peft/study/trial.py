@@ -35,12 +35,12 @@ def _exit_at_end() -> None:
 def main() -> int:
     """Train what standard input says; return the exit code."""
     task = read_task()
+    from tokmask_peft.console import quiet_libraries
     from tokmask_peft.errors import RunInterruptedError, TokmaskError
-    from tokmask_peft.quiet import quiet_libraries
-    from tokmask_peft.recipe import Recipe
+    from tokmask_peft.recipe.schema import Recipe
 
     quiet_libraries()
-    from tokmask_peft import run
+    from tokmask_peft.training import train as run
 
     try:
         run.train(Recipe.model_validate(task["recipe"]), resume=task["resume"])

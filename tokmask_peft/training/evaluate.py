@@ -10,21 +10,19 @@ from typing import Any
 import torch
 from transformers import set_seed
 
-from tokmask_peft.data import Example, load_corpus
-from tokmask_peft.data.labels import apply_label_map, check_known
-from tokmask_peft.data.read import read_split
+from tokmask_peft.artifacts import Loading, held, open_finished
+from tokmask_peft.data.corpus import apply_label_map, check_known, load_corpus
+from tokmask_peft.data.readers import read_split
 from tokmask_peft.errors import DataError
 from tokmask_peft.model.adapter import load_adapter
 from tokmask_peft.model.backbone import load_backbone
-from tokmask_peft.model.loading import Loading, held
-from tokmask_peft.model.memory.remedies import changed
-from tokmask_peft.recipe import Recipe
+from tokmask_peft.model.memory.suggestions import changed
+from tokmask_peft.recipe.schema import Recipe
+from tokmask_peft.tasks import Example
 from tokmask_peft.training.environment import processes
+from tokmask_peft.training.memory import evaluation_memory_errors
 from tokmask_peft.training.metrics import scores, scores_by_mixing
-from tokmask_peft.training.out_of_memory import evaluation_memory_errors
-from tokmask_peft.training.run_folder import open_finished
-from tokmask_peft.training.splits import Split
-from tokmask_peft.training.trainer import OrderedEvalTrainer, argmax_logits, collator, training_arguments
+from tokmask_peft.training.trainer import OrderedEvalTrainer, Split, argmax_logits, collator, training_arguments
 
 
 def evaluate(

@@ -9,9 +9,9 @@ from confounds_texts import Texts, encode_texts, without_hashtags
 from confounds_training import has_stopped, train, warm_up_schedule
 from tiny_models import build, encode, seen_ids
 
-from tokmask_peft.data import Example
-from tokmask_peft.masking import TokenMasker
-from tokmask_peft.recipe import TokenMaskConfig
+from tokmask_peft.masking.config import TokenMaskConfig
+from tokmask_peft.masking.masker import TokenMasker
+from tokmask_peft.tasks import Example
 
 SMALL = replace(SETTINGS["causal"], epochs=3, batch_size=4)
 POSTS = [

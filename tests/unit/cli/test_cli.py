@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from tokmask_peft import __version__
 from tokmask_peft.cli import app
-from tokmask_peft.recipe.io import SHIPPED, field_help, load_recipe, shipped_recipes
+from tokmask_peft.recipe.loading import SHIPPED, field_help, load_recipe, shipped_recipes
 
 
 def run(*arguments):

@@ -6,7 +6,6 @@ from random import Random
 
 import pytest
 
-from tokmask_peft.data import load_corpus
 from tokmask_peft.data.builtin import builtin_examples
 from tokmask_peft.data.builtin import nouns as noun_lists
 from tokmask_peft.data.builtin import templates as patterns
@@ -14,9 +13,10 @@ from tokmask_peft.data.builtin import words as word_lists
 from tokmask_peft.data.builtin.grammar import Writer
 from tokmask_peft.data.builtin.noise import roughen
 from tokmask_peft.data.builtin.posts import NAMES, SIZES
-from tokmask_peft.data.hygiene import normalise
+from tokmask_peft.data.cleaning import normalise
+from tokmask_peft.data.corpus import load_corpus
 from tokmask_peft.errors import DataError
-from tokmask_peft.recipe import DataConfig
+from tokmask_peft.recipe.schema import DataConfig
 
 SPLITS = ("train", "validation", "test")
 POOLS = ("SAME", "TURNED", "FLIPPED", "NEUTRAL_WITH_CUES", "PLAIN", "GLAD", "UPSET", "MISHAP")

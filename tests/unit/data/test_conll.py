@@ -6,9 +6,9 @@ from hypothesis import strategies as st
 
 from tokmask_peft.data.conll import ConllReader
 from tokmask_peft.data.files import read_lines
-from tokmask_peft.data.read import iter_rows, read_split
+from tokmask_peft.data.readers import iter_rows, read_split
 from tokmask_peft.errors import DataError
-from tokmask_peft.recipe import SourceConfig
+from tokmask_peft.recipe.schema import SourceConfig
 
 
 def read(text, task="token", **options):

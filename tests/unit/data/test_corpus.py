@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from tokmask_peft.data import load_corpus
+from tokmask_peft.data.corpus import load_corpus
 from tokmask_peft.errors import DataError
-from tokmask_peft.recipe import DataConfig, SourceConfig
+from tokmask_peft.recipe.schema import DataConfig, SourceConfig
 
 
 @pytest.fixture

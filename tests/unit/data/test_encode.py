@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from tokmask_peft.data import Example, encode
-from tokmask_peft.data.encode import IGNORED
+from tokmask_peft.data.encoding import IGNORED, encode
 from tokmask_peft.errors import DataError
+from tokmask_peft.tasks import Example
 
 WORDPIECES = [
     "[PAD]",

@@ -1,7 +1,7 @@
 """Duplicates, conflicting labels and leaked evaluation texts."""
 
-from tokmask_peft.data.example import Example
-from tokmask_peft.data.hygiene import clean, normalise
+from tokmask_peft.data.cleaning import clean, normalise
+from tokmask_peft.tasks import Example
 
 
 def texts(*pairs):

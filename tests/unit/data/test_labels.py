@@ -2,9 +2,9 @@
 
 import pytest
 
-from tokmask_peft.data.example import Example
-from tokmask_peft.data.labels import apply_label_map, check_known, collect_labels, count_labels, unmatched_keys
+from tokmask_peft.data.corpus import apply_label_map, check_known, collect_labels, count_labels, unmatched_keys
 from tokmask_peft.errors import DataError
+from tokmask_peft.tasks import Example
 
 
 def tagged(*labels):

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokmask_peft.data.read import iter_rows, read_split
+from tokmask_peft.data.readers import iter_rows, read_split
 from tokmask_peft.errors import DataError
-from tokmask_peft.recipe import SourceConfig
+from tokmask_peft.recipe.schema import SourceConfig
 
 
 def read(path, task="sequence", labelled=True, **options):

@@ -6,9 +6,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tokmask_peft.data.example import Example, Unreadable
-from tokmask_peft.data.texts import TextFile, line_number
+from tokmask_peft.data.readers import TextFile, line_number
 from tokmask_peft.errors import DataError
+from tokmask_peft.tasks import Example, Unreadable
 
 
 def read(path, task="sequence", **options):

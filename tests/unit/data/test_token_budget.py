@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokmask_peft.data.token_budget import TokenBudgetSampler
+from tokmask_peft.data.batches import TokenBudgetSampler
 
 LENGTHS = np.random.default_rng(0).lognormal(2.7, 0.6, 300).clip(3, 64).astype(int).tolist()
 

@@ -6,10 +6,8 @@ import pytest
 import run_files
 from huggingface_hub import ModelCard
 
-from tokmask_peft.hub.card import model_card, write_card
-from tokmask_peft.hub.card_scores import PICTURE, draw_confusion
-from tokmask_peft.hub.card_snippets import loading_snippet
-from tokmask_peft.recipe import Recipe
+from tokmask_peft.hub.card import PICTURE, draw_confusion, loading_snippet, model_card, write_card
+from tokmask_peft.recipe.schema import Recipe
 
 LABELS = ["año 'x'", 'say "y"', "{z}"]
 

@@ -6,8 +6,7 @@ import pytest
 
 from tokmask_peft.errors import HubError, RunError
 from tokmask_peft.hub import push as pushing
-from tokmask_peft.hub.push import push
-from tokmask_peft.hub.push_files import files_to_push
+from tokmask_peft.hub.push import files_to_push, push
 
 TOKEN = "hf_0123456789abcdef"
 CARD = '---\nlibrary_name: peft\n---\nadapter = "PATH_OR_HUB_ID"\n'

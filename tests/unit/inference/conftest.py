@@ -4,12 +4,11 @@ import pytest
 import torch
 from tiny_models import build
 
+from tokmask_peft.artifacts import LOADING_FILE, Loading, write_json
 from tokmask_peft.inference.classifier import Classifier
 from tokmask_peft.model.adapter import add_adapter, save_adapter
 from tokmask_peft.model.backbone import load_backbone
-from tokmask_peft.model.loading import LOADING_FILE, Loading
-from tokmask_peft.recipe import AdapterConfig, ModelConfig
-from tokmask_peft.training.run_folder import write_json
+from tokmask_peft.recipe.schema import AdapterConfig, ModelConfig
 
 LABELS = {"sequence": ("bad [x]", "good", "so-so"), "token": ("lang1", "lang2", "otro")}
 

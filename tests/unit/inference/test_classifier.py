@@ -12,7 +12,7 @@ from tiny_models import TEXTS, build, families, token_families
 
 from tokmask_peft.errors import DataError, ModelError
 from tokmask_peft.inference.classifier import Classifier, Prediction, WordPredictions
-from tokmask_peft.model.padding_free import enable_padding_free
+from tokmask_peft.model.packed import enable_padding_free
 
 LONG = " ".join(TEXTS * 4)
 

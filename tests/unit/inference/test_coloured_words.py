@@ -1,12 +1,6 @@
 """Coloured words: escaped, relative to the strongest, and readable without the colours."""
 
-from tokmask_peft.inference.coloured_words import (
-    influence_words,
-    label_legend,
-    label_words,
-    strengths,
-    strongest_words,
-)
+from tokmask_peft.inference.display import influence_words, label_legend, label_words, strengths, strongest_words
 
 
 def test_influences_are_relative_to_the_strongest():

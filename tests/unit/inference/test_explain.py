@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from tiny_models import TEXTS, tiny_tokenizer, token_families
 
 from tokmask_peft import TokenMaskConfig, TokenMasker
+from tokmask_peft.data.encoding import words_of
 from tokmask_peft.errors import DataError
 from tokmask_peft.inference.explain import log_odds
-from tokmask_peft.inference.windows import words_of
 from tokmask_peft.masking.embedding import embedding_weight, find_embedding
-from tokmask_peft.masking.mask_token import used_rows
+from tokmask_peft.masking.replacement import used_rows
 
 LONG = " ".join(TEXTS * 2)
 

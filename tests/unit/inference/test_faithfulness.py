@@ -5,11 +5,10 @@ import pytest
 from scipy.stats import norm
 from tiny_models import TEXTS
 
-from tokmask_peft.inference import faithfulness
-from tokmask_peft.inference.faithfulness import interval, report_lines
-from tokmask_peft.inference.masking_curves import SHARES, masking_curves
-from tokmask_peft.inference.occluded import Occluded, Question
-from tokmask_peft.training.calibration import probabilities
+from tokmask_peft.inference.explain import Occluded, Question
+from tokmask_peft.study.diagnostics import faithfulness
+from tokmask_peft.study.diagnostics.faithfulness import SHARES, interval, masking_curves, report_lines
+from tokmask_peft.training.metrics import probabilities
 
 
 @pytest.mark.parametrize(("family", "task"), [("bert", "sequence"), ("qwen2", "sequence"), ("bert", "token")])

@@ -10,14 +10,13 @@ from peft import AutoPeftModelForSequenceClassification
 from tiny_models import TEXTS, build
 
 import tokmask_peft
+from tokmask_peft.artifacts import Loading, find_saved
 from tokmask_peft.errors import ModelError
 from tokmask_peft.inference.load import _choose_batching, load
-from tokmask_peft.inference.saved import find_saved
 from tokmask_peft.masking.embedding import find_embedding
 from tokmask_peft.model.decisions import bitsandbytes_problem
-from tokmask_peft.model.loading import Loading
-from tokmask_peft.model.padding_free import takes_packed_rows
-from tokmask_peft.recipe import ModelConfig
+from tokmask_peft.model.packed import takes_packed_rows
+from tokmask_peft.recipe.schema import ModelConfig
 
 
 @pytest.fixture
@@ -55,7 +54,7 @@ def test_an_adapter_folder_gives_what_stock_peft_gives(saved_adapter, family):
 def test_packed_rows_are_decided_with_the_reason(saved_adapter, monkeypatch):
     decided = next(one for one in load(saved_adapter()).decisions if one.what == "batching")
     assert (decided.choice, decided.reason) == ("padding_free", "a batch is one row, with attention per text")
-    monkeypatch.setattr("tokmask_peft.model.padding_free.padding_free_problem", lambda _: "its attention is eager")
+    monkeypatch.setattr("tokmask_peft.model.packed.padding_free_problem", lambda _: "its attention is eager")
     model = load(saved_adapter())
     decided = next(one for one in model.decisions if one.what == "batching")
     assert (decided.choice, decided.reason) == ("padded", "padding_free does not fit: its attention is eager")
@@ -111,7 +110,7 @@ def test_the_quantization_of_training_is_taken_where_it_runs(saved_adapter, monk
     assert find_saved(folder).model.quantization == "nf4"
     reasons = {decision.what: decision for decision in load(folder).decisions}
     assert reasons["quantization"].choice == "nf4"
-    monkeypatch.setattr("tokmask_peft.model.loading.bitsandbytes_problem", lambda _: "it is not here")
+    monkeypatch.setattr("tokmask_peft.artifacts.bitsandbytes_problem", lambda _: "it is not here")
     reasons = {decision.what: decision for decision in load(folder).decisions}
     assert reasons["quantization"].choice == "none"
     assert "trained on nf4, but it is not here" in reasons["quantization"].reason
@@ -125,7 +124,7 @@ def test_the_embedding_of_training_is_taken_where_it_runs(saved_adapter, monkeyp
     model = load(folder)
     assert type(find_embedding(model.model)).__name__ == "Int8Embedding"
     assert {decision.what: decision.choice for decision in model.decisions}["embedding"] == "8bit"
-    monkeypatch.setattr("tokmask_peft.model.loading.bitsandbytes_problem", lambda _: "it is not here")
+    monkeypatch.setattr("tokmask_peft.artifacts.bitsandbytes_problem", lambda _: "it is not here")
     model = load(folder)
     assert type(find_embedding(model.model)) is torch.nn.Embedding
     reasons = {decision.what: decision for decision in model.decisions}

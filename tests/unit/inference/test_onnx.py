@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from tokmask_peft.errors import ModelError
-from tokmask_peft.inference import onnx
+from tokmask_peft.inference import export as onnx
 from tokmask_peft.inference.export import export_merged
 
 runtime = pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")

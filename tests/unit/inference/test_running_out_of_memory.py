@@ -6,8 +6,8 @@ from tiny_models import TEXTS
 
 from tokmask_peft.errors import ModelError
 from tokmask_peft.inference import export, load
-from tokmask_peft.inference.memory import loading_memory_errors, prediction_memory_errors
-from tokmask_peft.model.padding_free import enable_padding_free
+from tokmask_peft.inference.forward import loading_memory_errors, prediction_memory_errors
+from tokmask_peft.model.packed import enable_padding_free
 
 ALLOCATOR = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 4 GiB in all."
 

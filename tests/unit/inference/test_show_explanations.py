@@ -7,9 +7,8 @@ import re
 import pytest
 from rich.console import Console
 
+from tokmask_peft.inference.display import explanations_page, print_explanations, print_json
 from tokmask_peft.inference.explain import Explanation
-from tokmask_peft.inference.explain_page import explanations_page
-from tokmask_peft.inference.show_explanations import print_explanations, print_json
 
 TEXT = Explanation(
     ("so", "[bold]", "<script>", "&", "bad"),

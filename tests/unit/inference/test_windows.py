@@ -5,9 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import FAMILIES, TEXTS, families, tiny_tokenizer, token_families
 
-from tokmask_peft.data import Example, encode
+from tokmask_peft.data.encoding import Windower, encode
 from tokmask_peft.errors import DataError
-from tokmask_peft.inference.windows import Windower
+from tokmask_peft.tasks import Example
 
 WORDS = [word for text in TEXTS for word in text.split()]
 LABELS = ("a", "b")

@@ -8,7 +8,9 @@ from tiny_models import TEXTS, build
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from tokmask_peft.errors import MaskTokenError
-from tokmask_peft.masking import TokenMaskCallback, TokenMaskConfig, TokenMasker
+from tokmask_peft.masking.callback import TokenMaskCallback
+from tokmask_peft.masking.masker import TokenMasker
+from tokmask_peft.recipe import TokenMaskConfig
 
 WARMUP = TokenMaskConfig(p=0.5, schedule="linear")
 

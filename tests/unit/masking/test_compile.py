@@ -5,7 +5,8 @@ import torch
 from tiny_models import build, encode, families
 from torch._dynamo.testing import CompileCounter
 
-from tokmask_peft.masking import TokenMaskConfig, TokenMasker
+from tokmask_peft.masking.masker import TokenMasker
+from tokmask_peft.recipe import TokenMaskConfig
 
 
 @pytest.fixture(autouse=True)

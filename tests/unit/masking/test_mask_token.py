@@ -5,8 +5,7 @@ import torch
 from tiny_models import build, real_tokenizer, tiny_tokenizer
 
 from tokmask_peft.errors import MaskTokenError
-from tokmask_peft.masking import MaskToken, choose_mask_token
-from tokmask_peft.masking.mask_token import fill_spare_row, used_rows
+from tokmask_peft.masking.replacement import MaskToken, choose_mask_token, fill_spare_row, used_rows
 
 
 @pytest.mark.parametrize(

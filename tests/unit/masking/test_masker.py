@@ -6,7 +6,9 @@ from scipy import stats
 from tiny_models import TEXTS, build, causal_families, encode, families, seen_ids, token_families
 from transformers import AddedToken
 
-from tokmask_peft.masking import MaskToken, TokenMaskConfig, TokenMasker
+from tokmask_peft.masking.masker import TokenMasker
+from tokmask_peft.masking.replacement import MaskToken
+from tokmask_peft.recipe import TokenMaskConfig
 
 
 def special(tokenizer, ids):

@@ -10,7 +10,9 @@ from tiny_models import build, encode, seen_ids, tiny_tokenizer
 from transformers import BartConfig, BartForSequenceClassification, T5Config, T5ForSequenceClassification
 
 from tokmask_peft.errors import MaskTokenError
-from tokmask_peft.masking import MaskToken, TokenMaskConfig, TokenMasker
+from tokmask_peft.masking.masker import TokenMasker
+from tokmask_peft.masking.replacement import MaskToken
+from tokmask_peft.recipe import TokenMaskConfig
 
 
 def hooks(model):

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokmask_peft.masking import TokenMaskConfig
 from tokmask_peft.masking.schedule import rate_at
+from tokmask_peft.recipe import TokenMaskConfig
 
 
 @pytest.mark.parametrize(

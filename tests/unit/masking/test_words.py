@@ -6,7 +6,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from tokmask_peft.errors import MaskTokenError
-from tokmask_peft.masking.words import word_start_table
+from tokmask_peft.masking.pattern import word_start_table
 
 
 def words(tokenizer, text):

@@ -12,9 +12,10 @@ from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
 from transformers.integrations.neftune import activate_neftune, deactivate_neftune
 
 from tokmask_peft.errors import MaskTokenError
-from tokmask_peft.masking import TokenMaskConfig, TokenMasker
 from tokmask_peft.masking.embedding import is_trainable
-from tokmask_peft.masking.mask_token import choose_mask_token, fill_spare_row
+from tokmask_peft.masking.masker import TokenMasker
+from tokmask_peft.masking.replacement import choose_mask_token, fill_spare_row
+from tokmask_peft.recipe import TokenMaskConfig
 
 LABELS = torch.arange(len(TEXTS)) % 3
 

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 from tiny_models import build
 
-from tokmask_peft.recipe import ModelConfig
+from tokmask_peft.recipe.schema import ModelConfig
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,8 @@ from tiny_models import families
 from transformers import GPT2Config, GPT2ForSequenceClassification
 
 from tokmask_peft.errors import ModelError
-from tokmask_peft.masking import TokenMaskConfig, TokenMasker, choose_mask_token
+from tokmask_peft.masking.masker import TokenMasker
+from tokmask_peft.masking.replacement import choose_mask_token
 from tokmask_peft.model.adapter import (
     adapted_layers,
     add_adapter,
@@ -20,7 +21,8 @@ from tokmask_peft.model.adapter import (
 )
 from tokmask_peft.model.backbone import load_backbone
 from tokmask_peft.model.decisions import bitsandbytes_problem
-from tokmask_peft.recipe import AdapterConfig
+from tokmask_peft.recipe import TokenMaskConfig
+from tokmask_peft.recipe.schema import AdapterConfig
 
 CPU = torch.device("cpu")
 LABELS = ("negative", "neutral", "positive")

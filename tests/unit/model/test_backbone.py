@@ -5,11 +5,16 @@ from torch import nn
 
 from tokmask_peft.errors import ModelError
 from tokmask_peft.model.adapter import add_adapter
-from tokmask_peft.model.backbone import backbone_location, load_backbone, load_tokenizer
+from tokmask_peft.model.backbone import (
+    Float32Linear,
+    backbone_location,
+    head_modules,
+    is_quantized,
+    load_backbone,
+    load_tokenizer,
+)
 from tokmask_peft.model.decisions import bitsandbytes_problem
-from tokmask_peft.model.head import Float32Linear, head_modules
-from tokmask_peft.model.quantized import is_quantized
-from tokmask_peft.recipe import AdapterConfig, ModelConfig
+from tokmask_peft.recipe.schema import AdapterConfig, ModelConfig
 
 CPU = torch.device("cpu")
 LABELS = ("negative", "neutral", "positive")

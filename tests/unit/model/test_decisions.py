@@ -6,7 +6,7 @@ import torch
 
 from tokmask_peft.errors import ModelError
 from tokmask_peft.model import decisions
-from tokmask_peft.recipe import ModelConfig
+from tokmask_peft.recipe.schema import ModelConfig
 
 CPU = torch.device("cpu")
 

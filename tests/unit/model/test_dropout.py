@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from tiny_models import build
 from torch import nn
 
-from tokmask_peft.model import packed_attention
+from tokmask_peft.model import packed as packed_attention
 from tokmask_peft.model.dropout import dropout, quick_dropout
 from tokmask_peft.model.memory.estimate import Setting, estimate
 from tokmask_peft.model.memory.step import Shape
-from tokmask_peft.model.packing import Packing
-from tokmask_peft.recipe import Recipe
+from tokmask_peft.model.packed import Packing
+from tokmask_peft.recipe.schema import Recipe
 
 
 @settings(deadline=None)

@@ -6,9 +6,8 @@ from tiny_models import encode
 
 from tokmask_peft.model.adapter import add_adapter
 from tokmask_peft.model.backbone import load_backbone
-from tokmask_peft.model.checkpointing import enable_checkpointing
-from tokmask_peft.model.decisions import bitsandbytes_problem
-from tokmask_peft.recipe import AdapterConfig
+from tokmask_peft.model.decisions import bitsandbytes_problem, enable_checkpointing
+from tokmask_peft.recipe.schema import AdapterConfig
 
 pytestmark = pytest.mark.skipif(bitsandbytes_problem("cpu") is not None, reason="needs bitsandbytes")
 

@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tiny_models import build, encode
 
-from tokmask_peft.model.merging import MOST_ROUNDED, merge_if_harmless
+from tokmask_peft.model.adapter import MOST_ROUNDED, merge_if_harmless
 
 
 def adapted(size, dtype=torch.bfloat16, **options):
@@ -67,7 +67,7 @@ def test_the_share_that_decides_is_that_of_the_worst_matrix(monkeypatch):
         taken = (weight + change).bfloat16().double() - weight - change
         worst = max(worst, float(taken.norm() / change.norm()))
     for limit, choice in ((worst * 1.01, "merged"), (worst * 0.99, "kept apart")):
-        monkeypatch.setattr("tokmask_peft.model.merging.MOST_ROUNDED", limit)
+        monkeypatch.setattr("tokmask_peft.model.adapter.MOST_ROUNDED", limit)
         assert merge_if_harmless(adapted(0.002)[0])[1].choice == choice
     assert 0 < MOST_ROUNDED < 1
 
@@ -75,7 +75,7 @@ def test_the_share_that_decides_is_that_of_the_worst_matrix(monkeypatch):
 def test_some_rows_stand_for_all(monkeypatch):
     shares = []
     for rows in (16, 10_000):
-        monkeypatch.setattr("tokmask_peft.model.merging.SAMPLED", rows)
+        monkeypatch.setattr("tokmask_peft.model.adapter.SAMPLED", rows)
         shares.append(merge_if_harmless(adapted(0.05)[0])[1].reason)
     some, whole = (float(re.search(r"up to ([\d.]+)%", reason)[1]) for reason in shares)
     assert some == pytest.approx(whole, rel=0.2)

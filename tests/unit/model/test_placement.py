@@ -9,14 +9,15 @@ from tiny_models import TEXTS, build, encode
 from torch import nn
 
 from tokmask_peft.errors import ModelError, RecipeError
-from tokmask_peft.masking import TokenMaskConfig, TokenMasker
 from tokmask_peft.masking.embedding import find_embedding, read_rows
+from tokmask_peft.masking.masker import TokenMasker
 from tokmask_peft.model.adapter import add_adapter, save_adapter
 from tokmask_peft.model.backbone import load_backbone
 from tokmask_peft.model.decisions import bitsandbytes_problem
 from tokmask_peft.model.placement import HostEmbedding, place_embedding
-from tokmask_peft.recipe import AdapterConfig
-from tokmask_peft.recipe.io import load_recipe
+from tokmask_peft.recipe import TokenMaskConfig
+from tokmask_peft.recipe.loading import load_recipe
+from tokmask_peft.recipe.schema import AdapterConfig
 
 CPU = torch.device("cpu")
 LABELS = ("negative", "neutral", "positive")

@@ -3,7 +3,7 @@
 import pytest
 
 from tokmask_peft.errors import RecipeError, nearest
-from tokmask_peft.recipe.io import load_recipe
+from tokmask_peft.recipe.loading import load_recipe
 
 
 def problems(*overrides):

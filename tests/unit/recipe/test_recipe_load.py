@@ -4,8 +4,8 @@ import pytest
 import yaml
 
 from tokmask_peft.errors import RecipeError
-from tokmask_peft.recipe import Recipe
-from tokmask_peft.recipe.io import load_recipe, to_yaml
+from tokmask_peft.recipe.loading import load_recipe, to_yaml
+from tokmask_peft.recipe.schema import Recipe
 
 MINIMAL = {"name": "mine", "model": {"backbone": "some/model"}, "data": {"task": "sequence", "path": "texts"}}
 

@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from tokmask_peft.errors import RecipeError
-from tokmask_peft.recipe import DataConfig, SourceConfig, TokenMaskConfig
+from tokmask_peft.masking.config import TokenMaskConfig
+from tokmask_peft.recipe.schema import DataConfig, SourceConfig
 
 SHARES = st.floats(0.0, 1.0)
 RATES = st.floats(0.0, 1.0, exclude_max=True)

@@ -7,7 +7,7 @@ import pytest
 
 from tokmask_peft.errors import RecipeError
 from tokmask_peft.recipe.errors import all_fields
-from tokmask_peft.recipe.io import (
+from tokmask_peft.recipe.loading import (
     SHIPPED,
     copy_recipe,
     differences,

@@ -9,12 +9,11 @@ from run_files import NASTY, log, result, write_run
 from tiny_models import tiny_tokenizer
 from typer.testing import CliRunner
 
+from tokmask_peft.artifacts import Record
 from tokmask_peft.cli import app
 from tokmask_peft.errors import ExtraError, RunError
 from tokmask_peft.report.examples import Mistake, Mistakes
-from tokmask_peft.report.make import prepare, report_run
-from tokmask_peft.report.page import render
-from tokmask_peft.report.record import Record
+from tokmask_peft.report.page import prepare, render, report_run
 
 pytest.importorskip("matplotlib")
 VOID = {"meta", "br", "input", "link", "img", "hr"}

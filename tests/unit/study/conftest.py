@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tokmask_peft.study.plan import make_plan
-from tokmask_peft.study.sweep import write_plan
+from tokmask_peft.study.runner import write_plan
 from tokmask_peft.training.metrics import scores
 
 LABELS = ("a", "b", "c")

@@ -9,10 +9,9 @@ pytest.importorskip("optuna")
 import optuna
 
 from tokmask_peft.errors import SweepError
-from tokmask_peft.study import worker
-from tokmask_peft.study.ledger import Ledger
+from tokmask_peft.study import ledger as worker
+from tokmask_peft.study.ledger import Ledger, open_storage
 from tokmask_peft.study.plan import make_plan
-from tokmask_peft.study.storage import open_storage
 
 
 @pytest.fixture

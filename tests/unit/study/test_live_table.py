@@ -3,7 +3,7 @@ import io
 from rich.console import Console
 
 from tokmask_peft.study.ledger import CellState
-from tokmask_peft.study.live import SweepDisplay, duration, remaining_seconds, summary_line
+from tokmask_peft.study.runner import SweepDisplay, duration, remaining_seconds, summary_line
 
 CELLS = {
     "a": CellState("done", 0.5, 60.0),

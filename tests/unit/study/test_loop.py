@@ -8,8 +8,8 @@ import pytest
 pytest.importorskip("optuna")
 
 from tokmask_peft.study.ledger import Ledger
-from tokmask_peft.study.loop import Loop, Options
 from tokmask_peft.study.plan import make_plan
+from tokmask_peft.study.runner import Loop, Options
 
 
 class Trial:

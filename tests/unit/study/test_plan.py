@@ -1,8 +1,7 @@
 import pytest
 
 from tokmask_peft.errors import RecipeError
-from tokmask_peft.study.axes import Axis, read_axis, read_seeds, split_values
-from tokmask_peft.study.plan import make_plan
+from tokmask_peft.study.plan import Axis, make_plan, read_axis, read_seeds, split_values
 
 
 def problems_of(*overrides, **axes):

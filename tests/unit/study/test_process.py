@@ -6,12 +6,12 @@ import sys
 
 import pytest
 
+from tokmask_peft.artifacts import check_run
 from tokmask_peft.errors import SweepError
-from tokmask_peft.recipe.io import to_yaml
+from tokmask_peft.recipe.loading import to_yaml
 from tokmask_peft.study.ledger import Claim
 from tokmask_peft.study.plan import make_plan
-from tokmask_peft.study.process import TrialProcess, drop_checkpoints, finished_result, interrupted, reject_result
-from tokmask_peft.training.run_folder import check_run
+from tokmask_peft.study.runner import TrialProcess, drop_checkpoints, finished_result, interrupted, reject_result
 
 
 @pytest.fixture

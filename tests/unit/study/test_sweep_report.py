@@ -6,9 +6,8 @@ import pytest
 from scipy import stats
 
 from tokmask_peft.errors import SweepError
-from tokmask_peft.study.report import sweep_report
+from tokmask_peft.study.report import latex, markdown, sweep_report
 from tokmask_peft.study.results import read_sweep
-from tokmask_peft.study.tables import latex, markdown
 
 pytest.importorskip("matplotlib")
 

@@ -7,9 +7,9 @@ import pytest
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
-from tokmask_peft.data import Example
-from tokmask_peft.training.baseline import baseline_scores
+from tokmask_peft.tasks import Example
 from tokmask_peft.training.metrics import scores
+from tokmask_peft.training.scoring import baseline_scores
 
 
 def post(words, tags):

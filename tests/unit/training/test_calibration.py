@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
 
 from tokmask_peft.errors import RunError
-from tokmask_peft.training.calibration import (
+from tokmask_peft.training.metrics import (
     calibrate,
     expected_calibration_error,
     fit_temperature,

@@ -5,8 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from tokmask_peft.console import baseline_verdict, print_decisions, print_lines, print_result, print_scores
-from tokmask_peft.model.decisions import Decision
+from tokmask_peft.console import Decision, baseline_verdict, print_decisions, print_lines, print_result, print_scores
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from tokmask_peft.errors import RunError
-from tokmask_peft.recipe import Recipe
-from tokmask_peft.training.out_of_memory import evaluation_memory_errors, explained_memory_errors
+from tokmask_peft.recipe.schema import Recipe
+from tokmask_peft.training.memory import evaluation_memory_errors, explained_memory_errors
 
 
 def make_recipe(**sections):

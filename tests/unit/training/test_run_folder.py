@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from tokmask_peft.artifacts import RunFolder, check_run, open_finished, start_run, write_json
 from tokmask_peft.errors import RunError
-from tokmask_peft.recipe import Recipe
-from tokmask_peft.recipe.io import to_yaml
-from tokmask_peft.training.run_folder import RunFolder, check_run, open_finished, start_run, write_json
+from tokmask_peft.recipe.loading import to_yaml
+from tokmask_peft.recipe.schema import Recipe
 
 
 @pytest.fixture

@@ -2,9 +2,9 @@
 
 import pytest
 
-from tokmask_peft.data.token_budget import TokenBudgetSampler
-from tokmask_peft.recipe import TrainingConfig
-from tokmask_peft.training.workload import tokens_per_step
+from tokmask_peft.data.batches import TokenBudgetSampler
+from tokmask_peft.recipe.schema import TrainingConfig
+from tokmask_peft.training.memory import tokens_per_step
 
 LENGTHS = [8] * 64  # so that a budget of 32 makes batches of 4 texts
 

@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 from tiny_models import tiny_tokenizer
 
-from tokmask_peft.data import Example
+from tokmask_peft.tasks import Example
 from tokmask_peft.training.losses import IGNORED
 from tokmask_peft.training.metrics import NO_PREDICTION
-from tokmask_peft.training.splits import Split
-from tokmask_peft.training.trainer import scorer
+from tokmask_peft.training.trainer import Split, scorer
 
 LABELS = ("en", "es", "other")
 WORDS = {"i": "en", "love": "en", "this": "en", "canción": "es", "mañana": "es", "tengo": "es", "#fiesta": "other"}

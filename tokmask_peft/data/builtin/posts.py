@@ -16,11 +16,11 @@ from tokmask_peft.data.builtin import templates as patterns
 from tokmask_peft.data.builtin import words
 from tokmask_peft.data.builtin.grammar import Language, Word, Writer
 from tokmask_peft.data.builtin.noise import roughen
-from tokmask_peft.data.example import Example
+from tokmask_peft.data.cleaning import normalise
 from tokmask_peft.data.files import canonical
-from tokmask_peft.data.hygiene import normalise
 from tokmask_peft.errors import DataError, nearest
-from tokmask_peft.recipe import Task
+from tokmask_peft.recipe.schema import Task
+from tokmask_peft.tasks import Example
 
 Split = Literal["train", "validation", "test"]
 SIZES: dict[Split, int] = {"train": 3000, "validation": 500, "test": 1000}

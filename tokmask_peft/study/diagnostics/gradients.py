@@ -2,27 +2,183 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from tokmask_peft.artifacts import write_json
 from tokmask_peft.console import make_console
 from tokmask_peft.errors import DataError, RunError
-from tokmask_peft.masking import MaskToken
-from tokmask_peft.recipe import Recipe
-from tokmask_peft.study.diagnostics.estimates import MEANING, REPLICATES, summarise
-from tokmask_peft.study.diagnostics.gradient_plan import GradientPlan
-from tokmask_peft.study.diagnostics.gradient_plot import plot_gradients
-from tokmask_peft.study.diagnostics.gradient_report import markdown_report, summary
-from tokmask_peft.study.diagnostics.meter import GROUPS, GradientMeter
+from tokmask_peft.masking.config import TokenMaskConfig
+from tokmask_peft.masking.embedding import find_embedding
+from tokmask_peft.masking.masker import TokenMasker
+from tokmask_peft.masking.replacement import MaskToken
+from tokmask_peft.recipe.schema import Recipe
+from tokmask_peft.study.diagnostics.estimates import MEANING, REPLICATES, Grams, summarise
+from tokmask_peft.study.diagnostics.gradient_report import markdown_report, plot_gradients, summary
+from tokmask_peft.study.diagnostics.plans import GradientPlan
 from tokmask_peft.training.environment import versions
-from tokmask_peft.training.fit import train_only
-from tokmask_peft.training.run_folder import write_json
+from tokmask_peft.training.train import train_only
 from tokmask_peft.training.trainer import OrderedEvalTrainer
+
+GROUPS = ("all", "lora", "head")
+_COLUMNS = 2**20  # of gradients, at a time in double precision
+_SEED = 0x6D617465  # apart from the seeds of runs, whose masks are others
+
+
+def gram(vectors: Tensor) -> NDArray[np.float64]:
+    """Return the inner products of the rows of `[rows, size]` in double precision."""
+    found = torch.zeros(len(vectors), len(vectors), dtype=torch.float64)
+    for start in range(0, vectors.shape[1], _COLUMNS):
+        part = vectors[:, start : start + _COLUMNS].double()
+        found += part @ part.T
+    return found.numpy()
+
+
+class GradientMeter:
+    """Measures gradients of a trainer's model on fixed batches with fixed mask draws, and changes nothing.
+
+    The model is in eval mode, so there is no dropout, but for masking. Draws are the same at each call, and what is
+    masked at a low rate is masked at a higher one. Gradients are those of one forward, before clipping. In memory at a
+    time are, in fp32 on the host, the gradients of the draws of a batch and two for each batch and rate.
+
+    Args:
+        trainer: gives model, loss, collator, precision and training texts.
+        texts: `[batches, texts]`, indices of training texts.
+        rates: masking rates above 0.
+        draws: mask draws per batch.
+        config: how to mask; its rate and schedule are not used.
+        mask_token: that of training; chosen here if there was none.
+        seed: of the draws.
+    """
+
+    def __init__(
+        self,
+        trainer: OrderedEvalTrainer,
+        texts: Sequence[Sequence[int]],
+        rates: Sequence[float],
+        draws: int,
+        config: TokenMaskConfig,
+        mask_token: MaskToken | None,
+        seed: int,
+    ) -> None:
+        self._trainer, self._texts, self._rates, self._draws = trainer, texts, sorted(rates), draws
+        self._config, self._mask_token, self._seed = config, mask_token, seed + _SEED
+        trained = [(name, value) for name, value in trainer.model.named_parameters() if value.requires_grad]
+        # LoRA first, so that it and the rest (the head, a trained mask row) are slices
+        trained.sort(key=lambda pair: "lora_" not in pair[0])
+        self._parameters = [value for _, value in trained]
+        split = sum(value.numel() for name, value in trained if "lora_" in name)
+        self.sizes = {"all": sum(value.numel() for value in self._parameters), "lora": split}
+        self.sizes["head"] = self.sizes["all"] - split
+        self._slices = {"all": slice(None), "lora": slice(0, split), "head": slice(split, None)}
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the gradients in memory."""
+        vectors = 2 * self._draws + 1 + len(self._texts) * (len(self._rates) + 1)
+        return 4 * self.sizes["all"] * vectors
+
+    def measure(self) -> dict[str, dict[float, Grams]]:
+        """Return inner products by group of parameters and rate."""
+        model = self._trainer.model
+        within: dict[tuple[str, float], list[Any]] = {(g, r): [] for g in GROUPS for r in self._rates}
+        means: dict[float, list[Tensor]] = {rate: [] for rate in self._rates}
+        plain: list[Tensor] = []
+        with _quiet(model), _masking(model, self._trainer, self._config, self._mask_token, self._seed) as masker:
+            for number, chosen in enumerate(self._texts):
+                inputs = self._batch(chosen)
+                with masker.paused():
+                    unmasked = self._gradient(inputs)
+                plain.append(unmasked)
+                for rate in self._rates:
+                    masker.rate = rate
+                    rows = torch.empty(self._draws + 1, unmasked.numel())
+                    for draw in range(self._draws):
+                        masker.set_step(number * self._draws + draw)
+                        torch.sub(self._gradient(inputs), unmasked, out=rows[draw])
+                    rows[-1] = unmasked
+                    for group, part in self._slices.items():
+                        within[group, rate].append(gram(rows[:, part]))
+                    means[rate].append(rows[:-1].mean(0))
+        found: dict[str, dict[float, Grams]] = {}
+        for group, part in self._slices.items():
+            found[group] = {
+                rate: Grams(np.stack(within[group, rate]), gram(torch.stack([v[part] for v in (*means[rate], *plain)])))
+                for rate in self._rates
+            }
+        return found
+
+    def _batch(self, chosen: Sequence[int]) -> dict[str, Any]:
+        dataset: Any = self._trainer.train_dataset
+        rows = [{key: dataset[int(index)][key] for key in ("input_ids", "labels")} for index in chosen]
+        inputs: dict[str, Any] = self._trainer._prepare_inputs(self._trainer.train_collator(rows))
+        return inputs
+
+    def _gradient(self, inputs: Mapping[str, Any]) -> Tensor:
+        """Return the gradient of the loss as one vector, fp32 on the host; `.grad` stays as it is."""
+        with self._trainer.compute_loss_context_manager(), torch.enable_grad():
+            loss = self._trainer.compute_loss(self._trainer.model, dict(inputs))
+            found = torch.autograd.grad(loss, self._parameters, allow_unused=True)
+        parts = [
+            torch.zeros(value.numel()) if one is None else one.detach().float().flatten().cpu()
+            for value, one in zip(self._parameters, found, strict=True)
+        ]
+        return torch.cat(parts)
+
+
+@contextlib.contextmanager
+def _quiet(model: nn.Module) -> Iterator[None]:
+    """Put the model into eval mode but for its embedding, where the masker sits, and leave no trace.
+
+    NEFTune's noise hangs on the embedding's mode, too, and is set to 0.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    embedding: Any = find_embedding(model)
+    noise = getattr(embedding, "neftune_noise_alpha", None)
+    with torch.random.fork_rng(enabled=noise is not None):
+        try:
+            model.eval()
+            embedding.training = True
+            if noise is not None:
+                embedding.neftune_noise_alpha = 0.0
+            yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
+            if noise is not None:
+                embedding.neftune_noise_alpha = noise
+
+
+@contextlib.contextmanager
+def _masking(
+    model: nn.Module, trainer: OrderedEvalTrainer, config: TokenMaskConfig, mask_token: MaskToken | None, seed: int
+) -> Iterator[TokenMasker]:
+    """Lend the masker of the training under way, or attach one where there is none."""
+    masker = TokenMasker.of(find_embedding(model))
+    if masker is None:
+        plain = config.model_copy(update={"schedule": "constant", "p": 0.0, "seed": seed})
+        with TokenMasker.attach(
+            model, trainer.processing_class, plain, mask_token=mask_token, resumed=True
+        ) as attached:
+            yield attached
+        return
+    before = masker.seed, masker.step, masker.rate
+    masker.seed = seed
+    try:
+        yield masker
+    finally:
+        masker.seed = before[0]
+        masker.set_step(before[1])
+        masker.rate = before[2]
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,24 +4,305 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from tokmask_peft.artifacts import find_saved, write_json
 from tokmask_peft.console import make_console
-from tokmask_peft.data import load_corpus
+from tokmask_peft.data.corpus import load_corpus
+from tokmask_peft.data.encoding import Window
 from tokmask_peft.errors import RunError
+from tokmask_peft.inference.classifier import Classifier
 from tokmask_peft.inference.load import load
-from tokmask_peft.inference.saved import find_saved
-from tokmask_peft.study.diagnostics.disturbed import METRICS, Disturbances, score_disturbed
-from tokmask_peft.study.diagnostics.robustness_plan import Member
-from tokmask_peft.study.diagnostics.robustness_plot import plot_robustness
-from tokmask_peft.study.diagnostics.robustness_report import markdown_report, summary
-from tokmask_peft.study.diagnostics.unseen import vocabulary
+from tokmask_peft.masking.config import TokenMaskConfig
+from tokmask_peft.masking.pattern import masked_positions, word_start_table
+from tokmask_peft.masking.replacement import maskable_table
+from tokmask_peft.study.diagnostics.plans import Member
+from tokmask_peft.study.diagnostics.robustness_report import markdown_report, plot_robustness, summary
 from tokmask_peft.study.statistics import spread
+from tokmask_peft.tasks import Example
 from tokmask_peft.training.environment import versions
-from tokmask_peft.training.run_folder import write_json
+from tokmask_peft.training.metrics import Predictions, scores
+
+Alphabet = dict[str, tuple[str, ...]]
+
+
+def alphabet(words: Iterable[str]) -> Alphabet:
+    """Return the letters of the words by script, in lower case where there is one, sorted."""
+    found: dict[str, set[str]] = {}
+    for character in set("".join(words)):
+        if character.isalpha():
+            lower = character.lower()
+            found.setdefault(_script(character), set()).add(lower if len(lower) == 1 else character)
+    return {script: tuple(sorted(letters)) for script, letters in found.items()}
+
+
+def disturb(words: Sequence[str], share: float, seed: Sequence[int], letters: Alphabet) -> list[str]:
+    """Return words of which about `share` are misspelt.
+
+    A word that is misspelt at one share is misspelt in the same way at a higher one.
+
+    Args:
+        words: of a text.
+        share: chance of each word that has a letter, 0 to 1.
+        seed: of the choice and the edits, for example seed, draw and number of the text.
+        letters: from `alphabet`.
+    """
+    random = np.random.default_rng(list(seed))
+    chances, seeds = random.random(len(words)), random.integers(0, 2**63, len(words))
+    return [
+        edit(word, np.random.default_rng(int(own)), letters) if chance < share else word
+        for word, chance, own in zip(words, chances, seeds, strict=True)
+    ]
+
+
+def disturb_text(text: str, share: float, seed: Sequence[int], letters: Alphabet) -> str:
+    """Return a running text of which about `share` of the words are misspelt; white space stays."""
+    changed = iter(disturb(text.split(), share, seed, letters))
+    return re.sub(r"\S+", lambda _: next(changed), text)
+
+
+def edit(word: str, random: np.random.Generator, letters: Alphabet) -> str:
+    """Return the word with one edit; always another word if it has a letter and its script has two."""
+    parts = clusters(word)
+    places = [place for place, part in enumerate(parts) if part[0].isalpha()]
+    kinds: list[Callable[[list[str], list[int], np.random.Generator, Alphabet], bool]]
+    kinds = [_swap, _drop, _insert, _replace]
+    for kind in random.permutation(len(kinds)) if places else ():
+        if kinds[kind](parts, places, random, letters):
+            break
+    return "".join(parts)
+
+
+def clusters(word: str) -> list[str]:
+    """Split a word into characters, each with the combining marks and joiners that follow it."""
+    found: list[str] = []
+    for character in word:
+        if found and (unicodedata.category(character)[0] == "M" or character in "\u200c\u200d"):
+            found[-1] += character
+        else:
+            found.append(character)
+    return found
+
+
+def _swap(parts: list[str], places: list[int], random: np.random.Generator, letters: Alphabet) -> bool:
+    pairs = [place for place in places if place + 1 in places and parts[place] != parts[place + 1]]
+    if not pairs:
+        return False
+    at = int(random.choice(pairs))
+    parts[at], parts[at + 1] = parts[at + 1], parts[at]
+    return True
+
+
+def _drop(parts: list[str], places: list[int], random: np.random.Generator, letters: Alphabet) -> bool:
+    if len(places) < 2:
+        return False
+    del parts[int(random.choice(places))]
+    return True
+
+
+def _insert(parts: list[str], places: list[int], random: np.random.Generator, letters: Alphabet) -> bool:
+    at = int(random.choice(places))
+    new = _letter_like(parts[at][0], random, letters, other=False)
+    if new:
+        parts.insert(at + 1, new)
+    return bool(new)
+
+
+def _replace(parts: list[str], places: list[int], random: np.random.Generator, letters: Alphabet) -> bool:
+    at = int(random.choice(places))
+    new = _letter_like(parts[at][0], random, letters, other=True)
+    if new:
+        parts[at] = new + parts[at][1:]
+    return bool(new)
+
+
+def _letter_like(letter: str, random: np.random.Generator, letters: Alphabet, *, other: bool) -> str:
+    """Return a letter of the script, in the case of `letter`; none if there is no (other) one."""
+    choice = [one for one in letters.get(_script(letter), ()) if not (other and one == letter.lower())]
+    if not choice:
+        return ""
+    new = str(random.choice(choice))
+    return new.upper() if letter.isupper() and len(new.upper()) == 1 else new
+
+
+def _script(character: str) -> str:
+    """Return the first word of the character's name, which is its script: LATIN, DEVANAGARI, CYRILLIC."""
+    return unicodedata.name(character, "?").split()[0]
+
+
+def normal(word: str) -> str:
+    """Return a word without case and without what is no letter or digit at its ends; empty for punctuation."""
+    folded = word.casefold()
+    inside = [place for place, character in enumerate(folded) if character.isalnum()]
+    return folded[inside[0] : inside[-1] + 1] if inside else ""
+
+
+def vocabulary(texts: Iterable[Example]) -> set[str]:
+    """Return the words of the texts, normalised."""
+    return {normal(word) for example in texts for word in example.words}
+
+
+def unseen_words(words: Sequence[str], known: set[str]) -> list[bool]:
+    """Say of each word whether it is unseen; what has no letter or digit never is."""
+    return [bool(word) and word not in known for word in map(normal, words)]
+
+
+METRICS = ("f1_macro", "f1_weighted", "accuracy")
+
+
+@dataclass(frozen=True, slots=True)
+class Disturbances:
+    """What is done to the texts.
+
+    Attributes:
+        rates: masking rates above 0.
+        noise: shares of misspelt words above 0.
+        draws: random draws of each; scores are their means.
+        seed: of the draws, the same for all runs.
+        limit: score at most so many texts, drawn at random; none for all.
+    """
+
+    rates: tuple[float, ...]
+    noise: tuple[float, ...]
+    draws: int
+    seed: int = 0
+    limit: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON-able form."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+
+def score_disturbed(
+    classifier: Classifier, texts: Sequence[Example], known: set[str], what: Disturbances, batch_size: int = 64
+) -> dict[str, Any]:
+    """Return scores on the texts as they are, disturbed, and split by unseen words; JSON-able.
+
+    Args:
+        classifier: from `load`. As in `predict`, a text longer than those of training is read in windows, not cut.
+        texts: labelled.
+        known: the words of the training texts, from `unseen.vocabulary`.
+        what: rates, shares and draws.
+        batch_size: windows per forward pass.
+    """
+    if what.limit is not None and what.limit < len(texts):
+        chosen = np.random.default_rng([what.seed, 0]).permutation(len(texts))[: what.limit]
+        texts = [texts[index] for index in sorted(chosen)]
+    ids = {label: number for number, label in enumerate(classifier.labels)}
+    gold = [np.array([ids[tag] for tag in example.tags], dtype=np.int64) for example in texts]
+    given = [example.string if classifier.task == "sequence" else list(example.words) for example in texts]
+    plain = _predicted(classifier, given, batch_size)
+
+    def mean(rounds: Sequence[list[NDArray[np.int64]]]) -> dict[str, Any]:
+        found = [scores(*Predictions(gold, one).flat(), classifier.labels) for one in rounds]
+        means = {metric: float(np.mean([one[metric] for one in found])) for metric in METRICS}
+        return {**means, "f1_macro_by_draw": [one["f1_macro"] for one in found]}
+
+    masks = _Masks(classifier, given, what.seed) if what.rates else None
+    letters = alphabet(word for example in texts for word in example.words)
+
+    def misspelt(share: float, draw: int) -> list[Any]:
+        change: Any = disturb_text if classifier.task == "sequence" else disturb
+        return [change(text, share, (what.seed, draw, number), letters) for number, text in enumerate(given)]
+
+    draws = range(what.draws)
+    return {
+        "texts": len(texts),
+        "clean": mean([plain]),
+        "mask": [
+            {"at": rate, **mean([masks.predicted(rate, draw, batch_size) for draw in draws])}
+            for rate in what.rates
+            if masks is not None
+        ],
+        "noise": [
+            {"at": share, **mean([_predicted(classifier, misspelt(share, draw), batch_size) for draw in draws])}
+            for share in what.noise
+        ],
+        "words": by_unseen(texts, gold, plain, known, classifier.labels),
+    }
+
+
+def by_unseen(
+    texts: Sequence[Example],
+    gold: Sequence[NDArray[np.int64]],
+    predicted: Sequence[NDArray[np.int64]],
+    known: set[str],
+    labels: Sequence[str],
+) -> dict[str, Any]:
+    """Score texts with and without unseen words apart; in token tasks seen and unseen words."""
+    parts: dict[str, Any] = {}
+    unseen = [unseen_words(example.words, known) for example in texts]
+    for name, wanted in (("seen", False), ("unseen", True)):
+        pairs = []
+        for flags, one, other in zip(unseen, gold, predicted, strict=True):
+            chosen = np.array(flags if len(one) == len(flags) else [any(flags)]) == wanted
+            pairs.append((one[chosen], other[chosen]))
+        found = scores(*Predictions([a for a, _ in pairs], [b for _, b in pairs]).flat(), labels)
+        parts[name] = {**{metric: found[metric] for metric in METRICS}, "items": found["items"]}
+    return parts
+
+
+class _Masks:
+    """Texts under the masks that training would draw for them: same rule, unit, token and protection."""
+
+    def __init__(self, classifier: Classifier, texts: Sequence[Any], seed: int) -> None:
+        self._classifier, self._count, self._seed = classifier, len(texts), seed
+        self._config = classifier.masking or TokenMaskConfig()
+        self._windows = classifier.windower.cut(texts)
+        tokenizer = classifier.tokenizer
+        rows = len(classifier.occlusion.maskable)
+        table = maskable_table(tokenizer, rows, {*self._config.protect, tokenizer.pad_token_id})
+        longest = max(len(window.ids) for window in self._windows)
+        self._ids = torch.full((len(self._windows), longest), int(tokenizer.pad_token_id))
+        self._maskable = torch.zeros(self._ids.shape, dtype=torch.bool)
+        for number, window in enumerate(self._windows):
+            self._ids[number, : len(window.ids)] = torch.tensor(window.ids)
+            self._maskable[number, : len(window.ids)] = table[window.ids]
+        self._starts = None
+        if self._config.unit != "token":
+            self._starts = word_start_table(tokenizer, rows)[self._ids]
+
+    def predicted(self, rate: float, draw: int, batch_size: int) -> list[NDArray[np.int64]]:
+        unit, length = self._config.unit, self._config.span_length
+        masked = masked_positions(
+            self._ids, rate, self._seed, draw, 0, self._maskable, self._starts, unit, length
+        ).numpy()
+        hidden = [masked[number, : len(window.ids)] for number, window in enumerate(self._windows)]
+        logits = self._classifier.forward.logits(self._windows, batch_size, self._classifier.occlusion, hidden)
+        return _labels(self._classifier, self._windows, logits, self._count)
+
+
+def _predicted(classifier: Classifier, texts: Sequence[Any], batch_size: int) -> list[NDArray[np.int64]]:
+    windows = classifier.windower.cut(texts)
+    return _labels(classifier, windows, classifier.forward.logits(windows, batch_size), len(texts))
+
+
+def _labels(
+    classifier: Classifier, windows: Sequence[Window], logits: Sequence[NDArray[np.float32]], texts: int
+) -> list[NDArray[np.int64]]:
+    """Return label ids per text, `[1]` or `[words]`, as `Classifier.predict` chooses them."""
+    if classifier.task == "sequence":
+        total = np.zeros((texts, len(classifier.labels)))
+        for window, values in zip(windows, logits, strict=True):
+            total[window.text] += values[0].astype(np.float64) * window.size
+        return list(total.argmax(-1)[:, None])
+    words = np.zeros(texts, dtype=np.int64)
+    for window in windows:
+        words[window.text] += len(window.words)
+    found = [np.zeros(count, dtype=np.int64) for count in words]
+    for window, values in zip(windows, logits, strict=True):
+        found[window.text][window.words] = values.argmax(-1)
+    return found
+
 
 _FILE = "robustness.json"
 

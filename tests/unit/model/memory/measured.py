@@ -12,16 +12,14 @@ import torch.nn.functional as F
 from tiny_models import real_tokenizer
 from transformers import AutoConfig, AutoModel
 
-from tokmask_peft.data import PackedCollator
+from tokmask_peft.data.batches import PackedCollator
 from tokmask_peft.model.adapter import add_adapter, inputs_as_they_come
 from tokmask_peft.model.backbone import load_backbone
-from tokmask_peft.model.checkpointing import enable_checkpointing
+from tokmask_peft.model.decisions import enable_checkpointing
 from tokmask_peft.model.dropout import quick_dropout
-from tokmask_peft.model.memory.live import LiveBytes
-from tokmask_peft.model.memory.skeleton import with_layers
-from tokmask_peft.model.memory.step import Shape
-from tokmask_peft.model.padding_free import enable_padding_free
-from tokmask_peft.recipe import Recipe
+from tokmask_peft.model.memory.step import LiveBytes, Shape, with_layers
+from tokmask_peft.model.packed import enable_padding_free
+from tokmask_peft.recipe.schema import Recipe
 
 CPU = torch.device("cpu")
 LABELS = ("a", "b", "c")

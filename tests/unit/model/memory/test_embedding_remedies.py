@@ -6,12 +6,11 @@ from measured import make_recipe
 from tiny_models import build
 
 from tokmask_peft.model.decisions import bitsandbytes_problem
-from tokmask_peft.model.memory.estimate import Estimate, Setting
-from tokmask_peft.model.memory.remedies import Able, remedies
-from tokmask_peft.model.memory.room import Room
-from tokmask_peft.recipe import Recipe
-from tokmask_peft.training import fits
-from tokmask_peft.training.fits import forecast, ways_out
+from tokmask_peft.model.memory.estimate import Estimate, Room, Setting
+from tokmask_peft.model.memory.suggestions import Able, remedies
+from tokmask_peft.recipe.schema import Recipe
+from tokmask_peft.training import memory as fits
+from tokmask_peft.training.memory import forecast, ways_out
 
 GIB = 2**30
 HERE = {"offload": 0, "8bit": GIB // 2, "resident": GIB}

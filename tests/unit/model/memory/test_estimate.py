@@ -10,7 +10,7 @@ from tokmask_peft.model.backbone import load_backbone
 from tokmask_peft.model.decisions import bitsandbytes_problem
 from tokmask_peft.model.memory.estimate import Setting, estimate
 from tokmask_peft.model.memory.step import Shape
-from tokmask_peft.recipe import AdapterConfig
+from tokmask_peft.recipe.schema import AdapterConfig
 
 needs_bitsandbytes = pytest.mark.skipif(bitsandbytes_problem("cpu") is not None, reason="needs bitsandbytes")
 PADDED, PACKED = Shape.padded(6, 16), Shape((3, 9, 16, 5, 7), packed=True)
@@ -96,7 +96,7 @@ def test_a_trained_mask_row_takes_a_copy_of_the_embedding(rows, layers, shape, m
 def test_bytes_of_a_4_bit_layer(shape):
     import bitsandbytes as bnb
 
-    from tokmask_peft.model.memory.simulated import nf4_bytes
+    from tokmask_peft.model.memory.step import nf4_bytes
 
     weight, state = bnb.functional.quantize_4bit(
         torch.randn(shape), blocksize=64, compress_statistics=True, quant_type="nf4"

@@ -1,6 +1,6 @@
 import torch
 
-from tokmask_peft.model.memory.live import LiveBytes
+from tokmask_peft.model.memory.step import LiveBytes
 
 
 def test_storages_are_counted_once_until_they_are_freed():

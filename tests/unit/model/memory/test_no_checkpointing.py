@@ -6,12 +6,11 @@ from measured import make_recipe
 from transformers import AlbertConfig, MPNetConfig, PreTrainedModel
 
 from tokmask_peft.errors import ModelError
-from tokmask_peft.model.checkpointing import can_checkpoint
-from tokmask_peft.model.memory.estimate import Setting
-from tokmask_peft.model.memory.room import Room
-from tokmask_peft.model.memory.skeleton import bare_model
-from tokmask_peft.training import fits
-from tokmask_peft.training.fits import before_training, forecast, ways_out
+from tokmask_peft.model.decisions import can_checkpoint
+from tokmask_peft.model.memory.estimate import Room, Setting
+from tokmask_peft.model.memory.step import bare_model
+from tokmask_peft.training import memory as fits
+from tokmask_peft.training.memory import before_training, forecast, ways_out
 
 SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 SMALL = {**SIZE, "vocab_size": 100, "max_position_embeddings": 140, "num_labels": 3}

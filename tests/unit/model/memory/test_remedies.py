@@ -5,16 +5,13 @@ import torch
 from measured import make_recipe
 from tiny_models import build
 
-from tokmask_peft.data.token_budget import TokenBudgetSampler
+from tokmask_peft.data.batches import TokenBudgetSampler
 from tokmask_peft.errors import ModelError, RecipeError, RunError
-from tokmask_peft.model.memory import room as room_module
-from tokmask_peft.model.memory.estimate import Estimate, Setting
-from tokmask_peft.model.memory.remedies import Able, changed, remedies, smaller_batch
-from tokmask_peft.model.memory.room import Room, device_room, gpu_room
+from tokmask_peft.model.memory import estimate as room_module
+from tokmask_peft.model.memory.estimate import Estimate, Room, Setting, device_room, gpu_room
 from tokmask_peft.model.memory.step import Shape
-from tokmask_peft.training.fits import forecast, ways_out
-from tokmask_peft.training.out_of_memory import explained_memory_errors
-from tokmask_peft.training.workload import Lengths, workload
+from tokmask_peft.model.memory.suggestions import Able, changed, remedies, smaller_batch
+from tokmask_peft.training.memory import Lengths, explained_memory_errors, forecast, ways_out, workload
 
 GIB = 2**30
 

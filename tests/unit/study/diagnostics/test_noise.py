@@ -3,9 +3,17 @@ import unicodedata
 import numpy as np
 import pytest
 
-from tokmask_peft.data import Example
-from tokmask_peft.study.diagnostics.noise import alphabet, clusters, disturb, disturb_text, edit
-from tokmask_peft.study.diagnostics.unseen import normal, unseen_words, vocabulary
+from tokmask_peft.study.diagnostics.robustness import (
+    alphabet,
+    clusters,
+    disturb,
+    disturb_text,
+    edit,
+    normal,
+    unseen_words,
+    vocabulary,
+)
+from tokmask_peft.tasks import Example
 
 WORDS = ["Hello", "मराठी", "Привет", "qué", "no", "3.14", "…", "@ana", "I"]
 LETTERS = alphabet(WORDS)

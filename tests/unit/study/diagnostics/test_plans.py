@@ -11,15 +11,14 @@ from run_files import write_run
 from typer.testing import CliRunner
 
 from tokmask_peft.cli import app
-from tokmask_peft.data import Example
 from tokmask_peft.errors import DataError, RunError
 from tokmask_peft.study.diagnostics import robustness
-from tokmask_peft.study.diagnostics.disturbed import Disturbances, by_unseen
 from tokmask_peft.study.diagnostics.gradients import draw_batches
-from tokmask_peft.study.diagnostics.robustness import analyse
-from tokmask_peft.study.diagnostics.robustness_plan import find_members
+from tokmask_peft.study.diagnostics.plans import find_members
+from tokmask_peft.study.diagnostics.robustness import Disturbances, analyse, by_unseen
 from tokmask_peft.study.diagnostics.robustness_report import cautions, score_table
 from tokmask_peft.study.statistics import spread
+from tokmask_peft.tasks import Example
 
 
 def mistake(*arguments: object) -> str:

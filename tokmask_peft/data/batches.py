@@ -1,0 +1,162 @@
+"""Batches by a budget of sub-tokens: few long texts, or many short ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.utils.data import Sampler
+
+from tokmask_peft.recipe.schema import Batching, Task
+
+
+class PackedCollator:
+    """Pack a batch into one row, for a model that takes packed rows (`model.padding_free`).
+
+    Args:
+        task: in token tasks the labels are packed too, else there is one for each text.
+    """
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Build the batch; other columns than `input_ids` and `labels` are dropped.
+
+        Returns:
+            `input_ids` [1, total]; `cu_seqlens` int32 [texts + 1], where each text begins and the last one ends;
+            `max_length`, of the longest text; and, if given, `labels` of [texts] or [1, total].
+        """
+        import torch
+
+        ids = [torch.as_tensor(row["input_ids"], dtype=torch.long) for row in rows]
+        lengths = [len(text) for text in ids]
+        batch: dict[str, Any] = {
+            "input_ids": torch.cat(ids).unsqueeze(0),
+            "cu_seqlens": torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
+            "max_length": max(lengths),
+        }
+        if "labels" in rows[0] and self._task == "token":
+            labels = [torch.as_tensor(row["labels"], dtype=torch.long) for row in rows]
+            batch["labels"] = torch.cat(labels).unsqueeze(0)
+        elif "labels" in rows[0]:
+            batch["labels"] = torch.tensor([int(row["labels"]) for row in rows], dtype=torch.long)
+        return batch
+
+
+MULTIPLE = 8
+COUNTED_EPOCHS, DRAWS = 8, 1000
+SORTED_TEXTS = 1024
+"""Texts among which `grouped` sorts by length."""
+
+Cost = Callable[[int, int, int], int]
+
+
+class TokenBudgetSampler(Sampler[list[int]]):
+    """Fills batches in random order until the next text would exceed the budget.
+
+    Every epoch has the same number of batches, which a learning rate's schedule counts on, and so has every process.
+    The number is the largest that some epochs need; an epoch that needs fewer has its largest batches halved, and one
+    that would need more is drawn again. No text is left out, and none seen twice, unless there are fewer texts than
+    batches.
+
+    Args:
+        lengths: sub-tokens of each text.
+        budget: sub-tokens in a batch, padding included where there is some.
+        batching: padded and grouped pad to a multiple of 8; grouped brings texts of similar length together.
+        seed: of the order; with the epoch it decides everything.
+        rank: of this process.
+        processes: how many there are.
+
+    Raises:
+        ValueError: a text alone exceeds the budget.
+    """
+
+    def __init__(
+        self, lengths: Sequence[int], budget: int, batching: Batching, seed: int, rank: int = 0, processes: int = 1
+    ) -> None:
+        self.lengths = np.asarray(lengths, dtype=np.int64)
+        self.budget, self.batching, self.seed = budget, batching, seed
+        self.rank, self.processes = rank, processes
+        self.epoch = 0
+        self._cost = _cost_of(batching)
+        check_budget(int(self.lengths.max()), budget, batching)
+        needed = max(len(self._filled(epoch, 0)) for epoch in range(COUNTED_EPOCHS))
+        self._batches = -(-needed // processes) * processes
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch comes next; the Trainer does."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        """Return the number of batches of this process in every epoch."""
+        return self._batches // self.processes
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Yield the indices of the texts of each batch of this process."""
+        yield from self.all_batches(self.epoch)[self.rank :: self.processes]
+
+    def all_batches(self, epoch: int) -> list[list[int]]:
+        """Return the batches of all processes in an epoch."""
+        draws = (self._filled(epoch, draw) for draw in range(DRAWS))
+        batches = next(found for found in draws if len(found) <= self._batches)
+        while len(batches) < self._batches:
+            at = max(range(len(batches)), key=lambda index: len(batches[index]))
+            whole, half = batches[at], max(len(batches[at]) // 2, 1)
+            batches[at : at + 1] = [whole[:half], whole[half:] or whole]
+        return batches
+
+    def _filled(self, epoch: int, draw: int) -> list[list[int]]:
+        random = np.random.default_rng((self.seed, epoch, draw))
+        order = random.permutation(len(self.lengths))
+        if self.batching == "grouped":
+            parts = [order[at : at + SORTED_TEXTS] for at in range(0, len(order), SORTED_TEXTS)]
+            order = np.concatenate([part[np.argsort(-self.lengths[part], kind="stable")] for part in parts])
+        batches = self._fill(order)
+        return [batches[at] for at in random.permutation(len(batches))] if self.batching == "grouped" else batches
+
+    def _fill(self, order: NDArray[np.int64]) -> list[list[int]]:
+        batches: list[list[int]] = [[]]
+        total = longest = 0
+        for text in order.tolist():
+            length = int(self.lengths[text])
+            total, longest = total + length, max(longest, length)
+            if batches[-1] and self._cost(total, len(batches[-1]) + 1, longest) > self.budget:
+                batches.append([])
+                total = longest = length
+            batches[-1].append(text)
+        return batches
+
+
+def check_budget(longest: int, budget: int, batching: Batching) -> None:
+    """Refuse a budget that the longest text exceeds.
+
+    Raises:
+        ValueError: it does.
+    """
+    if (alone := _cost_of(batching)(longest, 1, longest)) > budget:
+        raise ValueError(f"the longest text takes {alone} sub-tokens, more than the {budget} of a batch")
+
+
+def _cost_of(batching: Batching) -> Cost:
+    return _packed_cost if batching == "padding_free" else _padded_cost
+
+
+def _padded_cost(total: int, texts: int, longest: int) -> int:
+    return texts * -(-longest // MULTIPLE) * MULTIPLE
+
+
+def _packed_cost(total: int, texts: int, longest: int) -> int:
+    return total
+
+
+def token_budget_loader(dataset: Any, collate: Any, sampler: TokenBudgetSampler, device: Any, pin_memory: bool) -> Any:
+    """Return accelerate's loader for batches that are this process's own already, which `prepare` would share out."""
+    from accelerate.data_loader import DataLoaderShard
+
+    return DataLoaderShard(
+        dataset, device=device, batch_sampler=sampler, collate_fn=collate, pin_memory=pin_memory, num_workers=0
+    )

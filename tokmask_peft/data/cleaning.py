@@ -1,0 +1,130 @@
+"""Find texts that would make a score look better, or learning worse, than it is.
+
+Two texts are the same when they agree after normalisation: Unicode NFC, lower case, white space collapsed.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from tokmask_peft.tasks import Example, Label
+
+EXAMPLES_SHOWN = 3
+
+
+def normalise(text: str) -> str:
+    """Normalise a text for comparison."""
+    return " ".join(unicodedata.normalize("NFC", text).lower().split())
+
+
+@dataclass(frozen=True, slots=True)
+class HygieneReport:
+    """What was found before anything was removed, and what was removed.
+
+    Attributes:
+        mode: `remove` or `report`.
+        duplicates: training texts that repeat an earlier one.
+        conflicting: distinct training texts that carry different labels.
+        conflicting_rows: training texts of those, all copies counted.
+        train_in_validation: training texts that are also in validation.
+        train_in_test: training texts that are also in test.
+        validation_in_test: validation texts that are also in test.
+        validation_shared: validation texts that are also in train.
+        test_shared: test texts that are also in train.
+        removed_from_train: training texts removed.
+        removed_from_validation: validation texts removed.
+        examples: up to three normalised texts of each kind.
+    """
+
+    mode: Literal["remove", "report"]
+    duplicates: int = 0
+    conflicting: int = 0
+    conflicting_rows: int = 0
+    train_in_validation: int = 0
+    train_in_test: int = 0
+    validation_in_test: int = 0
+    validation_shared: int = 0
+    test_shared: int = 0
+    removed_from_train: int = 0
+    removed_from_validation: int = 0
+    examples: dict[str, list[str]] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON-able form."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Cleaned:
+    """Splits after hygiene."""
+
+    train: list[Example]
+    validation: list[Example]
+    test: list[Example]
+    report: HygieneReport
+
+
+def clean(
+    train: Sequence[Example],
+    validation: Sequence[Example],
+    test: Sequence[Example],
+    mode: Literal["remove", "report"] = "remove",
+) -> Cleaned:
+    """Count duplicates, conflicting labels and texts shared between splits; with `remove`, remove them.
+
+    From train go: all copies of a text with conflicting labels (for token tasks: different tag sequences), repeats of
+    a text, and texts that are also in validation or test. From validation go texts that are also in test. Test stays
+    as it is, so that scores compare with those of others.
+    """
+    keys = [normalise(example.string) for example in train]
+    validation_keys = [normalise(example.string) for example in validation]
+    test_keys = [normalise(example.string) for example in test]
+    in_train, in_validation, in_test = set(keys), set(validation_keys), set(test_keys)
+
+    labels: dict[str, set[Label]] = defaultdict(set)
+    for key, example in zip(keys, train, strict=True):
+        labels[key].add(example.label)
+    conflicting = {key for key, found in labels.items() if len(found) > 1}
+
+    kept: list[Example] = []
+    shown: dict[str, list[str]] = defaultdict(list)
+    seen: set[str] = set()
+    for key, example in zip(keys, train, strict=True):
+        kinds = {
+            "conflicting": key in conflicting and key not in seen,
+            "duplicates": key in seen,
+            "train_in_validation": key in in_validation,
+            "train_in_test": key in in_test,
+        }
+        for kind, applies in kinds.items():
+            if applies and len(shown[kind]) < EXAMPLES_SHOWN and key not in shown[kind]:
+                shown[kind].append(key)
+        if not any(kinds.values()):
+            kept.append(example)
+        seen.add(key)
+
+    kept_validation = [e for e, key in zip(validation, validation_keys, strict=True) if key not in in_test]
+    both = [key for key in validation_keys if key in in_test]
+    shown["validation_in_test"] = list(dict.fromkeys(both))[:EXAMPLES_SHOWN]
+    remove = mode == "remove"
+    report = HygieneReport(
+        mode=mode,
+        duplicates=len(keys) - len(in_train),
+        conflicting=len(conflicting),
+        conflicting_rows=sum(key in conflicting for key in keys),
+        train_in_validation=sum(key in in_validation for key in keys),
+        train_in_test=sum(key in in_test for key in keys),
+        validation_in_test=len(both),
+        validation_shared=sum(key in in_train for key in validation_keys),
+        test_shared=sum(key in in_train for key in test_keys),
+        removed_from_train=len(train) - len(kept) if remove else 0,
+        removed_from_validation=len(both) if remove else 0,
+        examples={kind: texts for kind, texts in shown.items() if texts},
+    )
+    if not remove:
+        return Cleaned(list(train), list(validation), list(test), report)
+    return Cleaned(kept, kept_validation, list(test), report)

@@ -1,0 +1,290 @@
+"""Is occlusion faithful for a run? Areas between masking curves, with intervals, beside a run without masking.
+
+If influences are right, masking the most influential words first takes the label's probability away faster than random
+order, and the least influential first slower. A model that was never masked also reacts to the masks as such, which is
+why training with masking should make this measurement, and the influences, more to be trusted (Madsen, Reddy and
+Chandar 2023, Faithfulness Measurable Masked Language Models, arXiv:2310.07819). Here it is looked at, not assumed.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tokmask_peft.artifacts import find_saved, open_finished
+from tokmask_peft.errors import DataError, RunError
+from tokmask_peft.inference.classifier import BATCH_SIZE
+from tokmask_peft.inference.explain import Explanation, Occluded, Question, explain
+from tokmask_peft.inference.load import load
+from tokmask_peft.recipe.loading import differences, load_recipe
+from tokmask_peft.training.evaluate import split_examples
+from tokmask_peft.training.metrics import probabilities
+
+if TYPE_CHECKING:
+    from tokmask_peft.inference.classifier import Classifier
+
+SHARES: NDArray[np.float64] = np.linspace(0.0, 1.0, 11)
+"""Shares of a text's words at which curves are read, by linear interpolation between whole words."""
+
+RANDOM_ORDERS = 4
+_TEXTS = 64  # at a time, which bounds the memory
+
+
+def masking_curves(
+    classifier: Classifier, texts: Sequence[Any], *, seed: int = 0, batch_size: int = 32
+) -> dict[int, NDArray[np.float64]]:
+    """Return the probability of the predicted label against the share of words masked.
+
+    Influences are measured once, on the whole text, and masked words stay masked. In token tasks a word of each text is
+    drawn, and the label is that word's.
+
+    Args:
+        classifier: from `load`.
+        texts: as for `Classifier.predict`.
+        seed: of the random orders and the drawn words, the same for every classifier.
+        batch_size: windows per forward pass.
+
+    Returns:
+        By index of the text `[3, shares]`: most influential first, least influential first, and the mean of
+        `RANDOM_ORDERS` random orders. Texts with fewer than two words that can be masked are left out.
+    """
+    given = classifier.checked(texts)
+    found: dict[int, NDArray[np.float64]] = {}
+    for start in range(0, len(given), _TEXTS):
+        part = given[start : start + _TEXTS]
+        draws = [np.random.default_rng([seed, start + number]) for number in range(len(part))]
+        explained = _explained(classifier, part, draws, batch_size)
+        for number, curve in _curves(classifier, part, explained, draws, batch_size).items():
+            found[start + number] = curve
+    return found
+
+
+def _explained(
+    classifier: Classifier, texts: Sequence[Any], draws: Sequence[np.random.Generator], batch_size: int
+) -> list[Explanation]:
+    if classifier.task == "sequence":
+        return explain(classifier, texts, batch_size=batch_size)
+    words = [int(draw.integers(len(text))) for text, draw in zip(texts, draws, strict=True)]
+    return [
+        explanation
+        for text, word in zip(texts, words, strict=True)
+        for explanation in explain(classifier, [text], word=word, batch_size=batch_size)
+    ]
+
+
+def _curves(
+    classifier: Classifier,
+    texts: Sequence[Any],
+    explained: Sequence[Explanation],
+    draws: Sequence[np.random.Generator],
+    batch_size: int,
+) -> dict[int, NDArray[np.float64]]:
+    occluded = Occluded(classifier, texts)
+    steps: dict[int, NDArray[np.int64]] = {}
+    questions: list[Question] = []
+    for text, explanation in enumerate(explained):
+        words = np.array([n for n in range(len(explanation.words)) if n not in explanation.unmasked], dtype=np.int64)
+        if len(words) < 2:
+            continue
+        most = words[np.argsort(-np.array(explanation.influences)[words], kind="stable")]
+        orders = [most, most[::-1], *(draws[text].permutation(words) for _ in range(RANDOM_ORDERS))]
+        steps[text] = np.unique((SHARES * len(words)).round().astype(np.int64))
+        questions += [
+            Question(text, frozenset(order[:step].tolist()), explanation.word)
+            for order in orders
+            for step in steps[text]
+        ]
+    logits = occluded.logits(questions, batch_size)
+    found: dict[int, NDArray[np.float64]] = {}
+    start = 0
+    for text, counts in steps.items():
+        stop = start + len(counts) * (2 + RANDOM_ORDERS)
+        label = classifier.labels.index(explained[text].label)
+        values = probabilities(logits[start:stop], classifier.temperature)[:, label].reshape(-1, len(counts))
+        curves = np.stack([np.interp(SHARES, counts / counts[-1], row) for row in values])
+        found[text] = np.concatenate([curves[:2], curves[2:].mean(0, keepdims=True)])
+        start = stop
+    return found
+
+
+MEASURES = {
+    "least_minus_most": "area between least and most influential first",
+    "random_minus_most": "area between random order and most influential first",
+    "least_minus_random": "area between least influential first and random order",
+    "relative": "area between random order and most influential first, as a share of the largest possible",
+    "random_fall": "mean fall under masks in random order",
+}
+Ratio = tuple[NDArray[np.float64], NDArray[np.float64]]
+_RESAMPLES = 9999
+
+
+def faithfulness(
+    run: str | Path,
+    against: str | Path | None = None,
+    *,
+    split: str = "test",
+    data: str | None = None,
+    limit: int = 200,
+    seed: int = 0,
+    batch_size: int | None = None,
+) -> dict[str, Any]:
+    """Measure how faithful occlusion is for a run, and by how much more than for another.
+
+    Args:
+        run: the run folder.
+        against: a run of the same recipe without masking, for the paired difference.
+        split: of the run's data, or of `data`.
+        data: other texts, as for `evaluate`.
+        limit: texts, drawn with `seed`.
+        seed: of the texts, the random orders and the bootstrap.
+        batch_size: masked texts per forward pass.
+
+    Returns:
+        `run` (and `against`): curves and areas with 95% bootstrap intervals over texts; `difference`: of the areas,
+        paired by text; JSON-able.
+
+    Raises:
+        RunError: a folder is no finished run, or the two runs have other labels or another task.
+        DataError, ModelError, MaskTokenError: with what to do.
+    """
+    if limit < 2:
+        raise DataError(f"limit is {limit}; an interval needs 2 texts or more")
+    folders = {name: open_finished(path) for name, path in (("run", run), ("against", against)) if path is not None}
+    recipes = {name: load_recipe(folder.recipe) for name, folder in folders.items()}
+    saved = {name: find_saved(folder.root) for name, folder in folders.items()}
+    if len({(found.task, found.labels) for found in saved.values()}) > 1:
+        raise RunError(f"{against} was trained for another task or other labels than {run}; compare like runs")
+    examples, _ = split_examples(recipes["run"], split, data, folders["run"].adapter)
+    chosen = sorted(random.Random(seed).sample(range(len(examples)), min(limit, len(examples))))  # noqa: S311
+    texts = [examples[number].text for number in chosen]
+    result: dict[str, Any] = {"split": split, "seed": seed, "shares": SHARES.tolist(), "random_orders": RANDOM_ORDERS}
+    curves: dict[str, dict[int, NDArray[np.float64]]] = {}
+    for name, folder in folders.items():
+        classifier = load(saved[name])
+        curves[name] = masking_curves(classifier, texts, seed=seed, batch_size=batch_size or BATCH_SIZE)
+        result[name] = {"path": str(folder.root), "p": recipes[name].masking.p, "mask": classifier.occlusion.note}
+    kept = sorted(set.intersection(*(set(found) for found in curves.values())))
+    if len(kept) < 2:
+        raise DataError("fewer than 2 of the texts have two words or more that can be masked")
+    result |= {"texts": len(kept), "left_out": len(texts) - len(kept)}
+    parts = {}
+    for name, found in curves.items():
+        stacked = np.stack([found[number] for number in kept])
+        most, least, other = stacked.mean(0).tolist()
+        result[name]["curves"] = {"most": most, "least": least, "random": other}
+        parts[name] = _parts(stacked)
+        result[name]["measures"] = {key: interval(pair, None, seed) for key, pair in parts[name].items()}
+    if against is not None:
+        mine, other = parts["run"], parts["against"]
+        result["difference"] = {key: interval(mine[key], other[key], seed) for key in MEASURES}
+        changed = [line for line in differences(recipes["against"], recipes["run"]) if not line.startswith("masking.")]
+        result["other_differences"] = changed
+    return result
+
+
+def _parts(curves: NDArray[np.float64]) -> dict[str, Ratio]:
+    """Return each measure as numerator and denominator by text; `curves` is [texts, 3, shares].
+
+    The relative area is RACU (Madsen et al. 2021, arXiv:2110.08412), of probabilities and without retraining: the
+    largest possible area is that above the probability that is left when all words are masked.
+    """
+    from scipy.integrate import trapezoid
+
+    areas = trapezoid(curves, SHARES, axis=-1)
+    most, least, other = areas[:, 0], areas[:, 1], areas[:, 2]
+    one = np.ones(len(curves))
+    return {
+        "least_minus_most": (least - most, one),
+        "random_minus_most": (other - most, one),
+        "least_minus_random": (least - other, one),
+        "relative": (other - most, other - curves[:, 0, -1]),
+        "random_fall": (curves[:, 0, 0] - other, one),
+    }
+
+
+def interval(values: Ratio, others: Ratio | None, seed: int) -> dict[str, float]:
+    """Return a ratio of means over texts, or the difference of two, with its 95% percentile bootstrap interval.
+
+    Args:
+        values: numerator and denominator of each text.
+        others: the same of another run on the same texts, which are drawn together.
+        seed: of the bootstrap.
+    """
+    from scipy.stats import bootstrap
+
+    def statistic(*columns: NDArray[np.float64], axis: int = -1) -> NDArray[np.float64]:
+        means = [column.mean(axis=axis) for column in columns]
+        return np.asarray(means[0] / means[1] - (means[2] / means[3] if len(means) > 2 else 0.0))
+
+    columns = (*values, *(others or ()))
+    mean = float(statistic(*columns))
+    if all(np.ptp(column) == 0.0 for column in columns):
+        return {"mean": mean, "low": mean, "high": mean}
+    found = bootstrap(
+        columns,
+        statistic,
+        n_resamples=_RESAMPLES,
+        method="percentile",
+        paired=True,
+        rng=np.random.default_rng(seed),
+        batch=1000,
+    ).confidence_interval
+    return {"mean": mean, "low": float(found.low), "high": float(found.high)}
+
+
+def report_lines(result: dict[str, Any]) -> list[str]:
+    """Say in plain words what came out."""
+    names = [name for name in ("run", "against") if name in result]
+    lines = [
+        f"{result['texts']} texts of {result['split']}: probability of the predicted label by share of words masked"
+    ]
+    if result["left_out"]:
+        lines[0] += f" ({result['left_out']} with fewer than two words to mask left out)"
+    for name in names:
+        part = result[name]
+        lines += ["", f"{part['path']} (p = {part['p']:g}; {part['mask']})"]
+        shown = range(0, len(result["shares"]), 2)
+        lines.append(f"  {'masked':<12}" + "".join(f"{result['shares'][n]:>7.0%}" for n in shown))
+        for key, title in (("most", "most first"), ("random", "random"), ("least", "least first")):
+            lines.append(f"  {title:<12}" + "".join(f"{part['curves'][key][n]:>7.3f}" for n in shown))
+        lines += [f"  {title}: {_said(part['measures'][key])}" for key, title in MEASURES.items()]
+    lines += ["", *(_verdict(result[name]) for name in names)]
+    if "difference" in result:
+        lines += ["", "First run minus second:"]
+        lines += [f"  {title}: {_said(result['difference'][key])}" for key, title in MEASURES.items()]
+        lines += ["", *_compared(result["difference"])]
+        lines += [f"Not only masking differs: {line}." for line in result["other_differences"]]
+    return lines
+
+
+def _said(found: dict[str, float]) -> str:
+    return f"{found['mean']:.4f} (95% interval {found['low']:.4f} to {found['high']:.4f})"
+
+
+def _verdict(part: dict[str, Any]) -> str:
+    name, found = Path(part["path"]).name, part["measures"]["random_minus_most"]
+    if found["low"] > 0:
+        return f"{name}: masking by influence takes the label away faster than random masking does."
+    if found["high"] < 0:
+        return f"{name}: masking by influence does worse than chance; do not trust the influences."
+    return f"{name}: masking by influence is not shown to do better than chance on these texts."
+
+
+def _compared(difference: dict[str, dict[str, float]]) -> list[str]:
+    """Say of each question whether the runs differ."""
+    questions = (
+        ("random_fall", "What random masks cost the first run is {} than for the second", "more", "less"),
+        ("least_minus_most", "The separation of its curves is {} than the second's", "more", "less"),
+        ("relative", "Relative to what masks can take away, its order is {} than the second's", "better", "worse"),
+    )
+    lines = []
+    for key, said, more, less in questions:
+        found = difference[key]
+        word = more if found["low"] > 0 else less if found["high"] < 0 else f"not shown to be {more} or {less}"
+        lines.append(said.format(word) + ".")
+    return [*lines, "The intervals are over texts: other seeds of training can shift both runs."]
