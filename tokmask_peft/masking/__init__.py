@@ -1,23 +1,41 @@
-"""Token masking for fine-tuning (arXiv 2505.11746): attach a `TokenMasker`, or give a Trainer a `TokenMaskCallback`."""
+"""Token masking for fine-tuning (arXiv 2505.11746): attach a `TokenMasker`, or give a Trainer a `TokenMaskCallback`.
+
+Stands alone: the masker needs torch and pydantic, the callback transformers too. Names are imported on first use.
+"""
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
-
-from tokmask_peft.masking.config import TokenMaskConfig
-from tokmask_peft.masking.masker import TokenMasker
-from tokmask_peft.masking.replacement import MaskToken, choose_mask_token
 
 if TYPE_CHECKING:
     from tokmask_peft.masking.callback import TokenMaskCallback
+    from tokmask_peft.masking.config import TokenMaskConfig
+    from tokmask_peft.masking.masker import TokenMasker
+    from tokmask_peft.masking.replacement import MaskToken, Replacement, choose_mask_token
+    from tokmask_peft.masking.schedule import Schedule
 
-__all__ = ["MaskToken", "TokenMaskCallback", "TokenMaskConfig", "TokenMasker", "choose_mask_token"]
+_HOMES = {
+    "MaskToken": "replacement",
+    "Replacement": "replacement",
+    "Schedule": "schedule",
+    "TokenMaskCallback": "callback",
+    "TokenMaskConfig": "config",
+    "TokenMasker": "masker",
+    "choose_mask_token": "replacement",
+}
+__all__ = [
+    "MaskToken",
+    "Replacement",
+    "Schedule",
+    "TokenMaskCallback",
+    "TokenMaskConfig",
+    "TokenMasker",
+    "choose_mask_token",
+]
 
 
 def __getattr__(name: str) -> Any:
-    """Import the callback when it is asked for: it alone needs transformers."""
-    if name == "TokenMaskCallback":
-        from tokmask_peft.masking.callback import TokenMaskCallback
-
-        return TokenMaskCallback
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -2,105 +2,168 @@
 
 from __future__ import annotations
 
-import functools
 import sys
+import warnings
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback
+from transformers import TrainerControl as Control
+from transformers import TrainerState as State
+from transformers import TrainingArguments as Arguments
+from transformers.trainer_callback import ExportableState
 
 from tokmask_peft.errors import MaskTokenError
 from tokmask_peft.masking.config import TokenMaskConfig
 from tokmask_peft.masking.masker import TokenMasker
 from tokmask_peft.masking.replacement import MaskToken
-from tokmask_peft.masking.schedule import rate_at
 
 
-class TokenMaskCallback(TrainerCallback):
-    """Attaches a masker when training begins, drives its schedule, and detaches it when training ends or raises.
+class TokenMaskCallback(TrainerCallback, ExportableState):
+    """Attaches a masker when training begins, drives its schedule, and detaches it when training ends.
 
-    The positions depend on the optimizer step, so a run resumed from a checkpoint masks as the uninterrupted one. The
-    masking rate joins the logged values as `masking_rate`, and each checkpoint holds a `tokmask_config.json`.
+    Masking is on between the beginning and the end of an optimizer step, in the forwards that `TokenMasker` calls
+    training forwards. Evaluation, generation and reference passes are not masked, in whatever mode the model is.
+
+    The positions depend on the optimizer step, and the schedule's state is saved in each checkpoint's
+    `trainer_state.json`, so a resumed run masks as an uninterrupted one. The masking rate joins the logged values as
+    `masking_rate`, and each checkpoint holds a `tokmask_config.json`.
+
+    A Trainer calls no event when training raises. The hook that is left then masks nothing outside of optimizer steps;
+    the next training replaces it. If the training raised in the middle of a step and you go on to train the model in
+    a loop of your own, call `detach()` first.
 
     Args:
         config: how to mask; its seed defaults to that of the `TrainingArguments`.
-        mask_token: a choice made before; default: `choose_mask_token`.
-        announce: say on stderr, when training starts, which mask token is used and why.
+        mask_token: a choice made earlier; default: `choose_mask_token`.
+        announce: print on stderr, when training starts, which mask token is used and why.
 
     Attributes:
-        masker: the masker of the training that is under way, else None.
+        masker: the masker of the current training, or None.
     """
 
     def __init__(
-        self, config: TokenMaskConfig | None = None, mask_token: MaskToken | None = None, *, announce: bool = True
+        self,
+        config: TokenMaskConfig | dict[str, Any] | None = None,
+        mask_token: MaskToken | dict[str, Any] | None = None,
+        *,
+        announce: bool = True,
     ) -> None:
-        self.config = TokenMaskConfig() if config is None else config
-        self.mask_token = mask_token
+        # The Trainer passes dicts when it rebuilds callbacks (restore_callback_states_from_checkpoint).
+        self.config = TokenMaskConfig.model_validate({} if config is None else config)
+        self.mask_token = MaskToken(**mask_token) if isinstance(mask_token, dict) else mask_token
         self.announce = announce
         self.masker: TokenMasker | None = None
-        self._guarded: Any = None
+        self._schedule = self.config.make_schedule()
+        self._steps = 0
 
-    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Make sure, before training, that a failing one takes the masker off."""
-        self._guard()
+    def add_to(self, trainer: Any) -> None:
+        """Join a trainer, ahead of its other callbacks, so that the trackers of `report_to` see `masking_rate` too.
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Attach the masker.
+        A Trainer puts the callbacks that it is given behind its trackers, which then miss the rate.
+        """
+        trainer.add_callback(self)
+        callbacks = trainer.callback_handler.callbacks
+        callbacks.insert(0, callbacks.pop())
+
+    def state(self) -> dict[str, Any]:
+        """Return what the Trainer saves in a checkpoint's `trainer_state.json`."""
+        return {
+            "args": {
+                "config": self.config.model_dump(mode="json"),
+                "mask_token": None if self.mask_token is None else asdict(self.mask_token),
+                "announce": self.announce,
+            },
+            "attributes": {},
+            "schedule": self._schedule.state_dict(),
+        }
+
+    def on_train_begin(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
+        """Attach the masker, and continue the schedule if training is resumed.
 
         Raises:
             MaskTokenError: no usable mask token, or a model or a trainer that cannot be masked.
         """
-        self._detach()  # accelerate's find_executable_batch_size begins again after running out of memory
-        self._guard()  # a callback that came by trainer.add_callback saw no on_init_end
+        self.detach()  # accelerate's find_executable_batch_size begins again after running out of memory
+        self._schedule, self._steps = self.config.make_schedule(), 0
+        # A checkpoint made without this callback has no entry, and then the Trainer fails when it saves the next one.
+        saved = state.stateful_callbacks.setdefault(type(self).__name__, {})
+        if state.global_step > 0 and "schedule" in saved:
+            self._schedule.load_state_dict(saved["schedule"])
         token = self._attach(args, state, kwargs).mask_token
         if self.announce and state.is_world_process_zero:
             sys.stderr.write(f"tokmask: masked tokens become id {token.id}: {token.reason}\n")
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Set rate and counter for the forwards of this optimizer step."""
-        masker = self.masker or self._attach(args, state, kwargs)  # a trainer may catch what was raised, and go on
-        masker.rate = rate_at(self.config, state.global_step / max(state.max_steps, 1))
-        masker.set_step(state.global_step * args.gradient_accumulation_steps)
+    def on_step_begin(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
+        """Switch masking on, with the rate and the counter of this optimizer step.
+
+        Raises:
+            MaskTokenError: another masker took this one's place.
+        """
+        masker = self.masker or self._attach(args, state, kwargs)  # it may have been added during training
+        if not masker.attached:
+            raise MaskTokenError(
+                "another masker was attached to the model in training: give the Trainer one TokenMaskCallback only",
+                code="masker-replaced",
+            )
+        masker.rate = self._schedule.rate(state.global_step / max(state.max_steps, 1))
+        masker.step = state.global_step * args.gradient_accumulation_steps
+        masker.enabled = True
+
+    def on_step_end(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
+        """Switch masking off."""
+        self._steps += 1
+        if self.masker is not None:
+            self.masker.enabled = False
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
+        self, args: Arguments, state: State, control: Control, logs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        """Add the masking rate to the values logged in training."""
-        if self.masker is not None and logs is not None and "loss" in logs:
+        """Show the logged values to the schedule, and add the masking rate to those of training."""
+        if self.masker is None or logs is None:
+            return
+        self._schedule.observe(dict(logs))
+        if "loss" in logs:
             logs["masking_rate"] = self.masker.rate
             state.log_history[-1]["masking_rate"] = self.masker.rate  # a copy of logs, made before this call
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
         """Write the config, with the mask token's id, into the checkpoint."""
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         if self.masker is not None and state.is_world_process_zero and folder.is_dir():
             resolved = {"mask_token": self.masker.mask_token.id, "seed": self.masker.seed}
             self.config.model_copy(update=resolved).save_pretrained(folder)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Detach the masker."""
-        self._detach()
+    def on_train_end(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
+        """Detach the masker, and warn if it never saw a token."""
+        if self.masker is not None and self._steps and not self.config.is_off and not self.masker.maskable_seen:
+            warnings.warn(
+                "Token masking masked nothing: no training forward looked up maskable ids in the input embedding. Is "
+                "the model called with inputs_embeds, or does it look up its ids elsewhere?",
+                stacklevel=2,
+            )
+        self.detach()
 
-    def _attach(self, args: TrainingArguments, state: TrainerState, kwargs: dict[str, Any]) -> TokenMasker:
+    def detach(self) -> None:
+        """Remove the masker from the model; needed only after a training that raised. May be called again."""
+        if self.masker is not None:
+            self.masker.detach()
+            self.masker = None
+
+    def _attach(self, args: Arguments, state: State, kwargs: dict[str, Any]) -> TokenMasker:
         processing = kwargs.get("processing_class")
         tokenizer = getattr(processing, "tokenizer", processing)  # a processor holds one
         if tokenizer is None or not hasattr(tokenizer, "all_special_ids"):
-            raise MaskTokenError("token masking needs the tokenizer: Trainer(processing_class=tokenizer, ...)")
+            raise MaskTokenError(
+                "token masking needs the tokenizer: Trainer(processing_class=tokenizer, ...)", code="no-tokenizer"
+            )
         if args.n_gpu > 1:
             raise MaskTokenError(
                 f"this trainer would spread one process over {args.n_gpu} GPUs (nn.DataParallel), which token masking "
-                "does not support: use torchrun or accelerate launch, or CUDA_VISIBLE_DEVICES=0"
+                "does not support: use torchrun or accelerate launch, or CUDA_VISIBLE_DEVICES=0",
+                code="data-parallel",
+                gpus=args.n_gpu,
             )
         self.masker = TokenMasker.attach(
             kwargs["model"],
@@ -110,56 +173,7 @@ class TokenMaskCallback(TrainerCallback):
             mask_token=self.mask_token,
             seed=args.seed,
             resumed=state.global_step > 0,
+            replaceable=True,
         )
+        self.masker.enabled = False
         return self.masker
-
-    def _detach(self) -> None:
-        if self.masker is not None:
-            self.masker.detach()
-            self.masker = None
-
-    def _guard(self) -> None:
-        """Wrap the trainer's methods so that the masker goes when they raise.
-
-        A Trainer calls no event when training fails, and hands itself to no callback: it is found on the stack, as the
-        caller of this event. `train` catches everything, but when the callback came by `add_callback` it is running
-        already; the methods that it calls catch what happens then.
-
-        Here too the callback moves to the front of the list, because reporting callbacks come before the user's and
-        would miss the masking rate.
-        """
-        trainer = _calling_trainer(self)
-        if trainer is None or trainer is self._guarded:
-            return
-        self._guarded = trainer
-        handler = trainer.callback_handler
-        for name in ("train", "training_step", "get_batch_samples", "evaluate"):
-            setattr(trainer, name, self._detaching(getattr(trainer, name)))
-        handler.call_event = self._detaching(handler.call_event)
-        handler.callbacks.remove(self)
-        handler.callbacks.insert(0, self)
-
-    def _detaching(self, method: Any) -> Any:
-        """Wrap a method so that the masker goes when it raises."""
-
-        @functools.wraps(method)
-        def guarded(*args: Any, **kwargs: Any) -> Any:
-            try:
-                return method(*args, **kwargs)
-            except BaseException:  # KeyboardInterrupt too
-                self._detach()
-                raise
-
-        return guarded
-
-
-def _calling_trainer(callback: TrainerCallback) -> Any:
-    """Return the trainer that is calling an event of `callback`, or None."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        candidate = frame.f_locals.get("self")
-        handler = getattr(candidate, "callback_handler", None)
-        if any(other is callback for other in getattr(handler, "callbacks", ())):
-            return candidate
-        frame = frame.f_back  # type: ignore[assignment]
-    return None

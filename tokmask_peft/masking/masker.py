@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 from collections.abc import Iterator
 from typing import Any, Self
@@ -12,57 +13,59 @@ from torch import Tensor, nn
 
 from tokmask_peft.errors import MaskTokenError
 from tokmask_peft.masking.config import TokenMaskConfig
-from tokmask_peft.masking.embedding import embedding_weight, find_embedding, is_trainable, unwrap, write_row
-from tokmask_peft.masking.pattern import masked_positions, text_positions, word_start_table
-from tokmask_peft.masking.replacement import MaskToken, choose_mask_token, fill_spare_row, maskable_table, used_rows
-from tokmask_peft.masking.schedule import rate_at
+from tokmask_peft.masking.embedding import (
+    embedding_weight,
+    find_embedding,
+    is_in_adapter,
+    is_trainable,
+    prepare_mask_row,
+    unwrap,
+    write_row,
+)
+from tokmask_peft.masking.pattern import (
+    maskable_table,
+    masked_positions,
+    replacement_bits,
+    text_positions,
+    word_start_table,
+)
+from tokmask_peft.masking.replacement import REPLACEMENTS, MaskToken, choose_mask_token
 
 
 class TokenMasker:
     """Masks input tokens of a model in training (arXiv 2505.11746), until `detach()`.
 
     The model's own `input_ids` stay as they are, so that padding, pooling, labels and attention see the real text.
-    Nothing is masked in eval mode, inside `paused()`, and where the model is called with `inputs_embeds`.
-    Make one with `attach`; as a context manager it detaches at the end, also when training raises.
+    A forward is a training forward, which is masked, if the model is in train mode and gradients are enabled:
+    evaluation is not masked, nor are generation and reference passes under `torch.no_grad()`, whatever the mode (TRL
+    generates in train mode). Not masked either: everything inside `paused()`, and calls with `inputs_embeds`.
+    Make a masker with `attach`; as a context manager it detaches at the end, also when training raises.
 
     Attributes:
         config: how to mask.
-        mask_token: what a masked token is replaced by.
+        mask_token: the mask token, with the reason for its choice.
         seed: seed of the pattern.
         rank: process number that the pattern depends on.
+        enabled: if False, nothing is masked and no steps are counted; the callback sets it outside optimizer steps.
+        attached: whether the model is still being masked.
+        replaceable: whether a later `attach` may take this masker's place.
     """
 
     def __init__(
-        self,
-        embedding: nn.Module,
-        config: TokenMaskConfig,
-        mask_token: MaskToken,
-        maskable: Tensor,
-        word_starts: Tensor | None,
-        *,
-        pad_id: int | None,
-        real_rows: int,
-        seed: int,
-        rank: int,
-        keep_mask_row: bool,
+        self, embedding: nn.Module, config: TokenMaskConfig, mask_token: MaskToken, *, seed: int, rank: int
     ) -> None:
         self.config, self.mask_token, self.seed, self.rank = config, mask_token, seed, rank
-        self._embedding, self._pad_id, self._real_rows = embedding, pad_id, real_rows
+        self.enabled, self.attached, self.replaceable = True, False, False
+        self._embedding = embedding
         device = embedding_weight(embedding).device
-        self._maskable = maskable.to(device)
-        self._word_starts = None if word_starts is None else word_starts.to(device)
-        # Tensors that are written in place: a compiled graph reads them anew, where a number would be baked in.
+        # Tensors that are written in place: a compiled graph reads them anew, whereas a number would be baked in.
         self._rate_tensor = torch.zeros((), dtype=torch.float32, device=device)
         self._step = torch.zeros((), dtype=torch.int64, device=device)
         self._counts = torch.zeros(2, dtype=torch.int64, device=device)
         self._rate = 0.0
-        self._paused = False
-        self._rows: Tensor | None = None
-        self._positions: Tensor | None = None
-        self._keep_mask_row = keep_mask_row
+        self._layout: tuple[Tensor, Tensor] | None = None
         self._original_row: Tensor | None = None
-        self._handle = embedding.register_forward_pre_hook(self._mask, with_kwargs=True)
-        self._attached = True
+        self._handle: Any = None
 
     @classmethod
     def attach(
@@ -75,62 +78,71 @@ class TokenMasker:
         mask_token: MaskToken | None = None,
         seed: int | None = None,
         resumed: bool = False,
+        replaceable: bool = False,
     ) -> Self:
         """Start masking a model's input in training.
+
+        The row of a spare mask token is set to the mean embedding, unless the config never masks.
 
         Args:
             model: a transformers model, bare or wrapped by PEFT, torch.compile, DDP or accelerate.
             tokenizer: its tokenizer.
             config: how to mask; the rate starts where its schedule starts.
-            rank: process number; default: that of torch.distributed, 0 without it.
-            mask_token: a choice made before; default: `choose_mask_token`.
-            seed: the run's seed, used where the config gives none; default 0.
+            rank: process number; default: that of torch.distributed, or 0 without it.
+            mask_token: a choice made earlier; default: `choose_mask_token`.
+            seed: the run's seed, used if the config has none; default 0.
             resumed: the weights come from a checkpoint, so a mask row that is trained must not be set again.
+            replaceable: let a later `attach` take this masker's place instead of refusing.
 
         Raises:
-            MaskTokenError: no usable mask token, a masker is attached already, or the model cannot be masked.
+            MaskTokenError: no usable mask token, another masker is attached, or the model cannot be masked.
         """
         config = TokenMaskConfig() if config is None else config
         embedding = find_embedding(model)
-        if cls.of(embedding) is not None:
-            raise MaskTokenError("this model has a masker already; detach() it first")
+        if (other := TokenMasker.of(embedding)) is not None and not other.replaceable:
+            raise MaskTokenError("this model has a masker already; detach() it first", code="masker-attached")
         rows = embedding_weight(embedding).shape[0]
-        if outside := [token_id for token_id in config.protect if not 0 <= token_id < rows]:
-            raise MaskTokenError(
-                f"masking.protect: {outside} lie outside the embedding, which has rows 0 to {rows - 1}"
-            )
+        if outside := [token_id for token_id in config.protect if token_id >= rows]:
+            message = f"masking.protect: the embedding has rows 0 to {rows - 1}, not {outside}; remove these ids"
+            raise MaskTokenError(message, code="protect-outside", ids=outside, rows=rows)
         mask_token = mask_token or choose_mask_token(tokenizer, rows, config.mask_token)
         trainable = is_trainable(embedding, mask_token.id)
         if config.trainable_mask and not trainable:
             raise MaskTokenError(
                 "masking.trainable_mask is on, but the mask token's row is frozen: give PEFT's config "
-                f"trainable_token_indices=[{mask_token.id}], or set trainable_mask: false"
+                f"trainable_token_indices=[{mask_token.id}], or set trainable_mask: false",
+                code="mask-row-frozen",
+                token_id=mask_token.id,
             )
-        model_config = getattr(unwrap(model), "config", None)
-        pad_id = tokenizer.pad_token_id
-        if pad_id is None:
-            pad_id = getattr(model_config, "pad_token_id", None)
         if rank is None:
             distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
             rank = torch.distributed.get_rank() if distributed else 0
-        masker = cls(
-            embedding,
-            config,
-            mask_token,
-            maskable_table(tokenizer, rows, {*config.protect, pad_id, getattr(model_config, "pad_token_id", None)}),
-            None if config.unit == "token" else word_start_table(tokenizer, rows),
-            pad_id=pad_id,
-            real_rows=min(used_rows(tokenizer), rows),
-            seed=config.seed if config.seed is not None else (seed or 0),
-            rank=rank,
-            # A row of trainable_token_indices lives in the adapter, which made its own copy of it.
-            keep_mask_row=trainable and (resumed or hasattr(embedding, "token_adapter")),
-        )
-        # A compiled model ignores, in silence, a hook that comes after its first call: dynamo does not guard on hooks.
+        seed = config.seed if config.seed is not None else (seed or 0)
+        masker = cls(embedding, config, mask_token, seed=seed, rank=rank)
+        masker._prepare(tokenizer, getattr(getattr(unwrap(model), "config", None), "pad_token_id", None))
+        if other is not None:
+            other.detach()
+        if not config.is_off and not (trainable and resumed):
+            masker._original_row = prepare_mask_row(embedding, mask_token, tokenizer)
+        masker.rate = config.make_schedule().rate(0.0)
+        masker._handle = embedding.register_forward_pre_hook(masker._mask, with_kwargs=True)
+        masker.attached, masker.replaceable = True, replaceable
+        # A compiled model silently ignores a hook that is added after its first call: dynamo does not guard on hooks.
         if "torch._dynamo" in sys.modules:
             torch.compiler.reset()
-        masker.rate = rate_at(config, 0.0)
         return masker
+
+    def _prepare(self, tokenizer: Any, model_pad_id: int | None) -> None:
+        """Make what depends on the tokenizer: tables over the vocabulary, and the replacement."""
+        weight = embedding_weight(self._embedding)
+        self._pad_id = model_pad_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        protected = {*self.config.protect, self._pad_id, model_pad_id}
+        maskable = maskable_table(tokenizer, weight.shape[0], protected)
+        self._replacement = REPLACEMENTS[self.config.replace](self.mask_token, maskable, tokenizer)
+        self._maskable = maskable.to(weight.device)
+        self._word_starts: Tensor | None = None
+        if self.config.unit != "token":
+            self._word_starts = word_start_table(tokenizer, weight.shape[0]).to(weight.device)
 
     @classmethod
     def of(cls, embedding: nn.Module) -> Self | None:
@@ -140,31 +152,31 @@ class TokenMasker:
 
     def _mask(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Swap the ids that the embedding is called with; [batch, seq] or [seq], int32 or int64."""
-        if not module.training or self._paused:
+        if not (module.training and self.enabled and torch.is_grad_enabled()):
             return None
         name = None if args else next(iter(kwargs))
         given: Tensor = args[0] if name is None else kwargs[name]
         if self._step.device != given.device:
             self._move(given.device)
         input_ids = given.reshape(-1, given.shape[-1])
-        positions = text_positions(input_ids, self._pad_id) if self._positions is None else self._positions
+        rows, positions = self._layout or (None, text_positions(input_ids, self._pad_id))
         maskable = self._maskable[input_ids]
+        counters = self.seed, self._step, self.rank
         masked = masked_positions(
             input_ids,
             self._rate_tensor,
-            self.seed,
-            self._step,
-            self.rank,
+            *counters,
             maskable,
             None if self._word_starts is None else self._word_starts[input_ids],
             self.config.unit,
             self.config.span_length,
-            self._rows,
+            rows,
             positions,
         )
+        draw = functools.partial(replacement_bits, input_ids, *counters, rows, positions)
+        swapped = self._replacement(input_ids, masked, draw).reshape(given.shape)
         self._step.add_(1)
         self._counts.add_(torch.stack([masked.sum(), maskable.sum()]))
-        swapped = input_ids.masked_fill(masked, self.mask_token.id).reshape(given.shape)
         return ((swapped, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: swapped})
 
     def _move(self, device: torch.device) -> None:
@@ -181,24 +193,32 @@ class TokenMasker:
     @rate.setter
     def rate(self, value: float) -> None:
         if not 0.0 <= value < 1.0:
-            raise MaskTokenError(f"the masking rate must be at least 0 and below 1, not {value}")
-        if value > 0.0 and self.mask_token.kind == "spare" and not self._keep_mask_row and self._original_row is None:
-            self._original_row = fill_spare_row(self._embedding, self.mask_token, self._real_rows)
+            raise MaskTokenError(f"the masking rate must be at least 0 and below 1, not {value}", code="rate-outside")
+        token = self.mask_token
+        arbitrary = self.config.is_off and token.kind == "spare" and not is_in_adapter(self._embedding, token.id)
+        if value > 0.0 and arbitrary:
+            raise MaskTokenError(
+                f"masked tokens would become row {token.id}, which was not prepared because the config never masks: "
+                "attach with p above 0, then set any rate",
+                code="mask-row-not-prepared",
+                token_id=token.id,
+            )
         self._rate = float(value)
         self._rate_tensor.fill_(self._rate)
 
     @property
     def step(self) -> int:
-        """Number of the next training forward; reading it waits for the device."""
+        """Number of the next training forward. Reading it waits for the device, setting it does not."""
         return int(self._step.item())
 
     @step.setter
     def step(self, value: int) -> None:
-        self.set_step(value)
-
-    def set_step(self, value: int) -> None:
-        """Set the number of the next training forward, without waiting for the device."""
         self._step.fill_(value)
+
+    @property
+    def maskable_seen(self) -> int:
+        """Number of maskable tokens in all training forwards so far; reading it waits for the device."""
+        return int(self._counts[1].item())
 
     @property
     def observed_rate(self) -> float:
@@ -206,40 +226,29 @@ class TokenMasker:
         masked, maskable = self._counts.tolist()
         return masked / max(maskable, 1)
 
-    @property
-    def attached(self) -> bool:
-        """Whether the model is still being masked."""
-        return self._attached
-
     @contextlib.contextmanager
     def paused(self) -> Iterator[Self]:
         """Mask nothing and count no steps inside."""
-        before, self._paused = self._paused, True
+        before, self.enabled = self.enabled, False
         try:
             yield self
         finally:
-            self._paused = before
+            self.enabled = before
 
     @contextlib.contextmanager
     def layout(self, rows: Tensor, positions: Tensor) -> Iterator[Self]:
-        """Say which text and which position in it each token is, where a row packs several texts.
-
-        Args:
-            rows: index of the text in the batch, int [1, total].
-            positions: position in the text, int [1, total].
-        """
-        before = self._rows, self._positions
-        self._rows, self._positions = rows, positions
+        """Set which text each token of a packed row belongs to, and its position in that text; each int [1, total]."""
+        before, self._layout = self._layout, (rows, positions)
         try:
             yield self
         finally:
-            self._rows, self._positions = before
+            self._layout = before
 
     def detach(self) -> None:
-        """Stop masking for good and give a spare row its old values back, unless it was trained. May be repeated."""
-        if not self._attached:
+        """Stop masking for good and restore a spare row's values, unless it was trained. May be called again."""
+        if not self.attached:
             return
-        self._attached = False
+        self.attached = False
         self._handle.remove()
         if self._original_row is not None and not is_trainable(self._embedding, self.mask_token.id):
             write_row(self._embedding, self.mask_token.id, self._original_row)
@@ -252,27 +261,23 @@ class TokenMasker:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs, fit for JSON (accelerate's `register_for_checkpointing` takes a masker)."""
-        return {
-            "step": self.step,
-            "rate": self.rate,
-            "seed": self.seed,
-            "mask_token_id": self.mask_token.id,
-            "config": self.config.model_dump(mode="json"),
-        }
+        config = self.config.model_dump(mode="json")
+        settings = {"seed": self.seed, "mask_token_id": self.mask_token.id, "config": config}
+        return {"step": self.step, "rate": self.rate, **settings}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken.
+        """Continue where `state` was taken.
 
         Raises:
             MaskTokenError: seed, mask token or config differ, so the run would not mask as before.
         """
         mine = self.state_dict()
-        differing = [
-            f"{key} was {state.get(key)!r}, is {mine[key]!r}"
-            for key in ("seed", "mask_token_id", "config")
-            if state.get(key) != mine[key]
-        ]
+        defaults = TokenMaskConfig().model_dump(mode="json")  # for keys that are newer than the saved state
+        saved = {**state, "config": {**defaults, **state["config"]}}
+        differing = [key for key in ("seed", "mask_token_id", "config") if saved[key] != mine[key]]
         if differing:
-            raise MaskTokenError(f"cannot resume masking with other settings: {'; '.join(differing)}")
-        self.set_step(state["step"])
-        self.rate = state["rate"]
+            pairs = "; ".join(f"{key} was {saved[key]!r}, is {mine[key]!r}" for key in differing)
+            raise MaskTokenError(
+                f"masking cannot be resumed with other settings: {pairs}", code="resume-differs", differing=differing
+            )
+        self.step, self.rate = state["step"], state["rate"]

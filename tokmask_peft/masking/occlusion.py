@@ -1,38 +1,41 @@
-"""Mask words of the caller's choice outside training: the masker's swap, at named positions, for explanations."""
+"""Mask words of the caller's choice outside training: the masker's swap, at given positions, for explanations."""
 
 from __future__ import annotations
 
 import contextlib
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tokmask_peft.masking.config import TokenMaskConfig
-from tokmask_peft.masking.embedding import embedding_weight, find_embedding, is_trainable
-from tokmask_peft.masking.replacement import choose_mask_token, fill_spare_row, maskable_table, used_rows
+from tokmask_peft.masking.embedding import embedding_weight, find_embedding, prepare_mask_row
+from tokmask_peft.masking.pattern import maskable_table
+from tokmask_peft.masking.replacement import choose_mask_token
+
+if TYPE_CHECKING:  # the masker needs no NumPy
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 class Occlusion:
     """Hides sub-tokens of a model's input as training does: ids are swapped on their way into the embedding.
 
-    Padding, pooling and attention see the text as it is. A spare row is filled with the mean embedding, as in training,
-    and stays so: no token uses it.
+    Padding, pooling and attention see the text as it is. A spare row is set to the mean embedding, as in training, and
+    keeps it: no token uses the row.
 
     Args:
         model: a classification model, with or without PEFT.
         tokenizer: its tokenizer.
-        config: how the model was masked in training; none if that is not known.
+        config: how the model was masked in training; None if that is not known.
 
     Attributes:
         mask_token: what hidden sub-tokens become, with the reason.
-        trained: whether the model saw masked tokens in training; none if that is not known.
-        maskable: for every id whether it may be hidden, bool [rows]: special and protected tokens may not, as in
-            training; the unknown token may, unlike there, because a word that became one is a word still.
+        trained: whether the model saw masked tokens in training; None if that is not known.
+        maskable: for every id whether it may be hidden, bool [rows]. Special and protected tokens may not, as in
+            training; the unknown token may, unlike in training, because a word that became one is still a word.
 
     Raises:
         MaskTokenError: there is no usable mask token, or the model cannot be masked.
@@ -46,9 +49,8 @@ class Occlusion:
         self.mask_token = choose_mask_token(tokenizer, rows, config.mask_token)
         name = tokenizer.convert_ids_to_tokens(self.mask_token.id)
         self._token = f"{name or 'an embedding row that no token uses'} (id {self.mask_token.id})"
-        learned = config.trainable_mask or is_trained_row(self._embedding, self.mask_token.id)
-        if self.mask_token.kind == "spare" and not learned:
-            fill_spare_row(self._embedding, self.mask_token, min(used_rows(tokenizer), rows))
+        if not config.trainable_mask:
+            prepare_mask_row(self._embedding, self.mask_token, tokenizer)
         table = maskable_table(tokenizer, rows, {*config.protect, tokenizer.pad_token_id})
         unknown = tokenizer.unk_token_id
         if unknown is not None and unknown not in {*config.protect, tokenizer.pad_token_id, self.mask_token.id}:
@@ -57,13 +59,13 @@ class Occlusion:
 
     @property
     def note(self) -> str:
-        """What a reader of the explanations must know about the mask token, in a sentence."""
+        """What a reader of the explanations must know about the mask token, in a sentence or two."""
         if self.trained:
             return f"words are masked as in training, by {self._token}"
-        how = "was trained without masking (p = 0): it has never seen a masked word, and its influences are"
+        how = "was trained without masking (p = 0): it has never seen a masked word, so its influences are"
         if self.trained is None:
-            how = "does not say how it was masked in training; if it was not, its influences are"
-        return f"the model {how} less to be trusted. Words are masked by {self._token}: {self.mask_token.reason}"
+            how = "does not record how it was masked in training; if it was not masked, its influences are"
+        return f"the model {how} less reliable. Words are masked by {self._token}: {self.mask_token.reason}"
 
     @contextlib.contextmanager
     def at(self, positions: Tensor) -> Iterator[None]:
@@ -79,7 +81,7 @@ class Occlusion:
                 return None
             name = None if args else next(iter(kwargs))
             given: Tensor = args[0] if name is None else kwargs[name]
-            at = F.pad(positions, (0, given.shape[1] - positions.shape[1]))  # a packed row may be lengthened on its way
+            at = F.pad(positions, (0, given.shape[1] - positions.shape[1]))  # a packed row may have been lengthened
             hidden = given.masked_fill(at.to(given.device), self.mask_token.id)
             return ((hidden, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: hidden})
 
@@ -88,8 +90,3 @@ class Occlusion:
             yield
         finally:
             handle.remove()
-
-
-def is_trained_row(embedding: nn.Module, token_id: int) -> bool:
-    """Say whether the adapter holds an embedding row of its own for `token_id`."""
-    return hasattr(embedding, "token_adapter") and is_trainable(embedding, token_id)

@@ -1,8 +1,13 @@
-"""Where words begin, read off the marks that a tokenizer leaves on its sub-tokens.
+"""Which tokens are masked: a pure function of counters, so that no random state is read or written.
 
-What counts as a word is the tokenizer's own idea. WordPiece (mBERT) cuts at punctuation, so "don't" is three words.
-Byte-level BPE and SentencePiece mark spaces only: a punctuation mark or a digit without a space before it continues the
-word, and a text in a script without spaces is one word.
+A counter-based generator (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"): the finaliser of
+MurmurHash3 (Appleby 2011) absorbs seed, rank, step, text and position in turn. The 32-bit words are stored in int64, so
+that no product overflows: signed overflow is undefined in C++, and the code that torch.compile generates for CPUs then
+runs past the end of its loops. The result is the same on CPU and GPU, needs no synchronisation, and can be traced.
+
+What counts as a word depends on the marks that the tokenizer leaves on its sub-tokens. WordPiece (mBERT) splits at
+punctuation, so "don't" is three words. Byte-level BPE and SentencePiece mark spaces only: a punctuation mark or a digit
+without a space before it continues the word, and a text in a script without spaces is one word.
 """
 
 from __future__ import annotations
@@ -23,7 +28,8 @@ _WORD = 2**32 - 1
 # Constants above 2**31 are written as their negative twins modulo 2**32: |word * constant| stays below 2**63.
 _GOLDEN = 0x9E3779B9 - 2**32  # the golden ratio's fraction
 _MURMUR = (0x85EBCA6B - 2**32, 0xC2B2AE35 - 2**32)
-_KEYS = (0x243F6A88, 0x85A308D3)  # the digits of pi
+_MASK_KEYS = (0x243F6A88, 0x85A308D3)  # the digits of pi
+_REPLACEMENT_KEYS = (0x13198A2E, 0x03707344)  # its next digits
 
 
 def _mix(word: Word) -> Word:
@@ -34,13 +40,26 @@ def _mix(word: Word) -> Word:
 
 
 def _absorb(state: Word, word: Word) -> Word:
-    """Take a further word into a state; a bijection of either."""
+    """Add a word to a state; a bijection of either."""
     return _mix((state + (word & _WORD) * _GOLDEN) & _WORD)
 
 
 def _key(start: int, seed: int, rank: int) -> int:
     """Return 32 bits that depend on the seed (64 bits of it) and the rank."""
     return _absorb(_absorb(_absorb(start, seed), seed >> 32), rank)
+
+
+def _streams(
+    keys: tuple[int, int], seed: int, step: Tensor | int, rank: int, rows: Tensor | None, shape_of: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the stream of each text, broadcastable to `shape_of`, [batch, seq], and the key of the step."""
+    device = shape_of.device
+    if rows is None:
+        rows = torch.arange(shape_of.shape[0], device=device).unsqueeze(1)
+    if not isinstance(step, Tensor):
+        step = torch.tensor(step, dtype=torch.int64, device=device)
+    state = _absorb(torch.full_like(step, _key(keys[0], seed, rank)), step)
+    return _absorb(state, rows.to(torch.int64)), _mix(state ^ _key(keys[1], seed, rank))
 
 
 def _draw(stream: Tensor, step_key: Tensor, index: Tensor) -> Tensor:
@@ -56,7 +75,7 @@ def text_positions(input_ids: Tensor, pad_id: int | None) -> Tensor:
 
     Args:
         input_ids: [batch, seq].
-        pad_id: the padding token, if there is one.
+        pad_id: id of the padding token, or None.
 
     Returns:
         int64 [1, seq] or [batch, seq]; negative on left padding.
@@ -78,7 +97,7 @@ def _word_indices(maskable: Tensor, word_starts: Tensor, positions: Tensor) -> T
     text_start = (positions == 0).expand_as(maskable)
     counted = ((word_starts | after_fixed | text_start) & maskable).to(torch.int64)
     count = counted.cumsum(dim=1)
-    # In a packed row the count goes on over the border of two texts: take off what came before this text.
+    # In a packed row the count continues across texts: subtract what came before this text.
     columns = torch.arange(maskable.shape[1], device=maskable.device).expand_as(count)
     first_column = torch.where(text_start, columns, 0).cummax(dim=1).values
     return count - (count - counted).gather(1, first_column) - 1
@@ -97,9 +116,9 @@ def masked_positions(
     rows: Tensor | None = None,
     positions: Tensor | None = None,
 ) -> Tensor:
-    """Say which tokens are masked.
+    """Decide which tokens are masked.
 
-    Each unit draws u in [0, 1), uniform with 24 bits, and is masked where u < rate: raising the rate only adds.
+    Each unit draws u in [0, 1), uniform with 24 bits, and is masked if u < rate: a higher rate only adds.
 
     Args:
         input_ids: [batch, seq]; only the shape and the device matter.
@@ -107,7 +126,7 @@ def masked_positions(
         seed: seed of the run.
         step: counter of training forwards, a number or a 0-dim int64 tensor.
         rank: process number in distributed training.
-        maskable: bool [batch, seq], false on special tokens, padding and what else is protected.
+        maskable: bool [batch, seq], false for special tokens, padding and protected tokens.
         word_starts: bool [batch, seq], true where a word begins; needed for `word` and `span`.
         unit: what is masked as a whole.
         span_length: words per span; a random shift per text moves the borders of the spans from step to step.
@@ -117,18 +136,9 @@ def masked_positions(
     Returns:
         bool [batch, seq].
     """
-    device = input_ids.device
-    if rows is None:
-        rows = torch.arange(input_ids.shape[0], device=device).unsqueeze(1)
+    stream, step_key = _streams(_MASK_KEYS, seed, step, rank, rows, input_ids)
     if positions is None:
-        positions = torch.arange(input_ids.shape[1], device=device).unsqueeze(0)
-    if not isinstance(step, Tensor):
-        step = torch.tensor(step, dtype=torch.int64, device=device)
-
-    state = _absorb(torch.full_like(step, _key(_KEYS[0], seed, rank)), step)
-    step_key = _mix(state ^ _key(_KEYS[1], seed, rank))
-    stream = _absorb(state, rows.to(torch.int64))
-
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)
     index = positions.to(torch.int64)
     if unit != "token":
         if word_starts is None:
@@ -141,18 +151,33 @@ def masked_positions(
     return (u < rate) & maskable
 
 
-_BYTE_LEVEL_SPACES = ("Ġ", "Ċ", "ĉ", "č")  # how byte-level BPE writes space, newline, tab, carriage return
+def replacement_bits(
+    input_ids: Tensor, seed: int, step: Tensor | int, rank: int, rows: Tensor | None, positions: Tensor
+) -> Tensor:
+    """Return 24 random bits per token, int64 [batch, seq], independent of the masks; arguments: `masked_positions`."""
+    stream, step_key = _streams(_REPLACEMENT_KEYS, seed, step, rank, rows, input_ids)
+    return _draw(stream, step_key, positions.to(torch.int64)).expand(input_ids.shape)
+
+
+def maskable_table(tokenizer: Any, rows: int, protected: set[int | None]) -> Tensor:
+    """Return for every id whether it may be masked, bool [rows].
+
+    The unknown token counts as special, as it does for the tokenizer: masking it would hide next to nothing.
+    """
+    specials = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    table = torch.ones(rows, dtype=torch.bool)
+    for token_id in {*tokenizer.all_special_ids, *specials, *protected}:
+        if token_id is not None and 0 <= token_id < rows:
+            table[token_id] = False
+    return table
 
 
 def word_start_table(tokenizer: Any, rows: int) -> Tensor:
-    """Say for every id whether it starts a word.
+    """Return for every id whether it starts a word, bool [rows]; true for added tokens and rows that no token uses.
 
     Args:
         tokenizer: a transformers tokenizer with a Rust backend.
         rows: rows of the embedding matrix.
-
-    Returns:
-        bool [rows]; true for added tokens and for rows that no token uses.
 
     Raises:
         MaskTokenError: the tokenizer leaves no marks that this function knows.
@@ -170,12 +195,12 @@ def _start_test(tokenizer: Any) -> Callable[[str], bool]:
     """Return a test of whether a token's text starts a word."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        raise _unknown_kind(tokenizer, "has no Rust backend")
+        raise _no_word_marks(tokenizer, "has no Rust backend")
     prefix = getattr(backend.model, "continuing_subword_prefix", None)
     if prefix:
         return lambda token: not token.startswith(prefix)
     if getattr(backend.model, "end_of_word_suffix", None):
-        raise _unknown_kind(tokenizer, "marks where words end, not where they begin")
+        raise _no_word_marks(tokenizer, "marks where words end, not where they begin")
     parts = [part for stage in (backend.pre_tokenizer, backend.normalizer, backend.decoder) for part in _parts(stage)]
     for part in parts:
         if part.get("type") == "Metaspace":
@@ -185,15 +210,13 @@ def _start_test(tokenizer: Any) -> Callable[[str], bool]:
     if any(part.get("type") == "Replace" and "▁" in json.dumps(part, ensure_ascii=False) for part in parts):
         return lambda token: token.startswith("▁")
     if any(part.get("type") == "ByteLevel" for part in parts):
-        return lambda token: token.startswith(_BYTE_LEVEL_SPACES)
-    raise _unknown_kind(tokenizer, "marks no word borders")
+        return lambda token: token.startswith(("Ġ", "Ċ", "ĉ", "č"))  # space, newline, tab, carriage return
+    raise _no_word_marks(tokenizer, "marks no word borders")
 
 
 def _parts(stage: Any) -> list[dict[str, Any]]:
-    """List the parts of a normalizer, pre-tokenizer or decoder, as the JSON that they are saved as."""
-    if stage is None:
-        return []
-    pending = [json.loads(stage.__getstate__())]
+    """List the parts of a normalizer, pre-tokenizer or decoder, in the JSON form in which they are saved."""
+    pending = [] if stage is None else [json.loads(stage.__getstate__())]
     found = []
     while pending:
         part = pending.pop(0)
@@ -203,8 +226,10 @@ def _parts(stage: Any) -> list[dict[str, Any]]:
     return found
 
 
-def _unknown_kind(tokenizer: Any, why: str) -> MaskTokenError:
+def _no_word_marks(tokenizer: Any, why: str) -> MaskTokenError:
+    name = type(tokenizer).__name__
     return MaskTokenError(
-        f"masking.unit word and span need a tokenizer that marks where words begin; {type(tokenizer).__name__} {why}; "
-        "use unit: token"
+        f"masking.unit word and span need a tokenizer that marks where words begin; {name} {why}; use unit: token",
+        code="no-word-marks",
+        tokenizer=name,
     )

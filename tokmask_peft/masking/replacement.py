@@ -1,19 +1,18 @@
-"""Choose the token that stands for a masked one, and say why; say which tokens are never masked."""
+"""What takes the place of a masked token: the choice of the mask token, and the ways to replace.
+
+A way of your own is a subclass of `Replacement`, named in `REPLACEMENTS`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any, Literal
 
 from tokmask_peft.errors import MaskTokenError
-from tokmask_peft.masking.embedding import embedding_weight, read_rows, write_row
 
-Wanted = Literal["auto", "mask", "spare", "unk"] | int
-
-_REMEDY = "name an id of your own (masking.mask_token: ID), ideally one that your texts never use"
+if TYPE_CHECKING:  # the section `masking` of a recipe is read without torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -32,34 +31,40 @@ class MaskToken:
 
 
 def used_rows(tokenizer: Any) -> int:
-    """Return how many rows, from 0, the tokenizer can address (a vocabulary may have gaps)."""
+    """Return how many embedding rows, from 0, the tokenizer can address (a vocabulary may have gaps)."""
     return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=-1))
 
 
-def choose_mask_token(tokenizer: Any, embedding_rows: int, wanted: Wanted = "auto") -> MaskToken:
+def choose_mask_token(
+    tokenizer: Any, embedding_rows: int, wanted: Literal["auto", "mask", "spare", "unk"] | int = "auto"
+) -> MaskToken:
     """Choose the mask token.
 
-    `auto` takes the tokenizer's own mask token; else the last row of the embedding matrix, if no token uses it (the
-    last, so that tokens added later do not meet it); else the unknown token.
+    `auto` takes the tokenizer's own mask token; without one, the last row of the embedding matrix if no token uses it
+    (the last, so that tokens added later do not collide with it); failing that, the unknown token.
 
     Args:
         tokenizer: a transformers tokenizer.
         embedding_rows: rows of the model's embedding matrix.
-        wanted: the choice of the recipe.
+        wanted: `masking.mask_token`.
 
     Raises:
-        MaskTokenError: the choice is impossible, or `auto` finds none. Id 0 is never taken for want of a better one.
+        MaskTokenError: the choice is impossible, or `auto` finds none. Id 0 is never taken as a last resort.
     """
     if isinstance(wanted, int):
         return _explicit(tokenizer, embedding_rows, wanted)
-    sources = ["mask", "spare", "unk"] if wanted == "auto" else [wanted]
     problems = []
-    for source in sources:
+    for source in ("mask", "spare", "unk") if wanted == "auto" else (wanted,):
         found = {"mask": _own, "spare": _spare, "unk": _unknown}[source](tokenizer, embedding_rows)
         if isinstance(found, MaskToken):
             return found
         problems.append(found)
-    raise MaskTokenError(f"no mask token: {'; '.join(problems)}; {_REMEDY}")
+    raise MaskTokenError(
+        f"no mask token: {'; '.join(problems)}; set masking.mask_token to a token id, ideally of a token that your "
+        "texts never use",
+        code="no-mask-token",
+        problems=problems,
+    )
 
 
 def _own(tokenizer: Any, rows: int) -> MaskToken | str:
@@ -74,8 +79,8 @@ def _own(tokenizer: Any, rows: int) -> MaskToken | str:
 def _spare(tokenizer: Any, rows: int) -> MaskToken | str:
     used = used_rows(tokenizer)
     if used >= rows:
-        return f"the embedding's {rows} rows are all in use by the tokenizer ({used} ids)"
-    reason = f"the tokenizer has no use for rows {used} to {rows - 1} of the embedding; the last is set to the mean row"
+        return f"the tokenizer uses all {rows} rows of the embedding ({used} ids)"
+    reason = f"the tokenizer does not use rows {used} to {rows - 1} of the embedding; the last is set to the mean row"
     return MaskToken(rows - 1, "spare", reason)
 
 
@@ -88,66 +93,67 @@ def _unknown(tokenizer: Any, rows: int) -> MaskToken | str:
             return f"the tokenizer's unknown token {tokenizer.unk_token!r} is also its {role} token"
     if token_id >= rows:
         return f"the tokenizer's unknown token has id {token_id}, but the embedding has {rows} rows"
-    return MaskToken(
-        token_id, "unk", f"the tokenizer's unknown token, {tokenizer.unk_token!r}: no mask token, no spare row"
-    )
+    reason = f"the tokenizer's unknown token, {tokenizer.unk_token!r}: it has no mask token and no spare row"
+    return MaskToken(token_id, "unk", reason)
 
 
 def _explicit(tokenizer: Any, rows: int, token_id: int) -> MaskToken:
     if not 0 <= token_id < rows:
-        raise MaskTokenError(f"mask_token {token_id} is outside the embedding, which has rows 0 to {rows - 1}")
+        raise MaskTokenError(
+            f"mask_token {token_id} is outside the embedding, which has rows 0 to {rows - 1}; choose one of these, or "
+            "leave mask_token at auto",
+            code="mask-token-outside",
+            token_id=token_id,
+            rows=rows,
+        )
     if token_id >= used_rows(tokenizer):
-        return MaskToken(token_id, "spare", f"row {token_id} as asked, which no token uses; set to the mean row")
+        return MaskToken(token_id, "spare", f"row {token_id}, as configured; no token uses it; set to the mean row")
     token = tokenizer.convert_ids_to_tokens(token_id)
     if token_id in (tokenizer.mask_token_id, tokenizer.unk_token_id) and token_id != tokenizer.pad_token_id:
-        return MaskToken(token_id, "id", f"{token!r} as asked")
+        return MaskToken(token_id, "id", f"{token!r}, as configured")
     if token_id in tokenizer.all_special_ids:
         raise MaskTokenError(
             f"mask_token {token_id} is the special token {token!r}: the model would take a masked token for padding or "
-            "for the end of the text; take an ordinary token, a spare row, or leave mask_token at auto"
+            "for the end of the text; take an ordinary token, a spare row, or leave mask_token at auto",
+            code="mask-token-special",
+            token_id=token_id,
         )
-    return MaskToken(token_id, "id", f"{token!r} as asked, an ordinary token of the tokenizer")
+    return MaskToken(token_id, "id", f"{token!r}, as configured, an ordinary token of the tokenizer")
 
 
-def maskable_table(tokenizer: Any, rows: int, protected: set[int | None]) -> Tensor:
-    """Say for every id whether it may be masked; bool [rows].
+class Replacement:
+    """Replaces the masked tokens of a batch; made once for each masker, called in every training forward.
 
-    The unknown token counts as special, as it does for the tokenizer: masking it would hide next to nothing.
-    """
-    specials = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
-    table = torch.ones(rows, dtype=torch.bool)
-    for token_id in {*tokenizer.all_special_ids, *specials, *protected}:
-        if token_id is not None and 0 <= token_id < rows:
-            table[token_id] = False
-    return table
-
-
-@torch.no_grad()
-def fill_spare_row(embedding: nn.Module, mask_token: MaskToken, real_rows: int) -> Tensor:
-    """Set the mask token's row to the mean of the rows that tokens use (spare rows hold whatever they were born with).
-
-    Call it before PEFT wraps the embedding for `trainable_token_indices`, which copies the row when it is made.
+    It runs inside `torch.compile`, so it must not branch on the values of tensors.
 
     Args:
-        embedding: the input embedding, bare or wrapped by PEFT.
-        mask_token: whose row is written, in place.
-        real_rows: the rows from 0 to average (`used_rows(tokenizer)`).
-
-    Returns:
-        The row as it was, [hidden].
-
-    Raises:
-        MaskTokenError: the matrix is not here as a whole (sharded by ZeRO-3 or FSDP).
+        mask_token: the mask token that was chosen.
+        maskable: for every id whether it may be masked, bool [rows].
+        tokenizer: that of the model.
     """
-    weight = embedding_weight(embedding)
-    if weight.dim() != 2 or weight.shape[0] <= mask_token.id:
-        raise MaskTokenError(
-            f"the embedding matrix has shape {list(weight.shape)} here, so row {mask_token.id} cannot be written: "
-            "attach before the model is sharded, or choose mask_token: unk"
-        )
-    original = read_rows(embedding, mask_token.id, mask_token.id + 1)[0].clone()
-    total = torch.zeros(weight.shape[1], dtype=torch.float32, device=weight.device)
-    for first in range(0, real_rows, 8192):  # in chunks: an fp32 copy of the whole matrix may not fit
-        total += read_rows(embedding, first, min(first + 8192, real_rows)).sum(dim=0, dtype=torch.float32)
-    write_row(embedding, mask_token.id, total / real_rows)
-    return original
+
+    def __init__(self, mask_token: MaskToken, maskable: Tensor, tokenizer: Any) -> None:
+        self.mask_token = mask_token
+
+    def __call__(self, input_ids: Tensor, masked: Tensor, draw: Callable[[], Tensor]) -> Tensor:
+        """Return the ids that the embedding looks up; `input_ids` themselves must stay as they are.
+
+        Args:
+            input_ids: [batch, seq].
+            masked: which tokens are masked, bool [batch, seq].
+            draw: returns 24 random bits per token, int64 [batch, seq]. They do not depend on which tokens are masked,
+                and a resumed training draws the same.
+        """
+        raise NotImplementedError
+
+
+class TokenReplacement(Replacement):
+    """Masked tokens become the mask token."""
+
+    def __call__(self, input_ids: Tensor, masked: Tensor, draw: Callable[[], Tensor]) -> Tensor:
+        """Return the ids with the mask token at the masked places."""
+        return input_ids.masked_fill(masked, self.mask_token.id)
+
+
+REPLACEMENTS: dict[str, type[Replacement]] = {"token": TokenReplacement}
+"""By the name in `masking.replace`. Add one of your own before the recipe is read: `REPLACEMENTS["mine"] = Mine`."""

@@ -23,8 +23,8 @@ from tokmask_peft.data.encoding import words_need_a_space
 from tokmask_peft.errors import RecipeError, RunError, RunInterruptedError
 from tokmask_peft.hub.card import write_card
 from tokmask_peft.masking.callback import TokenMaskCallback
-from tokmask_peft.masking.embedding import embedding_weight, find_embedding
-from tokmask_peft.masking.replacement import MaskToken, choose_mask_token, fill_spare_row, used_rows
+from tokmask_peft.masking.embedding import embedding_weight, find_embedding, prepare_mask_row
+from tokmask_peft.masking.replacement import MaskToken, choose_mask_token
 from tokmask_peft.model.adapter import add_adapter, gathered_weights, save_adapter
 from tokmask_peft.model.backbone import Backbone, load_backbone
 from tokmask_peft.model.decisions import can_checkpoint, enable_checkpointing
@@ -225,9 +225,6 @@ class Session:
     def trainer(self, callbacks: list[Any]) -> OrderedEvalTrainer:
         """Return the trainer, with callbacks on top of those of every training."""
         training, masking = self.recipe.training, self.recipe.masking
-        if self.mask is not None:
-            config = masking if masking.seed is not None else masking.model_copy(update={"seed": self.recipe.seed})
-            callbacks.insert(0, TokenMaskCallback(config, self.mask, announce=False))
         callbacks.append(LogFile(self.run.log))
         if training.patience is not None:
             callbacks.append(Patience(training.patience))
@@ -252,6 +249,9 @@ class Session:
                 preprocess_logits_for_metrics=argmax_logits,
                 callbacks=callbacks,
             )
+        if self.mask is not None:
+            config = masking if masking.seed is not None else masking.model_copy(update={"seed": self.recipe.seed})
+            TokenMaskCallback(config, self.mask, announce=False).add_to(trainer)
         from transformers.trainer_callback import PrinterCallback
 
         trainer.remove_callback(PrinterCallback)
@@ -415,8 +415,8 @@ def _choose_mask(recipe: Recipe, backbone: Backbone) -> tuple[MaskToken | None, 
     if outside:
         raise RecipeError([f"masking.protect: {outside} lie outside the embedding, which has rows 0 to {rows - 1}"])
     mask = choose_mask_token(backbone.tokenizer, rows, config.mask_token)
-    if config.trainable_mask and mask.kind == "spare":
-        fill_spare_row(embedding, mask, used_rows(backbone.tokenizer))
+    if config.trainable_mask:
+        prepare_mask_row(embedding, mask, backbone.tokenizer)
     return mask, (Decision("mask token", f"id {mask.id} ({mask.kind})", mask.reason),)
 
 

@@ -75,7 +75,7 @@ def test_a_spare_row_is_filled_with_the_mean(classifier):
     used = used_rows(model.tokenizer)
     assert model.occlusion.mask_token.kind == "spare"
     torch.testing.assert_close(weight[-1], weight[:used].mean(0))
-    assert "does not say how it was masked" in model.occlusion.note
+    assert "does not record how it was masked" in model.occlusion.note
     model = classifier("qwen2")
     model.masking = TokenMaskConfig(p=0.0)
     assert "never seen a masked word" in model.occlusion.note

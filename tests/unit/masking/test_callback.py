@@ -1,11 +1,11 @@
-"""The callback in a transformers Trainer: attach, schedule, logs, checkpoints, and every way for training to fail."""
+"""The callback in a transformers Trainer: attach, schedule, logs, checkpoints, failures, and what must stay unmasked."""
 
 import json
 
 import pytest
 import torch
 from tiny_models import TEXTS, build
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Qwen2Config, Qwen2ForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from tokmask_peft.errors import MaskTokenError
 from tokmask_peft.masking.callback import TokenMaskCallback
@@ -22,11 +22,11 @@ class Recorder(TrainerCallback):
         self.masking, self.rates, self.logs, self.ids = masking, [], [], []
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        def record(module, inputs):
+        def record(module, inputs, output):
             if module.training:
                 self.ids.append(inputs[0].clone())
 
-        self.handle = model.get_input_embeddings().register_forward_pre_hook(record)
+        self.handle = model.get_input_embeddings().register_forward_hook(record)
 
     def on_train_end(self, args, state, control, **kwargs):
         self.handle.remove()
@@ -85,10 +85,11 @@ def test_one_line_masks_on_schedule_and_leaves_nothing_behind(tmp_path, capsys):
     assert_clean(made.model)
     said = capsys.readouterr().err
     assert said.count("tokmask: ") == 1
-    assert "id 347: the tokenizer has no use for rows 332 to 347" in said
+    assert "id 347: the tokenizer does not use rows 332 to 347" in said
 
 
-def test_the_rate_is_logged_for_reports_and_history(tmp_path):
+@pytest.mark.parametrize("ahead", [True, False])
+def test_the_rate_is_logged_for_reports_and_history(tmp_path, ahead):
     class Report(TrainerCallback):
         seen = []
 
@@ -96,10 +97,14 @@ def test_the_rate_is_logged_for_reports_and_history(tmp_path):
             self.seen.append(logs.get("masking_rate"))
 
     report = Report()  # before the masking callback, as the trackers of report_to are
-    made = trainer(tmp_path, [report, TokenMaskCallback(WARMUP)], eval_strategy="steps", eval_steps=4)
+    callback = TokenMaskCallback(WARMUP)
+    made = trainer(tmp_path, [report] if ahead else [report, callback], eval_strategy="steps", eval_steps=4)
+    if ahead:
+        callback.add_to(made)
     made.train()
-    assert report.seen == [0.0, 0.125, 0.25, 0.375, None, None]  # the last two: evaluation and the closing summary
-    assert [line["masking_rate"] for line in made.state.log_history if "loss" in line] == [0.0, 0.125, 0.25, 0.375]
+    rates = [0.0, 0.125, 0.25, 0.375]
+    assert [line["masking_rate"] for line in made.state.log_history if "loss" in line] == rates
+    assert report.seen == [*(rates if ahead else [None] * 4), None, None]  # at the end evaluation and a summary
 
 
 def test_accumulated_forwards_differ_and_seeds_come_from_the_arguments(tmp_path):
@@ -152,33 +157,32 @@ class FailingTrainer(Trainer):
         return super().get_batch_samples(*args, **kwargs)
 
 
-@pytest.mark.parametrize("late", [False, True], ids=["constructor", "add_callback"])
-@pytest.mark.parametrize("where", ["compute_loss", "data", "on_step_end", "on_evaluate", "interrupt"])
-def test_a_failing_run_takes_the_masker_with_it(tmp_path, where, late):
+@pytest.mark.parametrize("where", ["compute_loss", "data", "on_evaluate", "interrupt"])
+def test_after_a_failed_run_nothing_is_masked_and_the_next_run_is(tmp_path, where):
     callback = TokenMaskCallback(TokenMaskConfig(p=0.5), announce=False)
     others = [Failing(where, ValueError("bad"))] if where.startswith("on_") else []
     if where == "interrupt":
         others = [Failing("on_substep_end", KeyboardInterrupt())]
-    made = trainer(
-        tmp_path, others if late else [*others, callback], cls=FailingTrainer, eval_strategy="steps", eval_steps=1,
-        gradient_accumulation_steps=2, max_steps=2,
-    )  # fmt: skip
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "gradient_accumulation_steps": 2, "max_steps": 2}
+    made = trainer(tmp_path, [*others, callback], cls=FailingTrainer, **settings)
     made.where = where
-    if late:
-        made.add_callback(callback)
-    before = made.model.get_input_embeddings().weight[-1].detach().clone()
-    made.model.get_input_embeddings().requires_grad_(False)
+    embedding = made.model.get_input_embeddings().requires_grad_(False)
+    before, ids = embedding.weight[-1].clone(), torch.arange(300)[None]
     with pytest.raises((ValueError, OSError, RuntimeError, KeyboardInterrupt)):
         made.train()
-    assert_clean(made.model)
-    assert torch.equal(made.model.get_input_embeddings().weight[-1], before)
+    plain = torch.nn.functional.embedding(ids, embedding.weight)
+    with torch.no_grad():
+        assert torch.equal(made.model.train().get_input_embeddings()(ids), plain)
+    if where in ("data", "on_evaluate"):  # outside of a step
+        assert torch.equal(embedding(ids), plain)
+    assert torch.equal(made.model.eval().get_input_embeddings()(ids), plain)
 
-    made.where = "nowhere"
-    recorder = Recorder(callback)
-    made.add_callback(recorder)
-    made.train()
+    recorder = Recorder(second := TokenMaskCallback(TokenMaskConfig(p=0.5), announce=False))
+    trainer(tmp_path, [second, recorder], model=made.model, **settings).train()
     assert any((ids == 347).any() for ids in recorder.ids)
+    callback.detach()
     assert_clean(made.model)
+    assert torch.equal(embedding.weight[-1], before)
 
 
 def test_a_trainer_that_swallows_a_failed_step_goes_on_masking(tmp_path):
@@ -214,15 +218,86 @@ def test_two_trainers_one_after_the_other_on_one_model(tmp_path):
 def test_what_the_trainer_lacks_is_named(tmp_path):
     made = trainer(tmp_path, [TokenMaskCallback()])
     made.callback_handler.processing_class = None
-    with pytest.raises(MaskTokenError, match="processing_class=tokenizer"):
+    with pytest.raises(MaskTokenError, match="processing_class=tokenizer") as refused:
         made.train()
+    assert refused.value.code == "no-tokenizer"
     made = trainer(tmp_path, [TokenMaskCallback()])
     made.args._n_gpu = 2
-    with pytest.raises(MaskTokenError, match="torchrun"):
+    with pytest.raises(MaskTokenError, match="torchrun") as refused:
         made.callback_handler.on_train_begin(made.args, made.state, made.control)
+    assert (refused.value.code, refused.value.fields) == ("data-parallel", {"gpus": 2})
 
 
-def test_a_model_with_a_masker_is_not_masked_twice(tmp_path):
+def test_a_model_is_not_masked_twice(tmp_path):
     model, tokenizer = build("qwen2")
-    with TokenMasker.attach(model, tokenizer), pytest.raises(MaskTokenError, match="already"):
+    with TokenMasker.attach(model, tokenizer), pytest.raises(MaskTokenError) as refused:
         trainer(tmp_path, [TokenMaskCallback()], model=model).train()
+    assert refused.value.code == "masker-attached"
+    with pytest.raises(MaskTokenError, match="one TokenMaskCallback only") as refused:
+        trainer(tmp_path, [TokenMaskCallback(), TokenMaskCallback()]).train()
+    assert refused.value.code == "masker-replaced"
+
+
+class Rollouts(Trainer):
+    """Generates in train mode within each step and makes a reference pass, as TRL's GRPO and DPO trainers do."""
+
+    extra = True
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        if self.extra:
+            model.generate(inputs["input_ids"][:, :4], max_new_tokens=2, do_sample=False, pad_token_id=0)
+            with torch.no_grad():
+                model(inputs["input_ids"])
+        return super().compute_loss(model, {**inputs, "labels": inputs["input_ids"]}, *args, **kwargs)
+
+
+def test_generation_and_reference_passes_in_train_mode_are_not_masked(tmp_path):
+    def looked_up(extra):
+        torch.manual_seed(0)
+        shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+        model = Qwen2ForCausalLM(Qwen2Config(vocab_size=348, num_key_value_heads=2, **shape))
+        recorder = Recorder(callback := TokenMaskCallback(TokenMaskConfig(p=0.5), announce=False))
+        made = trainer(tmp_path, [callback, recorder], model=model, cls=Rollouts, max_steps=2)
+        made.extra = extra
+        made.train()
+        return recorder.ids
+
+    plain, ids = looked_up(False), looked_up(True)
+    assert [(masked == 347).any().item() for masked in ids] == [False, False, False, True] * 2
+    assert all(torch.equal(one, other) for one, other in zip(plain, ids[3::4], strict=True))  # same pattern
+
+
+def test_a_masker_that_saw_no_ids_is_reported(tmp_path):
+    class Embedded(Trainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            with torch.no_grad():
+                embedded = model.get_input_embeddings()(inputs.pop("input_ids"))
+            return super().compute_loss(model, {**inputs, "inputs_embeds": embedded}, *args, **kwargs)
+
+    with pytest.warns(UserWarning, match="masked nothing"):
+        trainer(tmp_path, [TokenMaskCallback()], cls=Embedded, max_steps=1, per_device_train_batch_size=1).train()
+
+
+@pytest.mark.parametrize("case", ["rebuilt by the Trainer", "checkpoint without the callback"])
+def test_a_checkpoint_is_resumed_whatever_it_says_of_the_callback(tmp_path, case):
+    def run(resume=None):
+        recorder = Recorder(None)
+        recorder.on_optimizer_step = lambda *args, **kwargs: None
+        callback = TokenMaskCallback(TokenMaskConfig(p=0.5, unit="word"), announce=False)
+        rebuilt = resume is not None and case == "rebuilt by the Trainer"
+        made = trainer(
+            tmp_path, [callback, recorder], save_strategy="steps", save_steps=2,
+            restore_callback_states_from_checkpoint=rebuilt,
+        )  # fmt: skip
+        made.train(resume_from_checkpoint=resume)
+        return recorder.ids
+
+    whole = run()
+    state = tmp_path / "checkpoint-2" / "trainer_state.json"
+    if case == "checkpoint without the callback":
+        content = json.loads(state.read_text())
+        del content["stateful_callbacks"]["TokenMaskCallback"]
+        state.write_text(json.dumps(content))
+    resumed = run(str(state.parent))
+    assert len(resumed) == 2
+    assert all(torch.equal(one, other) for one, other in zip(whole[2:], resumed, strict=True))

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from tiny_models import build, real_tokenizer, tiny_tokenizer
+from tiny_models import real_tokenizer, tiny_tokenizer
 
 from tokmask_peft.errors import MaskTokenError
-from tokmask_peft.masking.replacement import MaskToken, choose_mask_token, fill_spare_row, used_rows
+from tokmask_peft.masking.embedding import prepare_mask_row
+from tokmask_peft.masking.replacement import MaskToken, choose_mask_token, used_rows
 
 
 @pytest.mark.parametrize(
@@ -32,8 +33,10 @@ def test_auto_takes_the_own_token_then_a_spare_row_then_unk():
 
 def test_no_token_is_an_error_that_asks_for_an_id_and_never_id_0():
     bytelevel = tiny_tokenizer("bytelevel")
-    with pytest.raises(MaskTokenError, match=r"no mask token.*no unknown token.*name an id"):
+    with pytest.raises(MaskTokenError, match="set masking.mask_token to a token id") as refused:
         choose_mask_token(bytelevel, len(bytelevel))
+    assert refused.value.code == "no-mask-token"
+    assert len(refused.value.fields["problems"]) == 3
 
 
 @pytest.mark.parametrize("role", ["pad", "eos"])
@@ -48,8 +51,9 @@ def test_a_mask_token_that_the_embedding_lacks_is_not_taken():
     tokenizer = tiny_tokenizer("bytelevel")
     tokenizer.add_special_tokens({"mask_token": "<mask>"})
     assert choose_mask_token(tokenizer, 348).kind == "mask"
-    with pytest.raises(MaskTokenError, match="has id 332, but the embedding has 332 rows"):
+    with pytest.raises(MaskTokenError) as refused:
         choose_mask_token(tokenizer, 332)
+    assert refused.value.code == "no-mask-token"
 
 
 def test_explicit_choices():
@@ -59,13 +63,15 @@ def test_explicit_choices():
     assert choose_mask_token(tokenizer, 160, 155).kind == "spare"
     assert choose_mask_token(tokenizer, 160, 20).kind == "id"
     assert choose_mask_token(tokenizer, 160, tokenizer.mask_token_id).kind == "id"
-    for refused in (tokenizer.pad_token_id, tokenizer.sep_token_id):
-        with pytest.raises(MaskTokenError, match="special token"):
-            choose_mask_token(tokenizer, 160, refused)
-    with pytest.raises(MaskTokenError, match="rows 0 to 159"):
-        choose_mask_token(tokenizer, 160, 160)
-    with pytest.raises(MaskTokenError, match="all in use"):
-        choose_mask_token(tokenizer, len(tokenizer), "spare")
+    for rows, wanted, code in (
+        (160, tokenizer.pad_token_id, "mask-token-special"),
+        (160, tokenizer.sep_token_id, "mask-token-special"),
+        (160, 160, "mask-token-outside"),
+        (len(tokenizer), "spare", "no-mask-token"),
+    ):
+        with pytest.raises(MaskTokenError) as refused:
+            choose_mask_token(tokenizer, rows, wanted)
+        assert refused.value.code == code
 
 
 def test_vocabulary_with_gaps_leaves_no_row_that_a_token_uses():
@@ -74,15 +80,28 @@ def test_vocabulary_with_gaps_leaves_no_row_that_a_token_uses():
     tokenizer.get_vocab = lambda: vocabulary
     assert len(tokenizer) == 150
     assert used_rows(tokenizer) == 400
-    with pytest.raises(MaskTokenError, match="all in use"):
+    with pytest.raises(MaskTokenError, match="uses all 400 rows"):
         choose_mask_token(tokenizer, 400, "spare")
+
+
+class Rows:
+    """A tokenizer that uses this many rows."""
+
+    def __init__(self, count):
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+    def get_vocab(self):
+        return {}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_spare_row_becomes_the_mean_of_the_rows_in_use(dtype):
     embedding = torch.nn.Embedding(20_000, 8, dtype=dtype)  # more rows than one chunk
     before = embedding.weight.detach().clone()
-    original = fill_spare_row(embedding, MaskToken(19_999, "spare", ""), 19_000)
+    original = prepare_mask_row(embedding, MaskToken(19_999, "spare", ""), Rows(19_000))
     expected = before[:19_000].double().mean(0)
     # One rounding of the result: summed in bf16 the mean would be off by a multiple of itself.
     torch.testing.assert_close(embedding.weight[19_999].double(), expected, rtol=2**-8, atol=1e-6)
@@ -90,9 +109,16 @@ def test_spare_row_becomes_the_mean_of_the_rows_in_use(dtype):
     assert torch.equal(embedding.weight[:19_999], before[:19_999])
 
 
+def test_only_a_spare_row_is_written():
+    embedding = torch.nn.Embedding(20, 8)
+    before = embedding.weight.detach().clone()
+    assert prepare_mask_row(embedding, MaskToken(3, "mask", ""), Rows(10)) is None
+    assert torch.equal(embedding.weight, before)
+
+
 def test_spare_row_of_a_sharded_matrix_is_refused():
-    model, _ = build("qwen2")
-    embedding = model.get_input_embeddings()
+    embedding = torch.nn.Embedding(348, 8)
     embedding.weight = torch.nn.Parameter(torch.zeros(0))
-    with pytest.raises(MaskTokenError, match="before the model is sharded"):
-        fill_spare_row(embedding, MaskToken(340, "spare", ""), 332)
+    with pytest.raises(MaskTokenError, match="before the model is sharded") as refused:
+        prepare_mask_row(embedding, MaskToken(340, "spare", ""), Rows(332))
+    assert refused.value.code == "mask-row-sharded"

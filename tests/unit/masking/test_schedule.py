@@ -4,7 +4,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokmask_peft.masking.schedule import rate_at
 from tokmask_peft.recipe import TokenMaskConfig
 
 
@@ -21,7 +20,7 @@ from tokmask_peft.recipe import TokenMaskConfig
 )
 def test_rates(settings, expected):
     config = TokenMaskConfig(**settings)
-    assert {share: rate_at(config, share) for share in expected} == pytest.approx(expected, abs=1e-6)
+    assert {share: config.make_schedule().rate(share) for share in expected} == pytest.approx(expected, abs=1e-6)
 
 
 @given(
@@ -32,6 +31,6 @@ def test_rates(settings, expected):
 )
 def test_rate_stays_between_its_ends_and_ends_exactly(p, p_start, schedule, share):
     config = TokenMaskConfig(p=p, p_start=p_start, schedule=schedule)
-    assert min(p, p_start) - 1e-12 <= rate_at(config, share) <= max(p, p_start) + 1e-12
-    assert rate_at(config, 0.0) == p_start
-    assert rate_at(config, 1.0) == p
+    assert min(p, p_start) - 1e-12 <= config.make_schedule().rate(share) <= max(p, p_start) + 1e-12
+    assert config.make_schedule().rate(0.0) == p_start
+    assert config.make_schedule().rate(1.0) == p

@@ -12,9 +12,9 @@ from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
 from transformers.integrations.neftune import activate_neftune, deactivate_neftune
 
 from tokmask_peft.errors import MaskTokenError
-from tokmask_peft.masking.embedding import is_trainable
+from tokmask_peft.masking.embedding import is_trainable, prepare_mask_row
 from tokmask_peft.masking.masker import TokenMasker
-from tokmask_peft.masking.replacement import choose_mask_token, fill_spare_row
+from tokmask_peft.masking.replacement import choose_mask_token
 from tokmask_peft.recipe import TokenMaskConfig
 
 LABELS = torch.arange(len(TEXTS)) % 3
@@ -63,12 +63,12 @@ def test_a_trained_mask_row_moves_is_saved_alone_and_reloads(family, tmp_path):
     batch = encode(tokenizer)
     base_weight = model.get_input_embeddings().weight
     token = choose_mask_token(tokenizer, base_weight.shape[0])
-    if token.kind == "spare":
-        fill_spare_row(model.get_input_embeddings(), token, len(tokenizer))
+    prepare_mask_row(model.get_input_embeddings(), token, tokenizer)
     before = base_weight.detach().clone()
     config = TokenMaskConfig(p=0.5, trainable_mask=True)
-    with pytest.raises(MaskTokenError, match=rf"trainable_token_indices=\[{token.id}\]"):
+    with pytest.raises(MaskTokenError, match=rf"trainable_token_indices=\[{token.id}\]") as refused:
         TokenMasker.attach(model.requires_grad_(False), tokenizer, config)
+    assert refused.value.code == "mask-row-frozen"
 
     peft_model = lora(model, trainable_token_indices=[token.id]).train()
     embedding = peft_model.get_base_model().get_input_embeddings()

@@ -103,7 +103,7 @@ class GradientMeter:
                     masker.rate = rate
                     rows = torch.empty(self._draws + 1, unmasked.numel())
                     for draw in range(self._draws):
-                        masker.set_step(number * self._draws + draw)
+                        masker.step = number * self._draws + draw
                         torch.sub(self._gradient(inputs), unmasked, out=rows[draw])
                     rows[-1] = unmasked
                     for group, part in self._slices.items():
@@ -165,7 +165,8 @@ def _masking(
     """Lend the masker of the training under way, or attach one where there is none."""
     masker = TokenMasker.of(find_embedding(model))
     if masker is None:
-        plain = config.model_copy(update={"schedule": "constant", "p": 0.0, "seed": seed})
+        # The rate is set for each measurement; one above 0 lets the masker prepare the mask token's row.
+        plain = config.model_copy(update={"schedule": "constant", "p": 0.1, "seed": seed})
         with TokenMasker.attach(
             model, trainer.processing_class, plain, mask_token=mask_token, resumed=True
         ) as attached:
@@ -177,7 +178,7 @@ def _masking(
         yield masker
     finally:
         masker.seed = before[0]
-        masker.set_step(before[1])
+        masker.step = before[1]
         masker.rate = before[2]
 
 

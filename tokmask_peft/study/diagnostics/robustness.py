@@ -23,8 +23,7 @@ from tokmask_peft.errors import RunError
 from tokmask_peft.inference.classifier import Classifier
 from tokmask_peft.inference.load import load
 from tokmask_peft.masking.config import TokenMaskConfig
-from tokmask_peft.masking.pattern import masked_positions, word_start_table
-from tokmask_peft.masking.replacement import maskable_table
+from tokmask_peft.masking.pattern import maskable_table, masked_positions, word_start_table
 from tokmask_peft.study.diagnostics.plans import Member
 from tokmask_peft.study.diagnostics.robustness_report import markdown_report, plot_robustness, summary
 from tokmask_peft.study.statistics import spread
