@@ -1,28 +1,9 @@
-"""The whole run as data: a recipe is a frozen pydantic model, read from YAML by `recipe.io`.
+"""The whole run as data: a recipe is a frozen pydantic model, read from YAML by `recipe.loading`.
 
 Field descriptions are the documentation: `tokmask recipes fields` prints them.
 """
 
 from tokmask_peft.masking.config import TokenMaskConfig
-from tokmask_peft.recipe.schema import (
-    AdapterConfig,
-    Batching,
-    DataConfig,
-    ModelConfig,
-    Recipe,
-    SourceConfig,
-    Task,
-    TrainingConfig,
-)
+from tokmask_peft.recipe.schema import AdapterConfig, DataConfig, ModelConfig, Recipe, SourceConfig, TrainingConfig
 
-__all__ = [
-    "AdapterConfig",
-    "Batching",
-    "DataConfig",
-    "ModelConfig",
-    "Recipe",
-    "SourceConfig",
-    "Task",
-    "TokenMaskConfig",
-    "TrainingConfig",
-]
+__all__ = ["AdapterConfig", "DataConfig", "ModelConfig", "Recipe", "SourceConfig", "TokenMaskConfig", "TrainingConfig"]

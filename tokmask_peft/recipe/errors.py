@@ -1,7 +1,7 @@
-"""Turn what pydantic says about a recipe into lines that a user can act on.
+"""Turn pydantic's findings about a recipe into lines that a user can act on.
 
 A line names the dotted path, the value found, what was expected there, and the nearest valid name. What is expected
-is read off the model: its types, bounds and titles (`Annotated[int, Field(title="a token id")]`).
+follows from the model: its types, bounds and titles (`Annotated[int, Field(title="a token id")]`).
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from tokmask_peft.errors import nearest
+from tokmask_peft.masking.config import NameIn
 from tokmask_peft.recipe.schema import Recipe, all_fields, section_of
 
 _NOUNS = {str: "text", int: "a whole number", float: "a number", bool: "true or false", NoneType: "null"}
 _BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
-_KEYS_SHOWN = 4
 
 
 def explain(error: ValidationError) -> list[str]:
@@ -31,9 +31,9 @@ def explain(error: ValidationError) -> list[str]:
         found.setdefault(place.path, []).append((detail, place))
     lines: list[str] = []
     for path, pairs in found.items():
-        # where a value fits a container of the union, only what is wrong inside is worth saying
+        # If a value fits a container of the union, only what is wrong inside it matters.
         inner = [pair for pair in pairs if pair[1].inside] or pairs
-        lines.extend(f"{path}{_inside(place)}: {_problem(detail, place)}" for detail, place in inner)
+        lines.extend(f"{path}{_subscript(place)}: {_problem(detail, place)}" for detail, place in inner)
     return list(dict.fromkeys(lines))
 
 
@@ -41,15 +41,13 @@ def shown(value: Any) -> str:
     """Return a value as a recipe would write it, shortened."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, tuple):
-        value = list(value)
-    text = repr(value)
+    text = repr(list(value) if isinstance(value, tuple) else value)
     return text if len(text) <= 60 else f"{text[:57]}…"
 
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where an error is: the dotted path of the field, the field, what is known beside it, and where inside it."""
+    """Where an error is: the path of the field, the field, the keys of its section, and the place inside the value."""
 
     path: str
     field: FieldInfo | None
@@ -59,26 +57,29 @@ class _Place:
 
 def _find(loc: tuple[int | str, ...]) -> _Place:
     model: type[BaseModel] = Recipe
-    path: list[str] = []
     for index, part in enumerate(loc):
-        path.append(str(part))
         field = model.model_fields.get(str(part))
         section = None if field is None else section_of(field.annotation)
         if section is None or index + 1 == len(loc):
             inside = loc[index + 1 :]
-            if field is not None and len(_branches(field.annotation, with_null=False)) > 1:
+            if field is not None and len([one for one in _types(field) if one is not NoneType]) > 1:
                 inside = inside[1:]  # pydantic's name of the branch
-            return _Place(".".join(path), field, tuple(model.model_fields), inside)
+            return _Place(".".join(map(str, loc[: index + 1])), field, tuple(model.model_fields), inside)
         model = section
     return _Place("recipe", None, tuple(Recipe.model_fields))
 
 
 def _problem(detail: ErrorDetails, place: _Place) -> str:
     kind, value = detail["type"], detail.get("input")
+    known = ", ".join(place.siblings)
     if kind == "invalid_key":
-        return f"unknown key, and not text. Known here: {', '.join(place.siblings)}"
+        return f"unknown key, and not text. Known here: {known}"
     if kind == "extra_forbidden":
-        return f"unknown key.{_nearest_key(detail, place)} Known here: {', '.join(place.siblings)}"
+        name = str(detail["loc"][-1])
+        elsewhere = [path for path, _ in all_fields() if path.rpartition(".")[2] == name and "test_source" not in path]
+        misplaced = elsewhere and not isinstance(value, Mapping)  # a mapping is a section
+        guess = f" Did you mean '{elsewhere[0]}'?" if misplaced else nearest(name, place.siblings)
+        return f"unknown key.{guess} Known here: {known}"
     if kind == "missing":
         about = f" ({place.field.description})" if place.field and place.field.description else ""
         return f"is missing; expected {_expected(place)}{about}"
@@ -88,47 +89,45 @@ def _problem(detail: ErrorDetails, place: _Place) -> str:
     if place.inside[-1:] == ("[key]",):
         return f"the key {shown(value)} is not text: put it in quotes"
     text = f"is {shown(value)}; expected {_expected(place)}"
-    branches = _innermost(place)
+    types = _innermost(place)
     if isinstance(value, str):
-        names = [name for part in branches if get_origin(part) is Literal for name in get_args(part)]
-        guess = nearest(value, names)
+        guess = nearest(value, [name for part in types if get_origin(part) is Literal for name in get_args(part)])
         return f"{text}.{guess}" if guess else text
-    only_text = str in branches and not {*branches} - {str, NoneType}
+    only_text = str in types and not {*types} - {str, NoneType}
     quotable = only_text and value is not None and not isinstance(value, Mapping | Sequence)
     return f"{text}: put it in quotes" if quotable else text
 
 
-def _nearest_key(detail: ErrorDetails, place: _Place) -> str:
-    name = str(detail["loc"][-1])
-    elsewhere = [path for path, _ in all_fields() if path.rpartition(".")[2] == name and "test_source" not in path]
-    if isinstance(detail.get("input"), Mapping):  # a section
-        elsewhere = []
-    return f" Did you mean '{elsewhere[0]}'?" if elsewhere else nearest(name, place.siblings)
-
-
-def _inside(place: _Place) -> str:
+def _subscript(place: _Place) -> str:
     parts = [part for part in place.inside if part != "[key]"]
     if len(parts) != len(place.inside):
-        parts = parts[:-1]  # the key itself is what is wrong
+        parts = parts[:-1]  # the key itself is wrong
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts)
+
+
+def _types(field: FieldInfo) -> list[Any]:
+    """Return the types that a field takes; the names of a registry as a `Literal`."""
+    if names := [tuple(mark.registry) for mark in field.metadata if isinstance(mark, NameIn)]:
+        return [Literal[names[0]]]
+    annotation = field.annotation
+    return list(get_args(annotation)) if get_origin(annotation) in {Union, UnionType} else [annotation]
 
 
 def _innermost(place: _Place) -> list[Any]:
     """Return the types that are right at the place."""
-    branches = [] if place.field is None else _branches(place.field.annotation)
+    types = [] if place.field is None else _types(place.field)
     if not place.inside:
-        return branches
-    containers = [_bare(part)[0] for part in branches if get_origin(_bare(part)[0]) in {dict, tuple}]
+        return types
+    containers = [part for part in (_bare(part)[0] for part in types) if get_origin(part) in {dict, tuple}]
     return [get_args(part)[1 if get_origin(part) is dict else 0] for part in containers]
 
 
 def _expected(place: _Place) -> str:
     if place.field is None:
         return "a mapping of keys to values"
-    section = section_of(place.field.annotation)
-    if section is not None:
+    if (section := section_of(place.field.annotation)) is not None:
         keys = sorted(section.model_fields, key=lambda key: not section.model_fields[key].is_required())
-        return f"a section with keys such as {', '.join(keys[:_KEYS_SHOWN])}"
+        return f"a section with keys such as {', '.join(keys[:4])}"
     outer = () if place.inside else tuple(place.field.metadata)
     words: list[str] = []
     for part in _innermost(place):
@@ -136,21 +135,16 @@ def _expected(place: _Place) -> str:
     return f"{', '.join(words[:-1])} or {words[-1]}" if len(words) > 1 else words[0]
 
 
-def _branches(annotation: Any, with_null: bool = True) -> list[Any]:
-    parts = list(get_args(annotation)) if get_origin(annotation) in {Union, UnionType} else [annotation]
-    return [part for part in parts if with_null or part is not NoneType]
-
-
 def _bare(annotation: Any) -> tuple[Any, tuple[Any, ...]]:
     """Split `Annotated[type, …]` into the type and its metadata."""
-    if get_origin(annotation) is Annotated:
-        bare, *metadata = get_args(annotation)
-        return bare, tuple(metadata)
-    return annotation, ()
+    if get_origin(annotation) is not Annotated:
+        return annotation, ()
+    bare, *metadata = get_args(annotation)
+    return bare, tuple(metadata)
 
 
-def _noun(annotation: Any, outer: tuple[Any, ...] = ()) -> str:
-    """Say what a type is in the words of a recipe: its title, else a noun with its bounds."""
+def _noun(annotation: Any, outer: tuple[Any, ...]) -> str:
+    """Describe a type in the words of a recipe: by its title, or by a noun with its bounds."""
     bare, metadata = _bare(annotation)
     rules = list(outer)
     for item in metadata:

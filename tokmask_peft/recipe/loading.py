@@ -1,7 +1,8 @@
-"""Read recipes from YAML: bases, `dotted.key=value` overrides, and errors that come all together."""
+"""Read recipes from YAML, with bases and `dotted.key=value` overrides; all errors are reported at once."""
 
 from __future__ import annotations
 
+import itertools
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -17,20 +18,17 @@ from tokmask_peft.recipe.schema import Recipe, all_fields, section_of
 
 _PACKAGE = Path(__file__).parent.parent
 SHIPPED = _PACKAGE / "recipes" if (_PACKAGE / "recipes").is_dir() else _PACKAGE.parent / "recipes"
-"""The recipes that come with the package (in a source checkout, the ones at its top)."""
+"""The shipped recipes; in a source checkout those in its top folder."""
 
 
 def shipped_recipes() -> list[str]:
     """Return the names of the shipped recipes, `folder/name` without the ending; bases are left out."""
-    return sorted(
-        path.relative_to(SHIPPED).with_suffix("").as_posix()
-        for path in SHIPPED.rglob("*.yaml")
-        if not any(part.startswith("_") for part in path.relative_to(SHIPPED).parts)
-    )
+    names = [path.relative_to(SHIPPED).with_suffix("").as_posix() for path in SHIPPED.rglob("*.yaml")]
+    return sorted(name for name in names if not name.startswith("_") and "/_" not in name)
 
 
 def find_recipe(recipe: str | Path) -> Path:
-    """Return the file of a recipe given by path, or by the name of a shipped one.
+    """Return the file of a recipe, given its path or the name of a shipped recipe.
 
     Raises:
         RecipeError: there is neither.
@@ -41,10 +39,9 @@ def find_recipe(recipe: str | Path) -> Path:
     name = path.as_posix().removeprefix("recipes/").removesuffix(".yaml")
     if name in shipped_recipes():
         return SHIPPED / f"{name}.yaml"
-    raise RecipeError(
-        [f"no such file, and no shipped recipe of that name.{nearest(name, shipped_recipes())} See `tokmask recipes`."],
-        source=str(recipe),
-    )
+    guess = nearest(name, shipped_recipes())
+    problem = f"no such file, and no shipped recipe of that name.{guess} See `tokmask recipes`."
+    raise RecipeError([problem], str(recipe), code="no-such-recipe", recipe=name)
 
 
 def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -68,17 +65,16 @@ def _overridden(content: dict[str, Any], overrides: Sequence[str], source: str) 
         keys = key.strip().split(".")
         if not sign or not all(keys):
             problems.append(f"{override}: expected dotted.key=value, for example training.epochs=3")
-            continue
-        if keys[0] == "base":
+        elif keys[0] == "base":
             problems.append(f"{override}: a base can only be named in the recipe file")
-            continue
-        _set(content, keys, _scalar(value), problems, override)
+        else:
+            _set(content, keys, _scalar(value), problems, override)
     try:
         checked = Recipe.model_validate(content)
     except ValidationError as error:
         problems.extend(explain(error))
     if problems:
-        raise RecipeError(problems, source=source)
+        raise RecipeError(problems, source)
     return checked
 
 
@@ -88,43 +84,42 @@ def to_yaml(recipe: Recipe) -> str:
 
 
 def copy_recipe(recipe: str | Path, target: Path) -> None:
-    """Write a recipe with its bases merged in; the comments at its head stay, with the command for the new file.
+    """Write a recipe with its bases merged in, keeping the comments at its head, with the command for the new file.
 
     Raises:
         RecipeError: there is no such recipe, the target exists, or it cannot be written.
     """
     path = find_recipe(recipe)
     body = yaml.safe_dump(_read_merged(path, ()), sort_keys=False, allow_unicode=True)
-    head = ""
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if not line.startswith("#"):
-            break
-        head += re.sub(r"(tokmask train) \S+", lambda found: f"{found[1]} {shlex.quote(str(target))}", line) + "\n"
+    lines = path.read_text(encoding="utf-8").splitlines()
+    head = "".join(f"{line}\n" for line in itertools.takewhile(lambda line: line.startswith("#"), lines))
+    head = re.sub(r"(tokmask train) \S+", lambda found: f"{found[1]} {shlex.quote(str(target))}", head)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with target.open("x", encoding="utf-8") as file:
             file.write(head + body)
     except FileExistsError as error:
-        raise RecipeError([f"{error.filename} exists; choose another name or remove it"], source=str(recipe)) from error
+        problem = f"{error.filename} exists; choose another name or remove it"
+        raise RecipeError([problem], str(recipe), code="recipe-exists", file=error.filename) from error
     except OSError as error:
-        raise RecipeError([f"{target} cannot be written: {error.strerror}"], source=str(recipe)) from error
+        problem = f"{target} cannot be written: {error.strerror}"
+        raise RecipeError([problem], str(recipe), code="recipe-unwritable", file=str(target)) from error
 
 
 def field_help() -> list[str]:
     """Return a line per key of a recipe: name, default and meaning."""
     lines: list[str] = []
     for path, field in all_fields():
-        default = field.get_default(call_default_factory=True)
-        about = f": {field.description}" if field.description else ""
-        lines.append(f"{path} ({'required' if field.is_required() else f'default {shown(default)}'}){about}")
+        default = shown(field.get_default(call_default_factory=True))
+        lines.append(f"{path} ({'required' if field.is_required() else f'default {default}'}): {field.description}")
     return lines
 
 
 def differences(before: Recipe, after: Recipe) -> list[str]:
-    """Return a line per field that differs, apart from where the run lies and whether it scores the n-gram baseline.
+    """Return a line per field that differs, except the run's place and whether the n-gram baseline is scored.
 
-    The baseline does not touch training. In a sweep one run of a seed fits it for all, and which one changes when the
-    sweep is extended.
+    The baseline does not affect training. In a sweep one run of each seed fits it for all, and which one changes when
+    the sweep is extended.
     """
     old, new = _flat(before.model_dump(mode="json")), _flat(after.model_dump(mode="json"))
     return [
@@ -137,18 +132,16 @@ def differences(before: Recipe, after: Recipe) -> list[str]:
 def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in content.items():
-        if isinstance(value, Mapping):
-            flat.update(_flat(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
+        path = f"{prefix}{key}"
+        flat.update(_flat(value, f"{path}.") if isinstance(value, Mapping) else {path: value})
     return flat
 
 
 class _Loader(yaml.SafeLoader):
     """YAML's safe loader without its traps.
 
-    A key given twice is an error, not a silent last one. Only `true` and `false` are switches, and no date is read
-    out of digits: `no` is Norwegian, and 2024-01-01 a name.
+    A key given twice is an error, not silently the last one. Only `true` and `false` are switches, and digits are never
+    read as a date: `no` is Norwegian, and 2024-01-01 a name.
     """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -176,37 +169,38 @@ _Loader.add_implicit_resolver(
 
 
 def _read(path: Path) -> dict[str, Any]:
+    def problem(text: str, code: str) -> RecipeError:
+        return RecipeError([text], str(path), code=code, file=str(path))
+
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 (a safe loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise RecipeError([f"{where}{error.problem or error.context}"], str(path)) from error
+        raise problem(f"{where}{error.problem or error.context}", "not-yaml") from error
     except UnicodeDecodeError as error:
-        raise RecipeError([f"is not UTF-8 text (byte {error.start}); save it as UTF-8"], str(path)) from error
+        raise problem(f"is not UTF-8 text (byte {error.start}); save it as UTF-8", "not-utf8") from error
     except OSError as error:
-        raise RecipeError([f"cannot be read: {error.strerror}"], str(path)) from error
+        raise problem(f"cannot be read: {error.strerror}", "recipe-unreadable") from error
     except (yaml.YAMLError, ValueError) as error:  # characters that YAML refuses, numbers that Python does
-        raise RecipeError([" ".join(str(error).split())], str(path)) from error
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise RecipeError([f"expected keys with values, as name: my-run, but the file is {shown(content)}"], str(path))
-    return content
+        raise problem(" ".join(str(error).split()), "not-yaml") from error
+    if not isinstance(content, dict | None):
+        text = f"expected keys with values, for example name: my-run, but the file is {shown(content)}"
+        raise problem(text, "not-a-mapping")
+    return content or {}
 
 
 def _read_merged(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     resolved = path.resolve()
     if resolved in above:
-        raise RecipeError(
-            [f"base: the recipe is its own base ({' -> '.join(map(str, [*above, resolved]))})"], str(path)
-        )
+        chain = " -> ".join(map(str, [*above, resolved]))
+        raise RecipeError([f"base: the recipe is its own base ({chain})"], str(path), code="circular-base")
     content = _read(path)
     bases = content.pop("base", None) or []
     files = [path.parent / str(base) for base in (bases if isinstance(bases, list) else [bases])]
-    missing = [f"base: {base} is not a file; a base is named from the folder of its recipe" for base in files]
-    if missing := [line for line, base in zip(missing, files, strict=True) if not base.is_file()]:
-        raise RecipeError(missing, str(path))
+    if missing := [base for base in files if not base.is_file()]:
+        lines = [f"base: {base} is not a file; give its path relative to the folder of this recipe" for base in missing]
+        raise RecipeError(lines, str(path), code="no-such-base")
     merged: dict[str, Any] = {}
     for base in files:
         merged = _merge(merged, _read_merged(base, (*above, resolved)), Recipe)
@@ -214,15 +208,14 @@ def _read_merged(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any], model: type[BaseModel]) -> dict[str, Any]:
-    """Merge sections key by key; a value, also one that is a mapping (`label_map`), is replaced as a whole."""
+    """Merge sections key by key; a value is replaced as a whole, even if it is a mapping (`label_map`)."""
     merged = dict(base)
     for key, value in over.items():
         before, field = merged.get(key), model.model_fields.get(str(key))
         section = None if field is None else section_of(field.annotation)
         if section is not None and isinstance(before, dict) and isinstance(value, dict):
-            merged[key] = _merge(before, value, section)
-        else:
-            merged[key] = value
+            value = _merge(before, value, section)
+        merged[key] = value
     return merged
 
 
@@ -234,12 +227,11 @@ def _scalar(text: str) -> Any:
 
 
 def _set(content: dict[str, Any], keys: list[str], value: Any, problems: list[str], override: str) -> None:
-    place = content
     for key in keys[:-1]:
-        if place.get(key) is None:
-            place[key] = {}
-        if not isinstance(place[key], dict):
-            problems.append(f"{override}: '{key}' is a single value, it has no keys below it")
+        if content.get(key) is None:
+            content[key] = {}
+        content = content[key]
+        if not isinstance(content, dict):
+            problems.append(f"{override}: '{key}' is a single value, with no keys below it")
             return
-        place = place[key]
-    place[keys[-1]] = value
+    content[keys[-1]] = value

@@ -1,4 +1,4 @@
-"""The callback in a transformers Trainer: attach, schedule, logs, checkpoints, failures, and what must stay unmasked."""
+"""The callback in a transformers Trainer: schedule, logs, checkpoints, failures, and what must stay unmasked."""
 
 import json
 

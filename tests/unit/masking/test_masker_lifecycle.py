@@ -52,10 +52,8 @@ def test_attaching_twice_is_refused_and_after_detach_allowed():
     with TokenMasker.attach(model, tokenizer), pytest.raises(MaskTokenError, match=r"detach\(\) it first") as refused:
         TokenMasker.attach(model, tokenizer)
     assert refused.value.code == "masker-attached"
-    with (
-        TokenMasker.attach(model, tokenizer, replaceable=True) as first,
-        TokenMasker.attach(model, tokenizer) as second,
-    ):
+    first = TokenMasker.attach(model, tokenizer, replaceable=True)
+    with TokenMasker.attach(model, tokenizer) as second:
         assert (hooks(model), first.attached, second.attached) == (1, False, True)
 
 

@@ -115,7 +115,7 @@ class TestOverrides:
 
     def test_a_key_below_a_single_value(self, tmp_path):
         assert problems(minimal, tmp_path, "data.path.x=3") == [
-            "data.path.x=3: 'path' is a single value, it has no keys below it"
+            "data.path.x=3: 'path' is a single value, with no keys below it"
         ]
 
     @pytest.mark.parametrize("override", ["training.epochs", "=3", "training..epochs=3", ".=1"])
@@ -138,7 +138,7 @@ class TestYaml:
             ("[a, b]: c\n", "line 1, column 1: a key must be a single value"),
             ("a: !!python/object:os.system x\n", "line 1, column 4"),
             ("- a\n- b\n", "expected keys with values"),
-            ("just text\n", "expected keys with values, as name: my-run, but the file is 'just text'"),
+            ("just text\n", "but the file is 'just text'"),
             ("seed: 0x_\n", "invalid literal"),
             ("a: \x01\n", "special characters are not allowed"),
         ],
