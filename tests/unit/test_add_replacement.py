@@ -4,8 +4,8 @@ import pytest
 import torch
 from tiny_models import build, encode, seen_ids
 
-from tokmask_peft.masking import Replacement, TokenMaskConfig, TokenMasker
-from tokmask_peft.masking.replacement import REPLACEMENTS
+from tokmask_peft.masking import TokenMaskConfig, TokenMasker
+from tokmask_peft.masking.replacement import REPLACEMENTS, Replacement
 from tokmask_peft.recipe.loading import load_recipe
 
 

@@ -6,8 +6,8 @@ from tiny_models import TEXTS, build
 from transformers import Trainer, TrainingArguments
 
 from tokmask_peft.errors import RecipeError
-from tokmask_peft.masking import Schedule, TokenMaskCallback, TokenMaskConfig
-from tokmask_peft.masking.schedule import SCHEDULES
+from tokmask_peft.masking import TokenMaskCallback, TokenMaskConfig
+from tokmask_peft.masking.schedule import SCHEDULES, Schedule
 from tokmask_peft.recipe.loading import load_recipe
 
 

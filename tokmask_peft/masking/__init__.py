@@ -3,8 +3,6 @@
 Stands alone: the masker needs torch and pydantic, the callback transformers too. Names are imported on first use.
 """
 
-from __future__ import annotations
-
 import importlib
 from typing import TYPE_CHECKING, Any
 
@@ -12,27 +10,10 @@ if TYPE_CHECKING:
     from tokmask_peft.masking.callback import TokenMaskCallback
     from tokmask_peft.masking.config import TokenMaskConfig
     from tokmask_peft.masking.masker import TokenMasker
-    from tokmask_peft.masking.replacement import MaskToken, Replacement, choose_mask_token
-    from tokmask_peft.masking.schedule import Schedule
+    from tokmask_peft.masking.replacement import MaskToken, choose_mask_token
 
-_HOMES = {
-    "MaskToken": "replacement",
-    "Replacement": "replacement",
-    "Schedule": "schedule",
-    "TokenMaskCallback": "callback",
-    "TokenMaskConfig": "config",
-    "TokenMasker": "masker",
-    "choose_mask_token": "replacement",
-}
-__all__ = [
-    "MaskToken",
-    "Replacement",
-    "Schedule",
-    "TokenMaskCallback",
-    "TokenMaskConfig",
-    "TokenMasker",
-    "choose_mask_token",
-]
+__all__ = ["MaskToken", "TokenMaskCallback", "TokenMaskConfig", "TokenMasker", "choose_mask_token"]
+_HOMES = dict(zip(__all__, ("replacement", "callback", "config", "masker", "replacement"), strict=True))
 
 
 def __getattr__(name: str) -> Any:

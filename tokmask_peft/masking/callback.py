@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import warnings
 from dataclasses import asdict
@@ -23,20 +24,20 @@ from tokmask_peft.masking.replacement import MaskToken
 class TokenMaskCallback(TrainerCallback, ExportableState):
     """Attaches a masker when training begins, drives its schedule, and detaches it when training ends.
 
-    Masking is on between the beginning and the end of an optimizer step, in the forwards that `TokenMasker` calls
-    training forwards. Evaluation, generation and reference passes are not masked, in whatever mode the model is.
+    Masking is on within optimizer steps only, and there in the forwards that `TokenMasker` calls training forwards:
+    evaluation, generation and reference passes are not masked, in whatever mode the model is. The positions depend on
+    the optimizer step, and the schedule's state is saved in each checkpoint's `trainer_state.json`, so a resumed run
+    masks as an uninterrupted one. The masking rate joins the logged values as `masking_rate`, and each checkpoint
+    holds a `tokmask_config.json`.
 
-    The positions depend on the optimizer step, and the schedule's state is saved in each checkpoint's
-    `trainer_state.json`, so a resumed run masks as an uninterrupted one. The masking rate joins the logged values as
-    `masking_rate`, and each checkpoint holds a `tokmask_config.json`.
-
-    A Trainer calls no event when training raises. The hook that is left then masks nothing outside of optimizer steps;
-    the next training replaces it. If the training raised in the middle of a step and you go on to train the model in
-    a loop of your own, call `detach()` first.
+    A Trainer calls no event when training raises. The hook that is left then masks nothing outside of optimizer steps,
+    and the next training replaces it. Only if a training raised in the middle of a step, and you go on to train the
+    model in a loop of your own, call `detach()` first.
 
     Args:
         config: how to mask; its seed defaults to that of the `TrainingArguments`.
-        mask_token: a choice made earlier; default: `choose_mask_token`.
+        mask_token: a choice made earlier; default: `choose_mask_token`. Dicts are for the Trainer, which rebuilds
+            callbacks with `restore_callback_states_from_checkpoint`.
         announce: print on stderr, when training starts, which mask token is used and why.
 
     Attributes:
@@ -50,7 +51,6 @@ class TokenMaskCallback(TrainerCallback, ExportableState):
         *,
         announce: bool = True,
     ) -> None:
-        # The Trainer passes dicts when it rebuilds callbacks (restore_callback_states_from_checkpoint).
         self.config = TokenMaskConfig.model_validate({} if config is None else config)
         self.mask_token = MaskToken(**mask_token) if isinstance(mask_token, dict) else mask_token
         self.announce = announce
@@ -59,7 +59,7 @@ class TokenMaskCallback(TrainerCallback, ExportableState):
         self._steps = 0
 
     def add_to(self, trainer: Any) -> None:
-        """Join a trainer, ahead of its other callbacks, so that the trackers of `report_to` see `masking_rate` too.
+        """Join a trainer ahead of its other callbacks, so that the trackers of `report_to` receive `masking_rate` too.
 
         A Trainer puts the callbacks that it is given behind its trackers, which then miss the rate.
         """
@@ -69,25 +69,19 @@ class TokenMaskCallback(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """Return what the Trainer saves in a checkpoint's `trainer_state.json`."""
-        return {
-            "args": {
-                "config": self.config.model_dump(mode="json"),
-                "mask_token": None if self.mask_token is None else asdict(self.mask_token),
-                "announce": self.announce,
-            },
-            "attributes": {},
-            "schedule": self._schedule.state_dict(),
-        }
+        token = None if self.mask_token is None else asdict(self.mask_token)
+        args = {"config": self.config.model_dump(mode="json"), "mask_token": token, "announce": self.announce}
+        return {"args": args, "attributes": {}, "schedule": self._schedule.state_dict()}
 
     def on_train_begin(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
-        """Attach the masker, and continue the schedule if training is resumed.
+        """Attach the masker; the schedule continues if training is resumed.
 
         Raises:
             MaskTokenError: no usable mask token, or a model or a trainer that cannot be masked.
         """
         self.detach()  # accelerate's find_executable_batch_size begins again after running out of memory
         self._schedule, self._steps = self.config.make_schedule(), 0
-        # A checkpoint made without this callback has no entry, and then the Trainer fails when it saves the next one.
+        # A checkpoint made without this callback has no entry, and the Trainer would fail to save the next one.
         saved = state.stateful_callbacks.setdefault(type(self).__name__, {})
         if state.global_step > 0 and "schedule" in saved:
             self._schedule.load_state_dict(saved["schedule"])
@@ -101,12 +95,10 @@ class TokenMaskCallback(TrainerCallback, ExportableState):
         Raises:
             MaskTokenError: another masker took this one's place.
         """
-        masker = self.masker or self._attach(args, state, kwargs)  # it may have been added during training
+        masker = self.masker or self._attach(args, state, kwargs)  # None if the callback was added during training
         if not masker.attached:
-            raise MaskTokenError(
-                "another masker was attached to the model in training: give the Trainer one TokenMaskCallback only",
-                code="masker-replaced",
-            )
+            message = "another masker was attached during training: give the Trainer one TokenMaskCallback only"
+            raise MaskTokenError(message, code="masker-replaced")
         masker.rate = self._schedule.rate(state.global_step / max(state.max_steps, 1))
         masker.step = state.global_step * args.gradient_accumulation_steps
         masker.enabled = True
@@ -137,7 +129,7 @@ class TokenMaskCallback(TrainerCallback, ExportableState):
 
     def on_train_end(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
         """Detach the masker, and warn if it never saw a token."""
-        if self.masker is not None and self._steps and not self.config.is_off and not self.masker.maskable_seen:
+        if self.masker and self._steps and not self.config.is_off and math.isnan(self.masker.observed_rate):
             warnings.warn(
                 "Token masking masked nothing: no training forward looked up maskable ids in the input embedding. Is "
                 "the model called with inputs_embeds, or does it look up its ids elsewhere?",
@@ -152,28 +144,21 @@ class TokenMaskCallback(TrainerCallback, ExportableState):
             self.masker = None
 
     def _attach(self, args: Arguments, state: State, kwargs: dict[str, Any]) -> TokenMasker:
-        processing = kwargs.get("processing_class")
-        tokenizer = getattr(processing, "tokenizer", processing)  # a processor holds one
-        if tokenizer is None or not hasattr(tokenizer, "all_special_ids"):
-            raise MaskTokenError(
-                "token masking needs the tokenizer: Trainer(processing_class=tokenizer, ...)", code="no-tokenizer"
-            )
+        tokenizer = kwargs.get("processing_class")
+        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor holds one
+        if not hasattr(tokenizer, "all_special_ids"):
+            message = "token masking needs the tokenizer: Trainer(processing_class=tokenizer, ...)"
+            raise MaskTokenError(message, code="no-tokenizer")
         if args.n_gpu > 1:
-            raise MaskTokenError(
+            message = (
                 f"this trainer would spread one process over {args.n_gpu} GPUs (nn.DataParallel), which token masking "
-                "does not support: use torchrun or accelerate launch, or CUDA_VISIBLE_DEVICES=0",
-                code="data-parallel",
-                gpus=args.n_gpu,
+                "does not support: use torchrun or accelerate launch, or CUDA_VISIBLE_DEVICES=0"
             )
+            raise MaskTokenError(message, code="data-parallel", gpus=args.n_gpu)
+        options: dict[str, Any] = {"rank": args.process_index, "mask_token": self.mask_token, "seed": args.seed}
+        resumed = state.global_step > 0
         self.masker = TokenMasker.attach(
-            kwargs["model"],
-            tokenizer,
-            self.config,
-            rank=args.process_index,
-            mask_token=self.mask_token,
-            seed=args.seed,
-            resumed=state.global_step > 0,
-            replaceable=True,
+            kwargs["model"], tokenizer, self.config, **options, resumed=resumed, replaceable=True
         )
         self.masker.enabled = False
         return self.masker

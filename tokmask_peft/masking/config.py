@@ -70,9 +70,7 @@ class TokenMaskConfig(Section):
 
     p: Rate = Field(0.1, description="masking rate: the share of tokens that are masked in training; 0 is off")
     schedule: Annotated[str, NameIn(SCHEDULES)] = Field(
-        "constant",
-        description="how the rate moves: constant, linear, cosine, or warmup, which rises over the first tenth unless "
-        "`end` is set",
+        "constant", description="how the rate moves; warmup is a linear rise over the first tenth unless `end` is set"
     )
     p_start: Rate = Field(0.0, description="the rate before `begin` (linear, cosine, warmup)")
     begin: Share = Field(0.0, description="share of training at which the rate leaves p_start")
@@ -81,17 +79,13 @@ class TokenMaskConfig(Section):
         "token", description="what is masked as a whole: a sub-token, a word, or span_length consecutive words"
     )
     span_length: int = Field(3, ge=1, description="words in a span (unit: span)")
-    replace: Annotated[str, NameIn(REPLACEMENTS)] = Field(
-        "token", description="what takes the place of a masked token; token: the mask token"
-    )
+    replace: Annotated[str, NameIn(REPLACEMENTS)] = Field("token", description="what replaces a masked token")
     mask_token: Literal["auto", "mask", "spare", "unk"] | TokenId = Field(
         "auto",
         description="auto takes the tokenizer's mask token; if it has none, a spare embedding row set to the mean "
         "embedding; if there is none, the unknown token. Or name one of these, or give a token id",
     )
-    trainable_mask: StrictBool = Field(
-        False, description="train the mask token's embedding row, which is then saved in the adapter"
-    )
+    trainable_mask: StrictBool = Field(False, description="train the mask token's embedding row (saved in the adapter)")
     protect: tuple[TokenId, ...] = Field((), description="further token ids that are never masked")
     seed: int | None = Field(None, ge=0, description="seed of the masked positions; null takes the run's seed")
 

@@ -16,31 +16,10 @@ def is_sharded(weight: Tensor) -> bool:
     return hasattr(weight, "full_tensor")  # only DTensor has it; this avoids importing torch.distributed.tensor
 
 
-def whole(weight: Tensor) -> Tensor:
+def whole(weight: Any) -> Tensor:
     """Return a weight as a plain tensor; if it is sharded, every process has to call this."""
-    if not is_sharded(weight):
-        return weight
-    sharded: Any = weight
-    gathered: Tensor = sharded.full_tensor()
-    return gathered
-
-
-def local_rows(weight: Tensor, row: int) -> tuple[Tensor, int]:
-    """Return the rows of a matrix that this process holds, and the index of `row` in them (outside if not among them).
-
-    Args:
-        weight: [rows, columns], plain, or sharded by rows as `fully_shard` does.
-        row: index in the whole matrix.
-    """
-    if not is_sharded(weight):
-        return weight, row
-    sharded: Any = weight
-    first, rows = 0, weight.shape[0]
-    for dimension, placement in enumerate(sharded.placements):  # one, or two with copies of the shards
-        if placement.is_shard(0):
-            share = -(-rows // sharded.device_mesh.size(dimension))  # as torch.chunk
-            first = sharded.device_mesh.get_local_rank(dimension) * share
-    return sharded.to_local(), row - first
+    found: Tensor = weight.full_tensor() if is_sharded(weight) else weight
+    return found
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -49,24 +28,22 @@ def unwrap(model: nn.Module) -> nn.Module:
     Raises:
         MaskTokenError: `nn.DataParallel`, whose threads would share one counter and therefore one pattern.
     """
+    module: Any = model
     while True:
-        inner: Any
-        if isinstance(model, nn.DataParallel):
+        if isinstance(module, nn.DataParallel):
             raise MaskTokenError(
                 "nn.DataParallel gives every GPU the same masked positions; start one process per GPU "
                 "(torchrun, accelerate launch), or let this process see a single GPU with CUDA_VISIBLE_DEVICES=0",
                 code="data-parallel",
             )
-        if (inner := getattr(model, "_orig_mod", None)) is not None:
-            model = inner
-        elif callable(get_base_model := getattr(model, "get_base_model", None)):
-            model = get_base_model()
-        elif not hasattr(model, "get_input_embeddings") and isinstance(
-            inner := getattr(model, "module", None), nn.Module
-        ):
-            model = inner
-        else:
-            return model
+        inner = getattr(module, "_orig_mod", None)
+        if inner is None and hasattr(module, "get_base_model"):
+            inner = module.get_base_model()
+        if inner is None and not hasattr(module, "get_input_embeddings"):
+            inner = getattr(module, "module", None)
+        if not isinstance(inner, nn.Module):
+            return module  # type: ignore[no-any-return]
+        module = inner
 
 
 def find_embedding(model: nn.Module) -> nn.Module:
@@ -75,28 +52,26 @@ def find_embedding(model: nn.Module) -> nn.Module:
     Raises:
         MaskTokenError: the model has none, or looks ids up in a second place, which a hook here would miss.
     """
-    base = unwrap(model)
+    base: Any = unwrap(model)
     name = type(base).__name__
+
+    def refusal(code: str, why: str) -> MaskTokenError:
+        return MaskTokenError(f"{name} {why}", code=code, model=name)
+
     if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
-        raise MaskTokenError(
-            f"{name} is an encoder-decoder model, which is not supported: encoder and decoder share one embedding, "
-            "so the decoder's input would be masked too; use an encoder-only or a decoder-only backbone",
-            code="encoder-decoder",
+        why = (
+            "is an encoder-decoder model: both parts share one embedding, so the decoder's input would be masked too; "
         )
+        raise refusal("encoder-decoder", why + "use an encoder-only or a decoder-only backbone")
     if any(part.endswith("embed_tokens_per_layer") for part, _ in base.named_modules()):
-        raise MaskTokenError(
-            f"{name} looks up the input ids again in every layer (embed_tokens_per_layer), so a masked token would "
-            "still be seen; use a backbone without per-layer embeddings",
-            code="per-layer-embeddings",
+        why = "looks up the input ids again in every layer (embed_tokens_per_layer), so a masked token would be seen; "
+        raise refusal("per-layer-embeddings", why + "use a backbone without per-layer embeddings")
+    if not hasattr(base, "get_input_embeddings"):
+        why = (
+            "has no get_input_embeddings(); give a transformers model, bare or wrapped by PEFT, torch.compile, DDP or "
         )
-    getter = getattr(base, "get_input_embeddings", None)
-    if getter is None:
-        raise MaskTokenError(
-            f"{name} has no get_input_embeddings(); give a transformers model, bare or wrapped by PEFT, "
-            "torch.compile, DDP or accelerate",
-            code="no-embedding",
-        )
-    embedding: nn.Module = getter()
+        raise refusal("no-embedding", why + "accelerate")
+    embedding: nn.Module = base.get_input_embeddings()
     return embedding
 
 
@@ -105,9 +80,8 @@ def embedding_weight(embedding: nn.Module) -> Tensor:
 
     Below PEFT's `TrainableTokensWrapper` the attribute `weight` is a merged copy.
     """
-    token_adapter: Any = getattr(embedding, "token_adapter", None)
-    holder: Any = embedding if token_adapter is None else token_adapter.base_layer
-    weight: Tensor = holder.weight
+    wrapped: Any = getattr(embedding, "token_adapter", None)
+    weight: Tensor = embedding.weight if wrapped is None else wrapped.base_layer.weight  # type: ignore[assignment]
     return weight
 
 
@@ -117,10 +91,8 @@ def read_rows(embedding: nn.Module, first: int, last: int) -> Tensor:
     If FSDP keeps the matrix in shards, every process has to call this: the rows are gathered.
     """
     quantized: Any = getattr(embedding, "read_rows", None)
-    if quantized is not None:
-        found: Tensor = quantized(first, last)
-        return found
-    return whole(embedding_weight(embedding)[first:last])
+    found: Tensor = whole(embedding_weight(embedding)[first:last]) if quantized is None else quantized(first, last)
+    return found
 
 
 @torch.no_grad()
@@ -130,7 +102,13 @@ def write_row(embedding: nn.Module, index: int, row: Tensor) -> None:
     if quantized is not None:
         quantized(index, row)
         return
-    weight, index = local_rows(embedding_weight(embedding), index)
+    weight: Any = embedding_weight(embedding)
+    if is_sharded(weight):  # by rows, as `fully_shard` does
+        rows, mesh = weight.shape[0], weight.device_mesh
+        for dimension, placement in enumerate(weight.placements):  # one, or two with copies of the shards
+            if placement.is_shard(0):
+                index -= mesh.get_local_rank(dimension) * -(-rows // mesh.size(dimension))  # shares as of torch.chunk
+        weight = weight.to_local()
     if 0 <= index < weight.shape[0]:
         weight[index] = row.to(weight.device, weight.dtype)
 
@@ -154,11 +132,6 @@ def prepare_mask_row(embedding: nn.Module, mask_token: MaskToken, tokenizer: Any
 
     A spare row holds arbitrary values until then. Nothing is written if the adapter has its own copy of the row, so
     call this before PEFT wraps the embedding for `trainable_token_indices`, which copies the row at that moment.
-
-    Args:
-        embedding: the input embedding, bare or wrapped by PEFT.
-        mask_token: the mask token that was chosen.
-        tokenizer: that of the model.
 
     Returns:
         The row as it was, [hidden], to be restored with `write_row`; None if nothing was written.

@@ -12,23 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from tokmask_peft.errors import MaskTokenError
+from tokmask_peft.masking import embedding as rows_of
+from tokmask_peft.masking import pattern
 from tokmask_peft.masking.config import TokenMaskConfig
-from tokmask_peft.masking.embedding import (
-    embedding_weight,
-    find_embedding,
-    is_in_adapter,
-    is_trainable,
-    prepare_mask_row,
-    unwrap,
-    write_row,
-)
-from tokmask_peft.masking.pattern import (
-    maskable_table,
-    masked_positions,
-    replacement_bits,
-    text_positions,
-    word_start_table,
-)
 from tokmask_peft.masking.replacement import REPLACEMENTS, MaskToken, choose_mask_token
 
 
@@ -56,16 +42,14 @@ class TokenMasker:
     ) -> None:
         self.config, self.mask_token, self.seed, self.rank = config, mask_token, seed, rank
         self.enabled, self.attached, self.replaceable = True, False, False
-        self._embedding = embedding
-        device = embedding_weight(embedding).device
+        self._embedding, self._rate = embedding, 0.0
         # Tensors that are written in place: a compiled graph reads them anew, whereas a number would be baked in.
+        device = rows_of.embedding_weight(embedding).device
         self._rate_tensor = torch.zeros((), dtype=torch.float32, device=device)
         self._step = torch.zeros((), dtype=torch.int64, device=device)
         self._counts = torch.zeros(2, dtype=torch.int64, device=device)
-        self._rate = 0.0
         self._layout: tuple[Tensor, Tensor] | None = None
         self._original_row: Tensor | None = None
-        self._handle: Any = None
 
     @classmethod
     def attach(
@@ -98,32 +82,31 @@ class TokenMasker:
             MaskTokenError: no usable mask token, another masker is attached, or the model cannot be masked.
         """
         config = TokenMaskConfig() if config is None else config
-        embedding = find_embedding(model)
+        embedding = rows_of.find_embedding(model)
         if (other := TokenMasker.of(embedding)) is not None and not other.replaceable:
             raise MaskTokenError("this model has a masker already; detach() it first", code="masker-attached")
-        rows = embedding_weight(embedding).shape[0]
+        rows = rows_of.embedding_weight(embedding).shape[0]
         if outside := [token_id for token_id in config.protect if token_id >= rows]:
             message = f"masking.protect: the embedding has rows 0 to {rows - 1}, not {outside}; remove these ids"
             raise MaskTokenError(message, code="protect-outside", ids=outside, rows=rows)
         mask_token = mask_token or choose_mask_token(tokenizer, rows, config.mask_token)
-        trainable = is_trainable(embedding, mask_token.id)
+        trainable = rows_of.is_trainable(embedding, mask_token.id)
         if config.trainable_mask and not trainable:
-            raise MaskTokenError(
+            message = (
                 "masking.trainable_mask is on, but the mask token's row is frozen: give PEFT's config "
-                f"trainable_token_indices=[{mask_token.id}], or set trainable_mask: false",
-                code="mask-row-frozen",
-                token_id=mask_token.id,
+                f"trainable_token_indices=[{mask_token.id}], or set trainable_mask: false"
             )
+            raise MaskTokenError(message, code="mask-row-frozen", token_id=mask_token.id)
         if rank is None:
             distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
             rank = torch.distributed.get_rank() if distributed else 0
         seed = config.seed if config.seed is not None else (seed or 0)
         masker = cls(embedding, config, mask_token, seed=seed, rank=rank)
-        masker._prepare(tokenizer, getattr(getattr(unwrap(model), "config", None), "pad_token_id", None))
+        masker._read_vocabulary(tokenizer, getattr(rows_of.unwrap(model), "config", None))
         if other is not None:
             other.detach()
         if not config.is_off and not (trainable and resumed):
-            masker._original_row = prepare_mask_row(embedding, mask_token, tokenizer)
+            masker._original_row = rows_of.prepare_mask_row(embedding, mask_token, tokenizer)
         masker.rate = config.make_schedule().rate(0.0)
         masker._handle = embedding.register_forward_pre_hook(masker._mask, with_kwargs=True)
         masker.attached, masker.replaceable = True, replaceable
@@ -132,17 +115,17 @@ class TokenMasker:
             torch.compiler.reset()
         return masker
 
-    def _prepare(self, tokenizer: Any, model_pad_id: int | None) -> None:
+    def _read_vocabulary(self, tokenizer: Any, model_config: Any) -> None:
         """Make what depends on the tokenizer: tables over the vocabulary, and the replacement."""
-        weight = embedding_weight(self._embedding)
+        self._handle: Any = None
+        rows, device = rows_of.embedding_weight(self._embedding).shape[0], self._step.device
+        model_pad_id = getattr(model_config, "pad_token_id", None)
         self._pad_id = model_pad_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        protected = {*self.config.protect, self._pad_id, model_pad_id}
-        maskable = maskable_table(tokenizer, weight.shape[0], protected)
+        maskable = pattern.maskable_table(tokenizer, rows, {*self.config.protect, self._pad_id, model_pad_id})
         self._replacement = REPLACEMENTS[self.config.replace](self.mask_token, maskable, tokenizer)
-        self._maskable = maskable.to(weight.device)
-        self._word_starts: Tensor | None = None
-        if self.config.unit != "token":
-            self._word_starts = word_start_table(tokenizer, weight.shape[0]).to(weight.device)
+        self._maskable = maskable.to(device)
+        by_token = self.config.unit == "token"
+        self._word_starts = None if by_token else pattern.word_start_table(tokenizer, rows).to(device)
 
     @classmethod
     def of(cls, embedding: nn.Module) -> Self | None:
@@ -158,23 +141,15 @@ class TokenMasker:
         given: Tensor = args[0] if name is None else kwargs[name]
         if self._step.device != given.device:
             self._move(given.device)
-        input_ids = given.reshape(-1, given.shape[-1])
-        rows, positions = self._layout or (None, text_positions(input_ids, self._pad_id))
-        maskable = self._maskable[input_ids]
+        ids = given.reshape(-1, given.shape[-1])
+        rows, positions = self._layout or (None, pattern.text_positions(ids, self._pad_id))
+        maskable = self._maskable[ids]
+        starts = None if self._word_starts is None else self._word_starts[ids]
         counters = self.seed, self._step, self.rank
-        masked = masked_positions(
-            input_ids,
-            self._rate_tensor,
-            *counters,
-            maskable,
-            None if self._word_starts is None else self._word_starts[input_ids],
-            self.config.unit,
-            self.config.span_length,
-            rows,
-            positions,
-        )
-        draw = functools.partial(replacement_bits, input_ids, *counters, rows, positions)
-        swapped = self._replacement(input_ids, masked, draw).reshape(given.shape)
+        unit = self.config.unit, self.config.span_length
+        masked = pattern.masked_positions(ids, self._rate_tensor, *counters, maskable, starts, *unit, rows, positions)
+        draw = functools.partial(pattern.replacement_bits, ids, *counters, rows, positions)
+        swapped = self._replacement(ids, masked, draw).reshape(given.shape)
         self._step.add_(1)
         self._counts.add_(torch.stack([masked.sum(), maskable.sum()]))
         return ((swapped, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: swapped})
@@ -194,15 +169,13 @@ class TokenMasker:
     def rate(self, value: float) -> None:
         if not 0.0 <= value < 1.0:
             raise MaskTokenError(f"the masking rate must be at least 0 and below 1, not {value}", code="rate-outside")
-        token = self.mask_token
-        arbitrary = self.config.is_off and token.kind == "spare" and not is_in_adapter(self._embedding, token.id)
-        if value > 0.0 and arbitrary:
-            raise MaskTokenError(
+        token, off = self.mask_token, self.config.is_off
+        if value > 0.0 and off and token.kind == "spare" and not rows_of.is_in_adapter(self._embedding, token.id):
+            message = (
                 f"masked tokens would become row {token.id}, which was not prepared because the config never masks: "
-                "attach with p above 0, then set any rate",
-                code="mask-row-not-prepared",
-                token_id=token.id,
+                "attach with p above 0, then set any rate"
             )
+            raise MaskTokenError(message, code="mask-row-not-prepared", token_id=token.id)
         self._rate = float(value)
         self._rate_tensor.fill_(self._rate)
 
@@ -216,15 +189,10 @@ class TokenMasker:
         self._step.fill_(value)
 
     @property
-    def maskable_seen(self) -> int:
-        """Number of maskable tokens in all training forwards so far; reading it waits for the device."""
-        return int(self._counts[1].item())
-
-    @property
     def observed_rate(self) -> float:
-        """Share of the maskable tokens masked so far; reading it waits for the device."""
+        """Share of the maskable tokens masked so far, NaN if none was seen; reading it waits for the device."""
         masked, maskable = self._counts.tolist()
-        return masked / max(maskable, 1)
+        return masked / maskable if maskable else float("nan")
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[Self]:
@@ -250,8 +218,8 @@ class TokenMasker:
             return
         self.attached = False
         self._handle.remove()
-        if self._original_row is not None and not is_trainable(self._embedding, self.mask_token.id):
-            write_row(self._embedding, self.mask_token.id, self._original_row)
+        if self._original_row is not None and not rows_of.is_trainable(self._embedding, self.mask_token.id):
+            rows_of.write_row(self._embedding, self.mask_token.id, self._original_row)
 
     def __enter__(self) -> Self:
         return self
@@ -261,9 +229,8 @@ class TokenMasker:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs, fit for JSON (accelerate's `register_for_checkpointing` takes a masker)."""
-        config = self.config.model_dump(mode="json")
-        settings = {"seed": self.seed, "mask_token_id": self.mask_token.id, "config": config}
-        return {"step": self.step, "rate": self.rate, **settings}
+        settings = {"seed": self.seed, "mask_token_id": self.mask_token.id}
+        return {"step": self.step, "rate": self.rate, **settings, "config": self.config.model_dump(mode="json")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state` was taken.
@@ -277,7 +244,6 @@ class TokenMasker:
         differing = [key for key in ("seed", "mask_token_id", "config") if saved[key] != mine[key]]
         if differing:
             pairs = "; ".join(f"{key} was {saved[key]!r}, is {mine[key]!r}" for key in differing)
-            raise MaskTokenError(
-                f"masking cannot be resumed with other settings: {pairs}", code="resume-differs", differing=differing
-            )
+            message = f"masking cannot be resumed with other settings: {pairs}"
+            raise MaskTokenError(message, code="resume-differs", differing=differing)
         self.step, self.rate = state["step"], state["rate"]

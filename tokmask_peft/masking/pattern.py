@@ -73,12 +73,8 @@ def _draw(stream: Tensor, step_key: Tensor, index: Tensor) -> Tensor:
 def text_positions(input_ids: Tensor, pad_id: int | None) -> Tensor:
     """Count positions from the first token of each text, so that left and right padding give the same pattern.
 
-    Args:
-        input_ids: [batch, seq].
-        pad_id: id of the padding token, or None.
-
     Returns:
-        int64 [1, seq] or [batch, seq]; negative on left padding.
+        int64 [1, seq] or [batch, seq], for `input_ids` of [batch, seq]; negative on left padding.
     """
     positions = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)
     if pad_id is None:
@@ -137,9 +133,7 @@ def masked_positions(
         bool [batch, seq].
     """
     stream, step_key = _streams(_MASK_KEYS, seed, step, rank, rows, input_ids)
-    if positions is None:
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)
-    index = positions.to(torch.int64)
+    index = text_positions(input_ids, None) if positions is None else positions.to(torch.int64)
     if unit != "token":
         if word_starts is None:
             raise ValueError(f"unit {unit!r} needs word_starts")
@@ -175,10 +169,6 @@ def maskable_table(tokenizer: Any, rows: int, protected: set[int | None]) -> Ten
 def word_start_table(tokenizer: Any, rows: int) -> Tensor:
     """Return for every id whether it starts a word, bool [rows]; true for added tokens and rows that no token uses.
 
-    Args:
-        tokenizer: a transformers tokenizer with a Rust backend.
-        rows: rows of the embedding matrix.
-
     Raises:
         MaskTokenError: the tokenizer leaves no marks that this function knows.
     """
@@ -196,8 +186,7 @@ def _start_test(tokenizer: Any) -> Callable[[str], bool]:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise _no_word_marks(tokenizer, "has no Rust backend")
-    prefix = getattr(backend.model, "continuing_subword_prefix", None)
-    if prefix:
+    if prefix := getattr(backend.model, "continuing_subword_prefix", None):
         return lambda token: not token.startswith(prefix)
     if getattr(backend.model, "end_of_word_suffix", None):
         raise _no_word_marks(tokenizer, "marks where words end, not where they begin")
@@ -217,19 +206,13 @@ def _start_test(tokenizer: Any) -> Callable[[str], bool]:
 def _parts(stage: Any) -> list[dict[str, Any]]:
     """List the parts of a normalizer, pre-tokenizer or decoder, in the JSON form in which they are saved."""
     pending = [] if stage is None else [json.loads(stage.__getstate__())]
-    found = []
-    while pending:
-        part = pending.pop(0)
-        found.append(part)
+    for part in pending:  # grows on the way
         for key in ("normalizers", "pretokenizers", "decoders"):
             pending.extend(part.get(key, []))
-    return found
+    return pending
 
 
 def _no_word_marks(tokenizer: Any, why: str) -> MaskTokenError:
+    needed = "masking.unit word and span need a tokenizer that marks where words begin"
     name = type(tokenizer).__name__
-    return MaskTokenError(
-        f"masking.unit word and span need a tokenizer that marks where words begin; {name} {why}; use unit: token",
-        code="no-word-marks",
-        tokenizer=name,
-    )
+    return MaskTokenError(f"{needed}; {name} {why}; use unit: token", code="no-word-marks", tokenizer=name)

@@ -55,28 +55,31 @@ def choose_mask_token(
         return _explicit(tokenizer, embedding_rows, wanted)
     problems = []
     for source in ("mask", "spare", "unk") if wanted == "auto" else (wanted,):
-        found = {"mask": _own, "spare": _spare, "unk": _unknown}[source](tokenizer, embedding_rows)
+        found = (_spare if source == "spare" else _named)(tokenizer, embedding_rows, source)
         if isinstance(found, MaskToken):
             return found
         problems.append(found)
-    raise MaskTokenError(
-        f"no mask token: {'; '.join(problems)}; set masking.mask_token to a token id, ideally of a token that your "
-        "texts never use",
-        code="no-mask-token",
-        problems=problems,
-    )
+    remedy = "set masking.mask_token to a token id, ideally of a token that your texts never use"
+    raise MaskTokenError(f"no mask token: {'; '.join(problems)}; {remedy}", code="no-mask-token", problems=problems)
 
 
-def _own(tokenizer: Any, rows: int) -> MaskToken | str:
-    token_id = tokenizer.mask_token_id
+def _named(tokenizer: Any, rows: int, kind: Any) -> MaskToken | str:
+    """Return the tokenizer's mask or unknown token, or why it cannot be taken."""
+    name = {"mask": "mask token", "unk": "unknown token"}[kind]
+    token, token_id = getattr(tokenizer, f"{kind}_token", None), getattr(tokenizer, f"{kind}_token_id")
     if token_id is None:
-        return "the tokenizer has no mask token"
+        return f"the tokenizer has no {name}"
+    for role in ("pad", "eos") if kind == "unk" else ():
+        if token_id == getattr(tokenizer, f"{role}_token_id"):
+            return f"the tokenizer's {name} {token!r} is also its {role} token"
     if token_id >= rows:
-        return f"the tokenizer's mask token has id {token_id}, but the embedding has {rows} rows"
-    return MaskToken(token_id, "mask", f"the tokenizer's own mask token, {tokenizer.mask_token!r}")
+        return f"the tokenizer's {name} has id {token_id}, but the embedding has {rows} rows"
+    if kind == "mask":
+        return MaskToken(token_id, kind, f"the tokenizer's own mask token, {token!r}")
+    return MaskToken(token_id, kind, f"the tokenizer's unknown token, {token!r}: it has no mask token and no spare row")
 
 
-def _spare(tokenizer: Any, rows: int) -> MaskToken | str:
+def _spare(tokenizer: Any, rows: int, kind: Any) -> MaskToken | str:
     used = used_rows(tokenizer)
     if used >= rows:
         return f"the tokenizer uses all {rows} rows of the embedding ({used} ids)"
@@ -84,40 +87,22 @@ def _spare(tokenizer: Any, rows: int) -> MaskToken | str:
     return MaskToken(rows - 1, "spare", reason)
 
 
-def _unknown(tokenizer: Any, rows: int) -> MaskToken | str:
-    token_id = tokenizer.unk_token_id
-    if token_id is None:
-        return "the tokenizer has no unknown token"
-    for role in ("pad", "eos"):
-        if token_id == getattr(tokenizer, f"{role}_token_id"):
-            return f"the tokenizer's unknown token {tokenizer.unk_token!r} is also its {role} token"
-    if token_id >= rows:
-        return f"the tokenizer's unknown token has id {token_id}, but the embedding has {rows} rows"
-    reason = f"the tokenizer's unknown token, {tokenizer.unk_token!r}: it has no mask token and no spare row"
-    return MaskToken(token_id, "unk", reason)
-
-
 def _explicit(tokenizer: Any, rows: int, token_id: int) -> MaskToken:
+    fields = {"token_id": token_id, "rows": rows}
     if not 0 <= token_id < rows:
-        raise MaskTokenError(
-            f"mask_token {token_id} is outside the embedding, which has rows 0 to {rows - 1}; choose one of these, or "
-            "leave mask_token at auto",
-            code="mask-token-outside",
-            token_id=token_id,
-            rows=rows,
-        )
+        message = f"mask_token {token_id}: the embedding has rows 0 to {rows - 1}; take one of these, or auto"
+        raise MaskTokenError(message, code="mask-token-outside", **fields)
     if token_id >= used_rows(tokenizer):
         return MaskToken(token_id, "spare", f"row {token_id}, as configured; no token uses it; set to the mean row")
     token = tokenizer.convert_ids_to_tokens(token_id)
     if token_id in (tokenizer.mask_token_id, tokenizer.unk_token_id) and token_id != tokenizer.pad_token_id:
         return MaskToken(token_id, "id", f"{token!r}, as configured")
     if token_id in tokenizer.all_special_ids:
-        raise MaskTokenError(
+        message = (
             f"mask_token {token_id} is the special token {token!r}: the model would take a masked token for padding or "
-            "for the end of the text; take an ordinary token, a spare row, or leave mask_token at auto",
-            code="mask-token-special",
-            token_id=token_id,
+            "for the end of the text; take an ordinary token, a spare row, or leave mask_token at auto"
         )
+        raise MaskTokenError(message, code="mask-token-special", **fields)
     return MaskToken(token_id, "id", f"{token!r}, as configured, an ordinary token of the tokenizer")
 
 

@@ -10,9 +10,8 @@ from typing import Any, ClassVar
 class Schedule:
     """Gives the masking rate of every optimizer step; one object serves one training.
 
-    It may react to the training: `observe` receives every line that the Trainer logs, the same on every process, and
-    what it keeps goes through `state_dict` into the checkpoints. All processes must come to the same rate, so draw no
-    random numbers here.
+    It may react to the training through `observe`. All processes must come to the same rate: use no random numbers. A
+    resumed training continues exactly if checkpoints fall on logged steps.
 
     Args:
         p: the rate to reach.
@@ -43,7 +42,7 @@ class Schedule:
         """Take in a logged line: `loss`, `grad_norm` and so on; after an evaluation `eval_loss` and other scores."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed training needs, in types that JSON has."""
+        """Return what a resumed training needs, in types that JSON has; it is saved in every checkpoint."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -77,7 +76,7 @@ class Linear(Schedule):
         return (1.0 - way) * self.p_start + way * self.p
 
     def shape(self, done: float) -> float:
-        """Return the share of the way from `p_start` to `p` when `done` (0 to 1) of the time for it has passed."""
+        """Return the share of the way that is covered when `done` (0 to 1) of the time for it has passed."""
         return done
 
 
