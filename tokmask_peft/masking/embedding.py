@@ -42,7 +42,7 @@ def unwrap(model: nn.Module) -> nn.Module:
         if inner is None and not hasattr(module, "get_input_embeddings"):
             inner = getattr(module, "module", None)
         if not isinstance(inner, nn.Module):
-            return module  # type: ignore[no-any-return]
+            return module
         module = inner
 
 
@@ -60,7 +60,7 @@ def find_embedding(model: nn.Module) -> nn.Module:
 
     if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
         why = (
-            "is an encoder-decoder model: both parts share one embedding, so the decoder's input would be masked too; "
+            "is an encoder-decoder model: both parts share one embedding, so the decoder would be masked too; "
         )
         raise refusal("encoder-decoder", why + "use an encoder-only or a decoder-only backbone")
     if any(part.endswith("embed_tokens_per_layer") for part, _ in base.named_modules()):
@@ -68,9 +68,9 @@ def find_embedding(model: nn.Module) -> nn.Module:
         raise refusal("per-layer-embeddings", why + "use a backbone without per-layer embeddings")
     if not hasattr(base, "get_input_embeddings"):
         why = (
-            "has no get_input_embeddings(); give a transformers model, bare or wrapped by PEFT, torch.compile, DDP or "
+            "has no get_input_embeddings(); give a transformers model, bare or wrapped by PEFT, torch.compile, DDP "
         )
-        raise refusal("no-embedding", why + "accelerate")
+        raise refusal("no-embedding", why + "or accelerate")
     embedding: nn.Module = base.get_input_embeddings()
     return embedding
 
