@@ -106,5 +106,5 @@ def nearest(name: str, candidates: Iterable[str]) -> str:
 
 
 def first_line(error: object) -> str:
-    """Return the first line of what an error says, or, where it says nothing, the name of its class."""
+    """Return the first line of an error's text, or the name of its class if the text is empty."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

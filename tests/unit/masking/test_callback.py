@@ -185,6 +185,24 @@ def test_after_a_failed_run_nothing_is_masked_and_the_next_run_is(tmp_path, wher
     assert torch.equal(embedding.weight[-1], before)
 
 
+def test_a_trainer_that_begins_again_with_smaller_batches_masks(tmp_path):
+    class Once(Trainer):
+        failed = False
+
+        def compute_loss(self, model, *args, **kwargs):
+            if self.state.global_step == 1 and not self.failed:
+                self.failed = True
+                raise RuntimeError("CUDA out of memory.")
+            return super().compute_loss(model, *args, **kwargs)
+
+    recorder = Recorder(callback := TokenMaskCallback(WARMUP, announce=False))
+    made = trainer(tmp_path, [callback, recorder], cls=Once, auto_find_batch_size=True)
+    made.train()
+    assert made.failed
+    assert recorder.rates == [0.0, 0.0, 0.125, 0.25, 0.375]
+    assert_clean(made.model)
+
+
 def test_a_trainer_that_swallows_a_failed_step_goes_on_masking(tmp_path):
     class Skipping(FailingTrainer):
         def get_batch_samples(self, *args, **kwargs):
