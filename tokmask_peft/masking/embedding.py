@@ -59,18 +59,14 @@ def find_embedding(model: nn.Module) -> nn.Module:
         return MaskTokenError(f"{name} {why}", code=code, model=name)
 
     if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
-        why = (
-            "is an encoder-decoder model: both parts share one embedding, so the decoder would be masked too; "
-        )
+        why = "is an encoder-decoder model: both parts share one embedding, so the decoder would be masked too; "
         raise refusal("encoder-decoder", why + "use an encoder-only or a decoder-only backbone")
     if any(part.endswith("embed_tokens_per_layer") for part, _ in base.named_modules()):
         why = "looks up the input ids again in every layer (embed_tokens_per_layer), so a masked token would be seen; "
         raise refusal("per-layer-embeddings", why + "use a backbone without per-layer embeddings")
     if not hasattr(base, "get_input_embeddings"):
-        why = (
-            "has no get_input_embeddings(); give a transformers model, bare or wrapped by PEFT, torch.compile, DDP "
-        )
-        raise refusal("no-embedding", why + "or accelerate")
+        why = "has no get_input_embeddings(); give a transformers model, bare or wrapped by PEFT, DDP or accelerate"
+        raise refusal("no-embedding", why)
     embedding: nn.Module = base.get_input_embeddings()
     return embedding
 

@@ -139,8 +139,7 @@ def _bare(annotation: Any) -> tuple[Any, tuple[Any, ...]]:
     """Split `Annotated[type, …]` into the type and its metadata."""
     if get_origin(annotation) is not Annotated:
         return annotation, ()
-    bare, *metadata = get_args(annotation)
-    return bare, tuple(metadata)
+    return get_args(annotation)[0], get_args(annotation)[1:]
 
 
 def _noun(annotation: Any, outer: tuple[Any, ...]) -> str:
