@@ -59,7 +59,7 @@ def isolated(backbone: Any) -> dict[str, list[float]]:
     ids[:, 0], ids[:, -1] = tokenizer.cls_token_id, tokenizer.sep_token_id
     special = torch.zeros(len(tokenizer), dtype=torch.bool)
     special[tokenizer.all_special_ids] = True
-    embedding.train()
+    embedding.train().requires_grad_(False)  # a masker needs gradients to be enabled; the lookup itself builds no graph
 
     def plain() -> float:
         return median_time(lambda: embedding(ids))
@@ -79,8 +79,7 @@ def isolated(backbone: Any) -> dict[str, list[float]]:
     def collator() -> float:
         return median_time(lambda: masked_in_collator(ids, special, tokenizer.mask_token_id))
 
-    with torch.no_grad():
-        found = interleaved({"plain": plain, "masker": masker, "neftune": neftune, "collator": collator}, ROUNDS)
+    found = interleaved({"plain": plain, "masker": masker, "neftune": neftune, "collator": collator}, ROUNDS)
     base = found.pop("plain")
     for name in ("masker", "neftune"):
         found[name] = [value - plain for value, plain in zip(found[name], base, strict=True)]

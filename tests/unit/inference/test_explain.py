@@ -25,8 +25,8 @@ def masked_in_training(model, ids, hidden):
     protect = tuple(number for number in range(rows) if number not in hidden)
     config = TokenMaskConfig(p=0.9999999, protect=protect)
     batch = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
-    with TokenMasker.attach(model.model, model.tokenizer, config), torch.no_grad():
-        found = model.model.train()(**batch).logits[0]
+    with TokenMasker.attach(model.model, model.tokenizer, config):
+        found = model.model.train()(**batch).logits[0].detach()
     model.model.eval()
     return found.double().numpy()
 
