@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import platform
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,53 @@ def choose_quantization(config: ModelConfig, device: torch.device) -> Decision:
             "Set model.quantization=none, or install a bitsandbytes that serves this device."
         )
     return Decision("quantization", config.quantization, "set in the recipe")
+
+
+@dataclass(frozen=True, slots=True)
+class LoadingPlan:
+    """How to load the backbone of a trained adapter on a device.
+
+    Attributes:
+        model: the settings to load it with.
+        reasons: by what was decided, unless it is the user's wish.
+        deviations: why something is not as in training, although nobody asked for that.
+    """
+
+    model: ModelConfig
+    reasons: dict[str, str]
+    deviations: tuple[str, ...]
+
+
+def plan_loading(
+    trained: ModelConfig, device_type: str, quantization: str | None = None, precision: str | None = None
+) -> LoadingPlan:
+    """Choose how to load the backbone of a trained adapter.
+
+    Args:
+        trained: as it was in training.
+        device_type: `cuda`, `cpu`, ….
+        quantization: `nf4`, `int8` or `none`; None takes that of training if the device can do it.
+        precision: `bf16` or `fp32`; None takes that of training.
+
+    Raises:
+        ModelError: there is no such quantization or precision.
+    """
+    if quantization not in (None, "nf4", "int8", "none") or precision not in (None, "auto", "bf16", "fp32"):
+        raise ModelError("quantization is nf4, int8 or none; precision is bf16 or fp32", code="unknown-option")
+    reasons, deviations = {}, {}
+    if quantization is None:
+        quantization, reasons["quantization"] = trained.quantization, "as in training"
+        if quantization != "none" and (problem := bitsandbytes_problem(device_type)):
+            quantization = "none"
+            deviations["quantization"] = f"trained on {trained.quantization}, but {problem}: results differ slightly"
+    embedding = trained.embedding
+    if embedding == "offload" and device_type == "cpu":
+        embedding = "resident"  # the host's memory is the device's: the same lookup
+    elif embedding == "8bit" and (problem := bitsandbytes_problem(device_type)):
+        embedding = "resident"
+        deviations["embedding"] = f"trained on the 8-bit embedding, but {problem}: results differ slightly"
+    here = {"quantization": quantization, "precision": precision or trained.precision, "embedding": embedding}
+    return LoadingPlan(trained.model_copy(update=here), reasons | deviations, tuple(deviations.values()))
 
 
 def can_checkpoint(model: Any) -> bool:

@@ -10,13 +10,12 @@ from peft import AutoPeftModelForSequenceClassification
 from tiny_models import TEXTS, build
 
 import tokmask_peft
-from tokmask_peft.artifacts import Loading, find_saved
+from tokmask_peft.artifacts import find_saved
 from tokmask_peft.errors import ModelError
 from tokmask_peft.inference.load import _choose_batching, load
 from tokmask_peft.masking.embedding import find_embedding
 from tokmask_peft.model.decisions import bitsandbytes_problem
 from tokmask_peft.model.packed import takes_packed_rows
-from tokmask_peft.recipe.schema import ModelConfig
 
 
 @pytest.fixture
@@ -110,7 +109,7 @@ def test_the_quantization_of_training_is_taken_where_it_runs(saved_adapter, monk
     assert find_saved(folder).model.quantization == "nf4"
     reasons = {decision.what: decision for decision in load(folder).decisions}
     assert reasons["quantization"].choice == "nf4"
-    monkeypatch.setattr("tokmask_peft.artifacts.bitsandbytes_problem", lambda _: "it is not here")
+    monkeypatch.setattr("tokmask_peft.model.decisions.bitsandbytes_problem", lambda _: "it is not here")
     reasons = {decision.what: decision for decision in load(folder).decisions}
     assert reasons["quantization"].choice == "none"
     assert "trained on nf4, but it is not here" in reasons["quantization"].reason
@@ -118,13 +117,11 @@ def test_the_quantization_of_training_is_taken_where_it_runs(saved_adapter, monk
 
 @pytest.mark.skipif(bitsandbytes_problem("cpu") is not None, reason="bitsandbytes")
 def test_the_embedding_of_training_is_taken_where_it_runs(saved_adapter, monkeypatch):
-    trained = ModelConfig(backbone="x", embedding="8bit")
-    assert Loading.of(trained, 24, "none", "fp32").to_dict()["embedding"] == "8bit"
     folder = saved_adapter(embedding="8bit")
     model = load(folder)
     assert type(find_embedding(model.model)).__name__ == "Int8Embedding"
     assert {decision.what: decision.choice for decision in model.decisions}["embedding"] == "8bit"
-    monkeypatch.setattr("tokmask_peft.artifacts.bitsandbytes_problem", lambda _: "it is not here")
+    monkeypatch.setattr("tokmask_peft.model.decisions.bitsandbytes_problem", lambda _: "it is not here")
     model = load(folder)
     assert type(find_embedding(model.model)) is torch.nn.Embedding
     reasons = {decision.what: decision for decision in model.decisions}

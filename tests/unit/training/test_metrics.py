@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, precision_recall_fscore_support
 
+from tokmask_peft.tasks import NO_PREDICTION
 from tokmask_peft.training.metrics import (
     MIXING_BINS,
-    NO_PREDICTION,
     Predictions,
     code_mixing_index,
     scores,

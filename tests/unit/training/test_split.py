@@ -6,9 +6,7 @@ import numpy as np
 import pytest
 from tiny_models import tiny_tokenizer
 
-from tokmask_peft.tasks import Example
-from tokmask_peft.training.losses import IGNORED
-from tokmask_peft.training.metrics import NO_PREDICTION
+from tokmask_peft.tasks import IGNORED, NO_PREDICTION, Example
 from tokmask_peft.training.trainer import Split, scorer
 
 LABELS = ("en", "es", "other")
