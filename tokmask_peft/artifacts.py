@@ -353,9 +353,10 @@ class AdapterInfo(_Part):
             ModelError: the file is missing, or this package did not write it.
         """
         path = adapter / ADAPTER_FILE
-        found = _read_json(path) if path.is_file() else {}
+        old = adapter / "labels.json"
+        found = _read_json(path) if path.is_file() or not old.is_file() else {}
         if "format" not in found:  # four files; this one held how to load
-            found = {**_read_json(adapter / "labels.json"), **({"loading": found} if found else {})}
+            found = {**_read_json(old), "loading": found or None}
             for key, name in (("calibration", "calibration.json"), ("masking", "tokmask_config.json")):
                 if (adapter / name).is_file():
                     found[key] = _read_json(adapter / name)
@@ -420,10 +421,11 @@ def find_saved(model: str | Path, backbone: str | None = None) -> SavedAdapter:
     if (path / "adapter_config.json").is_file():
         folder = path
     elif is_run(path):
-        folder, recipe = path / "adapter", load_recipe(path / "recipe.yaml")
+        folder = path / "adapter"
         if not (folder / "adapter_config.json").is_file():
             remedy = f"finish it with `tokmask train {path}/recipe.yaml --resume`"
             raise ModelError(f"the run {model} has no adapter yet; {remedy}", code="unfinished")
+        recipe = load_recipe(path / "recipe.yaml")
     elif path.exists() or not _HUB_ID.fullmatch(str(model)):
         problem = "is neither a run (recipe.yaml) nor an adapter (adapter_config.json)"
         problem = problem if path.exists() else "does not exist"

@@ -138,11 +138,8 @@ def test_auto_batch_is_the_run_with_smaller_batches(write_recipe, monkeypatch, a
     assert seen[at_step] == 8  # and there it began again
     assert set(seen[at_step + 1 :]) == {4, 2}
     assert run.result.steps == expected.result.steps == 12
-    assert {
-        "what": "micro-batch",
-        "choice": "2 times 4",
-        "reason": "8 times 1 ran out of memory",
-    } in run.result.decisions
+    decision = {"what": "micro-batch", "choice": "2 times 4", "reason": "8 times 1 ran out of memory"}
+    assert decision in run.result.decisions
     for name, value in weights(expected).items():
         assert torch.equal(weights(run)[name], value), name
     assert len((run.folder.log).read_text().splitlines()) == len((expected.folder.log).read_text().splitlines())

