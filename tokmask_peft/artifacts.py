@@ -5,6 +5,7 @@ Imports nothing heavy, so that a command can refuse a wrong folder before the li
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -44,6 +45,15 @@ def write_whole(path: Path, text: str) -> None:
 def write_json(path: Path, content: Mapping[str, Any], indent: int | None = 2) -> None:
     """Write JSON as `write_whole` does; in one line without `indent`."""
     write_whole(path, json.dumps(content, indent=indent, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of `log.jsonl`; a line that a killed run left half-written is skipped."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return [row for row in found if isinstance(row, dict) and isinstance(row.get("step"), int)]
 
 
 # -- the run folder --
@@ -108,15 +118,12 @@ def check_run(recipe: Recipe, resume: bool) -> RunFolder:
         if resume:
             raise RunError(f"there is no run to resume in {run.root}; start it without --resume", code="no-run")
         return run
-    if run.finished() and resume:
-        problem = f"is finished: its scores are in {run.result}; there is nothing to resume"
-        raise RunError(f"the run {run.root} {problem}", code="run-finished")
+    remedy = "choose another name (name=…) or remove it"
+    if run.finished():
+        raise RunError(f"the run {run.root} is finished: its scores are in {run.result}; {remedy}", code="run-finished")
     if not resume:
-        remedy = "choose another name (name=…) or remove it"
-        if run.finished():
-            raise RunError(f"the run {run.root} exists and is finished: {remedy}", code="run-finished")
-        problem = "exists and was not finished: continue it with --resume"
-        raise RunError(f"the run {run.root} {problem}, or {remedy}", code="run-unfinished")
+        problem = f"exists and was not finished: continue it with --resume, or {remedy}"
+        raise RunError(f"the run {run.root} {problem}", code="run-unfinished")
     if run.recipe.is_file() and (changed := differences(load_recipe(run.recipe), recipe)):
         raise RunError(
             f"the run {run.root} was started with another recipe; resuming would mix two runs. "
@@ -165,14 +172,10 @@ class Result:
     """What `result.json` of a finished run holds; its fields are the file's keys, in the file's order.
 
     Attributes:
-        name: of the run.
-        task: as in the recipe's `data.task`.
+        name, task, seed, masking: of the recipe.
         labels: in the order of the classifier's outputs.
-        seed: of the run.
-        masking: the section of the recipe.
         validation: scores as `training.metrics.scores` returns them, of the texts that selected the checkpoint.
-        best_step: the optimizer step of the checkpoint that was kept.
-        steps: optimizer steps of the training.
+        best_step, steps: optimizer steps up to the checkpoint that was kept, and in all.
         test: scores of the texts that nothing was selected on; None without such a split.
         calibration: the temperature and what it does to each split.
         baseline: scores of character n-grams on the scored split; None if switched off.
@@ -250,16 +253,8 @@ class Run:
 
     @property
     def log(self) -> list[dict[str, Any]]:
-        """The lines of `log.jsonl`; a line that a killed run left half-written is skipped."""
-        path, found = self.folder.log, []
-        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(row, dict) and isinstance(row.get("step"), int):
-                found.append(row)
-        return found
+        """The lines of `log.jsonl`."""
+        return read_log(self.folder.log)
 
 
 def open_run(folder: str | Path) -> Run:
@@ -416,15 +411,13 @@ def find_saved(model: str | Path, backbone: str | None = None) -> SavedAdapter:
 
     Raises:
         ModelError: there is no adapter of this package, with what to do.
+        RunError: the run has no adapter yet.
     """
     path, recipe = Path(model).expanduser(), None
     if (path / "adapter_config.json").is_file():
         folder = path
     elif is_run(path):
-        folder = path / "adapter"
-        if not (folder / "adapter_config.json").is_file():
-            remedy = f"finish it with `tokmask train {path}/recipe.yaml --resume`"
-            raise ModelError(f"the run {model} has no adapter yet; {remedy}", code="unfinished")
+        folder = open_finished(path).adapter
         recipe = load_recipe(path / "recipe.yaml")
     elif path.exists() or not _HUB_ID.fullmatch(str(model)):
         problem = "is neither a run (recipe.yaml) nor an adapter (adapter_config.json)"

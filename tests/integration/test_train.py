@@ -58,7 +58,7 @@ def test_recipe_in_adapter_out(write_recipe, tokmask, tmp_path, family, task):
     result = json.loads(run.result.read_text())
     assert {"validation", "test", "baseline", "data", "decisions", "speed"} <= set(result)
     assert result["test"]["items"] == result["baseline"]["items"] > 0
-    assert sum(map(sum, result.test["confusion"]["matrix"])) == result["test"]["items"]
+    assert sum(map(sum, result["test"]["confusion"]["matrix"])) == result["test"]["items"]
     assert Recipe.load(run.recipe) == Recipe.load(recipe)
 
     log = [json.loads(line) for line in run.log.read_text().splitlines()]

@@ -11,7 +11,7 @@ from tiny_models import TEXTS, build
 
 import tokmask_peft
 from tokmask_peft.artifacts import find_saved
-from tokmask_peft.errors import ModelError
+from tokmask_peft.errors import ModelError, TokmaskError
 from tokmask_peft.inference.load import _choose_batching, load
 from tokmask_peft.masking.embedding import find_embedding
 from tokmask_peft.model.decisions import bitsandbytes_problem
@@ -193,7 +193,7 @@ def test_missing_places_are_named(copied, tmp_path):
         tmp_path / "no" / "where": "does not exist",
         "a b": "does not exist",
     }.items():
-        with pytest.raises(ModelError, match=expected):
+        with pytest.raises(TokmaskError, match=expected):
             load(place)
     folder = copied()
     (folder / "tokmask.json").unlink()
