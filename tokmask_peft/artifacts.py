@@ -280,15 +280,14 @@ class _Part(BaseModel):
 
 
 class Loading(_Part):
-    """How the backbone was held in memory while the adapter was trained. An adapter may be anyone's: all is checked.
+    """How the backbone was loaded to train the adapter. Everything is checked, since an adapter may be anyone's.
 
     Attributes:
         max_length: sub-tokens per text in training, special tokens included; None if not known.
         package: `package:NAME/FOLDER`, if an installed Python package holds the backbone. A folder of the machine that
             trained is never written here.
         revision: the backbone's revision on the Hub.
-        quantization: of the backbone.
-        precision: of the matrix products.
+        quantization, precision: of the backbone, and of the matrix products.
         embedding: placement of the input embedding, as in the recipe; 8bit rounds it.
     """
 
@@ -318,7 +317,7 @@ class Calibration(_Part):
 
 
 class AdapterInfo(_Part):
-    """What `tokmask.json` in an adapter folder holds, beside PEFT's own files.
+    """What `tokmask.json` in an adapter folder holds, in addition to PEFT's own files.
 
     Attributes:
         format: of the file; before 2 its parts were four files.
@@ -347,8 +346,7 @@ class AdapterInfo(_Part):
         Raises:
             ModelError: the file is missing, or this package did not write it.
         """
-        path = adapter / ADAPTER_FILE
-        old = adapter / "labels.json"
+        path, old = adapter / ADAPTER_FILE, adapter / "labels.json"
         found = _read_json(path) if path.is_file() or not old.is_file() else {}
         if "format" not in found:  # four files; this one held how to load
             found = {**_read_json(old), "loading": found or None}
@@ -358,9 +356,8 @@ class AdapterInfo(_Part):
         try:
             return cls.model_validate_json(json.dumps(found))
         except ValidationError as error:
-            first = error.errors()[0]
-            key = ".".join(map(str, first["loc"]))
-            message = f"{path} cannot be used: {key}: {first['msg']}"
+            key, problem = ".".join(map(str, error.errors()[0]["loc"])), error.errors()[0]["msg"]
+            message = f"{path} cannot be used: {key}: {problem}"
             raise ModelError(message, code="bad-adapter-file", path=path, key=key) from error
 
 
@@ -383,12 +380,10 @@ class SavedAdapter:
     Attributes:
         name: as the user gave it, for messages.
         folder: the adapter folder.
-        task: as in `data.task`.
-        labels: label names in the order of the classifier's outputs.
+        task, labels, masking: as in `AdapterInfo`.
         model: the backbone, with `quantization`, `precision` and `embedding` as trained.
         max_length: sub-tokens per text in training; None if not known.
         temperature: divides the logits; 1 without a calibration.
-        masking: how tokens were masked in training; None if not known.
     """
 
     name: str
@@ -462,16 +457,16 @@ def _download(hub_id: str) -> Path:
         errors.GatedRepoError: "is gated: ask for access on its page, then `hf auth login`",
         errors.RepositoryNotFoundError: "does not exist, or is private: check the name, or `hf auth login`",
         errors.LocalEntryNotFoundError: "is not in the cache and the Hub cannot be reached: check the network",
-        errors.HFValidationError: "is not valid: {said}",
-        errors.HfHubHTTPError: "cannot be fetched: {said}",
-        OSError: "cannot be fetched: {said}; check the network and try again",
+        errors.HFValidationError: "is not valid: {reason}",
+        errors.HfHubHTTPError: "cannot be fetched: {reason}",
+        OSError: "cannot be fetched: {reason}; check the network and try again",
     }
     start = f"{hub_id} is not a local folder, and as an id on the Hub it "
     try:
         folder = Path(snapshot_download(hub_id, allow_patterns=list(HUB_FILES)))
     except (OSError, errors.HFValidationError) as error:
         problem = next(text for kind, text in remedies.items() if isinstance(error, kind))
-        raise ModelError(start + problem.format(said=first_line(error)), code="not-on-hub", id=hub_id) from error
+        raise ModelError(start + problem.format(reason=first_line(error)), code="not-on-hub", id=hub_id) from error
     if not (folder / "adapter_config.json").is_file():
         raise ModelError(f"{start}holds no adapter (adapter_config.json is missing)", code="no-adapter", id=hub_id)
     return folder

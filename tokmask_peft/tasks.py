@@ -113,10 +113,6 @@ class Task:
 
         return DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8)
 
-    def predicted_ids(self, logits: Any) -> Any:
-        """Return label ids `[batch, …]` of logits `[batch, …, classes]`."""
-        return logits.argmax(dim=-1)
-
     def items(self, example: Example) -> list[tuple[str, str]]:
         """Return what the baseline classifies: each item that carries a label, as a string, with its label."""
         return [(example.string, example.tags[0])]
@@ -134,6 +130,16 @@ class Task:
             predicted: label id of the same shape.
         """
         return [ids[example.tags[0]]], [int(predicted)]
+
+    def more_scores(self, gold: Any, predicted: Any, labels: Sequence[str]) -> dict[str, Any]:
+        """Return what `result.json` shows of a split in addition to the scores of every task.
+
+        Args:
+            gold: label ids, int64 `[items]`.
+            predicted: label ids, int64 `[items]`; `NO_PREDICTION` for what was cut away.
+            labels: label names by id.
+        """
+        return {}
 
     # -- inference --
 

@@ -80,7 +80,7 @@ class StopOnSignal(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Keep the Trainer from scoring an interrupted epoch, which moves the random state and might become the best."""
+        """Keep the Trainer from scoring an interrupted epoch: that moves the random state and might win."""
         if self.stopped and state.epoch is not None and not float(state.epoch).is_integer():
             control.should_evaluate = control.should_save = False
 

@@ -67,7 +67,6 @@ def evaluate(
             trainer = OrderedEvalTrainer(
                 model=model,
                 args=training_arguments(recipe, Path(scratch), device, bf16),
-                task=task,
                 eval_dataset=texts.dataset,
                 data_collator=get_task(task).collator(backbone.tokenizer),
                 memory_errors=functools.partial(evaluation_memory_errors, device, batch),

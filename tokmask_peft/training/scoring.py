@@ -54,9 +54,10 @@ def baseline_scores(
 
 
 def scores_of(recipe: Recipe, found: Predictions, labels: Sequence[str]) -> dict[str, Any]:
-    """Return the scores of a split, with `by_mixing` if the recipe names the labels that are languages."""
-    result, languages = scores(*found.flat(), labels), recipe.data.language_labels
-    if languages and get_task(recipe.data.task).per_word:
+    """Return the scores of a split, with those of its task, and `by_mixing` if the recipe names language labels."""
+    task, languages = get_task(recipe.data.task), recipe.data.language_labels
+    result = scores(*found.flat(), labels) | task.more_scores(*found.flat(), labels)
+    if languages and task.per_word:
         result["by_mixing"] = scores_by_mixing(found, labels, languages)
     return result
 

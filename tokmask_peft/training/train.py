@@ -62,7 +62,7 @@ from tokmask_peft.training.trainer import OrderedEvalTrainer, Split, check_track
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """Everything that a training needs, loaded and decided.
+    """What a training needs, loaded and decided.
 
     Attributes:
         recipe: with what was decided for this machine.
@@ -71,11 +71,9 @@ class Prepared:
         backbone: as loaded.
         model: the backbone with the adapter.
         mask: the mask token; None if nothing is masked.
-        device: to compute on.
-        console: to print on.
         decisions: what was decided, with the reasons.
-        movable: whether the embedding can be moved to the host.
-        checkpointable: whether the backbone can do gradient checkpointing.
+        device, console: to compute and to print on.
+        movable, checkpointable: whether the embedding can move to the host, and activations can be recomputed.
     """
 
     recipe: Recipe
@@ -84,9 +82,9 @@ class Prepared:
     backbone: Backbone
     model: Any
     mask: MaskToken | None
+    decisions: tuple[Decision, ...]
     device: torch.device
     console: Console
-    decisions: tuple[Decision, ...]
     movable: bool
     checkpointable: bool
 
@@ -278,7 +276,7 @@ def choose_mask(recipe: Recipe, backbone: Backbone) -> tuple[MaskToken | None, D
 def make_trainer(prepared: Prepared, run: RunFolder, callbacks: list[TrainerCallback]) -> OrderedEvalTrainer:
     """Return the trainer, with `callbacks` in addition to those of every training."""
     recipe, training, task = prepared.recipe, prepared.recipe.training, get_task(prepared.recipe.data.task)
-    tokenizer, data = prepared.backbone.tokenizer, prepared.splits["train"].encoded.dataset
+    tokenizer, validation = prepared.backbone.tokenizer, prepared.splits["validation"]
     masking = [] if prepared.mask is None else [TokenMaskCallback(recipe.masking, prepared.mask, announce=False)]
     patience = [] if training.patience is None else [Patience(training.patience)]
     counts = Counter(tag for example in prepared.corpus.train for tag in example.tags)
@@ -290,15 +288,14 @@ def make_trainer(prepared: Prepared, run: RunFolder, callbacks: list[TrainerCall
         trainer = OrderedEvalTrainer(
             model=prepared.model,
             args=arguments,
-            task=task.name,
-            train_dataset=data,
-            eval_dataset=prepared.splits["validation"].dataset,
+            train_dataset=prepared.splits["train"].encoded.dataset,
+            eval_dataset=validation.dataset,
             data_collator=task.collator(tokenizer),
             train_collator=PackedCollator(task.name) if training.batching == "padding_free" else None,
             batches=_token_budget(prepared, arguments),
             processing_class=tokenizer,
             compute_loss_func=ClassificationLoss(weights, gamma, training.label_smoothing),
-            compute_metrics=scorer(prepared.splits["validation"]),
+            compute_metrics=scorer(validation),
             memory_errors=functools.partial(prepared.memory_errors, evaluating=True),
             callbacks=[*masking, *callbacks, LogFile(run.log), *patience],
         )
@@ -334,14 +331,7 @@ def _attempt(prepared: Prepared, asked: Recipe, run: RunFolder, clock: StepClock
 def save_adapter_folder(
     folder: Path, prepared: Prepared, result: Result, weights: dict[str, torch.Tensor] | None = None
 ) -> None:
-    """Write an adapter folder: weights, tokenizer, `tokmask.json` and the model card.
-
-    Args:
-        folder: is created.
-        prepared: of the run, trained.
-        result: of the run.
-        weights: what was trained, if FSDP keeps it in shards (`gathered_weights`).
-    """
+    """Write an adapter folder: weights (from `gathered_weights`), tokenizer, `tokmask.json` and the model card."""
     recipe, backbone, mask = prepared.recipe, prepared.backbone, prepared.mask
     save_adapter(prepared.model, folder, recipe.model.backbone, weights)
     backbone.tokenizer.save_pretrained(str(folder))
@@ -369,14 +359,9 @@ def _trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 
 
 def _with_smaller_batches(prepared: Prepared, asked: Recipe, reason: str) -> Prepared:
-    """Take fewer texts at a time for the same optimizer step, after memory ran out.
+    """Take fewer texts at a time for the same optimizer step, after memory ran out for `reason`.
 
     The Trainer's own `auto_find_batch_size` makes the optimizer step smaller, too, and keeps half-trained weights.
-
-    Args:
-        prepared: of the attempt that failed.
-        asked: the user's recipe.
-        reason: the allocator's words.
 
     Raises:
         RunError: it was a single text.
@@ -385,9 +370,8 @@ def _with_smaller_batches(prepared: Prepared, asked: Recipe, reason: str) -> Pre
     smaller = smaller_batch(training.batch_size, training.gradient_accumulation)
     if smaller is None:
         raise single_text_error(prepared.recipe, prepared.movable, prepared.checkpointable, reason)
+    prepared.console.print(f"Out of memory: continuing with {smaller[0]} texts, {smaller[1]} times a step.")
     size = {"training.batch_size": smaller[0], "training.gradient_accumulation": smaller[1]}
-    message = f"Out of memory: continuing with {smaller[0]} texts, {smaller[1]} times a step."
-    prepared.console.print(message, markup=False)
     why = f"{asked.training.batch_size} times {asked.training.gradient_accumulation} ran out of memory"
     decisions = [decision for decision in prepared.decisions if decision.what != "micro-batch"]
     decisions.append(Decision("micro-batch", f"{smaller[0]} times {smaller[1]}", why))
@@ -422,13 +406,13 @@ def _token_budget(prepared: Prepared, arguments: Any) -> TokenBudgetSampler | No
 
 
 def _speed(prepared: Prepared, clock: StepClock, trainer: OrderedEvalTrainer) -> dict[str, Any]:
+    """Return what `result.json` holds of time and memory, of all processes together."""
     batches = None if trainer.batches is None else len(trainer.batches)
     lengths, count = prepared.splits["train"].lengths, trainer.args.world_size
     per_step = tokens_per_step(prepared.recipe.training, lengths, batches, count)
     return {
         "step_seconds": round(clock.seconds, 2),
         "steps": clock.steps,
-        # of all processes together
         "tokens_per_second": round(clock.steps * per_step / clock.seconds, 1) if clock.seconds else None,
         "peak_memory": peak_memory(prepared.device),
         "environment": environment(prepared.device),

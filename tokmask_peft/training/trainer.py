@@ -35,10 +35,9 @@ class Split:
     """Encoded texts in order of length, so that evaluation wastes little on padding.
 
     Attributes:
-        examples: the texts, in their own order.
+        examples, encoded: the texts in their own order, and as ids.
         labels: in the order of the classifier's outputs.
         task: as in `data.task`.
-        encoded: the texts as ids, in their own order.
         dataset: rows for the Trainer, shortest first.
         order: `[texts]`, for each row of `dataset` the index of its text.
     """
@@ -88,7 +87,7 @@ class SeededLengthGrouping(LengthGroupedSampler):
     """
 
     def __init__(self, usual: LengthGroupedSampler, seed: int) -> None:
-        """Take over batch size and lengths of the Trainer's sampler."""
+        """Adopt batch size and lengths of the Trainer's sampler."""
         super().__init__(usual.batch_size, lengths=usual.lengths)
         self.seed = seed
         self.set_epoch(0)
@@ -107,24 +106,21 @@ class OrderedEvalTrainer(Trainer):
     def __init__(
         self,
         *args: Any,
-        task: str = "sequence",
         train_collator: Any = None,
         batches: TokenBudgetSampler | None = None,
         memory_errors: Callable[[], AbstractContextManager[None]] = nullcontext,
         **kwargs: Any,
     ) -> None:
-        """Create the trainer.
+        """Create the trainer; further arguments are the Trainer's.
 
         Args:
             args: of the Trainer.
-            task: decides which label ids the logits stand for.
             train_collator: makes the training batches, if they differ from those of evaluations.
             batches: chooses the training batches, if they are not of `per_device_train_batch_size` texts.
             memory_errors: makes the context of evaluations, for what they raise.
             kwargs: of the Trainer.
         """
         super().__init__(*args, preprocess_logits_for_metrics=self._label_ids, **kwargs)
-        self.task = get_task(task)
         self.train_collator = train_collator or self.data_collator
         self.batches = batches
         self.memory_errors = memory_errors
@@ -148,8 +144,7 @@ class OrderedEvalTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         """Return the loader of the training batches."""
         if self.batches is not None:
-            dataset = self._remove_unused_columns(self.train_dataset, description="training")
-            pin = self.args.dataloader_pin_memory
+            dataset, pin = self._remove_unused_columns(self.train_dataset), self.args.dataloader_pin_memory
             return token_budget_loader(dataset, self.train_collator, self.batches, self.args.device, pin)
         usual, self.data_collator = self.data_collator, self.train_collator
         try:
@@ -211,8 +206,7 @@ class OrderedEvalTrainer(Trainer):
         first = logits[0] if isinstance(logits, tuple) else logits  # models with further outputs give a tuple
         if self._logits is not None:
             self._logits.append(first[labels != IGNORED].float().cpu().numpy())
-        ids: Tensor = self.task.predicted_ids(first)
-        return ids
+        return first.argmax(dim=-1)
 
 
 def in_order(shares: Sequence[Sequence[NDArray[np.float32]]], items: int) -> NDArray[np.float32]:

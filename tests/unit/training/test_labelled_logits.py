@@ -29,7 +29,7 @@ def batches(task, texts=7, size=2, classes=3):
 @pytest.mark.parametrize("processes", [1, 2])
 def test_order_and_shape(tmp_path, task, processes):
     arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
-    trainers = [OrderedEvalTrainer(torch.nn.Linear(1, 1), arguments, task=task) for _ in range(processes)]
+    trainers = [OrderedEvalTrainer(torch.nn.Linear(1, 1), arguments) for _ in range(processes)]
     made = batches(task)
     every = torch.cat([logits[labels != -100] for logits, labels in made]).numpy()
     items = len(every) - 1  # the last text only fills the last batch up
