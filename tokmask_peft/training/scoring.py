@@ -53,11 +53,13 @@ def baseline_scores(
     }
 
 
-def scores_of(recipe: Recipe, found: Predictions, labels: Sequence[str]) -> dict[str, Any]:
+def scores_of(
+    recipe: Recipe, found: Predictions, labels: Sequence[str], by_mixing: bool = True
+) -> dict[str, Any]:
     """Return the scores of a split, with those of its task, and `by_mixing` if the recipe names language labels."""
     task, languages = get_task(recipe.data.task), recipe.data.language_labels
     result = scores(*found.flat(), labels) | task.more_scores(*found.flat(), labels)
-    if languages and task.per_word:
+    if by_mixing and languages and task.per_word:
         result["by_mixing"] = scores_by_mixing(found, labels, languages)
     return result
 
@@ -89,7 +91,7 @@ def score_best(
         labels=list(labels),
         seed=recipe.seed,
         masking=recipe.masking.model_dump(mode="json"),
-        validation=scores(*predictions["validation"].flat(), labels),
+        validation=scores_of(recipe, predictions["validation"], labels, by_mixing=False),
         best_step=trainer.state.best_global_step,
         steps=trainer.state.global_step,
         test=scores_of(recipe, predictions["test"], labels) if "test" in predictions else None,
