@@ -51,7 +51,7 @@ def _load(
     saved: SavedAdapter, place: torch.device, why: str | None, quantization: str | None, precision: str | None
 ) -> Classifier:
     """Load a saved adapter to a device, which was chosen for the reason `why`."""
-    here = plan_loading(saved.model, place.type, quantization, precision)
+    here = plan_loading(saved.model, place, quantization, precision)
     loaded = load_backbone(here.model, saved.task, saved.labels, place)
     batching = _choose_batching(loaded.model, place)
     module = load_adapter(loaded, saved.folder)

@@ -129,12 +129,12 @@ def choose_quantization(config: ModelConfig, device: torch.device) -> Decision:
 
 @dataclass(frozen=True, slots=True)
 class LoadingPlan:
-    """How to load the backbone of a trained adapter on a device.
+    """How to load the backbone of a trained adapter on this device.
 
     Attributes:
         model: the settings to load it with.
-        reasons: by what was decided, unless it is the user's wish.
-        deviations: why something is not as in training, although nobody asked for that.
+        reasons: of each setting that the user did not choose.
+        deviations: the reasons for settings that differ from training although the user did not ask for that.
     """
 
     model: ModelConfig
@@ -143,31 +143,36 @@ class LoadingPlan:
 
 
 def plan_loading(
-    trained: ModelConfig, device_type: str, quantization: str | None = None, precision: str | None = None
+    trained: ModelConfig, device: torch.device, quantization: str | None = None, precision: str | None = None
 ) -> LoadingPlan:
-    """Choose how to load the backbone of a trained adapter.
+    """Choose the settings to load the backbone of a trained adapter with.
 
     Args:
-        trained: as it was in training.
-        device_type: `cuda`, `cpu`, ….
-        quantization: `nf4`, `int8` or `none`; None takes that of training if the device can do it.
-        precision: `bf16` or `fp32`; None takes that of training.
+        trained: the settings of training.
+        device: to compute on.
+        quantization: `nf4`, `int8` or `none`; default: that of training if it runs on this device.
+        precision: `bf16` or `fp32`; default: that of training.
 
     Raises:
         ModelError: there is no such quantization or precision.
     """
     if quantization not in (None, "nf4", "int8", "none") or precision not in (None, "auto", "bf16", "fp32"):
-        raise ModelError("quantization is nf4, int8 or none; precision is bf16 or fp32", code="unknown-option")
+        raise ModelError(
+            f"quantization is {quantization}, precision is {precision}; expected nf4, int8 or none, and bf16 or fp32",
+            code="unknown-format",
+            quantization=quantization,
+            precision=precision,
+        )
     reasons, deviations = {}, {}
     if quantization is None:
         quantization, reasons["quantization"] = trained.quantization, "as in training"
-        if quantization != "none" and (problem := bitsandbytes_problem(device_type)):
+        if quantization != "none" and (problem := bitsandbytes_problem(device.type)):
             quantization = "none"
             deviations["quantization"] = f"trained on {trained.quantization}, but {problem}: results differ slightly"
     embedding = trained.embedding
-    if embedding == "offload" and device_type == "cpu":
-        embedding = "resident"  # the host's memory is the device's: the same lookup
-    elif embedding == "8bit" and (problem := bitsandbytes_problem(device_type)):
+    if embedding == "offload" and device.type == "cpu":
+        embedding = "resident"  # the memory of the host is that of the device: the same lookup
+    elif embedding == "8bit" and (problem := bitsandbytes_problem(device.type)):
         embedding = "resident"
         deviations["embedding"] = f"trained on the 8-bit embedding, but {problem}: results differ slightly"
     here = {"quantization": quantization, "precision": precision or trained.precision, "embedding": embedding}

@@ -203,7 +203,7 @@ def _tiles(record: Run) -> list[tuple[str, float]]:
 def _verdict(record: Run) -> dict[str, str]:
     """Return whether the adapter beats the baseline, in words and as a mood for the colour."""
     floor = record.result.baseline
-    if not floor or not (sentence := baseline_verdict(record.result.to_dict())):
+    if not floor or not (sentence := baseline_verdict(record.result.scored, floor)):
         return {"mood": "", "text": "No baseline was scored: nothing says whether the adapter is worth its effort."}
     difference = record.result.scored["f1_macro"] - floor["f1_macro"]
     mood = "good" if difference >= _CLEAR else "" if difference > 0 else "bad"

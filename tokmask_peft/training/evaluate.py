@@ -55,7 +55,7 @@ def evaluate(
     examples, labels = split_examples(recipe, split, data, folder.adapter)
     saved, device = find_saved(folder.root), processes().device
     set_seed(recipe.seed)
-    plan = plan_loading(saved.model, device.type)
+    plan = plan_loading(saved.model, device)
     with evaluation_memory_errors(device):
         backbone = load_backbone(plan.model, task, labels, device)
         model = load_adapter(backbone, folder.adapter)

@@ -53,9 +53,7 @@ def baseline_scores(
     }
 
 
-def scores_of(
-    recipe: Recipe, found: Predictions, labels: Sequence[str], by_mixing: bool = True
-) -> dict[str, Any]:
+def scores_of(recipe: Recipe, found: Predictions, labels: Sequence[str], by_mixing: bool = True) -> dict[str, Any]:
     """Return the scores of a split, with those of its task, and `by_mixing` if the recipe names language labels."""
     task, languages = get_task(recipe.data.task), recipe.data.language_labels
     result = scores(*found.flat(), labels) | task.more_scores(*found.flat(), labels)

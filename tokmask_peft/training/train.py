@@ -150,7 +150,7 @@ def train(recipe: Recipe | str | Path, *, resume: bool = False, quiet: bool = Fa
             parts = {name: found.to_dict() for name, found in predictions.items()}
             write_json(folder.predictions, {"labels": result.labels, **parts}, indent=None)
             write_json(folder.result, result.to_dict())  # last: it says that the run is finished
-            print_result(console, result.to_dict(), folder.adapter)
+            print_result(console, result, folder.adapter)
             check_best(result, trainer.state.best_metric)
     return Run(folder, recipe, result)
 
