@@ -101,17 +101,16 @@ class Task:
 
     # -- training and scores --
 
-    per_word: ClassVar[bool] = False
-    """Whether each word carries a label: one that is cut away is an error, and scores by code-mixing exist."""
+    collator_class: ClassVar[str] = "DataCollatorWithPadding"
 
     def collator(self, tokenizer: Any) -> Any:
         """Return what pads a batch: on the right to the longest text, rounded up to a multiple of 8.
 
         oneDNN compiles and keeps a kernel for each shape: without rounding, a run on a CPU took 3.8 GB.
         """
-        from transformers import DataCollatorWithPadding
+        import transformers
 
-        return DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8)
+        return getattr(transformers, self.collator_class)(tokenizer, pad_to_multiple_of=8)
 
     def items(self, example: Example) -> list[tuple[str, str]]:
         """Return what the baseline classifies: each item that carries a label, as a string, with its label."""
@@ -126,19 +125,13 @@ class Task:
             example: the text.
             ids: label -> id.
             kept: indices of the words that have a position; empty unless each word carries a label.
-            gold: label id as the model saw it, a number or `[seq]`.
-            predicted: label id of the same shape.
+            gold: label ids that the model saw, a number or `[seq]`.
+            predicted: the model's answers, of the same shape.
         """
         return [ids[example.tags[0]]], [int(predicted)]
 
     def more_scores(self, gold: Any, predicted: Any, labels: Sequence[str]) -> dict[str, Any]:
-        """Return what `result.json` shows of a split in addition to the scores of every task.
-
-        Args:
-            gold: label ids, int64 `[items]`.
-            predicted: label ids, int64 `[items]`; `NO_PREDICTION` for what was cut away.
-            labels: label names by id.
-        """
+        """Return scores in addition to those of every task, from label ids `[items]`; they go into `result.json`."""
         return {}
 
     # -- inference --
@@ -185,13 +178,7 @@ class TokenTask(Task):
 
     # -- training and scores --
 
-    per_word = True
-
-    def collator(self, tokenizer: Any) -> Any:
-        """Pad the labels of the words, too."""
-        from transformers import DataCollatorForTokenClassification
-
-        return DataCollatorForTokenClassification(tokenizer, pad_to_multiple_of=8)
+    collator_class = "DataCollatorForTokenClassification"
 
     def items(self, example: Example) -> list[tuple[str, str]]:
         """Return each word with its label."""

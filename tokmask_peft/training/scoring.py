@@ -57,7 +57,7 @@ def scores_of(recipe: Recipe, found: Predictions, labels: Sequence[str], by_mixi
     """Return the scores of a split, with those of its task, and `by_mixing` if the recipe names language labels."""
     task, languages = get_task(recipe.data.task), recipe.data.language_labels
     result = scores(*found.flat(), labels) | task.more_scores(*found.flat(), labels)
-    if by_mixing and languages and task.per_word:
+    if by_mixing and languages and task.words_given:
         result["by_mixing"] = scores_by_mixing(found, labels, languages)
     return result
 

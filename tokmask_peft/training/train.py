@@ -387,7 +387,7 @@ def _cut_lines(prepared: Prepared) -> list[str]:
             continue
         line = f"{name}: {cut.texts_cut} texts are cut at {data.max_length} sub-tokens"
         if cut.words_cut:
-            wrong = name != "train" and get_task(data.task).per_word
+            wrong = name != "train" and get_task(data.task).words_given
             line += f"; {cut.words_cut} words are cut away" + (" (errors)" if wrong else "")
         lines.append(line)
     return lines
