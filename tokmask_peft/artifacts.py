@@ -29,8 +29,6 @@ HUB_FILES = (
 )
 """What is fetched from the Hub: what loading needs, and no pickled weights."""
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file so that a reader sees the old one or the new one, never half of it, even after a power cut."""
@@ -56,9 +54,6 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return [row for row in found if isinstance(row, dict) and isinstance(row.get("step"), int)]
 
 
-# -- the run folder --
-
-
 @dataclass
 class RunFolder:
     """Paths in a run folder.
@@ -68,9 +63,8 @@ class RunFolder:
         adapter: with tokenizer, labels and model card: a folder to push as it is.
         checkpoints: of the Trainer.
         recipe: the resolved recipe.
-        result: scores and everything that was measured.
+        result, log: scores and everything that was measured; a JSON line per logged step.
         predictions: gold and predicted label ids per text of validation and test.
-        log: a JSON line per logged step.
     """
 
     root: Path
@@ -106,8 +100,7 @@ def check_run(recipe: Recipe, resume: bool) -> RunFolder:
     """Return the run folder of a recipe, if it may be written; nothing is created yet.
 
     Raises:
-        RunError: the name is taken and `resume` is off; or there is nothing to resume, the run is finished, or it
-            was started with another recipe.
+        RunError: the name is taken, or there is nothing to resume, or the run was started with another recipe.
     """
     run = RunFolder(recipe.run_dir)
     ground = next(place for place in (run.root, *run.root.absolute().parents) if place.exists())
@@ -125,12 +118,9 @@ def check_run(recipe: Recipe, resume: bool) -> RunFolder:
         problem = f"exists and was not finished: continue it with --resume, or {remedy}"
         raise RunError(f"the run {run.root} {problem}", code="run-unfinished")
     if run.recipe.is_file() and (changed := differences(load_recipe(run.recipe), recipe)):
-        raise RunError(
-            f"the run {run.root} was started with another recipe; resuming would mix two runs. "
-            f"Differences: {'; '.join(changed)}. Use `tokmask train {run.recipe} --resume`, or another name.",
-            code="other-recipe",
-            differences=changed,
-        )
+        problem = f"was started with another recipe; resuming would mix two runs. Differences: {'; '.join(changed)}"
+        remedy = f"Use `tokmask train {run.recipe} --resume`, or another name."
+        raise RunError(f"the run {run.root} {problem}. {remedy}", code="other-recipe", differences=changed)
     return run
 
 
@@ -159,12 +149,9 @@ def open_finished(folder: str | Path) -> RunFolder:
     if not run.recipe.is_file():
         raise RunError(f"{folder} is not a run folder (it holds no recipe.yaml)", code="not-a-run")
     if not (run.adapter / "adapter_config.json").is_file():
-        remedy = f"finish it with `tokmask train {run.recipe} --resume`"
-        raise RunError(f"the run {folder} has no adapter yet; {remedy}", code="unfinished")
+        problem = f"has no adapter yet; finish it with `tokmask train {run.recipe} --resume`"
+        raise RunError(f"the run {folder} {problem}", code="unfinished")
     return run
-
-
-# -- the result --
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,8 +166,7 @@ class Result:
         test: scores of the texts that nothing was selected on; None without such a split.
         calibration: the temperature and what it does to each split.
         baseline: scores of character n-grams on the scored split; None if switched off.
-        data: what was read, merged, removed and cut.
-        decisions: what was decided for the user, with the reasons.
+        data, decisions: what was read, merged, removed and cut; what was decided for the user, with the reasons.
         speed: seconds, steps, tokens per second, memory, environment.
     """
 
@@ -265,12 +251,9 @@ def open_run(folder: str | Path) -> Run:
     """
     run = open_finished(folder)
     if not run.finished():
-        remedy = f"finish it with `tokmask train {run.recipe} --resume`"
-        raise RunError(f"the run {folder} is not finished; {remedy}", code="unfinished")
+        problem = f"is not finished; finish it with `tokmask train {run.recipe} --resume`"
+        raise RunError(f"the run {folder} {problem}", code="unfinished")
     return Run(run, load_recipe(run.recipe), Result.read(run.result))
-
-
-# -- the adapter folder --
 
 
 class _Part(BaseModel):
@@ -284,11 +267,9 @@ class Loading(_Part):
 
     Attributes:
         max_length: sub-tokens per text in training, special tokens included; None if not known.
-        package: `package:NAME/FOLDER`, if an installed Python package holds the backbone. A folder of the machine that
-            trained is never written here.
+        package: `package:NAME/FOLDER`, if an installed Python package holds the backbone; never a folder.
         revision: the backbone's revision on the Hub.
-        quantization, precision: of the backbone, and of the matrix products.
-        embedding: placement of the input embedding, as in the recipe; 8bit rounds it.
+        quantization, precision, embedding: as in `model` of the recipe, with what was decided.
     """
 
     max_length: int | None = Field(None, ge=4)
@@ -324,8 +305,7 @@ class AdapterInfo(_Part):
         task: as in `data.task`.
         labels: in the order of the classifier's outputs.
         calibration: from validation; temperature 1 if there is none.
-        loading: None if not known.
-        masking: how tokens were masked in training; None if not known.
+        loading, masking: how the backbone was loaded and tokens were masked in training; None if not known.
     """
 
     format: Literal[2] = 2
@@ -401,8 +381,7 @@ def find_saved(model: str | Path, backbone: str | None = None) -> SavedAdapter:
 
     Args:
         model: a run folder, an adapter folder, or the id of an adapter on the Hub, which is downloaded.
-        backbone: a Hub id, a folder or `package:NAME/FOLDER` to load the backbone from, in place of what the adapter
-            names.
+        backbone: a Hub id, a folder or `package:NAME/FOLDER`, in place of the backbone that the adapter names.
 
     Raises:
         ModelError: there is no adapter of this package, with what to do.
@@ -414,7 +393,7 @@ def find_saved(model: str | Path, backbone: str | None = None) -> SavedAdapter:
     elif is_run(path):
         folder = open_finished(path).adapter
         recipe = load_recipe(path / "recipe.yaml")
-    elif path.exists() or not _HUB_ID.fullmatch(str(model)):
+    elif path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
         problem = "is neither a run (recipe.yaml) nor an adapter (adapter_config.json)"
         problem = problem if path.exists() else "does not exist"
         expected = "give a run folder, an adapter folder, or a Hub id such as user/name"

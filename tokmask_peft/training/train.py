@@ -216,7 +216,7 @@ def prepare(recipe: Recipe, device: torch.device, console: Console) -> Prepared:
     if batching.choice == "padding_free":
         enable_padding_free(backbone.model)
 
-    mask, mask_decision = choose_mask(recipe, backbone)
+    mask, mask_decision = _choose_mask(recipe, backbone)
     trained_row = mask.id if mask is not None and recipe.masking.trainable_mask else None
     with explained_memory_errors(recipe, movable=False, loading=True):
         model, adapter_decisions = add_adapter(backbone, recipe.adapter, data.task, trained_row)
@@ -252,13 +252,8 @@ def prepare(recipe: Recipe, device: torch.device, console: Console) -> Prepared:
     )
 
 
-def choose_mask(recipe: Recipe, backbone: Backbone) -> tuple[MaskToken | None, Decision]:
-    """Choose the mask token, and fill its embedding row if that is trained.
-
-    Raises:
-        RecipeError: `masking.protect` names ids that the embedding does not have.
-        MaskTokenError: there is no usable mask token.
-    """
+def _choose_mask(recipe: Recipe, backbone: Backbone) -> tuple[MaskToken | None, Decision]:
+    """Choose the mask token, and fill its embedding row if that is trained."""
     masking = recipe.masking
     if masking.is_off and not masking.trainable_mask:
         return None, Decision("mask token", "none", "masking.p is 0: nothing is masked")
