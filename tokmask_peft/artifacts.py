@@ -78,12 +78,9 @@ class RunFolder:
         """Return the newest complete checkpoint, or None."""
         steps = {}
         for folder in self.checkpoints.glob("checkpoint-*"):
-            step = folder.name.removeprefix("checkpoint-")
-            try:
-                json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))  # empty after a power cut
-                steps[int(step)] = folder
-            except (OSError, ValueError):
-                continue
+            with contextlib.suppress(OSError, ValueError):  # not a step, or a state that a power cut left empty
+                json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+                steps[int(folder.name.removeprefix("checkpoint-"))] = folder
         return steps[max(steps)] if steps else None
 
     def finished(self) -> bool:
