@@ -258,7 +258,7 @@ class TestCommand:
             ([tmp_path], "is neither a run folder"),
             ([tmp_path / "nope"], "is neither a run folder"),
             ([unfinished], "is not finished"),
-            ([broken], "is not JSON"),
+            ([broken], "does not hold the scores"),
         ):
             found = self.run(*arguments)
             assert found.exit_code == 2

@@ -158,7 +158,7 @@ class TestAdapterMoves:
         self.drive(lambda step: step % 3 == 0, 20)  # a single step without a move is harmless
 
     def test_an_adapter_that_stands_still_fails(self):
-        with pytest.raises(RunError, match="Try model.quantization=none") as caught:
+        with pytest.raises(RunError, match=r"model\.quantization=none") as caught:
             self.drive(lambda step: False, AdapterMoves.STEPS)
         assert (caught.value.code, caught.value.fields["weights"]) == ("adapter-stands-still", ["lora_B"])
 
