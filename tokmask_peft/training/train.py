@@ -57,7 +57,7 @@ from tokmask_peft.training.memory import (
     tokens_per_step,
 )
 from tokmask_peft.training.scoring import check_best, score_best
-from tokmask_peft.training.trainer import OrderedEvalTrainer, Split, check_trackers, scorer, training_arguments
+from tokmask_peft.training.trainer import OrderedEvalTrainer, Split, check_trackers, training_arguments
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,9 +192,9 @@ def observe_training(
         for observer in observers(trainer, prepared.mask):
             trainer.add_callback(observer)
         try:
-            trainer.train()
+            with contextlib.closing(display):
+                trainer.train()
         finally:
-            display.close()
             with contextlib.suppress(OSError):  # the Trainer creates the folder, and nothing is in it
                 run.checkpoints.rmdir()
     return prepared.recipe
@@ -290,7 +290,7 @@ def make_trainer(prepared: Prepared, run: RunFolder, callbacks: list[TrainerCall
             batches=_token_budget(prepared, arguments),
             processing_class=tokenizer,
             compute_loss_func=ClassificationLoss(weights, gamma, training.label_smoothing),
-            compute_metrics=scorer(validation),
+            compute_metrics=validation.metrics,
             memory_errors=functools.partial(prepared.memory_errors, evaluating=True),
             callbacks=[*masking, *callbacks, LogFile(run.log), *patience],
         )
@@ -312,11 +312,8 @@ def _attempt(prepared: Prepared, asked: Recipe, run: RunFolder, clock: StepClock
     checkpoint = run.last_checkpoint() if resume else None
     if resume and checkpoint is None:
         prepared.console.print("No checkpoint yet: starting from the beginning.")
-    try:
-        with stop:
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    finally:
-        display.close()
+    with stop, contextlib.closing(display):
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if stop.stopped:
         where = f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}"
         raise RunInterruptedError(f"{where}; continue with `tokmask train {run.recipe} --resume`")

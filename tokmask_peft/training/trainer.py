@@ -78,6 +78,11 @@ class Split:
             found.gold[text], found.predicted[text] = (np.array(items, dtype=np.int64) for items in decoded)
         return found
 
+    def metrics(self, output: Any) -> dict[str, float]:
+        """Return macro and weighted F1 and accuracy, as the Trainer's `compute_metrics`."""
+        found = scores(*self.predictions(output.predictions, output.label_ids).flat(), self.labels)
+        return {key: found[key] for key in ("f1_macro", "f1_weighted", "accuracy")}
+
 
 class SeededLengthGrouping(LengthGroupedSampler):
     """Batches of similar length in an order that depends only on seed and epoch.
@@ -281,13 +286,3 @@ def check_trackers(names: tuple[str, ...]) -> None:
     ]
     if problems:
         raise RecipeError(problems, code="no-tracker", trackers=missing)
-
-
-def scorer(split: Split) -> Callable[[Any], dict[str, float]]:
-    """Return the Trainer's `compute_metrics` for a split: macro and weighted F1, and accuracy."""
-
-    def compute(output: Any) -> dict[str, float]:
-        found = scores(*split.predictions(output.predictions, output.label_ids).flat(), split.labels)
-        return {key: found[key] for key in ("f1_macro", "f1_weighted", "accuracy")}
-
-    return compute
