@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import softmax
 
 from tokmask_peft.errors import RunError
 from tokmask_peft.tasks import NO_PREDICTION
@@ -27,9 +28,8 @@ class Predictions:
 
     def flat(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return all gold and all predicted ids, `[items]` each."""
-        if not self.gold:
-            return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
-        return np.concatenate(self.gold), np.concatenate(self.predicted)
+        none = np.zeros(0, dtype=np.int64)
+        return np.concatenate([none, *self.gold]), np.concatenate([none, *self.predicted])
 
     def to_dict(self) -> dict[str, list[list[int]]]:
         """Return a JSON-able form: a list of label ids per text, `NO_PREDICTION` for what was cut away."""
@@ -129,15 +129,15 @@ def fit_temperature(logits: NDArray[Any], gold: NDArray[Any]) -> float:
     """
     if len(gold) == 0 or bool((logits.argmax(-1) == gold).all()):
         return 1.0
-    scores = logits.astype(np.float64)
-    right = scores[np.arange(len(gold)), gold]
+    exact = logits.astype(np.float64)
+    right = exact[np.arange(len(gold)), gold]
     low, high = 1 / HIGHEST, 1 / LOWEST
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
-        slope = float(((probabilities(scores, 1 / middle) * scores).sum(-1) - right).mean())
+        slope = float(((probabilities(exact, 1 / middle) * exact).sum(-1) - right).mean())
         low, high = (middle, high) if slope < 0 else (low, middle)
     temperature = 2 / (low + high)
-    better = negative_log_likelihood(scores, gold, temperature) <= negative_log_likelihood(scores, gold)
+    better = negative_log_likelihood(exact, gold, temperature) <= negative_log_likelihood(exact, gold)
     return temperature if better else 1.0
 
 
@@ -152,18 +152,12 @@ def calibrate(parts: dict[str, tuple[NDArray[Any], NDArray[Any]]]) -> dict[str, 
     """
     for name, (logits, _) in parts.items():
         if not np.isfinite(logits).all():
-            raise RunError(
-                f"the trained model's logits on {name} are not finite, so its scores mean nothing. "
-                "Lower training.learning_rate, or set model.precision=fp32.",
-                code="not-finite",
-                split=name,
-            )
+            problem = f"the trained model's logits on {name} are not finite, so its scores mean nothing"
+            remedy = "Lower training.learning_rate, or set model.precision=fp32."
+            raise RunError(f"{problem}. {remedy}", code="not-finite", split=name)
     temperature = fit_temperature(*parts["validation"])
-    report: dict[str, Any] = {
-        "temperature": temperature,
-        "method": "one temperature, fitted on validation (Guo et al. 2017)",
-        "bins": BINS,
-    }
+    method = "one temperature, fitted on validation (Guo et al. 2017)"
+    report: dict[str, Any] = {"temperature": temperature, "method": method, "bins": BINS}
     for name, (logits, gold) in parts.items():
         report[name] = {"items": len(gold)}
         for when, divisor in (("before", 1.0), ("after", temperature)):
@@ -178,9 +172,7 @@ def calibrate(parts: dict[str, tuple[NDArray[Any], NDArray[Any]]]) -> dict[str, 
 
 def probabilities(logits: NDArray[Any], temperature: float = 1.0) -> NDArray[np.float64]:
     """Return softmax(logits / temperature) along the last axis, in double precision."""
-    scaled = logits.astype(np.float64) / temperature
-    grown = np.exp(scaled - scaled.max(-1, keepdims=True))
-    return np.asarray(grown / grown.sum(-1, keepdims=True))
+    return np.asarray(softmax(logits.astype(np.float64) / temperature, axis=-1))
 
 
 def negative_log_likelihood(logits: NDArray[Any], gold: NDArray[Any], temperature: float = 1.0) -> float:
@@ -205,8 +197,7 @@ def reliability_bins(probability: NDArray[Any], gold: NDArray[Any], bins: int = 
     Args:
         probability: `[items, classes]`.
         gold: `[items]` label ids.
-        bins: of equal width over (0, 1]; a confidence on a border belongs to the bin below it, and empty bins are left
-            out.
+        bins: of equal width over (0, 1]; a confidence on a border belongs to the bin below. Empty bins are left out.
     """
     confidence = probability.max(-1)
     right = probability.argmax(-1) == gold
