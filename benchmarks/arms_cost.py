@@ -25,7 +25,7 @@ from tokmask_peft.console import quiet_libraries
 from tokmask_peft.recipe.schema import Recipe
 from tokmask_peft.study.plan import MASK, NONE, REGULARIZERS, Arm, regularizer_arms
 from tokmask_peft.study.results import Row
-from tokmask_peft.training.train import train_only
+from tokmask_peft.training.train import observe_training
 
 STEPS, FIRST, ROUNDS = 30, 6, 3
 PADDED = f"{NONE}, padded"
@@ -56,7 +56,7 @@ def step_seconds(arm: Arm, *changes: str) -> float:
     )
     times = StepTimes()
     with tempfile.TemporaryDirectory() as folder:
-        train_only(recipe, Path(folder), lambda *_: [times], quiet=True)
+        observe_training(recipe, Path(folder), lambda *_: [times], quiet=True)
     return statistics.median(times.seconds[FIRST:])
 
 

@@ -38,8 +38,9 @@ from tokmask_peft.model.backbone import backbone_location, load_backbone
 from tokmask_peft.model.packed import enable_padding_free
 from tokmask_peft.recipe import TokenMaskConfig
 from tokmask_peft.recipe.schema import ModelConfig, Recipe
+from tokmask_peft.tasks import get_task
 from tokmask_peft.training.losses import ClassificationLoss
-from tokmask_peft.training.trainer import OrderedEvalTrainer, collator, training_arguments
+from tokmask_peft.training.trainer import OrderedEvalTrainer, training_arguments
 
 STEPS, BATCH, ROUNDS = 10, 32, 3
 DROPOUT = 0.05
@@ -86,7 +87,7 @@ def default(rows: Dataset, folder: str, *changes: str) -> float:
         model=model,
         args=arguments,
         train_dataset=rows,
-        data_collator=collator(backbone.tokenizer, "sequence"),
+        data_collator=get_task("sequence").collator(backbone.tokenizer),
         processing_class=backbone.tokenizer,
         train_collator=PackedCollator("sequence"),
         compute_loss_func=ClassificationLoss(),

@@ -43,8 +43,8 @@ from tokmask_peft.model.packed import enable_padding_free
 from tokmask_peft.model.placement import place_embedding
 from tokmask_peft.recipe import TokenMaskConfig
 from tokmask_peft.recipe.schema import AdapterConfig, Recipe
+from tokmask_peft.tasks import get_task
 from tokmask_peft.training.losses import ClassificationLoss
-from tokmask_peft.training.trainer import collator
 
 
 @dataclass
@@ -83,7 +83,7 @@ def batches(way: Way, rows: list[dict[str, Any]], tokenizer: Any, size: int) -> 
     if way.batching == "grouped":
         lengths = [len(row["input_ids"]) for row in rows]
         order = list(LengthGroupedSampler(size, lengths=lengths, generator=generator))
-    collate: Any = collator(tokenizer, "sequence")
+    collate: Any = get_task("sequence").collator(tokenizer)
     if way.batching == "padding_free":
         collate = PackedCollator("sequence")
     elif way.batching == "padded to 128":

@@ -31,8 +31,8 @@ from tokmask_peft.model.dropout import quick_dropout
 from tokmask_peft.model.packed import enable_padding_free
 from tokmask_peft.recipe import TokenMaskConfig
 from tokmask_peft.recipe.schema import AdapterConfig, ModelConfig
+from tokmask_peft.tasks import get_task
 from tokmask_peft.training.losses import ClassificationLoss
-from tokmask_peft.training.trainer import collator
 
 TEXTS, BATCH, ROUNDS = 640, 32, 5
 STOCK = "Trainer"
@@ -72,8 +72,8 @@ class Arm:
         self.loss = ClassificationLoss()
         self.collate = {
             STOCK: DataCollatorWithPadding(self.tokenizer),  # to the longest text exactly, as the tutorials do
-            "padded": collator(self.tokenizer, "sequence"),  # to a multiple of 8, as our runs do
-            "grouped": collator(self.tokenizer, "sequence"),
+            "padded": get_task("sequence").collator(self.tokenizer),  # to a multiple of 8, as our runs do
+            "grouped": get_task("sequence").collator(self.tokenizer),
             "padding_free": PackedCollator("sequence"),
         }[batching]
 

@@ -41,7 +41,7 @@ from tokmask_peft.model.packed import enable_padding_free
 from tokmask_peft.recipe import TokenMaskConfig
 from tokmask_peft.recipe.schema import Recipe
 from tokmask_peft.training.losses import ClassificationLoss, class_weights
-from tokmask_peft.training.train import train_only
+from tokmask_peft.training.train import observe_training
 
 TEXTS, EVERY, TARGET = 640, 10, 0.65
 EPOCHS, RATE, PATIENCE, LESS = 2000, 2e-5, 10, 1e-3
@@ -105,7 +105,7 @@ def ours(recipe: Recipe) -> Course:
         return [Watch(course)]
 
     with tempfile.TemporaryDirectory() as folder:
-        train_only(recipe, Path(folder), watch, quiet=True)
+        observe_training(recipe, Path(folder), watch, quiet=True)
     return course
 
 

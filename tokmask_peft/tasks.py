@@ -6,12 +6,17 @@ Everything outside this file asks the task, `get_task(name)`, instead of compari
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from tokmask_peft.errors import DataError, nearest
 
 Label = str | tuple[str, ...] | None
+IGNORED = -100
+"""The label id of positions that carry none: later sub-tokens, special tokens, padding."""
+NO_PREDICTION = -1
+"""The predicted id of an item that was cut away: never right."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +101,39 @@ class Task:
 
     # -- training and scores --
 
+    collator_class: ClassVar[str] = "DataCollatorWithPadding"
+
+    def collator(self, tokenizer: Any) -> Any:
+        """Return what pads a batch: on the right to the longest text, rounded up to a multiple of 8.
+
+        oneDNN compiles and keeps a kernel for each shape: without rounding, a run on a CPU took 3.8 GB.
+        """
+        import transformers
+
+        return getattr(transformers, self.collator_class)(tokenizer, pad_to_multiple_of=8)
+
+    def items(self, example: Example) -> list[tuple[str, str]]:
+        """Return what the baseline classifies: each item that carries a label, as a string, with its label."""
+        return [(example.string, example.tags[0])]
+
+    def decode(
+        self, example: Example, ids: Mapping[str, int], kept: Sequence[int], gold: Any, predicted: Any
+    ) -> tuple[list[int], list[int]]:
+        """Return gold and predicted label ids of a text's items, `NO_PREDICTION` for what was cut away.
+
+        Args:
+            example: the text.
+            ids: label -> id.
+            kept: indices of the words that have a position; empty unless each word carries a label.
+            gold: label ids that the model saw, a number or `[seq]`.
+            predicted: the model's answers, of the same shape.
+        """
+        return [ids[example.tags[0]]], [int(predicted)]
+
+    def more_scores(self, gold: Any, predicted: Any, labels: Sequence[str]) -> dict[str, Any]:
+        """Return scores in addition to those of every task, from label ids `[items]`; they go into `result.json`."""
+        return {}
+
     # -- inference --
 
     # -- report, card and study --
@@ -139,6 +177,21 @@ class TokenTask(Task):
     # -- data --
 
     # -- training and scores --
+
+    collator_class = "DataCollatorForTokenClassification"
+
+    def items(self, example: Example) -> list[tuple[str, str]]:
+        """Return each word with its label."""
+        return list(zip(example.words, example.tags, strict=True))
+
+    def decode(
+        self, example: Example, ids: Mapping[str, int], kept: Sequence[int], gold: Any, predicted: Any
+    ) -> tuple[list[int], list[int]]:
+        """Return an id for each word; those of the model are at first sub-tokens."""
+        found = [NO_PREDICTION] * len(example.tags)
+        for word, value in zip(kept, predicted[gold != IGNORED].tolist(), strict=True):
+            found[word] = value
+        return [ids[tag] for tag in example.tags], found
 
     # -- inference --
 

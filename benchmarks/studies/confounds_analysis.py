@@ -11,7 +11,7 @@ from confounds_protocol import ARMS, RATES, SETTINGS, Arm, Select, chosen_epoch,
 from numpy.typing import NDArray
 
 from tokmask_peft.study.statistics import TextCounts, bootstrap_differences, percentile_interval, spread
-from tokmask_peft.training.metrics import NO_PREDICTION
+from tokmask_peft.tasks import NO_PREDICTION
 
 REPLICATES = 2000
 METHODS = {

@@ -14,8 +14,7 @@ from tokmask_peft.data.corpus import Corpus, load_corpus
 from tokmask_peft.data.encoding import encode
 from tokmask_peft.data.split import subset
 from tokmask_peft.recipe.schema import Recipe, Task
-from tokmask_peft.tasks import Example
-from tokmask_peft.training.metrics import NO_PREDICTION
+from tokmask_peft.tasks import NO_PREDICTION, Example
 
 RECIPES = {"trec": "trec/minilm", "lid": "lid_spaeng/minilm"}
 

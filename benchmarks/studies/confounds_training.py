@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import get_linear_schedule_with_warmup
 
-from tokmask_peft.training.losses import IGNORED, ClassificationLoss
-from tokmask_peft.training.metrics import NO_PREDICTION, scores
+from tokmask_peft.tasks import IGNORED, NO_PREDICTION
+from tokmask_peft.training.losses import ClassificationLoss
+from tokmask_peft.training.metrics import scores
 
 WEIGHT_DECAY = 0.01
 GAMMA = 1.0

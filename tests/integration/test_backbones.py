@@ -56,11 +56,11 @@ def test_two_steps_of_the_shipped_recipe(real_shape, data_folder, tmp_path, name
         ],
     )
     run = train(recipe, quiet=True)
-    decided = {decision["what"]: decision for decision in run.result["decisions"]}
+    decided = {decision["what"]: decision for decision in run.result.decisions}
     assert decided["mask token"]["choice"] == "id {} ({})".format(*MASK[name])
     assert decided["quantization"]["choice"] in {"nf4", "none"}
-    saved = json.loads((run.folder.adapter / "tokmask_config.json").read_text())
+    saved = json.loads((run.folder.adapter / "tokmask.json").read_text())["masking"]
     assert saved["mask_token"] == MASK[name][0]
     size = (run.folder.adapter / "adapter_model.safetensors").stat().st_size
     assert size < 4_000_000, "the adapter holds more than LoRA and the head"
-    assert evaluate(run.folder.root)["confusion"] == run.result["test"]["confusion"]
+    assert evaluate(run.folder.root)["confusion"] == run.result.test["confusion"]

@@ -11,7 +11,7 @@ from tokmask_peft.inference.load import load
 from tokmask_peft.masking.pattern import maskable_table, masked_positions
 from tokmask_peft.recipe.schema import Recipe
 from tokmask_peft.training.evaluate import split_examples
-from tokmask_peft.training.train import train_only
+from tokmask_peft.training.train import observe_training
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("scipy")
@@ -98,7 +98,7 @@ def test_inner_products_are_those_of_gradients_of_texts_masked_by_hand(write_rec
         return {group: np.stack(found) for group, found in within.items()}
 
     with pytest.raises(KeyboardInterrupt):
-        train_only(recipe, tmp_path, observers, quiet=True)
+        observe_training(recipe, tmp_path, observers, quiet=True)
     found, truth = seen[0]
     for group in ("lora", "head"):
         np.testing.assert_allclose(found[group][rate].within, truth[group], rtol=1e-3, atol=1e-7)
@@ -120,10 +120,10 @@ def test_scores_on_masked_texts_are_those_of_ids_masked_by_hand(write_recipe, tm
     train_examples, _ = split_examples(recipe, "train", None, done.folder.adapter)
     what = Disturbances((0.5,), (1.0,), 2, seed=9)
     found = score_disturbed(classifier, examples, vocabulary(train_examples), what)
-    assert found["clean"]["f1_macro"] == pytest.approx(done.result["test"]["f1_macro"])
+    assert found["clean"]["f1_macro"] == pytest.approx(done.result.test["f1_macro"])
     unseen = found["words"]["unseen"]["items"]  # the last word of each text is its own
     assert unseen == len(examples)
-    assert found["words"]["seen"]["items"] == (0 if task == "sequence" else done.result["test"]["items"] - unseen)
+    assert found["words"]["seen"]["items"] == (0 if task == "sequence" else done.result.test["items"] - unseen)
 
     from tokmask_peft.masking.pattern import word_start_table
 

@@ -137,10 +137,9 @@ def test_auto_batch_is_the_run_with_smaller_batches(write_recipe, monkeypatch, a
     run = train(path, "auto", noise, "training.auto_batch=true")
     assert seen[at_step] == 8  # and there it began again
     assert set(seen[at_step + 1 :]) == {4, 2}
-    assert run.result["steps"] == expected.result["steps"] == 12
-    assert {"what": "micro-batch", "choice": "2 times 4", "reason": "8 times 1 ran out of memory"} in run.result[
-        "decisions"
-    ]
+    assert run.result.steps == expected.result.steps == 12
+    decision = {"what": "micro-batch", "choice": "2 times 4", "reason": "8 times 1 ran out of memory"}
+    assert decision in run.result.decisions
     for name, value in weights(expected).items():
         assert torch.equal(weights(run)[name], value), name
     assert len((run.folder.log).read_text().splitlines()) == len((expected.folder.log).read_text().splitlines())
@@ -202,7 +201,7 @@ def test_checkpointing_that_memory_asks_for_changes_no_weight(write_recipe, monk
     sizes = iter([Room(700 * 2**20 + 2**18, "this machine's free memory")])
     monkeypatch.setattr(fits, "device_room", lambda device: next(sizes))
     tight = train(path, "tight", *settings)
-    chosen = {decision["what"]: decision["choice"] for decision in tight.result["decisions"]}
+    chosen = {decision["what"]: decision["choice"] for decision in tight.result.decisions}
     assert chosen["checkpointing"] == "on"
     for name, value in weights(plain).items():
         torch.testing.assert_close(weights(tight)[name], value, atol=1e-5, rtol=1e-4)
@@ -326,9 +325,9 @@ def test_a_token_budget_makes_the_batches_and_a_resumed_run_the_same(write_recip
     whole = train(path, "whole", *budget)
     assert max(seen) <= 128
     assert len(set(seen)) > 2 or batching == "grouped"
-    assert whole.result["steps"] == len(seen)
-    assert whole.result["speed"]["tokens_per_second"] > 0
-    half = whole.result["steps"] // 2 + 2  # within the second epoch
+    assert whole.result.steps == len(seen)
+    assert whole.result.speed["tokens_per_second"] > 0
+    half = whole.result.steps // 2 + 2  # within the second epoch
     stop = StopOnSignal.on_step_end
 
     def stopping(self, args, state, control, **rest):
@@ -341,7 +340,7 @@ def test_a_token_budget_makes_the_batches_and_a_resumed_run_the_same(write_recip
             train(path, "broken", *budget)
     recipe = load_recipe(path, [*SHORT, "name=broken", *budget])
     broken = tokmask_peft.train(recipe, resume=True, quiet=True)
-    assert broken.result["steps"] == whole.result["steps"]
+    assert broken.result.steps == whole.result.steps
     for name, value in weights(whole).items():
         torch.testing.assert_close(weights(broken)[name], value, atol=1e-6, rtol=0)
 

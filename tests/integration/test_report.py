@@ -14,16 +14,16 @@ pytest.importorskip("matplotlib")
 def test_the_report_of_a_trained_run(write_recipe, tokmask, tmp_path, task):
 
     done = train(write_recipe(task=task, extra="masking: {p: 0.2}"), quiet=True)
-    bins = done.result["calibration"]["test"]["after"]["reliability"]
-    assert sum(row["items"] for row in bins) == done.result["calibration"]["test"]["items"]
+    bins = done.result.calibration["test"]["after"]["reliability"]
+    assert sum(row["items"] for row in bins) == done.result.calibration["test"]["items"]
     if task == "token":
         assert tokmask("report", done.folder.root, "--out", "page.html").stdout.split() == ["page.html"]
     else:
         assert report_run(done.folder.root, tmp_path / "page.html") == (tmp_path / "page.html", "")
     page = (tmp_path / "page.html").read_text()
-    assert f"{done.result['test']['f1_macro']:.4f}" in page
+    assert f"{done.result.test['f1_macro']:.4f}" in page
     assert page.count("<svg") == 4  # loss, F1, masking rate, reliability
-    matrix = done.result["test"]["confusion"]["matrix"]
+    matrix = done.result.test["confusion"]["matrix"]
     wrong = sum(map(sum, matrix)) - sum(row[place] for place, row in enumerate(matrix))
     seen = re.search(r"([\d,]+) of ([\d,]+) (texts|words) in test are wrong", page)
     assert seen is not None

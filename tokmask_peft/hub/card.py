@@ -15,7 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from tokmask_peft.artifacts import RunFolder
+from tokmask_peft.artifacts import Result, RunFolder
 from tokmask_peft.errors import HubError
 from tokmask_peft.inference.export import export_merged
 from tokmask_peft.recipe.loading import load_recipe
@@ -385,12 +385,13 @@ _BIBTEX = """\
 def write_card(
     folder: Path,
     recipe: Recipe,
-    result: Mapping[str, Any],
+    result: Mapping[str, Any] | Result,
     *,
     spaced_words: bool = False,
     seeds: Sequence[Mapping[str, float]] = (),
 ) -> None:
     """Write the card, `README.md`, and its picture into an adapter's folder; the arguments are `model_card`'s."""
+    result = result.to_dict() if isinstance(result, Result) else result
     part = result.get("test") or result["validation"]
     drawn = "confusion" in part and draw_confusion(part["confusion"], folder / PICTURE)
     text = model_card(recipe, result, spaced_words=spaced_words, seeds=seeds, picture=PICTURE if drawn else None)

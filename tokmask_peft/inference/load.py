@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from tokmask_peft.artifacts import SavedAdapter, find_saved, held
+from tokmask_peft.artifacts import SavedAdapter, find_saved
 from tokmask_peft.console import Decision
 from tokmask_peft.errors import ModelError, first_line
 from tokmask_peft.inference.classifier import Classifier
 from tokmask_peft.inference.forward import loading_memory_errors
 from tokmask_peft.model.adapter import load_adapter, merge_if_harmless
 from tokmask_peft.model.backbone import load_backbone
+from tokmask_peft.model.decisions import plan_loading
 from tokmask_peft.model.packed import choose_batching, enable_padding_free
 
 _LONGEST = 512  # sub-tokens per window where neither the run nor the model sets a limit
@@ -50,7 +51,7 @@ def _load(
     saved: SavedAdapter, place: torch.device, why: str | None, quantization: str | None, precision: str | None
 ) -> Classifier:
     """Load a saved adapter to a device, which was chosen for the reason `why`."""
-    here = held(saved.model, place, quantization, precision)
+    here = plan_loading(saved.model, place, quantization, precision)
     loaded = load_backbone(here.model, saved.task, saved.labels, place)
     batching = _choose_batching(loaded.model, place)
     module = load_adapter(loaded, saved.folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import platform
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,58 @@ def choose_quantization(config: ModelConfig, device: torch.device) -> Decision:
             "Set model.quantization=none, or install a bitsandbytes that serves this device."
         )
     return Decision("quantization", config.quantization, "set in the recipe")
+
+
+@dataclass(frozen=True, slots=True)
+class LoadingPlan:
+    """How to load the backbone of a trained adapter on this device.
+
+    Attributes:
+        model: the settings to load it with.
+        reasons: of each setting that the user did not choose.
+        deviations: the reasons for settings that differ from training although the user did not ask for that.
+    """
+
+    model: ModelConfig
+    reasons: dict[str, str]
+    deviations: tuple[str, ...]
+
+
+def plan_loading(
+    trained: ModelConfig, device: torch.device, quantization: str | None = None, precision: str | None = None
+) -> LoadingPlan:
+    """Choose the settings to load the backbone of a trained adapter with.
+
+    Args:
+        trained: the settings of training.
+        device: to compute on.
+        quantization: `nf4`, `int8` or `none`; default: that of training if it runs on this device.
+        precision: `bf16` or `fp32`; default: that of training.
+
+    Raises:
+        ModelError: there is no such quantization or precision.
+    """
+    if quantization not in (None, "nf4", "int8", "none") or precision not in (None, "auto", "bf16", "fp32"):
+        raise ModelError(
+            f"quantization is {quantization}, precision is {precision}; expected nf4, int8 or none, and bf16 or fp32",
+            code="unknown-format",
+            quantization=quantization,
+            precision=precision,
+        )
+    reasons, deviations = {}, {}
+    if quantization is None:
+        quantization, reasons["quantization"] = trained.quantization, "as in training"
+        if quantization != "none" and (problem := bitsandbytes_problem(device.type)):
+            quantization = "none"
+            deviations["quantization"] = f"trained on {trained.quantization}, but {problem}: results differ slightly"
+    embedding = trained.embedding
+    if embedding == "offload" and device.type == "cpu":
+        embedding = "resident"  # the memory of the host is that of the device: the same lookup
+    elif embedding == "8bit" and (problem := bitsandbytes_problem(device.type)):
+        embedding = "resident"
+        deviations["embedding"] = f"trained on the 8-bit embedding, but {problem}: results differ slightly"
+    here = {"quantization": quantization, "precision": precision or trained.precision, "embedding": embedding}
+    return LoadingPlan(trained.model_copy(update=here), reasons | deviations, tuple(deviations.values()))
 
 
 def can_checkpoint(model: Any) -> bool:

@@ -7,7 +7,7 @@ import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from tokmask_peft.artifacts import Record, find_saved
+from tokmask_peft.artifacts import Run, find_saved
 from tokmask_peft.errors import MaskTokenError
 from tokmask_peft.inference.classifier import Answer, Classifier, Prediction
 from tokmask_peft.inference.explain import explain
@@ -67,7 +67,7 @@ class Mistakes:
     unexplained: str = ""
 
 
-def find_mistakes(record: Record, backbone: str | None = None) -> Mistakes:
+def find_mistakes(record: Run, backbone: str | None = None) -> Mistakes:
     """Predict the split that the run is scored on, and return its most confident mistakes.
 
     Args:
@@ -77,8 +77,8 @@ def find_mistakes(record: Record, backbone: str | None = None) -> Mistakes:
     Raises:
         DataError, ModelError, RecipeError: the data or the backbone is not there.
     """
-    saved = find_saved(record.run.root, backbone)
-    examples, _ = split_examples(record.recipe, record.split, None, record.run.adapter)
+    saved = find_saved(record.folder.root, backbone)
+    examples, _ = split_examples(record.recipe, record.result.scored_split, None, record.folder.adapter)
     chosen = examples
     if len(examples) > MOST_TEXTS:
         chosen = random.Random(0).sample(examples, MOST_TEXTS)  # noqa: S311 - a sample, no secret
@@ -87,7 +87,7 @@ def find_mistakes(record: Record, backbone: str | None = None) -> Mistakes:
     wrong = [list(mistakes_of(example, answer)) for example, answer in zip(chosen, answers, strict=True)]
     shown, unexplained = _explained(classifier, most_confident(wrong))
     return Mistakes(
-        split=record.split,
+        split=record.result.scored_split,
         texts=len(chosen),
         of=len(examples),
         items=sum(len(example.tags) for example in chosen),

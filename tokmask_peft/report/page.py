@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
 from tokmask_peft import __version__
-from tokmask_peft.artifacts import Record
+from tokmask_peft.artifacts import Run, open_run
 from tokmask_peft.console import baseline_verdict, calibration_line
 from tokmask_peft.errors import ModelError, RunError, TokmaskError
 from tokmask_peft.hub.card import AUTO, hub_id, limit_lines, loading_snippet, training_lines
@@ -121,7 +121,7 @@ def environment() -> Environment:
     return found
 
 
-def render(record: Record, mistakes: Mistakes | None, no_mistakes: str = "") -> str:
+def render(record: Run, mistakes: Mistakes | None, no_mistakes: str = "") -> str:
     """Return the page of a run as HTML.
 
     Args:
@@ -129,7 +129,7 @@ def render(record: Record, mistakes: Mistakes | None, no_mistakes: str = "") -> 
         mistakes: its most confident mistakes.
         no_mistakes: why there are none to show.
     """
-    result, recipe = record.result, record.recipe
+    result, recipe = record.result.to_dict(), record.recipe
     context = {
         "name": recipe.name,
         "facts": _facts(record),
@@ -138,13 +138,13 @@ def render(record: Record, mistakes: Mistakes | None, no_mistakes: str = "") -> 
         "splits": _splits(result),
         "things": _THINGS[recipe.data.task],
         "token": recipe.data.task == "token",
-        "split": record.split,
-        "scores": record.scores,
+        "split": record.result.scored_split,
+        "scores": record.result.scored,
         "baseline": result.get("baseline"),
         "caution": _caution(record),
         "limits": [line.removeprefix("- ") for line in limit_lines(recipe, result, 1)],
-        "confusion": _confusion(record.scores["confusion"]),
-        "mixing": _mixing(record.scores),
+        "confusion": _confusion(record.result.scored["confusion"]),
+        "mixing": _mixing(record.result.scored),
         "calibration": _calibration(result),
         "curves": training_curves(record.log, result.get("best_step")),
         "training": [line.removeprefix("- ") for line in training_lines(recipe, result)],
@@ -156,7 +156,7 @@ def render(record: Record, mistakes: Mistakes | None, no_mistakes: str = "") -> 
         "speed": _speed(result.get("speed", {})),
         "commands": _commands(record),
         "snippet": loading_snippet(
-            recipe, list(result["labels"]), AUTO[recipe.data.task], str(record.run.adapter), _spaced_words(record)
+            recipe, list(result["labels"]), AUTO[recipe.data.task], str(record.folder.adapter), _spaced_words(record)
         ),
         "version": __version__,
     }
@@ -179,32 +179,33 @@ def _share(chance: float) -> str:
     return "above 99.9%" if 0.9995 <= chance < 1 else f"{100 * chance:.1f}%"
 
 
-def _facts(record: Record) -> list[tuple[str, str]]:
+def _facts(record: Run) -> list[tuple[str, str]]:
     recipe = record.recipe
     backbone = hub_id(recipe.model.backbone) or f"{Path(recipe.model.backbone).name} (a local folder)"
     return [
-        ("task", f"{_TASKS[recipe.data.task]}, {len(record.result['labels'])} labels"),
+        ("task", f"{_TASKS[recipe.data.task]}, {len(record.result.labels)} labels"),
         ("backbone", backbone),
         ("masking rate", f"p = {recipe.masking.p:g}"),
         ("seed", str(recipe.seed)),
     ]
 
 
-def _tiles(record: Record) -> list[tuple[str, float]]:
-    scores, split = record.scores, record.split
+def _tiles(record: Run) -> list[tuple[str, float]]:
+    scores, split = record.result.scored, record.result.scored_split
     tiles = [(f"macro-F1 on {split}", scores["f1_macro"]), (f"accuracy on {split}", scores["accuracy"])]
     if split == "test":
-        tiles.insert(1, ("macro-F1 on validation", record.result["validation"]["f1_macro"]))
-    if floor := record.result.get("baseline"):
+        tiles.insert(1, ("macro-F1 on validation", record.result.validation["f1_macro"]))
+    if floor := record.result.baseline:
         tiles.append(("macro-F1 of n-grams", floor["f1_macro"]))
     return tiles
 
 
-def _verdict(record: Record) -> dict[str, str]:
+def _verdict(record: Run) -> dict[str, str]:
     """Return whether the adapter beats the baseline, in words and as a mood for the colour."""
-    if not (sentence := baseline_verdict(record.result)):
+    floor = record.result.baseline
+    if not floor or not (sentence := baseline_verdict(record.result.scored, floor)):
         return {"mood": "", "text": "No baseline was scored: nothing says whether the adapter is worth its effort."}
-    difference = record.scores["f1_macro"] - record.result["baseline"]["f1_macro"]
+    difference = record.result.scored["f1_macro"] - floor["f1_macro"]
     mood = "good" if difference >= _CLEAR else "" if difference > 0 else "bad"
     return {"mood": mood, "text": sentence}
 
@@ -218,9 +219,9 @@ def _splits(result: Mapping[str, Any]) -> list[tuple[str, Any]]:
     return [(name, result[key]) for key, name in names.items() if result.get(key)]
 
 
-def _caution(record: Record) -> str:
+def _caution(record: Run) -> str:
     chosen = "Validation selected the checkpoint"
-    if record.split == "validation":
+    if record.result.scored_split == "validation":
         return f"{chosen}, and there was no test split: the scores flatter the adapter. They are of one run, one seed."
     return f"{chosen}; test was scored once. One run, one seed: differences of a point or two may be chance."
 
@@ -258,9 +259,9 @@ def _calibration(result: Mapping[str, Any]) -> dict[str, Any] | None:
     return {"sentence": calibration_line(calibration), "picture": picture, "parts": parts}
 
 
-def _told(record: Record, mistakes: Mistakes) -> dict[str, Any]:
+def _told(record: Run, mistakes: Mistakes) -> dict[str, Any]:
     """Return the mistakes, with a word on data that are no longer those of the scores."""
-    counted = record.scores["items"]
+    counted = record.result.scored["items"]
     whole = mistakes.texts == mistakes.of
     changed = ""
     if whole and mistakes.items != counted:
@@ -288,9 +289,9 @@ def _speed(speed: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [*found, *place.get("versions", {}).items()]
 
 
-def _spaced_words(record: Record) -> bool:
+def _spaced_words(record: Run) -> bool:
     """Return whether words were encoded with their leading space, by the tokenizer that lies with the adapter."""
-    adapter = record.run.adapter
+    adapter = record.folder.adapter
     if record.recipe.data.task != "token" or not (adapter / "tokenizer.json").is_file():
         return False
     from tokmask_peft.data.encoding import words_need_a_space
@@ -302,8 +303,8 @@ def _spaced_words(record: Record) -> bool:
         return False
 
 
-def _commands(record: Record) -> str:
-    run = shlex.quote(str(record.run.root))
+def _commands(record: Run) -> str:
+    run = shlex.quote(str(record.folder.root))
     return f'tokmask predict {run} "a text of yours"\ntokmask demo {run}'
 
 
@@ -311,7 +312,7 @@ MARK = "<!-- tokmask report -->"
 """Stands at the head of every page, so that one is replaced and no other file is."""
 
 
-def prepare(run: str | Path, out: str | Path | None = None) -> tuple[Record, Path]:
+def prepare(run: str | Path, out: str | Path | None = None) -> tuple[Run, Path]:
     """Read a run and choose the file of its page, before anything heavy is loaded.
 
     Args:
@@ -322,8 +323,8 @@ def prepare(run: str | Path, out: str | Path | None = None) -> tuple[Record, Pat
         RunError: the folder is no finished run, or the file cannot be written or is no report.
         ExtraError: matplotlib is not installed.
     """
-    record = Record.open(run)
-    path = Path(out) if out is not None else record.run.root / "report.html"
+    record = open_run(run)
+    path = Path(out) if out is not None else record.folder.root / "report.html"
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise RunError(f"{path} cannot be written: " + ("it is a folder" if path.is_dir() else "its folder is missing"))
     if path.is_file() and MARK not in path.read_text(encoding="utf-8", errors="replace")[:200]:

@@ -1,4 +1,7 @@
-"""Trainer callbacks of a run: the log file, stopping on Ctrl-C, timing, and a guard against silent failures."""
+"""Trainer callbacks of a run: log file, stopping on Ctrl-C, early stopping, timing, progress, and a guard.
+
+Methods are the Trainer's events (`transformers.TrainerCallback`).
+"""
 
 from __future__ import annotations
 
@@ -8,57 +11,42 @@ import threading
 import time
 from math import isfinite
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState
 
+from tokmask_peft.artifacts import read_log
 from tokmask_peft.errors import RunError
 
 
 class LogFile(TrainerCallback):
-    """Write a JSON line per logged step to `log.jsonl`; a resumed run goes on where its checkpoint was."""
+    """Write a JSON line per logged step to `log.jsonl`; a resumed run continues after its checkpoint's lines."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Drop the lines after the checkpoint that the run resumes from."""
-        if not state.is_world_process_zero:
-            return
-        old = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
-        kept = [line for line in old if _step(line) <= state.global_step]
-        self.path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        if state.is_world_process_zero:
+            kept = [row for row in read_log(self.path) if row["step"] <= state.global_step]
+            self.path.write_text("".join(f"{json.dumps(row)}\n" for row in kept), encoding="utf-8")
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
-    ) -> None:
-        """Append what was logged."""
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any) -> None:
+        """Append what was logged; a value that is not finite becomes null."""
         if state.is_world_process_zero and logs:
             line = {"step": state.global_step, "epoch": state.epoch, **logs}
-            finite = {
-                key: None if isinstance(value, float) and not isfinite(value) else value for key, value in line.items()
-            }
+            bad = {key for key, value in line.items() if isinstance(value, float) and not isfinite(value)}
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(finite, allow_nan=False) + "\n")
-
-
-def _step(line: str) -> float:
-    """Return the step of a line; a line that a killed run left half-written belongs to none."""
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, TypeError, KeyError):
-        return float("inf")
+                file.write(json.dumps(line | dict.fromkeys(bad), allow_nan=False) + "\n")
 
 
 class StopOnSignal(TrainerCallback):
     """On the first Ctrl-C (or SIGTERM), finish the step, write a checkpoint and stop; on the second, stop at once.
 
-    Attributes:
-        stopped: whether the run was asked to stop.
+    A context manager around the training. `stopped` says whether the run was asked to stop.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -68,79 +56,66 @@ class StopOnSignal(TrainerCallback):
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopOnSignal:
-        """Take the signals over; only the main thread can."""
+        """Handle the signals; only the main thread can."""
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._ask) for number in self.SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Give the signals back."""
-        self._give_back()
-
-    def _give_back(self) -> None:
+        """Restore the handlers of before."""
         while self._before:
-            number, handler = self._before.popitem()
-            signal.signal(number, handler)
+            signal.signal(*self._before.popitem())
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
+    def _ask(self, *_: object) -> None:
         self.stopped = True
-        self._give_back()
+        self.__exit__()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Ask the Trainer for a checkpoint and the end; of several processes all stop where one was told to."""
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Ask the Trainer for a checkpoint and the end; of several processes, all stop if one was asked to."""
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            told = torch.tensor(float(self.stopped), device=args.device)
-            torch.distributed.all_reduce(told, op=torch.distributed.ReduceOp.MAX)
-            self.stopped = bool(told)
+            asked = torch.tensor(float(self.stopped), device=args.device)
+            torch.distributed.all_reduce(asked, op=torch.distributed.ReduceOp.MAX)
+            self.stopped = bool(asked)
         if self.stopped:
-            control.should_save = True
-            control.should_training_stop = True
+            control.should_save = control.should_training_stop = True
 
-    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Keep the Trainer from scoring a broken-off epoch: that moves the random state, and might become the best."""
+    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Keep the Trainer from scoring an interrupted epoch: that moves the random state and might win."""
         if self.stopped and state.epoch is not None and not float(state.epoch).is_integer():
-            control.should_evaluate = False
-            control.should_save = False
+            control.should_evaluate = control.should_save = False
 
 
 class Patience(EarlyStoppingCallback):
-    """Early stopping that a resumed run goes on with where it was: the Trainer begins to count anew."""
+    """Early stopping whose count survives a resume: the Trainer's own starts again at 0."""
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Take the count over from the checkpoint."""
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Read the count from the checkpoint."""
         super().on_train_begin(args, state, control)
         stored = state.stateful_callbacks.get(type(self).__name__, {})
         self.early_stopping_patience_counter = stored.get("attributes", {}).get("early_stopping_patience_counter", 0)
 
 
 class StepClock(TrainerCallback):
-    """Add up the time spent in optimizer steps, without evaluation and saving.
-
-    Attributes:
-        seconds: in steps so far.
-        steps: how many.
-    """
+    """Add up the `seconds` spent in optimizer `steps`, without evaluation and saving."""
 
     def __init__(self) -> None:
-        self.seconds = 0.0
-        self.steps = 0
-        self._start = 0.0
+        self.seconds, self.steps, self._start = 0.0, 0, 0.0
 
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Start the clock."""
         self._start = time.perf_counter()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Stop the clock."""
         self.seconds += time.perf_counter() - self._start
         self.steps += 1
 
 
 class AdapterMoves(TrainerCallback):
-    """Fail when adapter weights stop moving after an evaluation.
+    """Fail if adapter weights stop moving after an evaluation.
 
-    4-bit layers that repack themselves for inference have cut every gradient to the adapter while the loss still
-    fell, because the head went on learning. A run like that must not end as if it had succeeded.
+    4-bit layers that repack themselves for inference have cut off every gradient to the adapter while the loss still
+    fell, because the head went on learning. Such a run must not end as if it had succeeded.
     """
 
     STEPS = 3
@@ -149,54 +124,43 @@ class AdapterMoves(TrainerCallback):
         self._at_evaluation: dict[str, torch.Tensor] | None = None
         self._steps = 0
 
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
-    ) -> None:
+    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any) -> None:
         """Remember the adapter, unless a comparison is still due."""
-        if self._at_evaluation is not None:
-            return
-        self._at_evaluation = {
-            name: parameter.detach().clone()
-            for name, parameter in model.named_parameters()
-            if parameter.requires_grad and "lora_B" in name
-        }
-        self._steps = 0
+        if self._at_evaluation is None:
+            named = model.named_parameters()
+            trained = {name: value for name, value in named if value.requires_grad and "lora_B" in name}
+            self._at_evaluation = {name: value.detach().clone() for name, value in trained.items()}
+            self._steps = 0
 
-    def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: Any = None,
-        lr_scheduler: Any = None,
-        **_: Any,
-    ) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         """A few steps later, compare.
 
         Raises:
             RunError: weights that did not move.
         """
-        if self._at_evaluation is None or (lr_scheduler is not None and max(lr_scheduler.get_last_lr()) == 0.0):
+        rates = given["lr_scheduler"].get_last_lr() if given.get("lr_scheduler") else [1.0]
+        if self._at_evaluation is None or max(rates) == 0.0:
             return
         self._steps += 1
         if self._steps < self.STEPS:
             return
         before, self._at_evaluation = self._at_evaluation, None
-        still = [
-            name
-            for name, parameter in model.named_parameters()
-            if name in before and torch.equal(before[name], parameter.detach())
-        ]
+        now = dict(given["model"].named_parameters())
+        still = [name for name, value in before.items() if torch.equal(value, now[name].detach())]
         if still:
             raise RunError(
                 f"{len(still)} of {len(before)} adapter weights did not move in {self.STEPS} steps after an evaluation "
                 f"(first: {still[0]}): no gradient reaches them. The last good state is in the newest checkpoint. "
-                "Try model.quantization=none, and please report the backbone and the versions in result.json."
+                "Try model.quantization=none, and please report the backbone and the versions in result.json.",
+                code="adapter-stands-still",
+                weights=still,
             )
 
 
 class ProgressDisplay(TrainerCallback):
     """Show loss, masking rate, validation F1 and the remaining time."""
+
+    NAMES: ClassVar = {"loss": "loss", "masking_rate": "p", "eval_loss": "val loss", "eval_f1_macro": "val macro-F1"}
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -204,36 +168,26 @@ class ProgressDisplay(TrainerCallback):
         self._task: Any = None
         self._shown: dict[str, str] = {}
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Open the bar in a terminal."""
         if not state.is_world_process_zero or self.console.quiet or not self.console.is_terminal:
             return
-        self._progress = Progress(
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[shown]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=self.console,
-        )
+        what = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[shown]}"))
+        times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+        self._progress = Progress(*what, *times, console=self.console)
         self._task = self._progress.add_task("", total=state.max_steps, completed=state.global_step, shown="")
         self._progress.start()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Move the bar."""
         if self._progress is not None:
             self._progress.update(self._task, completed=state.global_step)
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any) -> None:
         """Show the newest figures."""
         if not state.is_world_process_zero or not logs or self.console.quiet:
             return
-        names = {"loss": "loss", "masking_rate": "p", "eval_loss": "val loss", "eval_f1_macro": "val macro-F1"}
-        new = {name: f"{logs[key]:.4f}" for key, name in names.items() if isinstance(logs.get(key), float)}
+        new = {name: f"{logs[key]:.4f}" for key, name in self.NAMES.items() if isinstance(logs.get(key), float)}
         self._shown.update(new)
         if self._progress is not None:
             shown = "  ".join(f"{name} {value}" for name, value in self._shown.items())
@@ -243,11 +197,7 @@ class ProgressDisplay(TrainerCallback):
             self.console.print(f"step {state.global_step}/{state.max_steps}  epoch {state.epoch or 0:.2f}  {text}")
 
     def close(self) -> None:
-        """Close the bar, also when training raised."""
+        """Close the bar, also after an exception."""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
-
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Close the bar."""
-        self.close()

@@ -1,7 +1,8 @@
-"""What a run ran on: versions, hardware, peak memory."""
+"""What a run runs on: processes, versions, hardware, peak memory."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -21,14 +22,14 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "data
 def processes() -> PartialState:
     """Join the processes that torchrun or `accelerate launch` started, and choose each one's device.
 
-    On CPUs accelerate joins them only if it is told to compute there. Otherwise each of them would be a run of its own,
-    all in one folder.
+    On CPUs accelerate joins them only if asked to compute there. Otherwise each would be a run of its own, all in one
+    folder.
     """
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
 
 
 def check_sharding() -> None:
-    """Refuse ways to shard a model from which the adapter could not be put together again.
+    """Refuse ways to shard a model after which the adapter could not be saved whole.
 
     Raises:
         RunError: DeepSpeed or the first version of FSDP was chosen.
@@ -39,18 +40,19 @@ def check_sharding() -> None:
     if chosen is not None:
         raise RunError(
             f"{chosen} was chosen, and the adapter could not be saved whole: use the second version of FSDP "
-            "(fsdp_version: 2, as in recipes/_accelerate/fsdp_qlora.yaml), or torchrun without sharding"
+            "(fsdp_version: 2, as in recipes/_accelerate/fsdp_qlora.yaml), or torchrun without sharding",
+            code="sharding",
+            chosen=chosen,
         )
 
 
 def versions() -> dict[str, str]:
     """Return the versions of this package, Python and the libraries that decide a result."""
     found = {"tokmask-peft": tokmask_peft.__version__, "python": platform.python_version()}
+    found |= dict.fromkeys(PACKAGES, "not installed")
     for package in PACKAGES:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
     return found
 
 

@@ -10,19 +10,20 @@ from typing import Any
 import torch
 from transformers import set_seed
 
-from tokmask_peft.artifacts import Loading, held, open_finished
+from tokmask_peft.artifacts import AdapterInfo, find_saved, open_finished
 from tokmask_peft.data.corpus import apply_label_map, check_known, load_corpus
 from tokmask_peft.data.readers import read_split
 from tokmask_peft.errors import DataError
 from tokmask_peft.model.adapter import load_adapter
 from tokmask_peft.model.backbone import load_backbone
+from tokmask_peft.model.decisions import plan_loading
 from tokmask_peft.model.memory.suggestions import changed
 from tokmask_peft.recipe.schema import Recipe
-from tokmask_peft.tasks import Example
+from tokmask_peft.tasks import Example, get_task
 from tokmask_peft.training.environment import processes
 from tokmask_peft.training.memory import evaluation_memory_errors
-from tokmask_peft.training.metrics import scores, scores_by_mixing
-from tokmask_peft.training.trainer import OrderedEvalTrainer, Split, argmax_logits, collator, training_arguments
+from tokmask_peft.training.scoring import scores_of
+from tokmask_peft.training.trainer import OrderedEvalTrainer, Split, training_arguments
 
 
 def evaluate(
@@ -38,51 +39,44 @@ def evaluate(
         batch_size: texts per forward pass, in place of the run's `training.eval_batch_size`.
 
     Returns:
-        The scores of `metrics.scores`, with `by_mixing` where the recipe names language labels, and `not_as_trained`,
-        with the reasons, where this machine cannot hold the backbone as it was in training.
+        The scores of `metrics.scores`, with `by_mixing` if the recipe names language labels, and `not_as_trained`,
+        with the reasons, if this machine cannot load the backbone as it was in training.
 
     Raises:
         RunError, DataError, ModelError: with what to do.
     """
     if batch_size is not None and batch_size < 1:
-        raise DataError(f"batch_size is {batch_size}, expected 1 or more")
+        raise DataError(f"batch_size is {batch_size}, expected 1 or more", code="batch-size", batch_size=batch_size)
     folder = open_finished(run)
-    recipe = Recipe.load(folder.recipe)
+    recipe = changed(Recipe.load(folder.recipe), {"training.report_to": ()})
     if batch_size is not None:
         recipe = changed(recipe, {"training.eval_batch_size": batch_size})
+    task = recipe.data.task
     examples, labels = split_examples(recipe, split, data, folder.adapter)
-    state = processes()
+    saved, device = find_saved(folder.root), processes().device
     set_seed(recipe.seed)
-    loading = Loading.read(folder.adapter)
-    trained = loading.applied(recipe.model) if loading is not None else recipe.model
-    here = held(trained, state.device)
-    with evaluation_memory_errors(state.device):
-        backbone = load_backbone(here.model, recipe.data.task, labels, state.device)
+    plan = plan_loading(saved.model, device)
+    with evaluation_memory_errors(device):
+        backbone = load_backbone(plan.model, task, labels, device)
         model = load_adapter(backbone, folder.adapter)
-    part = Split.make(examples, backbone.tokenizer, recipe.data.task, labels, recipe.data.max_length)
+    texts = Split.make(examples, backbone.tokenizer, task, labels, recipe.data.max_length)
     bf16 = backbone.dtype == torch.bfloat16
-    untracked = recipe.model_copy(update={"training": recipe.training.model_copy(update={"report_to": ()})})
-    with tempfile.TemporaryDirectory() as scratch:  # the Trainer makes its folder, and the run may be read-only
-        texts = min(recipe.training.eval_batch_size, len(examples))
-        with evaluation_memory_errors(state.device):  # an unquantized backbone lies on the host until here
+    with tempfile.TemporaryDirectory() as scratch:  # the Trainer creates its folder, and the run may be read-only
+        batch = min(recipe.training.eval_batch_size, len(examples))
+        with evaluation_memory_errors(device):  # an unquantized backbone stays on the host until here
             trainer = OrderedEvalTrainer(
                 model=model,
-                args=training_arguments(untracked, Path(scratch), state.device, bf16),
-                eval_dataset=part.dataset,
-                data_collator=collator(backbone.tokenizer, recipe.data.task),
-                memory_errors=functools.partial(evaluation_memory_errors, state.device, texts),
-                preprocess_logits_for_metrics=argmax_logits,
+                args=training_arguments(recipe, Path(scratch), device, bf16),
+                eval_dataset=texts.dataset,
+                data_collator=get_task(task).collator(backbone.tokenizer),
+                memory_errors=functools.partial(evaluation_memory_errors, device, batch),
             )
-        found = trainer.predict_split(part)
-    result = scores(*found.flat(), labels)
-    otherwise = list(here.deviations)
+        found = trainer.predict_split(texts)
+    result, deviations = scores_of(recipe, found, labels), list(plan.deviations)
+    loading = AdapterInfo.read(folder.adapter).loading
     if loading is not None and loading.precision == "bf16" and not bf16:
-        otherwise.append("trained in bf16, which this machine does not compute in: results differ slightly")
-    if otherwise:
-        result["not_as_trained"] = otherwise
-    if recipe.data.task == "token" and recipe.data.language_labels:
-        result["by_mixing"] = scores_by_mixing(found, labels, recipe.data.language_labels)
-    return result
+        deviations.append("trained in bf16, which this machine does not compute in: results differ slightly")
+    return result | ({"not_as_trained": deviations} if deviations else {})
 
 
 def split_examples(
@@ -99,9 +93,7 @@ def split_examples(
     Raises:
         DataError: there is no such split, or it cannot be read.
     """
-    import json
-
-    labels = tuple(json.loads((adapter / "labels.json").read_text(encoding="utf-8"))["labels"])
+    labels = tuple(AdapterInfo.read(adapter).labels)
     if data is not None:
         source = recipe.data.model_copy(update={"path": data, "test_source": None})
         examples = apply_label_map(read_split(source, split, recipe.data.task), recipe.data.label_map).examples
@@ -109,7 +101,8 @@ def split_examples(
         return examples, labels
     corpus = load_corpus(recipe.data.expanded(), recipe.seed)
     known = {"train": corpus.train, "validation": corpus.validation, "test": corpus.test}
-    if split not in known or not known[split]:
-        usable = ", ".join(name for name, part in known.items() if part)
-        raise DataError(f"the run has no split '{split}'; it has {usable}. Other texts: --data FOLDER")
+    if not known.get(split):
+        usable = [name for name, part in known.items() if part]
+        problem = f"the run has no split '{split}'; it has {', '.join(usable)}. Other texts: --data FOLDER"
+        raise DataError(problem, code="unknown-split", split=split, known=usable)
     return known[split], labels

@@ -1,8 +1,4 @@
-"""Losses over classes that are not equally frequent: weighted cross entropy and focal loss.
-
-`ClassificationLoss` goes to the Trainer as `compute_loss_func`; it works for one label per text and for one
-label per word alike.
-"""
+"""Losses for classes of unequal frequency: weighted cross entropy and focal loss, over texts or words alike."""
 
 from __future__ import annotations
 
@@ -15,9 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokmask_peft.errors import RecipeError, nearest
-
-IGNORED = -100
-"""The label of positions that carry none: later sub-tokens, special tokens, padding."""
+from tokmask_peft.tasks import IGNORED
 
 
 def class_weights(wanted: str | Mapping[str, float], counts: Mapping[str, int]) -> list[float] | None:
@@ -48,12 +42,14 @@ def class_weights(wanted: str | Mapping[str, float], counts: Mapping[str, int]) 
         f"training.class_weights.{label}: a weight cannot be {value}" for label, value in wanted.items() if value < 0
     ]
     if problems:
-        raise RecipeError(problems)
+        raise RecipeError(problems, code="class-weights", labels=list(counts))
     return [float(wanted[label]) for label in counts]
 
 
 class ClassificationLoss:
     """Weighted cross entropy, with an optional focal factor (1 - p_t)^gamma (Lin et al. 2017), in fp32.
+
+    Goes to the Trainer as `compute_loss_func`.
 
     Args:
         weights: a weight per class, or None.
@@ -71,7 +67,7 @@ class ClassificationLoss:
 
         Args:
             outputs: of the model; `logits` of shape `[batch, classes]` or `[batch, seq, classes]`.
-            labels: `[batch]` or `[batch, seq]`, -100 where there is none.
+            labels: `[batch]` or `[batch, seq]`, -100 for none.
             num_items_in_batch: items in the whole accumulated batch, over all devices; from the Trainer. Dividing
                 by it makes the gradient the same however the batch is split.
         """

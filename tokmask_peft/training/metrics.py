@@ -1,6 +1,7 @@
-"""Probabilities that mean what they say: one temperature, fitted on validation (Guo et al. 2017, arXiv:1706.04599).
+"""The scores of predictions, and probabilities that mean what they say: one temperature, fitted on validation.
 
-All figures are of the items that the model saw: a word that was cut away has no probability.
+Calibration follows Guo et al. 2017 (arXiv:1706.04599) and covers the items that the model saw: a word that was cut away
+has no probability.
 """
 
 from __future__ import annotations
@@ -12,25 +13,23 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import softmax
 
 from tokmask_peft.errors import RunError
-
-NO_PREDICTION = -1
-"""The prediction for a word that was cut away: never right."""
+from tokmask_peft.tasks import NO_PREDICTION
 
 
 @dataclass(frozen=True, slots=True)
 class Predictions:
-    """Gold and predicted label ids, a pair of arrays per text (of length 1 in sequence tasks, else one per word)."""
+    """Gold and predicted label ids, a pair of arrays per text (one id for each of its items)."""
 
     gold: list[NDArray[np.int64]]
     predicted: list[NDArray[np.int64]]
 
     def flat(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return all gold and all predicted ids, `[items]` each."""
-        if not self.gold:
-            return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
-        return np.concatenate(self.gold), np.concatenate(self.predicted)
+        none = np.zeros(0, dtype=np.int64)
+        return np.concatenate([none, *self.gold]), np.concatenate([none, *self.predicted])
 
     def to_dict(self) -> dict[str, list[list[int]]]:
         """Return a JSON-able form: a list of label ids per text, `NO_PREDICTION` for what was cut away."""
@@ -44,46 +43,39 @@ def scores(gold: NDArray[np.int64], predicted: NDArray[np.int64], labels: Sequen
 
     Args:
         gold: `[items]` label ids.
-        predicted: `[items]` label ids, `NO_PREDICTION` where there is none.
+        predicted: `[items]` label ids, `NO_PREDICTION` for none.
         labels: label names by id.
 
     Returns:
-        JSON-able; `confusion` has a row per gold label and a column per predicted one, with a last column for
+        JSON-able; `confusion` has a row for each gold label and a column for each predicted one, with a last column for
         items without a prediction if there are any.
     """
+    from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+
     classes = len(labels)
-    # the last column counts what has no prediction
-    column = np.where(predicted == NO_PREDICTION, classes, predicted)
-    counts = np.bincount(gold * (classes + 1) + column, minlength=classes * (classes + 1)).reshape(classes, classes + 1)
-    right, support, given = counts.diagonal(), counts.sum(axis=1), counts.sum(axis=0)[:classes]
-    precision, recall, f1 = _ratio(right, given), _ratio(right, support), _ratio(2 * right, given + support)
-    occurring = given + support > 0
-    missing = int(counts[:, classes].sum())
+    if len(gold):
+        found = precision_recall_fscore_support(gold, predicted, labels=range(classes), zero_division=0.0)
+        column = np.where(predicted == NO_PREDICTION, classes, predicted)
+        counts = confusion_matrix(gold, column, labels=range(classes + 1))[:classes]
+    else:  # scikit-learn refuses to count nothing
+        found, counts = np.zeros((4, classes)), np.zeros((classes, classes + 1), dtype=np.int64)
+    f1, support, missing = found[2], found[3], int(counts[:, classes].sum())
+    occurring, items = counts[:, :classes].sum(axis=0) + support > 0, max(len(gold), 1)
     return {
         "f1_macro": float(f1[occurring].mean()) if occurring.any() else 0.0,
-        "f1_weighted": float(_ratio(np.dot(f1, support), support.sum())),
-        "accuracy": float(_ratio(right.sum(), support.sum())),
+        "f1_weighted": float(np.dot(f1, support) / items),
+        "accuracy": float(counts.trace() / items),
         "items": len(gold),
         "without_prediction": missing,
         "per_class": {
-            label: {
-                "precision": float(precision[i]),
-                "recall": float(recall[i]),
-                "f1": float(f1[i]),
-                "support": int(support[i]),
-            }
-            for i, label in enumerate(labels)
+            label: {"precision": float(row[0]), "recall": float(row[1]), "f1": float(row[2]), "support": int(row[3])}
+            for label, row in zip(labels, np.transpose(found), strict=True)
         },
         "confusion": {
             "labels": [*labels, *(["(none)"] if missing else [])],
             "matrix": counts[:, : classes + bool(missing)].tolist(),
         },
     }
-
-
-def _ratio(part: Any, whole: Any) -> NDArray[np.float64]:
-    """Divide, with 0 for nothing of nothing."""
-    return np.asarray(part, dtype=np.float64) / np.maximum(whole, 1)
 
 
 def code_mixing_index(tags: Sequence[str], languages: Sequence[str]) -> float:
@@ -101,7 +93,7 @@ MIXING_BINS = ((0.0, 0.0), (0.0, 15.0), (15.0, 30.0), (30.0, 45.0), (45.0, 100.0
 
 
 def scores_by_mixing(found: Predictions, labels: Sequence[str], languages: Sequence[str]) -> list[dict[str, Any]]:
-    """Return macro and weighted F1 over the posts of each code-mixing bin; bins without posts are left out."""
+    """Return macro and weighted F1 over the posts of each code-mixing bin; empty bins are left out."""
     index = np.array([code_mixing_index([labels[i] for i in gold], languages) for gold in found.gold])
     rows = []
     for low, high in MIXING_BINS:
@@ -110,28 +102,23 @@ def scores_by_mixing(found: Predictions, labels: Sequence[str], languages: Seque
             continue
         part = Predictions([found.gold[i] for i in chosen], [found.predicted[i] for i in chosen])
         result = scores(*part.flat(), labels)
-        rows.append(
-            {
-                "cmi": "0" if high == 0.0 else f"{low:g} to {high:g}",
-                "posts": len(chosen),
-                "words": result["items"],
-                "f1_macro": result["f1_macro"],
-                "f1_weighted": result["f1_weighted"],
-            }
-        )
+        row = {"cmi": "0" if high == 0.0 else f"{low:g} to {high:g}", "posts": len(chosen), "words": result["items"]}
+        rows.append(row | {key: result[key] for key in ("f1_macro", "f1_weighted")})
     return rows
 
 
 BINS = 15
+"""Of a reliability diagram, of equal width over (0, 1]."""
 LOWEST, HIGHEST = 0.05, 20.0
+"""Bounds of the temperature."""
 _HALVINGS = 60  # of the interval of 1 / T: below the spacing of doubles
 
 
 def fit_temperature(logits: NDArray[Any], gold: NDArray[Any]) -> float:
     """Return the temperature T > 0 that minimises the negative log likelihood of softmax(logits / T).
 
-    The likelihood is convex in 1 / T, so the root of its derivative is halved in, in double precision. Where no item
-    is wrong the best T would be 0, which says nothing about new texts: then T is 1.
+    The likelihood is convex in 1 / T, so bisection finds the root of its derivative, in double precision. If no item is
+    wrong the best T would be 0, which says nothing about new texts: then T is 1.
 
     Args:
         logits: `[items, classes]`.
@@ -142,15 +129,15 @@ def fit_temperature(logits: NDArray[Any], gold: NDArray[Any]) -> float:
     """
     if len(gold) == 0 or bool((logits.argmax(-1) == gold).all()):
         return 1.0
-    scores = logits.astype(np.float64)
-    right = scores[np.arange(len(gold)), gold]
+    exact = logits.astype(np.float64)
+    right = exact[np.arange(len(gold)), gold]
     low, high = 1 / HIGHEST, 1 / LOWEST
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
-        slope = float(((probabilities(scores, 1 / middle) * scores).sum(-1) - right).mean())
+        slope = float(((probabilities(exact, 1 / middle) * exact).sum(-1) - right).mean())
         low, high = (middle, high) if slope < 0 else (low, middle)
     temperature = 2 / (low + high)
-    better = negative_log_likelihood(scores, gold, temperature) <= negative_log_likelihood(scores, gold)
+    better = negative_log_likelihood(exact, gold, temperature) <= negative_log_likelihood(exact, gold)
     return temperature if better else 1.0
 
 
@@ -158,37 +145,34 @@ def calibrate(parts: dict[str, tuple[NDArray[Any], NDArray[Any]]]) -> dict[str, 
     """Fit the temperature on validation; return it with what it changes on each part, JSON-able.
 
     Args:
-        parts: `validation` and whatever else is to be reported: logits `[items, classes]` and gold ids `[items]`.
+        parts: `validation` and whatever else to report on: logits `[items, classes]` and gold ids `[items]`.
 
     Raises:
         RunError: a logit is not finite.
     """
     for name, (logits, _) in parts.items():
         if not np.isfinite(logits).all():
-            raise RunError(
-                f"the trained model's logits on {name} are not finite, so its scores mean nothing. "
-                "Lower training.learning_rate, or set model.precision=fp32."
-            )
+            problem = f"the trained model's logits on {name} are not finite, so its scores mean nothing"
+            remedy = "Lower training.learning_rate, or set model.precision=fp32."
+            raise RunError(f"{problem}. {remedy}", code="not-finite", split=name)
     temperature = fit_temperature(*parts["validation"])
-    report: dict[str, Any] = {
-        "temperature": temperature,
-        "method": "one temperature, fitted on validation (Guo et al. 2017)",
-        "bins": BINS,
-    }
+    method = "one temperature, fitted on validation (Guo et al. 2017)"
+    report: dict[str, Any] = {"temperature": temperature, "method": method, "bins": BINS}
     for name, (logits, gold) in parts.items():
-        report[name] = {
-            "items": len(gold),
-            "before": _figures(logits, gold, 1.0),
-            "after": _figures(logits, gold, temperature),
-        }
+        report[name] = {"items": len(gold)}
+        for when, divisor in (("before", 1.0), ("after", temperature)):
+            probability = probabilities(logits, divisor)
+            report[name][when] = {
+                "nll": negative_log_likelihood(logits, gold, divisor),
+                "ece": expected_calibration_error(probability, gold),
+                "reliability": reliability_bins(probability, gold),
+            }
     return report
 
 
 def probabilities(logits: NDArray[Any], temperature: float = 1.0) -> NDArray[np.float64]:
     """Return softmax(logits / temperature) along the last axis, in double precision."""
-    scaled = logits.astype(np.float64) / temperature
-    grown = np.exp(scaled - scaled.max(-1, keepdims=True))
-    return np.asarray(grown / grown.sum(-1, keepdims=True))
+    return np.asarray(softmax(logits.astype(np.float64) / temperature, axis=-1))
 
 
 def negative_log_likelihood(logits: NDArray[Any], gold: NDArray[Any], temperature: float = 1.0) -> float:
@@ -202,24 +186,18 @@ def negative_log_likelihood(logits: NDArray[Any], gold: NDArray[Any], temperatur
 
 
 def expected_calibration_error(probability: NDArray[Any], gold: NDArray[Any], bins: int = BINS) -> float:
-    """Return the mean distance between confidence and accuracy over equal-width bins, weighted by their items.
-
-    Args:
-        probability: `[items, classes]`.
-        gold: `[items]` label ids.
-        bins: number of bins over (0, 1]; a confidence on a border belongs to the bin below it.
-    """
+    """Return the mean distance between confidence and accuracy over `reliability_bins`, weighted by their items."""
     rows = reliability_bins(probability, gold, bins)
     return sum(row["items"] * abs(row["accuracy"] - row["confidence"]) for row in rows) / max(len(gold), 1)
 
 
 def reliability_bins(probability: NDArray[Any], gold: NDArray[Any], bins: int = BINS) -> list[dict[str, Any]]:
-    """Return the points of a reliability diagram: per bin with items, their number, mean confidence and accuracy.
+    """Return the points of a reliability diagram: number, mean confidence and accuracy of the items of each bin.
 
     Args:
         probability: `[items, classes]`.
         gold: `[items]` label ids.
-        bins: number of bins over (0, 1]; a confidence on a border belongs to the bin below it.
+        bins: of equal width over (0, 1]; a confidence on a border belongs to the bin below. Empty bins are left out.
     """
     confidence = probability.max(-1)
     right = probability.argmax(-1) == gold
@@ -231,12 +209,3 @@ def reliability_bins(probability: NDArray[Any], gold: NDArray[Any], bins: int = 
         for i, count in enumerate(counts)
         if count
     ]
-
-
-def _figures(logits: NDArray[Any], gold: NDArray[Any], temperature: float) -> dict[str, Any]:
-    probability = probabilities(logits, temperature)
-    return {
-        "nll": negative_log_likelihood(logits, gold, temperature),
-        "ece": expected_calibration_error(probability, gold),
-        "reliability": reliability_bins(probability, gold),
-    }

@@ -1,4 +1,4 @@
-"""A whole run: the training, and the model card beside the adapter."""
+"""A whole run, from top to bottom: data, backbone, mask, adapter, memory, trainer, loop, scores, files."""
 
 from __future__ import annotations
 
@@ -7,15 +7,27 @@ import functools
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 from rich.console import Console
 from transformers import TrainerCallback, set_seed
+from transformers.trainer_callback import PrinterCallback
 
-from tokmask_peft.artifacts import LOADING_FILE, Loading, RunFolder, check_run, start_run, write_json
+from tokmask_peft.artifacts import (
+    AdapterInfo,
+    Calibration,
+    Loading,
+    Result,
+    Run,
+    RunFolder,
+    check_run,
+    start_run,
+    write_json,
+)
 from tokmask_peft.console import Decision, make_console, print_decisions, print_lines, print_result
 from tokmask_peft.data.batches import PackedCollator, TokenBudgetSampler
 from tokmask_peft.data.corpus import Corpus, load_corpus
@@ -27,12 +39,13 @@ from tokmask_peft.masking.embedding import embedding_weight, find_embedding, pre
 from tokmask_peft.masking.replacement import MaskToken, choose_mask_token
 from tokmask_peft.model.adapter import add_adapter, gathered_weights, save_adapter
 from tokmask_peft.model.backbone import Backbone, load_backbone
-from tokmask_peft.model.decisions import can_checkpoint, enable_checkpointing
-from tokmask_peft.model.memory.suggestions import changed
+from tokmask_peft.model.decisions import can_checkpoint, enable_checkpointing, in_short, out_of_memory
+from tokmask_peft.model.memory.suggestions import changed, smaller_batch
 from tokmask_peft.model.packed import choose_batching, enable_padding_free
 from tokmask_peft.model.placement import placement_problem
 from tokmask_peft.recipe.loading import to_yaml
 from tokmask_peft.recipe.schema import Recipe
+from tokmask_peft.tasks import get_task
 from tokmask_peft.training.callbacks import AdapterMoves, LogFile, Patience, ProgressDisplay, StepClock, StopOnSignal
 from tokmask_peft.training.environment import check_sharding, environment, peak_memory, processes, versions
 from tokmask_peft.training.losses import ClassificationLoss, class_weights
@@ -42,382 +55,42 @@ from tokmask_peft.training.memory import (
     explained_memory_errors,
     single_text_error,
     tokens_per_step,
-    with_smaller_batches,
 )
-from tokmask_peft.training.metrics import Predictions
 from tokmask_peft.training.scoring import check_best, score_best
-from tokmask_peft.training.trainer import (
-    OrderedEvalTrainer,
-    Split,
-    argmax_logits,
-    check_trackers,
-    collator,
-    scorer,
-    training_arguments,
-)
+from tokmask_peft.training.trainer import OrderedEvalTrainer, Split, check_trackers, training_arguments
 
 
-class CardWriter(Protocol):
-    """Writes the model card of an adapter; the layers above training know how (`hub.card.write_card`)."""
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """What a training needs, loaded and decided.
 
-    def __call__(self, folder: Path, recipe: Recipe, result: Mapping[str, Any], *, spaced_words: bool) -> None:
-        """Write the card of the adapter in `folder`; `spaced_words` as for `hub.card.model_card`."""
-
-
-def save_adapter_folder(
-    folder: Path,
-    model: Any,
-    backbone: Backbone,
-    recipe: Recipe,
-    mask: MaskToken | None,
-    result: Mapping[str, Any],
-    write_card: CardWriter,
-    weights: dict[str, torch.Tensor] | None = None,
-) -> None:
-    """Write adapter, tokenizer, labels, calibration, how to load and how it was masked, and the card.
-
-    Args:
-        folder: is made.
-        model: with the adapter.
-        backbone: its backbone, as loaded.
-        recipe: as trained.
-        mask: the mask token; none where nothing was masked.
-        result: what `result.json` will hold.
-        write_card: writes the model card.
-        weights: what is trained, where FSDP holds it in shards (`gathered_weights`).
+    Attributes:
+        recipe: with what was decided for this machine.
+        corpus: the texts.
+        splits: `train`, `validation` and, if there is one, `test`, encoded.
+        backbone: as loaded.
+        model: the backbone with the adapter.
+        mask: the mask token; None if nothing is masked.
+        decisions: what was decided, with the reasons.
+        device, console: to compute and to print on.
+        movable, checkpointable: whether the embedding can move to the host, and activations can be recomputed.
     """
-    save_adapter(model, folder, recipe.model.backbone, weights)
-    backbone.tokenizer.save_pretrained(str(folder))
-    write_json(folder / "labels.json", {"task": recipe.data.task, "labels": list(result["labels"])})
-    write_json(folder / "calibration.json", result["calibration"])
-    precision = "bf16" if backbone.dtype == torch.bfloat16 else "fp32"
-    loading = Loading.of(recipe.model, recipe.data.max_length, backbone.quantization, precision)
-    write_json(folder / LOADING_FILE, loading.to_dict())
-    masking = recipe.masking if mask is None else recipe.masking.model_copy(update={"mask_token": mask.id})
-    masking.save_pretrained(folder)
-    spaced = recipe.data.task == "token" and words_need_a_space(backbone.tokenizer)
-    write_card(folder, recipe, result, spaced_words=spaced)
 
+    recipe: Recipe
+    corpus: Corpus
+    splits: Mapping[str, Split]
+    backbone: Backbone
+    model: Any
+    mask: MaskToken | None
+    decisions: tuple[Decision, ...]
+    device: torch.device
+    console: Console
+    movable: bool
+    checkpointable: bool
 
-@dataclass(frozen=True, slots=True)
-class Run:
-    """A finished run."""
-
-    folder: RunFolder
-    result: dict[str, Any]
-
-
-class Session:
-    """The parts of one training session, so that they need not be handed from function to function."""
-
-    def __init__(
-        self,
-        recipe: Recipe,
-        corpus: Corpus,
-        backbone: Backbone,
-        model: Any,
-        mask: MaskToken | None,
-        run: RunFolder,
-        console: Console,
-        device: torch.device,
-    ) -> None:
-        self.recipe, self.corpus, self.backbone, self.model = recipe, corpus, backbone, model
-        self.mask, self.run, self.console, self.device = mask, run, console, device
-        self.movable = placement_problem(backbone.model) is None
-        self.checkpointable = can_checkpoint(backbone.model)
-        self.train = self._split(corpus.train)
-        self.validation = self._split(corpus.validation)
-        self.test = self._split(corpus.test) if corpus.test else None
-
-    def decide_on_memory(self) -> Decision:
-        """Decide on gradient checkpointing, and warn of what will not fit."""
-        evaluated = (self.validation, self.test) if self.test is not None else (self.validation,)
-        lengths = Lengths(
-            self.train.encoded.dataset["length"], tuple(split.encoded.dataset["length"] for split in evaluated)
-        )
-        batching = self.recipe.training.batching
-        self.recipe, decision, warning = before_training(self.recipe, self.backbone, batching, lengths, self.device)
-        if self.recipe.model.gradient_checkpointing is True:
-            enable_checkpointing(self.model)
-        if warning is not None:
-            self.console.print(f"{warning}\n", markup=False)
-        return decision
-
-    def _split(self, examples: Any) -> Split:
-        data = self.recipe.data
-        return Split.make(examples, self.backbone.tokenizer, data.task, self.corpus.labels, data.max_length)
-
-    def run_to_end(
-        self, decisions: tuple[Decision, ...], resume: bool, recipe_text: str, write_card: CardWriter
-    ) -> Run:
-        """Train, score the best checkpoint, and write the run folder.
-
-        Raises:
-            RunError: the run went wrong in a way that would pass unnoticed.
-            RunInterruptedError: a signal stopped it; it can be resumed.
-        """
-        asked = self.recipe.training
-        lines = list(self.corpus.report.lines())
-        parts = {"train": self.train, "validation": self.validation}
-        if self.test is not None:
-            parts["test"] = self.test
-        for name, split in parts.items():
-            if (cut := split.encoded.truncation).texts_cut:
-                lines.append(f"{name}: {cut.texts_cut} texts are cut at {self.recipe.data.max_length} sub-tokens")
-                if cut.words_cut:
-                    wrong = name != "train" and self.recipe.data.task == "token"
-                    lines[-1] += f"; {cut.words_cut} words are cut away" + (" (errors)" if wrong else "")
-        print_lines(self.console, "Data", lines)
-        clock = StepClock()
-
-        def attempt(go_on: bool = resume) -> OrderedEvalTrainer:
-            stop, display = StopOnSignal(), ProgressDisplay(self.console)
-            trainer = self.trainer([clock, stop, display, AdapterMoves()])
-            if trainer.is_world_process_zero():  # not before: a mistake found until here leaves no folder behind
-                start_run(self.run, recipe_text)
-            trainer.accelerator.wait_for_everyone()
-            try:
-                with stop:
-                    trainer.train(resume_from_checkpoint=self._checkpoint(go_on))
-            finally:
-                display.close()
-            if stop.stopped:
-                raise RunInterruptedError(
-                    f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; "
-                    f"continue with `tokmask train {self.run.recipe} --resume`"
-                )
-            return trainer
-
-        def retry(batch_size: int, accumulation: int) -> OrderedEvalTrainer:
-            size = {"training.batch_size": batch_size, "training.gradient_accumulation": accumulation}
-            self.recipe = changed(self.recipe, size)
-            told = f"Out of memory: going on with {batch_size} texts, {accumulation} times a step."
-            self.console.print(told, markup=False)
-            return attempt(self.run.last_checkpoint() is not None)
-
-        alone = functools.partial(single_text_error, self.recipe, self.movable, self.checkpointable)
-        retried = functools.partial(with_smaller_batches, self.model, self.recipe, attempt, retry, alone)
-        trainer = retried() if asked.auto_batch else attempt()
-        if self.recipe.training.batch_size != asked.batch_size:
-            texts = f"{self.recipe.training.batch_size} times {self.recipe.training.gradient_accumulation}"
-            reason = f"{asked.batch_size} times {asked.gradient_accumulation} ran out of memory"
-            decisions = (*decisions, Decision("micro-batch", texts, reason))
-        result, predictions = score_best(trainer, self.recipe, self.corpus, parts)
-        result["decisions"] = [asdict(decision) for decision in decisions]
-        result["speed"] = self._speed(clock, trainer)
-        weights = gathered_weights(self.model)
-        if trainer.is_world_process_zero():
-            self._save(result, predictions, weights, write_card)
-            print_result(self.console, result, self.run.adapter)
-            check_best(result, trainer.state.best_metric)
-        return Run(self.run, result)
-
-    def memory_errors(self, evaluating: bool = False, loading: bool = False) -> AbstractContextManager[None]:
-        """Explain, as `explained_memory_errors` does, running out of memory in this session's training."""
-        return explained_memory_errors(self.recipe, self.movable, self.checkpointable, evaluating, loading)
-
-    def _checkpoint(self, resume: bool) -> str | None:
-        newest = self.run.last_checkpoint() if resume else None
-        if resume and newest is None:
-            self.console.print("No checkpoint yet: starting from the beginning.")
-        return str(newest) if newest else None
-
-    def trainer(self, callbacks: list[Any]) -> OrderedEvalTrainer:
-        """Return the trainer, with callbacks on top of those of every training."""
-        training, masking = self.recipe.training, self.recipe.masking
-        callbacks.append(LogFile(self.run.log))
-        if training.patience is not None:
-            callbacks.append(Patience(training.patience))
-        gamma = training.focal_gamma if training.loss == "focal" else 0.0
-        weights = class_weights(training.class_weights, self._label_counts())
-        arguments = training_arguments(
-            self.recipe, self.run.checkpoints, self.device, self.backbone.dtype == torch.bfloat16
-        )
-        with self.memory_errors(loading=True):  # an unquantized backbone lies on the host until here
-            trainer = OrderedEvalTrainer(
-                batches=self._token_budget(arguments),
-                model=self.model,
-                args=arguments,
-                train_dataset=self.train.encoded.dataset,
-                eval_dataset=self.validation.dataset,
-                data_collator=collator(self.backbone.tokenizer, self.recipe.data.task),
-                processing_class=self.backbone.tokenizer,
-                memory_errors=functools.partial(self.memory_errors, evaluating=True),
-                train_collator=PackedCollator(self.recipe.data.task) if training.batching == "padding_free" else None,
-                compute_loss_func=ClassificationLoss(weights, gamma, training.label_smoothing),
-                compute_metrics=scorer(self.validation),
-                preprocess_logits_for_metrics=argmax_logits,
-                callbacks=callbacks,
-            )
-        if self.mask is not None:
-            config = masking if masking.seed is not None else masking.model_copy(update={"seed": self.recipe.seed})
-            TokenMaskCallback(config, self.mask, announce=False).add_to(trainer)
-        from transformers.trainer_callback import PrinterCallback
-
-        trainer.remove_callback(PrinterCallback)
-        return trainer
-
-    def _token_budget(self, arguments: Any) -> TokenBudgetSampler | None:
-        training, lengths = self.recipe.training, self.train.encoded.dataset["length"]
-        if training.tokens_per_batch is None:
-            return None
-        here = arguments.process_index, arguments.world_size
-        try:
-            return TokenBudgetSampler(lengths, training.tokens_per_batch, training.batching, self.recipe.seed, *here)
-        except ValueError as error:
-            remedy = "set it higher, or data.max_length lower"
-            raise RecipeError([f"training.tokens_per_batch: {error}; {remedy}"], source=self.recipe.name) from error
-
-    def _label_counts(self) -> dict[str, int]:
-        counts: Counter[str] = Counter()
-        for example in self.corpus.train:
-            counts.update([example.label] if isinstance(example.label, str) else example.label or ())
-        return {label: counts[label] for label in self.corpus.labels}
-
-    def _speed(self, clock: StepClock, trainer: OrderedEvalTrainer) -> dict[str, Any]:
-        budget = self._token_budget(trainer.args)
-        batches = None if budget is None else len(budget)
-        lengths = self.train.encoded.dataset["length"]
-        per_step = tokens_per_step(self.recipe.training, lengths, batches, trainer.args.world_size)
-        return {
-            "step_seconds": round(clock.seconds, 2),
-            "steps": clock.steps,
-            # of all processes together
-            "tokens_per_second": round(clock.steps * per_step / clock.seconds, 1) if clock.seconds else None,
-            "peak_memory": peak_memory(self.device),
-            "environment": environment(self.device),
-        }
-
-    def _save(
-        self,
-        result: dict[str, Any],
-        predictions: dict[str, Predictions],
-        weights: dict[str, torch.Tensor] | None,
-        write_card: CardWriter,
-    ) -> None:
-        parts = self.model, self.backbone, self.recipe, self.mask
-        save_adapter_folder(self.run.adapter, *parts, result, write_card, weights)
-        found = {name: part.to_dict() for name, part in predictions.items()}
-        write_json(self.run.predictions, {"labels": list(self.corpus.labels), **found}, indent=None)
-        write_json(self.run.result, result)  # last: it says that the run is finished
-
-
-def fit(recipe: Recipe, write_card: CardWriter, *, resume: bool = False, quiet: bool = False) -> Run:
-    """Train as `tokmask_peft.training.train.train` says, which also tells what is returned and raised.
-
-    Args:
-        recipe: what to train.
-        write_card: writes the model card, before `result.json` says that the run is finished.
-        resume: continue an interrupted run from its newest checkpoint.
-        quiet: print nothing.
-    """
-    state = processes()
-    console = make_console(quiet or not state.is_main_process)
-    run = check_run(recipe, resume)
-    check_trackers(recipe.training.report_to)
-    check_sharding()
-    if recipe.training.auto_batch and state.num_processes > 1:
-        raise RunError("training.auto_batch works in one process: with several, set training.batch_size yourself")
-    state.wait_for_everyone()
-    session, decisions, text = _open(recipe, run, console, state.device)
-    print_decisions(console, decisions)
-    with session.memory_errors():
-        return session.run_to_end(decisions, resume, text, write_card)
-
-
-def train_only(
-    recipe: Recipe,
-    folder: Path,
-    observers: Callable[[OrderedEvalTrainer, MaskToken | None], list[TrainerCallback]],
-    *,
-    quiet: bool = False,
-) -> Recipe:
-    """Train as a recipe says, and keep nothing: no evaluation, checkpoints, scores or adapter.
-
-    For studies that look at the training itself. The weights move as in `fit`.
-
-    Args:
-        recipe: early stopping and trackers are switched off in it.
-        folder: takes `log.jsonl`.
-        observers: makes callbacks from the trainer and the mask token, which is none where nothing is masked.
-        quiet: print nothing.
-
-    Returns:
-        The recipe with what was decided for this machine.
-
-    Raises:
-        RecipeError, DataError, ModelError, RunError: with what to do.
-    """
-    state = processes()
-    if state.num_processes > 1:
-        raise RunError("this training is observed in one process: start it without torchrun or accelerate launch")
-    quiet_training = recipe.training.model_copy(update={"patience": None, "report_to": ()})
-    recipe = recipe.model_copy(update={"training": quiet_training})
-    console = make_console(quiet)
-    session, decisions, _ = _open(recipe, RunFolder(folder), console, state.device)
-    print_decisions(console, decisions)
-    display = ProgressDisplay(console)
-    with session.memory_errors():
-        trainer = session.trainer([display])
-        trainer.args.eval_strategy = trainer.args.save_strategy = "no"
-        trainer.args.load_best_model_at_end = False
-        for observer in observers(trainer, session.mask):
-            trainer.add_callback(observer)
-        try:
-            trainer.train()
-        finally:
-            display.close()
-            with contextlib.suppress(OSError):  # the Trainer makes the folder, and nothing is in it
-                session.run.checkpoints.rmdir()
-    return session.recipe
-
-
-def _open(
-    recipe: Recipe, run: RunFolder, console: Console, device: torch.device
-) -> tuple[Session, tuple[Decision, ...], str]:
-    """Load data and backbone and add the adapter; return the session, its decisions and the recipe's text."""
-    corpus = load_corpus(recipe.data.expanded(), recipe.seed)
-    set_seed(recipe.seed)  # before the head is drawn
-    with explained_memory_errors(recipe, movable=False, loading=True):
-        backbone = load_backbone(recipe.model, recipe.data.task, corpus.labels, device)
-    mask, mask_decisions = _choose_mask(recipe, backbone)
-    batching = choose_batching(
-        recipe.training.batching, backbone.model, neftune=recipe.training.neftune_alpha is not None
-    )
-    if batching.choice == "padding_free":
-        enable_padding_free(backbone.model)
-    trained_row = mask.id if mask is not None and recipe.masking.trainable_mask else None
-    with explained_memory_errors(recipe, movable=False, loading=True):
-        model, decisions = add_adapter(backbone, recipe.adapter, recipe.data.task, trained_row)
-    text = _recipe_text(recipe)
-    batched = recipe.training.model_copy(update={"batching": batching.choice})
-    recipe = recipe.model_copy(update={"training": batched})
-    session = Session(recipe, corpus, backbone, model, mask, run, console, device)
-    decisions = (*backbone.decisions, batching, session.decide_on_memory(), *mask_decisions, *decisions)
-    return session, decisions, text
-
-
-def _recipe_text(recipe: Recipe) -> str:
-    listed = ", ".join(f"{name} {version}" for name, version in versions().items())
-    head = f"# The resolved recipe of this run. Versions: {listed}.\n"
-    return (
-        f"{head}# Repeat it: tokmask train {recipe.run_dir / 'recipe.yaml'} name={recipe.name}-again\n{to_yaml(recipe)}"
-    )
-
-
-def _choose_mask(recipe: Recipe, backbone: Backbone) -> tuple[MaskToken | None, tuple[Decision, ...]]:
-    config = recipe.masking
-    if config.is_off and not config.trainable_mask:
-        return None, (Decision("mask token", "none", "masking.p is 0: nothing is masked"),)
-    embedding = find_embedding(backbone.model)
-    rows = embedding_weight(embedding).shape[0]
-    outside = [token_id for token_id in config.protect if token_id >= rows]
-    if outside:
-        raise RecipeError([f"masking.protect: {outside} lie outside the embedding, which has rows 0 to {rows - 1}"])
-    mask = choose_mask_token(backbone.tokenizer, rows, config.mask_token)
-    if config.trainable_mask:
-        prepare_mask_row(embedding, mask, backbone.tokenizer)
-    return mask, (Decision("mask token", f"id {mask.id} ({mask.kind})", mask.reason),)
+    def memory_errors(self, **stage: bool) -> AbstractContextManager[None]:
+        """Explain running out of memory, as `explained_memory_errors` does; `stage` is `loading` or `evaluating`."""
+        return explained_memory_errors(self.recipe, self.movable, self.checkpointable, **stage)
 
 
 def train(recipe: Recipe | str | Path, *, resume: bool = False, quiet: bool = False) -> Run:
@@ -429,7 +102,7 @@ def train(recipe: Recipe | str | Path, *, resume: bool = False, quiet: bool = Fa
         quiet: print nothing.
 
     Returns:
-        The run: its folder, and what `result.json` holds.
+        The run: its folder, its recipe, and what `result.json` holds.
 
     Raises:
         RecipeError, DataError, ModelError, RunError: with what to do.
@@ -437,4 +110,309 @@ def train(recipe: Recipe | str | Path, *, resume: bool = False, quiet: bool = Fa
     """
     if not isinstance(recipe, Recipe):
         recipe = Recipe.load(recipe)
-    return fit(recipe, write_card, resume=resume, quiet=quiet)
+    process = processes()
+    console = make_console(quiet or not process.is_main_process)
+    folder = check_run(recipe, resume)
+    check_trackers(recipe.training.report_to)
+    check_sharding()
+    if recipe.training.auto_batch and process.num_processes > 1:
+        remedy = "with several, set training.batch_size yourself"
+        raise RunError(f"training.auto_batch works in one process: {remedy}", code="auto-batch-processes")
+    process.wait_for_everyone()
+
+    prepared = prepare(recipe, process.device, console)
+    print_lines(console, "Data", [*prepared.corpus.report.lines(), *_cut_lines(prepared)])
+
+    clock, parameters = StepClock(), _trained(prepared.model) if recipe.training.auto_batch else {}
+    untrained = {name: value.detach().cpu().clone() for name, value in parameters.items()}
+    with prepared.memory_errors():
+        while True:
+            try:
+                trainer = _attempt(prepared, recipe, folder, clock, resume)
+                break
+            except (RuntimeError, MemoryError) as error:
+                if not (recipe.training.auto_batch and out_of_memory(error)):
+                    raise
+                reason = in_short(error)  # not the error itself, which keeps the tensors of the step alive
+            clear_device_cache(garbage_collection=True)
+            prepared = _with_smaller_batches(prepared, recipe, reason)
+            for name, value in _trained(prepared.model).items():
+                value.grad = None
+                value.data.copy_(untrained[name])
+            resume = folder.last_checkpoint() is not None
+
+        result, predictions = score_best(trainer, prepared.recipe, prepared.corpus, prepared.splits)
+        decisions = [asdict(decision) for decision in prepared.decisions]
+        result = replace(result, decisions=decisions, speed=_speed(prepared, clock, trainer))
+        weights = gathered_weights(prepared.model)
+        if trainer.is_world_process_zero():
+            save_adapter_folder(folder.adapter, prepared, result, weights)
+            parts = {name: found.to_dict() for name, found in predictions.items()}
+            write_json(folder.predictions, {"labels": result.labels, **parts}, indent=None)
+            write_json(folder.result, result.to_dict())  # last: it says that the run is finished
+            print_result(console, result, folder.adapter)
+            check_best(result, trainer.state.best_metric)
+    return Run(folder, recipe, result)
+
+
+def observe_training(
+    recipe: Recipe,
+    folder: Path,
+    observers: Callable[[OrderedEvalTrainer, MaskToken | None], list[TrainerCallback]],
+    *,
+    quiet: bool = False,
+) -> Recipe:
+    """Train as a recipe says, and keep nothing: no evaluation, checkpoints, scores or adapter.
+
+    For studies of the training itself. The weights move as in `train`.
+
+    Args:
+        recipe: early stopping and trackers are switched off in it.
+        folder: takes `log.jsonl`.
+        observers: makes callbacks from the trainer and the mask token, which is None if nothing is masked.
+        quiet: print nothing.
+
+    Returns:
+        The recipe with what was decided for this machine.
+
+    Raises:
+        RecipeError, DataError, ModelError, RunError: with what to do.
+    """
+    process = processes()
+    if process.num_processes > 1:
+        problem = "this training is observed in one process: start it without torchrun or accelerate launch"
+        raise RunError(problem, code="one-process")
+    recipe = changed(recipe, {"training.patience": None, "training.report_to": ()})
+    prepared = prepare(recipe, process.device, make_console(quiet))
+    run, display = RunFolder(folder), ProgressDisplay(prepared.console)
+    with prepared.memory_errors():
+        trainer = make_trainer(prepared, run, [display])
+        trainer.args.eval_strategy = trainer.args.save_strategy = "no"
+        trainer.args.load_best_model_at_end = False
+        for observer in observers(trainer, prepared.mask):
+            trainer.add_callback(observer)
+        try:
+            with contextlib.closing(display):
+                trainer.train()
+        finally:
+            with contextlib.suppress(OSError):  # the Trainer creates the folder, and nothing is in it
+                run.checkpoints.rmdir()
+    return prepared.recipe
+
+
+def prepare(recipe: Recipe, device: torch.device, console: Console) -> Prepared:
+    """Load data and backbone, choose the mask token, add the adapter, and see whether memory suffices.
+
+    Raises:
+        RecipeError, DataError, ModelError, RunError: with what to do.
+    """
+    data, training = recipe.data, recipe.training
+    corpus = load_corpus(data.expanded(), recipe.seed)
+
+    set_seed(recipe.seed)  # before the head is drawn
+    with explained_memory_errors(recipe, movable=False, loading=True):
+        backbone = load_backbone(recipe.model, data.task, corpus.labels, device)
+    batching = choose_batching(training.batching, backbone.model, neftune=training.neftune_alpha is not None)
+    if batching.choice == "padding_free":
+        enable_padding_free(backbone.model)
+
+    mask, mask_decision = _choose_mask(recipe, backbone)
+    trained_row = mask.id if mask is not None and recipe.masking.trainable_mask else None
+    with explained_memory_errors(recipe, movable=False, loading=True):
+        model, adapter_decisions = add_adapter(backbone, recipe.adapter, data.task, trained_row)
+
+    recipe = changed(recipe, {"training.batching": batching.choice})
+    parts = {"train": corpus.train, "validation": corpus.validation, "test": corpus.test}
+    splits = {
+        name: Split.make(examples, backbone.tokenizer, data.task, corpus.labels, data.max_length)
+        for name, examples in parts.items()
+        if examples
+    }
+    lengths = [splits[name].lengths for name in splits]
+    sizes = Lengths(lengths[0], tuple(lengths[1:]))
+    recipe, memory_decision, warning = before_training(recipe, backbone, batching.choice, sizes, device)
+    if recipe.model.gradient_checkpointing is True:
+        enable_checkpointing(model)
+    if warning is not None:
+        console.print(f"{warning}\n", markup=False)
+    decisions = (*backbone.decisions, batching, memory_decision, mask_decision, *adapter_decisions)
+    print_decisions(console, decisions)
+    return Prepared(
+        recipe=recipe,
+        corpus=corpus,
+        splits=splits,
+        backbone=backbone,
+        model=model,
+        mask=mask,
+        device=device,
+        console=console,
+        decisions=decisions,
+        movable=placement_problem(backbone.model) is None,
+        checkpointable=can_checkpoint(backbone.model),
+    )
+
+
+def _choose_mask(recipe: Recipe, backbone: Backbone) -> tuple[MaskToken | None, Decision]:
+    """Choose the mask token, and fill its embedding row if that is trained."""
+    masking = recipe.masking
+    if masking.is_off and not masking.trainable_mask:
+        return None, Decision("mask token", "none", "masking.p is 0: nothing is masked")
+    embedding = find_embedding(backbone.model)
+    rows = embedding_weight(embedding).shape[0]
+    if outside := [token_id for token_id in masking.protect if token_id >= rows]:
+        problem = f"masking.protect: {outside} are outside the embedding, which has rows 0 to {rows - 1}"
+        raise RecipeError([problem], code="unknown-token", ids=outside)
+    mask = choose_mask_token(backbone.tokenizer, rows, masking.mask_token)
+    if masking.trainable_mask:
+        prepare_mask_row(embedding, mask, backbone.tokenizer)
+    return mask, Decision("mask token", f"id {mask.id} ({mask.kind})", mask.reason)
+
+
+def make_trainer(prepared: Prepared, run: RunFolder, callbacks: list[TrainerCallback]) -> OrderedEvalTrainer:
+    """Return the trainer, with `callbacks` in addition to those of every training."""
+    recipe, training, task = prepared.recipe, prepared.recipe.training, get_task(prepared.recipe.data.task)
+    tokenizer, validation = prepared.backbone.tokenizer, prepared.splits["validation"]
+    patience = [] if training.patience is None else [Patience(training.patience)]
+    counts = Counter(tag for example in prepared.corpus.train for tag in example.tags)
+    weights = class_weights(training.class_weights, {label: counts[label] for label in prepared.corpus.labels})
+    gamma = training.focal_gamma if training.loss == "focal" else 0.0
+    bf16 = prepared.backbone.dtype == torch.bfloat16
+    arguments = training_arguments(recipe, run.checkpoints, prepared.device, bf16)
+    with prepared.memory_errors(loading=True):  # an unquantized backbone stays on the host until here
+        trainer = OrderedEvalTrainer(
+            model=prepared.model,
+            args=arguments,
+            train_dataset=prepared.splits["train"].encoded.dataset,
+            eval_dataset=validation.dataset,
+            data_collator=task.collator(tokenizer),
+            train_collator=PackedCollator(task.name) if training.batching == "padding_free" else None,
+            batches=_token_budget(prepared, arguments),
+            processing_class=tokenizer,
+            compute_loss_func=ClassificationLoss(weights, gamma, training.label_smoothing),
+            compute_metrics=validation.metrics,
+            memory_errors=functools.partial(prepared.memory_errors, evaluating=True),
+            callbacks=[*callbacks, LogFile(run.log), *patience],
+        )
+    if prepared.mask is not None:
+        TokenMaskCallback(recipe.masking, prepared.mask, announce=False).add_to(trainer)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _attempt(prepared: Prepared, asked: Recipe, run: RunFolder, clock: StepClock, resume: bool) -> OrderedEvalTrainer:
+    """Train to the end of the recipe, or until memory runs out.
+
+    Raises:
+        RunInterruptedError: a signal stopped it.
+    """
+    stop, display = StopOnSignal(), ProgressDisplay(prepared.console)
+    trainer = make_trainer(prepared, run, [clock, stop, display, AdapterMoves()])
+    if trainer.is_world_process_zero():  # not before: a mistake found until here leaves no folder behind
+        start_run(run, _recipe_text(asked))
+    trainer.accelerator.wait_for_everyone()
+    checkpoint = run.last_checkpoint() if resume else None
+    if resume and checkpoint is None:
+        prepared.console.print("No checkpoint yet: starting from the beginning.")
+    with stop, contextlib.closing(display):
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if stop.stopped:
+        where = f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}"
+        raise RunInterruptedError(f"{where}; continue with `tokmask train {run.recipe} --resume`")
+    return trainer
+
+
+def save_adapter_folder(
+    folder: Path, prepared: Prepared, result: Result, weights: dict[str, torch.Tensor] | None = None
+) -> None:
+    """Write an adapter folder: weights (from `gathered_weights`), tokenizer, `tokmask.json` and the model card."""
+    recipe, backbone, mask = prepared.recipe, prepared.backbone, prepared.mask
+    save_adapter(prepared.model, folder, recipe.model.backbone, weights)
+    backbone.tokenizer.save_pretrained(str(folder))
+    place = recipe.model.backbone_path
+    AdapterInfo(
+        task=recipe.data.task,
+        labels=result.labels,
+        calibration=Calibration(**result.calibration),
+        loading=Loading(
+            max_length=recipe.data.max_length,
+            package=place if place is not None and place.startswith("package:") else None,
+            revision=recipe.model.revision,
+            quantization=backbone.quantization,
+            precision="bf16" if backbone.dtype == torch.bfloat16 else "fp32",
+            embedding=recipe.model.embedding,
+        ),
+        masking=recipe.masking if mask is None else recipe.masking.model_copy(update={"mask_token": mask.id}),
+    ).write(folder)
+    spaced_words = get_task(recipe.data.task).words_given and words_need_a_space(backbone.tokenizer)
+    write_card(folder, recipe, result, spaced_words=spaced_words)
+
+
+def _trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    return {name: value for name, value in model.named_parameters() if value.requires_grad}
+
+
+def _with_smaller_batches(prepared: Prepared, asked: Recipe, reason: str) -> Prepared:
+    """Take fewer texts at a time for the same optimizer step, after memory ran out for `reason`.
+
+    The Trainer's own `auto_find_batch_size` makes the optimizer step smaller, too, and keeps half-trained weights.
+
+    Raises:
+        RunError: it was a single text.
+    """
+    training = prepared.recipe.training
+    smaller = smaller_batch(training.batch_size, training.gradient_accumulation)
+    if smaller is None:
+        raise single_text_error(prepared.recipe, prepared.movable, prepared.checkpointable, reason)
+    prepared.console.print(f"Out of memory: continuing with {smaller[0]} texts, {smaller[1]} times a step.")
+    size = {"training.batch_size": smaller[0], "training.gradient_accumulation": smaller[1]}
+    why = f"{asked.training.batch_size} times {asked.training.gradient_accumulation} ran out of memory"
+    decisions = [decision for decision in prepared.decisions if decision.what != "micro-batch"]
+    decisions.append(Decision("micro-batch", f"{smaller[0]} times {smaller[1]}", why))
+    return replace(prepared, recipe=changed(prepared.recipe, size), decisions=tuple(decisions))
+
+
+def _cut_lines(prepared: Prepared) -> list[str]:
+    """Report what does not fit into `data.max_length` sub-tokens."""
+    data, lines = prepared.recipe.data, []
+    for name, split in prepared.splits.items():
+        cut = split.encoded.truncation
+        if not cut.texts_cut:
+            continue
+        line = f"{name}: {cut.texts_cut} texts are cut at {data.max_length} sub-tokens"
+        if cut.words_cut:
+            wrong = name != "train" and get_task(data.task).words_given
+            line += f"; {cut.words_cut} words are cut away" + (" (errors)" if wrong else "")
+        lines.append(line)
+    return lines
+
+
+def _token_budget(prepared: Prepared, arguments: Any) -> TokenBudgetSampler | None:
+    recipe, training = prepared.recipe, prepared.recipe.training
+    if training.tokens_per_batch is None:
+        return None
+    lengths, here = prepared.splits["train"].lengths, (arguments.process_index, arguments.world_size)
+    try:
+        return TokenBudgetSampler(lengths, training.tokens_per_batch, training.batching, recipe.seed, *here)
+    except ValueError as error:
+        problem = f"training.tokens_per_batch: {error}; set it higher, or data.max_length lower"
+        raise RecipeError([problem], source=recipe.name, code="token-budget") from error
+
+
+def _speed(prepared: Prepared, clock: StepClock, trainer: OrderedEvalTrainer) -> dict[str, Any]:
+    """Return what `result.json` holds of time and memory, of all processes together."""
+    batches = None if trainer.batches is None else len(trainer.batches)
+    lengths, count = prepared.splits["train"].lengths, trainer.args.world_size
+    per_step = tokens_per_step(prepared.recipe.training, lengths, batches, count)
+    return {
+        "step_seconds": round(clock.seconds, 2),
+        "steps": clock.steps,
+        "tokens_per_second": round(clock.steps * per_step / clock.seconds, 1) if clock.seconds else None,
+        "peak_memory": peak_memory(prepared.device),
+        "environment": environment(prepared.device),
+    }
+
+
+def _recipe_text(recipe: Recipe) -> str:
+    listed = ", ".join(f"{name} {version}" for name, version in versions().items())
+    repeat = f"tokmask train {recipe.run_dir / 'recipe.yaml'} name={recipe.name}-again"
+    return f"# The resolved recipe of this run. Versions: {listed}.\n# Repeat it: {repeat}\n{to_yaml(recipe)}"

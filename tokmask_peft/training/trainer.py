@@ -1,4 +1,4 @@
-"""From a recipe to a `transformers.Trainer`: its arguments, and the places where we differ from it."""
+"""From a recipe to a `transformers.Trainer`: its texts, its arguments, and where ours differs from it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from accelerate.utils import gather_object
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler, SequentialSampler
-from transformers import DataCollatorForTokenClassification, DataCollatorWithPadding, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -26,9 +26,8 @@ from tokmask_peft.errors import RecipeError, RunError, nearest
 from tokmask_peft.model.adapter import inputs_as_they_come
 from tokmask_peft.model.dropout import quick_dropout
 from tokmask_peft.recipe.schema import Recipe
-from tokmask_peft.tasks import Example
-from tokmask_peft.training.losses import IGNORED
-from tokmask_peft.training.metrics import NO_PREDICTION, Predictions
+from tokmask_peft.tasks import IGNORED, Example, get_task
+from tokmask_peft.training.metrics import Predictions, scores
 
 
 @dataclass(frozen=True)
@@ -36,62 +35,70 @@ class Split:
     """Encoded texts in order of length, so that evaluation wastes little on padding.
 
     Attributes:
+        examples, encoded: the texts in their own order, and as ids.
+        labels: in the order of the classifier's outputs.
+        task: as in `data.task`.
         dataset: rows for the Trainer, shortest first.
         order: `[texts]`, for each row of `dataset` the index of its text.
     """
 
     examples: Sequence[Example]
     labels: tuple[str, ...]
+    task: str
     encoded: Encoded
     dataset: Any
     order: NDArray[np.int64]
 
     @classmethod
     def make(
-        cls, examples: Sequence[Example], tokenizer: Any, task: Any, labels: tuple[str, ...], max_length: int
+        cls, examples: Sequence[Example], tokenizer: Any, task: str, labels: tuple[str, ...], max_length: int
     ) -> Split:
         """Encode `examples` and sort them by length (ties in the order of the texts)."""
         encoded = encode(examples, tokenizer, task, labels, max_length)
         order = np.argsort(np.asarray(encoded.dataset["length"]), kind="stable").astype(np.int64)
-        return cls(examples, labels, encoded, encoded.dataset.select(order), order)
+        return cls(examples, labels, task, encoded, encoded.dataset.select(order), order)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Sub-tokens of each text, in the order of the texts."""
+        return list(self.encoded.dataset["length"])
 
     def predictions(self, predicted: NDArray[np.int64], gold: NDArray[np.int64]) -> Predictions:
         """Return predictions per text, in the order of the texts.
 
         Args:
             predicted: `[texts]` or `[texts, seq]` label ids in the order of `dataset`.
-            gold: the label ids that the model saw, of the same shape; -100 where there is none.
+            gold: the label ids that the model saw, of the same shape; -100 for none.
         """
-        ids = {label: i for i, label in enumerate(self.labels)}
-        gold_rows: list[Any] = [None] * len(self.examples)
-        found_rows: list[Any] = [None] * len(self.examples)
+        task, ids = get_task(self.task), {label: i for i, label in enumerate(self.labels)}
+        found = Predictions([None] * len(self.order), [None] * len(self.order))  # type: ignore[list-item]
         for row, text in enumerate(self.order):
-            label = self.examples[text].label
-            if self.encoded.kept is None:
-                gold_rows[text] = np.array([ids[str(label)]])
-                found_rows[text] = np.array([predicted[row]])
-                continue
-            gold_rows[text] = np.array([ids[tag] for tag in label or ()], dtype=np.int64)
-            found_rows[text] = np.full(len(gold_rows[text]), NO_PREDICTION)
-            found_rows[text][self.encoded.kept[text]] = predicted[row][gold[row] != IGNORED]
-        return Predictions(gold_rows, found_rows)
+            kept = self.encoded.kept[text] if self.encoded.kept is not None else ()
+            decoded = task.decode(self.examples[text], ids, kept, gold[row], predicted[row])
+            found.gold[text], found.predicted[text] = (np.array(items, dtype=np.int64) for items in decoded)
+        return found
+
+    def metrics(self, output: Any) -> dict[str, float]:
+        """Return macro and weighted F1 and accuracy, as the Trainer's `compute_metrics`."""
+        found = scores(*self.predictions(output.predictions, output.label_ids).flat(), self.labels)
+        return {key: found[key] for key in ("f1_macro", "f1_weighted", "accuracy")}
 
 
 class SeededLengthGrouping(LengthGroupedSampler):
-    """Batches of similar length in an order that hangs on seed and epoch alone.
+    """Batches of similar length in an order that depends only on seed and epoch.
 
-    The Trainer's own draws from torch's global random state, which dropout moves, too: runs of one seed would see
-    other batches from the second epoch on as soon as one of them has another regularizer.
+    The Trainer's own draws from torch's global random state, which dropout moves, too: two runs of one seed would see
+    different batches from the second epoch on as soon as their regularizers differ.
     """
 
     def __init__(self, usual: LengthGroupedSampler, seed: int) -> None:
-        """Take over batch size and lengths of the Trainer's sampler."""
+        """Adopt batch size and lengths of the Trainer's sampler."""
         super().__init__(usual.batch_size, lengths=usual.lengths)
         self.seed = seed
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order of an epoch; accelerate calls it before each."""
+        """Choose the order of an epoch; accelerate calls this before each."""
         self.generator = torch.Generator().manual_seed((self.seed << 20) + epoch)
 
 
@@ -99,7 +106,6 @@ class OrderedEvalTrainer(Trainer):
     """A Trainer that evaluates in the order of the dataset, padded, however it batches the training texts."""
 
     compute_metrics: Any
-    preprocess_logits_for_metrics: Any
     data_collator: Any
 
     def __init__(
@@ -110,22 +116,23 @@ class OrderedEvalTrainer(Trainer):
         memory_errors: Callable[[], AbstractContextManager[None]] = nullcontext,
         **kwargs: Any,
     ) -> None:
-        """Make the trainer.
+        """Create the trainer; further arguments are the Trainer's.
 
         Args:
             args: of the Trainer.
-            train_collator: makes the training batches, where they differ from the evaluation's.
-            batches: makes the training batches, where they are not of `per_device_train_batch_size` texts.
+            train_collator: makes the training batches, if they differ from those of evaluations.
+            batches: chooses the training batches, if they are not of `per_device_train_batch_size` texts.
             memory_errors: makes the context of evaluations, for what they raise.
             kwargs: of the Trainer.
         """
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, preprocess_logits_for_metrics=self._label_ids, **kwargs)
         self.train_collator = train_collator or self.data_collator
         self.batches = batches
         self.memory_errors = memory_errors
+        self._logits: list[NDArray[np.float32]] | None = None
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train; a training that breaks off leaves no noise of NEFTune on the embedding."""
+        """Train; a training that raises leaves no noise of NEFTune on the embedding."""
         try:
             with inputs_as_they_come(self.model, self.args.bf16), quick_dropout(self.model):
                 return super().train(*args, **kwargs)
@@ -142,8 +149,7 @@ class OrderedEvalTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         """Return the loader of the training batches."""
         if self.batches is not None:
-            dataset = self._remove_unused_columns(self.train_dataset, description="training")
-            pin = self.args.dataloader_pin_memory
+            dataset, pin = self._remove_unused_columns(self.train_dataset), self.args.dataloader_pin_memory
             return token_budget_loader(dataset, self.train_collator, self.batches, self.args.device, pin)
         usual, self.data_collator = self.data_collator, self.train_collator
         try:
@@ -174,17 +180,18 @@ class OrderedEvalTrainer(Trainer):
         Raises:
             RunError: the logits do not belong to the predictions.
         """
-        shrink = self.preprocess_logits_for_metrics
-        self.preprocess_logits_for_metrics = kept = LabelledLogits()
+        self._logits = []
         try:
             predicted, gold = self._predict(split)
+            shares = gather_object([self._logits])
         finally:
-            self.preprocess_logits_for_metrics = shrink
+            self._logits = None
         labelled = gold != IGNORED
-        logits = kept.in_order(int(labelled.sum()))
+        logits = in_order(shares, int(labelled.sum()))
         of_predicted = np.take_along_axis(logits, predicted[labelled][:, None], axis=-1)[:, 0]
         if not np.array_equal(of_predicted, logits.max(-1), equal_nan=True):
-            raise RunError("the logits of the final evaluation are not in the order of its texts; please report this")
+            problem = "the logits of the final evaluation are not in the order of its texts; please report this"
+            raise RunError(problem, code="wrong-order")
         return split.predictions(predicted, gold), logits, gold[labelled]
 
     def _predict(self, split: Split) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -195,6 +202,25 @@ class OrderedEvalTrainer(Trainer):
         finally:
             self.compute_metrics = compute
         return output.predictions, output.label_ids
+
+    def _label_ids(self, logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:
+        """Return the predicted label ids of a batch, `[batch, …]`; the logits of labelled positions are kept if asked.
+
+        Padded logits of all positions would take the longest text's length times the classes for every text.
+        """
+        first = logits[0] if isinstance(logits, tuple) else logits  # models with further outputs give a tuple
+        if self._logits is not None:
+            self._logits.append(first[labels != IGNORED].float().cpu().numpy())
+        return first.argmax(dim=-1)
+
+
+def in_order(shares: Sequence[Sequence[NDArray[np.float32]]], items: int) -> NDArray[np.float32]:
+    """Return the rows of all processes' batches in the order of the dataset, `[items, classes]`.
+
+    Process r of R sees the batches r, r + R, …; what the last ones are filled up with is left out.
+    """
+    rounds = itertools.zip_longest(*shares)
+    return np.concatenate([batch for one in rounds for batch in one if batch is not None])[:items]
 
 
 def training_arguments(recipe: Recipe, checkpoints: Path, device: torch.device, bf16: bool) -> TrainingArguments:
@@ -214,7 +240,7 @@ def training_arguments(recipe: Recipe, checkpoints: Path, device: torch.device, 
         length_column_name="length",
         learning_rate=training.learning_rate,
         lr_scheduler_type=training.scheduler,
-        # below 1 it is a share of the steps, from 1 on a number of steps
+        # below 1 this is a share of the steps, from 1 on a number of steps
         warmup_steps=min(training.warmup, 0.999),
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
@@ -224,7 +250,7 @@ def training_arguments(recipe: Recipe, checkpoints: Path, device: torch.device, 
         dataloader_pin_memory=device.type == "cuda",
         eval_strategy="epoch",
         save_strategy="epoch",
-        # with 1 the Trainer would end by removing all but the best: the checkpoint, too, that Ctrl-C left to go on from
+        # with 1 the Trainer ends by removing all but the best, also the checkpoint that Ctrl-C left to continue from
         save_total_limit=2,
         load_best_model_at_end=True,
         metric_for_best_model="f1_macro",
@@ -251,65 +277,12 @@ def check_trackers(names: tuple[str, ...]) -> None:
     """
     installed = get_available_reporting_integrations()
     known = sorted({*INTEGRATION_TO_CALLBACK, *installed})
+    missing = [name for name in names if name not in installed]
     problems = [
         f"training.report_to: '{name}' is not installed (pip install {name})"
         if name in known
         else f"training.report_to: there is no tracker '{name}'.{nearest(name, known)} Known: {', '.join(known)}"
-        for name in names
-        if name not in installed
+        for name in missing
     ]
     if problems:
-        raise RecipeError(problems)
-
-
-def collator(tokenizer: Any, task: str) -> Any:
-    """Return the collator of a task: right padding to the longest text of the batch, rounded up to a multiple of 8.
-
-    oneDNN compiles and keeps a kernel per shape: with every length on its own, a run on a CPU was seen to hold 3.8 GB.
-    """
-    if task == "token":
-        return DataCollatorForTokenClassification(tokenizer, pad_to_multiple_of=8)
-    return DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8)
-
-
-def argmax_logits(logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:
-    """Keep the predicted label ids only: `[batch, …, classes]` to `[batch, …]`."""
-    first = logits[0] if isinstance(logits, tuple) else logits
-    return first.argmax(dim=-1)
-
-
-class LabelledLogits:
-    """Keeps the fp32 logits of labelled positions as batches go by, and hands the Trainer the label ids alone.
-
-    Padded logits of all positions would take the longest text's length times the classes for every text.
-    """
-
-    def __init__(self) -> None:
-        self._batches: list[NDArray[np.float32]] = []
-
-    def __call__(self, logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:
-        """Take one batch of one process."""
-        first = logits[0] if isinstance(logits, tuple) else logits
-        self._batches.append(first[labels != IGNORED].float().cpu().numpy())
-        return first.argmax(dim=-1)
-
-    def in_order(self, items: int) -> NDArray[np.float32]:
-        """Return the logits in the order of the dataset, `[items, classes]`, from all processes.
-
-        Process r of R sees the batches r, r + R, …; what the last ones are filled up with is left out.
-        """
-        shares = gather_object([self._batches])
-        rounds = itertools.zip_longest(*shares)
-        batches = [batch for one in rounds for batch in one if batch is not None]
-        return np.concatenate(batches)[:items]
-
-
-def scorer(split: Split) -> Callable[[Any], dict[str, float]]:
-    """Return the Trainer's `compute_metrics` for a split: macro and weighted F1, and accuracy."""
-    from tokmask_peft.training.metrics import scores
-
-    def compute(output: Any) -> dict[str, float]:
-        found = scores(*split.predictions(output.predictions, output.label_ids).flat(), split.labels)
-        return {key: found[key] for key in ("f1_macro", "f1_weighted", "accuracy")}
-
-    return compute
+        raise RecipeError(problems, code="no-tracker", trackers=missing)

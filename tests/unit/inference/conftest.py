@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_models import build
 
-from tokmask_peft.artifacts import LOADING_FILE, Loading, write_json
+from tokmask_peft.artifacts import AdapterInfo, Calibration, Loading
 from tokmask_peft.inference.classifier import Classifier
 from tokmask_peft.model.adapter import add_adapter, save_adapter
 from tokmask_peft.model.backbone import load_backbone
@@ -47,9 +47,8 @@ def saved_adapter(tmp_path_factory):
             folder = root / "adapter"
             save_adapter(wrapped, folder, config.backbone)
             backbone.tokenizer.save_pretrained(str(folder))
-            write_json(folder / "labels.json", {"task": task, "labels": list(LABELS[task])})
-            write_json(folder / "calibration.json", {"temperature": 2.0})
-            write_json(folder / LOADING_FILE, Loading(**{"max_length": 24, **loading}).to_dict())
+            info = {"task": task, "labels": list(LABELS[task]), "calibration": Calibration(temperature=2.0)}
+            AdapterInfo(**info, loading=Loading(**{"max_length": 24, **loading})).write(folder)
             made[key] = folder
         return made[key]
 

@@ -10,13 +10,12 @@ from peft import AutoPeftModelForSequenceClassification
 from tiny_models import TEXTS, build
 
 import tokmask_peft
-from tokmask_peft.artifacts import Loading, find_saved
-from tokmask_peft.errors import ModelError
+from tokmask_peft.artifacts import find_saved
+from tokmask_peft.errors import ModelError, TokmaskError
 from tokmask_peft.inference.load import _choose_batching, load
 from tokmask_peft.masking.embedding import find_embedding
 from tokmask_peft.model.decisions import bitsandbytes_problem
 from tokmask_peft.model.packed import takes_packed_rows
-from tokmask_peft.recipe.schema import ModelConfig
 
 
 @pytest.fixture
@@ -110,7 +109,7 @@ def test_the_quantization_of_training_is_taken_where_it_runs(saved_adapter, monk
     assert find_saved(folder).model.quantization == "nf4"
     reasons = {decision.what: decision for decision in load(folder).decisions}
     assert reasons["quantization"].choice == "nf4"
-    monkeypatch.setattr("tokmask_peft.artifacts.bitsandbytes_problem", lambda _: "it is not here")
+    monkeypatch.setattr("tokmask_peft.model.decisions.bitsandbytes_problem", lambda _: "it is not here")
     reasons = {decision.what: decision for decision in load(folder).decisions}
     assert reasons["quantization"].choice == "none"
     assert "trained on nf4, but it is not here" in reasons["quantization"].reason
@@ -118,13 +117,11 @@ def test_the_quantization_of_training_is_taken_where_it_runs(saved_adapter, monk
 
 @pytest.mark.skipif(bitsandbytes_problem("cpu") is not None, reason="bitsandbytes")
 def test_the_embedding_of_training_is_taken_where_it_runs(saved_adapter, monkeypatch):
-    trained = ModelConfig(backbone="x", embedding="8bit")
-    assert Loading.of(trained, 24, "none", "fp32").to_dict()["embedding"] == "8bit"
     folder = saved_adapter(embedding="8bit")
     model = load(folder)
     assert type(find_embedding(model.model)).__name__ == "Int8Embedding"
     assert {decision.what: decision.choice for decision in model.decisions}["embedding"] == "8bit"
-    monkeypatch.setattr("tokmask_peft.artifacts.bitsandbytes_problem", lambda _: "it is not here")
+    monkeypatch.setattr("tokmask_peft.model.decisions.bitsandbytes_problem", lambda _: "it is not here")
     model = load(folder)
     assert type(find_embedding(model.model)) is torch.nn.Embedding
     reasons = {decision.what: decision for decision in model.decisions}
@@ -135,7 +132,7 @@ def test_the_embedding_of_training_is_taken_where_it_runs(saved_adapter, monkeyp
 def test_a_run_s_own_recipe_says_where_the_embedding_lay(saved_adapter, tmp_path):
     adapter = shutil.copytree(saved_adapter(), tmp_path / "run" / "adapter")
     loading = json.loads((adapter / "tokmask.json").read_text())
-    del loading["embedding"]  # as runs were saved before it was
+    del loading["loading"]["embedding"]  # as runs were saved before it was
     (adapter / "tokmask.json").write_text(json.dumps(loading))
     named = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
     model = {"backbone": named, "embedding": "8bit"}
@@ -154,25 +151,35 @@ def test_an_embedding_on_the_host_is_an_ordinary_one_on_a_cpu(saved_adapter):
 
 
 @pytest.mark.parametrize(
-    ("file", "changes", "expected"),
+    ("changes", "key"),
     [
-        ("tokmask.json", {"package": "package:../etc/x"}, "expected package:NAME/FOLDER"),
-        ("tokmask.json", {"package": "package:os/../../x"}, "expected package:NAME/FOLDER"),
-        ("tokmask.json", {"package": "/root/model"}, "expected package:NAME/FOLDER"),
-        ("tokmask.json", {"max_length": "128"}, "max_length"),
-        ("tokmask.json", {"quantization": "nf5"}, "nf5"),
-        ("tokmask.json", {"embedding": "disk"}, "disk"),
-        ("calibration.json", {"temperature": 0}, "temperature is 0"),
-        ("calibration.json", {"temperature": "1"}, "temperature is '1'"),
-        ("labels.json", {"task": "speech"}, "task and a list of labels"),
-        ("labels.json", {"labels": ["a", "b"]}, "does not fit"),
-        ("adapter_config.json", {"base_model_name_or_path": None}, "names no base model"),
+        ({"loading": {"package": "package:../etc/x"}}, "loading.package"),
+        ({"loading": {"package": "package:os/../../x"}}, "loading.package"),
+        ({"loading": {"package": "/root/model"}}, "loading.package"),
+        ({"loading": {"max_length": "128"}}, "loading.max_length"),
+        ({"loading": {"quantization": "nf5"}}, "loading.quantization"),
+        ({"loading": {"embedding": "disk"}}, "loading.embedding"),
+        ({"calibration": {"temperature": 0}}, "calibration.temperature"),
+        ({"calibration": {"temperature": "1"}}, "calibration.temperature"),
+        ({"task": "speech"}, "task"),
+        ({"format": 3}, "format"),
     ],
 )
-def test_what_does_not_come_from_a_run_is_refused(copied, file, changes, expected):
+def test_what_does_not_come_from_a_run_is_refused(copied, changes, key):
     folder = copied()
-    edit(folder / file, **changes)
-    with pytest.raises(ModelError, match=expected):
+    edit(folder / "tokmask.json", **changes)
+    with pytest.raises(ModelError) as caught:
+        load(folder)
+    assert (caught.value.code, caught.value.fields["key"]) == ("bad-adapter-file", key)
+
+
+def test_labels_of_another_adapter_and_a_backbone_without_a_name_are_refused(copied):
+    folder = copied()
+    edit(folder / "tokmask.json", labels=["a", "b"])
+    with pytest.raises(ModelError, match="does not fit"):
+        load(folder)
+    edit(folder / "adapter_config.json", base_model_name_or_path=None)
+    with pytest.raises(ModelError, match="names no base model"):
         load(folder)
 
 
@@ -186,10 +193,10 @@ def test_missing_places_are_named(copied, tmp_path):
         tmp_path / "no" / "where": "does not exist",
         "a b": "does not exist",
     }.items():
-        with pytest.raises(ModelError, match=expected):
+        with pytest.raises(TokmaskError, match=expected):
             load(place)
     folder = copied()
-    (folder / "labels.json").unlink()
+    (folder / "tokmask.json").unlink()
     with pytest.raises(ModelError, match="not saved by tokmask_peft"):
         load(folder)
 
@@ -219,7 +226,7 @@ def test_a_hub_id_is_fetched_without_pickles(saved_adapter, monkeypatch):
 
 
 def test_a_hub_that_cannot_be_reached_is_one_message(monkeypatch, tmp_path):
-    with pytest.raises(ModelError, match=r"user/name is no local folder, and as an id on the Hub it .*network"):
+    with pytest.raises(ModelError, match=r"user/name is not a local folder, and as an id on the Hub it .*network"):
         find_saved("user/name")  # the tests run offline, and the cache does not hold it
 
     def broken(*_, **__):

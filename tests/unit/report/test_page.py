@@ -9,7 +9,7 @@ from run_files import NASTY, log, result, write_run
 from tiny_models import tiny_tokenizer
 from typer.testing import CliRunner
 
-from tokmask_peft.artifacts import Record
+from tokmask_peft.artifacts import open_run
 from tokmask_peft.cli import app
 from tokmask_peft.errors import ExtraError, RunError
 from tokmask_peft.report.examples import Mistake, Mistakes
@@ -56,7 +56,7 @@ def mistakes(task="sequence", **more):
 
 
 def page(tmp_path, found=None, shown=None, why="", task="sequence", **more):
-    record = Record.open(write_run(tmp_path / "run", found, task=task, **more))
+    record = open_run(write_run(tmp_path / "run", found, task=task, **more))
     return render(record, shown, why)
 
 
@@ -200,9 +200,9 @@ def test_no_folder_of_the_machine_is_in_the_data_report(tmp_path):
 
 @pytest.mark.parametrize(("kind", "spaced"), [("bytelevel", True), ("wordpiece", False)])
 def test_the_snippet_encodes_words_as_the_run_did(tmp_path, kind, spaced):
-    record = Record.open(write_run(tmp_path / "run", task="token"))
+    record = open_run(write_run(tmp_path / "run", task="token"))
     assert "spaced = " not in render(record, None)  # no tokenizer beside the adapter
-    tiny_tokenizer(kind).save_pretrained(record.run.adapter)
+    tiny_tokenizer(kind).save_pretrained(record.folder.adapter)
     assert ("spaced = " in render(record, None)) == spaced
 
 
@@ -220,7 +220,7 @@ def test_a_half_written_log_is_read_to_its_end(tmp_path):
     folder = write_run(tmp_path / "run")
     with (folder / "log.jsonl").open("a") as file:
         file.write('{"step": 31, "lo')
-    assert len(Record.open(folder).log) == len(log())
+    assert len(open_run(folder).log) == len(log())
 
 
 def test_only_a_report_is_replaced(tmp_path):
@@ -258,7 +258,7 @@ class TestCommand:
             ([tmp_path], "is neither a run folder"),
             ([tmp_path / "nope"], "is neither a run folder"),
             ([unfinished], "is not finished"),
-            ([broken], "is not JSON"),
+            ([broken], "does not hold the scores"),
         ):
             found = self.run(*arguments)
             assert found.exit_code == 2

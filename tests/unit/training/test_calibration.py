@@ -81,8 +81,9 @@ def test_the_report_is_of_every_part_and_refuses_nan():
         assert report[part]["after"]["nll"] < report[part]["before"]["nll"]
         assert report[part]["after"]["ece"] < report[part]["before"]["ece"] / 3
     validation[0][7, 1] = np.nan
-    with pytest.raises(RunError, match="not finite"):
+    with pytest.raises(RunError, match=r"training\.learning_rate") as caught:
         calibrate({"validation": validation})
+    assert (caught.value.code, caught.value.fields["split"]) == ("not-finite", "validation")
 
 
 def test_reliability_bins_by_hand():

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from transformers import TrainingArguments
 
-from tokmask_peft.training import trainer as trainer_module
-from tokmask_peft.training.trainer import LabelledLogits
+from tokmask_peft.training.trainer import OrderedEvalTrainer, in_order
 
 
 def batches(task, texts=7, size=2, classes=3):
@@ -27,17 +27,19 @@ def batches(task, texts=7, size=2, classes=3):
 
 @pytest.mark.parametrize("task", ["sequence", "token"])
 @pytest.mark.parametrize("processes", [1, 2])
-def test_order_and_shape(monkeypatch, task, processes):
+def test_order_and_shape(tmp_path, task, processes):
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    trainers = [OrderedEvalTrainer(torch.nn.Linear(1, 1), arguments) for _ in range(processes)]
     made = batches(task)
     every = torch.cat([logits[labels != -100] for logits, labels in made]).numpy()
     items = len(every) - 1  # the last text only fills the last batch up
-    kept = [LabelledLogits() for _ in range(processes)]
+    for trainer in trainers:
+        trainer._logits = []
     for number, (logits, labels) in enumerate(made):
         # models with further outputs give a tuple
-        predicted = kept[number % processes]((logits, None) if number % 2 else logits, labels)
+        given = (logits, None) if number % 2 else logits
+        predicted = trainers[number % processes].preprocess_logits_for_metrics(given, labels)
         assert torch.equal(predicted, logits.argmax(-1))
-    shares = [one._batches for one in kept]
-    monkeypatch.setattr(trainer_module, "gather_object", lambda _: shares)
-    found = kept[0].in_order(items)
+    found = in_order([trainer._logits for trainer in trainers], items)
     assert found.dtype == np.float32
     assert np.array_equal(found, every[:items])

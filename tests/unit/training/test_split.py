@@ -6,10 +6,8 @@ import numpy as np
 import pytest
 from tiny_models import tiny_tokenizer
 
-from tokmask_peft.tasks import Example
-from tokmask_peft.training.losses import IGNORED
-from tokmask_peft.training.metrics import NO_PREDICTION
-from tokmask_peft.training.trainer import Split, scorer
+from tokmask_peft.tasks import IGNORED, NO_PREDICTION, Example
+from tokmask_peft.training.trainer import Split
 
 LABELS = ("en", "es", "other")
 WORDS = {"i": "en", "love": "en", "this": "en", "canción": "es", "mañana": "es", "tengo": "es", "#fiesta": "other"}
@@ -108,6 +106,6 @@ def test_the_trainers_metric_counts_words_beyond_the_cut_as_errors():
             self.predictions, self.label_ids = padded(split)
 
     whole, cut = token_split(max_length=512), token_split(max_length=12)
-    assert scorer(whole)(Output(whole)) == {"f1_macro": 1.0, "f1_weighted": 1.0, "accuracy": 1.0}
+    assert whole.metrics(Output(whole)) == {"f1_macro": 1.0, "f1_weighted": 1.0, "accuracy": 1.0}
     words = sum(len(text.split()) for text in TEXTS)
-    assert scorer(cut)(Output(cut))["accuracy"] == pytest.approx(1 - cut.encoded.truncation.words_cut / words)
+    assert cut.metrics(Output(cut))["accuracy"] == pytest.approx(1 - cut.encoded.truncation.words_cut / words)

@@ -26,7 +26,7 @@ from tokmask_peft.study.diagnostics.estimates import MEANING, REPLICATES, Grams,
 from tokmask_peft.study.diagnostics.gradient_report import markdown_report, plot_gradients, summary
 from tokmask_peft.study.diagnostics.plans import GradientPlan
 from tokmask_peft.training.environment import versions
-from tokmask_peft.training.train import train_only
+from tokmask_peft.training.train import observe_training
 from tokmask_peft.training.trainer import OrderedEvalTrainer
 
 GROUPS = ("all", "lora", "head")
@@ -223,7 +223,7 @@ def diagnose(recipe: Recipe, plan: GradientPlan, *, quiet: bool = False) -> Grad
 
         return [_Looks(plan.shares, measure)]
 
-    decided = train_only(recipe, plan.folder, observers, quiet=quiet)
+    decided = observe_training(recipe, plan.folder, observers, quiet=quiet)
     analysis = {
         "recipe": decided.model_dump(mode="json"),
         "rates": list(plan.rates),

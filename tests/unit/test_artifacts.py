@@ -1,14 +1,28 @@
-"""Who may write into a run folder, and what an interrupted run leaves there."""
+"""Who may write into a run folder, what a run leaves there, and how it is read again."""
 
 import json
 import math
 import os
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
+from run_files import log, result, write_run
 
-from tokmask_peft.artifacts import RunFolder, check_run, open_finished, start_run, write_json
-from tokmask_peft.errors import RunError
+from tokmask_peft.artifacts import (
+    AdapterInfo,
+    Calibration,
+    Loading,
+    Result,
+    RunFolder,
+    check_run,
+    open_finished,
+    open_run,
+    start_run,
+    write_json,
+)
+from tokmask_peft.errors import ModelError, RunError
+from tokmask_peft.masking.config import TokenMaskConfig
 from tokmask_peft.recipe.loading import to_yaml
 from tokmask_peft.recipe.schema import Recipe
 
@@ -30,7 +44,7 @@ def begun(recipe):
 def refusal(recipe, resume=False):
     with pytest.raises(RunError) as caught:
         check_run(recipe, resume)
-    return str(caught.value)
+    return caught.value
 
 
 class TestCheckRun:
@@ -43,29 +57,27 @@ class TestCheckRun:
         check_run(recipe, resume=False)
 
     def test_nothing_to_resume(self, recipe):
-        assert refusal(recipe, resume=True) == (
-            f"there is no run to resume in {recipe.run_dir}; start it without --resume"
-        )
+        error = refusal(recipe, resume=True)
+        assert error.code == "no-run"
+        assert "start it without --resume" in str(error)
 
     def test_an_unfinished_name_is_taken_but_can_be_resumed(self, recipe, begun):
-        assert refusal(recipe) == (
-            f"the run {begun.root} exists and was not finished: continue it with --resume, "
-            "or choose another name (name=…) or remove it"
-        )
+        error = refusal(recipe)
+        assert error.code == "run-unfinished"
+        assert "continue it with --resume, or choose another name (name=…) or remove it" in str(error)
         assert check_run(recipe, resume=True) == begun
 
     def test_a_finished_run_is_neither_overwritten_nor_resumed(self, recipe, begun):
         write_json(begun.result, {})
-        assert refusal(recipe) == (
-            f"the run {begun.root} exists and is finished: choose another name (name=…) or remove it"
-        )
-        assert "is finished: its scores are in" in refusal(recipe, resume=True)
+        assert refusal(recipe).code == refusal(recipe, resume=True).code == "run-finished"
+        assert "choose another name" in str(refusal(recipe))
 
     def test_another_recipe_is_not_mixed_in(self, recipe, begun):
         other = recipe.model_copy(update={"seed": 7, "masking": recipe.masking.model_copy(update={"p": 0.5})})
-        said = refusal(other, resume=True)
-        assert "Differences: masking.p: 0.1 before, 0.5 now; seed: 42 before, 7 now." in said
-        assert f"`tokmask train {begun.recipe} --resume`" in said
+        error = refusal(other, resume=True)
+        assert error.code == "other-recipe"
+        assert error.fields["differences"] == ["masking.p: 0.1 before, 0.5 now", "seed: 42 before, 7 now"]
+        assert f"`tokmask train {begun.recipe} --resume`" in str(error)
 
     def test_a_run_that_was_moved_can_be_resumed(self, recipe, begun):
         moved = begun.root.rename(begun.root.with_name("moved"))
@@ -76,7 +88,8 @@ class TestCheckRun:
     def test_a_file_in_the_way(self, recipe, tmp_path, where):
         (tmp_path / where).parent.mkdir(exist_ok=True)
         (tmp_path / where).write_text("")
-        assert f"{tmp_path / where} is a file" in refusal(recipe)
+        error = refusal(recipe)
+        assert (error.code, error.fields["path"]) == ("not-writable", tmp_path / where)
 
 
 class TestLastCheckpoint:
@@ -152,19 +165,67 @@ def test_a_recipe_is_whole_or_not_there(tmp_path, monkeypatch):
     assert not run.recipe.exists()
 
 
-class TestOpenFinished:
+class TestOpenRun:
     def test_no_run(self, tmp_path):
         for place in (tmp_path, tmp_path / "nowhere"):
-            with pytest.raises(RunError, match="is not a run folder"):
-                open_finished(place)
+            with pytest.raises(RunError) as caught:
+                open_run(place)
+            assert caught.value.code == "not-a-run"
 
-    def test_a_run_without_an_adapter(self, begun):
-        with pytest.raises(
-            RunError, match=r"has no adapter yet; finish it with `tokmask train .*recipe.yaml --resume`"
-        ):
-            open_finished(begun.root)
-
-    def test_a_finished_one(self, begun):
-        begun.adapter.mkdir()
-        (begun.adapter / "adapter_config.json").write_text("{}")
+    def test_an_unfinished_run(self, begun):
+        for _ in ("without an adapter", "without a result"):
+            with pytest.raises(RunError, match=r"finish it with `tokmask train .*recipe.yaml --resume`") as caught:
+                open_run(begun.root)
+            assert caught.value.code == "unfinished"
+            begun.adapter.mkdir(exist_ok=True)
+            (begun.adapter / "adapter_config.json").write_text("{}")
         assert open_finished(str(begun.root)) == begun
+
+    def test_a_finished_one(self, tmp_path):
+        written = {key: value for key, value in result().items() if key != "baseline"}
+        run = open_run(write_run(tmp_path / "run", {**written, "later": 1}))
+        assert (run.recipe.name, run.result.best_step, len(run.log)) == ("made-up", 20, len(log()))
+        assert (run.result.scored_split, run.result.scored) == ("test", written["test"])
+        assert {**written, "masking": {}} == run.result.to_dict()
+        without_test = Result.from_dict({key: value for key, value in written.items() if key != "test"})
+        assert (without_test.scored_split, without_test.scored) == ("validation", written["validation"])
+
+    @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"validation": {}}'])
+    def test_a_result_without_scores(self, tmp_path, content):
+        folder = write_run(tmp_path / "run")
+        (folder / "result.json").write_text(content)
+        with pytest.raises(RunError) as caught:
+            open_run(folder)
+        assert caught.value.code == "bad-result"
+
+
+class TestAdapterInfo:
+    MASKING = TokenMaskConfig(p=0.3, mask_token=103)
+    CALIBRATION: ClassVar = {"temperature": 1.5, "method": "one temperature", "test": {"items": 3}}
+    LOADING: ClassVar = {"max_length": 64, "package": "package:a/b", "revision": None, "quantization": "nf4"}
+
+    def test_one_file_holds_it_all(self, tmp_path):
+        calibration, loading = Calibration(**self.CALIBRATION), Loading(**self.LOADING)
+        info = AdapterInfo(
+            task="token", labels=["a", "b"], calibration=calibration, loading=loading, masking=self.MASKING
+        )
+        info.write(tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == ["tokmask.json"]
+        assert json.loads((tmp_path / "tokmask.json").read_text())["calibration"] == self.CALIBRATION
+        assert AdapterInfo.read(tmp_path) == info
+
+    def test_the_four_files_of_older_adapters_are_read(self, tmp_path):
+        write_json(tmp_path / "labels.json", {"task": "token", "labels": ["a", "b"]})
+        found = AdapterInfo.read(tmp_path)
+        assert (found.calibration.temperature, found.loading, found.masking) == (1.0, None, None)
+        write_json(tmp_path / "calibration.json", self.CALIBRATION)
+        write_json(tmp_path / "tokmask.json", self.LOADING)
+        self.MASKING.save_pretrained(tmp_path)
+        found = AdapterInfo.read(tmp_path)
+        assert (found.task, found.labels, found.masking) == ("token", ["a", "b"], self.MASKING)
+        assert (found.calibration.temperature, found.loading) == (1.5, Loading(**self.LOADING))
+
+    def test_an_adapter_of_another_package(self, tmp_path):
+        with pytest.raises(ModelError, match="AutoPeftModel") as caught:
+            AdapterInfo.read(tmp_path)
+        assert (caught.value.code, caught.value.fields["path"]) == ("foreign-adapter", tmp_path / "tokmask.json")
