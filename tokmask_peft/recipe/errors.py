@@ -6,7 +6,7 @@ is read off the model: its types, bounds and titles (`Annotated[int, Field(title
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from tokmask_peft.errors import nearest
-from tokmask_peft.recipe.schema import Recipe
+from tokmask_peft.recipe.schema import Recipe, all_fields, section_of
 
 _NOUNS = {str: "text", int: "a whole number", float: "a number", bool: "true or false", NoneType: "null"}
 _BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
@@ -35,23 +35,6 @@ def explain(error: ValidationError) -> list[str]:
         inner = [pair for pair in pairs if pair[1].inside] or pairs
         lines.extend(f"{path}{_inside(place)}: {_problem(detail, place)}" for detail, place in inner)
     return list(dict.fromkeys(lines))
-
-
-def all_fields(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Yield every key below a section with its dotted path, sections themselves left out."""
-    for name, field in model.model_fields.items():
-        section = section_of(field.annotation)
-        if section is None:
-            yield f"{prefix}{name}", field
-        else:
-            yield from all_fields(section, f"{prefix}{name}.")
-
-
-def section_of(annotation: Any) -> type[BaseModel] | None:
-    """Return the section that a field holds, or None for a field with a value of its own."""
-    if get_origin(annotation) in {Union, UnionType}:
-        return next((found for part in get_args(annotation) if (found := section_of(part))), None)
-    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 
 
 def shown(value: Any) -> str:

@@ -12,8 +12,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from tokmask_peft.errors import RecipeError, nearest
-from tokmask_peft.recipe.errors import all_fields, explain, section_of, shown
-from tokmask_peft.recipe.schema import Recipe
+from tokmask_peft.recipe.errors import explain, shown
+from tokmask_peft.recipe.schema import Recipe, all_fields, section_of
 
 _PACKAGE = Path(__file__).parent.parent
 SHIPPED = _PACKAGE / "recipes" if (_PACKAGE / "recipes").is_dir() else _PACKAGE.parent / "recipes"

@@ -4,14 +4,33 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from types import UnionType
+from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 
-from pydantic import AfterValidator, Field, StrictBool, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, Field, StrictBool, field_validator, model_validator
+from pydantic.fields import FieldInfo
 
 from tokmask_peft.errors import DataError, RecipeError
 from tokmask_peft.masking.config import Rate, Section, Share, TokenMaskConfig
 from tokmask_peft.tasks import get_task
+
+
+@dataclass(frozen=True, slots=True)
+class Regularizer:
+    """Marks a field as a regularizer that a sweep can compare: `Annotated[float, Regularizer("rdrop", 0.0, 1.0)]`.
+
+    Attributes:
+        name: of its arm in `tokmask sweep --arms`.
+        off: the value that switches it off.
+        usual: the strength of an arm that gives none.
+    """
+
+    name: str
+    off: float | None
+    usual: float
 
 
 def _known_task(name: str) -> str:
@@ -152,7 +171,7 @@ class ModelConfig(Section):
     precision: Literal["auto", "bf16", "fp32"] = Field(
         "auto", description="auto: bf16 where the hardware has it, else fp32, and so on ARM CPUs"
     )
-    attention_dropout: Rate | None = Field(
+    attention_dropout: Annotated[Rate | None, Regularizer("attention_dropout", off=0.0, usual=0.1)] = Field(
         None, description="dropout on the attention weights in training; null leaves it as the backbone has it"
     )
     embedding: Literal["resident", "offload", "8bit"] = Field(
@@ -173,7 +192,9 @@ class AdapterConfig(Section):
 
     r: int = Field(16, ge=1, description="rank")
     alpha: float = Field(32.0, gt=0, description="scaling numerator: the update is alpha / r times B A")
-    dropout: Rate = Field(0.0, description="dropout on the adapter's input; takes time and memory in every layer")
+    dropout: Annotated[Rate, Regularizer("lora_dropout", off=0.0, usual=0.1)] = Field(
+        0.0, description="dropout on the adapter's input; takes time and memory in every layer"
+    )
     targets: Literal["auto"] | Modules = Field(
         "auto", description="module names to adapt; auto is every linear layer of the backbone"
     )
@@ -229,12 +250,16 @@ class TrainingConfig(Section):
     max_grad_norm: float = Field(1.0, ge=0, description="gradient clipping; 0 is off")
     loss: Literal["cross_entropy", "focal"] = Field("cross_entropy", description="focal: Lin et al. 2017")
     focal_gamma: float = Field(1.0, ge=0, description="focusing parameter of the focal loss")
-    label_smoothing: Rate = Field(0.0, description="share of the target that is spread over all classes; 0 is off")
+    label_smoothing: Annotated[Rate, Regularizer("label_smoothing", off=0.0, usual=0.1)] = Field(
+        0.0, description="share of the target that is spread over all classes; 0 is off"
+    )
     class_weights: Literal["none", "inverse", "sqrt_inverse"] | Weights = Field(
         "sqrt_inverse",
         description="loss weight per class: sqrt_inverse is sqrt(N / (K n_c)), scaled to sum to K; or label -> weight",
     )
-    neftune_alpha: float | None = Field(None, gt=0, description="NEFTune noise (Jain et al. 2023); null is off")
+    neftune_alpha: Annotated[float | None, Regularizer("neftune", off=None, usual=5)] = Field(
+        None, gt=0, description="NEFTune noise (Jain et al. 2023); null is off"
+    )
     patience: int | None = Field(
         None, ge=1, description="stop after so many evaluations without a better validation F1"
     )
@@ -303,3 +328,27 @@ class Recipe(Section):
         from tokmask_peft.recipe.loading import load_recipe
 
         return load_recipe(recipe, overrides)
+
+
+def all_fields(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Yield every key below a section with its dotted path, sections themselves left out."""
+    for name, field in model.model_fields.items():
+        section = section_of(field.annotation)
+        if section is None:
+            yield f"{prefix}{name}", field
+        else:
+            yield from all_fields(section, f"{prefix}{name}.")
+
+
+def section_of(annotation: Any) -> type[BaseModel] | None:
+    """Return the section that a field holds, or None for a field with a value of its own."""
+    if get_origin(annotation) in {Union, UnionType}:
+        return next((found for part in get_args(annotation) if (found := section_of(part))), None)
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
+def regularizers(recipe: type[BaseModel] = Recipe) -> dict[str, Regularizer]:
+    """Return the fields that are regularizers by dotted path, in the order of the recipe."""
+    return {
+        path: mark for path, field in all_fields(recipe) for mark in field.metadata if isinstance(mark, Regularizer)
+    }

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from tokmask_peft.errors import RecipeError, nearest
-from tokmask_peft.recipe.errors import all_fields, section_of
 from tokmask_peft.recipe.loading import load_recipe, with_overrides
-from tokmask_peft.recipe.schema import Recipe
+from tokmask_peft.recipe.schema import Recipe, all_fields, section_of
 
 SAMPLERS = ("grid", "random", "tpe")
 RESERVED = {

@@ -6,7 +6,6 @@ import shlex
 import pytest
 
 from tokmask_peft.errors import RecipeError
-from tokmask_peft.recipe.errors import all_fields
 from tokmask_peft.recipe.loading import (
     SHIPPED,
     copy_recipe,
@@ -17,6 +16,7 @@ from tokmask_peft.recipe.loading import (
     shipped_recipes,
     to_yaml,
 )
+from tokmask_peft.recipe.schema import all_fields
 
 BACKBONES = {
     "mbert": "google-bert/bert-base-multilingual-cased",
