@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-from tokmask_peft.errors import RecipeError, nearest
+from tokmask_peft.artifacts import write_json
+from tokmask_peft.errors import RecipeError, SweepError, nearest
 from tokmask_peft.recipe.loading import load_recipe, with_overrides
-from tokmask_peft.recipe.schema import Recipe, all_fields, section_of
+from tokmask_peft.recipe.schema import Recipe, all_fields, regularizers, section_of
 
+SWEEP_FILE = "sweep.json"
 SAMPLERS = ("grid", "random", "tpe")
 RESERVED = {
     "seed": "--seeds 1,2,3",
@@ -130,21 +133,8 @@ def split_values(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in found if part.strip())
 
 
-class Regularizer(NamedTuple):
-    """A recipe key that regularizes, with the value that turns it off and its usual strength."""
-
-    key: str
-    off: str
-    usual: str
-
-
-REGULARIZERS = {
-    "lora_dropout": Regularizer("adapter.dropout", "0.0", "0.1"),
-    "attention_dropout": Regularizer("model.attention_dropout", "0.0", "0.1"),
-    "neftune": Regularizer("training.neftune_alpha", "null", "5"),
-    "label_smoothing": Regularizer("training.label_smoothing", "0.0", "0.1"),
-}
-"""By name; an arm may give another strength, as `neftune:15`."""
+REGULARIZERS = {found.name: key for key, found in regularizers().items()}
+"""Name of an arm -> its recipe key."""
 
 MASK, NONE, AS_RECIPE = "mask", "none", "recipe"
 
@@ -187,24 +177,25 @@ def regularizer_arms(names: Sequence[str], rates: Sequence[str], batching: str, 
         problems: takes a line per unknown name.
     """
     arms: list[Arm] = []
+    known = regularizers()
     for name in names:
         parts = name.split("+")
-        settings = {key: off for key, off, _ in REGULARIZERS.values()}
+        settings: dict[str, Any] = {key: regularizer.off for key, regularizer in known.items()}
         chosen = [part for part in parts if part not in (MASK, NONE)]
         unknown = [part for part in chosen if part.partition(":")[0] not in REGULARIZERS or part.endswith(":")]
         if unknown or (NONE in parts and len(parts) > 1):
-            known = (NONE, *REGULARIZERS, MASK)
+            arm_names = (NONE, *REGULARIZERS, MASK)
             problems.append(
-                f"--arms: there is no arm '{name}'.{nearest(name, known)} "
-                f"Known: {', '.join(known)}, and combinations such as mask+neftune, with a strength as neftune:15"
+                f"--arms: there is no arm '{name}'.{nearest(name, arm_names)} "
+                f"Known: {', '.join(arm_names)}, and combinations such as mask+neftune, with a strength as neftune:15"
             )
             continue
         for part in chosen:
             word, _, strength = part.partition(":")
-            settings[REGULARIZERS[word].key] = strength or REGULARIZERS[word].usual
-        if settings["training.neftune_alpha"] != "null" and batching == "padding_free":
+            settings[REGULARIZERS[word]] = strength or known[REGULARIZERS[word]].usual
+        if settings["training.neftune_alpha"] is not None and batching == "padding_free":
             settings["training.batching"] = "padded"
-        overrides = tuple(f"{key}={value}" for key, value in settings.items())
+        overrides = tuple(f"{key}={'null' if value is None else value}" for key, value in settings.items())
         arms += [
             Arm("+".join(chosen) or NONE, rate, (*overrides, f"masking.p={rate}"))
             for rate in (rates if MASK in parts else ["0"])
@@ -264,6 +255,22 @@ class Plan:
         if self.sampler != "grid":
             fixed["space"] = {axis.key: axis.to_dict() for axis in self.axes}
         return fixed
+
+    def write(self) -> None:
+        """Write `sweep.json`, which says for the report what the sweep is; it keeps cells of earlier commands.
+
+        Raises:
+            SweepError: the folder cannot be written, or its `sweep.json` is damaged.
+        """
+        file = self.folder / SWEEP_FILE
+        content: dict[str, Any] = {"name": self.name, **self.definition(), "cells": {}}
+        try:
+            if file.is_file():
+                content["cells"] = json.loads(file.read_text(encoding="utf-8"))["cells"]
+            content["cells"].update({cell.name: cell.to_dict() for cell in self.cells})
+            write_json(file, content)
+        except (OSError, ValueError, KeyError) as error:
+            raise SweepError(f"the folder of the sweep, {self.folder}, cannot be used: {error}", code="folder") from error
 
 
 def make_plan(
@@ -331,7 +338,6 @@ def _clashes(
     overrides: Sequence[str], axes: Sequence[Axis], p: str | None, arms: str | None, sampler: str, trials: int | None
 ) -> Iterator[str]:
     keys = [axis.key for axis in axes]
-    regularizers = {regularizer.key for regularizer in REGULARIZERS.values()}
     for override in overrides:
         key = override.partition("=")[0].strip()
         if key in ("seed", "name") or (key == "masking.p" and p is not None):
@@ -341,7 +347,7 @@ def _clashes(
     for key in dict.fromkeys(keys):
         if keys.count(key) > 1:
             yield f"--grid {key}: is given twice"
-        if arms is not None and key in regularizers:
+        if arms is not None and key in REGULARIZERS.values():
             yield f"--grid {key}: --arms sets it; give the strength in the arm, as label_smoothing:0.2"
     if sampler not in SAMPLERS:
         yield f"--sampler {sampler}: expected {', '.join(SAMPLERS)}.{nearest(sampler, SAMPLERS)}"

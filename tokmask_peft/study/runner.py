@@ -24,7 +24,6 @@ from tokmask_peft.recipe.loading import differences, load_recipe
 from tokmask_peft.recipe.schema import Recipe
 from tokmask_peft.study.ledger import FINAL, HEARTBEAT, CellState, Claim, Ledger, errors_of_storage
 from tokmask_peft.study.plan import Plan
-from tokmask_peft.study.results import write_plan
 from tokmask_peft.study.worker import COMMAND, Worker
 
 
@@ -276,7 +275,7 @@ class Loop:
                 if not self.ledger.report(claim, step, score):
                     self._let_go(worker, claim)
                     break
-                if worker.poll_is_running() and self.ledger.is_hopeless(claim):
+                if worker.poll() is None and self.ledger.is_hopeless(claim):
                     worker.end()
                     worker.claim, self._next_look = None, 0.0
                     self.ledger.close(claim, "pruned", reason="below the median")
@@ -331,7 +330,7 @@ def run_sweep(
     ledger = Ledger(
         plan, storage or (f"sqlite:///{old}" if old.is_file() else plan.folder / "sweep.journal"), prune=options.prune
     )
-    write_plan(plan)
+    plan.write()
     with errors_of_storage():
         if options.retry_failed:
             ledger.retry_failed()

@@ -51,6 +51,8 @@ class Worker:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         resume = self.run.root.is_dir() and any(self.run.root.iterdir())
         task = {"recipe": recipe.model_dump(mode="json"), "resume": resume, "log": str(self.log)}
+        while not self._done.empty():
+            self._done.get()
         if self._process is None or self._process.poll() is not None:
             self._start()
         with contextlib.suppress(OSError):  # it died at once; its exit code says why
@@ -86,7 +88,6 @@ class Worker:
     def poll(self) -> int | None:
         """Return 0 if the cell is trained, the exit code if the process has ended, none while it trains."""
         if not self._done.empty():
-            self._done.get()
             return 0
         return None if self._process is None else self._process.poll()
 
