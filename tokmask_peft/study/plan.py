@@ -270,7 +270,9 @@ class Plan:
             content["cells"].update({cell.name: cell.to_dict() for cell in self.cells})
             write_json(file, content)
         except (OSError, ValueError, KeyError) as error:
-            raise SweepError(f"the folder of the sweep, {self.folder}, cannot be used: {error}", code="folder") from error
+            raise SweepError(
+                f"the folder of the sweep, {self.folder}, cannot be used: {error}", code="folder"
+            ) from error
 
 
 def make_plan(

@@ -96,7 +96,11 @@ class SweepResults:
     @property
     def split(self) -> str:
         """The split that the report is about: test if every run was scored on it."""
-        return "test" if all(run.test is not None for runs in self.runs.values() for run in runs.values()) else "validation"
+        return (
+            "test"
+            if all(run.test is not None for runs in self.runs.values() for run in runs.values())
+            else "validation"
+        )
 
     def scores(self, row: Row, metric: str, split: str | None = None) -> dict[int, float]:
         """Return the scores of a row by seed."""

@@ -319,7 +319,9 @@ def run_sweep(
     """
     options = options or Options()
     if RunFolder(plan.folder).recipe.is_file():
-        raise SweepError(f"{plan.folder} is the folder of a run, not of a sweep; choose another --name", code="is-a-run")
+        raise SweepError(
+            f"{plan.folder} is the folder of a run, not of a sweep; choose another --name", code="is-a-run"
+        )
     try:
         plan.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
