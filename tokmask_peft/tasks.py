@@ -110,6 +110,7 @@ class Task:
         words_given: whether a text is a list of words, and the tokenizer is told so.
         paper_gains: the authors' task of this kind, and by backbone their gain in macro-F1 from p = 0 to p = 0.1
             (arXiv:2505.11746, dev set, one run each); empty if they have none.
+        unseen_parts: names of what is scored separately, without and with words that the training has not seen.
     """
 
     name: ClassVar[str]
@@ -122,6 +123,7 @@ class Task:
     label_columns: ClassVar[tuple[str, ...]]
     words_given: ClassVar[bool]
     paper_gains: ClassVar[tuple[str, dict[str, float]]] = ("", {})
+    unseen_parts: ClassVar[tuple[str, str]] = ("texts with no unseen word", "texts with an unseen word")
 
     # -- data --
 
@@ -218,6 +220,7 @@ class TokenTask(Task):
         "language identification, Spanish-English",
         {"mBERT": 0.9680 - 0.9664, "Qwen2.5-0.5B": 0.9379 - 0.9354, "TinyLlama-1.1B": 0.9508 - 0.9484},
     )
+    unseen_parts = ("seen words", "unseen words")
 
 
 TASKS: dict[str, Task] = {task.name: task for task in (SequenceTask(), TokenTask())}

@@ -57,14 +57,15 @@ def open_storage(place: str | Path) -> Any:
         try:
             return optuna.storages.RDBStorage(place, engine_kwargs=settings)
         except ImportError as error:
-            reason, cause = f"needs a database driver that is not installed: {error.__cause__}", error
+            cause: Exception = error
+            reason = f"needs a database driver that is not installed: {error.__cause__}"
         except sqlalchemy.exc.ArgumentError as error:
-            reason, cause = "is not a database URL; expected postgresql://USER@HOST/DATABASE or sqlite:///FILE", error
+            cause, reason = error, "is not a database URL; expected postgresql://USER@HOST/DATABASE or sqlite:///FILE"
         except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError, RuntimeError) as error:
             if attempts_left:  # another process that starts at the same moment may be making the tables
                 time.sleep(random.uniform(0.05, 0.3))  # noqa: S311 (not a secret)
                 continue
-            reason, cause = f"cannot be opened: {first_line(getattr(error, 'orig', None) or error)}", error
+            cause, reason = error, f"cannot be opened: {first_line(getattr(error, 'orig', None) or error)}"
         raise SweepError(f"--storage {reason}", code="storage-not-opened", storage=place) from cause
     raise AssertionError("unreachable")
 

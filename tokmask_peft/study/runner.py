@@ -270,8 +270,8 @@ class Loop:
         self._print(f"{claim.cell.name} was taken over by another worker; stopped here")
 
     def _prune(self) -> None:
-        for worker, claim in [(worker, worker.claim) for worker in self.running]:
-            for step, score in worker.new_evaluations() if claim is not None else ():
+        for worker, claim in [(worker, worker.claim) for worker in self.workers if worker.claim]:
+            for step, score in worker.new_evaluations():
                 if not self.ledger.report(claim, step, score):
                     self._let_go(worker, claim)
                     break

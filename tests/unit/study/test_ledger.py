@@ -195,7 +195,9 @@ class TestStorage:
         ledger = Ledger(plan, place)
         states, create = optuna.trial.TrialState, optuna.trial.create_trial
         attributes = {"cell": "p0-seed1", "after": -1, "seed": 1, "outcome": {"kind": "done", "seconds": 3.0}}
-        ledger.storage.create_new_trial(ledger.study_id, create(state=states.COMPLETE, value=0.5, user_attrs=attributes))
+        ledger.storage.create_new_trial(
+            ledger.study_id, create(state=states.COMPLETE, value=0.5, user_attrs=attributes)
+        )
         waiting = create(state=states.WAITING, user_attrs={"cell": "p0.1-seed1", "after": -1})
         ledger.storage.create_new_trial(ledger.study_id, waiting)  # as it enqueued cells
         again = Ledger(plan, place)

@@ -149,7 +149,9 @@ def find_members(folders: Sequence[str]) -> list[Member]:
 
         results = read_sweep(Path(sweeps[0]))
         return [
-            Member.open(results.folders[row, seed].root, row.label) for row, runs in results.runs.items() for seed in runs
+            Member.open(results.folders[row, seed].root, row.label)
+            for row, runs in results.runs.items()
+            for seed in runs
         ]
     members = [Member.open(folder) for folder in dict.fromkeys(folders)]
     for member in members[1:]:

@@ -60,8 +60,8 @@ def gradient_report(analysis: dict[str, Any], folder: Path) -> Report:
     found, limits = gradient_findings(analysis), _gradient_cautions(analysis)
     parts = [
         f"# {recipe['name']}: gradients under masking",
-        f"Trained with p = {recipe['masking']['p']:g}, seed {recipe['seed']}; measured on {batches} training texts with "
-        f"{analysis['draws']} mask draws each. 95% intervals over batches.",
+        f"Trained with p = {recipe['masking']['p']:g}, seed {recipe['seed']}; measured on {batches} training texts "
+        f"with {analysis['draws']} mask draws each. 95% intervals over batches.",
         _listed(found),
         "![Gradients against p](gradients.png)",
     ]
@@ -69,7 +69,9 @@ def gradient_report(analysis: dict[str, Any], folder: Path) -> Report:
         if count := analysis["parameters"][group]:
             parts += [f"## {NAMES[group].capitalize()} ({count:,} values)", markdown(gradient_table(analysis, group))]
     meaning = [f"{name}: {text}" for name, text in analysis["meaning"].items()]
-    meaning += [f"intervals: {analysis['replicates']} bootstrap draws of batches, expanded percentile (Hesterberg 2015)"]
+    meaning += [
+        f"intervals: {analysis['replicates']} bootstrap draws of batches, expanded percentile (Hesterberg 2015)"
+    ]
     parts += ["## Cautions", _listed(limits), "## Meaning", _listed(meaning)]
     parts += [f"All figures are in `gradients.json`. {_versions(analysis)}"]
     title = f"Gradients of {NAMES[MAIN]} ({analysis['parameters'][MAIN]:,} values), 95% intervals over batches"
@@ -211,7 +213,7 @@ def robustness_report(analysis: dict[str, Any], folder: Path, **more: Any) -> Re
 
 def _condition(row: dict[str, Any], task: str) -> str:
     if row["kind"] in ("seen", "unseen"):
-        return f"{get_task(task).unseen_parts[row['kind']]} ({row['items']:,.0f})"
+        return f"{get_task(task).unseen_parts[row['kind'] == 'unseen']} ({row['items']:,.0f})"
     names = {"clean": "as they are", "mask": "{:.0%} of sub-tokens masked", "noise": "{:.0%} of words misspelt"}
     return names[row["kind"]].format(row["at"])
 
@@ -249,8 +251,8 @@ def robustness_findings(analysis: dict[str, Any]) -> list[str]:
 def robustness_cautions(analysis: dict[str, Any]) -> list[str]:
     """Return sentences about what limits the scores."""
     lines = [
-        f"Scores are means over {analysis['disturbances']['draws']} draws of masks and misspellings, the same for every "
-        "run. Texts longer than those of training are read in windows, as `tokmask predict` does.",
+        f"Scores are means over {analysis['disturbances']['draws']} draws of masks and misspellings, the same for "
+        "every run. Texts longer than those of training are read in windows, as `tokmask predict` does.",
         "Misspellings are artificial (a swapped, dropped, inserted or replaced letter in a word), not people's.",
         "Texts with unseen words also differ from the others in other ways, as in length and labels: compare a row "
         "between models, not the two rows of one model. Macro-F1 of a part is over the classes that occur in it.",
@@ -278,7 +280,9 @@ def _plot_robustness(analysis: dict[str, Any], folder: Path) -> tuple[Path, Path
     axis_names = {"mask": "share of sub-tokens masked", "noise": "share of words misspelt"}
     kinds = [kind for kind in axis_names if any(row["kind"] == kind for group in groups for row in group["rows"])]
     figure = mpl.figure.Figure(figsize=(4 * max(len(kinds) + 1, 2), 4.2), layout="constrained")
-    panels = dict(zip([*kinds, "words"], figure.subplots(1, len(kinds) + 1, sharey=True, squeeze=False)[0], strict=True))
+    panels = dict(
+        zip([*kinds, "words"], figure.subplots(1, len(kinds) + 1, sharey=True, squeeze=False)[0], strict=True)
+    )
     means = [row["f1_macro"]["mean"] for group in groups for row in group["rows"]]
     bottom, top = max(min(means) - 0.05, 0.0), min(max(means) + 0.05, 1.0)
     for number, group in enumerate(groups):
@@ -300,7 +304,7 @@ def _plot_robustness(analysis: dict[str, Any], folder: Path) -> tuple[Path, Path
         axes.set_ylim(bottom, top)
         axes.set_xlabel(axis_names.get(kind, ""))
         finish(axes)
-    names = [name.replace(" with", "\nwith") for name in get_task(analysis["task"]).unseen_parts.values()]
+    names = [name.replace(" with", "\nwith") for name in get_task(analysis["task"]).unseen_parts]
     panels["words"].set_xticks([0, 1], names)
     panels["words"].set_xlim(-0.5, 1.5)
     figure.axes[0].set_ylabel(f"{analysis['split']} macro-F1")

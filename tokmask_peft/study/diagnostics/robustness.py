@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from tokmask_peft.artifacts import Result, find_saved, write_json
 from tokmask_peft.console import make_console
 from tokmask_peft.data.corpus import load_corpus
+from tokmask_peft.data.encoding import Window
 from tokmask_peft.inference.classifier import Classifier
 from tokmask_peft.inference.load import load
 from tokmask_peft.masking.config import TokenMaskConfig
@@ -145,14 +146,24 @@ class _Masks:
         hidden = [masked[number, : len(window.ids)] for number, window in enumerate(self._windows)]
         forward = self._classifier.forward
         logits = forward.logits(self._windows, self._batch_size, self._classifier.occlusion, hidden)
-        return get_task(self._classifier.task).label_ids(self._windows, logits, self._count)
+        return _label_ids(self._classifier, self._windows, logits, self._count)
 
 
 def predicted(classifier: Classifier, texts: Sequence[Any], batch_size: int) -> Labels:
     """Return the label ids of each text, as `Classifier.predict` chooses them."""
     windows = classifier.windower.cut(texts)
     logits = classifier.forward.logits(windows, batch_size)
-    return get_task(classifier.task).label_ids(windows, logits, len(texts))
+    return _label_ids(classifier, windows, logits, len(texts))
+
+
+def _label_ids(
+    classifier: Classifier, windows: Sequence[Window], logits: Sequence[NDArray[np.float32]], texts: int
+) -> Labels:
+    of_text: list[list[int]] = [[] for _ in range(texts)]
+    for number, window in enumerate(windows):
+        of_text[window.text].append(number)
+    join = get_task(classifier.task).join
+    return [join([windows[n] for n in own], [logits[n] for n in own]).argmax(-1) for own in of_text]
 
 
 def robustness(
