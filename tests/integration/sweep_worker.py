@@ -44,7 +44,7 @@ def main() -> int:
         stand_in(int(seeds))
         return 0
     from tokmask_peft.study.plan import make_plan
-    from tokmask_peft.study.runner import Options, failures, run_sweep
+    from tokmask_peft.study.runner import Options, run_sweep
 
     plan = make_plan("quickstart", [f"output_dir={folder}"], p="0,0.1", seeds=seeds, name="stub")
     retry = "--retry" in sys.argv
@@ -56,7 +56,7 @@ def main() -> int:
     except RunInterruptedError as error:
         print(error)
         return 130
-    return 1 if failures(cells) else 0
+    return int(any(cell.state == "failed" for cell in cells.values()))
 
 
 if __name__ == "__main__":

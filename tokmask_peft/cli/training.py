@@ -174,12 +174,12 @@ def sweep(
         for cell in plan.cells:
             typer.echo(f"{cell.name}  {' '.join((f'seed={cell.seed}', *cell.overrides))}")
         return
-    from tokmask_peft.study.runner import Options, closing_lines, failures, run_sweep
+    from tokmask_peft.study.runner import Options, closing_lines, run_sweep
 
     cells = run_sweep(plan, storage, Options(workers, keep_checkpoints, prune, retry_failed))
     for line in closing_lines(plan, cells):
         typer.echo(line)
-    if failures(cells):
+    if any(cell.state == "failed" for cell in cells.values()):
         raise typer.Exit(1)
 
 

@@ -53,20 +53,20 @@ def open_storage(place: str | Path) -> Any:
             backend = JournalFileBackend(str(place), JournalFileOpenLock(str(place)))
             return optuna.storages.JournalStorage(backend)
     settings = {"connect_args": {"timeout": 60}} if place.startswith("sqlite") else {"pool_pre_ping": True}
+    expected = "expected, for example, postgresql://USER@HOST/DATABASE, and its driver to be installed"
     for attempts_left in reversed(range(5)):
         try:
             return optuna.storages.RDBStorage(place, engine_kwargs=settings)
-        except ImportError as error:
-            cause: Exception = error
-            reason = f"needs a database driver that is not installed: {error.__cause__}"
-        except sqlalchemy.exc.ArgumentError as error:
-            cause, reason = error, "is not a database URL; expected postgresql://USER@HOST/DATABASE or sqlite:///FILE"
+        except (sqlalchemy.exc.ArgumentError, ImportError) as error:
+            reason: Exception = error.__cause__ or error
+            raise SweepError(f"--storage {place}: {reason}; {expected}", code="bad-storage", storage=place) from error
         except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError, RuntimeError) as error:
-            if attempts_left:  # another process that starts at the same moment may be making the tables
-                time.sleep(random.uniform(0.05, 0.3))  # noqa: S311 (not a secret)
-                continue
-            cause, reason = error, f"cannot be opened: {first_line(getattr(error, 'orig', None) or error)}"
-        raise SweepError(f"--storage {reason}", code="storage-not-opened", storage=place) from cause
+            if not attempts_left:
+                reason = getattr(error, "orig", None) or error
+                raise SweepError(
+                    f"--storage {place} cannot be opened: {first_line(reason)}", code="bad-storage", storage=place
+                ) from error
+            time.sleep(random.uniform(0.05, 0.3))  # noqa: S311 (another process may be making the tables)
     raise AssertionError("unreachable")
 
 
@@ -88,9 +88,9 @@ def errors_of_storage() -> Iterator[None]:
 
 @functools.cache
 def identity() -> dict[str, Any]:
-    """Return what distinguishes this process from every other: machine, boot, container, process id, start time."""
+    """Return what distinguishes this process from all others: machine, boot, container, process id, start time."""
     parts = [socket.gethostname()]
-    with contextlib.suppress(OSError):  # only Linux has these; elsewhere the start time identifies the process
+    with contextlib.suppress(OSError):  # only Linux has these; elsewhere the start time tells reboots apart
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip())
         parts.append(str(Path("/proc/self/ns/pid").readlink()))
     return {"host": "|".join(parts), "pid": os.getpid(), "started": psutil.Process().create_time()}
@@ -124,13 +124,7 @@ class CellState:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A cell that this process has taken.
-
-    Attributes:
-        cell: to run.
-        trial_id: in the storage.
-        drawn: overrides that a sampler drew.
-    """
+    """A cell that this process has taken, its trial in the storage, and the overrides that a sampler drew."""
 
     cell: Cell
     trial_id: int
@@ -187,7 +181,7 @@ class Ledger:
         by_cell = self._trials()
         lost = [trial for trials in by_cell.values() for trial in trials if self._is_lost(trial)]
         for trial in lost:
-            self._close(trial._trial_id, "lost", reason="its worker was killed")
+            self.close(trial._trial_id, "lost")
         by_cell = self._trials() if lost else by_cell
         return {cell.name: self._state_of(by_cell.get(cell.name, [])) for cell in self.plan.cells}
 
@@ -210,14 +204,14 @@ class Ledger:
             earlier = [other for other in self._trials()[cell.name] if other.number < number]
             if self._state_of(earlier).state == "waiting":
                 return Claim(cell, trial_id, tuple(self._draw(trial_id)))
-            self._close(trial_id, "duplicate", reason="another worker was first")
+            self.close(trial_id, "duplicate")
         return None
 
     def beat(self, claim: Claim) -> bool:
         """Give a sign of life; return false if another worker has taken the cell over.
 
-        Optuna's own heartbeats exist for databases only and compare clocks of machines. A value that changes works on
-        every storage: whoever sees it unchanged for `GRACE` seconds of its own clock gives the trial up.
+        Optuna's own heartbeats exist only for databases and compare clocks. A value that changes works on every
+        storage: whoever sees it unchanged for `GRACE` seconds of its own clock gives the trial up.
         """
         return self._updated(self.storage.set_trial_user_attr, claim.trial_id, "beat", time.time())
 
@@ -229,18 +223,12 @@ class Ledger:
         """Return whether the trial is below the median of earlier ones at the same step."""
         return bool(self._study.pruner.prune(self._study, self.storage.get_trial(claim.trial_id)))
 
-    def close(self, claim: Claim, outcome: Outcome, score: float | None = None, **details: Any) -> None:
+    def close(self, trial_id: int, outcome: Outcome, score: float | None = None, **details: Any) -> None:
         """Record how a trial ended; what another process has closed stays as it is.
 
-        Args:
-            claim: the trial.
-            outcome: `error` is not run again unless asked for; `interrupted` is continued by whoever comes next.
-            score: validation macro-F1, if it is done.
-            details: JSON-able, such as `seconds` and `reason`.
+        A cell that ended in an `error` is not run again unless asked for, and its `reason` is needed; one that was
+        `interrupted` or `lost` is continued by whoever comes next. `score` is the validation macro-F1.
         """
-        self._close(claim.trial_id, outcome, score, **details)
-
-    def _close(self, trial_id: int, outcome: Outcome, score: float | None = None, **details: Any) -> None:
         state = {"done": self._states.COMPLETE, "pruned": self._states.PRUNED}.get(outcome, self._states.FAIL)
         if self._updated(self.storage.set_trial_user_attr, trial_id, "outcome", {"kind": outcome, **details}):
             values = None if score is None else [score]

@@ -9,7 +9,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,22 +48,21 @@ def finished_result(recipe: Recipe) -> Result | None:
         ) from error
 
 
-def remaining_seconds(cells: Mapping[str, CellState], elapsed: Mapping[str, float], workers: int) -> float | None:
+def remaining_seconds(cells: Mapping[str, CellState], elapsed: Sequence[float], workers: int) -> float | None:
     """Estimate how long the rest takes: the mean time of a finished run, over all that run at once.
 
     Args:
         cells: state of each cell.
-        elapsed: seconds so far of the runs of this process.
+        elapsed: seconds so far of each run of this process.
         workers: runs at once in this process.
     """
-    known = [cell.seconds for cell in cells.values() if cell.seconds]
+    states, known = [cell.state for cell in cells.values()], [cell.seconds for cell in cells.values() if cell.seconds]
+    unfinished = sum(state not in FINAL for state in states)
     if not known:
         return None
     mean = sum(known) / len(known)
-    states = [cell.state for cell in cells.values()]
-    unfinished = sum(state not in FINAL for state in states)
-    at_once = min(max(workers, states.count("running"), 1), max(unfinished, 1))
-    return max(0.0, (unfinished * mean - sum(min(seconds, mean) for seconds in elapsed.values())) / at_once)
+    at_once = min(max(workers, states.count("running")), max(unfinished, 1))
+    return max(0.0, (unfinished * mean - sum(min(seconds, mean) for seconds in elapsed)) / at_once)
 
 
 def duration(seconds: float) -> str:
@@ -74,19 +73,18 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def best_of(cells: Mapping[str, CellState]) -> tuple[str, float] | None:
-    """Return the cell with the highest validation macro-F1."""
-    scored = [(cell.score, name) for name, cell in cells.items() if cell.score is not None]
-    return (max(scored)[1], max(scored)[0]) if scored else None
+def best_of(cells: Mapping[str, CellState]) -> tuple[float, str] | None:
+    """Return the highest validation macro-F1 and its cell."""
+    return max(((cell.score, name) for name, cell in cells.items() if cell.score is not None), default=None)
 
 
 def summary_line(cells: Mapping[str, CellState], left: float | None = None) -> str:
     """Summarise the state of a sweep in a line; `left` is the estimated rest in seconds."""
     states = [cell.state for cell in cells.values()]
-    counts = [f"{states.count('done')}/{len(states)} done", f"{states.count('running')} running"]
-    line = ", ".join(counts + [f"{states.count(state)} {state}" for state in ("failed", "pruned") if state in states])
+    line = f"{states.count('done')}/{len(states)} done, {states.count('running')} running"
+    line += "".join(f", {states.count(state)} {state}" for state in ("failed", "pruned") if state in states)
     if best := best_of(cells):
-        line += f"; best {best[0]} (validation macro-F1 {best[1]:.4f})"
+        line += f"; best {best[1]} (validation macro-F1 {best[0]:.4f})"
     if left is not None and any(state not in FINAL for state in states):
         line += f"; about {duration(left)} left"
     return line
@@ -116,14 +114,7 @@ class Options:
 
 
 class Loop:
-    """One process's share of a sweep.
-
-    Args:
-        plan: the sweep.
-        ledger: its state, shared with other processes.
-        options: how to run it.
-        quiet: print nothing.
-    """
+    """One process's share of a sweep, whose ledger it shares with other processes."""
 
     def __init__(self, plan: Plan, ledger: Ledger, options: Options, *, quiet: bool = False) -> None:
         self.plan, self.ledger, self.options = plan, ledger, options
@@ -161,7 +152,7 @@ class Loop:
                 worker.end()
                 if worker.claim is not None:  # something unforeseen ended the loop; the storage may be what failed
                     with contextlib.suppress(Exception):
-                        self.ledger.close(worker.claim, "interrupted")
+                        self.ledger.close(worker.claim.trial_id, "interrupted")
             for number, handler in before.items():
                 signal.signal(number, handler)
         return self.cells
@@ -176,7 +167,7 @@ class Loop:
         return Text("\n".join([*lines, *(f"failed: {name}: {reason[:100]}" for name, reason in failed.items())]))
 
     def _summary(self) -> str:
-        elapsed = {worker.claim.cell.name: worker.seconds for worker in self.running if worker.claim}
+        elapsed = [worker.seconds for worker in self.running]
         return summary_line(self.cells, remaining_seconds(self.cells, elapsed, self.options.workers))
 
     def _print(self, line: str) -> None:
@@ -231,7 +222,7 @@ class Loop:
             result = Result.from_dict(json.loads(run.result.read_text(encoding="utf-8")))
             self._finish(claim, worker.recipe, result, worker.seconds)
         elif self._asked and worker.interrupted(code):
-            self.ledger.close(claim, "interrupted")
+            self.ledger.close(claim.trial_id, "interrupted")
         else:
             if run.finished():  # it failed after writing its result, which must not count
                 run.result.replace(run.root / "result.rejected.json")
@@ -240,7 +231,7 @@ class Loop:
     def _finish(self, claim: Claim, recipe: Recipe, result: Result, seconds: float | None) -> None:
         score = result.validation["f1_macro"]
         test = {key: result.test[key] for key in ("f1_macro", "f1_weighted")} if result.test else {}
-        self.ledger.close(claim, "done", score, seconds=seconds, **test)
+        self.ledger.close(claim.trial_id, "done", score, seconds=seconds, **test)
         self._drop_checkpoints(recipe)
         self._look()
         took = f" in {duration(seconds)}" if seconds else ""
@@ -253,7 +244,7 @@ class Loop:
             shutil.rmtree(RunFolder(recipe.run_dir).checkpoints, ignore_errors=True)
 
     def _fail(self, claim: Claim, reason: str) -> None:
-        self.ledger.close(claim, "error", reason=reason[:1000])
+        self.ledger.close(claim.trial_id, "error", reason=reason[:1000])
         self._print(f"failed {claim.cell.name}: {reason} (log: {self.plan.folder / 'logs' / claim.cell.name}.log)")
         self._look()
 
@@ -278,7 +269,7 @@ class Loop:
                 if worker.poll() is None and self.ledger.is_hopeless(claim):
                     worker.end()
                     worker.claim, self._next_look = None, 0.0
-                    self.ledger.close(claim, "pruned", reason="below the median")
+                    self.ledger.close(claim.trial_id, "pruned", reason="below the median")
                     self._drop_checkpoints(worker.recipe)
                     self._print(f"pruned {claim.cell.name} at step {step}: {score:.4f} is below the median")
                     break
@@ -339,28 +330,23 @@ def run_sweep(
         return Loop(plan, ledger, options, quiet=quiet).run()
 
 
-def failures(cells: Mapping[str, CellState]) -> dict[str, list[str]]:
-    """Return the failed cells by reason."""
-    by_reason: dict[str, list[str]] = {}
+def closing_lines(plan: Plan, cells: Mapping[str, CellState]) -> list[str]:
+    """Return the lines that end a sweep: what came of it, failures by reason, and what to do next."""
+    lines = [summary_line(cells)]
+    reasons: dict[str, list[str]] = {}
     for name, cell in cells.items():
         if cell.state == "failed":
-            by_reason.setdefault(cell.reason, []).append(name)
-    return by_reason
-
-
-def closing_lines(plan: Plan, cells: Mapping[str, CellState]) -> list[str]:
-    """Return the lines that end a sweep: what came of it, and what to do next."""
-    lines = [summary_line(cells)]
-    for reason, names in failures(cells).items():
+            reasons.setdefault(cell.reason, []).append(name)
+    for reason, names in reasons.items():
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         lines.append(f"failed: {', '.join(names[:3])}{more}: {reason}")
-    if failures(cells):
+    if reasons:
         lines.append("Run the failed cells again with --retry-failed.")
     best = best_of(cells)
     if best and plan.sampler == "grid":
         lines.append(f"Next: tokmask report {plan.folder}")
     elif best:
-        run = RunFolder(plan.folder / best[0])
+        run = RunFolder(plan.folder / best[1])
         recipe: Any = load_recipe(run.recipe).model_dump(mode="json")
         values = []
         for axis in plan.axes:

@@ -51,34 +51,25 @@ class Worker:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         resume = self.run.root.is_dir() and any(self.run.root.iterdir())
         task = {"recipe": recipe.model_dump(mode="json"), "resume": resume, "log": str(self.log)}
+        if self._process is None or self._process.poll() is not None:
+            self._process = self._started()
         while not self._done.empty():
             self._done.get()
-        if self._process is None or self._process.poll() is not None:
-            self._start()
         with contextlib.suppress(OSError):  # it died at once; its exit code says why
             self._stdin.write(json.dumps(task).encode() + b"\n")
             self._stdin.flush()
 
-    def _start(self) -> None:
+    def _started(self) -> subprocess.Popen[bytes]:
         environment = {"OMP_NUM_THREADS": str(self._threads), **os.environ, "PYTHONUNBUFFERED": "1"}
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         with self.log.open("ab") as log:
             # in a session of its own: Ctrl-C reaches only the sweep, which then stops its workers one by one
-            process = subprocess.Popen(  # noqa: S603 (our own command)
-                self._command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                env=environment,
-                start_new_session=True,
-            )
+            process = subprocess.Popen(self._command, **pipes, stderr=log, env=environment, start_new_session=True)  # noqa: S603
         done = self._done = queue.SimpleQueue()
-        self._process, self._stdin = process, process.stdin or sys.stdin.buffer
-
-        def listen() -> None:
-            for line in process.stdout or ():
-                done.put(line)
-
-        threading.Thread(target=listen, daemon=True).start()
+        self._stdin: Any = process.stdin
+        answers: Any = process.stdout
+        threading.Thread(target=lambda: [done.put(line) for line in answers], daemon=True).start()
+        return process
 
     @property
     def seconds(self) -> float:

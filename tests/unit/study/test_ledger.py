@@ -44,7 +44,7 @@ def test_every_cell_is_claimed_once_in_the_order_of_the_plan(open_ledger):
     assert one.claim() is None
     assert states(two) == ["running"] * 4
     for claim in claims:
-        one.close(claim, "done", 0.5, seconds=2.0)
+        one.close(claim.trial_id, "done", 0.5, seconds=2.0)
     assert two.look()["p0-seed1"].score == 0.5
     assert two.look()["p0-seed1"].seconds == 2.0
     assert two.claim() is None
@@ -56,7 +56,7 @@ def test_of_two_that_take_a_cell_at_once_the_first_has_it(open_ledger, monkeypat
     seen = two.look()
     claim = one.claim()
     if outcome != "running":
-        one.close(claim, outcome, 0.5 if outcome == "done" else None, reason="broken")
+        one.close(claim.trial_id, outcome, 0.5 if outcome == "done" else None, reason="broken")
     with monkeypatch.context() as patch:
         patch.setattr(two, "look", lambda: seen)  # it looked before the other claimed
         assert two.claim() is None
@@ -96,31 +96,31 @@ def test_a_worker_of_another_machine_is_given_up_when_it_gives_no_sign_of_life(o
     assert states(other) == ["waiting"]
     assert not ledger.beat(claim)  # it was slow, not dead: now it must stop
     assert not ledger.report(claim, 1, 0.5)
-    ledger.close(claim, "done", 0.1)  # too late
+    ledger.close(claim.trial_id, "done", 0.1)  # too late
     assert states(other) == ["waiting"]
 
 
 def test_failed_is_final_until_asked_for(open_ledger):
     ledger = open_ledger(p="0", seeds="1")
-    ledger.close(ledger.claim(), "error", reason="out of memory")
+    ledger.close(ledger.claim().trial_id, "error", reason="out of memory")
     assert ledger.look()["p0-seed1"].reason == "out of memory"
     again = open_ledger(p="0", seeds="1")
     again.retry_failed()
-    again.close(again.claim(), "error", reason="still")
+    again.close(again.claim().trial_id, "error", reason="still")
     assert again.look()["p0-seed1"].reason == "still"
     assert again.claim() is None
 
 
 def test_interrupted_is_continued(open_ledger):
     ledger = open_ledger(p="0", seeds="1")
-    ledger.close(ledger.claim(), "interrupted")
+    ledger.close(ledger.claim().trial_id, "interrupted")
     assert states(ledger) == ["waiting"]
     assert ledger.claim() is not None
 
 
 def test_rates_and_seeds_may_be_added_but_not_another_recipe(open_ledger):
     ledger = open_ledger()
-    ledger.close(ledger.claim(), "done", 0.5)
+    ledger.close(ledger.claim().trial_id, "done", 0.5)
     wider = open_ledger(p="0,0.1,0.2", seeds="3")
     assert states(wider).count("done") == 1
     with pytest.raises(SweepError, match=r"training.epochs: .* before, 9.0 now.*another --name") as caught:
@@ -145,10 +145,10 @@ def test_samplers_draw_what_is_asked_for_and_a_rerun_draws_the_same(open_ledger,
         assert recipe.seed == 1 + number % 2
         drawn[claim.cell.name] = claim.drawn
         if number < 11:
-            ledger.close(claim, "done", recipe.training.learning_rate)
+            ledger.close(claim.trial_id, "done", recipe.training.learning_rate)
     assert ledger.claim() is None
     assert len(set(drawn.values())) > 6
-    ledger.close(claim, "interrupted")
+    ledger.close(claim.trial_id, "interrupted")
     assert ledger.claim().drawn == drawn["trial-0011"]
 
 
@@ -158,14 +158,14 @@ def test_pruning_compares_trials_at_the_same_step(open_ledger):
         claim = ledger.claim()
         for step in (10, 20, 30):
             ledger.report(claim, step, 0.8)
-        ledger.close(claim, "done", 0.8)
+        ledger.close(claim.trial_id, "done", 0.8)
     good, bad = ledger.claim(), ledger.claim()
     for step in (10, 20):
         ledger.report(good, step, 0.9)
         ledger.report(bad, step, 0.2)
     assert not ledger.is_hopeless(good)
     assert ledger.is_hopeless(bad)
-    ledger.close(bad, "pruned")
+    ledger.close(bad.trial_id, "pruned")
     assert ledger.look()[bad.cell.name].state == "pruned"
 
 
@@ -174,7 +174,7 @@ class TestStorage:
     def test_a_database_that_cannot_be_opened(self, url):
         with pytest.raises(SweepError) as caught:
             open_storage(url)
-        assert (caught.value.code, caught.value.fields) == ("storage-not-opened", {"storage": url})
+        assert (caught.value.code, caught.value.fields) == ("bad-storage", {"storage": url})
 
     def test_a_damaged_journal(self, open_ledger, tmp_path):
         open_ledger()

@@ -77,7 +77,7 @@ def loop(plan, tmp_path):
 
 def test_a_run_that_was_taken_over_stops(loop):
     gone, kept = loop.workers
-    loop.ledger.close(gone.claim, "interrupted")
+    loop.ledger.close(gone.claim.trial_id, "interrupted")
     loop._beat()
     assert (gone.ended, kept.ended) == (1, 0)
     assert loop.running == [kept]
@@ -86,7 +86,7 @@ def test_a_run_that_was_taken_over_stops(loop):
 
 def test_an_evaluation_of_a_run_that_was_taken_over_stops_it(loop):
     gone, kept = loop.workers
-    loop.ledger.close(gone.claim, "interrupted")
+    loop.ledger.close(gone.claim.trial_id, "interrupted")
     for worker in (gone, kept):
         worker.evaluations = [(10, 0.5), (20, 0.6)]
     loop._prune()
@@ -110,11 +110,11 @@ def test_the_summary():
 
 
 def test_remaining_time_is_that_of_unfinished_cells():
-    assert remaining_seconds(CELLS, {"c": 30.0}, 1) == 2 * 90 - 30
-    assert remaining_seconds(CELLS, {"c": 500.0}, 1) == 90  # it takes longer than the mean; the other is to come
-    assert remaining_seconds(CELLS, {}, 2) == 90
-    assert remaining_seconds({"d": CELLS["d"]}, {}, 1) is None
-    assert remaining_seconds({"a": CELLS["a"]}, {}, 1) == 0
+    assert remaining_seconds(CELLS, [30.0], 1) == 2 * 90 - 30
+    assert remaining_seconds(CELLS, [500.0], 1) == 90  # it takes longer than the mean; the other is to come
+    assert remaining_seconds(CELLS, [], 2) == 90
+    assert remaining_seconds({"d": CELLS["d"]}, [], 1) is None
+    assert remaining_seconds({"a": CELLS["a"]}, [], 1) == 0
 
 
 def test_the_best_values_of_a_sampler_are_shown(tmp_path):
