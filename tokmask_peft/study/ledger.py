@@ -58,7 +58,7 @@ def open_storage(place: str | Path) -> Any:
         try:
             return optuna.storages.RDBStorage(place, engine_kwargs=settings)
         except (sqlalchemy.exc.ArgumentError, ImportError) as error:
-            reason: Exception = error.__cause__ or error
+            reason: object = error.__cause__ or error
             raise SweepError(f"--storage {place}: {reason}; {expected}", code="bad-storage", storage=place) from error
         except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError, RuntimeError) as error:
             if not attempts_left:

@@ -117,18 +117,13 @@ class Loop:
     """One process's share of a sweep, whose ledger it shares with other processes."""
 
     def __init__(self, plan: Plan, ledger: Ledger, options: Options, *, quiet: bool = False) -> None:
-        self.plan, self.ledger, self.options = plan, ledger, options
-        self.console = make_console(quiet)
+        self.plan, self.ledger, self.options, self.console = plan, ledger, options, make_console(quiet)
         threads = max(1, (os.cpu_count() or 1) // options.workers)
         self.workers = [Worker(options.command, threads) for _ in range(options.workers)]
+        self.running: dict[Worker, Claim] = {}
         self.cells: dict[str, CellState] = {}
         self._asked = 0  # how often to stop
         self._next_look = self._next_beat = 0.0
-
-    @property
-    def running(self) -> list[Worker]:
-        """The workers that train a cell."""
-        return [worker for worker in self.workers if worker.claim is not None]
 
     def run(self) -> dict[str, CellState]:
         """Run cells until none is left; return their states.
@@ -150,9 +145,9 @@ class Loop:
         finally:
             for worker in self.workers:
                 worker.end()
-                if worker.claim is not None:  # something unforeseen ended the loop; the storage may be what failed
-                    with contextlib.suppress(Exception):
-                        self.ledger.close(worker.claim.trial_id, "interrupted")
+            with contextlib.suppress(Exception):  # what ended the loop may be a storage that fails
+                for claim in self.running.values():
+                    self.ledger.close(claim.trial_id, "interrupted")
             for number, handler in before.items():
                 signal.signal(number, handler)
         return self.cells
@@ -160,7 +155,7 @@ class Loop:
     def lines(self) -> Text:
         """Return what a terminal shows: the summary, a line per running cell, and the failures."""
         lines = [self._summary()]
-        lines += [f"{w.claim.cell.name}  {w.progress()}  {duration(w.seconds)}" for w in self.running if w.claim]
+        lines += [f"{c.cell.name}  {w.progress()}  {duration(w.seconds)}" for w, c in self.running.items()]
         elsewhere = sum(cell.state == "running" for cell in self.cells.values()) - len(self.running)
         lines += [f"{elsewhere} more in other processes"] if elsewhere > 0 else []
         failed = {name: cell.reason for name, cell in self.cells.items() if cell.state == "failed"}
@@ -178,21 +173,24 @@ class Loop:
 
     def _step(self) -> bool:
         """Do what is due; return false at the end."""
-        for worker in self.running:
-            # settling one looks at the storage, which may stop another
-            if worker.claim is not None and (code := worker.poll()) is not None:
-                self._settle(worker, worker.claim, code)
+        for worker in [worker for worker in self.running if worker.poll() is not None]:
+            self._settle(worker)
         if time.monotonic() >= self._next_beat:
-            self._beat()
+            self._next_beat = time.monotonic() + HEARTBEAT
+            for worker, claim in list(self.running.items()):
+                if not self.ledger.beat(claim):
+                    self._let_go(worker)
         if self._asked:
             return self._wind_down()
         if self.options.prune:
-            self._prune()
-        idle = next((worker for worker in self.workers if worker.claim is None), None)
+            for worker in list(self.running):
+                self._prune(worker)
+        idle = next((worker for worker in self.workers if worker not in self.running), None)
         if time.monotonic() >= self._next_look:
             self._look()
-        if idle and any(cell.state == "waiting" for cell in self.cells.values()) and (claim := self.ledger.claim()):
-            self._start(idle, claim)
+        waits = any(cell.state == "waiting" for cell in self.cells.values())
+        if idle and waits and (taken := self.ledger.claim()):
+            self._start(idle, taken)
             self._look()
         return bool(self.running) or any(cell.state not in FINAL for cell in self.cells.values())
 
@@ -207,25 +205,25 @@ class Loop:
         except (RecipeError, SweepError) as error:
             self._fail(claim, str(error))
             return
-        if result is not None:  # its worker was killed after the run's last line, or an earlier version trained it
+        if result is not None:  # its worker was killed after the run's last line, or another sweep's state was lost
             self._finish(claim, recipe, result, None)
             return
-        worker.begin(claim, recipe)
+        worker.begin(recipe)
+        self.running[worker] = claim
         if not self.console.is_terminal:
             self._print(f"started {claim.cell.name}" + "".join(f"  {drawn}" for drawn in claim.drawn))
 
-    def _settle(self, worker: Worker, claim: Claim, code: int) -> None:
+    def _settle(self, worker: Worker) -> None:
         """Record the outcome of a run that has ended."""
-        worker.claim, self._next_look = None, 0.0
-        run = RunFolder(worker.recipe.run_dir)
-        if code == 0 and run.finished():
-            result = Result.from_dict(json.loads(run.result.read_text(encoding="utf-8")))
-            self._finish(claim, worker.recipe, result, worker.seconds)
+        claim, code, result = self.running.pop(worker), worker.poll() or 0, worker.run.result
+        if code == 0 and result.is_file():
+            found = Result.from_dict(json.loads(result.read_text(encoding="utf-8")))
+            self._finish(claim, worker.recipe, found, worker.seconds)
         elif self._asked and worker.interrupted(code):
             self.ledger.close(claim.trial_id, "interrupted")
         else:
-            if run.finished():  # it failed after writing its result, which must not count
-                run.result.replace(run.root / "result.rejected.json")
+            if result.is_file():  # the run failed after writing it, so it must not count
+                result.replace(result.with_name("result.rejected.json"))
             self._fail(claim, worker.reason(code))
 
     def _finish(self, claim: Claim, recipe: Recipe, result: Result, seconds: float | None) -> None:
@@ -239,7 +237,7 @@ class Loop:
         self._print(f"done {claim.cell.name}{took}: validation macro-F1 {score:.4f}{rest}")
 
     def _drop_checkpoints(self, recipe: Recipe) -> None:
-        """Remove the checkpoints of a run whose adapter is saved: they are several times its size."""
+        """Remove the checkpoints of a run that is over: they are several times the size of its adapter."""
         if not self.options.keep_checkpoints:
             shutil.rmtree(RunFolder(recipe.run_dir).checkpoints, ignore_errors=True)
 
@@ -248,45 +246,36 @@ class Loop:
         self._print(f"failed {claim.cell.name}: {reason} (log: {self.plan.folder / 'logs' / claim.cell.name}.log)")
         self._look()
 
-    def _beat(self) -> None:
-        self._next_beat = time.monotonic() + HEARTBEAT
-        for worker in self.running:
-            if worker.claim is not None and not self.ledger.beat(worker.claim):
-                self._let_go(worker, worker.claim)
-
-    def _let_go(self, worker: Worker, claim: Claim) -> None:
-        """Stop a run that another worker has taken over."""
+    def _let_go(self, worker: Worker) -> None:
         worker.end()
-        worker.claim = None
-        self._print(f"{claim.cell.name} was taken over by another worker; stopped here")
+        self._print(f"{self.running.pop(worker).cell.name} was taken over by another worker; stopped here")
 
-    def _prune(self) -> None:
-        for worker, claim in [(worker, worker.claim) for worker in self.workers if worker.claim]:
-            for step, score in worker.new_evaluations():
-                if not self.ledger.report(claim, step, score):
-                    self._let_go(worker, claim)
-                    break
-                if worker.poll() is None and self.ledger.is_hopeless(claim):
-                    worker.end()
-                    worker.claim, self._next_look = None, 0.0
-                    self.ledger.close(claim.trial_id, "pruned", reason="below the median")
-                    self._drop_checkpoints(worker.recipe)
-                    self._print(f"pruned {claim.cell.name} at step {step}: {score:.4f} is below the median")
-                    break
+    def _prune(self, worker: Worker) -> None:
+        claim = self.running[worker]
+        for step, score in worker.new_evaluations():
+            if not self.ledger.report(claim, step, score):
+                self._let_go(worker)
+                return
+            if worker.poll() is None and self.ledger.is_hopeless(claim):
+                worker.end()
+                self.ledger.close(self.running.pop(worker).trial_id, "pruned")
+                self._drop_checkpoints(worker.recipe)
+                self._look()
+                self._print(f"pruned {claim.cell.name} at step {step}: {score:.4f} is below the median")
+                return
 
     def _wind_down(self) -> bool:
         """Stop what runs; the second Ctrl-C does not wait for checkpoints."""
-        for worker in self.running:
+        for worker, claim in self.running.items():
+            if worker.signals == 0:
+                self._print(f"stopping {claim.cell.name} at its next step (Ctrl-C again: at once)")
             if worker.signals < min(self._asked, 2):
-                if worker.signals == 0 and worker.claim is not None:
-                    self._print(f"stopping {worker.claim.cell.name} at its next step (Ctrl-C again: at once)")
                 worker.stop()
         if self.running:
             return True
         done = sum(cell.state in FINAL for cell in self.ledger.look().values())
         raise RunInterruptedError(
-            f"the sweep was stopped with {done} of {len(self.plan.cells)} runs finished; "
-            "repeat the command to continue it"
+            f"the sweep was stopped with {done} of {len(self.cells)} runs finished; repeat the command to continue it"
         )
 
 

@@ -22,59 +22,64 @@ from typing import Any
 
 from tokmask_peft.artifacts import RunFolder
 from tokmask_peft.recipe.schema import Recipe
-from tokmask_peft.study.ledger import Claim
 
 COMMAND = (sys.executable, "-m", "tokmask_peft.study.worker")
 INTERRUPTED = 130
-_TAIL = 4000  # bytes of a log that are searched for the reason of a failure
 
 
 class Worker:
     """The sweep's handle of a process that trains its cells.
 
     Args:
-        command: starts the process, which reads its tasks with `tasks`.
+        command: starts the process, which reads what to train with `tasks`.
         threads: CPU threads of the process, unless OMP_NUM_THREADS is set.
     """
+
+    recipe: Recipe
+    run: RunFolder
+    log: Path
 
     def __init__(self, command: Sequence[str], threads: int) -> None:
         self._command, self._threads = list(command), threads
         self._process: subprocess.Popen[bytes] | None = None
         self._done: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-        self.claim: Claim | None = None
 
-    def begin(self, claim: Claim, recipe: Recipe) -> None:
+    def begin(self, recipe: Recipe) -> None:
         """Start to train a cell, in the process of the last one if that is still there."""
-        self.claim, self.recipe, self.run = claim, recipe, RunFolder(recipe.run_dir)
-        self.log = self.run.root.parent / "logs" / f"{claim.cell.name}.log"
-        self.started, self.signals, self._read = time.monotonic(), 0, 0
+        self.recipe, self.run = recipe, RunFolder(recipe.run_dir)
+        self.log = self.run.root.parent / "logs" / f"{recipe.name}.log"
+        self._began, self.signals, self._read = time.monotonic(), 0, 0
         self.log.parent.mkdir(parents=True, exist_ok=True)
         resume = self.run.root.is_dir() and any(self.run.root.iterdir())
         task = {"recipe": recipe.model_dump(mode="json"), "resume": resume, "log": str(self.log)}
         if self._process is None or self._process.poll() is not None:
-            self._process = self._started()
+            self._start()
         while not self._done.empty():
             self._done.get()
         with contextlib.suppress(OSError):  # it died at once; its exit code says why
-            self._stdin.write(json.dumps(task).encode() + b"\n")
-            self._stdin.flush()
+            self._input.write(json.dumps(task).encode() + b"\n")
+            self._input.flush()
 
-    def _started(self) -> subprocess.Popen[bytes]:
+    def _start(self) -> None:
         environment = {"OMP_NUM_THREADS": str(self._threads), **os.environ, "PYTHONUNBUFFERED": "1"}
-        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         with self.log.open("ab") as log:
             # in a session of its own: Ctrl-C reaches only the sweep, which then stops its workers one by one
-            process = subprocess.Popen(self._command, **pipes, stderr=log, env=environment, start_new_session=True)  # noqa: S603
-        done = self._done = queue.SimpleQueue()
-        self._stdin: Any = process.stdin
-        answers: Any = process.stdout
-        threading.Thread(target=lambda: [done.put(line) for line in answers], daemon=True).start()
-        return process
+            self._process = subprocess.Popen(  # noqa: S603 (our own command)
+                self._command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env=environment,
+                start_new_session=True,
+            )
+        self._input: Any = self._process.stdin
+        self._done = queue.SimpleQueue()
+        threading.Thread(target=_listen, args=(self._process.stdout, self._done), daemon=True).start()
 
     @property
     def seconds(self) -> float:
         """Seconds since the cell began."""
-        return time.monotonic() - self.started
+        return time.monotonic() - self._began
 
     def poll(self) -> int | None:
         """Return 0 if the cell is trained, the exit code if the process has ended, none while it trains."""
@@ -94,26 +99,29 @@ class Worker:
             self._process.kill()
             self._process.wait()
             with contextlib.suppress(OSError):
-                self._stdin.close()
+                self._input.close()
         self._process = None
 
     def new_evaluations(self) -> Iterator[tuple[int, float]]:
-        """Yield step and validation macro-F1 of evaluations since the last call, from the run's log."""
-        lines = self.run.log.read_text(encoding="utf-8").splitlines() if self.run.log.is_file() else []
-        start, self._read = self._read, len(lines)
-        for line in lines[start:]:
-            with contextlib.suppress(ValueError, TypeError, KeyError):
-                content = json.loads(line)
-                yield int(content["step"]), float(content["eval_f1_macro"])
+        """Yield step and validation macro-F1 of evaluations since the last call."""
+        rows = self._log_rows()
+        start, self._read = self._read, len(rows)
+        for row in rows[start:]:
+            if "eval_f1_macro" in row:
+                yield int(row["step"]), float(row["eval_f1_macro"])
 
     def progress(self) -> str:
         """Return the last step and loss of the run's log."""
-        for line in reversed(_tail(self.run.log, 2000) if self.run.log.is_file() else []):
-            with contextlib.suppress(ValueError, TypeError, KeyError):
-                found = json.loads(line)
-                loss = f", loss {found['loss']:.4f}" if isinstance(found.get("loss"), float) else ""
-                return f"step {found['step']}{loss}"
-        return "starting"
+        row = next(iter(self._log_rows()[::-1]), None)
+        loss = f", loss {row['loss']:.4f}" if row and isinstance(row.get("loss"), float) else ""
+        return "starting" if row is None else f"step {row['step']}{loss}"
+
+    def _log_rows(self) -> list[dict[str, Any]]:
+        rows = []
+        for line in self.run.log.read_text(encoding="utf-8").splitlines() if self.run.log.is_file() else []:
+            with contextlib.suppress(ValueError):  # half a line
+                rows.append(json.loads(line))
+        return [row for row in rows if "step" in row]
 
     def interrupted(self, code: int) -> bool:
         """Return whether the process ended because it was asked to."""
@@ -126,16 +134,15 @@ class Worker:
         if code < 0:
             name = signal.Signals(-code).name
             return f"killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
-        lines = _tail(self.log, _TAIL)
+        lines = self.log.read_text(encoding="utf-8", errors="replace").rstrip().splitlines()
         start = next((i for i in reversed(range(len(lines))) if lines[i].startswith("Error: ")), len(lines) - 1)
         text = " ".join(line.strip() for line in lines[start:]).removeprefix("Error: ") if lines else "no message"
         return f"{text} (exit code {code})"
 
 
-def _tail(path: Path, size: int) -> list[str]:
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - size))
-        return file.read().decode("utf-8", errors="replace").rstrip().splitlines()
+def _listen(answers: Any, done: queue.SimpleQueue[bytes]) -> None:
+    for line in answers:
+        done.put(line)
 
 
 def tasks() -> Iterator[dict[str, Any]]:

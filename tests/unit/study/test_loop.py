@@ -2,14 +2,13 @@
 
 import io
 import json
-from unittest.mock import Mock
 
 import pytest
 from rich.console import Console
 
 pytest.importorskip("optuna")
 
-from tokmask_peft.artifacts import check_run
+from tokmask_peft.artifacts import RunFolder, check_run
 from tokmask_peft.errors import SweepError
 from tokmask_peft.recipe.loading import to_yaml
 from tokmask_peft.study.ledger import CellState, Ledger
@@ -39,8 +38,8 @@ CELLS = {
 class Stub:
     """A worker without a process."""
 
-    def __init__(self, claim, recipe):
-        self.claim, self.recipe, self.run = claim, recipe, Mock()
+    def __init__(self, recipe):
+        self.recipe, self.run = recipe, RunFolder(recipe.run_dir)
         self.code, self.ended, self.seconds, self.signals = None, 0, 30.0, 0
         self.evaluations = []
 
@@ -70,28 +69,29 @@ def loop(plan, tmp_path):
     """A loop with both of its cells running."""
     made = Loop(plan, Ledger(plan, tmp_path / "journal", prune=True), Options(workers=2, prune=True))
     made.console = Console(file=io.StringIO(), force_terminal=True, width=200)
-    claims = [made.ledger.claim() for _ in plan.cells]
-    made.workers = [Stub(claim, plan.recipe_of(claim.cell)) for claim in claims]
+    made.running = {Stub(plan.recipe_of(cell)): made.ledger.claim() for cell in plan.cells}
+    made.workers = list(made.running)
     return made
 
 
 def test_a_run_that_was_taken_over_stops(loop):
     gone, kept = loop.workers
-    loop.ledger.close(gone.claim.trial_id, "interrupted")
-    loop._beat()
+    loop.ledger.close(loop.running[gone].trial_id, "interrupted")
+    loop._next_look = float("inf")
+    loop._step()
     assert (gone.ended, kept.ended) == (1, 0)
-    assert loop.running == [kept]
+    assert list(loop.running) == [kept]
     assert loop.console.file.getvalue() == "p0-seed1 was taken over by another worker; stopped here\n"
 
 
 def test_an_evaluation_of_a_run_that_was_taken_over_stops_it(loop):
     gone, kept = loop.workers
-    loop.ledger.close(gone.claim.trial_id, "interrupted")
+    loop.ledger.close(loop.running[gone].trial_id, "interrupted")
     for worker in (gone, kept):
         worker.evaluations = [(10, 0.5), (20, 0.6)]
-    loop._prune()
+        loop._prune(worker)
     assert (gone.ended, kept.ended) == (1, 0)
-    assert loop.running == [kept]
+    assert list(loop.running) == [kept]
 
 
 def test_the_lines_of_a_terminal(loop):

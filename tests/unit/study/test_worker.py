@@ -6,7 +6,6 @@ import sys
 
 import pytest
 
-from tokmask_peft.study.ledger import Claim
 from tokmask_peft.study.plan import make_plan
 from tokmask_peft.study.worker import Worker
 
@@ -35,8 +34,7 @@ def start(plan):
 
 
 def begin(worker, plan, number):
-    cell = plan.cells[number]
-    worker.begin(Claim(cell, number), plan.recipe_of(cell))
+    worker.begin(plan.recipe_of(plan.cells[number]))
 
 
 def ended(worker):
@@ -96,7 +94,7 @@ def test_a_process_that_does_not_start_has_a_reason(start):
 
 def test_a_run_ends_with_the_sweep_that_began_it(start):
     worker = start(TASKS + "import time; time.sleep(120)")
-    worker._stdin.close()  # the system closes the pipe of a killed process
+    worker._input.close()  # the system closes the pipe of a killed process
     assert ended(worker) == 130
 
 
