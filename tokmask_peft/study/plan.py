@@ -32,15 +32,7 @@ _MASKS_AT_ZERO = "masking.p_start: is above 0, so p = 0 would mask too; set mask
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """A recipe key and the values that it takes.
-
-    Attributes:
-        key: dotted.
-        values: as written on the command line; empty for a range.
-        low: lower bound of a range.
-        high: upper bound of a range.
-        log: draw the logarithm uniformly.
-    """
+    """A dotted recipe key and its values as written on the command line, or a range; `log` draws its logarithm."""
 
     key: str
     values: tuple[str, ...] = ()
@@ -143,10 +135,7 @@ MASK, NONE, AS_RECIPE = "mask", "none", "recipe"
 class Arm:
     """What the runs of one line of the comparison share, apart from seed and grid.
 
-    Attributes:
-        regularizers: `none`, or names joined by `+`; `recipe` if the recipe decides.
-        p: masking rate, as written.
-        overrides: `dotted.key=value`.
+    Its regularizers are `none`, or names joined by `+`, or `recipe` if the recipe decides; `p` is as it was written.
     """
 
     regularizers: str
@@ -205,14 +194,9 @@ def regularizer_arms(names: Sequence[str], rates: Sequence[str], batching: str, 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One run of a sweep.
+    """One run of a sweep, named like its folder; without an arm a sampler draws the values.
 
-    Attributes:
-        name: of the cell and of its run folder.
-        seed: of the run.
-        arm: none if a sampler draws the values.
-        setting: values of the `--grid` axes.
-        overrides: on top of the sweep's recipe.
+    `setting` holds the values of the `--grid` axes, `overrides` everything that changes the sweep's recipe.
     """
 
     name: str

@@ -41,13 +41,7 @@ METHODS = {
 
 @dataclass(frozen=True, slots=True, order=True)
 class Row:
-    """What is compared over seeds: one arm under one setting of the other axes.
-
-    Attributes:
-        setting: value by key of each `--grid` axis.
-        regularizers: `recipe` if the recipe decides, otherwise `none` or names joined by `+`.
-        p: masking rate.
-    """
+    """What is compared over seeds: one arm (see `plan.Arm`) under one setting of the `--grid` axes."""
 
     setting: tuple[tuple[str, str], ...]
     regularizers: str
@@ -75,20 +69,10 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class SweepResults:
-    """The finished runs of a sweep.
-
-    Attributes:
-        name: of the sweep.
-        task: as in `data.task`.
-        recipe: what all runs share.
-        runs: result by row and seed, rows in the order of the sweep.
-        folders: their folders.
-        missing: cells without a result.
-    """
+    """The finished runs of a sweep by row and seed, rows in the sweep's order, and the cells without a result."""
 
     name: str
     task: str
-    recipe: dict[str, Any]
     runs: dict[Row, dict[int, Result]]
     folders: dict[tuple[Row, int], RunFolder]
     missing: tuple[str, ...]
@@ -147,8 +131,7 @@ def read_sweep(folder: Path) -> SweepResults:
             f"the sweep {folder} has no finished run yet; run it with the command that began it", code="no-finished-run"
         )
     ordered = {row: dict(sorted(runs[row].items())) for row in _in_order(list(runs))}
-    task = sweep["recipe"]["data"]["task"]
-    return SweepResults(sweep["name"], task, sweep["recipe"], ordered, folders, tuple(missing))
+    return SweepResults(sweep["name"], sweep["recipe"]["data"]["task"], ordered, folders, tuple(missing))
 
 
 def _in_order(rows: list[Row]) -> list[Row]:

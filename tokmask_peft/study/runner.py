@@ -51,10 +51,7 @@ def finished_result(recipe: Recipe) -> Result | None:
 def remaining_seconds(cells: Mapping[str, CellState], elapsed: Sequence[float], workers: int) -> float | None:
     """Estimate how long the rest takes: the mean time of a finished run, over all that run at once.
 
-    Args:
-        cells: state of each cell.
-        elapsed: seconds so far of each run of this process.
-        workers: runs at once in this process.
+    `elapsed` holds the seconds so far of each run of this process, which runs `workers` at once.
     """
     states, known = [cell.state for cell in cells.values()], [cell.seconds for cell in cells.values() if cell.seconds]
     unfinished = sum(state not in FINAL for state in states)
@@ -291,7 +288,7 @@ def run_sweep(
         quiet: print nothing.
 
     Returns:
-        The state of each cell: done, pruned or failed.
+        The final state of each cell.
 
     Raises:
         SweepError: the folder or the storage cannot be used.

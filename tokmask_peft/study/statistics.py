@@ -103,10 +103,7 @@ def hedges_gz(differences: Sequence[float]) -> float | None:
 def paired_power(effect: float, seeds: int, alpha: float = 0.05) -> float:
     """Return the power of the two-sided paired t-test, exactly, by the noncentral t distribution.
 
-    Args:
-        effect: true mean difference over the standard deviation of differences.
-        seeds: number of pairs, at least 2.
-        alpha: level of the test.
+    `effect` is the true mean difference over the standard deviation of the differences; at least 2 seeds.
     """
     freedom, shift = seeds - 1, abs(effect) * math.sqrt(seeds)
     critical = stats.t.ppf(1 - alpha / 2, freedom)
@@ -143,12 +140,9 @@ def sd_interval(sd: float, n: int) -> tuple[float, float]:
 
 @dataclass(frozen=True, slots=True)
 class TextCounts:
-    """What a run did on each text, enough to score any choice of texts.
+    """Items of each text and class, `[texts, classes]`: found correctly, of the class, and predicted as the class.
 
-    Attributes:
-        right: `[texts, classes]` items of the class that were found.
-        gold: `[texts, classes]` items of the class.
-        given: `[texts, classes]` items that were given the class.
+    They suffice to score any choice of texts.
     """
 
     right: NDArray[np.int64]

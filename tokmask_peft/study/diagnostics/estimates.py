@@ -130,10 +130,7 @@ def of_batches(grams: Grams) -> dict[str, Array]:
 def summarise(grams: Mapping[float, Grams], replicates: int = REPLICATES, seed: int = 0) -> dict[str, Any]:
     """Return estimates with intervals for each rate, and the rate at which masking outweighs batches; JSON-able.
 
-    Args:
-        grams: by masking rate above 0, of the same batches.
-        replicates: draws of the bootstrap, the same for all rates.
-        seed: of these.
+    The inner products are by masking rate above 0, of the same batches; all rates see the same bootstrap draws.
     """
     count = next(iter(grams.values())).batches
     weights = batch_weights(count, replicates, seed)

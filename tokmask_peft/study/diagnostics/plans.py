@@ -31,14 +31,9 @@ def _check_folder(folder: Path) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class GradientPlan:
-    """Rates, draws, batches and points of a measurement.
+    """The folder of a measurement, masking rates above 0, mask draws per batch and rate, batches of training texts.
 
-    Attributes:
-        folder: to write to.
-        rates: masking rates above 0, ascending; 0 is always measured.
-        draws: mask draws per batch and rate.
-        batches: batches of training texts.
-        shares: of the training's steps, ascending.
+    It is made at `shares` of the training's steps. Rates and shares ascend; p = 0 is always measured.
     """
 
     LEAST_BATCHES: ClassVar[int] = 4
@@ -81,13 +76,7 @@ class GradientPlan:
 
 @dataclass(frozen=True, slots=True)
 class RobustnessPlan:
-    """Perturbations, and the folder to write to.
-
-    Attributes:
-        folder: to write to.
-        rates: masking rates above 0, ascending.
-        noise: shares of misspelt words above 0, ascending.
-    """
+    """The folder to write to, masking rates and shares of misspelt words, both above 0 and ascending."""
 
     folder: Path
     rates: tuple[float, ...]
@@ -113,13 +102,7 @@ class RobustnessPlan:
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A run, and the line of the comparison that it belongs to.
-
-    Attributes:
-        group: runs of one group differ only by their seed.
-        run: its folder.
-        recipe: its resolved recipe.
-    """
+    """A run with its resolved recipe, and its line in the comparison: runs of one group differ only by their seed."""
 
     group: str
     run: RunFolder

@@ -39,14 +39,9 @@ Labels = list[NDArray[np.int64]]
 
 @dataclass(frozen=True, slots=True)
 class Perturbations:
-    """What is done to the texts.
+    """Masking rates and shares of misspelt words, all above 0, and how often each is drawn; scores are means of draws.
 
-    Attributes:
-        rates: masking rates above 0.
-        noise: shares of misspelt words above 0.
-        draws: random draws of each; scores are their means.
-        seed: of the draws, the same for all runs.
-        limit: score at most this many texts, drawn at random; none for all.
+    The seed is the same for all runs. `limit` scores at most this many texts, drawn at random.
     """
 
     rates: tuple[float, ...]
@@ -176,14 +171,6 @@ def robustness(
     quiet: bool = False,
 ) -> Report:
     """Score the runs and write the report; a run that was already scored in the same way is not scored again.
-
-    Args:
-        members: the runs.
-        what: is done to their texts.
-        folder: to write to.
-        backbone: load the backbone from here.
-        device: to compute on.
-        quiet: print nothing.
 
     Raises:
         RunError, DataError, ModelError: with what to do.
