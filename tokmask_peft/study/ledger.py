@@ -53,18 +53,17 @@ def open_storage(place: str | Path) -> Any:
             backend = JournalFileBackend(str(place), JournalFileOpenLock(str(place)))
             return optuna.storages.JournalStorage(backend)
     settings = {"connect_args": {"timeout": 60}} if place.startswith("sqlite") else {"pool_pre_ping": True}
-    expected = "expected, for example, postgresql://USER@HOST/DATABASE, and its driver to be installed"
     for attempts_left in reversed(range(5)):
         try:
             return optuna.storages.RDBStorage(place, engine_kwargs=settings)
-        except (sqlalchemy.exc.ArgumentError, ImportError) as error:
-            reason: object = error.__cause__ or error
-            raise SweepError(f"--storage {place}: {reason}; {expected}", code="bad-storage", storage=place) from error
-        except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError, RuntimeError) as error:
-            if not attempts_left:
-                reason = getattr(error, "orig", None) or error
+        except (ImportError, sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.OptunaError, RuntimeError) as error:
+            if not attempts_left or isinstance(error, ImportError | sqlalchemy.exc.ArgumentError):
+                problem = first_line(getattr(error, "orig", None) or error)
                 raise SweepError(
-                    f"--storage {place} cannot be opened: {first_line(reason)}", code="bad-storage", storage=place
+                    f"--storage {place} cannot be opened: {problem}; expected the URL of a database, as "
+                    "postgresql://USER@HOST/DATABASE, and its driver to be installed",
+                    code="bad-storage",
+                    storage=place,
                 ) from error
             time.sleep(random.uniform(0.05, 0.3))  # noqa: S311 (another process may be making the tables)
     raise AssertionError("unreachable")
@@ -72,7 +71,7 @@ def open_storage(place: str | Path) -> Any:
 
 @contextlib.contextmanager
 def errors_of_storage() -> Iterator[None]:
-    """Turn a storage that fails in the middle of a sweep into a SweepError."""
+    """Turn a failure of the storage into a SweepError."""
     import optuna
     import sqlalchemy.exc
 
@@ -176,6 +175,7 @@ class Ledger:
         """Let this process run the cells again that have failed until now."""
         self._retried = {trial.number for trials in self._trials().values() for trial in trials}
 
+    @errors_of_storage()
     def look(self) -> dict[str, CellState]:
         """Give up trials whose worker is gone, and return the state of each cell of the plan."""
         by_cell = self._trials()
@@ -185,6 +185,7 @@ class Ledger:
         by_cell = self._trials() if lost else by_cell
         return {cell.name: self._state_of(by_cell.get(cell.name, [])) for cell in self.plan.cells}
 
+    @errors_of_storage()
     def claim(self) -> Claim | None:
         """Take the first cell of the plan that waits, in the state that `look` leaves; none if none waits."""
         import optuna
@@ -207,6 +208,7 @@ class Ledger:
             self.close(trial_id, "duplicate")
         return None
 
+    @errors_of_storage()
     def beat(self, claim: Claim) -> bool:
         """Give a sign of life; return false if another worker has taken the cell over.
 
@@ -215,6 +217,7 @@ class Ledger:
         """
         return self._updated(self.storage.set_trial_user_attr, claim.trial_id, "beat", time.time())
 
+    @errors_of_storage()
     def report(self, claim: Claim, step: int, score: float) -> bool:
         """Record an evaluation in the middle of a trial; return false if another worker has taken the cell over."""
         return self._updated(self.storage.set_trial_intermediate_value, claim.trial_id, step, score)
@@ -223,6 +226,7 @@ class Ledger:
         """Return whether the trial is below the median of earlier ones at the same step."""
         return bool(self._study.pruner.prune(self._study, self.storage.get_trial(claim.trial_id)))
 
+    @errors_of_storage()
     def close(self, trial_id: int, outcome: Outcome, score: float | None = None, **details: Any) -> None:
         """Record how a trial ended; what another process has closed stays as it is.
 

@@ -22,7 +22,7 @@ from tokmask_peft.errors import RecipeError, RunInterruptedError, SweepError
 from tokmask_peft.recipe.errors import shown
 from tokmask_peft.recipe.loading import differences, load_recipe
 from tokmask_peft.recipe.schema import Recipe
-from tokmask_peft.study.ledger import FINAL, HEARTBEAT, CellState, Claim, Ledger, errors_of_storage
+from tokmask_peft.study.ledger import FINAL, HEARTBEAT, CellState, Claim, Ledger
 from tokmask_peft.study.plan import Plan
 from tokmask_peft.study.worker import COMMAND, Worker
 
@@ -42,7 +42,7 @@ def finished_result(recipe: Recipe) -> Result | None:
         )
     try:
         return Result.from_dict(json.loads(run.result.read_text(encoding="utf-8")))
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise SweepError(
             f"{run.result} cannot be read ({error}); remove it to continue the run", code="broken-result"
         ) from error
@@ -310,10 +310,9 @@ def run_sweep(
         plan, storage or (f"sqlite:///{old}" if old.is_file() else plan.folder / "sweep.journal"), prune=options.prune
     )
     plan.write()
-    with errors_of_storage():
-        if options.retry_failed:
-            ledger.retry_failed()
-        return Loop(plan, ledger, options, quiet=quiet).run()
+    if options.retry_failed:
+        ledger.retry_failed()
+    return Loop(plan, ledger, options, quiet=quiet).run()
 
 
 def closing_lines(plan: Plan, cells: Mapping[str, CellState]) -> list[str]:

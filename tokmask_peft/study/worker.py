@@ -90,8 +90,10 @@ class Worker:
     def stop(self) -> None:
         """Ask for a checkpoint and the end; the second time, end the process at once."""
         self.signals += 1
-        if self._process is not None:
-            self._process.send_signal(signal.SIGINT if self.signals == 1 else signal.SIGKILL)
+        if self._process is not None and self.signals == 1:
+            self._process.send_signal(signal.SIGINT)
+        elif self._process is not None:
+            self._process.kill()
 
     def end(self) -> None:
         """End the process, also in the middle of a run, and wait until it is gone."""
