@@ -131,7 +131,7 @@ class _Masks:
         for number, window in enumerate(self._windows):
             self._ids[number, : len(window.ids)] = torch.tensor(window.ids)
             self._maskable[number, : len(window.ids)] = table[window.ids]
-        self._starts = None if self._config.unit == "token" else word_start_table(tokenizer, rows)[self._ids]
+        self._starts = word_start_table(tokenizer, rows)[self._ids] if self._config.unit != "token" else None
 
     def predicted(self, rate: float, draw: int) -> Labels:
         unit, length = self._config.unit, self._config.span_length
@@ -203,7 +203,8 @@ def _score(member: Member, what: Perturbations, backbone: str | None, device: st
         result = Result.from_dict(json.loads(member.run.result.read_text(encoding="utf-8")))
         reported = (getattr(result, split) or {}).get("f1_macro")
     about = {"run": str(member.run.root), "seed": recipe.seed, "p": recipe.masking.p, "split": split}
-    return {**about, "task": recipe.data.task, "mask_token": mask, **found, "reported": reported}
+    about["task"] = recipe.data.task
+    return {**about, "mask_token": mask, **found, "reported": reported}
 
 
 def analyse(runs: Sequence[dict[str, Any]], what: Perturbations) -> dict[str, Any]:
