@@ -54,7 +54,7 @@ _HOMES = {
     "explain": "inference.explain",
     "push": "hub.push",
     "load": "inference.load",
-    "train": "run",
+    "train": "training.train",
 }
 
 

@@ -6,10 +6,14 @@ Everything outside this file asks the task, `get_task(name)`, instead of compari
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from tokmask_peft.errors import DataError, nearest
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 Label = str | tuple[str, ...] | None
 
@@ -103,6 +107,16 @@ class Task:
 
     # -- inference --
 
+    def join(self, windows: Sequence[Any], logits: Sequence[NDArray[Any]]) -> NDArray[Any]:
+        """Return the logits of a text's answers, [answers, classes], from those of its windows.
+
+        Here the text has one answer: the mean weighted by sub-tokens, of which the temperature changes no label.
+        """
+        import numpy as np
+
+        sizes = np.array([window.size for window in windows], dtype=np.float64)
+        return np.asarray((np.concatenate(logits) * sizes[:, None]).sum(0, keepdims=True) / sizes.sum())
+
     # -- report, card and study --
 
 
@@ -151,6 +165,13 @@ class TokenTask(Task):
     # -- training and scores --
 
     # -- inference --
+
+    def join(self, windows: Sequence[Any], logits: Sequence[NDArray[Any]]) -> NDArray[Any]:
+        """Take the logits of each word from the window that it belongs to."""
+        import numpy as np
+
+        order = np.argsort(np.concatenate([window.words for window in windows]))
+        return np.asarray(np.concatenate(logits)[order], dtype=np.float64)
 
     # -- report, card and study --
 
