@@ -12,11 +12,12 @@ def main() -> None:
     folder = Path(sys.argv[1])
     plan = make_plan("quickstart", [f"output_dir={folder}"], p="0,0.1", seeds="10", name="stub")
     plan.folder.mkdir(exist_ok=True)
-    ledger = Ledger(plan, f"sqlite:///{plan.folder / 'sweep.db'}")
+    ledger = Ledger(
+        plan, sys.argv[4].format(folder=plan.folder) if len(sys.argv) > 4 else plan.folder / "sweep.journal"
+    )
     (folder / f"ready-{sys.argv[2]}").touch()
     while len(list(folder.glob("ready-*"))) < int(sys.argv[3]):
         time.sleep(0.001)
-    ledger.tidy()
     while claim := ledger.claim():
         print(claim.cell.name, flush=True)
 

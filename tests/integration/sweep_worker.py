@@ -11,9 +11,13 @@ from pathlib import Path
 
 
 def stand_in(broken: int) -> None:
-    from tokmask_peft.study.trial import read_task
+    from tokmask_peft.study.worker import tasks
 
-    recipe = read_task()["recipe"]
+    for task in tasks():
+        train(task["recipe"], broken)
+
+
+def train(recipe: dict, broken: int) -> None:
     run = Path(recipe["output_dir"]) / recipe["name"]
 
     def note(what):
@@ -25,13 +29,13 @@ def stand_in(broken: int) -> None:
     note("start")
     time.sleep(0.2)
     if recipe["seed"] == broken:
-        print("Error: the stand-in was told to fail")
+        print("Error: the stand-in was asked to fail")
         sys.exit(2)
     note("end")
     run.mkdir(exist_ok=True)
     score = recipe["seed"] / 100 + recipe["masking"]["p"]
     scores = {"f1_macro": score, "f1_weighted": score}
-    (run / "result.json").write_text(json.dumps({"validation": scores, "test": scores}))
+    (run / "result.json").write_text(json.dumps({"labels": [], "validation": scores, "test": scores}))
 
 
 def main() -> int:
@@ -40,7 +44,7 @@ def main() -> int:
         stand_in(int(seeds))
         return 0
     from tokmask_peft.study.plan import make_plan
-    from tokmask_peft.study.runner import Options, failures, run_sweep
+    from tokmask_peft.study.runner import Options, run_sweep
 
     plan = make_plan("quickstart", [f"output_dir={folder}"], p="0,0.1", seeds=seeds, name="stub")
     retry = "--retry" in sys.argv
@@ -52,7 +56,7 @@ def main() -> int:
     except RunInterruptedError as error:
         print(error)
         return 130
-    return 1 if failures(cells) else 0
+    return int(any(cell.state == "failed" for cell in cells.values()))
 
 
 if __name__ == "__main__":

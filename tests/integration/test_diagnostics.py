@@ -8,7 +8,8 @@ import torch
 
 from tokmask_peft import train
 from tokmask_peft.inference.load import load
-from tokmask_peft.masking.pattern import maskable_table, masked_positions
+from tokmask_peft.masking.pattern import masked_positions
+from tokmask_peft.masking.replacement import maskable_table
 from tokmask_peft.recipe.schema import Recipe
 from tokmask_peft.training.evaluate import split_examples
 from tokmask_peft.training.train import observe_training
@@ -18,10 +19,10 @@ pytest.importorskip("scipy")
 
 from tokmask_peft.data.encoding import Windower
 from tokmask_peft.study.diagnostics import gradients as metering
-from tokmask_peft.study.diagnostics import robustness as disturbed
 from tokmask_peft.study.diagnostics.gradients import diagnose
+from tokmask_peft.study.diagnostics.perturbations import vocabulary
 from tokmask_peft.study.diagnostics.plans import GradientPlan, find_members
-from tokmask_peft.study.diagnostics.robustness import Disturbances, robustness, score_disturbed, vocabulary
+from tokmask_peft.study.diagnostics.robustness import Perturbations, predicted, robustness, score_perturbed
 
 
 def losses(file):
@@ -118,8 +119,8 @@ def test_scores_on_masked_texts_are_those_of_ids_masked_by_hand(write_recipe, tm
     classifier = load(done.folder.root, "cpu")
     examples, _ = split_examples(recipe, "test", None, done.folder.adapter)
     train_examples, _ = split_examples(recipe, "train", None, done.folder.adapter)
-    what = Disturbances((0.5,), (1.0,), 2, seed=9)
-    found = score_disturbed(classifier, examples, vocabulary(train_examples), what)
+    what = Perturbations((0.5,), (1.0,), 2, seed=9)
+    found = score_perturbed(classifier, examples, vocabulary(train_examples), what)
     assert found["clean"]["f1_macro"] == pytest.approx(done.result.test["f1_macro"])
     unseen = found["words"]["unseen"]["items"]  # the last word of each text is its own
     assert unseen == len(examples)
@@ -144,7 +145,7 @@ def test_scores_on_masked_texts_are_those_of_ids_masked_by_hand(write_recipe, tm
         right += sum(classifier.labels[at] == tag for at, tag in zip(chosen.tolist(), example.tags, strict=True))
         total += len(example.tags)
     accuracies = []
-    one = score_disturbed(classifier, examples, set(), Disturbances((0.5,), (), 1, seed=9))["mask"][0]["accuracy"]
+    one = score_perturbed(classifier, examples, set(), Perturbations((0.5,), (), 1, seed=9))["mask"][0]["accuracy"]
     two = found["mask"][0]["accuracy"]
     accuracies.append(2 * two - one)  # of the second draw
     assert accuracies[0] == pytest.approx(right / total)
@@ -155,7 +156,7 @@ def test_scores_on_masked_texts_are_those_of_ids_masked_by_hand(write_recipe, tm
     answers = classifier.predict(given)
     labels = [list(one.labels) if task == "token" else [one.label] for one in answers]
     assert max(one.windows for one in answers) > 1
-    found = disturbed._predicted(classifier, given, 16)
+    found = predicted(classifier, given, 16)
     assert [[classifier.labels[at] for at in row] for row in found] == labels
 
 
@@ -179,5 +180,5 @@ def test_robustness_of_two_runs_through_the_command_line(write_recipe, tmp_path,
     scored = [run["clean"]["f1_macro"] for run in before["runs"]]
     for run, score in zip(runs, scored, strict=True):
         assert score == pytest.approx(json.loads((run / "result.json").read_text())["test"]["f1_macro"])
-    again = robustness(find_members([str(runs[1])]), Disturbances((0.5,), (0.5,), 2), folder, quiet=True)
+    again = robustness(find_members([str(runs[1])]), Perturbations((0.5,), (0.5,), 2), folder, quiet=True)
     assert json.loads(again.statistics.read_text())["runs"] == before["runs"][1:]

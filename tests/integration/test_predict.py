@@ -165,10 +165,10 @@ def test_explain_on_the_command_line(run, tmp_path):
 def test_faithfulness_on_the_command_line(run):
     root = run("sequence").folder.root
 
-    def evaluate(*arguments):
-        return CliRunner().invoke(app, ["evaluate", *map(str, arguments)])
+    def faithfulness(*arguments):
+        return CliRunner().invoke(app, ["faithfulness", *map(str, arguments)])
 
-    said = evaluate(root, "--faithfulness", "--against", root, "--limit", 12, "--json")
+    said = faithfulness(root, "--against", root, "--limit", 12, "--json")
     found = json.loads(said.stdout)
     assert found["texts"] + found["left_out"] == 12
     assert found["run"]["measures"] == found["against"]["measures"]
@@ -176,11 +176,10 @@ def test_faithfulness_on_the_command_line(run):
     assert found["other_differences"] == []
     assert "masked as in training" in found["run"]["mask"]
     for options, words in (
-        (["--against", root], "--faithfulness"),
-        (["--faithfulness", "--against", run("token").folder.root], "another task"),
-        (["--faithfulness", "--against", root.parent], "not a run folder"),
+        (["--against", run("token").folder.root], "another task"),
+        (["--against", root.parent], "not a run folder"),
     ):
-        failed = evaluate(root, *options)
+        failed = faithfulness(root, *options)
         assert (failed.exit_code, words in " ".join(failed.stderr.split())) == (2, True), failed.stderr
 
 

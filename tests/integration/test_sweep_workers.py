@@ -78,7 +78,7 @@ def test_an_interrupted_sweep_goes_on(tmp_path):
     wait_for(lambda: len(counted(tmp_path, "end")) >= 2, worker)
     worker.send_signal(signal.SIGINT)
     assert worker.wait(timeout=120) == 130
-    assert "trials finished; the same command goes on" in (tmp_path / "said").read_text()
+    assert "runs finished; repeat the command" in (tmp_path / "said").read_text()
     assert start(tmp_path, 3).wait(timeout=120) == 0
     assert set(counted(tmp_path, "end").values()) == {1}
     assert len(counted(tmp_path, "end")) == 6
@@ -87,7 +87,7 @@ def test_an_interrupted_sweep_goes_on(tmp_path):
 def test_a_failed_trial_is_told_and_stops_nothing(tmp_path):
     assert start(tmp_path, 3, 2).wait(timeout=120) == 1
     said = (tmp_path / "said").read_text()
-    assert "failed p0-seed2: the stand-in was told to fail (exit code 2)" in said
+    assert "failed p0-seed2: the stand-in was asked to fail (exit code 2)" in said
     assert "4/6 done, 0 running, 2 failed" in said
     before = journal(tmp_path)
     assert start(tmp_path, 3, 2).wait(timeout=120) == 1

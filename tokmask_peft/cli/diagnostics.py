@@ -1,4 +1,4 @@
-"""Commands that ask what masking does: `diagnose` (gradients), `robustness` (disturbed texts)."""
+"""Commands that measure what masking does: `diagnose`, `robustness`, `faithfulness`."""
 
 from __future__ import annotations
 
@@ -32,11 +32,10 @@ def diagnose(
     checked = Recipe.load(recipe, overrides or [])
     plan = GradientPlan.make(checked, p, draws, batches, at, out)
     quiet_libraries()
-    from tokmask_peft.study.diagnostics.gradient_report import matplotlib
+    from tokmask_peft.study.diagnostics.gradients import diagnose as measure
+    from tokmask_peft.study.report import matplotlib
 
     matplotlib()  # before a training whose plot could not be drawn
-    from tokmask_peft.study.diagnostics.gradients import diagnose as measure
-
     report = measure(checked, plan, quiet=quiet)
     if not quiet:
         typer.echo(report.summary)
@@ -49,7 +48,7 @@ def robustness(
     p: Annotated[str, typer.Option("--p", help="shares of sub-tokens to mask")] = "0,0.1,0.2,0.3,0.4,0.5",
     noise: Annotated[str, typer.Option(help="shares of words to misspell")] = "0,0.1,0.2,0.4",
     draws: Annotated[int, typer.Option(min=1, help="random draws of each; scores are their means")] = 4,
-    limit: Annotated[int | None, typer.Option(min=1, help="score at most so many texts, drawn at random")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="score at most this many texts, drawn at random")] = None,
     seed: Annotated[int, typer.Option(min=0, help="of masks, misspellings and the choice of texts")] = 0,
     out: Annotated[
         Path | None, typer.Option(help="folder to write to; RUN/robustness if not given, with one RUN")
@@ -60,22 +59,47 @@ def robustness(
 ) -> None:
     """Score RUNs on masked and misspelt test texts and on unseen words, by their masking rate in training.
 
-    Runs that differ by their seed alone are one line, with an interval; a run that was scored is not scored again.
+    Runs that differ only by their seed are one line, with an interval; a run is not scored twice in the same way.
     """
-    from tokmask_peft.study.diagnostics import plans as robustness_plan
+    from tokmask_peft.study.diagnostics.plans import RobustnessPlan, find_members
 
-    rates, shares = robustness_plan.read_options(p, noise)
-    folder = robustness_plan.choose_folder(runs, out)
-    members = robustness_plan.find_members(runs)
+    plan = RobustnessPlan.make(runs, p, noise, out)
+    members = find_members(runs)
     quiet_libraries()
-    from tokmask_peft.study.diagnostics.gradient_report import matplotlib
+    from tokmask_peft.study.diagnostics.robustness import Perturbations
+    from tokmask_peft.study.diagnostics.robustness import robustness as measure
+    from tokmask_peft.study.report import matplotlib
 
     matplotlib()
-    from tokmask_peft.study.diagnostics import robustness as measuring
-    from tokmask_peft.study.diagnostics.robustness import Disturbances
-
-    what = Disturbances(rates, shares, draws, seed, limit)
-    report = measuring.robustness(members, what, folder, backbone=backbone, device=device, quiet=quiet)
+    what = Perturbations(plan.rates, plan.noise, draws, seed, limit)
+    report = measure(members, what, plan.folder, backbone=backbone, device=device, quiet=quiet)
     if not quiet:
         typer.echo(report.summary)
         typer.echo(f"Report: {report.markdown}")
+
+
+@app.command()
+def faithfulness(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="a run folder, such as runs/quickstart")],
+    against: Annotated[str | None, typer.Option(help="a run of the same recipe with p = 0, to compare with")] = None,
+    split: Annotated[str, typer.Option(help="train, validation or test; with --data, a split or file there")] = "test",
+    data: Annotated[str | None, typer.Option(help="folder or file with other texts")] = None,
+    limit: Annotated[int, typer.Option(min=2, help="number of texts, drawn at random")] = 200,
+    seed: Annotated[int, typer.Option(min=0, help="of texts, orders and bootstrap")] = 0,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="masked texts per forward pass")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+) -> None:
+    """Measure whether `tokmask explain` ranks words correctly for RUN: mask the most influential words first."""
+    import json
+
+    from tokmask_peft.artifacts import open_finished
+
+    for folder in (run, against):
+        if folder is not None:
+            open_finished(folder)  # before the libraries are loaded, which takes seconds
+    quiet_libraries()
+    from tokmask_peft.study.diagnostics.faithfulness import faithfulness as measure
+    from tokmask_peft.study.diagnostics.faithfulness import report_lines
+
+    found = measure(run, against, split=split, data=data, limit=limit, seed=seed, batch_size=batch_size)
+    typer.echo(json.dumps(found, indent=2) if as_json else "\n".join(report_lines(found)))

@@ -18,12 +18,6 @@ def evaluate(
     split: Annotated[str, typer.Option(help="train, validation or test; with --data, a split or file there")] = "test",
     data: Annotated[str | None, typer.Option(help="folder or file with other texts")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the scores as JSON.")] = False,
-    faithfulness: Annotated[
-        bool, typer.Option("--faithfulness", help="Measure whether `tokmask explain` ranks words rightly, instead.")
-    ] = False,
-    against: Annotated[str | None, typer.Option(help="with --faithfulness: a p = 0 run of the same recipe")] = None,
-    limit: Annotated[int, typer.Option(min=2, help="with --faithfulness: texts, drawn at random")] = 200,
-    seed: Annotated[int, typer.Option(min=0, help="with --faithfulness: of texts, orders and bootstrap")] = 0,
     batch_size: Annotated[int | None, typer.Option(min=1, help="texts per forward pass; as in training")] = None,
 ) -> None:
     """Score the adapter of RUN on one of its splits, or on other texts."""
@@ -31,20 +25,8 @@ def evaluate(
 
     from tokmask_peft.artifacts import open_finished
 
-    if against is not None and not faithfulness:
-        raise typer.BadParameter("it goes with --faithfulness", param_hint="--against")
-    for folder in (run, against):
-        if folder is not None:
-            open_finished(folder)  # before the libraries are loaded, which takes seconds
+    open_finished(run)  # before the libraries are loaded, which takes seconds
     quiet_libraries()
-    if faithfulness:
-        from tokmask_peft.study.diagnostics import faithfulness as measure
-
-        measured = measure.faithfulness(
-            run, against, split=split, data=data, limit=limit, seed=seed, batch_size=batch_size
-        )
-        typer.echo(json.dumps(measured, indent=2) if as_json else "\n".join(measure.report_lines(measured)))
-        return
     from tokmask_peft.console import make_console, print_scores
     from tokmask_peft.training.evaluate import evaluate as score
 

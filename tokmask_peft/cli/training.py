@@ -141,7 +141,10 @@ def sweep(
     ] = None,
     name: Annotated[str | None, typer.Option(help="of the sweep; its folder is runs/NAME")] = None,
     storage: Annotated[
-        str | None, typer.Option(metavar="URL", help="database to share with other machines; SQLite in the folder else")
+        str | None,
+        typer.Option(
+            metavar="URL", help="database to share with machines that do not share the folder; default: a file in it"
+        ),
     ] = None,
     sampler: Annotated[str, typer.Option(help="grid, random or tpe")] = "grid",
     trials: Annotated[int | None, typer.Option(help="number of runs, with random and tpe")] = None,
@@ -150,10 +153,10 @@ def sweep(
     keep_checkpoints: Annotated[
         bool, typer.Option("--keep-checkpoints", help="Keep the checkpoints of finished runs.")
     ] = False,
-    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run failed trials again.")] = False,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run failed cells again.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs, and start none.")] = False,
 ) -> None:
-    """Train RECIPE once for each masking rate, seed and grid value; the same command goes on where it stopped."""
+    """Train RECIPE once for each masking rate, seed and grid value; the same command continues a sweep that stopped."""
     from tokmask_peft.study.plan import make_plan
 
     plan = make_plan(
@@ -171,14 +174,12 @@ def sweep(
         for cell in plan.cells:
             typer.echo(f"{cell.name}  {' '.join((f'seed={cell.seed}', *cell.overrides))}")
         return
-    from tokmask_peft.study import runner as running
-    from tokmask_peft.study.runner import Options
+    from tokmask_peft.study.runner import Options, closing_lines, run_sweep
 
-    options = Options(workers, keep_checkpoints, prune, retry_failed)
-    cells = running.run_sweep(plan, storage, options)
-    for line in running.closing_lines(plan, cells):
+    cells = run_sweep(plan, storage, Options(workers, keep_checkpoints, prune, retry_failed))
+    for line in closing_lines(plan, cells):
         typer.echo(line)
-    if running.failures(cells):
+    if any(cell.state == "failed" for cell in cells.values()):
         raise typer.Exit(1)
 
 

@@ -4,37 +4,35 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
+import math
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tokmask_peft.errors import RecipeError, nearest
+from tokmask_peft.artifacts import write_json
+from tokmask_peft.errors import RecipeError, SweepError, nearest
 from tokmask_peft.recipe.loading import load_recipe, with_overrides
-from tokmask_peft.recipe.schema import Recipe, all_fields, section_of
+from tokmask_peft.recipe.schema import Recipe, all_fields, regularizers, section_of
 
+SWEEP_FILE = "sweep.json"
+SAMPLERS = ("grid", "random", "tpe")
 RESERVED = {
     "seed": "--seeds 1,2,3",
     "masking.p": "--p 0,0.1",
-    "name": "--name NAME (each run is named by its place in the grid)",
+    "name": "--name NAME (each run is named after its cell)",
     "output_dir": "output_dir=FOLDER, for the whole sweep",
 }
-
 _NUMBER = r"[-+]?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?"
+_NAME_LENGTH = 80
+_MASKS_AT_ZERO = "masking.p_start: is above 0, so p = 0 would mask too; set masking.p_start=0"
 
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """A recipe key and the values that it takes.
-
-    Attributes:
-        key: dotted.
-        values: as they were written; empty for a range.
-        low: lower bound of a range.
-        high: its upper bound.
-        log: draw the logarithm uniformly.
-    """
+    """A dotted recipe key and its values as written on the command line, or a range; `log` draws its logarithm."""
 
     key: str
     values: tuple[str, ...] = ()
@@ -52,9 +50,7 @@ class Axis:
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-able form."""
-        if self.values:
-            return {"values": list(self.values)}
-        return {"low": self.low, "high": self.high, "log": self.log}
+        return {"values": list(self.values)} if self.values else {"low": self.low, "high": self.high, "log": self.log}
 
 
 def read_axis(text: str, problems: list[str]) -> Axis | None:
@@ -67,100 +63,79 @@ def read_axis(text: str, problems: list[str]) -> Axis | None:
     if key in RESERVED:
         problems.append(f"--grid {key}: use {RESERVED[key]}")
         return None
-    field = next((field for name, field in Recipe.model_fields.items() if name == key), None)
-    if field is not None and section_of(field.annotation) is not None:
+    if key in Recipe.model_fields and section_of(Recipe.model_fields[key].annotation) is not None:
         known = [path for path, _ in all_fields() if path.startswith(f"{key}.")]
         problems.append(f"--grid {key}: is a section; name a key in it, such as {', '.join(known[:3])}")
         return None
-    found = re.fullmatch(rf"\s*({_NUMBER})\.\.({_NUMBER})(:log)?\s*", written)
-    return _range(key, found, problems) if found else _listed(key, written, problems)
+    if found := re.fullmatch(rf"\s*({_NUMBER})\.\.({_NUMBER})(:log)?\s*", written):
+        whole = all(re.fullmatch(r"[-+]?\d+", part) for part in found.group(1, 2))
+        low, high = ((int if whole else float)(part) for part in found.group(1, 2))
+        if low < high and not (found[3] and low <= 0):
+            return Axis(key, (), low, high, bool(found[3]))
+        rule = "above 0 and rising" if found[3] else "rising"
+        problems.append(f"--grid {key}: the range {written.strip()} is not {rule}")
+        return None
+    values = split_values(written)
+    if len(set(values)) == len(values):
+        return Axis(key, values)
+    problems.append(f"--grid {key}: a value is given twice in {written}")
+    return None
 
 
 def read_rates(text: str, problems: list[str]) -> tuple[str, ...]:
     """Read the masking rates of `--p`."""
     rates = split_values(text)
-    for rate in rates:
-        try:
-            if 0 <= float(rate) < 1:
-                continue
-        except ValueError:
-            pass
-        problems.append(f"--p {text}: '{rate}' is no masking rate; expected numbers from 0 to below 1, as 0,0.1,0.2")
-        return ()
-    if len({float(rate) for rate in rates}) < len(rates) or not rates:
+    if wrong := [rate for rate in rates if not 0 <= number(rate) < 1]:
+        problems.append(f"--p {text}: '{wrong[0]}' is not a masking rate; expected numbers from 0 to below 1")
+    elif not rates or len({float(rate) for rate in rates}) < len(rates):
         problems.append(f"--p {text}: {'a rate is given twice' if rates else 'expected rates, as 0,0.1,0.2'}")
-        return ()
-    return rates
+    else:
+        return rates
+    return ()
+
+
+def number(text: str) -> float:
+    """Return the number that a text holds; nan, which no range contains, if it does not hold one."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def read_seeds(text: str, problems: list[str]) -> tuple[int, ...]:
-    """Read `--seeds`: a number n means the seeds 1 to n; several, those."""
+    """Read `--seeds`: a number n means the seeds 1 to n; several numbers are the seeds themselves."""
     parts = [part.strip() for part in text.split(",")]
-    if not all(re.fullmatch(r"\d+", part) and int(part) < 2**32 for part in parts if part) or not any(parts):
-        problems.append(f"--seeds {text}: expected how many (5 is the seeds 1 to 5), or which: 11,12,13 (one: 11,)")
+    seeds = [int(part) for part in parts if re.fullmatch(r"\d+", part) and int(part) < 2**32]
+    if not seeds or len(seeds) < sum(bool(part) for part in parts):
+        problems.append(f"--seeds {text}: expected a number (5 is the seeds 1 to 5), or seeds: 11,12,13 (one: 11,)")
         return ()
-    seeds = [int(part) for part in parts if part]
     if len(parts) == 1:
-        if not 1 <= seeds[0] <= 1000:
-            problems.append(f"--seeds {text}: expected 1 to 1000 seeds; for the one seed {text} write {text},")
-            return ()
-        return tuple(range(1, seeds[0] + 1))
+        if 1 <= seeds[0] <= 1000:
+            return tuple(range(1, seeds[0] + 1))
+        problems.append(f"--seeds {text}: expected 1 to 1000 seeds; for the one seed {text} write {text},")
+        return ()
     if len(set(seeds)) < len(seeds):
         problems.append(f"--seeds {text}: a seed is given twice")
     return tuple(seeds)
 
 
 def split_values(text: str) -> tuple[str, ...]:
-    """Split at commas, but not at those inside brackets, braces or quotes."""
+    """Split at commas, except inside brackets, braces or quotes."""
     found = re.findall(r"(?:\[[^\]]*\]|\{[^}]*\}|\"[^\"]*\"|'[^']*'|[^,])+", text)
     return tuple(part.strip() for part in found if part.strip())
 
 
-def _listed(key: str, written: str, problems: list[str]) -> Axis | None:
-    values = split_values(written)
-    if len(set(values)) < len(values):
-        problems.append(f"--grid {key}: a value is given twice in {written}")
-        return None
-    return Axis(key, values)
-
-
-def _range(key: str, found: re.Match[str], problems: list[str]) -> Axis | None:
-    whole = all(re.fullmatch(r"[-+]?\d+", part) for part in found.group(1, 2))
-    low, high = ((int if whole else float)(part) for part in found.group(1, 2))
-    if low >= high or (found[3] and low <= 0):
-        rule = "above 0 and rising" if found[3] else "rising"
-        problems.append(f"--grid {key}: the range {found[0].strip()} is not {rule}")
-        return None
-    return Axis(key, (), low, high, bool(found[3]))
-
-
-OFF = {
-    "adapter.dropout": "0.0",
-    "model.attention_dropout": "0.0",
-    "training.neftune_alpha": "null",
-    "training.label_smoothing": "0.0",
-}
-"""The recipe keys of the regularizers, with the values that switch them off."""
-
-REGULARIZERS = {
-    "lora_dropout": ("adapter.dropout", "0.1"),
-    "attention_dropout": ("model.attention_dropout", "0.1"),
-    "neftune": ("training.neftune_alpha", "5"),
-    "label_smoothing": ("training.label_smoothing", "0.1"),
-}
-"""Name -> recipe key and usual strength; an arm may name another, as `neftune:15`."""
+REGULARIZERS = {found.name: key for key, found in regularizers().items()}
+"""Name of an arm -> its recipe key."""
 
 MASK, NONE, AS_RECIPE = "mask", "none", "recipe"
 
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """What the runs of one line of the comparison share, but for the seed and the grid.
+    """What the runs of one line of the comparison share, apart from seed and grid.
 
-    Attributes:
-        regularizers: `none`, or names joined by `+`; `recipe` where the recipe decides.
-        p: masking rate, as it was written.
-        overrides: `dotted.key=value`.
+    Its regularizers are `none`, or names joined by `+`, or `recipe` if the recipe decides; `p` is as it was written.
     """
 
     regularizers: str
@@ -169,7 +144,7 @@ class Arm:
 
     @property
     def label(self) -> str:
-        """Name the arm as in a cell's name: `p0.1`, `none`, `mask0.1+neftune`."""
+        """The arm's part of a cell's name: `p0.1`, `none`, `mask0.1+neftune`."""
         rate, names = f"{float(self.p):g}", self.regularizers.replace(":", "")
         if names == AS_RECIPE:
             return f"p{rate}"
@@ -178,75 +153,60 @@ class Arm:
         return f"{MASK}{rate}" + ("" if names == NONE else f"+{names}")
 
 
-def masking_arms(rates: Sequence[str]) -> list[Arm]:
-    """Return an arm per masking rate, everything else as the recipe has it."""
-    return [Arm(AS_RECIPE, rate, (f"masking.p={rate}",)) for rate in rates]
-
-
 def regularizer_arms(names: Sequence[str], rates: Sequence[str], batching: str, problems: list[str]) -> list[Arm]:
-    """Return the arms of `--arms`; those with `mask` once per rate above 0.
+    """Return the arms of `--arms`; those with `mask` once per rate.
 
-    NEFTune scales its noise by the length of a padded batch, so an arm with it takes padded batches where the recipe
-    has padding-free ones: the same texts in the same order.
+    NEFTune scales its noise by the length of a padded batch, so an arm with it pads the batches of a padding-free
+    recipe: the same texts in the same order.
 
     Args:
         names: as the user wrote them, for example `none`, `neftune:15`, `mask+label_smoothing`.
         rates: masking rates above 0.
         batching: the recipe's `training.batching`.
-        problems: takes a line per name that is not known.
+        problems: takes a line per unknown name.
     """
     arms: list[Arm] = []
+    known = regularizers()
     for name in names:
         parts = name.split("+")
-        settings = dict(OFF)
-        shown: list[str] = []
-        for part in parts:
+        settings: dict[str, Any] = {key: regularizer.off for key, regularizer in known.items()}
+        chosen = [part for part in parts if part not in (MASK, NONE)]
+        unknown = [part for part in chosen if part.partition(":")[0] not in REGULARIZERS or part.endswith(":")]
+        if unknown or (NONE in parts and len(parts) > 1):
+            arm_names = (NONE, *REGULARIZERS, MASK)
+            problems.append(
+                f"--arms: there is no arm '{name}'.{nearest(name, arm_names)} "
+                f"Known: {', '.join(arm_names)}, and combinations such as mask+neftune, with a strength as neftune:15"
+            )
+            continue
+        for part in chosen:
             word, _, strength = part.partition(":")
-            if word in REGULARIZERS and part.rstrip(":") == part:
-                key, usual = REGULARIZERS[word]
-                settings[key] = strength or usual
-                shown.append(part)
-            elif part not in (MASK, NONE) or (part == NONE and len(parts) > 1):
-                known = (NONE, *REGULARIZERS, MASK)
-                problems.append(
-                    f"--arms: there is no arm '{name}'.{nearest(word, known)} "
-                    f"Known: {', '.join(known)}, and combinations such as mask+neftune, with a strength as neftune:15"
-                )
-                break
-        else:
-            if settings["training.neftune_alpha"] != "null" and batching == "padding_free":
-                settings["training.batching"] = "padded"
-            overrides = tuple(f"{key}={value}" for key, value in settings.items())
-            for rate in rates if MASK in parts else ["0"]:
-                arms.append(Arm("+".join(shown) or NONE, rate, (*overrides, f"masking.p={rate}")))
+            settings[REGULARIZERS[word]] = strength or known[REGULARIZERS[word]].usual
+        if settings["training.neftune_alpha"] is not None and batching == "padding_free":
+            settings["training.batching"] = "padded"
+        overrides = tuple(f"{key}={'null' if value is None else value}" for key, value in settings.items())
+        arms += [
+            Arm("+".join(chosen) or NONE, rate, (*overrides, f"masking.p={rate}"))
+            for rate in (rates if MASK in parts else ["0"])
+        ]
     return arms
-
-
-SAMPLERS = ("grid", "random", "tpe")
-_NAME_LENGTH = 80
-_MASKS_AT_ZERO = "masking.p_start: is above 0, so p = 0 would mask, too; set masking.p_start=0"
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One run of a sweep.
+    """One run of a sweep, named like its folder; without an arm a sampler draws the values.
 
-    Attributes:
-        name: of the cell and of its run folder.
-        seed: of the run.
-        arm: none where a sampler draws the values.
-        setting: values of the `--grid` axes.
-        overrides: on top of the sweep's recipe.
+    `setting` holds the values of the `--grid` axes, `overrides` everything that changes the sweep's recipe.
     """
 
     name: str
     seed: int
-    arm: Arm | None
-    setting: tuple[tuple[str, str], ...]
-    overrides: tuple[str, ...]
+    arm: Arm | None = None
+    setting: tuple[tuple[str, str], ...] = ()
+    overrides: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what `sweep.json` holds of a cell."""
+        """Return the cell's entry in `sweep.json`."""
         arm = None if self.arm is None else {"regularizers": self.arm.regularizers, "p": float(self.arm.p)}
         return {"seed": self.seed, "arm": arm, "setting": dict(self.setting), "overrides": list(self.overrides)}
 
@@ -259,11 +219,11 @@ class Plan:
     base: Recipe
     sampler: Literal["grid", "random", "tpe"]
     cells: tuple[Cell, ...]
-    axes: tuple[Axis, ...] = field(default=())
+    axes: tuple[Axis, ...] = ()
 
     @property
     def folder(self) -> Path:
-        """The folder of the sweep; its runs lie in it."""
+        """The folder of the sweep, which holds its runs."""
         return Path(self.base.output_dir) / self.name
 
     def recipe_of(self, cell: Cell, drawn: Sequence[str] = ()) -> Recipe:
@@ -272,13 +232,31 @@ class Plan:
         return with_overrides(self.base, (*cell.overrides, *drawn)).model_copy(update=place)
 
     def definition(self) -> dict[str, Any]:
-        """Return what must stay the same when a sweep goes on; rates, seeds, values and trials may be added."""
+        """Return what must stay the same if a sweep is continued; rates, seeds, values and trials may be added."""
         base = self.base.model_dump(mode="json", exclude={"name", "output_dir", "seed"})
         base["masking"].pop("p")
         fixed = {"sampler": self.sampler, "axes": sorted(axis.key for axis in self.axes), "recipe": base}
         if self.sampler != "grid":
             fixed["space"] = {axis.key: axis.to_dict() for axis in self.axes}
         return fixed
+
+    def write(self) -> None:
+        """Write `sweep.json`, which says for the report what the sweep is; it keeps cells of earlier commands.
+
+        Raises:
+            SweepError: the folder cannot be written, or its `sweep.json` is damaged.
+        """
+        file = self.folder / SWEEP_FILE
+        content: dict[str, Any] = {"name": self.name, **self.definition(), "cells": {}}
+        try:
+            if file.is_file():
+                content["cells"] = json.loads(file.read_text(encoding="utf-8"))["cells"]
+            content["cells"].update({cell.name: cell.to_dict() for cell in self.cells})
+            write_json(file, content)
+        except (OSError, ValueError, KeyError) as error:
+            raise SweepError(
+                f"the folder of the sweep, {self.folder}, cannot be used: {error}", code="folder"
+            ) from error
 
 
 def make_plan(
@@ -293,67 +271,69 @@ def make_plan(
     trials: int | None = None,
     name: str | None = None,
 ) -> Plan:
-    """Turn what the command line says into cells, and check the recipe of each.
+    """Turn the options of `tokmask sweep` into cells, and check the recipe of each.
 
     Raises:
         RecipeError: with every problem found.
     """
     problems: list[str] = []
-    base = _load(recipe, overrides, problems)
+
+    def load(*more: str) -> Recipe | None:
+        try:
+            return load_recipe(recipe, (*overrides, *more))
+        except RecipeError as error:
+            problems.extend(error.problems)
+            return None
+
+    base = load()
     axes = [axis for text in grid if (axis := read_axis(text, problems))]
     rates = read_rates(p, problems) if p is not None else ()
     chosen_seeds = read_seeds(seeds, problems)
     problems.extend(_clashes(overrides, axes, p, arms, sampler, trials))
     for axis in axes:
         for value in axis.values or (str(axis.low), str(axis.high)):
-            _load(recipe, (*overrides, f"{axis.key}={value}"), problems)
+            load(f"{axis.key}={value}")
     if name is not None and (not re.fullmatch(r"[\w.+-]+", name) or set(name) <= {"."}):
         problems.append(f"--name {name}: the name becomes a folder: letters, digits, '.', '_', '+' and '-'")
     if base is None or problems:
-        raise RecipeError(dict.fromkeys(problems), source=recipe)
-    if not rates:
-        rates = (str(base.masking.p),)
-    listed = _arms(arms, rates, base, problems)
+        raise RecipeError(dict.fromkeys(problems), recipe, code="sweep-plan")
+    rates = rates or (str(base.masking.p),)
     if sampler == "grid":
+        if arms is None:
+            listed = [Arm(AS_RECIPE, rate, (f"masking.p={rate}",)) for rate in rates]
+        else:
+            above = [rate for rate in rates if float(rate) > 0] or ["0.1"]
+            listed = regularizer_arms(split_values(arms), above, base.training.batching, problems)
+            labels = [arm.label for arm in listed]
+            twice = dict.fromkeys(label for label in labels if labels.count(label) > 1)
+            problems.extend(f"--arms: '{label}' is given twice" for label in twice)
         cells = _grid(base, listed, axes, chosen_seeds)
     else:
         if any(float(rate) == 0 for rate in rates) and not base.masking.model_copy(update={"p": 0.0}).is_off:
             problems.append(_MASKS_AT_ZERO)
-        axes = [*axes, *([Axis("masking.p", rates)] if p is not None else [])]
-        cells = [
-            Cell(f"trial-{number:04d}", chosen_seeds[number % len(chosen_seeds)], None, (), ())
-            for number in range(trials or 0)
-        ]
-    chosen = name or f"{base.name}-sweep"
-    plan = Plan(chosen, base, sampler, tuple(cells), tuple(axes))  # type: ignore[arg-type]
+        axes += [Axis("masking.p", rates)] if p is not None else []
+        cells = [Cell(f"trial-{n:04d}", chosen_seeds[n % len(chosen_seeds)]) for n in range(trials or 0)]
+    plan = Plan(name or f"{base.name}-sweep", base, sampler, tuple(cells), tuple(axes))  # type: ignore[arg-type]
     problems.extend(_check_cells(plan))
     if problems:
-        raise RecipeError(dict.fromkeys(problems), source=recipe)
+        raise RecipeError(dict.fromkeys(problems), recipe, code="sweep-plan")
     return plan
-
-
-def _load(recipe: str, overrides: Sequence[str], problems: list[str]) -> Recipe | None:
-    try:
-        return load_recipe(recipe, overrides)
-    except RecipeError as error:
-        problems.extend(line for line in error.problems if line not in problems)
-        return None
 
 
 def _clashes(
     overrides: Sequence[str], axes: Sequence[Axis], p: str | None, arms: str | None, sampler: str, trials: int | None
-) -> Iterable[str]:
+) -> Iterator[str]:
     keys = [axis.key for axis in axes]
     for override in overrides:
         key = override.partition("=")[0].strip()
         if key in ("seed", "name") or (key == "masking.p" and p is not None):
             yield f"{override}: in a sweep use {RESERVED[key]}"
         if key in keys:
-            yield f"{override}: the key is an axis of --grid, too"
+            yield f"{override}: the key is also an axis of --grid"
     for key in dict.fromkeys(keys):
         if keys.count(key) > 1:
             yield f"--grid {key}: is given twice"
-        if arms is not None and key in OFF:
+        if arms is not None and key in REGULARIZERS.values():
             yield f"--grid {key}: --arms sets it; give the strength in the arm, as label_smoothing:0.2"
     if sampler not in SAMPLERS:
         yield f"--sampler {sampler}: expected {', '.join(SAMPLERS)}.{nearest(sampler, SAMPLERS)}"
@@ -365,52 +345,39 @@ def _clashes(
                 yield f"--grid {axis.key}: a range needs --sampler random or tpe; for a grid list the values"
     else:
         if trials is None or trials < 1:
-            yield f"--sampler {sampler}: say how many runs with --trials N"
+            yield f"--sampler {sampler}: give the number of runs with --trials N"
         if arms is not None:
             yield f"--arms: arms are compared seed by seed, which --sampler {sampler} does not do; use grid"
         if not axes and p is None:
             yield f"--sampler {sampler}: there is nothing to draw; give --p or --grid"
 
 
-def _arms(text: str | None, rates: Sequence[str], base: Recipe, problems: list[str]) -> list[Arm]:
-    if text is None:
-        return masking_arms(rates)
-    above = [rate for rate in rates if float(rate) > 0] or ["0.1"]
-    arms = regularizer_arms(split_values(text), above, base.training.batching, problems)
-    labels = [arm.label for arm in arms]
-    problems.extend(f"--arms: '{label}' is given twice" for label in dict.fromkeys(labels) if labels.count(label) > 1)
-    return arms
-
-
 def _grid(base: Recipe, arms: Sequence[Arm], axes: Sequence[Axis], seeds: Sequence[int]) -> list[Cell]:
-    """Return the cells seed by seed, so that a sweep that is broken off has whole comparisons.
+    """Return the cells seed by seed, so that a sweep that stops early has whole comparisons.
 
-    The n-gram baseline is the same for all arms of a seed and setting: the first arm alone fits it.
+    The n-gram baseline is the same for all arms of a seed and setting: only the first arm fits it.
     """
     settings = list(itertools.product(*([(axis.key, value) for value in axis.values] for axis in axes)))
     cells = []
-    for seed in seeds:
-        for setting in settings:
-            for number, arm in enumerate(arms):
-                overrides = (*(f"{key}={value}" for key, value in setting), *arm.overrides)
-                if number and base.training.baseline:
-                    overrides = (*overrides, "training.baseline=false")
-                cells.append(Cell(_cell_name(arm, setting, seed), seed, arm, tuple(setting), overrides))
+    for seed, setting, (place, arm) in itertools.product(seeds, settings, enumerate(arms)):
+        overrides = (*(f"{key}={value}" for key, value in setting), *arm.overrides)
+        if place and base.training.baseline:
+            overrides = (*overrides, "training.baseline=false")
+        cells.append(Cell(_cell_name(arm, setting, seed), seed, arm, tuple(setting), overrides))
     return cells
 
 
 def _cell_name(arm: Arm, setting: Sequence[tuple[str, str]], seed: int) -> str:
-    parts = [arm.label, *(f"{key.rpartition('.')[2]}{value}" for key, value in setting)]
-    exact = "-".join([arm.label, *(f"{key}={value}" for key, value in setting)])
-    text = "-".join(parts)
-    safe = re.sub(r"[^\w.+-]+", "_", text)
     keys = [key.rpartition(".")[2] for key, _ in setting]
+    text = "-".join([arm.label, *(f"{key}{value}" for key, (_, value) in zip(keys, setting, strict=True))])
+    safe = re.sub(r"[^\w.+-]+", "_", text)
     if len(safe) > _NAME_LENGTH or safe != text or len(set(keys)) < len(keys):
+        exact = "-".join([arm.label, *(f"{key}={value}" for key, value in setting)])
         safe = f"{safe[:_NAME_LENGTH]}-{hashlib.sha256(exact.encode()).hexdigest()[:8]}"
     return f"{safe}-seed{seed}"
 
 
-def _check_cells(plan: Plan) -> Iterable[str]:
+def _check_cells(plan: Plan) -> Iterator[str]:
     """Check the recipe of every cell, and that no two cells are the same run."""
     seen: dict[str, str] = {}
     for cell in plan.cells:

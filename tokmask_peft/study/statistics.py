@@ -7,6 +7,7 @@ drawn with its words, which depend on each other.
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,29 +17,18 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import special, stats
 
-GAINS: dict[str, tuple[str, dict[str, float]]] = {
-    "token": (
-        "language identification, Spanish-English",
-        {"mBERT": 0.9680 - 0.9664, "Qwen2.5-0.5B": 0.9379 - 0.9354, "TinyLlama-1.1B": 0.9508 - 0.9484},
-    ),
-    "sequence": (
-        "sentiment, Spanish-English",
-        {"mBERT": 0.4648 - 0.4450, "Qwen2.5-0.5B": 0.4904 - 0.4452, "TinyLlama-1.1B": 0.4942 - 0.4724},
-    ),
-}
-"""Task kind -> the authors' task, and by backbone their gain in macro-F1 from p = 0 to p = 0.1 (dev, one run each)."""
-
-
+METRICS = ("f1_macro", "f1_weighted")
 LEVEL = 0.95
 EXACT_UP_TO = 16
-"""Up to so many seeds all sign patterns are counted; beyond, 99,999 random ones stand for them."""
-_MOST_SEEDS = 10**6
+"""Number of seeds up to which all sign patterns are counted; for more, 99,999 random ones stand for them."""
+_MOST_SEEDS = 2**20
+_WEIGHTS_AT_ONCE = 2_000_000
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
     """Return mean, standard deviation (n - 1) and the 95% interval of the mean by Student's t.
 
-    With a single value there is neither deviation nor interval: both are none.
+    Of a single value deviation and interval are none.
     """
     sample = np.asarray(values, dtype=np.float64)
     mean = float(sample.mean())
@@ -60,7 +50,7 @@ def sign_flip_p(differences: Any, axis: int = -1) -> NDArray[np.float64]:
         axis: the axis of the seeds.
     """
     sample = np.asarray(differences, dtype=np.float64)
-    if sample.shape[axis] < 2:  # either sign is as good, and SciPy wants two
+    if sample.shape[axis] < 2:  # either sign is equally likely, and SciPy needs two
         return np.ones(np.delete(sample.shape, axis))
     resamples = np.inf if sample.shape[axis] <= EXACT_UP_TO else 99_999
     found = stats.permutation_test(
@@ -100,11 +90,11 @@ def hedges_gz(differences: Sequence[float]) -> float | None:
     """Return Cohen's d_z (mean over standard deviation of the differences) with Hedges' exact correction for few pairs.
 
     The correction is J(m) = Γ(m / 2) / (sqrt(m / 2) Γ((m - 1) / 2)) with m = n - 1 (Hedges 1981). None for fewer than
-    three pairs, where J is 0 or not defined, and where the differences do not vary.
+    three pairs, for which J is 0 or undefined, and if the differences do not vary.
     """
     sample = np.asarray(differences, dtype=np.float64)
     m = len(sample) - 1
-    if m < 2 or _is_constant(sample):
+    if m < 2 or float(sample.std()) <= 1e-12 * max(1.0, float(np.abs(sample).max())):
         return None
     correction = math.exp(special.gammaln(m / 2) - special.gammaln((m - 1) / 2)) / math.sqrt(m / 2)
     return float(sample.mean() / sample.std(ddof=1)) * correction
@@ -113,10 +103,7 @@ def hedges_gz(differences: Sequence[float]) -> float | None:
 def paired_power(effect: float, seeds: int, alpha: float = 0.05) -> float:
     """Return the power of the two-sided paired t-test, exactly, by the noncentral t distribution.
 
-    Args:
-        effect: true mean difference over the standard deviation of differences.
-        seeds: number of pairs, at least 2.
-        alpha: level of the test.
+    `effect` is the true mean difference over the standard deviation of the differences; at least 2 seeds.
     """
     freedom, shift = seeds - 1, abs(effect) * math.sqrt(seeds)
     critical = stats.t.ppf(1 - alpha / 2, freedom)
@@ -125,33 +112,24 @@ def paired_power(effect: float, seeds: int, alpha: float = 0.05) -> float:
 
 
 def seeds_needed(gain: float, sd: float, power: float = 0.8, alpha: float = 0.05) -> int | None:
-    """Return the least number of seeds with which a paired t-test sees `gain` with that power.
+    """Return the least number of seeds with which a two-sided paired t-test at level `alpha` detects a mean difference.
 
     Args:
-        gain: the true mean difference to be seen.
+        gain: the true mean difference.
         sd: standard deviation of the differences over seeds.
-        power: chance of seeing it.
-        alpha: level of the two-sided test.
+        power: chance of detecting it.
+        alpha: level of the test.
 
     Returns:
-        At least 2; none where the gain is 0 or a million seeds are too few.
+        At least 2; none if the gain is 0 or a million seeds are too few.
     """
     if gain == 0 or sd < 0 or not math.isfinite(sd):
         return None
     if sd == 0:
         return 2
-    effect = abs(gain) / sd
-    high = 2
-    while paired_power(effect, high, alpha) < power:
-        if high >= _MOST_SEEDS:
-            return None
-        high *= 2
-    low = high // 2
-    while high - low > 1:
-        middle = (low + high) // 2
-        enough = middle >= 2 and paired_power(effect, middle, alpha) >= power
-        low, high = (low, middle) if enough else (middle, high)
-    return max(high, 2)
+    counts = range(2, _MOST_SEEDS + 1)
+    place = bisect.bisect_left(counts, power, key=lambda seeds: paired_power(abs(gain) / sd, seeds, alpha))
+    return counts[place] if place < len(counts) else None
 
 
 def sd_interval(sd: float, n: int) -> tuple[float, float]:
@@ -160,22 +138,11 @@ def sd_interval(sd: float, n: int) -> tuple[float, float]:
     return sd * math.sqrt((n - 1) / low), sd * math.sqrt((n - 1) / high)
 
 
-def _is_constant(sample: NDArray[np.float64]) -> bool:
-    return float(sample.std()) <= 1e-12 * max(1.0, float(np.abs(sample).max()))
-
-
-_WEIGHTS_AT_ONCE = 2_000_000
-METRICS = ("f1_macro", "f1_weighted")
-
-
 @dataclass(frozen=True, slots=True)
 class TextCounts:
-    """What a run did on each text, enough to score any choice of texts.
+    """Items of each text and class, `[texts, classes]`: found correctly, of the class, and predicted as the class.
 
-    Attributes:
-        right: `[texts, classes]` items of the class that were found.
-        gold: `[texts, classes]` items of the class.
-        given: `[texts, classes]` items that were given the class.
+    They suffice to score any choice of texts.
     """
 
     right: NDArray[np.int64]

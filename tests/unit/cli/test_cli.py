@@ -48,6 +48,7 @@ HEAVY = ("torch", "transformers", "peft", "datasets", "sklearn", "numpy")
         ["sweep", "quickstart", "--p", "0,0.1", "--dry-run"],
         ["diagnose", "quickstart", "--p", "0"],
         ["robustness", "nope"],
+        ["faithfulness", "nope"],
     ],
 )
 def test_nothing_heavy_is_imported_for_a_quick_answer(arguments):

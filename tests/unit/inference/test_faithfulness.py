@@ -99,4 +99,4 @@ def test_the_verdict_is_that_of_the_interval(low, high, alone, paired):
     }
     said = "\n".join(report_lines(result))
     assert f"The separation of its curves {paired} the second's" in said
-    assert "Not only masking differs: seed." in said
+    assert "The runs differ in more than masking: seed." in said

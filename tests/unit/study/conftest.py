@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from tokmask_peft.study.plan import make_plan
-from tokmask_peft.study.runner import write_plan
 from tokmask_peft.training.metrics import scores
 
 LABELS = ("a", "b", "c")
@@ -17,7 +16,7 @@ def made_up_sweep(tmp_path):
     def make(gains=None, seeds="4", texts=120, leave_out=(), sampler="grid", name="made-up", **axes):
         plan = make_plan("trec/minilm", [f"output_dir={tmp_path}"], seeds=seeds, name=name, sampler=sampler, **axes)
         plan.folder.mkdir()
-        write_plan(plan)
+        plan.write()
         gold = np.random.default_rng(0).integers(0, len(LABELS), texts)
         for cell in plan.cells:
             label = cell.arm.label if cell.arm else cell.name
@@ -34,7 +33,7 @@ def made_up_sweep(tmp_path):
             (folder / "predictions.json").write_text(json.dumps(content))
             speed = {"step_seconds": 2.0 if "neftune" in label else 1.0, "steps": 10}
             speed["environment"] = {"versions": {"torch": "2"}}
-            result = {"validation": found, "test": found, "speed": speed, "baseline": None}
+            result = {"labels": list(LABELS), "validation": found, "test": found, "speed": speed, "baseline": None}
             (folder / "result.json").write_text(json.dumps(result))
         return plan.folder
 

@@ -1,89 +1,188 @@
-"""The loop of a sweep: what it does with its trials when the storage says that they are not its own any more."""
+"""The loop of a sweep: the results it takes, and what it does when its runs belong to another worker."""
 
-import sqlite3
-from unittest.mock import Mock
+import io
+import json
 
 import pytest
+from rich.console import Console
 
 pytest.importorskip("optuna")
 
-from tokmask_peft.study.ledger import Ledger
+from tokmask_peft.artifacts import RunFolder, check_run
+from tokmask_peft.errors import SweepError
+from tokmask_peft.recipe.loading import to_yaml
+from tokmask_peft.study.ledger import CellState, Ledger
 from tokmask_peft.study.plan import make_plan
-from tokmask_peft.study.runner import Loop, Options
+from tokmask_peft.study.runner import (
+    Loop,
+    Options,
+    closing_lines,
+    duration,
+    finished_result,
+    remaining_seconds,
+    run_sweep,
+    summary_line,
+)
+
+RESULT = '{"labels": ["a"], "validation": {"f1_macro": 0.5}}'
+CELLS = {
+    "a": CellState("done", 0.5, 60.0),
+    "b": CellState("done", 0.75, 120.0),
+    "c": CellState("running"),
+    "d": CellState("waiting"),
+    "e": CellState("failed", reason="no memory"),
+    "f": CellState("pruned"),
+}
 
 
-class Trial:
-    """A running trial without a process."""
+class Stub:
+    """A worker without a process."""
 
-    def __init__(self, claim, recipe):
-        self.claim, self.recipe, self.run = claim, recipe, Mock()
-        self.code, self.killed, self.seconds, self.signals = None, 0, 1.0, 0
+    def __init__(self, recipe):
+        self.recipe, self.run = recipe, RunFolder(recipe.run_dir)
+        self.code, self.ended, self.seconds, self.signals = None, 0, 30.0, 0
         self.evaluations = []
 
     def poll(self):
         return self.code
 
-    def kill(self):
-        self.killed, self.code = self.killed + 1, -9
-
-    def close(self):
-        pass
+    def end(self):
+        self.ended, self.code = self.ended + 1, -9
 
     def reason(self, code):
         return "stopped"
+
+    def progress(self):
+        return "step 4, loss 0.5"
 
     def new_evaluations(self):
         return iter(self.evaluations)
 
 
 @pytest.fixture
-def loop(tmp_path):
-    """A loop with both of its trials running."""
-    plan = make_plan("quickstart", [f"output_dir={tmp_path}"], p="0,0.1", seeds="1,", name="mine")
-    ledger = Ledger(plan, f"sqlite:///{tmp_path / 'sweep.db'}", prune=True)
-    ledger.tidy()
-    made = Loop(plan, ledger, Options(workers=2, prune=True, command=("true",)), Mock())
-    for _ in plan.cells:
-        claim = ledger.claim()
-        made.running.append(Trial(claim, plan.recipe_of(claim.cell)))
+def plan(tmp_path):
+    return make_plan("quickstart", [f"output_dir={tmp_path}"], p="0,0.1", seeds="1,", name="mine")
+
+
+@pytest.fixture
+def loop(plan, tmp_path):
+    """A loop with both of its cells running."""
+    made = Loop(plan, Ledger(plan, tmp_path / "journal", prune=True), Options(workers=2, prune=True))
+    made.console = Console(file=io.StringIO(), force_terminal=True, width=200)
+    made.running = {Stub(plan.recipe_of(cell)): made.ledger.claim() for cell in plan.cells}
+    made.workers = list(made.running)
     return made
 
 
-def age_heartbeats(folder):
-    database = sqlite3.connect(folder / "sweep.db")
-    database.execute("UPDATE trial_heartbeats SET heartbeat = datetime('now', '-10 minutes')")
-    database.commit()
-    database.close()
-
-
-def said(loop):
-    return [call.args[0] for call in loop.display.say.call_args_list]
-
-
-def test_after_the_machine_has_slept_it_keeps_its_own_trials(loop, tmp_path):
-    age_heartbeats(tmp_path)  # the clock that tells when a beat is due stood still
-    loop._look()
-    assert [cell.state for cell in loop.cells.values()] == ["running", "running"]
-    assert not any(trial.killed for trial in loop.running)
-    assert len(loop.running) == 2
-
-
-def test_an_evaluation_of_a_trial_that_was_taken_over_stops_it(loop):
-    gone, kept = loop.running
-    loop.ledger.give_back(gone.claim)
-    for trial in (gone, kept):
-        trial.evaluations = [(10, 0.5), (20, 0.6)]
-    loop._prune()
-    assert (gone.killed, kept.killed) == (1, 0)
-    assert loop.running == [kept]
-    assert said(loop) == ["p0-seed1 was taken over by another worker; stopped here"]
-
-
-def test_a_trial_that_is_stopped_while_another_ends_has_no_outcome(loop):
-    ended, gone = loop.running
-    loop.ledger.give_back(gone.claim)
-    ended.code = 1
+def test_a_run_that_was_taken_over_stops(loop):
+    gone, kept = loop.workers
+    loop.ledger.close(loop.running[gone].trial_id, "interrupted")
+    loop._next_look = float("inf")
     loop._step()
-    assert gone.killed == 1
-    assert [line.split(":")[0] for line in said(loop) if "failed" in line] == ["failed p0-seed1"]
-    assert gone not in loop.running
+    assert (gone.ended, kept.ended) == (1, 0)
+    assert list(loop.running) == [kept]
+    assert loop.console.file.getvalue() == "p0-seed1 was taken over by another worker; stopped here\n"
+
+
+def test_an_evaluation_of_a_run_that_was_taken_over_stops_it(loop):
+    gone, kept = loop.workers
+    loop.ledger.close(loop.running[gone].trial_id, "interrupted")
+    for worker in (gone, kept):
+        worker.evaluations = [(10, 0.5), (20, 0.6)]
+        loop._prune(worker)
+    assert (gone.ended, kept.ended) == (1, 0)
+    assert list(loop.running) == [kept]
+
+
+def test_the_lines_of_a_terminal(loop):
+    loop.cells = CELLS
+    shown = str(loop.lines())
+    for expected in ("2/6 done", "p0-seed1  step 4, loss 0.5  30 s", "failed: e: no memory", "left"):
+        assert expected in shown
+
+
+def test_the_summary():
+    assert summary_line(CELLS, 130) == (
+        "2/6 done, 1 running, 1 failed, 1 pruned; best b (validation macro-F1 0.7500); about 2 min left"
+    )
+    assert summary_line({}) == "0/0 done, 0 running"
+    assert [duration(s) for s in (5, 89, 600, 7260)] == ["5 s", "89 s", "10 min", "2 h 1 min"]
+
+
+def test_remaining_time_is_that_of_unfinished_cells():
+    assert remaining_seconds(CELLS, [30.0], 1) == 2 * 90 - 30
+    assert remaining_seconds(CELLS, [500.0], 1) == 90  # it takes longer than the mean; the other is to come
+    assert remaining_seconds(CELLS, [], 2) == 90
+    assert remaining_seconds({"d": CELLS["d"]}, [], 1) is None
+    assert remaining_seconds({"a": CELLS["a"]}, [], 1) == 0
+
+
+def test_the_best_values_of_a_sampler_are_shown(tmp_path):
+    drawing = {"sampler": "random", "trials": 1, "grid": ["adapter.r=4..8"]}
+    plan = make_plan("quickstart", [f"output_dir={tmp_path}"], p="0,0.1", name="drawn", **drawing)
+    recipe = plan.recipe_of(plan.cells[0], ["adapter.r=5", "masking.p=0.1"])
+    recipe.run_dir.mkdir(parents=True)
+    (recipe.run_dir / "recipe.yaml").write_text(to_yaml(recipe))
+    assert "adapter.r=5 masking.p=0.1." in closing_lines(plan, {"trial-0000": CellState("done", 0.5)})[-1]
+
+
+class TestFinished:
+    def test_a_result_is_taken_only_from_the_same_recipe(self, plan):
+        cell, other = plan.cells
+        recipe = plan.recipe_of(cell)
+        assert finished_result(recipe) is None
+        recipe.run_dir.mkdir(parents=True)
+        (recipe.run_dir / "result.json").write_text(RESULT)
+        (recipe.run_dir / "recipe.yaml").write_text(to_yaml(recipe))
+        assert finished_result(recipe).validation == {"f1_macro": 0.5}
+        (recipe.run_dir / "recipe.yaml").write_text(to_yaml(plan.recipe_of(other)))
+        with pytest.raises(SweepError) as caught:
+            finished_result(recipe)
+        assert caught.value.fields["differences"] == ["masking.p: 0.1 before, 0.0 now"]
+
+    def test_a_sweep_to_which_a_rate_is_added_keeps_its_runs(self, plan, tmp_path):
+        wider = make_plan("quickstart", [f"output_dir={tmp_path}"], p="0.3,0,0.1", seeds="1,", name="mine")
+        before, after = plan.recipe_of(plan.cells[0]), wider.recipe_of(wider.cells[1])
+        assert before.run_dir == after.run_dir
+        assert (before.training.baseline, after.training.baseline) == (True, False)  # the first arm of a seed fits it
+        before.run_dir.mkdir(parents=True)
+        (before.run_dir / "recipe.yaml").write_text(to_yaml(before))
+        assert check_run(after, resume=True).root == before.run_dir
+        (before.run_dir / "result.json").write_text(RESULT)
+        assert finished_result(after) is not None
+
+    def test_a_result_that_cannot_be_read(self, plan):
+        recipe = plan.recipe_of(plan.cells[0])
+        recipe.run_dir.mkdir(parents=True)
+        (recipe.run_dir / "result.json").write_text("")  # after a power cut
+        with pytest.raises(SweepError, match="remove it to continue the run") as caught:
+            finished_result(recipe)
+        assert caught.value.code == "broken-result"
+
+    def test_a_failed_run_leaves_no_result(self, loop):
+        worker = loop.workers[0]
+        worker.recipe.run_dir.mkdir(parents=True)
+        (worker.recipe.run_dir / "result.json").write_text(RESULT)
+        worker.code = 1
+        loop._step()
+        assert finished_result(worker.recipe) is None
+        assert (worker.recipe.run_dir / "result.rejected.json").is_file()
+        assert loop.cells["p0-seed1"] == CellState("failed", reason="stopped")
+
+    def test_finished_runs_are_taken_without_training_and_checkpoints_go(self, plan):
+        for cell in plan.cells:
+            folder = plan.recipe_of(cell).run_dir
+            (folder / "checkpoints" / "checkpoint-3").mkdir(parents=True)
+            (folder / "result.json").write_text(RESULT)
+        cells = run_sweep(plan, options=Options(command=("false",)), quiet=True)
+        assert {cell.state for cell in cells.values()} == {"done"}
+        assert not list(plan.folder.rglob("checkpoint-3"))
+        assert set(json.loads((plan.folder / "sweep.json").read_text())["cells"]) == {c.name for c in plan.cells}
+
+
+def test_the_folder_of_a_run_is_refused(plan):
+    plan.folder.mkdir()
+    (plan.folder / "recipe.yaml").touch()
+    with pytest.raises(SweepError, match="choose another --name") as caught:
+        run_sweep(plan, quiet=True)
+    assert caught.value.code == "is-a-run"

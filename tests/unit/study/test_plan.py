@@ -99,7 +99,7 @@ class TestMistakes:
         for expected in (
             "seed=3: in a sweep use --seeds",
             "trainin: unknown key. Did you mean 'training'?",
-            "'2' is no masking rate",
+            "'2' is not a masking rate",
             "--seeds many: expected",
             "learning_rate: unknown key. Did you mean 'training.learning_rate'?",
             "training.batch_size: is 'x'; expected a whole number",
@@ -121,7 +121,7 @@ class TestMistakes:
             ({"grid": ["adapter.r=4..8"]}, "a range needs --sampler random or tpe"),
             ({"p": "0,0.0"}, "a rate is given twice"),
             ({"p": "0", "trials": 3}, "a grid has as many trials as cells"),
-            ({"p": "0", "sampler": "tpe"}, "say how many runs with --trials"),
+            ({"p": "0", "sampler": "tpe"}, "give the number of runs with --trials"),
             ({"sampler": "random", "trials": 3}, "there is nothing to draw"),
             ({"seeds": "0"}, "expected 1 to 1000 seeds"),
             ({"seeds": "4,4"}, "a seed is given twice"),
@@ -155,7 +155,7 @@ class TestMistakes:
     def test_an_override_of_an_axis(self):
         found = problems_of("masking.p=0.2", "adapter.r=2", p="0,0.1", grid=["adapter.r=4,8"])
         assert any("masking.p=0.2: in a sweep use --p" in line for line in found)
-        assert any("adapter.r=2: the key is an axis" in line for line in found)
+        assert any("adapter.r=2: the key is also an axis" in line for line in found)
 
 
 class TestReading:

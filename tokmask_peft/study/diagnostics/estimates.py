@@ -2,8 +2,8 @@
 
 Let u_b be the unmasked gradient of batch b and g_bd the gradient of the same batch under mask draw d. Everything here
 needs inner products of the w_bd = g_bd - u_b and the u_b only. Squared lengths of a mean over draws contain the noise
-of the draws; so they are U-statistics, means over pairs of *different* draws, which have the right expectation for any
-number of draws (Hoeffding 1948). Products between batches leave a batch's product with itself out for the same reason.
+of the draws; therefore they are U-statistics, means over pairs of *different* draws, whose expectation is right for any
+number of draws (Hoeffding 1948). For the same reason products between batches leave out a batch's product with itself.
 
 Intervals draw batches, the independent units (draws are nested in them), with U-statistics weighted by how often each
 batch was drawn. With few batches percentile intervals are too short; their level is widened as by Student's t
@@ -30,7 +30,7 @@ MEANING = {
     "mask_variance": "trace of the covariance of the gradient over mask draws of a batch, mean over batches",
     "batch_variance": "trace of the covariance of the unmasked gradient over batches",
     "batch_variance_masked": "trace of the covariance over batches of the gradient averaged over all masks",
-    "ratio": "mask_variance over batch_variance; it does not hang on the batch size, which divides both",
+    "ratio": "mask_variance over batch_variance; it does not depend on the batch size, which divides both",
     "agreement": "cosine between gradients of two mask draws of a batch, mean over pairs and batches",
     "cosine": "between a batch's gradient averaged over all masks and its unmasked gradient, debiased, pooled",
     "distance": "length of the difference of those two over the length of the unmasked one, debiased, pooled",
@@ -78,28 +78,18 @@ def estimate(grams: Grams, weights: Array) -> dict[str, Array]:
         grams: at least 2 batches and 2 draws.
         weights: `[replicates, batches]`; ones give the estimates themselves. What a row leaves undefined is nan.
     """
-    each = of_batches(grams)
+    mean = {name: weights @ values / weights.sum(1) for name, values in of_batches(grams).items()}
     count = grams.batches
-    mean_w, cross, unmasked = (
-        grams.between[:count, :count],
-        grams.between[:count, count:],
-        grams.between[count:, count:],
-    )
+    (mean_w, cross), (_, unmasked) = grams.between.reshape(2, count, 2, count).swapaxes(1, 2)
     masked = mean_w + cross + cross.T + unmasked
-    variance = _mean(each["mask_variance"], weights)
     spread = _variance(unmasked, weights)
     found = {
-        "mask_variance": variance,
+        **mean,
         "batch_variance": spread,
-        "batch_variance_masked": _variance(masked, weights) - variance / grams.draws,
-        "ratio": _over(variance, spread),
-        "agreement": _mean(each["agreement"], weights),
-        "cosine": _cosine(
-            _mean(each["product"], weights), _mean(each["masked_squared"], weights), _mean(each["squared"], weights)
-        ),
-        "distance_squared": _over(_mean(each["shift_squared"], weights), _mean(each["squared"], weights)),
-        "naive_cosine": _mean(each["naive_cosine"], weights),
-        "naive_distance": _mean(each["naive_distance"], weights),
+        "batch_variance_masked": _variance(masked, weights) - mean["mask_variance"] / grams.draws,
+        "ratio": _over(mean["mask_variance"], spread),
+        "cosine": _cosine(mean["product"], mean["masked_squared"], mean["squared"]),
+        "distance_squared": _over(mean["shift_squared"], mean["squared"]),
         "shared_cosine": _cosine(_pairs(cross + unmasked, weights), _pairs(masked, weights), _pairs(unmasked, weights)),
         "shared_distance_squared": _over(_pairs(mean_w, weights), _pairs(unmasked, weights)),
     }
@@ -140,10 +130,7 @@ def of_batches(grams: Grams) -> dict[str, Array]:
 def summarise(grams: Mapping[float, Grams], replicates: int = REPLICATES, seed: int = 0) -> dict[str, Any]:
     """Return estimates with intervals for each rate, and the rate at which masking outweighs batches; JSON-able.
 
-    Args:
-        grams: by masking rate above 0, of the same batches.
-        replicates: draws of the bootstrap, the same for all rates.
-        seed: of these.
+    The inner products are by masking rate above 0, of the same batches; all rates see the same bootstrap draws.
     """
     count = next(iter(grams.values())).batches
     weights = batch_weights(count, replicates, seed)
@@ -167,7 +154,7 @@ def crossing(rates: Sequence[float], ratios: Array) -> Array:
         ratios: `[replicates, rates]`.
 
     Returns:
-        `[replicates]`; inf where all measured ratios are below 1.
+        `[replicates]`; inf if all measured ratios are below 1.
     """
     x = np.array([0.0, *rates])
     found = np.full(len(ratios), np.inf)
@@ -181,7 +168,7 @@ def crossing(rates: Sequence[float], ratios: Array) -> Array:
 
 
 def interval(replicates: Array, units: int) -> list[float | None] | None:
-    """Return the expanded percentile interval of bootstrap replicates; none where a tenth or more are undefined.
+    """Return the expanded percentile interval of bootstrap replicates; none if a tenth or more are undefined.
 
     A bound that is infinite (the rate of a crossing that was not reached) is none.
     """
@@ -196,13 +183,8 @@ def interval(replicates: Array, units: int) -> list[float | None] | None:
 
 
 def number(value: float) -> float | None:
-    """Return a finite number, else none, for JSON."""
+    """Return a finite number, otherwise none, for JSON."""
     return float(value) if math.isfinite(value) else None
-
-
-def _mean(values: Array, weights: Array) -> Array:
-    mean: Array = weights @ values / weights.sum(1)
-    return mean
 
 
 def _pairs(products: Array, weights: Array) -> Array:
@@ -220,7 +202,7 @@ def _variance(products: Array, weights: Array) -> Array:
 
 
 def _cosine(product: Array, one: Array, other: Array) -> Array:
-    """Return a cosine from an inner product and squared lengths; nan where a length is not above 0."""
+    """Return a cosine from an inner product and squared lengths; nan if a length is not above 0."""
     return _over(product, np.sqrt(np.where((one > 0) & (other > 0), one * other, np.nan)))
 
 

@@ -1,9 +1,9 @@
-"""Is occlusion faithful for a run? Areas between masking curves, with intervals, beside a run without masking.
+"""`tokmask faithfulness`: areas between masking curves, with intervals, compared with a run without masking.
 
-If influences are right, masking the most influential words first takes the label's probability away faster than random
-order, and the least influential first slower. A model that was never masked also reacts to the masks as such, which is
-why training with masking should make this measurement, and the influences, more to be trusted (Madsen, Reddy and
-Chandar 2023, Faithfulness Measurable Masked Language Models, arXiv:2310.07819). Here it is looked at, not assumed.
+If influences are right, masking the most influential words first lowers the label's probability faster than random
+order does, and the least influential first more slowly. A model that was never masked also reacts to the masks as such;
+training with masking should therefore make this measurement, and the influences, more trustworthy (Madsen, Reddy and
+Chandar 2023, Faithfulness Measurable Masked Language Models, arXiv:2310.07819). Here that is measured, not assumed.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from tokmask_peft.inference.classifier import BATCH_SIZE
 from tokmask_peft.inference.explain import Explanation, Occluded, Question, explain
 from tokmask_peft.inference.load import load
 from tokmask_peft.recipe.loading import differences, load_recipe
+from tokmask_peft.tasks import get_task
 from tokmask_peft.training.evaluate import split_examples
 from tokmask_peft.training.metrics import probabilities
 
@@ -67,14 +68,12 @@ def masking_curves(
 def _explained(
     classifier: Classifier, texts: Sequence[Any], draws: Sequence[np.random.Generator], batch_size: int
 ) -> list[Explanation]:
-    if classifier.task == "sequence":
+    if not get_task(classifier.task).words_given:
         return explain(classifier, texts, batch_size=batch_size)
-    words = [int(draw.integers(len(text))) for text, draw in zip(texts, draws, strict=True)]
-    return [
-        explanation
-        for text, word in zip(texts, words, strict=True)
-        for explanation in explain(classifier, [text], word=word, batch_size=batch_size)
-    ]
+    found = []
+    for text, draw in zip(texts, draws, strict=True):
+        found += explain(classifier, [text], word=int(draw.integers(len(text))), batch_size=batch_size)
+    return found
 
 
 def _curves(
@@ -84,7 +83,6 @@ def _curves(
     draws: Sequence[np.random.Generator],
     batch_size: int,
 ) -> dict[int, NDArray[np.float64]]:
-    occluded = Occluded(classifier, texts)
     steps: dict[int, NDArray[np.int64]] = {}
     questions: list[Question] = []
     for text, explanation in enumerate(explained):
@@ -99,7 +97,7 @@ def _curves(
             for order in orders
             for step in steps[text]
         ]
-    logits = occluded.logits(questions, batch_size)
+    logits = Occluded(classifier, texts).logits(questions, batch_size)
     found: dict[int, NDArray[np.float64]] = {}
     start = 0
     for text, counts in steps.items():
@@ -133,7 +131,7 @@ def faithfulness(
     seed: int = 0,
     batch_size: int | None = None,
 ) -> dict[str, Any]:
-    """Measure how faithful occlusion is for a run, and by how much more than for another.
+    """Measure how faithful occlusion is for a run, and how much more so than for another.
 
     Args:
         run: the run folder.
@@ -149,16 +147,19 @@ def faithfulness(
         paired by text; JSON-able.
 
     Raises:
-        RunError: a folder is no finished run, or the two runs have other labels or another task.
+        RunError: a folder is not a finished run, or the two runs differ in labels or task.
         DataError, ModelError, MaskTokenError: with what to do.
     """
     if limit < 2:
-        raise DataError(f"limit is {limit}; an interval needs 2 texts or more")
+        raise DataError(f"limit is {limit}; an interval needs 2 texts or more", code="too-few-texts")
     folders = {name: open_finished(path) for name, path in (("run", run), ("against", against)) if path is not None}
     recipes = {name: load_recipe(folder.recipe) for name, folder in folders.items()}
     saved = {name: find_saved(folder.root) for name, folder in folders.items()}
     if len({(found.task, found.labels) for found in saved.values()}) > 1:
-        raise RunError(f"{against} was trained for another task or other labels than {run}; compare like runs")
+        raise RunError(
+            f"{against} was trained for another task or other labels than {run}; compare runs of one recipe",
+            code="not-comparable",
+        )
     examples, _ = split_examples(recipes["run"], split, data, folders["run"].adapter)
     chosen = sorted(random.Random(seed).sample(range(len(examples)), min(limit, len(examples))))  # noqa: S311
     texts = [examples[number].text for number in chosen]
@@ -170,7 +171,7 @@ def faithfulness(
         result[name] = {"path": str(folder.root), "p": recipes[name].masking.p, "mask": classifier.occlusion.note}
     kept = sorted(set.intersection(*(set(found) for found in curves.values())))
     if len(kept) < 2:
-        raise DataError("fewer than 2 of the texts have two words or more that can be masked")
+        raise DataError("fewer than 2 of the texts have two or more words that can be masked", code="too-few-texts")
     result |= {"texts": len(kept), "left_out": len(texts) - len(kept)}
     parts = {}
     for name, found in curves.items():
@@ -238,53 +239,52 @@ def interval(values: Ratio, others: Ratio | None, seed: int) -> dict[str, float]
 
 
 def report_lines(result: dict[str, Any]) -> list[str]:
-    """Say in plain words what came out."""
+    """Return the report in plain words."""
     names = [name for name in ("run", "against") if name in result]
-    lines = [
-        f"{result['texts']} texts of {result['split']}: probability of the predicted label by share of words masked"
-    ]
-    if result["left_out"]:
-        lines[0] += f" ({result['left_out']} with fewer than two words to mask left out)"
+    left_out = f" ({result['left_out']} with fewer than two words to mask left out)" if result["left_out"] else ""
+    about = "probability of the predicted label by share of words masked"
+    lines = [f"{result['texts']} texts of {result['split']}: {about}{left_out}"]
     for name in names:
-        part = result[name]
+        part, columns = result[name], range(0, len(result["shares"]), 2)
         lines += ["", f"{part['path']} (p = {part['p']:g}; {part['mask']})"]
-        shown = range(0, len(result["shares"]), 2)
-        lines.append(f"  {'masked':<12}" + "".join(f"{result['shares'][n]:>7.0%}" for n in shown))
+        lines.append(f"  {'masked':<12}" + "".join(f"{result['shares'][n]:>7.0%}" for n in columns))
         for key, title in (("most", "most first"), ("random", "random"), ("least", "least first")):
-            lines.append(f"  {title:<12}" + "".join(f"{part['curves'][key][n]:>7.3f}" for n in shown))
-        lines += [f"  {title}: {_said(part['measures'][key])}" for key, title in MEASURES.items()]
+            lines.append(f"  {title:<12}" + "".join(f"{part['curves'][key][n]:>7.3f}" for n in columns))
+        lines += _measures(part["measures"])
     lines += ["", *(_verdict(result[name]) for name in names)]
     if "difference" in result:
-        lines += ["", "First run minus second:"]
-        lines += [f"  {title}: {_said(result['difference'][key])}" for key, title in MEASURES.items()]
+        lines += ["", "First run minus second:", *_measures(result["difference"])]
         lines += ["", *_compared(result["difference"])]
-        lines += [f"Not only masking differs: {line}." for line in result["other_differences"]]
+        lines += [f"The runs differ in more than masking: {line}." for line in result["other_differences"]]
     return lines
 
 
-def _said(found: dict[str, float]) -> str:
-    return f"{found['mean']:.4f} (95% interval {found['low']:.4f} to {found['high']:.4f})"
+def _measures(found: dict[str, dict[str, float]]) -> list[str]:
+    return [
+        f"  {title}: {found[key]['mean']:.4f} (95% interval {found[key]['low']:.4f} to {found[key]['high']:.4f})"
+        for key, title in MEASURES.items()
+    ]
 
 
 def _verdict(part: dict[str, Any]) -> str:
     name, found = Path(part["path"]).name, part["measures"]["random_minus_most"]
     if found["low"] > 0:
-        return f"{name}: masking by influence takes the label away faster than random masking does."
+        return f"{name}: masking by influence lowers the probability faster than random masking does."
     if found["high"] < 0:
         return f"{name}: masking by influence does worse than chance; do not trust the influences."
     return f"{name}: masking by influence is not shown to do better than chance on these texts."
 
 
 def _compared(difference: dict[str, dict[str, float]]) -> list[str]:
-    """Say of each question whether the runs differ."""
+    """Return for each question whether the runs differ."""
     questions = (
         ("random_fall", "What random masks cost the first run is {} than for the second", "more", "less"),
         ("least_minus_most", "The separation of its curves is {} than the second's", "more", "less"),
         ("relative", "Relative to what masks can take away, its order is {} than the second's", "better", "worse"),
     )
     lines = []
-    for key, said, more, less in questions:
+    for key, sentence, more, less in questions:
         found = difference[key]
         word = more if found["low"] > 0 else less if found["high"] < 0 else f"not shown to be {more} or {less}"
-        lines.append(said.format(word) + ".")
+        lines.append(sentence.format(word) + ".")
     return [*lines, "The intervals are over texts: other seeds of training can shift both runs."]

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,22 +12,21 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from tokmask_peft.artifacts import write_json
 from tokmask_peft.console import make_console
-from tokmask_peft.errors import DataError, RunError
+from tokmask_peft.errors import DataError
 from tokmask_peft.masking.config import TokenMaskConfig
 from tokmask_peft.masking.embedding import find_embedding
 from tokmask_peft.masking.masker import TokenMasker
 from tokmask_peft.masking.replacement import MaskToken
 from tokmask_peft.recipe.schema import Recipe
 from tokmask_peft.study.diagnostics.estimates import MEANING, REPLICATES, Grams, summarise
-from tokmask_peft.study.diagnostics.gradient_report import markdown_report, plot_gradients, summary
 from tokmask_peft.study.diagnostics.plans import GradientPlan
+from tokmask_peft.study.diagnostics.reports import gradient_report, make_folder
+from tokmask_peft.study.report import Report
 from tokmask_peft.training.environment import versions
 from tokmask_peft.training.train import observe_training
 from tokmask_peft.training.trainer import OrderedEvalTrainer
 
-GROUPS = ("all", "lora", "head")
 _COLUMNS = 2**20  # of gradients, at a time in double precision
 _SEED = 0x6D617465  # apart from the seeds of runs, whose masks are others
 
@@ -46,17 +43,17 @@ def gram(vectors: Tensor) -> NDArray[np.float64]:
 class GradientMeter:
     """Measures gradients of a trainer's model on fixed batches with fixed mask draws, and changes nothing.
 
-    The model is in eval mode, so there is no dropout, but for masking. Draws are the same at each call, and what is
+    The model is in eval mode, without dropout, except that it is masked. Draws are the same at each call, and what is
     masked at a low rate is masked at a higher one. Gradients are those of one forward, before clipping. In memory at a
     time are, in fp32 on the host, the gradients of the draws of a batch and two for each batch and rate.
 
     Args:
-        trainer: gives model, loss, collator, precision and training texts.
+        trainer: provides model, loss, collator, precision and training texts.
         texts: `[batches, texts]`, indices of training texts.
         rates: masking rates above 0.
         draws: mask draws per batch.
-        config: how to mask; its rate and schedule are not used.
-        mask_token: that of training; chosen here if there was none.
+        config: pattern and protection; its rate and schedule are not used.
+        mask_token: that of training; chosen here if the training masks nothing.
         seed: of the draws.
     """
 
@@ -90,7 +87,7 @@ class GradientMeter:
     def measure(self) -> dict[str, dict[float, Grams]]:
         """Return inner products by group of parameters and rate."""
         model = self._trainer.model
-        within: dict[tuple[str, float], list[Any]] = {(g, r): [] for g in GROUPS for r in self._rates}
+        within: dict[tuple[str, float], list[Any]] = {(g, r): [] for g in self._slices for r in self._rates}
         means: dict[float, list[Tensor]] = {rate: [] for rate in self._rates}
         plain: list[Tensor] = []
         with _quiet(model), _masking(model, self._trainer, self._config, self._mask_token, self._seed) as masker:
@@ -109,13 +106,13 @@ class GradientMeter:
                     for group, part in self._slices.items():
                         within[group, rate].append(gram(rows[:, part]))
                     means[rate].append(rows[:-1].mean(0))
-        found: dict[str, dict[float, Grams]] = {}
-        for group, part in self._slices.items():
-            found[group] = {
+        return {
+            group: {
                 rate: Grams(np.stack(within[group, rate]), gram(torch.stack([v[part] for v in (*means[rate], *plain)])))
                 for rate in self._rates
             }
-        return found
+            for group, part in self._slices.items()
+        }
 
     def _batch(self, chosen: Sequence[int]) -> dict[str, Any]:
         dataset: Any = self._trainer.train_dataset
@@ -137,9 +134,9 @@ class GradientMeter:
 
 @contextlib.contextmanager
 def _quiet(model: nn.Module) -> Iterator[None]:
-    """Put the model into eval mode but for its embedding, where the masker sits, and leave no trace.
+    """Put the model into eval mode except its embedding, which the masker hooks, and restore everything.
 
-    NEFTune's noise hangs on the embedding's mode, too, and is set to 0.
+    NEFTune's noise depends on the embedding's mode too, and is set to 0.
     """
     modes = [(module, module.training) for module in model.modules()]
     embedding: Any = find_embedding(model)
@@ -162,7 +159,7 @@ def _quiet(model: nn.Module) -> Iterator[None]:
 def _masking(
     model: nn.Module, trainer: OrderedEvalTrainer, config: TokenMaskConfig, mask_token: MaskToken | None, seed: int
 ) -> Iterator[TokenMasker]:
-    """Lend the masker of the training under way, or attach one where there is none."""
+    """Lend the masker of the training under way, or attach one if there is none."""
     masker = TokenMasker.of(find_embedding(model))
     if masker is None:
         # The rate is set for each measurement; one above 0 lets the masker prepare the mask token's row.
@@ -182,26 +179,13 @@ def _masking(
         masker.rate = before[2]
 
 
-@dataclass(frozen=True, slots=True)
-class GradientReport:
-    """Where the report lies, and what it says in short."""
-
-    markdown: Path
-    statistics: Path
-    plots: tuple[Path, ...]
-    summary: str
-
-
-def diagnose(recipe: Recipe, plan: GradientPlan, *, quiet: bool = False) -> GradientReport:
+def diagnose(recipe: Recipe, plan: GradientPlan, *, quiet: bool = False) -> Report:
     """Train as the recipe says, stop at the shares of the plan to measure, and write the report.
 
     Raises:
         RecipeError, DataError, ModelError, RunError: with what to do.
     """
-    try:
-        plan.folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"{plan.folder} cannot be made ({error.strerror}); choose a folder with --out") from error
+    make_folder(plan.folder)
     console = make_console(quiet)
     points: list[dict[str, Any]] = []
     sizes: dict[str, int] = {}
@@ -213,15 +197,12 @@ def diagnose(recipe: Recipe, plan: GradientPlan, *, quiet: bool = False) -> Grad
 
         def measure(step: int, share: float) -> None:
             count = plan.batches * (1 + plan.draws * len(plan.rates))
-            memory = f"{meter.bytes / 2**20:,.0f} MiB"
-            told = f"Measuring at step {step}: {count:,} gradients of {sizes['all']:,} values ({memory} at a time)"
-            console.print(told, markup=False)
-            found = meter.measure()
-            points.append(
-                {"share": share, "step": step, "groups": {group: summarise(found[group]) for group in GROUPS}}
-            )
+            memory = f"{meter.bytes / 2**20:,.0f} MiB at a time"
+            console.print(f"Measuring at step {step}: {count:,} gradients of {sizes['all']:,} values ({memory})")
+            groups = {group: summarise(grams) for group, grams in meter.measure().items()}
+            points.append({"share": share, "step": step, "groups": groups})
 
-        return [_Looks(plan.shares, measure)]
+        return [_AtShares(plan.shares, measure)]
 
     decided = observe_training(recipe, plan.folder, observers, quiet=quiet)
     analysis = {
@@ -236,10 +217,7 @@ def diagnose(recipe: Recipe, plan: GradientPlan, *, quiet: bool = False) -> Grad
         "replicates": REPLICATES,
         "versions": versions(),
     }
-    write_json(plan.folder / "gradients.json", analysis)
-    plots = plot_gradients(analysis, plan.folder)
-    (plan.folder / "gradients.md").write_text(markdown_report(analysis), encoding="utf-8")
-    return GradientReport(plan.folder / "gradients.md", plan.folder / "gradients.json", tuple(plots), summary(analysis))
+    return gradient_report(analysis, plan.folder)
 
 
 def draw_batches(texts: int, batches: int, size: int, seed: int) -> list[list[int]]:
@@ -253,16 +231,17 @@ def draw_batches(texts: int, batches: int, size: int, seed: int) -> list[list[in
         remedy = f"--batches {most}, or " if most >= GradientPlan.LEAST_BATCHES else ""
         raise DataError(
             f"{batches} batches of {size} texts need {batches * size}, but there are {texts} training texts: "
-            f"{remedy}training.batch_size={max(texts // batches, 1)}"
+            f"{remedy}training.batch_size={max(texts // batches, 1)}",
+            code="too-few-texts",
         )
     order = np.random.default_rng([seed, 0xD1A6]).permutation(texts)[: batches * size]
     return [[int(index) for index in row] for row in order.reshape(batches, size)]
 
 
-class _Looks(TrainerCallback):
+class _AtShares(TrainerCallback):
     """Calls `measure(step, share)` before the steps at which a share of the training is done, and after the last."""
 
-    def __init__(self, shares: Sequence[float], measure: Any) -> None:
+    def __init__(self, shares: Sequence[float], measure: Callable[[int, float], None]) -> None:
         self._shares, self._measure = shares, measure
         self._due: dict[int, float] = {}
 
@@ -272,13 +251,8 @@ class _Looks(TrainerCallback):
             self._due.setdefault(round(share * state.max_steps), share)
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Look before the step."""
-        self._look(state)
-
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Look after the last step."""
-        self._look(state)
-
-    def _look(self, state: TrainerState) -> None:
+        """Measure before the step if it is due."""
         if state.global_step in self._due:
             self._measure(state.global_step, self._due.pop(state.global_step))
+
+    on_train_end = on_step_begin

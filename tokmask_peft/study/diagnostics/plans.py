@@ -1,4 +1,4 @@
-"""Which runs `tokmask robustness` compares, and how; checked before anything heavy is imported."""
+"""What `tokmask diagnose` and `tokmask robustness` will do, checked before anything heavy is imported."""
 
 from __future__ import annotations
 
@@ -9,20 +9,31 @@ from typing import ClassVar
 
 from tokmask_peft.artifacts import RunFolder, open_finished
 from tokmask_peft.errors import RecipeError, RunError
+from tokmask_peft.recipe.loading import differences
 from tokmask_peft.recipe.schema import Recipe
-from tokmask_peft.study.plan import read_rates, split_values
+from tokmask_peft.study.plan import SWEEP_FILE, number, read_rates, split_values
+
+
+def read_shares(option: str, text: str, of: str, problems: list[str]) -> list[float]:
+    """Read numbers from 0 to 1, ascending and without doubles."""
+    values = split_values(text)
+    if wrong := [value for value in values if not 0 <= number(value) <= 1]:
+        problems.append(f"{option} {text}: '{wrong[0]}' is not a share of {of}; expected 0 to 1, as 0,0.5,1")
+        return []
+    return sorted({float(value) for value in values})
+
+
+def _check_folder(folder: Path) -> Path:
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"{folder} is a file; choose a folder with --out", code="out-is-a-file")
+    return folder
 
 
 @dataclass(frozen=True, slots=True)
 class GradientPlan:
-    """Rates, draws, batches and points of a measurement.
+    """The folder of a measurement, masking rates above 0, mask draws per batch and rate, batches of training texts.
 
-    Attributes:
-        folder: to write to.
-        rates: masking rates above 0, ascending; 0 is always measured.
-        draws: mask draws per batch and rate.
-        batches: batches of training texts.
-        shares: of the training's steps, ascending.
+    It is made at `shares` of the training's steps. Rates and shares ascend; p = 0 is always measured.
     """
 
     LEAST_BATCHES: ClassVar[int] = 4
@@ -39,149 +50,101 @@ class GradientPlan:
 
         Raises:
             RecipeError: with every problem found.
-            RunError: the folder holds a diagnosis already, or cannot be written.
+            RunError: the folder already holds a measurement, or is a file.
         """
         problems: list[str] = []
-        rates = sorted(float(rate) for rate in read_rates(p, problems))
-        if not problems and not any(rates):
-            problems.append(f"--p {p}: give a rate above 0; the gradient without masking is always measured beside it")
-        shares = []
-        for text in split_values(at):
-            try:
-                share = float(text)
-            except ValueError:
-                share = -1.0
-            if not 0.0 <= share <= 1.0:
-                problems.append(f"--at {at}: '{text}' is no share of the training; expected 0 to 1, as 0,0.5,1")
-            shares.append(share)
-        if not shares:
+        rates = sorted(rate for text in read_rates(p, problems) if (rate := float(text)) > 0)
+        if not problems and not rates:
+            problems.append(f"--p {p}: give a rate above 0; the gradient without masking is always measured too")
+        shares = read_shares("--at", at, "the training", problems)
+        if not split_values(at):
             problems.append("--at: expected shares of the training, as 0,0.5,1")
         if draws < 2:
-            problems.append(f"--draws {draws}: 2 are the least, because variance needs pairs of draws")
+            problems.append(f"--draws {draws}: at least 2, because variance needs pairs of draws")
         if batches < cls.LEAST_BATCHES:
-            problems.append(f"--batches {batches}: {cls.LEAST_BATCHES} are the least, because intervals need them")
+            problems.append(f"--batches {batches}: at least {cls.LEAST_BATCHES}, because intervals need them")
         if problems:
-            raise RecipeError(dict.fromkeys(problems), source="diagnose")
-        folder = out or recipe.run_dir.with_name(f"{recipe.run_dir.name}-diagnose")
-        check_free(folder, "gradients.json")
-        return cls(folder, tuple(rate for rate in rates if rate > 0), draws, batches, tuple(sorted(set(shares))))
+            raise RecipeError(problems, "diagnose", code="diagnose-options")
+        folder = _check_folder(out or recipe.run_dir.with_name(f"{recipe.run_dir.name}-diagnose"))
+        if (folder / "gradients.json").exists():
+            raise RunError(
+                f"{folder} already holds a gradients.json: choose another folder with --out, or remove that file",
+                code="out-is-taken",
+            )
+        return cls(folder, tuple(rates), draws, batches, tuple(shares))
 
 
-def check_free(folder: Path, file: str) -> None:
-    """Check that a folder can take a measurement.
+@dataclass(frozen=True, slots=True)
+class RobustnessPlan:
+    """The folder to write to, masking rates and shares of misspelt words, both above 0 and ascending."""
 
-    Raises:
-        RunError: it holds one, or is a file.
-    """
-    if (folder / file).exists():
-        raise RunError(f"{folder} holds a {file} already: choose another folder with --out, or remove that file")
-    if folder.exists() and not folder.is_dir():
-        raise RunError(f"{folder} is a file; choose a folder with --out")
+    folder: Path
+    rates: tuple[float, ...]
+    noise: tuple[float, ...]
 
+    @classmethod
+    def make(cls, runs: Sequence[str], p: str, noise: str, out: Path | None) -> RobustnessPlan:
+        """Read the options of the command line; 0, the text as it is, is always scored and left out.
 
-_MAY_DIFFER = ("masking.p", "seed", "masking.seed")
+        Raises:
+            RecipeError: with every problem found.
+            RunError: there are several runs and no folder is given, or it is a file.
+        """
+        problems: list[str] = []
+        rates = sorted(rate for text in read_rates(p, problems) if (rate := float(text)) > 0)
+        shares = [share for share in read_shares("--noise", noise, "words", problems) if share > 0]
+        if problems:
+            raise RecipeError(problems, "robustness", code="robustness-options")
+        if out is None and len(set(runs)) > 1:
+            raise RunError("several runs need a folder for the report: --out FOLDER", code="out-is-missing")
+        return cls(_check_folder(out or Path(runs[0]) / "robustness"), tuple(rates), tuple(shares))
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A run, and the line of the comparison that it belongs to.
-
-    Attributes:
-        group: runs of one group differ by their seed alone.
-        run: its folder.
-        recipe: its resolved recipe.
-    """
+    """A run with its resolved recipe, and its line in the comparison: runs of one group differ only by their seed."""
 
     group: str
     run: RunFolder
     recipe: Recipe
 
-
-def find_members(folders: Sequence[str]) -> list[Member]:
-    """Return the runs of sweeps, or single runs grouped by their masking rate.
-
-    Raises:
-        RunError: a folder is neither, or the runs are not comparable.
-        SweepError: a sweep has no finished run, or is no grid.
-    """
-    from tokmask_peft.recipe.loading import differences
-
-    members: list[Member] = []
-    single: list[Member] = []
-    for folder in dict.fromkeys(folders):
-        if (Path(folder) / "sweep.json").is_file():
-            if len(folders) > 1:
-                raise RunError(f"{folder} is a sweep: give one sweep, or several runs")
-            members.extend(_of_sweep(Path(folder)))
-            continue
+    @classmethod
+    def open(cls, folder: str | Path, group: str | None = None) -> Member:
+        """Read a run; without a group that is its masking rate and schedule."""
         run = open_finished(folder)
         recipe = Recipe.load(run.recipe)
         schedule = "" if recipe.masking.schedule == "constant" else f", {recipe.masking.schedule}"
-        single.append(Member(f"p = {recipe.masking.p:g}{schedule}", run, recipe))
-    for member in single[1:]:
-        other = [
-            line for line in differences(single[0].recipe, member.recipe) if line.partition(":")[0] not in _MAY_DIFFER
+        return cls(group or f"p = {recipe.masking.p:g}{schedule}", run, recipe)
+
+
+def find_members(folders: Sequence[str]) -> list[Member]:
+    """Return the runs of a sweep, grouped by arm, or single runs grouped by their masking rate.
+
+    Raises:
+        RunError: a folder is neither, or the runs are not comparable.
+        SweepError: a sweep has no finished run, or is not a grid.
+    """
+    sweeps = [folder for folder in folders if (Path(folder) / SWEEP_FILE).is_file()]
+    if sweeps and len(folders) > 1:
+        raise RunError(f"{sweeps[0]} is a sweep: give one sweep, or several runs", code="mixed-runs")
+    if sweeps:
+        from tokmask_peft.study.results import read_sweep
+
+        results = read_sweep(Path(sweeps[0]))
+        return [
+            Member.open(results.folders[row, seed].root, row.label)
+            for row, runs in results.runs.items()
+            for seed in runs
         ]
+    members = [Member.open(folder) for folder in dict.fromkeys(folders)]
+    for member in members[1:]:
+        found = differences(members[0].recipe, member.recipe)
+        other = [line for line in found if line.partition(":")[0] not in ("masking.p", "seed", "masking.seed")]
         if other:
             raise RunError(
-                f"{single[0].run.root} and {member.run.root} differ in more than masking.p and seed, so their scores "
-                f"cannot be laid to masking: {'; '.join(other)}"
+                f"{members[0].run.root} and {member.run.root} differ in more than masking.p and seed, so their scores "
+                f"cannot be attributed to masking: {'; '.join(other)}",
+                code="not-comparable",
+                differences=other,
             )
-    members.extend(sorted(single, key=lambda member: (member.recipe.masking.p, member.recipe.seed)))
-    return members
-
-
-def _of_sweep(folder: Path) -> list[Member]:
-    from tokmask_peft.study.results import read_sweep
-
-    results = read_sweep(folder)
-    found = []
-    for row, runs in results.runs.items():
-        for seed in runs:
-            run = results.folders[row, seed]
-            found.append(Member(row.label, open_finished(run.root), Recipe.load(run.recipe)))
-    return found
-
-
-def read_amounts(option: str, text: str, problems: list[str]) -> tuple[float, ...]:
-    """Read masking rates or shares of words; 0, the text as it is, is scored anyway and left out."""
-    if option == "--p":
-        return tuple(sorted(float(rate) for rate in read_rates(text, problems) if float(rate) > 0))
-    found = []
-    for part in split_values(text):
-        try:
-            share = float(part)
-        except ValueError:
-            share = -1.0
-        if not 0.0 <= share <= 1.0:
-            problems.append(f"{option} {text}: '{part}' is no share of words; expected 0 to 1, as 0.1,0.2")
-            break
-        found.append(share)
-    return tuple(sorted({share for share in found if share > 0}))
-
-
-def read_options(p: str, noise: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Read `--p` and `--noise`.
-
-    Raises:
-        RecipeError: with every problem found.
-    """
-    problems: list[str] = []
-    rates, shares = read_amounts("--p", p, problems), read_amounts("--noise", noise, problems)
-    if problems:
-        raise RecipeError(problems, source="robustness")
-    return rates, shares
-
-
-def choose_folder(folders: Sequence[str], out: Path | None) -> Path:
-    """Return the folder to write to.
-
-    Raises:
-        RunError: several runs, and no folder is given; or it is a file.
-    """
-    if out is None and len(set(folders)) > 1:
-        raise RunError("with several runs say where to write: --out FOLDER")
-    folder = out or Path(folders[0]) / "robustness"
-    if folder.exists() and not folder.is_dir():
-        raise RunError(f"{folder} is a file; choose a folder with --out")
-    return folder
+    return sorted(members, key=lambda member: (member.recipe.masking.p, member.recipe.seed))

@@ -3,12 +3,12 @@ import unicodedata
 import numpy as np
 import pytest
 
-from tokmask_peft.study.diagnostics.robustness import (
+from tokmask_peft.study.diagnostics.perturbations import (
     alphabet,
     clusters,
-    disturb,
-    disturb_text,
     edit,
+    misspell,
+    misspell_text,
     normal,
     unseen_words,
     vocabulary,
@@ -54,22 +54,22 @@ def test_words_without_a_letter_stay(word):
 
 def test_shares_nest_and_the_seed_decides():
     words = ["word"] * 2000
-    low, high = (disturb(words, share, (1, 2), LETTERS) for share in (0.1, 0.4))
-    assert low == disturb(words, 0.1, (1, 2), LETTERS) != disturb(words, 0.1, (1, 3), LETTERS)
+    low, high = (misspell(words, share, (1, 2), LETTERS) for share in (0.1, 0.4))
+    assert low == misspell(words, 0.1, (1, 2), LETTERS) != misspell(words, 0.1, (1, 3), LETTERS)
     changed = [number for number, word in enumerate(low) if word != "word"]
     assert [high[number] for number in changed] == [low[number] for number in changed]
     for share, found in ((0.1, low), (0.4, high)):
         assert np.mean([word != "word" for word in found]) == pytest.approx(share, abs=0.04)
-    assert disturb(words, 0.0, (1,), LETTERS) == words
-    assert "word" not in disturb(words, 1.0, (1,), LETTERS)
+    assert misspell(words, 0.0, (1,), LETTERS) == words
+    assert "word" not in misspell(words, 1.0, (1,), LETTERS)
 
 
 def test_white_space_stays():
     text = " hello\t my  friend\n"
-    found = disturb_text(text, 1.0, (0,), LETTERS)
+    found = misspell_text(text, 1.0, (0,), LETTERS)
     assert [part for part in found if part.isspace()] == [part for part in text if part.isspace()]
     assert all(a != b for a, b in zip(found.split(), text.split(), strict=True))
-    assert disturb_text(text, 0.0, (0,), LETTERS) == text
+    assert misspell_text(text, 0.0, (0,), LETTERS) == text
 
 
 def test_unseen_words_are_those_without_case_and_punctuation():

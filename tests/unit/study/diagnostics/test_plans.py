@@ -15,8 +15,8 @@ from tokmask_peft.errors import DataError, RunError
 from tokmask_peft.study.diagnostics import robustness
 from tokmask_peft.study.diagnostics.gradients import draw_batches
 from tokmask_peft.study.diagnostics.plans import find_members
-from tokmask_peft.study.diagnostics.robustness import Disturbances, analyse, by_unseen
-from tokmask_peft.study.diagnostics.robustness_report import cautions, score_table
+from tokmask_peft.study.diagnostics.reports import robustness_cautions, robustness_table
+from tokmask_peft.study.diagnostics.robustness import Perturbations, analyse, by_unseen
 from tokmask_peft.study.statistics import spread
 from tokmask_peft.tasks import Example
 
@@ -44,14 +44,15 @@ class TestDiagnose:
         rows = draw_batches(20, 4, 5, seed=1)
         assert sorted(index for row in rows for index in row) == list(range(20))
         assert rows == draw_batches(20, 4, 5, seed=1) != draw_batches(20, 4, 5, seed=2)
-        with pytest.raises(DataError, match=r"--batches 4, or training\.batch_size=3"):
+        with pytest.raises(DataError, match=r"--batches 4, or training\.batch_size=3") as caught:
             draw_batches(24, 8, 5, seed=1)
+        assert caught.value.code == "too-few-texts"
 
 
 class TestRobustness:
     def test_mistakes(self, tmp_path):
         assert "is not a run folder" in mistake("robustness", tmp_path)
-        assert "is no share of words" in mistake("robustness", tmp_path, "--noise", "2")
+        assert "is not a share of words" in mistake("robustness", tmp_path, "--noise", "2")
         one, two = write_run(tmp_path / "one"), write_run(tmp_path / "two")
         assert "--out FOLDER" in mistake("robustness", one, two)
 
@@ -64,7 +65,7 @@ class TestRobustness:
             ("p = 0.1", "run2"),
         ]
 
-    def test_rates_of_a_schedule_are_told_apart(self, tmp_path):
+    def test_rates_of_a_schedule_are_distinguished(self, tmp_path):
         runs = [write_run(tmp_path / f"run{i}", masking=p) for i, p in enumerate((0.3, 0.1))]
         for run in runs:
             recipe = yaml.safe_load((run / "recipe.yaml").read_text())
@@ -78,13 +79,15 @@ class TestRobustness:
         recipe = yaml.safe_load((two / "recipe.yaml").read_text())
         recipe["training"] = {"learning_rate": 1e-3}
         (two / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-        with pytest.raises(RunError, match=r"differ in more.*training\.learning_rate"):
+        with pytest.raises(RunError) as caught:
             find_members([str(one), str(two)])
+        assert [line.partition(":")[0] for line in caught.value.fields["differences"]] == ["training.learning_rate"]
 
     def test_one_sweep_at_a_time(self, made_up_sweep, tmp_path):
         folder = made_up_sweep(p="0,0.1", seeds="2")
-        with pytest.raises(RunError, match="one sweep, or several runs"):
+        with pytest.raises(RunError) as caught:
             find_members([str(folder), str(tmp_path)])
+        assert caught.value.code == "mixed-runs"
 
     def test_the_runs_of_a_sweep_are_grouped_by_arm(self, made_up_sweep):
         folder = made_up_sweep(p="0,0.1", seeds="2")
@@ -123,14 +126,14 @@ def scored(group, seed, clean, masked):
 
 def test_groups_have_intervals_over_their_runs():
     runs = [scored("p = 0", 1, 0.9, 0.5), scored("p = 0", 2, 0.8, 0.6), scored("p = 0.1", 1, 0.7, 0.7)]
-    found = analyse(runs, Disturbances((0.5,), (), 1))
+    found = analyse(runs, Perturbations((0.5,), (), 1))
     both, alone = found["groups"]
     masked = both["rows"][1]
     assert masked["f1_macro"] == spread([0.5, 0.6])
     assert masked["loss"] == spread([0.9 - 0.5, 0.8 - 0.6])
     assert alone["rows"][1]["f1_macro"]["interval"] is None
     assert [row["kind"] for row in both["rows"]] == ["clean", "mask", "seen"]  # nothing is unseen
-    head, body = score_table(found)
+    head, body = robustness_table(found)
     assert head == ["texts", "trained with p = 0, 2 seeds", "trained with p = 0.1, seed 1"]
     assert [row[0] for row in body] == ["as they are", "50% of sub-tokens masked", "texts with no unseen word (7)"]
     assert body[1][2] == "0.7000"
@@ -138,7 +141,7 @@ def test_groups_have_intervals_over_their_runs():
 
 def test_a_run_is_scored_once_whatever_is_asked_for_in_between(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
-    score, asked = Mock(side_effect=lambda member, *_: scored(member.group, 1, 0.9, 0.5)), Disturbances((0.5,), (), 1)
+    score, asked = Mock(side_effect=lambda member, *_: scored(member.group, 1, 0.9, 0.5)), Perturbations((0.5,), (), 1)
     monkeypatch.setattr(robustness, "_score", score)
     names = [str(write_run(tmp_path / name)) for name in "abc"]
 
@@ -150,14 +153,14 @@ def test_a_run_is_scored_once_whatever_is_asked_for_in_between(tmp_path, monkeyp
     assert len(runs_of(names[2:], asked)) == 1
     assert runs_of(names[:2], asked) == first
     assert score.call_count == 3
-    assert len(runs_of(names[:1], Disturbances((0.5,), (), 2))) == 1
+    assert len(runs_of(names[:1], Perturbations((0.5,), (), 2))) == 1
     assert runs_of(names[:2], asked) == first
     assert score.call_count == 4
 
 
-@pytest.mark.parametrize(("apart", "told"), [(0.00003, False), (0.0002, True)])
-def test_a_score_that_differs_from_the_runs_own_is_told_where_it_shows(apart, told):
+@pytest.mark.parametrize(("apart", "shown"), [(0.00003, False), (0.0002, True)])
+def test_a_score_that_differs_from_the_runs_own_is_shown_if_four_decimals_show_it(apart, shown):
     run = {"clean": {"f1_macro": 0.5 + apart}, "reported": 0.5}
     analysis = {"disturbances": {"draws": 4}, "split": "test", "runs": [run], "groups": [{"seeds": [1]}]}
-    assert any("1 of 1 runs score up to 0.0002" in line for line in cautions(analysis)) == told
-    assert not any("up to 0.0000" in line for line in cautions(analysis))
+    assert any("1 of 1 runs differ by up to 0.0002" in line for line in robustness_cautions(analysis)) == shown
+    assert not any("up to 0.0000" in line for line in robustness_cautions(analysis))

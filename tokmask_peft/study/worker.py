@@ -1,0 +1,213 @@
+"""A process that trains one cell after the other: `python -m tokmask_peft.study.worker`, and its handle.
+
+A crash or a lack of memory ends that process and not the sweep. It keeps its imports between runs, which take seconds;
+after a run that failed the next one gets a new process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokmask_peft.artifacts import RunFolder
+from tokmask_peft.recipe.schema import Recipe
+
+COMMAND = (sys.executable, "-m", "tokmask_peft.study.worker")
+INTERRUPTED = 130
+
+
+class Worker:
+    """The sweep's handle of a process that trains its cells.
+
+    Args:
+        command: starts the process, which reads what to train with `tasks`.
+        threads: CPU threads of the process, unless OMP_NUM_THREADS is set.
+    """
+
+    recipe: Recipe
+    run: RunFolder
+    log: Path
+
+    def __init__(self, command: Sequence[str], threads: int) -> None:
+        self._command, self._threads = list(command), threads
+        self._process: subprocess.Popen[bytes] | None = None
+        self._done: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+
+    def begin(self, recipe: Recipe) -> None:
+        """Start to train a cell, in the process of the last one if that is still there."""
+        self.recipe, self.run = recipe, RunFolder(recipe.run_dir)
+        self.log = self.run.root.parent / "logs" / f"{recipe.name}.log"
+        self._began, self.signals, self._read = time.monotonic(), 0, 0
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        resume = self.run.root.is_dir() and any(self.run.root.iterdir())
+        task = {"recipe": recipe.model_dump(mode="json"), "resume": resume, "log": str(self.log)}
+        if self._process is None or self._process.poll() is not None:
+            self._start()
+        while not self._done.empty():
+            self._done.get()
+        with contextlib.suppress(OSError):  # it died at once; its exit code says why
+            self._input.write(json.dumps(task).encode() + b"\n")
+            self._input.flush()
+
+    def _start(self) -> None:
+        environment = {"OMP_NUM_THREADS": str(self._threads), **os.environ, "PYTHONUNBUFFERED": "1"}
+        with self.log.open("ab") as log:
+            # in a session of its own: Ctrl-C reaches only the sweep, which then stops its workers one by one
+            self._process = subprocess.Popen(  # noqa: S603 (our own command)
+                self._command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env=environment,
+                start_new_session=True,
+            )
+        self._input: Any = self._process.stdin
+        self._done = queue.SimpleQueue()
+        threading.Thread(target=_listen, args=(self._process.stdout, self._done), daemon=True).start()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the cell began."""
+        return time.monotonic() - self._began
+
+    def poll(self) -> int | None:
+        """Return 0 if the cell is trained, the exit code if the process has ended, none while it trains."""
+        if not self._done.empty():
+            return 0
+        return None if self._process is None else self._process.poll()
+
+    def stop(self) -> None:
+        """Ask for a checkpoint and the end; the second time, end the process at once."""
+        self.signals += 1
+        if self._process is not None and self.signals == 1:
+            self._process.send_signal(signal.SIGINT)
+        elif self._process is not None:
+            self._process.kill()
+
+    def end(self) -> None:
+        """End the process, also in the middle of a run, and wait until it is gone."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            with contextlib.suppress(OSError):
+                self._input.close()
+        self._process = None
+
+    def new_evaluations(self) -> Iterator[tuple[int, float]]:
+        """Yield step and validation macro-F1 of evaluations since the last call."""
+        rows = self._log_rows()
+        start, self._read = self._read, len(rows)
+        for row in rows[start:]:
+            if "eval_f1_macro" in row:
+                yield int(row["step"]), float(row["eval_f1_macro"])
+
+    def progress(self) -> str:
+        """Return the last step and loss of the run's log."""
+        row = next(iter(self._log_rows()[::-1]), None)
+        loss = f", loss {row['loss']:.4f}" if row and isinstance(row.get("loss"), float) else ""
+        return "starting" if row is None else f"step {row['step']}{loss}"
+
+    def _log_rows(self) -> list[dict[str, Any]]:
+        rows = []
+        for line in self.run.log.read_text(encoding="utf-8").splitlines() if self.run.log.is_file() else []:
+            with contextlib.suppress(ValueError):  # half a line
+                rows.append(json.loads(line))
+        return [row for row in rows if "step" in row]
+
+    def interrupted(self, code: int) -> bool:
+        """Return whether the process ended because it was asked to."""
+        return code == INTERRUPTED or (self.signals > 0 and code != 0)
+
+    def reason(self, code: int) -> str:
+        """Return why the run failed, from the exit code and the end of its log."""
+        if code == 0:
+            return "the process ended without a result"
+        if code < 0:
+            name = signal.Signals(-code).name
+            return f"killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
+        lines = self.log.read_text(encoding="utf-8", errors="replace").rstrip().splitlines()
+        start = next((i for i in reversed(range(len(lines))) if lines[i].startswith("Error: ")), len(lines) - 1)
+        text = " ".join(line.strip() for line in lines[start:]).removeprefix("Error: ") if lines else "no message"
+        return f"{text} (exit code {code})"
+
+
+def _listen(answers: Any, done: queue.SimpleQueue[bytes]) -> None:
+    for line in answers:
+        done.put(line)
+
+
+def tasks() -> Iterator[dict[str, Any]]:
+    """Yield the tasks that standard input holds, a JSON line each; asking for the next reports the last as done.
+
+    What a task prints goes to its log. The sweep keeps the other end of standard input: its end means that the sweep
+    has ended, by whatever signal, and then this process exits at once. One that went on would train in a folder that
+    the next worker takes over.
+    """
+    found: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+
+    def read() -> None:
+        text = b""
+        while part := os.read(0, 65536):
+            *lines, text = (text + part).split(b"\n")
+            for line in lines:
+                found.put(line)
+        os._exit(INTERRUPTED)
+
+    threading.Thread(target=read, daemon=True).start()
+    answers = os.dup(1)
+    while True:
+        task = json.loads(found.get())
+        log = os.open(task["log"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        for stream in (1, 2):
+            os.dup2(log, stream)
+        os.close(log)
+        yield task
+        os.write(answers, b"done\n")
+
+
+def main() -> int:
+    """Train what standard input asks for; return the exit code of the first run that fails."""
+    for task in tasks():
+        from tokmask_peft.console import quiet_libraries
+        from tokmask_peft.errors import RunInterruptedError, TokmaskError
+
+        quiet_libraries()
+        from tokmask_peft.training.train import train
+
+        try:
+            train(Recipe.model_validate(task["recipe"]), resume=task["resume"])
+        except RunInterruptedError as error:
+            print(error, flush=True)  # noqa: T201 (the log of the run)
+            return INTERRUPTED
+        except TokmaskError as error:
+            print(f"Error: {error}", flush=True)  # noqa: T201
+            return 2
+        _free_memory()
+    return 0
+
+
+def _free_memory() -> None:
+    """Free what a run has left in memory, and begin to measure the peak of the next one."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets the resident set's peak on Linux
+
+
+if __name__ == "__main__":
+    sys.exit(main())
