@@ -13,7 +13,7 @@ from typing import Any, Self
 
 import torch
 
-from tokmask_peft.errors import ModelError, RunError
+from tokmask_peft.errors import ModelError, RunError, first_line
 from tokmask_peft.masking.config import TokenMaskConfig
 from tokmask_peft.model.decisions import bitsandbytes_problem
 from tokmask_peft.recipe.schema import ModelConfig, Recipe, Task
@@ -536,59 +536,46 @@ def is_run(folder: str | Path) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
-    """A finished run as it lies on disk.
+class Run:
+    """A finished run.
 
     Attributes:
-        run: its folder.
+        folder: its folder.
         recipe: the resolved recipe.
         result: what `result.json` holds.
-        log: the lines of `log.jsonl`; empty where there is none.
     """
 
-    run: RunFolder
+    folder: RunFolder
     recipe: Recipe
-    result: dict[str, Any]
-    log: list[dict[str, Any]]
-
-    @classmethod
-    def open(cls, folder: str | Path) -> Self:
-        """Read a run.
-
-        Raises:
-            RunError: the folder is no finished run, or its files cannot be read.
-        """
-        run = open_finished(folder)
-        if not run.finished():
-            raise RunError(f"the run {folder} is not finished; finish it with `tokmask train {run.recipe} --resume`")
-        try:
-            result = json.loads(run.result.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise RunError(f"{run.result} is not JSON: {error}") from error
-        if not isinstance(result, dict) or "validation" not in result or "labels" not in result:
-            raise RunError(f"{run.result} holds no scores of a run (validation, labels)")
-        return cls(run, Recipe.load(run.recipe), result, _read_log(run.log))
+    result: Result
 
     @property
-    def split(self) -> str:
-        """The split whose scores count: test where there is one, else validation."""
-        return "test" if self.result.get("test") else "validation"
+    def log(self) -> list[dict[str, Any]]:
+        """The lines of `log.jsonl`; a line that a killed run left half-written is skipped."""
+        path, found = self.folder.log, []
+        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                found.append(row)
+        return found
 
-    @property
-    def scores(self) -> dict[str, Any]:
-        """The scores of that split."""
-        return dict(self.result[self.split])
 
+def open_run(folder: str | Path) -> Run:
+    """Read a finished run.
 
-def _read_log(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of the log that are JSON objects with a step; a killed run may leave half a line."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    found = []
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            found.append(row)
-    return found
+    Raises:
+        RunError: the folder is not a finished run, or its files cannot be read.
+    """
+    run = open_finished(folder)
+    if not run.finished():
+        remedy = f"finish it with `tokmask train {run.recipe} --resume`"
+        raise RunError(f"the run {folder} is not finished; {remedy}", code="unfinished")
+    try:
+        result = Result.from_dict(json.loads(run.result.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        problem = f"does not hold the scores of a run (validation, labels): {first_line(error)}"
+        raise RunError(f"{run.result} {problem}", code="bad-result", path=run.result) from error
+    return Run(run, Recipe.load(run.recipe), result)

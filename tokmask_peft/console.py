@@ -1,7 +1,7 @@
 """What a run prints: the decision table, the data report, progress and scores.
 
-In a terminal the progress is drawn in place; elsewhere it is plain lines. Right is silent, a decision is printed
-once, and what is suspicious is said.
+In a terminal the progress is drawn in place; elsewhere it is plain lines. Whatever is in order is not mentioned, a
+decision is printed once with its reason, and whatever is suspicious is a warning.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Decision:
 
 
 def quiet_libraries() -> None:
-    """Silence what the libraries say on a normal run: load reports, progress bars of theirs, advice for others."""
+    """Silence what libraries print in a normal run: loading reports, their progress bars, advice for developers."""
     # first: importing transformers imports bitsandbytes, which warns of optional kernels at once
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -44,9 +44,9 @@ def quiet_libraries() -> None:
 
 
 def make_console(quiet: bool = False) -> Console:
-    """Return the console of a run; away from a terminal its lines are wide and not wrapped at 80 columns."""
-    width = None if sys.stdout.isatty() else 120
-    return Console(quiet=quiet, width=width, highlight=False, soft_wrap=not sys.stdout.isatty())
+    """Return the console of a run; outside a terminal its lines are wide and are not wrapped at 80 columns."""
+    terminal = sys.stdout.isatty()
+    return Console(quiet=quiet, width=None if terminal else 120, highlight=False, soft_wrap=not terminal)
 
 
 def print_decisions(console: Console, decisions: Sequence[Decision]) -> None:
@@ -78,25 +78,30 @@ def print_scores(console: Console, parts: Mapping[str, Mapping[str, Any]]) -> No
         table.add_row(escape(name), *row, f"{part['items']:,}")
     console.print(table)
     for name, part in parts.items():
-        if part.get("without_prediction"):
-            cut = f"{name}: {part['without_prediction']:,} words lie beyond the cut and count as errors"
-            console.print(cut, markup=False)
+        if cut := part.get("without_prediction"):
+            console.print(f"{name}: {cut:,} words were cut off and count as errors", markup=False)
         for row in part.get("by_mixing") or ():
             console.print(f"  code-mixing index {row['cmi']}: macro-F1 {row['f1_macro']:.4f} ({row['posts']:,} posts)")
 
 
-def print_result(console: Console, result: Mapping[str, Any], adapter: Path) -> None:
-    """Print the scores of a run, beside the baseline's, and where the adapter lies."""
-    names = {"validation": "validation", "test": "test", "baseline": "baseline: character n-grams"}
-    print_scores(console, {name: result[key] for key, name in names.items() if result.get(key)})
-    console.print(baseline_verdict(result))
-    if calibration := result.get("calibration"):
-        console.print(calibration_line(calibration))
+def print_result(console: Console, result: Any, adapter: Path) -> None:
+    """Print the scores of a run next to those of the baseline, and where the adapter is.
+
+    Args:
+        console: where to print.
+        result: an `artifacts.Result`.
+        adapter: folder of the adapter.
+    """
+    parts = {"validation": result.validation, "test": result.test, "baseline: character n-grams": result.baseline}
+    print_scores(console, {name: part for name, part in parts.items() if part})
+    console.print(baseline_verdict(result.scored, result.baseline))
+    if result.calibration:
+        console.print(calibration_line(result.calibration))
     console.print(f"\nAdapter: [bold]{escape(str(adapter))}[/bold]", soft_wrap=True)
 
 
 def calibration_line(calibration: Mapping[str, Any]) -> str:
-    """Say in a sentence what the temperature does to the probabilities of the test (or validation) texts."""
+    """Return a sentence on what the temperature does to the probabilities of the test (or validation) texts."""
     split = "test" if "test" in calibration else "validation"
     before, after = calibration[split]["before"], calibration[split]["after"]
     return (
@@ -105,13 +110,16 @@ def calibration_line(calibration: Mapping[str, Any]) -> str:
     )
 
 
-def baseline_verdict(result: Mapping[str, Any]) -> str:
-    """Say in a sentence what the adapter buys over the baseline, or that it buys nothing."""
-    floor = result.get("baseline")
-    mine = result.get("test") or result.get("validation")
-    if not floor or not mine:
+def baseline_verdict(scores: Mapping[str, Any], baseline: Mapping[str, Any] | None) -> str:
+    """Return a sentence on whether the adapter beats the baseline; empty without a baseline.
+
+    Args:
+        scores: of the adapter.
+        baseline: of character n-grams on the same split.
+    """
+    if not baseline:
         return ""
-    difference = mine["f1_macro"] - floor["f1_macro"]
+    difference = scores["f1_macro"] - baseline["f1_macro"]
     if difference > 0:
         return f"The adapter is {difference:.4f} macro-F1 above the character n-gram baseline."
     return (

@@ -6,12 +6,15 @@ Everything outside this file asks the task, `get_task(name)`, instead of compari
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from tokmask_peft.errors import DataError, nearest
 
 Label = str | tuple[str, ...] | None
+WrongLabel = tuple[str, str, float, float, int | None]
+"""Label of the data, label of the classifier, the probability of each, and the index of the word, if a word has it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +75,7 @@ class Task:
         text_columns: names under which tables hold the text, the likeliest first.
         label_columns: names under which tables hold the labels.
         words_given: whether a text is a list of words, and the tokenizer is told so.
+        cut_effect: a sentence for the report on what cutting long texts does to the scores.
     """
 
     name: ClassVar[str]
@@ -83,6 +87,7 @@ class Task:
     text_columns: ClassVar[tuple[str, ...]]
     label_columns: ClassVar[tuple[str, ...]]
     words_given: ClassVar[bool]
+    cut_effect: ClassVar[str]
 
     # -- data --
 
@@ -99,6 +104,27 @@ class Task:
     # -- inference --
 
     # -- report, card and study --
+
+    @property
+    def peft_class(self) -> str:
+        """PEFT's class that loads a saved adapter."""
+        return self.auto_class.replace("AutoModel", "AutoPeftModel")
+
+    def prediction_snippet(self, spaced_words: bool) -> str:
+        """Return Python for the card that predicts with `model`, `tokenizer` and `labels`.
+
+        Args:
+            spaced_words: whether words need their leading space, which only tasks with `words_given` care about.
+        """
+        raise NotImplementedError
+
+    def pipeline_snippet(self, model: str) -> str:
+        """Return Python for the card that predicts with `transformers.pipeline`."""
+        raise NotImplementedError
+
+    def mistakes(self, tags: tuple[str, ...], answer: Any) -> Iterator[WrongLabel]:
+        """Yield what is wrong in a classifier's answer to a text whose labels are `tags`."""
+        raise NotImplementedError
 
 
 class SequenceTask(Task):
@@ -122,6 +148,30 @@ class SequenceTask(Task):
 
     # -- report, card and study --
 
+    cut_effect = "A text that is cut is scored on the part that remains."
+
+    def prediction_snippet(self, spaced_words: bool) -> str:
+        """See `Task`; the model is given a batch of texts."""
+        return """\
+inputs = tokenizer(["This phone is bien bonito"], return_tensors="pt", padding=True)
+with torch.no_grad():
+    probabilities = model(**inputs).logits.softmax(-1)
+print([labels[i] for i in probabilities.argmax(-1)])"""
+
+    def pipeline_snippet(self, model: str) -> str:
+        """See `Task`."""
+        return f"""\
+from transformers import pipeline
+
+classify = pipeline("text-classification", model="{model}")
+print(classify(["This phone is bien bonito"]))"""
+
+    def mistakes(self, tags: tuple[str, ...], answer: Any) -> Iterator[WrongLabel]:
+        """Yield at most one mistake."""
+        (gold,), chances = tags, answer.probabilities
+        if answer.label != gold:
+            yield gold, answer.label, chances[answer.label], chances.get(gold, 0.0), None
+
 
 class TokenTask(Task):
     """One label for each word; its first sub-token carries it."""
@@ -143,6 +193,37 @@ class TokenTask(Task):
     # -- inference --
 
     # -- report, card and study --
+
+    cut_effect = "Words that are cut away count as errors in the scores."
+
+    def prediction_snippet(self, spaced_words: bool) -> str:
+        """See `Task`; a word gets the label of its first sub-token."""
+        given, lead = "words", ""
+        if spaced_words:
+            given, lead = "spaced", 'spaced = [words[0], *(f" {word}" for word in words[1:])]  # as in running text\n'
+        return f"""\
+words = "This phone is bien bonito".split()
+{lead}inputs = tokenizer({given}, is_split_into_words=True, return_tensors="pt")
+with torch.no_grad():
+    predicted = model(**inputs).logits.argmax(-1)[0]
+word_ids = inputs.word_ids()
+first = [i for i, word in enumerate(word_ids) if word is not None and word not in word_ids[:i]]
+print([(words[word_ids[i]], labels[predicted[i]]) for i in first])"""
+
+    def pipeline_snippet(self, model: str) -> str:
+        """See `Task`."""
+        return f"""\
+from transformers import pipeline
+
+# adjacent words with the same label are joined
+tag = pipeline("token-classification", model="{model}", aggregation_strategy="first", ignore_labels=[])
+print([(part["word"], part["entity_group"]) for part in tag("This phone is bien bonito")])"""
+
+    def mistakes(self, tags: tuple[str, ...], answer: Any) -> Iterator[WrongLabel]:
+        """Yield a mistake for each wrong word."""
+        for word, (gold, label, row) in enumerate(zip(tags, answer.labels, answer.probabilities, strict=True)):
+            if label != gold:
+                yield gold, label, row[label], row.get(gold, 0.0), word
 
 
 TASKS: dict[str, Task] = {task.name: task for task in (SequenceTask(), TokenTask())}

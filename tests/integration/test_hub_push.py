@@ -194,7 +194,7 @@ def test_a_card_that_the_hub_cannot_read_is_named(run, hub, push):
 def test_no_answer_is_not_waited_for_for_ever(finished, hub, python):
     hub.fail("/repos/create", "hang")
     program = (
-        "from tokmask_peft import cli; from tokmask_peft.hub import transfer; transfer.ANSWER_SECONDS = 0.5; cli.main()"
+        "from tokmask_peft import cli; from tokmask_peft.hub import push; push.ANSWER_SECONDS = 0.5; cli.main()"
     )
     said = python("-c", program, "push", finished, REPO, code=2).stderr
     assert "gave no answer within 0.5 seconds" in said

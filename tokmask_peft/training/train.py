@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from transformers import TrainerCallback, set_seed
 
-from tokmask_peft.artifacts import LOADING_FILE, Loading, RunFolder, check_run, start_run, write_json
+from tokmask_peft.artifacts import LOADING_FILE, Loading, Result, RunFolder, check_run, start_run, write_json
 from tokmask_peft.console import Decision, make_console, print_decisions, print_lines, print_result
 from tokmask_peft.data.batches import PackedCollator, TokenBudgetSampler
 from tokmask_peft.data.corpus import Corpus, load_corpus
@@ -60,7 +60,7 @@ from tokmask_peft.training.trainer import (
 class CardWriter(Protocol):
     """Writes the model card of an adapter; the layers above training know how (`hub.card.write_card`)."""
 
-    def __call__(self, folder: Path, recipe: Recipe, result: Mapping[str, Any], *, spaced_words: bool) -> None:
+    def __call__(self, folder: Path, recipe: Recipe, result: Result, *, spaced_words: bool) -> None:
         """Write the card of the adapter in `folder`; `spaced_words` as for `hub.card.model_card`."""
 
 
@@ -96,7 +96,7 @@ def save_adapter_folder(
     masking = recipe.masking if mask is None else recipe.masking.model_copy(update={"mask_token": mask.id})
     masking.save_pretrained(folder)
     spaced = recipe.data.task == "token" and words_need_a_space(backbone.tokenizer)
-    write_card(folder, recipe, result, spaced_words=spaced)
+    write_card(folder, recipe, Result.from_dict(result), spaced_words=spaced)
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +208,7 @@ class Session:
         weights = gathered_weights(self.model)
         if trainer.is_world_process_zero():
             self._save(result, predictions, weights, write_card)
-            print_result(self.console, result, self.run.adapter)
+            print_result(self.console, Result.from_dict(result), self.run.adapter)
             check_best(result, trainer.state.best_metric)
         return Run(self.run, result)
 
