@@ -63,8 +63,6 @@ def explain(
     model: ModelArgument,
     texts: Annotated[list[str], typer.Argument(metavar="TEXT", help="texts to explain")],
     word: Annotated[str | None, typer.Option(help="token tasks: the word to explain, or its number")] = None,
-        str | None, typer.Option(help="token tasks: the word to explain (its number from 0, or itself)")
-    ] = None,
     html: Annotated[Path | None, typer.Option(help="write a page that can be shared")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the page if it exists.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON line per TEXT.")] = False,
