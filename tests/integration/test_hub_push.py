@@ -227,10 +227,10 @@ def test_an_update_takes_away_what_no_longer_belongs_and_only_that(run, hub, pus
     (run / "adapter" / "tokmask.json").write_text(json.dumps(facts))
     (line,) = [line for line in push(run).stdout.splitlines() if line.startswith("Removed from the repository")]
     assert line.endswith(": calibration.json")
-    held = hub.repositories[REPO].files
-    assert "calibration.json" not in held
-    assert held["examples.md"] == b"mine"
-    assert held["tokmask.json"] == (run / "adapter" / "tokmask.json").read_bytes()
+    stored = hub.repositories[REPO].files
+    assert "calibration.json" not in stored
+    assert stored["examples.md"] == b"mine"
+    assert stored["tokmask.json"] == (run / "adapter" / "tokmask.json").read_bytes()
 
 
 def test_private_is_private_or_nothing_goes(run, hub, push):
@@ -260,15 +260,15 @@ exec(Path(hf_hub_download("{REPO}", "README.md")).read_text().split("```python\\
 
 def test_the_merged_model_is_pushed_pulled_and_run_by_its_card(finished, hub, push, python, tmp_path):
     out = push(finished, REPO, "--merged").stdout
-    held = hub.repositories[REPO]
-    assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= set(held.files)
-    assert "adapter_config.json" not in held.files
-    assert held.commits[-1] == "Add the merged model"
+    stored = hub.repositories[REPO]
+    assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= set(stored.files)
+    assert "adapter_config.json" not in stored.files
+    assert stored.commits[-1] == "Add the merged model"
     assert "the merged model of moods" in out
-    assert f"{len(held.files['model.safetensors']):,} bytes" in out
+    assert f"{len(stored.files['model.safetensors']):,} bytes" in out
     for name in ("config.json", "README.md"):
-        assert str(finished.parent).encode() not in held.files[name]
-    head = held.files["README.md"].decode().split("---")[1]
+        assert str(finished.parent).encode() not in stored.files[name]
+    head = stored.files["README.md"].decode().split("---")[1]
     for line in ("library_name: transformers", "base_model_relation: finetune", f"base_model: {BASE}"):
         assert line in head
     fresh = {"HF_HOME": str(tmp_path / "fresh"), "HF_TOKEN": ""}

@@ -33,7 +33,7 @@ ADAPTER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt"),
     *("vocab.json", "merges.txt", "sentencepiece.bpe.model", "spiece.model", "tokenizer.model", "chat_template.jinja"),
     *("tokmask.json", "confusion_matrix.png"),
-    *("labels.json", "calibration.json", "tokmask_config.json"),  # of older runs, before tokmask.json held it all
+    *("labels.json", "calibration.json", "tokmask_config.json"),  # of older runs, which have no complete tokmask.json
 )
 """Names of the files that an adapter is pushed with; everything else in its folder stays on this machine."""
 MODEL_FILES = ("config.json", "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
