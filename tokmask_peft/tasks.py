@@ -76,6 +76,8 @@ class Task:
         label_columns: names under which tables hold the labels.
         words_given: whether a text is a list of words, and the tokenizer is told so.
         cut_effect: a sentence for the report on what cutting long texts does to the scores.
+        snippet: Python for the card that predicts with `model`, `tokenizer` and `labels`.
+        pipeline_snippet: Python for the card that predicts with `transformers.pipeline` and the path `MODEL`.
     """
 
     name: ClassVar[str]
@@ -88,6 +90,8 @@ class Task:
     label_columns: ClassVar[tuple[str, ...]]
     words_given: ClassVar[bool]
     cut_effect: ClassVar[str]
+    snippet: ClassVar[str]
+    pipeline_snippet: ClassVar[str]
 
     # -- data --
 
@@ -105,26 +109,11 @@ class Task:
 
     # -- report, card and study --
 
-    @property
-    def peft_class(self) -> str:
-        """PEFT's class that loads a saved adapter."""
-        return self.auto_class.replace("AutoModel", "AutoPeftModel")
-
-    def prediction_snippet(self, spaced_words: bool) -> str:
-        """Return Python for the card that predicts with `model`, `tokenizer` and `labels`.
-
-        Args:
-            spaced_words: whether words need their leading space, which only tasks with `words_given` care about.
-        """
-        raise NotImplementedError
-
-    def pipeline_snippet(self, model: str) -> str:
-        """Return Python for the card that predicts with `transformers.pipeline`."""
-        raise NotImplementedError
-
     def mistakes(self, tags: tuple[str, ...], answer: Any) -> Iterator[WrongLabel]:
-        """Yield what is wrong in a classifier's answer to a text whose labels are `tags`."""
-        raise NotImplementedError
+        """Yield what is wrong in a classifier's answer to a text whose labels are `tags`; here it has one label."""
+        if answer.label != tags[0]:
+            chances = answer.probabilities
+            yield tags[0], answer.label, chances[answer.label], chances.get(tags[0], 0.0), None
 
 
 class SequenceTask(Task):
@@ -149,28 +138,14 @@ class SequenceTask(Task):
     # -- report, card and study --
 
     cut_effect = "A text that is cut is scored on the part that remains."
-
-    def prediction_snippet(self, spaced_words: bool) -> str:
-        """See `Task`; the model is given a batch of texts."""
-        return """\
+    snippet = """\
 inputs = tokenizer(["This phone is bien bonito"], return_tensors="pt", padding=True)
 with torch.no_grad():
     probabilities = model(**inputs).logits.softmax(-1)
 print([labels[i] for i in probabilities.argmax(-1)])"""
-
-    def pipeline_snippet(self, model: str) -> str:
-        """See `Task`."""
-        return f"""\
-from transformers import pipeline
-
-classify = pipeline("text-classification", model="{model}")
+    pipeline_snippet = """\
+classify = pipeline("text-classification", model=MODEL)
 print(classify(["This phone is bien bonito"]))"""
-
-    def mistakes(self, tags: tuple[str, ...], answer: Any) -> Iterator[WrongLabel]:
-        """Yield at most one mistake."""
-        (gold,), chances = tags, answer.probabilities
-        if answer.label != gold:
-            yield gold, answer.label, chances[answer.label], chances.get(gold, 0.0), None
 
 
 class TokenTask(Task):
@@ -195,28 +170,17 @@ class TokenTask(Task):
     # -- report, card and study --
 
     cut_effect = "Words that are cut away count as errors in the scores."
-
-    def prediction_snippet(self, spaced_words: bool) -> str:
-        """See `Task`; a word gets the label of its first sub-token."""
-        given, lead = "words", ""
-        if spaced_words:
-            given, lead = "spaced", 'spaced = [words[0], *(f" {word}" for word in words[1:])]  # as in running text\n'
-        return f"""\
+    snippet = """\
 words = "This phone is bien bonito".split()
-{lead}inputs = tokenizer({given}, is_split_into_words=True, return_tensors="pt")
+inputs = tokenizer(words, is_split_into_words=True, return_tensors="pt")
 with torch.no_grad():
     predicted = model(**inputs).logits.argmax(-1)[0]
 word_ids = inputs.word_ids()
 first = [i for i, word in enumerate(word_ids) if word is not None and word not in word_ids[:i]]
 print([(words[word_ids[i]], labels[predicted[i]]) for i in first])"""
-
-    def pipeline_snippet(self, model: str) -> str:
-        """See `Task`."""
-        return f"""\
-from transformers import pipeline
-
+    pipeline_snippet = """\
 # adjacent words with the same label are joined
-tag = pipeline("token-classification", model="{model}", aggregation_strategy="first", ignore_labels=[])
+tag = pipeline("token-classification", model=MODEL, aggregation_strategy="first", ignore_labels=[])
 print([(part["word"], part["entity_group"]) for part in tag("This phone is bien bonito")])"""
 
     def mistakes(self, tags: tuple[str, ...], answer: Any) -> Iterator[WrongLabel]:

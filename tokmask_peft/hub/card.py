@@ -63,7 +63,8 @@ class Card:
         confusion = result.scored.get("confusion")
         snippet = loading_snippet(task, result.labels, PLACEHOLDER, self.spaced_words)
         if self.merged:
-            snippet = task.pipeline_snippet(PLACEHOLDER)
+            use = task.pipeline_snippet.replace("MODEL", f'"{PLACEHOLDER}"')
+            snippet = f"from transformers import pipeline\n\n{use}"
         card = ModelCard.from_template(
             self._head(trained, tested),
             template_str=(files("tokmask_peft.hub") / "card.md.j2").read_text(encoding="utf-8"),
@@ -162,22 +163,26 @@ def public_source(source: SourceConfig) -> SourceConfig:
 
 
 def loading_snippet(task: Task, labels: Sequence[str], folder: str, spaced_words: bool = False) -> str:
-    """Return Python that loads the adapter in `folder` with PEFT alone and predicts, labels included."""
+    """Return Python that loads the adapter in `folder` with PEFT only and predicts, labels included."""
+    auto, use = task.auto_class.replace("AutoModel", "AutoPeftModel"), task.snippet
+    if spaced_words:  # only a task whose texts are words tokenizes `words`
+        spaced = 'spaced = [words[0], *(f" {word}" for word in words[1:])]  # as in running text'
+        use = use.replace("inputs = tokenizer(words,", f"{spaced}\ninputs = tokenizer(spaced,")
     return f"""\
 import torch
-from peft import {task.peft_class}
+from peft import {auto}
 from transformers import AutoTokenizer
 
 adapter = "{folder}"
 labels = {list(labels)!r}
-model = {task.peft_class}.from_pretrained(
+model = {auto}.from_pretrained(
     adapter, num_labels=len(labels), id2label=dict(enumerate(labels)),
     label2id={{label: i for i, label in enumerate(labels)}},
 ).eval()
 tokenizer = AutoTokenizer.from_pretrained(adapter)
 model.config.get_text_config().pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
 
-{task.prediction_snippet(spaced_words)}"""
+{use}"""
 
 
 def training_facts(recipe: Recipe, result: Result) -> list[tuple[str, str]]:
@@ -198,15 +203,12 @@ def training_facts(recipe: Recipe, result: Result) -> list[tuple[str, str]]:
     weights = "given per label" if isinstance(training.class_weights, dict) else training.class_weights
     method = f"{'DoRA' if adapter.dora else 'LoRA'}, r = {adapter.r}, alpha = {adapter.alpha:g}"
     quantization = chosen.get("quantization", recipe.model.quantization)
-    rest = f"loss: {training.loss}, class weights: {weights}"
+    speed = f"learning rate {training.learning_rate:g} ({training.scheduler})"
     version = environment.get("versions", {}).get("tokmask-peft", "unknown")
     return [
         ("masking", f"{rate}; unit: {unit}; mask token: {token}"),
         ("adapter", f"{method}, dropout = {adapter.dropout:g}; quantization of the backbone: {quantization}"),
-        (
-            "optimisation",
-            f"{length}, batches of {batch}, learning rate {training.learning_rate:g} ({training.scheduler}), {rest}",
-        ),
+        ("optimisation", f"{length}, batches of {batch}, {speed}, loss: {training.loss}, class weights: {weights}"),
         ("seed", f"{recipe.seed}; tokmask-peft {version}"),
     ]
 
@@ -221,10 +223,8 @@ def limits(recipe: Recipe, result: Result) -> list[str]:
     ]
     rare = [label for label, found in result.scored.get("per_class", {}).items() if found["support"] < _FEW]
     if rare:
-        lines.append(
-            f"Classes with fewer than {_FEW} items in the scored split, so that their F1 is unreliable: "
-            f"{', '.join(rare)}."
-        )
+        head = f"Classes with fewer than {_FEW} items in the scored split, so that their F1 is unreliable"
+        lines.append(f"{head}: {', '.join(rare)}.")
     lines.append("The scores come from one run with one seed: differences of a point or two may be chance.")
     if not result.test:
         lines.append("There was no test split: the validation scores selected the checkpoint and are optimistic.")
