@@ -62,5 +62,4 @@ def list_fields() -> None:
     """Explain every key that a recipe may hold."""
     from tokmask_peft.recipe.loading import field_help
 
-    for line in field_help():
-        typer.echo(line)
+    typer.echo("\n".join(field_help()))

@@ -78,8 +78,7 @@ def report(
         from tokmask_peft.study.report import sweep_report
 
         paths = sweep_report(Path(run))
-        typer.echo(paths.summary)
-        typer.echo(f"Report: {paths.markdown}")
+        typer.echo(f"{paths.summary}\nReport: {paths.markdown}")
         return
     if not is_run(run):
         raise RunError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated
 
 import typer
@@ -68,10 +69,8 @@ def sweep(
             typer.echo(f"{cell.name}  {' '.join((f'seed={cell.seed}', *cell.overrides))}")
         return
     from tokmask_peft.study import runner as running
-    from tokmask_peft.study.runner import Options
 
-    options = Options(workers, keep_checkpoints, prune, retry_failed)
-    cells = running.run_sweep(plan, storage, options)
+    cells = running.run_sweep(plan, storage, running.Options(workers, keep_checkpoints, prune, retry_failed))
     for line in running.closing_lines(plan, cells):
         typer.echo(line)
     if running.failures(cells):
@@ -103,9 +102,7 @@ def estimate(
     from tokmask_peft.training.memory_report import print_report, to_dict
 
     found = without_training(checked, gpu)
-    if as_json:
-        import json
-
-        typer.echo(json.dumps(to_dict(*found), indent=2))
-    else:
+    if not as_json:
         print_report(*found)
+        return
+    typer.echo(json.dumps(to_dict(*found), indent=2))

@@ -149,12 +149,12 @@ def push(
     set_verbosity_error()  # its retries print signed addresses
     if not sys.stderr.isatty():
         disable_progress_bars()
-    if not merged:
-        from tokmask_peft.hub.push import push_adapter
+    if merged:
+        quiet_libraries()
+        from tokmask_peft.inference.export import push as push_merged
 
-        push_adapter(run, repo, private)
+        push_merged(run, repo, private, merged=True)
         return
-    quiet_libraries()
-    from tokmask_peft.inference.export import push as push_merged
+    from tokmask_peft.hub.push import push_adapter
 
-    push_merged(run, repo, private, merged=True)
+    push_adapter(run, repo, private)
