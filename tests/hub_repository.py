@@ -28,8 +28,8 @@ class Repository:
 
     def upload_mode(self, name: str) -> dict[str, object]:
         """Say how a file is to come: weights through large-file storage."""
-        large, held = name.endswith(".safetensors"), self.files.get(name)
-        oid = None if held is None else hashlib.sha256(held).hexdigest() if large else git_oid(held)
+        large, stored = name.endswith(".safetensors"), self.files.get(name)
+        oid = None if stored is None else hashlib.sha256(stored).hexdigest() if large else git_oid(stored)
         return {"path": name, "uploadMode": "lfs" if large else "regular", "shouldIgnore": False, "oid": oid}
 
     def commit(self, lines: list[dict], storage: dict[str, bytes]) -> None:

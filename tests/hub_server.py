@@ -42,7 +42,7 @@ class HubServer(ThreadingHTTPServer):
         self.server_close()
 
     def handle_error(self, *_: object) -> None:
-        """A client that hangs up is no error here."""
+        """A client that hangs up is not an error here."""
 
     @property
     def url(self) -> str:
@@ -174,8 +174,8 @@ class _Handler(Transport):
 
     def verify(self) -> None:
         asked = json.loads(self.body)
-        held = self.server.storage.get(asked["oid"])
-        if held is None or len(held) != asked["size"]:
+        stored = self.server.storage.get(asked["oid"])
+        if stored is None or len(stored) != asked["size"]:
             self.error(422, "not what was announced")
         else:
             self.json({})

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tokmask_peft.errors import TokmaskError
-    from tokmask_peft.hub.push import push
     from tokmask_peft.inference.classifier import Classifier, Prediction, WordPredictions
     from tokmask_peft.inference.explain import Explanation, explain
+    from tokmask_peft.inference.export import push
     from tokmask_peft.inference.load import load
     from tokmask_peft.masking.callback import TokenMaskCallback
     from tokmask_peft.masking.config import TokenMaskConfig
@@ -52,7 +52,7 @@ _HOMES = {
     "WordPredictions": "inference.classifier",
     "evaluate": "training.evaluate",
     "explain": "inference.explain",
-    "push": "hub.push",
+    "push": "inference.export",
     "load": "inference.load",
     "train": "training.train",
 }

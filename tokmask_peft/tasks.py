@@ -6,7 +6,7 @@ Everything outside this file asks the task, `get_task(name)`, instead of compari
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -20,6 +20,8 @@ IGNORED = -100
 """The label id of positions that carry none: later sub-tokens, special tokens, padding."""
 NO_PREDICTION = -1
 """The predicted id of an item that was cut away: never right."""
+WrongLabel = tuple[str, str, float, float, int | None]
+"""Label of the data, label of the classifier, the probability of each, and the index of the word, if a word has it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +85,9 @@ class Task:
         paper_gains: the authors' task of this kind, and by backbone their gain in macro-F1 from p = 0 to p = 0.1
             (arXiv:2505.11746, dev set, one run each); empty if they have none.
         unseen_parts: names of what is scored separately, without and with words that the training has not seen.
+        cut_effect: a sentence for the report on what cutting long texts does to the scores.
+        snippet: Python for the card that predicts with `model`, `tokenizer` and `labels`.
+        pipeline_snippet: Python for the card that predicts with `transformers.pipeline` and the path `MODEL`.
     """
 
     name: ClassVar[str]
@@ -96,6 +101,9 @@ class Task:
     words_given: ClassVar[bool]
     paper_gains: ClassVar[tuple[str, dict[str, float]]] = ("", {})
     unseen_parts: ClassVar[tuple[str, str]] = ("texts with no unseen word", "texts with an unseen word")
+    cut_effect: ClassVar[str]
+    snippet: ClassVar[str]
+    pipeline_snippet: ClassVar[str]
 
     # -- data --
 
@@ -156,6 +164,12 @@ class Task:
 
     # -- report, card and study --
 
+    def mistakes(self, tags: tuple[str, ...], answer: Any) -> Iterator[WrongLabel]:
+        """Yield what is wrong in a classifier's answer to a text whose labels are `tags`; here it has one label."""
+        if answer.label != tags[0]:
+            chances = answer.probabilities
+            yield tags[0], answer.label, chances[answer.label], chances.get(tags[0], 0.0), None
+
 
 class SequenceTask(Task):
     """One label for each text."""
@@ -182,6 +196,15 @@ class SequenceTask(Task):
         "sentiment, Spanish-English",
         {"mBERT": 0.4648 - 0.4450, "Qwen2.5-0.5B": 0.4904 - 0.4452, "TinyLlama-1.1B": 0.4942 - 0.4724},
     )
+    cut_effect = "A text that is cut is scored on the part that remains."
+    snippet = """\
+inputs = tokenizer(["This phone is bien bonito"], return_tensors="pt", padding=True)
+with torch.no_grad():
+    probabilities = model(**inputs).logits.softmax(-1)
+print([labels[i] for i in probabilities.argmax(-1)])"""
+    pipeline_snippet = """\
+classify = pipeline("text-classification", model=MODEL)
+print(classify(["This phone is bien bonito"]))"""
 
 
 class TokenTask(Task):
@@ -232,6 +255,25 @@ class TokenTask(Task):
         {"mBERT": 0.9680 - 0.9664, "Qwen2.5-0.5B": 0.9379 - 0.9354, "TinyLlama-1.1B": 0.9508 - 0.9484},
     )
     unseen_parts = ("seen words", "unseen words")
+    cut_effect = "Words that are cut away count as errors in the scores."
+    snippet = """\
+words = "This phone is bien bonito".split()
+inputs = tokenizer(words, is_split_into_words=True, return_tensors="pt")
+with torch.no_grad():
+    predicted = model(**inputs).logits.argmax(-1)[0]
+word_ids = inputs.word_ids()
+first = [i for i, word in enumerate(word_ids) if word is not None and word not in word_ids[:i]]
+print([(words[word_ids[i]], labels[predicted[i]]) for i in first])"""
+    pipeline_snippet = """\
+# adjacent words with the same label are joined
+tag = pipeline("token-classification", model=MODEL, aggregation_strategy="first", ignore_labels=[])
+print([(part["word"], part["entity_group"]) for part in tag("This phone is bien bonito")])"""
+
+    def mistakes(self, tags: tuple[str, ...], answer: Any) -> Iterator[WrongLabel]:
+        """Yield a mistake for each wrong word."""
+        for word, (gold, label, row) in enumerate(zip(tags, answer.labels, answer.probabilities, strict=True)):
+            if label != gold:
+                yield gold, label, row[label], row.get(gold, 0.0), word
 
 
 TASKS: dict[str, Task] = {task.name: task for task in (SequenceTask(), TokenTask())}

@@ -16,11 +16,11 @@ FLAGS = (
 
 @pytest.fixture(scope="module")  # no longer than needed: playwright's event loop runs in this thread until it ends
 def chromium():
-    """A headless Chromium of the system, driven by playwright; skips where either is missing."""
+    """A headless Chromium of the system, driven by playwright; skips if either is missing."""
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if found is None:
-        pytest.skip("there is no Chromium: apt-get install chromium")
+        pytest.skip("Chromium is missing: apt-get install chromium")
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=found, args=list(FLAGS))
         yield browser

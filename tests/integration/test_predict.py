@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 import tokmask_peft
 from tokmask_peft import Recipe, evaluate, train
+from tokmask_peft.artifacts import open_run
 from tokmask_peft.cli import app
 from tokmask_peft.data.readers import TextFile
 from tokmask_peft.hub.card import PLACEHOLDER, merged_card
@@ -192,7 +193,8 @@ def test_export_on_the_command_line(run, tokmask, tmp_path, capsys):
     firsts = {TEXTS[0].index(word): label for word, label in zip(answer.words, answer.labels, strict=True)}
     found = {part["start"]: part["entity"] for part in reversed(tag(TEXTS[0]))}
     assert {start: found[start] for start in firsts} == firsts
-    card = merged_card(load_recipe(done.folder.recipe), done.result.to_dict())
+    finished = open_run(done.folder.root)
+    card = merged_card(finished.recipe, finished.result)
     capsys.readouterr()
     exec(card.split("```python\n")[1].split("```")[0].replace(PLACEHOLDER, str(tmp_path / "merged")))
     (answer,) = tokmask_peft.load(done.folder.root).predict(["This phone is bien bonito"])

@@ -5,6 +5,7 @@ import re
 import pytest
 
 from tokmask_peft import train
+from tokmask_peft.artifacts import open_run
 from tokmask_peft.report.page import report_run
 
 pytest.importorskip("matplotlib")
@@ -13,17 +14,17 @@ pytest.importorskip("matplotlib")
 @pytest.mark.parametrize("task", ["sequence", "token"])
 def test_the_report_of_a_trained_run(write_recipe, tokmask, tmp_path, task):
 
-    done = train(write_recipe(task=task, extra="masking: {p: 0.2}"), quiet=True)
-    bins = done.result.calibration["test"]["after"]["reliability"]
-    assert sum(row["items"] for row in bins) == done.result.calibration["test"]["items"]
+    done = open_run(train(write_recipe(task=task, extra="masking: {p: 0.2}"), quiet=True).folder.root)
+    calibration = done.result.calibration["test"]
+    assert sum(row["items"] for row in calibration["after"]["reliability"]) == calibration["items"]
     if task == "token":
         assert tokmask("report", done.folder.root, "--out", "page.html").stdout.split() == ["page.html"]
     else:
         assert report_run(done.folder.root, tmp_path / "page.html") == (tmp_path / "page.html", "")
     page = (tmp_path / "page.html").read_text()
-    assert f"{done.result.test['f1_macro']:.4f}" in page
+    assert f"{done.result.scored['f1_macro']:.4f}" in page
     assert page.count("<svg") == 4  # loss, F1, masking rate, reliability
-    matrix = done.result.test["confusion"]["matrix"]
+    matrix = done.result.scored["confusion"]["matrix"]
     wrong = sum(map(sum, matrix)) - sum(row[place] for place, row in enumerate(matrix))
     seen = re.search(r"([\d,]+) of ([\d,]+) (texts|words) in test are wrong", page)
     assert seen is not None

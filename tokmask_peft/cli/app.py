@@ -12,7 +12,7 @@ from tokmask_peft.errors import RunInterruptedError, TokmaskError
 
 
 class _Commands(TyperGroup):
-    """Commands that end in one message and exit code 2 on a mistake of the user's, in 130 on an interruption."""
+    """Commands that end with one message: exit code 2 after a mistake of the user, 130 after an interruption."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -42,9 +42,9 @@ ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="a run folde
 BackboneOption = Annotated[
     str | None, typer.Option(help="load the backbone from this Hub id, folder or package:NAME/FOLDER")
 ]
-DeviceOption = Annotated[str | None, typer.Option(help="cuda, cpu, …; a GPU if there is one")]
-QuantizationOption = Annotated[str | None, typer.Option(help="nf4, int8 or none; as in training")]
-PrecisionOption = Annotated[str | None, typer.Option(help="bf16 or fp32; as in training")]
+DeviceOption = Annotated[str | None, typer.Option(help="cuda, cpu, …; default: a GPU if there is one")]
+QuantizationOption = Annotated[str | None, typer.Option(help="nf4, int8 or none; default: as in training")]
+PrecisionOption = Annotated[str | None, typer.Option(help="bf16 or fp32; default: as in training")]
 
 
 @app.callback(invoke_without_command=True)

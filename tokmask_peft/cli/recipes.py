@@ -23,7 +23,7 @@ def recipes(context: typer.Context) -> None:
 
 @recipes_app.command("list")
 def list_recipes() -> None:
-    """List the shipped recipes with what they are for."""
+    """List the shipped recipes with their purposes."""
     from tokmask_peft.recipe.loading import SHIPPED, shipped_recipes
 
     names = shipped_recipes()
@@ -37,7 +37,7 @@ def list_recipes() -> None:
 @recipes_app.command("show")
 def show_recipe(
     name: RecipeArgument,
-    resolved: Annotated[bool, typer.Option("--resolved", help="With its bases and all defaults.")] = False,
+    resolved: Annotated[bool, typer.Option("--resolved", help="Include its bases and all defaults.")] = False,
 ) -> None:
     """Print a recipe."""
     from tokmask_peft.recipe.loading import find_recipe, load_recipe, to_yaml
@@ -50,11 +50,11 @@ def show_recipe(
 def copy_recipe(
     name: RecipeArgument, target: Annotated[Path, typer.Argument(help="the file to write; never overwritten")]
 ) -> None:
-    """Copy a recipe, with its bases merged in, as a start for your own."""
+    """Copy a recipe, with its bases merged in, as a starting point for your own."""
     from tokmask_peft.recipe.loading import copy_recipe as copy
 
     copy(name, target)
-    typer.echo(f"{target} is yours to change; run it with: tokmask train {shlex.quote(str(target))}")
+    typer.echo(f"{target} is yours to edit; run it with: tokmask train {shlex.quote(str(target))}")
 
 
 @recipes_app.command("fields")
@@ -62,5 +62,4 @@ def list_fields() -> None:
     """Explain every key that a recipe may hold."""
     from tokmask_peft.recipe.loading import field_help
 
-    for line in field_help():
-        typer.echo(line)
+    typer.echo("\n".join(field_help()))

@@ -7,14 +7,14 @@ from typing import Annotated
 
 import typer
 
-from tokmask_peft.cli.app import BackboneOption, ModelArgument, app
+from tokmask_peft.cli.app import BackboneOption, DeviceOption, ModelArgument, app
 from tokmask_peft.console import quiet_libraries
 from tokmask_peft.errors import RunError
 
 
 @app.command()
 def evaluate(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="a run folder, such as runs/quickstart")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="a run folder, for example runs/quickstart")],
     split: Annotated[str, typer.Option(help="train, validation or test; with --data, a split or file there")] = "test",
     data: Annotated[str | None, typer.Option(help="folder or file with other texts")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the scores as JSON.")] = False,
@@ -42,19 +42,17 @@ def evaluate(
 
 @app.command()
 def report(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="the folder of a run or a sweep, such as runs/quickstart")],
-    out: Annotated[
-        Path | None, typer.Option(help="the page to write; report.html in the run folder if not given")
-    ] = None,
+    run: Annotated[str, typer.Argument(metavar="RUN", help="the folder of a run or a sweep, as runs/quickstart")],
+    out: Annotated[Path | None, typer.Option(help="the page to write; default: report.html in the run folder")] = None,
     show: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
     examples: Annotated[
         bool, typer.Option("--examples/--no-examples", help="show the worst mistakes; needs the data and the backbone")
     ] = True,
     backbone: BackboneOption = None,
 ) -> None:
-    """Write one HTML page of RUN: scores, curves, calibration, mistakes, data. It loads nothing from anywhere.
+    """Write one HTML page about RUN: scores, curves, calibration, mistakes, data. The page loads nothing.
 
-    Of a sweep: compare its arms; tables, a plot and statistics in RUN/report.
+    For a sweep: compare its arms, with tables, a plot and statistics in RUN/report.
     """
     from tokmask_peft.artifacts import is_run
 
@@ -62,11 +60,12 @@ def report(
         from tokmask_peft.study.report import sweep_report
 
         paths = sweep_report(Path(run))
-        typer.echo(paths.summary)
-        typer.echo(f"Report: {paths.markdown}")
+        typer.echo(f"{paths.summary}\nReport: {paths.markdown}")
         return
     if not is_run(run):
-        raise RunError(f"{run} is neither a run folder (it holds no recipe.yaml) nor a sweep (no sweep.json)")
+        raise RunError(
+            f"{run} is neither a run (recipe.yaml is missing) nor a sweep (sweep.json is missing)", code="not-a-run"
+        )
     from tokmask_peft.report.page import prepare, report_run
 
     prepare(run, out)  # before the libraries are loaded, which takes seconds
@@ -82,10 +81,10 @@ def report(
 @app.command()
 def demo(
     model: ModelArgument,
-    host: Annotated[str, typer.Option(help="address to listen on; by default only for this machine")] = "127.0.0.1",
-    port: Annotated[int | None, typer.Option(min=1, max=65535, help="port; else a free one from 7860 on")] = None,
+    host: Annotated[str, typer.Option(help="address to listen on; the default serves this machine only")] = "127.0.0.1",
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="port; default: a free one from 7860 on")] = None,
     share: Annotated[bool, typer.Option("--share", help="Open a public link through gradio's servers.")] = False,
-    device: Annotated[str | None, typer.Option(help="cuda, cpu, …; a GPU if there is one")] = None,
+    device: DeviceOption = None,
     backbone: BackboneOption = None,
 ) -> None:
     """Try MODEL in the browser: text in, label and coloured words out (needs the extra demo)."""
@@ -98,4 +97,4 @@ def demo(
     quiet_libraries()
     from tokmask_peft.inference.load import load
 
-    serve(build(load(saved, device), Path(model).name), host, port, share=share, said=typer.echo)
+    serve(build(load(saved, device), Path(model).name), host, port, share=share, report=typer.echo)

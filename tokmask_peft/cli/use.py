@@ -10,6 +10,7 @@ import typer
 
 from tokmask_peft.cli.app import BackboneOption, DeviceOption, ModelArgument, PrecisionOption, QuantizationOption, app
 from tokmask_peft.console import quiet_libraries
+from tokmask_peft.tasks import get_task
 
 
 @app.command()
@@ -19,7 +20,7 @@ def predict(
     file: Annotated[Path | None, typer.Option(help="classify a file: txt, csv, tsv, jsonl, parquet or conll")] = None,
     out: Annotated[Path | None, typer.Option(help="with --file: the JSON lines to write")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
-    format: Annotated[str, typer.Option(help="format of the file; auto goes by its ending")] = "auto",
+    format: Annotated[str, typer.Option(help="format of the file; auto chooses by its ending")] = "auto",
     column: Annotated[str | None, typer.Option(help="column of the text, or of the words in token tasks")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON line per TEXT.")] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="texts per forward pass")] = 32,
@@ -61,9 +62,7 @@ def predict(
 def explain(
     model: ModelArgument,
     texts: Annotated[list[str], typer.Argument(metavar="TEXT", help="texts to explain")],
-    word: Annotated[
-        str | None, typer.Option(help="token tasks: explain the label of this word (its number from 0, or itself)")
-    ] = None,
+    word: Annotated[str | None, typer.Option(help="token tasks: the word to explain, or its number")] = None,
     html: Annotated[Path | None, typer.Option(help="write a page that can be shared")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the page if it exists.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON line per TEXT.")] = False,
@@ -73,10 +72,10 @@ def explain(
     precision: PrecisionOption = None,
     backbone: BackboneOption = None,
 ) -> None:
-    """Say which words of TEXTs MODEL's label rests on, by masking each as in training.
+    """Show which words of TEXTs support or contradict MODEL's label, by masking each as in training.
 
-    A word's influence is how far the log-odds of the label fall when it is masked, in nats; beside it stands the
-    label's probability without the word. In word-level tasks each word's label is explained by masking the word itself.
+    A word's influence is the drop of the label's log-odds when the word is masked, in nats; next to it is the label's
+    probability without the word. In word-level tasks each word's label is explained by masking the word itself.
     """
     from tokmask_peft.artifacts import find_saved
     from tokmask_peft.inference.explain import find_word
@@ -84,10 +83,9 @@ def explain(
 
     saved = find_saved(model, backbone)  # before the libraries are loaded, which takes seconds
     chosen = int(word) if word is not None and word.removeprefix("-").isdecimal() else word
-    if chosen is not None and saved.task == "sequence":
-        raise typer.BadParameter(
-            f"{model} gives one label per text; --word is for word-level tasks", param_hint="--word"
-        )
+    if chosen is not None and not get_task(saved.task).words_given:
+        problem = f"{model} gives {get_task(saved.task).description}; --word is for word-level tasks"
+        raise typer.BadParameter(problem, param_hint="--word")
     for number, text in enumerate(texts if chosen is not None else (), start=1):
         find_word(text.split(), chosen, f"text {number}")  # type: ignore[arg-type]
     if html is not None:
@@ -95,22 +93,20 @@ def explain(
     quiet_libraries()
     from rich.console import Console
 
-    from tokmask_peft.inference import display as show_explanations
+    from tokmask_peft.inference import display as show
     from tokmask_peft.inference.load import load
 
     classifier = load(saved, device, quantization, precision)
     explanations = classifier.explain(texts, word=chosen, batch_size=batch_size)
     note = classifier.occlusion.note
     if as_json:
-        show_explanations.print_json(explanations)
+        show.print_json(explanations)
     else:
-        show_explanations.print_explanations(explanations, Console(highlight=False))
+        show.print_explanations(explanations, Console(highlight=False))
         typer.echo(f"Note: {note}.", err=True)
     if html is not None:
-        from tokmask_peft.inference.display import explanations_page
-
-        name = Path(model).name if Path(model).exists() else model  # the page is made to be shared: no local path
-        html.write_text(explanations_page(name, explanations, note), encoding="utf-8")
+        name = Path(model).name if Path(model).exists() else model  # the page may be shared: no local path
+        html.write_text(show.explanations_page(name, explanations, note), encoding="utf-8")
         typer.echo(f"Page: {html}", err=True)
 
 
@@ -119,7 +115,7 @@ def export(
     model: ModelArgument,
     merged: Annotated[Path, typer.Option(help="the folder to make")],
     precision: Annotated[str, typer.Option(help="fp32 or bf16, of the saved weights")] = "fp32",
-    onnx: Annotated[bool, typer.Option("--onnx", help="Write model.onnx, too (extra onnx), and compare it.")] = False,
+    onnx: Annotated[bool, typer.Option("--onnx", help="Also write model.onnx (extra onnx) and compare it.")] = False,
     backbone: BackboneOption = None,
 ) -> None:
     """Merge MODEL into its backbone: a plain transformers model for pipeline(), without PEFT."""
@@ -141,22 +137,24 @@ def export(
 
 @app.command()
 def push(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="a run folder, such as runs/quickstart")],
-    repo: Annotated[str, typer.Argument(metavar="USER/NAME", help="repository on the Hub; made if there is none")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="a run folder, for example runs/quickstart")],
+    repo: Annotated[str, typer.Argument(metavar="USER/NAME", help="repository on the Hub; created if missing")],
     private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
-    merged: Annotated[
-        bool, typer.Option("--merged", help="Push a plain transformers model, the adapter merged in.")
-    ] = False,
+    merged: Annotated[bool, typer.Option("--merged", help="Push a plain transformers model, merged.")] = False,
 ) -> None:
     """Push the adapter of RUN with its model card to the Hugging Face Hub (log in with: hf auth login)."""
     from huggingface_hub.utils import disable_progress_bars
     from huggingface_hub.utils.logging import set_verbosity_error
 
-    from tokmask_peft.hub import push as pushing
-
-    set_verbosity_error()  # its retries print addresses that are signed
+    set_verbosity_error()  # its retries print signed addresses
     if not sys.stderr.isatty():
         disable_progress_bars()
     if merged:
         quiet_libraries()
-    pushing.push(run, repo, private, merged=merged)
+        from tokmask_peft.inference.export import push as push_merged
+
+        push_merged(run, repo, private, merged=True)
+        return
+    from tokmask_peft.hub.push import push_adapter
+
+    push_adapter(run, repo, private)

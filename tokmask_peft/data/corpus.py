@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -355,3 +355,13 @@ def _warnings(
                 f"see data.{name}"
             )
     return warnings
+
+
+def merged_labels(stored: Mapping[str, Any]) -> list[tuple[str, str, int]]:
+    """Return the labels that were merged into others, with their counts over all splits."""
+    totals: Counter[tuple[str, str]] = Counter()
+    for merges in stored.values():
+        for pair, count in merges.items():
+            old, new = pair.split(" -> ", 1)
+            totals[old, new] += count
+    return [(old, new, count) for (old, new), count in totals.items() if old != new]

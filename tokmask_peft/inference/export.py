@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import os
 import shutil
+import tempfile
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tokmask_peft.artifacts import SavedAdapter, find_saved
+from tokmask_peft.artifacts import SavedAdapter, find_saved, open_run
 from tokmask_peft.errors import DataError, ModelError, first_line
+from tokmask_peft.hub.card import PICTURE, merged_card
+from tokmask_peft.hub.push import check_push, push_adapter, push_model
 from tokmask_peft.inference.forward import loading_memory_errors
 from tokmask_peft.model.adapter import load_adapter
 from tokmask_peft.model.backbone import load_backbone
@@ -318,3 +321,35 @@ def _unequal(what: str, difference: float, allowed: float) -> str:
         f"{what} differ from the adapter's by {difference:.2g} (allowed: {allowed:.2g}); nothing was written. "
         "Please report the backbone and the versions of torch, transformers and peft."
     )
+
+
+def push(run: str | Path, repo_id: str, private: bool = False, *, merged: bool = False, quiet: bool = False) -> str:
+    """Push the adapter of a finished run, or the model with it merged in, to the Hugging Face Hub.
+
+    Args:
+        run: the run folder.
+        repo_id: `user/name` or `organisation/name`.
+        private: make the repository private. One that exists and is public is refused.
+        merged: push the adapter merged into its backbone, a plain transformers model.
+        quiet: print nothing but huggingface_hub's progress bars.
+
+    Returns:
+        The address of the repository.
+
+    Raises:
+        RunError: the folder is not a run, or the run is not finished.
+        ModelError: the model cannot be merged.
+        HubError: with what to do. A push that breaks can be repeated.
+    """
+    if not merged:
+        return push_adapter(run, repo_id, private, quiet=quiet)
+    check_push(run, repo_id)
+    done = open_run(run)
+    with tempfile.TemporaryDirectory() as place:
+        export = export_merged(done.folder.root, Path(place) / "merged")
+        picture = done.folder.adapter / PICTURE
+        if drawn := picture.is_file() and not picture.is_symlink():
+            shutil.copyfile(picture, export.folder / PICTURE)
+        card = merged_card(done.recipe, done.result, notes=export.notes, picture=PICTURE if drawn else None)
+        (export.folder / "README.md").write_text(card, encoding="utf-8")
+        return push_model(export.folder, done.folder, repo_id, private, notes=export.notes, quiet=quiet)

@@ -1,6 +1,6 @@
 """A small app to try an adapter in the browser: text in, label and coloured words out. Needs the extra `demo`.
 
-It talks to nobody: no analytics, no version check, no fonts or scripts from elsewhere.
+It contacts no other server: no analytics, no version check, no fonts or scripts from elsewhere.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 from markupsafe import Markup
 
 from tokmask_peft.errors import ExtraError, MaskTokenError, ModelError, TokmaskError
+from tokmask_peft.tasks import get_task
 
 HOST = "127.0.0.1"
 _MOST_WORDS = 300  # explained: each word costs a forward pass
@@ -22,20 +23,20 @@ _FONTS = ("system-ui", "Segoe UI", "Roboto", "Noto Sans", "sans-serif")
 
 
 def require_gradio() -> None:
-    """Check that the app can be made, without importing anything.
+    """Check that the app can be built, without importing anything.
 
     Raises:
         ExtraError: gradio is not installed.
     """
     if importlib.util.find_spec("gradio") is None:
-        raise ExtraError("the demo is made with gradio, which is not installed: pip install 'tokmask-peft[demo]'")
+        raise ExtraError("the demo needs gradio: pip install 'tokmask-peft[demo]'", extra="demo")
 
 
 def check_address(host: str, port: int | None) -> None:
     """Check that the app can listen there, before a model is loaded.
 
     Raises:
-        ModelError: the address is not of this machine, or the port is taken.
+        ModelError: the address does not belong to this machine, or the port is taken.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port or 0, type=socket.SOCK_STREAM)[0]
@@ -45,7 +46,7 @@ def check_address(host: str, port: int | None) -> None:
     except OSError as error:
         where = f"{host}:{port}" if port else host
         raise ModelError(
-            f"the demo cannot listen on {where} ({error.strerror}); give another --host or --port"
+            f"the demo cannot listen on {where} ({error.strerror}); give another --host or --port", code="bad-address"
         ) from None
 
 
@@ -57,14 +58,14 @@ def answer(classifier: Any, text: str) -> tuple[dict[str, float] | None, Markup]
         text: what the user typed.
 
     Returns:
-        Calibrated probabilities in sequence tasks, else none; and HTML with the coloured words, or with what is wrong
-        with the text.
+        Calibrated probabilities of the labels, or none if each word has a label; and HTML with the coloured words, or
+        with what is wrong with the text.
     """
     from tokmask_peft.inference.display import influence_words, label_legend, label_words
 
     try:
         (found,) = classifier.predict([text])
-        if classifier.task == "token":
+        if get_task(classifier.task).words_given:
             sure = [row[label] for row, label in zip(found.probabilities, found.labels, strict=True)]
             tinted = label_words(found.words, found.labels, classifier.labels, sure)
             rows = Markup("").join(
@@ -77,7 +78,7 @@ def answer(classifier: Any, text: str) -> tuple[dict[str, float] | None, Markup]
             ).format(label_legend(classifier.labels), tinted, rows)
         words, influences, note = text.split(), (), ""
         if len(words) > _MOST_WORDS:
-            note = f"Without colours: they are for texts of up to {_MOST_WORDS} words, and this one has {len(words):,}."
+            note = f"Without colours: the text has {len(words):,} words, and only up to {_MOST_WORDS} are coloured."
         else:
             try:
                 words, influences, note = _explained(classifier, text)
@@ -87,7 +88,8 @@ def answer(classifier: Any, text: str) -> tuple[dict[str, float] | None, Markup]
             influence_words(words, influences), note
         )
     except TokmaskError as error:
-        return None, _message(str(error).replace("texts[0]", "the text"))
+        text = str(error).replace("texts[0]", "the text")
+        return None, Markup('<p class="message" role="alert">{}</p>').format(text)
 
 
 def _explained(classifier: Any, text: str) -> tuple[Any, Any, Markup]:
@@ -95,15 +97,11 @@ def _explained(classifier: Any, text: str) -> tuple[Any, Any, Markup]:
 
     (explanation,) = explain(classifier, [text])
     note = Markup(
-        '<span class="words"><span class="for" style="--w:.6">Blue</span> words speak for “{}”, '
-        '<span class="against" style="--w:.6">red, dotted</span> ones against it: masked, they lower or raise its '
-        "log-odds.</span>"
+        '<span class="words"><span class="for" style="--w:.6">Blue</span> words support “{}”, '
+        '<span class="against" style="--w:.6">red, dotted</span> words contradict it: masking them lowers or raises '
+        "its log-odds.</span>"
     ).format(explanation.label)
     return explanation.words, explanation.influences, note
-
-
-def _message(text: str) -> Markup:
-    return Markup('<p class="message" role="alert">{}</p>').format(text)
 
 
 def build(classifier: Any, name: str) -> Any:
@@ -116,20 +114,19 @@ def build(classifier: Any, name: str) -> Any:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     import gradio
 
-    per = "word" if classifier.task == "token" else "text"
-
+    task = get_task(classifier.task)
     calibrated = "" if classifier.temperature == 1 else "Probabilities are calibrated on validation texts."
 
     def respond(text: str) -> Any:
         chances, page = answer(classifier, text or "")
-        return str(page) if per == "word" else (chances, str(page))
+        return str(page) if task.words_given else (chances, str(page))
 
     with gradio.Blocks(title=f"{name}: demo", analytics_enabled=False) as app:
-        gradio.Markdown(f"# {_plain(name)}\nOne label per {per}. {calibrated}")
+        gradio.Markdown(f"# {_plain(name)}\n{task.description.capitalize()}. {calibrated}")
         text = gradio.Textbox(label="Text", lines=3, max_lines=12, placeholder="Type or paste a text", autofocus=True)
         button = gradio.Button("Classify", variant="primary")
         outputs = []
-        if per == "text":
+        if not task.words_given:
             outputs.append(gradio.Label(label="Label", num_top_classes=min(len(classifier.labels), 8), elem_id="label"))
         outputs.append(gradio.HTML(label="Words", elem_id="words"))
         gradio.on([button.click, text.submit], respond, inputs=text, outputs=outputs)
@@ -137,24 +134,24 @@ def build(classifier: Any, name: str) -> Any:
 
 
 def serve(
-    app: Any, host: str = HOST, port: int | None = None, *, share: bool = False, said: Callable[[str], None] = print
+    app: Any, host: str = HOST, port: int | None = None, *, share: bool = False, report: Callable[[str], None] = print
 ) -> None:
     """Serve the app until Ctrl-C.
 
     Args:
         app: from `build`.
-        host: address to listen on; the default is seen by this machine only.
-        port: port; none takes a free one from 7860 on.
+        host: address to listen on; the default is visible to this machine only.
+        port: port; default: a free one from 7860 on.
         share: open a public link through gradio's servers.
-        said: takes the lines to print.
+        report: prints a line.
     """
     _, url, public = launch(app, host, port, share=share)
-    said(f"The demo runs at {public or url} (Ctrl-C stops it)")
+    report(f"The demo runs at {public or url} (Ctrl-C stops it)")
     app.block_thread()
 
 
 def launch(app: Any, host: str = HOST, port: int | None = None, *, share: bool = False) -> Any:
-    """Start the server and return what gradio does: its app, the local and the public address."""
+    """Start the server and return what gradio returns: its app, the local and the public address."""
     import gradio
 
     theme = gradio.themes.Base(primary_hue="blue", font=_FONTS, font_mono=("ui-monospace", "monospace"))
@@ -175,5 +172,5 @@ def launch(app: Any, host: str = HOST, port: int | None = None, *, share: bool =
 
 
 def _plain(name: str) -> str:
-    """Return a name that Markdown does not read as its own signs."""
+    """Return a name in which Markdown finds no markup."""
     return "".join(f"\\{letter}" if letter in "\\`*_{}[]<>()#+-.!|~$" else letter for letter in name)

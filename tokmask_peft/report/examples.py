@@ -1,4 +1,4 @@
-"""The answers of a run that are most confidently wrong, with what they rest on."""
+"""The answers of a run that are most confidently wrong, with the words that they rest on."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ import heapq
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from tokmask_peft.artifacts import Run, find_saved
 from tokmask_peft.errors import MaskTokenError
-from tokmask_peft.inference.classifier import Answer, Classifier, Prediction
+from tokmask_peft.inference.classifier import Classifier
 from tokmask_peft.inference.explain import explain
 from tokmask_peft.inference.load import load
-from tokmask_peft.tasks import Example
+from tokmask_peft.tasks import Example, Task, get_task
 from tokmask_peft.training.evaluate import split_examples
 
 SHOWN = 10
-MOST_TEXTS = 4000  # a CPU reads some hundred texts per second; beyond, a sample is looked at
+MOST_TEXTS = 4000  # a CPU reads some hundred texts per second; of a larger split, a sample is scored
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +31,8 @@ class Mistake:
         probability: of the predicted label, calibrated.
         gold_probability: of the gold label.
         where: `file:line`, with the file's name only.
-        word: token tasks: index of the word; else None.
-        influences: per word, by how much masking it lowers the predicted label's log-odds; empty where unknown.
+        word: index of the word that has the label; none if the text has it.
+        influences: for each word, by how much masking it lowers the predicted label's log-odds; empty if unknown.
     """
 
     words: tuple[str, ...]
@@ -50,12 +51,12 @@ class Mistakes:
 
     Attributes:
         split: its name.
-        texts: texts that were looked at.
+        texts: texts that were scored.
         of: texts in the split.
-        items: answers looked at: texts, or words in token tasks.
-        wrong: how many of them are wrong.
+        items: labels in these texts: one for each text or word.
+        wrong: how many of them the adapter gets wrong.
         shown: the most confident of them, at most one per text.
-        unexplained: why they come without influences; empty where they have them.
+        unexplained: why they have no influences; empty if they have.
     """
 
     split: str
@@ -67,27 +68,28 @@ class Mistakes:
     unexplained: str = ""
 
 
-def find_mistakes(record: Run, backbone: str | None = None) -> Mistakes:
+def find_mistakes(run: Run, backbone: str | None = None) -> Mistakes:
     """Predict the split that the run is scored on, and return its most confident mistakes.
 
     Args:
-        record: the run.
-        backbone: a Hub id, folder or `package:NAME/FOLDER` to load the backbone from, in place of the recipe's.
+        run: a finished run.
+        backbone: a Hub id, folder or `package:NAME/FOLDER` to load the backbone from, instead of the recipe's.
 
     Raises:
-        DataError, ModelError, RecipeError: the data or the backbone is not there.
+        DataError, ModelError, RecipeError: the data or the backbone is missing.
     """
-    saved = find_saved(record.folder.root, backbone)
-    examples, _ = split_examples(record.recipe, record.result.scored_split, None, record.folder.adapter)
+    task, split = get_task(run.recipe.data.task), run.result.scored_split
+    saved = find_saved(run.folder.root, backbone)
+    examples, _ = split_examples(run.recipe, split, None, run.folder.adapter)
     chosen = examples
     if len(examples) > MOST_TEXTS:
-        chosen = random.Random(0).sample(examples, MOST_TEXTS)  # noqa: S311 - a sample, no secret
+        chosen = random.Random(0).sample(examples, MOST_TEXTS)  # noqa: S311 - a sample, not a secret
     classifier = load(saved)
     answers = classifier.predict([example.text for example in chosen])
-    wrong = [list(mistakes_of(example, answer)) for example, answer in zip(chosen, answers, strict=True)]
-    shown, unexplained = _explained(classifier, most_confident(wrong))
+    wrong = [list(mistakes_of(task, *pair)) for pair in zip(chosen, answers, strict=True)]
+    shown, unexplained = explained(classifier, most_confident(wrong))
     return Mistakes(
-        split=record.result.scored_split,
+        split=split,
         texts=len(chosen),
         of=len(examples),
         items=sum(len(example.tags) for example in chosen),
@@ -97,33 +99,24 @@ def find_mistakes(record: Run, backbone: str | None = None) -> Mistakes:
     )
 
 
-def mistakes_of(example: Example, answer: Answer) -> Iterator[Mistake]:
-    """Yield what is wrong in an answer: at most one mistake in sequence tasks, else one per wrong word."""
+def mistakes_of(task: Task, example: Example, answer: Any) -> Iterator[Mistake]:
+    """Yield what is wrong in a classifier's answer to an example."""
     where = example.where.replace("\\", "/").rpartition("/")[2]
-    if isinstance(answer, Prediction):
-        (gold,) = example.tags
-        if answer.label != gold:
-            sure, right = answer.probabilities[answer.label], answer.probabilities.get(gold, 0.0)
-            yield Mistake(example.words, gold, answer.label, sure, right, where)
-        return
-    for word, (gold, label) in enumerate(zip(example.tags, answer.labels, strict=True)):
-        if label != gold:
-            row = answer.probabilities[word]
-            sure, right = row[label], row.get(gold, 0.0)
-            yield Mistake(answer.words, gold, label, sure, right, where, word)
+    for gold, predicted, probability, gold_probability, word in task.mistakes(example.tags, answer):
+        yield Mistake(example.words, gold, predicted, probability, gold_probability, where, word)
 
 
 def most_confident(wrong: Iterable[list[Mistake]], count: int = SHOWN) -> list[Mistake]:
-    """Return the mistakes of highest probability, one per text, the surest first."""
+    """Return the mistakes of highest probability, one per text, the most confident first."""
     of_texts = [max(mistakes, key=lambda mistake: mistake.probability) for mistakes in wrong if mistakes]
     return heapq.nlargest(count, of_texts, key=lambda mistake: mistake.probability)
 
 
-def _explained(classifier: Classifier, mistakes: list[Mistake]) -> tuple[tuple[Mistake, ...], str]:
-    """Add the influence of each word on the wrong label; without a mask token there is none, and a reason."""
+def explained(classifier: Classifier, mistakes: list[Mistake]) -> tuple[tuple[Mistake, ...], str]:
+    """Add the influence of each word on the wrong label; without a mask token, return a reason instead."""
     found = []
     for mistake in mistakes:
-        text = list(mistake.words) if classifier.task == "token" else " ".join(mistake.words)
+        text = list(mistake.words) if get_task(classifier.task).words_given else " ".join(mistake.words)
         try:
             (explanation,) = explain(classifier, [text], word=mistake.word)
         except MaskTokenError as error:

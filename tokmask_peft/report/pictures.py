@@ -47,18 +47,16 @@ def require_matplotlib() -> None:
         ExtraError: matplotlib is not installed.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        raise ExtraError(
-            "a report draws its pictures with matplotlib, which is not installed: pip install 'tokmask-peft[plots]'"
-        )
+        raise ExtraError("a report needs matplotlib for its pictures: pip install 'tokmask-peft[plots]'", extra="plots")
 
 
 def draw(name: str, alt: str, paint: Callable[[Any], None], size: tuple[float, float] = (3.6, 2.5)) -> Markup:
     """Return one picture as an `<svg>` element.
 
     Args:
-        name: unique on the page: the ids inside hang on it.
-        alt: what the picture shows, for those who cannot see it.
-        paint: draws on the axes that it is given.
+        name: unique on the page; the ids inside begin with it.
+        alt: what the picture shows, for readers who cannot see it.
+        paint: draws on the axes passed to it.
         size: width and height in inches.
     """
     from matplotlib import rc_context
@@ -74,7 +72,7 @@ def draw(name: str, alt: str, paint: Callable[[Any], None], size: tuple[float, f
 
 
 def _inline(text: str, name: str, alt: str) -> Markup:
-    """Cut the XML head away, name the picture, keep its ids apart from other pictures', and open its colours."""
+    """Remove the XML head, name the picture, make its ids unique, and replace its colours by those of the page."""
     body = text[text.index("<svg") :]
     body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
     body = re.sub(r'\b(id="|xlink:href="#|url\(#)', rf"\g<1>{name}-", body)
@@ -100,7 +98,7 @@ class Picture:
 
     Attributes:
         svg: an `<svg>` element.
-        caption: what to see in it.
+        caption: what it shows.
     """
 
     svg: Markup
@@ -108,7 +106,7 @@ class Picture:
 
 
 def training_curves(log: Log, best_step: int | None) -> list[Picture]:
-    """Draw loss, validation macro-F1 and masking rate over the steps; what was not logged is left out.
+    """Draw loss, validation macro-F1 and masking rate over the steps; whatever was not logged is omitted.
 
     Args:
         log: the lines of `log.jsonl`.
@@ -126,7 +124,9 @@ def training_curves(log: Log, best_step: int | None) -> list[Picture]:
     if f1:
         top = max(f1, key=lambda point: point[1])
         alt = f"Validation macro-F1 over the steps; its highest value is {top[1]:.4f} at step {top[0]:g}."
-        caption = "Macro-F1 on validation" + ("; the dashed line is the checkpoint that was kept" if best_step else "")
+        caption = "Macro-F1 on validation" + (
+            "; the dashed line marks the checkpoint that was kept" if best_step else ""
+        )
         pictures.append(Picture(_curve("f1", alt, {"": (f1, SECOND)}, best_step), caption))
     if rate:
         alt = f"Masking rate: {rate[0][1]:g} at step {rate[0][0]:g}, {rate[-1][1]:g} at step {rate[-1][0]:g}."
@@ -155,10 +155,10 @@ def mixing_picture(rows: Sequence[Mapping[str, Any]], overall: float) -> Picture
 
 
 def reliability_picture(before: Mapping[str, Any], after: Mapping[str, Any], split: str) -> Picture | None:
-    """Draw accuracy against confidence, before and after the temperature; None where a run stored no bins.
+    """Draw accuracy against confidence, before and after the temperature; none if the run stored no bins.
 
     Args:
-        before: `ece` and `reliability`, as `calibration.reliability_bins` gives them.
+        before: `ece` and `reliability`, a list of bins with `items`, `confidence` and `accuracy`.
         after: the same, with the temperature.
         split: its name.
     """
@@ -194,7 +194,7 @@ def reliability_picture(before: Mapping[str, Any], after: Mapping[str, Any], spl
     )
     caption = (
         "Accuracy of answers by their confidence. On the diagonal, answers with confidence .8 are right in 80 of 100 "
-        "cases; larger marks hold more answers."
+        "cases; larger marks stand for more answers."
     )
     return Picture(draw("reliability", alt, paint, (3.6, 3.5)), caption)
 

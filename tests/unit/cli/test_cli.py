@@ -1,4 +1,4 @@
-"""The command line: quick help, exit codes, and never a traceback for a mistake of the user's."""
+"""The command line: quick help, exit codes, and never a traceback for a mistake of the user."""
 
 import json
 import subprocess
@@ -18,7 +18,7 @@ def run(*arguments):
 
 
 def mistake(*arguments):
-    """Run a command that must fail in words, and return them."""
+    """Run a command that must fail with a message, and return it."""
     found = run(*arguments)
     assert found.exit_code == 2, found.output
     assert found.stdout == ""
@@ -91,23 +91,19 @@ class TestValidate:
         assert found.stdout.endswith("run there/mine\n")
 
     def test_every_problem_of_a_bad_one(self):
-        said = mistake("validate", "quickstart", "masking.p=2", "adapter.rank=8", "oops")
-        assert said.splitlines() == [
-            "Error: quickstart: 3 problems",
-            "  oops: expected dotted.key=value, for example training.epochs=3",
-            "  adapter.rank: unknown key. Known here: r, alpha, dropout, targets, layers, rslora, dora, license",
-            "  masking.p: is 2; expected a number (at least 0, below 1)",
-        ]
+        head, *problems = mistake("validate", "quickstart", "masking.p=2", "adapter.rank=8", "oops").splitlines()
+        assert head == "Error: quickstart: 3 problems"
+        assert [line.split(":")[0].strip() for line in problems] == ["oops", "adapter.rank", "masking.p"]
 
     def test_no_such_recipe(self):
-        assert "Did you mean 'quickstart'?" in mistake("validate", "quickstrat")
+        assert "'quickstart'" in mistake("validate", "quickstrat")
 
     def test_a_file_that_is_no_recipe(self, tmp_path):
         for number, content in enumerate([b"\xff\xfe\x00", b"a: [", b"- 1", b"[a]: b", b"\x00"]):
             path = tmp_path / f"{number}.yaml"
             path.write_bytes(content)
             assert mistake("validate", path).startswith(f"Error: {path}: 1 problem\n")
-        assert "no such file" in mistake("validate", tmp_path)
+        assert str(tmp_path) in mistake("validate", tmp_path)
 
 
 class TestRecipes:
@@ -123,32 +119,31 @@ class TestRecipes:
         resolved = run("recipes", "show", "trec/minilm", "--resolved").stdout
         assert yaml.safe_load(resolved) == json.loads(load_recipe("trec/minilm").model_dump_json())
 
-    def test_copy_tells_the_next_command_and_never_overwrites(self, tmp_path):
+    def test_copy_names_the_next_command_and_never_overwrites(self, tmp_path):
         target = tmp_path / "my recipe.yaml"
         found = run("recipes", "copy", "quickstart", target)
-        assert found.stdout.endswith(f"run it with: tokmask train '{target}'\n")
+        assert found.stdout.endswith(f"tokmask train '{target}'\n")
         assert load_recipe(target) == load_recipe("quickstart")
-        assert "exists" in mistake("recipes", "copy", "quickstart", target)
-        assert "Did you mean" in mistake("recipes", "copy", "quickstat", tmp_path / "other.yaml")
+        before = target.read_text()
+        assert str(target) in mistake("recipes", "copy", "quickstart", target)
+        assert target.read_text() == before
 
     def test_fields(self):
         assert run("recipes", "fields").stdout.splitlines() == field_help()
 
 
 class TestEvaluate:
-    def test_no_run(self, tmp_path):
-        assert mistake("evaluate", tmp_path) == f"Error: {tmp_path} is not a run folder (it holds no recipe.yaml)\n"
-
-    def test_a_run_without_an_adapter(self, tmp_path):
+    def test_a_folder_without_an_adapter(self, tmp_path):
+        assert str(tmp_path) in mistake("evaluate", tmp_path)
         (tmp_path / "recipe.yaml").write_text("name: mine\n")
-        assert "has no adapter yet" in mistake("evaluate", tmp_path)
+        assert "--resume" in mistake("evaluate", tmp_path)
 
 
 class TestSweep:
     def test_every_problem_at_once(self):
-        said = mistake("sweep", "quickstart", "--p", "0,2", "--grid", "trainng.epochs=1", "--arms", "x", "seed=1")
-        assert said.startswith("Error: quickstart: 3 problems\n")
-        assert "trainng: unknown key. Did you mean 'training'?" in said
+        message = mistake("sweep", "quickstart", "--p", "0,2", "--grid", "trainng.epochs=1", "--arms", "x", "seed=1")
+        assert message.startswith("Error: quickstart: 3 problems\n")
+        assert "'training'" in message
 
     def test_dry_run_lists_the_runs_and_makes_nothing(self, tmp_path):
         found = run("sweep", "quickstart", f"output_dir={tmp_path}", "--p", "0,0.2", "--seeds", "2", "--dry-run")
@@ -160,36 +155,32 @@ class TestSweep:
     def test_a_folder_that_is_a_run_s(self, tmp_path):
         (tmp_path / "mine").mkdir()
         (tmp_path / "mine" / "recipe.yaml").touch()
-        assert "choose another --name" in mistake("sweep", "quickstart", f"output_dir={tmp_path}", "--name", "mine")
+        assert "--name" in mistake("sweep", "quickstart", f"output_dir={tmp_path}", "--name", "mine")
 
     def test_a_storage_that_cannot_be_opened(self, tmp_path):
         pytest.importorskip("optuna")
-        said = mistake("sweep", "quickstart", f"output_dir={tmp_path}", "--storage", "here")
-        assert "--storage is not a database URL" in said
+        assert "--storage" in mistake("sweep", "quickstart", f"output_dir={tmp_path}", "--storage", "here")
 
-    def test_report_of_what_is_no_sweep(self, tmp_path):
-        assert "nor a sweep (no sweep.json)" in mistake("report", tmp_path)
+    def test_report_of_a_folder_that_is_neither_a_run_nor_a_sweep(self, tmp_path):
+        assert "sweep.json" in mistake("report", tmp_path)
 
 
 class TestTrain:
     def test_a_bad_recipe(self):
-        assert "masking.p: is 2" in mistake("train", "quickstart", "masking.p=2")
+        assert "masking.p" in mistake("train", "quickstart", "masking.p=2")
 
-    @pytest.mark.parametrize(
-        ("resume", "said"), [([], "exists and was not finished"), (["--resume"], "Differences: seed")]
-    )
-    def test_a_name_that_is_taken(self, tmp_path, resume, said):
+    @pytest.mark.parametrize(("resume", "remedy"), [([], "--resume"), (["--resume"], "seed")])
+    def test_a_name_that_is_taken(self, tmp_path, resume, remedy):
         (tmp_path / "mine").mkdir()
         overrides = [f"output_dir={tmp_path}", "name=mine"]
         (tmp_path / "mine" / "recipe.yaml").write_text(run("recipes", "show", "quickstart", "--resolved").stdout)
-        assert said in mistake("train", "quickstart", *overrides, "seed=7", *resume)
+        assert remedy in mistake("train", "quickstart", *overrides, "seed=7", *resume)
 
-    def test_data_that_is_not_there(self, tmp_path, monkeypatch):
+    def test_data_that_is_missing(self, tmp_path, monkeypatch):
         monkeypatch.delenv("TOKMASK_DATA", raising=False)
-        said = mistake("train", "trec/minilm", f"output_dir={tmp_path}")
-        assert "the environment variable TOKMASK_DATA is not set" in said
-        said = mistake("train", "trec/minilm", f"output_dir={tmp_path}", f"data.path={tmp_path}/nowhere")
-        assert f"{tmp_path}/nowhere" in said
+        assert "TOKMASK_DATA" in mistake("train", "trec/minilm", f"output_dir={tmp_path}")
+        message = mistake("train", "trec/minilm", f"output_dir={tmp_path}", f"data.path={tmp_path}/nowhere")
+        assert f"{tmp_path}/nowhere" in message
         assert list(tmp_path.iterdir()) == []  # a mistake leaves no run behind
 
 
@@ -197,7 +188,7 @@ class TestExitCodes:
     def test_a_mistake_is_2_with_the_message_on_stderr(self):
         done = process("validate", "quickstart", "masking.p=2")
         assert (done.returncode, done.stdout) == (2, "")
-        assert done.stderr.splitlines()[1].startswith("  masking.p: is 2;")
+        assert "masking.p" in done.stderr
         assert "Traceback" not in done.stderr
 
     def test_right_is_0(self):
@@ -208,7 +199,7 @@ class TestExitCodes:
         code = (
             "import os, signal, sys, tokmask_peft.recipe as recipe\n"
             "from tokmask_peft.cli import main\n"
-            "signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell runs this behind &\n"
+            "signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in the background\n"
             "recipe.Recipe.load = lambda *_: os.kill(os.getpid(), signal.SIGINT)\n"
             "sys.argv = ['tokmask', 'validate', 'quickstart']\n"
             "main()"

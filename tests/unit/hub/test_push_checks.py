@@ -1,23 +1,36 @@
-"""What is refused before anything is sent: no Hub is needed to say so."""
+"""What is refused before anything is sent; no Hub is needed for that."""
 
 import json
+from pathlib import Path
 
 import pytest
 
+from tokmask_peft.artifacts import RunFolder
 from tokmask_peft.errors import HubError, RunError
 from tokmask_peft.hub import push as pushing
-from tokmask_peft.hub.push import files_to_push, push
+from tokmask_peft.hub.push import push_adapter, push_model
 
 TOKEN = "hf_0123456789abcdef"
 CARD = '---\nlibrary_name: peft\n---\nadapter = "PATH_OR_HUB_ID"\n'
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch):
+def sent(monkeypatch):
+    """What would be sent, by name."""
+    files = {}
+    monkeypatch.setattr(
+        pushing,
+        "_send",
+        lambda folder, *_: files.update({path.name: path.read_bytes() for path in folder.iterdir()}) or "there",
+    )
+    return files
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, sent):
     """The outline of a finished run, with nothing that could be reached outside."""
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setattr(pushing, "send", lambda *_: pytest.fail("something was sent"))
     root = tmp_path / "run"
     (root / "adapter").mkdir(parents=True)
     (root / "recipe.yaml").write_text("name: run\n")
@@ -28,84 +41,91 @@ def run(tmp_path, monkeypatch):
     return root
 
 
-def refused(run, *words, error=HubError, repo="zelda/moods"):
-    with pytest.raises(error) as caught:
-        push(run, repo, quiet=True)
-    for word in words:
-        assert word in str(caught.value)
-    assert TOKEN not in str(caught.value)
+@pytest.fixture
+def refused(run, sent):
+    def push(code, error=HubError, repo="zelda/moods", **fields):
+        with pytest.raises(error) as caught:
+            push_adapter(run, repo, quiet=True)
+        assert caught.value.code == code
+        assert fields.items() <= caught.value.fields.items()
+        assert TOKEN not in str(caught.value)
+        assert not sent
+        return str(caught.value)
+
+    return push
 
 
-def test_the_outline_itself_is_sent(run, monkeypatch):
-    sent = []
-    monkeypatch.setattr(pushing, "send", lambda files, *_: sent.extend(files) or "there")
-    assert push(run, "zelda/moods", quiet=True) == "there"
-    assert [file.name for file in sent] == ["adapter_config.json", "adapter_model.safetensors", "README.md"]
-
-
-def test_only_what_belongs_is_listed_and_the_card_gets_the_id(run):
-    for name in ("labels.json", "optimizer.pt", ".env", "training_args.bin", "other.safetensors", "photo.png"):
+def test_only_what_belongs_is_sent_and_the_card_gets_the_id(run, sent, capsys):
+    more = ("tokmask.json", "labels.json", "optimizer.pt", ".env", "training_args.bin", "other.safetensors", "a.png")
+    for name in more:
         (run / "adapter" / name).write_text("x")
-    files, stay = files_to_push(run / "adapter", "zelda/moods")
-    assert {file.name for file in files} == {
-        "README.md",
-        "adapter_config.json",
-        "adapter_model.safetensors",
-        "labels.json",
-    }
-    assert stay == [".env", "optimizer.pt", "other.safetensors", "photo.png", "training_args.bin"]
-    card = next(file for file in files if file.name == "README.md")
-    assert card.content == CARD.replace("PATH_OR_HUB_ID", "zelda/moods").encode()
-    assert card.size == len(card.content)
-    assert "PATH_OR_HUB_ID" in (run / "adapter" / "README.md").read_text(), "the run itself must not change"
+    assert push_adapter(run, "zelda/moods") == "there"
+    needed = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    assert set(sent) == needed | {"tokmask.json", "labels.json"}
+    assert sent["README.md"] == CARD.replace("PATH_OR_HUB_ID", "zelda/moods").encode()
+    assert (run / "adapter" / "README.md").read_text() == CARD, "the run itself must not change"
+    assert "Not pushed: .env, a.png, optimizer.pt, other.safetensors, training_args.bin" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["labels.json", "README.md"])
-def test_a_link_is_refused_though_it_has_a_name_that_belongs(run, tmp_path, name):
+def test_a_merged_model_is_sent_whole(run, sent, tmp_path, capsys):
+    folder = tmp_path / "merged"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors", "README.md"):
+        (folder / name).write_text(CARD)
+    assert push_model(folder, RunFolder(run), "zelda/moods", notes=["one thing"]) == "there"
+    assert set(sent) == {"config.json", "model.safetensors", "README.md"}
+    assert b"zelda/moods" in sent["README.md"]
+    assert "Note: one thing." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["tokmask.json", "README.md"])
+def test_a_link_is_refused_although_its_name_belongs(run, refused, tmp_path, name):
     (tmp_path / "secret").write_text("private")
     (run / "adapter" / name).unlink(missing_ok=True)
     (run / "adapter" / name).symlink_to(tmp_path / "secret")
-    refused(run, name, "links")
+    refused("link", files=[name])
 
 
-def test_a_linked_folder_is_refused(run):
+def test_a_linked_folder_is_refused(run, refused):
     (run / "adapter").rename(run / "elsewhere")
     (run / "adapter").symlink_to(run / "elsewhere")
-    refused(run, "is a link")
+    refused("link")
 
 
 @pytest.mark.parametrize("name", ["README.md", "adapter_model.safetensors"])
-def test_half_an_adapter_is_refused(run, name):
+def test_an_incomplete_adapter_is_refused(run, refused, name):
     (run / "adapter" / name).unlink()
-    refused(run, name, "missing")
+    refused("incomplete-adapter", missing=[name])
 
 
 @pytest.mark.parametrize(
-    "base", ["/home/zelda/bert", "./bert", "../models/bert", "~/bert", "C:\\models\\bert", "", None]
+    "base", ["/home/zelda/bert", "./bert", "../models/bert", "~/bert", "C:\\models\\bert", "", None, "castle/bert"]
 )
-def test_a_backbone_that_only_this_machine_has_is_refused(run, base):
-    (run / "adapter" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
-    refused(run, repr(base), "model.backbone", "Hub id")
-
-
-def test_a_folder_that_looks_like_an_id_is_refused_where_it_exists(run, tmp_path, monkeypatch):
-    (tmp_path / "castle" / "bert").mkdir(parents=True)
+def test_a_backbone_that_only_this_machine_has_is_refused(run, refused, tmp_path, monkeypatch, base):
+    Path(tmp_path / "castle" / "bert").mkdir(parents=True)  # looks like an id
     monkeypatch.chdir(tmp_path)
-    refused(run, "'castle/bert'", "model.backbone")
+    (run / "adapter" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+    assert "model.backbone" in refused("local-backbone", backbone=base)
 
 
-def test_a_token_in_a_file_is_refused(run):
+def test_a_token_in_a_file_is_refused(run, refused):
     (run / "adapter" / "README.md").write_text(f"{CARD}\nmine is {TOKEN}")
-    refused(run, "README.md holds your Hub token")
+    refused("token-in-file", files=["README.md"])
 
 
-def test_a_run_without_a_result_is_refused(run):
+def test_a_run_without_a_result_is_refused(run, refused):
     (run / "result.json").unlink()
-    refused(run, "no result yet", "--resume", error=RunError)
+    assert "--resume" in refused("unfinished", RunError)
 
 
-def test_without_a_login_nothing_is_listed(run, monkeypatch, capsys):
+@pytest.mark.parametrize("repo", ["moods", "a/b/c"])
+def test_what_is_not_a_repository_is_refused(refused, repo):
+    assert repr(repo) in refused("bad-repo", repo=repo)
+
+
+def test_without_a_login_or_the_network_nothing_is_listed(refused, monkeypatch, capsys):
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
-    with pytest.raises(HubError, match="hf auth login"):
-        push(run, "zelda/moods")
+    assert "hf auth login" in refused("not-logged-in")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert "unset it" in refused("offline")
     assert capsys.readouterr().out == ""

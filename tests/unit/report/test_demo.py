@@ -47,7 +47,7 @@ def test_words_get_the_colour_of_their_label(classifier):
 def test_no_words_are_answered_in_words(classifier, text):
     chances, html = demo.answer(classifier("sequence"), text)
     assert chances is None
-    assert html == '<p class="message" role="alert">the text is empty: it has no words</p>'
+    assert html.startswith('<p class="message" role="alert">the text ')
 
 
 def test_what_the_classifier_refuses_is_answered_in_words(classifier):
@@ -60,28 +60,29 @@ def test_what_the_classifier_refuses_is_answered_in_words(classifier):
 def test_long_texts_are_classified_without_colours(classifier):
     chances, html = demo.answer(classifier("sequence"), "boss " * 301)
     assert chances is not None
-    assert "up to 300 words, and this one has 301" in html
+    assert "301 words" in html
     assert 'class="for"' not in html
 
 
-def test_a_taken_port_and_a_foreign_host_are_said_before_loading():
+def test_a_taken_port_and_a_foreign_host_are_reported_before_loading():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        with pytest.raises(ModelError, match="cannot listen on"):
+        with pytest.raises(ModelError, match="--port"):
             demo.check_address("127.0.0.1", taken.getsockname()[1])
-    with pytest.raises(ModelError, match="--host"):
+    with pytest.raises(ModelError) as caught:
         demo.check_address("192.0.2.1", None)
+    assert caught.value.code == "bad-address"
     demo.check_address(demo.HOST, None)
 
 
-def test_missing_gradio_is_said(monkeypatch):
+def test_missing_gradio_is_reported(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ExtraError, match=r"tokmask-peft\[demo\]"):
         demo.require_gradio()
 
 
-def test_the_command_listens_on_loopback_unless_told_otherwise(monkeypatch):
+def test_the_command_listens_on_loopback_by_default(monkeypatch):
     pytest.importorskip("gradio")
     asked = []
     monkeypatch.setattr(demo, "check_address", lambda *address: asked.append(address))
