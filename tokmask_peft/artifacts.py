@@ -11,11 +11,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-import torch
-
 from tokmask_peft.errors import ModelError, RunError
 from tokmask_peft.masking.config import TokenMaskConfig
-from tokmask_peft.model.decisions import bitsandbytes_problem
 from tokmask_peft.recipe.schema import ModelConfig, Recipe, Task
 from tokmask_peft.tasks import TASKS
 
@@ -225,53 +222,6 @@ class Loading:
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-able form."""
         return asdict(self)
-
-
-@dataclass(frozen=True, slots=True)
-class Held:
-    """How the backbone of a trained adapter is held.
-
-    Attributes:
-        model: the settings to load it with.
-        reasons: by what was decided, where it is not the user's wish.
-        deviations: the reasons why something is not as in training, although nobody asked for that.
-    """
-
-    model: ModelConfig
-    reasons: dict[str, str]
-    deviations: tuple[str, ...]
-
-
-def held(
-    trained: ModelConfig, device: torch.device, quantization: str | None = None, precision: str | None = None
-) -> Held:
-    """Say how to hold the backbone of a trained adapter on this device.
-
-    Args:
-        trained: as it was in training.
-        device: to compute on.
-        quantization: `nf4`, `int8` or `none`; none given takes that of training where it runs on this device.
-        precision: `bf16` or `fp32`; none given takes that of training.
-
-    Raises:
-        ModelError: there is no such quantization or precision.
-    """
-    if quantization not in (None, "nf4", "int8", "none") or precision not in (None, "auto", "bf16", "fp32"):
-        raise ModelError("quantization is nf4, int8 or none; precision is bf16 or fp32")
-    reasons, deviations = {}, {}
-    if quantization is None:
-        quantization, reasons["quantization"] = trained.quantization, "as in training"
-        if quantization != "none" and (problem := bitsandbytes_problem(device.type)):
-            quantization = "none"
-            deviations["quantization"] = f"trained on {trained.quantization}, but {problem}: results differ slightly"
-    embedding = trained.embedding
-    if embedding == "offload" and device.type == "cpu":
-        embedding = "resident"  # the host's memory is the device's: the same lookup
-    elif embedding == "8bit" and (problem := bitsandbytes_problem(device.type)):
-        embedding = "resident"
-        deviations["embedding"] = f"trained on the 8-bit embedding, but {problem}: results differ slightly"
-    here = {"quantization": quantization, "precision": precision or trained.precision, "embedding": embedding}
-    return Held(trained.model_copy(update=here), reasons | deviations, tuple(deviations.values()))
 
 
 HUB_FILES = (

@@ -6,10 +6,14 @@ Everything outside this file asks the task, `get_task(name)`, instead of compari
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from tokmask_peft.errors import DataError, nearest
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 Label = str | tuple[str, ...] | None
 
@@ -59,6 +63,38 @@ class Unreadable:
     problem: str
 
 
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """The answer for a text with one label.
+
+    Attributes:
+        label: the most probable label.
+        probabilities: label -> calibrated probability, in the order of the classifier's labels.
+        windows: windows that the text was read in; more than 1 for a text longer than those of training.
+    """
+
+    label: str
+    probabilities: dict[str, float]
+    windows: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class WordPredictions:
+    """The answer for a text with a label per word; see `Prediction`.
+
+    Attributes:
+        words: the words, as they were given or split at white space.
+        labels: the most probable label of each word.
+        probabilities: per word, label -> calibrated probability.
+        windows: windows that the text was read in.
+    """
+
+    words: tuple[str, ...]
+    labels: tuple[str, ...]
+    probabilities: tuple[dict[str, float], ...]
+    windows: int = 1
+
+
 class Task:
     """What depends on the kind of label; `sequence` and `token` below are the two that come with the package.
 
@@ -97,6 +133,20 @@ class Task:
     # -- training and scores --
 
     # -- inference --
+
+    def join(self, windows: Sequence[Any], logits: Sequence[NDArray[Any]]) -> NDArray[Any]:
+        """Return the logits of a text's answers, [answers, classes], from those of its windows.
+
+        Here the text has one answer: the mean weighted by sub-tokens, of which the temperature changes no label.
+        """
+        import numpy as np
+
+        sizes = np.array([window.size for window in windows], dtype=np.float64)
+        return np.asarray((np.concatenate(logits) * sizes[:, None]).sum(0, keepdims=True) / sizes.sum())
+
+    def answer(self, text: Any, logits: NDArray[Any], probabilities: list[dict[str, float]], windows: int) -> Any:
+        """Return the answer for a text: from `join`'s logits, and label -> probability for each of their rows."""
+        return Prediction(list(probabilities[0])[int(logits[0].argmax())], probabilities[0], windows)
 
     # -- report, card and study --
 
@@ -141,6 +191,18 @@ class TokenTask(Task):
     # -- training and scores --
 
     # -- inference --
+
+    def join(self, windows: Sequence[Any], logits: Sequence[NDArray[Any]]) -> NDArray[Any]:
+        """Take the logits of each word from the window that it belongs to."""
+        import numpy as np
+
+        order = np.argsort(np.concatenate([window.words for window in windows]))
+        return np.asarray(np.concatenate(logits)[order], dtype=np.float64)
+
+    def answer(self, text: Any, logits: NDArray[Any], probabilities: list[dict[str, float]], windows: int) -> Any:
+        """Return the labels of the words."""
+        labels = tuple(list(row)[best] for row, best in zip(probabilities, logits.argmax(-1).tolist(), strict=True))
+        return WordPredictions(tuple(text), labels, tuple(probabilities), windows)
 
     # -- report, card and study --
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 
 from tokmask_peft.artifacts import Record, find_saved
 from tokmask_peft.errors import MaskTokenError
-from tokmask_peft.inference.classifier import Answer, Classifier, Prediction
+from tokmask_peft.inference.classifier import Answer, Classifier
 from tokmask_peft.inference.explain import explain
 from tokmask_peft.inference.load import load
-from tokmask_peft.tasks import Example
+from tokmask_peft.tasks import Example, Prediction
 from tokmask_peft.training.evaluate import split_examples
 
 SHOWN = 10

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from transformers import set_seed
 
-from tokmask_peft.artifacts import Loading, held, open_finished
+from tokmask_peft.artifacts import Loading, open_finished
 from tokmask_peft.data.corpus import apply_label_map, check_known, load_corpus
 from tokmask_peft.data.readers import read_split
 from tokmask_peft.errors import DataError
 from tokmask_peft.model.adapter import load_adapter
 from tokmask_peft.model.backbone import load_backbone
+from tokmask_peft.model.decisions import plan_loading
 from tokmask_peft.model.memory.suggestions import changed
 from tokmask_peft.recipe.schema import Recipe
 from tokmask_peft.tasks import Example
@@ -55,7 +56,7 @@ def evaluate(
     set_seed(recipe.seed)
     loading = Loading.read(folder.adapter)
     trained = loading.applied(recipe.model) if loading is not None else recipe.model
-    here = held(trained, state.device)
+    here = plan_loading(trained, state.device)
     with evaluation_memory_errors(state.device):
         backbone = load_backbone(here.model, recipe.data.task, labels, state.device)
         model = load_adapter(backbone, folder.adapter)

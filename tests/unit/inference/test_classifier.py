@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from tiny_models import TEXTS, build, families, token_families
 
 from tokmask_peft.errors import DataError, ModelError
-from tokmask_peft.inference.classifier import Classifier, Prediction, WordPredictions
+from tokmask_peft.inference.classifier import Classifier
 from tokmask_peft.model.packed import enable_padding_free
+from tokmask_peft.tasks import Prediction, WordPredictions
 
 LONG = " ".join(TEXTS * 4)
 

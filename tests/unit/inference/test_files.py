@@ -7,9 +7,9 @@ import pytest
 from tokmask_peft.data.readers import TextFile
 from tokmask_peft.errors import DataError
 from tokmask_peft.inference import files
-from tokmask_peft.inference.classifier import Prediction
 from tokmask_peft.inference.export import check_folder, check_output
 from tokmask_peft.inference.files import predict_file
+from tokmask_peft.tasks import Prediction
 
 
 class Echo:

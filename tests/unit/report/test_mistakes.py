@@ -3,9 +3,9 @@
 import pytest
 from tiny_models import build
 
-from tokmask_peft.inference.classifier import Classifier, Prediction, WordPredictions
+from tokmask_peft.inference.classifier import Classifier
 from tokmask_peft.report.examples import _explained, mistakes_of, most_confident
-from tokmask_peft.tasks import Example
+from tokmask_peft.tasks import Example, Prediction, WordPredictions
 
 
 def test_a_text_is_right_or_one_mistake():
