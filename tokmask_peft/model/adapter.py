@@ -57,7 +57,6 @@ def target_names(model: nn.Module, config: AdapterConfig, outside: tuple[str, ..
             f"{type(model).__name__} has no linear layers to adapt (transformers writes GPT-2's as convolutions): use "
             "another backbone, such as those of `tokmask recipes`",
             code="no-linear-layers",
-            model=type(model).__name__,
         )
     if config.targets == "auto":
         return found
@@ -76,9 +75,7 @@ def target_names(model: nn.Module, config: AdapterConfig, outside: tuple[str, ..
 def adapted_layers(model: nn.Module, wanted: str | int | float) -> list[int] | None:
     """Return the indices of the layers that get an adapter, or None for every linear layer of the backbone.
 
-    Args:
-        model: a classification model of transformers.
-        wanted: `all`, a number of upper layers, or their share, rounded to whole layers but at least one.
+    `wanted` is `all`, a number of upper layers, or their share, rounded to whole layers but at least one.
 
     Raises:
         ModelError: the backbone has fewer layers.
@@ -88,12 +85,8 @@ def adapted_layers(model: nn.Module, wanted: str | int | float) -> list[int] | N
     total = int(model.config.num_hidden_layers)  # type: ignore[union-attr, arg-type]
     count = max(1, round(wanted * total)) if isinstance(wanted, float) else wanted
     if count > total:
-        raise ModelError(
-            f"adapter.layers is {wanted}, but this backbone has {total} layers; 'all' adapts every one of them",
-            code="too-few-layers",
-            wanted=wanted,
-            layers=total,
-        )
+        message = f"adapter.layers is {wanted}, but this backbone has {total} layers; 'all' adapts every one of them"
+        raise ModelError(message, code="too-few-layers", wanted=wanted, layers=total)
     return list(range(total - count, total))
 
 
@@ -141,18 +134,12 @@ def add_adapter(
     model.peft_config["default"].modules_to_save = sorted(set(new))
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if frozen := [name for name in new if not any(f"{name}.modules_to_save." in entry for entry in trained)]:
-        raise ModelError(
-            f"{', '.join(frozen)} did not become trainable; without a trained head nothing is learned",
-            code="frozen-head",
-            modules=frozen,
-        )
+        message = f"{', '.join(frozen)} did not become trainable; without a trained head nothing is learned"
+        raise ModelError(message, code="frozen-head", modules=frozen)
     for name, parameter in trained.items():
         if parameter.dtype != torch.float32:
-            raise ModelError(
-                f"{name} would be trained in {parameter.dtype}; adapters and heads are trained in fp32",
-                code="trained-in-low-precision",
-                parameter=name,
-            )
+            message = f"{name} would be trained in {parameter.dtype}; adapters and heads are trained in fp32"
+            raise ModelError(message, code="trained-in-low-precision", parameter=name)
     decision = Decision(
         "trained",
         f"{sum(parameter.numel() for parameter in trained.values()):,} parameters",
@@ -233,11 +220,8 @@ def load_adapter(backbone: Backbone, folder: Path) -> Any:
     except (RuntimeError, ValueError) as error:
         if out_of_memory(error):
             raise
-        raise ModelError(
-            f"the adapter in {folder} does not fit the backbone or the labels: {first_line(error)}",
-            code="adapter-does-not-fit",
-            folder=folder,
-        ) from error
+        message = f"the adapter in {folder} does not fit the backbone or the labels: {first_line(error)}"
+        raise ModelError(message, code="adapter-does-not-fit", folder=folder) from error
     return model.eval()
 
 

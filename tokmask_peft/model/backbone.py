@@ -72,11 +72,11 @@ def load_backbone(
     quantization = choose_quantization(config, device)
     tokenizer = load_tokenizer(config, location)
     dtype = torch.bfloat16 if precision.choice == "bf16" else torch.float32
+    source = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     load = functools.partial(
         get_task(task).auto_model().from_pretrained,
         location,
-        revision=config.revision,
-        trust_remote_code=config.trust_remote_code,
+        **source,
         num_labels=len(labels),
         id2label=dict(enumerate(labels)),
         label2id={label: index for index, label in enumerate(labels)},
@@ -89,37 +89,26 @@ def load_backbone(
         if config.attention_dropout is not None:
             from transformers import AutoConfig
 
-            found = AutoConfig.from_pretrained(
-                location, revision=config.revision, trust_remote_code=config.trust_remote_code
-            )
+            found = AutoConfig.from_pretrained(location, **source)
             extra[attention_dropout_name(config, location, found)] = config.attention_dropout
         if quantization.choice != "none":
-            # new modules (a pooler of BERT, for example) must not be quantized either, and which modules the checkpoint
-            # lacks is known only from the names in it; this loads no weights
+            # a pooler that the checkpoint lacks must not be quantized either; this finds it without loading any weights
             with torch.random.fork_rng():
                 missing = _new_modules(*load(device_map="meta"))
-            keep = [*HEAD_NAMES, *missing]
-            extra["quantization_config"] = quantization_config(quantization.choice, dtype, keep)
+            extra["quantization_config"] = quantization_config(quantization.choice, dtype, [*HEAD_NAMES, *missing])
             extra["device_map"] = {"": device}
         model, info = load(**extra)
     except (OSError, ValueError, ImportError) as error:
-        raise ModelError(
-            load_problem("backbone", location, error), code="backbone-not-loaded", location=location
-        ) from error
+        message = load_problem("backbone", location, error)
+        raise ModelError(message, code="backbone-not-loaded", location=location) from error
     model.config.pad_token_id = tokenizer.pad_token_id
     model.config.use_cache = False
     new_modules = _new_modules(model, info)
     hold_in_fp32(model, new_modules)
     keep_gradients_after_eval(model)
     placed = place_embedding(model, config.embedding, device)
-    return Backbone(
-        model=model,
-        tokenizer=tokenizer,
-        new_modules=new_modules,
-        decisions=(Decision("device", str(device), "set by accelerate"), precision, quantization, *placed),
-        dtype=dtype,
-        quantization=quantization.choice,
-    )
+    decisions = (Decision("device", str(device), "set by accelerate"), precision, quantization, *placed)
+    return Backbone(model, tokenizer, new_modules, decisions, dtype, quantization.choice)
 
 
 def load_tokenizer(config: ModelConfig, location: str | None = None) -> Any:
@@ -136,16 +125,14 @@ def load_tokenizer(config: ModelConfig, location: str | None = None) -> Any:
             location, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
     except (OSError, ValueError, ImportError) as error:
-        raise ModelError(
-            load_problem("tokenizer", location, error), code="tokenizer-not-loaded", location=location
-        ) from error
+        message = load_problem("tokenizer", location, error)
+        raise ModelError(message, code="tokenizer-not-loaded", location=location) from error
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise ModelError(
                 f"the tokenizer of {location} has neither a pad nor an end token, so texts cannot be padded; "
                 "use another backbone",
                 code="no-pad-token",
-                location=location,
             )
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
@@ -164,11 +151,8 @@ def backbone_location(config: ModelConfig) -> str:
         return config.backbone
     if not wanted.startswith("package:"):
         if not Path(wanted).is_dir():
-            raise ModelError(
-                f"model.backbone_path is {wanted}, which is not a folder. Remove it to use the Hub.",
-                code="backbone-folder-missing",
-                path=wanted,
-            )
+            message = f"model.backbone_path is {wanted}, which is not a folder. Remove it to use the Hub."
+            raise ModelError(message, code="backbone-folder-missing", path=wanted)
         return wanted
     package, _, inside = wanted.removeprefix("package:").partition("/")
     spec = importlib.util.find_spec(package)
@@ -205,7 +189,6 @@ def attention_dropout_name(config: ModelConfig, location: str, found: Any) -> st
         f"model.attention_dropout is {config.attention_dropout}, but the config of {location} "
         f"({type(found).__name__}) has no attention dropout; set model.attention_dropout=null",
         code="no-attention-dropout",
-        location=location,
     )
 
 
@@ -239,8 +222,7 @@ def keep_gradients_after_eval(model: nn.Module) -> int:
 
     On CPUs with avx512_bf16, bitsandbytes' `Linear4bit` repacks its weights at the first forward pass in eval mode and
     never unpacks them. From then on no gradient passes through, while the loss still falls because the head learns.
-    Seen with bitsandbytes 0.50.2. Remove this when `test_gradients_survive_an_evaluation` passes without it on such a
-    CPU.
+    Seen with 0.50.2. Remove this when `test_gradients_survive_an_evaluation` passes without it on such a CPU.
     """
     layers = [module for module in model.modules() if hasattr(module, "support_avx512bf16_for_cpu")]
     for layer in layers:

@@ -142,12 +142,8 @@ def plan_loading(
         ModelError: there is no such quantization or precision.
     """
     if quantization not in (None, "nf4", "int8", "none") or precision not in (None, "auto", "bf16", "fp32"):
-        raise ModelError(
-            f"quantization is {quantization}, precision is {precision}; expected nf4, int8 or none, and bf16 or fp32",
-            code="unknown-format",
-            quantization=quantization,
-            precision=precision,
-        )
+        message = f"quantization {quantization}, precision {precision}: expected nf4, int8 or none, and bf16 or fp32"
+        raise ModelError(message, code="unknown-format", quantization=quantization, precision=precision)
     reasons, deviations = {}, {}
     if quantization is None:
         quantization, reasons["quantization"] = trained.quantization, "as in training"

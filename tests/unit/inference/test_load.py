@@ -62,7 +62,7 @@ def test_packed_rows_are_decided_with_the_reason(saved_adapter, monkeypatch):
 
 
 @pytest.mark.parametrize(("device", "choice"), [("cpu", "padding_free"), ("cuda", "padded"), ("mps", "padded")])
-def test_packed_rows_are_for_cpus_alone(device, choice):
+def test_packed_rows_are_for_cpus_only(device, choice):
     model, _ = build("bert")
     decided = _choose_batching(model, torch.device(device))
     assert decided.choice == choice
@@ -74,8 +74,9 @@ def test_a_backbone_in_an_installed_package_is_found(copied, tmp_path, monkeypat
     folder = copied(package="package:my_backbone/model/small")
     named = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
     edit(folder / "adapter_config.json", base_model_name_or_path="nobody/not-on-the-hub")
-    with pytest.raises(ModelError, match="my_backbone is not installed"):
+    with pytest.raises(ModelError) as caught:
         load(folder)
+    assert caught.value.code == "backbone-package-missing"
     (tmp_path / "site" / "my_backbone").mkdir(parents=True)
     (tmp_path / "site" / "my_backbone" / "__init__.py").write_text("raise RuntimeError('imported')")
     shutil.copytree(named, tmp_path / "site" / "my_backbone" / "model" / "small")
@@ -132,7 +133,7 @@ def test_the_embedding_of_training_is_taken_where_it_runs(saved_adapter, monkeyp
     assert "trained on the 8-bit embedding, but it is not here" in reasons["embedding"].reason
 
 
-def test_a_run_s_own_recipe_says_where_the_embedding_lay(saved_adapter, tmp_path):
+def test_a_run_s_own_recipe_says_where_the_embedding_was(saved_adapter, tmp_path):
     adapter = shutil.copytree(saved_adapter(), tmp_path / "run" / "adapter")
     loading = json.loads((adapter / "tokmask.json").read_text())
     del loading["embedding"]  # as runs were saved before it was
@@ -154,39 +155,35 @@ def test_an_embedding_on_the_host_is_an_ordinary_one_on_a_cpu(saved_adapter):
 
 
 @pytest.mark.parametrize(
-    ("file", "changes", "expected"),
+    ("file", "changes"),
     [
-        ("tokmask.json", {"package": "package:../etc/x"}, "expected package:NAME/FOLDER"),
-        ("tokmask.json", {"package": "package:os/../../x"}, "expected package:NAME/FOLDER"),
-        ("tokmask.json", {"package": "/root/model"}, "expected package:NAME/FOLDER"),
-        ("tokmask.json", {"max_length": "128"}, "max_length"),
-        ("tokmask.json", {"quantization": "nf5"}, "nf5"),
-        ("tokmask.json", {"embedding": "disk"}, "disk"),
-        ("calibration.json", {"temperature": 0}, "temperature is 0"),
-        ("calibration.json", {"temperature": "1"}, "temperature is '1'"),
-        ("labels.json", {"task": "speech"}, "task and a list of labels"),
-        ("labels.json", {"labels": ["a", "b"]}, "does not fit"),
-        ("adapter_config.json", {"base_model_name_or_path": None}, "names no base model"),
+        ("tokmask.json", {"package": "package:../etc/x"}),
+        ("tokmask.json", {"package": "package:os/../../x"}),
+        ("tokmask.json", {"package": "/root/model"}),
+        ("tokmask.json", {"max_length": "128"}),
+        ("tokmask.json", {"quantization": "nf5"}),
+        ("tokmask.json", {"embedding": "disk"}),
+        ("calibration.json", {"temperature": 0}),
+        ("calibration.json", {"temperature": "1"}),
+        ("labels.json", {"task": "speech"}),
+        ("labels.json", {"labels": ["a", "b"]}),
+        ("adapter_config.json", {"base_model_name_or_path": None}),
     ],
 )
-def test_what_does_not_come_from_a_run_is_refused(copied, file, changes, expected):
+def test_what_does_not_come_from_a_run_is_refused(copied, file, changes):
     folder = copied()
     edit(folder / file, **changes)
-    with pytest.raises(ModelError, match=expected):
+    with pytest.raises(ModelError) as caught:
         load(folder)
+    assert file in str(caught.value) or caught.value.code == "adapter-does-not-fit"
 
 
 def test_missing_places_are_named(copied, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "recipe.yaml").write_text("name: run")
-    for place, expected in {
-        tmp_path / "empty": "neither a run",
-        tmp_path / "run": "has no adapter yet",
-        tmp_path / "no" / "where": "does not exist",
-        "a b": "does not exist",
-    }.items():
-        with pytest.raises(ModelError, match=expected):
+    for place in (tmp_path / "empty", tmp_path / "run", tmp_path / "no" / "where", "a b"):
+        with pytest.raises(ModelError, match=str(place)):
             load(place)
     folder = copied()
     (folder / "labels.json").unlink()
@@ -195,14 +192,16 @@ def test_missing_places_are_named(copied, tmp_path):
 
 
 def test_wrong_options_are_named(saved_adapter):
-    for options, expected in {
-        ("device", "toaster"): "toaster",
-        ("device", "cuda:99"): "cuda:99",
-        ("quantization", "nf5"): "nf4, int8 or none",
-        ("precision", "fp16"): "bf16 or fp32",
-    }.items():
-        with pytest.raises(ModelError, match=expected):
-            load(saved_adapter(), **dict([options]))
+    for options, code in (
+        ({"device": "toaster"}, "device-unavailable"),
+        ({"device": "cuda:99"}, "device-unavailable"),
+        ({"quantization": "nf5"}, "unknown-format"),
+        ({"precision": "fp16"}, "unknown-format"),
+    ):
+        with pytest.raises(ModelError) as caught:
+            load(saved_adapter(), **options)
+        assert caught.value.code == code
+        assert options.items() <= caught.value.fields.items()
 
 
 def test_a_hub_id_is_fetched_without_pickles(saved_adapter, monkeypatch):
@@ -219,7 +218,7 @@ def test_a_hub_id_is_fetched_without_pickles(saved_adapter, monkeypatch):
 
 
 def test_a_hub_that_cannot_be_reached_is_one_message(monkeypatch, tmp_path):
-    with pytest.raises(ModelError, match=r"user/name is no local folder, and as an id on the Hub it .*network"):
+    with pytest.raises(ModelError, match=r"user/name.*network"):
         find_saved("user/name")  # the tests run offline, and the cache does not hold it
 
     def broken(*_, **__):
@@ -230,5 +229,5 @@ def test_a_hub_that_cannot_be_reached_is_one_message(monkeypatch, tmp_path):
         find_saved("user/name")
     (tmp_path / "snapshot").mkdir()
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path / "snapshot"))
-    with pytest.raises(ModelError, match="holds no adapter"):
+    with pytest.raises(ModelError, match="adapter_config"):
         find_saved("user/name")
