@@ -129,19 +129,15 @@ class Classifier:
             raise DataError("expected a list of texts, not one string: [text]", code="not-a-list")
         found: list[Any] = []
         for index, text in enumerate(texts):
-            if not isinstance(text, str) and not (
-                isinstance(text, list | tuple) and all(isinstance(word, str) for word in text)
-            ):
-                raise DataError(
-                    f"texts[{index}] is neither a string nor a list of words", code="not-a-text", index=index
-                )
-            words = text.split() if isinstance(text, str) else list(text)
-            running = text if isinstance(text, str) else " ".join(words)
+            words = text.split() if isinstance(text, str) else text
+            if not isinstance(words, list | tuple) or not all(isinstance(word, str) for word in words):
+                raise DataError(f"texts[{index}] is not a string or a list of words", code="not-a-text", index=index)
             if not words:
                 raise DataError(f"texts[{index}] is empty: it has no words", code="empty-text", index=index)
             if "" in words:
                 raise DataError(f"texts[{index}] has an empty word", code="empty-word", index=index)
+            running = text if isinstance(text, str) else " ".join(words)
             if problem := unicode_problem(running):
                 raise DataError(f"texts[{index}]: {problem}", code="invalid-unicode", index=index)
-            found.append(words if get_task(self.task).words_given else running)
+            found.append(list(words) if get_task(self.task).words_given else running)
         return found

@@ -42,21 +42,16 @@ def find_word(words: Sequence[str], wanted: int | str, where: str) -> int:
     """
     if isinstance(wanted, int):
         if not -len(words) <= wanted < len(words):
-            raise DataError(
-                f"{where} has no word {wanted}: its words are 0 to {len(words) - 1}", code="no-such-word", word=wanted
-            )
+            message = f"{where} has no word {wanted}: its words are 0 to {len(words) - 1}"
+            raise DataError(message, code="no-such-word", word=wanted)
         return wanted % len(words)
     places = [index for index, word in enumerate(words) if word == wanted]
     if not places:
         raise DataError(f"{where} has no word '{wanted}'.{nearest(wanted, words)}", code="no-such-word", word=wanted)
     if len(places) > 1:
         listed = f"{', '.join(map(str, places[:-1]))} and {places[-1]}"
-        raise DataError(
-            f"'{wanted}' is word {listed} of {where}: give one of these numbers",
-            code="ambiguous-word",
-            word=wanted,
-            places=places,
-        )
+        message = f"'{wanted}' is word {listed} of {where}: give one of these numbers"
+        raise DataError(message, code="ambiguous-word", word=wanted, places=places)
     return places[0]
 
 
