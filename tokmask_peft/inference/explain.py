@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tokmask_peft.data.encoding import Window
 from tokmask_peft.errors import DataError, nearest
 from tokmask_peft.tasks import get_task
 
 if TYPE_CHECKING:
+    from tokmask_peft.data.encoding import Window
     from tokmask_peft.inference.classifier import Classifier
     from tokmask_peft.inference.forward import Hidden
 

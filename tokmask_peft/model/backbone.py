@@ -14,7 +14,7 @@ from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 
 from tokmask_peft.console import Decision
-from tokmask_peft.errors import ModelError
+from tokmask_peft.errors import ModelError, first_line
 from tokmask_peft.model.decisions import choose_precision, choose_quantization
 from tokmask_peft.model.placement import place_embedding
 from tokmask_peft.recipe.schema import ModelConfig
@@ -169,9 +169,8 @@ def backbone_location(config: ModelConfig) -> str:
 
 def load_problem(what: str, location: str, error: Exception) -> str:
     """Explain in one message why a part of a backbone cannot be loaded, and what to check."""
-    first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return (
-        f"the {what} cannot be loaded from {location}: {first} "
+        f"the {what} cannot be loaded from {location}: {first_line(error)} "
         "Check model.backbone (a Hub id or a folder), the network, and `hf auth login` for gated models."
     )
 
