@@ -1,9 +1,8 @@
 """The padding-free forward: a batch as one packed row, attention per text, and the head on each text's own state.
 
 Everything but attention works on single sub-tokens, and a packed row spends nothing on padding. Padded batches still
-take the model's own forward, so that a model can be trained packed and evaluated padded.
-
-A backbone family is an entry of `FAMILIES`.
+take the model's own forward, so that a model can be trained packed and evaluated padded. A backbone family is an entry
+of `FAMILIES`.
 """
 
 from __future__ import annotations
@@ -54,8 +53,7 @@ class Family:
 
 def _positions_after_padding(model: Any, input_ids: Tensor, packing: Packing) -> Tensor:
     """Count as RoBERTa does: from the padding token's id on, skipping padding tokens inside a text."""
-    pad_id = model.config.pad_token_id
-    real = (input_ids != pad_id).long()
+    real = (input_ids != (pad_id := model.config.pad_token_id)).long()
     counted = real.cumsum(dim=1)
     before = (counted - real)[0, packing.cu_seqlens[:-1].long()][packing.rows]
     return (counted - before) * real + pad_id
@@ -70,19 +68,19 @@ FAMILIES |= dict.fromkeys(("Llama", "Mistral", "Qwen2", "Qwen3"), _DECODER)
 """By the part of a class name before `ForSequenceClassification` or `ForTokenClassification`. Others may be added."""
 
 
-def _family_name(model: nn.Module) -> str:
-    """Return the model's key in `FAMILIES`, or an empty string if it has none."""
+def _family(model: nn.Module) -> Family | None:
     name, _, head = type(model).__name__.partition("For")
-    known = name in FAMILIES and type(model).__module__.startswith(FAMILIES[name].package)
-    return name if known and head in ("SequenceClassification", "TokenClassification") else ""
+    family = FAMILIES.get(name)
+    known = family is not None and type(model).__module__.startswith(family.package)
+    return family if known and head in ("SequenceClassification", "TokenClassification") else None
 
 
 def padding_free_problem(model: nn.Module) -> str | None:
     """Return why a classification model, without an adapter, cannot take packed rows, or None if it can."""
-    name = _family_name(model)
-    if not name:
+    family = _family(model)
+    if family is None:
         return f"{type(model).__name__} has no padding-free forward; {', '.join(FAMILIES)} have"
-    if not FAMILIES[name].causal and getattr(model.config, "is_decoder", False):
+    if not family.causal and getattr(model.config, "is_decoder", False):
         return f"{type(model).__name__} is set up as a decoder"
     attention = getattr(model.config, "_attn_implementation", None)
     return None if attention in ("sdpa", NAME) else f"its attention is {attention}, not sdpa"
@@ -116,10 +114,10 @@ def enable_padding_free(model: nn.Module) -> None:
     """
     if isinstance(model, PackedRows):
         return
+    own = type(model)
     if problem := padding_free_problem(model):
-        raise ModelError(
-            f"training.batching=padding_free: {problem}; use padded", code="not-packable", model=type(model).__name__
-        )
+        message = f"training.batching=padding_free: {problem}; use padded"
+        raise ModelError(message, code="not-packable", model=own.__name__)
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
@@ -127,8 +125,9 @@ def enable_padding_free(model: nn.Module) -> None:
     # for padded batches, which go on through `sdpa`; without a mask function transformers would drop their mask
     AttentionMaskInterface.register(NAME, sdpa_mask)
     model.config._attn_implementation = NAME  # type: ignore[union-attr]
-    own = type(model)
-    model.__class__ = type(own.__name__, (PackedRows, own), {"__module__": own.__module__})
+    per_token = own.__name__.endswith("TokenClassification")
+    members = {"__module__": own.__module__, "family": _family(model), "per_token": per_token}
+    model.__class__ = type(own.__name__, (PackedRows, own), members)
 
 
 def takes_packed_rows(model: Any) -> bool:
@@ -225,6 +224,9 @@ def filler(total: int, longest: int) -> list[int]:
 class PackedRows(nn.Module):
     """What `enable_padding_free` adds to a model's class: another forward for batches with `cu_seqlens`."""
 
+    family: Family
+    per_token: bool
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -254,9 +256,8 @@ class PackedRows(nn.Module):
             raise ModelError("a packed batch needs input_ids, cu_seqlens and max_length", code="incomplete-batch")
         from transformers.modeling_outputs import SequenceClassifierOutput, TokenClassifierOutput
 
-        total = input_ids.shape[1]
+        ids, total = input_ids, input_ids.shape[1]
         packing = longer = Packing.make(cu_seqlens, total, max_length)
-        ids = input_ids
         if ids.device.type == "cpu" and (extra := filler(total, max_length)):  # what is added is cut off again
             ids = F.pad(ids, (0, sum(extra)), value=self.config.pad_token_id or 0)  # type: ignore[union-attr, arg-type]
             bounds = torch.cat((cu_seqlens, cu_seqlens.new_tensor([total + end for end in accumulate(extra)])))
@@ -268,24 +269,23 @@ class PackedRows(nn.Module):
 
 def packed_hidden(model: Any, input_ids: Tensor, packing: Packing) -> Tensor:
     """Return the last hidden states of a packed row, [1, total, hidden]."""
-    family = FAMILIES[_family_name(model)]
     masker = TokenMasker.of(find_embedding(model))
     with contextlib.nullcontext() if masker is None else masker.layout(packing.rows, packing.positions):
         hidden: Tensor = model.base_model(
             input_ids=input_ids,
             # transformers leaves a mask of four dimensions as it is; without one it would build its own
             attention_mask=input_ids.new_zeros(1, 1, 1, 1),
-            position_ids=family.positions(model, input_ids, packing),
+            position_ids=model.family.positions(model, input_ids, packing),
             packing=packing,
-            **({"use_cache": False} if family.causal else {}),
+            **({"use_cache": False} if model.family.causal else {}),
         ).last_hidden_state
     return hidden
 
 
 def packed_logits(model: Any, hidden: Tensor, input_ids: Tensor, packing: Packing) -> Tensor:
     """Apply the model's head: pooled as for padded batches, [texts, classes], or per sub-token, [1, total, classes]."""
-    family = FAMILIES[_family_name(model)]
-    if type(model).__name__.endswith("ForTokenClassification"):
+    family: Family = model.family
+    if model.per_token:
         logits: Tensor = getattr(model, family.last_layer)(model.dropout(hidden))
         return logits
     at = packing.cu_seqlens[:-1].long()
