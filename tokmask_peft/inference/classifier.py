@@ -30,7 +30,7 @@ class Classifier:
     """A model that classifies texts; made by `load`.
 
     Attributes:
-        task: as in `data.task`: `sequence` (one label per text), `token` (one per word).
+        task: name of the task, a key of `tasks.TASKS`.
         labels: label names in the order of the model's outputs.
         temperature: divides the logits before the softmax; changes no label.
         max_length: sub-tokens per window, special tokens included.
@@ -53,7 +53,7 @@ class Classifier:
         decisions: tuple[Decision, ...] = (),
         masking: TokenMaskConfig | None = None,
     ) -> None:
-        self.model, self.tokenizer, self.task, self.labels = model.eval(), tokenizer, task, tuple(labels)
+        self.model, self.tokenizer, self.labels, self.task = model.eval(), tokenizer, tuple(labels), task
         self.max_length, self.temperature, self.decisions = max_length, temperature, decisions
         self.device = next(model.parameters()).device
         self.masking = masking
