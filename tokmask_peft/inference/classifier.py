@@ -53,7 +53,8 @@ class Classifier:
         decisions: tuple[Decision, ...] = (),
         masking: TokenMaskConfig | None = None,
     ) -> None:
-        self.model, self.tokenizer, self.labels, self.task = model.eval(), tokenizer, tuple(labels), task
+        self.model, self.task = model.eval(), task
+        self.tokenizer, self.labels = tokenizer, tuple(labels)
         self.max_length, self.temperature, self.decisions = max_length, temperature, decisions
         self.device = next(model.parameters()).device
         self.masking = masking
