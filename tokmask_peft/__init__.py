@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tokmask_peft.errors import TokmaskError
-    from tokmask_peft.inference.classifier import Classifier, Prediction, WordPredictions
+    from tokmask_peft.inference.classifier import Classifier
     from tokmask_peft.inference.explain import Explanation, explain
     from tokmask_peft.inference.export import push
     from tokmask_peft.inference.load import load
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tokmask_peft.masking.config import TokenMaskConfig
     from tokmask_peft.masking.masker import TokenMasker
     from tokmask_peft.recipe.schema import Recipe
+    from tokmask_peft.tasks import Prediction, WordPredictions
     from tokmask_peft.training.evaluate import evaluate
     from tokmask_peft.training.train import train
 
@@ -43,13 +44,13 @@ __all__ = [
 _HOMES = {
     "Classifier": "inference.classifier",
     "Explanation": "inference.explain",
-    "Prediction": "inference.classifier",
+    "Prediction": "tasks",
     "Recipe": "recipe.schema",
     "TokenMaskCallback": "masking.callback",
     "TokenMaskConfig": "masking.config",
     "TokenMasker": "masking.masker",
     "TokmaskError": "errors",
-    "WordPredictions": "inference.classifier",
+    "WordPredictions": "tasks",
     "evaluate": "training.evaluate",
     "explain": "inference.explain",
     "push": "inference.export",

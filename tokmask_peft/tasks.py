@@ -69,6 +69,38 @@ class Unreadable:
     problem: str
 
 
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """The answer for a text with one label.
+
+    Attributes:
+        label: the most probable label.
+        probabilities: label -> calibrated probability, in the order of the classifier's labels.
+        windows: windows that the text was read in; more than 1 for a text longer than those of training.
+    """
+
+    label: str
+    probabilities: dict[str, float]
+    windows: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class WordPredictions:
+    """The answer for a text with a label per word; see `Prediction`.
+
+    Attributes:
+        words: the words, as they were given or split at white space.
+        labels: the most probable label of each word.
+        probabilities: per word, label -> calibrated probability.
+        windows: windows that the text was read in.
+    """
+
+    words: tuple[str, ...]
+    labels: tuple[str, ...]
+    probabilities: tuple[dict[str, float], ...]
+    windows: int = 1
+
+
 class Task:
     """What depends on the kind of label; `sequence` and `token` below are the two that come with the package.
 
@@ -162,6 +194,10 @@ class Task:
         sizes = np.array([window.size for window in windows], dtype=np.float64)
         return np.asarray((np.concatenate(logits) * sizes[:, None]).sum(0, keepdims=True) / sizes.sum())
 
+    def answer(self, text: Any, logits: NDArray[Any], probabilities: list[dict[str, float]], windows: int) -> Any:
+        """Return the answer for a text: from `join`'s logits, and label -> probability for each of their rows."""
+        return Prediction(list(probabilities[0])[int(logits[0].argmax())], probabilities[0], windows)
+
     # -- report, card and study --
 
     def mistakes(self, tags: tuple[str, ...], answer: Any) -> Iterator[WrongLabel]:
@@ -247,6 +283,11 @@ class TokenTask(Task):
 
         order = np.argsort(np.concatenate([window.words for window in windows]))
         return np.asarray(np.concatenate(logits)[order], dtype=np.float64)
+
+    def answer(self, text: Any, logits: NDArray[Any], probabilities: list[dict[str, float]], windows: int) -> Any:
+        """Return the labels of the words."""
+        labels = tuple(list(row)[best] for row, best in zip(probabilities, logits.argmax(-1).tolist(), strict=True))
+        return WordPredictions(tuple(text), labels, tuple(probabilities), windows)
 
     # -- report, card and study --
 

@@ -5,7 +5,7 @@ import torch
 from tiny_models import TEXTS, build, encode
 
 from tokmask_peft.data.batches import PackedCollator
-from tokmask_peft.model import packed as packed_attention
+from tokmask_peft.model import packed
 from tokmask_peft.model.packed import enable_padding_free
 
 pytestmark = [
@@ -27,7 +27,7 @@ def test_packed_is_padded_in_bf16(family, settings, kernel, monkeypatch):
     model, tokenizer = build(family, **{**SHAPE, **settings})
     model.cuda()
     called = []
-    found = packed_attention._varlen_kernel()
+    found = packed._varlen_kernel()
     if kernel and found is None:
         pytest.skip("this torch or this GPU has no kernel for packed rows")
 
@@ -35,7 +35,7 @@ def test_packed_is_padded_in_bf16(family, settings, kernel, monkeypatch):
         called.append(1)
         return found(*args, **kwargs)
 
-    monkeypatch.setattr(packed_attention, "_varlen_kernel", lambda: counted if kernel else None)
+    monkeypatch.setattr(packed, "_varlen_kernel", lambda: counted if kernel else None)
     weights = [model.base_model.get_input_embeddings().weight]
     ids = [{"input_ids": tokenizer(text)["input_ids"]} for text in TEXTS]
     found_logits, found_gradients = [], []
@@ -48,8 +48,8 @@ def test_packed_is_padded_in_bf16(family, settings, kernel, monkeypatch):
         found_gradients.append(torch.autograd.grad(logits.square().sum(), weights)[0])
     assert bool(called) is kernel
     torch.testing.assert_close(found_logits[1], found_logits[0], atol=0.1, rtol=0.05)
-    padded, packed = (gradient.flatten() for gradient in found_gradients)
-    assert torch.nn.functional.cosine_similarity(packed, padded, dim=0) > 0.98
+    padded, ours = (gradient.flatten() for gradient in found_gradients)
+    assert torch.nn.functional.cosine_similarity(ours, padded, dim=0) > 0.98
 
 
 @pytest.mark.parametrize("family", ["bert", "qwen2"])
@@ -60,5 +60,5 @@ def test_packed_is_padded_in_fp32(family):
     with torch.no_grad():
         padded = model(**on_gpu(encode(tokenizer))).logits
         enable_padding_free(model)
-        packed = model(**on_gpu(PackedCollator("sequence")(ids))).logits
-    torch.testing.assert_close(packed, padded, atol=1e-4, rtol=0)
+        ours = model(**on_gpu(PackedCollator("sequence")(ids))).logits
+    torch.testing.assert_close(ours, padded, atol=1e-4, rtol=0)

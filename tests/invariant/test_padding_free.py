@@ -12,12 +12,12 @@ from transformers import RobertaConfig, RobertaForSequenceClassification
 from tokmask_peft.data.batches import PackedCollator
 from tokmask_peft.errors import ModelError
 from tokmask_peft.masking.masker import TokenMasker
-from tokmask_peft.model import packed as packed_attention
-from tokmask_peft.model import packed as packing
+from tokmask_peft.model import packed
 from tokmask_peft.model.adapter import add_adapter
 from tokmask_peft.model.backbone import load_backbone
 from tokmask_peft.model.decisions import bitsandbytes_problem
-from tokmask_peft.model.packed import choose_batching, enable_padding_free, padding_free_problem
+from tokmask_peft.model.packed import FAMILIES as PACKED
+from tokmask_peft.model.packed import Family, choose_batching, enable_padding_free, padding_free_problem
 from tokmask_peft.recipe import TokenMaskConfig
 from tokmask_peft.recipe.schema import AdapterConfig, ModelConfig
 
@@ -155,10 +155,10 @@ def assert_loaded_is_same(family, tmp_path, quantization, **changed):
     tokenizer.save_pretrained(tmp_path)
     config = ModelConfig(backbone=str(tmp_path), quantization=quantization, precision="fp32")
     made = []
-    for packed in (True, False):
+    for in_a_row in (True, False):
         torch.manual_seed(0)
         backbone = load_backbone(config, "sequence", ("a", "b", "c"), torch.device("cpu"))
-        if packed:
+        if in_a_row:
             enable_padding_free(backbone.model)
         model, _ = add_adapter(backbone, AdapterConfig(r=2, dropout=0.0), "sequence")
         made.append(away_from_zero(model.train()))
@@ -228,13 +228,13 @@ def test_roberta_is_like_xlm_r():
 @pytest.mark.parametrize("family", ["bert", "qwen2"])
 def test_bf16_autocast(family):
     model, tokenizer = build(family)
-    packed, padded = adapted(prepared(family)), adapted(model)
+    ours, padded = adapted(prepared(family)), adapted(model)
     with torch.autocast("cpu", torch.bfloat16):
-        logits, expected = packed(**pack(texts_of(tokenizer))).logits, padded(**encode(tokenizer)).logits
+        logits, expected = ours(**pack(texts_of(tokenizer))).logits, padded(**encode(tokenizer)).logits
     torch.testing.assert_close(logits.float(), expected.float(), atol=0.1, rtol=0.05)
-    ours, theirs = (gradients(model, out) for model, out in ((packed, logits), (padded, expected)))
+    found, theirs = (gradients(model, out) for model, out in ((ours, logits), (padded, expected)))
     for name, gradient in theirs.items():
-        assert torch.nn.functional.cosine_similarity(ours[name].flatten(), gradient.flatten(), dim=0) > 0.98, name
+        assert torch.nn.functional.cosine_similarity(found[name].flatten(), gradient.flatten(), dim=0) > 0.98, name
 
 
 def test_inside_ddp(tmp_path):
@@ -280,20 +280,20 @@ def varlen_by_hand(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale
     return torch.cat(outputs)
 
 
-@pytest.mark.parametrize("way", ["varlen", "one bucket"])
+@pytest.mark.parametrize("kernel", ["varlen", "one bucket"])
 @pytest.mark.parametrize(("family", "window"), [("bert", None), ("qwen2", None), ("llama", None), ("mistral", 4)])
-def test_the_ways_of_a_gpu(family, window, way, monkeypatch):
+def test_the_kernels_of_a_gpu(family, window, kernel, monkeypatch):
     """Run on a CPU what a GPU would run: a kernel for packed rows, or all texts padded to the longest."""
-    if way == "varlen":
+    if kernel == "varlen":
         monkeypatch.setattr(
-            packed_attention,
+            packed,
             "_padded_attention",
-            lambda rows, packing, causal, window, dropout, scaling: packed_attention._varlen_attention(
+            lambda rows, packing, causal, window, dropout, scaling: packed._varlen_attention(
                 varlen_by_hand, rows, packing, causal, window, scaling
             ),
         )
     else:
-        monkeypatch.setattr(packing, "_buckets", lambda lengths: [(None, max(lengths), True)])
+        monkeypatch.setattr(packed, "_buckets", lambda lengths: [(None, max(lengths), True)])
     settings = {} if window is None else {"sliding_window": window}
     reference, tokenizer = build(family, **settings)
     model, reference = adapted(prepared(family, **settings)), adapted(reference)
@@ -317,8 +317,8 @@ def test_trap_bert_packed_by_transformers_mixes_texts():
     native = model(**natively_packed(ids)).logits
     assert (native - expected).abs().max() > 0.1
     bounds = pack(ids)["cu_seqlens"]
-    told = model(**natively_packed(ids), cu_seq_lens_q=bounds, cu_seq_lens_k=bounds).logits
-    assert torch.equal(told, native), "sdpa ignores cu_seq_lens in silence"
+    bounded = model(**natively_packed(ids), cu_seq_lens_q=bounds, cu_seq_lens_k=bounds).logits
+    assert torch.equal(bounded, native), "sdpa ignores cu_seq_lens in silence"
     enable_padding_free(model)
     torch.testing.assert_close(model(**pack(ids)).logits, expected, atol=1e-5, rtol=0)
 
@@ -341,8 +341,17 @@ def test_other_backbones_fall_back_and_say_why(family):
     decision = choose_batching("padding_free", model)
     assert (decision.what, decision.choice) == ("batching", "padded")
     assert f"{FAMILIES[family].prefix}ForSequenceClassification has no padding-free forward" in decision.reason
-    with pytest.raises(ModelError, match="use padded"):
+    with pytest.raises(ModelError, match="use padded") as caught:
         enable_padding_free(model)
+    assert caught.value.code == "not-packable"
+
+
+def test_a_family_can_be_added_from_outside(monkeypatch):
+    monkeypatch.setitem(PACKED, "Gemma3Text", Family(lambda model, last: model.score(last[:, 0]), causal=True))
+    reference, tokenizer = build("gemma3")
+    ids = texts_of(tokenizer)
+    model, reference = adapted(prepared("gemma3")), adapted(reference)
+    assert_same(model(**pack(ids)).logits, model, alone(reference, ids), reference)
 
 
 def test_what_else_does_not_fit():

@@ -146,15 +146,11 @@ def push(
     from huggingface_hub.utils import disable_progress_bars
     from huggingface_hub.utils.logging import set_verbosity_error
 
-    set_verbosity_error()  # its retries print signed addresses
+    set_verbosity_error()  # its retries print addresses that are signed
     if not sys.stderr.isatty():
         disable_progress_bars()
     if merged:
         quiet_libraries()
-        from tokmask_peft.inference.export import push as push_merged
+    from tokmask_peft.inference.export import push as push_run
 
-        push_merged(run, repo, private, merged=True)
-        return
-    from tokmask_peft.hub.push import push_adapter
-
-    push_adapter(run, repo, private)
+    push_run(run, repo, private, merged=merged)

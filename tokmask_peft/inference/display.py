@@ -1,4 +1,4 @@
-"""A page with explanations that can be shared: one file, no network, no script."""
+"""What is shown of answers and explanations: in a terminal, as JSON, and on a page of one file, without scripts."""
 
 from __future__ import annotations
 
@@ -17,22 +17,144 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.text import Text
 
 from tokmask_peft.data.readers import TextFile
-from tokmask_peft.inference.classifier import Answer, Classifier, Prediction
+from tokmask_peft.inference.classifier import Answer, Classifier
 from tokmask_peft.inference.explain import Explanation
 from tokmask_peft.inference.files import FileReport, answer_record, predict_file
+from tokmask_peft.tasks import WordPredictions
 
-_FAINTEST = 0.04  # of the strongest influence: below, a word stays plain
-_STRONGEST = 0.6  # opacity of the strongest; more would cost contrast
 HUES = 8
 """Colours for labels that the style sheet has; further labels begin again with the first."""
 
+FULL_COLOUR = 2.0
+"""Nats from which a text's strongest word has the full colour; weaker texts stay pale, so that noise does too."""
+
+_FAINTEST = 0.04  # of the strongest influence: below, a word stays plain
+_STRONGEST = 0.6  # opacity of the strongest; more would cost contrast
+_FOR, _AGAINST = (33, 102, 172), (214, 96, 77)  # blue and orange-red, which colour-blind readers can distinguish
+
+
+def print_answers(texts: Sequence[str], answers: Sequence[Answer], as_json: bool) -> None:
+    """Print label, probability and text per answer, between tabs; in token tasks word, label and probability."""
+    for number, (text, answer) in enumerate(zip(texts, answers, strict=True)):
+        if as_json:
+            typer.echo(json.dumps(answer_record(text, answer), ensure_ascii=False))
+        elif isinstance(answer, WordPredictions):
+            if number:
+                typer.echo()
+            for word, label, row in zip(answer.words, answer.labels, answer.probabilities, strict=True):
+                typer.echo(f"{word}\t{label}\t{row[label]:.4f}")
+        else:
+            typer.echo(f"{answer.label}\t{answer.probabilities[answer.label]:.4f}\t{text}")
+
+
+def predict_with_bar(classifier: Classifier, source: TextFile, out: Path, force: bool, batch_size: int) -> FileReport:
+    """Classify a file with a progress bar on standard error, and report there what could not be read."""
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    columns = (BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[rows]} texts"), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task("", total=source.total, rows="0")
+
+        def move(report: FileReport) -> None:
+            bar.update(task, completed=source.done, rows=f"{report.rows:,}")
+
+        report = predict_file(classifier, source, out, force=force, batch_size=batch_size, progress=move)
+    for problem in report.problems:
+        console.print(f"unreadable: {problem.where}: {problem.problem}", markup=False)
+    if report.unreadable > len(report.problems):
+        console.print(f"unreadable: and {report.unreadable - len(report.problems):,} more rows", markup=False)
+    unreadable = f", {report.unreadable:,} of them unreadable (with the key 'error')" if report.unreadable else ""
+    console.print(f"{out}: {report.rows:,} rows{unreadable}", markup=False)
+    return report
+
+
+def print_json(explanations: Sequence[Explanation]) -> None:
+    """Print a JSON line per text, with numbers to 6 digits and without what is empty."""
+    for explanation in explanations:
+        record = {key: _rounded(value) for key, value in asdict(explanation).items() if value not in (None, ())}
+        typer.echo(json.dumps(record, ensure_ascii=False))
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_rounded(part) for part in value]
+    return round(value, 6) if isinstance(value, float) else value
+
+
+def print_explanations(explanations: Sequence[Explanation], console: Console) -> None:
+    """Print words coloured by influence or, without colours, a line per word with its numbers."""
+    coloured = console.is_terminal and console.color_system is not None and not console.no_color
+    for number, explanation in enumerate(explanations):
+        if number:
+            console.print()
+        (_print_coloured if coloured else _print_plain)(explanation, console)
+    if coloured:
+        legend = Text("speaks for the label", style=_style(1.0))
+        console.print(legend.append("  ", style="default on default").append("against it", style=_style(-1.0)))
+
+
+def _print_coloured(explanation: Explanation, console: Console) -> None:
+    line = Text()
+    colours = strengths(explanation.influences, FULL_COLOUR)
+    for index, (word, strength) in enumerate(zip(explanation.words, colours, strict=True)):
+        underlined = " underline" if index == explanation.word else ""
+        line.append(word, style=_style(strength) + underlined)
+        if explanation.labels and explanation.word is None:
+            line.append(f"/{explanation.labels[index]}", style="dim")
+        line.append(" ")
+    console.print(Text(headline(explanation), style="bold"))
+    console.print(line)
+
+
+def _style(strength: float) -> str:
+    """Mix a colour with white, under black letters, whatever the terminal's own colours are."""
+    share = 0.75 * abs(strength)
+    if share < 0.04:
+        return ""
+    red, green, blue = (round(255 + (part - 255) * share) for part in (_FOR if strength >= 0 else _AGAINST))
+    return f"rgb(0,0,0) on rgb({red},{green},{blue})"
+
+
+def _print_plain(explanation: Explanation, console: Console) -> None:
+    labels = [f"\t{label}" for label in explanation.labels] or [""] * len(explanation.words)
+    typer.echo(headline(explanation))
+    typer.echo("word" + ("\tlabel" if explanation.labels else "") + "\tinfluence\tprobability without it")
+    for index, (word, label) in enumerate(zip(explanation.words, labels, strict=True)):
+        numbers = f"{explanation.influences[index]:+.2f}\t{explanation.without[index]:.3f}"
+        typer.echo(f"{word}{label}\t" + ("cannot be masked" if index in explanation.unmasked else numbers))
+
+
+def headline(explanation: Explanation) -> str:
+    """Return in a line what is explained."""
+    if not explanation.label:
+        return "each word's label, by the word itself"
+    answer = f"{explanation.label} ({explanation.probability:.3f})"
+    return answer if explanation.word is None else f"'{explanation.words[explanation.word]}': {answer}"
+
+
+def explanations_page(model: str, explanations: Sequence[Explanation], note: str) -> str:
+    """Return the page as HTML.
+
+    Args:
+        model: what to call the model on it.
+        explanations: a section each.
+        note: how words were masked, in a sentence.
+    """
+    items = []
+    for one in explanations:
+        tags = one.labels if one.word is None else ()
+        words = influence_words(one.words, one.influences, one.word, full=FULL_COLOUR, unmasked=one.unmasked, tags=tags)
+        items.append({"of": one, "headline": headline(one), "words": words})
+    loader = PackageLoader("tokmask_peft", "inference")
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    return environment.get_template("explain_page.html").render(model=model, note=note, items=items)
+
 
 def strengths(influences: Sequence[float], full: float = 0.0) -> list[float]:
-    """Return per word how strong its colour is, from -1 (against the answer) to 1 (for it).
+    """Return how strong each word's colour is, from -1 (against the answer) to 1 (for it).
 
     Args:
         influences: per word, in nats.
-        full: from which influence on a text's strongest word has the full colour; weaker texts stay pale.
+        full: the least influence of a text's strongest word that has the full colour; weaker texts stay pale.
     """
     strongest = max(full, *map(abs, influences)) if influences else 0.0
     return [influence / strongest if strongest else 0.0 for influence in influences]
@@ -51,11 +173,11 @@ def influence_words(
 
     Args:
         words: of the text.
-        influences: per word, positive where it speaks for the answer; empty where unknown.
+        influences: per word, positive if it speaks for the answer; empty if not known.
         focus: index of the word that the answer is about; it gets a frame.
         full: as for `strengths`.
         unmasked: indices of words that cannot be masked.
-        tags: per word, what stands small behind it; empty for nothing.
+        tags: per word, what follows it in small print; empty for nothing.
     """
     known = list(influences) or [0.0] * len(words)
     spans = []
@@ -66,8 +188,9 @@ def influence_words(
         elif abs(strength) < _FAINTEST:
             span = Markup("<span>{}</span>").format(shown)
         else:
+            side, opacity = "for" if influence > 0 else "against", _STRONGEST * abs(strength)
             span = Markup('<span class="{}" style="--w:{:.2f}" title="{:+.2f}">{}</span>').format(
-                "for" if influence > 0 else "against", _STRONGEST * abs(strength), influence, shown
+                side, opacity, influence, shown
             )
         if tags:
             span = Markup('<span class="pair">{}<span class="tag">{}</span></span>').format(span, tags[place])
@@ -82,14 +205,7 @@ def strongest_words(words: Sequence[str], influences: Sequence[float], count: in
 
 
 def label_words(words: Sequence[str], labels: Sequence[str], order: Sequence[str], sure: Sequence[float]) -> Markup:
-    """Return a text whose words are tinted by their label.
-
-    Args:
-        words: of the text.
-        labels: per word.
-        order: all labels; the place of a label gives its colour.
-        sure: per word, the probability of its label.
-    """
+    """Return a text whose words are tinted by their label: `order` lists all labels, `sure` their probabilities."""
     span = Markup('<span class="label hue-{}" title="{}, {:.3f}">{}</span>')
     return Markup(" ").join(
         span.format(order.index(label) % HUES, label, chance, word)
@@ -102,149 +218,3 @@ def label_legend(order: Sequence[str]) -> Markup:
     swatch = Markup('<li class="label hue-{}">{}</li>')
     entries = Markup("").join(swatch.format(place % HUES, label) for place, label in enumerate(order))
     return Markup('<ul class="legend" aria-label="labels">{}</ul>').format(entries)
-
-
-def print_answers(texts: Sequence[str], answers: Sequence[Answer], as_json: bool) -> None:
-    """Print label, probability and text per answer, between tabs; in token tasks word, label and probability."""
-    for number, (text, answer) in enumerate(zip(texts, answers, strict=True)):
-        if as_json:
-            typer.echo(json.dumps(answer_record(text, answer), ensure_ascii=False))
-        elif isinstance(answer, Prediction):
-            typer.echo(f"{answer.label}\t{answer.probabilities[answer.label]:.4f}\t{text}")
-        else:
-            if number:
-                typer.echo()
-            for word, label, row in zip(answer.words, answer.labels, answer.probabilities, strict=True):
-                typer.echo(f"{word}\t{label}\t{row[label]:.4f}")
-
-
-def predict_with_bar(classifier: Classifier, source: TextFile, out: Path, force: bool, batch_size: int) -> FileReport:
-    """Classify a file with a progress bar on standard error, and say there what could not be read."""
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
-    columns = (BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[rows]} texts"), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task("", total=source.total, rows="0")
-
-        def move(report: FileReport) -> None:
-            bar.update(task, completed=source.done, rows=f"{report.rows:,}")
-
-        report = predict_file(classifier, source, out, force=force, batch_size=batch_size, progress=move)
-    for problem in report.problems:
-        console.print(f"unreadable: {problem.where}: {problem.problem}", markup=False)
-    if report.unreadable > len(report.problems):
-        console.print(f"unreadable: and {report.unreadable - len(report.problems):,} more rows", markup=False)
-    said = f"{report.rows:,} rows"
-    if report.unreadable:
-        said += f", {report.unreadable:,} of them unreadable (with the key 'error')"
-    console.print(f"{out}: {said}", markup=False)
-    return report
-
-
-FULL_COLOUR = 2.0
-"""Nats from which a text's strongest word has the full colour: weaker texts stay pale, noise is not blown up."""
-_FOR, _AGAINST = (33, 102, 172), (214, 96, 77)  # blue and orange-red, told apart by colour-blind readers, too
-
-
-def print_explanations(explanations: Sequence[Explanation], console: Console) -> None:
-    """Print words coloured by influence, or, where there are no colours, a line per word with its numbers."""
-    coloured = console.is_terminal and console.color_system is not None and not console.no_color
-    for number, explanation in enumerate(explanations):
-        if number:
-            console.print()
-        if coloured:
-            _print_coloured(explanation, console)
-        else:
-            _print_plain(explanation)
-    if coloured:
-        legend = Text("speaks for the label", style=_style(1.0))
-        console.print(legend.append("  ", style="default on default").append("against it", style=_style(-1.0)))
-
-
-def as_record(explanation: Explanation) -> dict[str, Any]:
-    """Return an explanation as JSON holds it, with numbers to 6 digits."""
-    return {key: _rounded(value) for key, value in asdict(explanation).items() if value not in (None, ())}
-
-
-def print_json(explanations: Sequence[Explanation]) -> None:
-    """Print a JSON line per text."""
-    for explanation in explanations:
-        typer.echo(json.dumps(as_record(explanation), ensure_ascii=False))
-
-
-def headline(explanation: Explanation) -> str:
-    """Say in a line what is explained."""
-    if not explanation.label:
-        return "each word's label, by the word itself"
-    said = f"{explanation.label} ({explanation.probability:.3f})"
-    return said if explanation.word is None else f"'{explanation.words[explanation.word]}': {said}"
-
-
-def _print_coloured(explanation: Explanation, console: Console) -> None:
-    line = Text()
-    colours = strengths(explanation.influences, FULL_COLOUR)
-    for index, (word, strength) in enumerate(zip(explanation.words, colours, strict=True)):
-        underlined = " underline" if index == explanation.word else ""
-        line.append(word, style=_style(strength) + underlined)
-        if explanation.labels and explanation.word is None:
-            line.append(f"/{explanation.labels[index]}", style="dim")
-        line.append(" ")
-    console.print(Text(headline(explanation), style="bold"))
-    console.print(line)
-
-
-def _style(strength: float) -> str:
-    """Mix a colour with white, under black letters, whatever the terminal's own colours are."""
-    target = _FOR if strength >= 0 else _AGAINST
-    share = 0.75 * abs(strength)
-    if share < 0.04:
-        return ""
-    red, green, blue = (round(255 + (part - 255) * share) for part in target)
-    return f"rgb(0,0,0) on rgb({red},{green},{blue})"
-
-
-def _print_plain(explanation: Explanation) -> None:
-    typer.echo(headline(explanation))
-    typer.echo("word" + ("\tlabel" if explanation.labels else "") + "\tinfluence\tprobability without it")
-    for index, word in enumerate(explanation.words):
-        label = f"\t{explanation.labels[index]}" if explanation.labels else ""
-        if index in explanation.unmasked:
-            typer.echo(f"{word}{label}\tcannot be masked")
-        else:
-            typer.echo(f"{word}{label}\t{explanation.influences[index]:+.2f}\t{explanation.without[index]:.3f}")
-
-
-def _rounded(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return [_rounded(part) for part in value]
-    return round(value, 6) if isinstance(value, float) else value
-
-
-def explanations_page(model: str, explanations: Sequence[Explanation], note: str) -> str:
-    """Return the page as HTML.
-
-    Args:
-        model: how to call the model on it.
-        explanations: a section each.
-        note: how words were masked, in a sentence.
-    """
-    loader = PackageLoader("tokmask_peft", "inference")
-    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    return environment.get_template("explain_page.html").render(
-        model=model,
-        note=note,
-        items=[
-            {"of": explanation, "headline": headline(explanation), "words": _tinted(explanation)}
-            for explanation in explanations
-        ],
-    )
-
-
-def _tinted(explanation: Explanation) -> Markup:
-    return influence_words(
-        explanation.words,
-        explanation.influences,
-        explanation.word,
-        full=FULL_COLOUR,
-        unmasked=explanation.unmasked,
-        tags=explanation.labels if explanation.word is None else (),
-    )

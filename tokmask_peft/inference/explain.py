@@ -1,6 +1,6 @@
-"""Which words a prediction rests on: mask each in turn, and see what becomes of the label.
+"""Which words a prediction rests on: mask each in turn, and compare the answers.
 
-A model trained with masking has seen masked inputs, so that a text with a word masked is nothing strange to it
+A model trained with masking has seen masked inputs, so that a text with a word masked is nothing unusual to it
 (Madsen, Reddy and Chandar 2023, arXiv:2310.07819). Nothing is estimated: an influence is a difference of two answers.
 
 The influence of a word is the drop of the label's log-odds, log p / (1 - p), in nats: the weight of evidence
@@ -10,19 +10,23 @@ to .999), nor does its logarithm; the log-odds do (by 2.3), and they treat evide
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tokmask_peft.data.encoding import Window
 from tokmask_peft.errors import DataError, nearest
-from tokmask_peft.inference.forward import Hidden
+from tokmask_peft.tasks import get_task
 
 if TYPE_CHECKING:
+    from tokmask_peft.data.encoding import Window
     from tokmask_peft.inference.classifier import Classifier
+    from tokmask_peft.inference.forward import Hidden
+
+_QUESTIONS = 4096  # asked at a time: limits the memory, and fills the batches
 
 
 def find_word(words: Sequence[str], wanted: int | str, where: str) -> int:
@@ -38,14 +42,16 @@ def find_word(words: Sequence[str], wanted: int | str, where: str) -> int:
     """
     if isinstance(wanted, int):
         if not -len(words) <= wanted < len(words):
-            raise DataError(f"{where} has no word {wanted}: its words are 0 to {len(words) - 1}")
+            message = f"{where} has no word {wanted}: its words are 0 to {len(words) - 1}"
+            raise DataError(message, code="no-such-word", word=wanted)
         return wanted % len(words)
     places = [index for index, word in enumerate(words) if word == wanted]
     if not places:
-        raise DataError(f"{where} has no word '{wanted}'.{nearest(wanted, words)}")
+        raise DataError(f"{where} has no word '{wanted}'.{nearest(wanted, words)}", code="no-such-word", word=wanted)
     if len(places) > 1:
         listed = f"{', '.join(map(str, places[:-1]))} and {places[-1]}"
-        raise DataError(f"'{wanted}' is word {listed} of {where}: give one of these numbers")
+        message = f"'{wanted}' is word {listed} of {where}: give one of these numbers"
+        raise DataError(message, code="ambiguous-word", word=wanted, places=places)
     return places[0]
 
 
@@ -55,7 +61,7 @@ class Question:
 
     Attributes:
         text: index of the text.
-        masked: indices of the words to mask; may be none.
+        masked: indices of the words to mask; may be empty.
         word: token tasks: the word whose label is asked for.
     """
 
@@ -65,88 +71,64 @@ class Question:
 
 
 class Occluded:
-    """Texts of which words can be masked.
+    """Texts whose words can be masked.
 
     Args:
-        classifier: what answers; its occlusion says how words are masked.
-        texts: as `Classifier.checked` gives them.
+        classifier: what answers; its occlusion determines how words are masked.
+        texts: from `Classifier.checked`.
     """
 
     def __init__(self, classifier: Classifier, texts: Sequence[Any]) -> None:
         self.classifier = classifier
-        self._windows = classifier.windower.cut(texts, owners=True)
+        self._windows: list[Window] = classifier.windower.cut(texts, owners=True)
+        self._owners = [np.asarray(window.owners) for window in self._windows]
         self._of_text: list[list[int]] = [[] for _ in texts]
         for number, window in enumerate(self._windows):
             self._of_text[window.text].append(number)
+        maskable = classifier.occlusion.maskable
         self._maskable = [
-            classifier.occlusion.maskable[window.ids] & (_owners(window) >= 0) for window in self._windows
+            maskable[window.ids] & (owners >= 0) for window, owners in zip(self._windows, self._owners, strict=True)
         ]
 
     def maskable_words(self, text: int) -> set[int]:
-        """Return the words of a text of which at least a sub-token can be masked."""
+        """Return the words of a text of which at least one sub-token can be masked."""
         return {
             int(word)
             for number in self._of_text[text]
-            for word in np.unique(_owners(self._windows[number])[self._maskable[number]])
+            for word in np.unique(self._owners[number][self._maskable[number]])
         }
 
     def logits(self, questions: Sequence[Question], batch_size: int) -> NDArray[np.float64]:
         """Answer in few forward passes; a window in which nothing changes is computed once.
 
         Returns:
-            `[questions, classes]`: of the text (the mean over its windows, weighted by their sub-tokens), or in token
-            tasks of the word that is asked for.
+            `[questions, classes]`: of the text, or in token tasks of the word that is asked for.
         """
-        wanted: dict[tuple[int, bytes], int] = {}
+        task = get_task(self.classifier.task)
+        numbers: dict[tuple[int, bytes], int] = {}
         jobs: list[tuple[Window, Hidden]] = []
-        needs = []
+        needs: list[list[int]] = []
         for question in questions:
-            need = []
-            for number in self._seen_by(question):
-                hidden = self._hidden(number, question.masked)
+            needs.append([])
+            for number in self._of_text[question.text]:
+                if question.word is not None and question.word not in self._windows[number].words:
+                    continue
+                hidden = self._maskable[number] & np.isin(self._owners[number], list(question.masked))
                 key = number, hidden.tobytes()
-                if key not in wanted:
-                    wanted[key] = len(jobs)
+                if key not in numbers:
+                    numbers[key] = len(jobs)
                     jobs.append((self._windows[number], hidden))
-                need.append(wanted[key])
-            needs.append(need)
+                needs[-1].append(numbers[key])
         forward, occlusion = self.classifier.forward, self.classifier.occlusion
         found = forward.logits([window for window, _ in jobs], batch_size, occlusion, [hidden for _, hidden in jobs])
-        rows = [self._row(question, need, jobs, found) for question, need in zip(questions, needs, strict=True)]
-        return np.stack(rows) if rows else np.zeros((0, len(self.classifier.labels)))
-
-    def _seen_by(self, question: Question) -> list[int]:
-        """Return the windows that a question depends on."""
-        numbers = self._of_text[question.text]
-        if question.word is None:
-            return numbers
-        return [number for number in numbers if question.word in self._windows[number].words]
-
-    def _hidden(self, number: int, masked: Collection[int]) -> Hidden:
-        return self._maskable[number] & np.isin(_owners(self._windows[number]), list(masked))
-
-    def _row(
-        self,
-        question: Question,
-        need: list[int],
-        jobs: Sequence[tuple[Window, Hidden]],
-        found: Sequence[NDArray[np.float32]],
-    ) -> NDArray[np.float64]:
-        if question.word is not None:
-            (job,) = need
-            row = int(np.flatnonzero(jobs[job][0].words == question.word)[0])
-            return found[job][row].astype(np.float64)
-        sizes = np.array([jobs[job][0].size for job in need], dtype=np.float64)
-        mean: NDArray[np.float64] = (np.concatenate([found[job] for job in need]) * sizes[:, None]).sum(0) / sizes.sum()
-        return mean
-
-
-def _owners(window: Window) -> NDArray[np.int64]:
-    assert window.owners is not None  # noqa: S101 - cut with owners above
-    return window.owners
-
-
-_QUESTIONS = 4096  # asked at a time: bounds the memory, and fills the batches
+        rows = np.zeros((len(questions), len(self.classifier.labels)))
+        for row, question, need in zip(rows, questions, needs, strict=True):
+            if question.word is None:
+                row[:] = task.join([jobs[job][0] for job in need], [found[job] for job in need])[0]
+            else:
+                (job,) = need
+                row[:] = found[job][np.flatnonzero(jobs[job][0].words == question.word)[0]]
+        return rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,13 +141,13 @@ class Explanation:
     Attributes:
         words: the words, split at white space or as given.
         influences: per word, by how many nats the log-odds of the label drop when it is masked; negative for a word
-            that speaks against the label; 0 where nothing can be masked (`unmasked`).
+            that speaks against the label; 0 if nothing can be masked (`unmasked`).
         label: of the text, or of the chosen word; empty in token tasks without a chosen word.
         probability: of that label, calibrated; without a chosen word the mean over the words' labels.
         without: per word, the probability of the label with the word masked.
-        word: token tasks: index of the word whose label is explained; else none.
-        labels: token tasks: the label of each word; else empty.
-        probabilities: token tasks: of each word's label; else empty.
+        word: token tasks: index of the word whose label is explained; otherwise none.
+        labels: token tasks: the label of each word; otherwise empty.
+        probabilities: token tasks: of each word's label; otherwise empty.
         unmasked: indices of the words that cannot be masked: their sub-tokens are special or protected, or they have
             none of their own.
     """
@@ -188,16 +170,16 @@ def explain(
     word: int | str | None = None,
     batch_size: int = 32,
 ) -> list[Explanation]:
-    """Return the influence of each word of each text on what the classifier says.
+    """Return the influence of each word of each text on what the classifier predicts.
 
-    Words are masked by the token that training used (see `Classifier.occlusion`, whose `note` says which), one at a
-    time, all their sub-tokens together.
+    Words are masked by the token that training used (see `Classifier.occlusion`, whose `note` names it), one at a time,
+    all their sub-tokens together.
 
     Args:
         classifier: from `load`.
         texts: as for `Classifier.predict`.
         word: token tasks: the word whose label is to be explained by all words: its index from 0, from the end if
-            negative, or itself; none explains each word's label by the word itself.
+            negative, or itself; default: explain each word's label by the word itself.
         batch_size: windows per forward pass.
 
     Raises:
@@ -205,12 +187,63 @@ def explain(
         MaskTokenError: there is no token to mask with.
     """
     given = classifier.checked(texts)
-    if word is not None and classifier.task == "sequence":
-        raise DataError("word is for token tasks; this model gives one label per text, which every word explains")
+    if word is not None and not get_task(classifier.task).words_given:
+        raise DataError(
+            "word is for models with a label per word; this one gives one label per text, which every word explains",
+            code="word-not-applicable",
+        )
+    words = [tuple(text.split() if isinstance(text, str) else text) for text in given]
+    targets = [None if word is None else find_word(row, word, f"texts[{n}]") for n, row in enumerate(words)]
+    starts, asked = [], _QUESTIONS  # of texts that together ask a limited number of questions
+    for number, row in enumerate(words):
+        if asked + len(row) > _QUESTIONS:
+            starts.append(number)
+            asked = 0
+        asked += len(row)
     found: list[Explanation] = []
-    for part in _parts(given):
-        found.extend(_Explainer(classifier, part).explain(word, batch_size, len(found)))
+    for start, stop in itertools.pairwise([*starts, len(words)]):
+        part = slice(start, stop)
+        found.extend(_explain(classifier, given[part], words[part], targets[part], batch_size))
     return found
+
+
+def _explain(
+    classifier: Classifier,
+    texts: Sequence[Any],
+    words: Sequence[tuple[str, ...]],
+    targets: Sequence[int | None],
+    batch_size: int,
+) -> Iterator[Explanation]:
+    per_word, occluded = get_task(classifier.task).words_given, Occluded(classifier, texts)
+    names, temperature = classifier.labels, classifier.temperature
+    asked: list[tuple[list[Question], list[Question]]] = []  # per text as it is, and with each word masked
+    for text, (row, target) in enumerate(zip(words, targets, strict=True)):
+        places = range(len(row))
+        whose = [(at if target is None else target) if per_word else None for at in places]
+        plain = [Question(text, frozenset(), at) for at in (places if per_word else [None])]
+        asked.append((plain, [Question(text, frozenset([at]), of) for at, of in zip(places, whose, strict=True)]))
+    logits = occluded.logits([one for parts in asked for part in parts for one in part], batch_size)
+    parts = iter(np.split(logits, np.cumsum([len(part) for pair in asked for part in pair])))
+    for text, (row, target) in enumerate(zip(words, targets, strict=True)):
+        before, after = next(parts), next(parts)
+        best = before.argmax(-1).tolist()
+        odds = np.array([log_odds(one, label, temperature) for one, label in zip(before, best, strict=True)])
+        probabilities = _probability(odds)
+        own, at = per_word and target is None, target or 0
+        labels = best if own else [best[at]] * len(row)
+        left = np.array([log_odds(one, label, temperature) for one, label in zip(after, labels, strict=True)])
+        maskable = occluded.maskable_words(text)
+        yield Explanation(
+            words=row,
+            influences=tuple(((odds if own else odds[at]) - left).tolist()),
+            label="" if own else names[best[at]],
+            probability=sum(probabilities) / len(probabilities) if own else probabilities[at],
+            without=_probability(left),
+            word=target,
+            labels=tuple(names[number] for number in best) if per_word else (),
+            probabilities=probabilities if per_word else (),
+            unmasked=tuple(number for number in range(len(row)) if number not in maskable),
+        )
 
 
 def log_odds(logits: NDArray[np.float64], label: int, temperature: float) -> NDArray[np.float64]:
@@ -221,78 +254,5 @@ def log_odds(logits: NDArray[np.float64], label: int, temperature: float) -> NDA
     return np.asarray(scaled[..., label] - peak - np.log(np.exp(others - peak[..., None]).sum(-1)))
 
 
-class _Explainer:
-    """Explains some texts together."""
-
-    def __init__(self, classifier: Classifier, texts: Sequence[Any]) -> None:
-        self._classifier, self._token = classifier, classifier.task == "token"
-        self._words = [tuple(text.split() if isinstance(text, str) else text) for text in texts]
-        self._occluded = Occluded(classifier, texts)
-
-    def explain(self, word: int | str | None, batch_size: int, first: int) -> Iterator[Explanation]:
-        targets: list[int | None] = [None] * len(self._words)
-        if word is not None:
-            targets = [find_word(words, word, f"texts[{first + text}]") for text, words in enumerate(self._words)]
-        plain = [self._plain(text, len(words)) for text, words in enumerate(self._words)]
-        masked = [self._masked(text, target) for text, target in enumerate(targets)]
-        questions = [question for parts in zip(plain, masked, strict=True) for part in parts for question in part]
-        logits = self._occluded.logits(questions, batch_size)
-        start = 0
-        for text, target in enumerate(targets):
-            middle, stop = start + len(plain[text]), start + len(plain[text]) + len(masked[text])
-            yield self._explanation(text, target, logits[start:middle], logits[middle:stop])
-            start = stop
-
-    def _plain(self, text: int, words: int) -> list[Question]:
-        """Ask for the text as it is, in token tasks for each word."""
-        asked: list[int | None] = list(range(words)) if self._token else [None]
-        return [Question(text, frozenset(), word) for word in asked]
-
-    def _masked(self, text: int, target: int | None) -> list[Question]:
-        """Ask for the label with each word masked: the text's, the target's, or the masked word's own."""
-        words = range(len(self._words[text]))
-        return [
-            Question(text, frozenset([word]), (word if target is None else target) if self._token else None)
-            for word in words
-        ]
-
-    def _explanation(
-        self, text: int, target: int | None, plain: NDArray[np.float64], masked: NDArray[np.float64]
-    ) -> Explanation:
-        names, temperature = self._classifier.labels, self._classifier.temperature
-        best = plain.argmax(-1).tolist()
-        odds = np.array([log_odds(row, label, temperature) for row, label in zip(plain, best, strict=True)])
-        own = self._token and target is None
-        at = target or 0
-        label = best if own else [best[at]] * len(masked)
-        left = np.array([log_odds(row, number, temperature) for row, number in zip(masked, label, strict=True)])
-        maskable = self._occluded.maskable_words(text)
-        probabilities = _probability(odds)
-        return Explanation(
-            words=self._words[text],
-            influences=tuple(((odds if own else odds[at]) - left).tolist()),
-            label="" if own else names[best[at]],
-            probability=sum(probabilities) / len(probabilities) if own else probabilities[at],
-            without=_probability(left),
-            word=target,
-            labels=tuple(names[number] for number in best) if self._token else (),
-            probabilities=probabilities if self._token else (),
-            unmasked=tuple(number for number in range(len(masked)) if number not in maskable),
-        )
-
-
 def _probability(odds: NDArray[np.float64]) -> tuple[float, ...]:
     return tuple(np.exp(-np.logaddexp(0.0, -odds)).tolist())
-
-
-def _parts(texts: Sequence[Any]) -> Iterator[Sequence[Any]]:
-    """Yield texts that ask a bounded number of questions together."""
-    start = asked = 0
-    for number, text in enumerate(texts):
-        words = len(text.split() if isinstance(text, str) else text)
-        if asked and asked + words > _QUESTIONS:
-            yield texts[start:number]
-            start, asked = number, 0
-        asked += words
-    if asked:
-        yield texts[start:]

@@ -1,4 +1,4 @@
-"""Predict a file of any length: read, classify and write a bounded number of texts at a time."""
+"""Predict a file of any length: read, classify and write a limited number of texts at a time."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from tokmask_peft.data.readers import TextFile, line_number
-from tokmask_peft.inference.classifier import BATCH_SIZE, Answer, Classifier, Prediction
+from tokmask_peft.inference.classifier import BATCH_SIZE, Answer, Classifier
 from tokmask_peft.inference.export import check_output
-from tokmask_peft.tasks import Example, Unreadable
+from tokmask_peft.tasks import Example, Unreadable, WordPredictions
 
 CHUNK_BATCHES = 32
 CHUNK_CHARACTERS = 2_000_000
@@ -46,7 +46,7 @@ def predict_file(
     """Classify the texts of a file, in its order, into JSON lines.
 
     A line per text: `line`, the text or its words, and the answer; for a row that cannot be read `line` and `error`.
-    `out` appears when all is done: until then, a file beside it is written.
+    `out` appears when all is done; until then, a temporary file in the same folder is written.
 
     Args:
         classifier: from `load`.
@@ -65,7 +65,18 @@ def predict_file(
     try:
         with temporary.open("w", encoding="utf-8") as file:
             for chunk in _chunks(source, batch_size * CHUNK_BATCHES):
-                _write(classifier, chunk, file, batch_size, report)
+                texts: list[Any] = [found.text for found in chunk if isinstance(found, Example)]
+                answers = iter(classifier.predict(texts, batch_size))
+                for found in chunk:
+                    record: dict[str, Any] = {"line": line_number(found.where)}
+                    if isinstance(found, Example):
+                        record |= answer_record(found.string, next(answers))
+                    else:
+                        record["error"] = found.problem
+                        report.unreadable += 1
+                        report.problems += [found] if len(report.problems) < SHOWN_PROBLEMS else []
+                    report.rows += 1
+                    file.write(json.dumps(record, ensure_ascii=False) + "\n")
                 if progress is not None:
                     progress(report)
         temporary.replace(path)
@@ -88,34 +99,13 @@ def _chunks(source: TextFile, count: int) -> Iterator[list[Example | Unreadable]
         yield chunk
 
 
-def _write(
-    classifier: Classifier, chunk: list[Example | Unreadable], file: TextIO, batch_size: int, report: FileReport
-) -> None:
-    texts: list[Any] = [found.text for found in chunk if isinstance(found, Example)]
-    answers = iter(classifier.predict(texts, batch_size))
-    for found in chunk:
-        line = line_number(found.where)
-        if isinstance(found, Unreadable):
-            record: dict[str, Any] = {"line": line, "error": found.problem}
-            report.unreadable += 1
-            if len(report.problems) < SHOWN_PROBLEMS:
-                report.problems.append(found)
-        else:
-            record = {"line": line, **answer_record(found.string, next(answers))}
-        report.rows += 1
-        file.write(json.dumps(record, ensure_ascii=False) + "\n")
-
-
 def answer_record(text: str, answer: Answer) -> dict[str, Any]:
-    """Return an answer as JSON holds it, with probabilities to 6 digits."""
-    if isinstance(answer, Prediction):
-        return {"text": text, "label": answer.label, "probabilities": _rounded(answer.probabilities)}
-    return {
-        "words": list(answer.words),
-        "labels": list(answer.labels),
-        "probabilities": [_rounded(row) for row in answer.probabilities],
-    }
+    """Return the JSON form of an answer, with probabilities to 6 digits."""
 
+    def rounded(row: dict[str, float]) -> dict[str, float]:
+        return {label: round(value, 6) for label, value in row.items()}
 
-def _rounded(row: dict[str, float]) -> dict[str, float]:
-    return {label: round(value, 6) for label, value in row.items()}
+    if isinstance(answer, WordPredictions):
+        rows = [rounded(row) for row in answer.probabilities]
+        return {"words": list(answer.words), "labels": list(answer.labels), "probabilities": rows}
+    return {"text": text, "label": answer.label, "probabilities": rounded(answer.probabilities)}

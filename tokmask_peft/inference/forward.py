@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
 from tokmask_peft.data.batches import PackedCollator
 from tokmask_peft.data.encoding import Window
@@ -17,27 +18,26 @@ from tokmask_peft.errors import ModelError
 from tokmask_peft.masking.occlusion import Occlusion
 from tokmask_peft.model.decisions import instead_of_memory_errors, message
 from tokmask_peft.model.packed import takes_packed_rows
-from tokmask_peft.recipe.schema import Task
 
 Hidden = NDArray[np.bool_]
 """Which sub-tokens of a window are masked, bool [ids]."""
 
 
 class Forward:
-    """Runs windows through a classification model: on packed rows where it takes them, else padded.
+    """Runs windows through a classification model: on packed rows if it takes them, otherwise padded.
 
-    What else is in a batch moves answers by rounding alone: below 1e-5 of a probability in fp32. In bf16, where matrix
-    products round otherwise in rows of another length, by up to 2e-3 (MiniLM, 150 questions of TREC, batches of 8).
+    What else is in a batch changes answers by rounding only: below 1e-5 of a probability in fp32. In bf16, where matrix
+    products round differently in rows of another length, by up to 2e-3 (MiniLM, 150 questions of TREC, batches of 8).
 
     Args:
         model: the module, in eval mode.
         pad_id: fills shorter windows up.
-        task: `sequence` or `token`.
-        dtype: bfloat16 for autocast, else the model's own.
+        task: as in `data.task`.
+        dtype: bfloat16 for autocast, otherwise the model's own.
     """
 
-    def __init__(self, model: nn.Module, pad_id: int, task: Task, dtype: torch.dtype) -> None:
-        self._model, self._pad_id, self._task = model, pad_id, task
+    def __init__(self, model: nn.Module, pad_id: int, task: str, dtype: torch.dtype) -> None:
+        self._model, self._pad_id = model, pad_id
         self._device = next(model.parameters()).device
         self._low = dtype == torch.bfloat16
         self._pack = PackedCollator(task) if takes_packed_rows(model) else None
@@ -64,55 +64,49 @@ class Forward:
         found: list[Any] = [None] * len(windows)
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            batch = [windows[number] for number in chosen]
-            with prediction_memory_errors(self._device, len(batch)):
-                if occlusion is None:
-                    values = self._batch(batch)
-                else:
-                    with occlusion.at(self._laid_out([hidden[n] for n in chosen])):
-                        values = self._batch(batch)
+            with prediction_memory_errors(self._device, len(chosen)):
+                at = None if occlusion is None else self._laid_out([hidden[n] for n in chosen])
+                with nullcontext() if occlusion is None or at is None else occlusion.at(at):
+                    values = self._batch([windows[n] for n in chosen])
             for number, rows in zip(chosen, values, strict=True):
                 found[number] = rows
         return found
 
     @torch.inference_mode()
     def _batch(self, batch: list[Window]) -> list[NDArray[np.float32]]:
+        inputs: dict[str, Any]
+        if self._pack is not None:
+            inputs = self._pack([{"input_ids": window.ids} for window in batch])
+        else:
+            ids = [torch.tensor(window.ids) for window in batch]
+            inputs = {
+                "input_ids": pad_sequence(ids, batch_first=True, padding_value=self._pad_id),
+                "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+            }
         device = self._device
-        inputs = (
-            self._padded(batch) if self._pack is None else self._pack([{"input_ids": window.ids} for window in batch])
-        )
         inputs = {name: part.to(device) if isinstance(part, torch.Tensor) else part for name, part in inputs.items()}
         with torch.autocast(device.type, dtype=torch.bfloat16) if self._low else nullcontext():
             logits = self._model(**inputs).logits
-        if self._task == "sequence":
-            picked = logits.float().cpu().numpy()
-            sizes = [1] * len(batch)
-        else:
+        sizes = [1] * len(batch)
+        if logits.dim() == 3:  # an answer per sub-token, of which the words' first ones are wanted
             sizes = [len(window.positions) for window in batch]
-            starts = np.arange(len(batch)) * inputs["input_ids"].shape[1]  # of each text, in the row of all
+            starts = np.arange(len(batch)) * logits.shape[1]  # of each text, in the row of all
             if self._pack is not None:
                 starts = inputs["cu_seqlens"][:-1].cpu().numpy()
             places = np.concatenate([window.positions for window in batch]) + np.repeat(starts, sizes)
-            picked = logits.flatten(0, 1)[torch.as_tensor(places)].float().cpu().numpy()
+            logits = logits.flatten(0, 1)[torch.as_tensor(places)]
+        picked = logits.float().cpu().numpy()
         if not np.isfinite(picked).all():
-            raise ModelError("the model gives logits that are not finite; load it with precision='fp32'")
+            raise ModelError(
+                "the model gives logits that are not finite; load it with precision='fp32'", code="logits-not-finite"
+            )
         return np.split(picked, np.cumsum(sizes)[:-1])
 
-    def _padded(self, batch: list[Window]) -> dict[str, torch.Tensor]:
-        longest = max(len(window.ids) for window in batch)
-        ids = torch.full((len(batch), longest), self._pad_id)
-        mask = torch.zeros_like(ids)
-        for row, window in enumerate(batch):
-            ids[row, : len(window.ids)] = torch.tensor(window.ids)
-            mask[row, : len(window.ids)] = 1
-        return {"input_ids": ids, "attention_mask": mask}
-
     def _laid_out(self, rows: Sequence[Hidden]) -> torch.Tensor:
-        """Lay out what is hidden in each window as the ids are, nothing of the padding."""
+        """Lay out what is hidden in each window like the ids, with nothing hidden in the padding."""
         if self._pack is not None:
             return torch.from_numpy(np.concatenate(rows)).unsqueeze(0)
-        longest = max(map(len, rows))
-        return torch.from_numpy(np.stack([np.pad(row, (0, longest - len(row))) for row in rows]))
+        return pad_sequence([torch.from_numpy(row) for row in rows], batch_first=True)
 
 
 def loading_memory_errors(

@@ -1,4 +1,4 @@
-"""Merge an adapter for prediction where that loses nothing."""
+"""The adapter: added to a backbone, saved, loaded, and merged for prediction if that loses nothing."""
 
 from __future__ import annotations
 
@@ -16,11 +16,27 @@ from tokmask_peft.errors import ModelError, first_line, nearest
 from tokmask_peft.masking.embedding import find_embedding, is_sharded, whole
 from tokmask_peft.model.backbone import Backbone, is_quantized
 from tokmask_peft.model.decisions import out_of_memory
-from tokmask_peft.recipe.schema import AdapterConfig, Task
+from tokmask_peft.recipe.schema import AdapterConfig
+from tokmask_peft.tasks import get_task
+
+MOST_ROUNDED = 0.3
+"""Largest share of an adapter's change to a bf16 weight matrix that rounding may take if it is to be merged.
+
+Measured with MiniLM on question types (sequence) and parts of speech (token), adapters scaled by 1, .3, .1, .03 and
+.01, against fp32: up to a share of .31 merged and unmerged logits deviate alike (rms .0054 and .0055, .0016 and .0016;
+.0068 and .0069, .0041 and .0041), from .53 on the merged ones deviate more (.0012 and .0005; .0055 and .0029).
+"""
+
+SAMPLED = 256
+"""Rows of each matrix that are examined: all rows of a large one would take five times as long as merging it."""
 
 
 def linear_layers(model: nn.Module, outside: tuple[str, ...]) -> list[str]:
-    """Return the full names of the backbone's linear layers, quantized ones too, leaving out the modules `outside`."""
+    """Return the full names of the backbone's linear layers, quantized ones too, except those of the modules `outside`.
+
+    PEFT's "all-linear" does not do this: it takes GPT-2's convolutions as well, leaves out one head at most and only in
+    sequence tasks (not the pooler of a BERT that lacks one), and writes full names into `adapter_config.json`.
+    """
     return [
         name
         for name, module in model.named_modules()
@@ -33,13 +49,14 @@ def target_names(model: nn.Module, config: AdapterConfig, outside: tuple[str, ..
     """Return the last parts of the names of the layers to adapt.
 
     Raises:
-        ModelError: the backbone has no linear layers, or a name in `adapter.targets` is none of them.
+        ModelError: the backbone has no linear layers, or none of a name in `adapter.targets`.
     """
     found = sorted({name.rsplit(".", 1)[-1] for name in linear_layers(model, outside)})
     if not found:
         raise ModelError(
-            f"{type(model).__name__} has no linear layers to adapt (GPT-2's are convolutions, as transformers writes "
-            "them): take another backbone, such as those of `tokmask recipes`"
+            f"{type(model).__name__} has no linear layers to adapt (transformers writes GPT-2's as convolutions): use "
+            "another backbone, such as those of `tokmask recipes`",
+            code="no-linear-layers",
         )
     if config.targets == "auto":
         return found
@@ -47,7 +64,10 @@ def target_names(model: nn.Module, config: AdapterConfig, outside: tuple[str, ..
     if unknown:
         raise ModelError(
             f"adapter.targets: no linear layer is called {', '.join(unknown)}.{nearest(unknown[0], found)} "
-            f"This backbone has {', '.join(found)}; 'auto' adapts them all."
+            f"This backbone has {', '.join(found)}; 'auto' adapts them all.",
+            code="unknown-target",
+            unknown=unknown,
+            known=found,
         )
     return list(config.targets)
 
@@ -55,9 +75,7 @@ def target_names(model: nn.Module, config: AdapterConfig, outside: tuple[str, ..
 def adapted_layers(model: nn.Module, wanted: str | int | float) -> list[int] | None:
     """Return the indices of the layers that get an adapter, or None for every linear layer of the backbone.
 
-    Args:
-        model: a classification model of transformers.
-        wanted: `all`, a number of upper layers, or their share, rounded to whole layers but at least one.
+    `wanted` is `all`, a number of upper layers, or their share, rounded to whole layers but at least one.
 
     Raises:
         ModelError: the backbone has fewer layers.
@@ -67,91 +85,84 @@ def adapted_layers(model: nn.Module, wanted: str | int | float) -> list[int] | N
     total = int(model.config.num_hidden_layers)  # type: ignore[union-attr, arg-type]
     count = max(1, round(wanted * total)) if isinstance(wanted, float) else wanted
     if count > total:
-        raise ModelError(
-            f"adapter.layers is {wanted}, but this backbone has {total} layers; 'all' adapts every one of them"
-        )
+        message = f"adapter.layers is {wanted}, but this backbone has {total} layers; 'all' adapts every one of them"
+        raise ModelError(message, code="too-few-layers", wanted=wanted, layers=total)
     return list(range(total - count, total))
 
 
 def add_adapter(
-    backbone: Backbone, config: AdapterConfig, task: Task, trained_token: int | None = None
+    backbone: Backbone, config: AdapterConfig, task: str, trained_token: int | None = None
 ) -> tuple[Any, tuple[Decision, ...]]:
     """Wrap the backbone in a PEFT model: LoRA on its linear layers, new modules trained in full.
 
     Args:
         backbone: from `load_backbone`.
         config: rank, scaling, targets.
-        task: decides PEFT's task type, without which the head would stay frozen in silence.
+        task: determines PEFT's task type, without which the head would silently stay frozen.
         trained_token: id of the mask token if its embedding row is to be trained.
 
     Raises:
         ModelError: a target does not exist, or the head did not become trainable.
     """
-    from peft import LoraConfig, TaskType, get_peft_model
+    from peft import LoraConfig, get_peft_model
 
-    targets = target_names(backbone.model, config, backbone.new_modules)
+    new = backbone.new_modules
+    targets = target_names(backbone.model, config, new)
     layers = adapted_layers(backbone.model, config.layers)
-    inside = [name for name in backbone.new_modules if name.rsplit(".", 1)[-1] in targets]
-    for parameter in backbone.model.parameters():
-        parameter.requires_grad_(False)
+    backbone.model.requires_grad_(False)
     rows: dict[str, list[int]] | None = None
     if trained_token is not None:
         embedding = find_embedding(backbone.model)
         name = next(name for name, module in backbone.model.named_modules() if module is embedding)
         rows = {name.rsplit(".", 1)[-1]: [trained_token]}
     lora = LoraConfig(
-        task_type=TaskType.SEQ_CLS if task == "sequence" else TaskType.TOKEN_CLS,
+        task_type=get_task(task).peft_type,
         r=config.r,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
         target_modules=targets,
-        exclude_modules=inside or None,
-        # modules whose name holds no number, or another one, are left alone: PEFT reads the layer off the name
+        exclude_modules=[name for name in new if name.rsplit(".", 1)[-1] in targets] or None,
+        # PEFT reads the layer from a module's name; modules with another number in it, or none, get no adapter
         layers_to_transform=layers,
-        modules_to_save=list(backbone.new_modules),
+        modules_to_save=list(new),
         trainable_token_indices=rows,
         use_rslora=config.rslora,
         use_dora=config.dora,
     )
     model = get_peft_model(backbone.model, lora, autocast_adapter_dtype=True)
-    # PEFT adds its usual head names to modules_to_save; names this backbone lacks would only confuse a reader.
-    adapter = model.peft_config["default"]
-    adapter.modules_to_save = sorted({*backbone.new_modules})
-    _check_trainable(model, backbone.new_modules)
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    # PEFT adds its usual head names to modules_to_save; those that this backbone lacks would only confuse a reader
+    model.peft_config["default"].modules_to_save = sorted(set(new))
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if frozen := [name for name in new if not any(f"{name}.modules_to_save." in entry for entry in trained)]:
+        message = f"{', '.join(frozen)} did not become trainable; without a trained head nothing is learned"
+        raise ModelError(message, code="frozen-head", modules=frozen)
+    for name, parameter in trained.items():
+        if parameter.dtype != torch.float32:
+            message = f"{name} would be trained in {parameter.dtype}; adapters and heads are trained in fp32"
+            raise ModelError(message, code="trained-in-low-precision", parameter=name)
     decision = Decision(
         "trained",
-        f"{trained:,} parameters",
+        f"{sum(parameter.numel() for parameter in trained.values()):,} parameters",
         f"LoRA r={config.r} on {', '.join(targets)}"
         + (f" of layers {layers[0]} to {layers[-1]}" if layers else "")
-        + f"; in full: {', '.join(backbone.new_modules)}"
+        + f"; in full: {', '.join(new)}"
         + (f"; embedding row {trained_token}" if trained_token is not None else ""),
     )
     return model, (decision,)
 
 
-def _check_trainable(model: nn.Module, new_modules: tuple[str, ...]) -> None:
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    frozen = [name for name in new_modules if not any(f"{name}.modules_to_save." in entry for entry in trained)]
-    if frozen:
-        raise ModelError(f"{', '.join(frozen)} did not become trainable; without a trained head nothing is learned")
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and parameter.dtype != torch.float32:
-            raise ModelError(f"{name} would be trained in {parameter.dtype}; adapters and heads are trained in fp32")
-
-
 @contextlib.contextmanager
 def inputs_as_they_come(model: nn.Module, autocast: bool) -> Iterator[None]:
-    """Keep PEFT from making an fp32 copy of what enters each adapter, which autocast would turn back to bf16.
+    """Keep PEFT from making an fp32 copy of what enters each adapter, which autocast would convert back to bf16.
 
-    Without dropout on the adapter's input nothing changes but time and memory; with it the dropout is computed in bf16,
-    as the backbone's own. DoRA reads the dtype of its norms off the input, so there the copy stays.
+    Without dropout on the adapter's input only time and memory change; with it, the dropout is computed in bf16, like
+    the backbone's own. DoRA takes the dtype of its norms from the input, so there the copy stays.
 
     Args:
         model: the PEFT model.
         autocast: whether the forward passes run in autocast; without it the copy is needed.
     """
-    # PEFT's own `disable_input_dtype_casting` trips over layers without the switch (TrainableTokensLayer, peft 0.21.2)
+    # PEFT's `disable_input_dtype_casting` fails at layers without the switch (TrainableTokensLayer, peft 0.21.2)
     layers = [module for module in model.modules() if getattr(module, "cast_input_dtype_enabled", False)]
     dora = any(getattr(module, "lora_variant", None) for module in layers)
     for module in layers if autocast and not dora else ():
@@ -164,12 +175,12 @@ def inputs_as_they_come(model: nn.Module, autocast: bool) -> Iterator[None]:
 
 
 def gathered_weights(model: Any) -> dict[str, Tensor] | None:
-    """Return what is trained as plain tensors of the host, where FSDP keeps it in shards, else None.
+    """Return what is trained as plain tensors on the host if FSDP keeps it in shards, otherwise None.
 
     Every process has to call this.
     """
     trained = {name for name, value in model.named_parameters() if value.requires_grad}
-    # not of named_parameters: after a forward some are still put together, and their memory is FSDP's to take back
+    # not from named_parameters: after a forward pass some are still gathered, in memory that FSDP will reclaim
     state = {name: value for name, value in model.state_dict().items() if name in trained}
     if not any(is_sharded(value) for value in state.values()):
         return None
@@ -182,7 +193,7 @@ def save_adapter(model: Any, folder: Path, backbone_id: str, weights: dict[str, 
     Args:
         model: the PEFT model.
         folder: made if missing.
-        backbone_id: what `adapter_config.json` names as the base model, so that it loads on other machines.
+        backbone_id: the base model in `adapter_config.json`, which has to be found on other machines, too.
         weights: from `gathered_weights`.
     """
     config = model.peft_config["default"]
@@ -195,54 +206,41 @@ def save_adapter(model: Any, folder: Path, backbone_id: str, weights: dict[str, 
 
 
 def load_adapter(backbone: Backbone, folder: Path) -> Any:
-    """Put a saved adapter on a freshly loaded backbone, for prediction.
+    """Add a saved adapter to a freshly loaded backbone, for prediction.
 
     Raises:
-        ModelError: the folder holds no adapter, or one for another backbone or other labels.
+        ModelError: the folder has no adapter, or one for another backbone or other labels.
     """
     from peft import PeftModel
 
     if not (folder / "adapter_config.json").is_file():
-        raise ModelError(f"{folder} holds no adapter (adapter_config.json is missing)")
+        raise ModelError(f"{folder} has no adapter (adapter_config.json is missing)", code="no-adapter", folder=folder)
     try:
         model = PeftModel.from_pretrained(backbone.model, str(folder))
     except (RuntimeError, ValueError) as error:
         if out_of_memory(error):
             raise
-        raise ModelError(
-            f"the adapter in {folder} does not fit the backbone or the labels: {first_line(error)}"
-        ) from error
+        message = f"the adapter in {folder} does not fit the backbone or the labels: {first_line(error)}"
+        raise ModelError(message, code="adapter-does-not-fit", folder=folder) from error
     return model.eval()
-
-
-MOST_ROUNDED = 0.3
-"""Share of an adapter's change to a bf16 weight matrix that rounding may take before it is kept apart.
-
-Measured with MiniLM on question types (sequence) and parts of speech (token), adapters scaled by 1, .3, .1, .03 and
-.01, against fp32: up to a share of .31 merged and unmerged logits deviate alike (rms .0054 and .0055, .0016 and .0016;
-.0068 and .0069, .0041 and .0041), from .53 on the merged ones deviate more (.0012 and .0005; .0055 and .0029).
-"""
-
-
-SAMPLED = 256
-"""Rows of each matrix that are looked at: all of a large one would take five times as long as merging it."""
 
 
 def merge_if_harmless(model: Any) -> tuple[Any, Decision]:
     """Merge an adapter into its unquantized backbone, which saves its extra products, unless rounding would spoil it.
 
-    bf16 weights hold three digits. A change that is small beside them gets lost in them, so there the adapter stays.
+    bf16 weights hold three digits. A change that is small compared with them would be lost, so that such an adapter is
+    kept apart.
 
     Args:
-        model: the PEFT model; taken apart where it is merged.
+        model: the PEFT model; taken apart if it is merged.
 
     Returns:
-        The merged model, or `model`; and which, with the reason.
+        The merged model, or `model`; and which of them, with the reason.
     """
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    low = [layer for layer in layers if layer.get_base_layer().weight.dtype != torch.float32]
-    if not all(map(_is_plain, low)):
-        return model, Decision("adapter", "kept apart", "what rounding to bf16 does is known of plain LoRA alone")
+    low: list[Any] = [layer for layer in layers if layer.get_base_layer().weight.dtype != torch.float32]
+    if not all(type(layer) is Linear and not layer.fan_in_fan_out and not layer.lora_variant for layer in low):
+        return model, Decision("adapter", "kept apart", "the effect of rounding to bf16 is known for plain LoRA only")
     rounded = max(map(_rounded_share, low), default=0.0)
     if not rounded <= MOST_ROUNDED:
         reason = f"rounding to bf16 would take up to {rounded:.0%} of its change to a matrix"
@@ -253,13 +251,9 @@ def merge_if_harmless(model: Any) -> tuple[Any, Decision]:
     return model.merge_and_unload(), Decision("adapter", "merged", reason)
 
 
-def _is_plain(layer: Any) -> bool:
-    return type(layer) is Linear and not layer.fan_in_fan_out and not layer.lora_variant
-
-
 @torch.no_grad()
 def _rounded_share(layer: Any) -> float:
-    """Return what rounding takes of a layer's change, as a share of the change's norm, from some of its rows."""
+    """Return the norm of what rounding takes from a layer's change, as a share of the change's, over some rows."""
     weight = layer.get_base_layer().weight
     some = slice(None, None, -(-weight.shape[0] // SAMPLED))
     change = torch.zeros_like(weight[some], dtype=torch.float32)

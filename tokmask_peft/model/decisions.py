@@ -1,4 +1,4 @@
-"""Gradient checkpointing that starts where the adapter does."""
+"""Precision, quantization, checkpointing and memory: what is chosen for this device, and why."""
 
 from __future__ import annotations
 
@@ -18,59 +18,30 @@ from tokmask_peft.errors import ModelError, TokmaskError, first_line
 from tokmask_peft.recipe.schema import ModelConfig
 
 CPUINFO = Path("/proc/cpuinfo")
-"""Where Linux tells a CPU's features; macOS and Windows have no such file."""
-
-_BF16 = frozenset({"avx512_bf16", "amx_bf16"})
+"""Where Linux lists a CPU's features; macOS and Windows have no such file."""
 
 
 @cache
 def cpu_flags() -> frozenset[str] | None:
-    """Return the feature flags of an x86 CPU that torch or Linux knows of, or None where neither tells."""
-    return _told_by_torch() or _told_by_linux() or _told_by_old_torch()
-
-
-def _told_by_torch() -> frozenset[str] | None:
-    told = _ask_torch("get_capabilities")
-    if told is None or "avx512_bf16" not in told:  # a build of torch that cannot look names the architecture at most
-        return None
-    return frozenset(name for name, has in told.items() if has is True)
-
-
-def _told_by_linux() -> frozenset[str] | None:
-    if not CPUINFO.exists():
-        return None
-    for line in CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines():
-        if line.startswith("flags"):
-            return frozenset(line.split(":", 1)[1].split())
-    return None
-
-
-def _told_by_old_torch() -> frozenset[str] | None:
-    """Ask what torch 2.6 has, before `get_capabilities`: it knows nothing of AMX's bf16, which no CPU has alone."""
+    """Return the feature flags of an x86 CPU as torch or Linux reports them, or None if neither does."""
+    found = _ask_torch("get_capabilities")
+    if found is not None and "avx512_bf16" in found:  # a torch that cannot inspect the CPU gives its name at most
+        return frozenset(name for name, has in found.items() if has is True)
+    if CPUINFO.exists():
+        for line in CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("flags"):
+                return frozenset(line.split(":", 1)[1].split())
+    # torch 2.6 has no `get_capabilities`; that it knows nothing of AMX does not matter: AMX never comes without AVX512
     has = _ask_torch("_is_avx512_bf16_supported")
     return None if has is None else frozenset({"avx512_bf16"} if has else ())
 
 
 def _ask_torch(name: str) -> Any:
-    """Call a function of `torch.cpu` that older versions do not have; None where it cannot answer."""
+    """Call a function of `torch.cpu` that older versions lack; None if it cannot answer."""
     try:
         return getattr(torch.cpu, name)()
     except (AttributeError, RuntimeError):
         return None
-
-
-def _cpu_precision() -> Decision:
-    machine = platform.machine()
-    if machine.lower().startswith(("arm", "aarch")):
-        reason = f"bf16 was not measured on {machine} CPUs; model.precision=bf16 takes it"
-        return Decision("precision", "fp32", reason)
-    flags = cpu_flags()
-    if flags is None:
-        reason = f"neither torch nor {platform.system()} tells whether the CPU computes in bf16"
-        return Decision("precision", "fp32", reason)
-    if found := sorted(flags & _BF16):
-        return Decision("precision", "bf16", f"the CPU has {', '.join(found)}")
-    return Decision("precision", "fp32", "the CPU would emulate bf16 (neither avx512_bf16 nor amx_bf16)")
 
 
 def choose_precision(config: ModelConfig, device: torch.device) -> Decision:
@@ -82,21 +53,32 @@ def choose_precision(config: ModelConfig, device: torch.device) -> Decision:
     if config.precision != "auto":
         return Decision("precision", config.precision, "set in the recipe")
     if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
         if torch.cuda.is_bf16_supported(including_emulation=False):
-            return Decision("precision", "bf16", f"{torch.cuda.get_device_name(device)} computes in bf16")
-        return Decision("precision", "fp32", f"{torch.cuda.get_device_name(device)} has no bf16")
-    if device.type == "cpu":
-        return _cpu_precision()
-    return Decision("precision", "fp32", f"bf16 is not tested on {device.type}")
+            return Decision("precision", "bf16", f"{name} computes in bf16")
+        return Decision("precision", "fp32", f"{name} has no bf16")
+    if device.type != "cpu":
+        return Decision("precision", "fp32", f"bf16 has not been tested on {device.type}")
+    machine = platform.machine()
+    if machine.lower().startswith(("arm", "aarch")):
+        reason = f"bf16 has not been measured on {machine} CPUs; set model.precision=bf16 to use it"
+        return Decision("precision", "fp32", reason)
+    flags = cpu_flags()
+    if flags is None:
+        reason = f"neither torch nor {platform.system()} reports whether the CPU computes in bf16"
+        return Decision("precision", "fp32", reason)
+    if found := sorted(flags & {"avx512_bf16", "amx_bf16"}):
+        return Decision("precision", "bf16", f"the CPU has {', '.join(found)}")
+    return Decision("precision", "fp32", "the CPU would emulate bf16 (it has neither avx512_bf16 nor amx_bf16)")
 
 
 @cache
 def bitsandbytes_problem(device_type: str) -> str | None:
-    """Return why bitsandbytes cannot quantize on a device, or None if it can: one tiny 4-bit product is tried."""
+    """Try one tiny 4-bit product; return why bitsandbytes cannot quantize on a device, or None if it can."""
     try:
         import bitsandbytes as bnb
 
-        with torch.random.fork_rng(devices=[]):  # else the first run of a process has another head
+        with torch.random.fork_rng(devices=[]):  # otherwise the first run of a process would draw another head
             layer = bnb.nn.Linear4bit(64, 64, bias=False, compute_dtype=torch.float32, quant_type="nf4")
         layer.to(device_type)(torch.ones(2, 64, device=device_type))
     except ImportError as error:
@@ -107,7 +89,7 @@ def bitsandbytes_problem(device_type: str) -> str | None:
 
 
 def choose_quantization(config: ModelConfig, device: torch.device) -> Decision:
-    """Choose how the frozen linear layers are held: 4-bit NF4 (Dettmers et al. 2023), 8-bit, or not quantized.
+    """Choose the format of the frozen linear layers: 4-bit NF4 (Dettmers et al. 2023), 8-bit, or not quantized.
 
     Raises:
         ModelError: the recipe asks for a quantization that bitsandbytes cannot do on this device.
@@ -122,7 +104,10 @@ def choose_quantization(config: ModelConfig, device: torch.device) -> Decision:
     if problem is not None:
         raise ModelError(
             f"model.quantization is {config.quantization}, but {problem}. "
-            "Set model.quantization=none, or install a bitsandbytes that serves this device."
+            "Set model.quantization=none, or install a bitsandbytes that supports this device.",
+            code="quantization-unavailable",
+            quantization=config.quantization,
+            device=device.type,
         )
     return Decision("quantization", config.quantization, "set in the recipe")
 

@@ -1,7 +1,7 @@
-"""Where the frozen input embedding lies: on the device, on the host, or on the device in 8 bits.
+"""Where the frozen input embedding is: on the device, on the host, or on the device in 8 bits.
 
-The lookup is the largest part of a small multilingual backbone in 4 bits (Qwen2.5-0.5B: 260 of 436 MiB), and a batch
-needs a few hundred of its rows.
+It is the largest part of a small multilingual backbone in 4 bits (Qwen2.5-0.5B: 260 of 436 MiB), and a batch needs a
+few hundred of its rows.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ from tokmask_peft.errors import MaskTokenError, ModelError
 from tokmask_peft.masking.embedding import find_embedding
 from tokmask_peft.model.decisions import bitsandbytes_problem
 
+Placement = Literal["resident", "offload", "8bit"]
+
 
 class Int8Embedding(Embedding8bit):
-    """bitsandbytes' 8-bit lookup, with what a masker and a Trainer need of it besides.
+    """bitsandbytes' 8-bit lookup, with what a masker and a Trainer need in addition.
 
-    bitsandbytes quantizes a matrix when it leaves the host, loses its scales when a module that holds it is moved, and
-    refuses to be part of a state dict (seen with 0.50.2).
+    bitsandbytes quantizes a matrix when it leaves the host, loses its scales when a module that contains it is moved,
+    and refuses to be part of a state dict (seen with 0.50.2).
     """
 
     def __init__(self, weight: Tensor, device: torch.device) -> None:
@@ -35,8 +37,7 @@ class Int8Embedding(Embedding8bit):
 
     def read_rows(self, first: int, last: int) -> Tensor:
         """Return the rows from `first` to before `last` as they are looked up, [rows, hidden]."""
-        ids = torch.arange(first, last, device=self.weight.device)
-        rows: Tensor = self.forward(ids)
+        rows: Tensor = self.forward(torch.arange(first, last, device=self.weight.device))
         return rows
 
     def write_row(self, index: int, row: Tensor) -> None:
@@ -57,26 +58,23 @@ class Int8Embedding(Embedding8bit):
         nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
 
 
-Placement = Literal["resident", "offload", "8bit"]
-
-
 class HostEmbedding(nn.Module):
-    """A frozen lookup whose matrix stays in the host's memory; a batch's distinct rows go to the device.
+    """A frozen lookup whose matrix stays in the host's memory; a batch's distinct rows are copied to the device.
 
-    The matrix is no parameter: `to(device)`, checkpoints, DDP and adapters pass it by. On a GPU a lookup waits for the
-    ids, which a masker has just chosen there: once for each micro-batch.
+    The matrix is not a parameter: `to(device)`, checkpoints, DDP and adapters ignore it. On a GPU a lookup waits for
+    the ids, which a masker has just chosen there: once for each micro-batch.
     """
 
     def __init__(self, weight: Tensor) -> None:
         """Take over the matrix, [rows, hidden]; on a GPU it is copied to the host."""
         super().__init__()
-        self._held = (weight.detach().to("cpu"),)  # in a tuple, or nn.Module would look after it
+        self._matrix = (weight.detach().to("cpu"),)  # in a tuple, or nn.Module would register it
         self.num_embeddings, self.embedding_dim = weight.shape
 
     @property
     def weight(self) -> Tensor:
         """The matrix on the host, [rows, hidden], frozen."""
-        return self._held[0]
+        return self._matrix[0]
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Look up ids of any shape; [..., hidden] on the device of the ids."""
@@ -89,12 +87,12 @@ class HostEmbedding(nn.Module):
         return F.embedding(places, rows.to(device, non_blocking=True))
 
     def extra_repr(self) -> str:
-        """Say what is held."""
+        """Describe the matrix."""
         return f"{self.num_embeddings}, {self.embedding_dim}, on the host"
 
 
 def placement_problem(model: nn.Module) -> str | None:
-    """Return why the input embedding of a model can only be resident, or None if it can lie elsewhere."""
+    """Return why the input embedding of a model can only be resident, or None if it can be elsewhere."""
     owner: Any = model
     try:
         embedding = find_embedding(model)
@@ -106,13 +104,13 @@ def placement_problem(model: nn.Module) -> str | None:
 
 
 def check_placement(model: nn.Module, wanted: Placement) -> None:
-    """Refuse what the input embedding of a model cannot do.
-
-    Raises:
-        ModelError: it can only be resident.
-    """
+    """Raise a ModelError if the input embedding of a model can only be resident, and another place is wanted."""
     if wanted != "resident" and (problem := placement_problem(model)):
-        raise ModelError(f"model.embedding={wanted} needs a plain lookup, and {problem}: use resident")
+        raise ModelError(
+            f"model.embedding={wanted} needs a plain lookup, and {problem}: use resident",
+            code="embedding-not-movable",
+            wanted=wanted,
+        )
 
 
 def place_embedding(model: nn.Module, wanted: Placement, device: torch.device) -> tuple[Decision, ...]:
@@ -121,7 +119,7 @@ def place_embedding(model: nn.Module, wanted: Placement, device: torch.device) -
     Args:
         model: a classification model of transformers, without an adapter.
         wanted: from the recipe.
-        device: where the model will compute.
+        device: that the model will compute on.
 
     Raises:
         ModelError: this embedding can only be resident, or bitsandbytes does not run here.
@@ -141,8 +139,8 @@ def place_embedding(model: nn.Module, wanted: Placement, device: torch.device) -
             reason = f"{full:.0f} MiB on the host; a batch's rows are copied to the {device.type}"
     else:
         if problem := bitsandbytes_problem(device.type):
-            raise ModelError(f"model.embedding is 8bit, but {problem}. Set model.embedding=resident, or offload.")
-
+            message = f"model.embedding is 8bit, but {problem}. Set model.embedding=resident, or offload."
+            raise ModelError(message, code="quantization-unavailable", quantization="8bit", device=device.type)
         placed = Int8Embedding(weight, device)
         now = weight.numel() + 4 * weight.shape[0]
         reason = f"{now / 2**20:.0f} MiB, not {full:.0f}; values are off by up to 0.4% of their row's largest"

@@ -83,7 +83,7 @@ def test_a_spare_row_is_filled_with_the_mean(classifier):
 
 
 @pytest.mark.parametrize(("family", "task"), [("bert", "sequence"), ("qwen2", "token")])
-def test_influences_hang_neither_on_batches_nor_on_other_texts(classifier, family, task, monkeypatch):
+def test_influences_depend_on_neither_batches_nor_other_texts(classifier, family, task, monkeypatch):
     from tokmask_peft.inference import explain
 
     model = classifier(family, task)
@@ -190,14 +190,17 @@ def test_other_threads_predict_undisturbed(classifier):
 
 
 def test_mistakes_are_named(classifier):
-    for task, texts, word, expected in (
-        ("sequence", ["a text"], 0, "token tasks"),
-        ("sequence", "a text", None, "not one string"),
-        ("sequence", ["ok", "  "], None, r"texts\[1\] is empty"),
-        ("token", ["ok", "two words"], 1, r"texts\[0\] has no word 1: its words are 0 to 0"),
-        ("token", ["two words", "ok"], "words", r"texts\[1\] has no word 'words'"),
-        ("token", ["so so so"], "so", "'so' is word 0, 1 and 2 of .*: give one of these numbers"),
+    for task, texts, word, code in (
+        ("sequence", ["a text"], 0, "word-not-applicable"),
+        ("sequence", "a text", None, "not-a-list"),
+        ("sequence", ["ok", "  "], None, "empty-text"),
+        ("token", ["ok", "two words"], 1, "no-such-word"),
+        ("token", ["two words", "ok"], "words", "no-such-word"),
+        ("token", ["so so so"], "so", "ambiguous-word"),
     ):
-        with pytest.raises(DataError, match=expected):
+        with pytest.raises(DataError) as caught:
             classifier("bert", task).explain(texts, word=word)
+        assert caught.value.code == code
+    assert caught.value.fields == {"word": "so", "places": [0, 1, 2]}
+    assert "'so' is word 0, 1 and 2 of texts[0]: give one of these numbers" in str(caught.value)
     assert classifier().explain([]) == []

@@ -11,9 +11,9 @@ from tiny_models import TEXTS
 from transformers import AutoModelForSequenceClassification, pipeline
 
 from tokmask_peft.errors import ModelError
-from tokmask_peft.inference import export as export_module
 from tokmask_peft.inference.export import export_merged
 from tokmask_peft.inference.load import load
+from tokmask_peft.model import adapter
 from tokmask_peft.model.decisions import bitsandbytes_problem
 
 SHORT = [text for text in TEXTS if len(text) < 30]
@@ -90,7 +90,7 @@ def test_a_run_is_merged_wherever_its_embedding_lay(saved_adapter, tmp_path, pla
 
 
 def test_a_merge_that_changes_the_logits_is_refused(saved_adapter, tmp_path, monkeypatch):
-    original = export_module.load_adapter
+    original = adapter.load_adapter
 
     def spoiled(backbone, folder):
         model = original(backbone, folder)
@@ -104,16 +104,18 @@ def test_a_merge_that_changes_the_logits_is_refused(saved_adapter, tmp_path, mon
         model.merge_and_unload = merge_wrongly
         return model
 
-    monkeypatch.setattr(export_module, "load_adapter", spoiled)
-    with pytest.raises(ModelError, match=r"differ from the adapter's by 0\.001"):
+    monkeypatch.setattr(adapter, "load_adapter", spoiled)
+    with pytest.raises(ModelError) as caught:
         export_merged(saved_adapter(), tmp_path / "merged")
+    assert caught.value.code == "merged-logits-differ"
+    assert caught.value.fields["difference"] == pytest.approx(0.001, rel=0.1)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_taken_folder_is_refused_and_left_alone(saved_adapter, tmp_path):
     (tmp_path / "mine.txt").write_text("x")
-    with pytest.raises(ModelError, match="not empty"):
-        export_merged(saved_adapter(), tmp_path)
-    with pytest.raises(ModelError, match="fp32 or bf16"):
-        export_merged(saved_adapter(), tmp_path / "new", precision="fp16")
+    for folder, precision, code in ((tmp_path, "fp32", "folder-taken"), (tmp_path / "new", "fp16", "unknown-format")):
+        with pytest.raises(ModelError) as caught:
+            export_merged(saved_adapter(), folder, precision=precision)
+        assert caught.value.code == code
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]

@@ -5,11 +5,11 @@ import json
 import pytest
 
 from tokmask_peft.data.readers import TextFile
-from tokmask_peft.errors import DataError
+from tokmask_peft.errors import DataError, ModelError
 from tokmask_peft.inference import files
-from tokmask_peft.inference.classifier import Prediction
 from tokmask_peft.inference.export import check_folder, check_output
 from tokmask_peft.inference.files import predict_file
+from tokmask_peft.tasks import Prediction
 
 
 class Echo:
@@ -93,16 +93,17 @@ def test_a_failure_leaves_what_was_there(tmp_path, monkeypatch):
 def test_what_may_not_be_written_is_refused(tmp_path):
     (tmp_path / "in.txt").write_text("a\n")
     (tmp_path / "out.jsonl").write_text("before")
-    for out, force, expected in [
-        ("out.jsonl", False, "--force"),
-        ("in.txt", True, "the input itself"),
-        (".", True, "it is a folder"),
-        ("no/out.jsonl", False, "its folder is missing"),
+    for out, force, code in [
+        ("out.jsonl", False, "output-exists"),
+        ("in.txt", True, "output-is-input"),
+        (".", True, "output-not-writable"),
+        ("no/out.jsonl", False, "output-not-writable"),
     ]:
-        with pytest.raises(DataError, match=expected):
+        with pytest.raises(DataError) as caught:
             check_output(tmp_path / out, tmp_path / "in.txt", force)
-    with pytest.raises(Exception, match="not empty"):
-        check_folder(tmp_path)
-    with pytest.raises(Exception, match="cannot be made"):
-        check_folder(tmp_path / "no" / "folder")
+        assert (caught.value.code, caught.value.fields) == (code, {"path": tmp_path / out})
+    for folder, code in ((tmp_path, "folder-taken"), (tmp_path / "no" / "folder", "folder-not-writable")):
+        with pytest.raises(ModelError) as caught:
+            check_folder(folder)
+        assert caught.value.code == code
     assert check_folder(tmp_path / "new") == tmp_path / "new"

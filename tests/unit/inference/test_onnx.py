@@ -5,15 +5,14 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from tokmask_peft.errors import ModelError
-from tokmask_peft.inference import export as onnx
-from tokmask_peft.inference.export import export_merged
+from tokmask_peft.inference import export
 
 runtime = pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
 
 
 @pytest.mark.parametrize("family", ["distilbert", "qwen2"])
 def test_onnxruntime_gives_the_logits_of_the_merged_model(saved_adapter, tmp_path, monkeypatch, family):
-    done = export_merged(saved_adapter(family), tmp_path / "merged", onnx=True)
+    done = export.export_merged(saved_adapter(family), tmp_path / "merged", onnx=True)
     assert done.onnx < 1e-4
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
@@ -33,21 +32,29 @@ def test_onnxruntime_gives_the_logits_of_the_merged_model(saved_adapter, tmp_pat
             return [found + 0.01 * (given["input_ids"].shape[1] == 40)]
 
     monkeypatch.setattr(runtime, "InferenceSession", Wrong)
-    with pytest.raises(ModelError, match=r"differ from the model's by 0\.01 .* on 7 texts of 40"):
-        onnx._compare(model, tokenizer, tmp_path / "merged" / "model.onnx", 1e-4)
+    with pytest.raises(ModelError, match="7 texts of 40 sub-tokens") as caught:
+        export.compare_onnx(model, tokenizer, tmp_path / "merged" / "model.onnx", 1e-4)
+    assert caught.value.code == "onnx-logits-differ"
+    assert caught.value.fields["difference"] == pytest.approx(0.01, rel=0.01)
 
 
-def test_what_cannot_be_done_is_said(saved_adapter, tmp_path, monkeypatch):
-    with pytest.raises(ModelError, match="fp32 only"):
-        export_merged(saved_adapter("distilbert"), tmp_path / "merged", onnx=True, precision="bf16")
+def test_what_cannot_be_done_is_reported(saved_adapter, tmp_path, monkeypatch):
+    def refused(model, **options):
+        with pytest.raises(ModelError) as caught:
+            export.export_merged(model, tmp_path / "merged", onnx=True, **options)
+        return caught.value
+
+    assert refused(saved_adapter("distilbert"), precision="bf16").code == "onnx-precision"
 
     def fail(*_, **__):
         raise RuntimeError("\nno such operator\nmore")
 
     monkeypatch.setattr(torch.onnx, "export", fail)
-    with pytest.raises(ModelError, match=r"cannot export DistilBert.* \(no such operator\)"):
-        export_merged(saved_adapter("distilbert"), tmp_path / "merged", onnx=True)
-    monkeypatch.setattr(onnx.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ModelError, match=r"onnx, onnxscript, onnxruntime: pip install 'tokmask-peft\[onnx\]'"):
-        export_merged("no/such", tmp_path / "merged", onnx=True)
+    error = refused(saved_adapter("distilbert"))
+    assert (error.code, error.fields) == ("onnx-export-failed", {"model": "DistilBertForSequenceClassification"})
+    assert "(no such operator)" in str(error)
+    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
+    error = refused("no/such")
+    assert error.fields == {"missing": ["onnx", "onnxscript", "onnxruntime"]}
+    assert "pip install 'tokmask-peft[onnx]'" in str(error)
     assert list(tmp_path.iterdir()) == []

@@ -66,15 +66,24 @@ def test_other_errors_are_left_alone(classifier, monkeypatch):
 
 
 @pytest.mark.parametrize("part", ["load_backbone", "load_adapter", "merge_if_harmless"])
-def test_an_adapter_that_cannot_be_loaded_for_want_of_memory(saved_adapter, monkeypatch, part):
+def test_an_adapter_that_cannot_be_loaded_for_lack_of_memory(saved_adapter, monkeypatch, part):
     monkeypatch.setattr(load, part, refuse)
     with pytest.raises(ModelError, match=r"out of memory while the model was loaded \(CUDA .*other programs closed"):
         load.load(saved_adapter())
 
 
-@pytest.mark.parametrize("part", ["load_backbone", "load_adapter", "_logits", "_reloaded", "export_onnx"])
+@pytest.mark.parametrize(
+    "part",
+    [
+        "model.backbone.load_backbone",
+        "model.adapter.load_adapter",
+        "inference.export._logits",
+        "inference.export._reloaded",
+        "inference.export.export_onnx",
+    ],
+)
 def test_an_export_that_runs_out_of_memory_leaves_nothing(saved_adapter, monkeypatch, tmp_path, part):
-    monkeypatch.setattr(export, part, refuse)
+    monkeypatch.setattr(f"tokmask_peft.{part}", refuse)
     monkeypatch.setattr(export, "check_onnx_installed", lambda: None)
     with pytest.raises(ModelError, match=r"out of memory while the model was merged \(CUDA .*other programs closed"):
         export.export_merged(saved_adapter(), tmp_path / "merged", onnx=True)

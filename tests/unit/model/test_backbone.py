@@ -1,3 +1,7 @@
+import functools
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from tiny_models import families, token_families
@@ -125,19 +129,31 @@ def test_attention_dropout_is_off_in_evaluation_and_draws_no_other_head(model_co
 
 def test_a_backbone_without_attention_dropout_says_so(model_config, monkeypatch):
     monkeypatch.setattr("tokmask_peft.model.backbone._ATTENTION_DROPOUT", ("no_such_name",))
-    with pytest.raises(ModelError, match=r"model.attention_dropout is 0.1.*set model.attention_dropout=null"):
+    with pytest.raises(ModelError, match="attention_dropout=null") as caught:
         load_backbone(model_config("bert", attention_dropout=0.1), "sequence", LABELS, CPU)
+    assert caught.value.code == "no-attention-dropout"
 
 
 def test_package_path_is_found_and_its_absence_explained():
     config = ModelConfig(backbone="a/b", backbone_path="package:transformers/models")
     assert backbone_location(config).endswith("transformers/models")
-    with pytest.raises(ModelError, match=r"pip install no-such-thing.*backbone_path=null"):
+    with pytest.raises(ModelError, match=r"pip install no-such-thing.*backbone_path=null") as caught:
         backbone_location(ModelConfig(backbone="a/b", backbone_path="package:no_such_thing/model"))
-    with pytest.raises(ModelError, match="not a folder"):
+    assert (caught.value.code, caught.value.fields) == ("backbone-package-missing", {"package": "no_such_thing"})
+    with pytest.raises(ModelError) as caught:
         backbone_location(ModelConfig(backbone="a/b", backbone_path="/no/such/folder"))
+    assert (caught.value.code, caught.value.fields) == ("backbone-folder-missing", {"path": "/no/such/folder"})
 
 
-def test_missing_backbone_is_one_clear_error(tmp_path):
-    with pytest.raises(ModelError, match=r"cannot be loaded from .*nothing-here"):
-        load_tokenizer(ModelConfig(backbone=str(tmp_path / "nothing-here")))
+@pytest.mark.parametrize(("what", "load"), [("tokenizer", load_tokenizer), ("backbone", None)])
+def test_a_missing_backbone_is_one_clear_error(tmp_path, tiny_folder, what, load):
+    config = ModelConfig(backbone=str(tmp_path / "nothing-here"), precision="fp32", quantization="none")
+    if load is None:  # past the tokenizer
+        (tmp_path / "nothing-here").mkdir()
+        for file in Path(tiny_folder("bert")).glob("tokenizer*"):
+            shutil.copy(file, tmp_path / "nothing-here")
+        load = functools.partial(load_backbone, task="sequence", labels=LABELS, device=CPU)
+    with pytest.raises(ModelError, match="Hub id or a folder") as caught:
+        load(config)
+    assert caught.value.code == f"{what}-not-loaded"
+    assert caught.value.fields == {"location": config.backbone}

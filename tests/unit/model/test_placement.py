@@ -64,7 +64,7 @@ def test_masking_is_that_of_a_resident_embedding(family, placement):
 
 
 @pytest.mark.parametrize("placement", PLACED)
-def test_the_matrix_is_no_parameter_of_full_size(model_config, placement):
+def test_the_matrix_is_not_a_parameter_of_full_size(model_config, placement):
     backbone = load_backbone(model_config("qwen2", embedding=placement), "sequence", LABELS, CPU)
     embedding = backbone.model.get_input_embeddings()
     assert backbone.decisions[-1].what == "embedding"
@@ -105,8 +105,9 @@ def test_the_adapter_holds_no_embedding_and_loads_with_stock_peft(model_config, 
 
 def test_a_scaled_lookup_stays_where_it_is():
     model, _ = build("gemma3")
-    with pytest.raises(ModelError, match=r"model.embedding=offload needs a plain lookup.*ScaledWordEmbedding"):
+    with pytest.raises(ModelError, match=r"ScaledWordEmbedding: use resident") as caught:
         place_embedding(model, "offload", CPU)
+    assert (caught.value.code, caught.value.fields) == ("embedding-not-movable", {"wanted": "offload"})
 
 
 def test_a_trained_mask_row_needs_a_resident_embedding():

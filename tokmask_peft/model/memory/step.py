@@ -464,18 +464,15 @@ def _faked(value: Any, mode: FakeTensorMode) -> Any:
 def _forward(model: Any, batch: dict[str, Any], device_type: str) -> Tensor:
     if "packing" not in batch:
         return _logits(model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]))
-    from tokmask_peft.model.packed import enable_padding_free
+    from tokmask_peft.model.packed import enable_padding_free, packed_hidden, packed_logits
 
     base: Any = unwrap(model)
     enable_padding_free(base)
     if device_type != "cpu":
         _register()
         base.config._attn_implementation = PACKED
-    forward = base.forward
-    hidden = forward._hidden(batch["input_ids"], batch["packing"])[:, : batch["texts"].shape[1]]
-    if forward.task == "token":
-        return _logits(forward._token_logits(hidden))
-    return _logits(forward._text_logits(hidden, batch["texts"], batch["layout"]))
+    hidden = packed_hidden(base, batch["input_ids"], batch["packing"])[:, : batch["texts"].shape[1]]
+    return packed_logits(base, hidden, batch["texts"], batch["layout"])
 
 
 def _logits(output: Any) -> Tensor:
