@@ -1,6 +1,6 @@
 """Find texts that would make a score look better, or learning worse, than it is.
 
-Two texts are the same when they agree after normalisation: Unicode NFC, lower case, white space collapsed.
+Two texts are the same if they agree after normalisation: Unicode NFC, lower case, white space collapsed.
 """
 
 from __future__ import annotations
@@ -8,12 +8,13 @@ from __future__ import annotations
 import unicodedata
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Literal
 
 from tokmask_peft.tasks import Example, Label
 
 EXAMPLES_SHOWN = 3
+_WIDTH = 60
 
 
 def normalise(text: str) -> str:
@@ -22,13 +23,13 @@ def normalise(text: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class HygieneReport:
+class CleaningReport:
     """What was found before anything was removed, and what was removed.
 
     Attributes:
         mode: `remove` or `report`.
         duplicates: training texts that repeat an earlier one.
-        conflicting: distinct training texts that carry different labels.
+        conflicting: distinct training texts that have different labels.
         conflicting_rows: training texts of those, all copies counted.
         train_in_validation: training texts that are also in validation.
         train_in_test: training texts that are also in test.
@@ -53,19 +54,32 @@ class HygieneReport:
     removed_from_validation: int = 0
     examples: dict[str, list[str]] = field(default_factory=dict)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-able form."""
-        return asdict(self)
-
-
-@dataclass(frozen=True, slots=True)
-class Cleaned:
-    """Splits after hygiene."""
-
-    train: list[Example]
-    validation: list[Example]
-    test: list[Example]
-    report: HygieneReport
+    def lines(self) -> list[str]:
+        """Return the report as lines to print; none if nothing was found."""
+        kinds = {
+            "duplicates": f"texts in train that repeat an earlier one: {self.duplicates:,}",
+            "conflicting": f"texts in train with different labels: {self.conflicting:,} "
+            f"({self.conflicting_rows:,} copies)",
+            "train_in_validation": f"texts in train that are also in validation: {self.train_in_validation:,} "
+            f"({self.validation_shared:,} there)",
+            "train_in_test": f"texts in train that are also in test: {self.train_in_test:,} "
+            f"({self.test_shared:,} there)",
+            "validation_in_test": f"texts in validation that are also in test: {self.validation_in_test:,}",
+        }
+        lines = []
+        for kind, sentence in kinds.items():
+            if getattr(self, kind):
+                texts = self.examples.get(kind, [])
+                short = [text if len(text) <= _WIDTH else text[: _WIDTH - 1] + "…" for text in texts]
+                lines.append(f"cleaning: {sentence}, such as {'; '.join(f'“{text}”' for text in short)}")
+        if lines and self.mode == "remove":
+            lines.append(
+                f"cleaning: removed {self.removed_from_train:,} texts from train and "
+                f"{self.removed_from_validation:,} from validation (data.hygiene: report keeps them)"
+            )
+        elif lines:
+            lines.append("cleaning: nothing removed (data.hygiene: remove would)")
+        return lines
 
 
 def clean(
@@ -73,12 +87,15 @@ def clean(
     validation: Sequence[Example],
     test: Sequence[Example],
     mode: Literal["remove", "report"] = "remove",
-) -> Cleaned:
+) -> tuple[list[Example], list[Example], CleaningReport]:
     """Count duplicates, conflicting labels and texts shared between splits; with `remove`, remove them.
 
-    From train go: all copies of a text with conflicting labels (for token tasks: different tag sequences), repeats of
-    a text, and texts that are also in validation or test. From validation go texts that are also in test. Test stays
-    as it is, so that scores compare with those of others.
+    Removed from train: all copies of a text with conflicting labels (in token tasks: different tag sequences), repeats
+    of a text, and texts that are also in validation or test. Removed from validation: texts that are also in test. Test
+    stays as it is, so that scores can be compared with those of others.
+
+    Returns:
+        The training texts, the validation texts, and what was found.
     """
     keys = [normalise(example.string) for example in train]
     validation_keys = [normalise(example.string) for example in validation]
@@ -111,7 +128,7 @@ def clean(
     both = [key for key in validation_keys if key in in_test]
     shown["validation_in_test"] = list(dict.fromkeys(both))[:EXAMPLES_SHOWN]
     remove = mode == "remove"
-    report = HygieneReport(
+    report = CleaningReport(
         mode=mode,
         duplicates=len(keys) - len(in_train),
         conflicting=len(conflicting),
@@ -125,6 +142,4 @@ def clean(
         removed_from_validation=len(both) if remove else 0,
         examples={kind: texts for kind, texts in shown.items() if texts},
     )
-    if not remove:
-        return Cleaned(list(train), list(validation), list(test), report)
-    return Cleaned(kept, kept_validation, list(test), report)
+    return (kept, kept_validation, report) if remove else (list(train), list(validation), report)

@@ -74,7 +74,7 @@ class Occluded:
 
     def __init__(self, classifier: Classifier, texts: Sequence[Any]) -> None:
         self.classifier = classifier
-        self._windows = classifier.windower.cut(texts, owners=True)
+        self._windows = classifier.encoder.windows(texts, owners=True)
         self._of_text: list[list[int]] = [[] for _ in texts]
         for number, window in enumerate(self._windows):
             self._of_text[window.text].append(number)

@@ -39,8 +39,9 @@ class SourceConfig(Section):
     builtin: StrictBool = Field(
         False, description="the built-in Spanish-English corpus (made up, for trying things out)"
     )
-    format: Literal["auto", "conll", "csv", "tsv", "jsonl", "parquet"] = Field(
-        "auto", description="file format; auto goes by the file's ending"
+    format: str = Field(
+        "auto",
+        description="auto goes by the file's ending; or conll, csv, tsv, jsonl, parquet",
     )
     text_column: str | int | None = Field(
         None, description="column of the text, or of the words in token tasks; a number counts from 0 in CoNLL files"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from tokmask_peft import __version__
 from tokmask_peft.artifacts import Record
 from tokmask_peft.console import baseline_verdict, calibration_line
+from tokmask_peft.data.corpus import merged_labels
 from tokmask_peft.errors import ModelError, RunError, TokmaskError
 from tokmask_peft.hub.card import AUTO, hub_id, limit_lines, loading_snippet, training_lines
 from tokmask_peft.inference.display import influence_words, strongest_words
@@ -78,12 +78,8 @@ def file_name(source: str) -> str:
     return source
 
 
-def _merged(label_map: Mapping[str, Mapping[str, int]]) -> str:
-    totals: Counter[str] = Counter()
-    for effects in label_map.values():
-        totals.update(effects)
-    changed = {pair: count for pair, count in totals.items() if len(set(pair.split(" -> "))) > 1}
-    return ", ".join(f"{pair.replace(' -> ', ' → ')} ({count:,})" for pair, count in changed.items())
+def _merged(label_map: Mapping[str, Any]) -> str:
+    return ", ".join(f"{old} → {new} ({count:,})" for old, new, count in merged_labels(label_map))
 
 
 def _removed(found: Mapping[str, Any]) -> str:

@@ -5,14 +5,14 @@ from collections import Counter, defaultdict
 from random import Random
 
 import pytest
+from tokmask_peft.data.builtin.grammar import Writer
+from tokmask_peft.data.builtin.noise import roughen
+from tokmask_peft.data.builtin.posts import NAMES, SIZES
 
 from tokmask_peft.data.builtin import builtin_examples
 from tokmask_peft.data.builtin import nouns as noun_lists
 from tokmask_peft.data.builtin import templates as patterns
 from tokmask_peft.data.builtin import words as word_lists
-from tokmask_peft.data.builtin.grammar import Writer
-from tokmask_peft.data.builtin.noise import roughen
-from tokmask_peft.data.builtin.posts import NAMES, SIZES
 from tokmask_peft.data.cleaning import normalise
 from tokmask_peft.data.corpus import load_corpus
 from tokmask_peft.errors import DataError

@@ -257,7 +257,7 @@ class _Masks:
     def __init__(self, classifier: Classifier, texts: Sequence[Any], seed: int) -> None:
         self._classifier, self._count, self._seed = classifier, len(texts), seed
         self._config = classifier.masking or TokenMaskConfig()
-        self._windows = classifier.windower.cut(texts)
+        self._windows = classifier.encoder.windows(texts)
         tokenizer = classifier.tokenizer
         rows = len(classifier.occlusion.maskable)
         table = maskable_table(tokenizer, rows, {*self._config.protect, tokenizer.pad_token_id})
@@ -282,7 +282,7 @@ class _Masks:
 
 
 def _predicted(classifier: Classifier, texts: Sequence[Any], batch_size: int) -> list[NDArray[np.int64]]:
-    windows = classifier.windower.cut(texts)
+    windows = classifier.encoder.windows(texts)
     return _labels(classifier, windows, classifier.forward.logits(windows, batch_size), len(texts))
 
 
