@@ -80,7 +80,7 @@ class Task:
         pipeline_tag: of the Hub and of `transformers.pipeline`.
         text_columns: names under which tables hold the text, the likeliest first.
         label_columns: names under which tables hold the labels.
-        words_given: whether a text is a list of words, and the tokenizer is told so.
+        words_given: whether a text is a list of words, and is given to the tokenizer as one.
     """
 
     name: ClassVar[str]
@@ -102,13 +102,7 @@ class Task:
         return Example(text if isinstance(text, str) else " ".join(text), label, where)
 
     def from_cells(self, text: Any, label: Any, where: str, columns: tuple[str, str | None]) -> Example:
-        """Return the example of a table's row.
-
-        Args:
-            text: the cell of the text.
-            label: the cell of the label; none if labels are not read.
-            where: place of the row.
-            columns: names of the two columns, for messages.
+        """Return the example of a table's row: its cells, its place, and the names of the two columns for messages.
 
         Raises:
             DataError: a cell does not fit the task.
@@ -116,16 +110,13 @@ class Task:
         raise NotImplementedError
 
     def encode_label(self, example: Example, starts: Sequence[tuple[int, int]], length: int, ids: LabelIds) -> Any:
-        """Return what the model is to learn of a labelled example, for its column `labels`.
+        """Return what the model should learn from an example, for the column `labels`.
 
         Args:
             example: the text and its label.
             starts: if words are given, `(word, position)` of each first sub-token that was kept.
             length: sub-tokens of the encoded text, special tokens included.
             ids: label -> index among the outputs.
-
-        Raises:
-            DataError: a label is unknown.
         """
         raise NotImplementedError
 
@@ -165,18 +156,13 @@ class SequenceTask(Task):
 
     def from_cells(self, text: Any, label: Any, where: str, columns: tuple[str, str | None]) -> Example:
         """See `Task`; the text is a string or a list of words, the label any value."""
-        words = isinstance(text, list) and all(isinstance(word, str) for word in text)
-        if not (words or text is None or isinstance(text, str)):
-            found = type(text).__name__
-            raise DataError(
-                f"column '{columns[0]}' holds {found}, but a text is a string or a list of words", code="cell-type"
-            )
+        words = text if isinstance(text, list) else ["" if text is None else text]
+        if not all(isinstance(word, str) for word in words):
+            found = f"column '{columns[0]}' has {type(text).__name__}"
+            raise DataError(f"{found}, but a text is a string or a list of words", code="cell-type")
         if isinstance(label, list | dict):
-            raise DataError(
-                f"column '{columns[1]}' holds a {type(label).__name__}, but task '{self.name}' needs one label per "
-                "text. For one label per word set data.task to token.",
-                code="cell-type",
-            )
+            found = f"column '{columns[1]}' has {type(label).__name__}, but task '{self.name}' needs one label per text"
+            raise DataError(f"{found}. For one label per word set data.task to token.", code="cell-type")
         return self.example(text or "", None if label is None else str(label).strip(), where)
 
     def encode_label(self, example: Example, starts: Sequence[tuple[int, int]], length: int, ids: LabelIds) -> int:
@@ -215,17 +201,14 @@ class TokenTask(Task):
         """See `Task`; words and tags are lists, or strings separated by white space."""
         words, tags = _listed(text), _listed(label)
         if not isinstance(words, list | None) or not isinstance(tags, list | None):
-            raise DataError(
-                f"task '{self.name}' needs a list of words in '{columns[0]}' and a list of tags in '{columns[1]}'",
-                code="cell-type",
-            )
+            problem = f"task '{self.name}' needs a list of words in '{columns[0]}' and a list of tags in '{columns[1]}'"
+            raise DataError(problem, code="cell-type")
         words = ["" if word is None else str(word) for word in words or []]
         if tags is None:
             return self.example(words, None, where)
         if len(words) != len(tags):
-            raise DataError(
-                f"{len(words)} words in '{columns[0]}' but {len(tags)} tags in '{columns[1]}'", code="tag-count"
-            )
+            problem = f"{len(words)} words in '{columns[0]}' but {len(tags)} tags in '{columns[1]}'"
+            raise DataError(problem, code="tag-count")
         return self.example(words, tuple("" if tag is None else str(tag) for tag in tags), where)
 
     def encode_label(

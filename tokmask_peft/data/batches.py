@@ -7,7 +7,6 @@ from itertools import accumulate
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
 from tokmask_peft.recipe.schema import Batching
@@ -54,10 +53,9 @@ SORTED_TEXTS = 1024
 class TokenBudgetSampler(Sampler[list[int]]):
     """Fills batches in random order until the next text would exceed the budget.
 
-    Every epoch has the same number of batches, which the learning rate's schedule relies on, and so does every process.
-    The number is the largest that the first epochs need; an epoch that needs fewer has its largest batches halved, and
-    one that would need more is drawn again. No text is left out, and none is seen twice unless there are fewer texts
-    than batches.
+    Every epoch and process has the same number of batches, which the learning rate's schedule relies on: the largest
+    that the first epochs need. An epoch that needs fewer has its largest batches halved, and one that would need more
+    is drawn again. No text is left out, and none is seen twice unless there are fewer texts than batches.
 
     Args:
         lengths: sub-tokens of each text.
@@ -110,10 +108,6 @@ class TokenBudgetSampler(Sampler[list[int]]):
         if self.batching == "grouped":
             parts = [order[at : at + SORTED_TEXTS] for at in range(0, len(order), SORTED_TEXTS)]
             order = np.concatenate([part[np.argsort(-self.lengths[part], kind="stable")] for part in parts])
-        batches = self._fill(order)
-        return [batches[at] for at in random.permutation(len(batches))] if self.batching == "grouped" else batches
-
-    def _fill(self, order: NDArray[np.int64]) -> list[list[int]]:
         batches: list[list[int]] = [[]]
         total = longest = 0
         for text in order.tolist():
@@ -123,15 +117,11 @@ class TokenBudgetSampler(Sampler[list[int]]):
                 batches.append([])
                 total = longest = length
             batches[-1].append(text)
-        return batches
+        return [batches[at] for at in random.permutation(len(batches))] if self.batching == "grouped" else batches
 
 
 def check_budget(longest: int, budget: int, batching: Batching) -> None:
-    """Refuse a budget that the longest text exceeds.
-
-    Raises:
-        ValueError: it does.
-    """
+    """Raise a ValueError if the longest text exceeds the budget."""
     if (needed := _cost(longest, 1, longest, batching)) > budget:
         raise ValueError(f"the longest text takes {needed} sub-tokens, more than the {budget} of a batch")
 

@@ -14,7 +14,7 @@ from typing import Literal
 from tokmask_peft.tasks import Example, Label
 
 EXAMPLES_SHOWN = 3
-_WIDTH = 60
+WIDTH = 60
 
 
 def normalise(text: str) -> str:
@@ -31,13 +31,9 @@ class CleaningReport:
         duplicates: training texts that repeat an earlier one.
         conflicting: distinct training texts that have different labels.
         conflicting_rows: training texts of those, all copies counted.
-        train_in_validation: training texts that are also in validation.
-        train_in_test: training texts that are also in test.
-        validation_in_test: validation texts that are also in test.
-        validation_shared: validation texts that are also in train.
-        test_shared: test texts that are also in train.
-        removed_from_train: training texts removed.
-        removed_from_validation: validation texts removed.
+        train_in_validation, train_in_test, validation_in_test: texts of the first that are also in the second.
+        validation_shared, test_shared: texts there that are also in train.
+        removed_from_train, removed_from_validation: texts removed.
         examples: up to three normalised texts of each kind.
     """
 
@@ -57,29 +53,24 @@ class CleaningReport:
     def lines(self) -> list[str]:
         """Return the report as lines to print; none if nothing was found."""
         kinds = {
-            "duplicates": f"texts in train that repeat an earlier one: {self.duplicates:,}",
-            "conflicting": f"texts in train with different labels: {self.conflicting:,} "
-            f"({self.conflicting_rows:,} copies)",
-            "train_in_validation": f"texts in train that are also in validation: {self.train_in_validation:,} "
-            f"({self.validation_shared:,} there)",
-            "train_in_test": f"texts in train that are also in test: {self.train_in_test:,} "
-            f"({self.test_shared:,} there)",
-            "validation_in_test": f"texts in validation that are also in test: {self.validation_in_test:,}",
+            "duplicates": ("train that repeat an earlier one", ""),
+            "conflicting": ("train with different labels", f" ({self.conflicting_rows:,} copies)"),
+            "train_in_validation": ("train that are also in validation", f" ({self.validation_shared:,} there)"),
+            "train_in_test": ("train that are also in test", f" ({self.test_shared:,} there)"),
+            "validation_in_test": ("validation that are also in test", ""),
         }
         lines = []
-        for kind, sentence in kinds.items():
-            if getattr(self, kind):
-                texts = self.examples.get(kind, [])
-                short = [text if len(text) <= _WIDTH else text[: _WIDTH - 1] + "…" for text in texts]
-                lines.append(f"cleaning: {sentence}, such as {'; '.join(f'“{text}”' for text in short)}")
-        if lines and self.mode == "remove":
-            lines.append(
-                f"cleaning: removed {self.removed_from_train:,} texts from train and "
-                f"{self.removed_from_validation:,} from validation (data.hygiene: report keeps them)"
-            )
-        elif lines:
-            lines.append("cleaning: nothing removed (data.hygiene: remove would)")
-        return lines
+        for kind, (what, more) in kinds.items():
+            if count := getattr(self, kind):
+                short = [text if len(text) <= WIDTH else text[: WIDTH - 1] + "…" for text in self.examples[kind]]
+                shown = "; ".join(f"“{text}”" for text in short)
+                lines.append(f"cleaning: texts in {what}: {count:,}{more}, such as {shown}")
+        outcome = "nothing removed (data.hygiene: remove would)"
+        if self.mode == "remove":
+            train, validation = self.removed_from_train, self.removed_from_validation
+            outcome = f"removed {train:,} texts from train and {validation:,} from validation"
+            outcome += " (data.hygiene: report keeps them)"
+        return [*lines, f"cleaning: {outcome}"] if lines else []
 
 
 def clean(
@@ -88,14 +79,11 @@ def clean(
     test: Sequence[Example],
     mode: Literal["remove", "report"] = "remove",
 ) -> tuple[list[Example], list[Example], CleaningReport]:
-    """Count duplicates, conflicting labels and texts shared between splits; with `remove`, remove them.
+    """Return the training and the validation texts, cleaned if `mode` is `remove`, and what was found.
 
     Removed from train: all copies of a text with conflicting labels (in token tasks: different tag sequences), repeats
     of a text, and texts that are also in validation or test. Removed from validation: texts that are also in test. Test
     stays as it is, so that scores can be compared with those of others.
-
-    Returns:
-        The training texts, the validation texts, and what was found.
     """
     keys = [normalise(example.string) for example in train]
     validation_keys = [normalise(example.string) for example in validation]

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from itertools import chain, islice
 
 from tokmask_peft.data.tables import Columns
@@ -29,54 +28,6 @@ _LABEL_KEYS = {"label", "sentiment", "sa", "sent_label", "class"}
 _RANGE_OR_EMPTY_NODE = re.compile(r"\d+[-.]\d+$")
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """What the first lines of a file show about the rest.
-
-    Attributes:
-        tabs: whether tabs separate the columns; otherwise any spaces and tabs do.
-        width: columns of a word line.
-        conllu: ten columns of Universal Dependencies, with range and empty-node lines.
-        labels: last columns seen, to recognise a word line with spaces in place of the tab.
-    """
-
-    tabs: bool
-    width: int
-    conllu: bool
-    labels: frozenset[str] = field(repr=False)
-
-    @classmethod
-    def sniff(cls, lines: Iterable[str]) -> Layout:
-        """Guess the layout from the first lines of a file."""
-        rows = [line for line in (line.rstrip(" ") for line in lines) if line.strip(" \t") and not _comment(line)]
-        tabbed = [line.split("\t") for line in rows if "\t" in line]
-        fields = tabbed or [_split(line) for line in rows]
-        widths = [len(row) for row in fields] or [0]
-        width = max(set(widths), key=widths.count)
-        conllu = bool(tabbed) and width == len(CONLLU_COLUMNS)
-        return cls(bool(tabbed), width, conllu, frozenset(row[-1] for row in fields if len(row) == width))
-
-    def column(self, asked: str | int | None, default: int, field_name: str) -> int:
-        """Return the index of a column, given by its number or its CoNLL-U name.
-
-        Raises:
-            DataError: there is no column of that name.
-        """
-        if asked is None:
-            return default
-        if isinstance(asked, int) or re.fullmatch(r"-?\d+", asked):
-            return int(asked)
-        if self.conllu and asked.lower() in CONLLU_COLUMNS:
-            return CONLLU_COLUMNS.index(asked.lower())
-        named = f" Columns of CoNLL-U: {', '.join(CONLLU_COLUMNS)}.{nearest(asked, CONLLU_COLUMNS)}"
-        raise DataError(
-            f"data.{field_name} is '{asked}', but the columns of a CoNLL file have numbers: 0 is the first, -1 the "
-            "last." + (named if self.conllu else ""),
-            code="column",
-            field=field_name,
-        )
-
-
 def _split(line: str) -> list[str]:
     """Split at spaces and tabs only: a word may be any other white space, such as a no-break space."""
     return re.split(r"[ \t]+", line.strip(" \t"))
@@ -90,9 +41,8 @@ def _comment(line: str) -> re.Match[str] | None:
 class ConllReader:
     """Reads a column file, one text at a time.
 
-    If words carry the labels, the tags are read from a column; otherwise the label of a text is read from the comment
-    above its words. Without `columns.text` the words are in the first column (CoNLL-U: the second), without
-    `columns.label` the tags are in the last.
+    If words carry the labels, the tags are read from a column (default: the last); otherwise the label of a text is
+    read from the comment above its words. These are in the first column by default (CoNLL-U: the second).
 
     Args:
         lines: the file's lines, without line ends.
@@ -106,9 +56,32 @@ class ConllReader:
         self._lines = chain(first, stream)
         self._name, self._task, self._labelled = name, columns.task, columns.labelled
         self._tagged = columns.labelled and columns.task.words_given
-        self._layout = Layout.sniff(first)
-        self._text = self._layout.column(columns.text, 1 if self._layout.conllu else 0, "text_column")
-        self._tag = self._layout.column(columns.label, -1, "label_column")
+        self._sniff(first)
+        self._text = self._index(columns.text, 1 if self._conllu else 0, "text_column")
+        self._tag = self._index(columns.label, -1, "label_column")
+
+    def _sniff(self, lines: Iterable[str]) -> None:
+        """Guess from the first lines what separates columns, how many there are, and which labels occur."""
+        rows = [line for line in (line.rstrip(" ") for line in lines) if line.strip(" \t") and not _comment(line)]
+        tabbed = [line.split("\t") for line in rows if "\t" in line]
+        fields = tabbed or [_split(line) for line in rows]
+        widths = [len(row) for row in fields] or [0]
+        self._tabs, self._width = bool(tabbed), max(set(widths), key=widths.count)
+        self._conllu = self._tabs and self._width == len(CONLLU_COLUMNS)
+        self._labels = {row[-1] for row in fields if len(row) == self._width}
+
+    def _index(self, asked: str | int | None, default: int, field: str) -> int:
+        """Return the index of a column, given by its number or its CoNLL-U name."""
+        if asked is None:
+            return default
+        if isinstance(asked, int) or re.fullmatch(r"-?\d+", asked):
+            return int(asked)
+        if self._conllu and asked.lower() in CONLLU_COLUMNS:
+            return CONLLU_COLUMNS.index(asked.lower())
+        problem = f"data.{field} is '{asked}', but columns of a CoNLL file have numbers: 0 is the first, -1 the last."
+        if self._conllu:
+            problem += f" Columns of CoNLL-U: {', '.join(CONLLU_COLUMNS)}.{nearest(asked, CONLLU_COLUMNS)}"
+        raise DataError(problem, code="column", field=field)
 
     def __iter__(self) -> Iterator[Example | Unreadable]:
         """Yield the texts in order, with the first problem of a text in its place."""
@@ -143,38 +116,31 @@ class ConllReader:
 
     def _is_comment(self, line: str, inside: bool) -> bool:
         """Distinguish a comment from a word that begins with '#'."""
-        if line.startswith("meta") and self._layout.width == 2 and not inside:
+        if line.startswith("meta") and self._width == 2 and not inside:
             return len(line.split()) == 3
         if not line.startswith("#"):
             return False
         keyed = _comment(line) is not None
         if keyed and inside:
-            raise DataError(
-                f"the comment '{line.strip()}' is inside a text. Put a blank line before it: blank lines separate "
-                "texts.",
-                code="comment-inside",
-            )
+            problem = f"the comment '{line.strip()}' is inside a text. Put a blank line before it to end the text."
+            raise DataError(problem, code="comment-inside")
         if keyed or inside:
             return keyed
-        return self._layout.tabs and "\t" not in line and self._repaired(line) is None
+        return self._tabs and "\t" not in line and self._repaired(line) is None
 
     def _repaired(self, line: str) -> list[str] | None:
         """Return the columns of a word line that has spaces in place of its tabs, or none if it is not one."""
         columns = _split(line)
-        fits = self._layout.tabs and len(columns) == self._layout.width and columns[-1] in self._layout.labels
+        fits = self._tabs and len(columns) == self._width and columns[-1] in self._labels
         return columns if fits else None
 
     def _columns(self, line: str) -> list[str] | None:
-        """Return the columns of a word line; none for a CoNLL-U range or empty node.
-
-        Raises:
-            DataError: a column is missing, or would be taken for another.
-        """
-        tabs, width = self._layout.tabs, self._layout.width
+        """Return the columns of a word line; none for a CoNLL-U range or empty node."""
+        tabs, width = self._tabs, self._width
         columns = [column.strip(" ") for column in line.split("\t")] if tabs else _split(line)
         if len(columns) == 1:
             columns = self._repaired(line) or columns
-        if self._layout.conllu and _RANGE_OR_EMPTY_NODE.fullmatch(columns[0]):
+        if self._conllu and _RANGE_OR_EMPTY_NODE.fullmatch(columns[0]):
             return None
         needed = [self._text, self._tag] if self._tagged else [self._text]
         least = max([index + 1 if index >= 0 else -index for index in needed] + [2 if self._tagged else 1])

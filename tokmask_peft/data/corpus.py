@@ -15,19 +15,13 @@ from tokmask_peft.data.readers import find_files, read_split
 from tokmask_peft.data.split import carve, subset
 from tokmask_peft.errors import DataError, nearest
 from tokmask_peft.recipe.schema import DataConfig, SourceConfig
-from tokmask_peft.tasks import Example
+from tokmask_peft.tasks import Example, Label
 
 OTHERS = "*"
 
 
 class Merge(NamedTuple):
-    """A label of the data that is learned as another one, or as itself because the label map says so.
-
-    Attributes:
-        old: the label in the data.
-        new: the label to learn.
-        items: texts or words that had the old one.
-    """
+    """A label in the data, the label that a label map makes of it, and how many texts or words had it."""
 
     old: str
     new: str
@@ -37,32 +31,25 @@ class Merge(NamedTuple):
 def apply_label_map(
     examples: Iterable[Example], label_map: Mapping[str, str] | None
 ) -> tuple[list[Example], tuple[Merge, ...]]:
-    """Replace labels by `label_map`, whose key '*' stands for every label that is not a key.
-
-    Returns:
-        The examples in the order given, and what the map applied to.
-    """
+    """Replace labels by `label_map`, whose key '*' stands for every other label; also return what it applied to."""
     examples = list(examples)
     if not label_map:
         return examples, ()
     seen = Counter(tag for example in examples for tag in example.tags)
     new = {tag: label_map.get(tag, label_map.get(OTHERS, tag)) for tag in seen}
     merges = tuple(Merge(tag, new[tag], n) for tag, n in seen.items() if new[tag] != tag or tag in label_map)
-    mapped = [
-        replace(
-            example, label=new[example.label] if isinstance(example.label, str) else tuple(new[t] for t in example.tags)
-        )
-        for example in examples
-    ]
-    return mapped, merges
+
+    def mapped(label: Label) -> Label:
+        return new[label] if isinstance(label, str) else tuple(new[tag] for tag in label or ())
+
+    return [replace(example, label=mapped(example.label)) for example in examples], merges
 
 
 def merged_labels(stored: Mapping[str, Any]) -> list[Merge]:
     """Return the labels that were merged into others, with their counts over all splits.
 
     Args:
-        stored: `label_map` of a data report, or of the `data` in a `result.json`; version 0.1 wrote
-            `{"old -> new": count}` for each split.
+        stored: `label_map` of a data report or of a `result.json`, where older runs have `{"old -> new": count}`.
     """
     totals: Counter[tuple[str, str]] = Counter()
     for merges in stored.values():
@@ -91,14 +78,9 @@ def collect_labels(train: Sequence[Example]) -> tuple[str, ...]:
     Raises:
         DataError: there are fewer than two.
     """
-    labels = tuple(count_labels(train))
-    if len(labels) < 2:
-        raise DataError(
-            f"the training texts have {len(labels)} label{'s' if len(labels) != 1 else ''} ({', '.join(labels)}), but "
-            "a classifier needs two or more. Check data.label_column and data.label_map.",
-            code="one-label",
-            labels=labels,
-        )
+    if len(labels := tuple(count_labels(train))) < 2:
+        problem = f"the only label of the training texts is {', '.join(labels)}, but a classifier needs two or more"
+        raise DataError(f"{problem}. Check data.label_column and data.label_map.", code="one-label", labels=labels)
     return labels
 
 
@@ -106,7 +88,7 @@ def check_known(examples: Iterable[Example], labels: Sequence[str], split: str) 
     """Refuse labels that no training text has.
 
     Raises:
-        DataError: lists each label, its count, its first place and the nearest known one.
+        DataError: there are some; lists each with its count, its first place and the nearest known one.
     """
     places: dict[str, list[str]] = {}
     known = set(labels)
@@ -116,32 +98,20 @@ def check_known(examples: Iterable[Example], labels: Sequence[str], split: str) 
                 places.setdefault(tag, []).append(example.where)
     if places:
         lines = [
-            f"  '{tag}': {len(where)} times, first at {where[0]}.{nearest(tag, labels)}"
-            for tag, where in sorted(places.items())
+            f"{split}: labels that no training text has (training has {', '.join(labels)}):",
+            *(
+                f"  '{tag}': {len(where)} times, first at {where[0]}.{nearest(tag, labels)}"
+                for tag, where in sorted(places.items())
+            ),
+            f"Merge them with data.label_map, for example {{'{next(iter(places))}': '{labels[-1]}'}}; its key '*' is "
+            "every other label.",
         ]
-        raise DataError(
-            f"{split}: labels that no training text has (training has {', '.join(labels)}):\n"
-            + "\n".join(lines)
-            + "\nMerge them with data.label_map, for example {'"
-            + next(iter(places))
-            + f"': '{labels[-1]}'}}; its key '*' stands for every other label.",
-            code="unknown-labels",
-            split=split,
-            labels=tuple(sorted(places)),
-        )
+        raise DataError("\n".join(lines), code="unknown-labels", split=split, labels=tuple(sorted(places)))
 
 
 @dataclass(frozen=True, slots=True)
 class SplitCounts:
-    """Size of a split as it is used.
-
-    Attributes:
-        source: the file, Hub split or share it comes from.
-        read: texts in the source.
-        texts: texts used.
-        words: words of those texts.
-        labels: label -> texts, or words if these carry the labels.
-    """
+    """Size of a split: its source, texts read from there, and texts, words and labels that are used."""
 
     source: str
     read: int
@@ -233,20 +203,14 @@ def load_corpus(config: DataConfig, seed: int) -> Corpus:
     parts = {name: mapped[name][0] if name in mapped else [] for name in ("train", "validation", "test")}
     train, validation, cleaning = clean(**parts, mode=config.hygiene)
     if not train:
-        raise DataError(
-            "cleaning left no training text: data.hygiene=report shows what would be removed, and keeps it",
-            code="nothing-left",
-            split="train",
-        )
+        problem = "cleaning left no training text: data.hygiene=report shows what would be removed, and keeps it"
+        raise DataError(problem, code="nothing-left", split="train")
     if isinstance(config.validation, float):
         train, validation = carve(train, config.validation, seed)
         sources["validation"] = f"a share of {config.validation:g} of train"
     elif not validation:
-        raise DataError(
-            "every validation text is also in test: set data.validation to a share of train such as 0.1",
-            code="nothing-left",
-            split="validation",
-        )
+        problem = "every validation text is also in test: set data.validation to a share of train such as 0.1"
+        raise DataError(problem, code="nothing-left", split="validation")
     if config.max_train is not None:
         train = subset(train, config.max_train, seed)
 
@@ -255,16 +219,11 @@ def load_corpus(config: DataConfig, seed: int) -> Corpus:
     for name in used:
         check_known(used[name], labels, name)
     merges = {name: found for name, (_, found) in mapped.items()}
-    splits = {
-        name: SplitCounts(
-            source=sources[name],
-            read=len(read.get(name, examples)),
-            texts=len(examples),
-            words=sum(len(example.words) for example in examples),
-            labels=count_labels(examples),
-        )
-        for name, examples in used.items()
-    }
+    splits = {}
+    for name, examples in used.items():
+        words = sum(len(example.words) for example in examples)
+        size = len(read.get(name, examples))
+        splits[name] = SplitCounts(sources[name], size, len(examples), words, count_labels(examples))
     warnings = tuple(_warnings(config, merges, splits))
     report = DataReport(config.task, labels, splits, cleaning, merges, warnings)
     return Corpus(config.task, train, validation, parts["test"], labels, report)
@@ -273,16 +232,12 @@ def load_corpus(config: DataConfig, seed: int) -> Corpus:
 def _test_of(config: DataConfig) -> tuple[SourceConfig, str] | None:
     """Return source and split of the test texts, or none."""
     source = config.test_source
-    if config.test is None:
-        if source is not None:
-            raise DataError(
-                "data.test is null, but data.test_source is set: name the split of that source in data.test",
-                code="no-test",
-            )
-        return None
+    if config.test is None and source is not None:
+        problem = "data.test is null, but data.test_source is set: name the split of that source in data.test"
+        raise DataError(problem, code="no-test")
     if source is not None and source.path is not None and Path(source.path).expanduser().is_file():
         return source, Path(source.path).name
-    return source or config, config.test
+    return None if config.test is None else (source or config, config.test)
 
 
 def _where(source: SourceConfig, split: str) -> str:
@@ -296,11 +251,7 @@ def _where(source: SourceConfig, split: str) -> str:
 
 
 def _refuse_same_source(sources: Mapping[str, str]) -> None:
-    """Refuse a file that serves two purposes.
-
-    Raises:
-        DataError: two splits are the same file or Hub split.
-    """
+    """Refuse a file or Hub split that serves two purposes."""
     share = "Set data.validation to a share of train such as 0.1."
     remedies = {
         ("validation", "test"): f"The texts that select the checkpoint would also score it. {share}",
@@ -309,11 +260,8 @@ def _refuse_same_source(sources: Mapping[str, str]) -> None:
     }
     for (one, other), remedy in remedies.items():
         if one in sources and sources[one] == sources.get(other):
-            raise DataError(
-                f"data.{one} and data.{other} are the same texts ({sources[one]}). {remedy}",
-                code="same-texts",
-                splits=(one, other),
-            )
+            problem = f"data.{one} and data.{other} are the same texts ({sources[one]}). {remedy}"
+            raise DataError(problem, code="same-texts", splits=(one, other))
 
 
 def _warnings(
@@ -321,11 +269,8 @@ def _warnings(
 ) -> list[str]:
     """List what looks like a mistake but may be intended."""
     matched = {merge.old for found in merges.values() for merge in found} | {OTHERS}
-    warnings = [
-        f"data.label_map: no label '{key}' in the data; the key has no effect"
-        for key in config.label_map or {}
-        if key not in matched
-    ]
+    unmatched = [key for key in config.label_map or {} if key not in matched]
+    warnings = [f"data.label_map: no label '{key}' in the data; the key has no effect" for key in unmatched]
     for name, split in splits.items():
         absent = sorted(set(splits["train"].labels) - set(split.labels))
         if absent and split.texts:

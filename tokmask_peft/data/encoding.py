@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 BATCH = 1000
 """Texts tokenized at a time."""
-_PLACEHOLDER = "?"
-_NONE: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
+_Tokens = tuple[Any, NDArray[np.int64], int]
+"""Encoding of a text whose words are given, where each word's label goes, and words replaced by the unknown token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +34,12 @@ class Truncation:
 
     Attributes:
         texts: texts encoded.
-        words: words in them (parts between white space, if words are not given).
+        words: words in them, as given or between white space.
         sub_tokens: sub-tokens kept, special tokens included.
         texts_cut: texts longer than `max_length`.
         words_cut: words of which nothing is kept.
-        words_replaced: words that the tokenizer drops (zero-width or control characters), encoded as the unknown token.
-        words_without_tokens: words that have no sub-token, although they come before the cut.
+        words_replaced: words that the tokenizer drops, encoded as the unknown token.
+        words_without_tokens: words before the cut that have no sub-token all the same.
     """
 
     texts: int = 0
@@ -91,22 +91,6 @@ class Window:
     owners: NDArray[np.int64] | None = None
 
 
-@dataclass(slots=True)
-class _Tokens:
-    """A tokenized text of given words.
-
-    Attributes:
-        encoding: of the `tokenizers` library.
-        starts: position of each word's first sub-token, -1 if it has none, `len(encoding.ids)` if it is cut away;
-            int64 [words].
-        replaced: words that were encoded as the unknown token.
-    """
-
-    encoding: Any
-    starts: NDArray[np.int64]
-    replaced: int = 0
-
-
 class Encoder:
     """Turns texts into token ids.
 
@@ -124,14 +108,11 @@ class Encoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, task: str, max_length: int) -> None:
         if not getattr(tokenizer, "is_fast", False):
-            raise DataError(
-                f"{type(tokenizer).__name__} does not report which word a sub-token belongs to: a fast tokenizer is "
-                "needed (one with a tokenizer.json)",
-                code="slow-tokenizer",
-            )
+            problem = f"{type(tokenizer).__name__} is not a fast tokenizer (one with a tokenizer.json), which is needed"
+            raise DataError(f"{problem} to find the words of sub-tokens", code="slow-tokenizer")
         self._tokenizer, self._task, self._max_length = tokenizer, get_task(task), max_length
         self._lead = self._task.words_given and words_need_a_space(tokenizer)
-        self._stand_in = tokenizer.unk_token or _PLACEHOLDER
+        self._unknown = tokenizer.unk_token or "?"
 
     def cut(self, examples: Sequence[Example], labels: Sequence[str]) -> Encoded:
         """Encode examples one row each; what is longer than `max_length` is cut at the end.
@@ -152,35 +133,34 @@ class Encoder:
         ids = {label: number for number, label in enumerate(labels)}
         columns: dict[str, list[Any]] = {"input_ids": [], "length": []} | ({} if without else {"labels": []})
         kept: list[list[int]] = []
-        counts = np.zeros(len(asdict(Truncation())), dtype=np.int64)
-        for start in range(0, len(examples), BATCH):
-            batch = examples[start : start + BATCH]
-            for example, (row, starts, part) in zip(batch, self._cut(batch), strict=True):
-                columns["input_ids"].append(row)
-                columns["length"].append(len(row))
-                if not without:
-                    columns["labels"].append(self._task.encode_label(example, starts, len(row), ids))
-                kept.append([word for word, _ in starts])
-                counts += part
+        counts = np.zeros(len(fields(Truncation)), dtype=np.int64)
+        batches = (examples[start : start + BATCH] for start in range(0, len(examples), BATCH))
+        for example, encoding, starts, lost in itertools.chain.from_iterable(map(self._cut, batches)):
+            size = len(encoding.ids)
+            columns["input_ids"].append(encoding.ids)
+            columns["length"].append(size)
+            if not without:
+                columns["labels"].append(self._task.encode_label(example, starts, size, ids))
+            kept.append([word for word, _ in starts])
+            counts += [1, len(example.words), size, bool(encoding.overflowing), *lost]
         truncation = Truncation(*counts.tolist())
         return Encoded(Dataset.from_dict(columns), kept if self._task.words_given else None, truncation)
 
-    def _cut(self, batch: Sequence[Example]) -> Iterator[tuple[list[int], list[tuple[int, int]], list[int]]]:
-        """Yield of each text its ids, `(word, position)` of each first sub-token kept, and the counts."""
+    def _cut(self, batch: Sequence[Example]) -> Iterator[tuple[Example, Any, list[tuple[int, int]], list[int]]]:
+        """Yield each text, its encoding, `(word, position)` of each label, and words cut, replaced, without tokens."""
         if self._task.words_given:
-            for tokens in self._words([example.words for example in batch], cut=True):
-                ids, starts = tokens.encoding.ids, tokens.starts
-                kept = [(word, at) for word, at in enumerate(starts.tolist()) if 0 <= at < len(ids)]
-                lost = [int((starts == len(ids)).sum()), tokens.replaced, int((starts < 0).sum())]
-                yield ids, kept, [1, len(starts), len(ids), bool(tokens.encoding.overflowing), *lost]
+            found = self._words([example.words for example in batch], cut=True)
+            for example, (encoding, starts, replaced) in zip(batch, found, strict=True):
+                size = len(encoding.ids)
+                kept = [(word, at) for word, at in enumerate(starts.tolist()) if 0 <= at < size]
+                yield example, encoding, kept, [int((starts == size).sum()), replaced, int((starts < 0).sum())]
             return
         for example, encoding in zip(batch, self._tokenize([one.string for one in batch], cut=True), strict=True):
-            end = max((stop for _, stop in encoding.offsets), default=0) if encoding.overflowing else None
-            lost = [0 if end is None else _whole_words_after(example.string, end), 0, 0]
-            yield encoding.ids, [], [1, len(example.words), len(encoding.ids), end is not None, *lost]
+            end = max((stop for _, stop in encoding.offsets), default=0)
+            yield example, encoding, [], [(encoding.overflowing and _whole_words_after(example.string, end)) or 0, 0, 0]
 
     def windows(self, texts: Sequence[str] | Sequence[Sequence[str]], owners: bool = False) -> list[Window]:
-        """Encode texts in as many windows as they need, each framed by special tokens as in `cut`.
+        """Encode texts, in their order, in as many windows as they need, each framed by special tokens as in `cut`.
 
         A text that fits is one window. If words are given, neighbouring windows of a longer text share a quarter of
         their sub-tokens, and a word takes its label from the window in which it is farther from the edge, so that it
@@ -190,38 +170,30 @@ class Encoder:
             texts: strings, or lists of words if the task gives words; at least one word each.
             owners: also return which word each id belongs to; in strings, words are separated by white space.
 
-        Returns:
-            The windows of all texts, in order.
-
         Raises:
             DataError: `max_length` leaves no room, or a word gets no sub-token.
         """
         if self._room < 2:
-            raise DataError(
-                f"windows of {self._max_length} sub-tokens leave no room next to the special tokens",
-                code="no-room",
-                max_length=self._max_length,
-            )
+            problem = f"windows of {self._max_length} sub-tokens leave no room next to the special tokens"
+            raise DataError(problem, code="no-room", max_length=self._max_length)
         found: list[Window] = []
         if not self._task.words_given:
-            for index, encoding in enumerate(self._tokenize(texts) if texts else ()):
+            for index, encoding in enumerate(self._tokenize(texts)):
                 of = words_of(str(texts[index]), encoding.offsets) if owners else None
                 found.extend(self._even_parts(index, encoding.ids, of))
             return found
-        for index, tokens in enumerate(self._words(texts)):
-            if (tokens.starts < 0).any():
-                raise DataError(
-                    f"a word gets no token, nor does {self._stand_in!r} in its place: {list(texts[index])}",
-                    code="word-without-tokens",
-                )
-            word_ids = (-1 if word is None else word for word in tokens.encoding.word_ids)
+        for index, (encoding, starts, _) in enumerate(self._words(texts)):
+            if (starts < 0).any():
+                problem = f"a word gets no token, nor does {self._unknown!r} in its place: {list(texts[index])}"
+                raise DataError(problem, code="word-without-tokens")
+            word_ids = (-1 if word is None else word for word in encoding.word_ids)
             of = np.fromiter(word_ids, dtype=np.int64) if owners else None
-            found.extend(self._overlapping(index, tokens.encoding.ids, tokens.starts, of))
+            found.extend(self._overlapping(index, encoding.ids, starts, of))
         return found
 
     def _even_parts(self, index: int, ids: list[int], owners: NDArray[np.int64] | None) -> Iterator[Window]:
         if not ids:  # the tokenizer drops every character
-            ids = list(self._tokenizer(self._stand_in, add_special_tokens=False)["input_ids"])
+            ids = list(self._tokenizer(self._unknown, add_special_tokens=False)["input_ids"])
             owners = None if owners is None else np.zeros(len(ids), dtype=np.int64)
         count = -(-len(ids) // self._room)
         borders = [part * len(ids) // count for part in range(count + 1)]
@@ -246,7 +218,8 @@ class Encoder:
         before, after = self._frame
         if owners is not None:
             owners = np.pad(owners[part], (len(before), len(after)), constant_values=-1)
-        return Window(text, [*before, *ids[part], *after], len(ids[part]), _NONE, _NONE, owners)
+        none = np.zeros(0, dtype=np.int64)
+        return Window(text, [*before, *ids[part], *after], len(ids[part]), none, none, owners)
 
     @cached_property
     def _frame(self) -> tuple[list[int], list[int]]:
@@ -262,34 +235,31 @@ class Encoder:
 
     def _words(self, texts: Sequence[Sequence[str]], cut: bool = False) -> list[_Tokens]:
         """Tokenize lists of words; a word without a sub-token is replaced by the unknown token."""
-        found = [
-            _Tokens(encoding, _first_sub_tokens(encoding, len(words)))
-            for words, encoding in zip(texts, self._tokenize(texts, cut), strict=True)
-        ]
-        lacking = [number for number, tokens in enumerate(found) if (tokens.starts < 0).any()]
+        encodings = self._tokenize(texts, cut)
+        starts = [_label_positions(encoding, len(words)) for words, encoding in zip(texts, encodings, strict=True)]
+        replaced = [int((positions < 0).sum()) for positions in starts]
+        lacking = np.flatnonzero(replaced).tolist()
         filled = [
-            [self._stand_in if at < 0 else word for word, at in zip(texts[number], found[number].starts, strict=True)]
+            [self._unknown if at < 0 else word for word, at in zip(texts[number], starts[number], strict=True)]
             for number in lacking
         ]
         for number, encoding in zip(lacking, self._tokenize(filled, cut), strict=True):
-            replaced = int((found[number].starts < 0).sum())
-            found[number] = _Tokens(encoding, _first_sub_tokens(encoding, len(texts[number])), replaced)
-        return found
+            encodings[number], starts[number] = encoding, _label_positions(encoding, len(texts[number]))
+        return list(zip(encodings, starts, replaced, strict=True))
 
     def _tokenize(self, texts: Sequence[str] | Sequence[Sequence[str]], cut: bool = False) -> list[Any]:
         """Return an encoding of each text: cut, with special tokens; or whole, without."""
         if not texts:
             return []
-        if self._task.words_given:
-            texts = [spaced(words) if self._lead else list(words) for words in texts]
+        given = self._task.words_given
+        texts = [spaced(words) if self._lead else list(words) for words in texts] if given else list(texts)
         how = {"truncation": True, "max_length": self._max_length} if cut else {"add_special_tokens": False}
-        return self._tokenizer(
-            list(texts), is_split_into_words=self._task.words_given, return_attention_mask=False, verbose=False, **how
-        ).encodings
+        how |= {"is_split_into_words": given, "return_attention_mask": False, "verbose": False}
+        return self._tokenizer(texts, **how).encodings
 
 
-def _first_sub_tokens(encoding: Any, words: int) -> NDArray[np.int64]:
-    """Return where each word's label goes; see `_Tokens.starts`."""
+def _label_positions(encoding: Any, words: int) -> NDArray[np.int64]:
+    """Return the position of each word's first sub-token, -1 if it has none, the number of ids if it is cut away."""
     starts = np.full(words, -1, dtype=np.int64)
     for part in encoding.overflowing:
         starts[[word for word in part.word_ids if word is not None]] = len(encoding.ids)
@@ -303,7 +273,7 @@ def _whole_words_after(text: str, end: int) -> int:
     """Count the words of `text` that begin at or after the character `end`."""
     rest = text[end:].split()
     inside_a_word = 0 < end < len(text) and not text[end - 1].isspace() and not text[end].isspace()
-    return len(rest) - (1 if inside_a_word and rest else 0)
+    return len(rest) - inside_a_word
 
 
 def words_need_a_space(tokenizer: PreTrainedTokenizerFast) -> bool:

@@ -8,21 +8,22 @@ from pathlib import Path
 from tokmask_peft.errors import DataError
 from tokmask_peft.tasks import Example, Unreadable
 
-_ALIASES = {
-    "train": {"train", "training"},
-    "validation": {"validation", "dev", "valid", "val", "development"},
-    "test": {"test", "testing"},
-}
+_ALIASES = {"train": {"training"}, "validation": {"dev", "valid", "val", "development"}, "test": {"testing"}}
+NAME_A_SPLIT = (
+    "Name one in data.train, data.validation or data.test; data.validation may be a share of train such as 0.1, and "
+    "data.test may be null."
+)
 
 
 def aliases(split: str) -> set[str]:
     """Return the names that mean the same split: `validation`, `dev`, `valid` and `val` are one."""
-    return next((names for names in _ALIASES.values() if split.lower() in names), {split.lower()})
+    name = canonical(split)
+    return {name.lower(), *_ALIASES.get(name, ())}
 
 
 def canonical(split: str) -> str:
     """Return one name for all aliases of a split."""
-    return next((name for name, names in _ALIASES.items() if split.lower() in names), split)
+    return next((name for name, others in _ALIASES.items() if split.lower() in {name, *others}), split)
 
 
 class DataFile:

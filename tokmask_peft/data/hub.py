@@ -5,15 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
-from tokmask_peft.data.files import DataFile, aliases, readable
+from tokmask_peft.data.files import NAME_A_SPLIT, DataFile, aliases, readable
 from tokmask_peft.data.tables import Columns, Row, class_names, examples, name_classes, parquet_rows
 from tokmask_peft.errors import DataError, nearest
 from tokmask_peft.recipe.schema import SourceConfig
 from tokmask_peft.tasks import Example, get_task
 
-T = TypeVar("T")
 PARQUET_BRANCH = "refs/convert/parquet"
 _FLAT_SPLIT = re.compile(r"(?:.*-)?(?P<split>train|validation|dev|test)(?:-\d{5}-of-\d{5})?$")
 
@@ -62,12 +61,8 @@ def _converted(source: SourceConfig, split: str) -> tuple[Iterator[Row], list[st
         name = file.parent.name if file.parent != root else flat["split"] if flat else file.stem
         splits.setdefault(name, []).append(file)
     if not splits:
-        raise DataError(
-            f"data.hub_config: {source.hub} has no parquet files for '{config}' on the branch {PARQUET_BRANCH}."
-            + _configurations(source),
-            code="no-config",
-            config=config,
-        )
+        problem = f"data.hub_config: {source.hub} has no parquet files for '{config}' on the branch {PARQUET_BRANCH}."
+        raise DataError(problem + _configurations(source), code="no-config", config=config)
     files = splits[_choose(source, split, list(splits))]
     names = [f"{source.hub} {split}" + (f" {file.name}" if len(files) > 1 else "") for file in files]
     rows = (row for file, name in zip(files, names, strict=True) for row in parquet_rows(DataFile(file, name)))
@@ -96,41 +91,26 @@ def _dataset(source: SourceConfig, split: str) -> tuple[Iterator[Row], list[str]
         source, lambda: datasets.load_dataset(source.hub, name=source.hub_config, revision=source.hub_revision)
     )
     dataset = splits[_choose(source, split, list(splits))]
-    media = [
-        name for name, feature in dataset.features.items() if type(feature).__name__ in {"Image", "Audio", "Video"}
-    ]
-    dataset = dataset.remove_columns(media)
+    kinds = {name: type(feature).__name__ for name, feature in dataset.features.items()}
+    dataset = dataset.remove_columns([name for name, kind in kinds.items() if kind in {"Image", "Audio", "Video"}])
     classes = class_names(dataset.features)
     rows = ((f"{source.hub} {split}[{index}]", name_classes(row, classes)) for index, row in enumerate(dataset))
     return rows, list(dataset.features)
 
 
 def _choose(source: SourceConfig, split: str, splits: list[str]) -> str:
-    """Find a split by its name or an alias of it.
-
-    Raises:
-        DataError: there is none, or several; lists what there is.
-    """
+    """Find a split by its name or an alias of it."""
     if split in splits:
         return split
     fitting = [name for name in splits if name.lower() in aliases(split)]
     if len(fitting) == 1:
         return fitting[0]
-    raise DataError(
-        f"{source.hub}: no split '{split}'. It has {', '.join(splits)}.{nearest(split, splits)} Name one in "
-        "data.train, data.validation or data.test; data.validation may be a share of train such as 0.1, and data.test "
-        "may be null.",
-        code="no-split",
-        split=split,
-    )
+    problem = f"{source.hub}: no split '{split}'. It has {', '.join(splits)}.{nearest(split, splits)} {NAME_A_SPLIT}"
+    raise DataError(problem, code="no-split", split=split)
 
 
-def _reach(source: SourceConfig, load: Callable[[], T]) -> T:
-    """Call the Hub, and turn what can go wrong into one error with a remedy.
-
-    Raises:
-        DataError: the dataset cannot be read.
-    """
+def _reach(source: SourceConfig, load: Callable[[], Any]) -> Any:
+    """Call the Hub, and turn what can go wrong into one error with a remedy."""
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HTTPError
 

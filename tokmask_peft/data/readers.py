@@ -6,21 +6,20 @@ import gzip
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 from tokmask_peft.data import tables
 from tokmask_peft.data.conll import ConllReader
-from tokmask_peft.data.files import DataFile, aliases, canonical, readable, unicode_problem
+from tokmask_peft.data.files import NAME_A_SPLIT, DataFile, aliases, canonical, readable, unicode_problem
 from tokmask_peft.data.tables import Columns, Row
 from tokmask_peft.errors import DataError, nearest
 from tokmask_peft.recipe.schema import SourceConfig
 from tokmask_peft.tasks import Example, Unreadable, get_task
 
-BUILTIN = Path(__file__).with_name("builtin")
-BUILTIN_SPLITS = ("train", "validation", "test")
 SHOWN = 5
 _PLACEHOLDERS = {"", "-", "_", "?", "-1", "none", "null"}
-_SHARD = re.compile(r"(?P<split>.+)-\d{5}-of-\d{5}$")
+_SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 
 Reader = Callable[[DataFile, Columns], Iterable[Example | Unreadable]]
 """Reads the texts of a file in order, with an `Unreadable` in place of each that cannot be read."""
@@ -31,18 +30,17 @@ def table(rows: Callable[[DataFile], Iterator[Row]]) -> Reader:
     return lambda file, columns: tables.examples(rows(file), file.name, columns)
 
 
-def read_conll(file: DataFile, columns: Columns) -> Iterator[Example | Unreadable]:
+def read_conll(file: DataFile, columns: Columns) -> Iterable[Example | Unreadable]:
     """Read a column file; see `data.conll`."""
-    yield from ConllReader(file.lines(), file.name, columns)
+    return ConllReader(file.lines(), file.name, columns)
 
 
-def read_txt(file: DataFile, columns: Columns) -> Iterator[Example | Unreadable]:
+def read_txt(file: DataFile, columns: Columns) -> Iterable[Example | Unreadable]:
     """Read a text per line if no labels are needed; labelled texts in a .txt file are in CoNLL format."""
     if columns.labelled:
-        yield from read_conll(file, columns)
-        return
-    for number, line in enumerate(file.lines(), start=1):
-        yield columns.task.example(line, None, f"{file.name}:{number}")
+        return read_conll(file, columns)
+    lines = enumerate(file.lines(), start=1)
+    return (columns.task.example(line, None, f"{file.name}:{number}") for number, line in lines)
 
 
 READERS: dict[str, Reader] = {
@@ -70,13 +68,12 @@ def reader_of(path: Path, asked: str = "auto") -> Reader:
     ending = path.suffix.lower() if asked == "auto" else f".{asked}"
     if ending in READERS:
         return READERS[ending]
-    formats = [known.removeprefix(".") for known in READERS]
-    if asked == "auto":
-        problem = f"{path}: the ending '{ending}' is not known."
-    else:
-        problem = f"data.format: there is no format '{asked}'.{nearest(asked, formats)}"
+    formats = ["auto", *(known.removeprefix(".") for known in READERS)]
+    guess = "" if asked == "auto" else nearest(asked, formats)
     raise DataError(
-        f"{problem} Set data.format to one of auto, {', '.join(formats)}.", code="unknown-format", format=ending[1:]
+        f"{path}: no reader for the format '{ending[1:]}'.{guess} Set data.format to one of {', '.join(formats)}.",
+        code="unknown-format",
+        format=ending[1:],
     )
 
 
@@ -102,82 +99,41 @@ def find_files(path: str, split: str, asked: str = "auto") -> list[Path]:
     if literal.is_file():
         return [literal]
     files = sorted(file for file in root.iterdir() if file.is_file() and file.suffix.lower() in READERS)
-    fitting = [file for file in files if _split_of(file) in aliases(split)]
+    fitting = [file for file in files if _SHARD.sub("", file.stem).lower() in aliases(split)]
     if asked != "auto":
         wanted = {reader_of(root, asked)} | ({read_txt} if asked == "conll" else set())
         fitting = [file for file in fitting if reader_of(file) in wanted] or fitting
-    if not fitting:
-        names = [file.name for file in files] + [file.stem for file in files]
-        raise DataError(
-            f"{root}: no file for the split '{split}'. The folder contains "
-            f"{', '.join(file.name for file in files) or 'no data file'}.{nearest(split, names)} "
-            "Name a file in data.train, data.validation or data.test; data.validation may be a share of train such as "
-            "0.1, and data.test may be null.",
-            code="no-split",
-            split=split,
-            files=tuple(file.name for file in files),
-        )
-    if len(fitting) > 1 and not all(_SHARD.match(file.stem) for file in fitting):
-        several = tuple(file.name for file in fitting)
-        raise DataError(
-            f"{root}: several files fit the split '{split}': {', '.join(several)}. "
-            "Name one of them instead of the split, or set data.format.",
-            code="several-files",
-            split=split,
-            files=several,
-        )
-    return fitting
-
-
-def _split_of(file: Path) -> str:
-    shard = _SHARD.match(file.stem)
-    return (shard["split"] if shard else file.stem).lower()
-
-
-def iter_rows(path: str | Path, source: SourceConfig, task: str, labelled: bool = True) -> Iterator[Example]:
-    """Stream the texts of one local file, in order.
-
-    Args:
-        path: the file.
-        source: its format and columns.
-        task: name of the task.
-        labelled: without, labels are neither needed nor read, as for prediction.
-
-    Raises:
-        DataError: a line is malformed, or a column is missing.
-    """
-    path = Path(path)
-    columns = Columns(get_task(task), source.text_column, source.label_column, labelled)
-    yield from readable(reader_of(path, source.format)(DataFile(path), columns))
+    if fitting and (len(fitting) == 1 or all(_SHARD.search(file.stem) for file in fitting)):
+        return fitting
+    names = tuple(file.name for file in fitting or files)
+    listing = ", ".join(names) or "no data file"
+    guess = nearest(split, [*names, *(file.stem for file in files)])
+    problem = f"no file for the split '{split}'. The folder contains {listing}.{guess} {NAME_A_SPLIT}"
+    if fitting:
+        problem = f"several files fit the split '{split}': {listing}. Name one of them instead, or set data.format."
+    raise DataError(f"{root}: {problem}", code="several-files" if fitting else "no-split", split=split, files=names)
 
 
 def builtin_examples(task: str, split: str) -> list[Example]:
     """Return a split of the built-in corpus: 4,500 made-up Spanish-English posts, to try things out with.
 
-    It is not a benchmark, but hard in the ways that matter here: sentiment depends on negation, contrast, questions,
-    other people's opinions and sarcasm rather than on one word; emoji, hashtags and names agree with the label in train
-    more than in test; every fifth word and some patterns occur in test only; 6% of the training sentiments are wrong.
-    Many words are spelled alike in both languages (`pan`, `red`, `no`, `come`), and English stems take Spanish endings.
-
-    Args:
-        task: name of the task: with one label per text, the sentiment; with one per word, lang1 for English, lang2 for
-            Spanish, ne and other.
-        split: `train`, `validation` or `test`.
+    The posts have a sentiment; their words are tagged lang1 (English), lang2 (Spanish), ne or other. It is not a
+    benchmark, but hard in the ways that matter here: sentiment depends on negation, contrast, questions, other people's
+    opinions and sarcasm rather than on one word; emoji, hashtags and names agree with the label in train more than in
+    test; every fifth word and some patterns occur in test only; 6% of the training sentiments are wrong. Many words are
+    spelled alike in both languages (`pan`, `red`, `no`, `come`), and English stems take Spanish endings.
 
     Raises:
         DataError: there is no such split.
     """
-    name = canonical(split)
-    if name not in BUILTIN_SPLITS:
-        known = ", ".join(BUILTIN_SPLITS)
-        raise DataError(
-            f"the built-in corpus has no split '{split}': {known}.{nearest(split, BUILTIN_SPLITS)}",
-            code="no-split",
-            split=split,
-        )
-    with gzip.open(BUILTIN / f"{name}.conll.gz", "rt", encoding="utf-8", newline="\n") as file:
-        found = ConllReader((line.removesuffix("\n") for line in file), name, Columns(get_task(task)))
-        return [replace(example, where=f"built-in {name}[{index}]") for index, example in enumerate(readable(found))]
+    name, splits = canonical(split), ("train", "validation", "test")
+    if name not in splits:
+        problem = f"the built-in corpus has no split '{split}': {', '.join(splits)}.{nearest(split, splits)}"
+        raise DataError(problem, code="no-split", split=split)
+    path = Path(__file__).with_name("builtin") / f"{name}.conll.gz"
+    with gzip.open(path, "rt", encoding="utf-8", newline="\n") as file:
+        found = readable(ConllReader((line.removesuffix("\n") for line in file), name, Columns(get_task(task))))
+        return [replace(example, where=f"built-in {name}[{index}]") for index, example in enumerate(found)]
 
 
 def read_split(source: SourceConfig, split: str, task: str) -> list[Example]:
@@ -194,7 +150,9 @@ def read_split(source: SourceConfig, split: str, task: str) -> list[Example]:
     if source.path is not None:
         found = find_files(source.path, split, source.format)
         name = ", ".join(str(file) for file in found)
-        examples = [example for file in found for example in iter_rows(file, source, task)]
+        columns = Columns(get_task(task), source.text_column, source.label_column)
+        read = (reader_of(file, source.format)(DataFile(file), columns) for file in found)
+        examples = list(readable(chain.from_iterable(read)))
     elif source.hub is not None:
         from tokmask_peft.data.hub import read_hub
 
@@ -208,11 +166,7 @@ def read_split(source: SourceConfig, split: str, task: str) -> list[Example]:
 
 
 def _check_complete(examples: list[Example], name: str, task: str) -> None:
-    """Refuse a split in which a text or a label is missing.
-
-    Raises:
-        DataError: with the first places and the count; or the split has no labels at all.
-    """
+    """Refuse a split in which a text or a label is missing, with the first places and the count."""
     if not examples:
         raise DataError(f"{name}: there are no texts in it", code="no-texts", source=name)
     if all(tag.strip().lower() in _PLACEHOLDERS for example in examples for tag in example.tags):
@@ -222,13 +176,12 @@ def _check_complete(examples: list[Example], name: str, task: str) -> None:
                 " In a CoNLL file the label of a text is in a comment, '# sent_enum = 7 positive'; for one label per "
                 "word set data.task to token."
             )
-        raise DataError(
+        problem = (
             f"{name}: no text has a label.{hint} If this is the test set of a shared task, whose labels are withheld, "
             "set data.test to validation (or dev) and data.validation to a share of train such as 0.1, so that the "
-            "texts that select the checkpoint do not score it as well.",
-            code="no-labels",
-            source=name,
+            "texts that select the checkpoint do not score it as well."
         )
+        raise DataError(problem, code="no-labels", source=name)
     lacking = {
         "text": [example.where for example in examples if not example.words or "" in example.words],
         "label": [example.where for example in examples if not example.tags or "" in example.tags],
@@ -236,15 +189,12 @@ def _check_complete(examples: list[Example], name: str, task: str) -> None:
     for what, places in lacking.items():
         if places:
             more = f" and {len(places) - SHOWN} more" if len(places) > SHOWN else ""
-            raise DataError(
-                f"{name}: an empty {what} at {', '.join(places[:SHOWN])}{more} ({len(places)} in all). Nothing is "
-                "dropped silently: remove these lines or fill them in.",
-                code=f"empty-{what}",
-                places=tuple(places),
-            )
+            problem = f"an empty {what} at {', '.join(places[:SHOWN])}{more} ({len(places)} in all)"
+            remedy = "Nothing is dropped silently: remove these lines or fill them in."
+            raise DataError(f"{name}: {problem}. {remedy}", code=f"empty-{what}", places=tuple(places))
 
 
-class TextFile:
+class TextFile(DataFile):
     """The texts of one file for prediction, in order and streamed; one that cannot be read is an `Unreadable`.
 
     Args:
@@ -259,28 +209,18 @@ class TextFile:
     """
 
     def __init__(self, path: str | Path, task: str, format: str = "auto", text_column: str | int | None = None) -> None:
-        self.path = Path(path)
-        if not self.path.is_file():
+        if not Path(path).is_file():
             raise DataError(f"{path}: there is no such file", code="no-path", path=str(path))
+        super().__init__(Path(path), tolerant=True)
         self._reader = reader_of(self.path, format)
         self._columns = Columns(get_task(task), text_column, labelled=False)
         next(iter(self), None)  # a mistake in the file as a whole shows here, before a model is loaded
-        self._file = DataFile(self.path, tolerant=True)
-
-    @property
-    def total(self) -> int:
-        """Return the size of the file in bytes."""
-        return self._file.total
-
-    @property
-    def done(self) -> int:
-        """Return the bytes read so far."""
-        return self._file.done
+        self.done = 0
 
     def __iter__(self) -> Iterator[Example | Unreadable]:
         """Read from the beginning."""
-        self._file = DataFile(self.path, tolerant=True)
-        for found in self._reader(self._file, self._columns):
+        self.done = 0
+        for found in self._reader(self, self._columns):
             problem = _problem(found) if isinstance(found, Example) else None
             yield found if problem is None else Unreadable(found.where, problem)
 

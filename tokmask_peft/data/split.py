@@ -11,7 +11,7 @@ from tokmask_peft.tasks import Example
 
 
 def carve(train: Sequence[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
-    """Split `train` into a training and a validation part.
+    """Split `train` into a training and a validation part, and return both.
 
     Texts that are the same after normalisation stay together. The result does not depend on the order of the texts;
     both parts keep it. A label never leaves the training part altogether.
@@ -20,9 +20,6 @@ def carve(train: Sequence[Example], share: float, seed: int) -> tuple[list[Examp
         train: texts to split.
         share: share of the distinct texts that goes to validation.
         seed: seed of the draw.
-
-    Returns:
-        The remaining training texts and the validation texts.
 
     Raises:
         DataError: there are too few texts to split.
@@ -39,13 +36,11 @@ def carve(train: Sequence[Example], share: float, seed: int) -> tuple[list[Examp
             aside.remove(key)
             staying |= missing
     if not aside:
-        raise DataError(
+        problem = (
             f"data.validation: a share of {share} of {len(groups)} distinct training texts cannot be set aside while "
-            "train keeps a text of every label. Give more texts or name a validation file.",
-            code="too-few-texts",
-            texts=len(groups),
-            share=share,
+            "train keeps a text of every label. Give more texts or name a validation file."
         )
+        raise DataError(problem, code="too-few-texts", texts=len(groups), share=share)
     pairs = list(zip(keys, train, strict=True))
     return [example for key, example in pairs if key not in aside], [e for key, e in pairs if key in aside]
 
@@ -75,12 +70,8 @@ def subset(train: Sequence[Example], count: int, seed: int) -> list[Example]:
         spare = [key for key in sorted(chosen) if all(counts[tag] > 1 for tag in _tags(groups[key]))]
         if not spare:
             listed = ", ".join(sorted(labels))
-            raise DataError(
-                f"data.max_train: {count} texts cannot include all {len(labels)} labels ({listed})",
-                code="max-train",
-                count=count,
-                labels=len(labels),
-            )
+            problem = f"data.max_train: {count} texts cannot include all {len(labels)} labels ({listed})"
+            raise DataError(problem, code="max-train", count=count, labels=len(labels))
         old = max(spare, key=lambda key: min(counts[tag] for tag in _tags(groups[key])))
         chosen.remove(old)
         chosen.add(new)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ class Columns:
         task: what an example must look like.
         text: name or number of the column of the text, or of the words; none looks for a usual name.
         label: the same for the label, or the tags.
-        labelled: whether labels are needed; without, they are not read, as for prediction.
+        labelled: whether to read labels; prediction does not.
     """
 
     task: Task
@@ -44,10 +44,7 @@ def csv_rows(file: DataFile) -> Iterator[Row]:
         except StopIteration:
             return
         except csv.Error as error:
-            problem = (
-                f"this is not valid CSV ({error}). If quotes are ordinary characters in this file "
-                "and tabs separate its columns, set data.format to tsv."
-            )
+            problem = f"this is not valid CSV ({error}). If tabs separate the columns, set data.format=tsv."
             if header is None:
                 raise DataError(f"{where}: {problem}", code="not-csv", where=where) from error
             yield Unreadable(where, problem, "not-csv")
@@ -86,21 +83,15 @@ def jsonl_rows(file: DataFile) -> Iterator[Row]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            problem = f"this line is not JSON ({getattr(error, 'msg', error)}). A JSONL file holds one object per line."
+            row, found = None, f"not JSON ({getattr(error, 'msg', error)})"
         else:
-            if isinstance(row, dict):
-                yield where, row
-                continue
-            problem = f"expected a JSON object, found {type(row).__name__}"
-        yield Unreadable(where, problem, "not-json")
+            found = f"JSON, but a {type(row).__name__}"
+        problem = f"this line is {found}. A JSONL file has one object per line."
+        yield (where, row) if isinstance(row, dict) else Unreadable(where, problem, "not-json")
 
 
 def parquet_rows(file: DataFile) -> Iterator[Row]:
-    """Read parquet in batches; class numbers become the names that `datasets` stored in the file.
-
-    Raises:
-        DataError: the file is not parquet.
-    """
+    """Read parquet in batches; class numbers become the names that `datasets` stored in the file."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -108,46 +99,36 @@ def parquet_rows(file: DataFile) -> Iterator[Row]:
         table = pq.ParquetFile(file.path)
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(f"{file.name}: cannot be read as parquet: {error}", code="not-parquet") from error
-    classes: dict[str, list[str] | None] = {}
+    classes: dict[str, list[str]] = {}
     if b"huggingface" in (table.schema_arrow.metadata or {}):
         from datasets import Features
 
         classes = class_names(Features.from_arrow_schema(table.schema_arrow))
-    index = 0
-    for batch in table.iter_batches(batch_size=2048):
-        for row in batch.to_pylist():
-            file.done = file.total * (index + 1) // table.metadata.num_rows
-            yield f"{file.name}[{index}]", name_classes(row, classes)
-            index += 1
+    rows = (row for batch in table.iter_batches(batch_size=2048) for row in batch.to_pylist())
+    for index, row in enumerate(rows):
+        file.done = file.total * (index + 1) // table.metadata.num_rows
+        yield f"{file.name}[{index}]", name_classes(row, classes)
 
 
-def class_names(features: Any) -> dict[str, list[str] | None]:
-    """Return the names of each class-label column of `datasets`, also inside a list; none for other columns."""
-    return {
-        column: getattr(getattr(feature, "feature", feature), "names", None) for column, feature in features.items()
-    }
+def class_names(features: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return the names of each class-label column of `datasets`, also of one inside a list."""
+    found = {name: getattr(getattr(feature, "feature", feature), "names", None) for name, feature in features.items()}
+    return {name: names for name, names in found.items() if names is not None}
 
 
-def name_classes(row: dict[str, Any], classes: dict[str, list[str] | None]) -> dict[str, Any]:
+def name_classes(row: dict[str, Any], classes: Mapping[str, list[str]]) -> dict[str, Any]:
     """Turn class numbers into names; -1, a label that is withheld, becomes an empty one."""
-    return {column: _name_class(cell, classes.get(column)) for column, cell in row.items()}
+    return row | {column: _name_class(row[column], names) for column, names in classes.items() if column in row}
 
 
-def _name_class(cell: Any, names: list[str] | None) -> Any:
-    if names is None:
-        return cell
+def _name_class(cell: Any, names: list[str]) -> Any:
     if isinstance(cell, list):
         return [_name_class(item, names) for item in cell]
     return names[cell] if isinstance(cell, int) and 0 <= cell < len(names) else ""
 
 
 def examples(rows: Iterable[Row], name: str, columns: Columns) -> Iterator[Example | Unreadable]:
-    """Turn rows into examples, or into the reason why a row cannot be one.
-
-    Args:
-        rows: of one table.
-        name: the file or split, for messages.
-        columns: what to read.
+    """Turn the rows of one file or split into examples, or into the reason why a row cannot be one.
 
     Raises:
         DataError: the first row that can be read has no fitting columns.
@@ -162,9 +143,8 @@ def examples(rows: Iterable[Row], name: str, columns: Columns) -> Iterator[Examp
             text = _choose(list(row), columns.text, columns.task.text_columns, "text_column", name)
             if columns.labelled:
                 label = _choose(list(row), columns.label, columns.task.label_columns, "label_column", name)
-        missing = [column for column in (text, label) if column is not None and column not in row]
-        if missing:
-            problem = f"no column '{missing[0]}' in this row; it has {', '.join(row) or 'none'}"
+        if missing := {text, label} - {None, *row}:
+            problem = f"no column '{missing.pop()}' in this row; it has {', '.join(row) or 'none'}"
             yield Unreadable(where, problem, "missing-column")
             continue
         try:
@@ -174,11 +154,7 @@ def examples(rows: Iterable[Row], name: str, columns: Columns) -> Iterator[Examp
 
 
 def _choose(columns: Sequence[str], asked: str | int | None, known: Sequence[str], field: str, name: str) -> str:
-    """Find the column of the text or the label: as the recipe asks, or by a usual name.
-
-    Raises:
-        DataError: the column does not exist, or several usual names do.
-    """
+    """Find the column of the text or the label: as the recipe asks, or by a usual name."""
     found = f"Columns of {name}: {', '.join(columns)}."
     if isinstance(asked, int):
         if -len(columns) <= asked < len(columns):

@@ -36,7 +36,10 @@ def test_sizes_aliases_and_places(words):
 def test_the_posts_never_change(texts, words):
     """Published scores are of exactly these posts."""
     rows = [(e.text, e.label) for found in (texts, words) for split in SPLITS for e in found[split]]
-    assert hashlib.sha256(repr(rows).encode()).hexdigest() == "802e1f8df4807f6b9009658827a2019645f2d26bfff88e9e49227f69c01c37f8"
+    assert (
+        hashlib.sha256(repr(rows).encode()).hexdigest()
+        == "802e1f8df4807f6b9009658827a2019645f2d26bfff88e9e49227f69c01c37f8"
+    )
 
 
 def test_both_tasks_show_the_same_posts_and_none_twice(texts, words):
@@ -64,7 +67,8 @@ def test_words_that_only_context_can_tag(words):
     for example in (e for found in words.values() for e in found):
         for word, tag in zip(example.text, example.label, strict=True):
             seen[word.lower()][tag] += 1
-    for word in "no me a he come once pan pie red son van sale sea dice ten tan has real normal final hotel".split():
+    both = "no me a he come once pan pie red son van sale sea dice ten tan has real normal final hotel"
+    for word in both.split():
         assert {"lang1", "lang2"} <= {tag for tag, count in seen[word].items() if count >= 3}, (word, seen[word])
     assert set(seen["stalkear"]) == {"lang2"}
 

@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tokmask_peft.data.conll import ConllReader
-from tokmask_peft.data.files import readable
-from tokmask_peft.data.readers import iter_rows, read_split
+from tokmask_peft.data.files import DataFile, readable
+from tokmask_peft.data.readers import TextFile, read_split, reader_of
 from tokmask_peft.data.tables import Columns
 from tokmask_peft.errors import DataError
 from tokmask_peft.recipe.schema import SourceConfig
@@ -146,11 +146,11 @@ def test_a_range_like_word_in_other_files_stays():
 def test_invisible_words_are_words(tmp_path, word):
     path = tmp_path / "train.conll"
     path.write_bytes(f"{word}\tother\nyes\tlang1\n".encode())
-    (example,) = iter_rows(path, SourceConfig(path=str(path)), "token")
+    (example,) = read_split(SourceConfig(path=str(path)), "train", "token")
     assert example.text == (word, "yes")
     assert example.label == ("other", "lang1")
     path.write_bytes(f"yes\n{word}\nno\n".encode())
-    (example,) = iter_rows(path, SourceConfig(path=str(path)), "token", labelled=False)
+    (example,) = TextFile(path, "token")
     assert example.text == ("yes", word, "no")
 
 
@@ -164,8 +164,8 @@ def test_without_labels_one_column_is_enough():
 def test_bytes_that_are_not_utf8_name_their_line(tmp_path):
     path = tmp_path / "train.conll"
     path.write_bytes("sí\tlang2\n".encode() + "año\tlang2\n".encode("latin1"))
-    with pytest.raises(DataError, match="byte 2 .*iconv") as caught:
-        list(iter_rows(path, SourceConfig(path=str(path)), "token"))
+    with pytest.raises(DataError, match=r"byte 2 .*iconv") as caught:
+        read_split(SourceConfig(path=str(path)), "train", "token")
     assert (caught.value.code, caught.value.fields["where"]) == ("not-utf8", f"{path}:2")
 
 
@@ -201,5 +201,5 @@ def test_what_is_written_is_read(tmp_path_factory, posts, end, bom, last, commen
     text = (end * (blanks + 1)).join(blocks) + (end if last else "")
     path = tmp_path_factory.mktemp("conll") / "train.conll"
     path.write_bytes((b"\xef\xbb\xbf" if bom else b"") + text.encode())
-    found = list(iter_rows(path, SourceConfig(path=str(path)), "token"))
+    found = readable(reader_of(path)(DataFile(path), Columns(get_task("token"))))
     assert [list(zip(e.text, e.label, strict=True)) for e in found] == posts

@@ -9,19 +9,26 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokmask_peft.data.readers import iter_rows, read_split
+from tokmask_peft.data.files import DataFile, readable
+from tokmask_peft.data.readers import read_split, reader_of
+from tokmask_peft.data.tables import Columns
 from tokmask_peft.errors import DataError
 from tokmask_peft.recipe.schema import SourceConfig
+from tokmask_peft.tasks import get_task
 
 
-def read(path, task="sequence", labelled=True, **options):
-    return list(iter_rows(path, SourceConfig(path=str(path), **options), task, labelled))
+def rows_of(path, task="sequence", **columns):
+    return readable(reader_of(path)(DataFile(path), Columns(get_task(task), **columns)))
 
 
-def refused(path, task="sequence", **options):
+def read(path, task="sequence", **columns):
+    return list(rows_of(path, task, **columns))
+
+
+def refused(path, task="sequence", **columns):
     """Return code and line of the error."""
     with pytest.raises(DataError) as caught:
-        read(path, task, **options)
+        read(path, task, **columns)
     return caught.value.code, caught.value.fields.get("where", "").removeprefix(str(path))
 
 
@@ -45,7 +52,7 @@ def test_csv_quotes_hold_commas_quotes_and_line_ends(write):
 def test_csv_with_a_lone_quote_names_the_line_and_the_other_format(write):
     path = write("a.csv", 'text,label\nfine,x\n"never closed,y\nmore,z\n')
     assert refused(path) == ("not-csv", ":3")
-    with pytest.raises(DataError, match="data.format to tsv"):
+    with pytest.raises(DataError, match=r"data.format=tsv"):
         read(path)
 
 
@@ -113,14 +120,14 @@ def test_parquet_with_and_without_stored_class_names(tmp_path):
 def test_columns_are_asked_for_when_the_choice_is_not_clear(write):
     two = write("a.tsv", "text\ttweet\tlabel\na\tb\tx\n")
     assert refused(two)[0] == "column"
-    assert read(two, text_column="tweet")[0].text == "b"
-    assert read(two, text_column=0)[0].text == "a"
+    assert read(two, text="tweet")[0].text == "b"
+    assert read(two, text=0)[0].text == "a"
     none = write("b.tsv", "frase\tlabel\na\tx\n")
     assert refused(none)[0] == "column"
     with pytest.raises(DataError, match=r"no column 'frse'.*frase, label.*Did you mean 'frase'") as caught:
-        read(none, text_column="frse")
+        read(none, text="frse")
     assert caught.value.fields == {"field": "text_column", "columns": ("frase", "label")}
-    assert refused(none, text_column="frase", label_column=2)[0] == "column"
+    assert refused(none, text="frase", label=2)[0] == "column"
     assert refused(write("c.jsonl", '{"words": ["a"], "lid": ["x"], "pos": ["y"]}\n'), "token")[0] == "column"
 
 
@@ -131,8 +138,7 @@ def test_without_labels_no_label_column_is_needed(write):
 
 def test_rows_stream(write):
     path = write("a.tsv", "text\tlabel\n" + "good\tx\n" * 3 + "bad\n")
-    rows = iter_rows(path, SourceConfig(path=str(path)), "sequence")
-    assert next(rows).text == "good"
+    assert next(rows_of(path)).text == "good"
 
 
 @pytest.mark.parametrize(
