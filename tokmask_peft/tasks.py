@@ -78,8 +78,8 @@ class Task:
         auto_class: transformers' class that loads backbone and head.
         peft_type: name in `peft.TaskType`, without which the head would stay frozen in silence.
         pipeline_tag: of the Hub and of `transformers.pipeline`.
-        text_columns: names under which tables hold the text, the likeliest first.
-        label_columns: names under which tables hold the labels.
+        text_columns: usual names of the column with the text, the likeliest first.
+        label_columns: usual names of the column with the labels.
         words_given: whether a text is a list of words, and is given to the tokenizer as one.
     """
 

@@ -46,7 +46,7 @@ class DataFile:
     def lines(self, keep_ends: bool = False) -> Iterator[str]:
         """Read UTF-8 lines, with or without a byte-order mark, ended by LF or CRLF.
 
-        Only line feeds end a line: a post may hold other characters that Unicode counts as line ends.
+        Only line feeds end a line: a post may contain other characters that Unicode counts as line ends.
 
         Args:
             keep_ends: keep the line ends, which CSV needs inside quotes.

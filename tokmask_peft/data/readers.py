@@ -172,10 +172,8 @@ def _check_complete(examples: list[Example], name: str, task: str) -> None:
     if all(tag.strip().lower() in _PLACEHOLDERS for example in examples for tag in example.tags):
         hint = ""
         if not get_task(task).words_given and ".conll" in name:
-            hint = (
-                " In a CoNLL file the label of a text is in a comment, '# sent_enum = 7 positive'; for one label per "
-                "word set data.task to token."
-            )
+            hint = " A CoNLL file has a text's label in a comment, '# sent_enum = 7 positive'. If words have labels, "
+            hint += "set data.task to the task for words."
         problem = (
             f"{name}: no text has a label.{hint} If this is the test set of a shared task, whose labels are withheld, "
             "set data.test to validation (or dev) and data.validation to a share of train such as 0.1, so that the "

@@ -34,7 +34,7 @@ class Columns:
 
 
 def csv_rows(file: DataFile) -> Iterator[Row]:
-    """Read CSV with RFC 4180 quoting; a text may hold line ends inside its quotes."""
+    """Read CSV with RFC 4180 quoting; a text may contain line ends inside its quotes."""
     reader = csv.reader(file.lines(keep_ends=True), strict=True)
     header: list[str] | None = None
     while True:
