@@ -33,7 +33,7 @@ from workload import CPU, report
 
 from tokmask_peft.data.batches import PackedCollator
 from tokmask_peft.data.corpus import load_corpus
-from tokmask_peft.data.encoding import encode
+from tokmask_peft.data.encoding import Encoder
 from tokmask_peft.masking.embedding import find_embedding
 from tokmask_peft.masking.masker import TokenMasker
 from tokmask_peft.model.backbone import load_backbone
@@ -118,9 +118,9 @@ def theirs(recipe: Recipe, patience: int | None, limit: int | None) -> Course:
     model: Any = backbone.model
     enable_padding_free(model)
     columns, longest = ["input_ids", "labels"], recipe.data.max_length
+    encoder = Encoder(backbone.tokenizer, "sequence", longest)
     train, held = (
-        encode(part, backbone.tokenizer, "sequence", corpus.labels, longest).dataset.sort("length")
-        for part in (corpus.train, corpus.validation)
+        encoder.cut(part, corpus.labels).dataset.sort("length") for part in (corpus.train, corpus.validation)
     )
     collate = PackedCollator("sequence")
     batches = DataLoader(train.select_columns(columns), recipe.training.batch_size, shuffle=True, collate_fn=collate)

@@ -11,7 +11,7 @@ from confounds_protocol import Protocol, Setting
 from numpy.typing import NDArray
 
 from tokmask_peft.data.corpus import Corpus, load_corpus
-from tokmask_peft.data.encoding import encode
+from tokmask_peft.data.encoding import Encoder
 from tokmask_peft.data.split import subset
 from tokmask_peft.recipe.schema import Recipe, Task
 from tokmask_peft.tasks import NO_PREDICTION, Example
@@ -100,7 +100,7 @@ def encode_texts(
     if task == "token" and not protocol.hashtags_kept:
         used, kept = without_hashtags(examples)
     of_text = [number for number, example in enumerate(used) if example.words]
-    encoded = encode([used[number] for number in of_text], tokenizer, task, labels, protocol.max_length)
+    encoded = Encoder(tokenizer, task, protocol.max_length).cut([used[number] for number in of_text], labels)
     slots = [kept[number] for number in of_text]
     if encoded.kept is not None:
         slots = [[words[word] for word in inside] for words, inside in zip(slots, encoded.kept, strict=True)]

@@ -17,7 +17,7 @@ from tokmask_peft.training.train import observe_training
 pytest.importorskip("matplotlib")
 pytest.importorskip("scipy")
 
-from tokmask_peft.data.encoding import Windower
+from tokmask_peft.data.encoding import Encoder
 from tokmask_peft.study.diagnostics import gradients as metering
 from tokmask_peft.study.diagnostics.gradients import diagnose
 from tokmask_peft.study.diagnostics.perturbations import vocabulary
@@ -134,7 +134,7 @@ def test_scores_on_masked_texts_are_those_of_ids_masked_by_hand(write_recipe, tm
     right = total = 0
     for number, example in enumerate(examples):
         given = example.string if task == "sequence" else list(example.words)
-        (window,) = classifier.windower.cut([given])
+        (window,) = classifier.encoder.windows([given])
         ids = torch.tensor([window.ids])
         number = torch.tensor([[number]])
         where = masked_positions(ids, 0.5, 9, 1, 0, table[ids], starts[ids], "word", rows=number)
@@ -151,7 +151,7 @@ def test_scores_on_masked_texts_are_those_of_ids_masked_by_hand(write_recipe, tm
     assert accuracies[0] == pytest.approx(right / total)
 
     # texts longer than those of training, as predict reads them
-    classifier.windower = Windower(tokenizer, task, 8)
+    classifier.encoder = Encoder(tokenizer, task, 8)
     given = [example.string if task == "sequence" else list(example.words) for example in examples]
     answers = classifier.predict(given)
     labels = [list(one.labels) if task == "token" else [one.label] for one in answers]

@@ -1,34 +1,34 @@
-"""Batches by a budget of sub-tokens: few long texts, or many short ones."""
+"""Batches: packed into one row, or filled up to a budget of sub-tokens with few long texts or many short ones."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
-from tokmask_peft.recipe.schema import Batching, Task
+from tokmask_peft.recipe.schema import Batching
+from tokmask_peft.tasks import get_task
 
 
 class PackedCollator:
-    """Pack a batch into one row, for a model that takes packed rows (`model.padding_free`).
+    """Packs a batch into one row, for a model that takes packed rows (`model.packed`).
 
     Args:
-        task: in token tasks the labels are packed too, else there is one for each text.
+        task: name of the task; it decides how labels are packed.
     """
 
-    def __init__(self, task: Task) -> None:
-        self._task = task
+    def __init__(self, task: str) -> None:
+        self._task = get_task(task)
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Build the batch; other columns than `input_ids` and `labels` are dropped.
 
         Returns:
             `input_ids` [1, total]; `cu_seqlens` int32 [texts + 1], where each text begins and the last one ends;
-            `max_length`, of the longest text; and, if given, `labels` of [texts] or [1, total].
+            `max_length`, of the longest text; and, if given, `labels` as `Task.pack_labels` returns them.
         """
         import torch
 
@@ -39,11 +39,8 @@ class PackedCollator:
             "cu_seqlens": torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
             "max_length": max(lengths),
         }
-        if "labels" in rows[0] and self._task == "token":
-            labels = [torch.as_tensor(row["labels"], dtype=torch.long) for row in rows]
-            batch["labels"] = torch.cat(labels).unsqueeze(0)
-        elif "labels" in rows[0]:
-            batch["labels"] = torch.tensor([int(row["labels"]) for row in rows], dtype=torch.long)
+        if "labels" in rows[0]:
+            batch["labels"] = self._task.pack_labels([row["labels"] for row in rows])
         return batch
 
 
@@ -52,27 +49,24 @@ COUNTED_EPOCHS, DRAWS = 8, 1000
 SORTED_TEXTS = 1024
 """Texts among which `grouped` sorts by length."""
 
-Cost = Callable[[int, int, int], int]
-
 
 class TokenBudgetSampler(Sampler[list[int]]):
     """Fills batches in random order until the next text would exceed the budget.
 
-    Every epoch has the same number of batches, which a learning rate's schedule counts on, and so has every process.
-    The number is the largest that some epochs need; an epoch that needs fewer has its largest batches halved, and one
-    that would need more is drawn again. No text is left out, and none seen twice, unless there are fewer texts than
-    batches.
+    Every epoch and process has the same number of batches, which the learning rate's schedule relies on: the largest
+    that the first epochs need. An epoch that needs fewer has its largest batches halved, and one that would need more
+    is drawn again. No text is left out, and none is seen twice unless there are fewer texts than batches.
 
     Args:
         lengths: sub-tokens of each text.
-        budget: sub-tokens in a batch, padding included where there is some.
+        budget: sub-tokens in a batch, padding included.
         batching: padded and grouped pad to a multiple of 8; grouped brings texts of similar length together.
-        seed: of the order; with the epoch it decides everything.
+        seed: of the order; together with the epoch it decides everything.
         rank: of this process.
-        processes: how many there are.
+        processes: number of processes.
 
     Raises:
-        ValueError: a text alone exceeds the budget.
+        ValueError: one text exceeds the budget.
     """
 
     def __init__(
@@ -82,13 +76,12 @@ class TokenBudgetSampler(Sampler[list[int]]):
         self.budget, self.batching, self.seed = budget, batching, seed
         self.rank, self.processes = rank, processes
         self.epoch = 0
-        self._cost = _cost_of(batching)
         check_budget(int(self.lengths.max()), budget, batching)
         needed = max(len(self._filled(epoch, 0)) for epoch in range(COUNTED_EPOCHS))
         self._batches = -(-needed // processes) * processes
 
     def set_epoch(self, epoch: int) -> None:
-        """Say which epoch comes next; the Trainer does."""
+        """Choose the next epoch; the Trainer calls this."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -115,46 +108,31 @@ class TokenBudgetSampler(Sampler[list[int]]):
         if self.batching == "grouped":
             parts = [order[at : at + SORTED_TEXTS] for at in range(0, len(order), SORTED_TEXTS)]
             order = np.concatenate([part[np.argsort(-self.lengths[part], kind="stable")] for part in parts])
-        batches = self._fill(order)
-        return [batches[at] for at in random.permutation(len(batches))] if self.batching == "grouped" else batches
-
-    def _fill(self, order: NDArray[np.int64]) -> list[list[int]]:
         batches: list[list[int]] = [[]]
         total = longest = 0
         for text in order.tolist():
             length = int(self.lengths[text])
             total, longest = total + length, max(longest, length)
-            if batches[-1] and self._cost(total, len(batches[-1]) + 1, longest) > self.budget:
+            if batches[-1] and _cost(total, len(batches[-1]) + 1, longest, self.batching) > self.budget:
                 batches.append([])
                 total = longest = length
             batches[-1].append(text)
-        return batches
+        return [batches[at] for at in random.permutation(len(batches))] if self.batching == "grouped" else batches
 
 
 def check_budget(longest: int, budget: int, batching: Batching) -> None:
-    """Refuse a budget that the longest text exceeds.
-
-    Raises:
-        ValueError: it does.
-    """
-    if (alone := _cost_of(batching)(longest, 1, longest)) > budget:
-        raise ValueError(f"the longest text takes {alone} sub-tokens, more than the {budget} of a batch")
+    """Raise a ValueError if the longest text exceeds the budget."""
+    if (needed := _cost(longest, 1, longest, batching)) > budget:
+        raise ValueError(f"the longest text takes {needed} sub-tokens, more than the {budget} of a batch")
 
 
-def _cost_of(batching: Batching) -> Cost:
-    return _packed_cost if batching == "padding_free" else _padded_cost
-
-
-def _padded_cost(total: int, texts: int, longest: int) -> int:
-    return texts * -(-longest // MULTIPLE) * MULTIPLE
-
-
-def _packed_cost(total: int, texts: int, longest: int) -> int:
-    return total
+def _cost(total: int, texts: int, longest: int, batching: Batching) -> int:
+    """Return the sub-tokens of a batch, padding included."""
+    return total if batching == "padding_free" else texts * -(-longest // MULTIPLE) * MULTIPLE
 
 
 def token_budget_loader(dataset: Any, collate: Any, sampler: TokenBudgetSampler, device: Any, pin_memory: bool) -> Any:
-    """Return accelerate's loader for batches that are this process's own already, which `prepare` would share out."""
+    """Return accelerate's loader for batches that already belong to this process; `prepare` would divide them again."""
     from accelerate.data_loader import DataLoaderShard
 
     return DataLoaderShard(

@@ -1,6 +1,6 @@
 """Find texts that would make a score look better, or learning worse, than it is.
 
-Two texts are the same when they agree after normalisation: Unicode NFC, lower case, white space collapsed.
+Two texts are the same if they agree after normalisation: Unicode NFC, lower case, white space collapsed.
 """
 
 from __future__ import annotations
@@ -8,12 +8,13 @@ from __future__ import annotations
 import unicodedata
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Literal
 
 from tokmask_peft.tasks import Example, Label
 
 EXAMPLES_SHOWN = 3
+WIDTH = 60
 
 
 def normalise(text: str) -> str:
@@ -22,21 +23,17 @@ def normalise(text: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class HygieneReport:
+class CleaningReport:
     """What was found before anything was removed, and what was removed.
 
     Attributes:
         mode: `remove` or `report`.
         duplicates: training texts that repeat an earlier one.
-        conflicting: distinct training texts that carry different labels.
+        conflicting: distinct training texts that have different labels.
         conflicting_rows: training texts of those, all copies counted.
-        train_in_validation: training texts that are also in validation.
-        train_in_test: training texts that are also in test.
-        validation_in_test: validation texts that are also in test.
-        validation_shared: validation texts that are also in train.
-        test_shared: test texts that are also in train.
-        removed_from_train: training texts removed.
-        removed_from_validation: validation texts removed.
+        train_in_validation, train_in_test, validation_in_test: texts of the first that are also in the second.
+        validation_shared, test_shared: texts there that are also in train.
+        removed_from_train, removed_from_validation: texts removed.
         examples: up to three normalised texts of each kind.
     """
 
@@ -53,19 +50,27 @@ class HygieneReport:
     removed_from_validation: int = 0
     examples: dict[str, list[str]] = field(default_factory=dict)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-able form."""
-        return asdict(self)
-
-
-@dataclass(frozen=True, slots=True)
-class Cleaned:
-    """Splits after hygiene."""
-
-    train: list[Example]
-    validation: list[Example]
-    test: list[Example]
-    report: HygieneReport
+    def lines(self) -> list[str]:
+        """Return the report as lines to print; none if nothing was found."""
+        kinds = {
+            "duplicates": ("train that repeat an earlier one", ""),
+            "conflicting": ("train with different labels", f" ({self.conflicting_rows:,} copies)"),
+            "train_in_validation": ("train that are also in validation", f" ({self.validation_shared:,} there)"),
+            "train_in_test": ("train that are also in test", f" ({self.test_shared:,} there)"),
+            "validation_in_test": ("validation that are also in test", ""),
+        }
+        lines = []
+        for kind, (what, more) in kinds.items():
+            if count := getattr(self, kind):
+                short = [text if len(text) <= WIDTH else text[: WIDTH - 1] + "…" for text in self.examples[kind]]
+                shown = "; ".join(f"“{text}”" for text in short)
+                lines.append(f"cleaning: texts in {what}: {count:,}{more}, such as {shown}")
+        outcome = "nothing removed (data.hygiene: remove would)"
+        if self.mode == "remove":
+            train, validation = self.removed_from_train, self.removed_from_validation
+            outcome = f"removed {train:,} texts from train and {validation:,} from validation"
+            outcome += " (data.hygiene: report keeps them)"
+        return [*lines, f"cleaning: {outcome}"] if lines else []
 
 
 def clean(
@@ -73,12 +78,12 @@ def clean(
     validation: Sequence[Example],
     test: Sequence[Example],
     mode: Literal["remove", "report"] = "remove",
-) -> Cleaned:
-    """Count duplicates, conflicting labels and texts shared between splits; with `remove`, remove them.
+) -> tuple[list[Example], list[Example], CleaningReport]:
+    """Return the training and the validation texts, cleaned if `mode` is `remove`, and what was found.
 
-    From train go: all copies of a text with conflicting labels (for token tasks: different tag sequences), repeats of
-    a text, and texts that are also in validation or test. From validation go texts that are also in test. Test stays
-    as it is, so that scores compare with those of others.
+    Removed from train: all copies of a text with conflicting labels (in token tasks: different tag sequences), repeats
+    of a text, and texts that are also in validation or test. Removed from validation: texts that are also in test. Test
+    stays as it is, so that scores can be compared with those of others.
     """
     keys = [normalise(example.string) for example in train]
     validation_keys = [normalise(example.string) for example in validation]
@@ -111,7 +116,7 @@ def clean(
     both = [key for key in validation_keys if key in in_test]
     shown["validation_in_test"] = list(dict.fromkeys(both))[:EXAMPLES_SHOWN]
     remove = mode == "remove"
-    report = HygieneReport(
+    report = CleaningReport(
         mode=mode,
         duplicates=len(keys) - len(in_train),
         conflicting=len(conflicting),
@@ -125,6 +130,4 @@ def clean(
         removed_from_validation=len(both) if remove else 0,
         examples={kind: texts for kind, texts in shown.items() if texts},
     )
-    if not remove:
-        return Cleaned(list(train), list(validation), list(test), report)
-    return Cleaned(kept, kept_validation, list(test), report)
+    return (kept, kept_validation, report) if remove else (list(train), list(validation), report)

@@ -7,121 +7,111 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from tokmask_peft.data.cleaning import HygieneReport, clean
-from tokmask_peft.data.files import canonical, find_files
-from tokmask_peft.data.readers import read_split
+from tokmask_peft.data.cleaning import CleaningReport, clean
+from tokmask_peft.data.files import canonical
+from tokmask_peft.data.readers import find_files, read_split
 from tokmask_peft.data.split import carve, subset
 from tokmask_peft.errors import DataError, nearest
-from tokmask_peft.recipe.schema import DataConfig, SourceConfig, Task
-from tokmask_peft.tasks import Example
+from tokmask_peft.recipe.schema import DataConfig, SourceConfig
+from tokmask_peft.tasks import Example, Label
 
 OTHERS = "*"
 
 
-@dataclass(frozen=True, slots=True)
-class Mapped:
-    """Examples with merged labels, and how often each merge applied.
+class Merge(NamedTuple):
+    """A label in the data, the label that a label map makes of it, and how many texts or words had it."""
 
-    Attributes:
-        examples: in the order given.
-        effects: `old -> new` pairs with the number of texts or words they changed.
-    """
-
-    examples: list[Example]
-    effects: dict[tuple[str, str], int]
+    old: str
+    new: str
+    items: int
 
 
-def apply_label_map(examples: Iterable[Example], label_map: dict[str, str] | None) -> Mapped:
-    """Replace labels as `label_map` says; its key '*' stands for every label that is not a key."""
+def apply_label_map(
+    examples: Iterable[Example], label_map: Mapping[str, str] | None
+) -> tuple[list[Example], tuple[Merge, ...]]:
+    """Replace labels by `label_map`, whose key '*' stands for every other label; also return what it applied to."""
     examples = list(examples)
     if not label_map:
-        return Mapped(examples, {})
+        return examples, ()
     seen = Counter(tag for example in examples for tag in example.tags)
     new = {tag: label_map.get(tag, label_map.get(OTHERS, tag)) for tag in seen}
-    effects = {(tag, new[tag]): count for tag, count in seen.items() if new[tag] != tag or tag in label_map}
-    mapped = [
-        replace(
-            example, label=new[example.label] if isinstance(example.label, str) else tuple(new[t] for t in example.tags)
-        )
-        for example in examples
-    ]
-    return Mapped(mapped, effects)
+    merges = tuple(Merge(tag, new[tag], n) for tag, n in seen.items() if new[tag] != tag or tag in label_map)
+
+    def mapped(label: Label) -> Label:
+        return new[label] if isinstance(label, str) else tuple(new[tag] for tag in label or ())
+
+    return [replace(example, label=mapped(example.label)) for example in examples], merges
 
 
-def unmatched_keys(label_map: dict[str, str] | None, effects: Iterable[tuple[str, str]]) -> list[str]:
-    """Keys of the map that no label matched; '*' always counts as matched."""
-    matched = {old for old, _ in effects}
-    return [key for key in label_map or {} if key != OTHERS and key not in matched]
+def merged_labels(stored: Mapping[str, Any]) -> list[Merge]:
+    """Return the labels that were merged into others, with their counts over all splits.
+
+    Args:
+        stored: `label_map` of a data report or of a `result.json`, where older runs have `{"old -> new": count}`.
+    """
+    totals: Counter[tuple[str, str]] = Counter()
+    for merges in stored.values():
+        if isinstance(merges, Mapping):
+            merges = [(*pair.split(" -> ", 1), count) for pair, count in merges.items()]
+        for merge in merges:
+            old, new, count = (merge[key] for key in ("from", "to", "count")) if isinstance(merge, Mapping) else merge
+            totals[old, new] += count
+    return [Merge(old, new, count) for (old, new), count in totals.items() if old != new]
 
 
 def count_labels(examples: Iterable[Example]) -> dict[str, int]:
-    """Count labels (of texts, or of words), in natural order."""
+    """Count labels (of texts, or of words), in natural order: `class2` before `class10`."""
     counts = Counter(tag for example in examples for tag in example.tags)
-    return {label: counts[label] for label in sorted(counts, key=natural_key)}
+    return {label: counts[label] for label in sorted(counts, key=_natural_key)}
 
 
-def collect_labels(train: Sequence[Example]) -> tuple[str, ...]:
-    """List the labels of the training texts in natural order (`class2` before `class10`).
-
-    Raises:
-        DataError: there are fewer than two.
-    """
-    labels = tuple(count_labels(train))
-    if len(labels) < 2:
-        raise DataError(
-            f"the training texts have {len(labels)} label{'s' if len(labels) != 1 else ''} ({', '.join(labels)}), but "
-            "a classifier needs two or more. Check data.label_column and data.label_map."
-        )
-    return labels
-
-
-def check_known(examples: Iterable[Example], labels: Sequence[str], split: str) -> None:
-    """Refuse labels that training never saw.
-
-    Raises:
-        DataError: names each label, its count, where it stands and the nearest known one.
-    """
-    counts: Counter[str] = Counter()
-    first: dict[str, str] = {}
-    known = set(labels)
-    for example in examples:
-        for tag in example.tags:
-            if tag not in known:
-                counts[tag] += 1
-                first.setdefault(tag, example.where)
-    if counts:
-        lines = [
-            f"  '{tag}': {count} times, first at {first[tag]}.{nearest(tag, labels)}"
-            for tag, count in sorted(counts.items())
-        ]
-        raise DataError(
-            f"{split}: labels that no training text has (training has {', '.join(labels)}):\n"
-            + "\n".join(lines)
-            + "\nMerge them with data.label_map, for example {'"
-            + next(iter(counts))
-            + f"': '{labels[-1]}'}}; its key '*' stands for every label that is not named."
-        )
-
-
-def natural_key(label: str) -> list[tuple[int, int, str]]:
-    """Sort key that orders numbers inside labels by value."""
+def _natural_key(label: str) -> list[tuple[int, int, str]]:
     parts = re.split(r"(\d+)", label)
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts if part]
 
 
+def collect_labels(train: Sequence[Example]) -> tuple[str, ...]:
+    """List the labels of the training texts in natural order.
+
+    Raises:
+        DataError: there are fewer than two.
+    """
+    if len(labels := tuple(count_labels(train))) < 2:
+        problem = f"the only label of the training texts is {', '.join(labels)}, but a classifier needs two or more"
+        raise DataError(f"{problem}. Check data.label_column and data.label_map.", code="one-label", labels=labels)
+    return labels
+
+
+def check_known(examples: Iterable[Example], labels: Sequence[str], split: str) -> None:
+    """Refuse labels that no training text has.
+
+    Raises:
+        DataError: there are some; lists each with its count, its first place and the nearest known one.
+    """
+    places: dict[str, list[str]] = {}
+    known = set(labels)
+    for example in examples:
+        for tag in example.tags:
+            if tag not in known:
+                places.setdefault(tag, []).append(example.where)
+    if places:
+        lines = [
+            f"{split}: labels that no training text has (training has {', '.join(labels)}):",
+            *(
+                f"  '{tag}': {len(where)} times, first at {where[0]}.{nearest(tag, labels)}"
+                for tag, where in sorted(places.items())
+            ),
+            f"Merge them with data.label_map, for example {{'{next(iter(places))}': '{labels[-1]}'}}; its key '*' is "
+            "every other label.",
+        ]
+        raise DataError("\n".join(lines), code="unknown-labels", split=split, labels=tuple(sorted(places)))
+
+
 @dataclass(frozen=True, slots=True)
 class SplitCounts:
-    """Size of a split as it is used.
-
-    Attributes:
-        source: the file, Hub split or share it comes from.
-        read: texts in the source.
-        texts: texts used.
-        words: words of those texts.
-        labels: label -> texts (sequence) or words (token).
-    """
+    """Size of a split: its source, texts read from there, and texts, words and labels that are used."""
 
     source: str
     read: int
@@ -129,90 +119,44 @@ class SplitCounts:
     words: int
     labels: dict[str, int]
 
-    @classmethod
-    def of(cls, examples: Iterable[Example], source: str, read: int) -> SplitCounts:
-        """Count a split."""
-        examples = list(examples)
-        words = sum(len(example.words) for example in examples)
-        return cls(source, read, len(examples), words, count_labels(examples))
-
 
 @dataclass(frozen=True, slots=True)
 class DataReport:
     """The evidence about the data of a run.
 
     Attributes:
-        task: `sequence` or `token`.
+        task: name of the task.
         labels: labels to learn, in the order of the classifier's outputs.
         splits: `train`, `validation` and, if there is one, `test`.
         hygiene: duplicates, conflicts and shared texts.
-        label_map: `old -> new` with counts per split.
+        label_map: for each split, what the label map applied to.
         warnings: what a user should look at; each names the field to change.
     """
 
-    task: Task
+    task: str
     labels: tuple[str, ...]
     splits: dict[str, SplitCounts]
-    hygiene: HygieneReport
-    label_map: dict[str, dict[str, int]] = field(default_factory=dict)
+    hygiene: CleaningReport
+    label_map: dict[str, tuple[Merge, ...]] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-able form."""
-        return asdict(self) | {"labels": list(self.labels), "warnings": list(self.warnings)}
+        label_map = {
+            name: [{"from": old, "to": new, "count": count} for old, new, count in merges]
+            for name, merges in self.label_map.items()
+        }
+        return asdict(self) | {"labels": list(self.labels), "label_map": label_map, "warnings": list(self.warnings)}
 
     def lines(self) -> list[str]:
         """Return the report as lines to print."""
-        return [*self._split_lines(), *self._map_lines(), *self._hygiene_lines(), *self._warning_lines()]
-
-    def _split_lines(self) -> list[str]:
         lines = []
         for name, split in self.splits.items():
             labels = ", ".join(f"{label} {count:,}" for label, count in split.labels.items())
             lines.append(f"{name}: {split.texts:,} texts, {split.words:,} words ({split.source}); {labels}")
-        return lines
-
-    def _map_lines(self) -> list[str]:
-        totals: dict[str, int] = {}
-        for effects in self.label_map.values():
-            for pair, count in effects.items():
-                totals[pair] = totals.get(pair, 0) + count
-        merged = {pair: count for pair, count in totals.items() if len(set(pair.split(" -> "))) > 1}
-        return ["label_map: " + ", ".join(f"{pair} ({count:,})" for pair, count in merged.items())] if merged else []
-
-    def _hygiene_lines(self) -> list[str]:
-        found = self.hygiene
-        kinds = {
-            "duplicates": f"texts in train that repeat an earlier one: {found.duplicates:,}",
-            "conflicting": f"texts in train with different labels: {found.conflicting:,} "
-            f"({found.conflicting_rows:,} copies)",
-            "train_in_validation": f"texts in train that are also in validation: {found.train_in_validation:,} "
-            f"({found.validation_shared:,} there)",
-            "train_in_test": f"texts in train that are also in test: {found.train_in_test:,} "
-            f"({found.test_shared:,} there)",
-            "validation_in_test": f"texts in validation that are also in test: {found.validation_in_test:,}",
-        }
-        lines = []
-        for kind, sentence in kinds.items():
-            if getattr(found, kind):
-                shown = "; ".join(f"“{_short(text)}”" for text in found.examples.get(kind, []))
-                lines.append(f"hygiene: {sentence}, such as {shown}")
-        if lines and found.mode == "remove":
-            lines.append(
-                f"hygiene: removed {found.removed_from_train:,} texts from train and "
-                f"{found.removed_from_validation:,} from validation (data.hygiene: report keeps them)"
-            )
-        elif lines:
-            lines.append("hygiene: nothing removed (data.hygiene: remove would)")
-        return lines
-
-    def _warning_lines(self) -> list[str]:
-        return [f"warning: {warning}" for warning in self.warnings]
-
-
-def _short(text: str, width: int = 60) -> str:
-    """Cut a text for display."""
-    return text if len(text) <= width else text[: width - 1] + "…"
+        if merged := merged_labels(self.label_map):
+            lines.append("label_map: " + ", ".join(f"{old} -> {new} ({count:,})" for old, new, count in merged))
+        return [*lines, *self.hygiene.lines(), *(f"warning: {warning}" for warning in self.warnings)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +164,7 @@ class Corpus:
     """Texts to learn from and to score on.
 
     Attributes:
-        task: `sequence` or `token`.
+        task: name of the task.
         train: training texts, in the order of their source.
         validation: texts that select the checkpoint.
         test: texts that score it; may be empty.
@@ -228,7 +172,7 @@ class Corpus:
         report: what was read, merged, removed and set aside.
     """
 
-    task: Task
+    task: str
     train: list[Example]
     validation: list[Example]
     test: list[Example]
@@ -246,67 +190,54 @@ def load_corpus(config: DataConfig, seed: int) -> Corpus:
     Raises:
         DataError: the data cannot be read or does not fit the task.
     """
-    sources = {"train": _where(config, config.train)}
+    wanted: dict[str, tuple[SourceConfig, str]] = {"train": (config, config.train)}
     if isinstance(config.validation, str):
-        sources["validation"] = _where(config, config.validation)
-    else:
-        sources["validation"] = f"a share of {config.validation:g} of train"
-    test_source, test_split = _test_of(config)
-    if test_split is not None:
-        sources["test"] = _where(test_source, test_split)
+        wanted["validation"] = config, config.validation
+    if (test := _test_of(config)) is not None:
+        wanted["test"] = test
+    sources = {name: _where(*place) for name, place in wanted.items()}
     _refuse_same_source(sources)
 
-    read: dict[str, list[Example]] = {"train": read_split(config, config.train, config.task)}
-    if isinstance(config.validation, str):
-        read["validation"] = read_split(config, config.validation, config.task)
-    if test_split is not None:
-        read["test"] = read_split(test_source, test_split, config.task)
-
+    read = {name: read_split(source, split, config.task) for name, (source, split) in wanted.items()}
     mapped = {name: apply_label_map(examples, config.label_map) for name, examples in read.items()}
-    cleaned = clean(
-        mapped["train"].examples,
-        mapped["validation"].examples if "validation" in mapped else [],
-        mapped["test"].examples if "test" in mapped else [],
-        config.hygiene,
-    )
-    train, validation = cleaned.train, cleaned.validation
+    parts = {name: mapped[name][0] if name in mapped else [] for name in ("train", "validation", "test")}
+    train, validation, cleaning = clean(**parts, mode=config.hygiene)
     if not train:
-        raise DataError("hygiene left no training text: data.hygiene: report shows what it would remove and keeps it")
+        problem = "cleaning left no training text: data.hygiene=report shows what would be removed, and keeps it"
+        raise DataError(problem, code="nothing-left", split="train")
     if isinstance(config.validation, float):
         train, validation = carve(train, config.validation, seed)
+        sources["validation"] = f"a share of {config.validation:g} of train"
     elif not validation:
-        raise DataError("every validation text is also in test: set data.validation to a share of train such as 0.1")
+        problem = "every validation text is also in test: set data.validation to a share of train such as 0.1"
+        raise DataError(problem, code="nothing-left", split="validation")
     if config.max_train is not None:
         train = subset(train, config.max_train, seed)
 
     labels = collect_labels(train)
-    check_known(validation, labels, "validation")
-    check_known(cleaned.test, labels, "test")
-    used = {"train": train, "validation": validation, "test": cleaned.test}
-    report = DataReport(
-        task=config.task,
-        labels=labels,
-        splits={
-            name: SplitCounts.of(used[name], source, len(read[name]) if name in read else len(used[name]))
-            for name, source in sources.items()
-        },
-        hygiene=cleaned.report,
-        label_map={name: {f"{old} -> {new}": n for (old, new), n in m.effects.items()} for name, m in mapped.items()},
-        warnings=tuple(_warnings(config, mapped, used, labels)),
-    )
-    return Corpus(config.task, train, validation, cleaned.test, labels, report)
+    used = {"train": train, "validation": validation} | ({"test": parts["test"]} if test is not None else {})
+    for name in used:
+        check_known(used[name], labels, name)
+    merges = {name: found for name, (_, found) in mapped.items()}
+    splits = {}
+    for name, examples in used.items():
+        words = sum(len(example.words) for example in examples)
+        size = len(read.get(name, examples))
+        splits[name] = SplitCounts(sources[name], size, len(examples), words, count_labels(examples))
+    warnings = tuple(_warnings(config, merges, splits))
+    report = DataReport(config.task, labels, splits, cleaning, merges, warnings)
+    return Corpus(config.task, train, validation, parts["test"], labels, report)
 
 
-def _test_of(config: DataConfig) -> tuple[SourceConfig, str | None]:
-    """Source and split of the test texts."""
+def _test_of(config: DataConfig) -> tuple[SourceConfig, str] | None:
+    """Return source and split of the test texts, or none."""
     source = config.test_source
-    if source is None:
-        return config, config.test
-    if config.test is None:
-        raise DataError("data.test is null, but data.test_source is set: name the split of that source in data.test")
-    if source.path is not None and Path(source.path).expanduser().is_file():
+    if config.test is None and source is not None:
+        problem = "data.test is null, but data.test_source is set: name the split of that source in data.test"
+        raise DataError(problem, code="no-test")
+    if source is not None and source.path is not None and Path(source.path).expanduser().is_file():
         return source, Path(source.path).name
-    return source, config.test
+    return None if config.test is None else (source or config, config.test)
 
 
 def _where(source: SourceConfig, split: str) -> str:
@@ -319,49 +250,31 @@ def _where(source: SourceConfig, split: str) -> str:
     return f"built-in [{canonical(split)}]"
 
 
-def _refuse_same_source(sources: dict[str, str]) -> None:
-    """Refuse a file that serves two purposes.
-
-    Raises:
-        DataError: two splits are the same file or Hub split.
-    """
-    if sources["validation"] == sources.get("test"):
-        raise DataError(
-            f"data.validation and data.test are the same texts ({sources['test']}): what selects the checkpoint would "
-            "also score it. Set data.validation to a share of train such as 0.1."
-        )
-    for name in ("validation", "test"):
-        if sources.get(name) == sources["train"]:
-            raise DataError(
-                f"data.train and data.{name} are the same texts ({sources['train']}). "
-                + ("Set data.validation to a share of train such as 0.1." if name == "validation" else "")
-                + ("Name another file in data.test, or set it to null." if name == "test" else "")
-            )
+def _refuse_same_source(sources: Mapping[str, str]) -> None:
+    """Refuse a file or Hub split that serves two purposes."""
+    share = "Set data.validation to a share of train such as 0.1."
+    remedies = {
+        ("validation", "test"): f"The texts that select the checkpoint would also score it. {share}",
+        ("train", "validation"): share,
+        ("train", "test"): "Name another file in data.test, or set it to null.",
+    }
+    for (one, other), remedy in remedies.items():
+        if one in sources and sources[one] == sources.get(other):
+            problem = f"data.{one} and data.{other} are the same texts ({sources[one]}). {remedy}"
+            raise DataError(problem, code="same-texts", splits=(one, other))
 
 
 def _warnings(
-    config: DataConfig, mapped: dict[str, Mapped], used: dict[str, list[Example]], labels: Sequence[str]
+    config: DataConfig, merges: Mapping[str, Sequence[Merge]], splits: Mapping[str, SplitCounts]
 ) -> list[str]:
-    """List what looks like a mistake but may be meant."""
-    warnings = []
-    effects = {pair for part in mapped.values() for pair in part.effects}
-    for key in unmatched_keys(config.label_map, effects):
-        warnings.append(f"data.label_map: no label '{key}' in the data; the key has no effect")
-    for name in ("validation", "test"):
-        absent = set(labels) - {tag for example in used[name] for tag in example.tags}
-        if used[name] and absent:
+    """List what looks like a mistake but may be intended."""
+    matched = {merge.old for found in merges.values() for merge in found} | {OTHERS}
+    unmatched = [key for key in config.label_map or {} if key not in matched]
+    warnings = [f"data.label_map: no label '{key}' in the data; the key has no effect" for key in unmatched]
+    for name, split in splits.items():
+        absent = sorted(set(splits["train"].labels) - set(split.labels))
+        if absent and split.texts:
             warnings.append(
-                f"{name} has no text with {', '.join(sorted(absent))}: its score says nothing about that label; "
-                f"see data.{name}"
+                f"{name} has no text with {', '.join(absent)}: its score says nothing about that label; see data.{name}"
             )
     return warnings
-
-
-def merged_labels(stored: Mapping[str, Any]) -> list[tuple[str, str, int]]:
-    """Return the labels that were merged into others, with their counts over all splits."""
-    totals: Counter[tuple[str, str]] = Counter()
-    for merges in stored.values():
-        for pair, count in merges.items():
-            old, new = pair.split(" -> ", 1)
-            totals[old, new] += count
-    return [(old, new, count) for (old, new), count in totals.items() if old != new]

@@ -1,27 +1,31 @@
-"""Texts as windows of sub-tokens: a long text becomes several, and every word belongs to exactly one."""
+"""Texts as sub-tokens: cut at the end for training and scoring, or read in windows for prediction.
+
+Both modes tokenize by the same code, so that a text that fits has the same ids in both.
+"""
 
 from __future__ import annotations
 
 import itertools
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, cast
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tokmask_peft.errors import DataError
-from tokmask_peft.recipe.schema import Task
-from tokmask_peft.tasks import Example
+from tokmask_peft.tasks import Example, get_task
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerFast
 
-IGNORED = -100
 BATCH = 1000
-_PLACEHOLDER = "?"
+"""Texts tokenized at a time."""
+_Tokens = tuple[Any, NDArray[np.int64], int]
+"""Encoding of a text whose words are given, where each word's label goes, and words replaced by the unknown token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +34,12 @@ class Truncation:
 
     Attributes:
         texts: texts encoded.
-        words: words in them (sequence tasks: parts between white space).
+        words: words in them, as given or between white space.
         sub_tokens: sub-tokens kept, special tokens included.
         texts_cut: texts longer than `max_length`.
-        words_cut: words that lie beyond the cut as a whole.
-        words_replaced: words that the tokenizer drops (zero-width or control characters), encoded as the unknown token.
-        words_without_tokens: words that have no position although they lie before the cut.
+        words_cut: words of which nothing is kept.
+        words_replaced: words that the tokenizer drops, encoded as the unknown token.
+        words_without_tokens: words before the cut that have no sub-token all the same.
     """
 
     texts: int = 0
@@ -57,192 +61,13 @@ class Encoded:
 
     Attributes:
         dataset: columns `input_ids`, `length` and, for labelled examples, `labels`.
-        kept: token tasks: per text the indices of the words that have a position, in order; else none.
+        kept: if words are given, for each text the indices of the words that have a position, in order; else none.
         truncation: what was cut.
     """
 
     dataset: Dataset
     kept: list[list[int]] | None
     truncation: Truncation
-
-
-def encode(
-    examples: Sequence[Example],
-    tokenizer: PreTrainedTokenizerFast,
-    task: Task,
-    labels: Sequence[str],
-    max_length: int,
-) -> Encoded:
-    """Tokenize examples.
-
-    In token tasks the first sub-token of a word carries its label; all other positions are -100. A word that the
-    tokenizer drops (zero-width or control characters) is encoded as the unknown token, so that it keeps its label.
-
-    Args:
-        examples: texts; labels may be none for all of them (prediction).
-        tokenizer: a fast tokenizer.
-        task: `sequence` or `token`.
-        labels: label names in the order of the classifier's outputs.
-        max_length: sub-tokens per text, special tokens included; what is longer is cut at the end.
-
-    Raises:
-        DataError: the tokenizer is not a fast one, a label is unknown, or labels are there for some texts only.
-    """
-    from datasets import Dataset
-
-    if not getattr(tokenizer, "is_fast", False):
-        raise DataError(
-            f"{type(tokenizer).__name__} cannot tell which word a sub-token belongs to: a fast tokenizer is needed "
-            "(one with a tokenizer.json)"
-        )
-    labelled = _labelled(examples)
-    index = {label: number for number, label in enumerate(labels)}
-    columns: dict[str, list[Any]] = {"input_ids": [], "length": []} | ({"labels": []} if labelled else {})
-    kept: list[list[int]] = []
-    total = Truncation()
-    lead = words_need_a_space(tokenizer) if task == "token" else False
-    for start in range(0, len(examples), BATCH):
-        batch = examples[start : start + BATCH]
-        if task == "sequence":
-            rows, part = _encode_texts(batch, tokenizer, max_length)
-            firsts: list[list[tuple[int, int]]] = []
-        else:
-            rows, firsts, part = _encode_words(batch, tokenizer, max_length, lead)
-            kept.extend([word for _, word in pairs] for pairs in firsts)
-        columns["input_ids"].extend(rows)
-        columns["length"].extend(len(row) for row in rows)
-        if labelled and task == "sequence":
-            columns["labels"].extend(_index(index, tag, e.where) for e in batch for tag in e.tags)
-        elif labelled:
-            columns["labels"].extend(
-                _spread(example, pairs, len(row), index)
-                for example, pairs, row in zip(batch, firsts, rows, strict=True)
-            )
-        total = Truncation(**{key: value + getattr(part, key) for key, value in total.to_dict().items()})
-    return Encoded(Dataset.from_dict(columns), kept if task == "token" else None, total)
-
-
-def _labelled(examples: Sequence[Example]) -> bool:
-    """Whether the examples carry labels.
-
-    Raises:
-        DataError: some do and some do not.
-    """
-    without = [example.where for example in examples if example.label is None]
-    if without and len(without) < len(examples):
-        raise DataError(f"{len(without)} of {len(examples)} texts have no label, first at {without[0]}")
-    return not without
-
-
-def _index(index: dict[str, int], label: str, where: str) -> int:
-    """Number of a label."""
-    if label not in index:
-        raise DataError(f"{where}: label '{label}' is not one of {', '.join(index)}")
-    return index[label]
-
-
-def _spread(example: Example, firsts: list[tuple[int, int]], length: int, index: dict[str, int]) -> list[int]:
-    """Put each word's label at its first sub-token."""
-    row = [IGNORED] * length
-    for position, word in firsts:
-        row[position] = _index(index, example.tags[word], example.where)
-    return row
-
-
-def _encode_texts(
-    batch: Sequence[Example], tokenizer: PreTrainedTokenizerFast, max_length: int
-) -> tuple[list[list[int]], Truncation]:
-    """Tokenize running text."""
-    texts = [example.string for example in batch]
-    encoded = tokenizer(texts, truncation=True, max_length=max_length, return_attention_mask=False)
-    cut = words_cut = 0
-    for text, encoding in zip(texts, encoded.encodings, strict=True):
-        if encoding.overflowing:
-            cut += 1
-            end = max((stop for _, stop in encoding.offsets), default=0)
-            words_cut += _whole_words_after(text, end)
-    rows = encoded["input_ids"]
-    counts = Truncation(len(texts), sum(len(text.split()) for text in texts), sum(map(len, rows)), cut, words_cut)
-    return rows, counts
-
-
-def _whole_words_after(text: str, end: int) -> int:
-    """Count the words of `text` that begin at or after the character `end`."""
-    rest = text[end:].split()
-    inside_a_word = 0 < end < len(text) and not text[end - 1].isspace() and not text[end].isspace()
-    return len(rest) - (1 if inside_a_word and rest else 0)
-
-
-def words_need_a_space(tokenizer: PreTrainedTokenizerFast) -> bool:
-    """Whether words must bring their own leading space to look as they do in running text.
-
-    Byte-level BPE without a prefix space (Qwen, GPT) reads a word given on its own as the start of a text: `gusta`
-    becomes `g usta` and not the one piece it is inside a text.
-    """
-    words = ["we", "saw", "the", "house"]
-    running = tokenizer(" ".join(words), add_special_tokens=False)["input_ids"]
-    alone = tokenizer(words, is_split_into_words=True, add_special_tokens=False)["input_ids"]
-    if alone == running:
-        return False
-    given = tokenizer(spaced(words), is_split_into_words=True, add_special_tokens=False)["input_ids"]
-    return bool(given == running)
-
-
-def spaced(words: Sequence[str]) -> list[str]:
-    """Give every word but the first a leading space."""
-    return [word if position == 0 else f" {word}" for position, word in enumerate(words)]
-
-
-def _encode_words(
-    batch: Sequence[Example], tokenizer: PreTrainedTokenizerFast, max_length: int, lead: bool
-) -> tuple[list[list[int]], list[list[tuple[int, int]]], Truncation]:
-    """Tokenize word by word; returns ids, `(position, word)` of every first sub-token, and the counts."""
-    texts = [list(example.words) for example in batch]
-    replaced = _replace_dropped(texts, tokenizer, lead)
-    encoded = tokenizer(
-        [spaced(words) for words in texts] if lead else texts,
-        is_split_into_words=True,
-        truncation=True,
-        max_length=max_length,
-        return_attention_mask=False,
-    )
-    rows, firsts = encoded["input_ids"], []
-    cut = words_cut = without = 0
-    for words, encoding in zip(texts, encoded.encodings, strict=True):
-        pairs: list[tuple[int, int]] = []
-        previous = None
-        for position, word in enumerate(encoding.word_ids):
-            if word is not None and word != previous:
-                pairs.append((position, word))
-                previous = word
-        beyond = {word for part in encoding.overflowing for word in part.word_ids if word is not None}
-        held = {word for _, word in pairs}
-        cut += bool(encoding.overflowing)
-        words_cut += len(beyond - held)
-        without += len(words) - len(beyond | held)
-        firsts.append(pairs)
-    counts = Truncation(len(texts), sum(map(len, texts)), sum(map(len, rows)), cut, words_cut, replaced, without)
-    return rows, firsts, counts
-
-
-def _replace_dropped(texts: list[list[str]], tokenizer: PreTrainedTokenizerFast, lead: bool) -> int:
-    """Replace, in place, the words that get no sub-token; returns how many."""
-    stand_in = tokenizer.unk_token or _PLACEHOLDER
-    distinct = sorted({word for words in texts for word in words})
-    given = [[f" {word}"] if lead else [word] for word in distinct]
-    encodings = tokenizer(given, is_split_into_words=True, add_special_tokens=False).encodings
-    dropped = {word for word, encoding in zip(distinct, encodings, strict=True) if not encoding.ids}
-    count = 0
-    for words in texts:
-        for position, word in enumerate(words):
-            if word in dropped:
-                words[position] = stand_in
-                count += 1
-    return count
-
-
-_NONE: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
-_Encoded = tuple[list[int], list[int | None], NDArray[np.int64]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,9 +78,9 @@ class Window:
         text: index of the text.
         ids: token ids, special tokens included.
         size: sub-tokens of the text in it.
-        words: token tasks: the words that take their label from this window; else empty.
+        words: if words are given, those that take their label from this window; else empty.
         positions: for each of them the position of its first sub-token in `ids`.
-        owners: where asked for, the word of each id, -1 for none: int64 [ids].
+        owners: if asked for, the word of each id, -1 for none: int64 [ids].
     """
 
     text: int
@@ -266,150 +91,216 @@ class Window:
     owners: NDArray[np.int64] | None = None
 
 
-class Windower:
-    """Cuts texts into windows, each as `encode` would give it for training.
+class Encoder:
+    """Turns texts into token ids.
 
-    A text that fits is one window. A longer one is cut into even parts in sequence tasks. In token tasks neighbouring
-    windows share a quarter of their sub-tokens, and a word takes its label from the window in whose inside it lies
-    deeper, so that it has context on both sides.
+    If the task gives words, each is tokenized as it would be in running text. A word that the tokenizer drops
+    (zero-width or control characters) is encoded as the unknown token, so that it keeps its label.
 
     Args:
         tokenizer: a fast tokenizer.
-        task: `sequence` or `token`.
-        max_length: sub-tokens per window, special tokens included.
+        task: name of the task.
+        max_length: sub-tokens per text or window, special tokens included.
 
     Raises:
-        DataError: the tokenizer is not a fast one, or `max_length` leaves no room.
+        DataError: the tokenizer is not a fast one.
     """
 
-    def __init__(self, tokenizer: Any, task: Task, max_length: int) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, task: str, max_length: int) -> None:
         if not getattr(tokenizer, "is_fast", False):
-            raise DataError(f"{type(tokenizer).__name__} is no fast tokenizer (one with a tokenizer.json)")
-        self._tokenizer, self._task = tokenizer, task
-        self._before, self._after = _frame(tokenizer)
-        self._room = max_length - len(self._before) - len(self._after)
-        if self._room < 2:
-            raise DataError(f"windows of {max_length} sub-tokens leave no room beside the special tokens")
-        self._lead = words_need_a_space(tokenizer) if task == "token" else False
+            problem = f"{type(tokenizer).__name__} is not a fast tokenizer (one with a tokenizer.json), which is needed"
+            raise DataError(f"{problem} to find the words of sub-tokens", code="slow-tokenizer")
+        self._tokenizer, self._task, self._max_length = tokenizer, get_task(task), max_length
+        self._lead = self._task.words_given and words_need_a_space(tokenizer)
+        self._unknown = tokenizer.unk_token or "?"
 
-    def cut(self, texts: Sequence[str] | Sequence[Sequence[str]], owners: bool = False) -> list[Window]:
-        """Return the windows of strings (sequence tasks) or of lists of words (token tasks), in order.
+    def cut(self, examples: Sequence[Example], labels: Sequence[str]) -> Encoded:
+        """Encode examples one row each; what is longer than `max_length` is cut at the end.
 
         Args:
-            texts: at least a word each.
-            owners: say of each id which word it belongs to; in strings, words are what stands between white space.
+            examples: texts; either all have labels or none does (prediction).
+            labels: label names in the order of the classifier's outputs.
+
+        Raises:
+            DataError: a label is unknown, or only some texts have labels.
         """
-        if not texts:
-            return []
-        if self._task == "token":
-            return [
-                window
-                for index, (ids, word_ids, firsts) in enumerate(self._words([list(words) for words in texts]))
-                for window in self._of_words(index, ids, firsts, _word_array(word_ids) if owners else None)
-            ]
-        strings = cast(Sequence[str], texts)
-        encoded = self._tokenizer(list(strings), add_special_tokens=False, return_attention_mask=False, verbose=False)
+        from datasets import Dataset
+
+        without = [example.where for example in examples if example.label is None]
+        if without and len(without) < len(examples):
+            problem = f"{len(without)} of {len(examples)} texts have no label, first at {without[0]}"
+            raise DataError(problem, code="some-labels", places=tuple(without))
+        ids = {label: number for number, label in enumerate(labels)}
+        columns: dict[str, list[Any]] = {"input_ids": [], "length": []} | ({} if without else {"labels": []})
+        kept: list[list[int]] = []
+        counts = np.zeros(len(fields(Truncation)), dtype=np.int64)
+        batches = (examples[start : start + BATCH] for start in range(0, len(examples), BATCH))
+        for example, encoding, starts, lost in itertools.chain.from_iterable(map(self._cut, batches)):
+            size = len(encoding.ids)
+            columns["input_ids"].append(encoding.ids)
+            columns["length"].append(size)
+            if not without:
+                columns["labels"].append(self._task.encode_label(example, starts, size, ids))
+            kept.append([word for word, _ in starts])
+            counts += [1, len(example.words), size, bool(encoding.overflowing), *lost]
+        truncation = Truncation(*counts.tolist())
+        return Encoded(Dataset.from_dict(columns), kept if self._task.words_given else None, truncation)
+
+    def _cut(self, batch: Sequence[Example]) -> Iterator[tuple[Example, Any, list[tuple[int, int]], list[int]]]:
+        """Yield each text, its encoding, `(word, position)` of each label, and words cut, replaced, without tokens."""
+        if self._task.words_given:
+            found = self._words([example.words for example in batch], cut=True)
+            for example, (encoding, starts, replaced) in zip(batch, found, strict=True):
+                size = len(encoding.ids)
+                kept = [(word, at) for word, at in enumerate(starts.tolist()) if 0 <= at < size]
+                yield example, encoding, kept, [int((starts == size).sum()), replaced, int((starts < 0).sum())]
+            return
+        for example, encoding in zip(batch, self._tokenize([one.string for one in batch], cut=True), strict=True):
+            end = max((stop for _, stop in encoding.offsets), default=0)
+            yield example, encoding, [], [(encoding.overflowing and _whole_words_after(example.string, end)) or 0, 0, 0]
+
+    def windows(self, texts: Sequence[str] | Sequence[Sequence[str]], owners: bool = False) -> list[Window]:
+        """Encode texts, in their order, in as many windows as they need, each framed by special tokens as in `cut`.
+
+        A text that fits is one window. If words are given, neighbouring windows of a longer text share a quarter of
+        their sub-tokens, and a word takes its label from the window in which it is farther from the edge, so that it
+        has context on both sides. Otherwise a longer text is cut into even parts.
+
+        Args:
+            texts: strings, or lists of words if the task gives words; at least one word each.
+            owners: also return which word each id belongs to; in strings, words are separated by white space.
+
+        Raises:
+            DataError: `max_length` leaves no room, or a word gets no sub-token.
+        """
+        if self._room < 2:
+            problem = f"windows of {self._max_length} sub-tokens leave no room next to the special tokens"
+            raise DataError(problem, code="no-room", max_length=self._max_length)
         found: list[Window] = []
-        for index, ids in enumerate(encoded["input_ids"]):
-            of = words_of(strings[index], encoded.encodings[index].offsets) if owners else None
-            found.extend(self._of_text(index, ids, of))
+        if not self._task.words_given:
+            for index, encoding in enumerate(self._tokenize(texts)):
+                of = words_of(str(texts[index]), encoding.offsets) if owners else None
+                found.extend(self._even_parts(index, encoding.ids, of))
+            return found
+        for index, (encoding, starts, _) in enumerate(self._words(texts)):
+            if (starts < 0).any():
+                problem = f"a word gets no token, nor does {self._unknown!r} in its place: {list(texts[index])}"
+                raise DataError(problem, code="word-without-tokens")
+            word_ids = (-1 if word is None else word for word in encoding.word_ids)
+            of = np.fromiter(word_ids, dtype=np.int64) if owners else None
+            found.extend(self._overlapping(index, encoding.ids, starts, of))
         return found
 
-    def _of_text(self, index: int, ids: list[int], owners: NDArray[np.int64] | None) -> Iterator[Window]:
-        if not ids:
-            ids = self._stand_in()
+    def _even_parts(self, index: int, ids: list[int], owners: NDArray[np.int64] | None) -> Iterator[Window]:
+        if not ids:  # the tokenizer drops every character
+            ids = list(self._tokenizer(self._unknown, add_special_tokens=False)["input_ids"])
             owners = None if owners is None else np.zeros(len(ids), dtype=np.int64)
         count = -(-len(ids) // self._room)
         borders = [part * len(ids) // count for part in range(count + 1)]
         for start, stop in itertools.pairwise(borders):
-            yield self._window(index, ids, start, stop, _NONE, _NONE, owners)
+            yield self._window(index, ids, slice(start, stop), owners)
 
-    def _of_words(
+    def _overlapping(
         self, index: int, ids: list[int], firsts: NDArray[np.int64], owners: NDArray[np.int64] | None
     ) -> Iterator[Window]:
-        overlap = self._room // 4
         last = max(len(ids) - self._room, 0)
-        starts = [*range(0, last, self._room - overlap), last]
-        # a word before the middle of what two windows share is the earlier one's
+        starts = [*range(0, last, self._room - self._room // 4), last]
+        # a word before the middle of what two windows share belongs to the earlier one
         borders = [(earlier + self._room + later) // 2 for earlier, later in itertools.pairwise(starts)]
         window_of = np.searchsorted(np.asarray(borders, dtype=np.int64), firsts, side="right")
         for number, start in enumerate(starts):
             words = np.flatnonzero(window_of == number)
             if len(words):
-                positions = firsts[words] - start + len(self._before)
-                yield self._window(index, ids, start, start + self._room, words, positions, owners)
+                window = self._window(index, ids, slice(start, start + self._room), owners)
+                yield replace(window, words=words, positions=firsts[words] - start + len(self._frame[0]))
 
-    def _window(
-        self,
-        text: int,
-        ids: list[int],
-        start: int,
-        stop: int,
-        words: NDArray[np.int64],
-        positions: NDArray[np.int64],
-        owners: NDArray[np.int64] | None,
-    ) -> Window:
-        part = ids[start:stop]
+    def _window(self, text: int, ids: list[int], part: slice, owners: NDArray[np.int64] | None) -> Window:
+        before, after = self._frame
         if owners is not None:
-            frame = len(self._before), len(self._after)
-            owners = np.pad(owners[start:stop], frame, constant_values=-1)
-        return Window(text, [*self._before, *part, *self._after], len(part), words, positions, owners)
+            owners = np.pad(owners[part], (len(before), len(after)), constant_values=-1)
+        none = np.zeros(0, dtype=np.int64)
+        return Window(text, [*before, *ids[part], *after], len(ids[part]), none, none, owners)
 
-    def _words(self, texts: list[list[str]]) -> list[_Encoded]:
-        """Return of each text its ids, the word of each, and the position of every word's first sub-token."""
-        encoded = self._encode_words(texts)
-        # a word that the tokenizer drops is encoded as the unknown token, as in training
-        lacking = [number for number, (_, _, firsts) in enumerate(encoded) if (firsts < 0).any()]
-        stand_in = self._tokenizer.unk_token or _PLACEHOLDER
+    @cached_property
+    def _frame(self) -> tuple[list[int], list[int]]:
+        """The special tokens before and after every text."""
+        plain = self._tokenizer("a", add_special_tokens=False)["input_ids"]
+        full = self._tokenizer("a")["input_ids"]
+        start = next(at for at in range(len(full)) if full[at : at + len(plain)] == plain)
+        return full[:start], full[start + len(plain) :]
+
+    @property
+    def _room(self) -> int:
+        return self._max_length - len(self._frame[0]) - len(self._frame[1])
+
+    def _words(self, texts: Sequence[Sequence[str]], cut: bool = False) -> list[_Tokens]:
+        """Tokenize lists of words; a word without a sub-token is replaced by the unknown token."""
+        encodings = self._tokenize(texts, cut)
+        starts = [_label_positions(encoding, len(words)) for words, encoding in zip(texts, encodings, strict=True)]
+        replaced = [int((positions < 0).sum()) for positions in starts]
+        lacking = np.flatnonzero(replaced).tolist()
         filled = [
-            [stand_in if first < 0 else word for word, first in zip(texts[number], encoded[number][2], strict=True)]
+            [self._unknown if at < 0 else word for word, at in zip(texts[number], starts[number], strict=True)]
             for number in lacking
         ]
-        for number, again in zip(lacking, self._encode_words(filled), strict=True):
-            if (again[2] < 0).any():
-                raise DataError(f"a word gets no token, nor does {stand_in!r} in its place: {texts[number]}")
-            encoded[number] = again
-        return encoded
+        for number, encoding in zip(lacking, self._tokenize(filled, cut), strict=True):
+            encodings[number], starts[number] = encoding, _label_positions(encoding, len(texts[number]))
+        return list(zip(encodings, starts, replaced, strict=True))
 
-    def _encode_words(self, texts: list[list[str]]) -> list[_Encoded]:
-        """As `_words`, with -1 for a word without a sub-token."""
+    def _tokenize(self, texts: Sequence[str] | Sequence[Sequence[str]], cut: bool = False) -> list[Any]:
+        """Return an encoding of each text: cut, with special tokens; or whole, without."""
         if not texts:
             return []
-        encodings = self._tokenizer(
-            [spaced(words) for words in texts] if self._lead else texts,
-            is_split_into_words=True,
-            add_special_tokens=False,
-            return_attention_mask=False,
-            verbose=False,
-        ).encodings
-        found = []
-        for words, encoding in zip(texts, encodings, strict=True):
-            firsts = np.full(len(words), -1, dtype=np.int64)
-            word_ids = encoding.word_ids
-            for position, word in reversed(list(enumerate(word_ids))):
-                if word is not None:
-                    firsts[word] = position
-            found.append((encoding.ids, word_ids, firsts))
-        return found
-
-    def _stand_in(self) -> list[int]:
-        """Return the ids for a text of which the tokenizer drops every character."""
-        return list(self._tokenizer(self._tokenizer.unk_token or _PLACEHOLDER, add_special_tokens=False)["input_ids"])
+        given = self._task.words_given
+        texts = [spaced(words) if self._lead else list(words) for words in texts] if given else list(texts)
+        how = {"truncation": True, "max_length": self._max_length} if cut else {"add_special_tokens": False}
+        how |= {"is_split_into_words": given, "return_attention_mask": False, "verbose": False}
+        return self._tokenizer(texts, **how).encodings
 
 
-def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Return the special tokens that stand before and after every text."""
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-    full = tokenizer("a")["input_ids"]
-    start = next(at for at in range(len(full)) if full[at : at + len(plain)] == plain)
-    return full[:start], full[start + len(plain) :]
+def _label_positions(encoding: Any, words: int) -> NDArray[np.int64]:
+    """Return the position of each word's first sub-token, -1 if it has none, the number of ids if it is cut away."""
+    starts = np.full(words, -1, dtype=np.int64)
+    for part in encoding.overflowing:
+        starts[[word for word in part.word_ids if word is not None]] = len(encoding.ids)
+    for position, word in reversed(list(enumerate(encoding.word_ids))):
+        if word is not None:
+            starts[word] = position
+    return starts
+
+
+def _whole_words_after(text: str, end: int) -> int:
+    """Count the words of `text` that begin at or after the character `end`."""
+    rest = text[end:].split()
+    inside_a_word = 0 < end < len(text) and not text[end - 1].isspace() and not text[end].isspace()
+    return len(rest) - inside_a_word
+
+
+def words_need_a_space(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Return whether words need a leading space of their own to be tokenized as in running text.
+
+    Byte-level BPE without a prefix space (Qwen, GPT) reads a word given on its own as the start of a text: `gusta`
+    becomes `g usta` instead of the one piece that it is inside a text.
+    """
+    words = ["we", "saw", "the", "house"]
+    running = tokenizer(" ".join(words), add_special_tokens=False)["input_ids"]
+    apart = tokenizer(words, is_split_into_words=True, add_special_tokens=False)["input_ids"]
+    if apart == running:
+        return False
+    given = tokenizer(spaced(words), is_split_into_words=True, add_special_tokens=False)["input_ids"]
+    return bool(given == running)
+
+
+def spaced(words: Sequence[str]) -> list[str]:
+    """Give every word except the first a leading space."""
+    return [word if position == 0 else f" {word}" for position, word in enumerate(words)]
 
 
 def words_of(text: str, offsets: Sequence[tuple[int, int]]) -> NDArray[np.int64]:
-    """Say of each sub-token which word of a running text it belongs to, by its last character that is no space.
+    """Return the word of a running text that each sub-token belongs to, by its last character that is not white space.
 
     Args:
-        text: words stand between white space, as in `str.split`.
+        text: words are separated by white space, as in `str.split`.
         offsets: first character of each sub-token and the one after its last.
 
     Returns:
@@ -419,7 +310,3 @@ def words_of(text: str, offsets: Sequence[tuple[int, int]]) -> NDArray[np.int64]
     for number, word in enumerate(re.finditer(r"\S+", text)):
         word_at[word.start() : word.end()] = number
     return np.array([word_at[start:stop].max(initial=-1) for start, stop in offsets], dtype=np.int64)
-
-
-def _word_array(word_ids: Sequence[int | None]) -> NDArray[np.int64]:
-    return np.array([-1 if word is None else word for word in word_ids], dtype=np.int64)

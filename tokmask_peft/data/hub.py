@@ -5,24 +5,23 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
-from tokmask_peft.data.files import aliases
-from tokmask_peft.data.tables import LABEL_NAMES, Row, class_names, examples, name_classes, parquet_rows
+from tokmask_peft.data.files import NAME_A_SPLIT, DataFile, aliases, readable
+from tokmask_peft.data.tables import Columns, Row, class_names, examples, name_classes, parquet_rows
 from tokmask_peft.errors import DataError, nearest
-from tokmask_peft.recipe.schema import SourceConfig, Task
-from tokmask_peft.tasks import Example
+from tokmask_peft.recipe.schema import SourceConfig
+from tokmask_peft.tasks import Example, get_task
 
-T = TypeVar("T")
 PARQUET_BRANCH = "refs/convert/parquet"
 _FLAT_SPLIT = re.compile(r"(?:.*-)?(?P<split>train|validation|dev|test)(?:-\d{5}-of-\d{5})?$")
 
 
-def read_hub(source: SourceConfig, split: str, task: Task) -> list[Example]:
+def read_hub(source: SourceConfig, split: str, task: str) -> list[Example]:
     """Read a split of a Hub dataset.
 
-    Class labels that are stored as numbers come back as names. When no label column is set, the configuration's prefix
-    chooses it (`lid_spaeng` -> `lid`), as LinCE names them.
+    Class labels that are stored as numbers come back as names. If no label column is set, the prefix of the
+    configuration chooses it (`lid_spaeng` -> `lid`), as LinCE names them.
 
     Raises:
         DataError: the dataset cannot be reached, does not exist, is closed, or has no such configuration or split.
@@ -32,17 +31,18 @@ def read_hub(source: SourceConfig, split: str, task: Task) -> list[Example]:
     else:
         rows, columns = _dataset(source, split)
     label = source.label_column
-    if label is None and source.hub_config:
-        prefix = source.hub_config.split("_")[0]
-        label = prefix if prefix in columns and prefix in LABEL_NAMES[task] else None
-    return list(examples(rows, f"{source.hub} [{split}]", task, source.text_column, label))
+    prefix = (source.hub_config or "").split("_")[0]
+    if label is None and prefix in columns and prefix in get_task(task).label_columns:
+        label = prefix
+    wanted = Columns(get_task(task), source.text_column, label)
+    return list(readable(examples(rows, f"{source.hub} [{split}]", wanted)))
 
 
 def _converted(source: SourceConfig, split: str) -> tuple[Iterator[Row], list[str]]:
-    """Rows and columns of a split on the branch that the Hub converts to parquet.
+    """Return rows and columns of a split from the branch that the Hub converts to parquet.
 
-    That branch has no card, so `datasets` knows no configurations there, and finds none of its folders again when
-    offline. Its files are read from huggingface_hub's own cache instead, which works offline once they are there.
+    That branch has no card, so `datasets` finds no configurations there, and none of its folders again when offline.
+    Its files are read from huggingface_hub's own cache instead, which works offline once they have been downloaded.
     """
     import pyarrow.parquet as pq
     from huggingface_hub import snapshot_download
@@ -61,18 +61,16 @@ def _converted(source: SourceConfig, split: str) -> tuple[Iterator[Row], list[st
         name = file.parent.name if file.parent != root else flat["split"] if flat else file.stem
         splits.setdefault(name, []).append(file)
     if not splits:
-        raise DataError(
-            f"data.hub_config: {source.hub} has no parquet files for '{config}' on the branch {PARQUET_BRANCH}."
-            + _configurations(source)
-        )
+        problem = f"data.hub_config: {source.hub} has no parquet files for '{config}' on the branch {PARQUET_BRANCH}."
+        raise DataError(problem + _configurations(source), code="no-config", config=config)
     files = splits[_choose(source, split, list(splits))]
     names = [f"{source.hub} {split}" + (f" {file.name}" if len(files) > 1 else "") for file in files]
-    rows = (row for file, name in zip(files, names, strict=True) for row in parquet_rows(file, name))
+    rows = (row for file, name in zip(files, names, strict=True) for row in parquet_rows(DataFile(file, name)))
     return rows, pq.read_schema(files[0]).names
 
 
 def _configurations(source: SourceConfig) -> str:
-    """Say which configurations the parquet branch holds; nothing when the Hub cannot be asked."""
+    """Return a sentence with the configurations on the parquet branch; empty if the Hub cannot be reached."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HTTPError
     from huggingface_hub.hf_api import RepoFolder
@@ -86,74 +84,59 @@ def _configurations(source: SourceConfig) -> str:
 
 
 def _dataset(source: SourceConfig, split: str) -> tuple[Iterator[Row], list[str]]:
-    """Rows and columns of a split through the `datasets` library."""
+    """Return rows and columns of a split through the `datasets` library."""
     import datasets
 
     splits = _reach(
         source, lambda: datasets.load_dataset(source.hub, name=source.hub_config, revision=source.hub_revision)
     )
     dataset = splits[_choose(source, split, list(splits))]
-    media = [
-        name for name, feature in dataset.features.items() if type(feature).__name__ in {"Image", "Audio", "Video"}
-    ]
-    dataset = dataset.remove_columns(media)
-    classes = {column: class_names(feature) for column, feature in dataset.features.items()}
+    kinds = {name: type(feature).__name__ for name, feature in dataset.features.items()}
+    dataset = dataset.remove_columns([name for name, kind in kinds.items() if kind in {"Image", "Audio", "Video"}])
+    classes = class_names(dataset.features)
     rows = ((f"{source.hub} {split}[{index}]", name_classes(row, classes)) for index, row in enumerate(dataset))
     return rows, list(dataset.features)
 
 
 def _choose(source: SourceConfig, split: str, splits: list[str]) -> str:
-    """Find a split by its name or an alias of it.
-
-    Raises:
-        DataError: there is none, or several; lists what there is.
-    """
+    """Find a split by its name or an alias of it."""
     if split in splits:
         return split
     fitting = [name for name in splits if name.lower() in aliases(split)]
     if len(fitting) == 1:
         return fitting[0]
-    raise DataError(
-        f"{source.hub}: no split '{split}'. It has {', '.join(splits)}.{nearest(split, splits)} Name one in "
-        "data.train, data.validation or data.test; data.validation may be a share of train such as 0.1, and data.test "
-        "may be null."
-    )
+    problem = f"{source.hub}: no split '{split}'. It has {', '.join(splits)}.{nearest(split, splits)} {NAME_A_SPLIT}"
+    raise DataError(problem, code="no-split", split=split)
 
 
-def _reach(source: SourceConfig, load: Callable[[], T]) -> T:
-    """Call the Hub, and turn what can go wrong into one error with a remedy.
-
-    Raises:
-        DataError: with the remedy.
-    """
+def _reach(source: SourceConfig, load: Callable[[], Any]) -> Any:
+    """Call the Hub, and turn what can go wrong into one error with a remedy."""
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HTTPError
 
     try:
         return load()
     except (DatasetsError, HTTPError, OSError, ValueError, RuntimeError) as error:
-        raise DataError(_explain(source, error)) from error
+        where = " ".join(part for part in (source.hub, source.hub_config, source.hub_revision) if part)
+        text = " ".join(str(error).split())
+        code, remedy = _remedy(error, text.lower())
+        raise DataError(f"data.hub: {where} cannot be read: {text}. {remedy}", code=code, hub=source.hub) from error
 
 
-def _explain(source: SourceConfig, error: Exception) -> str:
-    """Say what went wrong and what to do."""
-    where = " ".join(part for part in (source.hub, source.hub_config, source.hub_revision) if part)
-    text = " ".join(str(error).split())
-    lower = text.lower()
+def _remedy(error: Exception, text: str) -> tuple[str, str]:
+    """Return a code for what went wrong, and what to do about it."""
     if isinstance(error, ConnectionError) or type(error).__name__ in {"LocalEntryNotFoundError", "ConnectError"}:
-        remedy = (
+        return "hub-unreachable", (
             "The Hub cannot be reached and the dataset is not in the local cache. Connect (and unset HF_HUB_OFFLINE), "
             "or set data.path to a local copy."
         )
-    elif "gated" in lower or "authenticated" in lower:
-        remedy = "Ask for access on the dataset's page, then log in with: hf auth login"
-    elif "scripts are no longer supported" in lower:
-        remedy = (
+    if "gated" in text or "authenticated" in text:
+        return "hub-gated", "Ask for access on the dataset's page, then log in with: hf auth login"
+    if "scripts are no longer supported" in text:
+        return "hub-script", (
             "Code that comes with a dataset is never run here. Most such datasets have a parquet copy: set "
             f"data.hub_revision to {PARQUET_BRANCH}."
         )
-    elif "builderconfig" in lower or "config name is missing" in lower:
-        remedy = "Set data.hub_config to one of its configurations."
-    else:
-        remedy = "Check data.hub, data.hub_config and data.hub_revision; a private dataset needs: hf auth login"
-    return f"data.hub: {where} cannot be read: {text}. {remedy}"
+    if "builderconfig" in text or "config name is missing" in text:
+        return "no-config", "Set data.hub_config to one of its configurations."
+    return "hub", "Check data.hub, data.hub_config and data.hub_revision; a private dataset needs: hf auth login"

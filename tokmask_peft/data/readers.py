@@ -1,29 +1,148 @@
-"""Stream the texts of a file for prediction: nothing is kept, nothing is dropped, and no bad row ends the reading."""
+"""Formats and sources of texts: which reader a file needs, which file a split means, and what must be in it."""
 
 from __future__ import annotations
 
+import gzip
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
-from tokmask_peft.data import tables as tabular
+from tokmask_peft.data import tables
 from tokmask_peft.data.conll import ConllReader
-from tokmask_peft.data.files import file_format, find_files, read_lines, unicode_problem
-from tokmask_peft.errors import DataError
-from tokmask_peft.recipe.schema import SourceConfig, Task
-from tokmask_peft.tasks import Example, Unreadable
+from tokmask_peft.data.files import NAME_A_SPLIT, DataFile, aliases, canonical, readable, unicode_problem
+from tokmask_peft.data.tables import Columns, Row
+from tokmask_peft.errors import DataError, nearest
+from tokmask_peft.recipe.schema import SourceConfig
+from tokmask_peft.tasks import Example, Unreadable, get_task
 
 SHOWN = 5
 _PLACEHOLDERS = {"", "-", "_", "?", "-1", "none", "null"}
+_SHARD = re.compile(r"-\d{5}-of-\d{5}$")
+
+Reader = Callable[[DataFile, Columns], Iterable[Example | Unreadable]]
+"""Reads the texts of a file in order, with an `Unreadable` in place of each that cannot be read."""
 
 
-def read_split(source: SourceConfig, split: str, task: Task) -> list[Example]:
+def table(rows: Callable[[DataFile], Iterator[Row]]) -> Reader:
+    """Return the reader of a format that has a text in each row, with named columns."""
+    return lambda file, columns: tables.examples(rows(file), file.name, columns)
+
+
+def read_conll(file: DataFile, columns: Columns) -> Iterable[Example | Unreadable]:
+    """Read a column file; see `data.conll`."""
+    return ConllReader(file.lines(), file.name, columns)
+
+
+def read_txt(file: DataFile, columns: Columns) -> Iterable[Example | Unreadable]:
+    """Read a text per line if no labels are needed; labelled texts in a .txt file are in CoNLL format."""
+    if columns.labelled:
+        return read_conll(file, columns)
+    lines = enumerate(file.lines(), start=1)
+    return (columns.task.example(line, None, f"{file.name}:{number}") for number, line in lines)
+
+
+READERS: dict[str, Reader] = {
+    ".conll": read_conll,
+    ".conllu": read_conll,
+    ".csv": table(tables.csv_rows),
+    ".tsv": table(tables.tsv_rows),
+    ".jsonl": table(tables.jsonl_rows),
+    ".parquet": table(tables.parquet_rows),
+    ".txt": read_txt,
+}
+"""By ending; the name of a format in `data.format` is its ending without the dot.
+
+Another format is added here: `READERS[".mine"] = read_mine`.
+"""
+READERS[".ndjson"] = READERS[".json"] = READERS[".jsonl"]
+
+
+def reader_of(path: Path, asked: str = "auto") -> Reader:
+    """Return the reader of a format, or, for `auto`, of a file's ending.
+
+    Raises:
+        DataError: there is none.
+    """
+    ending = path.suffix.lower() if asked == "auto" else f".{asked}"
+    if ending in READERS:
+        return READERS[ending]
+    formats = ["auto", *(known.removeprefix(".") for known in READERS)]
+    guess = "" if asked == "auto" else nearest(asked, formats)
+    raise DataError(
+        f"{path}: no reader for the format '{ending[1:]}'.{guess} Set data.format to one of {', '.join(formats)}.",
+        code="unknown-format",
+        format=ending[1:],
+    )
+
+
+def find_files(path: str, split: str, asked: str = "auto") -> list[Path]:
+    """Find the file, or the parquet shards, of a split.
+
+    Args:
+        path: a folder, or one file: then `train` is that file, and other splits are files next to it.
+        split: a split name (with aliases), or a file name.
+        asked: the recipe's format, which settles a tie between `train.tsv` and `train.conll`.
+
+    Raises:
+        DataError: no file fits, or several do; lists what is there.
+    """
+    root = Path(path).expanduser()
+    if not root.exists():
+        raise DataError(f"data.path: '{path}' does not exist (seen from {Path.cwd()})", code="no-path", path=path)
+    if root.is_file():
+        if split in (root.name, root.stem) or "train" in aliases(split):
+            return [root]
+        root = root.parent
+    literal = root / split
+    if literal.is_file():
+        return [literal]
+    files = sorted(file for file in root.iterdir() if file.is_file() and file.suffix.lower() in READERS)
+    fitting = [file for file in files if _SHARD.sub("", file.stem).lower() in aliases(split)]
+    if asked != "auto":
+        wanted = {reader_of(root, asked)} | ({read_txt} if asked == "conll" else set())
+        fitting = [file for file in fitting if reader_of(file) in wanted] or fitting
+    if fitting and (len(fitting) == 1 or all(_SHARD.search(file.stem) for file in fitting)):
+        return fitting
+    names = tuple(file.name for file in fitting or files)
+    listing = ", ".join(names) or "no data file"
+    guess = nearest(split, [*names, *(file.stem for file in files)])
+    problem = f"no file for the split '{split}'. The folder contains {listing}.{guess} {NAME_A_SPLIT}"
+    if fitting:
+        problem = f"several files fit the split '{split}': {listing}. Name one of them instead, or set data.format."
+    raise DataError(f"{root}: {problem}", code="several-files" if fitting else "no-split", split=split, files=names)
+
+
+def builtin_examples(task: str, split: str) -> list[Example]:
+    """Return a split of the built-in corpus: 4,500 made-up Spanish-English posts, to try things out with.
+
+    The posts have a sentiment; their words are tagged lang1 (English), lang2 (Spanish), ne or other. It is not a
+    benchmark, but hard in the ways that matter here: sentiment depends on negation, contrast, questions, other people's
+    opinions and sarcasm rather than on one word; emoji, hashtags and names agree with the label in train more than in
+    test; every fifth word and some patterns occur in test only; 6% of the training sentiments are wrong. Many words are
+    spelled alike in both languages (`pan`, `red`, `no`, `come`), and English stems take Spanish endings.
+
+    Raises:
+        DataError: there is no such split.
+    """
+    name, splits = canonical(split), ("train", "validation", "test")
+    if name not in splits:
+        problem = f"the built-in corpus has no split '{split}': {', '.join(splits)}.{nearest(split, splits)}"
+        raise DataError(problem, code="no-split", split=split)
+    path = Path(__file__).with_name("builtin") / f"{name}.conll.gz"
+    with gzip.open(path, "rt", encoding="utf-8", newline="\n") as file:
+        found = readable(ConllReader((line.removesuffix("\n") for line in file), name, Columns(get_task(task))))
+        return [replace(example, where=f"built-in {name}[{index}]") for index, example in enumerate(found)]
+
+
+def read_split(source: SourceConfig, split: str, task: str) -> list[Example]:
     """Read a labelled split.
 
     Args:
         source: local path, Hub dataset or built-in corpus; the first that is set wins, in this order.
         split: name of the split, or of a file.
-        task: `sequence` or `token`.
+        task: name of the task.
 
     Raises:
         DataError: the split is missing, empty, unlabelled or malformed.
@@ -31,183 +150,84 @@ def read_split(source: SourceConfig, split: str, task: Task) -> list[Example]:
     if source.path is not None:
         found = find_files(source.path, split, source.format)
         name = ", ".join(str(file) for file in found)
-        examples = [example for file in found for example in iter_rows(file, source, task)]
+        columns = Columns(get_task(task), source.text_column, source.label_column)
+        read = (reader_of(file, source.format)(DataFile(file), columns) for file in found)
+        examples = list(readable(chain.from_iterable(read)))
     elif source.hub is not None:
         from tokmask_peft.data.hub import read_hub
 
         name = f"{source.hub} [{split}]"
         examples = read_hub(source, split, task)
     else:
-        from tokmask_peft.data.builtin import builtin_examples
-
         name = f"built-in corpus [{split}]"
         examples = builtin_examples(task, split)
-    check_complete(examples, name, task)
+    _check_complete(examples, name, task)
     return examples
 
 
-def iter_rows(path: str | Path, source: SourceConfig, task: Task, labelled: bool = True) -> Iterator[Example]:
-    """Stream the texts of one local file, in order and without keeping them.
-
-    Args:
-        path: the file.
-        source: gives format and columns.
-        task: `sequence` or `token`.
-        labelled: without, labels are neither needed nor read, as for prediction.
-
-    Raises:
-        DataError: a line is malformed, or a column is missing.
-    """
-    path = Path(path)
-    kind = file_format(path, source.format)
-    if kind == "conll":
-        lines = read_lines(path)
-        yield from ConllReader(lines, str(path), task, source.text_column, source.label_column, labelled)
-        return
-    if kind == "csv":
-        rows = tabular.csv_rows(read_lines(path, keep_ends=True), str(path))
-    elif kind == "tsv":
-        rows = tabular.tsv_rows(read_lines(path), str(path))
-    elif kind == "jsonl":
-        rows = tabular.jsonl_rows(read_lines(path), str(path))
-    else:
-        rows = tabular.parquet_rows(path, str(path))
-    yield from tabular.examples(rows, str(path), task, source.text_column, source.label_column, labelled)
-
-
-def check_complete(examples: list[Example], name: str, task: Task) -> None:
-    """Refuse a split in which a text or a label is missing.
-
-    Raises:
-        DataError: with the first places and the count; or the split has no labels at all.
-    """
+def _check_complete(examples: list[Example], name: str, task: str) -> None:
+    """Refuse a split in which a text or a label is missing, with the first places and the count."""
     if not examples:
-        raise DataError(f"{name}: no texts in it")
-    if all(_unlabelled(example) for example in examples):
+        raise DataError(f"{name}: there are no texts in it", code="no-texts", source=name)
+    if all(tag.strip().lower() in _PLACEHOLDERS for example in examples for tag in example.tags):
         hint = ""
-        if task == "sequence" and ".conll" in name:
-            hint = (
-                " A CoNLL file carries the label of a text in a comment, '# sent_enum = 7 positive'; for one label per "
-                "word set data.task to token."
-            )
-        raise DataError(
-            f"{name}: no text has a label.{hint} If this is the test set of a shared task, whose labels are kept back, "
-            "set data.test to validation (or dev) and data.validation to a share of train such as 0.1, so that what "
-            "selects the checkpoint is not what scores it."
+        if not get_task(task).words_given and ".conll" in name:
+            hint = " A CoNLL file has a text's label in a comment, '# sent_enum = 7 positive'. If words have labels, "
+            hint += "set data.task to the task for words."
+        problem = (
+            f"{name}: no text has a label.{hint} If this is the test set of a shared task, whose labels are withheld, "
+            "set data.test to validation (or dev) and data.validation to a share of train such as 0.1, so that the "
+            "texts that select the checkpoint do not score it as well."
         )
-    _refuse("an empty text", [e.where for e in examples if not e.words or "" in e.words], name)
-    _refuse("an empty label", [e.where for e in examples if not e.tags or "" in e.tags], name)
+        raise DataError(problem, code="no-labels", source=name)
+    lacking = {
+        "text": [example.where for example in examples if not example.words or "" in example.words],
+        "label": [example.where for example in examples if not example.tags or "" in example.tags],
+    }
+    for what, places in lacking.items():
+        if places:
+            more = f" and {len(places) - SHOWN} more" if len(places) > SHOWN else ""
+            problem = f"an empty {what} at {', '.join(places[:SHOWN])}{more} ({len(places)} in all)"
+            remedy = "Nothing is dropped silently: remove these lines or fill them in."
+            raise DataError(f"{name}: {problem}. {remedy}", code=f"empty-{what}", places=tuple(places))
 
 
-def _unlabelled(example: Example) -> bool:
-    """Whether an example has no label, or only placeholders."""
-    return all(tag.strip().lower() in _PLACEHOLDERS for tag in example.tags)
-
-
-def _refuse(what: str, places: list[str], name: str) -> None:
-    """Raise for the places found, if any."""
-    if places:
-        more = f" and {len(places) - SHOWN} more" if len(places) > SHOWN else ""
-        raise DataError(
-            f"{name}: {what} at {', '.join(places[:SHOWN])}{more} ({len(places)} in all). Nothing is dropped in "
-            "silence: remove these lines or fill them in."
-        )
-
-
-class TextFile:
-    """The texts of one file, in order, one at a time; what cannot be read is an `Unreadable` at its place.
+class TextFile(DataFile):
+    """The texts of one file for prediction, in order and streamed; one that cannot be read is an `Unreadable`.
 
     Args:
         path: the file.
-        task: `sequence` or `token`.
-        format: txt (a text per line), csv, tsv, jsonl, parquet or conll; auto goes by the ending.
+        task: name of the task.
+        format: txt (a text per line) or another ending of `READERS`; auto goes by the file's own ending.
         text_column: column of the text or the words; none looks for a usual name.
 
-    Attributes:
-        total: size of the file: bytes, or rows of a parquet file.
-        done: how much of `total` has been read.
-
     Raises:
-        DataError: the file is missing, or its format is not known.
+        DataError: the file is missing, its format is not known, no column fits, or the file as a whole is not what its
+            format says.
     """
 
-    def __init__(
-        self, path: str | Path, task: Task, format: str = "auto", text_column: str | int | None = None
-    ) -> None:
-        self.path, self._task, self._column = Path(path), task, text_column
-        if not self.path.is_file():
-            raise DataError(f"{path}: there is no such file")
-        ending = self.path.suffix.lower()
-        self.format = "txt" if format == "auto" and ending == ".txt" else file_format(self.path, format)
-        self.total = self._rows() if self.format == "parquet" else self.path.stat().st_size
+    def __init__(self, path: str | Path, task: str, format: str = "auto", text_column: str | int | None = None) -> None:
+        if not Path(path).is_file():
+            raise DataError(f"{path}: there is no such file", code="no-path", path=str(path))
+        super().__init__(Path(path), tolerant=True)
+        self._reader = reader_of(self.path, format)
+        self._columns = Columns(get_task(task), text_column, labelled=False)
+        next(iter(self), None)  # a mistake in the file as a whole shows here, before a model is loaded
         self.done = 0
 
     def __iter__(self) -> Iterator[Example | Unreadable]:
-        """Read from the beginning.
-
-        Raises:
-            DataError: no column fits, or the file as a whole is not what its format says.
-        """
+        """Read from the beginning."""
         self.done = 0
-        for found in self._read():
-            if isinstance(found, Example):
-                problem = _problem(found)
-                yield found if problem is None else Unreadable(found.where, problem)
-            else:
-                yield self._unreadable(found)
-
-    def _read(self) -> Iterator[Example | DataError]:
-        name = str(self.path)
-        if self.format == "parquet":
-            rows = self._counted(tabular.parquet_rows(self.path, name))
-        else:
-            lines = read_lines(self.path, keep_ends=self.format == "csv", tolerant=True, advance=self._advance)
-            if self.format == "txt":
-                yield from self._plain(lines)
-                return
-            if self.format == "conll":
-                yield from ConllReader(lines, name, self._task, self._column, None, False).examples_or_problems()
-                return
-            reader = {"csv": tabular.csv_rows, "tsv": tabular.tsv_rows, "jsonl": tabular.jsonl_rows}[self.format]
-            rows = reader(lines, name)
-        yield from tabular.examples_or_problems(rows, name, self._task, self._column, labelled=False)
-
-    def _plain(self, lines: Iterator[str]) -> Iterator[Example]:
-        for number, line in enumerate(lines, start=1):
-            yield Example(tuple(line.split()) if self._task == "token" else line, None, f"{self.path}:{number}")
-
-    def _unreadable(self, error: DataError) -> Unreadable:
-        """Take an error apart: the messages of the readers begin with the place."""
-        match = re.match(
-            rf"(?P<where>{re.escape(str(self.path))}(:\d+|\[\d+\])): (?P<problem>.*)", str(error), re.DOTALL
-        )
-        return Unreadable(match["where"], match["problem"]) if match else Unreadable(str(self.path), str(error))
-
-    def _advance(self, size: int) -> None:
-        self.done += size
-
-    def _counted(self, rows: Iterator[tabular.Row]) -> Iterator[tabular.Row]:
-        for row in rows:
-            self.done += 1
-            yield row
-
-    def _rows(self) -> int:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        try:
-            return int(pq.ParquetFile(self.path).metadata.num_rows)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise DataError(f"{self.path}: cannot be read as parquet: {error}") from error
+        for found in self._reader(self, self._columns):
+            problem = _problem(found) if isinstance(found, Example) else None
+            yield found if problem is None else Unreadable(found.where, problem)
 
 
 def _problem(example: Example) -> str | None:
-    """Say why a text cannot be predicted, if so."""
+    """Return why a text cannot be classified, or none."""
     if not any(example.words):
         return "the text is empty"
-    if "" in example.words:
-        return "a word is empty"
-    return unicode_problem(example.string)
+    return "a word is empty" if "" in example.words else unicode_problem(example.string)
 
 
 def line_number(where: str) -> int | None:

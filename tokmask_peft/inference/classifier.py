@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tokmask_peft.console import Decision
-from tokmask_peft.data.encoding import Windower
+from tokmask_peft.data.encoding import Encoder
 from tokmask_peft.data.files import unicode_problem
 from tokmask_peft.errors import DataError
 from tokmask_peft.inference.forward import Forward
@@ -58,7 +58,7 @@ class Classifier:
         self.max_length, self.temperature, self.decisions = max_length, temperature, decisions
         self.device = next(model.parameters()).device
         self.masking = masking
-        self.windower = Windower(tokenizer, task, max_length)
+        self.encoder = Encoder(tokenizer, task, max_length)
         self.forward = Forward(self.model, tokenizer.pad_token_id, task, dtype)
 
     def predict(self, texts: Sequence[str] | Sequence[Sequence[str]], batch_size: int = BATCH_SIZE) -> list[Answer]:
@@ -85,7 +85,7 @@ class Classifier:
         if batch_size < 1:
             raise DataError(f"batch_size is {batch_size}, expected 1 or more", code="batch-size", batch_size=batch_size)
         given, task = self.checked(texts), get_task(self.task)
-        windows = self.windower.cut(given)
+        windows = self.encoder.windows(given)
         logits = self.forward.logits(windows, batch_size)
         of_text: list[list[int]] = [[] for _ in given]
         for number, window in enumerate(windows):

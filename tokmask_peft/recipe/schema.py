@@ -54,9 +54,12 @@ class SourceConfig(Section):
     hub: str | None = Field(None, description="dataset id on the Hugging Face Hub")
     hub_config: str | None = Field(None, description="configuration of the Hub dataset")
     hub_revision: str | None = Field(None, description="revision of the Hub dataset, for example refs/convert/parquet")
-    builtin: StrictBool = Field(False, description="the built-in Spanish-English corpus (made up, to try things out)")
-    format: Literal["auto", "conll", "csv", "tsv", "jsonl", "parquet"] = Field(
-        "auto", description="file format; auto goes by the file's ending"
+    builtin: StrictBool = Field(
+        False, description="the built-in Spanish-English corpus (made up, for trying things out)"
+    )
+    format: str = Field(
+        "auto",
+        description="auto goes by the file's ending; or conll, csv, tsv, jsonl, parquet",
     )
     text_column: str | int | None = Field(
         None, description="column of the text, or of the words in token tasks; in CoNLL files a number, from 0"

@@ -11,6 +11,7 @@ from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from tokmask_peft import __version__
 from tokmask_peft.artifacts import Run, open_run
 from tokmask_peft.console import baseline_verdict, calibration_line
+from tokmask_peft.data.corpus import merged_labels
 from tokmask_peft.errors import ModelError, RunError, TokmaskError
 from tokmask_peft.hub.card import hub_id, limits, loading_snippet, training_facts
 from tokmask_peft.report.pictures import mixing_picture, reliability_picture, require_matplotlib, training_curves
@@ -84,8 +85,6 @@ def render(run: Run, mistakes: Mistakes | None, no_mistakes: str = "") -> str:
         mistakes: its most confident mistakes.
         no_mistakes: why there are none to show.
     """
-    from tokmask_peft.data.corpus import merged_labels
-
     recipe, result, adapter = run.recipe, run.result, run.folder.adapter
     task, scores, calibration = get_task(recipe.data.task), result.scored, result.calibration
     mixing, reliability = scores.get("by_mixing"), None

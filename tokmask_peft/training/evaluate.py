@@ -96,7 +96,7 @@ def split_examples(
     labels = tuple(AdapterInfo.read(adapter).labels)
     if data is not None:
         source = recipe.data.model_copy(update={"path": data, "test_source": None})
-        examples = apply_label_map(read_split(source, split, recipe.data.task), recipe.data.label_map).examples
+        examples = apply_label_map(read_split(source, split, recipe.data.task), recipe.data.label_map)[0]
         check_known(examples, labels, split)
         return examples, labels
     corpus = load_corpus(recipe.data.expanded(), recipe.seed)

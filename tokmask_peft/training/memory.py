@@ -575,7 +575,7 @@ def _texts(recipe: Recipe) -> tuple[int, Lengths | None]:
     Those of the Hub are not, since they may have to be downloaded; a test set there counts as many texts of max_length.
     """
     from tokmask_peft.data.corpus import load_corpus
-    from tokmask_peft.data.encoding import encode
+    from tokmask_peft.data.encoding import Encoder
     from tokmask_peft.model.backbone import load_tokenizer
 
     data, unread = recipe.data, list[tuple[int, ...]]()
@@ -584,9 +584,10 @@ def _texts(recipe: Recipe) -> tuple[int, Lengths | None]:
     if data.test is not None and data.test_source is not None and _on_hub(data.test_source):
         data = data.model_copy(update={"test": None, "test_source": None})
         unread = [(data.max_length,) * recipe.training.eval_batch_size]
-    corpus, tokenizer = load_corpus(data.expanded(), recipe.seed), load_tokenizer(recipe.model)
+    corpus = load_corpus(data.expanded(), recipe.seed)
+    encoder = Encoder(load_tokenizer(recipe.model), data.task, data.max_length)
     train, *evaluated = (
-        list(encode(split, tokenizer, recipe.data.task, corpus.labels, recipe.data.max_length).dataset["length"])
+        list(encoder.cut(split, corpus.labels).dataset["length"])
         for split in (corpus.train, corpus.validation, corpus.test)
         if split
     )

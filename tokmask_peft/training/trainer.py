@@ -21,7 +21,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from tokmask_peft.data.batches import TokenBudgetSampler, token_budget_loader
-from tokmask_peft.data.encoding import Encoded, encode
+from tokmask_peft.data.encoding import Encoded, Encoder
 from tokmask_peft.errors import RecipeError, RunError, nearest
 from tokmask_peft.model.adapter import inputs_as_they_come
 from tokmask_peft.model.dropout import quick_dropout
@@ -54,7 +54,7 @@ class Split:
         cls, examples: Sequence[Example], tokenizer: Any, task: str, labels: tuple[str, ...], max_length: int
     ) -> Split:
         """Encode `examples` and sort them by length (ties in the order of the texts)."""
-        encoded = encode(examples, tokenizer, task, labels, max_length)
+        encoded = Encoder(tokenizer, task, max_length).cut(examples, labels)
         order = np.argsort(np.asarray(encoded.dataset["length"]), kind="stable").astype(np.int64)
         return cls(examples, labels, task, encoded, encoded.dataset.select(order), order)
 

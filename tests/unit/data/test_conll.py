@@ -5,14 +5,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tokmask_peft.data.conll import ConllReader
-from tokmask_peft.data.files import read_lines
-from tokmask_peft.data.readers import iter_rows, read_split
+from tokmask_peft.data.files import DataFile, readable
+from tokmask_peft.data.readers import TextFile, read_split, reader_of
+from tokmask_peft.data.tables import Columns
 from tokmask_peft.errors import DataError
 from tokmask_peft.recipe.schema import SourceConfig
+from tokmask_peft.tasks import get_task
 
 
-def read(text, task="token", **options):
-    return list(ConllReader(text.split("\n"), "posts.conll", task, **options))
+def read(content, task="token", **columns):
+    return list(readable(ConllReader(content.split("\n"), "posts.conll", Columns(get_task(task), **columns))))
+
+
+def refused(content, **columns):
+    """Return code and place of the error."""
+    with pytest.raises(DataError) as caught:
+        read(content, **columns)
+    return caught.value.code, caught.value.fields.get("where")
 
 
 def test_words_tags_and_places():
@@ -75,8 +84,8 @@ def test_a_label_does_not_leak_into_the_next_text():
 
 
 def test_a_comment_inside_a_text_is_refused_because_a_blank_line_is_missing():
-    with pytest.raises(DataError, match=r"posts.conll:3.*blank line"):
-        read("# sent_enum = 1\nyes\tlang1\n# sent_enum = 2\nno\tlang1\n")
+    text = "# sent_enum = 1\nyes\tlang1\n# sent_enum = 2\nno\tlang1\n"
+    assert refused(text) == ("comment-inside", "posts.conll:3")
 
 
 @pytest.mark.parametrize("line", ["nude    lang1", "#OneDay  lang1"])
@@ -97,19 +106,17 @@ def test_columns_separated_by_spaces():
     [("a\tx\nb\nc\ty\n", 2), ("a x\nb x y\nc y\n", 2), ("a\tb\tx\nc\tx\nd\te\tx\n", 2), ("alone\n", 1)],
 )
 def test_a_line_with_other_columns_names_its_place(text, line):
-    with pytest.raises(DataError, match=rf"posts.conll:{line}:"):
-        read(text)
+    assert refused(text) == ("column-count", f"posts.conll:{line}")
 
 
 def test_label_column_by_number_from_either_end():
     text = "ich\tDE\tPRON\nben\tTR\tPRON\n"
     assert read(text)[0].label == ("PRON", "PRON")
-    assert read(text, label_column=1)[0].label == ("DE", "TR")
-    assert read(text, label_column=-2)[0].label == ("DE", "TR")
-    assert read(text, label_column="1")[0].label == ("DE", "TR")
-    assert read(text, text_column=1, label_column=2)[0].text == ("DE", "TR")
-    with pytest.raises(DataError, match=r"label_column is 'upos'.*numbers"):
-        read(text, label_column="upos")
+    assert read(text, label=1)[0].label == ("DE", "TR")
+    assert read(text, label=-2)[0].label == ("DE", "TR")
+    assert read(text, label="1")[0].label == ("DE", "TR")
+    assert read(text, text=1, label=2)[0].text == ("DE", "TR")
+    assert refused(text, label="upos")[0] == "column"
 
 
 def test_conllu_skips_ranges_and_empty_nodes():
@@ -123,11 +130,11 @@ def test_conllu_skips_ranges_and_empty_nodes():
         row.format("2.1", "ellipsis", "_", "x"),
         row.format(3, "ya", "ADV", "x"),
     ]
-    (example,) = read("\n".join(lines), label_column="upos")
+    (example,) = read("\n".join(lines), label="upos")
     assert example.text == ("vamos", "nos", "ya")
     assert example.label == ("VERB", "PRON", "ADV")
-    with pytest.raises(DataError, match="Did you mean 'upos'"):
-        read("\n".join(lines), label_column="upo")
+    with pytest.raises(DataError, match=r"label_column is 'upo'.*Did you mean 'upos'"):
+        read("\n".join(lines), label="upo")
 
 
 def test_a_range_like_word_in_other_files_stays():
@@ -139,11 +146,11 @@ def test_a_range_like_word_in_other_files_stays():
 def test_invisible_words_are_words(tmp_path, word):
     path = tmp_path / "train.conll"
     path.write_bytes(f"{word}\tother\nyes\tlang1\n".encode())
-    (example,) = iter_rows(path, SourceConfig(path=str(path)), "token")
+    (example,) = read_split(SourceConfig(path=str(path)), "train", "token")
     assert example.text == (word, "yes")
     assert example.label == ("other", "lang1")
     path.write_bytes(f"yes\n{word}\nno\n".encode())
-    (example,) = iter_rows(path, SourceConfig(path=str(path)), "token", labelled=False)
+    (example,) = TextFile(path, "token")
     assert example.text == ("yes", word, "no")
 
 
@@ -151,22 +158,23 @@ def test_without_labels_one_column_is_enough():
     first, second = read("#hola\nmy\n\nfriend\n", labelled=False)
     assert (first.text, first.label) == (("#hola", "my"), None)
     assert second.text == ("friend",)
-    with pytest.raises(DataError, match=r"posts.conll:2"):
-        read("hola\nNew York\nfriend\n", labelled=False)
+    assert refused("hola\nNew York\nfriend\n", labelled=False) == ("column-count", "posts.conll:2")
 
 
 def test_bytes_that_are_not_utf8_name_their_line(tmp_path):
     path = tmp_path / "train.conll"
     path.write_bytes("sí\tlang2\n".encode() + "año\tlang2\n".encode("latin1"))
-    with pytest.raises(DataError, match=r"train.conll:2: byte 2 .*not UTF-8"):
-        list(read_lines(path))
+    with pytest.raises(DataError, match=r"byte 2 .*iconv") as caught:
+        read_split(SourceConfig(path=str(path)), "train", "token")
+    assert (caught.value.code, caught.value.fields["where"]) == ("not-utf8", f"{path}:2")
 
 
 def test_unlabelled_texts_of_a_sequence_task_are_an_error(tmp_path):
     path = tmp_path / "train.conll"
     path.write_text("# sent_enum = 1\nyes\tlang1\n")
-    with pytest.raises(DataError, match=r"no text has a label.*comment"):
+    with pytest.raises(DataError, match="comment") as caught:
         read_split(SourceConfig(path=str(path)), "train", "sequence")
+    assert caught.value.code == "no-labels"
 
 
 visible = st.text(
@@ -193,5 +201,5 @@ def test_what_is_written_is_read(tmp_path_factory, posts, end, bom, last, commen
     text = (end * (blanks + 1)).join(blocks) + (end if last else "")
     path = tmp_path_factory.mktemp("conll") / "train.conll"
     path.write_bytes((b"\xef\xbb\xbf" if bom else b"") + text.encode())
-    found = list(iter_rows(path, SourceConfig(path=str(path)), "token"))
+    found = readable(reader_of(path)(DataFile(path), Columns(get_task("token"))))
     assert [list(zip(e.text, e.label, strict=True)) for e in found] == posts

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tokmask_peft.data.files import file_format, find_files
+from tokmask_peft.data.readers import READERS, find_files, reader_of
 from tokmask_peft.errors import DataError
 
 
@@ -20,6 +20,13 @@ def found(*arguments):
     return [file.name for file in find_files(*arguments)]
 
 
+def refused(*arguments):
+    """Return code and fields of the error."""
+    with pytest.raises(DataError) as caught:
+        find_files(*arguments)
+    return caught.value.code, caught.value.fields
+
+
 @pytest.mark.parametrize("name", ["validation.tsv", "dev.conll", "valid.csv", "val.jsonl", "Dev.parquet"])
 def test_names_of_validation_are_one(folder, name):
     assert found(folder("train.tsv", "test.tsv", name), "validation") == [name]
@@ -33,24 +40,18 @@ def test_a_literal_name_wins(folder):
 
 def test_what_fits_twice_is_asked_for(folder):
     path = folder("train.tsv", "train.conll", "dev.tsv", "valid.tsv")
-    with pytest.raises(DataError, match=r"several files fit the split 'train': train.conll, train.tsv"):
-        find_files(path, "train")
+    assert refused(path, "train") == ("several-files", {"split": "train", "files": ("train.conll", "train.tsv")})
     assert found(path, "train", "tsv") == ["train.tsv"]
-    with pytest.raises(DataError, match="several files fit the split 'validation'"):
-        find_files(path, "validation", "tsv")
+    assert refused(path, "validation", "tsv")[0] == "several-files"
+    assert found(folder("test.txt", "test.csv"), "test", "conll") == ["test.txt"]
 
 
 def test_what_is_missing_lists_the_folder(folder):
     path = folder("train.tsv", "dev.tsv", "notes.md")
-    with pytest.raises(
-        DataError, match=r"no file for the split 'test'. The folder holds dev.tsv, train.tsv\."
-    ) as caught:
-        find_files(path, "test")
-    assert "data.test may be null" in str(caught.value)
-    with pytest.raises(DataError, match=r"Did you mean 'train.tsv'"):
+    assert refused(path, "test") == ("no-split", {"split": "test", "files": ("dev.tsv", "train.tsv")})
+    with pytest.raises(DataError, match=r"Did you mean 'train.tsv'.*data.test may be null"):
         find_files(path, "train.tvs")
-    with pytest.raises(DataError, match="does not exist"):
-        find_files(path + "/nowhere", "train")
+    assert refused(path + "/nowhere", "train")[0] == "no-path"
 
 
 def test_parquet_shards_are_one_split(folder):
@@ -66,12 +67,14 @@ def test_one_file_is_train_and_others_lie_beside_it(folder):
     assert found(f"{path}/posts.csv", "validation") == ["dev.csv"]
     assert found(f"{path}/posts.csv", "more.csv") == ["more.csv"]
     assert found(f"{path}/posts.csv", "posts.csv") == ["posts.csv"]
-    with pytest.raises(DataError, match=r"dev.csv, more.csv, posts.csv"):
-        find_files(f"{path}/posts.csv", "test")
+    assert refused(f"{path}/posts.csv", "test")[1]["files"] == ("dev.csv", "more.csv", "posts.csv")
 
 
 def test_format_by_ending_or_as_asked(tmp_path):
-    assert file_format(tmp_path / "a.CONLLU") == "conll"
-    assert file_format(tmp_path / "a.data", "csv") == "csv"
-    with pytest.raises(DataError, match=r"'.xlsx' is not one of"):
-        file_format(tmp_path / "a.xlsx")
+    assert reader_of(tmp_path / "a.CONLLU") is READERS[".conll"]
+    assert reader_of(tmp_path / "a.data", "csv") is READERS[".csv"]
+    for ending, asked in [("xlsx", "auto"), ("csv", "jsnl")]:
+        with pytest.raises(DataError, match=r"Set data.format to one of auto, conll") as caught:
+            reader_of(tmp_path / f"a.{ending}", asked)
+        assert caught.value.code == "unknown-format"
+    assert "Did you mean 'jsonl'" in str(caught.value)

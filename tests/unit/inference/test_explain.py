@@ -46,7 +46,7 @@ def test_an_influence_is_what_masking_in_training_does_to_the_label(classifier, 
             assert explanation.probability == pytest.approx(answer.probabilities[answer.label], abs=1e-5)
         else:
             assert explanation.labels == answer.labels
-        (window,) = model.windower.cut(model.checked([text]), owners=True)
+        (window,) = model.encoder.windows(model.checked([text]), owners=True)
         plain = masked_in_training(model, window.ids, set())
         for index, influence in enumerate(explanation.influences):
             places = np.flatnonzero(window.owners == index)
@@ -100,7 +100,7 @@ def test_a_word_of_a_long_text_counts_by_the_size_of_its_window(classifier):
     model = classifier(max_length=24, temperature=2.0)
     text = LONG.replace("weather", "aeo" * 20)  # more sub-tokens than a window holds
     (explanation,) = model.explain([text])
-    windows = model.windower.cut([text], owners=True)
+    windows = model.encoder.windows([text], owners=True)
     assert len(windows) > 3
     weights = np.array([window.size for window in windows]) / sum(window.size for window in windows)
     rows = np.array([masked_in_training(model, window.ids, set()) for window in windows])
@@ -133,7 +133,7 @@ def test_a_word_is_explained_by_its_context(classifier):
     assert row.probability == pytest.approx(own.probabilities[target])
     assert row.influences[target] == pytest.approx(own.influences[target], abs=1e-5)
     assert own.label == ""
-    (window,) = model.windower.cut([words], owners=True)
+    (window,) = model.encoder.windows([words], owners=True)
     ids = torch.tensor([window.ids])
     ids[0, torch.from_numpy(window.owners == 0)] = model.tokenizer.mask_token_id
     with torch.no_grad():

@@ -120,7 +120,7 @@ class _Masks:
     def __init__(self, classifier: Classifier, texts: Sequence[Any], seed: int, batch_size: int) -> None:
         self._classifier, self._count, self._seed, self._batch_size = classifier, len(texts), seed, batch_size
         self._config = classifier.masking or TokenMaskConfig()
-        self._windows = classifier.windower.cut(texts)
+        self._windows = classifier.encoder.windows(texts)
         tokenizer = classifier.tokenizer
         rows = len(classifier.occlusion.maskable)
         table = maskable_table(tokenizer, rows, {*self._config.protect, tokenizer.pad_token_id})
@@ -145,7 +145,7 @@ class _Masks:
 
 def predicted(classifier: Classifier, texts: Sequence[Any], batch_size: int) -> Labels:
     """Return the label ids of each text, as `Classifier.predict` chooses them."""
-    windows = classifier.windower.cut(texts)
+    windows = classifier.encoder.windows(texts)
     logits = classifier.forward.logits(windows, batch_size)
     return _label_ids(classifier, windows, logits, len(texts))
 
