@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
+from accelerate.utils import find_executable_batch_size
+from accelerate.utils.memory import should_reduce_batch_size
 from rich.console import Console
+from torch import nn
 from transformers import TrainerCallback, set_seed
 
 from tokmask_peft.artifacts import LOADING_FILE, Loading, RunFolder, check_run, start_run, write_json
@@ -27,8 +30,8 @@ from tokmask_peft.masking.embedding import embedding_weight, find_embedding
 from tokmask_peft.masking.replacement import MaskToken, choose_mask_token, fill_spare_row, used_rows
 from tokmask_peft.model.adapter import add_adapter, gathered_weights, save_adapter
 from tokmask_peft.model.backbone import Backbone, load_backbone
-from tokmask_peft.model.decisions import can_checkpoint, enable_checkpointing
-from tokmask_peft.model.memory.suggestions import changed
+from tokmask_peft.model.decisions import can_checkpoint, enable_checkpointing, in_short, out_of_memory
+from tokmask_peft.model.memory.suggestions import changed, smaller_batch
 from tokmask_peft.model.packed import choose_batching, enable_padding_free
 from tokmask_peft.model.placement import placement_problem
 from tokmask_peft.recipe.loading import to_yaml
@@ -42,7 +45,6 @@ from tokmask_peft.training.memory import (
     explained_memory_errors,
     single_text_error,
     tokens_per_step,
-    with_smaller_batches,
 )
 from tokmask_peft.training.metrics import Predictions
 from tokmask_peft.training.scoring import check_best, score_best
@@ -97,6 +99,73 @@ def save_adapter_folder(
     masking.save_pretrained(folder)
     spaced = recipe.data.task == "token" and words_need_a_space(backbone.tokenizer)
     write_card(folder, recipe, result, spaced_words=spaced)
+
+
+T = TypeVar("T")
+
+
+def with_smaller_batches(
+    model: nn.Module,
+    recipe: Recipe,
+    attempt: Callable[[], T],
+    retry: Callable[[int, int], T],
+    alone: Callable[[str], RunError],
+) -> T:
+    """Train; where memory runs out, go on with a smaller micro-batch and the same optimizer step.
+
+    The Trainer's own `auto_find_batch_size` makes the optimizer step smaller, too, and keeps half-trained weights.
+
+    Args:
+        model: its trained weights are set back before every retry.
+        recipe: says what is tried first.
+        attempt: trains as the recipe says.
+        retry: trains with other texts per forward pass and forward passes per optimizer step.
+        alone: makes the error for a single text that takes too much, from the allocator's words.
+
+    Returns:
+        What the attempt returned that had enough memory.
+
+    Raises:
+        RunError: memory runs out with a single text.
+    """
+    start = {name: value.detach().cpu().clone() for name, value in _trained(model)}
+    training = recipe.training
+    sizes = [(training.batch_size, training.gradient_accumulation)]
+    while smaller := smaller_batch(*sizes[-1]):
+        sizes.append(smaller)
+    left, said = iter(sizes[1:]), ""
+
+    def run(batch_size: int) -> T:
+        nonlocal said
+        try:
+            return begin(batch_size)
+        except (RuntimeError, MemoryError) as error:
+            said = in_short(error)  # not the error itself, which would hold the tensors of the step
+            if out_of_memory(error) and not should_reduce_batch_size(error):
+                raise torch.OutOfMemoryError("CUDA out of memory.") from error  # in words that accelerate knows
+            raise
+
+    def begin(batch_size: int) -> T:
+        if batch_size == training.batch_size:
+            return attempt()
+        with torch.no_grad():
+            for name, value in _trained(model):
+                value.grad = None
+                value.copy_(start[name])
+        return retry(batch_size, dict(sizes)[batch_size])
+
+    def smaller_size() -> int:
+        size = next(left, None)
+        if size is None:
+            raise alone(said)
+        return size[0]
+
+    found: T = find_executable_batch_size(run, sizes[0][0], reduce_batch_size_fn=smaller_size)()
+    return found
+
+
+def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((name, value) for name, value in model.named_parameters() if value.requires_grad)
 
 
 @dataclass(frozen=True, slots=True)
