@@ -1,4 +1,4 @@
-"""Memory in whole runs: the estimate's command, running out, and smaller micro-batches."""
+"""Memory in whole runs: `tokmask estimate`, running out, and smaller micro-batches."""
 
 import json
 
@@ -85,7 +85,7 @@ def test_what_evaluate_advises_where_memory_runs_out_can_be_followed(write_recip
     def refuse(*_, **__):
         raise torch.OutOfMemoryError(ALLOCATOR)
 
-    def told():
+    def advice():
         with pytest.raises(RunError, match=r"other programs closed") as caught:
             tokmask_peft.evaluate(run)
         assert "model." not in str(caught.value)  # the command takes no keys of the recipe
@@ -97,7 +97,7 @@ def test_what_evaluate_advises_where_memory_runs_out_can_be_followed(write_recip
     for part in where:
         with monkeypatch.context() as patch:
             patch.setattr(f"tokmask_peft.training.evaluate.{part}", refuse)
-            assert "while the backbone was loaded" in (said := told())
+            assert "while the backbone was loaded" in (said := advice())
             assert "batch" not in said
     seen, step = [], OrderedEvalTrainer.prediction_step
 
@@ -106,7 +106,7 @@ def test_what_evaluate_advises_where_memory_runs_out_can_be_followed(write_recip
         return refuse() if seen[-1] > 10 else step(self, model, inputs, *rest, **more)
 
     monkeypatch.setattr(OrderedEvalTrainer, "prediction_step", limited)
-    assert "--batch-size 10 (batch_size=10);" in told()  # a quarter of the 40 texts that were one batch
+    assert "--batch-size 10 (batch_size=10)" in advice()  # a quarter of the 40 texts that were one batch
     tokmask_peft.evaluate(run, batch_size=10)
     assert seen == [40, *[10] * 4]
     with pytest.raises(DataError, match="batch_size is 0, expected 1 or more"):
@@ -177,7 +177,7 @@ def test_a_backbone_that_does_not_fit_on_the_gpu_is_not_retried_with_fewer_texts
     assert len(seen) == 1
 
 
-def test_a_run_that_will_not_fit_is_told_before_it_starts(write_recipe, monkeypatch, capsys):
+def test_a_run_that_will_not_fit_is_reported_before_it_starts(write_recipe, monkeypatch, capsys):
     monkeypatch.setattr(fits, "device_memory", lambda device: Memory(700 * 2**20, "this machine's free memory"))
     monkeypatch.setattr(OrderedEvalTrainer, "train", lambda *_, **__: pytest.fail("said before"))
     monkeypatch.setattr(fit, "make_console", lambda *_: fit_console())
@@ -223,6 +223,8 @@ def test_the_command_reads_no_weights(write_recipe, tokmask, tiny_backbone, tmp_
     step = max(largest["activations"] + largest["workspace"], largest["evaluation"])
     assert largest["total"] == sum(largest[part] for part in parts) + step
     assert found["quantization"] == "none"
+    assert found["margin"] == 0.15
+    assert any(one["changes"].get("training.batch_size") for one in found["suggestions"])
 
 
 def test_validation_and_test_texts_count_as_they_are_evaluated(write_recipe, data_folder, tmp_path, monkeypatch):
@@ -238,12 +240,12 @@ def test_validation_and_test_texts_count_as_they_are_evaluated(write_recipe, dat
     found = fits.without_training(recipe).shapes
     assert max(found.largest.lengths) < 64
     assert found.evaluation.lengths == (64,) * 128  # there are 96 texts to train on
-    casts, forecast = [], fits.forecast
-    monkeypatch.setattr(fits, "forecast", lambda *given, **more: casts.append(forecast(*given, **more)) or casts[-1])
+    made, forecast = [], fits.forecast
+    monkeypatch.setattr(fits, "forecast", lambda *given, **more: made.append(forecast(*given, **more)) or made[-1])
     monkeypatch.setattr(OrderedEvalTrainer, "train", lambda *_, **__: pytest.fail("said before"))
     with pytest.raises(pytest.fail.Exception):
         tokmask_peft.train(recipe, quiet=True)
-    assert casts[0].shapes == found
+    assert made[0].shapes == found
 
 
 @pytest.mark.parametrize("builtin", [True, False])
@@ -269,12 +271,12 @@ def test_the_estimate_s_batches_are_padded_where_neftune_asks_for_it(write_recip
 def test_the_estimate_has_the_attention_dropout_of_the_run(write_recipe, monkeypatch):
     recipe = load_recipe(write_recipe(), [*SHORT, "model.attention_dropout=0.3"])
     found = fits.without_training(recipe).largest
-    casts, forecast = [], fits.forecast
-    monkeypatch.setattr(fits, "forecast", lambda *given, **more: casts.append(forecast(*given, **more)) or casts[-1])
+    made, forecast = [], fits.forecast
+    monkeypatch.setattr(fits, "forecast", lambda *given, **more: made.append(forecast(*given, **more)) or made[-1])
     monkeypatch.setattr(OrderedEvalTrainer, "train", lambda *_, **__: pytest.fail("said before"))
     with pytest.raises(pytest.fail.Exception):
         tokmask_peft.train(recipe, quiet=True)
-    assert casts[0].largest == found
+    assert made[0].largest == found
     monkeypatch.setattr(backbone_module, "_ATTENTION_DROPOUT", ("another_name",))
     with pytest.raises(ModelError, match=r"has no attention dropout; set model.attention_dropout=null"):
         fits.without_training(recipe)
@@ -293,23 +295,24 @@ def test_the_report_as_it_is_read(write_recipe, capsys):
     assert "It does NOT fit" in said
     assert "  training.batch_size=1 training.gradient_accumulation=8" in said
     assert "still too much" in said
+    assert "within 15% of this" in said
     with pytest.raises(RecipeError, match="expected a size such as 6GB"):
         fits.without_training(recipe, "big")
 
 
 @pytest.mark.parametrize(
-    ("gpu", "precision", "told"), [("4GB", "auto", True), ("4GB", "fp32", False), (None, "auto", False)]
+    ("gpu", "precision", "said_so"), [("4GB", "auto", True), ("4GB", "fp32", False), (None, "auto", False)]
 )
-def test_a_gpu_is_taken_for_one_with_bf16_and_the_report_says_so(write_recipe, capsys, gpu, precision, told):
+def test_a_gpu_is_taken_for_one_with_bf16_and_the_report_says_so(write_recipe, capsys, gpu, precision, said_so):
     from tokmask_peft.training.memory import print_forecast
 
     recipe = load_recipe(write_recipe(), [*SHORT, f"model.precision={precision}"])
     found = fits.without_training(recipe, gpu)
     print_forecast(found)
     said = " ".join(capsys.readouterr().out.split())
-    assert ("GTX 1650" in said) == told
-    assert ("model.precision=fp32" in said) == told
-    assert (found.to_dict()["assumed"] is not None) == told
+    assert ("GTX 1650" in said) == said_so
+    assert ("model.precision=fp32" in said) == said_so
+    assert (found.to_dict()["assumed"] is not None) == said_so
 
 
 @pytest.mark.parametrize("batching", ["padded", "grouped", "padding_free"])

@@ -1,4 +1,4 @@
-"""Bytes of a run: what is on the device all the time, and what a step adds to it.
+"""Bytes of a run: what is on the device all the time, the shapes of its batches, and what a step of one adds.
 
 The real model classes run a step on fake tensors, and the bytes are counted. Backbones with many layers are counted
 with two and three of them, from which the rest follows, because layers are alike.
@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import nn
 
+from tokmask_peft.data.batches import COUNTED_EPOCHS, TokenBudgetSampler, check_budget
 from tokmask_peft.errors import RecipeError
 from tokmask_peft.masking.embedding import find_embedding
 from tokmask_peft.model.adapter import adapted_layers
 from tokmask_peft.model.backbone import head_modules
 from tokmask_peft.model.memory.step import Setting, Shape, Skeleton, bare_model
 from tokmask_peft.model.placement import check_placement
-from tokmask_peft.recipe.schema import Recipe
+from tokmask_peft.recipe.schema import Batching, Recipe
 
 MARGIN = {"cpu": 0.05, "cuda": 0.15}
 """By how much the tensors of a real step may differ from the estimate, as a share of it.
@@ -108,6 +111,123 @@ def _rest_of_container() -> list[int]:
         lines = []
     inactive = int(dict(line.split(" ", 1) for line in lines).get("inactive_file", 0))
     return [limit - max(used - inactive, 0)]
+
+
+SHUFFLES = 20
+MULTIPLE = 8
+"""Padding goes up to a multiple of it (`trainer.collator`)."""
+
+NEARLY = 0.9
+"""Share of the most sub-tokens in a batch that counts as equal to it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """Sub-tokens of each text.
+
+    Attributes:
+        train: of the texts to train on.
+        evaluated: of each split that the run evaluates, validation and test, whose texts may be longer and more.
+    """
+
+    train: Sequence[int]
+    evaluated: tuple[Sequence[int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """Shapes of micro-batches.
+
+    Attributes:
+        largest: in training; of the longest texts, or of max_length if the texts are unknown, or what fills a budget of
+            sub-tokens.
+        usual: in training; None if the texts are unknown.
+        evaluation: a shape that no batch of an evaluation exceeds; its texts come by length, the longest together.
+        known: whether the shapes come from the texts.
+    """
+
+    largest: Shape
+    usual: Shape | None
+    evaluation: Shape
+    known: bool
+
+
+def workload(recipe: Recipe, batching: str, lengths: Lengths | None) -> Workload:
+    """Return the shapes of a run's batches.
+
+    Args:
+        recipe: of the run.
+        batching: as decided: padded, grouped or padding_free.
+        lengths: of the texts, if they are known.
+
+    Raises:
+        RecipeError: one text exceeds the budget of sub-tokens.
+    """
+    training, most, packed = recipe.training, recipe.data.max_length, batching == "padding_free"
+    texts, longest = training.eval_batch_size, most
+    if lengths is not None:
+        texts = min(texts, max(map(len, lengths.evaluated)))
+        longest = min(longest, max(max(split) for split in lengths.evaluated if split))
+    evaluation = Shape.padded(texts, _rounded(longest))
+    if training.tokens_per_batch is not None:
+        return Workload(_largest_of_budget(recipe, batching, lengths), None, evaluation, lengths is not None)
+    if lengths is None:
+        return Workload(Shape((most,) * training.batch_size, packed), None, evaluation, False)
+    cut = [min(length, most) for length in lengths.train]
+    texts, draw = min(training.batch_size, len(cut)), np.random.default_rng(recipe.seed)
+    batches: list[tuple[int, ...]] = []
+    while len(batches) <= 5000 and len(batches) < SHUFFLES * (len(cut) // texts):  # of some epochs; full ones only
+        order = sorted(cut) if batching == "grouped" else draw.permutation(cut).tolist()
+        batches += [tuple(order[at : at + texts]) for at in range(0, len(order) - texts + 1, texts)]
+    batches.sort(key=sum if packed else max)
+    usual = batches[len(batches) // 2]
+    if packed:
+        return Workload(Shape(batches[-1], True), Shape(usual, True), evaluation, True)
+    largest, usual_shape = (Shape.padded(texts, _rounded(max(found))) for found in (cut, usual))
+    return Workload(largest, usual_shape, evaluation, True)
+
+
+def _largest_of_budget(recipe: Recipe, batching: str, lengths: Lengths | None) -> Shape:
+    budget, most, packed = recipe.training.tokens_per_batch or 0, recipe.data.max_length, batching == "padding_free"
+    if lengths is None:
+        unlimited = dict.fromkeys(range(MULTIPLE, _rounded(most) + 1, MULTIPLE), budget)
+        return _filled((), budget, most) if packed else _fullest(budget, unlimited)
+    texts, kind = [min(length, most) for length in lengths.train], cast("Batching", batching)
+    try:
+        check_budget(max(texts), budget, kind)
+    except ValueError as error:
+        problem = f"training.tokens_per_batch: {error}; set it higher, or data.max_length lower"
+        raise RecipeError([problem], source=recipe.name, code="budget-too-small", budget=budget) from error
+    if not packed:
+        return _fullest(budget, {_rounded(length): number for number, length in enumerate(sorted(texts), 1)})
+    sampler = TokenBudgetSampler(texts, budget, kind, recipe.seed)
+    drawn = [[texts[at] for at in batch] for epoch in range(COUNTED_EPOCHS) for batch in sampler.all_batches(epoch)]
+    # In attention with dropout a GPU pads them to the longest: most for a long text among many short ones.
+    widest = max(drawn, key=lambda batch: (len(batch) * max(batch), sum(batch)))
+    return _filled(widest, min(budget, sum(texts)), max(texts))
+
+
+def _fullest(budget: int, up_to: dict[int, int]) -> Shape:
+    """Return the padded batch of the most sub-tokens, or one of nearly as many and longer texts: attention takes more.
+
+    Args:
+        budget: sub-tokens, padding included.
+        up_to: how many texts there are of a padded length or less.
+    """
+    fitting = ((length, min(budget // length, number)) for length, number in up_to.items() if length <= budget)
+    shapes = [Shape.padded(number, length) for length, number in fitting]
+    most = max(shape.tokens for shape in shapes)
+    return max((shape for shape in shapes if shape.tokens >= NEARLY * most), key=lambda shape: shape.lengths[0])
+
+
+def _filled(texts: Sequence[int], budget: int, longest: int) -> Shape:
+    """Return a packed batch with texts added until it takes the whole budget."""
+    missing = budget - sum(texts)
+    return Shape((*texts, *(min(longest, missing - start) for start in range(0, missing, longest))), packed=True)
+
+
+def _rounded(length: int) -> int:
+    return -(-length // MULTIPLE) * MULTIPLE
 
 
 @dataclass(frozen=True, slots=True)

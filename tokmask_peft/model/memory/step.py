@@ -34,10 +34,8 @@ from tokmask_peft.tasks import get_task
 class LiveBytes(TorchDispatchMode):
     """Counts the storages that operations inside it make, real or fake, until each is freed.
 
-    What a kernel takes and gives back within one operation is not seen. torch's own
-    `torch.distributed._tools.mem_tracker.MemTracker` cannot do this here (torch 2.13): it registers gradient hooks on
-    frozen parameters, which raises, and it refuses a module that is called twice outside of a parent, as in packed
-    batches. Without its module hooks it still counts up to 9% more, because its trackers keep outputs alive.
+    What a kernel takes and gives back within one operation is not seen. torch's own `MemTracker` (2.13) cannot serve: it
+    puts gradient hooks on frozen parameters, which raises, and refuses modules that packed batches call alone.
 
     Attributes:
         now: bytes alive.
@@ -207,16 +205,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = Non
 
 
 def _gpu_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    is_causal: bool | None = None,
-    sliding_window: int | None = None,
-    packing: Any = None,
-    **_: Any,
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
     """Stand for `sdpa` and, with a packing, for `packed_attention` on a GPU.
 
@@ -224,19 +213,18 @@ def _gpu_attention(
     """
     from tokmask_peft.model.packed import attend_in_buckets, seen
 
-    kind = value.dtype
-    if packing is None or (dropout == 0.0 and (kind != torch.float32 or torch.is_autocast_enabled("cpu"))):
-        times = query.shape[1] // key.shape[1]
-        if times > 1 and (packing is not None or attention_mask is not None):
-            key, value = (tensor.repeat_interleave(times, 1) for tensor in (key, value))
+    packing, dropout, kind = options.get("packing"), options.get("dropout", 0.0), value.dtype
     if torch.is_autocast_enabled("cpu"):
         query, key, value = (tensor.to(torch.bfloat16) for tensor in (query, key, value))
+    if packing is not None and (dropout > 0 or query.dtype == torch.float32):
+        sight = seen(module, options.get("is_causal"), options.get("sliding_window"), packing.max_length)
+        rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
+        return attend_in_buckets(rows, packing, *sight, dropout, None, _attend).to(kind).unsqueeze(0), None
+    times = query.shape[1] // key.shape[1]
+    if times > 1 and (packing is not None or attention_mask is not None):
+        key, value = (tensor.repeat_interleave(times, 1) for tensor in (key, value))
     if packing is None:
         return _attend(query, key, value, attention_mask).transpose(1, 2).contiguous(), None
-    if dropout > 0 or query.dtype == torch.float32:
-        causal, window = seen(module, is_causal, sliding_window, packing.max_length)
-        rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
-        return attend_in_buckets(rows, packing, causal, window, dropout, None, _attend).to(kind).unsqueeze(0), None
     return _attend(*(tensor.transpose(1, 2).contiguous() for tensor in (query, key, value))), None
 
 
@@ -308,7 +296,7 @@ class Skeleton:
         """
         self._model.train()
         with self._counting(shape) as (live, batch), quick_dropout(self._model):
-            with self._autocast():
+            with torch.autocast("cpu", torch.bfloat16, enabled=self._low):
                 logits = self._logits(batch)
                 labels = torch.zeros(logits.shape[:-1].numel(), dtype=torch.long)
                 loss = F.cross_entropy(logits.flatten(0, -2).float(), labels)
@@ -321,19 +309,16 @@ class Skeleton:
     def forward(self, shape: Shape) -> int:
         """Return the peak bytes of a forward of an evaluation."""
         self._model.eval()
-        with self._counting(shape) as (live, batch), torch.no_grad(), self._autocast():
+        low = torch.autocast("cpu", torch.bfloat16, enabled=self._low)
+        with self._counting(shape) as (live, batch), torch.no_grad(), low:
             self._logits(batch)
         return live.peak
 
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast("cpu", torch.bfloat16, enabled=self._low)
-
     @contextlib.contextmanager
     def _counting(self, shape: Shape) -> Iterator[tuple[LiveBytes, dict[str, Any]]]:
-        if shape.packed:  # on real tensors: the layout depends on their values
-            batch = self._packed_batch(shape)
+        batch = self._packed_batch(shape) if shape.packed else {}  # a layout depends on values: outside of the mode
         with self._mode, inputs_as_they_come(self._model, self._low):
-            if not shape.packed:
+            if not batch:
                 ids = torch.ones(len(shape.lengths), max(shape.lengths), dtype=torch.long)
                 batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
             with LiveBytes() as live:
