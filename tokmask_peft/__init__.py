@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from tokmask_peft.inference.explain import Explanation, explain
     from tokmask_peft.inference.load import load
     from tokmask_peft.masking.callback import TokenMaskCallback
+    from tokmask_peft.masking.config import TokenMaskConfig
     from tokmask_peft.masking.masker import TokenMasker
-    from tokmask_peft.recipe import TokenMaskConfig
     from tokmask_peft.recipe.schema import Recipe
     from tokmask_peft.training.evaluate import evaluate
     from tokmask_peft.training.train import train
@@ -44,17 +44,17 @@ _HOMES = {
     "Classifier": "inference.classifier",
     "Explanation": "inference.explain",
     "Prediction": "inference.classifier",
-    "Recipe": "recipe",
-    "TokenMaskCallback": "masking",
-    "TokenMaskConfig": "masking",
-    "TokenMasker": "masking",
+    "Recipe": "recipe.schema",
+    "TokenMaskCallback": "masking.callback",
+    "TokenMaskConfig": "masking.config",
+    "TokenMasker": "masking.masker",
     "TokmaskError": "errors",
     "WordPredictions": "inference.classifier",
     "evaluate": "training.evaluate",
     "explain": "inference.explain",
     "push": "hub.push",
     "load": "inference.load",
-    "train": "run",
+    "train": "training.train",
 }
 
 

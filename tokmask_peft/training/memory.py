@@ -51,13 +51,12 @@ CHECKPOINTING = "model.gradient_checkpointing"
 
 
 def tokens_per_step(training: TrainingConfig, lengths: Sequence[int], batches: int | None, processes: int) -> float:
-    """Return the sub-tokens that an optimizer step takes on average, in all processes together; padding is none.
+    """Return the sub-tokens that an optimizer step takes on average, in all processes together, without padding.
 
     Args:
         training: the size of a micro-batch and how many make a step.
         lengths: sub-tokens of each text to train on.
-        batches: of one process in an epoch, where a budget of sub-tokens makes them, each with as many as there are
-            processes at the same time; None where `batch_size` does.
+        batches: of one process in an epoch, if a budget of sub-tokens makes them; None if `batch_size` does.
         processes: how many train.
     """
     texts = training.batch_size * processes if batches is None else len(lengths) / max(batches, 1)
@@ -113,7 +112,7 @@ class Forecast:
         largest: with the largest batch.
         usual: with a usual batch, if asked for and the texts are known.
         memory: what is available, if that is known.
-        suggestions: what would save memory, if it does not fit.
+        suggestions: what saves memory, if it does not fit.
     """
 
     recipe: Recipe
@@ -140,10 +139,8 @@ class Forecast:
         if self.memory is None or self.fits:
             return None
         have = f"{self.memory.name} has {shown(self.memory.bytes)}"
-        largest = (
-            f"Warning: the largest batch would take {shown(self.largest.total)}; {have}. It may run out of memory."
-        )
-        return "\n".join([largest, *(f"  {one}" for one in self.suggestions)])
+        largest = f"the largest batch would take {shown(self.largest.total)}; {have}"
+        return "\n".join([f"Warning: {largest}. It may run out of memory.", *(f"  {one}" for one in self.suggestions)])
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-able form; all sizes in bytes."""
@@ -161,7 +158,7 @@ class Forecast:
             "available": None if self.memory is None else self.memory.bytes,
             "fits": self.fits,
             "suggestions": [
-                {"changes": dict(one.changes), "total": one.total, "fits": one.fits} for one in self.suggestions
+                {name: getattr(one, name) for name in ("changes", "total", "fits")} for one in self.suggestions
             ],
         }
 
@@ -182,10 +179,10 @@ def forecast(
         recipe: to estimate.
         setting: backbone and device.
         batching: as decided.
-        lengths: of the texts, if they are at hand.
+        lengths: of the texts, if they are known.
         memory: what is available, if that is known.
         usual: estimate a usual batch, too, which takes as long again.
-        suggest: look for changes that would save memory if the run does not fit, which takes longer still.
+        suggest: look for changes that save memory if the run does not fit, which takes longer still.
 
     Raises:
         ModelError: the recipe does not fit the backbone.
@@ -232,9 +229,8 @@ def forecast(
             int8=thought_of or bitsandbytes_problem(device) is None,
         )
         saving = suggestions(situation, count, memory)
-    decision = Decision("checkpointing", choice, reason)
-    shown_recipe = changed(recipe, {CHECKPOINTING: choice == "on"})
-    return Forecast(shown_recipe, setting, decision, shapes, found, ordinary, memory, saving)
+    recipe = changed(recipe, {CHECKPOINTING: choice == "on"})
+    return Forecast(recipe, setting, Decision("checkpointing", choice, reason), shapes, found, ordinary, memory, saving)
 
 
 def before_training(

@@ -46,8 +46,8 @@ OVERHEAD = {"cpu": 700 * MIB, "cuda": 600 * MIB}
 PROBES = (2, 3)
 """Numbers of layers that are counted if there are more."""
 
-BLOCK, NESTED_BLOCK = 64, 256
-"""Weights for each scale, and scales for each scale of scales (Dettmers et al. 2023, double quantization)."""
+NF4_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)
+"""For each weight: its code, and its share of a scale and of a scale of scales (Dettmers et al. 2023)."""
 
 
 def shown(count: int) -> str:
@@ -105,12 +105,9 @@ def _rest_of_container() -> list[int]:
         limit, used = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
     except (OSError, ValueError):
         return []
-    try:
-        lines = (CGROUP / "memory.stat").read_text().splitlines()
-    except OSError:
-        lines = []
-    inactive = int(dict(line.split(" ", 1) for line in lines).get("inactive_file", 0))
-    return [limit - max(used - inactive, 0)]
+    stat = CGROUP / "memory.stat"
+    inactive = re.search(r"^inactive_file (\d+)", stat.read_text() if stat.exists() else "", re.MULTILINE)
+    return [limit - max(used - int(inactive[1] if inactive else 0), 0)]
 
 
 SHUFFLES = 20
@@ -157,7 +154,7 @@ def workload(recipe: Recipe, batching: str, lengths: Lengths | None) -> Workload
 
     Args:
         recipe: of the run.
-        batching: as decided: padded, grouped or padding_free.
+        batching: as decided.
         lengths: of the texts, if they are known.
 
     Raises:
@@ -312,40 +309,27 @@ def estimate(recipe: Recipe, setting: Setting, training: Shape, evaluation: Shap
     if recipe.training.gradient_accumulation > 1:
         peak += trained  # gradients of the micro-batches before
     embedding: Any = find_embedding(full)
-    on_device = host = 0
-    if recipe.model.embedding == "offload" and setting.device_type != "cpu":
-        host = _bytes(embedding.weight)
-    elif recipe.model.embedding == "8bit":
-        on_device = int8_bytes(*embedding.weight.shape)
-    else:
-        on_device = _bytes(embedding.weight)
+    rows = _int8_bytes(embedding.weight) if recipe.model.embedding == "8bit" else _bytes(embedding.weight)
+    offload = recipe.model.embedding == "offload" and setting.device_type != "cpu"
     return Estimate(
         weights=_weight_bytes(full, setting.quantization, embedding),
-        embedding=on_device,
+        embedding=0 if offload else rows,
         adapter=trained,
         optimizer=2 * trained,
         activations=kept,
         workspace=max(peak - kept, 0),
         evaluation=forward,
         overhead=OVERHEAD["cpu" if setting.device_type == "cpu" else "cuda"],
-        host=host,
+        host=rows if offload else 0,
     )
-
-
-def nf4_bytes(weights: int) -> int:
-    """Return the bytes of a layer's weights in NF4 with double quantization: codes, scales and their tables."""
-    blocks = -(-weights // BLOCK)
-    scales = blocks + 4 * -(-blocks // NESTED_BLOCK) + 4
-    return -(-weights // 2) + scales + 4 * (16 + 256)
-
-
-def int8_bytes(rows: int, columns: int) -> int:
-    """Return the bytes of weights in 8 bits with a scale for each row."""
-    return rows * columns + 4 * rows
 
 
 def _bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
+
+
+def _int8_bytes(weight: torch.Tensor) -> int:
+    return weight.numel() + 4 * weight.shape[0]  # a scale for each row
 
 
 def _weight_bytes(model: nn.Module, quantization: str, embedding: nn.Module) -> int:
@@ -356,7 +340,7 @@ def _weight_bytes(model: nn.Module, quantization: str, embedding: nn.Module) -> 
         head = name.split(".")[0] in heads
         for key, weight in module.named_parameters(recurse=False):
             if type(module) is nn.Linear and key == "weight" and not head and quantization != "none":
-                total += nf4_bytes(weight.numel()) if quantization == "nf4" else int8_bytes(*weight.shape)
+                total += int(NF4_BYTES * weight.numel()) if quantization == "nf4" else _int8_bytes(weight)
             else:
                 total += 4 * weight.numel() if head else _bytes(weight)
         total += sum(map(_bytes, module.buffers(recurse=False)))

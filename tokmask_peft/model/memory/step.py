@@ -34,7 +34,7 @@ from tokmask_peft.tasks import get_task
 class LiveBytes(TorchDispatchMode):
     """Counts the storages that operations inside it make, real or fake, until each is freed.
 
-    What a kernel takes and gives back within one operation is not seen. torch's own `MemTracker` (2.13) cannot serve: it
+    What a kernel takes and gives back within one operation is not seen. torch's `MemTracker` (2.13) cannot serve: it
     puts gradient hooks on frozen parameters, which raises, and refuses modules that packed batches call alone.
 
     Attributes:
@@ -92,10 +92,8 @@ class Shape:
 
     def __str__(self) -> str:
         """Describe the batch for a reader."""
-        texts = f"{len(self.lengths)} texts"
-        if self.packed:
-            return f"{texts} packed into {self.tokens:,} sub-tokens"
-        return f"{texts} padded to {max(self.lengths)} sub-tokens"
+        size = f"packed into {self.tokens:,}" if self.packed else f"padded to {max(self.lengths)}"
+        return f"{len(self.lengths)} texts {size} sub-tokens"
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,13 +116,7 @@ class Setting:
 
 
 def bare_model(config: Any, task: str, dtype: torch.dtype) -> nn.Module:
-    """Return the classification model of a config of transformers on the meta device.
-
-    Args:
-        config: of the backbone, with `num_labels` set.
-        task: as in `data.task`.
-        dtype: of its weights.
-    """
+    """Return the classification model of a config with `num_labels` on the meta device, with weights of a dtype."""
     config = copy.deepcopy(config)
     config.use_cache = False
     if hasattr(config, "quantization_config"):

@@ -91,20 +91,6 @@ def test_a_trained_mask_row_takes_a_copy_of_the_embedding(rows, layers, shape, m
     assert found.evaluation >= found.embedding
 
 
-@needs_bitsandbytes
-@pytest.mark.parametrize("shape", [(64, 64), (70, 33), (300, 257)])
-def test_bytes_of_a_4_bit_layer(shape):
-    import bitsandbytes as bnb
-
-    from tokmask_peft.model.memory.estimate import nf4_bytes
-
-    weight, state = bnb.functional.quantize_4bit(
-        torch.randn(shape), blocksize=64, compress_statistics=True, quant_type="nf4"
-    )
-    tensors = (weight, state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code)
-    assert nf4_bytes(shape[0] * shape[1]) == sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
 def changes(family="qwen2", device="cuda", **sections):
     """Return an estimate of a tiny model with changes of its recipe."""
     model, _ = build(family, num_hidden_layers=5)
