@@ -207,9 +207,7 @@ def _largest_of_budget(recipe: Recipe, batching: str, lengths: Lengths | None) -
 def _fullest(budget: int, up_to: dict[int, int]) -> Shape:
     """Return the padded batch of the most sub-tokens, or one of nearly as many and longer texts: attention takes more.
 
-    Args:
-        budget: sub-tokens, padding included.
-        up_to: how many texts there are of a padded length or less.
+    `up_to` says how many texts there are of a padded length or less.
     """
     fitting = ((length, min(budget // length, number)) for length, number in up_to.items() if length <= budget)
     shapes = [Shape.padded(number, length) for length, number in fitting]

@@ -109,7 +109,6 @@ def suggestions(
         keys = [_suggestion(changes, situation) for changes in _candidates(recipe, situation, lambda changes: True)]
         return [*keys, *_actions(situation)] if situation.phase == "loading" else keys
     before = count(recipe).total
-
     made: dict[str, Suggestion] = {}  # each is counted once, which takes seconds
 
     def make(changes: Changes) -> Suggestion:
@@ -146,13 +145,7 @@ def _suggestion(changes: Changes, situation: Situation) -> Suggestion:
 
 
 def _candidates(recipe: Recipe, situation: Situation, fits: Callable[[Changes], bool]) -> Iterator[Changes]:
-    """Give the changes that help in a phase.
-
-    Args:
-        recipe: to change.
-        situation: where memory is short.
-        fits: whether changes suffice; called only for those that have a better or a next one.
-    """
+    """Give the changes that help in a phase; `fits`, whether changes suffice, is asked only if more depends on it."""
     phase, training, model = situation.phase, recipe.training, recipe.model
     if phase in ("run", "training"):
         yield from _batch(recipe, phase, fits)
@@ -214,8 +207,7 @@ def _actions(situation: Situation) -> Iterator[Suggestion]:
         yield Suggestion(f"--batch-size {fewer} (batch_size={fewer})", note="if the command has it")
     yield Suggestion("other programs closed")
     if situation.gpu and situation.recipe is None:
-        other = "CUDA_VISIBLE_DEVICES= before a command without --device"
-        yield Suggestion(f"--device cpu (device='cpu'), or {other}")
+        yield Suggestion("--device cpu (device='cpu'), or CUDA_VISIBLE_DEVICES= before a command without --device")
 
 
 def memory_error(situation: Situation, what: str, said: str, kind: type[E]) -> E:
@@ -224,7 +216,7 @@ def memory_error(situation: Situation, what: str, said: str, kind: type[E]) -> E
     Args:
         situation: where that happened.
         what: was being done, for the message.
-        said: the allocator's words.
+        said: the allocator's message.
         kind: of the error.
     """
     found = [str(one) for one in suggestions(situation)]
