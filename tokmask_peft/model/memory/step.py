@@ -338,7 +338,8 @@ class Skeleton:
         from tokmask_peft.model.packed import enable_padding_free
 
         base: Any = unwrap(self._model)
-        base.config._attn_implementation = "sdpa"
+        if self._gpu:
+            base.config._attn_implementation = "sdpa"  # which `enable_padding_free` expects
         enable_padding_free(base)
         if self._gpu:
             base.config._attn_implementation = GPU_ATTENTION
