@@ -13,8 +13,8 @@ from tokmask_peft.masking.masker import TokenMasker
 from tokmask_peft.model.adapter import add_adapter
 from tokmask_peft.model.backbone import load_backbone
 from tokmask_peft.model.decisions import enable_checkpointing
-from tokmask_peft.model.memory.estimate import Setting, estimate
-from tokmask_peft.model.memory.step import Shape
+from tokmask_peft.model.memory.estimate import MARGIN, estimate
+from tokmask_peft.model.memory.step import Setting, Shape
 from tokmask_peft.model.placement import place_embedding
 from tokmask_peft.recipe import TokenMaskConfig
 from tokmask_peft.recipe.schema import Recipe
@@ -64,7 +64,7 @@ def test_the_estimate_is_what_the_allocator_counts(name, quantization, checkpoin
         optimizer.step()
         optimizer.zero_grad()
     measured = torch.cuda.max_memory_allocated() - before
-    assert abs(found.tensors - measured) <= 0.15 * measured, f"{found.to_dict()}, measured {measured:,}"
+    assert abs(found.tensors - measured) <= MARGIN["cuda"] * measured, f"{found.to_dict()}, measured {measured:,}"
 
 
 @pytest.mark.parametrize("placement", ["offload", "8bit"])

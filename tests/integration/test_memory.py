@@ -1,4 +1,4 @@
-"""Memory in whole runs: the estimate's command, running out, and smaller micro-batches."""
+"""Memory in whole runs: `tokmask estimate`, running out, and smaller micro-batches."""
 
 import json
 
@@ -10,7 +10,7 @@ import tokmask_peft
 from tokmask_peft.data import hub
 from tokmask_peft.errors import DataError, ModelError, RecipeError, RunError, RunInterruptedError
 from tokmask_peft.model import backbone as backbone_module
-from tokmask_peft.model.memory.estimate import Room
+from tokmask_peft.model.memory.estimate import Memory
 from tokmask_peft.recipe.loading import load_recipe
 from tokmask_peft.training import memory as fits
 from tokmask_peft.training import train as fit
@@ -85,7 +85,7 @@ def test_what_evaluate_advises_where_memory_runs_out_can_be_followed(write_recip
     def refuse(*_, **__):
         raise torch.OutOfMemoryError(ALLOCATOR)
 
-    def told():
+    def advice():
         with pytest.raises(RunError, match=r"other programs closed") as caught:
             tokmask_peft.evaluate(run)
         assert "model." not in str(caught.value)  # the command takes no keys of the recipe
@@ -97,7 +97,7 @@ def test_what_evaluate_advises_where_memory_runs_out_can_be_followed(write_recip
     for part in where:
         with monkeypatch.context() as patch:
             patch.setattr(f"tokmask_peft.training.evaluate.{part}", refuse)
-            assert "while the backbone was loaded" in (said := told())
+            assert "while the backbone was loaded" in (said := advice())
             assert "batch" not in said
     seen, step = [], OrderedEvalTrainer.prediction_step
 
@@ -106,7 +106,7 @@ def test_what_evaluate_advises_where_memory_runs_out_can_be_followed(write_recip
         return refuse() if seen[-1] > 10 else step(self, model, inputs, *rest, **more)
 
     monkeypatch.setattr(OrderedEvalTrainer, "prediction_step", limited)
-    assert "--batch-size 10 (batch_size=10);" in told()  # a quarter of the 40 texts that were one batch
+    assert "--batch-size 10 (batch_size=10)" in advice()  # a quarter of the 40 texts that were one batch
     tokmask_peft.evaluate(run, batch_size=10)
     assert seen == [40, *[10] * 4]
     with pytest.raises(DataError, match="batch_size is 0, expected 1 or more"):
@@ -176,8 +176,8 @@ def test_a_backbone_that_does_not_fit_on_the_gpu_is_not_retried_with_fewer_texts
     assert len(seen) == 1
 
 
-def test_a_run_that_will_not_fit_is_told_before_it_starts(write_recipe, monkeypatch, capsys):
-    monkeypatch.setattr(fits, "device_room", lambda device: Room(700 * 2**20, "this machine's free memory"))
+def test_a_run_that_will_not_fit_is_reported_before_it_starts(write_recipe, monkeypatch, capsys):
+    monkeypatch.setattr(fits, "device_memory", lambda device: Memory(700 * 2**20, "this machine's free memory"))
     monkeypatch.setattr(OrderedEvalTrainer, "train", lambda *_, **__: pytest.fail("said before"))
     monkeypatch.setattr(fit, "make_console", lambda *_: fit_console())
     with pytest.raises(pytest.fail.Exception):
@@ -198,8 +198,8 @@ def test_checkpointing_that_memory_asks_for_changes_no_weight(write_recipe, monk
     path = write_recipe("qwen2", extra="")
     settings = ["adapter.dropout=0", "training.eval_batch_size=2"]
     plain = train(path, "plain", *settings)
-    sizes = iter([Room(700 * 2**20 + 2**18, "this machine's free memory")])
-    monkeypatch.setattr(fits, "device_room", lambda device: next(sizes))
+    sizes = iter([Memory(700 * 2**20 + 2**18, "this machine's free memory")])
+    monkeypatch.setattr(fits, "device_memory", lambda device: next(sizes))
     tight = train(path, "tight", *settings)
     chosen = {decision["what"]: decision["choice"] for decision in tight.result.decisions}
     assert chosen["checkpointing"] == "on"
@@ -222,6 +222,8 @@ def test_the_command_reads_no_weights(write_recipe, tokmask, tiny_backbone, tmp_
     step = max(largest["activations"] + largest["workspace"], largest["evaluation"])
     assert largest["total"] == sum(largest[part] for part in parts) + step
     assert found["quantization"] == "none"
+    assert found["margin"] == 0.15
+    assert any(one["changes"].get("training.batch_size") for one in found["suggestions"])
 
 
 def test_validation_and_test_texts_count_as_they_are_evaluated(write_recipe, data_folder, tmp_path, monkeypatch):
@@ -234,81 +236,82 @@ def test_validation_and_test_texts_count_as_they_are_evaluated(write_recipe, dat
     recipe = load_recipe(
         write_recipe(), [*SHORT, f"data.path={own}", "data.max_length=64", "training.eval_batch_size=128"]
     )
-    found = fits.without_training(recipe)[0].shapes
+    found = fits.without_training(recipe).shapes
     assert max(found.largest.lengths) < 64
     assert found.evaluation.lengths == (64,) * 128  # there are 96 texts to train on
-    casts, forecast = [], fits.forecast
-    monkeypatch.setattr(fits, "forecast", lambda *given, **more: casts.append(forecast(*given, **more)) or casts[-1])
+    made, forecast = [], fits.forecast
+    monkeypatch.setattr(fits, "forecast", lambda *given, **more: made.append(forecast(*given, **more)) or made[-1])
     monkeypatch.setattr(OrderedEvalTrainer, "train", lambda *_, **__: pytest.fail("said before"))
     with pytest.raises(pytest.fail.Exception):
         tokmask_peft.train(recipe, quiet=True)
-    assert casts[0].shapes == found
+    assert made[0].shapes == found
 
 
 @pytest.mark.parametrize("builtin", [True, False])
 def test_the_estimate_downloads_no_texts(write_recipe, monkeypatch, builtin):
     monkeypatch.setattr(hub, "read_hub", lambda *_: pytest.fail("downloads"))
     path, small = write_recipe(), ["data.max_length=64", "training.eval_batch_size=40"]
-    plain = fits.without_training(load_recipe(path, small))[0].shapes
-    tested = fits.without_training(load_recipe(path, [*small, "data.test_source.hub=someone/texts"]))[0].shapes
+    plain = fits.without_training(load_recipe(path, small)).shapes
+    tested = fits.without_training(load_recipe(path, [*small, "data.test_source.hub=someone/texts"])).shapes
     assert tested.largest == plain.largest
     assert plain.evaluation.tokens < tested.evaluation.tokens
     assert tested.evaluation.lengths == (64,) * 40  # as long and as many as they may be
     trained = [*small, "data.path=null", "data.hub=someone/texts", f"data.builtin={str(builtin).lower()}"]
-    assert not fits.without_training(load_recipe(path, trained))[0].shapes.known
+    assert not fits.without_training(load_recipe(path, trained)).shapes.known
 
 
 def test_the_estimate_s_batches_are_padded_where_neftune_asks_for_it(write_recipe):
     recipe = load_recipe(write_recipe(), ["training.batching=padding_free"])
-    assert fits.without_training(recipe)[0].shapes.largest.packed
+    assert fits.without_training(recipe).shapes.largest.packed
     noisy = load_recipe(write_recipe(), ["training.batching=padding_free", "training.neftune_alpha=5"])
-    assert not fits.without_training(noisy)[0].shapes.largest.packed
+    assert not fits.without_training(noisy).shapes.largest.packed
 
 
 def test_the_estimate_has_the_attention_dropout_of_the_run(write_recipe, monkeypatch):
     recipe = load_recipe(write_recipe(), [*SHORT, "model.attention_dropout=0.3"])
-    found = fits.without_training(recipe)[0].largest
-    casts, forecast = [], fits.forecast
-    monkeypatch.setattr(fits, "forecast", lambda *given, **more: casts.append(forecast(*given, **more)) or casts[-1])
+    found = fits.without_training(recipe).largest
+    made, forecast = [], fits.forecast
+    monkeypatch.setattr(fits, "forecast", lambda *given, **more: made.append(forecast(*given, **more)) or made[-1])
     monkeypatch.setattr(OrderedEvalTrainer, "train", lambda *_, **__: pytest.fail("said before"))
     with pytest.raises(pytest.fail.Exception):
         tokmask_peft.train(recipe, quiet=True)
-    assert casts[0].largest == found
+    assert made[0].largest == found
     monkeypatch.setattr(backbone_module, "_ATTENTION_DROPOUT", ("another_name",))
     with pytest.raises(ModelError, match=r"has no attention dropout; set model.attention_dropout=null"):
         fits.without_training(recipe)
 
 
 def test_the_report_as_it_is_read(write_recipe, capsys):
-    from tokmask_peft.cli.training import print_report
+    from tokmask_peft.training.memory import print_forecast
 
     recipe = load_recipe(write_recipe(), SHORT)
-    print_report(*fits.without_training(recipe, "4GB"))
+    print_forecast(fits.without_training(recipe, "4GB"))
     said = capsys.readouterr().out
     assert "It fits: a GPU of 4 GiB has 4.0 GiB" in said
     assert "quantization none" in said
-    print_report(*fits.without_training(recipe, "0.6GB"))
+    print_forecast(fits.without_training(recipe, "0.6GB"))
     said = capsys.readouterr().out
     assert "It does NOT fit" in said
     assert "  training.batch_size=1 training.gradient_accumulation=8" in said
     assert "still too much" in said
+    assert "within 15% of this" in said
     with pytest.raises(RecipeError, match="expected a size such as 6GB"):
         fits.without_training(recipe, "big")
 
 
 @pytest.mark.parametrize(
-    ("gpu", "precision", "told"), [("4GB", "auto", True), ("4GB", "fp32", False), (None, "auto", False)]
+    ("gpu", "precision", "said_so"), [("4GB", "auto", True), ("4GB", "fp32", False), (None, "auto", False)]
 )
-def test_a_gpu_is_taken_for_one_with_bf16_and_the_report_says_so(write_recipe, capsys, gpu, precision, told):
-    from tokmask_peft.cli.training import print_report, to_dict
+def test_a_gpu_is_taken_for_one_with_bf16_and_the_report_says_so(write_recipe, capsys, gpu, precision, said_so):
+    from tokmask_peft.training.memory import print_forecast
 
     recipe = load_recipe(write_recipe(), [*SHORT, f"model.precision={precision}"])
     found = fits.without_training(recipe, gpu)
-    print_report(*found)
+    print_forecast(found)
     said = " ".join(capsys.readouterr().out.split())
-    assert ("GTX 1650" in said) == told
-    assert ("model.precision=fp32" in said) == told
-    assert (to_dict(*found)["assumed"] is not None) == told
+    assert ("GTX 1650" in said) == said_so
+    assert ("model.precision=fp32" in said) == said_so
+    assert (found.to_dict()["assumed"] is not None) == said_so
 
 
 @pytest.mark.parametrize("batching", ["padded", "grouped", "padding_free"])

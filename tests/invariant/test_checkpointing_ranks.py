@@ -10,12 +10,12 @@ import torch
 from tiny_models import build
 
 from tokmask_peft.console import Decision
-from tokmask_peft.model.memory.estimate import Room
+from tokmask_peft.model.memory.estimate import Memory
 from tokmask_peft.recipe.schema import Recipe
 from tokmask_peft.training import memory as fits
 from tokmask_peft.training.memory import Lengths, tightest
 
-ROOMS = {"plenty": Room(2**40, "a big GPU"), "none": Room(1, "a full GPU")}
+ROOMS = {"plenty": Memory(2**40, "a big GPU"), "none": Memory(1, "a full GPU")}
 
 
 def decide(room, checkpointing="auto"):
@@ -24,7 +24,7 @@ def decide(room, checkpointing="auto"):
     backbone = SimpleNamespace(model=model, quantization="none", dtype=torch.float32)
     model_section = {"backbone": "x", "gradient_checkpointing": checkpointing}
     recipe = Recipe.model_validate({"name": "x", "model": model_section, "data": {"task": "sequence", "builtin": True}})
-    fits.device_room = lambda _: ROOMS[room]
+    fits.device_memory = lambda _: ROOMS[room]
     lengths = Lengths([40] * 32, ([40] * 32,))
     decided, decision, warning = fits.before_training(recipe, backbone, "padded", lengths, torch.device("cpu"))
     return decided.model.gradient_checkpointing, decision, warning
@@ -33,7 +33,7 @@ def decide(room, checkpointing="auto"):
 @pytest.fixture(autouse=True)
 def whole(monkeypatch):
     """Put back what `decide` puts in place, and begin without FSDP."""
-    monkeypatch.setattr(fits, "device_room", fits.device_room)
+    monkeypatch.setattr(fits, "device_memory", fits.device_memory)
     monkeypatch.delenv("ACCELERATE_USE_FSDP", raising=False)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
@@ -98,11 +97,12 @@ def estimate(
 
     checked = Recipe.load(recipe, overrides or [])
     quiet_libraries()
-    from tokmask_peft.training.memory import without_training
-    from tokmask_peft.training.memory_report import print_report, to_dict
+    from tokmask_peft.training.memory import print_forecast, without_training
 
     found = without_training(checked, gpu)
-    if not as_json:
-        print_report(*found)
-        return
-    typer.echo(json.dumps(to_dict(*found), indent=2))
+    if as_json:
+        import json
+
+        typer.echo(json.dumps(found.to_dict(), indent=2))
+    else:
+        print_forecast(found)

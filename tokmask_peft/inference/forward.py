@@ -16,7 +16,7 @@ from tokmask_peft.data.batches import PackedCollator
 from tokmask_peft.data.encoding import Window
 from tokmask_peft.errors import ModelError
 from tokmask_peft.masking.occlusion import Occlusion
-from tokmask_peft.model.decisions import instead_of_memory_errors, message
+from tokmask_peft.model.memory.suggestions import Situation, memory_errors
 from tokmask_peft.model.packed import takes_packed_rows
 
 Hidden = NDArray[np.bool_]
@@ -118,7 +118,7 @@ def loading_memory_errors(
         device: that the model is to compute on.
         what: is done with the model.
     """
-    return instead_of_memory_errors(lambda said: ModelError(message(what, said, _elsewhere(device))))
+    return memory_errors(Situation("loading", gpu=device.type != "cpu"), ModelError, what)
 
 
 def prediction_memory_errors(device: torch.device, windows: int = 1) -> AbstractContextManager[None]:
@@ -128,17 +128,4 @@ def prediction_memory_errors(device: torch.device, windows: int = 1) -> Abstract
         device: that computes.
         windows: in this pass; a text longer than a window is read in several.
     """
-    fewer = max(windows // 4, 1)
-    # the demo and `report` compute with the usual batches, and have no option for them
-    ways = [f"--batch-size {fewer} (batch_size={fewer}) where the command has it"] if windows > 1 else []
-    ways += _elsewhere(device)
-    return instead_of_memory_errors(lambda said: ModelError(message("in prediction", said, ways)))
-
-
-def _elsewhere(device: torch.device) -> list[str]:
-    ways = ["other programs closed"]
-    if device.type != "cpu":
-        ways.append("--device cpu (device='cpu')")
-    if device.type == "cuda":
-        ways[-1] += ", or CUDA_VISIBLE_DEVICES= before a command without --device"
-    return ways
+    return memory_errors(Situation("prediction", gpu=device.type != "cpu", texts=windows), ModelError)

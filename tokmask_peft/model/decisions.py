@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import platform
-from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -14,7 +12,7 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 
 from tokmask_peft.console import Decision
-from tokmask_peft.errors import ModelError, TokmaskError, first_line
+from tokmask_peft.errors import ModelError, first_line
 from tokmask_peft.recipe.schema import ModelConfig
 
 CPUINFO = Path("/proc/cpuinfo")
@@ -180,21 +178,24 @@ def check_checkpointing(model: Any, wanted: bool | str) -> None:
     """
     if wanted is True and not can_checkpoint(model):
         what = type(model).__name__
-        raise ModelError(f"model.gradient_checkpointing is true, but {what} cannot do that: set it to false")
+        problem = f"model.gradient_checkpointing is true, but {what} cannot do that: set it to false"
+        raise ModelError(problem, code="no-checkpointing", model=what)
 
 
-def enable_checkpointing(model: Any, options: dict[str, Any] | None = None) -> None:
+def enable_checkpointing(model: Any) -> None:
     """Compute the activations of each layer again in the backward pass instead of keeping them. May be repeated.
 
-    transformers makes the embedding's output require gradients at this occasion, so that the backward pass, and with it
-    what is computed again, goes through layers below the first adapter for nothing. Only reentrant checkpointing needs
-    that, which is not used here.
+    transformers makes the embedding's output require gradients when it does this, so that the backward pass, and with
+    it what is computed again, goes through layers below the first adapter for nothing. Only reentrant checkpointing
+    needs that, which is not used here.
 
     Args:
         model: of transformers, bare or wrapped by PEFT.
-        options: for torch's `checkpoint`.
     """
-    model.gradient_checkpointing_enable(options or {"use_reentrant": False})
+    # transformers 5.17, the oldest supported version, has only the old name, which goes in transformers 6
+    new = hasattr(model, "activation_checkpointing_enable")
+    enable = model.activation_checkpointing_enable if new else model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
     model.disable_input_require_grads()
 
 
@@ -202,38 +203,12 @@ def out_of_memory(error: BaseException) -> bool:
     """Return whether a device or the host refused memory."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    # accelerate knows the allocators' words, not those of CUDA's own calls
+    # accelerate knows the messages of the allocators, not those of CUDA's own calls
     said = str(error).lower()
     raw = isinstance(error, RuntimeError) and ("out of memory" in said or "status_alloc_failed" in said)
     return raw or (isinstance(error, Exception) and should_reduce_batch_size(error))
 
 
-@contextlib.contextmanager
-def instead_of_memory_errors(explained: Callable[[str], TokmaskError]) -> Iterator[None]:
-    """Raise another error where memory runs out.
-
-    Args:
-        explained: makes it from the allocator's words.
-    """
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        raise explained(in_short(error)) from error
-
-
-def message(what: str, said: str, ways: Iterable[str]) -> str:
-    """Say that memory ran out, and what may help.
-
-    Args:
-        what: was being done.
-        said: the allocator's words.
-        ways: what a user can do.
-    """
-    return f"out of memory {what} ({said}). Any of these may help: {'; '.join(ways)}."
-
-
 def in_short(error: BaseException) -> str:
-    """Return the first sentence of the allocator's words."""
+    """Return the first sentence of the allocator's message."""
     return first_line(error).split(". ")[0]

@@ -1,1 +1,1 @@
-"""How much memory a training step takes, found out without weights and without taking it."""
+"""How much memory a run takes, found out without its weights and without taking it, and what saves memory."""

@@ -1,125 +1,228 @@
-"""Bytes of a run: what lies on the device all the time, and what a step adds to it.
+"""Bytes of a run: what is on the device all the time, the shapes of its batches, and what a step of one adds.
 
-A step is not guessed at: the real model classes run one on fake tensors, and the bytes are counted. Backbones with many
-layers are counted with two and three of them, from which the rest follows, since layers are alike.
+The real model classes run a step on fake tensors, and the bytes are counted. Backbones with many layers are counted
+with two and three of them, from which the rest follows, because layers are alike.
 """
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import nn
 
+from tokmask_peft.data.batches import COUNTED_EPOCHS, TokenBudgetSampler, check_budget
 from tokmask_peft.errors import RecipeError
 from tokmask_peft.masking.embedding import find_embedding
 from tokmask_peft.model.adapter import adapted_layers
 from tokmask_peft.model.backbone import head_modules
-from tokmask_peft.model.decisions import enable_checkpointing
-from tokmask_peft.model.memory.step import (
-    Shape,
-    bare_model,
-    checkpointing_options,
-    count_forward,
-    count_step,
-    skeleton,
-    with_layers,
-)
+from tokmask_peft.model.memory.step import Setting, Shape, Skeleton, bare_model
 from tokmask_peft.model.placement import check_placement
-from tokmask_peft.recipe.schema import Recipe
+from tokmask_peft.recipe.schema import Batching, Recipe
+
+MARGIN = {"cpu": 0.05, "cuda": 0.15}
+"""By how much the tensors of a real step may differ from the estimate, as a share of it.
+
+On CPUs it is measured (`tests/unit/model/memory`); `tests/gpu/test_memory_cuda.py` checks it on a GPU, where it has not
+been run yet.
+"""
 
 USABLE = 0.95
-"""Share of the memory that is counted on: what the allocator cannot hand out in one piece is left over."""
+"""Share of the memory that is counted on; the rest is what the allocator cannot hand out in one piece."""
 
 CGROUP = Path("/sys/fs/cgroup")
 """Where a container finds its limits (cgroup v2)."""
 
+MIB = 2**20
+OVERHEAD = {"cpu": 700 * MIB, "cuda": 600 * MIB}
+"""Bytes outside of tensors: Python with its libraries; a CUDA context with the workspaces of its libraries."""
+
+PROBES = (2, 3)
+"""Numbers of layers that are counted if there are more."""
+
+NF4_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)
+"""For each weight: its code, and its share of a scale and of a scale of scales (Dettmers et al. 2023)."""
+
+
+def shown(count: int) -> str:
+    """Return bytes for a reader."""
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / MIB:.0f} MiB"
+
 
 @dataclass(frozen=True, slots=True)
-class Room:
-    """Memory that a run may take.
-
-    Attributes:
-        bytes: in all.
-        name: what to call it.
-    """
+class Memory:
+    """Memory that a run may take: bytes, and what to call it."""
 
     bytes: int
     name: str
 
     def fits(self, total: int) -> bool:
-        """Say whether so many bytes fit."""
+        """Return whether this many bytes fit."""
         return total <= USABLE * self.bytes
 
 
-def gpu_room(size: str) -> Room:
-    """Return the memory of a GPU named by its size, as 6GB; a GB of a GPU is 2**30 bytes.
+def gpu_memory(size: str) -> Memory:
+    """Return the memory of a GPU given by its size, such as 6GB; a GB of a GPU is 2**30 bytes.
 
     Raises:
-        RecipeError: this is no size.
+        RecipeError: the size cannot be read.
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:Gi?B?)?", size.strip(), re.IGNORECASE)
     if found is None or float(found[1]) == 0:
-        raise RecipeError([f"--gpu: is {size!r}; expected a size such as 6GB"], source="estimate")
-    return Room(int(float(found[1]) * 2**30), f"a GPU of {found[1]} GiB")
+        problem = f"--gpu: is {size!r}; expected a size such as 6GB"
+        raise RecipeError([problem], source="estimate", code="gpu-size", size=size)
+    return Memory(int(float(found[1]) * 2**30), f"a GPU of {found[1]} GiB")
 
 
-def device_room(device: torch.device) -> Room | None:
-    """Return the memory of a device that this process can have in all, what it already holds included.
-
-    Returns:
-        None where nobody tells.
-    """
+def device_memory(device: torch.device) -> Memory | None:
+    """Return the memory of a device that this process can have, including what it already has; None if unknown."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        context = 600 * 2**20 if torch.cuda.is_initialized() else 0  # made already, and part of an estimate
-        return Room(free + torch.cuda.memory_reserved(device) + context, torch.cuda.get_device_name(device))
+        context = OVERHEAD["cuda"] if torch.cuda.is_initialized() else 0  # exists already, and is part of an estimate
+        return Memory(free + torch.cuda.memory_reserved(device) + context, torch.cuda.get_device_name(device))
     if device.type != "cpu":
         return None
     import psutil
 
-    available = min([psutil.virtual_memory().available, *_cgroup_rest()])
+    available = min([psutil.virtual_memory().available, *_rest_of_container()])
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     mine: int = psutil.Process().memory_info().rss
-    return Room(available // processes + mine, "this machine's free memory")
+    return Memory(available // processes + mine, "this machine's free memory")
 
 
-def _cgroup_rest() -> list[int]:
-    """Return what a container may still take, where it has a limit: all but its working set.
+def _rest_of_container() -> list[int]:
+    """Return what a container may still take, if it has a limit: everything except its working set.
 
-    `memory.current` holds the page cache, too, of which the kernel drops the inactive part before it refuses memory.
+    `memory.current` includes the page cache, of which the kernel drops the inactive part before it refuses memory.
     """
     try:
         limit, used = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
     except (OSError, ValueError):
         return []
-    return [limit - max(used - _inactive_file(), 0)]
+    stat = CGROUP / "memory.stat"
+    inactive = re.search(r"^inactive_file (\d+)", stat.read_text() if stat.exists() else "", re.MULTILINE)
+    return [limit - max(used - int(inactive[1] if inactive else 0), 0)]
 
 
-def _inactive_file() -> int:
+SHUFFLES = 20
+MULTIPLE = 8
+"""Padding goes up to a multiple of it (`trainer.collator`)."""
+
+NEARLY = 0.9
+"""Share of the most sub-tokens in a batch that counts as equal to it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """Sub-tokens of each text.
+
+    Attributes:
+        train: of the texts to train on.
+        evaluated: of each split that the run evaluates, validation and test, whose texts may be longer and more.
+    """
+
+    train: Sequence[int]
+    evaluated: tuple[Sequence[int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """Shapes of micro-batches.
+
+    Attributes:
+        largest: in training; of the longest texts, or of max_length if the texts are unknown, or what fills a budget of
+            sub-tokens.
+        usual: in training; None if the texts are unknown.
+        evaluation: a shape that no batch of an evaluation exceeds; its texts come by length, the longest together.
+        known: whether the shapes come from the texts.
+    """
+
+    largest: Shape
+    usual: Shape | None
+    evaluation: Shape
+    known: bool
+
+
+def workload(recipe: Recipe, batching: str, lengths: Lengths | None) -> Workload:
+    """Return the shapes of a run's batches.
+
+    Args:
+        recipe: of the run.
+        batching: as decided.
+        lengths: of the texts, if they are known.
+
+    Raises:
+        RecipeError: one text exceeds the budget of sub-tokens.
+    """
+    training, most, packed = recipe.training, recipe.data.max_length, batching == "padding_free"
+    texts, longest = training.eval_batch_size, most
+    if lengths is not None:
+        texts = min(texts, max(map(len, lengths.evaluated)))
+        longest = min(longest, max(max(split) for split in lengths.evaluated if split))
+    evaluation = Shape.padded(texts, _rounded(longest))
+    if training.tokens_per_batch is not None:
+        return Workload(_largest_of_budget(recipe, batching, lengths), None, evaluation, lengths is not None)
+    if lengths is None:
+        return Workload(Shape((most,) * training.batch_size, packed), None, evaluation, False)
+    cut = [min(length, most) for length in lengths.train]
+    texts, draw = min(training.batch_size, len(cut)), np.random.default_rng(recipe.seed)
+    batches: list[tuple[int, ...]] = []
+    while len(batches) <= 5000 and len(batches) < SHUFFLES * (len(cut) // texts):  # of some epochs; full ones only
+        order = sorted(cut) if batching == "grouped" else draw.permutation(cut).tolist()
+        batches += [tuple(order[at : at + texts]) for at in range(0, len(order) - texts + 1, texts)]
+    batches.sort(key=sum if packed else max)
+    usual = batches[len(batches) // 2]
+    if packed:
+        return Workload(Shape(batches[-1], True), Shape(usual, True), evaluation, True)
+    largest, usual_shape = (Shape.padded(texts, _rounded(max(found))) for found in (cut, usual))
+    return Workload(largest, usual_shape, evaluation, True)
+
+
+def _largest_of_budget(recipe: Recipe, batching: str, lengths: Lengths | None) -> Shape:
+    budget, most, packed = recipe.training.tokens_per_batch or 0, recipe.data.max_length, batching == "padding_free"
+    if lengths is None:
+        unlimited = dict.fromkeys(range(MULTIPLE, _rounded(most) + 1, MULTIPLE), budget)
+        return _filled((), budget, most) if packed else _fullest(budget, unlimited)
+    texts, kind = [min(length, most) for length in lengths.train], cast("Batching", batching)
     try:
-        lines = (CGROUP / "memory.stat").read_text().splitlines()
-    except OSError:
-        return 0
-    found = dict(line.split(" ", 1) for line in lines)
-    return int(found.get("inactive_file", 0))
+        check_budget(max(texts), budget, kind)
+    except ValueError as error:
+        problem = f"training.tokens_per_batch: {error}; set it higher, or data.max_length lower"
+        raise RecipeError([problem], source=recipe.name, code="budget-too-small", budget=budget) from error
+    if not packed:
+        return _fullest(budget, {_rounded(length): number for number, length in enumerate(sorted(texts), 1)})
+    sampler = TokenBudgetSampler(texts, budget, kind, recipe.seed)
+    drawn = [[texts[at] for at in batch] for epoch in range(COUNTED_EPOCHS) for batch in sampler.all_batches(epoch)]
+    # In attention with dropout a GPU pads them to the longest: most for a long text among many short ones.
+    widest = max(drawn, key=lambda batch: (len(batch) * max(batch), sum(batch)))
+    return _filled(widest, min(budget, sum(texts)), max(texts))
 
 
-def shown(count: int) -> str:
-    """Return bytes for a reader."""
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+def _fullest(budget: int, up_to: dict[int, int]) -> Shape:
+    """Return the padded batch of the most sub-tokens, or one of nearly as many and longer texts: attention takes more.
+
+    `up_to` says how many texts there are of a padded length or less.
+    """
+    fitting = ((length, min(budget // length, number)) for length, number in up_to.items() if length <= budget)
+    shapes = [Shape.padded(number, length) for length, number in fitting]
+    most = max(shape.tokens for shape in shapes)
+    return max((shape for shape in shapes if shape.tokens >= NEARLY * most), key=lambda shape: shape.lengths[0])
 
 
-MIB = 2**20
-OVERHEAD = {"cpu": 700 * MIB, "cuda": 600 * MIB}
-"""Bytes that no tensor holds: Python with its libraries; a CUDA context with the workspaces of its libraries."""
+def _filled(texts: Sequence[int], budget: int, longest: int) -> Shape:
+    """Return a packed batch with texts added until it takes the whole budget."""
+    missing = budget - sum(texts)
+    return Shape((*texts, *(min(longest, missing - start) for start in range(0, missing, longest))), packed=True)
 
-PROBES = (2, 3)
-"""Layers that are counted where there are more."""
+
+def _rounded(length: int) -> int:
+    return -(-length // MULTIPLE) * MULTIPLE
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,14 +231,14 @@ class Estimate:
 
     Attributes:
         weights: the frozen backbone, without the embedding.
-        embedding: the input embedding, where it lies on the device.
+        embedding: the input embedding, if it is on the device.
         adapter: what is trained, in fp32.
         optimizer: the two states of AdamW, in fp32.
         activations: kept between forward and backward of a micro-batch.
-        workspace: what comes on top of them at the peak of a step: gradients and results on their way.
-        evaluation: the peak of a forward in evaluation, which takes the place of the two above where it is larger.
-        overhead: what no tensor holds.
-        host: of the embedding, where it lies in the memory of the host of a GPU.
+        workspace: what comes on top of them at the peak of a step: gradients and intermediate results.
+        evaluation: the peak of a forward in evaluation, which replaces the two above if it is larger.
+        overhead: what is outside of tensors.
+        host: of the embedding, if it is in the memory of the host of a GPU.
     """
 
     weights: int
@@ -155,7 +258,7 @@ class Estimate:
 
     @property
     def tensors(self) -> int:
-        """The most that tensors take at once: what `torch.cuda.max_memory_allocated` tells."""
+        """The most that tensors take at once: what `torch.cuda.max_memory_allocated` returns."""
         return self.weights + self.embedding + self.adapter + self.optimizer + self.step
 
     @property
@@ -166,25 +269,6 @@ class Estimate:
     def to_dict(self) -> dict[str, int]:
         """Return a JSON-able form, in bytes."""
         return {**asdict(self), "tensors": self.tensors, "total": self.total}
-
-
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """What an estimate depends on besides the recipe.
-
-    Attributes:
-        config: of the backbone, of transformers, with its number of labels.
-        device_type: cpu or cuda.
-        quantization: nf4, int8 or none, as decided.
-        dtype: of the backbone, as decided.
-        assumed: what a reader should know of a device that is not here.
-    """
-
-    config: Any
-    device_type: str
-    quantization: str
-    dtype: torch.dtype
-    assumed: str | None = None
 
 
 def estimate(recipe: Recipe, setting: Setting, training: Shape, evaluation: Shape) -> Estimate:
@@ -199,105 +283,63 @@ def estimate(recipe: Recipe, setting: Setting, training: Shape, evaluation: Shap
     Raises:
         ModelError: the recipe does not fit the backbone.
     """
-    full = bare_model(setting.config, recipe.data.task, setting.dtype)
+    full: Any = bare_model(setting.config, recipe.data.task, setting.dtype)
     check_placement(full, recipe.model.embedding)
-    layers = int(full.config.num_hidden_layers)  # type: ignore[union-attr, arg-type]
+    layers = int(full.config.num_hidden_layers)
     upper = adapted_layers(full, recipe.adapter.layers)
     adapted = layers if upper is None else len(upper)
 
-    def counted(trained_row: bool) -> tuple[int, ...]:
-        shapes = training, evaluation
-        found = {n: _probe(recipe, setting, n, adapted < layers, *shapes, trained_row) for n in _counts(adapted)}
-        return tuple(_extend({n: found[n][i] for n in found}, adapted) for i in range(4))
+    def counted(trained_row: bool) -> list[int]:
+        found = {}
+        for probe in (adapted,) if adapted <= PROBES[-1] + 1 else PROBES:
+            skeleton = Skeleton(recipe, setting, probe, adapted < layers, trained_row)
+            found[probe] = (skeleton.trained_bytes(), skeleton.forward(evaluation), *skeleton.step(training))
+        if adapted in found:
+            return list(found[adapted])
+        (few, low), (more, high) = found.items()  # on the line through the counted ones
+        return [a + (b - a) * (adapted - few) // (more - few) for a, b in zip(low, high, strict=True)]
 
-    trained, saved, peak, forward = counted(True)
+    trained, forward, kept, peak = counted(True)
     if recipe.masking.trainable_mask:
-        # the copy of the embedding comes and goes where the layers hold little: the peak is that of the one or the
-        # other, and with few layers only the one may be seen
-        peak = max(peak, counted(False)[2])
+        # the copy of the embedding comes and goes where the layers keep little: the peak is that of one or the other,
+        # and with few layers only one may be seen
+        peak = max(peak, counted(False)[-1])
     if recipe.training.gradient_accumulation > 1:
         peak += trained  # gradients of the micro-batches before
-    device, host = _embedding_bytes(full, recipe, setting.device_type)
+    embedding: Any = find_embedding(full)
+    rows = _int8_bytes(embedding.weight) if recipe.model.embedding == "8bit" else _bytes(embedding.weight)
+    offload = recipe.model.embedding == "offload" and setting.device_type != "cpu"
     return Estimate(
-        weights=_weight_bytes(full, setting),
-        embedding=device,
+        weights=_weight_bytes(full, setting.quantization, embedding),
+        embedding=0 if offload else rows,
         adapter=trained,
         optimizer=2 * trained,
-        activations=saved,
-        workspace=max(peak - saved, 0),
+        activations=kept,
+        workspace=max(peak - kept, 0),
         evaluation=forward,
         overhead=OVERHEAD["cpu" if setting.device_type == "cpu" else "cuda"],
-        host=host,
+        host=rows if offload else 0,
     )
 
 
-def _counts(adapted: int) -> tuple[int, ...]:
-    return (adapted,) if adapted <= PROBES[-1] + 1 else PROBES
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
-def _extend(at: dict[int, int], layers: int) -> int:
-    """Return the value for so many layers, on the line through the counted ones."""
-    if layers in at:
-        return at[layers]
-    (few, low), (more, high) = at.items()
-    return low + (high - low) * (layers - few) // (more - few)
+def _int8_bytes(weight: torch.Tensor) -> int:
+    return weight.numel() + 4 * weight.shape[0]  # a scale for each row
 
 
-def _probe(
-    recipe: Recipe,
-    setting: Setting,
-    adapted: int,
-    more_below: bool,
-    training: Shape,
-    evaluation: Shape,
-    trained_row: bool,
-) -> tuple[int, int, int, int]:
-    """Count bytes trained, saved, at the peak of a step, and at that of an evaluation, with few layers."""
-    config = with_layers(setting.config, adapted + more_below)
-    upper = adapted if more_below else None
-    model, mode = skeleton(config, recipe, setting.quantization, setting.dtype, upper, trained_row)
-    if recipe.model.gradient_checkpointing is True:
-        enable_checkpointing(model, checkpointing_options(setting.device_type))
-    trained = sum(4 * parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    rest = recipe.data.task, setting.device_type, setting.dtype == torch.bfloat16
-    forward = count_forward(model, mode, evaluation, *rest)
-    step = count_step(model, mode, training, *rest)
-    return trained, step.saved, step.peak, forward
-
-
-def _weight_bytes(model: nn.Module, setting: Setting) -> int:
-    heads = tuple(head_modules(model))
-    embedding = find_embedding(model)
-    total = 0
+def _weight_bytes(model: nn.Module, quantization: str, embedding: nn.Module) -> int:
+    heads, total = tuple(head_modules(model)), 0
     for name, module in model.named_modules():
         if module is embedding:
             continue
-        inside_head = name.split(".")[0] in heads
-        for key, parameter in module._parameters.items():
-            if parameter is None:
-                continue
-            if type(module) is nn.Linear and key == "weight" and not inside_head and setting.quantization != "none":
-                total += _quantized_bytes(setting.quantization, *parameter.shape)
+        head = name.split(".")[0] in heads
+        for key, weight in module.named_parameters(recurse=False):
+            if type(module) is nn.Linear and key == "weight" and not head and quantization != "none":
+                total += int(NF4_BYTES * weight.numel()) if quantization == "nf4" else _int8_bytes(weight)
             else:
-                total += parameter.numel() * (4 if inside_head else parameter.element_size())
-        total += sum(
-            buffer.numel() * buffer.element_size() for buffer in module._buffers.values() if buffer is not None
-        )
+                total += 4 * weight.numel() if head else _bytes(weight)
+        total += sum(map(_bytes, module.buffers(recurse=False)))
     return total
-
-
-def _quantized_bytes(kind: str, out_features: int, in_features: int) -> int:
-    from tokmask_peft.model.memory.step import int8_bytes, nf4_bytes
-
-    return nf4_bytes(out_features * in_features) if kind == "nf4" else int8_bytes(out_features, in_features)
-
-
-def _embedding_bytes(model: nn.Module, recipe: Recipe, device_type: str) -> tuple[int, int]:
-    """Return the bytes of the input embedding on the device, and on a host that is another than the device."""
-    weight: Any = find_embedding(model).weight
-    whole = weight.numel() * weight.element_size()
-    if recipe.model.embedding == "offload" and device_type != "cpu":
-        return 0, whole
-    if recipe.model.embedding == "8bit":
-        return weight.numel() + 4 * weight.shape[0], 0
-    return whole, 0

@@ -1,10 +1,14 @@
-"""Run one training step, or one forward of an evaluation, on fake tensors, and count."""
+"""Run a training step, or a forward of an evaluation, on fake tensors, and count the bytes.
+
+Everything runs on fake tensors of a CPU, because a build of torch without CUDA has no autograd for fake CUDA tensors.
+For a GPU two things are imitated, the ones that matter: attention keeps no weights, and layer norms under autocast take
+fp32. What is left to torch's rules for CPUs is part of the margin that `estimate.MARGIN` states.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,28 +17,29 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
-from torch.overrides import TorchFunctionMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from tokmask_peft.masking.embedding import unwrap
 from tokmask_peft.model.adapter import add_adapter, inputs_as_they_come
 from tokmask_peft.model.backbone import HEAD_NAMES, Backbone, head_modules, hold_in_fp32
+from tokmask_peft.model.decisions import enable_checkpointing
 from tokmask_peft.model.dropout import quick_dropout
-from tokmask_peft.recipe.schema import Recipe, Task
+from tokmask_peft.recipe.schema import Recipe
+from tokmask_peft.tasks import get_task
 
 
 class LiveBytes(TorchDispatchMode):
     """Counts the storages that operations inside it make, real or fake, until each is freed.
 
-    What a kernel takes and gives back within one operation is not seen.
+    What a kernel takes and gives back within one operation is not seen. torch's `MemTracker` (2.13) cannot serve: it
+    puts gradient hooks on frozen parameters, which raises, and refuses modules that packed batches call alone.
 
     Attributes:
         now: bytes alive.
-        peak: the most bytes that were alive at once since the beginning or `reset_peak`.
+        peak: the most bytes that were alive at once.
     """
 
     def __init__(self) -> None:
@@ -43,14 +48,10 @@ class LiveBytes(TorchDispatchMode):
         self._known: weakref.WeakValueDictionary[int, torch.UntypedStorage] = weakref.WeakValueDictionary()
 
     def exclude(self, *tensors: Tensor) -> None:
-        """Do not count tensors that were there before, should an operation hand them on."""
+        """Do not count tensors that existed before, in case an operation returns them."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
             self._known[id(storage)] = storage
-
-    def reset_peak(self) -> None:
-        """Begin to look for the peak anew."""
-        self.peak = self.now
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation and count what it made."""
@@ -72,278 +73,6 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
-class SavedAttention(torch.autograd.Function):
-    """Stands for flash attention: keeps query, key, value, output and a number for each query; no weights."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """Take [..., heads, seq, head] of one kind, give the shape of query with the head size of value."""
-        out = query.new_empty(*query.shape[:-1], value.shape[-1])
-        sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
-        ctx.save_for_backward(query, key, value, out, sums, *(() if mask is None else (mask,)))
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """Make the gradients' shapes; their sums are in fp32 first."""
-        query, key, value = ctx.saved_tensors[:3]
-        sums = torch.empty_like(query, dtype=torch.float32)
-        found = torch.empty_like(sums, dtype=query.dtype), torch.empty_like(key), torch.empty_like(value)
-        return *found, None
-
-
-class _GpuRules(TorchFunctionMode):
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            return _attention(*args, **kwargs)
-        if func is F.layer_norm and torch.is_autocast_enabled("cuda"):
-            return func(args[0].float(), *args[1:], **kwargs)  # in autocast's list of operations in fp32
-        if func is F.dropout:
-            return _dropout(*args, **kwargs)
-        return func(*args, **kwargs)
-
-
-def _attention(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: Any, **options: Any
-) -> Any:
-    if options.get("enable_gqa") and attn_mask is not None:
-        times = query.shape[-3] // key.shape[-3]
-        key, value = (tensor.repeat_interleave(times, -3) for tensor in (key, value))
-    if torch.is_autocast_enabled("cuda"):
-        query, key, value = (tensor.to(torch.get_autocast_dtype("cpu")) for tensor in (query, key, value))
-    if attn_mask is not None and attn_mask.dtype != query.dtype:
-        attn_mask = torch.empty_like(attn_mask, dtype=query.dtype)
-    return SavedAttention.apply(query, key, value, attn_mask)
-
-
-def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-    return torch.native_dropout(input, p, True)[0] if training and p > 0 else input
-
-
-@contextlib.contextmanager
-def device_rules(device_type: str, autocast: bool) -> Iterator[None]:
-    """Let forward and backward on fake tensors of a CPU keep what they would on the device.
-
-    Args:
-        device_type: cpu, or any other for the rules of CUDA.
-        autocast: whether the forward runs in `autocast_forward`.
-    """
-    if device_type == "cpu":
-        yield
-        return
-    before = torch.is_autocast_enabled("cuda")
-    torch.set_autocast_enabled("cuda", autocast)  # PEFT asks for it
-    try:
-        with _GpuRules():
-            yield
-    finally:
-        torch.set_autocast_enabled("cuda", before)
-
-
-def checkpointing_options(device_type: str) -> dict[str, Any]:
-    """Return gradient checkpointing's options: what it computes again in `backward` is outside of any function mode."""
-    again = contextlib.nullcontext if device_type == "cpu" else _GpuRules
-    return {"use_reentrant": False, "context_fn": lambda: (contextlib.nullcontext(), again())}
-
-
-def autocast_forward(enabled: bool) -> torch.autocast:
-    """Return the context of a forward in bf16; fake tensors are those of a CPU."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=enabled)
-
-
-BLOCK, NESTED_BLOCK = 64, 256
-"""Weights for each scale, and scales for each scale of scales (Dettmers et al. 2023, double quantization)."""
-
-
-def nf4_bytes(weights: int) -> int:
-    """Return the bytes of a layer's weights in NF4 with double quantization: codes, scales and their tables."""
-    blocks = -(-weights // BLOCK)
-    scales = blocks + 4 * -(-blocks // NESTED_BLOCK) + 4
-    return -(-weights // 2) + scales + 4 * (16 + 256)
-
-
-def int8_bytes(out_features: int, in_features: int) -> int:
-    """Return the bytes of a layer's weights in 8 bits with a scale for each row."""
-    return out_features * in_features + 4 * out_features
-
-
-class _Product(torch.autograd.Function):
-    """A frozen quantized product: unpacks the weights for each pass; in 8 bits it keeps its input."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, out_features: int, keeps_input: bool) -> Tensor:
-        ctx.shape, ctx.features = x.shape, out_features
-        ctx.kept = x if keeps_input else None
-        unpacked = x.new_empty(out_features, x.shape[-1])
-        out = x.new_empty(*x.shape[:-1], out_features)
-        del unpacked
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        unpacked = gradients[0].new_empty(ctx.features, ctx.shape[-1])
-        found = gradients[0].new_empty(ctx.shape)
-        del unpacked
-        ctx.kept = None
-        return found, None, None
-
-
-class Simulated4bit(Linear4bit):
-    """Stands for a 4-bit layer."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map `[..., in_features]` to `[..., out_features]`."""
-        out: Tensor = _Product.apply(x.to(self.compute_dtype), self.out_features, False)
-        return out.to(x.dtype)
-
-
-class Simulated8bit(Linear8bitLt):
-    """Stands for an 8-bit layer."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map `[..., in_features]` to `[..., out_features]`."""
-        out: Tensor = _Product.apply(x, self.out_features, True)
-        return out
-
-
-def simulate_quantized(model: Any, kind: str, dtype: torch.dtype, keep: tuple[str, ...]) -> None:
-    """Replace the linear layers of a model on the meta device, as loading it quantized would.
-
-    Args:
-        model: of transformers, without an adapter.
-        kind: nf4 or int8.
-        dtype: that 4-bit layers compute in.
-        keep: modules that are left alone, by full name.
-    """
-    for name, module in list(model.named_modules()):
-        if type(module) is not nn.Linear or any(name == other or name.startswith(f"{other}.") for other in keep):
-            continue
-        bias = module.bias is not None
-        made: Any
-        if kind == "nf4":
-            made = Linear4bit(
-                module.in_features,
-                module.out_features,
-                bias,
-                compute_dtype=dtype,
-                compress_statistics=True,
-                quant_type="nf4",
-                device="meta",
-            )
-            made.__class__ = Simulated4bit
-        else:
-            made = Linear8bitLt(module.in_features, module.out_features, bias, has_fp16_weights=False, device="meta")
-            made.__class__ = Simulated8bit
-        made.requires_grad_(False)
-        if bias:
-            made.bias = nn.Parameter(module.bias.detach().clone(), False)
-        parent, _, last = name.rpartition(".")
-        setattr(model.get_submodule(parent), last, made)
-    model.is_loaded_in_4bit, model.is_loaded_in_8bit = kind == "nf4", kind == "int8"
-
-
-def bare_model(config: Any, task: Task, dtype: torch.dtype) -> nn.Module:
-    """Return the classification model of a config of transformers on the meta device.
-
-    Args:
-        config: of the backbone, with `num_labels` set.
-        task: sequence or token.
-        dtype: of its weights.
-    """
-    from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
-
-    auto = AutoModelForSequenceClassification if task == "sequence" else AutoModelForTokenClassification
-    config = copy.deepcopy(config)
-    config.use_cache = False
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config  # of the loaded backbone
-    if config.pad_token_id is None:
-        config.pad_token_id = 0
-    with torch.device("meta"):
-        model: nn.Module = auto.from_config(config, dtype=dtype)
-    return model
-
-
-def with_layers(config: Any, layers: int) -> Any:
-    """Return a copy of a config with so many layers."""
-    config = copy.deepcopy(config)
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:layers]
-    config.num_hidden_layers = layers
-    return config
-
-
-def skeleton(
-    config: Any,
-    recipe: Recipe,
-    quantization: str,
-    dtype: torch.dtype,
-    adapted: int | None = None,
-    trained_row: bool = True,
-) -> tuple[Any, FakeTensorMode]:
-    """Return the model with its adapter, ready for a step, and the mode in which its tensors live.
-
-    Args:
-        config: of the backbone, with as many layers as wanted.
-        recipe: adapter and task.
-        quantization: nf4, int8 or none.
-        dtype: of what is not quantized.
-        adapted: how many upper layers get an adapter; all of them by default.
-        trained_row: whether a mask row that the recipe trains is part of the adapter, for which PEFT copies the whole
-            embedding in each forward and makes a gradient of it; else the gradient only flows down to the embedding.
-    """
-    model: Any = bare_model(config, recipe.data.task, dtype)
-    new_modules = tuple(head_modules(model))
-    if quantization != "none":
-        simulate_quantized(model, quantization, dtype, (*HEAD_NAMES, *new_modules))
-    hold_in_fp32(model, new_modules)
-    backbone = Backbone(model, None, new_modules, (), dtype, quantization)
-    adapter = recipe.adapter.model_copy(update={"layers": adapted or "all"})
-    trained = recipe.masking.trainable_mask
-    with torch.device("meta"):
-        wrapped, _ = add_adapter(backbone, adapter, recipe.data.task, 0 if trained and trained_row else None)
-    if trained and not trained_row:
-        model.enable_input_require_grads()
-    return wrapped.train(), make_fake(wrapped)
-
-
-def make_fake(model: nn.Module) -> FakeTensorMode:
-    """Turn meta tensors into fake ones of a CPU, in place, and return their mode: autocast has no meta device."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    made: dict[int, Any] = {}
-    with mode:
-        for module in model.modules():
-            for name, value in module._parameters.items():
-                if value is not None:
-                    fresh = made.setdefault(id(value), nn.Parameter(_empty(value), value.requires_grad))
-                    module._parameters[name] = _like(fresh, value)
-            for name, buffer in module._buffers.items():
-                if buffer is not None:
-                    module._buffers[name] = _empty(buffer)
-    return mode
-
-
-def _empty(tensor: Tensor) -> Tensor:
-    return torch.empty(tensor.shape, dtype=tensor.dtype)
-
-
-def _like(fresh: Any, value: Any) -> Any:
-    """Keep what PEFT reads off the weights of bitsandbytes."""
-    for name in ("quant_type", "compress_statistics", "quant_state", "has_fp16_weights", "CB", "SCB"):
-        if hasattr(value, name):
-            setattr(fresh, name, getattr(value, name))
-    return fresh
-
-
-PACKED = "tokmask_counted"
-"""Name of the attention for packed rows on a GPU.
-
-Its kernel for such rows keeps nothing but its inputs and outputs; with dropout and in fp32, which the kernel does not
-take, texts are padded to the longest.
-"""
-
-
 @dataclass(frozen=True, slots=True)
 class Shape:
     """Shape of a micro-batch: the sub-tokens of each text, and whether they are packed into one row."""
@@ -353,7 +82,7 @@ class Shape:
 
     @classmethod
     def padded(cls, texts: int, length: int) -> Shape:
-        """Return the shape of so many texts, all padded to a length."""
+        """Return the shape of texts that are all padded to one length."""
         return cls((length,) * texts)
 
     @property
@@ -361,157 +90,259 @@ class Shape:
         """Positions that are computed, padding included."""
         return sum(self.lengths) if self.packed else len(self.lengths) * max(self.lengths)
 
+    def __str__(self) -> str:
+        """Describe the batch for a reader."""
+        size = f"packed into {self.tokens:,}" if self.packed else f"padded to {max(self.lengths)}"
+        return f"{len(self.lengths)} texts {size} sub-tokens"
+
 
 @dataclass(frozen=True, slots=True)
-class StepBytes:
-    """What a micro-batch takes besides the model.
+class Setting:
+    """What an estimate depends on besides the recipe.
 
     Attributes:
-        saved: kept between forward and backward.
-        peak: the most at once, gradients of the parameters included.
+        config: of the backbone, of transformers, with its number of labels.
+        device_type: cpu or cuda.
+        quantization: nf4, int8 or none, as decided.
+        dtype: of the backbone, as decided.
+        assumed: what a reader should know about a device that is not this machine's.
     """
 
-    saved: int
-    peak: int
+    config: Any
+    device_type: str
+    quantization: str
+    dtype: torch.dtype
+    assumed: str | None = None
 
 
-def count_step(
-    model: Any, mode: FakeTensorMode, shape: Shape, task: Task, device_type: str, autocast: bool
-) -> StepBytes:
-    """Count a forward and a backward on a skeleton; it is left without gradients.
-
-    Args:
-        model: of `skeleton`, with gradient checkpointing switched on or off.
-        mode: the mode of its tensors.
-        shape: of the micro-batch.
-        task: decides the labels.
-        device_type: cpu, or any other for CUDA.
-        autocast: whether the forward runs in bf16 autocast.
-    """
-    model.train()
-    with _counting(model, mode, shape, task, device_type) as (live, batch):
-        drawn = quick_dropout(model) if device_type == "cpu" else contextlib.nullcontext()
-        with device_rules(device_type, autocast), inputs_as_they_come(model, autocast), drawn:
-            with autocast_forward(autocast):
-                logits = _forward(model, batch, device_type)
-                loss = F.cross_entropy(logits.flatten(0, -2).float(), batch["labels"].flatten())
-            del logits
-            saved = live.now
-            loss.backward()
-        peak = live.peak
-        model.zero_grad(set_to_none=True)
-        del loss
-    return StepBytes(saved, peak)
+def bare_model(config: Any, task: str, dtype: torch.dtype) -> nn.Module:
+    """Return the classification model of a config with `num_labels` on the meta device, with weights of a dtype."""
+    config = copy.deepcopy(config)
+    config.use_cache = False
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # of the loaded backbone
+    if config.pad_token_id is None:
+        config.pad_token_id = 0
+    with torch.device("meta"):
+        model: nn.Module = get_task(task).auto_model().from_config(config, dtype=dtype)
+    return model
 
 
-def count_forward(model: Any, mode: FakeTensorMode, shape: Shape, task: Task, device_type: str, autocast: bool) -> int:
-    """Return the peak bytes of a forward of an evaluation; arguments as for `count_step`."""
-    model.eval()
-    with _counting(model, mode, shape, task, device_type) as (live, batch):
-        computed = autocast_forward(autocast), inputs_as_they_come(model, autocast)
-        with torch.no_grad(), device_rules(device_type, autocast), computed[0], computed[1]:
-            _forward(model, batch, device_type)
-        return live.peak
+def with_layers(config: Any, layers: int) -> Any:
+    """Return a copy of a config with this many layers."""
+    config = copy.deepcopy(config)
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:layers]
+    config.num_hidden_layers = layers
+    return config
 
 
-@contextlib.contextmanager
-def _counting(
-    model: nn.Module, mode: FakeTensorMode, shape: Shape, task: Task, device_type: str
-) -> Iterator[tuple[LiveBytes, dict[str, Any]]]:
-    batch = _packed_batch(shape, device_type) if shape.packed else None
-    with mode:
-        if batch is None:
-            ids = torch.ones(len(shape.lengths), max(shape.lengths), dtype=torch.long)
-            batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        else:
-            batch = {name: _faked(value, mode) for name, value in batch.items()}
-        size = (len(shape.lengths),) if task == "sequence" else batch.get("texts", batch["input_ids"]).shape
-        batch["labels"] = torch.zeros(size, dtype=torch.long)
-        with LiveBytes() as live:
-            live.exclude(*model.parameters(), *model.buffers(), batch["labels"], batch["input_ids"])
-            yield live, batch
+class _Product(torch.autograd.Function):
+    """A frozen quantized product: unpacks the weights in each pass; in 8 bits it keeps its input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, out_features: int, keeps_input: bool) -> Tensor:
+        ctx.shape, ctx.features, ctx.kept = x.shape, out_features, x if keeps_input else None
+        _unpacked = x.new_empty(out_features, x.shape[-1])
+        return x.new_empty(*x.shape[:-1], out_features)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        _unpacked = gradients[0].new_empty(ctx.features, ctx.shape[-1])
+        found = gradients[0].new_empty(ctx.shape)
+        ctx.kept = None
+        return found, None, None
 
 
-def _packed_batch(shape: Shape, device_type: str) -> dict[str, Any]:
-    """Return the row of a packed batch and how it is laid out, on real tensors: the layout depends on their values.
+class FourBitLinear(nn.Linear):
+    """Stands for a 4-bit layer of bitsandbytes, which computes in the type of the other weights."""
 
-    The row is as the body of the model takes it, lengthened on a CPU; `texts` and `layout` are of its texts alone.
-    """
-    from tokmask_peft.model.packed import Packing, filler
-
-    longest = max(shape.lengths)
-    extra = filler(shape.tokens, longest) if device_type == "cpu" else []
-
-    def packing(lengths: Sequence[int]) -> Packing:
-        bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-        return Packing.make(bounds, sum(lengths), longest, one_bucket=device_type != "cpu")
-
-    with unset_fake_temporarily():
-        row = torch.ones(1, shape.tokens + sum(extra), dtype=torch.long)
-        layouts = {"packing": packing([*shape.lengths, *extra]), "layout": packing(shape.lengths)}
-        return {"input_ids": row, "texts": row[:, : shape.tokens], **layouts}
+    def forward(self, input: Tensor) -> Tensor:
+        """Map `[..., in_features]` to `[..., out_features]`."""
+        out: Tensor = _Product.apply(input.to(self.weight.dtype), self.out_features, False)
+        return out.to(input.dtype).clone()  # PEFT clones what comes out of 4-bit layers
 
 
-def _faked(value: Any, mode: FakeTensorMode) -> Any:
-    if isinstance(value, Tensor):
-        return mode.from_tensor(value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        names = [field.name for field in dataclasses.fields(value)]
-        return dataclasses.replace(value, **{name: _faked(getattr(value, name), mode) for name in names})
-    return tuple(_faked(part, mode) for part in value) if isinstance(value, tuple) else value
+class EightBitLinear(nn.Linear):
+    """Stands for an 8-bit layer of bitsandbytes."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map `[..., in_features]` to `[..., out_features]`."""
+        out: Tensor = _Product.apply(input, self.out_features, True)
+        return out
 
 
-def _forward(model: Any, batch: dict[str, Any], device_type: str) -> Tensor:
-    if "packing" not in batch:
-        return _logits(model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]))
-    from tokmask_peft.model.packed import enable_padding_free, packed_hidden, packed_logits
+class _KeptByFlashAttention(torch.autograd.Function):
+    """Keeps query, key, value, output and a number for each query; no attention weights."""
 
-    base: Any = unwrap(model)
-    enable_padding_free(base)
-    if device_type != "cpu":
-        _register()
-        base.config._attn_implementation = PACKED
-    hidden = packed_hidden(base, batch["input_ids"], batch["packing"])[:, : batch["texts"].shape[1]]
-    return packed_logits(base, hidden, batch["texts"], batch["layout"])
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        out = query.new_empty(*query.shape[:-1], value.shape[-1])
+        sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, out, sums, *(() if mask is None else (mask,)))
+        return out
 
-
-def _logits(output: Any) -> Tensor:
-    found: Tensor = output if isinstance(output, Tensor) else output.logits
-    return found
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value = ctx.saved_tensors[:3]
+        sums = torch.empty_like(query, dtype=torch.float32)  # the gradients are summed in fp32
+        return torch.empty_like(sums, dtype=query.dtype), torch.empty_like(key), torch.empty_like(value), None
 
 
-def _counted_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Any,
-    dropout: float = 0.0,
-    is_causal: bool | None = None,
-    sliding_window: int | None = None,
-    packing: Any = None,
-    **_: Any,
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
+    if mask is not None and mask.dtype != query.dtype:
+        mask = torch.empty_like(mask, dtype=query.dtype)
+    out: Tensor = _KeptByFlashAttention.apply(query, key, value, mask)
+    return out
+
+
+def _gpu_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """Stand for `packed_attention` on a GPU."""
+    """Stand for `sdpa` and, with a packing, for `packed_attention` on a GPU.
+
+    The kernel for packed rows does not take dropout or fp32: with these, texts are padded to the longest.
+    """
     from tokmask_peft.model.packed import attend_in_buckets, seen
 
-    kind = value.dtype
-    if torch.is_autocast_enabled("cuda"):
+    packing, dropout, kind = options.get("packing"), options.get("dropout", 0.0), value.dtype
+    if torch.is_autocast_enabled("cpu"):
         query, key, value = (tensor.to(torch.bfloat16) for tensor in (query, key, value))
-    if dropout > 0 or query.dtype == torch.float32:
-        causal, window = seen(module, is_causal, sliding_window, packing.max_length)
+    if packing is not None and (dropout > 0 or query.dtype == torch.float32):
+        sight = seen(module, options.get("is_causal"), options.get("sliding_window"), packing.max_length)
         rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
-        return attend_in_buckets(rows, packing, causal, window, dropout, None).to(kind).unsqueeze(0), None
+        return attend_in_buckets(rows, packing, *sight, dropout, None, _attend).to(kind).unsqueeze(0), None
     times = query.shape[1] // key.shape[1]
-    if times > 1:
+    if times > 1 and (packing is not None or attention_mask is not None):
         key, value = (tensor.repeat_interleave(times, 1) for tensor in (key, value))
-    rows = [tensor.transpose(1, 2).contiguous() for tensor in (query, key, value)]
-    return SavedAttention.apply(*rows, None), None
+    if packing is None:
+        return _attend(query, key, value, attention_mask).transpose(1, 2).contiguous(), None
+    return _attend(*(tensor.transpose(1, 2).contiguous() for tensor in (query, key, value))), None
 
 
-def _register() -> None:
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
+GPU_ATTENTION = "tokmask_counted"
+"""Name of `_gpu_attention` in transformers."""
 
-    AttentionInterface.register(PACKED, _counted_attention)
-    AttentionMaskInterface.register(PACKED, sdpa_mask)
+
+class Skeleton:
+    """The model with its adapter on fake tensors, ready to be counted.
+
+    Args:
+        recipe: adapter, task and gradient checkpointing (`auto` counts as off).
+        setting: backbone and device.
+        layers: that get an adapter; the upper ones.
+        more_below: whether there is one more layer below, without an adapter.
+        trained_row: whether a mask row that the recipe trains is part of the adapter, for which PEFT copies the whole
+            embedding in each forward and makes a gradient of it; otherwise the gradient only reaches the embedding.
+    """
+
+    def __init__(
+        self, recipe: Recipe, setting: Setting, layers: int, more_below: bool = False, trained_row: bool = True
+    ) -> None:
+        self._gpu, self._low = setting.device_type != "cpu", setting.dtype == torch.bfloat16
+        bare: Any = bare_model(with_layers(setting.config, layers + more_below), recipe.data.task, setting.dtype)
+        new_modules = tuple(head_modules(bare))
+        if setting.quantization != "none":
+            stand_in = FourBitLinear if setting.quantization == "nf4" else EightBitLinear
+            for name, module in bare.named_modules():
+                kept = any(name == other or name.startswith(f"{other}.") for other in (*HEAD_NAMES, *new_modules))
+                if type(module) is nn.Linear and not kept:
+                    module.__class__ = stand_in
+        hold_in_fp32(bare, new_modules)
+        backbone = Backbone(bare, None, new_modules, (), setting.dtype, setting.quantization)
+        adapter = recipe.adapter.model_copy(update={"layers": layers if more_below else "all"})
+        trained = recipe.masking.trainable_mask
+        with torch.device("meta"):
+            self._model, _ = add_adapter(backbone, adapter, recipe.data.task, 0 if trained and trained_row else None)
+        if trained and not trained_row:
+            bare.enable_input_require_grads()
+        if self._gpu:
+            self._imitate_a_gpu(bare)
+        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        with self._mode:
+            self._model.to_empty(device="cpu")  # autocast has no meta device
+        if recipe.model.gradient_checkpointing is True:
+            enable_checkpointing(self._model)
+
+    def _imitate_a_gpu(self, bare: Any) -> None:
+        from transformers import AttentionInterface, AttentionMaskInterface
+        from transformers.masking_utils import sdpa_mask
+
+        AttentionInterface.register(GPU_ATTENTION, _gpu_attention)
+        AttentionMaskInterface.register(GPU_ATTENTION, sdpa_mask)
+        if bare.config._attn_implementation == "sdpa":
+            bare.config._attn_implementation = GPU_ATTENTION
+        for module in self._model.modules():
+            if isinstance(module, nn.LayerNorm) and self._low:  # in autocast's list of operations in fp32
+                module.register_forward_pre_hook(lambda module, inputs: (inputs[0].float(), *inputs[1:]))
+
+    def trained_bytes(self) -> int:
+        """Return the bytes of what is trained, in fp32."""
+        return sum(4 * parameter.numel() for parameter in self._model.parameters() if parameter.requires_grad)
+
+    def step(self, shape: Shape) -> tuple[int, int]:
+        """Count a forward and a backward of a micro-batch.
+
+        Returns:
+            The bytes kept between the two, and the most at once, gradients of the parameters included.
+        """
+        self._model.train()
+        with self._counting(shape) as (live, batch), quick_dropout(self._model):
+            with torch.autocast("cpu", torch.bfloat16, enabled=self._low):
+                logits = self._logits(batch)
+                labels = torch.zeros(logits.shape[:-1].numel(), dtype=torch.long)
+                loss = F.cross_entropy(logits.flatten(0, -2).float(), labels)
+            del logits
+            kept = live.now
+            loss.backward()
+        self._model.zero_grad(set_to_none=True)
+        return kept, live.peak
+
+    def forward(self, shape: Shape) -> int:
+        """Return the peak bytes of a forward of an evaluation."""
+        self._model.eval()
+        low = torch.autocast("cpu", torch.bfloat16, enabled=self._low)
+        with self._counting(shape) as (live, batch), torch.no_grad(), low:
+            self._logits(batch)
+        return live.peak
+
+    @contextlib.contextmanager
+    def _counting(self, shape: Shape) -> Iterator[tuple[LiveBytes, dict[str, Any]]]:
+        batch = self._packed_batch(shape) if shape.packed else {}  # a layout depends on values: outside of the mode
+        with self._mode, inputs_as_they_come(self._model, self._low):
+            if not batch:
+                ids = torch.ones(len(shape.lengths), max(shape.lengths), dtype=torch.long)
+                batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            with LiveBytes() as live:
+                live.exclude(*self._model.parameters(), *self._model.buffers(), batch["input_ids"])
+                yield live, batch
+
+    def _packed_batch(self, shape: Shape) -> dict[str, Any]:
+        """Return the row of a packed batch, lengthened on a CPU, and how it and its texts alone are laid out."""
+        from tokmask_peft.model.packed import Packing, filler
+
+        longest = max(shape.lengths)
+
+        def layout(lengths: Sequence[int]) -> Packing:
+            bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+            return Packing.make(bounds, sum(lengths), longest, one_bucket=self._gpu)
+
+        lengths = [*shape.lengths, *([] if self._gpu else filler(shape.tokens, longest))]
+        row = torch.ones(1, sum(lengths), dtype=torch.long)
+        return {"input_ids": row, "packing": layout(lengths), "texts": layout(shape.lengths), "tokens": shape.tokens}
+
+    def _logits(self, batch: dict[str, Any]) -> Tensor:
+        if "packing" not in batch:
+            padded: Tensor = self._model(**batch).logits
+            return padded
+        from tokmask_peft.model.packed import enable_padding_free, packed_hidden, packed_logits
+
+        base: Any = unwrap(self._model)
+        if self._gpu:
+            base.config._attn_implementation = "sdpa"  # which `enable_padding_free` expects
+        enable_padding_free(base)
+        if self._gpu:
+            base.config._attn_implementation = GPU_ATTENTION
+        row, tokens = batch["input_ids"], batch["tokens"]
+        hidden = packed_hidden(base, row, batch["packing"])[:, :tokens]
+        return packed_logits(base, hidden, row[:, :tokens], batch["texts"])

@@ -1,64 +1,83 @@
-"""Changes of a recipe that save memory, with what each would save."""
+"""What saves memory: the one list of suggestions, for estimates and for every place where memory runs out."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeVar
 
-from tokmask_peft.errors import TokmaskError
-from tokmask_peft.model.memory.estimate import Estimate, Room, shown
+from tokmask_peft.errors import RunError, TokmaskError
+from tokmask_peft.model.decisions import in_short, out_of_memory
+from tokmask_peft.model.memory.estimate import Estimate, Memory, shown
 from tokmask_peft.recipe.schema import Recipe
 
 Changes = Mapping[str, Any]
-Count = Callable[[Recipe], Estimate]
+E = TypeVar("E", bound=TokmaskError)
+Phase = Literal["run", "loading", "training", "evaluation", "prediction"]
 
+PHASES: dict[Phase, str] = {
+    "loading": "while the backbone was loaded",
+    "training": "in training",
+    "evaluation": "in evaluation",
+    "prediction": "in prediction",
+}
 COSTS = {"adapter.layers": "may cost score"}
-"""What a reader should know of a change before making it."""
+"""What a reader should know about a change before making it."""
 
 
 @dataclass(frozen=True, slots=True)
-class Able:
-    """What a device and a backbone can do.
+class Suggestion:
+    """A change that saves memory.
 
     Attributes:
-        gpu: whether the device is a GPU.
-        movable: whether the backbone's embedding can lie elsewhere than on the device as it is.
-        checkpoints: whether the backbone can compute activations again.
-        int8: whether bitsandbytes runs on the device.
+        text: as it is typed on the command line, or as a user does it.
+        changes: of keys of the recipe.
+        note: what to know before making it.
+        total: bytes of the run with it, if they were counted.
+        fits: whether these fit.
     """
 
-    gpu: bool
-    movable: bool
-    checkpoints: bool = True
-    int8: bool = False
+    text: str
+    changes: Changes = field(default_factory=dict)
+    note: str = ""
+    total: int = 0
+    fits: bool = False
+
+    def __str__(self) -> str:
+        """Return the change with what it leads to, for a reader."""
+        counted = f": {shown(self.total)}{'' if self.fits else ', still too much'}" if self.total else ""
+        return f"{self.text}{counted}{f' ({self.note})' if self.note else ''}"
 
 
 @dataclass(frozen=True, slots=True)
-class Remedy:
-    """A change of one or more keys, and the total that it leads to."""
+class Situation:
+    """Where memory is short, and what can be changed there.
 
-    changes: Changes
-    total: int
-    fits: bool
+    Attributes:
+        phase: what takes the memory; `run` for all of a run.
+        recipe: whose keys can be changed; None for a command that takes an adapter.
+        gpu: whether the device is a GPU; None if unknown.
+        movable: whether the backbone's embedding can be somewhere else than on the device as it is.
+        checkpointable: whether the backbone can do gradient checkpointing.
+        int8: whether bitsandbytes runs on the device.
+        texts: in a forward pass of a command that takes `--batch-size`.
+    """
 
-    @property
-    def text(self) -> str:
-        """The change as it would be typed on the command line."""
-        return " ".join(f"{key}={_typed(value)}" for key, value in self.changes.items())
-
-    @property
-    def told(self) -> str:
-        """The change with what it leads to, for a reader."""
-        costs = "".join(f" ({cost})" for key, cost in COSTS.items() if key in self.changes)
-        return f"{self.text}: {shown(self.total)}{'' if self.fits else ', still too much'}{costs}"
+    phase: Phase
+    recipe: Recipe | None = None
+    gpu: bool | None = None
+    movable: bool = False
+    checkpointable: bool = True
+    int8: bool = False
+    texts: int = 1
 
 
 def changed(recipe: Recipe, changes: Changes) -> Recipe:
     """Return a copy of a recipe with other values at dotted keys of its sections."""
     for key, value in changes.items():
-        name, _, field = key.partition(".")
-        section = getattr(recipe, name).model_copy(update={field: value})
+        name, _, inner = key.partition(".")
+        section = getattr(recipe, name).model_copy(update={inner: value})
         recipe = recipe.model_copy(update={name: section})
     return recipe
 
@@ -70,94 +89,158 @@ def smaller_batch(batch_size: int, gradient_accumulation: int) -> tuple[int, int
     return (sizes[-1], texts // sizes[-1]) if sizes else None
 
 
-def remedies(recipe: Recipe, count: Count, room: Room, able: Able) -> list[Remedy]:
-    """Return the single changes that save memory, and several of them that fit together, if none does alone.
+def suggestions(
+    situation: Situation, count: Callable[[Recipe], Estimate] | None = None, memory: Memory | None = None
+) -> list[Suggestion]:
+    """Return what saves memory: single changes, and several of them that fit together if no single one does.
 
-    These are taken in turn, the one that saves the most first, until they fit: they need not be the fewest.
+    Those that fit together are taken in turn, the one that saves the most first: they need not be the fewest.
 
     Args:
-        recipe: that does not fit.
-        count: estimates a recipe; what it raises a TokmaskError or ValueError for is not suggested.
-        room: what there is.
-        able: what is suggested only where it works.
+        situation: where memory is short.
+        count: estimates a recipe; changes that save nothing, or for which it raises, are left out. Without it every
+            change is suggested, with no total.
+        memory: what is available; needed with `count`.
     """
+    recipe = situation.recipe
+    if recipe is None:
+        return list(_actions(situation))
+    if count is None or memory is None:
+        keys = [_suggestion(changes, situation) for changes in _candidates(recipe, situation, lambda changes: True)]
+        return [*keys, *_actions(situation)] if situation.phase == "loading" else keys
     before = count(recipe).total
-    found: list[Remedy] = []
-    for changes in _candidates(recipe, count, room, able):
-        try:
-            total = count(changed(recipe, changes)).total
-        except (TokmaskError, ValueError):  # a budget below the longest text; ALBERT has no layers that PEFT could find
-            continue
-        if total < before:
-            found.append(Remedy(changes, total, room.fits(total)))
-    if any(remedy.fits for remedy in found):
-        return found
+    made: dict[str, Suggestion] = {}  # each is counted once, which takes seconds
+
+    def make(changes: Changes) -> Suggestion:
+        plain = _suggestion(changes, situation)
+        if plain.text not in made:
+            try:
+                total = count(changed(recipe, changes)).total
+            except (TokmaskError, ValueError):  # a budget below the longest text; ALBERT has no layers PEFT could find
+                total = before
+            made[plain.text] = replace(plain, total=total, fits=memory.fits(total))
+        return made[plain.text]
+
+    found = [make(changes) for changes in _candidates(recipe, situation, lambda changes: make(changes).fits)]
+    found = [one for one in found if one.total < before]
     together: dict[str, Any] = {}
-    for remedy in sorted(found, key=lambda remedy: remedy.total):
-        together = _both(together, remedy.changes)
-        total = count(changed(recipe, together)).total
-        if room.fits(total):
-            return [*found, Remedy(dict(together), total, True)]
+    for one in [] if any(one.fits for one in found) else sorted(found, key=lambda one: one.total):
+        for key, value in one.changes.items():  # of a number that both set the smaller, of anything else the first
+            both = together.get(key, value)
+            together[key] = both if isinstance(both, str) else min(both, value)
+        if (several := make(together)).fits:
+            return [*found, several]
     return found
 
 
-def _both(changes: Changes, more: Changes) -> dict[str, Any]:
-    """Return two changes in one; of a number that both set the smaller is taken, of anything else the first."""
-    shared = changes.keys() & more.keys()
-    kept = {k: changes[k] if isinstance(changes[k], str) else min(changes[k], more[k]) for k in shared}
-    return {**changes, **more, **kept}
+def _suggestion(changes: Changes, situation: Situation) -> Suggestion:
+    typed = {key: str(value).lower() if isinstance(value, bool) else str(value) for key, value in changes.items()}
+    notes = [COSTS[key] for key in changes if key in COSTS]
+    if situation.gpu is None and changes.keys() & {"model.quantization", "model.embedding"}:
+        notes.append("on a GPU")
+    budget = changes.get("training.tokens_per_batch")
+    if situation.phase == "training" and situation.recipe and budget and budget < situation.recipe.data.max_length:
+        notes.append("if no text takes more")
+    return Suggestion(" ".join(f"{key}={value}" for key, value in typed.items()), dict(changes), ", ".join(notes))
 
 
-def _candidates(recipe: Recipe, count: Count, room: Room, able: Able) -> Iterator[Changes]:
-    yield from _batch(recipe, count, room)
-    if able.checkpoints and recipe.model.gradient_checkpointing is not True:
-        yield {"model.gradient_checkpointing": True}
-    if able.gpu and recipe.model.quantization in ("none", "int8"):
+def _candidates(recipe: Recipe, situation: Situation, fits: Callable[[Changes], bool]) -> Iterator[Changes]:
+    """Give the changes that help in a phase; `fits`, whether changes suffice, is asked only if more depends on it."""
+    phase, training, model = situation.phase, recipe.training, recipe.model
+    if phase in ("run", "training"):
+        yield from _batch(recipe, phase, fits)
+        if phase == "training" and training.tokens_per_batch is None and not training.auto_batch:
+            yield {"training.auto_batch": True}
+        if situation.checkpointable and model.gradient_checkpointing is not True:
+            yield {"model.gradient_checkpointing": True}
+    if phase == "evaluation" and training.eval_batch_size > 1:
+        yield {"training.eval_batch_size": max(training.eval_batch_size // 4, 1)}
+    if situation.gpu is not False and model.quantization in ("none", "int8"):
         yield {"model.quantization": "nf4"}
+    frozen: dict[str, Any] = {}
     if recipe.masking.trainable_mask:
         frozen = {"masking.trainable_mask": False}
-        yield frozen
-        if not room.fits(count(changed(recipe, frozen)).total):  # a trained row forbids the others
-            yield from ({**frozen, **changes} for changes in _with_frozen_row(recipe, able))
-    else:
-        yield from _with_frozen_row(recipe, able)
-    if recipe.data.max_length > 16:
+        if phase != "loading":
+            yield frozen
+    if not frozen or (phase == "run" and not fits(frozen)):  # a trained row forbids these
+        if situation.gpu is not False and situation.movable and model.embedding == "resident":
+            yield {**frozen, "model.embedding": "offload"}
+        placed = model.embedding == "resident" or (model.embedding == "offload" and situation.gpu is False)
+        if situation.int8 and situation.movable and placed:
+            yield {**frozen, "model.embedding": "8bit"}
+        if phase in ("run", "training") and recipe.adapter.layers == "all":
+            yield {**frozen, "adapter.layers": 0.5}
+    if phase != "loading" and recipe.data.max_length > 16:
         yield {"data.max_length": recipe.data.max_length // 2}
-    if recipe.training.eval_batch_size > recipe.training.batch_size:
-        yield {"training.eval_batch_size": recipe.training.batch_size}
+    if phase == "run" and training.eval_batch_size > training.batch_size:
+        yield {"training.eval_batch_size": training.batch_size}
 
 
-def _with_frozen_row(recipe: Recipe, able: Able) -> Iterator[Changes]:
-    """Give what cannot be done where a row of the embedding is trained."""
-    placed = recipe.model.embedding
-    if able.gpu and able.movable and placed == "resident":
-        yield {"model.embedding": "offload"}
-    if able.int8 and able.movable and (placed == "resident" or (placed == "offload" and not able.gpu)):
-        yield {"model.embedding": "8bit"}
-    if recipe.adapter.layers == "all":
-        yield {"adapter.layers": 0.5}
-
-
-def _batch(recipe: Recipe, count: Count, room: Room) -> Iterator[Changes]:
+def _batch(recipe: Recipe, phase: Phase, fits: Callable[[Changes], bool]) -> Iterator[Changes]:
     """Give the largest micro-batch that fits, or that of a single text; the optimizer step stays as large."""
     training = recipe.training
     if training.tokens_per_batch is not None:
-        yield {
-            "training.tokens_per_batch": max(training.tokens_per_batch // 2, 16),
-            "training.gradient_accumulation": 2 * training.gradient_accumulation,
-        }
+        half = max(training.tokens_per_batch // 2, 16)
+        if half < training.tokens_per_batch:
+            twice = 2 * training.gradient_accumulation
+            yield {"training.tokens_per_batch": half, "training.gradient_accumulation": twice}
         return
     size: tuple[int, int] | None = (training.batch_size, training.gradient_accumulation)
-    changes: Changes = {}
+    changes: dict[str, Any] = {}
     while size and (size := smaller_batch(*size)):
         changes = {"training.batch_size": size[0], "training.gradient_accumulation": size[1]}
-        if training.eval_batch_size > size[0]:
-            changes = {**changes, "training.eval_batch_size": max(size[0], min(training.eval_batch_size, 4 * size[0]))}
-        if room.fits(count(changed(recipe, changes)).total):
+        if phase == "run" and training.eval_batch_size > size[0]:
+            changes["training.eval_batch_size"] = max(size[0], min(training.eval_batch_size, 4 * size[0]))
+        if fits(changes):
             break
     if changes:
         yield changes
 
 
-def _typed(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+def _actions(situation: Situation) -> Iterator[Suggestion]:
+    """Give what helps without a key of a recipe."""
+    if situation.recipe is not None:
+        yield Suggestion("a smaller model.backbone")
+    if situation.texts > 1:
+        fewer = situation.texts // 4 or 1
+        # the demo and `report` compute with the usual batches, and have no option for them
+        yield Suggestion(f"--batch-size {fewer} (batch_size={fewer})", note="if the command has it")
+    yield Suggestion("other programs closed")
+    if situation.gpu and situation.recipe is None:
+        yield Suggestion("--device cpu (device='cpu'), or CUDA_VISIBLE_DEVICES= before a command without --device")
+
+
+def memory_error(situation: Situation, what: str, said: str, kind: type[E]) -> E:
+    """Return the error for memory that ran out, with code `out-of-memory` and fields `phase` and `suggestions`.
+
+    Args:
+        situation: where that happened.
+        what: was being done, for the message.
+        said: the allocator's message.
+        kind: of the error.
+    """
+    found = [str(one) for one in suggestions(situation)]
+    message = f"out of memory {what} ({said}). Any of these may help: {'; '.join(found)}."
+    if situation.recipe is not None:
+        message += " `tokmask estimate` with the same recipe reports how much it takes."
+    return kind(message, code="out-of-memory", phase=situation.phase, suggestions=found)
+
+
+@contextlib.contextmanager
+def memory_errors(situation: Situation, kind: type[TokmaskError] = RunError, what: str | None = None) -> Iterator[None]:
+    """Replace running out of memory by an error that names what saves memory.
+
+    Args:
+        situation: where the code inside runs.
+        kind: of the error.
+        what: is being done; default: that of the phase.
+
+    Raises:
+        TokmaskError: of this kind, with code `out-of-memory`.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise memory_error(situation, what or PHASES[situation.phase], in_short(error), kind) from error

@@ -1,73 +1,23 @@
-"""What is suggested where a run does not fit, and for which memory."""
+"""A run against the memory there is: shapes of its batches, gradient checkpointing, suggestions."""
 
 import pytest
 import torch
 from measured import make_recipe
 from tiny_models import build
+from transformers import AlbertConfig, MPNetConfig, PreTrainedModel
 
 from tokmask_peft.data.batches import TokenBudgetSampler
-from tokmask_peft.errors import ModelError, RecipeError, RunError
-from tokmask_peft.model.memory import estimate as room_module
-from tokmask_peft.model.memory.estimate import Estimate, Room, Setting, device_room, gpu_room
-from tokmask_peft.model.memory.step import Shape
-from tokmask_peft.model.memory.suggestions import Able, changed, remedies, smaller_batch
-from tokmask_peft.training.memory import Lengths, explained_memory_errors, forecast, ways_out, workload
+from tokmask_peft.errors import ModelError, RecipeError
+from tokmask_peft.model.decisions import bitsandbytes_problem, can_checkpoint
+from tokmask_peft.model.memory import estimate as estimate_module
+from tokmask_peft.model.memory.estimate import Estimate, Memory, device_memory, gpu_memory
+from tokmask_peft.model.memory.step import Setting, Shape, bare_model
+from tokmask_peft.model.memory.suggestions import Situation, changed, suggestions
+from tokmask_peft.recipe.schema import TrainingConfig
+from tokmask_peft.training import memory as forecasting
+from tokmask_peft.training.memory import Lengths, before_training, forecast, tokens_per_step, workload
 
 GIB = 2**30
-
-
-def test_a_smaller_batch_makes_the_same_step():
-    assert smaller_batch(32, 1) == (16, 2)
-    assert smaller_batch(5, 1) == (1, 5)
-    assert smaller_batch(6, 2) == (3, 4)
-    assert smaller_batch(9, 4) == (4, 9)
-    assert smaller_batch(1, 8) is None
-
-
-def counted(recipe):
-    """Stand in for a backbone of 1 GiB whose activations are a GiB for each 8 texts."""
-    activations = recipe.training.batch_size * GIB // 8
-    if recipe.model.gradient_checkpointing is True:
-        activations //= 4
-    embedding = 0 if recipe.model.embedding == "offload" else GIB // 2
-    return Estimate(GIB // 2, embedding, 0, 0, activations, 0, 0, 0)
-
-
-def test_single_changes_come_first_and_then_what_fits_together():
-    recipe = make_recipe("x", model={"quantization": "nf4", "gradient_checkpointing": False})
-    found = remedies(recipe, counted, Room(3 * GIB, "a GPU"), Able(gpu=True, movable=True))
-    assert [remedy.text for remedy in found if remedy.fits] == [
-        "training.batch_size=8 training.gradient_accumulation=4 training.eval_batch_size=32",
-        "model.gradient_checkpointing=true",
-    ]
-    tight = remedies(recipe, counted, Room(int(0.9 * GIB), "a GPU"), Able(gpu=True, movable=True))
-    assert [remedy.fits for remedy in tight] == [False] * (len(tight) - 1) + [True]
-    assert {"training.batch_size", "model.embedding"} <= set(tight[-1].changes)
-    assert counted(changed(recipe, tight[-1].changes)).total == tight[-1].total
-    assert not any(
-        remedy.fits for remedy in remedies(recipe, counted, Room(GIB // 4, "a GPU"), Able(gpu=True, movable=True))
-    )
-    on_cpu = remedies(recipe, counted, Room(GIB // 4, "RAM"), Able(gpu=False, movable=True))
-    assert not any("embedding" in remedy.text or "quantization" in remedy.text for remedy in on_cpu)
-
-
-def test_changes_that_fit_together_keep_the_smaller_value():
-    def count(recipe):
-        kept = recipe.training.batch_size * GIB // (4 if recipe.model.gradient_checkpointing is True else 1)
-        return Estimate(0, 0, 0, 0, kept, 8 * recipe.training.eval_batch_size * GIB, 0, 0)
-
-    training, model = {"batch_size": 32, "eval_batch_size": 64}, {"gradient_checkpointing": False}
-    recipe = make_recipe("x", training=training, adapter={"layers": 2}, model=model, data={"max_length": 16})
-    *single, together = remedies(recipe, count, Room(int(32.5 / 0.95 * GIB), "RAM"), Able(gpu=False, movable=False))
-    assert [remedy.changes.get("training.eval_batch_size") for remedy in single] == [4, None, 32]
-    assert not any(remedy.fits for remedy in single)
-    assert together.fits
-    assert together.changes == {
-        "training.batch_size": 1,
-        "training.gradient_accumulation": 32,
-        "training.eval_batch_size": 4,
-        "model.gradient_checkpointing": True,
-    }
 
 
 @pytest.mark.parametrize(("family", "moves"), [("qwen2", True), ("gemma3", False)])
@@ -75,9 +25,8 @@ def test_the_embedding_is_moved_only_where_that_works(family, moves):
     model, _ = build(family)
     setting = Setting(model.config, "cuda", "none", torch.float32)
     recipe = make_recipe("x", model={"gradient_checkpointing": False}, training={"batch_size": 2})
-    tight = forecast(recipe, setting, "padded", None, Room(GIB // 2, "a GPU"))
-    offered = [remedy.text for remedy in ways_out(tight, setting, "padded", None)]
-    assert ("model.embedding=offload" in " ".join(offered)) == moves
+    tight = forecast(recipe, setting, "padded", None, Memory(GIB // 2, "a GPU"))
+    assert any("model.embedding" in one.changes for one in tight.suggestions) == moves
     offload = changed(recipe, {"model.embedding": "offload"})
     if moves:
         assert forecast(offload, setting, "padded", None, None).largest.embedding == 0
@@ -86,61 +35,38 @@ def test_the_embedding_is_moved_only_where_that_works(family, moves):
             forecast(offload, setting, "padded", None, None)
 
 
-@pytest.mark.parametrize("evaluating", [True, False])
-def test_running_out_offers_only_what_works(evaluating):
-    def told(movable, **sections):
-        recipe = make_recipe("x", **sections)
-        with pytest.raises(RunError) as caught, explained_memory_errors(recipe, movable, evaluating=evaluating):
-            raise MemoryError
-        return str(caught.value)
-
-    assert "model.embedding=offload (on a GPU)" in told(movable=True)
-    assert "model.embedding" not in told(movable=False)
-    with_row = told(movable=True, masking={"trainable_mask": True})
-    assert "model.embedding" not in with_row
-    assert "adapter.layers" not in with_row
-
-
-@pytest.mark.parametrize(("size", "offered"), [(16, "training.eval_batch_size=4;"), (3, "size=1;"), (1, None)])
-def test_an_evaluation_of_single_texts_is_offered_no_smaller_batch(size, offered):
-    recipe = make_recipe("x", training={"eval_batch_size": size})
-    with pytest.raises(RunError) as caught, explained_memory_errors(recipe, movable=False, evaluating=True):
-        raise MemoryError
-    assert "a smaller data.max_length" in str(caught.value)
-    assert offered in str(caught.value) if offered else "eval_batch_size" not in str(caught.value)
-
-
 @pytest.mark.parametrize(("text", "size"), [("6GB", 6), ("4 GiB", 4), ("7.5", 7.5), ("8gb", 8), ("80G", 80)])
 def test_sizes_of_gpus(text, size):
-    assert gpu_room(text).bytes == size * GIB
+    assert gpu_memory(text).bytes == size * GIB
 
 
 @pytest.mark.parametrize("text", ["", "big", "0GB", "-4GB", "4MB"])
-def test_what_is_no_size(text):
-    with pytest.raises(RecipeError, match="expected a size such as 6GB"):
-        gpu_room(text)
+def test_what_is_not_a_size(text):
+    with pytest.raises(RecipeError, match="expected a size such as 6GB") as caught:
+        gpu_memory(text)
+    assert caught.value.code == "gpu-size"
 
 
 def test_a_container_s_limit_and_other_processes_count(monkeypatch):
     cpu = torch.device("cpu")
-    monkeypatch.setattr(room_module, "_cgroup_rest", lambda: [GIB])
-    limited = device_room(cpu).bytes
+    monkeypatch.setattr(estimate_module, "_rest_of_container", lambda: [GIB])
+    limited = device_memory(cpu).bytes
     assert GIB < limited < 2 * GIB + GIB // 2
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert device_room(cpu).bytes == pytest.approx(limited - GIB // 2, abs=GIB // 20)
-    assert device_room(torch.device("meta")) is None
+    assert device_memory(cpu).bytes == pytest.approx(limited - GIB // 2, abs=GIB // 20)
+    assert device_memory(torch.device("meta")) is None
 
 
 def test_a_container_s_cached_files_are_free_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(room_module, "CGROUP", tmp_path)
-    assert room_module._cgroup_rest() == []
+    monkeypatch.setattr(estimate_module, "CGROUP", tmp_path)
+    assert estimate_module._rest_of_container() == []
     (tmp_path / "memory.max").write_text(f"{8 * GIB}\n")
     (tmp_path / "memory.current").write_text(f"{7 * GIB}\n")
-    assert room_module._cgroup_rest() == [GIB]
+    assert estimate_module._rest_of_container() == [GIB]
     (tmp_path / "memory.stat").write_text(f"anon {2 * GIB}\nfile {5 * GIB}\ninactive_file {4 * GIB}\nslab 7\n")
-    assert room_module._cgroup_rest() == [5 * GIB]
+    assert estimate_module._rest_of_container() == [5 * GIB]
     (tmp_path / "memory.max").write_text("max\n")
-    assert room_module._cgroup_rest() == []
+    assert estimate_module._rest_of_container() == []
 
 
 def test_checkpointing_is_switched_on_where_the_rest_does_not_fit():
@@ -148,18 +74,18 @@ def test_checkpointing_is_switched_on_where_the_rest_does_not_fit():
     setting = Setting(model.config, "cpu", "none", torch.float32)
     recipe = make_recipe("x", data={"max_length": 64}, training={"batching": "padded"})
     mixed = Lengths([10, 20, 64] * 20, ([10, 20, 64] * 20,))
-    easy = forecast(recipe, setting, "padded", mixed, Room(10 * GIB, "RAM"))
+    easy = forecast(recipe, setting, "padded", mixed, Memory(10 * GIB, "RAM"))
     assert (easy.decision.choice, easy.recipe.model.gradient_checkpointing, easy.fits) == ("off", False, True)
     assert easy.usual.total <= easy.largest.total
     less = easy.largest.total - easy.largest.step // 4
-    tight = forecast(recipe, setting, "padded", mixed, Room(int(less / 0.95), "RAM"))
+    tight = forecast(recipe, setting, "padded", mixed, Memory(int(less / 0.95), "RAM"))
     assert (tight.decision.choice, tight.recipe.model.gradient_checkpointing) == ("on", True)
     assert "without" in tight.decision.reason
     asked = changed(recipe, {"model.gradient_checkpointing": False})
     long = Lengths([64] * 40, ([64] * 40,))
-    refused = forecast(asked, setting, "padded", long, Room(int(less / 0.95), "RAM"))
+    refused = forecast(asked, setting, "padded", long, Memory(int(less / 0.95), "RAM"))
     assert (refused.decision.choice, refused.fits) == ("off", False)
-    assert any(remedy.fits for remedy in ways_out(refused, setting, "padded", long))
+    assert any(one.fits for one in refused.suggestions)
 
 
 def test_shapes_of_batches():
@@ -214,6 +140,9 @@ def test_the_largest_batch_of_a_budget():
     assert workload(budgeted(1024, "padding_free"), "padding_free", None).largest.tokens == 1024
 
 
+KEY = "training.tokens_per_batch"
+
+
 @pytest.mark.parametrize("batching", ["padded", "padding_free"])
 def test_a_budget_below_the_longest_text_is_neither_counted_nor_suggested(batching):
     lengths = Lengths([100, 20] * 9, ([100, 20],))
@@ -224,24 +153,11 @@ def test_a_budget_below_the_longest_text_is_neither_counted_nor_suggested(batchi
         return Estimate(0, 0, 0, 0, workload(recipe, batching, lengths).largest.tokens * GIB, 0, 0, 0)
 
     def suggested(budget):
-        found = remedies(budgeted(budget, batching), count, Room(GIB, "RAM"), Able(gpu=False, movable=False))
-        return [r.changes["training.tokens_per_batch"] for r in found if "training.tokens_per_batch" in r.changes]
+        found = suggestions(Situation("run", budgeted(budget, batching), gpu=False), count, Memory(GIB, "RAM"))
+        return [one.changes[KEY] for one in found if KEY in one.changes]
 
     assert suggested(400) == [200]
     assert suggested(150) == []
-
-
-def test_running_out_suggests_budgets_that_may_be_set():
-    def told(budget):
-        recipe = make_recipe("x", training={"tokens_per_batch": budget}, data={"max_length": 128})
-        with pytest.raises(RunError) as caught, explained_memory_errors(recipe, movable=False):
-            raise MemoryError
-        return str(caught.value)
-
-    assert "training.tokens_per_batch=512 training.gradient_accumulation=2;" in told(1024)
-    assert "training.tokens_per_batch=100 training.gradient_accumulation=2, if no text takes more;" in told(200)
-    assert "training.tokens_per_batch=16 training.gradient_accumulation=2, if no text takes more;" in told(24)
-    assert "tokens_per_batch" not in told(16)
 
 
 @pytest.mark.parametrize("budget", [None, 128])
@@ -254,3 +170,79 @@ def test_the_batch_of_an_evaluation_is_of_the_texts_that_are_evaluated(budget):
     fewer_and_shorter = workload(recipe, "padded", Lengths([90] * 50, ([20] * 12, [9, 30] * 3)))
     assert fewer_and_shorter.evaluation.lengths == (32,) * 12
     assert workload(recipe, "padded", None).evaluation.lengths == (104,) * 32
+
+
+SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+SMALL = {**SIZE, "vocab_size": 100, "max_position_embeddings": 140, "num_labels": 3}
+CONFIGS = [AlbertConfig(embedding_size=16, **SMALL), MPNetConfig(**SMALL)]
+TIGHT = Memory(700 * 2**20, "this machine's free memory")
+
+
+class Loaded:
+    """What is read of a loaded backbone."""
+
+    quantization, dtype = "none", torch.float32
+
+    def __init__(self, config):
+        self.model: PreTrainedModel = bare_model(config, "sequence", torch.float32)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.model_type)
+def test_what_cannot_be_checkpointed_is_estimated_and_helped_without(config, monkeypatch):
+    setting, recipe = Setting(config, "cpu", "none", torch.float32), make_recipe("x", training={"batch_size": 2})
+    assert not can_checkpoint(Loaded(config).model)
+    tight = forecast(recipe, setting, "padded", None, TIGHT)
+    assert (tight.fits, tight.decision.choice, tight.recipe.model.gradient_checkpointing) == (False, "off", False)
+    assert "ForSequenceClassification cannot do it" in tight.decision.reason
+    offered = " ".join(one.text for one in tight.suggestions)
+    assert "training.batch_size=" in offered
+    assert "checkpointing" not in offered
+    assert ("adapter.layers" in offered) == (config.model_type != "albert")  # whose layers share their weights
+    monkeypatch.setattr(forecasting, "device_memory", lambda device: TIGHT)
+    monkeypatch.setattr(forecasting, "workload", lambda *_: tight.shapes)
+    decided, decision, warning = before_training(recipe, Loaded(config), "padded", None, torch.device("cpu"))
+    assert (decided.model.gradient_checkpointing, decision.choice) == (False, "off")
+    assert "the largest batch would take" in warning
+
+
+def test_asking_for_it_is_refused_by_name():
+    recipe = make_recipe("x", model={"gradient_checkpointing": True})
+    setting = Setting(CONFIGS[0], "cpu", "none", torch.float32)
+    with pytest.raises(ModelError, match="AlbertForSequenceClassification cannot do that: set it to false"):
+        forecast(recipe, setting, "padded", None, None)
+
+
+@pytest.mark.skipif(bitsandbytes_problem("cpu") is not None, reason="needs bitsandbytes")
+@pytest.mark.parametrize("runs", [True, False])
+def test_of_a_real_backbone_with_a_trained_row(runs, monkeypatch):
+    model, _ = build("bert")
+    config = model.config
+    config.vocab_size = 200_000
+    if not runs:
+        monkeypatch.setattr(forecasting, "bitsandbytes_problem", lambda device_type: "no")
+    setting = Setting(config, "cpu", "none", torch.float32)
+    training = {"batch_size": 1, "eval_batch_size": 1}
+    masking, data = {"trainable_mask": True}, {"max_length": 16}
+    recipe = make_recipe("x", masking=masking, data=data, training=training, model={"gradient_checkpointing": False})
+    tight = forecast(recipe, setting, "padded", None, Memory(GIB // 2, "RAM"))
+    found = {one.text: one.total for one in tight.suggestions}
+    row = 200_000 * 32 * 4
+    assert found["masking.trainable_mask=false"] < tight.largest.total - 0.9 * row
+    both = "masking.trainable_mask=false model.embedding=8bit"
+    assert (both in found) == runs
+    if runs:
+        assert found[both] < found["masking.trainable_mask=false"] - 0.6 * row
+    assert "masking.trainable_mask=false model.embedding=offload" not in found  # the host is the device
+
+
+LENGTHS = [8] * 64  # so that a budget of 32 makes batches of 4 texts
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_a_budget_and_a_batch_size_count_the_texts_of_all_processes(processes, accumulation):
+    common = {"gradient_accumulation": accumulation, "batching": "padded"}
+    sized = tokens_per_step(TrainingConfig(batch_size=4, **common), LENGTHS, None, processes)
+    batches = len(TokenBudgetSampler(LENGTHS, 32, "padded", 0, 0, processes))
+    budgeted = tokens_per_step(TrainingConfig(tokens_per_batch=32, **common), LENGTHS, batches, processes)
+    assert sized == budgeted == 4 * 8 * accumulation * processes
