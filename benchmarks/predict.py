@@ -1,15 +1,15 @@
-"""How fast `predict` is beside `transformers.pipeline`, and whether memory grows with the file.
+"""How fast `predict` is compared with `transformers.pipeline`, and whether memory grows with the file.
 
-    OMP_NUM_THREADS=1 python benchmarks/predict.py [RUN]                        # two minutes; part of `make bench`
-    TOKMASK_DATA=FOLDER python benchmarks/predict.py RUN --rows 100000          # a file, in place of the pipeline
+    OMP_NUM_THREADS=1 python benchmarks/predict.py [RUN]                        # two minutes; in `make bench`
+    TOKMASK_DATA=FOLDER python benchmarks/predict.py RUN --rows 100000          # a file instead of the pipeline
 
 RUN is a run of a sequence task; the texts are those it was trained on, in random order. Without it MiniLM is trained
-for a minute, on TREC where TOKMASK_DATA is set, else on the built-in posts, so that its adapter is large enough to be
-merged in bf16, too, as those of real runs are; whether it was is in the JSON.
-Classifier and pipeline hold the same adapter, the pipeline merged into the backbone, each in fp32 and, where the run
-was trained so, in bf16; the pipeline at the best batch size of several, found first. They take turns in every round. On
-a CPU it is CPU time that counts. With `--rows` a file of so many texts goes through `tokmask predict` in a process of
-its own, whose memory is read every second, and the rate is that of the clock.
+for a minute, on TREC if TOKMASK_DATA is set, otherwise on the built-in posts, so that its adapter is large enough to be
+merged in bf16 as well, as those of real runs are; whether it was is in the JSON.
+Classifier and pipeline have the same adapter, the pipeline merged into the backbone, each in fp32 and, if the run was
+trained in it, in bf16; the pipeline at the best batch size of several, found first. They take turns in every round. On
+a CPU times are CPU times. With `--rows` a file of that many texts goes through `tokmask predict` in a process of its
+own, whose memory is read every second, and the rate is that of the clock.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from typing import Any
 import psutil
 import torch
 from transformers import pipeline
-from workload import matrix_rate, ratio, report
+from workload import interleaved, matrix_rate, ratio, report
 
 from tokmask_peft import load, train
 from tokmask_peft.artifacts import find_saved
@@ -69,11 +69,10 @@ def rate(classify: Callable[[list[str]], Any], texts: list[str], device: str) ->
 def rivals(
     run: str, folder: str, few: list[str], device: str
 ) -> tuple[dict[str, Callable[..., Any]], dict[str, Any], dict[str, str]]:
-    """Return what is compared, the rates of the pipelines at each batch size, and what became of the adapter."""
+    """Return what is compared, the rates of the pipelines at each batch size, and what was done with the adapter."""
     merged = export_merged(run, Path(folder) / "merged").folder
     found: dict[str, Callable[..., Any]] = {}
-    tried: dict[str, Any] = {}
-    adapter: dict[str, str] = {}
+    tried, adapter = {}, {}
     precisions = {"fp32": torch.float32}
     if find_saved(run).model.precision != "fp32":
         precisions["bf16"] = torch.bfloat16
@@ -117,27 +116,17 @@ def measure(run: str, count: int, rounds: int, device: str) -> tuple[dict[str, A
     texts = texts_of(run, count)
     with tempfile.TemporaryDirectory() as folder:
         found, tried, adapter = rivals(run, folder, texts[:FEW], device)
-    rates: dict[str, list[float]] = {name: [] for name in found}
-    for number in range(rounds):
-        for name in sorted(found, reverse=bool(number % 2)):
-            rates[name].append(rate(found[name], texts, device))
-    agreeing = {
-        precision: sum(
-            mine.label == other["label"]
-            for mine, other in zip(
-                found[f"classifier {precision}"](texts), found[f"pipeline {precision}"](texts), strict=True
-            )
-        )
-        for precision in tried
-    }
+    rates = interleaved({name: lambda way=way: rate(way, texts, device) for name, way in found.items()}, rounds)
+    agreeing = {}
+    for precision in tried:
+        mine, theirs = (found[f"{who} {precision}"](texts) for who in ("classifier", "pipeline"))
+        agreeing[precision] = sum(one.label == other["label"] for one, other in zip(mine, theirs, strict=True))
     moved = {precision: batch_effect(found[f"classifier {precision}"], texts[:FEW]) for precision in tried}
     own = "bf16" if "bf16" in tried else "fp32"
     second = "CPU second" if device == "cpu" else "second"
     rows: dict[str, Any] = {f"{name}, texts per {second}": (values, "") for name, values in rates.items()}
-    rows[f"as each comes: classifier {own} to pipeline fp32"] = (
-        ratio(rates, f"classifier {own}", "pipeline fp32"),
-        "3",
-    )
+    both = ratio(rates, f"classifier {own}", "pipeline fp32")
+    rows[f"as each comes: classifier {own} to pipeline fp32"] = (both, "3")
     if device == "cpu":
         flops = forward_flops(run, texts)
         for precision in tried:
@@ -148,18 +137,9 @@ def measure(run: str, count: int, rounds: int, device: str) -> tuple[dict[str, A
         both = ratio(rates, f"classifier {precision}", f"pipeline {precision}")
         rows[f"classifier to pipeline, both in {precision}"] = (both, "")
         rows[f"labels that agree, both in {precision} (share)"] = ([agreeing[precision] / count], "")
-        rows[f"{precision}: largest change of a probability with the batch"] = (
-            [moved[precision]],
-            "",
-        )
-    result = {
-        "texts": count,
-        "adapter": adapter,
-        "pipeline_batch_sizes": tried,
-        "texts_per_second": rates,
-        "labels_agreeing": agreeing,
-    }
-    return result, rows
+        rows[f"{precision}: largest change of a probability with the batch"] = ([moved[precision]], "")
+    result = {"texts": count, "adapter": adapter, "pipeline_batch_sizes": tried, "texts_per_second": rates}
+    return {**result, "labels_agreeing": agreeing}, rows
 
 
 def measure_file(run: str, rows: int, device: str) -> dict[str, Any]:
@@ -167,10 +147,9 @@ def measure_file(run: str, rows: int, device: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         source, out = Path(folder) / "in.txt", Path(folder) / "out.jsonl"
         source.write_text("".join(f"{text}\n" for text in texts_of(run, rows)), encoding="utf-8")
-        start = time.perf_counter()
+        start, memory = time.perf_counter(), []
         command = [sys.executable, "-m", "tokmask_peft", "predict", run, "--file", str(source), "--out", str(out)]
         process = subprocess.Popen([*command, "--device", device], stderr=subprocess.DEVNULL)
-        memory: list[int] = []
         watched = psutil.Process(process.pid)
         while process.poll() is None:
             size = sum(path.stat().st_size for path in Path(folder).glob(".out.jsonl.*"))
@@ -195,10 +174,10 @@ def measure_file(run: str, rows: int, device: str) -> dict[str, Any]:
 def main() -> None:
     """Run the command line of this file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", nargs="?", help="a run of a sequence task; default: one is made, and thrown away")
+    parser.add_argument("run", nargs="?", help="a run of a sequence task; default: one is made and deleted")
     parser.add_argument("--texts", type=int, default=400)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--rows", type=int, help="send a file of so many texts, and leave out the pipeline")
+    parser.add_argument("--rows", type=int, help="send a file of this many texts, and leave out the pipeline")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)

@@ -1,15 +1,15 @@
-"""Optimizer steps to the same score: the authors' protocol beside the shipped recipe, same backbone and text.
+"""Optimizer steps to the same score: the authors' protocol and the shipped recipe, same backbone and texts.
 
-    TOKMASK_DATA=FOLDER OMP_NUM_THREADS=1 python benchmarks/same_score.py      # six minutes; no part of `make bench`
+    TOKMASK_DATA=FOLDER OMP_NUM_THREADS=1 python benchmarks/same_score.py      # six minutes; not in `make bench`
     ... python benchmarks/same_score.py --no-patience --factor 10 --seeds 1    # as long again: a lower bound of 10
 
 TREC with MiniLM, `TEXTS` training texts, 32 a step. Ours is trec/minilm as it ships, scored on validation every `EVERY`
 steps until it reaches `TARGET` macro-F1, within its own six epochs. Theirs (Sean652039/Token-Masking on GitHub, commit
 fad3fc1) trains all weights in fp32 with AdamW at 2e-5, weight decay 0.01 and the focal loss, masks with p = 0.1, and
 takes up to 2,000 epochs; its warm-up is ten times the run (`steps // 0.1`), dropout stays off after the first epoch,
-and it stops after ten epochs in which the loss on validation has not fallen by 0.001. Where it ends before it reaches
-the score, the ratio of steps is a lower bound. `--no-patience` takes that stop away, up to `--factor` times our steps.
-Both take packed rows, which change nothing but the time.
+and it stops after ten epochs in which the loss on validation has not fallen by 0.001. If it ends before it reaches the
+score, the ratio of steps is a lower bound. `--no-patience` removes that stop, up to `--factor` times our steps. Both
+take packed rows, which change nothing but the time.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from workload import CPU, report
 from tokmask_peft.data.batches import PackedCollator
 from tokmask_peft.data.corpus import load_corpus
 from tokmask_peft.data.encoding import encode
+from tokmask_peft.masking.config import TokenMaskConfig
 from tokmask_peft.masking.embedding import find_embedding
 from tokmask_peft.masking.masker import TokenMasker
 from tokmask_peft.model.backbone import load_backbone
 from tokmask_peft.model.packed import enable_padding_free
-from tokmask_peft.recipe import TokenMaskConfig
 from tokmask_peft.recipe.schema import Recipe
 from tokmask_peft.training.losses import ClassificationLoss, class_weights
 from tokmask_peft.training.train import train_only
@@ -49,16 +49,7 @@ EPOCHS, RATE, PATIENCE, LESS = 2000, 2e-5, 10, 1e-3
 
 @dataclass
 class Course:
-    """How a training went.
-
-    Attributes:
-        steps: taken until the target, or until the end.
-        reached: whether the target was reached.
-        best: validation macro-F1.
-        cpu_seconds: of the steps, without evaluations.
-        rate: the last learning rate, where it was noted.
-        ended: by what.
-    """
+    """Steps until the target or the end, the best validation macro-F1, CPU seconds of the steps, and the last rate."""
 
     steps: int = 0
     reached: bool = False
@@ -110,7 +101,7 @@ def ours(recipe: Recipe) -> Course:
 
 
 def theirs(recipe: Recipe, patience: int | None, limit: int | None) -> Course:
-    """Train by the authors' protocol until the target is reached, patience ends, or so many steps are taken."""
+    """Train by the authors' protocol until the target is reached, patience ends, or `limit` steps are taken."""
     corpus = load_corpus(recipe.data.expanded(), recipe.seed)
     set_seed(recipe.seed)
     # in bf16 weights, or products with such, updates as small as these would be lost
@@ -118,13 +109,13 @@ def theirs(recipe: Recipe, patience: int | None, limit: int | None) -> Course:
     model: Any = backbone.model
     enable_padding_free(model)
     columns, longest = ["input_ids", "labels"], recipe.data.max_length
-    train, held = (
+    train, validation = (
         encode(part, backbone.tokenizer, "sequence", corpus.labels, longest).dataset.sort("length")
         for part in (corpus.train, corpus.validation)
     )
     collate = PackedCollator("sequence")
     batches = DataLoader(train.select_columns(columns), recipe.training.batch_size, shuffle=True, collate_fn=collate)
-    held_batches = DataLoader(held.select_columns(columns), 128, collate_fn=collate)
+    validation_batches = DataLoader(validation.select_columns(columns), 128, collate_fn=collate)
     counts = Counter(example.label for example in corpus.train)
     weights = class_weights("sqrt_inverse", {label: counts[label] for label in corpus.labels})
     loss = ClassificationLoss(weights, gamma=1.0)
@@ -145,7 +136,7 @@ def theirs(recipe: Recipe, patience: int | None, limit: int | None) -> Course:
                 course.cpu_seconds += time.process_time() - start
                 if course.steps == limit:
                     break
-            found, macro_f1 = validate(model, held_batches, loss)
+            found, macro_f1 = validate(model, validation_batches, loss)
             # dropout stays off from here on; masking, and packed rows as in training, do not
             model.training = find_embedding(model).training = True
             if course.score(macro_f1):
@@ -205,15 +196,9 @@ def main() -> None:
         patience, limit = (None, arguments.factor * own.steps) if arguments.no_patience else (PATIENCE, None)
         pairs.append((own, theirs(recipe, patience, limit)))
         print(f"seed {seed}: {pairs[-1]}", flush=True)
-    result = {
-        "target": TARGET,
-        "training_texts": TEXTS,
-        "patience": not arguments.no_patience,
-        "runs": [
-            {"seed": seed, "ours": asdict(own), "theirs": asdict(other)}
-            for seed, (own, other) in zip(arguments.seeds, pairs, strict=True)
-        ],
-    }
+    runs = [{"ours": asdict(own), "theirs": asdict(other)} for own, other in pairs]
+    runs = [{"seed": seed, **run} for seed, run in zip(arguments.seeds, runs, strict=True)]
+    result = {"target": TARGET, "training_texts": TEXTS, "patience": not arguments.no_patience, "runs": runs}
     report("same_score_bound" if arguments.no_patience else "same_score", result, table(pairs))
 
 
