@@ -65,16 +65,9 @@ def tutorial(rows: Dataset, tokenizer: Any, folder: str, **padding: Any) -> floa
     """Train as the tutorials do and return the CPU seconds."""
     set_seed(0)
     arguments = TrainingArguments(
-        folder,
-        per_device_train_batch_size=BATCH,
-        max_steps=STEPS,
-        learning_rate=5e-4,
-        use_cpu=True,
-        report_to="none",
-        disable_tqdm=True,
-        save_strategy="no",
-        logging_strategy="no",
-    )
+        folder, per_device_train_batch_size=BATCH, max_steps=STEPS, learning_rate=5e-4, use_cpu=True,
+        report_to="none", disable_tqdm=True, save_strategy="no", logging_strategy="no",
+    )  # fmt: skip
     model, collate = tutorial_model(ModelConfig(**MINILM), DROPOUT), DataCollatorWithPadding(tokenizer, **padding)
     return trained(Trainer(model, arguments, train_dataset=rows, data_collator=collate))
 

@@ -18,17 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import (
-    AutoModelForSequenceClassification,
-    BitsAndBytesConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForSequenceClassification,
 )
-from workload import CPU, drawn_lengths, interleaved, matrix_rate, our_model, packed_batch, ratio, report
+from workload import CPU, drawn_lengths, interleaved, matrix_rate, our_model, packed_batch, ratio, report, stock_qlora
 
 from tokmask_peft.model.adapter import inputs_as_they_come
 from tokmask_peft.recipe.schema import ModelConfig
@@ -49,22 +46,6 @@ def save_backbone(folder: Path) -> None:
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", unk_token="<unk>", eos_token="<end>")
     tokenizer.save_pretrained(folder)
-
-
-def stock(folder: Path, checkpointing: bool) -> nn.Module:
-    """Return the model as PEFT's guide prepares it."""
-    bits = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
-    model = AutoModelForSequenceClassification.from_pretrained(
-        folder, quantization_config=bits, dtype=torch.bfloat16, device_map={"": CPU}
-    )
-    model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=checkpointing)
-    lora = LoraConfig(task_type="SEQ_CLS", r=16, lora_alpha=32, lora_dropout=0.05, target_modules="all-linear")
-    return get_peft_model(model, lora).train()
 
 
 def quantized(model: nn.Module) -> Iterator[Any]:
@@ -131,7 +112,7 @@ def main() -> None:
         folder = Path(name)
         save_backbone(folder)
         own, _ = our_model(ModelConfig(backbone=name, quantization="nf4", precision="bf16"))
-        checkpointed, plain = stock(folder, True), stock(folder, False)
+        checkpointed, plain = (stock_qlora(folder, CPU, again, dropout=0.05) for again in (True, False))
     arms = {OURS: (own, packed), PEFT: (plain, padded), CHECKPOINTED: (checkpointed, padded)}
     found = {
         name: {"static": static_bytes(model), "saved": saved_bytes(model, batch)}

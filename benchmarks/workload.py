@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForSequenceClassification
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
 
 from tokmask_peft.console import quiet_libraries
 from tokmask_peft.data.batches import PackedCollator
@@ -112,6 +112,24 @@ def tutorial_model(config: ModelConfig, dropout: float) -> Any:
     return get_peft_model(model, lora).train()
 
 
+def stock_qlora(
+    folder: Path, device: torch.device, checkpointed: bool, dropout: float, classes: int = 3, **options: Any
+) -> Any:
+    """Return a backbone in NF4 as PEFT's guide prepares it; `options` are those of its checkpointing."""
+    bits = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    model = AutoModelForSequenceClassification.from_pretrained(
+        folder, num_labels=classes, quantization_config=bits, dtype=torch.bfloat16, device_map={"": device}
+    )
+    model = prepare_model_for_kbit_training(model, checkpointed, gradient_checkpointing_kwargs=options)
+    lora = LoraConfig(task_type="SEQ_CLS", r=16, lora_alpha=32, lora_dropout=dropout, target_modules="all-linear")
+    return get_peft_model(model, lora).train()
+
+
 class Stepper:
     """A model in training with its optimizer; `ours` switches on what a run does besides."""
 
@@ -162,16 +180,14 @@ def ratio(found: Mapping[str, Sequence[float]], one: str, other: str) -> list[fl
 
 
 def report(
-    name: str, result: Mapping[str, Any], rows: Mapping[str, tuple[Sequence[float], str]], device: torch.device = CPU,
-    write: bool = True,
-) -> None:  # fmt: skip
+    name: str, result: Mapping[str, Any], rows: Mapping[str, tuple[Sequence[float], str]], write: bool = True
+) -> None:
     """Write `results/NAME.json`, unless `write` is off, and print its table.
 
     Args:
         name: of the benchmark.
         result: everything that was measured.
         rows: the figures of all rounds, and the target or an empty string, by what they are.
-        device: that was measured.
         write: whether to write the file.
     """
 
@@ -183,7 +199,7 @@ def report(
         median, low, high = (rounded(found) for found in (statistics.median(values), min(values), max(values)))
         table.append({"what": what, "median": median, "range": [low, high], "target": target})
         shown.append([what, f"{median:g}", f"{low:g} to {high:g}", target])
-    content = {"benchmark": name, "table": table, "environment": environment(device), **result}
+    content = {"benchmark": name, "table": table, "environment": environment(CPU), **result}
     if write:
         (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     print(f"\n## {name}\n\n{markdown((('what', 'median', 'range', 'target'), shown))}")

@@ -1,5 +1,6 @@
 """All that the GPU measurement uses of the package besides its command line: the one place to follow a rename."""
 
+# ruff: noqa: F401
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -25,20 +26,13 @@ from tokmask_peft.model.decisions import (
     enable_checkpointing,
 )
 from tokmask_peft.model.memory.estimate import Estimate, Setting, estimate
-from tokmask_peft.model.memory.step import LiveBytes, Shape, bare_model
+from tokmask_peft.model.memory.step import Shape, bare_model
 from tokmask_peft.model.packed import enable_padding_free
 from tokmask_peft.model.placement import place_embedding
 from tokmask_peft.recipe.schema import AdapterConfig, ModelConfig, Recipe
 from tokmask_peft.training.environment import versions
 from tokmask_peft.training.losses import ClassificationLoss
 from tokmask_peft.training.trainer import collator
-
-__all__ = [
-    "AdapterConfig", "Backbone", "ClassificationLoss", "LiveBytes", "ModelConfig", "PackedCollator", "TokenMaskConfig",
-    "TokenMasker", "add_adapter", "bare_model", "enable_checkpointing", "enable_padding_free", "head_modules",
-    "hold_in_fp32", "inputs_as_they_come", "keep_gradients_after_eval", "load_backbone", "packed", "place_embedding",
-    "versions",
-]  # fmt: skip
 
 
 def padded_collator(tokenizer: Any, task: str) -> Any:

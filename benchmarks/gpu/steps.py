@@ -19,7 +19,7 @@ from typing import Any
 import insides
 import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
-from instruments import DEVICE, DRY, ON_GPU, Record, allocated, clock, fresh_peak, matrix_rate
+from instruments import DEVICE, DRY, ON_GPU, Record, allocated, clock, fresh_peak, matrix_rate, peak
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, DataCollatorWithPadding, Qwen2Config
@@ -169,24 +169,14 @@ class Steps:
     def _round(self, setup: Setup, batches: list[dict[str, Any]], first: bool) -> None:
         if first:
             self.epoch(batches)
-            setup.peak = self._peak(batches) - self.before
+            fresh_peak()
+            self.epoch(batches)
+            setup.peak = peak()["allocated"] - self.before
             return
         masks = [batch.get("attention_mask", torch.ones_like(batch["input_ids"])) for batch in batches]
         start = clock()
         self.epoch(batches)
         setup.rates.append(sum(int(mask.sum()) for mask in masks) / (clock() - start))
-
-    def _peak(self, batches: list[dict[str, Any]]) -> int:
-        if ON_GPU:
-            fresh_peak()
-            self.epoch(batches)
-            return torch.cuda.max_memory_allocated()
-        states = [value for state in self.optimizer.state.values() for value in state.values()]
-        kept = [*self.model.parameters(), *self.model.buffers(), *(one for one in states if isinstance(one, Tensor))]
-        with insides.LiveBytes() as live:
-            live.exclude(*kept)
-            self.epoch(batches)
-        return live.peak + sum(tensor.untyped_storage().nbytes() for tensor in kept)
 
     def estimate(self, setup: Setup, config: Any, rows: list[dict[str, Any]]) -> int:
         """Return the bytes that `tokmask estimate` gives for the largest batch."""

@@ -14,6 +14,7 @@ from unittest import mock
 
 import insides
 import torch
+import transformers
 from instruments import (
     BACKBONES,
     DEVICE,
@@ -31,18 +32,7 @@ from instruments import (
     recipe_file,
     short_training,
 )
-from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    DataCollatorWithPadding,
-    Trainer,
-    TrainingArguments,
-)
+from workload import stock_qlora
 
 NF4, PADDED, NO_TEST = "model.quantization=nf4", "training.batching=padded", "data.test=null"
 TEXTS = ["me encanta this phone", "qué mal servicio", "ok"]
@@ -60,7 +50,7 @@ def part_prepare() -> None:
 
 def _save_backbone(name: str) -> dict[str, Any]:
     start, source = time.time(), Path(os.environ["TOKMASK_TOKENIZERS"]) / BACKBONES[name][0]
-    config = AutoConfig.from_pretrained(source)
+    config = transformers.AutoConfig.from_pretrained(source)
     if DRY:
         small = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
         if getattr(config, "num_key_value_heads", None):
@@ -70,11 +60,11 @@ def _save_backbone(name: str) -> dict[str, Any]:
         if getattr(config, "layer_types", None):
             config.layer_types = config.layer_types[:2]
     torch.manual_seed(0)
-    auto = AutoModel if name == "mbert" else AutoModelForCausalLM
+    auto = transformers.AutoModel if name == "mbert" else transformers.AutoModelForCausalLM
     with DEVICE:  # a CPU takes half a minute to draw 1.1e9 weights
         model = auto.from_config(config, dtype=torch.bfloat16)
     model.to("cpu").save_pretrained(backbone_folder(name))
-    AutoTokenizer.from_pretrained(source).save_pretrained(backbone_folder(name))
+    transformers.AutoTokenizer.from_pretrained(source).save_pretrained(backbone_folder(name))
     return {"seconds": round(time.time() - start, 1), "weights": sum(w.numel() for w in model.parameters())}
 
 
@@ -141,48 +131,25 @@ def part_stock() -> None:
 
 
 def _stock(watch: Watch, name: str, steps: int, to_128: bool, checkpointed: bool, dropout: float) -> dict[str, Any]:
-    base, tokenizer = allocated(), AutoTokenizer.from_pretrained(backbone_folder(name))
+    base, tokenizer = allocated(), transformers.AutoTokenizer.from_pretrained(backbone_folder(name))
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     rows, labels = insides.encoded_rows(recipe_file(name, "sequence"), tokenizer, 128)
     watch.clear()
-    quantized = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-        llm_int8_skip_modules=["score"],
-    )
-    model = AutoModelForSequenceClassification.from_pretrained(
-        backbone_folder(name),
-        num_labels=len(labels),
-        quantization_config=quantized,
-        dtype=torch.bfloat16,
-        device_map={"": DEVICE},
-    )
+    classes, reentrant = len(labels), {"use_reentrant": False}
+    model = stock_qlora(backbone_folder(name), DEVICE, checkpointed, dropout, classes, **reentrant)
     model.config.pad_token_id, model.config.use_cache = tokenizer.pad_token_id, False
-    options = {"use_reentrant": False}
-    model = prepare_model_for_kbit_training(model, checkpointed, gradient_checkpointing_kwargs=options)
-    lora = LoraConfig(task_type="SEQ_CLS", r=16, lora_alpha=32, lora_dropout=dropout, target_modules="all-linear")
-    arguments = TrainingArguments(
-        output_dir="stock",
-        max_steps=steps,
-        per_device_train_batch_size=32,
-        learning_rate=2e-4,
-        bf16=True,
-        logging_steps=20,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-        use_cpu=DRY,
+    arguments = transformers.TrainingArguments(
+        output_dir="stock", max_steps=steps, per_device_train_batch_size=32, learning_rate=2e-4, bf16=True,
+        logging_steps=20, report_to="none", save_strategy="no", disable_tqdm=True, use_cpu=DRY,
         dataloader_pin_memory=not DRY,
-    )
+    )  # fmt: skip
     padding: dict[str, Any] = {"padding": "max_length", "max_length": 128} if to_128 else {}
-    trainer = Trainer(
-        model=get_peft_model(model, lora),
+    trainer = transformers.Trainer(
+        model=model,
         args=arguments,
         train_dataset=rows,
         processing_class=tokenizer,
-        data_collator=DataCollatorWithPadding(tokenizer, **padding),
+        data_collator=transformers.DataCollatorWithPadding(tokenizer, **padding),
         callbacks=[watch],
     )
     start = time.time()

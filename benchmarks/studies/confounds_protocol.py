@@ -30,14 +30,12 @@ class Protocol:
     """How a run trains; the defaults are the authors'.
 
     Attributes:
-        dropout_kept: whether dropout is on after the first epoch; theirs calls `model.train()` once and
-            `model.eval()` after each epoch.
+        dropout_kept: whether dropout is on after the first epoch; theirs calls `model.train()` only once.
         warm_up: of the learning rate, in lengths of the run; theirs is `steps // 0.1`, ten lengths.
-        peak: rate at the end of warm-up as a share of the nominal one. Theirs ends a run at a tenth of it; a warm-up
-            of a tenth of the run up to that rate has the same sum of rates, so that only the shape differs.
-        masked_by: what replaces a masked token: the tokenizer's mask token (`mask`), id 0 (`id0`), the unknown token
-            (`unk`), or a row that no text uses, set to the mean embedding and kept there (`spare`) or trained like all
-            others (`trained`).
+        peak: rate at the end of warm-up as a share of the nominal one. A warm-up of a tenth of the run up to a tenth
+            of the rate has the same sum of rates as theirs, so that only the shape differs.
+        masked_by: what replaces a masked token: `mask`, `id0`, `unk`, or a row that no text uses, set to the mean
+            embedding and kept there (`spare`) or trained like all others (`trained`).
         pads_masked: whether padding is masked, in the ids that the model itself sees and pools by (causal models).
         hashtags_kept: whether words that contain a "#" are kept.
         max_length: sub-tokens per text, special tokens included.
@@ -56,12 +54,9 @@ class Protocol:
 class Setting:
     """What the runs of a group share: backbone (`qwen2` is pretrained by the study), corpus, sizes and learning rate.
 
-    Attributes:
-        train, validation: number of texts, drawn anew for each seed.
-        test: number of test texts, the same for all seeds; None takes all.
-        epochs: length of the run for the learning rate's schedule, and the most epochs.
-        learning_rate: the nominal one, at the end of warm-up.
-        patience: epochs without a fall of the loss by `min_delta` after which a run stops.
+    Training and validation texts are drawn by seed; `test` is the same for all, and None takes all texts. `epochs` is
+    the length of the learning rate's schedule and the most epochs; a run stops after `patience` epochs in which the
+    loss has not fallen by `min_delta`.
     """
 
     backbone: Literal["minilm", "qwen2"]
@@ -78,13 +73,10 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """One protocol under several masking rates.
+    """One protocol under several masking rates; `lifted` is the change in words, the arm `authors` has none.
 
-    Attributes:
-        lifted: the change, in words; the arm `authors` is what others are compared with.
-        select: the split that chooses the checkpoint that is reported; theirs is the reported one.
-        runs_of: the arm whose runs it reads, if only `select` differs.
-        zero_of: the arm whose runs at p = 0 are its own too, because the change affects masked tokens alone.
+    `select` chooses the checkpoint that is reported. `runs_of` is the arm whose runs it reads, if only `select`
+    differs; `zero_of` the arm whose runs at p = 0 are its own too, because the change affects masked tokens alone.
     """
 
     group: str

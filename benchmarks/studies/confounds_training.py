@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -55,12 +55,17 @@ def batches(rows: Sequence[Any], size: int, generator: torch.Generator) -> Itera
 
 
 def train(
-    learner: Learner, run: RunSpec, parts: dict[str, Texts], weights: Sequence[float], labels: Sequence[str]
+    learner: Learner,
+    run: RunSpec,
+    parts: dict[str, Texts],
+    weights: Sequence[float],
+    labels: Sequence[str],
+    stopped: Callable[[list[dict[str, Any]]], bool] | None = None,
 ) -> list[dict[str, Any]]:
-    """Train one run on `train` of `parts` with class weights, and return a record of each epoch.
+    """Train one run on `train` of `parts` with class weights, score it on the others, and return a record per epoch.
 
-    Training goes on until early stopping would have ended it by the loss of validation and by that of test, so that
-    either rule can be read off the same run.
+    Unless `stopped` ends it by the records so far, training goes on until early stopping would have ended it by the
+    loss of validation and by that of test, so that either rule can be read off the same run.
     """
     setting, rows = run.setting, parts["train"].rows
     model, criterion = learner.model, ClassificationLoss(weights, GAMMA)
@@ -85,10 +90,10 @@ def train(
             losses.append(loss.item())
         epochs.append({"learning_rate": schedule.get_last_lr()[0], "train_loss": _finite(np.mean(losses))})
         trained = time.process_time()
-        for name in ("validation", "test"):
+        for name in [name for name in parts if name != "train"]:
             epochs[-1][name] = evaluate(learner, parts[name], criterion, labels, keep=name == "test")
         epochs[-1]["seconds"] = [trained - start, time.process_time() - trained]
-        if has_stopped(epochs, setting):
+        if has_stopped(epochs, setting) if stopped is None else stopped(epochs):
             break
     return epochs
 

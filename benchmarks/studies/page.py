@@ -22,8 +22,7 @@ from tokmask_peft.study.report import markdown
 ROOT = RESULTS.parent.parent
 PAGES = (ROOT / "benchmarks" / "RESULTS.md", ROOT / "benchmarks" / "BENCHMARKS.md", ROOT / "README.md")
 BENCHMARKS = (
-    "default_run", "padding_free", "masking", "qlora", "predict", "predict_file", "same_score", "same_score_bound",
-    "arms_cost",
+    "default_run", "padding_free", "masking", "qlora", "predict", "same_score", "same_score_bound", "arms_cost",
 )  # fmt: skip
 SPEED = (
     ("the default run, MiniLM", "a Trainer in fp32, every text padded to 128",
