@@ -191,16 +191,8 @@ def collect(folder: Path, seeds: tuple[int, ...], bf16: bool) -> None:
         **analyse(records, seeds),
         "language_model": json.loads(model.read_text(encoding="utf-8")) if model.is_file() else None,
     }
-    write_json(RESULTS / "confounds.json", _rounded(content), indent=1)
-
-
-def _rounded(content: Any) -> Any:
-    """Return JSON-able content with six significant digits."""
-    if isinstance(content, dict):
-        return {key: _rounded(value) for key, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [_rounded(value) for value in content]
-    return float(f"{content:.6g}") if isinstance(content, float) else content
+    rounded = json.loads(json.dumps(content), parse_float=lambda text: float(f"{float(text):.6g}"))
+    write_json(RESULTS / "confounds.json", rounded, indent=1)
 
 
 def main() -> None:

@@ -13,12 +13,12 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from confounds_protocol import SETTINGS, RunSpec, whole_corpus
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, Qwen2ForSequenceClassification
 from transformers import get_linear_schedule_with_warmup as linear_schedule
 
@@ -37,21 +37,6 @@ UNUSED = "[unused993]"
 SHAPE = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
 EPOCHS, BATCH, LEARNING_RATE = 4, 32, 2e-3
 SPARE_ROWS = 1
-
-
-class Learner(Protocol):
-    """A model with its way of running and masking a batch."""
-
-    model: nn.Module
-
-    def outputs(self, rows: Sequence[dict[str, Any]], training: bool) -> tuple[Any, Tensor]:
-        """Run a batch, masked in training; return the model's output and the labels that fit its logits."""
-
-    def after_step(self) -> None:
-        """Do what must follow an update of the weights."""
-
-    def seen(self) -> dict[str, float]:
-        """Return what masking did so far."""
 
 
 class EncoderLearner:

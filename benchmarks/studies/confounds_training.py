@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from confounds_learners import CausalLearner, CutVocabulary, EncoderLearner, Learner, language_model
+from confounds_learners import CausalLearner, CutVocabulary, EncoderLearner, language_model
 from confounds_protocol import SETTINGS, RunSpec, Setting, Texts, encode_texts, read_corpus, runs, stop_epoch
 from numpy.typing import NDArray
 from torch import nn
@@ -23,6 +23,7 @@ from tokmask_peft.data.corpus import Corpus, count_labels
 from tokmask_peft.training.losses import IGNORED, ClassificationLoss, class_weights
 from tokmask_peft.training.metrics import NO_PREDICTION, scores
 
+Learner = EncoderLearner | CausalLearner
 WEIGHT_DECAY = 0.01
 GAMMA = 1.0
 EVALUATED_AT_ONCE = 64
