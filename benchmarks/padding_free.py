@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 from transformers import DataCollatorWithPadding
-from transformers.trainer_pt_utils import LengthGroupedSampler
 from workload import (
     MINILM,
     Stepper,
     benchmark_texts,
     matrix_rate,
+    order,
     our_model,
     padded_collator,
     ratio,
@@ -62,13 +62,9 @@ class Arm(Stepper):
 
     def batches(self, rows: list[dict[str, Any]], turn: int) -> Iterator[dict[str, Any]]:
         """Make the batches of one round, as the Trainer samples them."""
-        generator = torch.Generator().manual_seed(turn)
-        order = torch.randperm(len(rows), generator=generator).tolist()
-        if self.batching == "grouped":
-            lengths = [len(row["input_ids"]) for row in rows]
-            order = list(LengthGroupedSampler(BATCH, lengths=lengths, generator=generator))
-        for start in range(turn * BATCH, len(order), ROUNDS * BATCH):
-            yield self.collate([rows[index] for index in order[start : start + BATCH]])
+        drawn = order(rows, BATCH, turn, self.batching == "grouped")
+        for start in range(turn * BATCH, len(drawn), ROUNDS * BATCH):
+            yield self.collate([rows[index] for index in drawn[start : start + BATCH]])
 
     def round(self, rows: list[dict[str, Any]], turn: int) -> tuple[int, int]:
         """Take the steps of a round; return their real sub-tokens, and how many they were."""

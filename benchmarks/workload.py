@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from tokmask_peft.console import quiet_libraries
 from tokmask_peft.data.batches import PackedCollator
@@ -131,10 +132,10 @@ def stock_qlora(
 
 
 class Stepper:
-    """A model in training with its optimizer; `ours` switches on what a run does besides."""
+    """A model in training on a device with its optimizer; `ours` switches on what a run on a CPU does besides."""
 
-    def __init__(self, model: Any, bf16: bool, ours: bool) -> None:
-        self.model, self.bf16, self.loss = model, bf16, ClassificationLoss()
+    def __init__(self, model: Any, bf16: bool, ours: bool, device: torch.device = CPU) -> None:
+        self.model, self.bf16, self.device, self.loss = model.to(device), bf16, device, ClassificationLoss()
         self.trained = [weight for weight in model.parameters() if weight.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4, fused=True)
         self.as_trained = ExitStack()  # for as long as this lives
@@ -144,13 +145,22 @@ class Stepper:
 
     def step(self, batch: dict[str, Any]) -> None:
         """Take one optimizer step."""
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
-            output = self.model(**inputs)
-        self.loss(output, batch["labels"]).backward()
+        here = {name: value.to(self.device) if hasattr(value, "to") else value for name, value in batch.items()}
+        labels = here.pop("labels")
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            output = self.model(**here)
+        self.loss(output, labels).backward()
         torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+
+def order(rows: Sequence[Mapping[str, Any]], batch: int, seed: int, grouped: bool) -> list[int]:
+    """Return the order in which a Trainer takes rows: random, or grouped by length."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randperm(len(rows), generator=generator).tolist()
+    lengths = [len(row["input_ids"]) for row in rows]
+    return list(LengthGroupedSampler(batch, lengths=lengths, generator=generator)) if grouped else drawn
 
 
 def matrix_rate(dtype: torch.dtype, rows: int = 640, inner: int = 384, columns: int = 1536) -> float:

@@ -11,7 +11,6 @@ matrix rate of the same process.
 from __future__ import annotations
 
 import os
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,11 @@ from typing import Any
 import insides
 import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
-from instruments import DEVICE, DRY, ON_GPU, Record, allocated, clock, fresh_peak, matrix_rate, peak
+from instruments import DEVICE, DRY, Record, allocated, clock, fresh_peak, matrix_rate, peak
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, DataCollatorWithPadding, Qwen2Config
-from transformers.trainer_pt_utils import LengthGroupedSampler
-from workload import benchmark_texts
+from workload import Stepper, benchmark_texts, order, padded_collator
 
 SIZE, CLASSES = 4 if DRY else 32, 3
 SHAPES = {"Qwen2.5-0.5B": "Qwen2.5-0.5B", "TinyLlama-1.1B": "TinyLlama-1.1B-Chat-v1.0", "Qwen2.5-7B": "Qwen2.5-0.5B"}
@@ -109,44 +107,30 @@ def _quantized(linear: nn.Linear) -> nn.Module:
     return made.to(DEVICE)
 
 
-class Steps:
-    """A model in training, and the batches of its setups."""
+class Steps(Stepper):
+    """A model in training, and the batches of its setups; `before` is what was allocated before it was made."""
 
     def __init__(self, model: Any, tokenizer: Any, masked: bool, before: int) -> None:
-        self.model, self.tokenizer, self.masked, self.before = model.to(DEVICE).train(), tokenizer, masked, before
-        self.trained = [weight for weight in model.parameters() if weight.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4, fused=ON_GPU)
-        self.loss = insides.ClassificationLoss()
-        self.as_trained = ExitStack()  # for as long as this lives
+        super().__init__(model.train(), bf16=True, ours=False, device=DEVICE)
+        self.tokenizer, self.masked, self.before = tokenizer, masked, before
         self.as_trained.enter_context(insides.inputs_as_they_come(self.model, autocast=True))
         if masked:
             insides.TokenMasker.attach(model, tokenizer, insides.TokenMaskConfig(p=0.1))
 
     def batches(self, batching: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Return the batches of an epoch, on the host."""
-        generator = torch.Generator().manual_seed(0)
-        order = torch.randperm(len(rows), generator=generator).tolist()
-        if batching == "grouped":
-            lengths = [len(row["input_ids"]) for row in rows]
-            order = list(LengthGroupedSampler(SIZE, lengths=lengths, generator=generator))
-        collate = insides.padded_collator(self.tokenizer, "sequence")
+        drawn = order(rows, SIZE, 0, batching == "grouped")
+        collate = padded_collator(self.tokenizer)
         if batching == "padding_free":
             collate = insides.PackedCollator("sequence")
         elif batching == "padded to 128":
             collate = DataCollatorWithPadding(self.tokenizer, padding="max_length", max_length=128)
-        return [collate([rows[index] for index in order[at : at + SIZE]]) for at in range(0, len(order), SIZE)]
+        return [collate([rows[index] for index in drawn[at : at + SIZE]]) for at in range(0, len(drawn), SIZE)]
 
     def epoch(self, batches: list[dict[str, Any]]) -> None:
         """Take a step on each batch."""
         for batch in batches:
-            here = {key: value.to(DEVICE) if isinstance(value, Tensor) else value for key, value in batch.items()}
-            labels = here.pop("labels")
-            with torch.autocast(DEVICE.type, torch.bfloat16):
-                output = self.model(**here)
-            self.loss(output, labels).backward()
-            torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
+            self.step(batch)
 
     def measure(self, setups: list[Setup], rows: list[dict[str, Any]], rounds: int) -> None:
         """Measure setups in turns; the first round makes kernels and optimizer states, and gives the peak."""

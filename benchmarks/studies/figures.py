@@ -45,7 +45,8 @@ class Study:
     @classmethod
     def read(cls, folder: Path = RESULTS / "masking") -> Study:
         """Read the sweeps that have run."""
-        return cls({file.stem: json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))})
+        found = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))}
+        return cls({name: content for name, content in found.items() if "analysis" in content})
 
     @property
     def tasks(self) -> list[str]:
