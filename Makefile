@@ -3,13 +3,14 @@
 # make lint         style, format and types
 # make bench        the benchmarks that a CPU can run, twenty minutes, into benchmarks/results and README's table
 #                   (TOKMASK_DATA for real texts)
+# make gpu-pack     .gpu/, what a GPU machine without a network needs to run `bash .gpu/measure.sh` (TOKMASK_TOKENIZERS)
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 RUN_NAME ?= $(if $(wildcard runs/quickstart),quickstart-$(shell date +%Y%m%d-%H%M%S),quickstart)
 
-.PHONY: quickstart test lint format bench clean
+.PHONY: quickstart test lint format bench gpu-pack clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -40,8 +41,10 @@ format: $(VENV)/.dev
 bench: $(VENV)/.dev
 	for name in default_run padding_free masking qlora predict; do \
 		OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$$name.py || exit 1; done
-	$(BIN)/python benchmarks/tables.py
 	$(BIN)/python benchmarks/studies/page.py
+
+gpu-pack: $(VENV)/.dev
+	PYTHON=$(BIN)/python bash benchmarks/gpu/pack.sh
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

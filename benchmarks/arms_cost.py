@@ -1,11 +1,11 @@
-"""What each regularizer adds to the CPU time of an optimizer step, beside none.
+"""What each regularizer adds to the CPU time of an optimizer step.
 
     TOKMASK_DATA=FOLDER OMP_NUM_THREADS=1 python benchmarks/arms_cost.py      # ten minutes
 
 The arms are those of `tokmask sweep --arms`, trained as its runs are, on 500 TREC questions, in interleaved rounds of
-one process; without TOKMASK_DATA on the built-in posts, and then nothing is written. It is CPU time that counts, so
-that other work on the machine does little harm; the first steps of a round are left out. NEFTune's arms pad the batches
-that the others pack; what padding alone costs stands beside them.
+one process; without TOKMASK_DATA on the built-in posts, and then nothing is written. Times are CPU times, so that other
+work on the machine matters little; the first steps of a round are left out. NEFTune's arms pad the batches that the
+others pack; a row shows what padding alone costs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from typing import Any
 from transformers import TrainerCallback
 from workload import interleaved, ratio, report
 
-from tokmask_peft.console import quiet_libraries
 from tokmask_peft.recipe.schema import Recipe
 from tokmask_peft.study.plan import MASK, NONE, REGULARIZERS, Arm, regularizer_arms
 from tokmask_peft.study.results import Row
@@ -39,11 +38,11 @@ class StepTimes(TrainerCallback):
         self._start = 0.0
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
-        """Take the time."""
+        """Start the clock."""
         self._start = time.process_time()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        """Take the time again."""
+        """Stop the clock."""
         self.seconds.append(time.process_time() - self._start)
 
 
@@ -62,7 +61,6 @@ def step_seconds(arm: Arm, *changes: str) -> float:
 
 def main() -> None:
     """Measure, print the table and write the JSON."""
-    quiet_libraries()
     names = [NONE, *REGULARIZERS, MASK, *(f"{MASK}+{name}" for name in REGULARIZERS)]
     arms = {
         Row((), arm.regularizers, float(arm.p)).label: arm

@@ -1,13 +1,13 @@
-"""The default run as a whole beside what tutorials do: a Trainer that pads texts to 128, or to their batch's longest.
+"""The whole default run compared with what tutorials do: a Trainer that pads to 128, or to the batch's longest text.
 
     OMP_NUM_THREADS=1 python benchmarks/default_run.py
 
 MiniLM with LoRA on all linear layers, 32 texts a batch, optimizer and all, CPU seconds of `Trainer.train()` on the same
 texts, in interleaved rounds. The tutorials' runs compute in fp32, without masking, and with dropout on the adapter's
 input, as tutorials have it; ours as the recipes say, which have none, and once with the tutorials' dropout. With
-`TOKMASK_DATA` set the texts are real tweets: Marathi-English ones, of 31 sub-tokens on average, and Twi ones, of 18.
-Beside it stands the share of a physical limit: 4 x parameters x real sub-tokens FLOPs (forward pass and gradients of
-the inputs; the frozen weights have none) at the machine's matrix rate.
+`TOKMASK_DATA` set the texts are real tweets: Marathi-English ones, of 31 sub-tokens on average, and Twi ones, of 19.
+The share of a physical limit is that of 4 x parameters x real sub-tokens FLOPs (forward pass and gradients of the
+inputs; the frozen weights have none) at the machine's matrix rate.
 """
 
 from __future__ import annotations
@@ -19,66 +19,64 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
-from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    DataCollatorWithPadding,
-    Trainer,
-    TrainingArguments,
-    set_seed,
+from transformers import AutoTokenizer, DataCollatorWithPadding, Trainer, TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback
+from workload import (
+    CPU,
+    LABELS,
+    MINILM,
+    SHORT,
+    TWEETS,
+    benchmark_texts,
+    interleaved,
+    matrix_rate,
+    padded_collator,
+    ratio,
+    report,
+    tutorial_model,
 )
-from workload import CPU, MINILM, SHORT, TWEETS, benchmark_texts, interleaved, matrix_rate, ratio, report
 
 from tokmask_peft.data.batches import PackedCollator
 from tokmask_peft.errors import DataError
 from tokmask_peft.masking.callback import TokenMaskCallback
+from tokmask_peft.masking.config import TokenMaskConfig
 from tokmask_peft.model.adapter import add_adapter
 from tokmask_peft.model.backbone import backbone_location, load_backbone
 from tokmask_peft.model.packed import enable_padding_free
-from tokmask_peft.recipe import TokenMaskConfig
 from tokmask_peft.recipe.schema import ModelConfig, Recipe
-from tokmask_peft.tasks import get_task
 from tokmask_peft.training.losses import ClassificationLoss
 from tokmask_peft.training.trainer import OrderedEvalTrainer, training_arguments
 
 STEPS, BATCH, ROUNDS = 10, 32, 3
 DROPOUT = 0.05
+LINES = [  # theirs, what about ours, target
+    ("padded to 128", "", "12; 6 on fp32 CPUs"),
+    ("dynamic padding", "", "3.5"),
+    ("padded to 128", " with the same dropout", "12; 6 on fp32 CPUs"),
+    ("dynamic padding", " with the same dropout", "3.5"),
+    ("padded to 128", " in fp32", "6"),
+    ("dynamic padding", " in fp32", ""),
+]
+THEIRS = {"padded to 128": "padded to 128, fp32", "dynamic padding": "dynamic, fp32"}
+OURS = {"": "default", " with the same dropout": "default, with dropout", " in fp32": "default, fp32"}
 
 
 def tutorial(rows: Dataset, tokenizer: Any, folder: str, **padding: Any) -> float:
     """Train as the tutorials do and return the CPU seconds."""
     set_seed(0)
-    model = AutoModelForSequenceClassification.from_pretrained(
-        backbone_location(ModelConfig(**MINILM)), num_labels=3, ignore_mismatched_sizes=True
-    )
-    lora = LoraConfig(
-        task_type="SEQ_CLS",
-        r=16,
-        lora_alpha=32,
-        lora_dropout=DROPOUT,
-        target_modules=["query", "key", "value", "dense"],
-    )
     arguments = TrainingArguments(
-        folder,
-        per_device_train_batch_size=BATCH,
-        max_steps=STEPS,
-        learning_rate=5e-4,
-        use_cpu=True,
-        report_to="none",
-        disable_tqdm=True,
-        save_strategy="no",
-        logging_strategy="no",
-    )
-    collate = DataCollatorWithPadding(tokenizer, **padding)
-    return trained(Trainer(get_peft_model(model, lora), arguments, train_dataset=rows, data_collator=collate))
+        folder, per_device_train_batch_size=BATCH, max_steps=STEPS, learning_rate=5e-4, use_cpu=True,
+        report_to="none", disable_tqdm=True, save_strategy="no", logging_strategy="no",
+    )  # fmt: skip
+    model, collate = tutorial_model(ModelConfig(**MINILM), DROPOUT), DataCollatorWithPadding(tokenizer, **padding)
+    return trained(Trainer(model, arguments, train_dataset=rows, data_collator=collate))
 
 
 def default(rows: Dataset, folder: str, *changes: str) -> float:
-    """Train as the recipes do, but for `changes`, and return the CPU seconds."""
+    """Train as the recipes do, with `changes`, and return the CPU seconds."""
     recipe = Recipe.load("trec/minilm", ["data.path=.", f"training.max_steps={STEPS}", *changes])
     set_seed(0)
-    backbone = load_backbone(recipe.model, "sequence", ("a", "b", "c"), CPU)
+    backbone = load_backbone(recipe.model, "sequence", LABELS, CPU)
     enable_padding_free(backbone.model)
     model, _ = add_adapter(backbone, recipe.adapter, "sequence")
     arguments = training_arguments(recipe, Path(folder), CPU, backbone.dtype == torch.bfloat16)
@@ -87,7 +85,7 @@ def default(rows: Dataset, folder: str, *changes: str) -> float:
         model=model,
         args=arguments,
         train_dataset=rows,
-        data_collator=get_task("sequence").collator(backbone.tokenizer),
+        data_collator=padded_collator(backbone.tokenizer),
         processing_class=backbone.tokenizer,
         train_collator=PackedCollator("sequence"),
         compute_loss_func=ClassificationLoss(),
@@ -98,19 +96,16 @@ def default(rows: Dataset, folder: str, *changes: str) -> float:
 
 def trained(trainer: Trainer) -> float:
     """Train silently and return the CPU seconds."""
-    trainer.callback_handler.callbacks = [
-        callback for callback in trainer.callback_handler.callbacks if "Print" not in type(callback).__name__
-    ]
+    trainer.remove_callback(PrinterCallback)
     start = time.process_time()
     trainer.train()
     return time.process_time() - start
 
 
 def measured(texts: list[list[int]], tokenizer: Any, dropout: bool) -> dict[str, list[float]]:
-    """Return the CPU seconds of every way to train on `texts`, round by round; with `dropout` also ours with theirs."""
-    rows = Dataset.from_dict(
-        {"input_ids": texts, "labels": [n % 3 for n in range(len(texts))], "length": [len(text) for text in texts]}
-    )
+    """Return the CPU seconds of each arm on `texts`, round by round; `dropout` adds ours with theirs."""
+    labels, lengths = [number % 3 for number in range(len(texts))], [len(text) for text in texts]
+    rows = Dataset.from_dict({"input_ids": texts, "labels": labels, "length": lengths})
     plain = rows.remove_columns("length")
     with tempfile.TemporaryDirectory() as folder:
         arms = {
@@ -126,28 +121,8 @@ def measured(texts: list[list[int]], tokenizer: Any, dropout: bool) -> dict[str,
         return interleaved(arms, ROUNDS)
 
 
-def compared(found: dict[str, list[float]], where: str = "") -> dict[str, tuple[list[float], str]]:
-    """Return the lines of the table for what `measured` found on texts called `where`."""
-    full, half = "12; 6 on fp32 CPUs", "3.5"
-    lines = [
-        ("padded to 128", "", full),
-        ("dynamic padding", "", half),
-        ("padded to 128", " with the same dropout", full),
-        ("dynamic padding", " with the same dropout", half),
-        ("padded to 128", " in fp32", "6"),
-        ("dynamic padding", " in fp32", ""),
-    ]
-    theirs = {"padded to 128": "padded to 128, fp32", "dynamic padding": "dynamic, fp32"}
-    ours = {"": "default", " with the same dropout": "default, with dropout", " in fp32": "default, fp32"}
-    return {
-        f"{where}{what}, to the default run{way}": (ratio(found, theirs[what], ours[way]), target)
-        for what, way, target in lines
-        if ours[way] in found
-    }
-
-
 def corpora(tokenizer: Any) -> dict[str, list[list[int]]]:
-    """Return the ids of the texts by where they come from; the second corpus only where it is there."""
+    """Return the ids of the texts by their origin; the second corpus only if it is there."""
     found: dict[str, list[list[int]]] = {}
     for name in (TWEETS, SHORT):
         try:
@@ -165,7 +140,7 @@ def main() -> None:
     """Measure, print the table and write the JSON."""
     config = ModelConfig(**MINILM)
     tokenizer = AutoTokenizer.from_pretrained(backbone_location(config))
-    backbone = load_backbone(config, "sequence", ("a", "b", "c"), CPU)
+    backbone = load_backbone(config, "sequence", LABELS, CPU)
     inside = sum(weight.numel() for name, weight in backbone.model.named_parameters() if "embeddings" not in name)
     computed = "bf16" if backbone.dtype == torch.bfloat16 else "fp32"
     rates = {"bf16": matrix_rate(torch.bfloat16), "fp32": matrix_rate(torch.float32)}
@@ -173,15 +148,16 @@ def main() -> None:
     rows: dict[str, tuple[list[float], str]] = {}
     for number, (origin, texts) in enumerate(corpora(tokenizer).items()):
         found = measured(texts, tokenizer, dropout=number == 0)
-        where = f"{origin}: " if number else ""
-        mean = sum(map(len, texts)) / len(texts)
-        result["texts"][origin] = {"texts": len(texts), "mean": mean, "longest": max(map(len, texts))}
-        result["cpu_seconds"][origin] = found
-        rows |= compared(found, where)
-        work = 4 * inside * sum(map(len, texts))
+        prefix, tokens = f"{origin}: " if number else "", sum(map(len, texts))
+        sizes = {"texts": len(texts), "mean": tokens / len(texts), "longest": max(map(len, texts))}
+        result["texts"][origin], result["cpu_seconds"][origin] = sizes, found
+        for theirs, way, target in LINES:
+            if OURS[way] in found:
+                what = f"{prefix}{theirs}, to the default run{way}"
+                rows[what] = (ratio(found, THEIRS[theirs], OURS[way]), target)
         for what, arm, kind in (("default run", "default", computed), ("dynamic padding", "dynamic, fp32", "fp32")):
-            share = [work / rates[kind] / seconds for seconds in found[arm]]
-            rows[f"{where}{what}, share of the {kind} matrix rate"] = (share, "")
+            share = [4 * inside * tokens / rates[kind] / seconds for seconds in found[arm]]
+            rows[f"{prefix}{what}, share of the {kind} matrix rate"] = (share, "")
     report("default_run", result, rows)
 
 

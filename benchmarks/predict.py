@@ -1,36 +1,31 @@
-"""How fast `predict` is beside `transformers.pipeline`, and whether memory grows with the file.
+"""How fast `predict` is compared with `transformers.pipeline`.
 
-    OMP_NUM_THREADS=1 python benchmarks/predict.py [RUN]                        # two minutes; part of `make bench`
-    TOKMASK_DATA=FOLDER python benchmarks/predict.py RUN --rows 100000          # a file, in place of the pipeline
+    OMP_NUM_THREADS=1 python benchmarks/predict.py [RUN]
 
 RUN is a run of a sequence task; the texts are those it was trained on, in random order. Without it MiniLM is trained
-for a minute, on TREC where TOKMASK_DATA is set, else on the built-in posts, so that its adapter is large enough to be
-merged in bf16, too, as those of real runs are; whether it was is in the JSON.
-Classifier and pipeline hold the same adapter, the pipeline merged into the backbone, each in fp32 and, where the run
-was trained so, in bf16; the pipeline at the best batch size of several, found first. They take turns in every round. On
-a CPU it is CPU time that counts. With `--rows` a file of so many texts goes through `tokmask predict` in a process of
-its own, whose memory is read every second, and the rate is that of the clock.
+for a minute, on TREC if TOKMASK_DATA is set, otherwise on the built-in posts, so that its adapter is large enough to be
+merged in bf16 as well, as those of real runs are; whether it was is in the JSON. Classifier and pipeline have the same
+adapter, the pipeline merged into the backbone, each in fp32 and, if the run was trained in it, in bf16; the pipeline at
+the best batch size of several, found first. They take turns in every round.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from transformers import pipeline
-from workload import matrix_rate, ratio, report
+from workload import interleaved, matrix_rate, ratio, report
 
 from tokmask_peft import load, train
 from tokmask_peft.artifacts import find_saved
@@ -39,58 +34,50 @@ from tokmask_peft.inference.export import export_merged
 from tokmask_peft.recipe.schema import Recipe
 
 BATCH_SIZES = (1, 4, 8, 16, 32, 64)
-FEW = 100
-"""Texts to find the best batch size with."""
+TEXTS, FEW, ROUNDS, STEPS = 400, 100, 5, 96
+"""`FEW` texts find the best batch size; `STEPS` train the run if none is given."""
+Ways = dict[str, Callable[..., Any]]
 
 
 def short_run(folder: str) -> str:
     """Train MiniLM for some steps and return the run."""
     recipe = "trec/minilm" if os.environ.get("TOKMASK_DATA") else "quickstart"
-    options = ["data.task=sequence", "data.max_train=512", "training.max_steps=96", "training.baseline=false"]
+    options = ["data.task=sequence", "data.max_train=512", f"training.max_steps={STEPS}", "training.baseline=false"]
     return str(train(Recipe.load(recipe, [*options, f"output_dir={folder}"]), quiet=True).folder.root)
 
 
-def texts_of(run: str, count: int) -> list[str]:
+def texts_of(run: str) -> list[str]:
     """Return texts of the run's train split in random order, repeated until there are enough."""
     recipe = Recipe.load(str(Path(run) / "recipe.yaml"))
     texts = [example.string for example in load_corpus(recipe.data.expanded(), recipe.seed).train]
     random.Random(0).shuffle(texts)
-    return list(islice(cycle(texts), count))
+    return list(islice(cycle(texts), TEXTS))
 
 
-def rate(classify: Callable[[list[str]], Any], texts: list[str], device: str) -> float:
-    """Return texts per second, on a CPU per CPU second."""
-    clock = time.process_time if device == "cpu" else time.perf_counter
-    start = clock()
+def rate(classify: Callable[[list[str]], Any], texts: list[str]) -> float:
+    """Return texts per CPU second."""
+    start = time.process_time()
     classify(texts)
-    return len(texts) / (clock() - start)
+    return len(texts) / (time.process_time() - start)
 
 
-def rivals(
-    run: str, folder: str, few: list[str], device: str
-) -> tuple[dict[str, Callable[..., Any]], dict[str, Any], dict[str, str]]:
-    """Return what is compared, the rates of the pipelines at each batch size, and what became of the adapter."""
+def rivals(run: str, folder: str, few: list[str]) -> tuple[Ways, dict[str, Any], dict[str, str]]:
+    """Return what is compared, the rates of the pipelines at each batch size, and what was done with the adapter."""
     merged = export_merged(run, Path(folder) / "merged").folder
-    found: dict[str, Callable[..., Any]] = {}
-    tried: dict[str, Any] = {}
-    adapter: dict[str, str] = {}
+    found: Ways = {}
+    tried, adapter = {}, {}
     precisions = {"fp32": torch.float32}
     if find_saved(run).model.precision != "fp32":
         precisions["bf16"] = torch.bfloat16
     for name, dtype in precisions.items():
-        classifier = load(run, device, precision=name)
+        classifier = load(run, "cpu", precision=name)
         found[f"classifier {name}"] = classifier.predict
         adapter[name] = next(one.choice for one in classifier.decisions if one.what == "adapter")
-        pipe = pipeline("text-classification", model=str(merged), device=device, dtype=dtype)
-        rates = {
-            size: statistics.median(
-                rate(lambda part, s=size, p=pipe: p(part, batch_size=s), few, device) for _ in range(3)
-            )
-            for size in BATCH_SIZES
-        }
+        pipe = pipeline("text-classification", model=str(merged), device="cpu", dtype=dtype)
+        sized = {size: partial(pipe, batch_size=size) for size in BATCH_SIZES}
+        rates = {size: statistics.median(rate(way, few) for _ in range(3)) for size, way in sized.items()}
         tried[name] = {str(size): round(value, 1) for size, value in rates.items()}
-        best = max(rates, key=rates.__getitem__)
-        found[f"pipeline {name}"] = lambda part, s=best, p=pipe: p(part, batch_size=s)
+        found[f"pipeline {name}"] = sized[max(rates, key=rates.__getitem__)]
     return found, tried, adapter
 
 
@@ -103,119 +90,40 @@ def forward_flops(run: str, texts: list[str]) -> float:
 
 
 def batch_effect(classify: Callable[..., Any], texts: list[str]) -> float:
-    """Return by how much any probability moves, at the most, between texts one by one and in batches."""
+    """Return the largest change of a probability between texts one by one and in batches."""
     pairs = zip(classify(texts), classify(texts, batch_size=1), strict=True)
-    return max(
-        abs(one.probabilities[label] - other.probabilities[label])
-        for one, other in pairs
-        for label in one.probabilities
-    )
+    changes = [(a.probabilities[label], b.probabilities[label]) for a, b in pairs for label in a.probabilities]
+    return max(abs(one - other) for one, other in changes)
 
 
-def measure(run: str, count: int, rounds: int, device: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def measure(run: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the rates of all in every round and how many labels agree, and the rows of the table."""
-    texts = texts_of(run, count)
+    texts = texts_of(run)
     with tempfile.TemporaryDirectory() as folder:
-        found, tried, adapter = rivals(run, folder, texts[:FEW], device)
-    rates: dict[str, list[float]] = {name: [] for name in found}
-    for number in range(rounds):
-        for name in sorted(found, reverse=bool(number % 2)):
-            rates[name].append(rate(found[name], texts, device))
-    agreeing = {
-        precision: sum(
-            mine.label == other["label"]
-            for mine, other in zip(
-                found[f"classifier {precision}"](texts), found[f"pipeline {precision}"](texts), strict=True
-            )
-        )
-        for precision in tried
-    }
-    moved = {precision: batch_effect(found[f"classifier {precision}"], texts[:FEW]) for precision in tried}
-    own = "bf16" if "bf16" in tried else "fp32"
-    second = "CPU second" if device == "cpu" else "second"
-    rows: dict[str, Any] = {f"{name}, texts per {second}": (values, "") for name, values in rates.items()}
-    rows[f"as each comes: classifier {own} to pipeline fp32"] = (
-        ratio(rates, f"classifier {own}", "pipeline fp32"),
-        "3",
-    )
-    if device == "cpu":
-        flops = forward_flops(run, texts)
-        for precision in tried:
-            limit = matrix_rate(torch.bfloat16 if precision == "bf16" else torch.float32)
-            share = [value * flops / limit for value in rates[f"classifier {precision}"]]
-            rows[f"classifier {precision}, share of the matrix rate"] = (share, "")
+        found, tried, adapter = rivals(run, folder, texts[:FEW])
+    rates = interleaved({name: partial(rate, way, texts) for name, way in found.items()}, ROUNDS)
+    own, flops, agreeing = "bf16" if "bf16" in tried else "fp32", forward_flops(run, texts), {}
+    rows: dict[str, Any] = {f"{name}, texts per CPU second": (values, "") for name, values in rates.items()}
+    both = ratio(rates, f"classifier {own}", "pipeline fp32")
+    rows[f"as each comes: classifier {own} to pipeline fp32"] = (both, "3")
     for precision in tried:
+        limit = matrix_rate(torch.bfloat16 if precision == "bf16" else torch.float32)
+        share = [value * flops / limit for value in rates[f"classifier {precision}"]]
+        rows[f"classifier {precision}, share of the matrix rate"] = (share, "")
+    for precision in tried:
+        mine, theirs = (found[f"{who} {precision}"] for who in ("classifier", "pipeline"))
+        pairs = zip(mine(texts), theirs(texts), strict=True)
+        agreeing[precision] = sum(one.label == other["label"] for one, other in pairs)
         both = ratio(rates, f"classifier {precision}", f"pipeline {precision}")
         rows[f"classifier to pipeline, both in {precision}"] = (both, "")
-        rows[f"labels that agree, both in {precision} (share)"] = ([agreeing[precision] / count], "")
-        rows[f"{precision}: largest change of a probability with the batch"] = (
-            [moved[precision]],
-            "",
-        )
-    result = {
-        "texts": count,
-        "adapter": adapter,
-        "pipeline_batch_sizes": tried,
-        "texts_per_second": rates,
-        "labels_agreeing": agreeing,
-    }
-    return result, rows
-
-
-def measure_file(run: str, rows: int, device: str) -> dict[str, Any]:
-    """Send a file through the command line, and return its rate and its memory over time."""
-    with tempfile.TemporaryDirectory() as folder:
-        source, out = Path(folder) / "in.txt", Path(folder) / "out.jsonl"
-        source.write_text("".join(f"{text}\n" for text in texts_of(run, rows)), encoding="utf-8")
-        start = time.perf_counter()
-        command = [sys.executable, "-m", "tokmask_peft", "predict", run, "--file", str(source), "--out", str(out)]
-        process = subprocess.Popen([*command, "--device", device], stderr=subprocess.DEVNULL)
-        memory: list[int] = []
-        watched = psutil.Process(process.pid)
-        while process.poll() is None:
-            size = sum(path.stat().st_size for path in Path(folder).glob(".out.jsonl.*"))
-            if size:  # the model is loaded and rows are coming
-                memory.append(watched.memory_info().rss)
-            time.sleep(1)
-        seconds = time.perf_counter() - start
-        assert process.returncode == 0
-        with out.open(encoding="utf-8") as lines:
-            assert sum(1 for _ in lines) == rows
-    assert memory, "the file was done before a second was over: give more --rows"
-    tenths = [memory[min(len(memory) - 1, len(memory) * part // 10)] >> 20 for part in range(1, 11)]
-    return {
-        "rows": rows,
-        "seconds": round(seconds, 1),
-        "rows_per_second": round(rows / seconds, 1),
-        "rss_mib_by_tenth_of_the_time": tenths,
-        "rss_mib_peak": max(memory) >> 20,
-    }
-
-
-def main() -> None:
-    """Run the command line of this file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", nargs="?", help="a run of a sequence task; default: one is made, and thrown away")
-    parser.add_argument("--texts", type=int, default=400)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--rows", type=int, help="send a file of so many texts, and leave out the pipeline")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    arguments = parser.parse_args()
-    device = torch.device(arguments.device)
-    with tempfile.TemporaryDirectory() as folder:
-        run = arguments.run or short_run(folder)
-        if arguments.rows is None:
-            result, rows = measure(run, arguments.texts, arguments.rounds, arguments.device)
-            report("predict", {"run": Path(run).name, **result}, rows, device)
-            return
-        found = measure_file(run, arguments.rows, arguments.device)
-    tenths = [float(value) for value in found["rss_mib_by_tenth_of_the_time"]]
-    rows = {
-        "rows per second": ([found["rows_per_second"]], ""),
-        "memory of the process, from its first to its last tenth (MiB)": (tenths, ""),
-    }
-    report("predict_file", {"run": Path(run).name, **found}, rows, device)
+        rows[f"labels that agree, both in {precision} (share)"] = ([agreeing[precision] / TEXTS], "")
+        rows[f"{precision}: largest change of a probability with the batch"] = ([batch_effect(mine, texts[:FEW])], "")
+    result = {"texts": TEXTS, "adapter": adapter, "pipeline_batch_sizes": tried, "texts_per_second": rates}
+    return {**result, "labels_agreeing": agreeing}, rows
 
 
 if __name__ == "__main__":
-    main()
+    with tempfile.TemporaryDirectory() as folder:
+        run = sys.argv[1] if len(sys.argv) > 1 else short_run(folder)
+        result, rows = measure(run)
+    report("predict", {"run": Path(run).name, **result}, rows)

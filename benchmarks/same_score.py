@@ -1,47 +1,42 @@
-"""Optimizer steps to the same score: the authors' protocol beside the shipped recipe, same backbone and text.
+"""Optimizer steps to the same score: the authors' protocol and the shipped recipe, same backbone and texts.
 
-    TOKMASK_DATA=FOLDER OMP_NUM_THREADS=1 python benchmarks/same_score.py      # six minutes; no part of `make bench`
+    TOKMASK_DATA=FOLDER OMP_NUM_THREADS=1 python benchmarks/same_score.py      # six minutes; not in `make bench`
     ... python benchmarks/same_score.py --no-patience --factor 10 --seeds 1    # as long again: a lower bound of 10
 
 TREC with MiniLM, `TEXTS` training texts, 32 a step. Ours is trec/minilm as it ships, scored on validation every `EVERY`
 steps until it reaches `TARGET` macro-F1, within its own six epochs. Theirs (Sean652039/Token-Masking on GitHub, commit
 fad3fc1) trains all weights in fp32 with AdamW at 2e-5, weight decay 0.01 and the focal loss, masks with p = 0.1, and
 takes up to 2,000 epochs; its warm-up is ten times the run (`steps // 0.1`), dropout stays off after the first epoch,
-and it stops after ten epochs in which the loss on validation has not fallen by 0.001. Where it ends before it reaches
-the score, the ratio of steps is a lower bound. `--no-patience` takes that stop away, up to `--factor` times our steps.
-Both take packed rows, which change nothing but the time.
+and it stops after ten epochs in which the loss on validation has not fallen by 0.001. If it ends before it reaches the
+score, the ratio of steps is a lower bound. `--no-patience` removes that stop, up to `--factor` times our steps. Both
+take packed rows, which change nothing but the time.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from sklearn.metrics import f1_score
-from torch.utils.data import DataLoader
-from transformers import TrainerCallback, set_seed
+from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
-from workload import CPU, report
+from workload import report
 
-from tokmask_peft.data.batches import PackedCollator
-from tokmask_peft.data.corpus import load_corpus
-from tokmask_peft.data.encoding import Encoder
-from tokmask_peft.masking.embedding import find_embedding
-from tokmask_peft.masking.masker import TokenMasker
-from tokmask_peft.model.backbone import load_backbone
-from tokmask_peft.model.packed import enable_padding_free
-from tokmask_peft.recipe import TokenMaskConfig
+from tokmask_peft.data.corpus import count_labels, load_corpus
 from tokmask_peft.recipe.schema import Recipe
-from tokmask_peft.training.losses import ClassificationLoss, class_weights
+from tokmask_peft.training.losses import class_weights
 from tokmask_peft.training.train import observe_training
+
+sys.path.append(str(Path(__file__).parent / "studies"))  # the authors' protocol is that of the study of confounds
+from confounds_learners import EncoderLearner
+from confounds_protocol import Protocol, RunSpec, Setting, encode_texts, stop_epoch
+from confounds_training import train
 
 TEXTS, EVERY, TARGET = 640, 10, 0.65
 EPOCHS, RATE, PATIENCE, LESS = 2000, 2e-5, 10, 1e-3
@@ -49,16 +44,7 @@ EPOCHS, RATE, PATIENCE, LESS = 2000, 2e-5, 10, 1e-3
 
 @dataclass
 class Course:
-    """How a training went.
-
-    Attributes:
-        steps: taken until the target, or until the end.
-        reached: whether the target was reached.
-        best: validation macro-F1.
-        cpu_seconds: of the steps, without evaluations.
-        rate: the last learning rate, where it was noted.
-        ended: by what.
-    """
+    """Steps until the target or the end, the best validation macro-F1, CPU seconds of the steps, and the last rate."""
 
     steps: int = 0
     reached: bool = False
@@ -69,15 +55,14 @@ class Course:
 
     def score(self, macro_f1: float) -> bool:
         """Note a score; return whether that is enough."""
-        self.best = max(self.best, macro_f1)
-        self.reached = macro_f1 >= TARGET
+        self.best, self.reached = max(self.best, macro_f1), macro_f1 >= TARGET
         if self.reached:
             self.ended = "target"
         return self.reached
 
 
 class Watch(TrainerCallback):
-    """Times the steps of a Trainer, and stops it at the target."""
+    """Times the steps, scores on validation every few steps, and stops at the target."""
 
     def __init__(self, course: Course) -> None:
         self.course, self.start = course, 0.0
@@ -109,66 +94,33 @@ def ours(recipe: Recipe) -> Course:
     return course
 
 
-def theirs(recipe: Recipe, patience: int | None, limit: int | None) -> Course:
-    """Train by the authors' protocol until the target is reached, patience ends, or so many steps are taken."""
-    corpus = load_corpus(recipe.data.expanded(), recipe.seed)
-    set_seed(recipe.seed)
-    # in bf16 weights, or products with such, updates as small as these would be lost
-    backbone = load_backbone(recipe.model.model_copy(update={"precision": "fp32"}), "sequence", corpus.labels, CPU)
-    model: Any = backbone.model
-    enable_padding_free(model)
-    columns, longest = ["input_ids", "labels"], recipe.data.max_length
-    encoder = Encoder(backbone.tokenizer, "sequence", longest)
-    train, held = (
-        encoder.cut(part, corpus.labels).dataset.sort("length") for part in (corpus.train, corpus.validation)
-    )
-    collate = PackedCollator("sequence")
-    batches = DataLoader(train.select_columns(columns), recipe.training.batch_size, shuffle=True, collate_fn=collate)
-    held_batches = DataLoader(held.select_columns(columns), 128, collate_fn=collate)
-    counts = Counter(example.label for example in corpus.train)
-    weights = class_weights("sqrt_inverse", {label: counts[label] for label in corpus.labels})
-    loss = ClassificationLoss(weights, gamma=1.0)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.01, fused=True)
-    warm_up = EPOCHS * len(batches) // 0.1
-    course, lowest, waited = Course(), float("inf"), 0
-    model.train()
-    with TokenMasker.attach(model, backbone.tokenizer, TokenMaskConfig(p=0.1), seed=recipe.seed):
-        for _ in range(EPOCHS):
-            for batch in batches:
-                start = time.process_time()
-                optimizer.param_groups[0]["lr"] = course.rate = RATE * course.steps / warm_up
-                labels = batch.pop("labels")
-                loss(model(**batch), labels).backward()
-                optimizer.step()
-                optimizer.zero_grad()
-                course.steps += 1
-                course.cpu_seconds += time.process_time() - start
-                if course.steps == limit:
-                    break
-            found, macro_f1 = validate(model, held_batches, loss)
-            # dropout stays off from here on; masking, and packed rows as in training, do not
-            model.training = find_embedding(model).training = True
-            if course.score(macro_f1):
-                break
-            lowest, waited = (found, 0) if found < lowest - LESS else (lowest, waited + 1)
-            if waited == patience or course.steps == limit:
-                course.ended = "limit" if course.steps == limit else "patience"
-                break
+def theirs(recipe: Recipe, limit: int | None) -> Course:
+    """Train by the authors' protocol until the target is reached, or patience or else `limit` steps end it."""
+    setting = Setting("minilm", "trec", TEXTS, 0, None, EPOCHS, RATE, recipe.training.batch_size, PATIENCE, LESS)
+    run = RunSpec("encoder", "authors", 0.1, recipe.seed, Protocol(max_length=recipe.data.max_length), setting)
+    corpus, course = load_corpus(recipe.data.expanded(), recipe.seed), Course()
+    learner = EncoderLearner(run, "sequence", corpus.labels, bf16=False)  # in bf16 updates this small would be lost
+    parts = {
+        name: encode_texts(texts, learner.tokenizer, "sequence", corpus.labels, run.protocol)
+        for name, texts in {"train": corpus.train, "validation": corpus.validation}.items()
+    }
+    counts = count_labels(corpus.train)
+    weights: Any = class_weights("sqrt_inverse", {label: counts[label] for label in corpus.labels})
+
+    def stopped(epochs: list[dict[str, Any]]) -> bool:
+        course.steps += -(-len(corpus.train) // setting.batch_size)
+        course.cpu_seconds += epochs[-1]["seconds"][0]
+        course.rate = epochs[-1]["learning_rate"]
+        if course.score(epochs[-1]["validation"]["f1_macro"]):
+            return True
+        over = limit is not None and course.steps >= limit
+        if limit is None:
+            over = stop_epoch([epoch["validation"]["loss"] for epoch in epochs], setting) is not None
+        course.ended = ("patience" if limit is None else "limit") if over else course.ended
+        return over
+
+    train(learner, run, parts, weights, corpus.labels, stopped)
     return course
-
-
-@torch.inference_mode()
-def validate(model: Any, batches: DataLoader, loss: ClassificationLoss) -> tuple[float, float]:
-    """Return loss and macro-F1."""
-    model.eval()
-    gold, found, total = [], [], 0.0
-    for batch in batches:
-        labels = batch.pop("labels")
-        output = model(**batch)
-        total += float(loss(output, labels)) * len(labels)
-        gold += labels.tolist()
-        found += output.logits.argmax(-1).tolist()
-    return total / len(gold), float(f1_score(gold, found, average="macro"))
 
 
 def table(pairs: Sequence[tuple[Course, Course]]) -> dict[str, tuple[list[float], str]]:
@@ -202,18 +154,11 @@ def main() -> None:
         own = ours(recipe)
         if not own.reached:
             raise SystemExit(f"the recipe itself stays at {own.best:.3f} with seed {seed}, below {TARGET}")
-        patience, limit = (None, arguments.factor * own.steps) if arguments.no_patience else (PATIENCE, None)
-        pairs.append((own, theirs(recipe, patience, limit)))
+        pairs.append((own, theirs(recipe, arguments.factor * own.steps if arguments.no_patience else None)))
         print(f"seed {seed}: {pairs[-1]}", flush=True)
-    result = {
-        "target": TARGET,
-        "training_texts": TEXTS,
-        "patience": not arguments.no_patience,
-        "runs": [
-            {"seed": seed, "ours": asdict(own), "theirs": asdict(other)}
-            for seed, (own, other) in zip(arguments.seeds, pairs, strict=True)
-        ],
-    }
+    runs = [{"ours": asdict(own), "theirs": asdict(other)} for own, other in pairs]
+    runs = [{"seed": seed, **run} for seed, run in zip(arguments.seeds, runs, strict=True)]
+    result = {"target": TARGET, "training_texts": TEXTS, "patience": not arguments.no_patience, "runs": runs}
     report("same_score_bound" if arguments.no_patience else "same_score", result, table(pairs))
 
 

