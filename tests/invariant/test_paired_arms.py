@@ -8,8 +8,7 @@ from tiny_models import TEXTS, build
 
 from tokmask_peft.masking.embedding import find_embedding
 from tokmask_peft.study.plan import make_plan
-from tokmask_peft.training import train as fit
-from tokmask_peft.training import train as session
+from tokmask_peft.training import train as training
 from tokmask_peft.training.trainer import OrderedEvalTrainer
 
 
@@ -43,7 +42,7 @@ class Seen:
 
 @pytest.fixture
 def train_arms(recipe, tmp_path, monkeypatch):
-    """Return a function that trains the arms of one seed and tells what each saw."""
+    """Return a function that trains the arms of one seed and returns what each saw."""
 
     def watch(seen):
         step = OrderedEvalTrainer.training_step
@@ -60,7 +59,7 @@ def train_arms(recipe, tmp_path, monkeypatch):
         monkeypatch.setattr(OrderedEvalTrainer, "training_step", watching)
         return step
 
-    monkeypatch.setattr(session.Session, "_save", lambda *_: None)  # what is left behind is no matter here
+    monkeypatch.setattr(training, "save_adapter_folder", lambda *_: None)  # what a run leaves does not matter here
 
     def train(*overrides, **axes):
         plan = make_plan(str(recipe), [*overrides, f"output_dir={tmp_path}"], seeds="7,", name="arms", **axes)
@@ -68,7 +67,7 @@ def train_arms(recipe, tmp_path, monkeypatch):
         for cell in plan.cells:
             seen = found[cell.arm.label] = Seen()
             usual = watch(seen)
-            fit.fit(plan.recipe_of(cell), lambda *_: None, quiet=True)
+            training.train(plan.recipe_of(cell), quiet=True)
             monkeypatch.setattr(OrderedEvalTrainer, "training_step", usual)
         return found
 
