@@ -15,7 +15,7 @@ from tokmask_peft.data.files import unicode_problem
 from tokmask_peft.errors import DataError
 from tokmask_peft.inference.forward import Forward
 from tokmask_peft.masking.config import TokenMaskConfig
-from tokmask_peft.masking.occlusion import Occlusion
+from tokmask_peft.masking.masker import Occlusion
 from tokmask_peft.tasks import Prediction, WordPredictions, get_task
 from tokmask_peft.training.metrics import probabilities
 

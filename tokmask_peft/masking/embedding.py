@@ -31,11 +31,9 @@ def unwrap(model: nn.Module) -> nn.Module:
     module: Any = model
     while True:
         if isinstance(module, nn.DataParallel):
-            raise MaskTokenError(
-                "nn.DataParallel gives every GPU the same masked positions; start one process per GPU "
-                "(torchrun, accelerate launch), or let this process see a single GPU with CUDA_VISIBLE_DEVICES=0",
-                code="data-parallel",
-            )
+            remedy = "start one process per GPU (torchrun, accelerate launch), or set CUDA_VISIBLE_DEVICES=0"
+            message = f"nn.DataParallel gives every GPU the same masked positions; {remedy}"
+            raise MaskTokenError(message, code="data-parallel")
         inner = getattr(module, "_orig_mod", None)
         if inner is None and hasattr(module, "get_base_model"):
             inner = module.get_base_model()
@@ -53,10 +51,9 @@ def find_embedding(model: nn.Module) -> nn.Module:
         MaskTokenError: the model has none, or looks ids up in a second place, which a hook here would miss.
     """
     base: Any = unwrap(model)
-    name = type(base).__name__
 
     def refusal(code: str, why: str) -> MaskTokenError:
-        return MaskTokenError(f"{name} {why}", code=code, model=name)
+        return MaskTokenError(f"{type(base).__name__} {why}", code=code, model=type(base).__name__)
 
     if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
         why = "is an encoder-decoder model: both parts share one embedding, so the decoder would be masked too; "
@@ -82,10 +79,7 @@ def embedding_weight(embedding: nn.Module) -> Tensor:
 
 
 def read_rows(embedding: nn.Module, first: int, last: int) -> Tensor:
-    """Return the rows from `first` up to `last` (excluded) as they are looked up, [rows, hidden]; a view if possible.
-
-    If FSDP keeps the matrix in shards, every process has to call this: the rows are gathered.
-    """
+    """Return the rows from `first` to `last` (excluded) as they are looked up, [rows, hidden]; see `whole`."""
     quantized: Any = getattr(embedding, "read_rows", None)
     found: Tensor = whole(embedding_weight(embedding)[first:last]) if quantized is None else quantized(first, last)
     return found
@@ -111,15 +105,14 @@ def write_row(embedding: nn.Module, index: int, row: Tensor) -> None:
 
 def is_trainable(embedding: nn.Module, token_id: int) -> bool:
     """Return whether training moves row `token_id`: by `trainable_token_indices`, or with the whole matrix."""
-    token_adapter: Any = getattr(embedding, "token_adapter", None)
-    if token_adapter is not None:
-        return any(token_id in rows for rows in token_adapter.token_indices.values())
-    return embedding_weight(embedding).requires_grad
+    wrapped = hasattr(embedding, "token_adapter")
+    return is_in_adapter(embedding, token_id) if wrapped else embedding_weight(embedding).requires_grad
 
 
 def is_in_adapter(embedding: nn.Module, token_id: int) -> bool:
     """Return whether the adapter has its own copy of row `token_id` (`trainable_token_indices`)."""
-    return hasattr(embedding, "token_adapter") and is_trainable(embedding, token_id)
+    adapter: Any = getattr(embedding, "token_adapter", None)
+    return adapter is not None and any(token_id in rows for rows in adapter.token_indices.values())
 
 
 @torch.no_grad()
@@ -139,11 +132,9 @@ def prepare_mask_row(embedding: nn.Module, mask_token: MaskToken, tokenizer: Any
         return None
     weight = embedding_weight(embedding)
     if weight.dim() != 2 or weight.shape[0] <= mask_token.id:
-        raise MaskTokenError(
-            f"the embedding matrix has shape {list(weight.shape)} here, so row {mask_token.id} cannot be written: "
-            "attach before the model is sharded, or choose mask_token: unk",
-            code="mask-row-sharded",
-        )
+        problem = f"the embedding has shape {list(weight.shape)} here, so row {mask_token.id} cannot be written"
+        remedy = "attach before the model is sharded, or choose mask_token: unk"
+        raise MaskTokenError(f"{problem}: {remedy}", code="mask-row-sharded")
     used = min(used_rows(tokenizer), weight.shape[0])
     original = read_rows(embedding, mask_token.id, mask_token.id + 1)[0].clone()
     total = torch.zeros(weight.shape[1], dtype=torch.float32, device=weight.device)

@@ -1,7 +1,4 @@
-"""What takes the place of a masked token: the choice of the mask token, and the ways to replace.
-
-A way of your own is a subclass of `Replacement`, named in `REPLACEMENTS`.
-"""
+"""What takes the place of a masked token. Your own way to replace is a subclass of `Replacement` in `REPLACEMENTS`."""
 
 from __future__ import annotations
 
@@ -17,17 +14,13 @@ if TYPE_CHECKING:  # the section `masking` of a recipe is read without torch
 
 @dataclass(frozen=True)
 class MaskToken:
-    """The token that replaces masked ones.
+    """The token that replaces masked ones."""
 
-    Attributes:
-        id: row of the embedding matrix.
-        kind: where it comes from: the tokenizer's mask token, a spare row, the unknown token, or an explicit id.
-        reason: one sentence for the decision table.
-    """
-
-    id: int
-    kind: Literal["mask", "spare", "unk", "id"]
-    reason: str
+    id: int  # row of the embedding matrix
+    kind: Literal[
+        "mask", "spare", "unk", "id"
+    ]  # its source; id: given by the caller
+    reason: str  # one sentence for the decision table
 
 
 def used_rows(tokenizer: Any) -> int:
@@ -43,11 +36,6 @@ def choose_mask_token(
     `auto` takes the tokenizer's own mask token; without one, the last row of the embedding matrix if no token uses it
     (the last, so that tokens added later do not collide with it); failing that, the unknown token.
 
-    Args:
-        tokenizer: a transformers tokenizer.
-        embedding_rows: rows of the model's embedding matrix.
-        wanted: `masking.mask_token`.
-
     Raises:
         MaskTokenError: the choice is impossible, or `auto` finds none. Id 0 is never taken as a last resort.
     """
@@ -55,7 +43,7 @@ def choose_mask_token(
         return _explicit(tokenizer, embedding_rows, wanted)
     problems = []
     for source in ("mask", "spare", "unk") if wanted == "auto" else (wanted,):
-        found = (_spare if source == "spare" else _named)(tokenizer, embedding_rows, source)
+        found = _find(tokenizer, embedding_rows, source)
         if isinstance(found, MaskToken):
             return found
         problems.append(found)
@@ -63,8 +51,14 @@ def choose_mask_token(
     raise MaskTokenError(f"no mask token: {'; '.join(problems)}; {remedy}", code="no-mask-token", problems=problems)
 
 
-def _named(tokenizer: Any, rows: int, kind: Any) -> MaskToken | str:
-    """Return the tokenizer's mask or unknown token, or why it cannot be taken."""
+def _find(tokenizer: Any, rows: int, kind: Literal["mask", "spare", "unk"]) -> MaskToken | str:
+    """Return the mask token of one kind, or why it cannot be taken."""
+    if kind == "spare":
+        used = used_rows(tokenizer)
+        if used >= rows:
+            return f"the tokenizer uses all {rows} rows of the embedding ({used} ids)"
+        unused = f"the tokenizer does not use rows {used} to {rows - 1} of the embedding"
+        return MaskToken(rows - 1, kind, f"{unused}; the last is set to the mean row")
     name = {"mask": "mask token", "unk": "unknown token"}[kind]
     token, token_id = getattr(tokenizer, f"{kind}_token", None), getattr(tokenizer, f"{kind}_token_id")
     if token_id is None:
@@ -77,14 +71,6 @@ def _named(tokenizer: Any, rows: int, kind: Any) -> MaskToken | str:
     if kind == "mask":
         return MaskToken(token_id, kind, f"the tokenizer's own mask token, {token!r}")
     return MaskToken(token_id, kind, f"the tokenizer's unknown token, {token!r}: it has no mask token and no spare row")
-
-
-def _spare(tokenizer: Any, rows: int, kind: Any) -> MaskToken | str:
-    used = used_rows(tokenizer)
-    if used >= rows:
-        return f"the tokenizer uses all {rows} rows of the embedding ({used} ids)"
-    reason = f"the tokenizer does not use rows {used} to {rows - 1} of the embedding; the last is set to the mean row"
-    return MaskToken(rows - 1, "spare", reason)
 
 
 def _explicit(tokenizer: Any, rows: int, token_id: int) -> MaskToken:
@@ -112,7 +98,7 @@ class Replacement:
     It runs inside `torch.compile`, so it must not branch on the values of tensors.
 
     Args:
-        mask_token: the mask token that was chosen.
+        mask_token: as chosen.
         maskable: for every id whether it may be masked, bool [rows].
         tokenizer: that of the model.
     """
