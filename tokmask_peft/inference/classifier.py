@@ -11,7 +11,7 @@ from torch import nn
 
 from tokmask_peft.console import Decision
 from tokmask_peft.data.encoding import Encoder
-from tokmask_peft.data.files import unicode_problem
+from tokmask_peft.data.tables import unicode_problem
 from tokmask_peft.errors import DataError
 from tokmask_peft.inference.forward import Forward
 from tokmask_peft.masking.config import TokenMaskConfig

@@ -58,6 +58,7 @@ class TokenMasker:
         self._counts = torch.zeros(2, dtype=torch.int64, device=device)
         self._layout: tuple[Tensor, Tensor] | None = None
         self._original_row: Tensor | None = None
+        self._handle: Any = None
         model_pad_id = getattr(getattr(rows_of.unwrap(model), "config", None), "pad_token_id", None)
         self._pad_id = model_pad_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         maskable = pattern.maskable_table(tokenizer, rows, {*config.protect, self._pad_id, model_pad_id})

@@ -17,9 +17,7 @@ class MaskToken:
     """The token that replaces masked ones."""
 
     id: int  # row of the embedding matrix
-    kind: Literal[
-        "mask", "spare", "unk", "id"
-    ]  # its source; id: given by the caller
+    kind: Literal["mask", "spare", "unk", "id"]  # where it comes from; id: named by the caller
     reason: str  # one sentence for the decision table
 
 

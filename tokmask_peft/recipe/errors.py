@@ -99,9 +99,7 @@ def _problem(detail: ErrorDetails, place: _Place) -> str:
 
 
 def _subscript(place: _Place) -> str:
-    parts = [part for part in place.inside if part != "[key]"]
-    if len(parts) != len(place.inside):
-        parts = parts[:-1]  # the key itself is wrong
+    parts = place.inside[:-2] if "[key]" in place.inside else place.inside  # with it, the key itself is wrong
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts)
 
 
