@@ -37,9 +37,6 @@ class TokenMaskCallback(TrainerCallback, ExportableState):
         mask_token: a choice made earlier; default: `choose_mask_token`. Dicts are for the Trainer, which rebuilds
             callbacks with `restore_callback_states_from_checkpoint`.
         announce: print on stderr, when training starts, which mask token is used and why.
-
-    Attributes:
-        masker: the masker of the current training, or None.
     """
 
     def __init__(
@@ -52,15 +49,12 @@ class TokenMaskCallback(TrainerCallback, ExportableState):
         self.config = TokenMaskConfig.model_validate({} if config is None else config)
         self.mask_token = MaskToken(**mask_token) if isinstance(mask_token, dict) else mask_token
         self.announce = announce
-        self.masker: TokenMasker | None = None
+        self.masker: TokenMasker | None = None  # of the current training
         self._schedule = self.config.make_schedule()
         self._steps = 0
 
     def add_to(self, trainer: Any) -> None:
-        """Join a trainer ahead of its other callbacks, so that the trackers of `report_to` receive `masking_rate` too.
-
-        A Trainer puts the callbacks that it is given behind its trackers, which then miss the rate.
-        """
+        """Join a trainer ahead of its trackers; behind them, where it puts callbacks, they miss `masking_rate`."""
         trainer.add_callback(self)
         callbacks = trainer.callback_handler.callbacks
         callbacks.insert(0, callbacks.pop())

@@ -94,11 +94,6 @@ class TokenMaskConfig(Section):
         """Whether nothing is masked at any time of training."""
         return self.make_schedule().is_off
 
-    @property
-    def ramp_end(self) -> float:
-        """Share of training at which the rate reaches `p`."""
-        return self.make_schedule().end
-
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write `tokmask_config.json` into `folder` and return its path."""
         path = Path(folder) / "tokmask_config.json"
@@ -110,7 +105,7 @@ class TokenMaskConfig(Section):
         """Read `tokmask_config.json` from `folder`.
 
         Raises:
-            FileNotFoundError: the folder has no such file, so this package did not write it.
+            FileNotFoundError: the folder has no such file.
             pydantic.ValidationError: its content does not fit, for example a schedule that is not registered.
         """
         return cls.model_validate_json((Path(folder) / "tokmask_config.json").read_text(encoding="utf-8"))

@@ -69,11 +69,8 @@ def find_embedding(model: nn.Module) -> nn.Module:
 
 
 def embedding_weight(embedding: nn.Module) -> Tensor:
-    """Return the embedding matrix itself, [rows, hidden], so that a write reaches it.
-
-    Below PEFT's `TrainableTokensWrapper` the attribute `weight` is a merged copy.
-    """
-    wrapped: Any = getattr(embedding, "token_adapter", None)
+    """Return the embedding matrix itself, [rows, hidden], so that a write reaches it."""
+    wrapped: Any = getattr(embedding, "token_adapter", None)  # PEFT's, whose own weight is a merged copy
     weight: Tensor = embedding.weight if wrapped is None else wrapped.base_layer.weight  # type: ignore[assignment]
     return weight
 

@@ -37,9 +37,7 @@ class TokenMasker:
     Make a masker with `attach`; as a context manager it detaches at the end, also when training raises.
 
     Attributes:
-        config: how to mask.
-        mask_token: the mask token, with the reason for its choice.
-        seed: seed of the pattern.
+        mask_token: with the reason for its choice.
         rank: process number that the pattern depends on.
         enabled: if False, nothing is masked and no steps are counted; the callback sets it outside optimizer steps.
         attached: whether the model is still being masked.
@@ -250,12 +248,8 @@ class TokenMasker:
 class Occlusion:
     """Hides sub-tokens of a model's input as training does, at positions of the caller's choice.
 
-    A spare row is set to the mean embedding, as in training, and keeps it: no token uses the row.
-
-    Args:
-        model: a classification model, with or without PEFT.
-        tokenizer: its tokenizer.
-        config: how the model was masked in training; None if that is not known.
+    A spare row is set to the mean embedding, as in training, and keeps it: no token uses the row. `config` is how the
+    model, with or without PEFT, was masked in training; None if that is not known.
 
     Attributes:
         mask_token: what hidden sub-tokens become, with the reason.

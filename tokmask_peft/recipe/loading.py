@@ -50,11 +50,7 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def with_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
-    """Return a checked copy of a recipe with `dotted.key=value` overrides.
-
-    Raises:
-        RecipeError: with every problem found.
-    """
+    """Return a checked copy of a recipe with `dotted.key=value` overrides; RecipeError with every problem found."""
     return _overridden(recipe.model_dump(mode="json"), overrides, recipe.name)
 
 

@@ -48,9 +48,7 @@ class SourceConfig(Section):
     hub: str | None = Field(None, description="dataset id on the Hugging Face Hub")
     hub_config: str | None = Field(None, description="configuration of the Hub dataset")
     hub_revision: str | None = Field(None, description="revision of the Hub dataset, for example refs/convert/parquet")
-    builtin: StrictBool = Field(
-        False, description="the built-in Spanish-English corpus (made up, for trying things out)"
-    )
+    builtin: StrictBool = Field(False, description="the built-in Spanish-English corpus, made up to try things out")
     format: str = Field("auto", description="auto goes by the file's ending; or conll, csv, tsv, jsonl, parquet")
     text_column: str | int | None = Field(
         None, description="column of the text, or of the words in token tasks; in CoNLL files a number, from 0"
@@ -87,8 +85,7 @@ class SourceConfig(Section):
                     problem = f"is {self.path}, but the environment variable {name} is not set or empty"
                     problems.append(f"{at}.path: {problem}; {remedy}")
             update["path"] = str(Path(os.path.expandvars(self.path)).expanduser())
-        other: SourceConfig | None = getattr(self, "test_source", None)
-        if other is not None:
+        if (other := getattr(self, "test_source", None)) is not None:
             try:
                 update["test_source"] = other.expanded(f"{at}.test_source")
             except RecipeError as error:
@@ -116,8 +113,7 @@ class DataConfig(SourceConfig):
     )
     max_length: int = Field(128, ge=4, description="sub-tokens per text; longer texts are truncated and reported")
     hygiene: Literal["remove", "report"] = Field(
-        "remove",
-        description="duplicates, conflicting labels and leaked evaluation texts: remove from train, or only report",
+        "remove", description="duplicate, conflicting and leaked texts: remove from train, or only report"
     )
     max_train: int | None = Field(None, ge=1, description="use at most this many training texts (seeded, stratified)")
 
@@ -168,9 +164,7 @@ class AdapterConfig(Section):
     )
     targets: Literal["auto"] | Modules = Field("auto", description="modules to adapt; auto: every linear layer")
     layers: Literal["all"] | LayerCount | ShareOfLayers = Field(
-        "all",
-        description="all, or only the upper layers: a number of them, or a share such as 0.5; the backward pass ends "
-        "below them",
+        "all", description="all, or a number or share (0.5) of the upper layers; the backward pass ends below them"
     )
     rslora: StrictBool = Field(False, description="scale by alpha / sqrt(r) (Kalajdzievski 2023)")
     dora: StrictBool = Field(False, description="weight-decomposed LoRA (Liu et al. 2024)")
@@ -185,10 +179,7 @@ class TrainingConfig(Section):
     batch_size: int = Field(32, ge=1, description="texts per forward pass and device")
     gradient_accumulation: int = Field(1, ge=1, description="forward passes per optimizer step")
     tokens_per_batch: int | None = Field(
-        None,
-        ge=16,
-        description="sub-tokens per forward pass and device, padding included, instead of batch_size texts: a few long "
-        "texts or many short ones",
+        None, ge=16, description="sub-tokens per forward pass and device, padding included, instead of batch_size texts"
     )
     auto_batch: StrictBool = Field(
         False,
