@@ -116,11 +116,9 @@ def is_in_adapter(embedding: nn.Module, token_id: int) -> bool:
 def prepare_mask_row(embedding: nn.Module, mask_token: MaskToken, tokenizer: Any) -> Tensor | None:
     """Set the row of a spare mask token to the mean of the rows that tokens use; other mask tokens have a row already.
 
-    A spare row holds arbitrary values until then. Nothing is written if the adapter has its own copy of the row, so
-    call this before PEFT wraps the embedding for `trainable_token_indices`, which copies the row at that moment.
-
-    Returns:
-        The row as it was, [hidden], to be restored with `write_row`; None if nothing was written.
+    Nothing is written if the adapter has its own copy of the row, so call this before PEFT wraps the embedding for
+    `trainable_token_indices`, which copies the row at that moment. Returns the row as it was, [hidden], to be restored
+    with `write_row`, or None if nothing was written.
 
     Raises:
         MaskTokenError: the matrix is not available as a whole (sharded by ZeRO-3 or FSDP 1).

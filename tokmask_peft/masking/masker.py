@@ -38,7 +38,6 @@ class TokenMasker:
 
     Attributes:
         mask_token: with the reason for its choice.
-        rank: process number that the pattern depends on.
         enabled: if False, nothing is masked and no steps are counted; the callback sets it outside optimizer steps.
         attached: whether the model is still being masked.
         replaceable: whether a later `attach` may take this masker's place.
@@ -84,7 +83,7 @@ class TokenMasker:
 
         Args:
             model: a transformers model, bare or wrapped by PEFT, torch.compile, DDP or accelerate.
-            tokenizer: its tokenizer.
+            tokenizer: that of the model.
             config: how to mask; the rate starts where its schedule starts.
             rank: process number; default: that of torch.distributed, or 0 without it.
             mask_token: a choice made earlier; default: `choose_mask_token`.

@@ -116,9 +116,9 @@ def masked_positions(
     Args:
         input_ids: [batch, seq]; only the shape and the device matter.
         rate: masking rate in [0, 1), a number or a 0-dim tensor.
-        seed: seed of the run.
+        seed: of the run.
         step: counter of training forwards, a number or a 0-dim int64 tensor.
-        rank: process number in distributed training.
+        rank: number of the process.
         maskable: bool [batch, seq], false for special tokens, padding and protected tokens.
         word_starts: bool [batch, seq], true where a word begins; needed for `word` and `span`.
         unit: what is masked as a whole.

@@ -82,9 +82,7 @@ def _explicit(tokenizer: Any, rows: int, token_id: int) -> MaskToken:
     if token_id in (tokenizer.mask_token_id, tokenizer.unk_token_id) and token_id != tokenizer.pad_token_id:
         return MaskToken(token_id, "id", f"{token!r}, as configured")
     if token_id in tokenizer.all_special_ids:
-        why = (
-            f"mask_token {token_id} is the special token {token!r}, which may stand for padding or the end of the text"
-        )
+        why = f"mask_token {token_id} is the special token {token!r}, which may mean padding or the end of the text"
         remedy = "take an ordinary token, a spare row, or leave mask_token at auto"
         raise MaskTokenError(f"{why}; {remedy}", code="mask-token-special", **fields)
     return MaskToken(token_id, "id", f"{token!r}, as configured, an ordinary token of the tokenizer")
