@@ -27,17 +27,11 @@ WrongLabel = tuple[str, str, float, float, int | None]
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A text as read, before tokenization.
+    """A text as read, before tokenization."""
 
-    Attributes:
-        text: the text (sequence tasks), or its words (token tasks).
-        label: the label, or one tag per word; none when the source gives no label.
-        where: `file:line` or `split[row]`, for error messages.
-    """
-
-    text: str | tuple[str, ...]
-    label: Label
-    where: str
+    text: str | tuple[str, ...]  # the text, or its words if they have labels
+    label: Label  # the label, or one tag per word; none if the source gives no label
+    where: str  # `file:line` or `split[row]`, for error messages
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -59,17 +53,11 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Unreadable:
-    """A row or text that cannot be read, in its place among those that can.
+    """A row or text that cannot be read, in its place among those that can."""
 
-    Attributes:
-        where: `file:line` or `file[row]`.
-        problem: what is wrong with it.
-        code: of the error that it becomes if every text is needed.
-    """
-
-    where: str
+    where: str  # `file:line` or `file[row]`
     problem: str
-    code: str = "unreadable"
+    code: str = "unreadable"  # of the error that it becomes if every text is needed
 
 
 LabelIds = Mapping[str, int]
@@ -77,71 +65,40 @@ LabelIds = Mapping[str, int]
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """The answer for a text with one label.
+    """The answer for a text with one label."""
 
-    Attributes:
-        label: the most probable label.
-        probabilities: label -> calibrated probability, in the order of the classifier's labels.
-        windows: windows that the text was read in; more than 1 for a text longer than those of training.
-    """
-
-    label: str
-    probabilities: dict[str, float]
-    windows: int = 1
+    label: str  # the most probable one
+    probabilities: dict[str, float]  # label -> calibrated probability, in the order of the classifier's labels
+    windows: int = 1  # windows that the text was read in; more than 1 if it is longer than those of training
 
 
 @dataclass(frozen=True, slots=True)
 class WordPredictions:
-    """The answer for a text with a label per word; see `Prediction`.
+    """The answer for a text with a label per word; see `Prediction`."""
 
-    Attributes:
-        words: the words, as they were given or split at white space.
-        labels: the most probable label of each word.
-        probabilities: per word, label -> calibrated probability.
-        windows: windows that the text was read in.
-    """
-
-    words: tuple[str, ...]
-    labels: tuple[str, ...]
-    probabilities: tuple[dict[str, float], ...]
+    words: tuple[str, ...]  # as they were given or split at white space
+    labels: tuple[str, ...]  # the most probable label of each word
+    probabilities: tuple[dict[str, float], ...]  # one for each word
     windows: int = 1
 
 
 class Task:
-    """What depends on the kind of label; `sequence` and `token` below are the two that come with the package.
+    """What depends on the kind of label; `sequence` and `token` below are the two that come with the package."""
 
-    Attributes:
-        name: as in `data.task`.
-        description: one line for `tokmask recipes fields`.
-        item: what carries a label, for sentences: `text` or `word`.
-        auto_class: transformers' class that loads backbone and head.
-        peft_type: name in `peft.TaskType`, without which the head would stay frozen in silence.
-        pipeline_tag: of the Hub and of `transformers.pipeline`.
-        text_columns: names under which tables hold the text, the likeliest first.
-        label_columns: names under which tables hold the labels.
-        words_given: whether a text is a list of words, and the tokenizer is told so.
-        paper_gains: the authors' task of this kind, and by backbone their gain in macro-F1 from p = 0 to p = 0.1
-            (arXiv:2505.11746, dev set, one run each); empty if they have none.
-        unseen_parts: names of what is scored separately, without and with words that the training has not seen.
-        cut_effect: a sentence for the report on what cutting long texts does to the scores.
-        snippet: Python for the card that predicts with `model`, `tokenizer` and `labels`.
-        pipeline_snippet: Python for the card that predicts with `transformers.pipeline` and the path `MODEL`.
-    """
-
-    name: ClassVar[str]
-    description: ClassVar[str]
-    item: ClassVar[str]
-    auto_class: ClassVar[str]
-    peft_type: ClassVar[str]
-    pipeline_tag: ClassVar[str]
-    text_columns: ClassVar[tuple[str, ...]]
-    label_columns: ClassVar[tuple[str, ...]]
-    words_given: ClassVar[bool]
-    paper_gains: ClassVar[tuple[str, dict[str, float]]] = ("", {})
-    unseen_parts: ClassVar[tuple[str, str]] = ("texts with no unseen word", "texts with an unseen word")
-    cut_effect: ClassVar[str]
-    snippet: ClassVar[str]
-    pipeline_snippet: ClassVar[str]
+    name: ClassVar[str]  # as in `data.task`
+    description: ClassVar[str]  # one line for `tokmask recipes fields`
+    item: ClassVar[str]  # what carries a label, for sentences: text or word
+    words_given: ClassVar[bool]  # whether a text is a list of words, for the tokenizer too
+    text_columns: ClassVar[tuple[str, ...]]  # names under which tables hold the text, the likeliest first
+    label_columns: ClassVar[tuple[str, ...]]  # names under which tables hold the labels
+    auto_class: ClassVar[str]  # transformers' class that loads backbone and head
+    collator_class: ClassVar[str] = "DataCollatorWithPadding"  # transformers' class that pads a batch
+    peft_type: ClassVar[str]  # name in `peft.TaskType`, without which the head would stay frozen in silence
+    pipeline_tag: ClassVar[str]  # of the Hub and of `transformers.pipeline`
+    unseen_parts: ClassVar[tuple[str, str]] = ("texts with no unseen word", "texts with an unseen word")  # scored apart
+    cut_effect: ClassVar[str]  # a sentence for the report on what cutting long texts does to the scores
+    snippet: ClassVar[str]  # Python for the card that predicts with `model`, `tokenizer` and `labels`
+    pipeline_snippet: ClassVar[str]  # the same with `transformers.pipeline` and the path `MODEL`
 
     # -- data --
 
@@ -162,11 +119,8 @@ class Task:
     def encode_label(self, example: Example, starts: Sequence[tuple[int, int]], length: int, ids: LabelIds) -> Any:
         """Return what the model should learn from an example, for the column `labels`.
 
-        Args:
-            example: the text and its label.
-            starts: if words are given, `(word, position)` of each first sub-token that was kept.
-            length: sub-tokens of the encoded text, special tokens included.
-            ids: label -> index among the outputs.
+        `starts` are, if words are given, `(word, position)` of each first sub-token that was kept; `length` counts the
+        sub-tokens of the encoded text, special tokens included; `ids` maps labels to outputs.
         """
         raise NotImplementedError
 
@@ -183,8 +137,6 @@ class Task:
         return getattr(transformers, self.auto_class)
 
     # -- training and scores --
-
-    collator_class: ClassVar[str] = "DataCollatorWithPadding"
 
     def collator(self, tokenizer: Any) -> Any:
         """Return what pads a batch: on the right to the longest text, rounded up to a multiple of 8.
@@ -204,12 +156,8 @@ class Task:
     ) -> tuple[list[int], list[int]]:
         """Return gold and predicted label ids of a text's items, `NO_PREDICTION` for what was cut away.
 
-        Args:
-            example: the text.
-            ids: label -> id.
-            kept: indices of the words that have a position; empty unless each word carries a label.
-            gold: label ids that the model saw, a number or `[seq]`.
-            predicted: the model's answers, of the same shape.
+        `kept` are indices of the words that have a position, none unless each word carries a label; `gold`, what the
+        model saw, is a number or [seq], and so is `predicted`, its answers.
         """
         return [ids[example.tags[0]]], [int(predicted)]
 
@@ -278,16 +226,8 @@ class SequenceTask(Task):
 
         return torch.tensor([int(label) for label in labels], dtype=torch.long)
 
-    # -- training and scores --
-
-    # -- inference --
-
     # -- report, card and study --
 
-    paper_gains = (
-        "sentiment, Spanish-English",
-        {"mBERT": 0.4648 - 0.4450, "Qwen2.5-0.5B": 0.4904 - 0.4452, "TinyLlama-1.1B": 0.4942 - 0.4724},
-    )
     cut_effect = "A text that is cut is scored on the part that remains."
     snippet = """\
 inputs = tokenizer(["This phone is bien bonito"], return_tensors="pt", padding=True)
@@ -306,6 +246,7 @@ class TokenTask(Task):
     description = "one label per word"
     item = "word"
     auto_class = "AutoModelForTokenClassification"
+    collator_class = "DataCollatorForTokenClassification"
     peft_type = "TOKEN_CLS"
     pipeline_tag = "token-classification"
     text_columns = ("words", "tokens")
@@ -345,8 +286,6 @@ class TokenTask(Task):
 
     # -- training and scores --
 
-    collator_class = "DataCollatorForTokenClassification"
-
     def items(self, example: Example) -> list[tuple[str, str]]:
         """Return each word with its label."""
         return list(zip(example.words, example.tags, strict=True))
@@ -376,10 +315,6 @@ class TokenTask(Task):
 
     # -- report, card and study --
 
-    paper_gains = (
-        "language identification, Spanish-English",
-        {"mBERT": 0.9680 - 0.9664, "Qwen2.5-0.5B": 0.9379 - 0.9354, "TinyLlama-1.1B": 0.9508 - 0.9484},
-    )
     unseen_parts = ("seen words", "unseen words")
     cut_effect = "Words that are cut away count as errors in the scores."
     snippet = """\
@@ -413,10 +348,8 @@ def get_task(name: str) -> Task:
         DataError: there is none.
     """
     if name not in TASKS:
-        known = ", ".join(TASKS)
-        raise DataError(
-            f"there is no task '{name}'.{nearest(name, TASKS)} Known: {known}", code="unknown-task", task=name
-        )
+        problem = f"there is no task '{name}'.{nearest(name, TASKS)} Known: {', '.join(TASKS)}"
+        raise DataError(problem, code="unknown-task", task=name)
     return TASKS[name]
 
 

@@ -70,7 +70,7 @@ def test_it_trains_scores_and_predicts(recipe):
 
 def test_only_recipes_after_it_know_the_task(recipe):
     del TASKS["stars"]
-    with pytest.raises(Exception, match="there is no task 'stars'") as caught:
+    with pytest.raises(Exception, match="there is no 'stars'") as caught:
         Recipe.model_validate(recipe.model_dump())
     assert "sequence" in str(caught.value)
     TASKS["stars"] = StarsTask()

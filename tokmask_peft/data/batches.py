@@ -14,11 +14,7 @@ from tokmask_peft.tasks import get_task
 
 
 class PackedCollator:
-    """Packs a batch into one row, for a model that takes packed rows (`model.packed`).
-
-    Args:
-        task: name of the task; it decides how labels are packed.
-    """
+    """Packs a batch into one row, for a model that takes packed rows (`model.packed`); the task packs the labels."""
 
     def __init__(self, task: str) -> None:
         self._task = get_task(task)
@@ -135,6 +131,5 @@ def token_budget_loader(dataset: Any, collate: Any, sampler: TokenBudgetSampler,
     """Return accelerate's loader for batches that already belong to this process; `prepare` would divide them again."""
     from accelerate.data_loader import DataLoaderShard
 
-    return DataLoaderShard(
-        dataset, device=device, batch_sampler=sampler, collate_fn=collate, pin_memory=pin_memory, num_workers=0
-    )
+    options = {"batch_sampler": sampler, "collate_fn": collate, "pin_memory": pin_memory, "num_workers": 0}
+    return DataLoaderShard(dataset, device=device, **options)

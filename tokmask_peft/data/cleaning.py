@@ -24,31 +24,20 @@ def normalise(text: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class CleaningReport:
-    """What was found before anything was removed, and what was removed.
-
-    Attributes:
-        mode: `remove` or `report`.
-        duplicates: training texts that repeat an earlier one.
-        conflicting: distinct training texts that have different labels.
-        conflicting_rows: training texts of those, all copies counted.
-        train_in_validation, train_in_test, validation_in_test: texts of the first that are also in the second.
-        validation_shared, test_shared: texts there that are also in train.
-        removed_from_train, removed_from_validation: texts removed.
-        examples: up to three normalised texts of each kind.
-    """
+    """What was found before anything was removed, and what was removed."""
 
     mode: Literal["remove", "report"]
-    duplicates: int = 0
-    conflicting: int = 0
-    conflicting_rows: int = 0
-    train_in_validation: int = 0
+    duplicates: int = 0  # training texts that repeat an earlier one
+    conflicting: int = 0  # distinct training texts that have different labels
+    conflicting_rows: int = 0  # training texts of those, all copies counted
+    train_in_validation: int = 0  # texts of the first that are also in the second; likewise below
     train_in_test: int = 0
     validation_in_test: int = 0
-    validation_shared: int = 0
-    test_shared: int = 0
+    validation_shared: int = 0  # validation texts that are also in train
+    test_shared: int = 0  # test texts that are also in train
     removed_from_train: int = 0
     removed_from_validation: int = 0
-    examples: dict[str, list[str]] = field(default_factory=dict)
+    examples: dict[str, list[str]] = field(default_factory=dict)  # up to three normalised texts of each kind
 
     def lines(self) -> list[str]:
         """Return the report as lines to print; none if nothing was found."""
@@ -62,13 +51,13 @@ class CleaningReport:
         lines = []
         for kind, (what, more) in kinds.items():
             if count := getattr(self, kind):
-                short = [text if len(text) <= WIDTH else text[: WIDTH - 1] + "…" for text in self.examples[kind]]
+                short = (text if len(text) <= WIDTH else text[: WIDTH - 1] + "…" for text in self.examples[kind])
                 shown = "; ".join(f"“{text}”" for text in short)
                 lines.append(f"cleaning: texts in {what}: {count:,}{more}, such as {shown}")
         outcome = "nothing removed (data.hygiene: remove would)"
         if self.mode == "remove":
-            train, validation = self.removed_from_train, self.removed_from_validation
-            outcome = f"removed {train:,} texts from train and {validation:,} from validation"
+            train, validation = f"{self.removed_from_train:,}", f"{self.removed_from_validation:,}"
+            outcome = f"removed {train} texts from train and {validation} from validation"
             outcome += " (data.hygiene: report keeps them)"
         return [*lines, f"cleaning: {outcome}"] if lines else []
 

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tokmask_peft.data.cleaning import CleaningReport, clean
-from tokmask_peft.data.files import canonical
 from tokmask_peft.data.readers import find_files, read_split
-from tokmask_peft.data.split import carve, subset
+from tokmask_peft.data.split import canonical, carve, subset
 from tokmask_peft.errors import DataError, nearest
 from tokmask_peft.recipe.schema import DataConfig, SourceConfig
 from tokmask_peft.tasks import Example, Label
@@ -48,8 +47,7 @@ def apply_label_map(
 def merged_labels(stored: Mapping[str, Any]) -> list[Merge]:
     """Return the labels that were merged into others, with their counts over all splits.
 
-    Args:
-        stored: `label_map` of a data report or of a `result.json`, where older runs have `{"old -> new": count}`.
+    They are `stored` in a data report or a `result.json`, where older runs have `{"old -> new": count}`.
     """
     totals: Counter[tuple[str, str]] = Counter()
     for merges in stored.values():
@@ -91,21 +89,16 @@ def check_known(examples: Iterable[Example], labels: Sequence[str], split: str) 
         DataError: there are some; lists each with its count, its first place and the nearest known one.
     """
     places: dict[str, list[str]] = {}
-    known = set(labels)
     for example in examples:
         for tag in example.tags:
-            if tag not in known:
+            if tag not in labels:
                 places.setdefault(tag, []).append(example.where)
     if places:
-        lines = [
-            f"{split}: labels that no training text has (training has {', '.join(labels)}):",
-            *(
-                f"  '{tag}': {len(where)} times, first at {where[0]}.{nearest(tag, labels)}"
-                for tag, where in sorted(places.items())
-            ),
-            f"Merge them with data.label_map, for example {{'{next(iter(places))}': '{labels[-1]}'}}; its key '*' is "
-            "every other label.",
-        ]
+        lines = [f"{split}: labels that no training text has (training has {', '.join(labels)}):"]
+        for tag, where in sorted(places.items()):
+            lines.append(f"  '{tag}': {len(where)} times, first at {where[0]}.{nearest(tag, labels)}")
+        merge = f"{{'{next(iter(places))}': '{labels[-1]}'}}"
+        lines.append(f"Merge them with data.label_map, for example {merge}; its key '*' is every other label.")
         raise DataError("\n".join(lines), code="unknown-labels", split=split, labels=tuple(sorted(places)))
 
 
@@ -122,23 +115,14 @@ class SplitCounts:
 
 @dataclass(frozen=True, slots=True)
 class DataReport:
-    """The evidence about the data of a run.
-
-    Attributes:
-        task: name of the task.
-        labels: labels to learn, in the order of the classifier's outputs.
-        splits: `train`, `validation` and, if there is one, `test`.
-        hygiene: duplicates, conflicts and shared texts.
-        label_map: for each split, what the label map applied to.
-        warnings: what a user should look at; each names the field to change.
-    """
+    """The evidence about the data of a run."""
 
     task: str
-    labels: tuple[str, ...]
-    splits: dict[str, SplitCounts]
+    labels: tuple[str, ...]  # labels to learn, in the order of the classifier's outputs
+    splits: dict[str, SplitCounts]  # train, validation and, if there is one, test
     hygiene: CleaningReport
-    label_map: dict[str, tuple[Merge, ...]] = field(default_factory=dict)
-    warnings: tuple[str, ...] = ()
+    label_map: dict[str, tuple[Merge, ...]] = field(default_factory=dict)  # per split, what the map applied to
+    warnings: tuple[str, ...] = ()  # each names the field to change
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-able form."""
@@ -161,31 +145,18 @@ class DataReport:
 
 @dataclass(frozen=True, slots=True)
 class Corpus:
-    """Texts to learn from and to score on.
-
-    Attributes:
-        task: name of the task.
-        train: training texts, in the order of their source.
-        validation: texts that select the checkpoint.
-        test: texts that score it; may be empty.
-        labels: labels in the order of the classifier's outputs.
-        report: what was read, merged, removed and set aside.
-    """
+    """Texts to learn from and to score on."""
 
     task: str
-    train: list[Example]
-    validation: list[Example]
-    test: list[Example]
-    labels: tuple[str, ...]
-    report: DataReport
+    train: list[Example]  # in the order of their source
+    validation: list[Example]  # these select the checkpoint
+    test: list[Example]  # these score it; may be empty
+    labels: tuple[str, ...]  # in the order of the classifier's outputs
+    report: DataReport  # what was read, merged, removed and set aside
 
 
 def load_corpus(config: DataConfig, seed: int) -> Corpus:
     """Read, merge labels, clean, set validation aside, and draw at most `max_train` training texts.
-
-    Args:
-        config: the data section of a recipe.
-        seed: seed of the draws.
 
     Raises:
         DataError: the data cannot be read or does not fit the task.
@@ -274,7 +245,6 @@ def _warnings(
     for name, split in splits.items():
         absent = sorted(set(splits["train"].labels) - set(split.labels))
         if absent and split.texts:
-            warnings.append(
-                f"{name} has no text with {', '.join(absent)}: its score says nothing about that label; see data.{name}"
-            )
+            problem = f"{name} has no text with {', '.join(absent)}: its score says nothing about that label"
+            warnings.append(f"{problem}; see data.{name}")
     return warnings

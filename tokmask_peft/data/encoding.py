@@ -30,25 +30,15 @@ _Tokens = tuple[Any, NDArray[np.int64], int]
 
 @dataclass(frozen=True, slots=True)
 class Truncation:
-    """What did not fit.
+    """What did not fit."""
 
-    Attributes:
-        texts: texts encoded.
-        words: words in them, as given or between white space.
-        sub_tokens: sub-tokens kept, special tokens included.
-        texts_cut: texts longer than `max_length`.
-        words_cut: words of which nothing is kept.
-        words_replaced: words that the tokenizer drops, encoded as the unknown token.
-        words_without_tokens: words before the cut that have no sub-token all the same.
-    """
-
-    texts: int = 0
-    words: int = 0
-    sub_tokens: int = 0
-    texts_cut: int = 0
-    words_cut: int = 0
-    words_replaced: int = 0
-    words_without_tokens: int = 0
+    texts: int = 0  # texts encoded
+    words: int = 0  # words in them, as given or between white space
+    sub_tokens: int = 0  # sub-tokens kept, special tokens included
+    texts_cut: int = 0  # texts longer than `max_length`
+    words_cut: int = 0  # words of which nothing is kept
+    words_replaced: int = 0  # words that the tokenizer drops, encoded as the unknown token
+    words_without_tokens: int = 0  # words before the cut that have no sub-token all the same
 
     def to_dict(self) -> dict[str, int]:
         """Return a JSON-able form."""
@@ -57,38 +47,23 @@ class Truncation:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """Examples ready for the model.
+    """Examples ready for the model."""
 
-    Attributes:
-        dataset: columns `input_ids`, `length` and, for labelled examples, `labels`.
-        kept: if words are given, for each text the indices of the words that have a position, in order; else none.
-        truncation: what was cut.
-    """
-
-    dataset: Dataset
-    kept: list[list[int]] | None
+    dataset: Dataset  # columns `input_ids`, `length` and, for labelled examples, `labels`
+    kept: list[list[int]] | None  # if words are given, per text the indices of those that have a position, in order
     truncation: Truncation
 
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """A piece of a text, framed by the special tokens of the tokenizer.
+    """A piece of a text, framed by the special tokens of the tokenizer."""
 
-    Attributes:
-        text: index of the text.
-        ids: token ids, special tokens included.
-        size: sub-tokens of the text in it.
-        words: if words are given, those that take their label from this window; else empty.
-        positions: for each of them the position of its first sub-token in `ids`.
-        owners: if asked for, the word of each id, -1 for none: int64 [ids].
-    """
-
-    text: int
-    ids: list[int]
-    size: int
-    words: NDArray[np.int64]
-    positions: NDArray[np.int64]
-    owners: NDArray[np.int64] | None = None
+    text: int  # index of the text
+    ids: list[int]  # special tokens included
+    size: int  # sub-tokens of the text in it
+    words: NDArray[np.int64]  # if words are given, those that take their label from this window; otherwise empty
+    positions: NDArray[np.int64]  # of the first sub-token of each of these words, in `ids`
+    owners: NDArray[np.int64] | None = None  # if asked for, the word of each id, -1 for none: [ids]
 
 
 class Encoder:
@@ -117,9 +92,7 @@ class Encoder:
     def cut(self, examples: Sequence[Example], labels: Sequence[str]) -> Encoded:
         """Encode examples one row each; what is longer than `max_length` is cut at the end.
 
-        Args:
-            examples: texts; either all have labels or none does (prediction).
-            labels: label names in the order of the classifier's outputs.
+        Either all examples have labels or none does; `labels` are in the order of the classifier's outputs.
 
         Raises:
             DataError: a label is unknown, or only some texts have labels.
@@ -157,7 +130,8 @@ class Encoder:
             return
         for example, encoding in zip(batch, self._tokenize([one.string for one in batch], cut=True), strict=True):
             end = max((stop for _, stop in encoding.offsets), default=0)
-            yield example, encoding, [], [(encoding.overflowing and _whole_words_after(example.string, end)) or 0, 0, 0]
+            lost = _whole_words_after(example.string, end) if encoding.overflowing else 0
+            yield example, encoding, [], [lost, 0, 0]
 
     def windows(self, texts: Sequence[str] | Sequence[Sequence[str]], owners: bool = False) -> list[Window]:
         """Encode texts, in their order, in as many windows as they need, each framed by special tokens as in `cut`.
@@ -299,12 +273,8 @@ def spaced(words: Sequence[str]) -> list[str]:
 def words_of(text: str, offsets: Sequence[tuple[int, int]]) -> NDArray[np.int64]:
     """Return the word of a running text that each sub-token belongs to, by its last character that is not white space.
 
-    Args:
-        text: words are separated by white space, as in `str.split`.
-        offsets: first character of each sub-token and the one after its last.
-
-    Returns:
-        Index of the word, -1 for a sub-token of white space alone; int64 [sub-tokens].
+    Words are numbered as in `str.split`; -1 stands for a sub-token of white space only. `offsets` are the first
+    character of each sub-token and the one after its last. The result is int64 [sub-tokens].
     """
     word_at = np.full(len(text), -1, dtype=np.int64)
     for number, word in enumerate(re.finditer(r"\S+", text)):

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tokmask_peft.data.files import NAME_A_SPLIT, DataFile, aliases, readable
-from tokmask_peft.data.tables import Columns, Row, class_names, examples, name_classes, parquet_rows
+from tokmask_peft.data.split import NAME_A_SPLIT, aliases
+from tokmask_peft.data.tables import Columns, DataFile, Row, class_names, examples, name_classes, parquet_rows, readable
 from tokmask_peft.errors import DataError, nearest
 from tokmask_peft.recipe.schema import SourceConfig
 from tokmask_peft.tasks import Example, get_task
@@ -48,12 +48,8 @@ def _converted(source: SourceConfig, split: str) -> tuple[Iterator[Row], list[st
     from huggingface_hub import snapshot_download
 
     config = source.hub_config
-    folder = _reach(
-        source,
-        lambda: snapshot_download(
-            str(source.hub), repo_type="dataset", revision=PARQUET_BRANCH, allow_patterns=[f"{config}/*"]
-        ),
-    )
+    wanted: dict[str, Any] = {"revision": PARQUET_BRANCH, "allow_patterns": [f"{config}/*"]}
+    folder = _reach(source, lambda: snapshot_download(str(source.hub), repo_type="dataset", **wanted))
     root = Path(folder) / str(config)
     splits: dict[str, list[Path]] = {}
     for file in sorted(root.rglob("*.parquet")):
@@ -87,9 +83,8 @@ def _dataset(source: SourceConfig, split: str) -> tuple[Iterator[Row], list[str]
     """Return rows and columns of a split through the `datasets` library."""
     import datasets
 
-    splits = _reach(
-        source, lambda: datasets.load_dataset(source.hub, name=source.hub_config, revision=source.hub_revision)
-    )
+    place = {"name": source.hub_config, "revision": source.hub_revision}
+    splits = _reach(source, lambda: datasets.load_dataset(source.hub, **place))
     dataset = splits[_choose(source, split, list(splits))]
     kinds = {name: type(feature).__name__ for name, feature in dataset.features.items()}
     dataset = dataset.remove_columns([name for name, kind in kinds.items() if kind in {"Image", "Audio", "Video"}])
@@ -126,17 +121,13 @@ def _reach(source: SourceConfig, load: Callable[[], Any]) -> Any:
 def _remedy(error: Exception, text: str) -> tuple[str, str]:
     """Return a code for what went wrong, and what to do about it."""
     if isinstance(error, ConnectionError) or type(error).__name__ in {"LocalEntryNotFoundError", "ConnectError"}:
-        return "hub-unreachable", (
-            "The Hub cannot be reached and the dataset is not in the local cache. Connect (and unset HF_HUB_OFFLINE), "
-            "or set data.path to a local copy."
-        )
+        problem = "The Hub cannot be reached and the dataset is not in the local cache."
+        return "hub-unreachable", f"{problem} Connect (and unset HF_HUB_OFFLINE), or set data.path to a local copy."
     if "gated" in text or "authenticated" in text:
         return "hub-gated", "Ask for access on the dataset's page, then log in with: hf auth login"
     if "scripts are no longer supported" in text:
-        return "hub-script", (
-            "Code that comes with a dataset is never run here. Most such datasets have a parquet copy: set "
-            f"data.hub_revision to {PARQUET_BRANCH}."
-        )
+        remedy = f"Most such datasets have a parquet copy: set data.hub_revision to {PARQUET_BRANCH}."
+        return "hub-script", f"Code that comes with a dataset is never run here. {remedy}"
     if "builderconfig" in text or "config name is missing" in text:
         return "no-config", "Set data.hub_config to one of its configurations."
     return "hub", "Check data.hub, data.hub_config and data.hub_revision; a private dataset needs: hf auth login"

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from tokmask_peft.data import tables
 from tokmask_peft.data.conll import ConllReader
-from tokmask_peft.data.files import NAME_A_SPLIT, DataFile, aliases, canonical, readable, unicode_problem
-from tokmask_peft.data.tables import Columns, Row
+from tokmask_peft.data.split import NAME_A_SPLIT, aliases, canonical
+from tokmask_peft.data.tables import Columns, DataFile, Row, readable, unicode_problem
 from tokmask_peft.errors import DataError, nearest
 from tokmask_peft.recipe.schema import SourceConfig
 from tokmask_peft.tasks import Example, Unreadable, get_task
@@ -70,11 +70,8 @@ def reader_of(path: Path, asked: str = "auto") -> Reader:
         return READERS[ending]
     formats = ["auto", *(known.removeprefix(".") for known in READERS)]
     guess = "" if asked == "auto" else nearest(asked, formats)
-    raise DataError(
-        f"{path}: no reader for the format '{ending[1:]}'.{guess} Set data.format to one of {', '.join(formats)}.",
-        code="unknown-format",
-        format=ending[1:],
-    )
+    problem = f"no reader for the format '{ending[1:]}'.{guess} Set data.format to one of {', '.join(formats)}."
+    raise DataError(f"{path}: {problem}", code="unknown-format", format=ending[1:])
 
 
 def find_files(path: str, split: str, asked: str = "auto") -> list[Path]:
@@ -95,8 +92,7 @@ def find_files(path: str, split: str, asked: str = "auto") -> list[Path]:
         if split in (root.name, root.stem) or "train" in aliases(split):
             return [root]
         root = root.parent
-    literal = root / split
-    if literal.is_file():
+    if (literal := root / split).is_file():
         return [literal]
     files = sorted(file for file in root.iterdir() if file.is_file() and file.suffix.lower() in READERS)
     fitting = [file for file in files if _SHARD.sub("", file.stem).lower() in aliases(split)]
@@ -137,12 +133,7 @@ def builtin_examples(task: str, split: str) -> list[Example]:
 
 
 def read_split(source: SourceConfig, split: str, task: str) -> list[Example]:
-    """Read a labelled split.
-
-    Args:
-        source: local path, Hub dataset or built-in corpus; the first that is set wins, in this order.
-        split: name of the split, or of a file.
-        task: name of the task.
+    """Read a labelled split, or a file, from a local path, the Hub or the built-in corpus: the first that is set.
 
     Raises:
         DataError: the split is missing, empty, unlabelled or malformed.
@@ -195,11 +186,7 @@ def _check_complete(examples: list[Example], name: str, task: str) -> None:
 class TextFile(DataFile):
     """The texts of one file for prediction, in order and streamed; one that cannot be read is an `Unreadable`.
 
-    Args:
-        path: the file.
-        task: name of the task.
-        format: txt (a text per line) or another ending of `READERS`; auto goes by the file's own ending.
-        text_column: column of the text or the words; none looks for a usual name.
+    The format is txt (a text per line) or another ending of `READERS`; auto goes by the file's own ending.
 
     Raises:
         DataError: the file is missing, its format is not known, no column fits, or the file as a whole is not what its

@@ -1,4 +1,7 @@
-"""Set texts aside: a validation share, or a smaller training set; seeded, stratified, duplicates kept together."""
+"""Splits: their names, and texts set aside: a validation share, or a smaller training set.
+
+Draws are seeded and stratified, and keep duplicates together.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +12,29 @@ from tokmask_peft.data.cleaning import normalise
 from tokmask_peft.errors import DataError
 from tokmask_peft.tasks import Example
 
+_ALIASES = {"train": {"training"}, "validation": {"dev", "valid", "val", "development"}, "test": {"testing"}}
+NAME_A_SPLIT = (
+    "Name one in data.train, data.validation or data.test; data.validation may be a share of train such as 0.1, and "
+    "data.test may be null."
+)
+
+
+def aliases(split: str) -> set[str]:
+    """Return the names that mean the same split: `validation`, `dev`, `valid` and `val` are one."""
+    name = canonical(split)
+    return {name.lower(), *_ALIASES.get(name, ())}
+
+
+def canonical(split: str) -> str:
+    """Return one name for all aliases of a split."""
+    return next((name for name, others in _ALIASES.items() if split.lower() in {name, *others}), split)
+
 
 def carve(train: Sequence[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
-    """Split `train` into a training and a validation part, and return both.
+    """Split `train` into a training part and a validation part with `share` of the distinct texts; return both.
 
     Texts that are the same after normalisation stay together. The result does not depend on the order of the texts;
     both parts keep it. A label never leaves the training part altogether.
-
-    Args:
-        train: texts to split.
-        share: share of the distinct texts that goes to validation.
-        seed: seed of the draw.
 
     Raises:
         DataError: there are too few texts to split.
@@ -36,11 +51,9 @@ def carve(train: Sequence[Example], share: float, seed: int) -> tuple[list[Examp
             aside.remove(key)
             staying |= missing
     if not aside:
-        problem = (
-            f"data.validation: a share of {share} of {len(groups)} distinct training texts cannot be set aside while "
-            "train keeps a text of every label. Give more texts or name a validation file."
-        )
-        raise DataError(problem, code="too-few-texts", texts=len(groups), share=share)
+        problem = f"a share of {share} of {len(groups)} distinct training texts leaves no text of some label in train"
+        remedy = "Give more texts or name a validation file."
+        raise DataError(f"data.validation: {problem}. {remedy}", code="too-few-texts", texts=len(groups), share=share)
     pairs = list(zip(keys, train, strict=True))
     return [example for key, example in pairs if key not in aside], [e for key, e in pairs if key in aside]
 

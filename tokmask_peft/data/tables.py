@@ -1,4 +1,4 @@
-"""Tables: CSV, TSV, JSON lines and parquet, with a text in each row."""
+"""A local file that is being read, and the tables in it: CSV, TSV, JSON lines and parquet, with a text in each row."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import csv
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from tokmask_peft.data.files import DataFile
 from tokmask_peft.errors import DataError, nearest
 from tokmask_peft.tasks import Example, Task, Unreadable
 
@@ -18,19 +18,74 @@ Row = tuple[str, dict[str, Any]] | Unreadable
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """What to read from a file.
+    """What to read from a file: names or numbers of columns; for none a usual name is looked for."""
+
+    task: Task  # what an example must look like
+    text: str | int | None = None  # column of the text, or of the words
+    label: str | int | None = None  # column of the label, or of the tags
+    labelled: bool = True  # whether to read labels; prediction does not
+
+
+class DataFile:
+    """A file to read from.
+
+    Args:
+        path: the file.
+        name: for places such as `name:line`; default: the path.
+        tolerant: keep bytes that are not UTF-8 as lone surrogates, for `unicode_problem` to find in the text.
 
     Attributes:
-        task: what an example must look like.
-        text: name or number of the column of the text, or of the words; none looks for a usual name.
-        label: the same for the label, or the tags.
-        labelled: whether to read labels; prediction does not.
+        total: its size in bytes.
+        done: bytes read so far.
     """
 
-    task: Task
-    text: str | int | None = None
-    label: str | int | None = None
-    labelled: bool = True
+    def __init__(self, path: Path, name: str | None = None, tolerant: bool = False) -> None:
+        self.path, self.name, self._tolerant = path, name or str(path), tolerant
+        self.total, self.done = path.stat().st_size, 0
+
+    def lines(self, keep_ends: bool = False) -> Iterator[str]:
+        """Read UTF-8 lines, with or without a byte-order mark, ended by LF or CRLF.
+
+        Only line feeds end a line: a post may contain other characters that Unicode counts as line ends.
+
+        CSV needs them inside quotes (`keep_ends`).
+
+        Raises:
+            DataError: a line is not UTF-8 (unless `tolerant`); names it.
+        """
+        with self.path.open("rb") as file:
+            for number, raw in enumerate(file, start=1):
+                self.done += len(raw)
+                text = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
+                try:
+                    line = text.decode("utf-8", errors="surrogateescape" if self._tolerant else "strict")
+                except UnicodeDecodeError as error:
+                    where = f"{self.name}:{number}"
+                    problem = f"{where}: byte {error.start + 1} of the line is not UTF-8 ({error.reason}). "
+                    remedy = f"Save the file as UTF-8, for example: iconv -f latin1 -t utf-8 '{self.path.name}'"
+                    raise DataError(problem + remedy, code="not-utf8", where=where) from error
+                yield line if keep_ends else line.removesuffix("\n").removesuffix("\r")
+
+
+def readable(found: Iterable[Example | Unreadable]) -> Iterator[Example]:
+    """Yield examples.
+
+    Raises:
+        DataError: at the first text that cannot be read; names its place.
+    """
+    for example in found:
+        if isinstance(example, Unreadable):
+            raise DataError(f"{example.where}: {example.problem}", code=example.code, where=example.where)
+        yield example
+
+
+def unicode_problem(text: str) -> str | None:
+    """Return why a text is not valid Unicode, or none: no tokenizer takes it, and JSON lines may contain it."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        return f"character {error.start + 1} is not valid Unicode, or the file is not UTF-8"
+    return None
 
 
 def csv_rows(file: DataFile) -> Iterator[Row]:

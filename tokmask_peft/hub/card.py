@@ -190,7 +190,8 @@ def training_facts(recipe: Recipe, result: Result) -> list[tuple[str, str]]:
     masking, adapter, training = recipe.masking, recipe.adapter, recipe.training
     rate = f"p = {masking.p:g}, {masking.schedule}"
     if masking.schedule != "constant":
-        rate += f" from {masking.p_start:g} between {masking.begin:.0%} and {masking.ramp_end:.0%} of training"
+        end = masking.make_schedule().end
+        rate += f" from {masking.p_start:g} between {masking.begin:.0%} and {end:.0%} of training"
     unit = masking.unit if masking.unit != "span" else f"span of {masking.span_length} words"
     chosen = {decision["what"]: decision["choice"] for decision in result.decisions}
     token = f"{chosen.get('mask token', masking.mask_token)}{', trained' if masking.trainable_mask else ''}"

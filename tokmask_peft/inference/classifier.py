@@ -11,11 +11,11 @@ from torch import nn
 
 from tokmask_peft.console import Decision
 from tokmask_peft.data.encoding import Encoder
-from tokmask_peft.data.files import unicode_problem
+from tokmask_peft.data.tables import unicode_problem
 from tokmask_peft.errors import DataError
 from tokmask_peft.inference.forward import Forward
 from tokmask_peft.masking.config import TokenMaskConfig
-from tokmask_peft.masking.occlusion import Occlusion
+from tokmask_peft.masking.masker import Occlusion
 from tokmask_peft.tasks import Prediction, WordPredictions, get_task
 from tokmask_peft.training.metrics import probabilities
 

@@ -25,23 +25,18 @@ class TokenMaskCallback(TrainerCallback, ExportableState):
     """Attaches a masker when training begins, drives its schedule, and detaches it when training ends.
 
     Masking is on within optimizer steps only, and there in the forwards that `TokenMasker` calls training forwards:
-    evaluation, generation and reference passes are not masked, in whatever mode the model is. The positions depend on
-    the optimizer step, and the schedule's state is saved in each checkpoint's `trainer_state.json`, so a resumed run
-    masks as an uninterrupted one. The masking rate joins the logged values as `masking_rate`, and each checkpoint
-    holds a `tokmask_config.json`.
+    evaluation, generation and reference passes are not masked, whatever the model's mode. The positions depend on the
+    optimizer step, and the schedule's state is saved in each checkpoint's `trainer_state.json`, so a resumed run masks
+    as an uninterrupted one. The rate is logged as `masking_rate`, and each checkpoint holds a `tokmask_config.json`.
 
     A Trainer calls no event when training raises. The hook that is left then masks nothing outside of optimizer steps,
-    and the next training replaces it. Only if a training raised in the middle of a step, and you go on to train the
-    model in a loop of your own, call `detach()` first.
+    and the next training replaces it. Call `detach()` only before you go on with a loop of your own.
 
     Args:
         config: how to mask; its seed defaults to that of the `TrainingArguments`.
         mask_token: a choice made earlier; default: `choose_mask_token`. Dicts are for the Trainer, which rebuilds
             callbacks with `restore_callback_states_from_checkpoint`.
         announce: print on stderr, when training starts, which mask token is used and why.
-
-    Attributes:
-        masker: the masker of the current training, or None.
     """
 
     def __init__(
@@ -54,15 +49,12 @@ class TokenMaskCallback(TrainerCallback, ExportableState):
         self.config = TokenMaskConfig.model_validate({} if config is None else config)
         self.mask_token = MaskToken(**mask_token) if isinstance(mask_token, dict) else mask_token
         self.announce = announce
-        self.masker: TokenMasker | None = None
+        self.masker: TokenMasker | None = None  # of the current training
         self._schedule = self.config.make_schedule()
         self._steps = 0
 
     def add_to(self, trainer: Any) -> None:
-        """Join a trainer ahead of its other callbacks, so that the trackers of `report_to` receive `masking_rate` too.
-
-        A Trainer puts the callbacks that it is given behind its trackers, which then miss the rate.
-        """
+        """Join a trainer ahead of its trackers; behind them, where it puts callbacks, they miss `masking_rate`."""
         trainer.add_callback(self)
         callbacks = trainer.callback_handler.callbacks
         callbacks.insert(0, callbacks.pop())
@@ -109,10 +101,9 @@ class TokenMaskCallback(TrainerCallback, ExportableState):
         if self.masker is not None:
             self.masker.enabled = False
 
-    def on_log(
-        self, args: Arguments, state: State, control: Control, logs: dict[str, Any] | None = None, **kwargs: Any
-    ) -> None:
+    def on_log(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
         """Show the logged values to the schedule, and add the masking rate to those of training."""
+        logs = kwargs.get("logs")
         if self.masker is None or logs is None:
             return
         self._schedule.observe(dict(logs))
@@ -130,11 +121,9 @@ class TokenMaskCallback(TrainerCallback, ExportableState):
     def on_train_end(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
         """Detach the masker, and warn if it never saw a token."""
         if self.masker and self._steps and not self.config.is_off and math.isnan(self.masker.observed_rate):
-            warnings.warn(
-                "Token masking masked nothing: no training forward looked up maskable ids in the input embedding. Is "
-                "the model called with inputs_embeds, or does it look up its ids elsewhere?",
-                stacklevel=2,
-            )
+            why = "no training forward looked up maskable ids in the input embedding"
+            ask = "Is the model called with inputs_embeds, or does it look up its ids elsewhere?"
+            warnings.warn(f"Token masking masked nothing: {why}. {ask}", stacklevel=2)
         self.detach()
 
     def detach(self) -> None:
@@ -150,15 +139,11 @@ class TokenMaskCallback(TrainerCallback, ExportableState):
             message = "token masking needs the tokenizer: Trainer(processing_class=tokenizer, ...)"
             raise MaskTokenError(message, code="no-tokenizer")
         if args.n_gpu > 1:
-            message = (
-                f"this trainer would spread one process over {args.n_gpu} GPUs (nn.DataParallel), which token masking "
-                "does not support: use torchrun or accelerate launch, or CUDA_VISIBLE_DEVICES=0"
-            )
+            problem = f"token masking does not support one process on {args.n_gpu} GPUs (nn.DataParallel)"
+            message = f"{problem}: use torchrun or accelerate launch, or CUDA_VISIBLE_DEVICES=0"
             raise MaskTokenError(message, code="data-parallel", gpus=args.n_gpu)
         options: dict[str, Any] = {"rank": args.process_index, "mask_token": self.mask_token, "seed": args.seed}
-        resumed = state.global_step > 0
-        self.masker = TokenMasker.attach(
-            kwargs["model"], tokenizer, self.config, **options, resumed=resumed, replaceable=True
-        )
+        options |= {"resumed": state.global_step > 0, "replaceable": True}
+        self.masker = TokenMasker.attach(kwargs["model"], tokenizer, self.config, **options)
         self.masker.enabled = False
         return self.masker

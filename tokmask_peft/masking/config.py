@@ -7,17 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    GetCoreSchemaHandler,
-    StrictBool,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
-from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError, core_schema
 
 from tokmask_peft.errors import nearest
 from tokmask_peft.masking.replacement import REPLACEMENTS
@@ -34,7 +25,7 @@ class NameIn:
 
     registry: Mapping[str, Any]
 
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> core_schema.CoreSchema:
         return core_schema.no_info_after_validator_function(self._check, handler(source))
 
     def _check(self, name: str) -> str:
@@ -103,11 +94,6 @@ class TokenMaskConfig(Section):
         """Whether nothing is masked at any time of training."""
         return self.make_schedule().is_off
 
-    @property
-    def ramp_end(self) -> float:
-        """Share of training at which the rate reaches `p`."""
-        return self.make_schedule().end
-
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write `tokmask_config.json` into `folder` and return its path."""
         path = Path(folder) / "tokmask_config.json"
@@ -119,7 +105,7 @@ class TokenMaskConfig(Section):
         """Read `tokmask_config.json` from `folder`.
 
         Raises:
-            FileNotFoundError: the folder has no such file, so this package did not write it.
+            FileNotFoundError: the folder has no such file.
             pydantic.ValidationError: its content does not fit, for example a schedule that is not registered.
         """
         return cls.model_validate_json((Path(folder) / "tokmask_config.json").read_text(encoding="utf-8"))

@@ -31,11 +31,9 @@ def unwrap(model: nn.Module) -> nn.Module:
     module: Any = model
     while True:
         if isinstance(module, nn.DataParallel):
-            raise MaskTokenError(
-                "nn.DataParallel gives every GPU the same masked positions; start one process per GPU "
-                "(torchrun, accelerate launch), or let this process see a single GPU with CUDA_VISIBLE_DEVICES=0",
-                code="data-parallel",
-            )
+            remedy = "start one process per GPU (torchrun, accelerate launch), or set CUDA_VISIBLE_DEVICES=0"
+            message = f"nn.DataParallel gives every GPU the same masked positions; {remedy}"
+            raise MaskTokenError(message, code="data-parallel")
         inner = getattr(module, "_orig_mod", None)
         if inner is None and hasattr(module, "get_base_model"):
             inner = module.get_base_model()
@@ -53,10 +51,9 @@ def find_embedding(model: nn.Module) -> nn.Module:
         MaskTokenError: the model has none, or looks ids up in a second place, which a hook here would miss.
     """
     base: Any = unwrap(model)
-    name = type(base).__name__
 
     def refusal(code: str, why: str) -> MaskTokenError:
-        return MaskTokenError(f"{name} {why}", code=code, model=name)
+        return MaskTokenError(f"{type(base).__name__} {why}", code=code, model=type(base).__name__)
 
     if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
         why = "is an encoder-decoder model: both parts share one embedding, so the decoder would be masked too; "
@@ -72,20 +69,14 @@ def find_embedding(model: nn.Module) -> nn.Module:
 
 
 def embedding_weight(embedding: nn.Module) -> Tensor:
-    """Return the embedding matrix itself, [rows, hidden], so that a write reaches it.
-
-    Below PEFT's `TrainableTokensWrapper` the attribute `weight` is a merged copy.
-    """
-    wrapped: Any = getattr(embedding, "token_adapter", None)
+    """Return the embedding matrix itself, [rows, hidden], so that a write reaches it."""
+    wrapped: Any = getattr(embedding, "token_adapter", None)  # PEFT's, whose own weight is a merged copy
     weight: Tensor = embedding.weight if wrapped is None else wrapped.base_layer.weight  # type: ignore[assignment]
     return weight
 
 
 def read_rows(embedding: nn.Module, first: int, last: int) -> Tensor:
-    """Return the rows from `first` up to `last` (excluded) as they are looked up, [rows, hidden]; a view if possible.
-
-    If FSDP keeps the matrix in shards, every process has to call this: the rows are gathered.
-    """
+    """Return the rows from `first` to `last` (excluded) as they are looked up, [rows, hidden]; see `whole`."""
     quantized: Any = getattr(embedding, "read_rows", None)
     found: Tensor = whole(embedding_weight(embedding)[first:last]) if quantized is None else quantized(first, last)
     return found
@@ -111,26 +102,23 @@ def write_row(embedding: nn.Module, index: int, row: Tensor) -> None:
 
 def is_trainable(embedding: nn.Module, token_id: int) -> bool:
     """Return whether training moves row `token_id`: by `trainable_token_indices`, or with the whole matrix."""
-    token_adapter: Any = getattr(embedding, "token_adapter", None)
-    if token_adapter is not None:
-        return any(token_id in rows for rows in token_adapter.token_indices.values())
-    return embedding_weight(embedding).requires_grad
+    wrapped = hasattr(embedding, "token_adapter")
+    return is_in_adapter(embedding, token_id) if wrapped else embedding_weight(embedding).requires_grad
 
 
 def is_in_adapter(embedding: nn.Module, token_id: int) -> bool:
     """Return whether the adapter has its own copy of row `token_id` (`trainable_token_indices`)."""
-    return hasattr(embedding, "token_adapter") and is_trainable(embedding, token_id)
+    adapter: Any = getattr(embedding, "token_adapter", None)
+    return adapter is not None and any(token_id in rows for rows in adapter.token_indices.values())
 
 
 @torch.no_grad()
 def prepare_mask_row(embedding: nn.Module, mask_token: MaskToken, tokenizer: Any) -> Tensor | None:
     """Set the row of a spare mask token to the mean of the rows that tokens use; other mask tokens have a row already.
 
-    A spare row holds arbitrary values until then. Nothing is written if the adapter has its own copy of the row, so
-    call this before PEFT wraps the embedding for `trainable_token_indices`, which copies the row at that moment.
-
-    Returns:
-        The row as it was, [hidden], to be restored with `write_row`; None if nothing was written.
+    Nothing is written if the adapter has its own copy of the row, so call this before PEFT wraps the embedding for
+    `trainable_token_indices`, which copies the row at that moment. Returns the row as it was, [hidden], to be restored
+    with `write_row`, or None if nothing was written.
 
     Raises:
         MaskTokenError: the matrix is not available as a whole (sharded by ZeRO-3 or FSDP 1).
@@ -139,11 +127,9 @@ def prepare_mask_row(embedding: nn.Module, mask_token: MaskToken, tokenizer: Any
         return None
     weight = embedding_weight(embedding)
     if weight.dim() != 2 or weight.shape[0] <= mask_token.id:
-        raise MaskTokenError(
-            f"the embedding matrix has shape {list(weight.shape)} here, so row {mask_token.id} cannot be written: "
-            "attach before the model is sharded, or choose mask_token: unk",
-            code="mask-row-sharded",
-        )
+        problem = f"the embedding has shape {list(weight.shape)} here, so row {mask_token.id} cannot be written"
+        remedy = "attach before the model is sharded, or choose mask_token: unk"
+        raise MaskTokenError(f"{problem}: {remedy}", code="mask-row-sharded")
     used = min(used_rows(tokenizer), weight.shape[0])
     original = read_rows(embedding, mask_token.id, mask_token.id + 1)[0].clone()
     total = torch.zeros(weight.shape[1], dtype=torch.float32, device=weight.device)

@@ -1,21 +1,30 @@
-"""The masker: a forward pre-hook that swaps ids on their way into the embedding lookup."""
+"""The masker: a forward pre-hook that swaps ids on their way into the embedding lookup.
+
+`Occlusion` is the same swap outside training, for explanations: at positions of the caller's choice.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import sys
-from collections.abc import Iterator
-from typing import Any, Self
+import threading
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from tokmask_peft.errors import MaskTokenError
 from tokmask_peft.masking import embedding as rows_of
 from tokmask_peft.masking import pattern
 from tokmask_peft.masking.config import TokenMaskConfig
 from tokmask_peft.masking.replacement import REPLACEMENTS, MaskToken, choose_mask_token
+
+if TYPE_CHECKING:  # the masker needs no NumPy
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 class TokenMasker:
@@ -28,28 +37,32 @@ class TokenMasker:
     Make a masker with `attach`; as a context manager it detaches at the end, also when training raises.
 
     Attributes:
-        config: how to mask.
-        mask_token: the mask token, with the reason for its choice.
-        seed: seed of the pattern.
-        rank: process number that the pattern depends on.
+        mask_token: with the reason for its choice.
         enabled: if False, nothing is masked and no steps are counted; the callback sets it outside optimizer steps.
         attached: whether the model is still being masked.
         replaceable: whether a later `attach` may take this masker's place.
     """
 
-    def __init__(
-        self, embedding: nn.Module, config: TokenMaskConfig, mask_token: MaskToken, *, seed: int, rank: int
-    ) -> None:
-        self.config, self.mask_token, self.seed, self.rank = config, mask_token, seed, rank
+    def __init__(self, model: nn.Module, tokenizer: Any, config: TokenMaskConfig, token: MaskToken) -> None:
+        self.config, self.mask_token, self.seed, self.rank = config, token, 0, 0
         self.enabled, self.attached, self.replaceable = True, False, False
-        self._embedding, self._rate = embedding, 0.0
+        self._embedding, self._rate = rows_of.find_embedding(model), 0.0
+        weight = rows_of.embedding_weight(self._embedding)
+        rows, device = weight.shape[0], weight.device
         # Tensors that are written in place: a compiled graph reads them anew, whereas a number would be baked in.
-        device = rows_of.embedding_weight(embedding).device
         self._rate_tensor = torch.zeros((), dtype=torch.float32, device=device)
         self._step = torch.zeros((), dtype=torch.int64, device=device)
         self._counts = torch.zeros(2, dtype=torch.int64, device=device)
         self._layout: tuple[Tensor, Tensor] | None = None
         self._original_row: Tensor | None = None
+        self._handle: Any = None
+        model_pad_id = getattr(getattr(rows_of.unwrap(model), "config", None), "pad_token_id", None)
+        self._pad_id = model_pad_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        maskable = pattern.maskable_table(tokenizer, rows, {*config.protect, self._pad_id, model_pad_id})
+        self._replacement = REPLACEMENTS[config.replace](token, maskable, tokenizer)
+        self._maskable = maskable.to(device)
+        by_token = config.unit == "token"
+        self._word_starts = None if by_token else pattern.word_start_table(tokenizer, rows).to(device)
 
     @classmethod
     def attach(
@@ -70,7 +83,7 @@ class TokenMasker:
 
         Args:
             model: a transformers model, bare or wrapped by PEFT, torch.compile, DDP or accelerate.
-            tokenizer: its tokenizer.
+            tokenizer: that of the model.
             config: how to mask; the rate starts where its schedule starts.
             rank: process number; default: that of torch.distributed, or 0 without it.
             mask_token: a choice made earlier; default: `choose_mask_token`.
@@ -92,17 +105,14 @@ class TokenMasker:
         mask_token = mask_token or choose_mask_token(tokenizer, rows, config.mask_token)
         trainable = rows_of.is_trainable(embedding, mask_token.id)
         if config.trainable_mask and not trainable:
-            message = (
-                "masking.trainable_mask is on, but the mask token's row is frozen: give PEFT's config "
-                f"trainable_token_indices=[{mask_token.id}], or set trainable_mask: false"
-            )
+            remedy = f"give PEFT's config trainable_token_indices=[{mask_token.id}], or set trainable_mask: false"
+            message = f"masking.trainable_mask is on, but the mask token's row is frozen: {remedy}"
             raise MaskTokenError(message, code="mask-row-frozen", token_id=mask_token.id)
         if rank is None:
             distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
             rank = torch.distributed.get_rank() if distributed else 0
-        seed = config.seed if config.seed is not None else (seed or 0)
-        masker = cls(embedding, config, mask_token, seed=seed, rank=rank)
-        masker._read_vocabulary(tokenizer, getattr(rows_of.unwrap(model), "config", None))
+        masker = cls(model, tokenizer, config, mask_token)
+        masker.seed, masker.rank = config.seed if config.seed is not None else (seed or 0), rank
         if other is not None:
             other.detach()
         if not config.is_off and not (trainable and resumed):
@@ -115,18 +125,6 @@ class TokenMasker:
             torch.compiler.reset()
         return masker
 
-    def _read_vocabulary(self, tokenizer: Any, model_config: Any) -> None:
-        """Make what depends on the tokenizer: tables over the vocabulary, and the replacement."""
-        self._handle: Any = None
-        rows, device = rows_of.embedding_weight(self._embedding).shape[0], self._step.device
-        model_pad_id = getattr(model_config, "pad_token_id", None)
-        self._pad_id = model_pad_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        maskable = pattern.maskable_table(tokenizer, rows, {*self.config.protect, self._pad_id, model_pad_id})
-        self._replacement = REPLACEMENTS[self.config.replace](self.mask_token, maskable, tokenizer)
-        self._maskable = maskable.to(device)
-        by_token = self.config.unit == "token"
-        self._word_starts = None if by_token else pattern.word_start_table(tokenizer, rows).to(device)
-
     @classmethod
     def of(cls, embedding: nn.Module) -> Self | None:
         """Return the masker that is attached to an input embedding, or None."""
@@ -134,11 +132,11 @@ class TokenMasker:
         return next((owner for owner in owners if isinstance(owner, cls)), None)
 
     def _mask(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Swap the ids that the embedding is called with; [batch, seq] or [seq], int32 or int64."""
-        if not (module.training and self.enabled and torch.is_grad_enabled()):
-            return None
-        name = None if args else next(iter(kwargs))
-        given: Tensor = args[0] if name is None else kwargs[name]
+        training = module.training and self.enabled and torch.is_grad_enabled()
+        return _swap(args, kwargs, self._masked) if training else None
+
+    def _masked(self, given: Tensor) -> Tensor:
+        """Return the ids to look up, for those that the embedding is called with: [batch, seq] or [seq]."""
         if self._step.device != given.device:
             self._move(given.device)
         ids = given.reshape(-1, given.shape[-1])
@@ -152,7 +150,7 @@ class TokenMasker:
         swapped = self._replacement(ids, masked, draw).reshape(given.shape)
         self._step.add_(1)
         self._counts.add_(torch.stack([masked.sum(), maskable.sum()]))
-        return ((swapped, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: swapped})
+        return swapped
 
     def _move(self, device: torch.device) -> None:
         """Follow a model that was moved after `attach`."""
@@ -171,10 +169,8 @@ class TokenMasker:
             raise MaskTokenError(f"the masking rate must be at least 0 and below 1, not {value}", code="rate-outside")
         token, off = self.mask_token, self.config.is_off
         if value > 0.0 and off and token.kind == "spare" and not rows_of.is_in_adapter(self._embedding, token.id):
-            message = (
-                f"masked tokens would become row {token.id}, which was not prepared because the config never masks: "
-                "attach with p above 0, then set any rate"
-            )
+            why = f"masked tokens would become row {token.id}, which was not prepared because the config never masks"
+            message = f"{why}: attach with p above 0, then set any rate"
             raise MaskTokenError(message, code="mask-row-not-prepared", token_id=token.id)
         self._rate = float(value)
         self._rate_tensor.fill_(self._rate)
@@ -241,9 +237,78 @@ class TokenMasker:
         mine = self.state_dict()
         defaults = TokenMaskConfig().model_dump(mode="json")  # for keys that are newer than the saved state
         saved = {**state, "config": {**defaults, **state["config"]}}
-        differing = [key for key in ("seed", "mask_token_id", "config") if saved[key] != mine[key]]
-        if differing:
+        if differing := [key for key in ("seed", "mask_token_id", "config") if saved[key] != mine[key]]:
             pairs = "; ".join(f"{key} was {saved[key]!r}, is {mine[key]!r}" for key in differing)
             message = f"masking cannot be resumed with other settings: {pairs}"
             raise MaskTokenError(message, code="resume-differs", differing=differing)
         self.step, self.rate = state["step"], state["rate"]
+
+
+class Occlusion:
+    """Hides sub-tokens of a model's input as training does, at positions of the caller's choice.
+
+    A spare row is set to the mean embedding, as in training, and keeps it: no token uses the row. `config` is how the
+    model, with or without PEFT, was masked in training; None if that is not known.
+
+    Attributes:
+        mask_token: what hidden sub-tokens become, with the reason.
+        trained: whether the model saw masked tokens in training; None if that is not known.
+        maskable: for every id whether it may be hidden, bool [rows]. Special and protected tokens may not, as in
+            training; the unknown token may, unlike in training, because a word that became one is still a word.
+
+    Raises:
+        MaskTokenError: there is no usable mask token, or the model cannot be masked.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any, config: TokenMaskConfig | None = None) -> None:
+        self.trained = None if config is None else not config.is_off
+        config = config or TokenMaskConfig()
+        self._embedding = rows_of.find_embedding(model)
+        rows = rows_of.embedding_weight(self._embedding).shape[0]
+        self.mask_token = choose_mask_token(tokenizer, rows, config.mask_token)
+        name = tokenizer.convert_ids_to_tokens(self.mask_token.id)
+        self._token = f"{name or 'an embedding row that no token uses'} (id {self.mask_token.id})"
+        if not config.trainable_mask:
+            rows_of.prepare_mask_row(self._embedding, self.mask_token, tokenizer)
+        protected = {*config.protect, tokenizer.pad_token_id}
+        table = pattern.maskable_table(tokenizer, rows, protected)
+        if (unknown := tokenizer.unk_token_id) is not None:
+            table[unknown] = unknown not in {*protected, self.mask_token.id}
+        self.maskable: NDArray[np.bool_] = table.numpy()
+
+    @property
+    def note(self) -> str:
+        """What a reader of the explanations must know about the mask token, in a sentence or two."""
+        if self.trained:
+            return f"words are masked as in training, by {self._token}"
+        how = "was trained without masking (p = 0): it has never seen a masked word, so its influences are"
+        if self.trained is None:
+            how = "does not record how it was masked in training; if it was not masked, its influences are"
+        return f"the model {how} less reliable. Words are masked by {self._token}: {self.mask_token.reason}"
+
+    @contextlib.contextmanager
+    def at(self, positions: Tensor) -> Iterator[None]:
+        """Hide `positions`, bool of the shape of the ids, in the forwards that this thread makes inside."""
+        thread = threading.get_ident()
+
+        def hide(given: Tensor) -> Tensor:
+            padded = F.pad(positions, (0, given.shape[1] - positions.shape[1]))  # a packed row may be lengthened
+            return given.masked_fill(padded.to(given.device), self.mask_token.id)
+
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            mine = threading.get_ident() == thread  # a server may predict in one thread and explain in another
+            return _swap(args, kwargs, hide) if mine else None
+
+        handle = self._embedding.register_forward_pre_hook(hook, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+def _swap(args: tuple[Any, ...], kwargs: dict[str, Any], swapped: Callable[[Tensor], Tensor]) -> Any:
+    """Return the arguments of an embedding with other ids, its first argument, which may have a name."""
+    if args:
+        return (swapped(args[0]), *args[1:]), kwargs
+    name = next(iter(kwargs))
+    return args, {**kwargs, name: swapped(kwargs[name])}

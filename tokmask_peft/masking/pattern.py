@@ -54,10 +54,8 @@ def _streams(
 ) -> tuple[Tensor, Tensor]:
     """Return the stream of each text, broadcastable to `shape_of`, [batch, seq], and the key of the step."""
     device = shape_of.device
-    if rows is None:
-        rows = torch.arange(shape_of.shape[0], device=device).unsqueeze(1)
-    if not isinstance(step, Tensor):
-        step = torch.tensor(step, dtype=torch.int64, device=device)
+    rows = torch.arange(shape_of.shape[0], device=device).unsqueeze(1) if rows is None else rows
+    step = step if isinstance(step, Tensor) else torch.tensor(step, dtype=torch.int64, device=device)
     state = _absorb(torch.full_like(step, _key(keys[0], seed, rank)), step)
     return _absorb(state, rows.to(torch.int64)), _mix(state ^ _key(keys[1], seed, rank))
 
@@ -73,8 +71,7 @@ def _draw(stream: Tensor, step_key: Tensor, index: Tensor) -> Tensor:
 def text_positions(input_ids: Tensor, pad_id: int | None) -> Tensor:
     """Count positions from the first token of each text, so that left and right padding give the same pattern.
 
-    Returns:
-        int64 [1, seq] or [batch, seq], for `input_ids` of [batch, seq]; negative on left padding.
+    They are int64 [1, seq] or [batch, seq], for `input_ids` of [batch, seq]; negative on left padding.
     """
     positions = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)
     if pad_id is None:
@@ -112,25 +109,22 @@ def masked_positions(
     rows: Tensor | None = None,
     positions: Tensor | None = None,
 ) -> Tensor:
-    """Decide which tokens are masked.
+    """Return which tokens are masked, bool [batch, seq].
 
     Each unit draws u in [0, 1), uniform with 24 bits, and is masked if u < rate: a higher rate only adds.
 
     Args:
         input_ids: [batch, seq]; only the shape and the device matter.
         rate: masking rate in [0, 1), a number or a 0-dim tensor.
-        seed: seed of the run.
+        seed: of the run.
         step: counter of training forwards, a number or a 0-dim int64 tensor.
-        rank: process number in distributed training.
+        rank: number of the process.
         maskable: bool [batch, seq], false for special tokens, padding and protected tokens.
         word_starts: bool [batch, seq], true where a word begins; needed for `word` and `span`.
         unit: what is masked as a whole.
         span_length: words per span; a random shift per text moves the borders of the spans from step to step.
         rows: index of each token's text in the batch, broadcastable to [batch, seq]; default: the row.
         positions: position of each token in its text, likewise; default: the column.
-
-    Returns:
-        bool [batch, seq].
     """
     stream, step_key = _streams(_MASK_KEYS, seed, step, rank, rows, input_ids)
     index = text_positions(input_ids, None) if positions is None else positions.to(torch.int64)
@@ -160,9 +154,8 @@ def maskable_table(tokenizer: Any, rows: int, protected: set[int | None]) -> Ten
     """
     specials = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
     table = torch.ones(rows, dtype=torch.bool)
-    for token_id in {*tokenizer.all_special_ids, *specials, *protected}:
-        if token_id is not None and 0 <= token_id < rows:
-            table[token_id] = False
+    fixed = {*tokenizer.all_special_ids, *specials, *protected} - {None}
+    table[[token_id for token_id in fixed if 0 <= token_id < rows]] = False
     return table
 
 
@@ -173,6 +166,10 @@ def word_start_table(tokenizer: Any, rows: int) -> Tensor:
         MaskTokenError: the tokenizer leaves no marks that this function knows.
     """
     starts = _start_test(tokenizer)
+    if isinstance(starts, str):
+        name = type(tokenizer).__name__
+        needed = f"masking.unit word and span need a tokenizer that marks where words begin; {name} {starts}"
+        raise MaskTokenError(f"{needed}; use unit: token", code="no-word-marks", tokenizer=name)
     table = torch.ones(rows, dtype=torch.bool)
     added = tokenizer.added_tokens_decoder
     for token, token_id in tokenizer.get_vocab().items():
@@ -181,26 +178,24 @@ def word_start_table(tokenizer: Any, rows: int) -> Tensor:
     return table
 
 
-def _start_test(tokenizer: Any) -> Callable[[str], bool]:
-    """Return a test of whether a token's text starts a word."""
+def _start_test(tokenizer: Any) -> Callable[[str], bool] | str:
+    """Return a test of whether a token's text starts a word, or why there is none."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        raise _no_word_marks(tokenizer, "has no Rust backend")
+        return "has no Rust backend"
     if prefix := getattr(backend.model, "continuing_subword_prefix", None):
         return lambda token: not token.startswith(prefix)
     if getattr(backend.model, "end_of_word_suffix", None):
-        raise _no_word_marks(tokenizer, "marks where words end, not where they begin")
+        return "marks where words end, not where they begin"
     parts = [part for stage in (backend.pre_tokenizer, backend.normalizer, backend.decoder) for part in _parts(stage)]
-    for part in parts:
-        if part.get("type") == "Metaspace":
-            mark = part["replacement"]
-            return lambda token: token.startswith(mark)
+    if mark := next((part["replacement"] for part in parts if part.get("type") == "Metaspace"), None):
+        return lambda token: token.startswith(mark)
     # Llama and Gemma write the mark in the normalizer or read it in the decoder instead.
     if any(part.get("type") == "Replace" and "▁" in json.dumps(part, ensure_ascii=False) for part in parts):
         return lambda token: token.startswith("▁")
     if any(part.get("type") == "ByteLevel" for part in parts):
         return lambda token: token.startswith(("Ġ", "Ċ", "ĉ", "č"))  # space, newline, tab, carriage return
-    raise _no_word_marks(tokenizer, "marks no word borders")
+    return "marks no word borders"
 
 
 def _parts(stage: Any) -> list[dict[str, Any]]:
@@ -210,9 +205,3 @@ def _parts(stage: Any) -> list[dict[str, Any]]:
         for key in ("normalizers", "pretokenizers", "decoders"):
             pending.extend(part.get(key, []))
     return pending
-
-
-def _no_word_marks(tokenizer: Any, why: str) -> MaskTokenError:
-    needed = "masking.unit word and span need a tokenizer that marks where words begin"
-    name = type(tokenizer).__name__
-    return MaskTokenError(f"{needed}; {name} {why}; use unit: token", code="no-word-marks", tokenizer=name)

@@ -1,7 +1,4 @@
-"""What takes the place of a masked token: the choice of the mask token, and the ways to replace.
-
-A way of your own is a subclass of `Replacement`, named in `REPLACEMENTS`.
-"""
+"""What takes the place of a masked token. Your own way to replace is a subclass of `Replacement` in `REPLACEMENTS`."""
 
 from __future__ import annotations
 
@@ -17,17 +14,11 @@ if TYPE_CHECKING:  # the section `masking` of a recipe is read without torch
 
 @dataclass(frozen=True)
 class MaskToken:
-    """The token that replaces masked ones.
+    """The token that replaces masked ones."""
 
-    Attributes:
-        id: row of the embedding matrix.
-        kind: where it comes from: the tokenizer's mask token, a spare row, the unknown token, or an explicit id.
-        reason: one sentence for the decision table.
-    """
-
-    id: int
-    kind: Literal["mask", "spare", "unk", "id"]
-    reason: str
+    id: int  # row of the embedding matrix
+    kind: Literal["mask", "spare", "unk", "id"]  # where it comes from; id: named by the caller
+    reason: str  # one sentence for the decision table
 
 
 def used_rows(tokenizer: Any) -> int:
@@ -43,11 +34,6 @@ def choose_mask_token(
     `auto` takes the tokenizer's own mask token; without one, the last row of the embedding matrix if no token uses it
     (the last, so that tokens added later do not collide with it); failing that, the unknown token.
 
-    Args:
-        tokenizer: a transformers tokenizer.
-        embedding_rows: rows of the model's embedding matrix.
-        wanted: `masking.mask_token`.
-
     Raises:
         MaskTokenError: the choice is impossible, or `auto` finds none. Id 0 is never taken as a last resort.
     """
@@ -55,7 +41,7 @@ def choose_mask_token(
         return _explicit(tokenizer, embedding_rows, wanted)
     problems = []
     for source in ("mask", "spare", "unk") if wanted == "auto" else (wanted,):
-        found = (_spare if source == "spare" else _named)(tokenizer, embedding_rows, source)
+        found = _find(tokenizer, embedding_rows, source)
         if isinstance(found, MaskToken):
             return found
         problems.append(found)
@@ -63,8 +49,14 @@ def choose_mask_token(
     raise MaskTokenError(f"no mask token: {'; '.join(problems)}; {remedy}", code="no-mask-token", problems=problems)
 
 
-def _named(tokenizer: Any, rows: int, kind: Any) -> MaskToken | str:
-    """Return the tokenizer's mask or unknown token, or why it cannot be taken."""
+def _find(tokenizer: Any, rows: int, kind: Literal["mask", "spare", "unk"]) -> MaskToken | str:
+    """Return the mask token of one kind, or why it cannot be taken."""
+    if kind == "spare":
+        used = used_rows(tokenizer)
+        if used >= rows:
+            return f"the tokenizer uses all {rows} rows of the embedding ({used} ids)"
+        unused = f"the tokenizer does not use rows {used} to {rows - 1} of the embedding"
+        return MaskToken(rows - 1, kind, f"{unused}; the last is set to the mean row")
     name = {"mask": "mask token", "unk": "unknown token"}[kind]
     token, token_id = getattr(tokenizer, f"{kind}_token", None), getattr(tokenizer, f"{kind}_token_id")
     if token_id is None:
@@ -79,14 +71,6 @@ def _named(tokenizer: Any, rows: int, kind: Any) -> MaskToken | str:
     return MaskToken(token_id, kind, f"the tokenizer's unknown token, {token!r}: it has no mask token and no spare row")
 
 
-def _spare(tokenizer: Any, rows: int, kind: Any) -> MaskToken | str:
-    used = used_rows(tokenizer)
-    if used >= rows:
-        return f"the tokenizer uses all {rows} rows of the embedding ({used} ids)"
-    reason = f"the tokenizer does not use rows {used} to {rows - 1} of the embedding; the last is set to the mean row"
-    return MaskToken(rows - 1, "spare", reason)
-
-
 def _explicit(tokenizer: Any, rows: int, token_id: int) -> MaskToken:
     fields = {"token_id": token_id, "rows": rows}
     if not 0 <= token_id < rows:
@@ -98,11 +82,9 @@ def _explicit(tokenizer: Any, rows: int, token_id: int) -> MaskToken:
     if token_id in (tokenizer.mask_token_id, tokenizer.unk_token_id) and token_id != tokenizer.pad_token_id:
         return MaskToken(token_id, "id", f"{token!r}, as configured")
     if token_id in tokenizer.all_special_ids:
-        message = (
-            f"mask_token {token_id} is the special token {token!r}: the model would take a masked token for padding or "
-            "for the end of the text; take an ordinary token, a spare row, or leave mask_token at auto"
-        )
-        raise MaskTokenError(message, code="mask-token-special", **fields)
+        why = f"mask_token {token_id} is the special token {token!r}, which may mean padding or the end of the text"
+        remedy = "take an ordinary token, a spare row, or leave mask_token at auto"
+        raise MaskTokenError(f"{why}; {remedy}", code="mask-token-special", **fields)
     return MaskToken(token_id, "id", f"{token!r}, as configured, an ordinary token of the tokenizer")
 
 
@@ -112,7 +94,7 @@ class Replacement:
     It runs inside `torch.compile`, so it must not branch on the values of tensors.
 
     Args:
-        mask_token: the mask token that was chosen.
+        mask_token: as chosen.
         maskable: for every id whether it may be masked, bool [rows].
         tokenizer: that of the model.
     """

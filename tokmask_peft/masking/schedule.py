@@ -18,9 +18,6 @@ class Schedule:
         p_start: the rate before `begin`.
         begin: share of training at which the rate leaves `p_start`.
         end: share of training at which the rate reaches `p`; None takes `usual_end`.
-
-    Raises:
-        ValueError: the values do not make a schedule.
     """
 
     usual_end: ClassVar[float] = 1.0
@@ -63,7 +60,7 @@ class Constant(Schedule):
 
 
 class Linear(Schedule):
-    """A straight line from `p_start` at `begin` to `p` at `end`."""
+    """A straight line from `p_start` at `begin` to `p` at `end`; ValueError unless `end` is later."""
 
     def __init__(self, p: float, p_start: float = 0.0, begin: float = 0.0, end: float | None = None) -> None:
         super().__init__(p, p_start, begin, end)

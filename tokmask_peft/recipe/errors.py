@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
@@ -99,9 +99,7 @@ def _problem(detail: ErrorDetails, place: _Place) -> str:
 
 
 def _subscript(place: _Place) -> str:
-    parts = [part for part in place.inside if part != "[key]"]
-    if len(parts) != len(place.inside):
-        parts = parts[:-1]  # the key itself is wrong
+    parts = place.inside[:-2] if "[key]" in place.inside else place.inside  # with it, the key itself is wrong
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts)
 
 
@@ -118,8 +116,8 @@ def _innermost(place: _Place) -> list[Any]:
     types = [] if place.field is None else _types(place.field)
     if not place.inside:
         return types
-    containers = [part for part in (_bare(part)[0] for part in types) if get_origin(part) in {dict, tuple}]
-    return [get_args(part)[1 if get_origin(part) is dict else 0] for part in containers]
+    bare = [FieldInfo.from_annotation(part).annotation for part in types]
+    return [get_args(part)[get_origin(part) is dict] for part in bare if get_origin(part) in {dict, tuple}]
 
 
 def _expected(place: _Place) -> str:
@@ -131,30 +129,17 @@ def _expected(place: _Place) -> str:
     outer = () if place.inside else tuple(place.field.metadata)
     words: list[str] = []
     for part in _innermost(place):
-        words.extend([repr(name) for name in get_args(part)] if get_origin(part) is Literal else [_noun(part, outer)])
+        words += map(repr, get_args(part)) if get_origin(part) is Literal else [_noun(part, outer)]
     return f"{', '.join(words[:-1])} or {words[-1]}" if len(words) > 1 else words[0]
-
-
-def _bare(annotation: Any) -> tuple[Any, tuple[Any, ...]]:
-    """Split `Annotated[type, …]` into the type and its metadata."""
-    if get_origin(annotation) is not Annotated:
-        return annotation, ()
-    return get_args(annotation)[0], get_args(annotation)[1:]
 
 
 def _noun(annotation: Any, outer: tuple[Any, ...]) -> str:
     """Describe a type in the words of a recipe: by its title, or by a noun with its bounds."""
-    bare, metadata = _bare(annotation)
-    rules = list(outer)
-    for item in metadata:
-        if isinstance(item, FieldInfo) and item.title:
-            return item.title
-        rules.extend(getattr(item, "metadata", [item]))
-    bounds = [
-        f"{word} {str(getattr(rule, name)).removesuffix('.0')}"
-        for rule in rules
-        for name, word in _BOUNDS.items()
-        if hasattr(rule, name)
-    ]
+    field = FieldInfo.from_annotation(annotation)
+    if field.title:
+        return field.title
+    bare: Any = field.annotation
+    rules = [(rule, name) for rule in (*outer, *field.metadata) for name in _BOUNDS if hasattr(rule, name)]
+    bounds = [f"{_BOUNDS[name]} {str(getattr(rule, name)).removesuffix('.0')}" for rule, name in rules]
     noun = _NOUNS.get(bare) or {tuple: "a list such as [a, b]", dict: "a mapping such as {a: b}"}[get_origin(bare)]
     return f"{noun} ({', '.join(bounds)})" if bounds and bare in {int, float} else noun

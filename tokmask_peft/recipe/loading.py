@@ -50,11 +50,7 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def with_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
-    """Return a checked copy of a recipe with `dotted.key=value` overrides.
-
-    Raises:
-        RecipeError: with every problem found.
-    """
+    """Return a checked copy of a recipe with `dotted.key=value` overrides; RecipeError with every problem found."""
     return _overridden(recipe.model_dump(mode="json"), overrides, recipe.name)
 
 
@@ -68,7 +64,7 @@ def _overridden(content: dict[str, Any], overrides: Sequence[str], source: str) 
         elif keys[0] == "base":
             problems.append(f"{override}: a base can only be named in the recipe file")
         else:
-            _set(content, keys, _scalar(value), problems, override)
+            _set(content, keys, value, problems, override)
     try:
         checked = Recipe.model_validate(content)
     except ValidationError as error:
@@ -118,8 +114,7 @@ def field_help() -> list[str]:
 def differences(before: Recipe, after: Recipe) -> list[str]:
     """Return a line per field that differs, except the run's place and whether the n-gram baseline is scored.
 
-    The baseline does not affect training. In a sweep one run of each seed fits it for all, and which one changes when
-    the sweep is extended.
+    In a sweep one run of each seed scores the baseline for all, and which one changes when the sweep is extended.
     """
     old, new = _flat(before.model_dump(mode="json")), _flat(after.model_dump(mode="json"))
     return [
@@ -138,11 +133,7 @@ def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe loader without its traps.
-
-    A key given twice is an error, not silently the last one. Only `true` and `false` are switches, and digits are never
-    read as a date: `no` is Norwegian, and 2024-01-01 a name.
-    """
+    """YAML's safe loader without its traps: a key given twice is an error, `no` is Norwegian, and 2024-01-01 a name."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -185,8 +176,8 @@ def _read(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError) as error:  # characters that YAML refuses, numbers that Python does
         raise problem(" ".join(str(error).split()), "not-yaml") from error
     if not isinstance(content, dict | None):
-        text = f"expected keys with values, for example name: my-run, but the file is {shown(content)}"
-        raise problem(text, "not-a-mapping")
+        expected = "expected keys with values, for example name: my-run"
+        raise problem(f"{expected}, but the file is {shown(content)}", "not-a-mapping")
     return content or {}
 
 
@@ -219,14 +210,7 @@ def _merge(base: dict[str, Any], over: dict[str, Any], model: type[BaseModel]) -
     return merged
 
 
-def _scalar(text: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader) if text.strip() else ""  # noqa: S506 (a safe loader)
-    except (yaml.YAMLError, ValueError):
-        return text
-
-
-def _set(content: dict[str, Any], keys: list[str], value: Any, problems: list[str], override: str) -> None:
+def _set(content: dict[str, Any], keys: list[str], text: str, problems: list[str], override: str) -> None:
     for key in keys[:-1]:
         if content.get(key) is None:
             content[key] = {}
@@ -234,4 +218,7 @@ def _set(content: dict[str, Any], keys: list[str], value: Any, problems: list[st
         if not isinstance(content, dict):
             problems.append(f"{override}: '{key}' is a single value, with no keys below it")
             return
-    content[keys[-1]] = value
+    try:
+        content[keys[-1]] = yaml.load(text, Loader=_Loader) if text.strip() else ""  # noqa: S506 (a safe loader)
+    except (yaml.YAMLError, ValueError):
+        content[keys[-1]] = text

@@ -20,17 +20,11 @@ from tokmask_peft.tasks import TASKS
 
 @dataclass(frozen=True, slots=True)
 class Regularizer:
-    """Marks a field as a regularizer that a sweep can compare: `Annotated[float, Regularizer("rdrop", 0.0, 1.0)]`.
+    """Marks a field as a regularizer that a sweep can compare: `Annotated[float, Regularizer("rdrop", 0.0, 1.0)]`."""
 
-    Attributes:
-        name: of its arm in `tokmask sweep --arms`.
-        off: the value that switches it off.
-        usual: the strength of an arm that gives none.
-    """
-
-    name: str
-    off: float | None
-    usual: float
+    name: str  # of its arm in `tokmask sweep --arms`
+    off: float | None  # the value that switches it off
+    usual: float  # the strength of an arm that gives none
 
 
 Task = Annotated[str, NameIn(TASKS)]
@@ -54,13 +48,8 @@ class SourceConfig(Section):
     hub: str | None = Field(None, description="dataset id on the Hugging Face Hub")
     hub_config: str | None = Field(None, description="configuration of the Hub dataset")
     hub_revision: str | None = Field(None, description="revision of the Hub dataset, for example refs/convert/parquet")
-    builtin: StrictBool = Field(
-        False, description="the built-in Spanish-English corpus (made up, for trying things out)"
-    )
-    format: str = Field(
-        "auto",
-        description="auto goes by the file's ending; or conll, csv, tsv, jsonl, parquet",
-    )
+    builtin: StrictBool = Field(False, description="the built-in Spanish-English corpus, made up to try things out")
+    format: str = Field("auto", description="auto goes by the file's ending; or conll, csv, tsv, jsonl, parquet")
     text_column: str | int | None = Field(
         None, description="column of the text, or of the words in token tasks; in CoNLL files a number, from 0"
     )
@@ -77,9 +66,8 @@ class SourceConfig(Section):
     @model_validator(mode="after")
     def _has_a_source(self) -> Self:
         if self.path is None and self.hub is None and not self.builtin:
-            raise ValueError(
-                "no data: set path to a local folder or file, hub to a dataset id, or builtin to true in this section"
-            )
+            remedy = "set path to a local folder or file, hub to a dataset id, or builtin to true in this section"
+            raise ValueError(f"no data: {remedy}")
         return self
 
     def expanded(self, at: str = "data") -> Self:
@@ -91,15 +79,13 @@ class SourceConfig(Section):
         update: dict[str, Any] = {}
         problems: list[str] = []
         if self.path is not None:
-            problems += [
-                f"{at}.path: is {self.path}, but the environment variable {name} is not set or empty; "
-                f"set it to the folder of your data, or give {at}.path=FOLDER"
-                for name in re.findall(r"\$\{(\w+)\}", self.path)
-                if not os.environ.get(name)
-            ]
+            remedy = f"set it to the folder of your data, or give {at}.path=FOLDER"
+            for name in re.findall(r"\$\{(\w+)\}", self.path):
+                if not os.environ.get(name):
+                    problem = f"is {self.path}, but the environment variable {name} is not set or empty"
+                    problems.append(f"{at}.path: {problem}; {remedy}")
             update["path"] = str(Path(os.path.expandvars(self.path)).expanduser())
-        other: SourceConfig | None = getattr(self, "test_source", None)
-        if other is not None:
+        if (other := getattr(self, "test_source", None)) is not None:
             try:
                 update["test_source"] = other.expanded(f"{at}.test_source")
             except RecipeError as error:
@@ -127,8 +113,7 @@ class DataConfig(SourceConfig):
     )
     max_length: int = Field(128, ge=4, description="sub-tokens per text; longer texts are truncated and reported")
     hygiene: Literal["remove", "report"] = Field(
-        "remove",
-        description="duplicates, conflicting labels and leaked evaluation texts: remove from train, or only report",
+        "remove", description="duplicate, conflicting and leaked texts: remove from train, or only report"
     )
     max_train: int | None = Field(None, ge=1, description="use at most this many training texts (seeded, stratified)")
 
@@ -179,9 +164,7 @@ class AdapterConfig(Section):
     )
     targets: Literal["auto"] | Modules = Field("auto", description="modules to adapt; auto: every linear layer")
     layers: Literal["all"] | LayerCount | ShareOfLayers = Field(
-        "all",
-        description="all, or only the upper layers: a number of them, or a share such as 0.5; the backward pass ends "
-        "below them",
+        "all", description="all, or a number or share (0.5) of the upper layers; the backward pass ends below them"
     )
     rslora: StrictBool = Field(False, description="scale by alpha / sqrt(r) (Kalajdzievski 2023)")
     dora: StrictBool = Field(False, description="weight-decomposed LoRA (Liu et al. 2024)")
@@ -196,10 +179,7 @@ class TrainingConfig(Section):
     batch_size: int = Field(32, ge=1, description="texts per forward pass and device")
     gradient_accumulation: int = Field(1, ge=1, description="forward passes per optimizer step")
     tokens_per_batch: int | None = Field(
-        None,
-        ge=16,
-        description="sub-tokens per forward pass and device, padding included, instead of batch_size texts: a few long "
-        "texts or many short ones",
+        None, ge=16, description="sub-tokens per forward pass and device, padding included, instead of batch_size texts"
     )
     auto_batch: StrictBool = Field(
         False,
@@ -254,27 +234,22 @@ class Recipe(Section):
     @field_validator("name")
     @classmethod
     def _name_is_a_folder_name(cls, value: str) -> str:
-        if not value or value in {".", ".."} or any(sign in value for sign in "/\\\0"):
+        if value in {"", ".", ".."} or {*value} & {*"/\\\0"}:
             raise ValueError("the name becomes a folder: letters, digits, '.', '_' and '-' are safe, a slash is not")
         return value
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> Self:
+        row, embedding = "masking.trainable_mask trains a row of the embedding", self.model.embedding
         if self.masking.trainable_mask and self.adapter.layers != "all":
-            raise ValueError(
-                "masking.trainable_mask trains a row of the embedding, so the backward pass would run through all "
-                "layers and adapter.layers would save nothing: set adapter.layers=all, or masking.trainable_mask=false"
-            )
-        if self.masking.trainable_mask and self.model.embedding != "resident":
-            raise ValueError(
-                "masking.trainable_mask trains a row of the embedding, which is not possible with "
-                f"model.embedding={self.model.embedding}: set model.embedding=resident, or masking.trainable_mask=false"
-            )
+            why = f"{row}, so the backward pass would run through all layers and adapter.layers would save nothing"
+            raise ValueError(f"{why}: set adapter.layers=all, or masking.trainable_mask=false")
+        if self.masking.trainable_mask and embedding != "resident":
+            why = f"{row}, which is not possible with model.embedding={embedding}"
+            raise ValueError(f"{why}: set model.embedding=resident, or masking.trainable_mask=false")
         if self.training.auto_batch and self.training.tokens_per_batch is not None:
-            raise ValueError(
-                "training.auto_batch changes batch_size, which training.tokens_per_batch replaces: "
-                "set training.auto_batch=false, or training.tokens_per_batch=null"
-            )
+            why = "training.auto_batch changes batch_size, which training.tokens_per_batch replaces"
+            raise ValueError(f"{why}: set training.auto_batch=false, or training.tokens_per_batch=null")
         return self
 
     @property

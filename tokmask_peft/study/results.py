@@ -15,6 +15,7 @@ from tokmask_peft.errors import SweepError
 from tokmask_peft.study.plan import AS_RECIPE, NONE, SWEEP_FILE
 from tokmask_peft.study.statistics import (
     METRICS,
+    PAPER_GAINS,
     TextCounts,
     bootstrap_differences,
     hedges_gz,
@@ -26,7 +27,6 @@ from tokmask_peft.study.statistics import (
     smallest_p,
     spread,
 )
-from tokmask_peft.tasks import get_task
 
 REPLICATES = 2000
 METHODS = {
@@ -268,7 +268,7 @@ def _choice(results: SweepResults) -> dict[str, Any]:
 
 def _paper(results: SweepResults, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return how many seeds would show the gains that the authors report, given how much the differences vary here."""
-    about, gains = get_task(results.task).paper_gains
+    about, gains = PAPER_GAINS.get(results.task, ("", {}))
     needed = []
     for row in rows:
         found = row.get("difference", {}).get("f1_macro")

@@ -32,7 +32,7 @@ class Block:
 
 sys.meta_path.insert(0, Block())
 import tokmask_peft.masking
-for name in ("config", "embedding", "masker", "occlusion", "pattern", "replacement", "schedule"):
+for name in ("config", "embedding", "masker", "pattern", "replacement", "schedule"):
     importlib.import_module(f"tokmask_peft.masking.{name}")
 from tokmask_peft.masking import TokenMaskConfig, TokenMasker
 import torch

@@ -54,14 +54,14 @@ class TestTokenMaskConfig:
     @given(begin=SHARES, end=SHARES, schedule=st.sampled_from(["constant", "linear", "cosine", "warmup"]))
     def test_a_rate_that_moves_begins_before_it_ends(self, begin, end, schedule):
         if schedule == "constant" or begin < end:
-            assert TokenMaskConfig(schedule=schedule, begin=begin, end=end).ramp_end == end
+            assert TokenMaskConfig(schedule=schedule, begin=begin, end=end).make_schedule().end == end
         else:
             with pytest.raises(ValidationError, match="must rise after it begins"):
                 TokenMaskConfig(schedule=schedule, begin=begin, end=end)
 
     @pytest.mark.parametrize(("schedule", "end"), [("warmup", 0.1), ("linear", 1.0), ("cosine", 1.0)])
     def test_where_a_rise_ends_by_itself(self, schedule, end):
-        assert TokenMaskConfig(schedule=schedule).ramp_end == end
+        assert TokenMaskConfig(schedule=schedule).make_schedule().end == end
 
     @pytest.mark.parametrize(
         "wrong",
