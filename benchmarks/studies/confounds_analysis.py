@@ -10,7 +10,7 @@ import numpy as np
 from confounds_protocol import ARMS, RATES, SETTINGS, Arm, Select, chosen_epoch, stop_epoch
 from numpy.typing import NDArray
 
-from tokmask_peft.study.statistics import TextCounts, bootstrap_differences, percentile_interval, spread
+from tokmask_peft.study.statistics import bootstrap_differences, percentile_interval, spread, text_counts
 from tokmask_peft.tasks import NO_PREDICTION
 
 REPLICATES = 2000
@@ -105,7 +105,7 @@ def _cell(arm: Arm, record: dict[str, Any]) -> dict[str, Any]:
         "stopped_early": stop_epoch([one[arm.select]["loss"] for one in record["epochs"]], setting) is not None,
         "scored_share": record["scored_share"],
         "moved_share": record.get("moved_share"),
-        "counts": TextCounts.of(gold, predicted, len(record["labels"])),
+        "counts": text_counts(gold, predicted, len(record["labels"])),
     }
 
 
