@@ -89,17 +89,6 @@ def identity() -> dict[str, Any]:
     return {"host": "|".join(parts), "pid": os.getpid(), "started": psutil.Process().create_time()}
 
 
-def is_gone(who: dict[str, Any] | None) -> bool:
-    """Return whether a worker of this machine is dead; false if that cannot be known from here."""
-    if not who or who["host"] != identity()["host"]:
-        return False
-    try:
-        process = psutil.Process(who["pid"])
-        return abs(process.create_time() - who["started"]) > 1.0 or process.status() == psutil.STATUS_ZOMBIE
-    except psutil.Error as error:  # if access is denied, it lives
-        return isinstance(error, psutil.NoSuchProcess)
-
-
 State = Literal["waiting", "running", "done", "pruned", "failed"]
 FINAL: tuple[State, ...] = ("done", "pruned", "failed")
 Outcome = Literal["done", "pruned", "error", "interrupted", "lost", "duplicate"]
@@ -131,20 +120,21 @@ class Ledger:
         plan: the sweep; it is made in the storage if it is new.
         place: of the storage, as for `open_storage`.
         prune: stop trials below the median of earlier ones at the same step.
+        retry_failed: let this process run the cells again that have failed until now.
 
     Raises:
         SweepError: the storage cannot be opened, or holds another sweep of that name.
     """
 
-    def __init__(self, plan: Plan, place: str | Path, *, prune: bool = False) -> None:
+    def __init__(self, plan: Plan, place: str | Path, *, prune: bool = False, retry_failed: bool = False) -> None:
         self.plan, self.storage = plan, open_storage(place)
-        tpe = plan.sampler == "tpe"
+        samplers = {"tpe": optuna.samplers.TPESampler(constant_liar=True)}
         self._study = optuna.create_study(
             storage=self.storage,
             study_name=plan.name,
             direction="maximize",
             load_if_exists=True,
-            sampler=optuna.samplers.TPESampler(constant_liar=True) if tpe else optuna.samplers.RandomSampler(),
+            sampler=samplers.get(plan.sampler, optuna.samplers.RandomSampler()),
             pruner=optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=1) if prune else None,
         )
         self.study_id = self.storage.get_study_id_from_name(plan.name)
@@ -154,12 +144,9 @@ class Ledger:
             problem = f"the sweep {plan.name} was started with another recipe; continuing would mix two sweeps"
             message = f"{problem}. Differences: {'; '.join(changed)}. Choose another --name."
             raise SweepError(message, code="other-sweep", differences=changed)
-        self._retried: set[int] = set()  # numbers of failed trials that do not count
+        known = self.storage.get_all_trials(self.study_id, deepcopy=False) if retry_failed else []
+        self._retried = {trial.number for trial in known}  # if they failed, that does not count
         self._beats: dict[int, tuple[Any, float]] = {}
-
-    def retry_failed(self) -> None:
-        """Let this process run the cells again that have failed until now."""
-        self._retried = {trial.number for trials in self._trials().values() for trial in trials}
 
     @errors_of_storage()
     def look(self) -> dict[str, CellState]:
@@ -198,22 +185,16 @@ class Ledger:
         return tuple(f"{axis.key}={axis.suggest(trial)}" for axis in self.plan.axes)
 
     @errors_of_storage()
-    def beat(self, claim: Claim) -> bool:
-        """Give a sign of life; return false if another worker has taken the cell over.
+    def beat(self, claim: Claim, evaluation: tuple[int, float] | None = None) -> bool:
+        """Give a sign of life, with the score at a step if there is one; return false if another worker has the cell.
 
         Optuna's own heartbeats exist only for databases and compare clocks. A value that changes works on every
         storage: whoever sees it unchanged for `GRACE` seconds of its own clock gives the trial up.
         """
         with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
             self.storage.set_trial_user_attr(claim.trial_id, "beat", time.time())
-            return True
-        return False
-
-    @errors_of_storage()
-    def report(self, claim: Claim, step: int, score: float) -> bool:
-        """Record an evaluation in the middle of a trial; return false if another worker has taken the cell over."""
-        with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
-            self.storage.set_trial_intermediate_value(claim.trial_id, step, score)
+            if evaluation is not None:
+                self.storage.set_trial_intermediate_value(claim.trial_id, *evaluation)
             return True
         return False
 
@@ -241,12 +222,23 @@ class Ledger:
         return by_cell
 
     def _is_lost(self, trial: Any) -> bool:
+        """Return whether the trial's worker has died on this machine, or shows no sign of life on another."""
         who, beat, now = trial.user_attrs.get("worker"), trial.user_attrs.get("beat"), time.monotonic()
         if trial.state != TrialState.RUNNING or who == identity():
             return False
-        known, since = self._beats.get(trial.number, (None, now))
-        self._beats[trial.number] = (beat, since if beat == known else now)
-        return is_gone(who) or now - self._beats[trial.number][1] > GRACE
+        if who and who["host"] == identity()["host"]:
+            try:
+                process = psutil.Process(who["pid"])
+                if abs(process.create_time() - who["started"]) > 1.0 or process.status() == psutil.STATUS_ZOMBIE:
+                    return True
+            except psutil.NoSuchProcess:
+                return True
+            except psutil.Error:  # it lives, but this user may not look at it
+                pass
+        seen = self._beats.get(trial.number)
+        if seen is None or seen[0] != beat:
+            seen = self._beats[trial.number] = (beat, now)
+        return now - seen[1] > GRACE
 
     def _state_of(self, trials: Sequence[Any]) -> CellState:
         by_state = {trial.state: trial for trial in trials}

@@ -58,11 +58,10 @@ class Worker:
             pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0}
             with self.log.open("ab") as log:
                 # in a session of its own: Ctrl-C reaches only the sweep, which then stops its workers one by one
-                self._process = subprocess.Popen(  # noqa: S603 (our own command)
+                started: Any = subprocess.Popen(  # noqa: S603 (our own command)
                     self._command, **pipes, stderr=log, env=environment, start_new_session=True
                 )
-            self._input: Any = self._process.stdin
-            self._answers: Any = self._process.stdout
+            self._process, self._input, self._answers = started, started.stdin, started.stdout
             os.set_blocking(self._answers.fileno(), False)
         with contextlib.suppress(OSError):  # it died at once; its exit code says why
             self._input.write(json.dumps(task).encode() + b"\n")
@@ -135,7 +134,7 @@ def tasks() -> Iterator[dict[str, Any]]:
     found: queue.SimpleQueue[bytes] = queue.SimpleQueue()
 
     def read() -> None:
-        with open(0, "rb", buffering=0, closefd=False) as lines:  # noqa: PTH123 (without the lock of sys.stdin)
+        with open(0, "rb", buffering=0, closefd=False) as lines:
             for line in lines:
                 found.put(line)
         os._exit(INTERRUPTED)
