@@ -48,10 +48,6 @@ class Axis:
             return str(trial.suggest_int(self.key, self.low, self.high, log=self.log))
         return repr(trial.suggest_float(self.key, self.low, self.high, log=self.log))
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-able form."""
-        return {"values": list(self.values)} if self.values else {"low": self.low, "high": self.high, "log": self.log}
-
 
 def read_axis(text: str, problems: list[str]) -> Axis | None:
     """Read `key=1,2,3`, or a range `key=low..high` or `key=low..high:log`, of `--grid`."""
@@ -189,11 +185,6 @@ class Cell:
     setting: tuple[tuple[str, str], ...] = ()
     overrides: tuple[str, ...] = ()
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the cell's entry in `sweep.json`."""
-        arm = None if self.arm is None else {"regularizers": self.arm.regularizers, "p": float(self.arm.p)}
-        return {"seed": self.seed, "arm": arm, "setting": dict(self.setting), "overrides": list(self.overrides)}
-
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -221,7 +212,8 @@ class Plan:
         base["masking"].pop("p")
         fixed = {"sampler": self.sampler, "axes": sorted(axis.key for axis in self.axes), "recipe": base}
         if self.sampler != "grid":
-            fixed["space"] = {axis.key: axis.to_dict() for axis in self.axes}
+            bounds = {axis.key: {"low": axis.low, "high": axis.high, "log": axis.log} for axis in self.axes}
+            fixed["space"] = bounds | {axis.key: {"values": list(axis.values)} for axis in self.axes if axis.values}
         return fixed
 
     def write(self) -> None:
@@ -235,7 +227,10 @@ class Plan:
         try:
             if file.is_file():
                 content["cells"] = json.loads(file.read_text(encoding="utf-8"))["cells"]
-            content["cells"].update({cell.name: cell.to_dict() for cell in self.cells})
+            for cell in self.cells:
+                arm = None if cell.arm is None else {"regularizers": cell.arm.regularizers, "p": float(cell.arm.p)}
+                entry = {"seed": cell.seed, "arm": arm, "setting": dict(cell.setting)}
+                content["cells"][cell.name] = {**entry, "overrides": list(cell.overrides)}
             write_json(file, content)
         except (OSError, ValueError, KeyError) as error:
             problem = f"the folder of the sweep, {self.folder}, cannot be used: {error}"

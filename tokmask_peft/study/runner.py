@@ -187,15 +187,14 @@ class Loop:
             recipe = self.plan.recipe_of(claim.cell, claim.drawn)
             result = finished_result(recipe)
         except (RecipeError, SweepError) as error:
-            self._fail(claim, str(error))
-            return
+            return self._fail(claim, str(error))
         if result is not None:  # its worker was killed after the run's last line, or another sweep's state was lost
-            self._finish(claim, result, None)
-            return
+            return self._finish(claim, result, None)
         worker.begin(recipe)
         self.running[worker] = claim
         if not self.console.is_terminal:
             self._print("  ".join((f"started {claim.cell.name}", *claim.drawn)))
+        return None
 
     def _settle(self, worker: Worker) -> None:
         """Record the outcome of a run that has ended."""
@@ -260,16 +259,9 @@ class Loop:
 def run_sweep(
     plan: Plan, storage: str | None = None, options: Options | None = None, *, quiet: bool = False
 ) -> dict[str, CellState]:
-    """Run what is left of a sweep, alone or together with other processes on the same storage.
+    """Run what is left of a sweep, alone or with other processes on the same storage; return each cell's final state.
 
-    Args:
-        plan: what to run.
-        storage: URL of a database; none is a journal in the folder of the sweep.
-        options: how to run it.
-        quiet: print nothing.
-
-    Returns:
-        The final state of each cell.
+    The storage is the URL of a database; without one it is a journal in the folder of the sweep.
 
     Raises:
         SweepError: the folder or the storage cannot be used.

@@ -20,10 +20,7 @@ _WEIGHTS_AT_ONCE = 2_000_000
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
-    """Return mean, standard deviation (n - 1) and the 95% interval of the mean by Student's t.
-
-    Of a single value deviation and interval are none.
-    """
+    """Return mean, standard deviation (n - 1) and 95% interval (Student's t), the latter two none for one value."""
     sample = np.asarray(values, dtype=np.float64)
     mean = float(sample.mean())
     if len(sample) < 2:
@@ -63,9 +60,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     raw = np.asarray(p_values, dtype=np.float64)
     order = np.argsort(raw, kind="stable")
     stepped = np.maximum.accumulate(raw[order] * (len(raw) - np.arange(len(raw))))
-    adjusted = np.empty_like(raw)
-    adjusted[order] = np.minimum(stepped, 1.0)
-    return [float(value) for value in adjusted]
+    return [float(value) for value in np.minimum(stepped, 1.0)[np.argsort(order)]]
 
 
 def hedges_gz(differences: Sequence[float]) -> float | None:
@@ -172,6 +167,6 @@ def bootstrap_differences(
     return {arm: dict(zip(METRICS, found, strict=True)) for arm, found in others.items()}
 
 
-def percentile_interval(values: NDArray[np.float64], level: float = 0.95) -> list[float]:
-    """Return the percentile interval of bootstrap replicates."""
-    return [float(bound) for bound in np.quantile(values, [(1 - level) / 2, (1 + level) / 2])]
+def percentile_interval(values: NDArray[np.float64]) -> list[float]:
+    """Return the 95% percentile interval of bootstrap replicates."""
+    return [float(bound) for bound in np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])]
