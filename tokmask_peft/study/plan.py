@@ -15,7 +15,7 @@ from typing import Any, Literal
 from tokmask_peft.artifacts import write_json
 from tokmask_peft.errors import RecipeError, SweepError, nearest
 from tokmask_peft.recipe.loading import load_recipe, with_overrides
-from tokmask_peft.recipe.schema import Recipe, all_fields, regularizers, section_of
+from tokmask_peft.recipe.schema import Recipe, regularizers
 
 SWEEP_FILE = "sweep.json"
 SAMPLERS = ("grid", "random", "tpe")
@@ -57,9 +57,6 @@ def read_axis(text: str, problems: list[str]) -> Axis | None:
         problem = f"{text}: expected dotted.key=value,value, as training.learning_rate=1e-4,3e-4"
     elif key in RESERVED:
         problem = f"{key}: use {RESERVED[key]}"
-    elif key in Recipe.model_fields and section_of(Recipe.model_fields[key].annotation) is not None:
-        known = [path for path, _ in all_fields() if path.startswith(f"{key}.")]
-        problem = f"{key}: is a section; name a key in it, such as {', '.join(known[:3])}"
     elif found := re.fullmatch(rf"({_NUMBER})\.\.({_NUMBER})(:log)?", written):
         low, high, log = *found.group(1, 2), found[3] is not None
         kind = int if re.fullmatch(r"[-+]?\d+", low) and re.fullmatch(r"[-+]?\d+", high) else float

@@ -187,6 +187,23 @@ def plot_f1(analysis: dict[str, Any], folder: Path) -> tuple[Path, Path]:
     return save(mpl, figure, folder, "f1_against_p")
 
 
+TEMPLATES = Environment(
+    loader=PackageLoader("tokmask_peft.study"),
+    undefined=StrictUndefined,
+    autoescape=False,  # noqa: S701 (Markdown, LaTeX and plain text)
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+)
+_functions = (signed, interval, mean_sd, markdown, plain, Counter, smallest_p, seeds_to_reach)
+TEMPLATES.globals |= {one.__name__: one for one in _functions}
+TEMPLATES.filters |= {"latex": latex, "cell": markdown_cell, "g": "{:.3g}".format}
+
+
+def _render(name: str, context: dict[str, Any]) -> str:
+    return TEMPLATES.get_template(f"{name}.j2").render(context)
+
+
 def sweep_report(sweep: str | Path) -> Report:
     """Compare the arms of a sweep and write `SWEEP/report`.
 
@@ -238,22 +255,3 @@ def _context(analysis: dict[str, Any]) -> dict[str, Any]:
         "scores": score_table(analysis),
         "differences": {metric: difference_table(analysis, metric) for metric in NAMES},
     }
-
-
-def _render(name: str, context: dict[str, Any]) -> str:
-    jinja = Environment(
-        loader=PackageLoader("tokmask_peft.study"),
-        undefined=StrictUndefined,
-        autoescape=False,  # noqa: S701 (Markdown, LaTeX and plain text)
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    named = (signed, interval, mean_sd, markdown, plain, Counter, smallest_p, seeds_to_reach)
-    jinja.globals |= {one.__name__: one for one in named}
-    jinja.filters |= {"latex": latex, "cell": markdown_cell, "g": "{:.3g}".format, "seeds": _seeds}
-    return jinja.get_template(f"{name}.j2").render(context)
-
-
-def _seeds(count: int | None) -> str:
-    return "over a million" if count is None else f"{count:,}"

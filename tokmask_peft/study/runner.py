@@ -11,7 +11,7 @@ import signal
 import statistics
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -160,15 +160,12 @@ class Loop:
         """Do what is due; return false at the end."""
         for worker in [worker for worker in self.running if worker.poll() is not None]:
             self._settle(worker)
-        if time.monotonic() >= self._next_beat:
-            self._next_beat = time.monotonic() + HEARTBEAT
-            for worker, claim in list(self.running.items()):
-                if not self.ledger.beat(claim):
-                    self._let_go(worker)
+        sign = [None] if time.monotonic() >= self._next_beat else []
+        self._next_beat = time.monotonic() + HEARTBEAT if sign else self._next_beat
+        for worker in list(self.running):
+            self._report(worker, [*sign, *(worker.new_evaluations() if self.options.prune and not self._asked else [])])
         if self._asked:
             return self._wind_down()
-        for worker in list(self.running) if self.options.prune else []:
-            self._prune(worker)
         if time.monotonic() >= self._next_look:
             self._look()
         idle = next((worker for worker in self.workers if worker not in self.running), None)
@@ -227,19 +224,20 @@ class Loop:
         self._close(claim, "error", reason=reason[:1000])
         self._print(f"failed {claim.cell.name}: {reason} (log: {self.plan.folder / 'logs' / claim.cell.name}.log)")
 
-    def _let_go(self, worker: Worker) -> None:
-        worker.end()
-        self._print(f"{self.running.pop(worker).cell.name} was taken over by another worker; stopped here")
-
-    def _prune(self, worker: Worker) -> None:
+    def _report(self, worker: Worker, evaluations: Iterable[tuple[int, float] | None]) -> None:
+        """Report evaluations, or none as a sign of life; end a run that is pruned or that another worker has."""
         claim = self.running[worker]
-        for step, score in worker.new_evaluations():
-            if not self.ledger.beat(claim, (step, score)):
-                return self._let_go(worker)
-            if worker.poll() is None and self.ledger.is_hopeless(claim):
-                worker.end()
-                self._close(self.running.pop(worker), "pruned")
-                return self._print(f"pruned {claim.cell.name} at step {step}: {score:.4f} is below the median")
+        for evaluation in evaluations:
+            is_mine = self.ledger.beat(claim, evaluation)
+            if is_mine and (evaluation is None or worker.poll() is not None or not self.ledger.is_hopeless(claim)):
+                continue
+            worker.end()
+            del self.running[worker]
+            if evaluation is None or not is_mine:
+                return self._print(f"{claim.cell.name} was taken over by another worker; stopped here")
+            self._close(claim, "pruned")
+            step, score = evaluation
+            return self._print(f"pruned {claim.cell.name} at step {step}: {score:.4f} is below the median")
         return None
 
     def _wind_down(self) -> bool:
