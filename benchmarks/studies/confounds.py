@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from page import write
 
 from tokmask_peft.artifacts import write_json
-from tokmask_peft.study.statistics import TextCounts, bootstrap_differences, percentile_interval, spread
+from tokmask_peft.study.statistics import bootstrap_differences, percentile_interval, spread, text_counts
 from tokmask_peft.tasks import NO_PREDICTION
 from tokmask_peft.training.environment import environment
 
@@ -113,7 +113,7 @@ def _cell(arm: Arm, record: dict[str, Any]) -> dict[str, Any]:
         "stopped_early": stop_epoch([one[arm.select]["loss"] for one in record["epochs"]], setting) is not None,
         "scored_share": record["scored_share"],
         "moved_share": record.get("moved_share"),
-        "counts": TextCounts.of(gold, predicted, len(record["labels"])),
+        "counts": text_counts(gold, predicted, len(record["labels"])),
     }
 
 

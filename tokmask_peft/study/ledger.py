@@ -25,6 +25,14 @@ import psutil
 from tokmask_peft.errors import ExtraError, SweepError, first_line
 from tokmask_peft.study.plan import Cell, Plan
 
+try:
+    import optuna
+    import sqlalchemy.exc
+    from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+    from optuna.trial import TrialState
+except ImportError as error:
+    raise ExtraError(f"a sweep needs {error.name}: pip install 'tokmask-peft[sweep]'", extra="sweep") from error
+
 HEARTBEAT = 15
 """Seconds between signs of life of a running trial."""
 GRACE = 120
@@ -35,54 +43,40 @@ def open_storage(place: str | Path) -> Any:
     """Open a storage of Optuna: a database by its URL, or a journal in a file that machines may share over a network.
 
     Raises:
-        ExtraError: Optuna is not installed.
         SweepError: the storage cannot be opened.
     """
-    try:
-        import optuna
-        import sqlalchemy.exc
-    except ImportError as error:
-        raise ExtraError(f"a sweep needs {error.name}: pip install 'tokmask-peft[sweep]'", extra="sweep") from error
     for name in ("optuna", "alembic"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     if isinstance(place, Path):
-        from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
-
         with errors_of_storage():
-            backend = JournalFileBackend(str(place), JournalFileOpenLock(str(place)))
-            return optuna.storages.JournalStorage(backend)
+            return optuna.storages.JournalStorage(JournalFileBackend(str(place), JournalFileOpenLock(str(place))))
     settings = {"connect_args": {"timeout": 60}} if place.startswith("sqlite") else {"pool_pre_ping": True}
-    for attempts_left in reversed(range(5)):
+    problem: Exception | None = None
+    for _ in range(5):
         try:
             return optuna.storages.RDBStorage(place, engine_kwargs=settings)
         except (ImportError, sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.OptunaError, RuntimeError) as error:
-            if not attempts_left or isinstance(error, ImportError | sqlalchemy.exc.ArgumentError):
-                problem = first_line(getattr(error, "orig", None) or error)
-                raise SweepError(
-                    f"--storage {place} cannot be opened: {problem}; expected the URL of a database, as "
-                    "postgresql://USER@HOST/DATABASE, and its driver to be installed",
-                    code="bad-storage",
-                    storage=place,
-                ) from error
+            problem = error
+            if isinstance(error, ImportError | sqlalchemy.exc.ArgumentError):
+                break
             time.sleep(random.uniform(0.05, 0.3))  # noqa: S311 (another process may be making the tables)
-    raise AssertionError("unreachable")
+    reason = first_line(getattr(problem, "orig", None) or problem)
+    remedy = "expected the URL of a database, as postgresql://USER@HOST/DATABASE, and its driver to be installed"
+    message = f"--storage {place} cannot be opened: {reason}; {remedy}"
+    raise SweepError(message, code="bad-storage", storage=place) from problem
 
 
 @contextlib.contextmanager
 def errors_of_storage() -> Iterator[None]:
     """Turn a failure of the storage into a SweepError."""
-    import optuna
-    import sqlalchemy.exc
-
     try:
         yield
     except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError, ValueError, OSError) as error:
-        raise SweepError(
-            f"the storage of the sweep failed ({first_line(error.__cause__ or error)}); finished runs are not lost: "
-            "repeat the command to continue. If the file sweep.journal is damaged, remove it first",
-            code="storage-failed",
-        ) from error
+        reason = first_line(error.__cause__ or error)
+        remedy = "repeat the command to continue. If the file sweep.journal is damaged, remove it first"
+        message = f"the storage of the sweep failed ({reason}); finished runs are not lost: {remedy}"
+        raise SweepError(message, code="storage-failed") from error
 
 
 @functools.cache
@@ -93,17 +87,6 @@ def identity() -> dict[str, Any]:
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip())
         parts.append(str(Path("/proc/self/ns/pid").readlink()))
     return {"host": "|".join(parts), "pid": os.getpid(), "started": psutil.Process().create_time()}
-
-
-def is_gone(who: dict[str, Any] | None) -> bool:
-    """Return whether a worker of this machine is dead; false if that cannot be known from here."""
-    if not who or who["host"] != identity()["host"]:
-        return False
-    try:
-        process = psutil.Process(who["pid"])
-        return abs(process.create_time() - who["started"]) > 1.0 or process.status() == psutil.STATUS_ZOMBIE
-    except psutil.Error as error:
-        return isinstance(error, psutil.NoSuchProcess)
 
 
 State = Literal["waiting", "running", "done", "pruned", "failed"]
@@ -137,66 +120,52 @@ class Ledger:
         plan: the sweep; it is made in the storage if it is new.
         place: of the storage, as for `open_storage`.
         prune: stop trials below the median of earlier ones at the same step.
+        retry_failed: let this process run the cells again that have failed until now.
 
     Raises:
         SweepError: the storage cannot be opened, or holds another sweep of that name.
     """
 
-    def __init__(self, plan: Plan, place: str | Path, *, prune: bool = False) -> None:
-        self.plan = plan
-        self.storage = open_storage(place)
-        import optuna
-
-        self._states = optuna.trial.TrialState
-        tpe = plan.sampler == "tpe"
+    def __init__(self, plan: Plan, place: str | Path, *, prune: bool = False, retry_failed: bool = False) -> None:
+        self.plan, self.storage = plan, open_storage(place)
+        samplers = {"tpe": optuna.samplers.TPESampler(constant_liar=True)}
         self._study = optuna.create_study(
             storage=self.storage,
             study_name=plan.name,
             direction="maximize",
             load_if_exists=True,
-            sampler=optuna.samplers.TPESampler(constant_liar=True) if tpe else optuna.samplers.RandomSampler(),
+            sampler=samplers.get(plan.sampler, optuna.samplers.RandomSampler()),
             pruner=optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=1) if prune else None,
         )
         self.study_id = self.storage.get_study_id_from_name(plan.name)
-        if "definition" not in self.storage.get_study_user_attrs(self.study_id):
-            self.storage.set_study_user_attr(self.study_id, "definition", plan.definition())
-        known = self.storage.get_study_user_attrs(self.study_id)["definition"]
-        if changed := sorted(_differences(known, plan.definition())):
-            raise SweepError(
-                f"the sweep {plan.name} was started with another recipe; continuing would mix two sweeps. "
-                f"Differences: {'; '.join(changed)}. Choose another --name.",
-                code="other-sweep",
-                differences=changed,
-            )
-        self._retried: set[int] = set()  # numbers of failed trials that do not count
+        if "definition" not in self._study.user_attrs:
+            self._study.set_user_attr("definition", plan.definition())
+        if changed := sorted(_differences(self._study.user_attrs["definition"], plan.definition())):
+            problem = f"the sweep {plan.name} was started with another recipe; continuing would mix two sweeps"
+            message = f"{problem}. Differences: {'; '.join(changed)}. Choose another --name."
+            raise SweepError(message, code="other-sweep", differences=changed)
+        known = self.storage.get_all_trials(self.study_id, deepcopy=False) if retry_failed else []
+        self._retried = {trial.number for trial in known}  # if they failed, that does not count
         self._beats: dict[int, tuple[Any, float]] = {}
-
-    def retry_failed(self) -> None:
-        """Let this process run the cells again that have failed until now."""
-        self._retried = {trial.number for trials in self._trials().values() for trial in trials}
 
     @errors_of_storage()
     def look(self) -> dict[str, CellState]:
         """Give up trials whose worker is gone, and return the state of each cell of the plan."""
         by_cell = self._trials()
-        lost = [trial for trials in by_cell.values() for trial in trials if self._is_lost(trial)]
-        for trial in lost:
-            self.close(trial._trial_id, "lost")
-        by_cell = self._trials() if lost else by_cell
+        if lost := [trial for trials in by_cell.values() for trial in trials if self._is_lost(trial)]:
+            for trial in lost:
+                self.close(trial._trial_id, "lost")
+            by_cell = self._trials()
         return {cell.name: self._state_of(by_cell.get(cell.name, [])) for cell in self.plan.cells}
 
     @errors_of_storage()
     def claim(self) -> Claim | None:
         """Take the first cell of the plan that waits, in the state that `look` leaves; none if none waits."""
-        import optuna
-
         states = self.look()
-        for cell in self.plan.cells:
-            if states[cell.name].state != "waiting":
-                continue
+        for cell in (cell for cell in self.plan.cells if states[cell.name].state == "waiting"):
             drawn = next((trial.params for trial in self._trials().get(cell.name, [])[::-1] if trial.params), None)
             trial = optuna.trial.create_trial(
-                state=self._states.RUNNING,
+                state=TrialState.RUNNING,
                 user_attrs={"cell": cell.name, "seed": cell.seed, "worker": identity(), "beat": time.time()},
                 system_attrs={"fixed_params": drawn} if drawn else {},  # it continues from its checkpoints
             )
@@ -204,23 +173,30 @@ class Ledger:
             number = self.storage.get_trial(trial_id).number
             earlier = [other for other in self._trials()[cell.name] if other.number < number]
             if self._state_of(earlier).state == "waiting":
-                return Claim(cell, trial_id, tuple(self._draw(trial_id)))
+                return Claim(cell, trial_id, self._draw(trial_id))
             self.close(trial_id, "duplicate")
         return None
 
+    def _draw(self, trial_id: int) -> tuple[str, ...]:
+        if self.plan.sampler == "grid":
+            return ()
+        self._study.get_trials(deepcopy=False)  # Optuna's cache does not know a trial before it has read it
+        trial = optuna.trial.Trial(self._study, trial_id)
+        return tuple(f"{axis.key}={axis.suggest(trial)}" for axis in self.plan.axes)
+
     @errors_of_storage()
-    def beat(self, claim: Claim) -> bool:
-        """Give a sign of life; return false if another worker has taken the cell over.
+    def beat(self, claim: Claim, evaluation: tuple[int, float] | None = None) -> bool:
+        """Give a sign of life, with the score at a step if there is one; return false if another worker has the cell.
 
         Optuna's own heartbeats exist only for databases and compare clocks. A value that changes works on every
         storage: whoever sees it unchanged for `GRACE` seconds of its own clock gives the trial up.
         """
-        return self._updated(self.storage.set_trial_user_attr, claim.trial_id, "beat", time.time())
-
-    @errors_of_storage()
-    def report(self, claim: Claim, step: int, score: float) -> bool:
-        """Record an evaluation in the middle of a trial; return false if another worker has taken the cell over."""
-        return self._updated(self.storage.set_trial_intermediate_value, claim.trial_id, step, score)
+        with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
+            self.storage.set_trial_user_attr(claim.trial_id, "beat", time.time())
+            if evaluation is not None:
+                self.storage.set_trial_intermediate_value(claim.trial_id, *evaluation)
+            return True
+        return False
 
     def is_hopeless(self, claim: Claim) -> bool:
         """Return whether the trial is below the median of earlier ones at the same step."""
@@ -233,58 +209,46 @@ class Ledger:
         A cell that ended in an `error` is not run again unless asked for, and its `reason` is needed; one that was
         `interrupted` or `lost` is continued by whoever comes next. `score` is the validation macro-F1.
         """
-        state = {"done": self._states.COMPLETE, "pruned": self._states.PRUNED}.get(outcome, self._states.FAIL)
-        if self._updated(self.storage.set_trial_user_attr, trial_id, "outcome", {"kind": outcome, **details}):
-            values = None if score is None else [score]
-            self._updated(self.storage.set_trial_state_values, trial_id, state, values)
-
-    def _updated(self, change: Any, *arguments: Any) -> bool:
-        import optuna
-
-        try:
-            change(*arguments)
-        except optuna.exceptions.UpdateFinishedTrialError:
-            return False
-        return True
+        state = {"done": TrialState.COMPLETE, "pruned": TrialState.PRUNED}.get(outcome, TrialState.FAIL)
+        with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
+            self.storage.set_trial_user_attr(trial_id, "outcome", {"kind": outcome, **details})
+            self.storage.set_trial_state_values(trial_id, state, None if score is None else [score])
 
     def _trials(self) -> dict[str, list[Any]]:
+        """Return the trials of each cell, the oldest first."""
         by_cell: dict[str, list[Any]] = {}
         for trial in sorted(self.storage.get_all_trials(self.study_id, deepcopy=False), key=lambda one: one.number):
             by_cell.setdefault(trial.user_attrs.get("cell", ""), []).append(trial)
         return by_cell
 
     def _is_lost(self, trial: Any) -> bool:
-        who, now = trial.user_attrs.get("worker"), time.monotonic()
-        if trial.state != self._states.RUNNING or who == identity():
+        """Return whether the trial's worker has died on this machine, or shows no sign of life on another."""
+        who, beat, now = trial.user_attrs.get("worker"), trial.user_attrs.get("beat"), time.monotonic()
+        if trial.state != TrialState.RUNNING or who == identity():
             return False
-        beat = trial.user_attrs.get("beat")
-        known, since = self._beats.get(trial.number, (None, now))
-        self._beats[trial.number] = (beat, since if beat == known else now)
-        return is_gone(who) or now - self._beats[trial.number][1] > GRACE
+        if who and who["host"] == identity()["host"]:
+            try:
+                process = psutil.Process(who["pid"])
+                if abs(process.create_time() - who["started"]) > 1.0 or process.status() == psutil.STATUS_ZOMBIE:
+                    return True
+            except psutil.NoSuchProcess:
+                return True
+            except psutil.Error:  # it lives, but this user may not look at it
+                pass
+        seen = self._beats.get(trial.number)
+        if seen is None or seen[0] != beat:
+            seen = self._beats[trial.number] = (beat, now)
+        return now - seen[1] > GRACE
 
     def _state_of(self, trials: Sequence[Any]) -> CellState:
-        """Return the state of a cell from its trials, the oldest first."""
         by_state = {trial.state: trial for trial in trials}
-        if done := by_state.get(self._states.COMPLETE):
+        if done := by_state.get(TrialState.COMPLETE):
             return CellState("done", done.value, done.user_attrs.get("outcome", {}).get("seconds"))
-        for state, name in ((self._states.PRUNED, "pruned"), (self._states.RUNNING, "running")):
-            if state in by_state:
-                return CellState(name)  # type: ignore[arg-type]
-        for trial in reversed(trials):
-            outcome = trial.user_attrs.get("outcome", {})
-            if outcome.get("kind") == "error" and trial.number not in self._retried:
-                return CellState("failed", reason=outcome["reason"])
-        return CellState("waiting")
-
-    def _draw(self, trial_id: int) -> Iterator[str]:
-        if self.plan.sampler == "grid":
-            return
-        import optuna
-
-        self._study.get_trials(deepcopy=False)  # Optuna's cache does not know a trial before it has read it
-        trial = optuna.trial.Trial(self._study, trial_id)
-        for axis in self.plan.axes:
-            yield f"{axis.key}={axis.suggest(trial)}"
+        if TrialState.PRUNED in by_state or TrialState.RUNNING in by_state:
+            return CellState("pruned" if TrialState.PRUNED in by_state else "running")
+        outcomes = (trial.user_attrs.get("outcome", {}) for trial in trials[::-1] if trial.number not in self._retried)
+        reason = next((outcome["reason"] for outcome in outcomes if outcome.get("kind") == "error"), None)
+        return CellState("waiting") if reason is None else CellState("failed", reason=reason)
 
 
 def _differences(before: Any, after: Any, path: str = "") -> Iterator[str]:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from tokmask_peft.artifacts import write_json
 from tokmask_peft.errors import RecipeError, SweepError, nearest
 from tokmask_peft.recipe.loading import load_recipe, with_overrides
-from tokmask_peft.recipe.schema import Recipe, all_fields, regularizers, section_of
+from tokmask_peft.recipe.schema import Recipe, regularizers
 
 SWEEP_FILE = "sweep.json"
 SAMPLERS = ("grid", "random", "tpe")
@@ -48,38 +48,26 @@ class Axis:
             return str(trial.suggest_int(self.key, self.low, self.high, log=self.log))
         return repr(trial.suggest_float(self.key, self.low, self.high, log=self.log))
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-able form."""
-        return {"values": list(self.values)} if self.values else {"low": self.low, "high": self.high, "log": self.log}
-
 
 def read_axis(text: str, problems: list[str]) -> Axis | None:
     """Read `key=1,2,3`, or a range `key=low..high` or `key=low..high:log`, of `--grid`."""
-    key, sign, written = text.partition("=")
-    key = key.strip()
-    if not sign or not key or not written.strip():
-        problems.append(f"--grid {text}: expected dotted.key=value,value, as training.learning_rate=1e-4,3e-4")
-        return None
-    if key in RESERVED:
-        problems.append(f"--grid {key}: use {RESERVED[key]}")
-        return None
-    if key in Recipe.model_fields and section_of(Recipe.model_fields[key].annotation) is not None:
-        known = [path for path, _ in all_fields() if path.startswith(f"{key}.")]
-        problems.append(f"--grid {key}: is a section; name a key in it, such as {', '.join(known[:3])}")
-        return None
-    if found := re.fullmatch(rf"\s*({_NUMBER})\.\.({_NUMBER})(:log)?\s*", written):
-        whole = all(re.fullmatch(r"[-+]?\d+", part) for part in found.group(1, 2))
-        low, high = ((int if whole else float)(part) for part in found.group(1, 2))
-        if low < high and not (found[3] and low <= 0):
-            return Axis(key, (), low, high, bool(found[3]))
-        rule = "above 0 and rising" if found[3] else "rising"
-        problems.append(f"--grid {key}: the range {written.strip()} is not {rule}")
-        return None
-    values = split_values(written)
-    if len(set(values)) == len(values):
-        return Axis(key, values)
-    problems.append(f"--grid {key}: a value is given twice in {written}")
-    return None
+    key, _, written = (part.strip() for part in text.partition("="))
+    axis, problem = Axis(key, split_values(written)), ""
+    if not key or not written:
+        problem = f"{text}: expected dotted.key=value,value, as training.learning_rate=1e-4,3e-4"
+    elif key in RESERVED:
+        problem = f"{key}: use {RESERVED[key]}"
+    elif found := re.fullmatch(rf"({_NUMBER})\.\.({_NUMBER})(:log)?", written):
+        low, high, log = *found.group(1, 2), found[3] is not None
+        kind = int if re.fullmatch(r"[-+]?\d+", low) and re.fullmatch(r"[-+]?\d+", high) else float
+        axis = Axis(key, (), kind(low), kind(high), log)
+        if kind(low) >= kind(high) or (log and kind(low) <= 0):
+            problem = f"{key}: the range {written} is not {'above 0 and ' if log else ''}rising"
+    elif len(set(axis.values)) < len(axis.values):
+        problem = f"{key}: a value is given twice in {written}"
+    if problem:
+        problems.append(f"--grid {problem}")
+    return None if problem else axis
 
 
 def read_rates(text: str, problems: list[str]) -> tuple[str, ...]:
@@ -107,16 +95,15 @@ def read_seeds(text: str, problems: list[str]) -> tuple[int, ...]:
     parts = [part.strip() for part in text.split(",")]
     seeds = [int(part) for part in parts if re.fullmatch(r"\d+", part) and int(part) < 2**32]
     if not seeds or len(seeds) < sum(bool(part) for part in parts):
-        problems.append(f"--seeds {text}: expected a number (5 is the seeds 1 to 5), or seeds: 11,12,13 (one: 11,)")
-        return ()
-    if len(parts) == 1:
-        if 1 <= seeds[0] <= 1000:
-            return tuple(range(1, seeds[0] + 1))
-        problems.append(f"--seeds {text}: expected 1 to 1000 seeds; for the one seed {text} write {text},")
-        return ()
-    if len(set(seeds)) < len(seeds):
-        problems.append(f"--seeds {text}: a seed is given twice")
-    return tuple(seeds)
+        problem = "expected a number (5 is the seeds 1 to 5), or seeds: 11,12,13 (one: 11,)"
+    elif len(parts) == 1 and not 1 <= seeds[0] <= 1000:
+        problem = f"expected 1 to 1000 seeds; for the one seed {text} write {text},"
+    elif len(set(seeds)) < len(seeds):
+        problem = "a seed is given twice"
+    else:
+        return tuple(range(1, seeds[0] + 1) if len(parts) == 1 else seeds)
+    problems.append(f"--seeds {text}: {problem}")
+    return ()
 
 
 def split_values(text: str) -> tuple[str, ...]:
@@ -154,30 +141,22 @@ class Arm:
 
 
 def regularizer_arms(names: Sequence[str], rates: Sequence[str], batching: str, problems: list[str]) -> list[Arm]:
-    """Return the arms of `--arms`; those with `mask` once per rate.
+    """Return the arms of `--arms`, such as `none`, `neftune:15` or `mask+label_smoothing`; with `mask` once per rate.
 
-    NEFTune scales its noise by the length of a padded batch, so an arm with it pads the batches of a padding-free
-    recipe: the same texts in the same order.
-
-    Args:
-        names: as the user wrote them, for example `none`, `neftune:15`, `mask+label_smoothing`.
-        rates: masking rates above 0.
-        batching: the recipe's `training.batching`.
-        problems: takes a line per unknown name.
+    NEFTune scales its noise by the length of a padded batch, so an arm with it pads the batches of a recipe whose
+    `batching` is padding-free: the same texts in the same order. `problems` takes a line per unknown name.
     """
     arms: list[Arm] = []
-    known = regularizers()
+    known, arm_names = regularizers(), (NONE, *REGULARIZERS, MASK)
     for name in names:
         parts = name.split("+")
         settings: dict[str, Any] = {key: regularizer.off for key, regularizer in known.items()}
         chosen = [part for part in parts if part not in (MASK, NONE)]
         unknown = [part for part in chosen if part.partition(":")[0] not in REGULARIZERS or part.endswith(":")]
         if unknown or (NONE in parts and len(parts) > 1):
-            arm_names = (NONE, *REGULARIZERS, MASK)
-            problems.append(
-                f"--arms: there is no arm '{name}'.{nearest(name, arm_names)} "
-                f"Known: {', '.join(arm_names)}, and combinations such as mask+neftune, with a strength as neftune:15"
-            )
+            remedy = "and combinations such as mask+neftune, with a strength as neftune:15"
+            guess = f"{nearest(name, arm_names)} Known: {', '.join(arm_names)}, {remedy}"
+            problems.append(f"--arms: there is no arm '{name}'.{guess}")
             continue
         for part in chosen:
             word, _, strength = part.partition(":")
@@ -185,10 +164,8 @@ def regularizer_arms(names: Sequence[str], rates: Sequence[str], batching: str, 
         if settings["training.neftune_alpha"] is not None and batching == "padding_free":
             settings["training.batching"] = "padded"
         overrides = tuple(f"{key}={'null' if value is None else value}" for key, value in settings.items())
-        arms += [
-            Arm("+".join(chosen) or NONE, rate, (*overrides, f"masking.p={rate}"))
-            for rate in (rates if MASK in parts else ["0"])
-        ]
+        for rate in rates if MASK in parts else ["0"]:
+            arms.append(Arm("+".join(chosen) or NONE, rate, (*overrides, f"masking.p={rate}")))
     return arms
 
 
@@ -204,11 +181,6 @@ class Cell:
     arm: Arm | None = None
     setting: tuple[tuple[str, str], ...] = ()
     overrides: tuple[str, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the cell's entry in `sweep.json`."""
-        arm = None if self.arm is None else {"regularizers": self.arm.regularizers, "p": float(self.arm.p)}
-        return {"seed": self.seed, "arm": arm, "setting": dict(self.setting), "overrides": list(self.overrides)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,7 +209,8 @@ class Plan:
         base["masking"].pop("p")
         fixed = {"sampler": self.sampler, "axes": sorted(axis.key for axis in self.axes), "recipe": base}
         if self.sampler != "grid":
-            fixed["space"] = {axis.key: axis.to_dict() for axis in self.axes}
+            bounds = {axis.key: {"low": axis.low, "high": axis.high, "log": axis.log} for axis in self.axes}
+            fixed["space"] = bounds | {axis.key: {"values": list(axis.values)} for axis in self.axes if axis.values}
         return fixed
 
     def write(self) -> None:
@@ -251,12 +224,14 @@ class Plan:
         try:
             if file.is_file():
                 content["cells"] = json.loads(file.read_text(encoding="utf-8"))["cells"]
-            content["cells"].update({cell.name: cell.to_dict() for cell in self.cells})
+            for cell in self.cells:
+                arm = None if cell.arm is None else {"regularizers": cell.arm.regularizers, "p": float(cell.arm.p)}
+                entry = {"seed": cell.seed, "arm": arm, "setting": dict(cell.setting)}
+                content["cells"][cell.name] = {**entry, "overrides": list(cell.overrides)}
             write_json(file, content)
         except (OSError, ValueError, KeyError) as error:
-            raise SweepError(
-                f"the folder of the sweep, {self.folder}, cannot be used: {error}", code="folder"
-            ) from error
+            problem = f"the folder of the sweep, {self.folder}, cannot be used: {error}"
+            raise SweepError(problem, code="folder") from error
 
 
 def make_plan(
@@ -299,14 +274,12 @@ def make_plan(
         raise RecipeError(dict.fromkeys(problems), recipe, code="sweep-plan")
     rates = rates or (str(base.masking.p),)
     if sampler == "grid":
-        if arms is None:
-            listed = [Arm(AS_RECIPE, rate, (f"masking.p={rate}",)) for rate in rates]
-        else:
+        listed = [Arm(AS_RECIPE, rate, (f"masking.p={rate}",)) for rate in rates]
+        if arms is not None:
             above = [rate for rate in rates if float(rate) > 0] or ["0.1"]
             listed = regularizer_arms(split_values(arms), above, base.training.batching, problems)
             labels = [arm.label for arm in listed]
-            twice = dict.fromkeys(label for label in labels if labels.count(label) > 1)
-            problems.extend(f"--arms: '{label}' is given twice" for label in twice)
+            problems.extend(f"--arms: '{label}' is given twice" for label in labels if labels.count(label) > 1)
         cells = _grid(base, listed, axes, chosen_seeds)
     else:
         if any(float(rate) == 0 for rate in rates) and not base.masking.model_copy(update={"p": 0.0}).is_off:
@@ -330,19 +303,17 @@ def _clashes(
             yield f"{override}: in a sweep use {RESERVED[key]}"
         if key in keys:
             yield f"{override}: the key is also an axis of --grid"
-    for key in dict.fromkeys(keys):
-        if keys.count(key) > 1:
-            yield f"--grid {key}: is given twice"
-        if arms is not None and key in REGULARIZERS.values():
+    yield from (f"--grid {key}: is given twice" for key in keys if keys.count(key) > 1)
+    for key in keys if arms is not None else []:
+        if key in REGULARIZERS.values():
             yield f"--grid {key}: --arms sets it; give the strength in the arm, as label_smoothing:0.2"
-    if sampler not in SAMPLERS:
-        yield f"--sampler {sampler}: expected {', '.join(SAMPLERS)}.{nearest(sampler, SAMPLERS)}"
-    elif sampler == "grid":
+    if sampler == "grid":
         if trials is not None:
             yield "--trials: a grid has as many trials as cells; use it with --sampler random or tpe"
-        for axis in axes:
-            if not axis.values:
-                yield f"--grid {axis.key}: a range needs --sampler random or tpe; for a grid list the values"
+        for key in (axis.key for axis in axes if not axis.values):
+            yield f"--grid {key}: a range needs --sampler random or tpe; for a grid list the values"
+    elif sampler not in SAMPLERS:
+        yield f"--sampler {sampler}: expected {', '.join(SAMPLERS)}.{nearest(sampler, SAMPLERS)}"
     else:
         if trials is None or trials < 1:
             yield f"--sampler {sampler}: give the number of runs with --trials N"

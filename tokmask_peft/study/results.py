@@ -12,21 +12,9 @@ import numpy as np
 
 from tokmask_peft.artifacts import Result, RunFolder
 from tokmask_peft.errors import SweepError
+from tokmask_peft.study import statistics
 from tokmask_peft.study.plan import AS_RECIPE, NONE, SWEEP_FILE
-from tokmask_peft.study.statistics import (
-    METRICS,
-    PAPER_GAINS,
-    TextCounts,
-    bootstrap_differences,
-    hedges_gz,
-    holm,
-    percentile_interval,
-    sd_interval,
-    seeds_needed,
-    sign_flip_p,
-    smallest_p,
-    spread,
-)
+from tokmask_peft.study.statistics import METRICS, PAPER_GAINS, spread
 
 REPLICATES = 2000
 METHODS = {
@@ -78,13 +66,14 @@ class SweepResults:
     missing: tuple[str, ...]
 
     @property
+    def all_runs(self) -> list[Result]:
+        """The results of all rows and seeds."""
+        return [run for runs in self.runs.values() for run in runs.values()]
+
+    @property
     def split(self) -> str:
         """The split that the report is about: test if every run was scored on it."""
-        return (
-            "test"
-            if all(run.test is not None for runs in self.runs.values() for run in runs.values())
-            else "validation"
-        )
+        return "test" if all(run.test is not None for run in self.all_runs) else "validation"
 
     def scores(self, row: Row, metric: str, split: str | None = None) -> dict[int, float]:
         """Return the scores of a row by seed."""
@@ -93,77 +82,68 @@ class SweepResults:
     def predictions(self, row: Row, seed: int) -> dict[str, Any] | None:
         """Return gold and predicted ids per text, and the labels; none if the run did not save them."""
         file = self.folders[row, seed].predictions
-        if not file.is_file():
-            return None
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         return {"labels": content["labels"], **content[self.split]} if self.split in content else None
 
 
 def read_sweep(folder: Path) -> SweepResults:
-    """Read a sweep's folder.
+    """Read a sweep's folder; rows by setting and regularizers in the sweep's order, then by rate, references first.
 
     Raises:
         SweepError: the folder is not a sweep, has no finished run, or cannot be compared arm by arm.
+        RunError: a result cannot be read.
     """
     file = folder / SWEEP_FILE
     if not file.is_file():
         raise SweepError(f"{folder} is not the folder of a sweep (it holds no {SWEEP_FILE})", code="not-a-sweep")
     sweep = json.loads(file.read_text(encoding="utf-8"))
     if sweep["sampler"] != "grid":
-        raise SweepError(
-            f"the sweep {sweep['name']} drew its values ({sweep['sampler']}), so there are no arms to compare seed by "
-            "seed. Its trials are in its storage; compare the best values with a grid over seeds.",
-            code="no-arms",
-        )
-    runs: dict[Row, dict[int, Result]] = {}
+        problem = f"drew its values ({sweep['sampler']}), so there are no arms to compare seed by seed"
+        remedy = "Its trials are in its storage; compare the best values with a grid over seeds."
+        raise SweepError(f"the sweep {sweep['name']} {problem}. {remedy}", code="no-arms")
     folders: dict[tuple[Row, int], RunFolder] = {}
     missing = []
     for name, cell in sweep["cells"].items():
-        run, seed = RunFolder(folder / name), int(cell["seed"])
-        if not run.finished():
-            missing.append(name)
-            continue
+        run = RunFolder(folder / name)
         row = Row(tuple(sorted(cell["setting"].items())), cell["arm"]["regularizers"], float(cell["arm"]["p"]))
-        runs.setdefault(row, {})[seed] = Result.from_dict(json.loads(run.result.read_text(encoding="utf-8")))
-        folders[row, seed] = run
-    if not runs:
-        raise SweepError(
-            f"the sweep {folder} has no finished run yet; run it with the command that began it", code="no-finished-run"
-        )
-    ordered = {row: dict(sorted(runs[row].items())) for row in _in_order(list(runs))}
-    return SweepResults(sweep["name"], sweep["recipe"]["data"]["task"], ordered, folders, tuple(missing))
-
-
-def _in_order(rows: list[Row]) -> list[Row]:
-    """Sort by setting and regularizers in the sweep's order, then by rate; the reference of a setting comes first."""
-    settings = list(dict.fromkeys(row.setting for row in rows))
-    kinds = list(dict.fromkeys(row.regularizers for row in rows))
+        if run.finished():
+            folders[row, int(cell["seed"])] = run
+        else:
+            missing.append(name)
+    if not folders:
+        remedy = "run it with the command that began it"
+        raise SweepError(f"the sweep {folder} has no finished run yet; {remedy}", code="no-finished-run")
+    rows = [row for row, _ in folders]
+    settings, kinds = ([getattr(row, name) for row in rows] for name in ("setting", "regularizers"))
 
     def place(row: Row) -> tuple[Any, ...]:
-        masked, kind = row.p > 0, kinds.index(row.regularizers)
-        return settings.index(row.setting), not row.is_reference, masked, kind, row.p
+        return settings.index(row.setting), not row.is_reference, row.p > 0, kinds.index(row.regularizers), row.p
 
-    return sorted(rows, key=place)
+    runs: dict[Row, dict[int, Result]] = {row: {} for row in sorted(rows, key=place)}
+    for row, seed in sorted(folders, key=lambda one: one[1]):
+        runs[row][seed] = Result.read(folders[row, seed].result)
+    return SweepResults(sweep["name"], sweep["recipe"]["data"]["task"], runs, folders, tuple(missing))
 
 
 def analyse(results: SweepResults) -> dict[str, Any]:
     """Return everything that the report says, JSON-able."""
     rows = {row: _row(results, row) for row in results.runs}
-    for setting in dict.fromkeys(row.setting for row in rows):
-        group = [row for row in rows if row.setting == setting]
-        reference = next((row for row in group if row.is_reference), None)
-        if reference is None:
-            continue
-        others = [rows[row] for row in group if row != reference]
-        for row in group:
-            if row != reference:
-                rows[row]["difference"] = _difference(results, reference, row)
-                part, whole = rows[row]["seconds_per_step"], rows[reference]["seconds_per_step"]
-                rows[row]["cost"] = part / whole if part and whole else None
+    references = {row.setting: row for row in reversed(rows) if row.is_reference}  # of several the first
+    for setting, reference in references.items():
+        others = [row for row in rows if row.setting == setting and row != reference]
+        for row in others:
+            rows[row]["difference"] = _difference(results, reference, row)
+            part, whole = rows[row]["seconds_per_step"], rows[reference]["seconds_per_step"]
+            rows[row]["cost"] = part / whole if part and whole else None
         for metric in METRICS:
-            tested = [other["difference"][metric] for other in others if metric in other["difference"]]
-            for one, adjusted in zip(tested, holm([one["p_value"] for one in tested]), strict=True):
+            tested = [found[metric] for row in others if metric in (found := rows[row]["difference"])]
+            for one, adjusted in zip(tested, statistics.holm([one["p_value"] for one in tested]), strict=True):
                 one["p_holm"] = adjusted
+    floors = [run.baseline for run in results.all_runs if run.baseline and results.split == "test"]
+    versions: dict[str, set[str]] = {}
+    for run in results.all_runs:
+        for package, version in run.speed.get("environment", {}).get("versions", {}).items():
+            versions.setdefault(package, set()).add(version)
     return {
         "sweep": results.name,
         "task": results.task,
@@ -172,9 +152,9 @@ def analyse(results: SweepResults) -> dict[str, Any]:
         "rows": list(rows.values()),
         "chosen_by_validation": _choice(results),
         "paper": _paper(results, list(rows.values())),
-        "baseline": _baseline(results),
+        "baseline": {name: float(np.mean([floor[name] for floor in floors])) for name in METRICS} if floors else None,
         "missing": list(results.missing),
-        "versions": _versions(results),
+        "versions": {package: sorted(found) for package, found in versions.items()},
         "methods": METHODS,
     }
 
@@ -212,10 +192,10 @@ def _difference(results: SweepResults, reference: Row, row: Row) -> dict[str, An
         found[metric] = {
             "by_seed": differences,
             **spread(differences),
-            "bootstrap": percentile_interval(replicates[metric]) if replicates else None,
-            "p_value": float(sign_flip_p(differences)),
-            "smallest_p": smallest_p(len(seeds)),
-            "effect_size": hedges_gz(differences),
+            "bootstrap": statistics.percentile_interval(replicates[metric]) if replicates else None,
+            "p_value": float(statistics.sign_flip_p(differences)),
+            "smallest_p": statistics.smallest_p(len(seeds)),
+            "effect_size": statistics.hedges_gz(differences),
         }
     return found
 
@@ -224,18 +204,18 @@ def _replicates(
     results: SweepResults, reference: Row, row: Row, seeds: Sequence[int]
 ) -> tuple[dict[str, Any] | None, str | None]:
     """Bootstrap the differences, or return the reason why that is not possible."""
-    counts: dict[Row, list[TextCounts]] = {reference: [], row: []}
+    counts: dict[Row, list[Any]] = {reference: [], row: []}
     gold = None
     for one, runs in counts.items():
         for seed in seeds:
             found = results.predictions(one, seed)
             if found is None:
                 return None, f"{results.folders[one, seed].root.name} has no predictions.json"
-            gold = found["gold"] if gold is None else gold
+            gold = gold or found["gold"]
             if found["gold"] != gold:
                 return None, f"the {results.split} texts differ between seeds"
-            runs.append(TextCounts.of(found["gold"], found["predicted"], len(found["labels"])))
-    return bootstrap_differences(counts, reference, REPLICATES)[row], None
+            runs.append(statistics.text_counts(found["gold"], found["predicted"], len(found["labels"])))
+    return statistics.bootstrap_differences(counts, reference, REPLICATES)[row], None
 
 
 def _choice(results: SweepResults) -> dict[str, Any]:
@@ -244,25 +224,22 @@ def _choice(results: SweepResults) -> dict[str, Any]:
     seeds = sorted({seed for scores in validation.values() for seed in scores})
     whole = [seed for seed in seeds if all(seed in scores for scores in validation.values())]
     references = [row for row in results.runs if row.is_reference]
-
-    def scored(row: Row, seed: int) -> dict[str, float]:
-        return {metric: results.scores(row, metric)[seed] for metric in METRICS}
-
+    scored = {metric: {row: results.scores(row, metric) for row in results.runs} for metric in METRICS}
     per_seed: list[dict[str, Any]] = []
     for seed in whole:  # of equals the first, which is the one with less masking
         chosen = max(results.runs, key=lambda row: validation[row][seed])
-        per_seed.append({"seed": seed, "label": chosen.label, "p": chosen.p, **scored(chosen, seed)})
+        scores = {metric: scored[metric][chosen][seed] for metric in METRICS}
+        per_seed.append({"seed": seed, "label": chosen.label, "p": chosen.p, **scores})
         if references:
             plain = max(references, key=lambda row: validation[row][seed])
-            per_seed[-1]["gain"] = per_seed[-1]["f1_macro"] - scored(plain, seed)["f1_macro"]
+            per_seed[-1]["gain"] = scores["f1_macro"] - scored["f1_macro"][plain][seed]
     found: dict[str, Any] = {"per_seed": per_seed, "seeds_left_out": sorted(set(seeds) - set(whole))}
     if whole:
         for metric in (*METRICS, *(["gain"] if references else [])):
             found[metric] = spread([one[metric] for one in per_seed])
         best = max(results.runs, key=lambda row: np.mean([validation[row][seed] for seed in whole]))
-        found["overall"] = {"label": best.label, "p": best.p}
-        for metric in METRICS:
-            found["overall"][metric] = spread([scored(best, seed)[metric] for seed in whole])
+        overall = {metric: spread([scored[metric][best][seed] for seed in whole]) for metric in METRICS}
+        found["overall"] = {"label": best.label, "p": best.p, **overall}
     return found
 
 
@@ -274,29 +251,9 @@ def _paper(results: SweepResults, rows: Sequence[dict[str, Any]]) -> dict[str, A
         found = row.get("difference", {}).get("f1_macro")
         if not gains or row["p"] == 0 or not found or found["sd"] is None:
             continue
-        low, high = sd_interval(found["sd"], found["n"])
-        counts = {
-            backbone: {
-                "seeds": seeds_needed(gain, found["sd"]),
-                "interval": [seeds_needed(gain, low), seeds_needed(gain, high)],
-            }
-            for backbone, gain in gains.items()
-        }
-        needed.append({"label": row["label"], "sd": found["sd"], "sd_interval": [low, high], "needed": counts})
+        bounds, counts = statistics.sd_interval(found["sd"], found["n"]), {}
+        for backbone, gain in gains.items():
+            seeds, *ends = (statistics.seeds_needed(gain, sd) for sd in (found["sd"], *bounds))
+            counts[backbone] = {"seeds": seeds, "interval": ends}
+        needed.append({"label": row["label"], "sd": found["sd"], "sd_interval": list(bounds), "needed": counts})
     return {"task": about, "gains": gains, "rows": needed}
-
-
-def _baseline(results: SweepResults) -> dict[str, Any] | None:
-    floors = [run.baseline for runs in results.runs.values() for run in runs.values() if run.baseline]
-    if not floors or results.split != "test":
-        return None
-    return {metric: float(np.mean([floor[metric] for floor in floors])) for metric in METRICS}
-
-
-def _versions(results: SweepResults) -> dict[str, list[str]]:
-    found: dict[str, set[str]] = {}
-    for runs in results.runs.values():
-        for run in runs.values():
-            for package, version in run.speed.get("environment", {}).get("versions", {}).items():
-                found.setdefault(package, set()).add(version)
-    return {package: sorted(versions) for package, versions in found.items()}

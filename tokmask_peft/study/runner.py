@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import functools
+import operator
 import os
 import shutil
 import signal
+import statistics
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from rich.live import Live
 from rich.text import Text
 
-from tokmask_peft.artifacts import Result, RunFolder
+from tokmask_peft.artifacts import Result, RunFolder, is_run
 from tokmask_peft.console import make_console
-from tokmask_peft.errors import RecipeError, RunInterruptedError, SweepError
+from tokmask_peft.errors import RecipeError, RunError, RunInterruptedError, SweepError
 from tokmask_peft.recipe.errors import shown
 from tokmask_peft.recipe.loading import differences, load_recipe
 from tokmask_peft.recipe.schema import Recipe
@@ -37,15 +39,12 @@ def finished_result(recipe: Recipe) -> Result | None:
     if not run.finished():
         return None
     if run.recipe.is_file() and (changed := differences(load_recipe(run.recipe), recipe)):
-        raise SweepError(
-            f"{run.root} holds a run of another recipe: {'; '.join(changed)}", code="other-run", differences=changed
-        )
+        problem = f"{run.root} holds a run of another recipe: {'; '.join(changed)}"
+        raise SweepError(problem, code="other-run", differences=changed)
     try:
-        return Result.from_dict(json.loads(run.result.read_text(encoding="utf-8")))
-    except (ValueError, KeyError, TypeError) as error:
-        raise SweepError(
-            f"{run.result} cannot be read ({error}); remove it to continue the run", code="broken-result"
-        ) from error
+        return Result.read(run.result)
+    except RunError as error:
+        raise SweepError(f"{error}; remove it to continue the run", code="broken-result") from error
 
 
 def remaining_seconds(cells: Mapping[str, CellState], elapsed: Sequence[float], workers: int) -> float | None:
@@ -53,11 +52,11 @@ def remaining_seconds(cells: Mapping[str, CellState], elapsed: Sequence[float], 
 
     `elapsed` holds the seconds so far of each run of this process, which runs `workers` at once.
     """
-    states, known = [cell.state for cell in cells.values()], [cell.seconds for cell in cells.values() if cell.seconds]
-    unfinished = sum(state not in FINAL for state in states)
+    known = [cell.seconds for cell in cells.values() if cell.seconds]
     if not known:
         return None
-    mean = sum(known) / len(known)
+    states, mean = [cell.state for cell in cells.values()], statistics.fmean(known)
+    unfinished = sum(state not in FINAL for state in states)
     at_once = min(max(workers, states.count("running")), max(unfinished, 1))
     return max(0.0, (unfinished * mean - sum(min(seconds, mean) for seconds in elapsed)) / at_once)
 
@@ -89,25 +88,15 @@ def summary_line(cells: Mapping[str, CellState], left: float | None = None) -> s
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How a sweep runs; only `prune`, which stops runs early, changes a result.
+    """How a sweep runs; only `prune` changes a result."""
 
-    Attributes:
-        workers: runs at once in this process.
-        keep_checkpoints: keep those of finished runs.
-        prune: stop a run whose validation macro-F1 is below the median of earlier ones at the same step.
-        retry_failed: run failed cells again.
-        command: starts a process that trains cells.
-        pause: seconds between two looks at the processes.
-        look: seconds between two looks at the storage while a worker is idle.
-    """
-
-    workers: int = 1
-    keep_checkpoints: bool = False
-    prune: bool = False
+    workers: int = 1  # runs at once in this process
+    keep_checkpoints: bool = False  # of finished runs
+    prune: bool = False  # stop a run whose validation macro-F1 is below the median of earlier ones at the same step
     retry_failed: bool = False
-    command: tuple[str, ...] = COMMAND
-    pause: float = 0.2
-    look: float = 2.0
+    command: tuple[str, ...] = COMMAND  # starts a process that trains cells
+    pause: float = 0.2  # seconds between two looks at the processes
+    look: float = 2.0  # seconds between two looks at the storage while a worker is idle
 
 
 class Loop:
@@ -131,11 +120,10 @@ class Loop:
         before: dict[signal.Signals, Any] = {}
         if threading.current_thread() is threading.main_thread():
             before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        live = Live(console=self.console, refresh_per_second=2, transient=True)
         try:
             self._look()
             self._print(f"Sweep {self.plan.name}: {summary_line(self.cells)}")
-            with live if self.console.is_terminal and not self.console.quiet else contextlib.nullcontext():
+            with Live(console=self.console, refresh_per_second=2, transient=True) as live:  # only in a terminal
                 while self._step():
                     live.update(self.lines())
                     time.sleep(self.options.pause)
@@ -172,19 +160,15 @@ class Loop:
         """Do what is due; return false at the end."""
         for worker in [worker for worker in self.running if worker.poll() is not None]:
             self._settle(worker)
-        if time.monotonic() >= self._next_beat:
-            self._next_beat = time.monotonic() + HEARTBEAT
-            for worker, claim in list(self.running.items()):
-                if not self.ledger.beat(claim):
-                    self._let_go(worker)
+        sign = [None] if time.monotonic() >= self._next_beat else []
+        self._next_beat = time.monotonic() + HEARTBEAT if sign else self._next_beat
+        for worker in list(self.running):
+            self._report(worker, [*sign, *(worker.new_evaluations() if self.options.prune and not self._asked else [])])
         if self._asked:
             return self._wind_down()
-        if self.options.prune:
-            for worker in list(self.running):
-                self._prune(worker)
-        idle = next((worker for worker in self.workers if worker not in self.running), None)
         if time.monotonic() >= self._next_look:
             self._look()
+        idle = next((worker for worker in self.workers if worker not in self.running), None)
         waits = any(cell.state == "waiting" for cell in self.cells.values())
         if idle and waits and (taken := self.ledger.claim()):
             self._start(idle, taken)
@@ -200,22 +184,20 @@ class Loop:
             recipe = self.plan.recipe_of(claim.cell, claim.drawn)
             result = finished_result(recipe)
         except (RecipeError, SweepError) as error:
-            self._fail(claim, str(error))
-            return
+            return self._fail(claim, str(error))
         if result is not None:  # its worker was killed after the run's last line, or another sweep's state was lost
-            self._finish(claim, recipe, result, None)
-            return
+            return self._finish(claim, result, None)
         worker.begin(recipe)
         self.running[worker] = claim
         if not self.console.is_terminal:
-            self._print(f"started {claim.cell.name}" + "".join(f"  {drawn}" for drawn in claim.drawn))
+            self._print("  ".join((f"started {claim.cell.name}", *claim.drawn)))
+        return None
 
     def _settle(self, worker: Worker) -> None:
         """Record the outcome of a run that has ended."""
         claim, code, result = self.running.pop(worker), worker.poll() or 0, worker.run.result
         if code == 0 and result.is_file():
-            found = Result.from_dict(json.loads(result.read_text(encoding="utf-8")))
-            self._finish(claim, worker.recipe, found, worker.seconds)
+            self._finish(claim, Result.read(result), worker.seconds)
         elif self._asked and worker.interrupted(code):
             self.ledger.close(claim.trial_id, "interrupted")
         else:
@@ -223,43 +205,40 @@ class Loop:
                 result.replace(result.with_name("result.rejected.json"))
             self._fail(claim, worker.reason(code))
 
-    def _finish(self, claim: Claim, recipe: Recipe, result: Result, seconds: float | None) -> None:
+    def _close(self, claim: Claim, outcome: Literal["done", "pruned", "error"], *score: float, **details: Any) -> None:
+        """Close the trial of a run that is over, and remove its checkpoints: several times the size of its adapter."""
+        self.ledger.close(claim.trial_id, outcome, *score, **details)
+        if outcome != "error" and not self.options.keep_checkpoints:
+            shutil.rmtree(RunFolder(self.plan.folder / claim.cell.name).checkpoints, ignore_errors=True)
+        self._look()
+
+    def _finish(self, claim: Claim, result: Result, seconds: float | None) -> None:
         score = result.validation["f1_macro"]
         test = {key: result.test[key] for key in ("f1_macro", "f1_weighted")} if result.test else {}
-        self.ledger.close(claim.trial_id, "done", score, seconds=seconds, **test)
-        self._drop_checkpoints(recipe)
-        self._look()
+        self._close(claim, "done", score, seconds=seconds, **test)
         took = f" in {duration(seconds)}" if seconds else ""
         rest = "" if self.console.is_terminal else f". {self._summary()}"
         self._print(f"done {claim.cell.name}{took}: validation macro-F1 {score:.4f}{rest}")
 
-    def _drop_checkpoints(self, recipe: Recipe) -> None:
-        """Remove the checkpoints of a run that is over: they are several times the size of its adapter."""
-        if not self.options.keep_checkpoints:
-            shutil.rmtree(RunFolder(recipe.run_dir).checkpoints, ignore_errors=True)
-
     def _fail(self, claim: Claim, reason: str) -> None:
-        self.ledger.close(claim.trial_id, "error", reason=reason[:1000])
+        self._close(claim, "error", reason=reason[:1000])
         self._print(f"failed {claim.cell.name}: {reason} (log: {self.plan.folder / 'logs' / claim.cell.name}.log)")
-        self._look()
 
-    def _let_go(self, worker: Worker) -> None:
-        worker.end()
-        self._print(f"{self.running.pop(worker).cell.name} was taken over by another worker; stopped here")
-
-    def _prune(self, worker: Worker) -> None:
+    def _report(self, worker: Worker, evaluations: Iterable[tuple[int, float] | None]) -> None:
+        """Report evaluations, or none as a sign of life; end a run that is pruned or that another worker has."""
         claim = self.running[worker]
-        for step, score in worker.new_evaluations():
-            if not self.ledger.report(claim, step, score):
-                self._let_go(worker)
-                return
-            if worker.poll() is None and self.ledger.is_hopeless(claim):
-                worker.end()
-                self.ledger.close(self.running.pop(worker).trial_id, "pruned")
-                self._drop_checkpoints(worker.recipe)
-                self._look()
-                self._print(f"pruned {claim.cell.name} at step {step}: {score:.4f} is below the median")
-                return
+        for evaluation in evaluations:
+            is_mine = self.ledger.beat(claim, evaluation)
+            if is_mine and (evaluation is None or worker.poll() is not None or not self.ledger.is_hopeless(claim)):
+                continue
+            worker.end()
+            del self.running[worker]
+            if evaluation is None or not is_mine:
+                return self._print(f"{claim.cell.name} was taken over by another worker; stopped here")
+            self._close(claim, "pruned")
+            step, score = evaluation
+            return self._print(f"pruned {claim.cell.name} at step {step}: {score:.4f} is below the median")
+        return None
 
     def _wind_down(self) -> bool:
         """Stop what runs; the second Ctrl-C does not wait for checkpoints."""
@@ -271,71 +250,53 @@ class Loop:
         if self.running:
             return True
         done = sum(cell.state in FINAL for cell in self.ledger.look().values())
-        raise RunInterruptedError(
-            f"the sweep was stopped with {done} of {len(self.cells)} runs finished; repeat the command to continue it"
-        )
+        problem = f"the sweep was stopped with {done} of {len(self.cells)} runs finished"
+        raise RunInterruptedError(f"{problem}; repeat the command to continue it")
 
 
 def run_sweep(
     plan: Plan, storage: str | None = None, options: Options | None = None, *, quiet: bool = False
 ) -> dict[str, CellState]:
-    """Run what is left of a sweep, alone or together with other processes on the same storage.
+    """Run what is left of a sweep, alone or with other processes on the same storage; return each cell's final state.
 
-    Args:
-        plan: what to run.
-        storage: URL of a database; none is a journal in the folder of the sweep.
-        options: how to run it.
-        quiet: print nothing.
-
-    Returns:
-        The final state of each cell.
+    The storage is the URL of a database; without one it is a journal in the folder of the sweep.
 
     Raises:
         SweepError: the folder or the storage cannot be used.
         RunInterruptedError: on Ctrl-C or SIGTERM; the same command continues the sweep.
     """
     options = options or Options()
-    if RunFolder(plan.folder).recipe.is_file():
-        raise SweepError(
-            f"{plan.folder} is the folder of a run, not of a sweep; choose another --name", code="is-a-run"
-        )
+    if is_run(plan.folder):
+        problem = f"{plan.folder} is the folder of a run, not of a sweep; choose another --name"
+        raise SweepError(problem, code="is-a-run")
     try:
         plan.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise SweepError(
-            f"the folder of the sweep, {plan.folder}, cannot be made: {error.strerror}", code="no-folder"
-        ) from error
+        problem = f"the folder of the sweep, {plan.folder}, cannot be made: {error.strerror}"
+        raise SweepError(problem, code="no-folder") from error
     old = plan.folder / "sweep.db"  # before version 0.2 a sweep kept its state in SQLite
-    ledger = Ledger(
-        plan, storage or (f"sqlite:///{old}" if old.is_file() else plan.folder / "sweep.journal"), prune=options.prune
-    )
+    place = storage or (f"sqlite:///{old}" if old.is_file() else plan.folder / "sweep.journal")
+    ledger = Ledger(plan, place, prune=options.prune, retry_failed=options.retry_failed)
     plan.write()
-    if options.retry_failed:
-        ledger.retry_failed()
     return Loop(plan, ledger, options, quiet=quiet).run()
 
 
 def closing_lines(plan: Plan, cells: Mapping[str, CellState]) -> list[str]:
     """Return the lines that end a sweep: what came of it, failures by reason, and what to do next."""
     lines = [summary_line(cells)]
-    reasons: dict[str, list[str]] = {}
-    for name, cell in cells.items():
-        if cell.state == "failed":
-            reasons.setdefault(cell.reason, []).append(name)
-    for reason, names in reasons.items():
+    failed = [(cell.reason, name) for name, cell in cells.items() if cell.state == "failed"]
+    for reason in dict.fromkeys(reason for reason, _ in failed):
+        names = [name for other, name in failed if other == reason]
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         lines.append(f"failed: {', '.join(names[:3])}{more}: {reason}")
-    if reasons:
-        lines.append("Run the failed cells again with --retry-failed.")
+    lines += ["Run the failed cells again with --retry-failed."] if failed else []
     best = best_of(cells)
     if best and plan.sampler == "grid":
         lines.append(f"Next: tokmask report {plan.folder}")
     elif best:
         run = RunFolder(plan.folder / best[1])
-        recipe: Any = load_recipe(run.recipe).model_dump(mode="json")
-        values = []
-        for axis in plan.axes:
-            section, _, key = axis.key.rpartition(".")
-            values.append(f"{axis.key}={shown((recipe[section] if section else recipe)[key])}")
-        lines.append(f"Best: {run.root}: {' '.join(values)}. Compare it with p = 0 over seeds before you rely on it.")
+        recipe = load_recipe(run.recipe).model_dump(mode="json")
+        values = {axis.key: functools.reduce(operator.getitem, axis.key.split("."), recipe) for axis in plan.axes}
+        drawn = " ".join(f"{key}={shown(value)}" for key, value in values.items())
+        lines.append(f"Best: {run.root}: {drawn}. Compare it with p = 0 over seeds before you rely on it.")
     return lines

@@ -1,16 +1,10 @@
-"""A bootstrap over seeds and examples together, for F1 differences of arms that share both.
-
-Every seed scores the same test texts, so seeds and texts are crossed: each replicate draws seeds and, for all of them,
-texts, both with replacement (the pigeonhole bootstrap, Owen 2007, arXiv:0712.1111). In word-level tasks a whole text is
-drawn with its words, which depend on each other.
-"""
+"""Statistics of a sweep: intervals over seeds, paired tests, effect sizes, power, and a bootstrap."""
 
 from __future__ import annotations
 
 import bisect
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -38,10 +32,7 @@ _WEIGHTS_AT_ONCE = 2_000_000
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
-    """Return mean, standard deviation (n - 1) and the 95% interval of the mean by Student's t.
-
-    Of a single value deviation and interval are none.
-    """
+    """Return mean, standard deviation (n - 1) and 95% interval (Student's t), the latter two none for one value."""
     sample = np.asarray(values, dtype=np.float64)
     mean = float(sample.mean())
     if len(sample) < 2:
@@ -56,26 +47,14 @@ def sign_flip_p(differences: Any, axis: int = -1) -> NDArray[np.float64]:
 
     Under the null hypothesis that the arms do not differ, each seed's difference is as likely as its negative. The
     test assumes no distribution; it is exact up to 16 seeds.
-
-    Args:
-        differences: `[..., seeds]`, one difference per seed along `axis`.
-        axis: the axis of the seeds.
+    `differences` has one per seed along `axis`.
     """
     sample = np.asarray(differences, dtype=np.float64)
     if sample.shape[axis] < 2:  # either sign is equally likely, and SciPy needs two
         return np.ones(np.delete(sample.shape, axis))
     resamples = np.inf if sample.shape[axis] <= EXACT_UP_TO else 99_999
-    found = stats.permutation_test(
-        (sample,),
-        np.mean,
-        permutation_type="samples",
-        n_resamples=resamples,
-        vectorized=True,
-        axis=axis,
-        batch=2**12,
-        rng=np.random.default_rng(0),
-    )
-    return np.asarray(found.pvalue)
+    how = {"permutation_type": "samples", "n_resamples": resamples, "vectorized": True, "axis": axis, "batch": 2**12}
+    return np.asarray(stats.permutation_test((sample,), np.mean, **how, rng=np.random.default_rng(0)).pvalue)
 
 
 def smallest_p(seeds: int) -> float:
@@ -93,9 +72,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     raw = np.asarray(p_values, dtype=np.float64)
     order = np.argsort(raw, kind="stable")
     stepped = np.maximum.accumulate(raw[order] * (len(raw) - np.arange(len(raw))))
-    adjusted = np.empty_like(raw)
-    adjusted[order] = np.minimum(stepped, 1.0)
-    return [float(value) for value in adjusted]
+    return [float(value) for value in np.minimum(stepped, 1.0)[np.argsort(order)]]
 
 
 def hedges_gz(differences: Sequence[float]) -> float | None:
@@ -126,14 +103,8 @@ def paired_power(effect: float, seeds: int, alpha: float = 0.05) -> float:
 def seeds_needed(gain: float, sd: float, power: float = 0.8, alpha: float = 0.05) -> int | None:
     """Return the least number of seeds with which a two-sided paired t-test at level `alpha` detects a mean difference.
 
-    Args:
-        gain: the true mean difference.
-        sd: standard deviation of the differences over seeds.
-        power: chance of detecting it.
-        alpha: level of the test.
-
-    Returns:
-        At least 2; none if the gain is 0 or a million seeds are too few.
+    `gain` is the true mean difference, `sd` the standard deviation of the differences over seeds, `power` the chance of
+    detecting it. The least is 2; none if the gain is 0 or a million seeds are too few.
     """
     if gain == 0 or sd < 0 or not math.isfinite(sd):
         return None
@@ -150,34 +121,22 @@ def sd_interval(sd: float, n: int) -> tuple[float, float]:
     return sd * math.sqrt((n - 1) / low), sd * math.sqrt((n - 1) / high)
 
 
-@dataclass(frozen=True, slots=True)
-class TextCounts:
-    """Items of each text and class, `[texts, classes]`: found correctly, of the class, and predicted as the class.
+def text_counts(gold: Sequence[Sequence[int]], predicted: Sequence[Sequence[int]], classes: int) -> NDArray[np.float64]:
+    """Count each text's items by class, `[3, texts, classes]`: found correctly, of the class, predicted as the class.
 
-    They suffice to score any choice of texts.
+    They suffice to score any choice of texts. A prediction of -1 (a word that was truncated) counts for no class.
     """
-
-    right: NDArray[np.int64]
-    gold: NDArray[np.int64]
-    given: NDArray[np.int64]
-
-    @classmethod
-    def of(cls, gold: Sequence[Sequence[int]], predicted: Sequence[Sequence[int]], classes: int) -> TextCounts:
-        """Count label ids per text; a prediction of -1 (a word that was cut away) is given to no class."""
-        lengths = [len(row) for row in gold]
-        text = np.repeat(np.arange(len(gold)), lengths)
-        one = np.concatenate([np.asarray(row, dtype=np.int64) for row in gold])
-        two = np.concatenate([np.asarray(row, dtype=np.int64) for row in predicted])
-
-        def count(chosen: NDArray[np.bool_], label: NDArray[np.int64]) -> NDArray[np.int64]:
-            cells = text[chosen] * classes + label[chosen]
-            return np.bincount(cells, minlength=len(gold) * classes).reshape(len(gold), classes)
-
-        return cls(count(one == two, one), count(one >= 0, one), count(two >= 0, two))
+    text = np.repeat(np.arange(len(gold)), [len(row) for row in gold])
+    true, found = (np.concatenate([np.asarray(row, dtype=np.int64) for row in rows]) for rows in (gold, predicted))
+    counts = np.zeros((3, len(gold), classes))
+    for part, label, chosen in zip(counts, (true, true, found), (true == found, true >= 0, found >= 0), strict=True):
+        np.add.at(part, (text[chosen], label[chosen]), 1)
+    return counts
 
 
-def f1_of(right: NDArray[Any], gold: NDArray[Any], given: NDArray[Any]) -> dict[str, NDArray[np.float64]]:
-    """Return macro and weighted F1 of counts `[..., classes]`, as `training.metrics.scores` defines them."""
+def f1_of(counts: NDArray[Any]) -> dict[str, NDArray[np.float64]]:
+    """Return macro and weighted F1 of counts `[3, ..., classes]`, as `training.metrics.scores` defines them."""
+    right, gold, given = counts
     f1 = 2 * right / np.maximum(gold + given, 1)
     occurring = (gold + given) > 0
     macro = f1.sum(-1, where=occurring) / np.maximum(occurring.sum(-1), 1)
@@ -186,14 +145,16 @@ def f1_of(right: NDArray[Any], gold: NDArray[Any], given: NDArray[Any]) -> dict[
 
 
 def bootstrap_differences(
-    arms: Mapping[Any, Sequence[TextCounts]], reference: Any, replicates: int = 2000, seed: int = 0
+    arms: Mapping[Any, Sequence[NDArray[np.float64]]], reference: Any, replicates: int = 2000, seed: int = 0
 ) -> dict[Any, dict[str, NDArray[np.float64]]]:
-    """Draw seeds and texts, and return how far each arm's mean F1 lies from the reference's in each replicate.
+    """Draw seeds and texts, the same for all arms, and return each arm's mean F1 minus the reference's.
 
-    All arms see the same draws.
+    Every seed scores the same test texts, so seeds and texts are crossed: each replicate draws seeds and, for all of
+    them, texts, both with replacement (the pigeonhole bootstrap, Owen 2007, arXiv:0712.1111). In word-level tasks a
+    whole text is drawn with its words, which depend on each other.
 
     Args:
-        arms: for each arm its runs, in the same order of seeds, on the same texts.
+        arms: for each arm the `text_counts` of its runs, in the same order of seeds, on the same texts.
         reference: the arm to compare with.
         replicates: number of draws.
         seed: of the draws.
@@ -202,30 +163,22 @@ def bootstrap_differences(
         For each other arm and metric `[replicates]` differences.
     """
     random = np.random.default_rng(seed)
-    runs = len(arms[reference])
-    texts = len(arms[reference][0].gold)
-    chosen_runs = random.integers(0, runs, (replicates, runs))
-    scored = {arm: {metric: np.empty((replicates, runs)) for metric in METRICS} for arm in arms}
+    runs, texts = len(arms[reference]), arms[reference][0].shape[1]
+    chosen_runs = random.integers(0, runs, (1, replicates, runs))
+    scored = {arm: np.empty((len(METRICS), replicates, runs)) for arm in arms}
     step = max(1, _WEIGHTS_AT_ONCE // texts)
     for start in range(0, replicates, step):
         rows = slice(start, min(start + step, replicates))
-        draws = random.multinomial(texts, np.full(texts, 1 / texts), rows.stop - rows.start).astype(np.float64)
+        draws = random.multinomial(texts, np.full(texts, 1 / texts), rows.stop - start).astype(np.float64)
         for arm, counts in arms.items():
             for run, part in enumerate(counts):
-                found = f1_of(draws @ part.right, draws @ part.gold, draws @ part.given)
-                for metric in METRICS:
-                    scored[arm][metric][rows, run] = found[metric]
-    means = {
-        arm: {metric: np.take_along_axis(values, chosen_runs, axis=1).mean(1) for metric, values in by_metric.items()}
-        for arm, by_metric in scored.items()
-    }
-    return {
-        arm: {metric: found[metric] - means[reference][metric] for metric in METRICS}
-        for arm, found in means.items()
-        if arm != reference
-    }
+                found = f1_of(draws @ part)
+                scored[arm][:, rows, run] = [found[metric] for metric in METRICS]
+    means = {arm: np.take_along_axis(values, chosen_runs, axis=2).mean(2) for arm, values in scored.items()}
+    others = {arm: found - means[reference] for arm, found in means.items() if arm != reference}
+    return {arm: dict(zip(METRICS, found, strict=True)) for arm, found in others.items()}
 
 
-def percentile_interval(values: NDArray[np.float64], level: float = 0.95) -> list[float]:
-    """Return the percentile interval of bootstrap replicates."""
-    return [float(bound) for bound in np.quantile(values, [(1 - level) / 2, (1 + level) / 2])]
+def percentile_interval(values: NDArray[np.float64]) -> list[float]:
+    """Return the 95% percentile interval of bootstrap replicates."""
+    return [float(bound) for bound in np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])]

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokmask_peft.artifacts import RunFolder
+from tokmask_peft.artifacts import RunFolder, read_log
 from tokmask_peft.recipe.schema import Recipe
 
 COMMAND = (sys.executable, "-m", "tokmask_peft.study.worker")
@@ -38,43 +38,33 @@ class Worker:
     recipe: Recipe
     run: RunFolder
     log: Path
+    signals: int
+    _began: float
 
     def __init__(self, command: Sequence[str], threads: int) -> None:
         self._command, self._threads = list(command), threads
         self._process: subprocess.Popen[bytes] | None = None
-        self._done: queue.SimpleQueue[bytes] = queue.SimpleQueue()
 
     def begin(self, recipe: Recipe) -> None:
         """Start to train a cell, in the process of the last one if that is still there."""
         self.recipe, self.run = recipe, RunFolder(recipe.run_dir)
         self.log = self.run.root.parent / "logs" / f"{recipe.name}.log"
-        self._began, self.signals, self._read = time.monotonic(), 0, 0
+        self._began, self.signals, self._read, self._is_done = time.monotonic(), 0, 0, False
         self.log.parent.mkdir(parents=True, exist_ok=True)
         resume = self.run.root.is_dir() and any(self.run.root.iterdir())
         task = {"recipe": recipe.model_dump(mode="json"), "resume": resume, "log": str(self.log)}
         if self._process is None or self._process.poll() is not None:
-            self._start()
-        while not self._done.empty():
-            self._done.get()
+            environment = {"OMP_NUM_THREADS": str(self._threads), **os.environ, "PYTHONUNBUFFERED": "1"}
+            pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0}
+            with self.log.open("ab") as log:
+                # in a session of its own: Ctrl-C reaches only the sweep, which then stops its workers one by one
+                started: Any = subprocess.Popen(  # noqa: S603 (our own command)
+                    self._command, **pipes, stderr=log, env=environment, start_new_session=True
+                )
+            self._process, self._input, self._answers = started, started.stdin, started.stdout
+            os.set_blocking(self._answers.fileno(), False)
         with contextlib.suppress(OSError):  # it died at once; its exit code says why
             self._input.write(json.dumps(task).encode() + b"\n")
-            self._input.flush()
-
-    def _start(self) -> None:
-        environment = {"OMP_NUM_THREADS": str(self._threads), **os.environ, "PYTHONUNBUFFERED": "1"}
-        with self.log.open("ab") as log:
-            # in a session of its own: Ctrl-C reaches only the sweep, which then stops its workers one by one
-            self._process = subprocess.Popen(  # noqa: S603 (our own command)
-                self._command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                env=environment,
-                start_new_session=True,
-            )
-        self._input: Any = self._process.stdin
-        self._done = queue.SimpleQueue()
-        threading.Thread(target=_listen, args=(self._process.stdout, self._done), daemon=True).start()
 
     @property
     def seconds(self) -> float:
@@ -83,47 +73,40 @@ class Worker:
 
     def poll(self) -> int | None:
         """Return 0 if the cell is trained, the exit code if the process has ended, none while it trains."""
-        if not self._done.empty():
-            return 0
-        return None if self._process is None else self._process.poll()
+        if self._process is None:
+            return None
+        code = self._process.poll()
+        self._is_done = self._is_done or b"done" in (self._answers.read(1024) or b"")
+        return 0 if self._is_done else code
 
     def stop(self) -> None:
         """Ask for a checkpoint and the end; the second time, end the process at once."""
         self.signals += 1
-        if self._process is not None and self.signals == 1:
-            self._process.send_signal(signal.SIGINT)
-        elif self._process is not None:
-            self._process.kill()
+        if self._process is not None:
+            self._process.send_signal(signal.SIGINT if self.signals == 1 else signal.SIGKILL)
 
     def end(self) -> None:
         """End the process, also in the middle of a run, and wait until it is gone."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
-            with contextlib.suppress(OSError):
-                self._input.close()
+            for pipe in (self._input, self._answers):
+                pipe.close()
         self._process = None
 
     def new_evaluations(self) -> Iterator[tuple[int, float]]:
         """Yield step and validation macro-F1 of evaluations since the last call."""
-        rows = self._log_rows()
+        rows = read_log(self.run.log)
         start, self._read = self._read, len(rows)
         for row in rows[start:]:
             if "eval_f1_macro" in row:
-                yield int(row["step"]), float(row["eval_f1_macro"])
+                yield row["step"], float(row["eval_f1_macro"])
 
     def progress(self) -> str:
         """Return the last step and loss of the run's log."""
-        row = next(iter(self._log_rows()[::-1]), None)
-        loss = f", loss {row['loss']:.4f}" if row and isinstance(row.get("loss"), float) else ""
-        return "starting" if row is None else f"step {row['step']}{loss}"
-
-    def _log_rows(self) -> list[dict[str, Any]]:
-        rows = []
-        for line in self.run.log.read_text(encoding="utf-8").splitlines() if self.run.log.is_file() else []:
-            with contextlib.suppress(ValueError):  # half a line
-                rows.append(json.loads(line))
-        return [row for row in rows if "step" in row]
+        *_, row = [{}, *read_log(self.run.log)]
+        loss = f", loss {row['loss']:.4f}" if isinstance(row.get("loss"), float) else ""
+        return f"step {row['step']}{loss}" if row else "starting"
 
     def interrupted(self, code: int) -> bool:
         """Return whether the process ended because it was asked to."""
@@ -136,15 +119,9 @@ class Worker:
         if code < 0:
             name = signal.Signals(-code).name
             return f"killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
-        lines = self.log.read_text(encoding="utf-8", errors="replace").rstrip().splitlines()
-        start = next((i for i in reversed(range(len(lines))) if lines[i].startswith("Error: ")), len(lines) - 1)
-        text = " ".join(line.strip() for line in lines[start:]).removeprefix("Error: ") if lines else "no message"
-        return f"{text} (exit code {code})"
-
-
-def _listen(answers: Any, done: queue.SimpleQueue[bytes]) -> None:
-    for line in answers:
-        done.put(line)
+        lines = self.log.read_text(encoding="utf-8", errors="replace").rstrip().splitlines() or ["no message"]
+        start = max((i for i, line in enumerate(lines) if line.startswith("Error: ")), default=len(lines) - 1)
+        return f"{' '.join(map(str.strip, lines[start:])).removeprefix('Error: ')} (exit code {code})"
 
 
 def tasks() -> Iterator[dict[str, Any]]:
@@ -157,9 +134,7 @@ def tasks() -> Iterator[dict[str, Any]]:
     found: queue.SimpleQueue[bytes] = queue.SimpleQueue()
 
     def read() -> None:
-        text = b""
-        while part := os.read(0, 65536):
-            *lines, text = (text + part).split(b"\n")
+        with open(0, "rb", buffering=0, closefd=False) as lines:
             for line in lines:
                 found.put(line)
         os._exit(INTERRUPTED)
@@ -168,10 +143,9 @@ def tasks() -> Iterator[dict[str, Any]]:
     answers = os.dup(1)
     while True:
         task = json.loads(found.get())
-        log = os.open(task["log"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-        for stream in (1, 2):
-            os.dup2(log, stream)
-        os.close(log)
+        with Path(task["log"]).open("ab") as log:
+            for stream in (1, 2):
+                os.dup2(log.fileno(), stream)
         yield task
         os.write(answers, b"done\n")
 
@@ -179,6 +153,8 @@ def tasks() -> Iterator[dict[str, Any]]:
 def main() -> int:
     """Train what standard input asks for; return the exit code of the first run that fails."""
     for task in tasks():
+        import torch
+
         from tokmask_peft.console import quiet_libraries
         from tokmask_peft.errors import RunInterruptedError, TokmaskError
 
@@ -193,20 +169,13 @@ def main() -> int:
         except TokmaskError as error:
             print(f"Error: {error}", flush=True)  # noqa: T201
             return 2
-        _free_memory()
+        gc.collect()  # the next run must find neither memory of this one nor its peak
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the resident set's peak, on Linux
     return 0
-
-
-def _free_memory() -> None:
-    """Free what a run has left in memory, and begin to measure the peak of the next one."""
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets the resident set's peak on Linux
 
 
 if __name__ == "__main__":

@@ -19,9 +19,9 @@ def open_ledger(tmp_path, request):
     """Return a function that opens the sweep as one more process would."""
     place = tmp_path / "sweep.journal" if request.param == "journal" else f"sqlite:///{tmp_path / 'sweep.db'}"
 
-    def make(overrides=(), prune=False, **axes):
+    def make(overrides=(), prune=False, retry_failed=False, **axes):
         plan = make_plan("quickstart", overrides, name="shared", **{"p": "0,0.1", "seeds": "2", **axes})
-        return Ledger(plan, place, prune=prune)
+        return Ledger(plan, place, prune=prune, retry_failed=retry_failed)
 
     return make
 
@@ -95,7 +95,7 @@ def test_a_worker_of_another_machine_is_given_up_when_it_gives_no_sign_of_life(o
     now[0] += ledgers.GRACE + 1.0
     assert states(other) == ["waiting"]
     assert not ledger.beat(claim)  # it was slow, not dead: now it must stop
-    assert not ledger.report(claim, 1, 0.5)
+    assert not ledger.beat(claim, (1, 0.5))
     ledger.close(claim.trial_id, "done", 0.1)  # too late
     assert states(other) == ["waiting"]
 
@@ -104,8 +104,7 @@ def test_failed_is_final_until_asked_for(open_ledger):
     ledger = open_ledger(p="0", seeds="1")
     ledger.close(ledger.claim().trial_id, "error", reason="out of memory")
     assert ledger.look()["p0-seed1"].reason == "out of memory"
-    again = open_ledger(p="0", seeds="1")
-    again.retry_failed()
+    again = open_ledger(p="0", seeds="1", retry_failed=True)
     again.close(again.claim().trial_id, "error", reason="still")
     assert again.look()["p0-seed1"].reason == "still"
     assert again.claim() is None
@@ -157,12 +156,12 @@ def test_pruning_compares_trials_at_the_same_step(open_ledger):
     for _ in range(4):
         claim = ledger.claim()
         for step in (10, 20, 30):
-            ledger.report(claim, step, 0.8)
+            ledger.beat(claim, (step, 0.8))
         ledger.close(claim.trial_id, "done", 0.8)
     good, bad = ledger.claim(), ledger.claim()
     for step in (10, 20):
-        ledger.report(good, step, 0.9)
-        ledger.report(bad, step, 0.2)
+        ledger.beat(good, (step, 0.9))
+        ledger.beat(bad, (step, 0.2))
     assert not ledger.is_hopeless(good)
     assert ledger.is_hopeless(bad)
     ledger.close(bad.trial_id, "pruned")

@@ -89,7 +89,7 @@ def test_an_evaluation_of_a_run_that_was_taken_over_stops_it(loop):
     loop.ledger.close(loop.running[gone].trial_id, "interrupted")
     for worker in (gone, kept):
         worker.evaluations = [(10, 0.5), (20, 0.6)]
-        loop._prune(worker)
+        loop._report(worker, worker.new_evaluations())
     assert (gone.ended, kept.ended) == (1, 0)
     assert list(loop.running) == [kept]
 

@@ -103,7 +103,7 @@ class TestMistakes:
             "--seeds many: expected",
             "learning_rate: unknown key. Did you mean 'training.learning_rate'?",
             "training.batch_size: is 'x'; expected a whole number",
-            "--grid masking: is a section; name a key in it, such as masking.p",
+            "masking: is 3; expected a section with keys such as p",
             "--grid adapter.r: expected dotted.key=value,value",
             "--sampler gird: expected grid, random, tpe. Did you mean 'grid'?",
             "--name a/b: the name becomes a folder",
