@@ -61,18 +61,17 @@ def robustness(
 
     Runs that differ only by their seed are one line, with an interval; a run is not scored twice in the same way.
     """
-    from tokmask_peft.study.diagnostics.plans import RobustnessPlan, find_members
+    from tokmask_peft.study.diagnostics.plans import Perturbations, find_members, folder_of
 
-    plan = RobustnessPlan.make(runs, p, noise, out)
+    what = Perturbations.make(p, noise, draws, seed, limit)
+    folder = folder_of(out, Path(runs[0]) / "robustness" if len(set(runs)) == 1 else None)
     members = find_members(runs)
     quiet_libraries()
-    from tokmask_peft.study.diagnostics.robustness import Perturbations
     from tokmask_peft.study.diagnostics.robustness import robustness as measure
     from tokmask_peft.study.report import matplotlib
 
     matplotlib()
-    what = Perturbations(plan.rates, plan.noise, draws, seed, limit)
-    report = measure(members, what, plan.folder, backbone=backbone, device=device, quiet=quiet)
+    report = measure(members, what, folder, backbone=backbone, device=device, quiet=quiet)
     if not quiet:
         typer.echo(report.summary)
         typer.echo(f"Report: {report.markdown}")
@@ -99,7 +98,7 @@ def faithfulness(
             open_finished(folder)  # before the libraries are loaded, which takes seconds
     quiet_libraries()
     from tokmask_peft.study.diagnostics.faithfulness import faithfulness as measure
-    from tokmask_peft.study.diagnostics.faithfulness import report_lines
+    from tokmask_peft.study.diagnostics.faithfulness import report_text
 
     found = measure(run, against, split=split, data=data, limit=limit, seed=seed, batch_size=batch_size)
-    typer.echo(json.dumps(found, indent=2) if as_json else "\n".join(report_lines(found)))
+    typer.echo(json.dumps(found, indent=2) if as_json else report_text(found))
