@@ -15,7 +15,7 @@ from tokmask_peft.study.plan import SWEEP_FILE, number, read_rates, split_values
 LEAST_BATCHES = 4
 
 
-def read_shares(option: str, text: str, of: str, problems: list[str]) -> list[float]:
+def _shares(option: str, text: str, of: str, problems: list[str]) -> list[float]:
     """Read numbers from 0 to 1, ascending and without doubles."""
     values = split_values(text)
     if wrong := [value for value in values if not 0 <= number(value) <= 1]:
@@ -24,7 +24,7 @@ def read_shares(option: str, text: str, of: str, problems: list[str]) -> list[fl
     return sorted({float(value) for value in values})
 
 
-def read_positive(p: str, problems: list[str]) -> tuple[float, ...]:
+def _positive(p: str, problems: list[str]) -> tuple[float, ...]:
     """Read masking rates of `--p`, ascending; 0 is always measured too and is left out."""
     return tuple(sorted(rate for text in read_rates(p, problems) if (rate := float(text)) > 0))
 
@@ -65,10 +65,10 @@ class GradientPlan:
             RunError: the folder already holds a measurement, or is a file.
         """
         problems: list[str] = []
-        rates = read_positive(p, problems)
+        rates = _positive(p, problems)
         if not problems and not rates:
             problems.append(f"--p {p}: give a rate above 0; the gradient without masking is always measured too")
-        shares = read_shares("--at", at, "the training", problems)
+        shares = _shares("--at", at, "the training", problems)
         if not split_values(at):
             problems.append("--at: expected shares of the training, as 0,0.5,1")
         if draws < 2:
@@ -107,8 +107,8 @@ class Perturbations:
             RecipeError: with every problem found.
         """
         problems: list[str] = []
-        rates = read_positive(p, problems)
-        shares = tuple(share for share in read_shares("--noise", noise, "words", problems) if share > 0)
+        rates = _positive(p, problems)
+        shares = tuple(share for share in _shares("--noise", noise, "words", problems) if share > 0)
         if problems:
             raise RecipeError(problems, "robustness", code="robustness-options")
         return cls(rates, shares, draws, seed, limit)
@@ -145,16 +145,12 @@ def find_members(folders: Sequence[str]) -> list[Member]:
         from tokmask_peft.study.results import read_sweep
 
         results = read_sweep(Path(sweeps[0]))
-        return [
-            Member.open(results.folders[row, seed].root, row.label)
-            for row, runs in results.runs.items()
-            for seed in runs
-        ]
+        cells = [(row, seed) for row, runs in results.runs.items() for seed in runs]
+        return [Member.open(results.folders[row, seed].root, row.label) for row, seed in cells]
     members = [Member.open(folder) for folder in dict.fromkeys(folders)]
     for member in members[1:]:
         found = differences(members[0].recipe, member.recipe)
-        other = [line for line in found if line.partition(":")[0] not in ("masking.p", "seed", "masking.seed")]
-        if other:
+        if other := [line for line in found if line.partition(":")[0] not in ("masking.p", "seed", "masking.seed")]:
             raise RunError(
                 f"{members[0].run.root} and {member.run.root} differ in more than masking.p and seed, so their scores "
                 f"cannot be attributed to masking: {'; '.join(other)}",
