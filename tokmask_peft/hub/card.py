@@ -33,11 +33,9 @@ _FEW = 50  # the F1 of a class with fewer items in the scored split is unreliabl
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """What a model card is made from.
+    """What a model card is made from: the resolved recipe, the run's result, and what they do not say.
 
     Attributes:
-        recipe: the resolved recipe.
-        result: the scores of the run and what was measured.
         spaced_words: whether words were encoded with their leading space, as byte-level tokenizers without a prefix
             space need it; ignored by tasks whose texts are strings.
         picture: file name of the picture of the confusion matrix; without one, the card has a table.
@@ -115,21 +113,6 @@ class Card:
             model_name=self.recipe.name if results else None,
             eval_results=results,
         )
-
-
-def merged_card(recipe: Recipe, result: Result, *, notes: Sequence[str] = (), picture: str | None = None) -> str:
-    """Return the card of a plain transformers model, an adapter merged into its backbone.
-
-    Args:
-        recipe: the resolved recipe.
-        result: the scores of the run.
-        notes: what users of the merged model should know, as sentences without a full stop.
-        picture: file name of the picture of the confusion matrix.
-
-    Raises:
-        ValueError: huggingface_hub cannot read the head back.
-    """
-    return Card(recipe, result, merged=True, notes=notes, picture=picture).render()
 
 
 def write_card(folder: Path, recipe: Recipe, result: Result, *, spaced_words: bool = False) -> None:

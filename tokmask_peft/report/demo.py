@@ -53,10 +53,6 @@ def check_address(host: str, port: int | None) -> None:
 def answer(classifier: Any, text: str) -> tuple[dict[str, float] | None, Markup]:
     """Classify a text for the app.
 
-    Args:
-        classifier: from `load`.
-        text: what the user typed.
-
     Returns:
         Calibrated probabilities of the labels, or none if each word has a label; and HTML with the coloured words, or
         with what is wrong with the text.
@@ -105,12 +101,7 @@ def _explained(classifier: Any, text: str) -> tuple[Any, Any, Markup]:
 
 
 def build(classifier: Any, name: str) -> Any:
-    """Return the app, a `gradio.Blocks`.
-
-    Args:
-        classifier: from `load`.
-        name: of the model, for the title.
-    """
+    """Return the app, a `gradio.Blocks`; the model's name is its title."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     import gradio
 
@@ -138,12 +129,8 @@ def serve(
 ) -> None:
     """Serve the app until Ctrl-C.
 
-    Args:
-        app: from `build`.
-        host: address to listen on; the default is visible to this machine only.
-        port: port; default: a free one from 7860 on.
-        share: open a public link through gradio's servers.
-        report: prints a line.
+    The default address is visible to this machine only, the default port is a free one from 7860 on; `share` opens a
+    public link through gradio's servers. `report` prints a line.
     """
     _, url, public = launch(app, host, port, share=share)
     report(f"The demo runs at {public or url} (Ctrl-C stops it)")

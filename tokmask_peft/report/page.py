@@ -25,11 +25,7 @@ MARK = "<!-- tokmask report -->"
 
 
 def prepare(run: str | Path, out: str | Path | None = None) -> tuple[Run, Path]:
-    """Read a run and choose the file of its page, before heavy libraries are loaded.
-
-    Args:
-        run: the run folder.
-        out: the file to write; default: `report.html` in the run folder.
+    """Read a run and choose the file of its page (`report.html` in the run folder), before heavy libraries are loaded.
 
     Raises:
         RunError: the folder is not a finished run, or the file cannot be written or is not a report.
@@ -53,7 +49,7 @@ def report_run(
 
     Args:
         run: the run folder.
-        out: the file to write; default: `report.html` in the run folder.
+        out: the file to write, as for `prepare`.
         examples: predict the scored split again to show the most confident mistakes; needs the data and the backbone.
         backbone: where to load the backbone from for that, instead of what the recipe says.
 
@@ -78,13 +74,7 @@ def report_run(
 
 
 def render(run: Run, mistakes: Mistakes | None, no_mistakes: str = "") -> str:
-    """Return the page of a run as HTML.
-
-    Args:
-        run: a finished run.
-        mistakes: its most confident mistakes.
-        no_mistakes: why there are none to show.
-    """
+    """Return the page of a finished run as HTML; `no_mistakes` says why there are no mistakes to show."""
     recipe, result, adapter = run.recipe, run.result, run.folder.adapter
     task, scores, calibration = get_task(recipe.data.task), result.scored, result.calibration
     mixing, reliability = scores.get("by_mixing"), None
