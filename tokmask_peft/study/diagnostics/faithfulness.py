@@ -86,11 +86,8 @@ def _curves(
         most = words[np.argsort(-np.array(explanation.influences)[words], kind="stable")]
         orders = [most, most[::-1], *(draws[text].permutation(words) for _ in range(RANDOM_ORDERS))]
         steps[text] = np.unique((SHARES * len(words)).round().astype(np.int64))
-        questions += [
-            Question(text, frozenset(order[:step].tolist()), explanation.word)
-            for order in orders
-            for step in steps[text]
-        ]
+        masked = [frozenset(order[:step].tolist()) for order in orders for step in steps[text]]
+        questions += [Question(text, words_masked, explanation.word) for words_masked in masked]
     logits = Occluded(classifier, texts).logits(questions, batch_size)
     found: dict[int, NDArray[np.float64]] = {}
     for text, counts in steps.items():

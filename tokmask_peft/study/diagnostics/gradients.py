@@ -45,7 +45,7 @@ class GradientMeter:
 
     The model is in eval mode, without dropout, except that it is masked. Draws are the same at each call, and what is
     masked at a low rate is masked at a higher one. Gradients are those of one forward, before clipping. In memory at a
-    time are, in fp32 on the host, the gradients of the draws of a batch and two for each batch and rate.
+    time are, in fp32 on the host, the gradients of the draws of a batch and four for each batch.
 
     Args:
         trainer: provides model, loss, collator, precision and training texts.
@@ -77,50 +77,45 @@ class GradientMeter:
         split = sum(value.numel() for name, value in trained if "lora_" in name)
         self._slices = {"all": slice(0, size), "lora": slice(0, split), "head": slice(split, size)}
         self.sizes = {group: part.stop - part.start for group, part in self._slices.items()}
-        self.bytes = 4 * size * (2 * draws + 1 + len(texts) * (len(rates) + 1))
+        self.bytes = 4 * size * (draws + 1 + 4 * len(texts))
 
     def measure(self) -> dict[str, dict[float, Grams]]:
         """Return inner products by group of parameters and rate."""
-        trainer, model = self._trainer, self._trainer.model
-        within: dict[tuple[str, float], list[Any]] = {(g, r): [] for g in self._slices for r in self._rates}
-        means: dict[float, list[Tensor]] = {rate: [] for rate in self._rates}
-        plain: list[Tensor] = []
-        with _quiet(model), self._masking() as masker:
-            for number, chosen in enumerate(self._texts):
-                rows: Any = [trainer.train_dataset[int(index)] for index in chosen]
-                rows = [{key: row[key] for key in ("input_ids", "labels")} for row in rows]
-                inputs = trainer._prepare_inputs(trainer.train_collator(rows))
-                with masker.paused():
-                    unmasked = self._gradient(inputs)
-                plain.append(unmasked)
-                for rate in self._rates:
-                    masker.rate = rate
+        trainer, dataset = self._trainer, self._trainer.train_dataset
+        found: dict[str, dict[float, Grams]] = {group: {} for group in self._slices}
+        with _quiet(trainer.model), self._masking() as masker:
+            batches: list[Any] = []
+            for chosen in self._texts:
+                texts = [{key: dataset[index][key] for key in ("input_ids", "labels")} for index in chosen]
+                batches.append(trainer._prepare_inputs(trainer.train_collator(texts)))
+            with masker.paused():
+                plain = [self._gradient(batch) for batch in batches]
+            for rate in self._rates:
+                masker.rate = rate
+                means: list[Tensor] = []
+                within: dict[str, list[NDArray[np.float64]]] = {group: [] for group in self._slices}
+                for number, (batch, unmasked) in enumerate(zip(batches, plain, strict=True)):
                     rows = torch.empty(self._draws + 1, unmasked.numel())
                     for draw in range(self._draws):
                         masker.step = number * self._draws + draw
-                        torch.sub(self._gradient(inputs), unmasked, out=rows[draw])
+                        torch.sub(self._gradient(batch), unmasked, out=rows[draw])
                     rows[-1] = unmasked
+                    means.append(rows[:-1].mean(0))
                     for group, part in self._slices.items():
-                        within[group, rate].append(gram(rows[:, part]))
-                    means[rate].append(rows[:-1].mean(0))
-        return {
-            group: {
-                rate: Grams(np.stack(within[group, rate]), gram(torch.stack([v[part] for v in (*means[rate], *plain)])))
-                for rate in self._rates
-            }
-            for group, part in self._slices.items()
-        }
+                        within[group].append(gram(rows[:, part]))
+                vectors = torch.stack([*means, *plain])
+                for group, part in self._slices.items():
+                    found[group][rate] = Grams(np.stack(within[group]), gram(vectors[:, part]))
+        return found
 
     def _gradient(self, inputs: Mapping[str, Any]) -> Tensor:
         """Return the gradient of the loss as one vector, fp32 on the host; `.grad` stays as it is."""
         with self._trainer.compute_loss_context_manager(), torch.enable_grad():
             loss = self._trainer.compute_loss(self._trainer.model, dict(inputs))
             found = torch.autograd.grad(loss, self._parameters, allow_unused=True)
-        parts = [
-            torch.zeros(value.numel()) if one is None else one.detach().float().flatten().cpu()
-            for value, one in zip(self._parameters, found, strict=True)
-        ]
-        return torch.cat(parts)
+        pairs = zip(self._parameters, found, strict=True)
+        whole = [torch.zeros(value.shape) if one is None else one.detach().float().cpu() for value, one in pairs]
+        return torch.cat([one.flatten() for one in whole])
 
     @contextlib.contextmanager
     def _masking(self) -> Iterator[TokenMasker]:

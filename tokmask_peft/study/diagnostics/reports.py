@@ -170,17 +170,14 @@ def robustness_table(analysis: dict[str, Any], metric: str = "f1_macro") -> Tabl
     names = {"clean": "as they are", "mask": "{:.0%} of sub-tokens masked", "noise": "{:.0%} of words misspelt"}
     for kind, part in zip(("seen", "unseen"), get_task(analysis["task"]).unseen_parts, strict=True):
         names[kind] = f"{part} ({{items:,.0f}})"
-    for kind, at in dict.fromkeys((row["kind"], row["at"]) for group in groups for row in group["rows"]):
-        found = [next((row for row in one["rows"] if (row["kind"], row["at"]) == (kind, at)), None) for one in groups]
+    by_group = [{(row["kind"], row["at"]): row for row in group["rows"]} for group in groups]
+    for kind, at in dict.fromkeys(key for rows in by_group for key in rows):
+        found = [rows.get((kind, at)) for rows in by_group]
         items = next(row.get("items") for row in found if row is not None)
         cells = ["" if row is None else f"{mean_sd(row[metric])} {level(row[metric])}".strip() for row in found]
         body.append([names[kind].format(at, items=items), *cells])
-    head = ["texts"]
-    for group in groups:
-        seeds = group["seeds"]
-        about = f"{len(seeds)} seeds" if len(seeds) > 1 else f"seed {seeds[0]}"
-        head.append(f"trained with {group['group']}, {about}")
-    return head, body
+    seeds = [f"{len(of)} seeds" if len(of) > 1 else f"seed {of[0]}" for of in (group["seeds"] for group in groups)]
+    return ["texts", *(f"trained with {one['group']}, {of}" for one, of in zip(groups, seeds, strict=True))], body
 
 
 def _plot_robustness(analysis: dict[str, Any], folder: Path) -> tuple[Path, Path]:

@@ -40,14 +40,10 @@ Labels = list[NDArray[np.int64]]
 def score_perturbed(
     classifier: Classifier, texts: Sequence[Example], known: set[str], what: Perturbations, batch_size: int = 64
 ) -> dict[str, Any]:
-    """Return scores on the texts as they are, perturbed, and split by unseen words; JSON-able.
+    """Return scores on labelled texts as they are, perturbed, and split by unseen words; JSON-able.
 
-    Args:
-        classifier: from `load`. As in `predict`, a text longer than those of training is read in windows, not cut.
-        texts: labelled.
-        known: the words of the training texts, from `vocabulary`.
-        what: rates, shares and draws.
-        batch_size: windows per forward pass.
+    As in `predict`, a text longer than those of training is read in windows, not cut; `batch_size` is windows per
+    forward pass. `known` are the words of the training texts, from `vocabulary`.
     """
     if what.limit is not None and what.limit < len(texts):
         chosen = np.random.default_rng([what.seed, 0]).permutation(len(texts))[: what.limit]
@@ -190,15 +186,16 @@ def analyse(runs: Sequence[dict[str, Any]], what: Perturbations) -> dict[str, An
     groups = []
     for name in dict.fromkeys(run["group"] for run in runs):
         own = [run for run in runs if run["group"] == name]
-        rows = [{"kind": "clean", "at": 0.0, **_over_runs([run["clean"] for run in own], own)}]
+        clean = [run["clean"] for run in own]
+        rows = [{"kind": "clean", "at": 0.0, **_over_runs(clean, clean)}]
         for kind in ("mask", "noise"):
             for number, one in enumerate(own[0][kind]):
-                rows.append({"kind": kind, "at": one["at"], **_over_runs([run[kind][number] for run in own], own)})
+                rows.append({"kind": kind, "at": one["at"], **_over_runs([run[kind][number] for run in own], clean)})
         for kind in ("seen", "unseen"):
             parts = [run["words"][kind] for run in own]
             if all(part["items"] for part in parts):
                 items = sum(part["items"] for part in parts) / len(parts)
-                rows.append({"kind": kind, "at": 0.0, "items": items, **_over_runs(parts, own)})
+                rows.append({"kind": kind, "at": 0.0, "items": items, **_over_runs(parts, clean)})
         groups.append({"group": name, "p": own[0]["p"], "seeds": [run["seed"] for run in own], "rows": rows})
     return {
         "disturbances": asdict(what),
@@ -209,11 +206,10 @@ def analyse(runs: Sequence[dict[str, Any]], what: Perturbations) -> dict[str, An
     }
 
 
-def _over_runs(parts: Sequence[dict[str, Any]], runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _over_runs(parts: Sequence[dict[str, Any]], clean: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return mean, deviation and interval over runs of the scores, and of the macro-F1 lost against clean texts."""
-    found: dict[str, Any] = {metric: spread([part[metric] for part in parts]) for metric in METRICS}
-    found["loss"] = spread([run["clean"]["f1_macro"] - part["f1_macro"] for part, run in zip(parts, runs, strict=True)])
-    return found
+    lost = [one["f1_macro"] - part["f1_macro"] for part, one in zip(parts, clean, strict=True)]
+    return {**{metric: spread([part[metric] for part in parts]) for metric in METRICS}, "loss": spread(lost)}
 
 
 def _key(member: Member, what: Perturbations) -> str:
