@@ -8,8 +8,7 @@ import torch
 
 from tokmask_peft import train
 from tokmask_peft.inference.load import load
-from tokmask_peft.masking.pattern import masked_positions
-from tokmask_peft.masking.replacement import maskable_table
+from tokmask_peft.masking.pattern import maskable_table, masked_positions
 from tokmask_peft.recipe.schema import Recipe
 from tokmask_peft.training.evaluate import split_examples
 from tokmask_peft.training.train import observe_training

@@ -81,42 +81,27 @@ def render(run: Run, mistakes: Mistakes | None, no_mistakes: str = "") -> str:
     if calibration:
         split = "test" if "test" in calibration else "validation"
         reliability = reliability_picture(calibration[split]["before"], calibration[split]["after"], split)
-    sections = {
-        "scores": "Scores",
-        "classes": "By class",
-        "mixing": "By code-mixing" if mixing else None,
-        "calibration": "Calibration",
-        "training": "Training",
-        "mistakes": "Mistakes",
-        "data": "Data",
-        "decisions": "Decisions",
-        "use": "Use it",
-    }
-    return (
-        environment()
-        .get_template("run.html.j2")
-        .render(
-            recipe=recipe,
-            result=result,
-            task=task,
-            split=result.scored_split,
-            scores=scores,
-            backbone=hub_id(recipe.model.backbone) or f"{Path(recipe.model.backbone).name} (a local folder)",
-            sections={anchor: title for anchor, title in sections.items() if title},
-            verdict=baseline_verdict(scores, result.baseline),
-            mixing_picture=mixing_picture(mixing, scores["f1_macro"]) if mixing else None,
-            calibration_line=calibration_line(calibration) if calibration else "",
-            reliability_picture=reliability,
-            curves=training_curves(run.log, result.best_step),
-            training=training_facts(recipe, result),
-            limits=limits(recipe, result),
-            mistakes=mistakes,
-            no_mistakes=no_mistakes,
-            merged=merged_labels(result.data.get("label_map", {})),
-            run=shlex.quote(str(run.folder.root)),
-            snippet=loading_snippet(task, result.labels, str(adapter), _words_are_spaced(run)),
-            version=__version__,
-        )
+    template = environment().get_template("run.html.j2")
+    return template.render(
+        recipe=recipe,
+        result=result,
+        task=task,
+        split=result.scored_split,
+        scores=scores,
+        backbone=hub_id(recipe.model.backbone) or f"{Path(recipe.model.backbone).name} (a local folder)",
+        verdict=baseline_verdict(scores, result.baseline),
+        mixing_picture=mixing_picture(mixing, scores["f1_macro"]) if mixing else None,
+        calibration_line=calibration_line(calibration) if calibration else "",
+        reliability_picture=reliability,
+        curves=training_curves(run.log, result.best_step),
+        training=training_facts(recipe, result),
+        limits=limits(recipe, result),
+        mistakes=mistakes,
+        no_mistakes=no_mistakes,
+        merged=merged_labels(result.data.get("label_map", {})),
+        run=shlex.quote(str(run.folder.root)),
+        snippet=loading_snippet(task, result.labels, str(adapter), _words_are_spaced(run)),
+        version=__version__,
     )
 
 

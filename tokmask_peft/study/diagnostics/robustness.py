@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn.utils.rnn import pad_sequence
 
-from tokmask_peft.artifacts import Result, find_saved, write_json
+from tokmask_peft.artifacts import find_saved, open_run, write_json
 from tokmask_peft.console import make_console
 from tokmask_peft.data.corpus import load_corpus
 from tokmask_peft.data.encoding import Window
@@ -167,8 +167,7 @@ def _score(member: Member, what: Perturbations, backbone: str | None, device: st
     mask = {"unit": recipe.masking.unit, "token": classifier.occlusion.mask_token.reason} if what.rates else None
     reported = None
     if member.run.finished() and what.limit is None:
-        result = Result.from_dict(json.loads(member.run.result.read_text(encoding="utf-8")))
-        reported = (getattr(result, split) or {}).get("f1_macro")
+        reported = (getattr(open_run(member.run.root).result, split) or {}).get("f1_macro")
     return {
         "run": str(member.run.root),
         "seed": recipe.seed,
