@@ -13,6 +13,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from jinja2 import Template
 
 from tokmask_peft.artifacts import Result
 from tokmask_peft.recipe.schema import Recipe, SourceConfig
@@ -65,7 +66,7 @@ class Card:
             snippet = f"from transformers import pipeline\n\n{use}"
         card = ModelCard.from_template(
             self._head(trained, tested),
-            template_str=(files("tokmask_peft.hub") / "card.md.j2").read_text(encoding="utf-8"),
+            template_str=_read("card.md.j2"),
             card=self,
             cell=cell,
             task=task,
@@ -151,21 +152,11 @@ def loading_snippet(task: Task, labels: Sequence[str], folder: str, spaced_words
     if spaced_words:  # only a task whose texts are words tokenizes `words`
         spaced = 'spaced = [words[0], *(f" {word}" for word in words[1:])]  # as in running text'
         use = use.replace("inputs = tokenizer(words,", f"{spaced}\ninputs = tokenizer(spaced,")
-    return f"""\
-import torch
-from peft import {auto}
-from transformers import AutoTokenizer
+    return Template(_read("snippet.py.j2")).render(auto=auto, folder=folder, labels=repr(list(labels)), use=use)
 
-adapter = "{folder}"
-labels = {list(labels)!r}
-model = {auto}.from_pretrained(
-    adapter, num_labels=len(labels), id2label=dict(enumerate(labels)),
-    label2id={{label: i for i, label in enumerate(labels)}},
-).eval()
-tokenizer = AutoTokenizer.from_pretrained(adapter)
-model.config.get_text_config().pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
 
-{use}"""
+def _read(template: str) -> str:
+    return (files("tokmask_peft.hub") / template).read_text(encoding="utf-8")
 
 
 def training_facts(recipe: Recipe, result: Result) -> list[tuple[str, str]]:
