@@ -85,13 +85,7 @@ def print_scores(console: Console, parts: Mapping[str, Mapping[str, Any]]) -> No
 
 
 def print_result(console: Console, result: Any, adapter: Path) -> None:
-    """Print the scores of a run next to those of the baseline, and where the adapter is.
-
-    Args:
-        console: where to print.
-        result: an `artifacts.Result`.
-        adapter: folder of the adapter.
-    """
+    """Print the scores of a run, an `artifacts.Result`, next to those of the baseline, and where the adapter is."""
     parts = {"validation": result.validation, "test": result.test, "baseline: character n-grams": result.baseline}
     print_scores(console, {name: part for name, part in parts.items() if part})
     console.print(baseline_verdict(result.scored, result.baseline))
@@ -111,12 +105,7 @@ def calibration_line(calibration: Mapping[str, Any]) -> str:
 
 
 def baseline_verdict(scores: Mapping[str, Any], baseline: Mapping[str, Any] | None) -> str:
-    """Return a sentence on whether the adapter beats the baseline; empty without a baseline.
-
-    Args:
-        scores: of the adapter.
-        baseline: of character n-grams on the same split.
-    """
+    """Return a sentence on whether the adapter beats character n-grams on the same split; empty without a baseline."""
     if not baseline:
         return ""
     difference = scores["f1_macro"] - baseline["f1_macro"]

@@ -18,7 +18,7 @@ from tokmask_peft import Recipe, evaluate, train
 from tokmask_peft.artifacts import open_run
 from tokmask_peft.cli import app
 from tokmask_peft.data.readers import TextFile
-from tokmask_peft.hub.card import PLACEHOLDER, merged_card
+from tokmask_peft.hub.card import PLACEHOLDER, Card
 from tokmask_peft.inference.files import predict_file
 from tokmask_peft.model.decisions import bitsandbytes_problem
 from tokmask_peft.recipe.loading import load_recipe
@@ -194,7 +194,7 @@ def test_export_on_the_command_line(run, tokmask, tmp_path, capsys):
     found = {part["start"]: part["entity"] for part in reversed(tag(TEXTS[0]))}
     assert {start: found[start] for start in firsts} == firsts
     finished = open_run(done.folder.root)
-    card = merged_card(finished.recipe, finished.result)
+    card = Card(finished.recipe, finished.result, merged=True).render()
     capsys.readouterr()
     exec(card.split("```python\n")[1].split("```")[0].replace(PLACEHOLDER, str(tmp_path / "merged")))
     (answer,) = tokmask_peft.load(done.folder.root).predict(["This phone is bien bonito"])

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated
 
 import typer
 
-from tokmask_peft.cli.app import Overrides, RecipeArgument, app
+from tokmask_peft.cli.app import Overrides, RecipeArgument, app, checked
 from tokmask_peft.console import quiet_libraries
 
 ARMS = (
@@ -27,13 +28,11 @@ def train(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> None:
     """Train an adapter as RECIPE says; the run is saved in runs/NAME."""
-    from tokmask_peft.recipe.schema import Recipe
-
-    checked = Recipe.load(recipe, overrides or [])
+    whole = checked(recipe, overrides)
     quiet_libraries()
     from tokmask_peft.training import train as run
 
-    run.train(checked, resume=resume, quiet=quiet)
+    run.train(whole, resume=resume, quiet=quiet)
 
 
 @app.command()
@@ -79,10 +78,8 @@ def sweep(
 @app.command()
 def validate(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     """Check RECIPE and print every problem at once, without loading anything."""
-    from tokmask_peft.recipe.schema import Recipe
-
-    checked = Recipe.load(recipe, overrides or [])
-    typer.echo(f"{recipe} is valid: {checked.data.task} task on {checked.model.backbone}, run {checked.run_dir}")
+    whole = checked(recipe, overrides)
+    typer.echo(f"{recipe} is valid: {whole.data.task} task on {whole.model.backbone}, run {whole.run_dir}")
 
 
 @app.command()
@@ -93,16 +90,12 @@ def estimate(
     as_json: Annotated[bool, typer.Option("--json", help="Print the bytes as JSON.")] = False,
 ) -> None:
     """Estimate how much memory RECIPE takes, whether it fits, and what to change; no weights are needed."""
-    from tokmask_peft.recipe.schema import Recipe
-
-    checked = Recipe.load(recipe, overrides or [])
+    whole = checked(recipe, overrides)
     quiet_libraries()
     from tokmask_peft.training.memory import print_forecast, without_training
 
-    found = without_training(checked, gpu)
+    found = without_training(whole, gpu)
     if as_json:
-        import json
-
         typer.echo(json.dumps(found.to_dict(), indent=2))
     else:
         print_forecast(found)

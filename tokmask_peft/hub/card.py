@@ -13,6 +13,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from jinja2 import Template
 
 from tokmask_peft.artifacts import Result
 from tokmask_peft.recipe.schema import Recipe, SourceConfig
@@ -33,11 +34,9 @@ _FEW = 50  # the F1 of a class with fewer items in the scored split is unreliabl
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """What a model card is made from.
+    """What a model card is made from: the resolved recipe, the run's result, and what they do not say.
 
     Attributes:
-        recipe: the resolved recipe.
-        result: the scores of the run and what was measured.
         spaced_words: whether words were encoded with their leading space, as byte-level tokenizers without a prefix
             space need it; ignored by tasks whose texts are strings.
         picture: file name of the picture of the confusion matrix; without one, the card has a table.
@@ -67,7 +66,7 @@ class Card:
             snippet = f"from transformers import pipeline\n\n{use}"
         card = ModelCard.from_template(
             self._head(trained, tested),
-            template_str=(files("tokmask_peft.hub") / "card.md.j2").read_text(encoding="utf-8"),
+            template_str=_read("card.md.j2"),
             card=self,
             cell=cell,
             task=task,
@@ -117,21 +116,6 @@ class Card:
         )
 
 
-def merged_card(recipe: Recipe, result: Result, *, notes: Sequence[str] = (), picture: str | None = None) -> str:
-    """Return the card of a plain transformers model, an adapter merged into its backbone.
-
-    Args:
-        recipe: the resolved recipe.
-        result: the scores of the run.
-        notes: what users of the merged model should know, as sentences without a full stop.
-        picture: file name of the picture of the confusion matrix.
-
-    Raises:
-        ValueError: huggingface_hub cannot read the head back.
-    """
-    return Card(recipe, result, merged=True, notes=notes, picture=picture).render()
-
-
 def write_card(folder: Path, recipe: Recipe, result: Result, *, spaced_words: bool = False) -> None:
     """Write the card, `README.md`, and its picture into an adapter's folder; the arguments are those of `Card`."""
     confusion = result.scored.get("confusion")
@@ -168,21 +152,11 @@ def loading_snippet(task: Task, labels: Sequence[str], folder: str, spaced_words
     if spaced_words:  # only a task whose texts are words tokenizes `words`
         spaced = 'spaced = [words[0], *(f" {word}" for word in words[1:])]  # as in running text'
         use = use.replace("inputs = tokenizer(words,", f"{spaced}\ninputs = tokenizer(spaced,")
-    return f"""\
-import torch
-from peft import {auto}
-from transformers import AutoTokenizer
+    return Template(_read("snippet.py.j2")).render(auto=auto, folder=folder, labels=repr(list(labels)), use=use)
 
-adapter = "{folder}"
-labels = {list(labels)!r}
-model = {auto}.from_pretrained(
-    adapter, num_labels=len(labels), id2label=dict(enumerate(labels)),
-    label2id={{label: i for i, label in enumerate(labels)}},
-).eval()
-tokenizer = AutoTokenizer.from_pretrained(adapter)
-model.config.get_text_config().pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
 
-{use}"""
+def _read(template: str) -> str:
+    return (files("tokmask_peft.hub") / template).read_text(encoding="utf-8")
 
 
 def training_facts(recipe: Recipe, result: Result) -> list[tuple[str, str]]:

@@ -45,13 +45,7 @@ def push_adapter(run: str | Path, repo_id: str, private: bool = False, *, quiet:
 
     A repository that exists is updated. Files of an earlier push that this run does not have are removed from it;
     files that tokmask_peft never writes are left alone. A repository holds an adapter or a whole model, not both:
-    transformers would apply the adapter to the model, too.
-
-    Args:
-        run: the run folder.
-        repo_id: `user/name` or `organisation/name`.
-        private: make the repository private. One that exists and is public is refused.
-        quiet: print nothing but huggingface_hub's progress bars.
+    transformers would apply the adapter to the model, too. One that exists and is public is refused with `private`.
 
     Returns:
         The address of the repository.
@@ -66,9 +60,8 @@ def push_adapter(run: str | Path, repo_id: str, private: bool = False, *, quiet:
         raise HubError(f"{adapter} is a link; push a run whose adapter folder is a folder", code="link")
     files = _matching_files(adapter, ADAPTER_FILES)
     if missing := sorted(set(_NEEDED) - {file.name for file in files}):
-        raise HubError(
-            f"{adapter} is incomplete: {', '.join(missing)} is missing", code="incomplete-adapter", missing=missing
-        )
+        problem = f"{adapter} is incomplete: {', '.join(missing)} is missing"
+        raise HubError(problem, code="incomplete-adapter", missing=missing)
     config = adapter / "adapter_config.json"
     base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
     if not base or hub_id(base) is None:
@@ -125,10 +118,8 @@ def check_push(run: str | Path, repo_id: str) -> tuple[RunFolder, str]:
     try:
         token = get_token()
     except (DeviceCodeError, OIDCError, OSError) as error:
-        raise HubError(
-            f"the login to the Hub failed ({type(error).__name__}); log in again with: hf auth login",
-            code="login-failed",
-        ) from None
+        problem = f"the login to the Hub failed ({type(error).__name__}); log in again with: hf auth login"
+        raise HubError(problem, code="login-failed") from None
     if not token:
         raise HubError("not logged in to the Hugging Face Hub; log in with: hf auth login", code="not-logged-in")
     return folder, token
@@ -172,10 +163,10 @@ def _push(
                 files=holders,
             )
         console.print(f"To {repo_id}, {what}:", markup=False)
-        width, sizes = max(len(file.name) for file in staged), [file.stat().st_size for file in staged]
-        for file, size in zip(staged, sizes, strict=True):
-            console.print(f"  {file.name:<{width}}  {size:>13,} bytes", markup=False)
-        console.print(f"  {len(staged)} files, {sum(sizes):,} bytes")
+        width, sizes = max(len(file.name) for file in staged), {file.name: file.stat().st_size for file in staged}
+        for name, size in sizes.items():
+            console.print(f"  {name:<{width}}  {size:>13,} bytes", markup=False)
+        console.print(f"  {len(staged)} files, {sum(sizes.values()):,} bytes")
         for note in notes:
             console.print(note, markup=False)
         url = _send(Path(place), repo_id, private, token, console, merged)

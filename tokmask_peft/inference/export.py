@@ -338,7 +338,7 @@ def push(run: str | Path, repo_id: str, private: bool = False, *, merged: bool =
         ModelError: the model cannot be merged.
         HubError: with what to do. A push that breaks can be repeated.
     """
-    from tokmask_peft.hub.card import PICTURE, merged_card
+    from tokmask_peft.hub.card import PICTURE, Card
     from tokmask_peft.hub.push import check_push, push_adapter, push_model
 
     if not merged:
@@ -352,6 +352,6 @@ def push(run: str | Path, repo_id: str, private: bool = False, *, merged: bool =
         export = export_merged(done.folder.root, Path(place) / "merged")
         if drawn := picture.is_file():
             shutil.copyfile(picture, export.folder / PICTURE)
-        card = merged_card(done.recipe, done.result, notes=export.notes, picture=PICTURE if drawn else None)
-        (export.folder / "README.md").write_text(card, encoding="utf-8")
+        card = Card(done.recipe, done.result, merged=True, notes=export.notes, picture=PICTURE if drawn else None)
+        (export.folder / "README.md").write_text(card.render(), encoding="utf-8")
         return push_model(export.folder, done.folder, repo_id, private, notes=export.notes, quiet=quiet)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.resources import files
 from typing import Any
 
@@ -53,64 +53,43 @@ def check_address(host: str, port: int | None) -> None:
 def answer(classifier: Any, text: str) -> tuple[dict[str, float] | None, Markup]:
     """Classify a text for the app.
 
-    Args:
-        classifier: from `load`.
-        text: what the user typed.
-
     Returns:
         Calibrated probabilities of the labels, or none if each word has a label; and HTML with the coloured words, or
         with what is wrong with the text.
     """
     from tokmask_peft.inference.display import influence_words, label_legend, label_words
+    from tokmask_peft.inference.explain import explain
 
     try:
         (found,) = classifier.predict([text])
         if get_task(classifier.task).words_given:
             sure = [row[label] for row, label in zip(found.probabilities, found.labels, strict=True)]
             tinted = label_words(found.words, found.labels, classifier.labels, sure)
-            rows = Markup("").join(
-                Markup('<tr><th scope="row"><bdi>{}</bdi></th><td>{}</td><td>{:.3f}</td></tr>').format(*row)
-                for row in zip(found.words, found.labels, sure, strict=True)
-            )
-            return None, Markup(
-                '{}<p class="words" dir="auto">{}</p><div class="scroll"><table><thead><tr><th scope="col">word</th>'
-                '<th scope="col">label</th><th scope="col">probability</th></tr></thead><tbody>{}</tbody></table></div>'
-            ).format(label_legend(classifier.labels), tinted, rows)
-        words, influences, note = text.split(), (), ""
+            rows = list(zip(found.words, found.labels, sure, strict=True))
+            return None, _page(rows=rows, words=tinted, legend=label_legend(classifier.labels))
+        words, explanation, note = text.split(), None, ""
         if len(words) > _MOST_WORDS:
             note = f"Without colours: the text has {len(words):,} words, and only up to {_MOST_WORDS} are coloured."
         else:
             try:
-                words, influences, note = _explained(classifier, text)
+                (explanation,) = explain(classifier, [text])
             except MaskTokenError as error:
                 note = f"Without colours: {error}"
-        return found.probabilities, Markup('<p class="words" dir="auto">{}</p><p class="note">{}</p>').format(
-            influence_words(words, influences), note
-        )
+        tinted = influence_words(*(explanation.words, explanation.influences) if explanation else (words, ()))
+        return found.probabilities, _page(words=tinted, label=explanation.label if explanation else None, note=note)
     except TokmaskError as error:
-        text = str(error).replace("texts[0]", "the text")
-        return None, Markup('<p class="message" role="alert">{}</p>').format(text)
+        return None, _page(problem=str(error).replace("texts[0]", "the text"))
 
 
-def _explained(classifier: Any, text: str) -> tuple[Any, Any, Markup]:
-    from tokmask_peft.inference.explain import explain
+def _page(rows: Sequence[Any] = (), problem: str = "", **values: Any) -> Markup:
+    from tokmask_peft.report.page import environment
 
-    (explanation,) = explain(classifier, [text])
-    note = Markup(
-        '<span class="words"><span class="for" style="--w:.6">Blue</span> words support “{}”, '
-        '<span class="against" style="--w:.6">red, dotted</span> words contradict it: masking them lowers or raises '
-        "its log-odds.</span>"
-    ).format(explanation.label)
-    return explanation.words, explanation.influences, note
+    template = environment().get_template("demo.html.j2")
+    return Markup(template.render(rows=rows, problem=problem, **values))  # noqa: S704 - the template escapes
 
 
 def build(classifier: Any, name: str) -> Any:
-    """Return the app, a `gradio.Blocks`.
-
-    Args:
-        classifier: from `load`.
-        name: of the model, for the title.
-    """
+    """Return the app, a `gradio.Blocks`; the model's name is its title."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     import gradio
 
@@ -138,12 +117,8 @@ def serve(
 ) -> None:
     """Serve the app until Ctrl-C.
 
-    Args:
-        app: from `build`.
-        host: address to listen on; the default is visible to this machine only.
-        port: port; default: a free one from 7860 on.
-        share: open a public link through gradio's servers.
-        report: prints a line.
+    The default address is visible to this machine only, the default port is a free one from 7860 on; `share` opens a
+    public link through gradio's servers. `report` prints a line.
     """
     _, url, public = launch(app, host, port, share=share)
     report(f"The demo runs at {public or url} (Ctrl-C stops it)")

@@ -22,58 +22,35 @@ MOST_TEXTS = 4000  # a CPU reads some hundred texts per second; of a larger spli
 
 @dataclass(frozen=True, slots=True)
 class Mistake:
-    """One wrong answer.
-
-    Attributes:
-        words: of the text.
-        gold: the label of the data.
-        predicted: the label of the adapter.
-        probability: of the predicted label, calibrated.
-        gold_probability: of the gold label.
-        where: `file:line`, with the file's name only.
-        word: index of the word that has the label; none if the text has it.
-        influences: for each word, by how much masking it lowers the predicted label's log-odds; empty if unknown.
-    """
+    """One wrong answer."""
 
     words: tuple[str, ...]
     gold: str
     predicted: str
-    probability: float
+    probability: float  # of the predicted label, calibrated
     gold_probability: float
-    where: str
-    word: int | None = None
-    influences: tuple[float, ...] = ()
+    where: str  # `file:line`, with the file's name only
+    word: int | None = None  # index of the word that has the label; none if the text has it
+    influences: tuple[float, ...] = ()  # by how much masking each word lowers the predicted label's log-odds, if known
 
 
 @dataclass(frozen=True, slots=True)
 class Mistakes:
-    """What a run gets wrong on a split.
-
-    Attributes:
-        split: its name.
-        texts: texts that were scored.
-        of: texts in the split.
-        items: labels in these texts: one for each text or word.
-        wrong: how many of them the adapter gets wrong.
-        shown: the most confident of them, at most one per text.
-        unexplained: why they have no influences; empty if they have.
-    """
+    """What a run gets wrong on a split."""
 
     split: str
-    texts: int
-    of: int
-    items: int
-    wrong: int
-    shown: tuple[Mistake, ...]
-    unexplained: str = ""
+    texts: int  # that were scored
+    of: int  # texts in the split
+    items: int  # labels in the scored texts: one for each text or word
+    wrong: int  # how many of them the adapter gets wrong
+    shown: tuple[Mistake, ...]  # the most confident of them, at most one per text
+    unexplained: str = ""  # why they have no influences; empty if they have
 
 
 def find_mistakes(run: Run, backbone: str | None = None) -> Mistakes:
-    """Predict the split that the run is scored on, and return its most confident mistakes.
+    """Predict the split that a finished run is scored on, and return its most confident mistakes.
 
-    Args:
-        run: a finished run.
-        backbone: a Hub id, folder or `package:NAME/FOLDER` to load the backbone from, instead of the recipe's.
+    `backbone` is a Hub id, folder or `package:NAME/FOLDER` to load the backbone from, instead of the recipe's.
 
     Raises:
         DataError, ModelError, RecipeError: the data or the backbone is missing.

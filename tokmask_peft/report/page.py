@@ -25,11 +25,7 @@ MARK = "<!-- tokmask report -->"
 
 
 def prepare(run: str | Path, out: str | Path | None = None) -> tuple[Run, Path]:
-    """Read a run and choose the file of its page, before heavy libraries are loaded.
-
-    Args:
-        run: the run folder.
-        out: the file to write; default: `report.html` in the run folder.
+    """Read a run and choose the file of its page (`report.html` in the run folder), before heavy libraries are loaded.
 
     Raises:
         RunError: the folder is not a finished run, or the file cannot be written or is not a report.
@@ -53,7 +49,7 @@ def report_run(
 
     Args:
         run: the run folder.
-        out: the file to write; default: `report.html` in the run folder.
+        out: the file to write, as for `prepare`.
         examples: predict the scored split again to show the most confident mistakes; needs the data and the backbone.
         backbone: where to load the backbone from for that, instead of what the recipe says.
 
@@ -78,55 +74,34 @@ def report_run(
 
 
 def render(run: Run, mistakes: Mistakes | None, no_mistakes: str = "") -> str:
-    """Return the page of a run as HTML.
-
-    Args:
-        run: a finished run.
-        mistakes: its most confident mistakes.
-        no_mistakes: why there are none to show.
-    """
+    """Return the page of a finished run as HTML; `no_mistakes` says why there are no mistakes to show."""
     recipe, result, adapter = run.recipe, run.result, run.folder.adapter
     task, scores, calibration = get_task(recipe.data.task), result.scored, result.calibration
     mixing, reliability = scores.get("by_mixing"), None
     if calibration:
         split = "test" if "test" in calibration else "validation"
         reliability = reliability_picture(calibration[split]["before"], calibration[split]["after"], split)
-    sections = {
-        "scores": "Scores",
-        "classes": "By class",
-        "mixing": "By code-mixing" if mixing else None,
-        "calibration": "Calibration",
-        "training": "Training",
-        "mistakes": "Mistakes",
-        "data": "Data",
-        "decisions": "Decisions",
-        "use": "Use it",
-    }
-    return (
-        environment()
-        .get_template("run.html.j2")
-        .render(
-            recipe=recipe,
-            result=result,
-            task=task,
-            split=result.scored_split,
-            scores=scores,
-            backbone=hub_id(recipe.model.backbone) or f"{Path(recipe.model.backbone).name} (a local folder)",
-            sections={anchor: title for anchor, title in sections.items() if title},
-            verdict=baseline_verdict(scores, result.baseline),
-            mixing_picture=mixing_picture(mixing, scores["f1_macro"]) if mixing else None,
-            calibration_line=calibration_line(calibration) if calibration else "",
-            reliability_picture=reliability,
-            curves=training_curves(run.log, result.best_step),
-            training=training_facts(recipe, result),
-            limits=limits(recipe, result),
-            mistakes=mistakes,
-            no_mistakes=no_mistakes,
-            merged=merged_labels(result.data.get("label_map", {})),
-            run=shlex.quote(str(run.folder.root)),
-            snippet=loading_snippet(task, result.labels, str(adapter), _words_are_spaced(run)),
-            version=__version__,
-        )
+    template = environment().get_template("run.html.j2")
+    return template.render(
+        recipe=recipe,
+        result=result,
+        task=task,
+        split=result.scored_split,
+        scores=scores,
+        backbone=hub_id(recipe.model.backbone) or f"{Path(recipe.model.backbone).name} (a local folder)",
+        verdict=baseline_verdict(scores, result.baseline),
+        mixing_picture=mixing_picture(mixing, scores["f1_macro"]) if mixing else None,
+        calibration_line=calibration_line(calibration) if calibration else "",
+        reliability_picture=reliability,
+        curves=training_curves(run.log, result.best_step),
+        training=training_facts(recipe, result),
+        limits=limits(recipe, result),
+        mistakes=mistakes,
+        no_mistakes=no_mistakes,
+        merged=merged_labels(result.data.get("label_map", {})),
+        run=shlex.quote(str(run.folder.root)),
+        snippet=loading_snippet(task, result.labels, str(adapter), _words_are_spaced(run)),
+        version=__version__,
     )
 
 

@@ -94,12 +94,7 @@ Log = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """A picture and the line below it.
-
-    Attributes:
-        svg: an `<svg>` element.
-        caption: what it shows.
-    """
+    """A picture, an `<svg>` element, and the line below it."""
 
     svg: Markup
     caption: str
@@ -108,9 +103,7 @@ class Picture:
 def training_curves(log: Log, best_step: int | None) -> list[Picture]:
     """Draw loss, validation macro-F1 and masking rate over the steps; whatever was not logged is omitted.
 
-    Args:
-        log: the lines of `log.jsonl`.
-        best_step: step of the checkpoint that was kept.
+    `log` are the lines of `log.jsonl`, `best_step` is the step of the checkpoint that was kept.
     """
     loss, validation_loss = _points(log, "loss"), _points(log, "eval_loss")
     f1, rate = _points(log, "eval_f1_macro"), _points(log, "masking_rate")
@@ -124,10 +117,8 @@ def training_curves(log: Log, best_step: int | None) -> list[Picture]:
     if f1:
         top = max(f1, key=lambda point: point[1])
         alt = f"Validation macro-F1 over the steps; its highest value is {top[1]:.4f} at step {top[0]:g}."
-        caption = "Macro-F1 on validation" + (
-            "; the dashed line marks the checkpoint that was kept" if best_step else ""
-        )
-        pictures.append(Picture(_curve("f1", alt, {"": (f1, SECOND)}, best_step), caption))
+        kept = "; the dashed line marks the checkpoint that was kept" if best_step else ""
+        pictures.append(Picture(_curve("f1", alt, {"": (f1, SECOND)}, best_step), f"Macro-F1 on validation{kept}"))
     if rate:
         alt = f"Masking rate: {rate[0][1]:g} at step {rate[0][0]:g}, {rate[-1][1]:g} at step {rate[-1][0]:g}."
         pictures.append(Picture(_curve("rate", alt, {"": (rate, FIRST)}, None, zero=True), "Masking rate p"))
@@ -148,41 +139,27 @@ def mixing_picture(rows: Sequence[Mapping[str, Any]], overall: float) -> Picture
         axes.grid(visible=False, axis="x")
 
     listed = ", ".join(f"{value:.3f} at {name}" for name, value in zip(names, values, strict=True))
-    alt = f"Macro-F1 by code-mixing index: {listed}."
-    return Picture(
-        draw("mixing", alt, paint), "Macro-F1 by code-mixing index; the dashed line is the score of all posts"
-    )
+    svg = draw("mixing", f"Macro-F1 by code-mixing index: {listed}.", paint)
+    return Picture(svg, "Macro-F1 by code-mixing index; the dashed line is the score of all posts")
 
 
 def reliability_picture(before: Mapping[str, Any], after: Mapping[str, Any], split: str) -> Picture | None:
     """Draw accuracy against confidence, before and after the temperature; none if the run stored no bins.
 
-    Args:
-        before: `ece` and `reliability`, a list of bins with `items`, `confidence` and `accuracy`.
-        after: the same, with the temperature.
-        split: its name.
+    `before` and `after` hold `ece` and `reliability`, a list of bins with `items`, `confidence` and `accuracy`.
     """
-    bins = {"before": before.get("reliability"), "after": after.get("reliability")}
-    if not bins["before"] or not bins["after"]:
+    bins = {"before": before.get("reliability") or [], "after": after.get("reliability") or []}
+    if not all(bins.values()):
         return None
 
     def paint(axes: Any) -> None:
         axes.plot([0, 1], [0, 1], color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
         styles = {"before": (SECOND, "s", "none"), "after": (FIRST, "o", FIRST)}
         for name, (colour, marker, fill) in styles.items():
-            rows = bins[name] or []
-            items = sum(row["items"] for row in rows)
-            axes.plot([row["confidence"] for row in rows], [row["accuracy"] for row in rows], color=colour, linewidth=1)
-            axes.scatter(
-                [row["confidence"] for row in rows],
-                [row["accuracy"] for row in rows],
-                s=[14 + 150 * row["items"] / items for row in rows],
-                marker=marker,
-                facecolor=fill,
-                edgecolor=colour,
-                label=name,
-                zorder=3,
-            )
+            x, y, items = ([row[key] for row in bins[name]] for key in ("confidence", "accuracy", "items"))
+            sizes = [14 + 150 * count / sum(items) for count in items]
+            axes.plot(x, y, color=colour, linewidth=1)
+            axes.scatter(x, y, s=sizes, marker=marker, facecolor=fill, edgecolor=colour, label=name, zorder=3)
         axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1.04), ylim=(0, 1.04), aspect="equal")
         legend = axes.legend(loc="upper left", labelcolor=INK)
         for handle in legend.legend_handles:

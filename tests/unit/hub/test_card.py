@@ -7,15 +7,7 @@ import run_files
 from huggingface_hub import ModelCard
 
 from tokmask_peft.artifacts import Result
-from tokmask_peft.hub.card import (
-    PICTURE,
-    Card,
-    draw_confusion,
-    loading_snippet,
-    merged_card,
-    training_facts,
-    write_card,
-)
+from tokmask_peft.hub.card import PICTURE, Card, draw_confusion, loading_snippet, training_facts, write_card
 from tokmask_peft.recipe.schema import Recipe
 from tokmask_peft.tasks import get_task
 
@@ -54,7 +46,8 @@ def test_the_head_is_what_the_hub_reads(task, pipeline):
     assert (head.base_model, head.library_name, head.pipeline_tag) == ("Qwen/Qwen2.5-0.5B", "peft", pipeline)
     assert head.to_dict()["base_model_relation"] == "adapter"
     assert "tokmask-peft" in head.tags
-    merged = ModelCard(merged_card(make_recipe(task), make_result(), notes=["one thing"]), ignore_metadata_errors=False)
+    card = card_of(make_recipe(task), merged=True, notes=["one thing"])
+    merged = ModelCard(card, ignore_metadata_errors=False)
     assert (merged.data.library_name, merged.data.to_dict()["base_model_relation"]) == ("transformers", "finetune")
     assert "- One thing.\n" in merged.text
 

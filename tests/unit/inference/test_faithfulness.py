@@ -7,7 +7,7 @@ from tiny_models import TEXTS
 
 from tokmask_peft.inference.explain import Occluded, Question
 from tokmask_peft.study.diagnostics import faithfulness
-from tokmask_peft.study.diagnostics.faithfulness import SHARES, interval, masking_curves, report_lines
+from tokmask_peft.study.diagnostics.faithfulness import SHARES, interval, masking_curves, report_text
 from tokmask_peft.training.metrics import probabilities
 
 
@@ -88,7 +88,7 @@ def part(low, high, p):
 )
 def test_the_verdict_is_that_of_the_interval(low, high, alone, paired):
     result = {"texts": 9, "left_out": 1, "split": "test", "shares": SHARES.tolist(), "run": part(low, high, 0.1)}
-    said = "\n".join(report_lines(result))
+    said = report_text(result)
     assert alone in said
     assert "First run" not in said
     assert "(1 with fewer than two words" in said
@@ -97,6 +97,6 @@ def test_the_verdict_is_that_of_the_interval(low, high, alone, paired):
         "difference": part(low, high, 0)["measures"],
         "other_differences": ["seed"],
     }
-    said = "\n".join(report_lines(result))
+    said = report_text(result)
     assert f"The separation of its curves {paired} the second's" in said
     assert "The runs differ in more than masking: seed." in said

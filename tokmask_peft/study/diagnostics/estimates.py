@@ -46,23 +46,12 @@ MEANING = {
 class Grams:
     """Inner products of gradients at one masking rate.
 
-    Attributes:
-        within: `[batches, draws + 1, draws + 1]`, for each batch of w_b1, …, w_bD and u_b.
-        between: `[2 batches, 2 batches]`, of the means of the w over draws, for each batch, and then the u.
+    `within`, `[batches, draws + 1, draws + 1]`, are those of w_b1, …, w_bD and u_b of each batch; `between`,
+    `[2 batches, 2 batches]`, those of the means of the w over draws, for each batch, and then of the u.
     """
 
     within: Array
     between: Array
-
-    @property
-    def batches(self) -> int:
-        """Number of batches."""
-        return len(self.within)
-
-    @property
-    def draws(self) -> int:
-        """Number of mask draws."""
-        return self.within.shape[1] - 1
 
 
 def batch_weights(batches: int, replicates: int = REPLICATES, seed: int = 0) -> Array:
@@ -74,26 +63,26 @@ def batch_weights(batches: int, replicates: int = REPLICATES, seed: int = 0) -> 
 def estimate(grams: Grams, weights: Array) -> dict[str, Array]:
     """Return every quantity of `MEANING`, `[replicates]`, for batches weighted by each row of `weights`.
 
-    Args:
-        grams: at least 2 batches and 2 draws.
-        weights: `[replicates, batches]`; ones give the estimates themselves. What a row leaves undefined is nan.
+    There are at least 2 batches and 2 draws. Weights, `[replicates, batches]`, that are ones give the estimates
+    themselves. What a row leaves undefined is nan.
     """
     mean = {name: weights @ values / weights.sum(1) for name, values in of_batches(grams).items()}
-    count = grams.batches
+    count, draws = len(grams.within), grams.within.shape[1] - 1
     (mean_w, cross), (_, unmasked) = grams.between.reshape(2, count, 2, count).swapaxes(1, 2)
     masked = mean_w + cross + cross.T + unmasked
     spread = _variance(unmasked, weights)
+    shift_squared = _over(mean["shift_squared"], mean["squared"])
     found = {
         **mean,
         "batch_variance": spread,
-        "batch_variance_masked": _variance(masked, weights) - mean["mask_variance"] / grams.draws,
+        "batch_variance_masked": _variance(masked, weights) - mean["mask_variance"] / draws,
         "ratio": _over(mean["mask_variance"], spread),
         "cosine": _cosine(mean["product"], mean["masked_squared"], mean["squared"]),
-        "distance_squared": _over(mean["shift_squared"], mean["squared"]),
+        "distance": np.sqrt(np.maximum(shift_squared, 0.0)),
+        "distance_squared": shift_squared,
         "shared_cosine": _cosine(_pairs(cross + unmasked, weights), _pairs(masked, weights), _pairs(unmasked, weights)),
         "shared_distance_squared": _over(_pairs(mean_w, weights), _pairs(unmasked, weights)),
     }
-    found["distance"] = np.sqrt(np.maximum(found["distance_squared"], 0.0))
     return {name: found[name] for name in MEANING}
 
 
@@ -103,7 +92,7 @@ def of_batches(grams: Grams) -> dict[str, Array]:
     `shift_squared` is the squared length of mean masked minus unmasked gradient, `masked_squared` and `squared` are
     those of the two, `product` is their inner product.
     """
-    draws = grams.draws
+    draws = grams.within.shape[1] - 1
     w = grams.within[:, :draws, :draws]
     to_u = grams.within[:, :draws, draws]
     squared = grams.within[:, draws, draws]
@@ -132,10 +121,9 @@ def summarise(grams: Mapping[float, Grams], replicates: int = REPLICATES, seed: 
 
     The inner products are by masking rate above 0, of the same batches; all rates see the same bootstrap draws.
     """
-    count = next(iter(grams.values())).batches
+    count = len(next(iter(grams.values())).within)
     weights = batch_weights(count, replicates, seed)
-    rows = []
-    ratios: list[Array] = []
+    rows, ratios = [], []
     for rate, one in sorted(grams.items()):
         point, drawn = estimate(one, np.ones((1, count))), estimate(one, weights)
         ratios.append(np.concatenate([point["ratio"], drawn["ratio"]]))
@@ -147,24 +135,16 @@ def summarise(grams: Mapping[float, Grams], replicates: int = REPLICATES, seed: 
 
 
 def crossing(rates: Sequence[float], ratios: Array) -> Array:
-    """Return the rate at which the ratio reaches 1, on straight lines through (0, 0) and the measured rates.
+    """Return the rate at which the ratio reaches 1, `[replicates]`, on straight lines through (0, 0) and the rates.
 
-    Args:
-        rates: above 0, ascending.
-        ratios: `[replicates, rates]`.
-
-    Returns:
-        `[replicates]`; inf if all measured ratios are below 1.
+    `ratios` are `[replicates, rates]`, of ascending rates above 0. It is inf if all of them are below 1.
     """
-    x = np.array([0.0, *rates])
-    found = np.full(len(ratios), np.inf)
-    for row, values in enumerate(ratios):
-        y = np.array([0.0, *values])
-        above = np.flatnonzero(y >= 1.0)
-        if len(above):
-            at = int(above[0])
-            found[row] = x[at - 1] + (1.0 - y[at - 1]) / (y[at] - y[at - 1]) * (x[at] - x[at - 1])
-    return found
+    x, y = np.array([0.0, *rates]), np.pad(ratios, ((0, 0), (1, 0)))
+    at, rows = (y >= 1.0).argmax(1), np.arange(len(y))
+    below, above = y[rows, at - 1], y[rows, at]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found: Array = x[at - 1] + (1.0 - below) / (above - below) * (x[at] - x[at - 1])
+    return np.where(at > 0, found, np.inf)
 
 
 def interval(replicates: Array, units: int) -> list[float | None] | None:

@@ -11,23 +11,23 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.integrate import trapezoid
+from scipy.stats import bootstrap
 
 from tokmask_peft.artifacts import find_saved, open_finished
 from tokmask_peft.errors import DataError, RunError
-from tokmask_peft.inference.classifier import BATCH_SIZE
+from tokmask_peft.inference.classifier import BATCH_SIZE, Classifier
 from tokmask_peft.inference.explain import Explanation, Occluded, Question, explain
 from tokmask_peft.inference.load import load
 from tokmask_peft.recipe.loading import differences, load_recipe
+from tokmask_peft.study.diagnostics.reports import render
 from tokmask_peft.tasks import get_task
 from tokmask_peft.training.evaluate import split_examples
 from tokmask_peft.training.metrics import probabilities
-
-if TYPE_CHECKING:
-    from tokmask_peft.inference.classifier import Classifier
 
 SHARES: NDArray[np.float64] = np.linspace(0.0, 1.0, 11)
 """Shares of a text's words at which curves are read, by linear interpolation between whole words."""
@@ -59,20 +59,14 @@ def masking_curves(
     for start in range(0, len(given), _TEXTS):
         part = given[start : start + _TEXTS]
         draws = [np.random.default_rng([seed, start + number]) for number in range(len(part))]
-        explained = _explained(classifier, part, draws, batch_size)
-        for number, curve in _curves(classifier, part, explained, draws, batch_size).items():
-            found[start + number] = curve
-    return found
-
-
-def _explained(
-    classifier: Classifier, texts: Sequence[Any], draws: Sequence[np.random.Generator], batch_size: int
-) -> list[Explanation]:
-    if not get_task(classifier.task).words_given:
-        return explain(classifier, texts, batch_size=batch_size)
-    found = []
-    for text, draw in zip(texts, draws, strict=True):
-        found += explain(classifier, [text], word=int(draw.integers(len(text))), batch_size=batch_size)
+        explained: list[Explanation] = []
+        if get_task(classifier.task).words_given:
+            for text, draw in zip(part, draws, strict=True):
+                explained += explain(classifier, [text], word=int(draw.integers(len(text))), batch_size=batch_size)
+        else:
+            explained = explain(classifier, part, batch_size=batch_size)
+        curves = _curves(classifier, part, explained, draws, batch_size)
+        found |= {start + number: curve for number, curve in curves.items()}
     return found
 
 
@@ -86,27 +80,22 @@ def _curves(
     steps: dict[int, NDArray[np.int64]] = {}
     questions: list[Question] = []
     for text, explanation in enumerate(explained):
-        words = np.array([n for n in range(len(explanation.words)) if n not in explanation.unmasked], dtype=np.int64)
+        words = np.delete(np.arange(len(explanation.words)), list(explanation.unmasked))
         if len(words) < 2:
             continue
         most = words[np.argsort(-np.array(explanation.influences)[words], kind="stable")]
         orders = [most, most[::-1], *(draws[text].permutation(words) for _ in range(RANDOM_ORDERS))]
         steps[text] = np.unique((SHARES * len(words)).round().astype(np.int64))
-        questions += [
-            Question(text, frozenset(order[:step].tolist()), explanation.word)
-            for order in orders
-            for step in steps[text]
-        ]
+        masked = [frozenset(order[:step].tolist()) for order in orders for step in steps[text]]
+        questions += [Question(text, words_masked, explanation.word) for words_masked in masked]
     logits = Occluded(classifier, texts).logits(questions, batch_size)
     found: dict[int, NDArray[np.float64]] = {}
-    start = 0
     for text, counts in steps.items():
-        stop = start + len(counts) * (2 + RANDOM_ORDERS)
+        own, logits = np.split(logits, [len(counts) * (2 + RANDOM_ORDERS)])
         label = classifier.labels.index(explained[text].label)
-        values = probabilities(logits[start:stop], classifier.temperature)[:, label].reshape(-1, len(counts))
+        values = probabilities(own, classifier.temperature)[:, label].reshape(-1, len(counts))
         curves = np.stack([np.interp(SHARES, counts / counts[-1], row) for row in values])
         found[text] = np.concatenate([curves[:2], curves[2:].mean(0, keepdims=True)])
-        start = stop
     return found
 
 
@@ -164,16 +153,15 @@ def faithfulness(
     chosen = sorted(random.Random(seed).sample(range(len(examples)), min(limit, len(examples))))  # noqa: S311
     texts = [examples[number].text for number in chosen]
     result: dict[str, Any] = {"split": split, "seed": seed, "shares": SHARES.tolist(), "random_orders": RANDOM_ORDERS}
-    curves: dict[str, dict[int, NDArray[np.float64]]] = {}
+    curves, parts = {}, {}
     for name, folder in folders.items():
         classifier = load(saved[name])
         curves[name] = masking_curves(classifier, texts, seed=seed, batch_size=batch_size or BATCH_SIZE)
         result[name] = {"path": str(folder.root), "p": recipes[name].masking.p, "mask": classifier.occlusion.note}
-    kept = sorted(set.intersection(*(set(found) for found in curves.values())))
+    kept = sorted(set.intersection(*map(set, curves.values())))
     if len(kept) < 2:
         raise DataError("fewer than 2 of the texts have two or more words that can be masked", code="too-few-texts")
     result |= {"texts": len(kept), "left_out": len(texts) - len(kept)}
-    parts = {}
     for name, found in curves.items():
         stacked = np.stack([found[number] for number in kept])
         most, least, other = stacked.mean(0).tolist()
@@ -183,8 +171,8 @@ def faithfulness(
     if against is not None:
         mine, other = parts["run"], parts["against"]
         result["difference"] = {key: interval(mine[key], other[key], seed) for key in MEASURES}
-        changed = [line for line in differences(recipes["against"], recipes["run"]) if not line.startswith("masking.")]
-        result["other_differences"] = changed
+        changed = differences(recipes["against"], recipes["run"])
+        result["other_differences"] = [line for line in changed if not line.startswith("masking.")]
     return result
 
 
@@ -194,8 +182,6 @@ def _parts(curves: NDArray[np.float64]) -> dict[str, Ratio]:
     The relative area is RACU (Madsen et al. 2021, arXiv:2110.08412), of probabilities and without retraining: the
     largest possible area is that above the probability that is left when all words are masked.
     """
-    from scipy.integrate import trapezoid
-
     areas = trapezoid(curves, SHARES, axis=-1)
     most, least, other = areas[:, 0], areas[:, 1], areas[:, 2]
     one = np.ones(len(curves))
@@ -211,12 +197,9 @@ def _parts(curves: NDArray[np.float64]) -> dict[str, Ratio]:
 def interval(values: Ratio, others: Ratio | None, seed: int) -> dict[str, float]:
     """Return a ratio of means over texts, or the difference of two, with its 95% percentile bootstrap interval.
 
-    Args:
-        values: numerator and denominator of each text.
-        others: the same of another run on the same texts, which are drawn together.
-        seed: of the bootstrap.
+    `values` are numerator and denominator of each text, `others` those of another run on the same texts, which are
+    drawn together.
     """
-    from scipy.stats import bootstrap
 
     def statistic(*columns: NDArray[np.float64], axis: int = -1) -> NDArray[np.float64]:
         means = [column.mean(axis=axis) for column in columns]
@@ -226,65 +209,12 @@ def interval(values: Ratio, others: Ratio | None, seed: int) -> dict[str, float]
     mean = float(statistic(*columns))
     if all(np.ptp(column) == 0.0 for column in columns):
         return {"mean": mean, "low": mean, "high": mean}
-    found = bootstrap(
-        columns,
-        statistic,
-        n_resamples=_RESAMPLES,
-        method="percentile",
-        paired=True,
-        rng=np.random.default_rng(seed),
-        batch=1000,
-    ).confidence_interval
+    options: Any = {"n_resamples": _RESAMPLES, "method": "percentile", "paired": True, "batch": 1000}
+    found = bootstrap(columns, statistic, rng=np.random.default_rng(seed), **options).confidence_interval
     return {"mean": mean, "low": float(found.low), "high": float(found.high)}
 
 
-def report_lines(result: dict[str, Any]) -> list[str]:
+def report_text(result: dict[str, Any]) -> str:
     """Return the report in plain words."""
-    names = [name for name in ("run", "against") if name in result]
-    left_out = f" ({result['left_out']} with fewer than two words to mask left out)" if result["left_out"] else ""
-    about = "probability of the predicted label by share of words masked"
-    lines = [f"{result['texts']} texts of {result['split']}: {about}{left_out}"]
-    for name in names:
-        part, columns = result[name], range(0, len(result["shares"]), 2)
-        lines += ["", f"{part['path']} (p = {part['p']:g}; {part['mask']})"]
-        lines.append(f"  {'masked':<12}" + "".join(f"{result['shares'][n]:>7.0%}" for n in columns))
-        for key, title in (("most", "most first"), ("random", "random"), ("least", "least first")):
-            lines.append(f"  {title:<12}" + "".join(f"{part['curves'][key][n]:>7.3f}" for n in columns))
-        lines += _measures(part["measures"])
-    lines += ["", *(_verdict(result[name]) for name in names)]
-    if "difference" in result:
-        lines += ["", "First run minus second:", *_measures(result["difference"])]
-        lines += ["", *_compared(result["difference"])]
-        lines += [f"The runs differ in more than masking: {line}." for line in result["other_differences"]]
-    return lines
-
-
-def _measures(found: dict[str, dict[str, float]]) -> list[str]:
-    return [
-        f"  {title}: {found[key]['mean']:.4f} (95% interval {found[key]['low']:.4f} to {found[key]['high']:.4f})"
-        for key, title in MEASURES.items()
-    ]
-
-
-def _verdict(part: dict[str, Any]) -> str:
-    name, found = Path(part["path"]).name, part["measures"]["random_minus_most"]
-    if found["low"] > 0:
-        return f"{name}: masking by influence lowers the probability faster than random masking does."
-    if found["high"] < 0:
-        return f"{name}: masking by influence does worse than chance; do not trust the influences."
-    return f"{name}: masking by influence is not shown to do better than chance on these texts."
-
-
-def _compared(difference: dict[str, dict[str, float]]) -> list[str]:
-    """Return for each question whether the runs differ."""
-    questions = (
-        ("random_fall", "What random masks cost the first run is {} than for the second", "more", "less"),
-        ("least_minus_most", "The separation of its curves is {} than the second's", "more", "less"),
-        ("relative", "Relative to what masks can take away, its order is {} than the second's", "better", "worse"),
-    )
-    lines = []
-    for key, sentence, more, less in questions:
-        found = difference[key]
-        word = more if found["low"] > 0 else less if found["high"] < 0 else f"not shown to be {more} or {less}"
-        lines.append(sentence.format(word) + ".")
-    return [*lines, "The intervals are over texts: other seeds of training can shift both runs."]
+    parts = [result[name] for name in ("run", "against") if name in result]
+    return render("faithfulness", **{"difference": None, **result}, parts=parts, measures=MEASURES).rstrip("\n")

@@ -20,7 +20,7 @@ from tokmask_peft.masking.masker import TokenMasker
 from tokmask_peft.masking.replacement import MaskToken
 from tokmask_peft.recipe.schema import Recipe
 from tokmask_peft.study.diagnostics.estimates import MEANING, REPLICATES, Grams, summarise
-from tokmask_peft.study.diagnostics.plans import GradientPlan
+from tokmask_peft.study.diagnostics.plans import LEAST_BATCHES, GradientPlan
 from tokmask_peft.study.diagnostics.reports import gradient_report, make_folder
 from tokmask_peft.study.report import Report
 from tokmask_peft.training.environment import versions
@@ -45,7 +45,7 @@ class GradientMeter:
 
     The model is in eval mode, without dropout, except that it is masked. Draws are the same at each call, and what is
     masked at a low rate is masked at a higher one. Gradients are those of one forward, before clipping. In memory at a
-    time are, in fp32 on the host, the gradients of the draws of a batch and two for each batch and rate.
+    time are, in fp32 on the host, the gradients of the draws of a batch and four for each batch.
 
     Args:
         trainer: provides model, loss, collator, precision and training texts.
@@ -54,7 +54,7 @@ class GradientMeter:
         draws: mask draws per batch.
         config: pattern and protection; its rate and schedule are not used.
         mask_token: that of training; chosen here if the training masks nothing.
-        seed: of the draws.
+        seed: of the draws, added to one of their own.
     """
 
     def __init__(
@@ -73,63 +73,69 @@ class GradientMeter:
         # LoRA first, so that it and the rest (the head, a trained mask row) are slices
         trained.sort(key=lambda pair: "lora_" not in pair[0])
         self._parameters = [value for _, value in trained]
+        size = sum(value.numel() for value in self._parameters)
         split = sum(value.numel() for name, value in trained if "lora_" in name)
-        self.sizes = {"all": sum(value.numel() for value in self._parameters), "lora": split}
-        self.sizes["head"] = self.sizes["all"] - split
-        self._slices = {"all": slice(None), "lora": slice(0, split), "head": slice(split, None)}
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of the gradients in memory."""
-        vectors = 2 * self._draws + 1 + len(self._texts) * (len(self._rates) + 1)
-        return 4 * self.sizes["all"] * vectors
+        self._slices = {"all": slice(0, size), "lora": slice(0, split), "head": slice(split, size)}
+        self.sizes = {group: part.stop - part.start for group, part in self._slices.items()}
+        self.bytes = 4 * size * (draws + 1 + 4 * len(texts))
 
     def measure(self) -> dict[str, dict[float, Grams]]:
         """Return inner products by group of parameters and rate."""
-        model = self._trainer.model
-        within: dict[tuple[str, float], list[Any]] = {(g, r): [] for g in self._slices for r in self._rates}
-        means: dict[float, list[Tensor]] = {rate: [] for rate in self._rates}
-        plain: list[Tensor] = []
-        with _quiet(model), _masking(model, self._trainer, self._config, self._mask_token, self._seed) as masker:
-            for number, chosen in enumerate(self._texts):
-                inputs = self._batch(chosen)
-                with masker.paused():
-                    unmasked = self._gradient(inputs)
-                plain.append(unmasked)
-                for rate in self._rates:
-                    masker.rate = rate
+        trainer, dataset = self._trainer, self._trainer.train_dataset
+        found: dict[str, dict[float, Grams]] = {group: {} for group in self._slices}
+        with _quiet(trainer.model), self._masking() as masker:
+            batches: list[Any] = []
+            for chosen in self._texts:
+                texts = [{key: dataset[index][key] for key in ("input_ids", "labels")} for index in chosen]
+                batches.append(trainer._prepare_inputs(trainer.train_collator(texts)))
+            with masker.paused():
+                plain = [self._gradient(batch) for batch in batches]
+            for rate in self._rates:
+                masker.rate = rate
+                means: list[Tensor] = []
+                within: dict[str, list[NDArray[np.float64]]] = {group: [] for group in self._slices}
+                for number, (batch, unmasked) in enumerate(zip(batches, plain, strict=True)):
                     rows = torch.empty(self._draws + 1, unmasked.numel())
                     for draw in range(self._draws):
                         masker.step = number * self._draws + draw
-                        torch.sub(self._gradient(inputs), unmasked, out=rows[draw])
+                        torch.sub(self._gradient(batch), unmasked, out=rows[draw])
                     rows[-1] = unmasked
+                    means.append(rows[:-1].mean(0))
                     for group, part in self._slices.items():
-                        within[group, rate].append(gram(rows[:, part]))
-                    means[rate].append(rows[:-1].mean(0))
-        return {
-            group: {
-                rate: Grams(np.stack(within[group, rate]), gram(torch.stack([v[part] for v in (*means[rate], *plain)])))
-                for rate in self._rates
-            }
-            for group, part in self._slices.items()
-        }
-
-    def _batch(self, chosen: Sequence[int]) -> dict[str, Any]:
-        dataset: Any = self._trainer.train_dataset
-        rows = [{key: dataset[int(index)][key] for key in ("input_ids", "labels")} for index in chosen]
-        inputs: dict[str, Any] = self._trainer._prepare_inputs(self._trainer.train_collator(rows))
-        return inputs
+                        within[group].append(gram(rows[:, part]))
+                vectors = torch.stack([*means, *plain])
+                for group, part in self._slices.items():
+                    found[group][rate] = Grams(np.stack(within[group]), gram(vectors[:, part]))
+        return found
 
     def _gradient(self, inputs: Mapping[str, Any]) -> Tensor:
         """Return the gradient of the loss as one vector, fp32 on the host; `.grad` stays as it is."""
         with self._trainer.compute_loss_context_manager(), torch.enable_grad():
             loss = self._trainer.compute_loss(self._trainer.model, dict(inputs))
             found = torch.autograd.grad(loss, self._parameters, allow_unused=True)
-        parts = [
-            torch.zeros(value.numel()) if one is None else one.detach().float().flatten().cpu()
-            for value, one in zip(self._parameters, found, strict=True)
-        ]
-        return torch.cat(parts)
+        pairs = zip(self._parameters, found, strict=True)
+        whole = [torch.zeros(value.shape) if one is None else one.detach().float().cpu() for value, one in pairs]
+        return torch.cat([one.flatten() for one in whole])
+
+    @contextlib.contextmanager
+    def _masking(self) -> Iterator[TokenMasker]:
+        """Lend the masker of the training under way, or attach one if there is none."""
+        trainer, seed = self._trainer, self._seed
+        masker = TokenMasker.of(find_embedding(trainer.model))
+        if masker is None:
+            # The rate is set for each measurement; one above 0 lets the masker prepare the mask token's row.
+            config = self._config.model_copy(update={"schedule": "constant", "p": 0.1, "seed": seed})
+            with TokenMasker.attach(
+                trainer.model, trainer.processing_class, config, mask_token=self._mask_token, resumed=True
+            ) as attached:
+                yield attached
+            return
+        before = masker.seed, masker.step, masker.rate
+        masker.seed = seed
+        try:
+            yield masker
+        finally:
+            masker.seed, masker.step, masker.rate = before
 
 
 @contextlib.contextmanager
@@ -153,30 +159,6 @@ def _quiet(model: nn.Module) -> Iterator[None]:
                 module.training = mode
             if noise is not None:
                 embedding.neftune_noise_alpha = noise
-
-
-@contextlib.contextmanager
-def _masking(
-    model: nn.Module, trainer: OrderedEvalTrainer, config: TokenMaskConfig, mask_token: MaskToken | None, seed: int
-) -> Iterator[TokenMasker]:
-    """Lend the masker of the training under way, or attach one if there is none."""
-    masker = TokenMasker.of(find_embedding(model))
-    if masker is None:
-        # The rate is set for each measurement; one above 0 lets the masker prepare the mask token's row.
-        plain = config.model_copy(update={"schedule": "constant", "p": 0.1, "seed": seed})
-        with TokenMasker.attach(
-            model, trainer.processing_class, plain, mask_token=mask_token, resumed=True
-        ) as attached:
-            yield attached
-        return
-    before = masker.seed, masker.step, masker.rate
-    masker.seed = seed
-    try:
-        yield masker
-    finally:
-        masker.seed = before[0]
-        masker.step = before[1]
-        masker.rate = before[2]
 
 
 def diagnose(recipe: Recipe, plan: GradientPlan, *, quiet: bool = False) -> Report:
@@ -228,14 +210,15 @@ def draw_batches(texts: int, batches: int, size: int, seed: int) -> list[list[in
     """
     if batches * size > texts:
         most = texts // size
-        remedy = f"--batches {most}, or " if most >= GradientPlan.LEAST_BATCHES else ""
+        remedy = f"--batches {most}, or " if most >= LEAST_BATCHES else ""
         raise DataError(
             f"{batches} batches of {size} texts need {batches * size}, but there are {texts} training texts: "
             f"{remedy}training.batch_size={max(texts // batches, 1)}",
             code="too-few-texts",
         )
     order = np.random.default_rng([seed, 0xD1A6]).permutation(texts)[: batches * size]
-    return [[int(index) for index in row] for row in order.reshape(batches, size)]
+    rows: list[list[int]] = order.reshape(batches, size).tolist()
+    return rows
 
 
 class _AtShares(TrainerCallback):

@@ -24,15 +24,10 @@ def alphabet(words: Iterable[str]) -> Alphabet:
 
 
 def misspell(words: Sequence[str], share: float, seed: Sequence[int], letters: Alphabet) -> list[str]:
-    """Return words of which about `share` are misspelt.
+    """Return words of which those that have a letter are misspelt with the chance `share`, 0 to 1.
 
-    A word that is misspelt at one share is misspelt in the same way at a higher one.
-
-    Args:
-        words: of a text.
-        share: chance of each word that has a letter, 0 to 1.
-        seed: of the choice and the edits, for example seed, draw and number of the text.
-        letters: from `alphabet`.
+    A word that is misspelt at one share is misspelt in the same way at a higher one. The seed, of the choice and the
+    edits, can have several parts, for example seed, draw and number of the text.
     """
     random = np.random.default_rng(list(seed))
     chances, seeds = random.random(len(words)), random.integers(0, 2**63, len(words))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 from tokmask_peft.artifacts import RunFolder, open_finished
 from tokmask_peft.errors import RecipeError, RunError
@@ -13,8 +12,10 @@ from tokmask_peft.recipe.loading import differences
 from tokmask_peft.recipe.schema import Recipe
 from tokmask_peft.study.plan import SWEEP_FILE, number, read_rates, split_values
 
+LEAST_BATCHES = 4
 
-def read_shares(option: str, text: str, of: str, problems: list[str]) -> list[float]:
+
+def _shares(option: str, text: str, of: str, problems: list[str]) -> list[float]:
     """Read numbers from 0 to 1, ascending and without doubles."""
     values = split_values(text)
     if wrong := [value for value in values if not 0 <= number(value) <= 1]:
@@ -23,7 +24,20 @@ def read_shares(option: str, text: str, of: str, problems: list[str]) -> list[fl
     return sorted({float(value) for value in values})
 
 
-def _check_folder(folder: Path) -> Path:
+def _positive(p: str, problems: list[str]) -> tuple[float, ...]:
+    """Read masking rates of `--p`, ascending; 0 is always measured too and is left out."""
+    return tuple(sorted(rate for text in read_rates(p, problems) if (rate := float(text)) > 0))
+
+
+def folder_of(out: Path | None, default: Path | None) -> Path:
+    """Return the folder to write to.
+
+    Raises:
+        RunError: there is no default and none is given, or it is a file.
+    """
+    folder = out or default
+    if folder is None:
+        raise RunError("several runs need a folder for the report: --out FOLDER", code="out-is-missing")
     if folder.exists() and not folder.is_dir():
         raise RunError(f"{folder} is a file; choose a folder with --out", code="out-is-a-file")
     return folder
@@ -35,8 +49,6 @@ class GradientPlan:
 
     It is made at `shares` of the training's steps. Rates and shares ascend; p = 0 is always measured.
     """
-
-    LEAST_BATCHES: ClassVar[int] = 4
 
     folder: Path
     rates: tuple[float, ...]
@@ -53,51 +65,53 @@ class GradientPlan:
             RunError: the folder already holds a measurement, or is a file.
         """
         problems: list[str] = []
-        rates = sorted(rate for text in read_rates(p, problems) if (rate := float(text)) > 0)
+        rates = _positive(p, problems)
         if not problems and not rates:
             problems.append(f"--p {p}: give a rate above 0; the gradient without masking is always measured too")
-        shares = read_shares("--at", at, "the training", problems)
+        shares = _shares("--at", at, "the training", problems)
         if not split_values(at):
             problems.append("--at: expected shares of the training, as 0,0.5,1")
         if draws < 2:
             problems.append(f"--draws {draws}: at least 2, because variance needs pairs of draws")
-        if batches < cls.LEAST_BATCHES:
-            problems.append(f"--batches {batches}: at least {cls.LEAST_BATCHES}, because intervals need them")
+        if batches < LEAST_BATCHES:
+            problems.append(f"--batches {batches}: at least {LEAST_BATCHES}, because intervals need them")
         if problems:
             raise RecipeError(problems, "diagnose", code="diagnose-options")
-        folder = _check_folder(out or recipe.run_dir.with_name(f"{recipe.run_dir.name}-diagnose"))
+        folder = folder_of(out, recipe.run_dir.with_name(f"{recipe.run_dir.name}-diagnose"))
         if (folder / "gradients.json").exists():
             raise RunError(
                 f"{folder} already holds a gradients.json: choose another folder with --out, or remove that file",
                 code="out-is-taken",
             )
-        return cls(folder, tuple(rates), draws, batches, tuple(shares))
+        return cls(folder, rates, draws, batches, tuple(shares))
 
 
 @dataclass(frozen=True, slots=True)
-class RobustnessPlan:
-    """The folder to write to, masking rates and shares of misspelt words, both above 0 and ascending."""
+class Perturbations:
+    """Masking rates and shares of misspelt words, all above 0, and how often each is drawn; scores are means of draws.
 
-    folder: Path
+    The seed is the same for all runs. `limit` scores at most this many texts, drawn at random.
+    """
+
     rates: tuple[float, ...]
     noise: tuple[float, ...]
+    draws: int
+    seed: int = 0
+    limit: int | None = None
 
     @classmethod
-    def make(cls, runs: Sequence[str], p: str, noise: str, out: Path | None) -> RobustnessPlan:
+    def make(cls, p: str, noise: str, draws: int, seed: int, limit: int | None) -> Perturbations:
         """Read the options of the command line; 0, the text as it is, is always scored and left out.
 
         Raises:
             RecipeError: with every problem found.
-            RunError: there are several runs and no folder is given, or it is a file.
         """
         problems: list[str] = []
-        rates = sorted(rate for text in read_rates(p, problems) if (rate := float(text)) > 0)
-        shares = [share for share in read_shares("--noise", noise, "words", problems) if share > 0]
+        rates = _positive(p, problems)
+        shares = tuple(share for share in _shares("--noise", noise, "words", problems) if share > 0)
         if problems:
             raise RecipeError(problems, "robustness", code="robustness-options")
-        if out is None and len(set(runs)) > 1:
-            raise RunError("several runs need a folder for the report: --out FOLDER", code="out-is-missing")
-        return cls(_check_folder(out or Path(runs[0]) / "robustness"), tuple(rates), tuple(shares))
+        return cls(rates, shares, draws, seed, limit)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,16 +145,12 @@ def find_members(folders: Sequence[str]) -> list[Member]:
         from tokmask_peft.study.results import read_sweep
 
         results = read_sweep(Path(sweeps[0]))
-        return [
-            Member.open(results.folders[row, seed].root, row.label)
-            for row, runs in results.runs.items()
-            for seed in runs
-        ]
+        cells = [(row, seed) for row, runs in results.runs.items() for seed in runs]
+        return [Member.open(results.folders[row, seed].root, row.label) for row, seed in cells]
     members = [Member.open(folder) for folder in dict.fromkeys(folders)]
     for member in members[1:]:
         found = differences(members[0].recipe, member.recipe)
-        other = [line for line in found if line.partition(":")[0] not in ("masking.p", "seed", "masking.seed")]
-        if other:
+        if other := [line for line in found if line.partition(":")[0] not in ("masking.p", "seed", "masking.seed")]:
             raise RunError(
                 f"{members[0].run.root} and {member.run.root} differ in more than masking.p and seed, so their scores "
                 f"cannot be attributed to masking: {'; '.join(other)}",

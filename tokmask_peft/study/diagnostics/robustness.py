@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.nn.utils.rnn import pad_sequence
 
-from tokmask_peft.artifacts import Result, find_saved, write_json
+from tokmask_peft.artifacts import find_saved, open_run, write_json
 from tokmask_peft.console import make_console
 from tokmask_peft.data.corpus import load_corpus
 from tokmask_peft.data.encoding import Window
@@ -22,7 +23,7 @@ from tokmask_peft.inference.load import load
 from tokmask_peft.masking.config import TokenMaskConfig
 from tokmask_peft.masking.pattern import maskable_table, masked_positions, word_start_table
 from tokmask_peft.study.diagnostics.perturbations import alphabet, misspell, misspell_text, unseen_words, vocabulary
-from tokmask_peft.study.diagnostics.plans import Member
+from tokmask_peft.study.diagnostics.plans import Member, Perturbations
 from tokmask_peft.study.diagnostics.reports import make_folder, robustness_report
 from tokmask_peft.study.report import Report
 from tokmask_peft.study.statistics import spread
@@ -36,35 +37,13 @@ Labels = list[NDArray[np.int64]]
 """Label ids of each text: `[1]` or `[words]`."""
 
 
-@dataclass(frozen=True, slots=True)
-class Perturbations:
-    """Masking rates and shares of misspelt words, all above 0, and how often each is drawn; scores are means of draws.
-
-    The seed is the same for all runs. `limit` scores at most this many texts, drawn at random.
-    """
-
-    rates: tuple[float, ...]
-    noise: tuple[float, ...]
-    draws: int
-    seed: int = 0
-    limit: int | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-able form."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
-
-
 def score_perturbed(
     classifier: Classifier, texts: Sequence[Example], known: set[str], what: Perturbations, batch_size: int = 64
 ) -> dict[str, Any]:
-    """Return scores on the texts as they are, perturbed, and split by unseen words; JSON-able.
+    """Return scores on labelled texts as they are, perturbed, and split by unseen words; JSON-able.
 
-    Args:
-        classifier: from `load`. As in `predict`, a text longer than those of training is read in windows, not cut.
-        texts: labelled.
-        known: the words of the training texts, from `vocabulary`.
-        what: rates, shares and draws.
-        batch_size: windows per forward pass.
+    As in `predict`, a text longer than those of training is read in windows, not cut; `batch_size` is windows per
+    forward pass. `known` are the words of the training texts, from `vocabulary`.
     """
     if what.limit is not None and what.limit < len(texts):
         chosen = np.random.default_rng([what.seed, 0]).permutation(len(texts))[: what.limit]
@@ -73,7 +52,8 @@ def score_perturbed(
     gold = [np.array([ids[tag] for tag in example.tags], dtype=np.int64) for example in texts]
     words_given = get_task(classifier.task).words_given
     given: list[Any] = [list(example.words) if words_given else example.string for example in texts]
-    plain = predicted(classifier, given, batch_size)
+    windows = classifier.encoder.windows(given)
+    plain = _predicted(classifier, windows, batch_size)
 
     def mean(rounds: Sequence[Labels]) -> dict[str, Any]:
         found = [scores(*Predictions(gold, one).flat(), classifier.labels) for one in rounds]
@@ -87,13 +67,18 @@ def score_perturbed(
         changed = [change(text, share, (what.seed, draw, number), letters) for number, text in enumerate(given)]
         return predicted(classifier, changed, batch_size)
 
-    draws = range(what.draws)
-    masked = _Masks(classifier, given, what.seed, batch_size).predicted if what.rates else None
+    def rows(values: Sequence[float], perturbed: Callable[[float, int], Labels]) -> list[dict[str, Any]]:
+        return [{"at": at, **mean([perturbed(at, draw) for draw in range(what.draws)])} for at in values]
+
+    masked = []
+    if what.rates:  # without rates a model that has no mask token can be scored too
+        masks = _masks(classifier, windows, what.seed)
+        masked = rows(what.rates, lambda rate, draw: _predicted(classifier, windows, batch_size, masks(rate, draw)))
     return {
         "texts": len(texts),
         "clean": mean([plain]),
-        "mask": [{"at": rate, **mean([masked(rate, draw) for draw in draws])} for rate in what.rates if masked],
-        "noise": [{"at": share, **mean([misspelt(share, draw) for draw in draws])} for share in what.noise],
+        "mask": masked,
+        "noise": rows(what.noise, misspelt),
         "words": by_unseen(texts, gold, plain, known, classifier.labels),
     }
 
@@ -114,50 +99,35 @@ def by_unseen(
     return parts
 
 
-class _Masks:
-    """Texts under the masks that training would draw for them: same rule, unit, token and protection."""
-
-    def __init__(self, classifier: Classifier, texts: Sequence[Any], seed: int, batch_size: int) -> None:
-        self._classifier, self._count, self._seed, self._batch_size = classifier, len(texts), seed, batch_size
-        self._config = classifier.masking or TokenMaskConfig()
-        self._windows = classifier.encoder.windows(texts)
-        tokenizer = classifier.tokenizer
-        rows = len(classifier.occlusion.maskable)
-        table = maskable_table(tokenizer, rows, {*self._config.protect, tokenizer.pad_token_id})
-        longest = max(len(window.ids) for window in self._windows)
-        self._ids = torch.full((len(self._windows), longest), int(tokenizer.pad_token_id))
-        self._maskable = torch.zeros(self._ids.shape, dtype=torch.bool)
-        for number, window in enumerate(self._windows):
-            self._ids[number, : len(window.ids)] = torch.tensor(window.ids)
-            self._maskable[number, : len(window.ids)] = table[window.ids]
-        self._starts = word_start_table(tokenizer, rows)[self._ids] if self._config.unit != "token" else None
-
-    def predicted(self, rate: float, draw: int) -> Labels:
-        unit, length = self._config.unit, self._config.span_length
-        masked = masked_positions(
-            self._ids, rate, self._seed, draw, 0, self._maskable, self._starts, unit, length
-        ).numpy()
-        hidden = [masked[number, : len(window.ids)] for number, window in enumerate(self._windows)]
-        forward = self._classifier.forward
-        logits = forward.logits(self._windows, self._batch_size, self._classifier.occlusion, hidden)
-        return _label_ids(self._classifier, self._windows, logits, self._count)
-
-
 def predicted(classifier: Classifier, texts: Sequence[Any], batch_size: int) -> Labels:
     """Return the label ids of each text, as `Classifier.predict` chooses them."""
-    windows = classifier.encoder.windows(texts)
-    logits = classifier.forward.logits(windows, batch_size)
-    return _label_ids(classifier, windows, logits, len(texts))
+    return _predicted(classifier, classifier.encoder.windows(texts), batch_size)
 
 
-def _label_ids(
-    classifier: Classifier, windows: Sequence[Window], logits: Sequence[NDArray[np.float32]], texts: int
+def _predicted(
+    classifier: Classifier, windows: Sequence[Window], batch_size: int, hidden: Sequence[Any] = ()
 ) -> Labels:
-    of_text: list[list[int]] = [[] for _ in range(texts)]
+    logits = classifier.forward.logits(windows, batch_size, classifier.occlusion if hidden else None, hidden)
+    of_text: dict[int, list[int]] = {}
     for number, window in enumerate(windows):
-        of_text[window.text].append(number)
-    join = get_task(classifier.task).join
-    return [join([windows[n] for n in own], [logits[n] for n in own]).argmax(-1) for own in of_text]
+        of_text.setdefault(window.text, []).append(number)
+    join, parts = get_task(classifier.task).join, [of_text[text] for text in sorted(of_text)]
+    return [join([windows[n] for n in own], [logits[n] for n in own]).argmax(-1) for own in parts]
+
+
+def _masks(classifier: Classifier, windows: Sequence[Window], seed: int) -> Callable[[float, int], list[Any]]:
+    """Return what draws the masks of training for each window, given rate and draw: same rule, unit and protection."""
+    config, tokenizer = classifier.masking or TokenMaskConfig(), classifier.tokenizer
+    rows, padding = len(classifier.occlusion.maskable), int(tokenizer.pad_token_id)
+    ids = pad_sequence([torch.tensor(window.ids) for window in windows], batch_first=True, padding_value=padding)
+    maskable = maskable_table(tokenizer, rows, {*config.protect, padding})[ids]
+    starts = word_start_table(tokenizer, rows)[ids] if config.unit != "token" else None
+
+    def draw_masks(rate: float, draw: int) -> list[Any]:
+        masked = masked_positions(ids, rate, seed, draw, 0, maskable, starts, config.unit, config.span_length).numpy()
+        return [row[: len(window.ids)] for row, window in zip(masked, windows, strict=True)]
+
+    return draw_masks
 
 
 def robustness(
@@ -194,16 +164,20 @@ def _score(member: Member, what: Perturbations, backbone: str | None, device: st
     split = "test" if corpus.test else "validation"
     classifier = load(find_saved(member.run.root, backbone), device)
     found = score_perturbed(classifier, corpus.test or corpus.validation, vocabulary(corpus.train), what)
-    mask = None
-    if what.rates:  # without rates a model that has no mask token can be scored too
-        mask = {"unit": recipe.masking.unit, "token": classifier.occlusion.mask_token.reason}
+    mask = {"unit": recipe.masking.unit, "token": classifier.occlusion.mask_token.reason} if what.rates else None
     reported = None
     if member.run.finished() and what.limit is None:
-        result = Result.from_dict(json.loads(member.run.result.read_text(encoding="utf-8")))
-        reported = (getattr(result, split) or {}).get("f1_macro")
-    about = {"run": str(member.run.root), "seed": recipe.seed, "p": recipe.masking.p, "split": split}
-    about["task"] = recipe.data.task
-    return {**about, "mask_token": mask, **found, "reported": reported}
+        reported = (getattr(open_run(member.run.root).result, split) or {}).get("f1_macro")
+    return {
+        "run": str(member.run.root),
+        "seed": recipe.seed,
+        "p": recipe.masking.p,
+        "split": split,
+        "task": recipe.data.task,
+        "mask_token": mask,
+        **found,
+        "reported": reported,
+    }
 
 
 def analyse(runs: Sequence[dict[str, Any]], what: Perturbations) -> dict[str, Any]:
@@ -211,18 +185,19 @@ def analyse(runs: Sequence[dict[str, Any]], what: Perturbations) -> dict[str, An
     groups = []
     for name in dict.fromkeys(run["group"] for run in runs):
         own = [run for run in runs if run["group"] == name]
-        rows = [{"kind": "clean", "at": 0.0, **_over_runs([run["clean"] for run in own], own)}]
+        clean = [run["clean"] for run in own]
+        rows = [{"kind": "clean", "at": 0.0, **_over_runs(clean, clean)}]
         for kind in ("mask", "noise"):
             for number, one in enumerate(own[0][kind]):
-                rows.append({"kind": kind, "at": one["at"], **_over_runs([run[kind][number] for run in own], own)})
+                rows.append({"kind": kind, "at": one["at"], **_over_runs([run[kind][number] for run in own], clean)})
         for kind in ("seen", "unseen"):
             parts = [run["words"][kind] for run in own]
             if all(part["items"] for part in parts):
                 items = sum(part["items"] for part in parts) / len(parts)
-                rows.append({"kind": kind, "at": 0.0, "items": items, **_over_runs(parts, own)})
+                rows.append({"kind": kind, "at": 0.0, "items": items, **_over_runs(parts, clean)})
         groups.append({"group": name, "p": own[0]["p"], "seeds": [run["seed"] for run in own], "rows": rows})
     return {
-        "disturbances": what.to_dict(),
+        "disturbances": asdict(what),
         **{key: runs[0][key] for key in ("task", "split", "texts", "mask_token")},
         "groups": groups,
         "runs": list(runs),
@@ -230,11 +205,10 @@ def analyse(runs: Sequence[dict[str, Any]], what: Perturbations) -> dict[str, An
     }
 
 
-def _over_runs(parts: Sequence[dict[str, Any]], runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _over_runs(parts: Sequence[dict[str, Any]], clean: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return mean, deviation and interval over runs of the scores, and of the macro-F1 lost against clean texts."""
-    found: dict[str, Any] = {metric: spread([part[metric] for part in parts]) for metric in METRICS}
-    found["loss"] = spread([run["clean"]["f1_macro"] - part["f1_macro"] for part, run in zip(parts, runs, strict=True)])
-    return found
+    lost = [one["f1_macro"] - part["f1_macro"] for part, one in zip(parts, clean, strict=True)]
+    return {**{metric: spread([part[metric] for part in parts]) for metric in METRICS}, "loss": spread(lost)}
 
 
 def _key(member: Member, what: Perturbations) -> str:
@@ -242,7 +216,7 @@ def _key(member: Member, what: Perturbations) -> str:
     weights = hashlib.sha256()
     for file in sorted(member.run.adapter.glob("adapter_model.*")):
         weights.update(file.read_bytes())
-    content = [str(member.run.root.resolve()), weights.hexdigest(), what.to_dict()]
+    content = [str(member.run.root.resolve()), weights.hexdigest(), asdict(what)]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 

@@ -26,7 +26,7 @@ def grams(masked, unmasked):
 
 
 def point(found):
-    return {name: values[0] for name, values in estimate(found, np.ones((1, found.batches))).items()}
+    return {name: values[0] for name, values in estimate(found, np.ones((1, len(found.within)))).items()}
 
 
 def test_against_explicit_vectors():
