@@ -25,8 +25,7 @@ from tokmask_peft.data.batches import PackedCollator
 from tokmask_peft.masking.embedding import find_embedding
 from tokmask_peft.masking.masker import TokenMasker
 from tokmask_peft.model.adapter import add_adapter, inputs_as_they_come
-from tokmask_peft.model.backbone import load_backbone
-from tokmask_peft.model.dropout import quick_dropout
+from tokmask_peft.model.backbone import load_backbone, quick_dropout
 from tokmask_peft.model.packed import enable_padding_free
 from tokmask_peft.recipe import TokenMaskConfig
 from tokmask_peft.recipe.schema import AdapterConfig, ModelConfig

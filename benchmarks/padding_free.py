@@ -26,8 +26,7 @@ from workload import CPU, MINILM, benchmark_texts, matrix_rate, ratio, report
 from tokmask_peft.data.batches import PackedCollator
 from tokmask_peft.masking.masker import TokenMasker
 from tokmask_peft.model.adapter import add_adapter, inputs_as_they_come
-from tokmask_peft.model.backbone import backbone_location, load_backbone, load_tokenizer
-from tokmask_peft.model.dropout import quick_dropout
+from tokmask_peft.model.backbone import backbone_location, load_backbone, load_tokenizer, quick_dropout
 from tokmask_peft.model.packed import enable_padding_free
 from tokmask_peft.recipe import TokenMaskConfig
 from tokmask_peft.recipe.schema import AdapterConfig, ModelConfig

@@ -23,7 +23,7 @@ from tokmask_peft.console import Decision
 from tokmask_peft.errors import ModelError
 from tokmask_peft.masking.embedding import find_embedding
 from tokmask_peft.masking.masker import TokenMasker
-from tokmask_peft.model.dropout import dropout as dropped
+from tokmask_peft.model.backbone import dropout as dropped
 from tokmask_peft.recipe.schema import Batching
 
 Kernel = Callable[..., Tensor]
@@ -36,9 +36,8 @@ class Family:
     """What the packed forward has to know of an architecture.
 
     Attributes:
-        head: in models with an answer per text: from the model and the pooled states, [texts, 1, hidden], to logits,
-            [texts, classes].
-        last_layer: in models with an answer per sub-token: the name of the layer after their dropout.
+        head: for an answer per text: from the model and the pooled states, [texts, 1, hidden], to [texts, classes].
+        last_layer: for an answer per sub-token: the name of the layer after the dropout.
         causal: whether a text is pooled at its last sub-token, and not at its first.
         positions: from the model, the ids and their layout to position ids, [1, total].
         package: of the classes; the same name in another package is another architecture.
@@ -77,11 +76,11 @@ def _family(model: nn.Module) -> Family | None:
 
 def padding_free_problem(model: nn.Module) -> str | None:
     """Return why a classification model, without an adapter, cannot take packed rows, or None if it can."""
-    family = _family(model)
+    family, name = _family(model), type(model).__name__
     if family is None:
-        return f"{type(model).__name__} has no padding-free forward; {', '.join(FAMILIES)} have"
+        return f"{name} has no padding-free forward; {', '.join(FAMILIES)} have"
     if not family.causal and getattr(model.config, "is_decoder", False):
-        return f"{type(model).__name__} is set up as a decoder"
+        return f"{name} is set up as a decoder"
     attention = getattr(model.config, "_attn_implementation", None)
     return None if attention in ("sdpa", NAME) else f"its attention is {attention}, not sdpa"
 
@@ -91,17 +90,18 @@ def choose_batching(wanted: Batching, model: nn.Module, neftune: bool = False) -
 
     The model comes without an adapter; `neftune` says whether NEFTune adds noise to its embeddings.
     """
+    reason = "a batch is one row, with attention per text"
     if wanted == "grouped":
         reason = "texts of similar length need little padding; if length gives the label away, a run may not learn"
-        return Decision("batching", wanted, reason)
-    if wanted == "padded":
-        return Decision("batching", wanted, "random batches, padded to their longest text")
-    problem = padding_free_problem(model)
-    if problem is None and neftune:
-        problem = "NEFTune scales its noise by the length of the padded batch"
-    if problem is not None:
-        return Decision("batching", "padded", f"padding_free does not fit: {problem}")
-    return Decision("batching", wanted, "a batch is one row, with attention per text")
+    elif wanted == "padded":
+        reason = "random batches, padded to their longest text"
+    else:
+        problem = padding_free_problem(model)
+        if problem is None and neftune:
+            problem = "NEFTune scales its noise by the length of the padded batch"
+        if problem is not None:
+            return Decision("batching", "padded", f"padding_free does not fit: {problem}")
+    return Decision("batching", wanted, reason)
 
 
 def enable_padding_free(model: nn.Module) -> None:
@@ -154,24 +154,17 @@ oneDNN compiles and keeps a kernel per shape, and every batch has another number
 class Packing:
     """The places of the texts in a packed row; made once for each batch, used by every layer.
 
-    Attributes:
-        cu_seqlens: the start of each text, and the end of the last, int32 [texts + 1].
-        max_length: of the longest text.
-        rows: index of the text of each sub-token, int64 [1, total].
-        positions: position in its text, int64 [1, total].
-        buckets: texts of similar length for kernels that need padding: how many, the length of the longest, and which
-            slots hold a sub-token, bool [texts, 1, 1, length], or None if all do.
-        slots: for each slot of the padded buckets the sub-token that fills it, int64 [slots].
-        back: for each sub-token its slot, int64 [total].
+    A bucket holds texts of similar length for kernels that need padding: how many, the length of the longest, and which
+    slots hold a sub-token, bool [texts, 1, 1, length], or None if all do.
     """
 
-    cu_seqlens: Tensor
+    cu_seqlens: Tensor  # the start of each text, and the end of the last, int32 [texts + 1]
     max_length: int
-    rows: Tensor
-    positions: Tensor
+    rows: Tensor  # index of the text of each sub-token, int64 [1, total]
+    positions: Tensor  # position in its text, int64 [1, total]
     buckets: tuple[tuple[int, int, Tensor | None], ...]
-    slots: Tensor
-    back: Tensor
+    slots: Tensor  # for each slot of the padded buckets the sub-token that fills it, int64 [slots]
+    back: Tensor  # for each sub-token its slot, int64 [total]
 
     @classmethod
     def make(cls, cu_seqlens: Tensor, total: int, max_length: int, one_bucket: bool = False) -> Packing:
@@ -187,8 +180,7 @@ class Packing:
         # on a GPU the lengths cannot be read here without waiting, and calls cost more than padding
         together = one_bucket or device.type != "cpu"
         groups = [(None, max_length, True)] if together else _buckets(lengths.tolist())
-        buckets, slots, first = [], [], torch.empty_like(starts)
-        used = 0
+        buckets, slots, first, used = [], [], torch.empty_like(starts), 0
         for members, length, padded in groups:
             chosen = texts if members is None else torch.tensor(members)
             columns = torch.arange(length, device=device)
@@ -237,16 +229,12 @@ class PackedRows(nn.Module):
         max_length: int | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Run the model.
+        """Return an output of transformers with `logits`, [texts, classes] or [1, total, classes], and maybe `loss`.
 
         `input_ids` are packed, [1, total], or padded, [batch, seq], and so are the labels of models with an answer per
         sub-token; other labels are [texts]. `cu_seqlens`, int32 [texts + 1], holds the start of each packed text and
         the end of the last; `max_length` is that of the longest packed text. `attention_mask` and `position_ids` are
         for padded batches: in a packed row they follow from `cu_seqlens`.
-
-        Returns:
-            An output of transformers with `logits`, [texts, classes] or [1, total, classes], and `loss` if there are
-            labels.
         """
         if cu_seqlens is None:
             rest = {"attention_mask": attention_mask, "position_ids": position_ids, "labels": labels}
@@ -309,14 +297,11 @@ def packed_attention(
     packing: Packing | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attend within each text; without `packing` this is the `sdpa` of transformers.
+    """Attend within each text: [1, total, heads, head] and no weights. Without `packing` this is transformers' `sdpa`.
 
     `query`, `key` and `value` are [1, heads, total, head], the latter two maybe with fewer heads. `attention_mask` is
     ignored if there is a `packing`. `sliding_window` is the number of sub-tokens that a causal layer sees, itself
     included; whether a layer is causal it says itself by default.
-
-    Returns:
-        [1, total, heads, head], and no weights.
     """
     if packing is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -330,8 +315,14 @@ def packed_attention(
         rows = [tensor.to(torch.get_autocast_dtype("cuda")) for tensor in rows]
     if device == "cuda" and rows[0].dtype != torch.float32 and dropout == 0.0 and (kernel := _varlen_kernel()):
         found = _varlen_attention(kernel, rows, packing, causal, sliding_window, scaling)
+    elif device == "cpu":
+        # the kernels of CPUs are slow in bf16: 26.6 ms in four buckets that take 6.8 in fp32 (see `WORTH`)
+        rows = [tensor.float() for tensor in rows]
+        inner = _dropped_attention if dropout > 0 else F.scaled_dot_product_attention
+        with torch.autocast("cpu", enabled=False):
+            found = attend_in_buckets(rows, packing, causal, sliding_window, dropout, scaling, inner)
     else:
-        found = _padded_attention(rows, packing, causal, sliding_window, dropout, scaling)
+        found = attend_in_buckets(rows, packing, causal, sliding_window, dropout, scaling)
     return found.to(value.dtype).unsqueeze(0), None
 
 
@@ -357,24 +348,10 @@ def _varlen_attention(
     kernel: Kernel, rows: list[Tensor], packing: Packing, causal: bool, window: int | None, scaling: float | None
 ) -> Tensor:
     """Attend with a kernel for packed rows; query, key and value as [total, heads, head], and so the result."""
-    rows = _equal_heads(rows)
     # the kernel counts the sub-tokens before the current one, transformers counts that one too
     sides = (-1 if window is None else window - 1, 0) if causal else (-1, -1)
     bounds = (packing.cu_seqlens, packing.cu_seqlens, packing.max_length, packing.max_length)
-    return kernel(*(tensor.contiguous() for tensor in rows), *bounds, scale=scaling, window_size=sides)
-
-
-def _padded_attention(
-    rows: list[Tensor], packing: Packing, causal: bool, window: int | None, dropout: float, scaling: float | None
-) -> Tensor:
-    """Attend in padded buckets; query, key and value as [total, heads, head], and so the result."""
-    device = rows[0].device.type
-    # the kernels of CPUs are slow in bf16: 26.6 ms in four buckets that take 6.8 in fp32 (see `WORTH`)
-    with torch.autocast(device, enabled=False if device == "cpu" else torch.is_autocast_enabled(device)):
-        if device == "cpu":
-            rows = [tensor.float() for tensor in rows]
-        kernel = _dropped_attention if device == "cpu" and dropout > 0 else F.scaled_dot_product_attention
-        return attend_in_buckets(rows, packing, causal, window, dropout, scaling, kernel)
+    return kernel(*(tensor.contiguous() for tensor in _equal_heads(rows)), *bounds, scale=scaling, window_size=sides)
 
 
 def attend_in_buckets(
@@ -386,7 +363,7 @@ def attend_in_buckets(
     scaling: float | None,
     kernel: Kernel = F.scaled_dot_product_attention,
 ) -> Tensor:
-    """Attend in padded buckets, in the precision of query, key and value."""
+    """Attend in padded buckets; query, key and value as [total, heads, head], and so the result, in their precision."""
     sizes = [texts * length for texts, length, _ in packing.buckets]
     padded = [_Pad.apply(tensor, packing.slots, packing.back).split(sizes) for tensor in _equal_heads(rows)]
     outputs = []
