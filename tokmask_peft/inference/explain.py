@@ -30,12 +30,7 @@ _QUESTIONS = 4096  # asked at a time: limits the memory, and fills the batches
 
 
 def find_word(words: Sequence[str], wanted: int | str, where: str) -> int:
-    """Return the index of a word.
-
-    Args:
-        words: of the text.
-        wanted: an index from 0, from the end if negative; or the word itself, if it is there once.
-        where: what to call the text in messages.
+    """Return the index of a word: `wanted` is it, from the end if negative, or the word itself if it is there once.
 
     Raises:
         DataError: there is no such word, or there are several.
@@ -57,26 +52,15 @@ def find_word(words: Sequence[str], wanted: int | str, where: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A text with some words masked.
-
-    Attributes:
-        text: index of the text.
-        masked: indices of the words to mask; may be empty.
-        word: token tasks: the word whose label is asked for.
-    """
+    """A text with some words masked, each given by its index."""
 
     text: int
     masked: frozenset[int]
-    word: int | None = None
+    word: int | None = None  # token tasks: whose label is asked for
 
 
 class Occluded:
-    """Texts whose words can be masked.
-
-    Args:
-        classifier: what answers; its occlusion determines how words are masked.
-        texts: from `Classifier.checked`.
-    """
+    """Texts, from `Classifier.checked`, whose words can be masked as the classifier's occlusion does."""
 
     def __init__(self, classifier: Classifier, texts: Sequence[Any]) -> None:
         self.classifier = classifier
@@ -92,11 +76,7 @@ class Occluded:
 
     def maskable_words(self, text: int) -> set[int]:
         """Return the words of a text of which at least one sub-token can be masked."""
-        return {
-            int(word)
-            for number in self._of_text[text]
-            for word in np.unique(self._owners[number][self._maskable[number]])
-        }
+        return {word for n in self._of_text[text] for word in self._owners[n][self._maskable[n]].tolist()}
 
     def logits(self, questions: Sequence[Question], batch_size: int) -> NDArray[np.float64]:
         """Answer in few forward passes; a window in which nothing changes is computed once.
@@ -173,14 +153,8 @@ def explain(
     """Return the influence of each word of each text on what the classifier predicts.
 
     Words are masked by the token that training used (see `Classifier.occlusion`, whose `note` names it), one at a time,
-    all their sub-tokens together.
-
-    Args:
-        classifier: from `load`.
-        texts: as for `Classifier.predict`.
-        word: token tasks: the word whose label is to be explained by all words: its index from 0, from the end if
-            negative, or itself; default: explain each word's label by the word itself.
-        batch_size: windows per forward pass.
+    all their sub-tokens together. In token tasks, `word` is the one whose label is to be explained by all words: its
+    index from 0, from the end if negative, or itself; by default each word's label is explained by the word itself.
 
     Raises:
         DataError: a text is empty or invalid, or has no such word; `word` is given in a sequence task.
@@ -188,10 +162,8 @@ def explain(
     """
     given = classifier.checked(texts)
     if word is not None and not get_task(classifier.task).words_given:
-        raise DataError(
-            "word is for models with a label per word; this one gives one label per text, which every word explains",
-            code="word-not-applicable",
-        )
+        message = "word is for models with a label per word; this one gives one per text, which every word explains"
+        raise DataError(message, code="word-not-applicable")
     words = [tuple(text.split() if isinstance(text, str) else text) for text in given]
     targets = [None if word is None else find_word(row, word, f"texts[{n}]") for n, row in enumerate(words)]
     starts, asked = [], _QUESTIONS  # of texts that together ask a limited number of questions

@@ -49,8 +49,8 @@ def target_names(model: nn.Module, config: AdapterConfig, outside: tuple[str, ..
     """
     found = sorted({name.rsplit(".", 1)[-1] for name in linear_layers(model, outside)})
     if not found:
-        message = f"{type(model).__name__} has no linear layers to adapt: use a backbone such as in `tokmask recipes`"
-        raise ModelError(message, code="no-linear-layers")
+        problem = f"{type(model).__name__} has no linear layers to adapt (transformers writes GPT-2's as convolutions)"
+        raise ModelError(f"{problem}: use another backbone, as in `tokmask recipes`", code="no-linear-layers")
     if config.targets == "auto":
         return found
     if unknown := [name for name in config.targets if name not in found]:

@@ -176,9 +176,7 @@ def load_tokenizer(config: ModelConfig, location: str | None = None) -> Any:
         raise ModelError(message, code="tokenizer-not-loaded", location=location) from error
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
-            message = (
-                f"the tokenizer of {location} has neither a pad nor an end token; use another backbone"
-            )
+            message = f"the tokenizer of {location} has neither a pad nor an end token; use another backbone"
             raise ModelError(message, code="no-pad-token")
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = tokenizer.truncation_side = "right"

@@ -18,9 +18,8 @@ from numpy.typing import NDArray
 
 from tokmask_peft.artifacts import find_saved, open_finished
 from tokmask_peft.errors import DataError, RunError
-from tokmask_peft.inference.classifier import BATCH_SIZE
+from tokmask_peft.inference.classifier import BATCH_SIZE, load
 from tokmask_peft.inference.explain import Explanation, Occluded, Question, explain
-from tokmask_peft.inference.load import load
 from tokmask_peft.recipe.loading import differences, load_recipe
 from tokmask_peft.tasks import get_task
 from tokmask_peft.training.evaluate import split_examples
