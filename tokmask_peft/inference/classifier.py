@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,39 +32,26 @@ Answer = Prediction | WordPredictions
 _LONGEST = 512  # sub-tokens per window if neither the run nor the model sets a limit
 
 
+@dataclass(eq=False, repr=False)
 class Classifier:
-    """A model that classifies texts; made by `load`.
+    """A model that classifies texts; made by `load`."""
 
-    Attributes:
-        task: name of the task, a key of `tasks.TASKS`.
-        labels: label names in the order of the model's outputs.
-        temperature: divides the logits before the softmax; changes no label.
-        max_length: sub-tokens per window, special tokens included.
-        model: the module, in eval mode.
-        tokenizer: its tokenizer.
-        decisions: device, precision, quantization, batching and the like, with reasons.
-        masking: how tokens were masked in training; none if not known.
-    """
+    model: nn.Module  # put in eval mode
+    tokenizer: Any
+    task: str  # a key of `tasks.TASKS`
+    labels: tuple[str, ...]  # in the order of the model's outputs
+    _: KW_ONLY
+    max_length: int  # sub-tokens per window, special tokens included
+    temperature: float = 1.0  # divides the logits before the softmax; changes no label
+    dtype: torch.dtype = torch.float32  # bfloat16 for autocast
+    decisions: tuple[Decision, ...] = ()  # device, precision, quantization, batching and the like, with reasons
+    masking: TokenMaskConfig | None = None  # how tokens were masked in training, if known
 
-    def __init__(
-        self,
-        model: nn.Module,
-        tokenizer: Any,
-        task: str,
-        labels: Sequence[str],
-        *,
-        max_length: int,
-        temperature: float = 1.0,
-        dtype: torch.dtype = torch.float32,
-        decisions: tuple[Decision, ...] = (),
-        masking: TokenMaskConfig | None = None,
-    ) -> None:
-        self.model, self.task = model.eval(), task
-        self.tokenizer, self.labels = tokenizer, tuple(labels)
-        self.max_length, self.temperature, self.decisions = max_length, temperature, decisions
-        self.device, self.masking = next(model.parameters()).device, masking
-        self.encoder = Encoder(tokenizer, task, max_length)
-        self.forward = Forward(self.model, tokenizer.pad_token_id, task, dtype)
+    def __post_init__(self) -> None:
+        self.model, self.labels = self.model.eval(), tuple(self.labels)
+        self.device = next(self.model.parameters()).device
+        self.encoder = Encoder(self.tokenizer, self.task, self.max_length)
+        self.forward = Forward(self.model, self.tokenizer.pad_token_id, self.task, self.dtype)
 
     def predict(self, texts: Sequence[str] | Sequence[Sequence[str]], batch_size: int = BATCH_SIZE) -> list[Answer]:
         """Classify texts.

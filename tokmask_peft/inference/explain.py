@@ -85,29 +85,26 @@ class Occluded:
             `[questions, classes]`: of the text, or in token tasks of the word that is asked for.
         """
         task = get_task(self.classifier.task)
-        numbers: dict[tuple[int, bytes], int] = {}
-        jobs: list[tuple[Window, Hidden]] = []
-        needs: list[list[int]] = []
+        jobs: dict[tuple[int, bytes], tuple[Window, Hidden]] = {}
+        needs: list[list[tuple[int, bytes]]] = []
         for question in questions:
             needs.append([])
             for number in self._of_text[question.text]:
-                if question.word is not None and question.word not in self._windows[number].words:
-                    continue
-                hidden = self._maskable[number] & np.isin(self._owners[number], list(question.masked))
-                key = number, hidden.tobytes()
-                if key not in numbers:
-                    numbers[key] = len(jobs)
-                    jobs.append((self._windows[number], hidden))
-                needs[-1].append(numbers[key])
-        forward, occlusion = self.classifier.forward, self.classifier.occlusion
-        found = forward.logits([window for window, _ in jobs], batch_size, occlusion, [hidden for _, hidden in jobs])
+                if question.word is None or question.word in self._windows[number].words:
+                    hidden = self._maskable[number] & np.isin(self._owners[number], list(question.masked))
+                    key = number, hidden.tobytes()
+                    jobs.setdefault(key, (self._windows[number], hidden))
+                    needs[-1].append(key)
+        windows, masked = [window for window, _ in jobs.values()], [hidden for _, hidden in jobs.values()]
+        logits = self.classifier.forward.logits(windows, batch_size, self.classifier.occlusion, masked)
+        found = dict(zip(jobs, logits, strict=True))
         rows = np.zeros((len(questions), len(self.classifier.labels)))
         for row, question, need in zip(rows, questions, needs, strict=True):
             if question.word is None:
-                row[:] = task.join([jobs[job][0] for job in need], [found[job] for job in need])[0]
+                row[:] = task.join([jobs[key][0] for key in need], [found[key] for key in need])[0]
             else:
-                (job,) = need
-                row[:] = found[job][np.flatnonzero(jobs[job][0].words == question.word)[0]]
+                (key,) = need
+                row[:] = found[key][np.flatnonzero(jobs[key][0].words == question.word)[0]]
         return rows
 
 
@@ -188,14 +185,14 @@ def _explain(
 ) -> Iterator[Explanation]:
     per_word, occluded = get_task(classifier.task).words_given, Occluded(classifier, texts)
     names, temperature = classifier.labels, classifier.temperature
-    asked: list[tuple[list[Question], list[Question]]] = []  # per text as it is, and with each word masked
+    questions, counts = list[Question](), list[int]()  # of each text as it is, and with each word masked
     for text, (row, target) in enumerate(zip(words, targets, strict=True)):
         places = range(len(row))
         whose = [(at if target is None else target) if per_word else None for at in places]
         plain = [Question(text, frozenset(), at) for at in (places if per_word else [None])]
-        asked.append((plain, [Question(text, frozenset([at]), of) for at, of in zip(places, whose, strict=True)]))
-    logits = occluded.logits([one for parts in asked for part in parts for one in part], batch_size)
-    parts = iter(np.split(logits, np.cumsum([len(part) for pair in asked for part in pair])))
+        questions += [*plain, *(Question(text, frozenset([at]), of) for at, of in zip(places, whose, strict=True))]
+        counts += [len(plain), len(row)]
+    parts = iter(np.split(occluded.logits(questions, batch_size), np.cumsum(counts)))
     for text, (row, target) in enumerate(zip(words, targets, strict=True)):
         before, after = next(parts), next(parts)
         best = before.argmax(-1).tolist()

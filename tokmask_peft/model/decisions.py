@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 from dataclasses import dataclass
 from functools import cache
@@ -22,24 +23,18 @@ CPUINFO = Path("/proc/cpuinfo")
 @cache
 def cpu_flags() -> frozenset[str] | None:
     """Return the feature flags of an x86 CPU as torch or Linux reports them, or None if neither does."""
-    found = _ask_torch("get_capabilities")
-    if found is not None and "avx512_bf16" in found:  # a torch that cannot inspect the CPU gives its name at most
-        return frozenset(name for name, has in found.items() if has is True)
+    with contextlib.suppress(AttributeError, RuntimeError):
+        found = torch.cpu.get_capabilities()
+        if "avx512_bf16" in found:  # a torch that cannot inspect the CPU gives its name at most
+            return frozenset(name for name, has in found.items() if has is True)
     if CPUINFO.exists():
         for line in CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith("flags"):
                 return frozenset(line.split(":", 1)[1].split())
     # torch 2.6 has no `get_capabilities`; that it knows nothing of AMX does not matter: AMX never comes without AVX512
-    has = _ask_torch("_is_avx512_bf16_supported")
-    return None if has is None else frozenset({"avx512_bf16"} if has else ())
-
-
-def _ask_torch(name: str) -> Any:
-    """Call a function of `torch.cpu` that older versions lack; None if it cannot answer."""
-    try:
-        return getattr(torch.cpu, name)()
-    except (AttributeError, RuntimeError):
-        return None
+    with contextlib.suppress(AttributeError, RuntimeError):
+        return frozenset({"avx512_bf16"} if torch.cpu._is_avx512_bf16_supported() else ())
+    return None
 
 
 def choose_precision(config: ModelConfig, device: torch.device) -> Decision:
@@ -158,12 +153,11 @@ def enable_checkpointing(model: Any) -> None:
 
     transformers makes the embedding's output require gradients when it does this, so that the backward pass, and with
     it what is computed again, goes through layers below the first adapter for nothing. Only reentrant checkpointing
-    needs that, which is not used here. The model is one of transformers, bare or wrapped by PEFT.
+    needs that, which is not used here. The model may be wrapped by PEFT.
     """
     # transformers 5.17, the oldest supported version, has only the old name, which goes in transformers 6
     new = hasattr(model, "activation_checkpointing_enable")
-    enable = model.activation_checkpointing_enable if new else model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
+    (model.activation_checkpointing_enable if new else model.gradient_checkpointing_enable)({"use_reentrant": False})
     model.disable_input_require_grads()
 
 
@@ -171,8 +165,7 @@ def out_of_memory(error: BaseException) -> bool:
     """Return whether a device or the host refused memory."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    # accelerate knows the messages of the allocators, not those of CUDA's own calls
-    said = str(error).lower()
+    said = str(error).lower()  # accelerate knows the messages of the allocators, not those of CUDA's own calls
     raw = isinstance(error, RuntimeError) and ("out of memory" in said or "status_alloc_failed" in said)
     return raw or (isinstance(error, Exception) and should_reduce_batch_size(error))
 

@@ -1,8 +1,7 @@
 """The padding-free forward: a batch as one packed row, attention per text, and the head on each text's own state.
 
-Everything but attention works on single sub-tokens, and a packed row spends nothing on padding. Padded batches still
-take the model's own forward, so that a model can be trained packed and evaluated padded. A backbone family is an entry
-of `FAMILIES`.
+A packed row spends nothing on padding. Padded batches still take the model's own forward, so that a model can be
+trained packed and evaluated padded. A backbone family is an entry of `FAMILIES`.
 """
 
 from __future__ import annotations
@@ -13,11 +12,15 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+from transformers.modeling_outputs import SequenceClassifierOutput, TokenClassifierOutput
 
 from tokmask_peft.console import Decision
 from tokmask_peft.errors import ModelError
@@ -114,13 +117,10 @@ def enable_padding_free(model: nn.Module) -> None:
     """
     if isinstance(model, PackedRows):
         return
-    own = type(model)
-    if problem := padding_free_problem(model):
+    own, problem = type(model), padding_free_problem(model)
+    if problem is not None:
         message = f"training.batching=padding_free: {problem}; use padded"
         raise ModelError(message, code="not-packable", model=own.__name__)
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
-
     AttentionInterface.register(NAME, packed_attention)
     # for padded batches, which go on through `sdpa`; without a mask function transformers would drop their mask
     AttentionMaskInterface.register(NAME, sdpa_mask)
@@ -144,10 +144,7 @@ text 7.6 ms; the row as a whole under a mask 28 ms. Longer texts, 14 heads of 64
 """
 
 ROUND = 64
-"""Sub-tokens that a packed row on a CPU is a multiple of; short rows, of 8.
-
-oneDNN compiles and keeps a kernel per shape, and every batch has another number of sub-tokens.
-"""
+"""Sub-tokens that a packed row on a CPU is a multiple of (short ones, of 8): oneDNN keeps a kernel for each shape."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,10 +165,7 @@ class Packing:
 
     @classmethod
     def make(cls, cu_seqlens: Tensor, total: int, max_length: int, one_bucket: bool = False) -> Packing:
-        """Lay out a row of `total` sub-tokens, without waiting for a GPU.
-
-        With `one_bucket` all texts are padded to the longest, as always on a GPU.
-        """
+        """Lay out a row of `total` sub-tokens, without waiting for a GPU, where there is always `one_bucket`."""
         device = cu_seqlens.device
         starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
         texts = torch.arange(len(starts), device=device)
@@ -242,8 +236,6 @@ class PackedRows(nn.Module):
             return super().forward(input_ids=input_ids, **given, **kwargs)
         if input_ids is None or max_length is None:
             raise ModelError("a packed batch needs input_ids, cu_seqlens and max_length", code="incomplete-batch")
-        from transformers.modeling_outputs import SequenceClassifierOutput, TokenClassifierOutput
-
         ids, total = input_ids, input_ids.shape[1]
         packing = longer = Packing.make(cu_seqlens, total, max_length)
         if ids.device.type == "cpu" and (extra := filler(total, max_length)):  # what is added is cut off again
@@ -274,8 +266,7 @@ def packed_logits(model: Any, hidden: Tensor, input_ids: Tensor, packing: Packin
     """Apply the model's head: pooled as for padded batches, [texts, classes], or per sub-token, [1, total, classes]."""
     family: Family = model.family
     if model.per_token:
-        logits: Tensor = getattr(model, family.last_layer)(model.dropout(hidden))
-        return logits
+        return cast(Tensor, getattr(model, family.last_layer)(model.dropout(hidden)))
     at = packing.cu_seqlens[:-1].long()
     if family.causal:  # the last sub-token that is not a padding token, in case a text ends in one
         columns = torch.arange(input_ids.shape[1], device=at.device)
@@ -304,25 +295,24 @@ def packed_attention(
     included; whether a layer is causal it says itself by default.
     """
     if packing is None:
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
         options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal}
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options, **kwargs)
-    causal, sliding_window = seen(module, is_causal, sliding_window, packing.max_length)
+    causal, window = seen(module, is_causal, sliding_window, packing.max_length)
     rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
     device = query.device.type
+    kernel: Kernel = F.scaled_dot_product_attention
     if device == "cuda" and query.dtype == torch.float32 and torch.is_autocast_enabled("cuda"):
         rows = [tensor.to(torch.get_autocast_dtype("cuda")) for tensor in rows]
-    if device == "cuda" and rows[0].dtype != torch.float32 and dropout == 0.0 and (kernel := _varlen_kernel()):
-        found = _varlen_attention(kernel, rows, packing, causal, sliding_window, scaling)
+    if device == "cuda" and rows[0].dtype != torch.float32 and dropout == 0.0 and (varlen := _varlen_kernel()):
+        found = _varlen_attention(varlen, rows, packing, causal, window, scaling)
     elif device == "cpu":
         # the kernels of CPUs are slow in bf16: 26.6 ms in four buckets that take 6.8 in fp32 (see `WORTH`)
         rows = [tensor.float() for tensor in rows]
-        inner = _dropped_attention if dropout > 0 else F.scaled_dot_product_attention
         with torch.autocast("cpu", enabled=False):
-            found = attend_in_buckets(rows, packing, causal, sliding_window, dropout, scaling, inner)
+            kernel = _dropped_attention if dropout > 0 else kernel
+            found = attend_in_buckets(rows, packing, causal, window, dropout, scaling, kernel)
     else:
-        found = attend_in_buckets(rows, packing, causal, sliding_window, dropout, scaling)
+        found = attend_in_buckets(rows, packing, causal, window, dropout, scaling, kernel)
     return found.to(value.dtype).unsqueeze(0), None
 
 
@@ -340,8 +330,7 @@ def _varlen_kernel() -> Kernel | None:
     except ImportError:
         return None
     known = {"scale", "window_size"} <= set(inspect.signature(varlen_attn).parameters)
-    kernel: Any = varlen_attn
-    return kernel if known and torch.cuda.get_device_capability() >= (8, 0) else None
+    return cast(Kernel, varlen_attn) if known and torch.cuda.get_device_capability() >= (8, 0) else None
 
 
 def _varlen_attention(
@@ -355,13 +344,7 @@ def _varlen_attention(
 
 
 def attend_in_buckets(
-    rows: list[Tensor],
-    packing: Packing,
-    causal: bool,
-    window: int | None,
-    dropout: float,
-    scaling: float | None,
-    kernel: Kernel = F.scaled_dot_product_attention,
+    rows: list[Tensor], packing: Packing, causal: bool, window: int | None, p: float, scale: float | None, using: Kernel
 ) -> Tensor:
     """Attend in padded buckets; query, key and value as [total, heads, head], and so the result, in their precision."""
     sizes = [texts * length for texts, length, _ in packing.buckets]
@@ -373,10 +356,9 @@ def attend_in_buckets(
         mask = None if causal else within
         if causal and window is not None:
             mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril().triu(1 - window)
-        found = kernel(query, key, value, mask, dropout, is_causal=causal and mask is None, scale=scaling)
+        found = using(query, key, value, mask, p, is_causal=causal and mask is None, scale=scale)
         outputs.append(found.transpose(1, 2).flatten(0, 1))
-    unpadded: Tensor = _Unpad.apply(torch.cat(outputs), packing.back)
-    return unpadded
+    return cast(Tensor, _Unpad.apply(torch.cat(outputs), packing.back))
 
 
 def _dropped_attention(

@@ -7,7 +7,7 @@ few hundred of its rows.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -35,8 +35,7 @@ class Int8Embedding(Embedding8bit):
 
     def read_rows(self, first: int, last: int) -> Tensor:
         """Return the rows from `first` to before `last` as they are looked up, [rows, hidden]."""
-        rows: Tensor = self.forward(torch.arange(first, last, device=self.weight.device))
-        return rows
+        return cast(Tensor, self.forward(torch.arange(first, last, device=self.weight.device)))
 
     def write_row(self, index: int, row: Tensor) -> None:
         """Quantize a row, [hidden], in place of another."""
@@ -83,10 +82,6 @@ class HostEmbedding(nn.Module):
         rows = torch.empty(len(distinct), self.embedding_dim, dtype=self.weight.dtype, pin_memory=device.type == "cuda")
         torch.index_select(self.weight, 0, distinct.cpu(), out=rows)
         return F.embedding(places, rows.to(device, non_blocking=True))
-
-    def extra_repr(self) -> str:
-        """Describe the matrix."""
-        return f"{self.num_embeddings}, {self.embedding_dim}, on the host"
 
 
 def placement_problem(model: Any) -> str | None:

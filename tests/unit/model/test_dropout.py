@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import build
@@ -123,7 +124,7 @@ def test_attention_with_dropout_is_torchs_where_nothing_is_dropped(monkeypatch, 
     assert {mask is None for _, _, mask in packing.buckets} == {True, False}
     draw = torch.Generator().manual_seed(0)
     rows = [torch.randn(sum(lengths), 4, 8, generator=draw).requires_grad_() for _ in range(3)]
-    expected = packed.attend_in_buckets(rows, packing, causal, window, 0.0, scaling)
+    expected = packed.attend_in_buckets(rows, packing, causal, window, 0.0, scaling, F.scaled_dot_product_attention)
     monkeypatch.setattr(packed, "dropped", lambda x, p: x / (1 - p))
     found = packed.attend_in_buckets(rows, packing, causal, window, 0.2, scaling, packed._dropped_attention)
     torch.testing.assert_close(found * 0.8, expected, atol=1e-6, rtol=1e-5)
@@ -140,7 +141,7 @@ def test_attention_with_dropout_is_unbiased():
     packing = Packing.make(bounds, 5, 3)
     torch.manual_seed(0)
     rows = [torch.randn(5, 2, 4) for _ in range(3)]
-    expected = packed.attend_in_buckets(rows, packing, False, None, 0.0, None)
+    expected = packed.attend_in_buckets(rows, packing, False, None, 0.0, None, F.scaled_dot_product_attention)
     settings = rows, packing, False, None, 0.3, None, packed._dropped_attention
     draws = torch.stack([packed.attend_in_buckets(*settings) for _ in range(3000)])
     spread = draws.std(0) / math.sqrt(len(draws))
