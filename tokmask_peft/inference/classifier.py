@@ -170,12 +170,13 @@ def load(
         decisions.append(batching)
         if "embedding" in plan.reasons:  # loading the backbone reports no resident one
             decisions.append(Decision("embedding", plan.model.embedding, plan.reasons["embedding"]))
+        positions = getattr(module.config.get_text_config(), "max_position_embeddings", None) or _LONGEST
         return Classifier(
-            module.eval(),
+            module,
             loaded.tokenizer,
             saved.task,
             saved.labels,
-            max_length=saved.max_length or _model_limit(module, loaded.tokenizer),
+            max_length=saved.max_length or int(min(_LONGEST, positions, loaded.tokenizer.model_max_length)),
             temperature=saved.temperature,
             dtype=loaded.dtype,
             decisions=tuple(decisions),
@@ -205,9 +206,3 @@ def _device(asked: str | torch.device | None) -> torch.device:
         message = f"device {asked} cannot be used: {first_line(error)}"
         raise ModelError(message, code="device-unavailable", device=str(asked)) from error
     return torch.device("cuda", torch.cuda.current_device()) if str(device) == "cuda" else device
-
-
-def _model_limit(model: Any, tokenizer: Any) -> int:
-    """Return the longest window for an adapter that does not say how long its texts were in training."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _LONGEST
-    return int(min(_LONGEST, positions, tokenizer.model_max_length))

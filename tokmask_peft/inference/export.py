@@ -33,10 +33,9 @@ ONNX_SHAPES = ((1, 1), (1, 9), (3, 24), (7, 40))
 def check_output(out: str | Path, source: str | Path | None, force: bool = False) -> Path:
     """Return the file to write to; a DataError if it exists (without `force`), is the input, or cannot be made."""
     path = Path(out)
-    if path.is_dir():
-        raise DataError(f"{out} cannot be written: it is a folder", code="output-not-writable", path=out)
-    if not path.absolute().parent.is_dir():
-        raise DataError(f"{out} cannot be written: its folder is missing", code="output-not-writable", path=out)
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        problem = "it is a folder" if path.is_dir() else "its folder is missing"
+        raise DataError(f"{out} cannot be written: {problem}", code="output-not-writable", path=out)
     if path.exists() and source is not None and Path(source).exists() and path.samefile(source):
         raise DataError(f"{out} is the input itself; give another file", code="output-is-input", path=out)
     if path.exists() and not force:
@@ -136,7 +135,7 @@ def export_merged(
             if precision == "fp32":
                 _check_equal("the logits of the saved model and the adapter", rounding, allowed)
             if onnx:
-                measured = export_onnx(again, loaded.tokenizer, temporary, TOLERANCE)
+                measured = export_onnx(again, loaded.tokenizer, temporary)
             temporary.replace(target)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -212,12 +211,11 @@ def ordinary_batch(texts: int, length: int, tokenizer: Any) -> dict[str, Tensor]
     return {"input_ids": ids.masked_fill(mask == 0, tokenizer.pad_token_id), "attention_mask": mask}
 
 
-def export_onnx(model: Any, tokenizer: Any, folder: Path, tolerance: float) -> float:
+def export_onnx(model: Any, tokenizer: Any, folder: Path) -> float:
     """Write `model.onnx` with free batch and sequence axes, and compare its logits with the model's.
 
     The model is a classification model of transformers in fp32, without an adapter. Weights beyond 2 GB are saved in a
-    second file. `tolerance` is the allowed difference as a share of the largest logit if that is above 1. Returned is
-    the largest difference of a logit over `ONNX_SHAPES`.
+    second file. Returned is the largest difference of a logit over `ONNX_SHAPES`.
 
     Raises:
         ModelError: the exporter does not support this model, or onnxruntime's logits differ.
@@ -256,15 +254,14 @@ def export_onnx(model: Any, tokenizer: Any, folder: Path, tolerance: float) -> f
             assert program is not None  # noqa: S101 - the dynamo exporter returns one
             program.save(str(folder / ONNX_FILE))
     except Exception as error:  # the exporter raises whatever its passes do
-        name, first = type(model).__name__, first_line(error)
-        message = f"torch.onnx cannot export {name} ({first}); leave --onnx out"
-        raise ModelError(message, code="onnx-export-failed", model=name) from error
+        message = f"torch.onnx cannot export {type(model).__name__} ({first_line(error)}); leave --onnx out"
+        raise ModelError(message, code="onnx-export-failed", model=type(model).__name__) from error
     finally:
         chatter.setLevel(before)
-    return compare_onnx(model, tokenizer, folder / ONNX_FILE, tolerance)
+    return compare_onnx(model, tokenizer, folder / ONNX_FILE)
 
 
-def compare_onnx(model: Any, tokenizer: Any, path: Path, tolerance: float) -> float:
+def compare_onnx(model: Any, tokenizer: Any, path: Path) -> float:
     """Return the largest difference between the logits of a file and of its model; see `export_onnx`."""
     import numpy as np
     import onnxruntime
@@ -278,13 +275,12 @@ def compare_onnx(model: Any, tokenizer: Any, path: Path, tolerance: float) -> fl
             (found,) = session.run(["logits"], {name: values.numpy() for name, values in batch.items()})
             with torch.inference_mode():
                 expected = model(**batch).logits.numpy()
-            difference = np.abs(found - expected)
-            if expected.ndim == 3:
-                difference = difference * batch["attention_mask"].numpy()[..., None]
-            worst = max(worst, float(difference.max()))
-            allowed = tolerance * max(1.0, float(np.abs(expected).max()))
+            real = batch["attention_mask"].numpy()[..., None] if expected.ndim == 3 else 1
+            difference = float((np.abs(found - expected) * real).max())
+            worst = max(worst, difference)
+            allowed = TOLERANCE * max(1.0, float(np.abs(expected).max()))
             what = f"the logits of onnxruntime and the model, for {texts} texts of {length} sub-tokens,"
-            _check_equal(what, float(difference.max()), allowed, "onnx-logits-differ")
+            _check_equal(what, difference, allowed, "onnx-logits-differ")
     except ModelError:
         raise
     except Exception as error:  # onnxruntime's own exceptions share no base

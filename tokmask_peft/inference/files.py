@@ -14,8 +14,7 @@ from tokmask_peft.inference.classifier import BATCH_SIZE, Answer, Classifier
 from tokmask_peft.inference.export import check_output
 from tokmask_peft.tasks import Example, Unreadable, WordPredictions
 
-CHUNK_BATCHES = 32
-CHUNK_CHARACTERS = 2_000_000
+CHUNK_BATCHES, CHUNK_CHARACTERS = 32, 2_000_000
 SHOWN_PROBLEMS = 5
 
 

@@ -200,8 +200,7 @@ def merge_if_harmless(model: Any) -> tuple[Any, Decision]:
     """Merge an adapter into its unquantized backbone, which saves its extra products, unless rounding would spoil it.
 
     bf16 weights hold three digits. A change that is small compared with them would be lost, so that such an adapter is
-    kept apart. Returned are the merged model (then the PEFT model is taken apart) or `model`, and which, with the
-    reason.
+    kept apart. Returned are the merged model, made of the PEFT model, or `model`; and which of them, with the reason.
     """
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     low: list[Any] = [layer for layer in layers if layer.get_base_layer().weight.dtype != torch.float32]

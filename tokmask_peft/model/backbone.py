@@ -259,9 +259,8 @@ def _new_modules(model: nn.Module, info: dict[str, Any]) -> tuple[str, ...]:
     """Name the modules to train in full: the head, and whatever else the checkpoint lacks (a BERT pooler)."""
     names = list(head_modules(model))
     for key in sorted([*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])]):
-        parent = key.rsplit(".", 1)[0]
-        if not any(parent == name or parent.startswith(f"{name}.") for name in names):
-            names.append(parent)
+        if not key.startswith(tuple(f"{name}." for name in names)):
+            names.append(key.rsplit(".", 1)[0])
     return tuple(names)
 
 
@@ -273,8 +272,7 @@ def hold_in_fp32(model: nn.Module, new_modules: tuple[str, ...]) -> None:
     """
     for name in new_modules:
         module = model.get_submodule(name)
-        quantized = [type(part).__name__ for part in module.modules() if is_quantized(part)]
-        if quantized:
+        if quantized := [type(part).__name__ for part in module.modules() if is_quantized(part)]:
             raise ModelError(
                 f"the new module '{name}' is quantized ({quantized[0]}), but is trained and must be in full precision. "
                 "The checkpoint comes already quantized: use the unquantized backbone with model.quantization=nf4.",

@@ -103,7 +103,7 @@ class LoadingPlan:
 
     model: ModelConfig
     reasons: dict[str, str]  # of each setting that the user did not choose
-    deviations: tuple[str, ...]  # of these, why one differs from training
+    deviations: tuple[str, ...]  # the reasons for settings that differ from training, unasked
 
 
 def plan_loading(

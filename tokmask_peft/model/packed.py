@@ -348,7 +348,7 @@ def attend_in_buckets(
 ) -> Tensor:
     """Attend in padded buckets; query, key and value as [total, heads, head], and so the result, in their precision."""
     sizes = [texts * length for texts, length, _ in packing.buckets]
-    padded = [_Pad.apply(tensor, packing.slots, packing.back).split(sizes) for tensor in _equal_heads(rows)]
+    padded = [_Take.apply(tensor, packing.slots, packing.back).split(sizes) for tensor in _equal_heads(rows)]
     outputs = []
     for (texts, length, within), *parts in zip(packing.buckets, *padded, strict=True):
         query, key, value = (part.unflatten(0, (texts, length)).transpose(1, 2) for part in parts)
@@ -358,7 +358,7 @@ def attend_in_buckets(
             mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril().triu(1 - window)
         found = using(query, key, value, mask, p, is_causal=causal and mask is None, scale=scale)
         outputs.append(found.transpose(1, 2).flatten(0, 1))
-    return cast(Tensor, _Unpad.apply(torch.cat(outputs), packing.back))
+    return cast(Tensor, _Take.apply(torch.cat(outputs), packing.back))
 
 
 def _dropped_attention(
@@ -379,31 +379,23 @@ def _equal_heads(rows: list[Tensor]) -> list[Tensor]:
     return [tensor.repeat_interleave(n, dim=1) if n > 1 else tensor for tensor, n in zip(rows, times, strict=True)]
 
 
-class _Pad(torch.autograd.Function):
-    """Copy sub-tokens to their slots; the gradient comes back from these alone, without any sums."""
+class _Take(torch.autograd.Function):
+    """Take rows by index; the gradient is copied back, without any sums.
+
+    `back` says, for each row of `x`, which row of the result has its gradient; without it, no row is taken twice, and
+    those that are not taken (padding) get no gradient.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, slots: Tensor, back: Tensor) -> Tensor:
-        ctx.save_for_backward(back)
-        return x.index_select(0, slots)
+    def forward(ctx: Any, x: Tensor, index: Tensor, back: Tensor | None = None) -> Tensor:
+        ctx.save_for_backward(index, back)
+        ctx.rows = x.shape[0]
+        return x.index_select(0, index)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (back,) = ctx.saved_tensors
-        return gradients[0].index_select(0, back), None, None
-
-
-class _Unpad(torch.autograd.Function):
-    """Take sub-tokens out of their slots; padding gets no gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, padded: Tensor, back: Tensor) -> Tensor:
-        ctx.save_for_backward(back)
-        ctx.slots = padded.shape[0]
-        return padded.index_select(0, back)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (back,) = ctx.saved_tensors
-        empty = gradients[0].new_zeros(ctx.slots, *gradients[0].shape[1:])
-        return empty.index_copy_(0, back, gradients[0]), None
+        index, back = ctx.saved_tensors
+        if back is not None:
+            return gradients[0].index_select(0, back), None, None
+        empty = gradients[0].new_zeros(ctx.rows, *gradients[0].shape[1:])
+        return empty.index_copy_(0, index, gradients[0]), None, None
