@@ -195,7 +195,7 @@ def _choose_batching(model: nn.Module, device: torch.device) -> Decision:
 
 
 def _device(asked: str | torch.device | None) -> torch.device:
-    """Return the device to compute on, or raise a ModelError if there is none such or it has no memory left."""
+    """Return the device to compute on; a ModelError if there is no such device, or it has no memory left."""
     if asked is None:
         return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     try:

@@ -70,9 +70,8 @@ class Occluded:
         for number, window in enumerate(self._windows):
             self._of_text[window.text].append(number)
         maskable = classifier.occlusion.maskable
-        self._maskable = [
-            maskable[window.ids] & (owners >= 0) for window, owners in zip(self._windows, self._owners, strict=True)
-        ]
+        pairs = zip(self._windows, self._owners, strict=True)
+        self._maskable = [maskable[window.ids] & (owners >= 0) for window, owners in pairs]
 
     def maskable_words(self, text: int) -> set[int]:
         """Return the words of a text of which at least one sub-token can be masked."""

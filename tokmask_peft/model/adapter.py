@@ -68,8 +68,10 @@ def target_names(model: nn.Module, config: AdapterConfig, outside: tuple[str, ..
 def adapted_layers(model: nn.Module, wanted: str | int | float) -> list[int] | None:
     """Return the indices of the layers that get an adapter, or None for every linear layer of the backbone.
 
-    `wanted` is `all`, a number of upper layers, or their share, rounded to whole layers but at least one. There is a
-    ModelError if the backbone has fewer.
+    `wanted` is `all`, a number of upper layers, or their share, rounded to whole layers but at least one.
+
+    Raises:
+        ModelError: the backbone has fewer layers.
     """
     if isinstance(wanted, str):
         return None
