@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(
-    ["tokmask_peft.training.train", "tokmask_peft.inference.load", "tokmask_peft.report.page", "sklearn.linear_model"]
-)
+ROOMS = ["tokmask_peft.training.train", "tokmask_peft.inference.classifier", "tokmask_peft.report.page"]
+FORKS.set_forkserver_preload([*ROOMS, "sklearn.linear_model"])
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tokmask_peft.errors import TokmaskError
-    from tokmask_peft.inference.classifier import Classifier
+    from tokmask_peft.inference.classifier import Classifier, load
     from tokmask_peft.inference.explain import Explanation, explain
     from tokmask_peft.inference.export import push
-    from tokmask_peft.inference.load import load
     from tokmask_peft.masking.callback import TokenMaskCallback
     from tokmask_peft.masking.config import TokenMaskConfig
     from tokmask_peft.masking.masker import TokenMasker
@@ -54,7 +53,7 @@ _HOMES = {
     "evaluate": "training.evaluate",
     "explain": "inference.explain",
     "push": "inference.export",
-    "load": "inference.load",
+    "load": "inference.classifier",
     "train": "training.train",
 }
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tokmask_peft import train
-from tokmask_peft.inference.load import load
+from tokmask_peft.inference.classifier import load
 from tokmask_peft.masking.pattern import maskable_table, masked_positions
 from tokmask_peft.recipe.schema import Recipe
 from tokmask_peft.training.evaluate import split_examples

@@ -287,8 +287,8 @@ def test_the_kernels_of_a_gpu(family, window, kernel, monkeypatch):
     if kernel == "varlen":
         monkeypatch.setattr(
             packed,
-            "_padded_attention",
-            lambda rows, packing, causal, window, dropout, scaling: packed._varlen_attention(
+            "attend_in_buckets",
+            lambda rows, packing, causal, window, dropout, scaling, kernel: packed._varlen_attention(
                 varlen_by_hand, rows, packing, causal, window, scaling
             ),
         )

@@ -181,6 +181,6 @@ def demo(
     check_address(host, port)
     saved = find_saved(model, backbone)
     quiet_libraries()
-    from tokmask_peft.inference.load import load
+    from tokmask_peft.inference.classifier import load
 
     serve(build(load(saved, device), Path(model).name), host, port, share=share, report=typer.echo)

@@ -49,7 +49,7 @@ def predict(
         check_output(out, file, force)
     quiet_libraries()
     from tokmask_peft.inference import display as show
-    from tokmask_peft.inference.load import load
+    from tokmask_peft.inference.classifier import load
 
     classifier = load(saved, device, quantization, precision)
     if source is None or out is None:
@@ -94,7 +94,7 @@ def explain(
     from rich.console import Console
 
     from tokmask_peft.inference import display as show
-    from tokmask_peft.inference.load import load
+    from tokmask_peft.inference.classifier import load
 
     classifier = load(saved, device, quantization, precision)
     explanations = classifier.explain(texts, word=chosen, batch_size=batch_size)

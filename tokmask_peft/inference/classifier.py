@@ -4,62 +4,54 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import KW_ONLY, dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
+from tokmask_peft.artifacts import SavedAdapter, find_saved
 from tokmask_peft.console import Decision
 from tokmask_peft.data.encoding import Encoder
 from tokmask_peft.data.tables import unicode_problem
-from tokmask_peft.errors import DataError
-from tokmask_peft.inference.forward import Forward
+from tokmask_peft.errors import DataError, ModelError, first_line
+from tokmask_peft.inference.explain import Explanation, explain
+from tokmask_peft.inference.forward import Forward, loading_memory_errors
 from tokmask_peft.masking.config import TokenMaskConfig
 from tokmask_peft.masking.masker import Occlusion
+from tokmask_peft.model.adapter import load_adapter, merge_if_harmless
+from tokmask_peft.model.backbone import load_backbone
+from tokmask_peft.model.decisions import plan_loading
+from tokmask_peft.model.packed import choose_batching, enable_padding_free
 from tokmask_peft.tasks import Prediction, WordPredictions, get_task
 from tokmask_peft.training.metrics import probabilities
 
-if TYPE_CHECKING:
-    from tokmask_peft.inference.explain import Explanation
-
 BATCH_SIZE = 32
 Answer = Prediction | WordPredictions
+_LONGEST = 512  # sub-tokens per window if neither the run nor the model sets a limit
 
 
+@dataclass(eq=False, repr=False)
 class Classifier:
-    """A model that classifies texts; made by `load`.
+    """A model that classifies texts; made by `load`."""
 
-    Attributes:
-        task: name of the task, a key of `tasks.TASKS`.
-        labels: label names in the order of the model's outputs.
-        temperature: divides the logits before the softmax; changes no label.
-        max_length: sub-tokens per window, special tokens included.
-        model: the module, in eval mode.
-        tokenizer: its tokenizer.
-        decisions: device, precision, quantization, batching and the like, with reasons.
-        masking: how tokens were masked in training; none if not known.
-    """
+    model: nn.Module  # put in eval mode
+    tokenizer: Any
+    task: str  # a key of `tasks.TASKS`
+    labels: tuple[str, ...]  # in the order of the model's outputs
+    _: KW_ONLY
+    max_length: int  # sub-tokens per window, special tokens included
+    temperature: float = 1.0  # divides the logits before the softmax; changes no label
+    dtype: torch.dtype = torch.float32  # bfloat16 for autocast
+    decisions: tuple[Decision, ...] = ()  # device, precision, quantization, batching and the like, with reasons
+    masking: TokenMaskConfig | None = None  # how tokens were masked in training, if known
 
-    def __init__(
-        self,
-        model: nn.Module,
-        tokenizer: Any,
-        task: str,
-        labels: Sequence[str],
-        *,
-        max_length: int,
-        temperature: float = 1.0,
-        dtype: torch.dtype = torch.float32,
-        decisions: tuple[Decision, ...] = (),
-        masking: TokenMaskConfig | None = None,
-    ) -> None:
-        self.model, self.task = model.eval(), task
-        self.tokenizer, self.labels = tokenizer, tuple(labels)
-        self.max_length, self.temperature, self.decisions = max_length, temperature, decisions
-        self.device = next(model.parameters()).device
-        self.masking = masking
-        self.encoder = Encoder(tokenizer, task, max_length)
-        self.forward = Forward(self.model, tokenizer.pad_token_id, task, dtype)
+    def __post_init__(self) -> None:
+        self.model, self.labels = self.model.eval(), tuple(self.labels)
+        self.device = next(self.model.parameters()).device
+        self.encoder = Encoder(self.tokenizer, self.task, self.max_length)
+        self.forward = Forward(self.model, self.tokenizer.pad_token_id, self.task, self.dtype)
 
     def predict(self, texts: Sequence[str] | Sequence[Sequence[str]], batch_size: int = BATCH_SIZE) -> list[Answer]:
         """Classify texts.
@@ -93,9 +85,8 @@ class Classifier:
         answers = []
         for text, numbers in zip(given, of_text, strict=True):
             rows = task.join([windows[n] for n in numbers], [logits[n] for n in numbers])
-            chances = [
-                dict(zip(self.labels, row, strict=True)) for row in probabilities(rows, self.temperature).tolist()
-            ]
+            shares = probabilities(rows, self.temperature).tolist()
+            chances = [dict(zip(self.labels, row, strict=True)) for row in shares]
             answers.append(task.answer(text, rows, chances, len(numbers)))
         return answers
 
@@ -107,8 +98,6 @@ class Classifier:
         batch_size: int = BATCH_SIZE,
     ) -> list[Explanation]:
         """Return how much each word speaks for the predicted label; see `inference.explain`."""
-        from tokmask_peft.inference.explain import explain
-
         return explain(self, texts, word=word, batch_size=batch_size)
 
     @functools.cached_property
@@ -142,3 +131,78 @@ class Classifier:
                 raise DataError(f"texts[{index}]: {problem}", code="invalid-unicode", index=index)
             found.append(list(words) if get_task(self.task).words_given else running)
         return found
+
+
+def load(
+    model: str | Path | SavedAdapter,
+    device: str | torch.device | None = None,
+    quantization: str | None = None,
+    precision: str | None = None,
+    backbone: str | None = None,
+) -> Classifier:
+    """Load a trained adapter for prediction.
+
+    Args:
+        model: a run folder (`runs/NAME`), an adapter folder, or the id of an adapter on the Hub.
+        device: `cuda`, `cpu`, …; default: a GPU if there is one.
+        quantization: `nf4`, `int8` or `none`; default: that of training if it runs on this device.
+        precision: `bf16` or `fp32`; default: that of training, or fp32 if the hardware has no bf16.
+        backbone: a Hub id, a folder or `package:NAME/FOLDER` to use instead of what the adapter names.
+
+    Raises:
+        ModelError: there is no adapter or backbone, it cannot be loaded as asked, or memory runs out.
+    """
+    saved = model if isinstance(model, SavedAdapter) else find_saved(model, backbone)
+    place = _device(device)
+    with loading_memory_errors(place):
+        plan = plan_loading(saved.model, place, quantization, precision)
+        loaded = load_backbone(plan.model, saved.task, saved.labels, place)
+        batching = _choose_batching(loaded.model, place)
+        module = load_adapter(loaded, saved.folder)
+        present = "a GPU is there" if place.type == "cuda" else "no GPU was found"
+        decisions = [Decision("device", str(place), present if device is None else "as asked")]
+        if loaded.quantization == "none":
+            module, decision = merge_if_harmless(module.to(place))
+            decisions.append(decision)
+        for made in loaded.decisions:
+            if made.what != "device":
+                decisions.append(replace(made, reason=plan.reasons.get(made.what, made.reason)))
+        decisions.append(batching)
+        if "embedding" in plan.reasons:  # loading the backbone reports no resident one
+            decisions.append(Decision("embedding", plan.model.embedding, plan.reasons["embedding"]))
+        positions = getattr(module.config.get_text_config(), "max_position_embeddings", None) or _LONGEST
+        return Classifier(
+            module,
+            loaded.tokenizer,
+            saved.task,
+            saved.labels,
+            max_length=saved.max_length or int(min(_LONGEST, positions, loaded.tokenizer.model_max_length)),
+            temperature=saved.temperature,
+            dtype=loaded.dtype,
+            decisions=tuple(decisions),
+            masking=saved.masking,
+        )
+
+
+def _choose_batching(model: nn.Module, device: torch.device) -> Decision:
+    """Choose between packed rows and padded batches, and prepare the model for them."""
+    if device.type != "cpu":  # packed answers have not been compared with padded ones there
+        return Decision("batching", "padded", f"predictions on packed rows have not been tried on {device.type}")
+    decision = choose_batching("padding_free", model)
+    if decision.choice == "padding_free":
+        enable_padding_free(model)
+    return decision
+
+
+def _device(asked: str | torch.device | None) -> torch.device:
+    """Return the device to compute on; a ModelError if there is no such device, or it has no memory left."""
+    if asked is None:
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(asked)
+        with loading_memory_errors(device):
+            torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        message = f"device {asked} cannot be used: {first_line(error)}"
+        raise ModelError(message, code="device-unavailable", device=str(asked)) from error
+    return torch.device("cuda", torch.cuda.current_device()) if str(device) == "cuda" else device

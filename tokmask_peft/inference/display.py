@@ -7,7 +7,6 @@ import sys
 from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import typer
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -70,14 +69,9 @@ def predict_with_bar(classifier: Classifier, source: TextFile, out: Path, force:
 def print_json(explanations: Sequence[Explanation]) -> None:
     """Print a JSON line per text, with numbers to 6 digits and without what is empty."""
     for explanation in explanations:
-        record = {key: _rounded(value) for key, value in asdict(explanation).items() if value not in (None, ())}
-        typer.echo(json.dumps(record, ensure_ascii=False))
-
-
-def _rounded(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return [_rounded(part) for part in value]
-    return round(value, 6) if isinstance(value, float) else value
+        record = {key: value for key, value in asdict(explanation).items() if value not in (None, ())}
+        rounded = json.loads(json.dumps(record), parse_float=lambda number: round(float(number), 6))
+        typer.echo(json.dumps(rounded, ensure_ascii=False))
 
 
 def print_explanations(explanations: Sequence[Explanation], console: Console) -> None:
@@ -96,8 +90,7 @@ def _print_coloured(explanation: Explanation, console: Console) -> None:
     line = Text()
     colours = strengths(explanation.influences, FULL_COLOUR)
     for index, (word, strength) in enumerate(zip(explanation.words, colours, strict=True)):
-        underlined = " underline" if index == explanation.word else ""
-        line.append(word, style=_style(strength) + underlined)
+        line.append(word, style=_style(strength) + (" underline" if index == explanation.word else ""))
         if explanation.labels and explanation.word is None:
             line.append(f"/{explanation.labels[index]}", style="dim")
         line.append(" ")
@@ -132,13 +125,7 @@ def headline(explanation: Explanation) -> str:
 
 
 def explanations_page(model: str, explanations: Sequence[Explanation], note: str) -> str:
-    """Return the page as HTML.
-
-    Args:
-        model: what to call the model on it.
-        explanations: a section each.
-        note: how words were masked, in a sentence.
-    """
+    """Return the page as HTML: a name for the model, a section per text, and in a sentence how words were masked."""
     items = []
     for one in explanations:
         tags = one.labels if one.word is None else ()
@@ -150,11 +137,9 @@ def explanations_page(model: str, explanations: Sequence[Explanation], note: str
 
 
 def strengths(influences: Sequence[float], full: float = 0.0) -> list[float]:
-    """Return how strong each word's colour is, from -1 (against the answer) to 1 (for it).
+    """Return how strong each word's colour is, from -1 (against the answer) to 1 (for it), given its nats.
 
-    Args:
-        influences: per word, in nats.
-        full: the least influence of a text's strongest word that has the full colour; weaker texts stay pale.
+    A text's strongest word has the full colour if its influence is at least `full`; weaker texts stay pale.
     """
     strongest = max(full, *map(abs, influences)) if influences else 0.0
     return [influence / strongest if strongest else 0.0 for influence in influences]
@@ -169,15 +154,10 @@ def influence_words(
     unmasked: Collection[int] = (),
     tags: Sequence[str] = (),
 ) -> Markup:
-    """Return a text whose words are tinted by their influence, relative to the strongest in the text.
+    """Return a text whose words are tinted by their influence, relative to the strongest in the text; see `strengths`.
 
-    Args:
-        words: of the text.
-        influences: per word, positive if it speaks for the answer; empty if not known.
-        focus: index of the word that the answer is about; it gets a frame.
-        full: as for `strengths`.
-        unmasked: indices of words that cannot be masked.
-        tags: per word, what follows it in small print; empty for nothing.
+    Influences are positive if a word speaks for the answer, and empty if not known. `focus` is the index of the word
+    that the answer is about, `unmasked` are those of words that cannot be masked; `tags` follow words in small print.
     """
     known = list(influences) or [0.0] * len(words)
     spans = []
@@ -189,9 +169,8 @@ def influence_words(
             span = Markup("<span>{}</span>").format(shown)
         else:
             side, opacity = "for" if influence > 0 else "against", _STRONGEST * abs(strength)
-            span = Markup('<span class="{}" style="--w:{:.2f}" title="{:+.2f}">{}</span>').format(
-                side, opacity, influence, shown
-            )
+            tinted = Markup('<span class="{}" style="--w:{:.2f}" title="{:+.2f}">{}</span>')
+            span = tinted.format(side, opacity, influence, shown)
         if tags:
             span = Markup('<span class="pair">{}<span class="tag">{}</span></span>').format(span, tags[place])
         spans.append(span)

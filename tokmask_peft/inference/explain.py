@@ -30,12 +30,7 @@ _QUESTIONS = 4096  # asked at a time: limits the memory, and fills the batches
 
 
 def find_word(words: Sequence[str], wanted: int | str, where: str) -> int:
-    """Return the index of a word.
-
-    Args:
-        words: of the text.
-        wanted: an index from 0, from the end if negative; or the word itself, if it is there once.
-        where: what to call the text in messages.
+    """Return the index of a word: `wanted` is it, from the end if negative, or the word itself if it is there once.
 
     Raises:
         DataError: there is no such word, or there are several.
@@ -57,26 +52,15 @@ def find_word(words: Sequence[str], wanted: int | str, where: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A text with some words masked.
-
-    Attributes:
-        text: index of the text.
-        masked: indices of the words to mask; may be empty.
-        word: token tasks: the word whose label is asked for.
-    """
+    """A text with some words masked, each given by its index."""
 
     text: int
     masked: frozenset[int]
-    word: int | None = None
+    word: int | None = None  # token tasks: whose label is asked for
 
 
 class Occluded:
-    """Texts whose words can be masked.
-
-    Args:
-        classifier: what answers; its occlusion determines how words are masked.
-        texts: from `Classifier.checked`.
-    """
+    """Texts, from `Classifier.checked`, whose words can be masked as the classifier's occlusion does."""
 
     def __init__(self, classifier: Classifier, texts: Sequence[Any]) -> None:
         self.classifier = classifier
@@ -86,17 +70,12 @@ class Occluded:
         for number, window in enumerate(self._windows):
             self._of_text[window.text].append(number)
         maskable = classifier.occlusion.maskable
-        self._maskable = [
-            maskable[window.ids] & (owners >= 0) for window, owners in zip(self._windows, self._owners, strict=True)
-        ]
+        pairs = zip(self._windows, self._owners, strict=True)
+        self._maskable = [maskable[window.ids] & (owners >= 0) for window, owners in pairs]
 
     def maskable_words(self, text: int) -> set[int]:
         """Return the words of a text of which at least one sub-token can be masked."""
-        return {
-            int(word)
-            for number in self._of_text[text]
-            for word in np.unique(self._owners[number][self._maskable[number]])
-        }
+        return {word for n in self._of_text[text] for word in self._owners[n][self._maskable[n]].tolist()}
 
     def logits(self, questions: Sequence[Question], batch_size: int) -> NDArray[np.float64]:
         """Answer in few forward passes; a window in which nothing changes is computed once.
@@ -105,29 +84,26 @@ class Occluded:
             `[questions, classes]`: of the text, or in token tasks of the word that is asked for.
         """
         task = get_task(self.classifier.task)
-        numbers: dict[tuple[int, bytes], int] = {}
-        jobs: list[tuple[Window, Hidden]] = []
-        needs: list[list[int]] = []
+        jobs: dict[tuple[int, bytes], tuple[Window, Hidden]] = {}
+        needs: list[list[tuple[int, bytes]]] = []
         for question in questions:
             needs.append([])
             for number in self._of_text[question.text]:
-                if question.word is not None and question.word not in self._windows[number].words:
-                    continue
-                hidden = self._maskable[number] & np.isin(self._owners[number], list(question.masked))
-                key = number, hidden.tobytes()
-                if key not in numbers:
-                    numbers[key] = len(jobs)
-                    jobs.append((self._windows[number], hidden))
-                needs[-1].append(numbers[key])
-        forward, occlusion = self.classifier.forward, self.classifier.occlusion
-        found = forward.logits([window for window, _ in jobs], batch_size, occlusion, [hidden for _, hidden in jobs])
+                if question.word is None or question.word in self._windows[number].words:
+                    hidden = self._maskable[number] & np.isin(self._owners[number], list(question.masked))
+                    key = number, hidden.tobytes()
+                    jobs.setdefault(key, (self._windows[number], hidden))
+                    needs[-1].append(key)
+        windows, masked = [window for window, _ in jobs.values()], [hidden for _, hidden in jobs.values()]
+        logits = self.classifier.forward.logits(windows, batch_size, self.classifier.occlusion, masked)
+        found = dict(zip(jobs, logits, strict=True))
         rows = np.zeros((len(questions), len(self.classifier.labels)))
         for row, question, need in zip(rows, questions, needs, strict=True):
             if question.word is None:
-                row[:] = task.join([jobs[job][0] for job in need], [found[job] for job in need])[0]
+                row[:] = task.join([jobs[key][0] for key in need], [found[key] for key in need])[0]
             else:
-                (job,) = need
-                row[:] = found[job][np.flatnonzero(jobs[job][0].words == question.word)[0]]
+                (key,) = need
+                row[:] = found[key][np.flatnonzero(jobs[key][0].words == question.word)[0]]
         return rows
 
 
@@ -173,14 +149,8 @@ def explain(
     """Return the influence of each word of each text on what the classifier predicts.
 
     Words are masked by the token that training used (see `Classifier.occlusion`, whose `note` names it), one at a time,
-    all their sub-tokens together.
-
-    Args:
-        classifier: from `load`.
-        texts: as for `Classifier.predict`.
-        word: token tasks: the word whose label is to be explained by all words: its index from 0, from the end if
-            negative, or itself; default: explain each word's label by the word itself.
-        batch_size: windows per forward pass.
+    all their sub-tokens together. In token tasks, `word` is the one whose label is to be explained by all words: its
+    index from 0, from the end if negative, or itself; by default each word's label is explained by the word itself.
 
     Raises:
         DataError: a text is empty or invalid, or has no such word; `word` is given in a sequence task.
@@ -188,10 +158,8 @@ def explain(
     """
     given = classifier.checked(texts)
     if word is not None and not get_task(classifier.task).words_given:
-        raise DataError(
-            "word is for models with a label per word; this one gives one label per text, which every word explains",
-            code="word-not-applicable",
-        )
+        message = "word is for models with a label per word; this one gives one per text, which every word explains"
+        raise DataError(message, code="word-not-applicable")
     words = [tuple(text.split() if isinstance(text, str) else text) for text in given]
     targets = [None if word is None else find_word(row, word, f"texts[{n}]") for n, row in enumerate(words)]
     starts, asked = [], _QUESTIONS  # of texts that together ask a limited number of questions
@@ -216,14 +184,14 @@ def _explain(
 ) -> Iterator[Explanation]:
     per_word, occluded = get_task(classifier.task).words_given, Occluded(classifier, texts)
     names, temperature = classifier.labels, classifier.temperature
-    asked: list[tuple[list[Question], list[Question]]] = []  # per text as it is, and with each word masked
+    questions, counts = list[Question](), list[int]()  # of each text as it is, and with each word masked
     for text, (row, target) in enumerate(zip(words, targets, strict=True)):
         places = range(len(row))
         whose = [(at if target is None else target) if per_word else None for at in places]
         plain = [Question(text, frozenset(), at) for at in (places if per_word else [None])]
-        asked.append((plain, [Question(text, frozenset([at]), of) for at, of in zip(places, whose, strict=True)]))
-    logits = occluded.logits([one for parts in asked for part in parts for one in part], batch_size)
-    parts = iter(np.split(logits, np.cumsum([len(part) for pair in asked for part in pair])))
+        questions += [*plain, *(Question(text, frozenset([at]), of) for at, of in zip(places, whose, strict=True))]
+        counts += [len(plain), len(row)]
+    parts = iter(np.split(occluded.logits(questions, batch_size), np.cumsum(counts)))
     for text, (row, target) in enumerate(zip(words, targets, strict=True)):
         before, after = next(parts), next(parts)
         best = before.argmax(-1).tolist()

@@ -31,16 +31,11 @@ ONNX_SHAPES = ((1, 1), (1, 9), (3, 24), (7, 40))
 
 
 def check_output(out: str | Path, source: str | Path | None, force: bool = False) -> Path:
-    """Return the file to write to, before anything is loaded.
-
-    Raises:
-        DataError: it exists (unless `force`), is the input itself, or cannot be made.
-    """
+    """Return the file to write to; a DataError if it exists (without `force`), is the input, or cannot be made."""
     path = Path(out)
-    if path.is_dir():
-        raise DataError(f"{out} cannot be written: it is a folder", code="output-not-writable", path=out)
-    if not path.absolute().parent.is_dir():
-        raise DataError(f"{out} cannot be written: its folder is missing", code="output-not-writable", path=out)
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        problem = "it is a folder" if path.is_dir() else "its folder is missing"
+        raise DataError(f"{out} cannot be written: {problem}", code="output-not-writable", path=out)
     if path.exists() and source is not None and Path(source).exists() and path.samefile(source):
         raise DataError(f"{out} is the input itself; give another file", code="output-is-input", path=out)
     if path.exists() and not force:
@@ -49,11 +44,7 @@ def check_output(out: str | Path, source: str | Path | None, force: bool = False
 
 
 def check_folder(folder: str | Path) -> Path:
-    """Return the folder to make.
-
-    Raises:
-        ModelError: it is taken, or its parent is missing.
-    """
+    """Return the folder to make; a ModelError if it is taken or its parent is missing."""
     path = Path(folder)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ModelError(f"{folder} exists and is not empty; give another folder", code="folder-taken", path=folder)
@@ -73,21 +64,13 @@ def check_onnx_installed() -> None:
 
 @dataclass(frozen=True, slots=True)
 class Export:
-    """A merged model.
-
-    Attributes:
-        folder: the model and its tokenizer.
-        difference: largest difference between its logits and the adapter's, in fp32, on the same backbone.
-        rounding: the same for the model as saved: the effect of rounding to bf16, if asked for.
-        notes: what a user of the model should know.
-        onnx: largest difference between onnxruntime's logits and the saved model's; none without `model.onnx`.
-    """
+    """A merged model with its tokenizer."""
 
     folder: Path
-    difference: float
-    rounding: float
-    notes: tuple[str, ...]
-    onnx: float | None = None
+    difference: float  # largest, between its logits and the adapter's, in fp32, on the same backbone
+    rounding: float  # the same for the model as saved: the effect of rounding to bf16, if asked for
+    notes: tuple[str, ...]  # what a user of the model should know
+    onnx: float | None = None  # largest difference between onnxruntime's logits and the saved model's
 
 
 def export_merged(
@@ -115,9 +98,9 @@ def export_merged(
     """
     if onnx:
         check_onnx_installed()
-    if onnx and precision != "fp32":
-        message = "onnx is written in fp32 only, because onnxruntime computes little in bf16 on CPUs"
-        raise ModelError(message, code="onnx-precision")
+        if precision != "fp32":
+            message = "onnx is written in fp32 only, because onnxruntime computes little in bf16 on CPUs"
+            raise ModelError(message, code="onnx-precision")
     if precision not in ("fp32", "bf16"):
         raise ModelError(f"precision is {precision}, expected fp32 or bf16", code="unknown-format", precision=precision)
     target = check_folder(folder)
@@ -126,41 +109,36 @@ def export_merged(
     import torch
 
     from tokmask_peft.inference.forward import loading_memory_errors
-
-    with loading_memory_errors(torch.device("cpu"), "while the model was merged"):
-        return _export(saved, target, precision, onnx)
-
-
-def _export(saved: SavedAdapter, target: Path, precision: str, onnx: bool) -> Export:
-    import torch
-
     from tokmask_peft.model.adapter import load_adapter
     from tokmask_peft.model.backbone import load_backbone
 
     plain = saved.model.model_copy(update={"quantization": "none", "precision": "fp32", "embedding": "resident"})
-    loaded = load_backbone(plain, saved.task, saved.labels, torch.device("cpu"))
-    probes = ordinary_batch(8, 24, loaded.tokenizer)
-    adapted = load_adapter(loaded, saved.folder)
-    expected = _logits(adapted, probes)
-    allowed = TOLERANCE * max(1.0, float(expected.abs().max()))
-    merged = adapted.merge_and_unload(safe_merge=True)
-    difference = float((_logits(merged, probes) - expected).abs().max())
-    _check_equal("the logits of the merged model and the adapter", difference, allowed)
-    merged.config.use_cache = True  # as the backbone came; training switched it off
-    if precision == "bf16":
-        merged.to(torch.bfloat16)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        merged.save_pretrained(str(temporary))
-        loaded.tokenizer.save_pretrained(str(temporary))
-        again = _reloaded(temporary, saved, merged)
-        rounding = float((_logits(again, probes) - expected).abs().max())
-        if precision == "fp32":
-            _check_equal("the logits of the saved model and the adapter", rounding, allowed)
-        measured = export_onnx(again, loaded.tokenizer, temporary, TOLERANCE) if onnx else None
-        temporary.replace(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    device, measured = torch.device("cpu"), None
+    with loading_memory_errors(device, "while the model was merged"):
+        loaded = load_backbone(plain, saved.task, saved.labels, device)
+        probes = ordinary_batch(8, 24, loaded.tokenizer)
+        adapted = load_adapter(loaded, saved.folder)
+        expected = _logits(adapted, probes)
+        allowed = TOLERANCE * max(1.0, float(expected.abs().max()))
+        merged = adapted.merge_and_unload(safe_merge=True)
+        difference = float((_logits(merged, probes) - expected).abs().max())
+        _check_equal("the logits of the merged model and the adapter", difference, allowed)
+        merged.config.use_cache = True  # as the backbone came; training switched it off
+        if precision == "bf16":
+            merged.to(torch.bfloat16)
+        temporary = target.with_name(f".{target.name}.{os.getpid()}")
+        try:
+            merged.save_pretrained(str(temporary))
+            loaded.tokenizer.save_pretrained(str(temporary))
+            again = _reloaded(temporary, saved, merged)
+            rounding = float((_logits(again, probes) - expected).abs().max())
+            if precision == "fp32":
+                _check_equal("the logits of the saved model and the adapter", rounding, allowed)
+            if onnx:
+                measured = export_onnx(again, loaded.tokenizer, temporary)
+            temporary.replace(target)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
     notes = []
     if saved.model.quantization not in ("none", "auto"):
         notes.append(
@@ -202,11 +180,7 @@ def _check_equal(what: str, difference: float, allowed: float, code: str = "merg
 
 
 def _reloaded(folder: Path, saved: SavedAdapter, merged: Any) -> Any:
-    """Load what was saved as a user would, and compare weights and label names.
-
-    Raises:
-        ModelError: something was lost on the way.
-    """
+    """Load what was saved as a user would, and raise a ModelError if weights or label names were lost."""
     import torch
 
     model: Any = get_task(saved.task).auto_model().from_pretrained(str(folder))
@@ -237,14 +211,11 @@ def ordinary_batch(texts: int, length: int, tokenizer: Any) -> dict[str, Tensor]
     return {"input_ids": ids.masked_fill(mask == 0, tokenizer.pad_token_id), "attention_mask": mask}
 
 
-def export_onnx(model: Any, tokenizer: Any, folder: Path, tolerance: float) -> float:
+def export_onnx(model: Any, tokenizer: Any, folder: Path) -> float:
     """Write `model.onnx` with free batch and sequence axes, and compare its logits with the model's.
 
     The model is a classification model of transformers in fp32, without an adapter. Weights beyond 2 GB are saved in a
-    second file. `tolerance` is the allowed difference as a share of the largest logit if that is above 1.
-
-    Returns:
-        The largest difference of a logit over `ONNX_SHAPES`.
+    second file. Returned is the largest difference of a logit over `ONNX_SHAPES`.
 
     Raises:
         ModelError: the exporter does not support this model, or onnxruntime's logits differ.
@@ -283,15 +254,14 @@ def export_onnx(model: Any, tokenizer: Any, folder: Path, tolerance: float) -> f
             assert program is not None  # noqa: S101 - the dynamo exporter returns one
             program.save(str(folder / ONNX_FILE))
     except Exception as error:  # the exporter raises whatever its passes do
-        name, first = type(model).__name__, first_line(error)
-        message = f"torch.onnx cannot export {name} ({first}); leave --onnx out"
-        raise ModelError(message, code="onnx-export-failed", model=name) from error
+        message = f"torch.onnx cannot export {type(model).__name__} ({first_line(error)}); leave --onnx out"
+        raise ModelError(message, code="onnx-export-failed", model=type(model).__name__) from error
     finally:
         chatter.setLevel(before)
-    return compare_onnx(model, tokenizer, folder / ONNX_FILE, tolerance)
+    return compare_onnx(model, tokenizer, folder / ONNX_FILE)
 
 
-def compare_onnx(model: Any, tokenizer: Any, path: Path, tolerance: float) -> float:
+def compare_onnx(model: Any, tokenizer: Any, path: Path) -> float:
     """Return the largest difference between the logits of a file and of its model; see `export_onnx`."""
     import numpy as np
     import onnxruntime
@@ -305,13 +275,12 @@ def compare_onnx(model: Any, tokenizer: Any, path: Path, tolerance: float) -> fl
             (found,) = session.run(["logits"], {name: values.numpy() for name, values in batch.items()})
             with torch.inference_mode():
                 expected = model(**batch).logits.numpy()
-            difference = np.abs(found - expected)
-            if expected.ndim == 3:
-                difference = difference * batch["attention_mask"].numpy()[..., None]
-            worst = max(worst, float(difference.max()))
-            allowed = tolerance * max(1.0, float(np.abs(expected).max()))
+            real = batch["attention_mask"].numpy()[..., None] if expected.ndim == 3 else 1
+            difference = float((np.abs(found - expected) * real).max())
+            worst = max(worst, difference)
+            allowed = TOLERANCE * max(1.0, float(np.abs(expected).max()))
             what = f"the logits of onnxruntime and the model, for {texts} texts of {length} sub-tokens,"
-            _check_equal(what, float(difference.max()), allowed, "onnx-logits-differ")
+            _check_equal(what, difference, allowed, "onnx-logits-differ")
     except ModelError:
         raise
     except Exception as error:  # onnxruntime's own exceptions share no base
@@ -321,7 +290,7 @@ def compare_onnx(model: Any, tokenizer: Any, path: Path, tolerance: float) -> fl
 
 
 def push(run: str | Path, repo_id: str, private: bool = False, *, merged: bool = False, quiet: bool = False) -> str:
-    """Push the adapter of a finished run, or the model with it merged in, to the Hugging Face Hub.
+    """Push the adapter of a finished run, or the model with it merged in, to the Hub; return the address.
 
     Args:
         run: the run folder.
@@ -329,9 +298,6 @@ def push(run: str | Path, repo_id: str, private: bool = False, *, merged: bool =
         private: make the repository private. One that exists and is public is refused.
         merged: push the adapter merged into its backbone, a plain transformers model.
         quiet: print nothing but huggingface_hub's progress bars.
-
-    Returns:
-        The address of the repository.
 
     Raises:
         RunError: the folder is not a run, or the run is not finished.

@@ -14,24 +14,17 @@ from tokmask_peft.inference.classifier import BATCH_SIZE, Answer, Classifier
 from tokmask_peft.inference.export import check_output
 from tokmask_peft.tasks import Example, Unreadable, WordPredictions
 
-CHUNK_BATCHES = 32
-CHUNK_CHARACTERS = 2_000_000
+CHUNK_BATCHES, CHUNK_CHARACTERS = 32, 2_000_000
 SHOWN_PROBLEMS = 5
 
 
 @dataclass(slots=True)
 class FileReport:
-    """What became of a file.
+    """What became of a file."""
 
-    Attributes:
-        rows: rows written, unreadable ones included.
-        unreadable: rows without an answer.
-        problems: the first few of them.
-    """
-
-    rows: int = 0
-    unreadable: int = 0
-    problems: list[Unreadable] = field(default_factory=list)
+    rows: int = 0  # written, unreadable ones included
+    unreadable: int = 0  # rows without an answer
+    problems: list[Unreadable] = field(default_factory=list)  # the first few of them
 
 
 def predict_file(
@@ -46,15 +39,8 @@ def predict_file(
     """Classify the texts of a file, in its order, into JSON lines.
 
     A line per text: `line`, the text or its words, and the answer; for a row that cannot be read `line` and `error`.
-    `out` appears when all is done; until then, a temporary file in the same folder is written.
-
-    Args:
-        classifier: from `load`.
-        source: the texts.
-        out: the file to write.
-        force: replace `out` if it exists.
-        batch_size: windows per forward pass; as many as 32 batches of texts are held in memory at a time.
-        progress: called after each chunk.
+    `out` appears when all is done, in place of an old one if `force` says so; until then, a temporary file in the same
+    folder is written. At most 32 batches of texts are in memory at a time. `progress` is called after each such chunk.
 
     Raises:
         DataError: `out` cannot be written, or the file as a whole cannot be read.

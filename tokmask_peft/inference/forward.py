@@ -28,12 +28,7 @@ class Forward:
 
     What else is in a batch changes answers by rounding only: below 1e-5 of a probability in fp32. In bf16, where matrix
     products round differently in rows of another length, by up to 2e-3 (MiniLM, 150 questions of TREC, batches of 8).
-
-    Args:
-        model: the module, in eval mode.
-        pad_id: fills shorter windows up.
-        task: as in `data.task`.
-        dtype: bfloat16 for autocast, otherwise the model's own.
+    The model is in eval mode; a `dtype` of bfloat16 means autocast.
     """
 
     def __init__(self, model: nn.Module, pad_id: int, task: str, dtype: torch.dtype) -> None:
@@ -51,11 +46,8 @@ class Forward:
     ) -> list[NDArray[np.float32]]:
         """Return per window logits `[1, classes]`, or `[words, classes]` in token tasks, in the order of `windows`.
 
-        Args:
-            windows: of any lengths; those of similar length go together.
-            batch_size: windows per forward pass.
-            occlusion: hides sub-tokens.
-            hidden: with `occlusion`, which, for each window.
+        Windows of similar length go together, `batch_size` per forward pass. With an `occlusion`, the sub-tokens in
+        `hidden` are masked.
 
         Raises:
             ModelError: a logit is not finite, or memory runs out.
@@ -64,7 +56,8 @@ class Forward:
         found: list[Any] = [None] * len(windows)
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            with prediction_memory_errors(self._device, len(chosen)):
+            situation = Situation("prediction", gpu=self._device.type != "cpu", texts=len(chosen))
+            with memory_errors(situation, ModelError):
                 at = None if occlusion is None else self._laid_out([hidden[n] for n in chosen])
                 with nullcontext() if occlusion is None or at is None else occlusion.at(at):
                     values = self._batch([windows[n] for n in chosen])
@@ -97,9 +90,8 @@ class Forward:
             logits = logits.flatten(0, 1)[torch.as_tensor(places)]
         picked = logits.float().cpu().numpy()
         if not np.isfinite(picked).all():
-            raise ModelError(
-                "the model gives logits that are not finite; load it with precision='fp32'", code="logits-not-finite"
-            )
+            message = "the model gives logits that are not finite; load it with precision='fp32'"
+            raise ModelError(message, code="logits-not-finite")
         return np.split(picked, np.cumsum(sizes)[:-1])
 
     def _laid_out(self, rows: Sequence[Hidden]) -> torch.Tensor:
@@ -112,20 +104,5 @@ class Forward:
 def loading_memory_errors(
     device: torch.device, what: str = "while the model was loaded"
 ) -> AbstractContextManager[None]:
-    """Turn running out of memory into a ModelError.
-
-    Args:
-        device: that the model is to compute on.
-        what: is done with the model.
-    """
+    """Turn running out of memory on a device into a ModelError that says when it happened."""
     return memory_errors(Situation("loading", gpu=device.type != "cpu"), ModelError, what)
-
-
-def prediction_memory_errors(device: torch.device, windows: int = 1) -> AbstractContextManager[None]:
-    """Turn running out of memory in a forward pass into a ModelError.
-
-    Args:
-        device: that computes.
-        windows: in this pass; a text longer than a window is read in several.
-    """
-    return memory_errors(Situation("prediction", gpu=device.type != "cpu", texts=windows), ModelError)

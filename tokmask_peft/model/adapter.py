@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear, LoraLayer
 from torch import Tensor, nn
 
@@ -22,9 +23,9 @@ from tokmask_peft.tasks import get_task
 MOST_ROUNDED = 0.3
 """Largest share of an adapter's change to a bf16 weight matrix that rounding may take if it is to be merged.
 
-Measured with MiniLM on question types (sequence) and parts of speech (token), adapters scaled by 1, .3, .1, .03 and
-.01, against fp32: up to a share of .31 merged and unmerged logits deviate alike (rms .0054 and .0055, .0016 and .0016;
-.0068 and .0069, .0041 and .0041), from .53 on the merged ones deviate more (.0012 and .0005; .0055 and .0029).
+Measured with MiniLM on question types and parts of speech, adapters scaled by 1 to .01, against fp32: up to a share of
+.31 merged and unmerged logits deviate alike (rms .0054 and .0055; .0068 and .0069), from .53 on the merged ones
+deviate more (.0012 and .0005; .0055 and .0029).
 """
 
 SAMPLED = 256
@@ -37,12 +38,8 @@ def linear_layers(model: nn.Module, outside: tuple[str, ...]) -> list[str]:
     PEFT's "all-linear" does not do this: it takes GPT-2's convolutions as well, leaves out one head at most and only in
     sequence tasks (not the pooler of a BERT that lacks one), and writes full names into `adapter_config.json`.
     """
-    return [
-        name
-        for name, module in model.named_modules()
-        if (isinstance(module, nn.Linear) or is_quantized(module))
-        and not any(name == other or name.startswith(f"{other}.") for other in outside)
-    ]
+    linear = [name for name, part in model.named_modules() if isinstance(part, nn.Linear) or is_quantized(part)]
+    return [name for name in linear if not any(f"{name}.".startswith(f"{other}.") for other in outside)]
 
 
 def target_names(model: nn.Module, config: AdapterConfig, outside: tuple[str, ...]) -> list[str]:
@@ -53,15 +50,11 @@ def target_names(model: nn.Module, config: AdapterConfig, outside: tuple[str, ..
     """
     found = sorted({name.rsplit(".", 1)[-1] for name in linear_layers(model, outside)})
     if not found:
-        raise ModelError(
-            f"{type(model).__name__} has no linear layers to adapt (transformers writes GPT-2's as convolutions): use "
-            "another backbone, such as those of `tokmask recipes`",
-            code="no-linear-layers",
-        )
+        problem = f"{type(model).__name__} has no linear layers to adapt (transformers writes GPT-2's as convolutions)"
+        raise ModelError(f"{problem}: use another backbone, as in `tokmask recipes`", code="no-linear-layers")
     if config.targets == "auto":
         return found
-    unknown = [name for name in config.targets if name not in found]
-    if unknown:
+    if unknown := [name for name in config.targets if name not in found]:
         raise ModelError(
             f"adapter.targets: no linear layer is called {', '.join(unknown)}.{nearest(unknown[0], found)} "
             f"This backbone has {', '.join(found)}; 'auto' adapts them all.",
@@ -95,20 +88,13 @@ def add_adapter(
 ) -> tuple[Any, tuple[Decision, ...]]:
     """Wrap the backbone in a PEFT model: LoRA on its linear layers, new modules trained in full.
 
-    Args:
-        backbone: from `load_backbone`.
-        config: rank, scaling, targets.
-        task: determines PEFT's task type, without which the head would silently stay frozen.
-        trained_token: id of the mask token if its embedding row is to be trained.
+    `trained_token` is the id of the mask token if its embedding row is to be trained.
 
     Raises:
         ModelError: a target does not exist, or the head did not become trainable.
     """
-    from peft import LoraConfig, get_peft_model
-
     new = backbone.new_modules
-    targets = target_names(backbone.model, config, new)
-    layers = adapted_layers(backbone.model, config.layers)
+    targets, layers = target_names(backbone.model, config, new), adapted_layers(backbone.model, config.layers)
     backbone.model.requires_grad_(False)
     rows: dict[str, list[int]] | None = None
     if trained_token is not None:
@@ -116,7 +102,7 @@ def add_adapter(
         name = next(name for name, module in backbone.model.named_modules() if module is embedding)
         rows = {name.rsplit(".", 1)[-1]: [trained_token]}
     lora = LoraConfig(
-        task_type=get_task(task).peft_type,
+        task_type=get_task(task).peft_type,  # without it the head would silently stay frozen
         r=config.r,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
@@ -136,19 +122,14 @@ def add_adapter(
     if frozen := [name for name in new if not any(f"{name}.modules_to_save." in entry for entry in trained)]:
         message = f"{', '.join(frozen)} did not become trainable; without a trained head nothing is learned"
         raise ModelError(message, code="frozen-head", modules=frozen)
-    for name, parameter in trained.items():
-        if parameter.dtype != torch.float32:
-            message = f"{name} would be trained in {parameter.dtype}; adapters and heads are trained in fp32"
-            raise ModelError(message, code="trained-in-low-precision", parameter=name)
-    decision = Decision(
-        "trained",
-        f"{sum(parameter.numel() for parameter in trained.values()):,} parameters",
-        f"LoRA r={config.r} on {', '.join(targets)}"
-        + (f" of layers {layers[0]} to {layers[-1]}" if layers else "")
-        + f"; in full: {', '.join(new)}"
-        + (f"; embedding row {trained_token}" if trained_token is not None else ""),
-    )
-    return model, (decision,)
+    if low := [name for name, parameter in trained.items() if parameter.dtype != torch.float32]:
+        message = f"{low[0]} would be trained in {trained[low[0]].dtype}; adapters and heads are trained in fp32"
+        raise ModelError(message, code="trained-in-low-precision", parameter=low[0])
+    count = sum(parameter.numel() for parameter in trained.values())
+    where = f" of layers {layers[0]} to {layers[-1]}" if layers else ""
+    row = "" if trained_token is None else f"; embedding row {trained_token}"
+    reason = f"LoRA r={config.r} on {', '.join(targets)}{where}; in full: {', '.join(new)}{row}"
+    return model, (Decision("trained", f"{count:,} parameters", reason),)
 
 
 @contextlib.contextmanager
@@ -156,11 +137,8 @@ def inputs_as_they_come(model: nn.Module, autocast: bool) -> Iterator[None]:
     """Keep PEFT from making an fp32 copy of what enters each adapter, which autocast would convert back to bf16.
 
     Without dropout on the adapter's input only time and memory change; with it, the dropout is computed in bf16, like
-    the backbone's own. DoRA takes the dtype of its norms from the input, so there the copy stays.
-
-    Args:
-        model: the PEFT model.
-        autocast: whether the forward passes run in autocast; without it the copy is needed.
+    the backbone's own. DoRA takes the dtype of its norms from the input, so there the copy stays, and so it does if the
+    forward passes do not run in `autocast`.
     """
     # PEFT's `disable_input_dtype_casting` fails at layers without the switch (TrainableTokensLayer, peft 0.21.2)
     layers = [module for module in model.modules() if getattr(module, "cast_input_dtype_enabled", False)]
@@ -190,11 +168,8 @@ def gathered_weights(model: Any) -> dict[str, Tensor] | None:
 def save_adapter(model: Any, folder: Path, backbone_id: str, weights: dict[str, Tensor] | None = None) -> None:
     """Save LoRA, head and other new modules into `folder`, never the embedding matrix.
 
-    Args:
-        model: the PEFT model.
-        folder: made if missing.
-        backbone_id: the base model in `adapter_config.json`, which has to be found on other machines, too.
-        weights: from `gathered_weights`.
+    `backbone_id` becomes the base model in `adapter_config.json`, which has to be found on other machines, too;
+    `weights` are those of `gathered_weights`.
     """
     config = model.peft_config["default"]
     loaded_from = config.base_model_name_or_path
@@ -211,8 +186,6 @@ def load_adapter(backbone: Backbone, folder: Path) -> Any:
     Raises:
         ModelError: the folder has no adapter, or one for another backbone or other labels.
     """
-    from peft import PeftModel
-
     if not (folder / "adapter_config.json").is_file():
         raise ModelError(f"{folder} has no adapter (adapter_config.json is missing)", code="no-adapter", folder=folder)
     try:
@@ -229,13 +202,7 @@ def merge_if_harmless(model: Any) -> tuple[Any, Decision]:
     """Merge an adapter into its unquantized backbone, which saves its extra products, unless rounding would spoil it.
 
     bf16 weights hold three digits. A change that is small compared with them would be lost, so that such an adapter is
-    kept apart.
-
-    Args:
-        model: the PEFT model; taken apart if it is merged.
-
-    Returns:
-        The merged model, or `model`; and which of them, with the reason.
+    kept apart. Returned are the merged model, made of the PEFT model, or `model`; and which of them, with the reason.
     """
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     low: list[Any] = [layer for layer in layers if layer.get_base_layer().weight.dtype != torch.float32]
@@ -245,10 +212,8 @@ def merge_if_harmless(model: Any) -> tuple[Any, Decision]:
     if not rounded <= MOST_ROUNDED:
         reason = f"rounding to bf16 would take up to {rounded:.0%} of its change to a matrix"
         return model, Decision("adapter", "kept apart", reason)
-    reason = "the same function with fewer products"
-    if low:
-        reason += f"; rounding to bf16 takes up to {rounded:.1%} of its change to a matrix"
-    return model.merge_and_unload(), Decision("adapter", "merged", reason)
+    loss = f"; rounding to bf16 takes up to {rounded:.1%} of its change to a matrix" if low else ""
+    return model.merge_and_unload(), Decision("adapter", "merged", f"the same function with fewer products{loss}")
 
 
 @torch.no_grad()

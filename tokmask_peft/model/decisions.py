@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 from dataclasses import dataclass
 from functools import cache
@@ -22,24 +23,18 @@ CPUINFO = Path("/proc/cpuinfo")
 @cache
 def cpu_flags() -> frozenset[str] | None:
     """Return the feature flags of an x86 CPU as torch or Linux reports them, or None if neither does."""
-    found = _ask_torch("get_capabilities")
-    if found is not None and "avx512_bf16" in found:  # a torch that cannot inspect the CPU gives its name at most
-        return frozenset(name for name, has in found.items() if has is True)
+    with contextlib.suppress(AttributeError, RuntimeError):
+        found = torch.cpu.get_capabilities()
+        if "avx512_bf16" in found:  # a torch that cannot inspect the CPU gives its name at most
+            return frozenset(name for name, has in found.items() if has is True)
     if CPUINFO.exists():
         for line in CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith("flags"):
                 return frozenset(line.split(":", 1)[1].split())
     # torch 2.6 has no `get_capabilities`; that it knows nothing of AMX does not matter: AMX never comes without AVX512
-    has = _ask_torch("_is_avx512_bf16_supported")
-    return None if has is None else frozenset({"avx512_bf16"} if has else ())
-
-
-def _ask_torch(name: str) -> Any:
-    """Call a function of `torch.cpu` that older versions lack; None if it cannot answer."""
-    try:
-        return getattr(torch.cpu, name)()
-    except (AttributeError, RuntimeError):
-        return None
+    with contextlib.suppress(AttributeError, RuntimeError):
+        return frozenset({"avx512_bf16"} if torch.cpu._is_avx512_bf16_supported() else ())
+    return None
 
 
 def choose_precision(config: ModelConfig, device: torch.device) -> Decision:
@@ -48,26 +43,25 @@ def choose_precision(config: ModelConfig, device: torch.device) -> Decision:
     The head and the loss are computed in fp32 either way. fp16 is not offered: heads lose their loss in it
     (peft#1522, transformers#24731).
     """
+    machine, choice = platform.machine(), "fp32"
     if config.precision != "auto":
-        return Decision("precision", config.precision, "set in the recipe")
-    if device.type == "cuda":
+        choice, reason = config.precision, "set in the recipe"
+    elif device.type == "cuda":
         name = torch.cuda.get_device_name(device)
+        choice, reason = "fp32", f"{name} has no bf16"
         if torch.cuda.is_bf16_supported(including_emulation=False):
-            return Decision("precision", "bf16", f"{name} computes in bf16")
-        return Decision("precision", "fp32", f"{name} has no bf16")
-    if device.type != "cpu":
-        return Decision("precision", "fp32", f"bf16 has not been tested on {device.type}")
-    machine = platform.machine()
-    if machine.lower().startswith(("arm", "aarch")):
+            choice, reason = "bf16", f"{name} computes in bf16"
+    elif device.type != "cpu":
+        reason = f"bf16 has not been tested on {device.type}"
+    elif machine.lower().startswith(("arm", "aarch")):
         reason = f"bf16 has not been measured on {machine} CPUs; set model.precision=bf16 to use it"
-        return Decision("precision", "fp32", reason)
-    flags = cpu_flags()
-    if flags is None:
+    elif (flags := cpu_flags()) is None:
         reason = f"neither torch nor {platform.system()} reports whether the CPU computes in bf16"
-        return Decision("precision", "fp32", reason)
-    if found := sorted(flags & {"avx512_bf16", "amx_bf16"}):
-        return Decision("precision", "bf16", f"the CPU has {', '.join(found)}")
-    return Decision("precision", "fp32", "the CPU would emulate bf16 (it has neither avx512_bf16 nor amx_bf16)")
+    elif found := sorted(flags & {"avx512_bf16", "amx_bf16"}):
+        choice, reason = "bf16", f"the CPU has {', '.join(found)}"
+    else:
+        reason = "the CPU would emulate bf16 (it has neither avx512_bf16 nor amx_bf16)"
+    return Decision("precision", choice, reason)
 
 
 @cache
@@ -92,60 +86,40 @@ def choose_quantization(config: ModelConfig, device: torch.device) -> Decision:
     Raises:
         ModelError: the recipe asks for a quantization that bitsandbytes cannot do on this device.
     """
-    if config.quantization == "none":
-        return Decision("quantization", "none", "set in the recipe")
-    problem = bitsandbytes_problem(device.type)
-    if config.quantization == "auto":
-        if problem is None:
-            return Decision("quantization", "nf4", f"bitsandbytes runs on this {device.type}")
-        return Decision("quantization", "none", problem)
+    wanted = config.quantization
+    problem = None if wanted == "none" else bitsandbytes_problem(device.type)
+    if wanted == "auto":
+        choice, reason = ("nf4", f"bitsandbytes runs on this {device.type}") if problem is None else ("none", problem)
+        return Decision("quantization", choice, reason)
     if problem is not None:
-        raise ModelError(
-            f"model.quantization is {config.quantization}, but {problem}. "
-            "Set model.quantization=none, or install a bitsandbytes that supports this device.",
-            code="quantization-unavailable",
-            quantization=config.quantization,
-            device=device.type,
-        )
-    return Decision("quantization", config.quantization, "set in the recipe")
+        message = f"model.quantization is {wanted}, but {problem}. Set model.quantization=none, or update bitsandbytes."
+        raise ModelError(message, code="quantization-unavailable", quantization=wanted, device=device.type)
+    return Decision("quantization", wanted, "set in the recipe")
 
 
 @dataclass(frozen=True, slots=True)
 class LoadingPlan:
-    """How to load the backbone of a trained adapter on this device.
-
-    Attributes:
-        model: the settings to load it with.
-        reasons: of each setting that the user did not choose.
-        deviations: the reasons for settings that differ from training although the user did not ask for that.
-    """
+    """How to load the backbone of a trained adapter on this device."""
 
     model: ModelConfig
-    reasons: dict[str, str]
-    deviations: tuple[str, ...]
+    reasons: dict[str, str]  # of each setting that the user did not choose
+    deviations: tuple[str, ...]  # the reasons for settings that differ from training, unasked
 
 
 def plan_loading(
     trained: ModelConfig, device: torch.device, quantization: str | None = None, precision: str | None = None
 ) -> LoadingPlan:
-    """Choose the settings to load the backbone of a trained adapter with.
+    """Choose the settings to load the backbone of a trained adapter with; `trained` are those of training.
 
-    Args:
-        trained: the settings of training.
-        device: to compute on.
-        quantization: `nf4`, `int8` or `none`; default: that of training if it runs on this device.
-        precision: `bf16` or `fp32`; default: that of training.
+    The default for `quantization` (`nf4`, `int8` or `none`) is that of training if it runs on this device; for
+    `precision` (`bf16` or `fp32`) that of training.
 
     Raises:
         ModelError: there is no such quantization or precision.
     """
     if quantization not in (None, "nf4", "int8", "none") or precision not in (None, "auto", "bf16", "fp32"):
-        raise ModelError(
-            f"quantization is {quantization}, precision is {precision}; expected nf4, int8 or none, and bf16 or fp32",
-            code="unknown-format",
-            quantization=quantization,
-            precision=precision,
-        )
+        message = f"quantization {quantization}, precision {precision}: expected nf4, int8 or none, and bf16 or fp32"
+        raise ModelError(message, code="unknown-format", quantization=quantization, precision=precision)
     reasons, deviations = {}, {}
     if quantization is None:
         quantization, reasons["quantization"] = trained.quantization, "as in training"
@@ -163,23 +137,15 @@ def plan_loading(
 
 
 def can_checkpoint(model: Any) -> bool:
-    """Return whether the class of a model of transformers, bare or wrapped by PEFT, can checkpoint its layers.
-
-    ALBERT, MPNet, SqueezeBERT, Funnel and XLM cannot.
-    """
+    """Return whether a model, bare or wrapped by PEFT, can checkpoint its layers; ALBERT, for one, cannot."""
     return bool(model.supports_gradient_checkpointing)
 
 
 def check_checkpointing(model: Any, wanted: bool | str) -> None:
-    """Refuse `model.gradient_checkpointing: true` for a model that cannot do it.
-
-    Raises:
-        ModelError: it cannot.
-    """
+    """Raise a ModelError if `model.gradient_checkpointing` is true and the model cannot do it."""
     if wanted is True and not can_checkpoint(model):
-        what = type(model).__name__
-        problem = f"model.gradient_checkpointing is true, but {what} cannot do that: set it to false"
-        raise ModelError(problem, code="no-checkpointing", model=what)
+        problem = f"model.gradient_checkpointing is true, but {type(model).__name__} cannot do that: set it to false"
+        raise ModelError(problem, code="no-checkpointing", model=type(model).__name__)
 
 
 def enable_checkpointing(model: Any) -> None:
@@ -187,15 +153,11 @@ def enable_checkpointing(model: Any) -> None:
 
     transformers makes the embedding's output require gradients when it does this, so that the backward pass, and with
     it what is computed again, goes through layers below the first adapter for nothing. Only reentrant checkpointing
-    needs that, which is not used here.
-
-    Args:
-        model: of transformers, bare or wrapped by PEFT.
+    needs that, which is not used here. The model may be wrapped by PEFT.
     """
     # transformers 5.17, the oldest supported version, has only the old name, which goes in transformers 6
     new = hasattr(model, "activation_checkpointing_enable")
-    enable = model.activation_checkpointing_enable if new else model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
+    (model.activation_checkpointing_enable if new else model.gradient_checkpointing_enable)({"use_reentrant": False})
     model.disable_input_require_grads()
 
 
@@ -203,8 +165,7 @@ def out_of_memory(error: BaseException) -> bool:
     """Return whether a device or the host refused memory."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    # accelerate knows the messages of the allocators, not those of CUDA's own calls
-    said = str(error).lower()
+    said = str(error).lower()  # accelerate knows the messages of the allocators, not those of CUDA's own calls
     raw = isinstance(error, RuntimeError) and ("out of memory" in said or "status_alloc_failed" in said)
     return raw or (isinstance(error, Exception) and should_reduce_batch_size(error))
 

@@ -1,8 +1,7 @@
 """The padding-free forward: a batch as one packed row, attention per text, and the head on each text's own state.
 
-Everything but attention works on single sub-tokens, and a packed row spends nothing on padding. Padded batches still
-take the model's own forward, so that a model can be trained packed and evaluated padded. A backbone family is an entry
-of `FAMILIES`.
+A packed row spends nothing on padding. Padded batches still take the model's own forward, so that a model can be
+trained packed and evaluated padded. A backbone family is an entry of `FAMILIES`.
 """
 
 from __future__ import annotations
@@ -13,17 +12,21 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+from transformers.modeling_outputs import SequenceClassifierOutput, TokenClassifierOutput
 
 from tokmask_peft.console import Decision
 from tokmask_peft.errors import ModelError
 from tokmask_peft.masking.embedding import find_embedding
 from tokmask_peft.masking.masker import TokenMasker
-from tokmask_peft.model.dropout import dropout as dropped
+from tokmask_peft.model.backbone import dropout as dropped
 from tokmask_peft.recipe.schema import Batching
 
 Kernel = Callable[..., Tensor]
@@ -36,9 +39,8 @@ class Family:
     """What the packed forward has to know of an architecture.
 
     Attributes:
-        head: in models with an answer per text: from the model and the pooled states, [texts, 1, hidden], to logits,
-            [texts, classes].
-        last_layer: in models with an answer per sub-token: the name of the layer after their dropout.
+        head: for an answer per text: from the model and the pooled states, [texts, 1, hidden], to [texts, classes].
+        last_layer: for an answer per sub-token: the name of the layer after the dropout.
         causal: whether a text is pooled at its last sub-token, and not at its first.
         positions: from the model, the ids and their layout to position ids, [1, total].
         package: of the classes; the same name in another package is another architecture.
@@ -77,11 +79,11 @@ def _family(model: nn.Module) -> Family | None:
 
 def padding_free_problem(model: nn.Module) -> str | None:
     """Return why a classification model, without an adapter, cannot take packed rows, or None if it can."""
-    family = _family(model)
+    family, name = _family(model), type(model).__name__
     if family is None:
-        return f"{type(model).__name__} has no padding-free forward; {', '.join(FAMILIES)} have"
+        return f"{name} has no padding-free forward; {', '.join(FAMILIES)} have"
     if not family.causal and getattr(model.config, "is_decoder", False):
-        return f"{type(model).__name__} is set up as a decoder"
+        return f"{name} is set up as a decoder"
     attention = getattr(model.config, "_attn_implementation", None)
     return None if attention in ("sdpa", NAME) else f"its attention is {attention}, not sdpa"
 
@@ -91,17 +93,18 @@ def choose_batching(wanted: Batching, model: nn.Module, neftune: bool = False) -
 
     The model comes without an adapter; `neftune` says whether NEFTune adds noise to its embeddings.
     """
+    reason = "a batch is one row, with attention per text"
     if wanted == "grouped":
         reason = "texts of similar length need little padding; if length gives the label away, a run may not learn"
-        return Decision("batching", wanted, reason)
-    if wanted == "padded":
-        return Decision("batching", wanted, "random batches, padded to their longest text")
-    problem = padding_free_problem(model)
-    if problem is None and neftune:
-        problem = "NEFTune scales its noise by the length of the padded batch"
-    if problem is not None:
-        return Decision("batching", "padded", f"padding_free does not fit: {problem}")
-    return Decision("batching", wanted, "a batch is one row, with attention per text")
+    elif wanted == "padded":
+        reason = "random batches, padded to their longest text"
+    else:
+        problem = padding_free_problem(model)
+        if problem is None and neftune:
+            problem = "NEFTune scales its noise by the length of the padded batch"
+        if problem is not None:
+            return Decision("batching", "padded", f"padding_free does not fit: {problem}")
+    return Decision("batching", wanted, reason)
 
 
 def enable_padding_free(model: nn.Module) -> None:
@@ -114,13 +117,10 @@ def enable_padding_free(model: nn.Module) -> None:
     """
     if isinstance(model, PackedRows):
         return
-    own = type(model)
-    if problem := padding_free_problem(model):
+    own, problem = type(model), padding_free_problem(model)
+    if problem is not None:
         message = f"training.batching=padding_free: {problem}; use padded"
         raise ModelError(message, code="not-packable", model=own.__name__)
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
-
     AttentionInterface.register(NAME, packed_attention)
     # for padded batches, which go on through `sdpa`; without a mask function transformers would drop their mask
     AttentionMaskInterface.register(NAME, sdpa_mask)
@@ -144,41 +144,28 @@ text 7.6 ms; the row as a whole under a mask 28 ms. Longer texts, 14 heads of 64
 """
 
 ROUND = 64
-"""Sub-tokens that a packed row on a CPU is a multiple of; short rows, of 8.
-
-oneDNN compiles and keeps a kernel per shape, and every batch has another number of sub-tokens.
-"""
+"""Sub-tokens that a packed row on a CPU is a multiple of (short ones, of 8): oneDNN keeps a kernel for each shape."""
 
 
 @dataclass(frozen=True, slots=True)
 class Packing:
     """The places of the texts in a packed row; made once for each batch, used by every layer.
 
-    Attributes:
-        cu_seqlens: the start of each text, and the end of the last, int32 [texts + 1].
-        max_length: of the longest text.
-        rows: index of the text of each sub-token, int64 [1, total].
-        positions: position in its text, int64 [1, total].
-        buckets: texts of similar length for kernels that need padding: how many, the length of the longest, and which
-            slots hold a sub-token, bool [texts, 1, 1, length], or None if all do.
-        slots: for each slot of the padded buckets the sub-token that fills it, int64 [slots].
-        back: for each sub-token its slot, int64 [total].
+    A bucket holds texts of similar length for kernels that need padding: how many, the length of the longest, and which
+    slots hold a sub-token, bool [texts, 1, 1, length], or None if all do.
     """
 
-    cu_seqlens: Tensor
+    cu_seqlens: Tensor  # the start of each text, and the end of the last, int32 [texts + 1]
     max_length: int
-    rows: Tensor
-    positions: Tensor
+    rows: Tensor  # index of the text of each sub-token, int64 [1, total]
+    positions: Tensor  # position in its text, int64 [1, total]
     buckets: tuple[tuple[int, int, Tensor | None], ...]
-    slots: Tensor
-    back: Tensor
+    slots: Tensor  # for each slot of the padded buckets the sub-token that fills it, int64 [slots]
+    back: Tensor  # for each sub-token its slot, int64 [total]
 
     @classmethod
     def make(cls, cu_seqlens: Tensor, total: int, max_length: int, one_bucket: bool = False) -> Packing:
-        """Lay out a row of `total` sub-tokens, without waiting for a GPU.
-
-        With `one_bucket` all texts are padded to the longest, as always on a GPU.
-        """
+        """Lay out a row of `total` sub-tokens, without waiting for a GPU, where there is always `one_bucket`."""
         device = cu_seqlens.device
         starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
         texts = torch.arange(len(starts), device=device)
@@ -187,8 +174,7 @@ class Packing:
         # on a GPU the lengths cannot be read here without waiting, and calls cost more than padding
         together = one_bucket or device.type != "cpu"
         groups = [(None, max_length, True)] if together else _buckets(lengths.tolist())
-        buckets, slots, first = [], [], torch.empty_like(starts)
-        used = 0
+        buckets, slots, first, used = [], [], torch.empty_like(starts), 0
         for members, length, padded in groups:
             chosen = texts if members is None else torch.tensor(members)
             columns = torch.arange(length, device=device)
@@ -237,16 +223,12 @@ class PackedRows(nn.Module):
         max_length: int | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Run the model.
+        """Return an output of transformers with `logits`, [texts, classes] or [1, total, classes], and maybe `loss`.
 
         `input_ids` are packed, [1, total], or padded, [batch, seq], and so are the labels of models with an answer per
         sub-token; other labels are [texts]. `cu_seqlens`, int32 [texts + 1], holds the start of each packed text and
         the end of the last; `max_length` is that of the longest packed text. `attention_mask` and `position_ids` are
         for padded batches: in a packed row they follow from `cu_seqlens`.
-
-        Returns:
-            An output of transformers with `logits`, [texts, classes] or [1, total, classes], and `loss` if there are
-            labels.
         """
         if cu_seqlens is None:
             rest = {"attention_mask": attention_mask, "position_ids": position_ids, "labels": labels}
@@ -254,8 +236,6 @@ class PackedRows(nn.Module):
             return super().forward(input_ids=input_ids, **given, **kwargs)
         if input_ids is None or max_length is None:
             raise ModelError("a packed batch needs input_ids, cu_seqlens and max_length", code="incomplete-batch")
-        from transformers.modeling_outputs import SequenceClassifierOutput, TokenClassifierOutput
-
         ids, total = input_ids, input_ids.shape[1]
         packing = longer = Packing.make(cu_seqlens, total, max_length)
         if ids.device.type == "cpu" and (extra := filler(total, max_length)):  # what is added is cut off again
@@ -286,8 +266,7 @@ def packed_logits(model: Any, hidden: Tensor, input_ids: Tensor, packing: Packin
     """Apply the model's head: pooled as for padded batches, [texts, classes], or per sub-token, [1, total, classes]."""
     family: Family = model.family
     if model.per_token:
-        logits: Tensor = getattr(model, family.last_layer)(model.dropout(hidden))
-        return logits
+        return cast(Tensor, getattr(model, family.last_layer)(model.dropout(hidden)))
     at = packing.cu_seqlens[:-1].long()
     if family.causal:  # the last sub-token that is not a padding token, in case a text ends in one
         columns = torch.arange(input_ids.shape[1], device=at.device)
@@ -309,29 +288,31 @@ def packed_attention(
     packing: Packing | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attend within each text; without `packing` this is the `sdpa` of transformers.
+    """Attend within each text: [1, total, heads, head] and no weights. Without `packing` this is transformers' `sdpa`.
 
     `query`, `key` and `value` are [1, heads, total, head], the latter two maybe with fewer heads. `attention_mask` is
     ignored if there is a `packing`. `sliding_window` is the number of sub-tokens that a causal layer sees, itself
     included; whether a layer is causal it says itself by default.
-
-    Returns:
-        [1, total, heads, head], and no weights.
     """
     if packing is None:
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
         options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal}
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options, **kwargs)
-    causal, sliding_window = seen(module, is_causal, sliding_window, packing.max_length)
+    causal, window = seen(module, is_causal, sliding_window, packing.max_length)
     rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
     device = query.device.type
+    kernel: Kernel = F.scaled_dot_product_attention
     if device == "cuda" and query.dtype == torch.float32 and torch.is_autocast_enabled("cuda"):
         rows = [tensor.to(torch.get_autocast_dtype("cuda")) for tensor in rows]
-    if device == "cuda" and rows[0].dtype != torch.float32 and dropout == 0.0 and (kernel := _varlen_kernel()):
-        found = _varlen_attention(kernel, rows, packing, causal, sliding_window, scaling)
+    if device == "cuda" and rows[0].dtype != torch.float32 and dropout == 0.0 and (varlen := _varlen_kernel()):
+        found = _varlen_attention(varlen, rows, packing, causal, window, scaling)
+    elif device == "cpu":
+        # the kernels of CPUs are slow in bf16: 26.6 ms in four buckets that take 6.8 in fp32 (see `WORTH`)
+        rows = [tensor.float() for tensor in rows]
+        with torch.autocast("cpu", enabled=False):
+            kernel = _dropped_attention if dropout > 0 else kernel
+            found = attend_in_buckets(rows, packing, causal, window, dropout, scaling, kernel)
     else:
-        found = _padded_attention(rows, packing, causal, sliding_window, dropout, scaling)
+        found = attend_in_buckets(rows, packing, causal, window, dropout, scaling, kernel)
     return found.to(value.dtype).unsqueeze(0), None
 
 
@@ -349,46 +330,25 @@ def _varlen_kernel() -> Kernel | None:
     except ImportError:
         return None
     known = {"scale", "window_size"} <= set(inspect.signature(varlen_attn).parameters)
-    kernel: Any = varlen_attn
-    return kernel if known and torch.cuda.get_device_capability() >= (8, 0) else None
+    return cast(Kernel, varlen_attn) if known and torch.cuda.get_device_capability() >= (8, 0) else None
 
 
 def _varlen_attention(
     kernel: Kernel, rows: list[Tensor], packing: Packing, causal: bool, window: int | None, scaling: float | None
 ) -> Tensor:
     """Attend with a kernel for packed rows; query, key and value as [total, heads, head], and so the result."""
-    rows = _equal_heads(rows)
     # the kernel counts the sub-tokens before the current one, transformers counts that one too
     sides = (-1 if window is None else window - 1, 0) if causal else (-1, -1)
     bounds = (packing.cu_seqlens, packing.cu_seqlens, packing.max_length, packing.max_length)
-    return kernel(*(tensor.contiguous() for tensor in rows), *bounds, scale=scaling, window_size=sides)
-
-
-def _padded_attention(
-    rows: list[Tensor], packing: Packing, causal: bool, window: int | None, dropout: float, scaling: float | None
-) -> Tensor:
-    """Attend in padded buckets; query, key and value as [total, heads, head], and so the result."""
-    device = rows[0].device.type
-    # the kernels of CPUs are slow in bf16: 26.6 ms in four buckets that take 6.8 in fp32 (see `WORTH`)
-    with torch.autocast(device, enabled=False if device == "cpu" else torch.is_autocast_enabled(device)):
-        if device == "cpu":
-            rows = [tensor.float() for tensor in rows]
-        kernel = _dropped_attention if device == "cpu" and dropout > 0 else F.scaled_dot_product_attention
-        return attend_in_buckets(rows, packing, causal, window, dropout, scaling, kernel)
+    return kernel(*(tensor.contiguous() for tensor in _equal_heads(rows)), *bounds, scale=scaling, window_size=sides)
 
 
 def attend_in_buckets(
-    rows: list[Tensor],
-    packing: Packing,
-    causal: bool,
-    window: int | None,
-    dropout: float,
-    scaling: float | None,
-    kernel: Kernel = F.scaled_dot_product_attention,
+    rows: list[Tensor], packing: Packing, causal: bool, window: int | None, p: float, scale: float | None, using: Kernel
 ) -> Tensor:
-    """Attend in padded buckets, in the precision of query, key and value."""
+    """Attend in padded buckets; query, key and value as [total, heads, head], and so the result, in their precision."""
     sizes = [texts * length for texts, length, _ in packing.buckets]
-    padded = [_Pad.apply(tensor, packing.slots, packing.back).split(sizes) for tensor in _equal_heads(rows)]
+    padded = [_Take.apply(tensor, packing.slots, packing.back).split(sizes) for tensor in _equal_heads(rows)]
     outputs = []
     for (texts, length, within), *parts in zip(packing.buckets, *padded, strict=True):
         query, key, value = (part.unflatten(0, (texts, length)).transpose(1, 2) for part in parts)
@@ -396,10 +356,9 @@ def attend_in_buckets(
         mask = None if causal else within
         if causal and window is not None:
             mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril().triu(1 - window)
-        found = kernel(query, key, value, mask, dropout, is_causal=causal and mask is None, scale=scaling)
+        found = using(query, key, value, mask, p, is_causal=causal and mask is None, scale=scale)
         outputs.append(found.transpose(1, 2).flatten(0, 1))
-    unpadded: Tensor = _Unpad.apply(torch.cat(outputs), packing.back)
-    return unpadded
+    return cast(Tensor, _Take.apply(torch.cat(outputs), packing.back))
 
 
 def _dropped_attention(
@@ -420,31 +379,23 @@ def _equal_heads(rows: list[Tensor]) -> list[Tensor]:
     return [tensor.repeat_interleave(n, dim=1) if n > 1 else tensor for tensor, n in zip(rows, times, strict=True)]
 
 
-class _Pad(torch.autograd.Function):
-    """Copy sub-tokens to their slots; the gradient comes back from these alone, without any sums."""
+class _Take(torch.autograd.Function):
+    """Take rows by index; the gradient is copied back, without any sums.
+
+    `back` says, for each row of `x`, which row of the result has its gradient; without it, no row is taken twice, and
+    those that are not taken (padding) get no gradient.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, slots: Tensor, back: Tensor) -> Tensor:
-        ctx.save_for_backward(back)
-        return x.index_select(0, slots)
+    def forward(ctx: Any, x: Tensor, index: Tensor, back: Tensor | None = None) -> Tensor:
+        ctx.save_for_backward(index, back)
+        ctx.rows = x.shape[0]
+        return x.index_select(0, index)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (back,) = ctx.saved_tensors
-        return gradients[0].index_select(0, back), None, None
-
-
-class _Unpad(torch.autograd.Function):
-    """Take sub-tokens out of their slots; padding gets no gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, padded: Tensor, back: Tensor) -> Tensor:
-        ctx.save_for_backward(back)
-        ctx.slots = padded.shape[0]
-        return padded.index_select(0, back)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (back,) = ctx.saved_tensors
-        empty = gradients[0].new_zeros(ctx.slots, *gradients[0].shape[1:])
-        return empty.index_copy_(0, back, gradients[0]), None
+        index, back = ctx.saved_tensors
+        if back is not None:
+            return gradients[0].index_select(0, back), None, None
+        empty = gradients[0].new_zeros(ctx.rows, *gradients[0].shape[1:])
+        return empty.index_copy_(0, index, gradients[0]), None, None

@@ -7,7 +7,7 @@ few hundred of its rows.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, Self
+from typing import Any, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +18,6 @@ from tokmask_peft.console import Decision
 from tokmask_peft.errors import MaskTokenError, ModelError
 from tokmask_peft.masking.embedding import find_embedding
 from tokmask_peft.model.decisions import bitsandbytes_problem
-
-Placement = Literal["resident", "offload", "8bit"]
 
 
 class Int8Embedding(Embedding8bit):
@@ -37,8 +35,7 @@ class Int8Embedding(Embedding8bit):
 
     def read_rows(self, first: int, last: int) -> Tensor:
         """Return the rows from `first` to before `last` as they are looked up, [rows, hidden]."""
-        rows: Tensor = self.forward(torch.arange(first, last, device=self.weight.device))
-        return rows
+        return cast(Tensor, self.forward(torch.arange(first, last, device=self.weight.device)))
 
     def write_row(self, index: int, row: Tensor) -> None:
         """Quantize a row, [hidden], in place of another."""
@@ -86,40 +83,27 @@ class HostEmbedding(nn.Module):
         torch.index_select(self.weight, 0, distinct.cpu(), out=rows)
         return F.embedding(places, rows.to(device, non_blocking=True))
 
-    def extra_repr(self) -> str:
-        """Describe the matrix."""
-        return f"{self.num_embeddings}, {self.embedding_dim}, on the host"
 
-
-def placement_problem(model: nn.Module) -> str | None:
+def placement_problem(model: Any) -> str | None:
     """Return why the input embedding of a model can only be resident, or None if it can be elsewhere."""
-    owner: Any = model
     try:
         embedding = find_embedding(model)
     except MaskTokenError as error:
         return str(error)
     if type(embedding) is not nn.Embedding:
         return f"this one is a {type(embedding).__name__}"
-    return None if owner.get_output_embeddings() is None else "this one is shared with the output"
+    return None if model.get_output_embeddings() is None else "this one is shared with the output"
 
 
-def check_placement(model: nn.Module, wanted: Placement) -> None:
+def check_placement(model: Any, wanted: str) -> None:
     """Raise a ModelError if the input embedding of a model can only be resident, and another place is wanted."""
     if wanted != "resident" and (problem := placement_problem(model)):
-        raise ModelError(
-            f"model.embedding={wanted} needs a plain lookup, and {problem}: use resident",
-            code="embedding-not-movable",
-            wanted=wanted,
-        )
+        message = f"model.embedding={wanted} needs a plain lookup, and {problem}: use resident"
+        raise ModelError(message, code="embedding-not-movable", wanted=wanted)
 
 
-def place_embedding(model: nn.Module, wanted: Placement, device: torch.device) -> tuple[Decision, ...]:
-    """Put the input embedding of a frozen model where the recipe says, in place.
-
-    Args:
-        model: a classification model of transformers, without an adapter.
-        wanted: from the recipe.
-        device: that the model will compute on.
+def place_embedding(model: Any, wanted: str, device: torch.device) -> tuple[Decision, ...]:
+    """Put the input embedding of a frozen model, without an adapter, where `model.embedding` says, in place.
 
     Raises:
         ModelError: this embedding can only be resident, or bitsandbytes does not run here.
@@ -127,22 +111,20 @@ def place_embedding(model: nn.Module, wanted: Placement, device: torch.device) -
     if wanted == "resident":
         return ()
     check_placement(model, wanted)
-    owner: Any = model
     embedding: Any = find_embedding(model)
     weight = embedding.weight
     full = weight.numel() * weight.element_size() / 2**20
     placed: nn.Module
     if wanted == "offload":
         placed = HostEmbedding(weight)
-        reason = "its device is the host: nothing is saved"
-        if device.type != "cpu":
-            reason = f"{full:.0f} MiB on the host; a batch's rows are copied to the {device.type}"
+        copied = f"{full:.0f} MiB on the host; a batch's rows are copied to the {device.type}"
+        reason = "its device is the host: nothing is saved" if device.type == "cpu" else copied
     else:
         if problem := bitsandbytes_problem(device.type):
             message = f"model.embedding is 8bit, but {problem}. Set model.embedding=resident, or offload."
             raise ModelError(message, code="quantization-unavailable", quantization="8bit", device=device.type)
         placed = Int8Embedding(weight, device)
-        now = weight.numel() + 4 * weight.shape[0]
-        reason = f"{now / 2**20:.0f} MiB, not {full:.0f}; values are off by up to 0.4% of their row's largest"
-    owner.set_input_embeddings(placed.train(embedding.training))
+        now = (weight.numel() + 4 * weight.shape[0]) / 2**20
+        reason = f"{now:.0f} MiB, not {full:.0f}; values are off by up to 0.4% of their row's largest"
+    model.set_input_embeddings(placed.train(embedding.training))
     return (Decision("embedding", wanted, reason),)

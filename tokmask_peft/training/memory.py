@@ -311,7 +311,7 @@ def without_training(recipe: Recipe, gpu: str | None = None) -> Forecast:
     except (OSError, ValueError) as error:
         raise ModelError(load_problem("backbone's config", location, error)) from error
     if wanted.attention_dropout is not None:
-        setattr(config, attention_dropout_name(wanted, location, config), wanted.attention_dropout)
+        setattr(config, attention_dropout_name(location, config), wanted.attention_dropout)
     assumed = None
     if gpu is None:
         precision, quantization = choose_precision(wanted, device).choice, choose_quantization(wanted, device).choice

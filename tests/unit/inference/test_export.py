@@ -11,8 +11,8 @@ from tiny_models import TEXTS
 from transformers import AutoModelForSequenceClassification, pipeline
 
 from tokmask_peft.errors import ModelError
+from tokmask_peft.inference.classifier import load
 from tokmask_peft.inference.export import export_merged
-from tokmask_peft.inference.load import load
 from tokmask_peft.model import adapter
 from tokmask_peft.model.decisions import bitsandbytes_problem
 

@@ -12,7 +12,7 @@ from tiny_models import TEXTS, build
 import tokmask_peft
 from tokmask_peft.artifacts import find_saved
 from tokmask_peft.errors import ModelError, TokmaskError
-from tokmask_peft.inference.load import _choose_batching, load
+from tokmask_peft.inference.classifier import _choose_batching, load
 from tokmask_peft.masking.embedding import find_embedding
 from tokmask_peft.model.decisions import bitsandbytes_problem
 from tokmask_peft.model.packed import takes_packed_rows

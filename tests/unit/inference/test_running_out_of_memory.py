@@ -5,7 +5,8 @@ import torch
 from tiny_models import TEXTS
 
 from tokmask_peft.errors import ModelError
-from tokmask_peft.inference import export, load
+from tokmask_peft.inference import classifier as classifier_module
+from tokmask_peft.inference import export
 from tokmask_peft.model.packed import enable_padding_free
 
 ALLOCATOR = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 4 GiB in all."
@@ -44,9 +45,9 @@ def test_fewer_texts_are_suggested_and_help(classifier, monkeypatch, what, packe
 
 @pytest.mark.parametrize("part", ["load_backbone", "load_adapter", "merge_if_harmless"])
 def test_an_adapter_that_does_not_fit(saved_adapter, monkeypatch, part):
-    monkeypatch.setattr(load, part, refuse)
+    monkeypatch.setattr(classifier_module, part, refuse)
     with pytest.raises(ModelError, match=r"out of memory while the model was loaded \(CUDA .*other programs closed"):
-        load.load(saved_adapter())
+        classifier_module.load(saved_adapter())
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,14 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import build
 from torch import nn
 
 from tokmask_peft.model import packed
-from tokmask_peft.model.dropout import QuickDropout, dropout, quick_dropout
+from tokmask_peft.model.backbone import QuickDropout, dropout, quick_dropout
 from tokmask_peft.model.memory.estimate import Setting, estimate
 from tokmask_peft.model.memory.step import Shape
 from tokmask_peft.model.packed import Packing
@@ -95,7 +96,7 @@ def model():
 
 def test_only_plain_dropout_is_changed_and_only_for_the_time_being(monkeypatch):
     ours = []
-    monkeypatch.setattr("tokmask_peft.model.dropout.dropout", lambda x, p: ours.append(p) or x)
+    monkeypatch.setattr("tokmask_peft.model.backbone.dropout", lambda x, p: ours.append(p) or x)
     changed = model()
     with quick_dropout(changed):
         changed(torch.ones(3, 2))
@@ -123,9 +124,9 @@ def test_attention_with_dropout_is_torchs_where_nothing_is_dropped(monkeypatch, 
     assert {mask is None for _, _, mask in packing.buckets} == {True, False}
     draw = torch.Generator().manual_seed(0)
     rows = [torch.randn(sum(lengths), 4, 8, generator=draw).requires_grad_() for _ in range(3)]
-    expected = packed.attend_in_buckets(rows, packing, causal, window, 0.0, scaling)
+    expected = packed.attend_in_buckets(rows, packing, causal, window, 0.0, scaling, F.scaled_dot_product_attention)
     monkeypatch.setattr(packed, "dropped", lambda x, p: x / (1 - p))
-    found = packed._padded_attention(rows, packing, causal, window, 0.2, scaling)
+    found = packed.attend_in_buckets(rows, packing, causal, window, 0.2, scaling, packed._dropped_attention)
     torch.testing.assert_close(found * 0.8, expected, atol=1e-6, rtol=1e-5)
     for one, other in zip(
         torch.autograd.grad((found * 0.8).square().sum(), rows),
@@ -140,8 +141,9 @@ def test_attention_with_dropout_is_unbiased():
     packing = Packing.make(bounds, 5, 3)
     torch.manual_seed(0)
     rows = [torch.randn(5, 2, 4) for _ in range(3)]
-    expected = packed.attend_in_buckets(rows, packing, False, None, 0.0, None)
-    draws = torch.stack([packed._padded_attention(rows, packing, False, None, 0.3, None) for _ in range(3000)])
+    expected = packed.attend_in_buckets(rows, packing, False, None, 0.0, None, F.scaled_dot_product_attention)
+    settings = rows, packing, False, None, 0.3, None, packed._dropped_attention
+    draws = torch.stack([packed.attend_in_buckets(*settings) for _ in range(3000)])
     spread = draws.std(0) / math.sqrt(len(draws))
     assert torch.all((draws.mean(0) - expected).abs() < 5 * spread)
 
@@ -170,7 +172,7 @@ def test_recomputed_layers_drop_the_same():
 @pytest.mark.parametrize(("device", "ours"), [("cpu", True), ("cuda", False)])
 def test_the_estimate_counts_the_dropout_that_will_run(monkeypatch, device, ours):
     seen = []
-    monkeypatch.setattr("tokmask_peft.model.dropout.dropout", lambda x, p: seen.append(p) or x)
+    monkeypatch.setattr("tokmask_peft.model.backbone.dropout", lambda x, p: seen.append(p) or x)
     recipe = Recipe.load("trec/minilm", ["data.path=.", "model.backbone_path=null"])
     config = build("bert")[0].config
     config.hidden_dropout_prob = 0.2

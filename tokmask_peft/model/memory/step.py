@@ -24,9 +24,8 @@ from torch.utils._pytree import tree_map_only
 
 from tokmask_peft.masking.embedding import unwrap
 from tokmask_peft.model.adapter import add_adapter, inputs_as_they_come
-from tokmask_peft.model.backbone import HEAD_NAMES, Backbone, head_modules, hold_in_fp32
+from tokmask_peft.model.backbone import HEAD_NAMES, Backbone, head_modules, hold_in_fp32, quick_dropout
 from tokmask_peft.model.decisions import enable_checkpointing
-from tokmask_peft.model.dropout import quick_dropout
 from tokmask_peft.recipe.schema import Recipe
 from tokmask_peft.tasks import get_task
 

@@ -18,8 +18,7 @@ from tokmask_peft.artifacts import find_saved, open_run, write_json
 from tokmask_peft.console import make_console
 from tokmask_peft.data.corpus import load_corpus
 from tokmask_peft.data.encoding import Window
-from tokmask_peft.inference.classifier import Classifier
-from tokmask_peft.inference.load import load
+from tokmask_peft.inference.classifier import Classifier, load
 from tokmask_peft.masking.config import TokenMaskConfig
 from tokmask_peft.masking.pattern import maskable_table, masked_positions, word_start_table
 from tokmask_peft.study.diagnostics.perturbations import alphabet, misspell, misspell_text, unseen_words, vocabulary

@@ -14,9 +14,8 @@ from transformers import AutoConfig, AutoModel
 
 from tokmask_peft.data.batches import PackedCollator
 from tokmask_peft.model.adapter import add_adapter, inputs_as_they_come
-from tokmask_peft.model.backbone import load_backbone
+from tokmask_peft.model.backbone import load_backbone, quick_dropout
 from tokmask_peft.model.decisions import enable_checkpointing
-from tokmask_peft.model.dropout import quick_dropout
 from tokmask_peft.model.memory.step import LiveBytes, Shape, with_layers
 from tokmask_peft.model.packed import enable_padding_free
 from tokmask_peft.recipe.schema import Recipe
