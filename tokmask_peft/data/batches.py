@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Sampler
 
+from tokmask_peft.errors import RecipeError
 from tokmask_peft.recipe.schema import Batching
 from tokmask_peft.tasks import get_task
 

@@ -7,11 +7,9 @@ from typing import Any
 
 import torch
 from accelerate.utils import parse_flag_from_env
-from rich.markup import escape
-from rich.table import Column, Table
 from transformers import AutoConfig
 
-from tokmask_peft.console import Decision, make_console
+from tokmask_peft.console import Decision
 from tokmask_peft.data.corpus import load_corpus
 from tokmask_peft.data.encoding import Encoder
 from tokmask_peft.errors import ModelError, TokmaskError, first_line
@@ -25,8 +23,6 @@ from tokmask_peft.model.decisions import (
 )
 from tokmask_peft.model.memory.estimate import (
     MARGIN,
-    PARTS,
-    USABLE,
     Estimate,
     Lengths,
     Memory,
@@ -41,7 +37,7 @@ from tokmask_peft.model.memory.step import Setting, bare_model
 from tokmask_peft.model.memory.suggestions import Situation, Suggestion, changed, suggestions
 from tokmask_peft.model.packed import choose_batching
 from tokmask_peft.model.placement import placement_problem
-from tokmask_peft.recipe.schema import Recipe, SourceConfig
+from tokmask_peft.recipe.schema import Recipe
 
 CHECKPOINTING = "model.gradient_checkpointing"
 BF16_ASSUMED = (
@@ -70,6 +66,11 @@ class Forecast:
         """Whether the largest batch fits, as far as that is known."""
         return self.memory is None or self.memory.fits(self.largest.total)
 
+    @property
+    def margin(self) -> float:
+        """By how much the tensors of a real step may differ, as a share."""
+        return MARGIN.get(self.setting.device_type, MARGIN["cuda"])
+
     def warning(self) -> str | None:
         """Return the warning before a training that does not fit."""
         if self.memory is None or self.fits:
@@ -89,7 +90,7 @@ class Forecast:
             "shapes": {"largest": str(self.shapes.largest), "from_texts": self.shapes.known},
             "largest": self.largest.to_dict(),
             "usual": None if self.usual is None else self.usual.to_dict(),
-            "margin": MARGIN.get(self.setting.device_type, MARGIN["cuda"]),
+            "margin": self.margin,
             "available": None if self.memory is None else self.memory.bytes,
             "fits": self.fits,
             "suggestions": [{"changes": one.changes, "total": one.total, "fits": one.fits} for one in self.suggestions],
@@ -246,9 +247,9 @@ def _texts(recipe: Recipe) -> tuple[int, Lengths | None]:
     Those of the Hub are not, because they may have to be downloaded; a test set there counts as texts of max_length.
     """
     data, unread = recipe.data, list[tuple[int, ...]]()
-    if _on_hub(data):
+    if data.path is None and data.hub is not None:
         return UNKNOWN_CLASSES, None
-    if data.test is not None and data.test_source is not None and _on_hub(data.test_source):
+    if data.test is not None and (test := data.test_source) is not None and test.path is None and test.hub is not None:
         data = data.model_copy(update={"test": None, "test_source": None})
         unread = [(data.max_length,) * recipe.training.eval_batch_size]
     corpus = load_corpus(data.expanded(), recipe.seed)
@@ -259,48 +260,3 @@ def _texts(recipe: Recipe) -> tuple[int, Lengths | None]:
         if split
     )
     return len(corpus.labels), Lengths(train, (*evaluated, *unread))
-
-
-def _on_hub(source: SourceConfig) -> bool:
-    return source.path is None and source.hub is not None
-
-
-def print_forecast(found: Forecast) -> None:
-    """Print the bytes, whether they fit, and what would save some."""
-    console, setting, memory = make_console(), found.setting, found.memory
-    precision = "bf16" if setting.dtype == torch.bfloat16 else "fp32"
-    model = f"{found.recipe.model.backbone} on {setting.device_type}, {precision}, quantization {setting.quantization}"
-    known = "of your texts" if found.shapes.known else "every text as long as data.max_length"
-    lines = [
-        f"{model}, embedding {found.recipe.model.embedding}",
-        *([setting.assumed] if setting.assumed else []),
-        f"gradient checkpointing {found.decision.choice}: {found.decision.reason}",
-        f"largest batch: {found.shapes.largest} ({known})\n",
-    ]
-    console.print("\n".join(lines), markup=False)
-    columns = {"largest batch": found.largest, **({"usual batch": found.usual} if found.usual else {})}
-    table = Table("what", *(Column(name, justify="right") for name in columns), "", box=None, padding=(0, 2, 0, 0))
-    for part, about in PARTS.items():
-        sizes = [column.parts.get(part) for column in columns.values()]
-        if any(sizes):
-            table.add_row(part, *(shown(size) if size else "-" for size in sizes), about)
-    table.add_row("[bold]total[/bold]", *(f"[bold]{shown(column.total)}[/bold]" for column in columns.values()), "")
-    console.print(table)
-    if found.largest.host:
-        console.print(f"and {shown(found.largest.host)} of the host's memory, for the embedding", markup=False)
-    checked = "" if setting.device_type == "cpu" else ", which has not been checked on a GPU yet"
-    console.print(
-        f"The tensors of a real step should be within {MARGIN.get(setting.device_type, MARGIN['cuda']):.0%} of this{checked}.\n",
-        markup=False,
-    )
-    if memory is None:
-        console.print(f"The memory of this {setting.device_type} is unknown.", markup=False)
-        return
-    verdict = "It fits" if found.fits else "It does NOT fit"
-    console.print(f"[bold]{verdict}[/bold]: {escape(str(memory))}, of which {USABLE:.0%} are counted on.")
-    if found.suggestions:
-        console.print("What would take less, with its total:")
-    for one in found.suggestions:
-        console.print(f"  {one}", markup=False)
-    if not found.fits and not any(one.fits for one in found.suggestions):
-        console.print("Nothing here makes it fit: take a smaller backbone.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -40,57 +40,45 @@ from tokmask_peft.masking.replacement import MaskToken, choose_mask_token
 from tokmask_peft.model.adapter import add_adapter, gathered_weights, save_adapter
 from tokmask_peft.model.backbone import Backbone, load_backbone
 from tokmask_peft.model.decisions import can_checkpoint, enable_checkpointing, in_short, out_of_memory
-from tokmask_peft.model.memory.suggestions import changed, smaller_batch
+from tokmask_peft.model.memory.suggestions import (
+    Phase,
+    Situation,
+    changed,
+    memory_error,
+    memory_errors,
+    smaller_batch,
+)
 from tokmask_peft.model.packed import choose_batching, enable_padding_free
 from tokmask_peft.model.placement import placement_problem
 from tokmask_peft.recipe.loading import to_yaml
-from tokmask_peft.recipe.schema import Recipe
+from tokmask_peft.recipe.schema import Recipe, TrainingConfig
 from tokmask_peft.tasks import get_task
 from tokmask_peft.training.callbacks import AdapterMoves, LogFile, Patience, ProgressDisplay, StepClock, StopOnSignal
 from tokmask_peft.training.environment import check_sharding, environment, peak_memory, processes, versions
 from tokmask_peft.training.losses import ClassificationLoss, class_weights
-from tokmask_peft.training.memory import (
-    Lengths,
-    before_training,
-    explained_memory_errors,
-    single_text_error,
-    tokens_per_step,
-)
+from tokmask_peft.training.memory import Lengths, before_training
 from tokmask_peft.training.scoring import check_best, score_best
 from tokmask_peft.training.trainer import OrderedEvalTrainer, Split, check_trackers, training_arguments
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """What a training needs, loaded and decided.
+    """What a training needs, loaded and decided."""
 
-    Attributes:
-        recipe: with what was decided for this machine.
-        corpus: the texts.
-        splits: `train`, `validation` and, if there is one, `test`, encoded.
-        backbone: as loaded.
-        model: the backbone with the adapter.
-        mask: the mask token; None if nothing is masked.
-        decisions: what was decided, with the reasons.
-        device, console: to compute and to print on.
-        movable, checkpointable: whether the embedding can move to the host, and activations can be recomputed.
-    """
-
-    recipe: Recipe
+    recipe: Recipe  # with what was decided for this machine
     corpus: Corpus
-    splits: Mapping[str, Split]
-    backbone: Backbone
-    model: Any
-    mask: MaskToken | None
+    splits: Mapping[str, Split]  # `train`, `validation` and, if there is one, `test`
+    backbone: Backbone  # as loaded
+    model: Any  # the backbone with the adapter
+    mask: MaskToken | None  # None if nothing is masked
     decisions: tuple[Decision, ...]
     device: torch.device
     console: Console
-    movable: bool
-    checkpointable: bool
+    situation: Situation  # what can be changed if memory runs out
 
-    def memory_errors(self, **stage: bool) -> AbstractContextManager[None]:
-        """Explain running out of memory, as `explained_memory_errors` does; `stage` is `loading` or `evaluating`."""
-        return explained_memory_errors(self.recipe, self.movable, self.checkpointable, **stage)
+    def memory_errors(self, phase: Phase = "training") -> AbstractContextManager[None]:
+        """Turn running out of memory into an error that names the keys to change."""
+        return memory_errors(replace(self.situation, phase=phase, recipe=self.recipe))
 
 
 def train(recipe: Recipe | str | Path, *, resume: bool = False, quiet: bool = False) -> Run:
@@ -210,7 +198,7 @@ def prepare(recipe: Recipe, device: torch.device, console: Console) -> Prepared:
     corpus = load_corpus(data.expanded(), recipe.seed)
 
     set_seed(recipe.seed)  # before the head is drawn
-    with explained_memory_errors(recipe, movable=False, loading=True):
+    with memory_errors(Situation("loading", recipe)):
         backbone = load_backbone(recipe.model, data.task, corpus.labels, device)
     batching = choose_batching(training.batching, backbone.model, neftune=training.neftune_alpha is not None)
     if batching.choice == "padding_free":
@@ -218,7 +206,7 @@ def prepare(recipe: Recipe, device: torch.device, console: Console) -> Prepared:
 
     mask, mask_decision = _choose_mask(recipe, backbone)
     trained_row = mask.id if mask is not None and recipe.masking.trainable_mask else None
-    with explained_memory_errors(recipe, movable=False, loading=True):
+    with memory_errors(Situation("loading", recipe)):
         model, adapter_decisions = add_adapter(backbone, recipe.adapter, data.task, trained_row)
 
     recipe = changed(recipe, {"training.batching": batching.choice})
@@ -247,8 +235,11 @@ def prepare(recipe: Recipe, device: torch.device, console: Console) -> Prepared:
         device=device,
         console=console,
         decisions=decisions,
-        movable=placement_problem(backbone.model) is None,
-        checkpointable=can_checkpoint(backbone.model),
+        situation=Situation(
+            "training",
+            movable=placement_problem(backbone.model) is None,
+            checkpointable=can_checkpoint(backbone.model),
+        ),
     )
 
 
@@ -278,7 +269,11 @@ def make_trainer(prepared: Prepared, run: RunFolder, callbacks: list[TrainerCall
     gamma = training.focal_gamma if training.loss == "focal" else 0.0
     bf16 = prepared.backbone.dtype == torch.bfloat16
     arguments = training_arguments(recipe, run.checkpoints, prepared.device, bf16)
-    with prepared.memory_errors(loading=True):  # an unquantized backbone stays on the host until here
+    batches = None
+    if (budget := training.tokens_per_batch) is not None:
+        lengths, here = prepared.splits["train"].lengths, (arguments.process_index, arguments.world_size)
+        batches = TokenBudgetSampler(lengths, budget, training.batching, recipe.seed, *here)
+    with prepared.memory_errors("loading"):  # an unquantized backbone stays on the host until here
         trainer = OrderedEvalTrainer(
             model=prepared.model,
             args=arguments,
@@ -286,11 +281,11 @@ def make_trainer(prepared: Prepared, run: RunFolder, callbacks: list[TrainerCall
             eval_dataset=validation.dataset,
             data_collator=task.collator(tokenizer),
             train_collator=PackedCollator(task.name) if training.batching == "padding_free" else None,
-            batches=_token_budget(prepared, arguments),
+            batches=batches,
             processing_class=tokenizer,
             compute_loss_func=ClassificationLoss(weights, gamma, training.label_smoothing),
             compute_metrics=validation.metrics,
-            memory_errors=functools.partial(prepared.memory_errors, evaluating=True),
+            memory_errors=functools.partial(prepared.memory_errors, "evaluation"),
             callbacks=[*callbacks, LogFile(run.log), *patience],
         )
     if prepared.mask is not None:
@@ -362,7 +357,8 @@ def _with_smaller_batches(prepared: Prepared, asked: Recipe, reason: str) -> Pre
     training = prepared.recipe.training
     smaller = smaller_batch(training.batch_size, training.gradient_accumulation)
     if smaller is None:
-        raise single_text_error(prepared.recipe, prepared.movable, prepared.checkpointable, reason)
+        what = f"with a single text of up to {prepared.recipe.data.max_length} sub-tokens"
+        raise memory_error(replace(prepared.situation, recipe=prepared.recipe), what, reason, RunError)
     prepared.console.print(f"Out of memory: continuing with {smaller[0]} texts, {smaller[1]} times a step.")
     size = {"training.batch_size": smaller[0], "training.gradient_accumulation": smaller[1]}
     why = f"{asked.training.batch_size} times {asked.training.gradient_accumulation} ran out of memory"
@@ -386,18 +382,6 @@ def _cut_lines(prepared: Prepared) -> list[str]:
     return lines
 
 
-def _token_budget(prepared: Prepared, arguments: Any) -> TokenBudgetSampler | None:
-    recipe, training = prepared.recipe, prepared.recipe.training
-    if training.tokens_per_batch is None:
-        return None
-    lengths, here = prepared.splits["train"].lengths, (arguments.process_index, arguments.world_size)
-    try:
-        return TokenBudgetSampler(lengths, training.tokens_per_batch, training.batching, recipe.seed, *here)
-    except ValueError as error:
-        problem = f"training.tokens_per_batch: {error}; set it higher, or data.max_length lower"
-        raise RecipeError([problem], source=recipe.name, code="token-budget") from error
-
-
 def _speed(prepared: Prepared, clock: StepClock, trainer: OrderedEvalTrainer) -> dict[str, Any]:
     """Return what `result.json` holds of time and memory, of all processes together."""
     batches = None if trainer.batches is None else len(trainer.batches)
@@ -410,6 +394,16 @@ def _speed(prepared: Prepared, clock: StepClock, trainer: OrderedEvalTrainer) ->
         "peak_memory": peak_memory(prepared.device),
         "environment": environment(prepared.device),
     }
+
+
+def tokens_per_step(training: TrainingConfig, lengths: Sequence[int], batches: int | None, processes: int) -> float:
+    """Return the sub-tokens that an optimizer step takes on average, in all processes together, without padding.
+
+    `lengths` are those of the texts to train on; `batches` counts those of one process in an epoch, if a budget of
+    sub-tokens makes them.
+    """
+    texts = training.batch_size * processes if batches is None else len(lengths) / max(batches, 1)
+    return texts * training.gradient_accumulation * sum(lengths) / max(len(lengths), 1)
 
 
 def _recipe_text(recipe: Recipe) -> str:

@@ -5,8 +5,11 @@ from tiny_models import build, tiny_tokenizer
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
+from tokmask_peft.data.batches import TokenBudgetSampler
 from tokmask_peft.errors import RecipeError
+from tokmask_peft.recipe.schema import TrainingConfig
 from tokmask_peft.tasks import get_task
+from tokmask_peft.training.train import tokens_per_step
 from tokmask_peft.training.trainer import OrderedEvalTrainer, check_trackers
 
 
@@ -57,3 +60,16 @@ def test_forwards_are_changed_for_as_long_as_they_train(bf16, tmp_path):
     assert seen.dropout == {True}
     assert all(module.cast_input_dtype_enabled for module in model.modules() if hasattr(module, "lora_A"))
     assert dropout_of(model) == {False}
+
+
+LENGTHS = [8] * 64  # so that a budget of 32 makes batches of 4 texts
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_a_budget_and_a_batch_size_count_the_texts_of_all_processes(processes, accumulation):
+    common = {"gradient_accumulation": accumulation, "batching": "padded"}
+    sized = tokens_per_step(TrainingConfig(batch_size=4, **common), LENGTHS, None, processes)
+    batches = len(TokenBudgetSampler(LENGTHS, 32, "padded", 0, 0, processes))
+    budgeted = tokens_per_step(TrainingConfig(tokens_per_batch=32, **common), LENGTHS, batches, processes)
+    assert sized == budgeted == 4 * 8 * accumulation * processes

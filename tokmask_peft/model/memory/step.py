@@ -70,16 +70,14 @@ class LiveBytes(TorchDispatchMode):
 
     def _see(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        if self._known.get(id(storage)) is storage:
-            return
-        self._known[id(storage)] = storage
-        size = storage.nbytes()
+        if self._known.get(id(storage)) is not storage:
+            self._known[id(storage)] = storage
+            self._add(storage.nbytes())
+            weakref.finalize(storage, self._add, -storage.nbytes()).atexit = False
+
+    def _add(self, size: int) -> None:
         self.now += size
         self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._forget, size).atexit = False
-
-    def _forget(self, size: int) -> None:
-        self.now -= size
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,7 +234,7 @@ class Skeleton:
         bare: Any = bare_model(with_layers(setting.config, layers + more_below), recipe.data.task, setting.dtype)
         new_modules = tuple(head_modules(bare))
         if setting.quantization != "none":
-            for name, module in bare.named_modules():
+            for name, module in dict[str, Any](bare.named_modules()).items():
                 kept = any(name == other or name.startswith(f"{other}.") for other in (*HEAD_NAMES, *new_modules))
                 if type(module) is nn.Linear and not kept:
                     module.__class__, module.in_4_bits = QuantizedLinear, setting.quantization == "nf4"
@@ -306,7 +304,7 @@ class Skeleton:
             return Packing.make(bounds, sum(lengths), longest, one_bucket=self._gpu)
 
         row = torch.ones(1, sum(lengths), dtype=torch.long)
-        return {"input_ids": row, "packing": layout(lengths), "texts": layout(shape.lengths), "tokens": shape.tokens}
+        return {"input_ids": row, "packing": layout(lengths), "texts": layout(shape.lengths)}
 
     def _logits(self, batch: dict[str, Any]) -> Tensor:
         if "packing" not in batch:
@@ -318,6 +316,6 @@ class Skeleton:
         enable_padding_free(base)
         if self._gpu:
             base.config._attn_implementation = GPU_ATTENTION
-        row, tokens = batch["input_ids"], batch["tokens"]
+        row, tokens = batch["input_ids"], batch["texts"].rows.shape[1]
         hidden = packed_hidden(base, row, batch["packing"])[:, :tokens]
         return packed_logits(base, hidden, row[:, :tokens], batch["texts"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from tokmask_peft.errors import RunError, TokmaskError
 from tokmask_peft.model.decisions import in_short, out_of_memory
@@ -13,7 +13,6 @@ from tokmask_peft.model.memory.estimate import Estimate, Memory, shown
 from tokmask_peft.recipe.schema import Recipe
 
 Changes = Mapping[str, Any]
-E = TypeVar("E", bound=TokmaskError)
 Phase = Literal["run", "loading", "training", "evaluation", "prediction"]
 
 PHASES: dict[Phase, str] = {
@@ -76,11 +75,8 @@ def suggestions(
 
     Those that fit together are taken in turn, the one that saves the most first: they need not be the fewest.
 
-    Args:
-        situation: where memory is short.
-        count: estimates a recipe; changes that save nothing, or for which it raises, are left out. Without it every
-            change is suggested, with no total.
-        memory: what is available; needed with `count`.
+    `count` estimates a recipe, and changes that save nothing of `memory`, or for which it raises, are left out. Without
+    it every change is suggested, with no total.
     """
     recipe = situation.recipe
     if recipe is None:
@@ -190,7 +186,7 @@ def _actions(situation: Situation) -> list[Suggestion]:
     return found
 
 
-def memory_error(situation: Situation, what: str, said: str, kind: type[E]) -> E:
+def memory_error(situation: Situation, what: str, said: str, kind: type[TokmaskError]) -> TokmaskError:
     """Return the error for memory that ran out while `what` was done, with fields `phase` and `suggestions`.
 
     `said` is the allocator's message.
