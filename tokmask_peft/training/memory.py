@@ -44,8 +44,6 @@ BF16_ASSUMED = (
     "Assumed: the GPU computes in bf16, as the RTX 30 series, the A100 and later GPUs do. The GTX 10 and 16 series "
     "(GTX 1650, 1660), the RTX 20 series (RTX 2060), T4 and V100 do not: add model.precision=fp32 for those."
 )
-UNKNOWN_CLASSES = 3
-"""Classes that are assumed if the texts are on the Hub."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,14 +107,8 @@ def forecast(
 ) -> Forecast:
     """Estimate a run, and decide on gradient checkpointing if the recipe leaves it open.
 
-    Args:
-        recipe: of the run.
-        setting: backbone and device.
-        batching: as decided.
-        lengths: of the texts, if they are known.
-        memory: what is available, if that is known.
-        usual: estimate a usual batch, too, which takes as long again.
-        suggest: look for changes that save memory if the run does not fit, which takes longer still.
+    `lengths` of the texts and `memory` are None if unknown. A `usual` batch takes as long again, and looking for what
+    to `suggest` if the run does not fit takes longer still.
 
     Raises:
         ModelError: the recipe does not fit the backbone.
@@ -163,10 +155,8 @@ def before_training(
 ) -> tuple[Recipe, Decision, str | None]:
     """Decide on gradient checkpointing, and warn of what will not fit; of several processes the tightest decides.
 
-    Under FSDP it does not warn, because the estimate is of a device that holds everything.
-
-    Returns:
-        The recipe with the decision in it, the decision, and a warning or None.
+    Under FSDP it does not warn, because the estimate is of a device that holds everything. Returns the recipe with the
+    decision in it, the decision, and a warning or None.
 
     Raises:
         ModelError: the recipe asks for gradient checkpointing, which the backbone cannot do.
@@ -220,14 +210,13 @@ def without_training(recipe: Recipe, gpu: str | None = None) -> Forecast:
         raise ModelError(load_problem("backbone's config", location, error)) from error
     if wanted.attention_dropout is not None:
         setattr(config, attention_dropout_name(wanted, location, config), wanted.attention_dropout)
-    assumed = None
     if gpu is None:
         precision, quantization = choose_precision(wanted, device).choice, choose_quantization(wanted, device).choice
     else:  # one that bitsandbytes and bf16 run on
         precision = "bf16" if wanted.precision == "auto" else wanted.precision
         quantization = "nf4" if wanted.quantization == "auto" else wanted.quantization
-        assumed = BF16_ASSUMED if wanted.precision == "auto" else None
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    assumed = BF16_ASSUMED if gpu is not None and wanted.precision == "auto" else None
     setting = Setting(config, device.type, quantization, dtype, assumed)
     try:
         bare = bare_model(config, recipe.data.task, dtype)
@@ -248,7 +237,7 @@ def _texts(recipe: Recipe) -> tuple[int, Lengths | None]:
     """
     data, unread = recipe.data, list[tuple[int, ...]]()
     if data.path is None and data.hub is not None:
-        return UNKNOWN_CLASSES, None
+        return 3, None  # classes, which are not known either
     if data.test is not None and (test := data.test_source) is not None and test.path is None and test.hub is not None:
         data = data.model_copy(update={"test": None, "test_source": None})
         unread = [(data.max_length,) * recipe.training.eval_batch_size]

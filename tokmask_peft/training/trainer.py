@@ -34,19 +34,14 @@ from tokmask_peft.training.metrics import Predictions, scores
 class Split:
     """Encoded texts in order of length, so that evaluation wastes little on padding.
 
-    Attributes:
-        examples, encoded: the texts in their own order, and as ids.
-        labels: in the order of the classifier's outputs.
-        task: as in `data.task`.
-        dataset: rows for the Trainer, shortest first.
-        order: `[texts]`, for each row of `dataset` the index of its text.
+    In `dataset` the shortest comes first; `order` `[texts]` holds, for each of its rows, the index of the text.
     """
 
-    examples: Sequence[Example]
-    labels: tuple[str, ...]
+    examples: Sequence[Example]  # in their own order
+    labels: tuple[str, ...]  # in the order of the classifier's outputs
     task: str
-    encoded: Encoded
-    dataset: Any
+    encoded: Encoded  # the texts as ids, in their own order
+    dataset: Any  # rows for the Trainer
     order: NDArray[np.int64]
 
     @classmethod
@@ -171,11 +166,9 @@ class OrderedEvalTrainer(Trainer):
         return split.predictions(*self._predict(split))
 
     def predict_with_logits(self, split: Split) -> tuple[Predictions, NDArray[np.float32], NDArray[np.int64]]:
-        """Return the predictions for a split, and the logits behind them.
+        """Return the predictions for a split, logits `[items, classes]` and gold label ids `[items]`.
 
-        Returns:
-            The predictions; logits `[items, classes]` and gold label ids `[items]` of the labelled positions only, in
-            the order of `split.dataset`.
+        Logits and gold ids are those of the labelled positions, in the order of `split.dataset`.
 
         Raises:
             RunError: the logits do not belong to the predictions.

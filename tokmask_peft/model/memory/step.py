@@ -58,9 +58,7 @@ class LiveBytes(TorchDispatchMode):
 
     def exclude(self, *tensors: Tensor) -> None:
         """Do not count tensors that existed before, in case an operation returns them."""
-        for tensor in tensors:
-            storage = tensor.untyped_storage()
-            self._known[id(storage)] = storage
+        self._known.update({id(storage): storage for storage in (tensor.untyped_storage() for tensor in tensors)})
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation and count what it made."""
@@ -182,11 +180,10 @@ class _KeptByFlashAttention(torch.autograd.Function):
         return torch.empty_like(sums, dtype=query.dtype), torch.empty_like(key), torch.empty_like(value), None
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *_: Any, **__: Any) -> Any:
     if mask is not None and mask.dtype != query.dtype:
         mask = torch.empty_like(mask, dtype=query.dtype)
-    out: Tensor = _KeptByFlashAttention.apply(query, key, value, mask)
-    return out
+    return _KeptByFlashAttention.apply(query, key, value, mask)
 
 
 def _gpu_attention(
@@ -227,17 +224,16 @@ class Skeleton:
             embedding in each forward and makes a gradient of it; otherwise the gradient only reaches the embedding.
     """
 
-    def __init__(
-        self, recipe: Recipe, setting: Setting, layers: int, more_below: bool = False, trained_row: bool = True
-    ) -> None:
+    def __init__(self, recipe: Recipe, setting: Setting, layers: int, more_below: bool, trained_row: bool) -> None:
         self._gpu, self._low = setting.device_type != "cpu", setting.dtype == torch.bfloat16
         bare: Any = bare_model(with_layers(setting.config, layers + more_below), recipe.data.task, setting.dtype)
         new_modules = tuple(head_modules(bare))
         if setting.quantization != "none":
-            for name, module in dict[str, Any](bare.named_modules()).items():
+            for name, module in bare.named_modules():
                 kept = any(name == other or name.startswith(f"{other}.") for other in (*HEAD_NAMES, *new_modules))
                 if type(module) is nn.Linear and not kept:
-                    module.__class__, module.in_4_bits = QuantizedLinear, setting.quantization == "nf4"
+                    layer: Any = module
+                    layer.__class__, layer.in_4_bits = QuantizedLinear, setting.quantization == "nf4"
         hold_in_fp32(bare, new_modules)
         backbone = Backbone(bare, None, new_modules, (), setting.dtype, setting.quantization)
         adapter = recipe.adapter.model_copy(update={"layers": layers if more_below else "all"})
@@ -306,10 +302,9 @@ class Skeleton:
         row = torch.ones(1, sum(lengths), dtype=torch.long)
         return {"input_ids": row, "packing": layout(lengths), "texts": layout(shape.lengths)}
 
-    def _logits(self, batch: dict[str, Any]) -> Tensor:
+    def _logits(self, batch: dict[str, Any]) -> Any:
         if "packing" not in batch:
-            padded: Tensor = self._model(**batch).logits
-            return padded
+            return self._model(**batch).logits
         base: Any = unwrap(self._model)
         if self._gpu:
             base.config._attn_implementation = "sdpa"  # which `enable_padding_free` expects

@@ -173,14 +173,14 @@ def _batch(recipe: Recipe, phase: Phase, fits: Callable[[Changes], bool]) -> Ite
 
 def _actions(situation: Situation) -> list[Suggestion]:
     """Return what helps without a key of a recipe."""
-    command = situation.recipe is None
-    found = [] if command else [Suggestion("a smaller model.backbone")]
+    found = [Suggestion("other programs closed")]
+    if situation.recipe is not None:
+        return [Suggestion("a smaller model.backbone"), *found]
     if situation.texts > 1:
         fewer = situation.texts // 4 or 1
         # the demo and `report` compute with the usual batches, and have no option for them
-        found.append(Suggestion(f"--batch-size {fewer} (batch_size={fewer})", note="if the command has it"))
-    found.append(Suggestion("other programs closed"))
-    if situation.gpu and command:
+        found.insert(0, Suggestion(f"--batch-size {fewer} (batch_size={fewer})", note="if the command has it"))
+    if situation.gpu:
         text = "--device cpu (device='cpu'), or CUDA_VISIBLE_DEVICES= before a command without --device"
         found.append(Suggestion(text))
     return found
