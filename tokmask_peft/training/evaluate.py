@@ -73,7 +73,7 @@ def evaluate(
                 data_collator=get_task(task).collator(backbone.tokenizer),
                 memory_errors=functools.partial(memory_errors, evaluating),
             )
-        found = trainer.predict_split(texts)
+        found, _, _ = trainer.predict_with_logits(texts)
     result, deviations = scores_of(recipe, found, labels), list(plan.deviations)
     trained = AdapterInfo.read(folder.adapter).loading
     if trained is not None and trained.precision == "bf16" and not bf16:
@@ -84,13 +84,7 @@ def evaluate(
 def split_examples(
     recipe: Recipe, split: str, data: str | None, adapter: Path
 ) -> tuple[list[Example], tuple[str, ...]]:
-    """Return the texts of a split as the run saw them, or other texts, and the labels of the adapter.
-
-    Args:
-        recipe: of the run.
-        split: `train`, `validation` or `test`; with `data`, the split or file name there.
-        data: a folder or file with other texts.
-        adapter: the folder of the adapter.
+    """Return the texts of a split as the run saw them, or those of a folder or file, and the labels of the adapter.
 
     Raises:
         DataError: there is no such split, or it cannot be read.

@@ -175,9 +175,9 @@ def negative_log_likelihood(logits: NDArray[Any], gold: NDArray[Any], temperatur
     return float((total - scaled[np.arange(len(gold)), gold]).mean())
 
 
-def expected_calibration_error(probability: NDArray[Any], gold: NDArray[Any], bins: int = BINS) -> float:
+def expected_calibration_error(probability: NDArray[Any], gold: NDArray[Any]) -> float:
     """Return the mean distance between confidence and accuracy over `reliability_bins`, weighted by their items."""
-    rows = reliability_bins(probability, gold, bins)
+    rows = reliability_bins(probability, gold)
     return sum(row["items"] * abs(row["accuracy"] - row["confidence"]) for row in rows) / max(len(gold), 1)
 
 

@@ -43,9 +43,7 @@ def baseline_scores(
     items = [item for example in test for item in get_task(task).items(example)]
     distinct = sorted({text for text, _ in items})
     answer = dict(zip(distinct, model.predict(vectorizer.transform(distinct)), strict=True))
-    gold, predicted = (
-        np.array(found) for found in zip(*((ids[label], answer[text]) for text, label in items), strict=True)
-    )
+    gold, predicted = np.array([(ids[label], answer[text]) for text, label in items]).T
     return {
         **scores(gold, predicted, labels),
         "method": "character 1- to 5-grams within words (tf-idf), logistic regression",
@@ -67,12 +65,6 @@ def score_best(
 ) -> tuple[Result, dict[str, Predictions]]:
     """Score the best checkpoint, which the trainer has loaded.
 
-    Args:
-        trainer: after training.
-        recipe: of the run.
-        corpus: its texts.
-        splits: encoded: `train`, `validation` and, if there is one, `test`.
-
     Returns:
         What `result.json` will hold, except for decisions and speed; and the predictions for each split.
     """
@@ -83,6 +75,7 @@ def score_best(
     baseline = None
     if recipe.training.baseline and trainer.is_world_process_zero():
         baseline = baseline_scores(corpus.train, corpus.test or corpus.validation, labels, recipe.data.task)
+    truncation = {name: split.encoded.truncation.to_dict() for name, split in splits.items()}
     result = Result(
         name=recipe.name,
         task=recipe.data.task,
@@ -95,20 +88,13 @@ def score_best(
         test=scores_of(recipe, predictions["test"], labels) if "test" in predictions else None,
         calibration=calibrate(logits),
         baseline=baseline,
-        data={
-            **corpus.report.to_dict(),
-            "truncation": {name: split.encoded.truncation.to_dict() for name, split in splits.items()},
-        },
+        data=corpus.report.to_dict() | {"truncation": truncation},
     )
     return result, predictions
 
 
 def check_best(result: Result, best: float | None) -> None:
-    """Fail if the saved adapter is not the one that was best in training.
-
-    Args:
-        result: of `score_best`.
-        best: macro-F1 on validation of the best checkpoint, according to the Trainer; None if it has none.
+    """Fail if the saved adapter is not the one that was best in training: macro-F1 `best` on validation, if known.
 
     Raises:
         RunError: it is another one.

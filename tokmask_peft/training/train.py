@@ -54,7 +54,7 @@ from tokmask_peft.training.scoring import check_best, score_best
 from tokmask_peft.training.trainer import OrderedEvalTrainer, Split, check_trackers, training_arguments
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Prepared:
     """What a training needs, loaded and decided."""
 
@@ -145,10 +145,10 @@ def observe_training(
 ) -> Recipe:
     """Train as a recipe says, and keep nothing: no evaluation, checkpoints, scores or adapter.
 
-    For studies of the training itself. The weights move as in `train`.
+    For studies of the training itself. The weights move as in `train`; there is neither early stopping nor a tracker.
 
     Args:
-        recipe: early stopping and trackers are switched off in it.
+        recipe: to train as.
         folder: takes `log.jsonl`.
         observers: makes callbacks from the trainer and the mask token, which is None if nothing is masked.
         quiet: print nothing.
@@ -209,31 +209,18 @@ def prepare(recipe: Recipe, device: torch.device, console: Console) -> Prepared:
         for name, examples in parts.items()
         if examples
     }
-    lengths = [splits[name].lengths for name in splits]
-    sizes = Lengths(lengths[0], tuple(lengths[1:]))
-    recipe, memory_decision, warning = before_training(recipe, backbone, batching.choice, sizes, device)
+    trained, *evaluated = (split.lengths for split in splits.values())
+    lengths = Lengths(trained, tuple(evaluated))
+    recipe, memory_decision, warning = before_training(recipe, backbone, batching.choice, lengths, device)
     if recipe.model.gradient_checkpointing is True:
         enable_checkpointing(model)
     if warning is not None:
         console.print(f"{warning}\n", markup=False)
     decisions = (*backbone.decisions, batching, memory_decision, mask_decision, *adapter_decisions)
     print_decisions(console, decisions)
-    return Prepared(
-        recipe=recipe,
-        corpus=corpus,
-        splits=splits,
-        backbone=backbone,
-        model=model,
-        mask=mask,
-        device=device,
-        console=console,
-        decisions=decisions,
-        situation=Situation(
-            "training",
-            movable=placement_problem(backbone.model) is None,
-            checkpointable=can_checkpoint(backbone.model),
-        ),
-    )
+    movable, checkpointable = placement_problem(backbone.model) is None, can_checkpoint(backbone.model)
+    situation = Situation("training", movable=movable, checkpointable=checkpointable)
+    return Prepared(recipe, corpus, splits, backbone, model, mask, decisions, device, console, situation)
 
 
 def _choose_mask(recipe: Recipe, backbone: Backbone) -> tuple[MaskToken | None, Decision]:
@@ -365,21 +352,18 @@ def _cut_lines(prepared: Prepared) -> list[str]:
     data, lines = prepared.recipe.data, []
     for name, split in prepared.splits.items():
         cut = split.encoded.truncation
-        if not cut.texts_cut:
-            continue
-        line = f"{name}: {cut.texts_cut} texts are cut at {data.max_length} sub-tokens"
-        if cut.words_cut:
-            wrong = name != "train" and get_task(data.task).words_given
-            line += f"; {cut.words_cut} words are cut away" + (" (errors)" if wrong else "")
-        lines.append(line)
+        errors = " (errors)" if name != "train" and get_task(data.task).words_given else ""
+        words = f"; {cut.words_cut} words are cut away{errors}" if cut.words_cut else ""
+        if cut.texts_cut:
+            lines.append(f"{name}: {cut.texts_cut} texts are cut at {data.max_length} sub-tokens{words}")
     return lines
 
 
 def _speed(prepared: Prepared, clock: StepClock, trainer: OrderedEvalTrainer) -> dict[str, Any]:
     """Return what `result.json` holds of time and memory, of all processes together."""
     batches = None if trainer.batches is None else len(trainer.batches)
-    lengths, count = prepared.splits["train"].lengths, trainer.args.world_size
-    per_step = tokens_per_step(prepared.recipe.training, lengths, batches, count)
+    lengths = prepared.splits["train"].lengths
+    per_step = tokens_per_step(prepared.recipe.training, lengths, batches, trainer.args.world_size)
     return {
         "step_seconds": round(clock.seconds, 2),
         "steps": clock.steps,

@@ -113,12 +113,8 @@ class OrderedEvalTrainer(Trainer):
     ) -> None:
         """Create the trainer; further arguments are the Trainer's.
 
-        Args:
-            args: of the Trainer.
-            train_collator: makes the training batches, if they differ from those of evaluations.
-            batches: chooses the training batches, if they are not of `per_device_train_batch_size` texts.
-            memory_errors: makes the context of evaluations, for what they raise.
-            kwargs: of the Trainer.
+        `train_collator` makes the training batches, if they differ from those of evaluations, and `batches` chooses
+        them, if they are not of `per_device_train_batch_size` texts. Evaluations run inside of `memory_errors()`.
         """
         super().__init__(*args, preprocess_logits_for_metrics=self._label_ids, **kwargs)
         self.train_collator = train_collator or self.data_collator
@@ -161,10 +157,6 @@ class OrderedEvalTrainer(Trainer):
     def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | None:
         return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
 
-    def predict_split(self, split: Split) -> Predictions:
-        """Return the model's predictions for a split, without scoring them."""
-        return split.predictions(*self._predict(split))
-
     def predict_with_logits(self, split: Split) -> tuple[Predictions, NDArray[np.float32], NDArray[np.int64]]:
         """Return the predictions for a split, logits `[items, classes]` and gold label ids `[items]`.
 
@@ -174,11 +166,13 @@ class OrderedEvalTrainer(Trainer):
             RunError: the logits do not belong to the predictions.
         """
         self._logits = []
+        compute, self.compute_metrics = self.compute_metrics, None
         try:
-            predicted, gold = self._predict(split)
+            output = self.predict(split.dataset)
             shares = gather_object([self._logits])
         finally:
-            self._logits = None
+            self._logits, self.compute_metrics = None, compute
+        predicted, gold = output.predictions, output.label_ids
         labelled = gold != IGNORED
         logits = in_order(shares, int(labelled.sum()))
         of_predicted = np.take_along_axis(logits, predicted[labelled][:, None], axis=-1)[:, 0]
@@ -186,15 +180,6 @@ class OrderedEvalTrainer(Trainer):
             problem = "the logits of the final evaluation are not in the order of its texts; please report this"
             raise RunError(problem, code="wrong-order")
         return split.predictions(predicted, gold), logits, gold[labelled]
-
-    def _predict(self, split: Split) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return predicted and gold label ids, `[texts]` or `[texts, seq]`, in the order of the dataset."""
-        compute, self.compute_metrics = self.compute_metrics, None
-        try:
-            output = self.predict(split.dataset)
-        finally:
-            self.compute_metrics = compute
-        return output.predictions, output.label_ids
 
     def _label_ids(self, logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:
         """Return the predicted label ids of a batch, `[batch, …]`; the logits of labelled positions are kept if asked.
