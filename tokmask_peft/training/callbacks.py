@@ -187,12 +187,11 @@ class ProgressDisplay(TrainerCallback):
             return
         new = {name: f"{logs[key]:.4f}" for key, name in self.NAMES.items() if isinstance(logs.get(key), float)}
         self._shown.update(new)
+        shown = "  ".join(f"{name} {value}" for name, value in (self._shown if self._progress else new).items())
         if self._progress is not None:
-            shown = "  ".join(f"{name} {value}" for name, value in self._shown.items())
             self._progress.update(self._task, shown=shown)
         elif new:
-            text = "  ".join(f"{name} {value}" for name, value in new.items())
-            self.console.print(f"step {state.global_step}/{state.max_steps}  epoch {state.epoch or 0:.2f}  {text}")
+            self.console.print(f"step {state.global_step}/{state.max_steps}  epoch {state.epoch or 0:.2f}  {shown}")
 
     def close(self) -> None:
         """Close the bar, also after an exception."""

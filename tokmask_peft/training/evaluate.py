@@ -60,7 +60,7 @@ def evaluate(
     with memory_errors(loading):
         backbone = load_backbone(plan.model, task, labels, device)
         model = load_adapter(backbone, folder.adapter)
-    texts = Split.make(examples, backbone.tokenizer, task, labels, recipe.data.max_length)
+    texts = Split(examples, backbone.tokenizer, task, labels, recipe.data.max_length)
     bf16 = backbone.dtype == torch.bfloat16
     with tempfile.TemporaryDirectory() as scratch:  # the Trainer creates its folder, and the run may be read-only
         batch = min(recipe.training.eval_batch_size, len(examples))

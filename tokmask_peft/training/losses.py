@@ -45,12 +45,7 @@ def class_weights(wanted: str | Mapping[str, float], counts: Mapping[str, int]) 
 class ClassificationLoss:
     """Weighted cross entropy, with an optional focal factor (1 - p_t)^gamma (Lin et al. 2017), in fp32.
 
-    Goes to the Trainer as `compute_loss_func`.
-
-    Args:
-        weights: a weight per class, or None.
-        gamma: focusing parameter; 0 is plain cross entropy.
-        smoothing: label smoothing in [0, 1).
+    Goes to the Trainer as `compute_loss_func`. With a focusing parameter `gamma` of 0 it is plain cross entropy.
     """
 
     def __init__(self, weights: Sequence[float] | None = None, gamma: float = 0.0, smoothing: float = 0.0) -> None:

@@ -24,10 +24,8 @@ def baseline_scores(
     """Fit logistic regression over character n-grams on `train`, and score it on `test`.
 
     In token tasks each word is classified without its context. Equal items with equal labels are one row, weighted by
-    their number: the same fit as on repeated rows, in less time. (The idf of an n-gram counts those rows.)
-
-    Returns:
-        The scores of `metrics.scores`, with `method` and `seconds`.
+    their number: the same fit as on repeated rows, in less time. (The idf of an n-gram counts those rows.) Returns the
+    scores of `metrics.scores`, with `method` and `seconds`.
     """
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
@@ -65,8 +63,7 @@ def score_best(
 ) -> tuple[Result, dict[str, Predictions]]:
     """Score the best checkpoint, which the trainer has loaded.
 
-    Returns:
-        What `result.json` will hold, except for decisions and speed; and the predictions for each split.
+    Returns what `result.json` will hold, except for decisions and speed, and the predictions for each split.
     """
     labels, predictions, logits = corpus.labels, dict[str, Predictions](), dict[str, Any]()
     for name in ("validation", "test"):

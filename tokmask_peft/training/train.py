@@ -205,7 +205,7 @@ def prepare(recipe: Recipe, device: torch.device, console: Console) -> Prepared:
     recipe = changed(recipe, {"training.batching": batching.choice})
     parts = {"train": corpus.train, "validation": corpus.validation, "test": corpus.test}
     splits = {
-        name: Split.make(examples, backbone.tokenizer, data.task, corpus.labels, data.max_length)
+        name: Split(examples, backbone.tokenizer, data.task, corpus.labels, data.max_length)
         for name, examples in parts.items()
         if examples
     }
@@ -275,11 +275,7 @@ def make_trainer(prepared: Prepared, run: RunFolder, callbacks: list[TrainerCall
 
 
 def _attempt(prepared: Prepared, asked: Recipe, run: RunFolder, clock: StepClock, resume: bool) -> OrderedEvalTrainer:
-    """Train to the end of the recipe, or until memory runs out.
-
-    Raises:
-        RunInterruptedError: a signal stopped it.
-    """
+    """Train to the end of the recipe; a signal or a lack of memory ends it earlier, with an exception."""
     stop, display = StopOnSignal(), ProgressDisplay(prepared.console)
     trainer = make_trainer(prepared, run, [clock, stop, display, AdapterMoves()])
     if trainer.is_world_process_zero():  # not before: a mistake found until here leaves no folder behind
@@ -330,9 +326,6 @@ def _with_smaller_batches(prepared: Prepared, asked: Recipe, reason: str) -> Pre
     """Take fewer texts at a time for the same optimizer step, after memory ran out for `reason`.
 
     The Trainer's own `auto_find_batch_size` makes the optimizer step smaller, too, and keeps half-trained weights.
-
-    Raises:
-        RunError: it was a single text.
     """
     training = prepared.recipe.training
     smaller = smaller_batch(training.batch_size, training.gradient_accumulation)

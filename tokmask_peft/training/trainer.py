@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from tokmask_peft.data.batches import TokenBudgetSampler, token_budget_loader
-from tokmask_peft.data.encoding import Encoded, Encoder
+from tokmask_peft.data.encoding import Encoder
 from tokmask_peft.errors import RecipeError, RunError, nearest
 from tokmask_peft.model.adapter import inputs_as_they_come
 from tokmask_peft.model.dropout import quick_dropout
@@ -30,28 +29,21 @@ from tokmask_peft.tasks import IGNORED, Example, get_task
 from tokmask_peft.training.metrics import Predictions, scores
 
 
-@dataclass(frozen=True)
 class Split:
     """Encoded texts in order of length, so that evaluation wastes little on padding.
 
-    In `dataset` the shortest comes first; `order` `[texts]` holds, for each of its rows, the index of the text.
+    `encoded` holds the texts in their own order, `dataset` the shortest first (ties in their order); `order` `[texts]`
+    is the index of the text of each row of `dataset`.
     """
 
-    examples: Sequence[Example]  # in their own order
-    labels: tuple[str, ...]  # in the order of the classifier's outputs
-    task: str
-    encoded: Encoded  # the texts as ids, in their own order
-    dataset: Any  # rows for the Trainer
-    order: NDArray[np.int64]
-
-    @classmethod
-    def make(
-        cls, examples: Sequence[Example], tokenizer: Any, task: str, labels: tuple[str, ...], max_length: int
-    ) -> Split:
-        """Encode `examples` and sort them by length (ties in the order of the texts)."""
-        encoded = Encoder(tokenizer, task, max_length).cut(examples, labels)
-        order = np.argsort(np.asarray(encoded.dataset["length"]), kind="stable").astype(np.int64)
-        return cls(examples, labels, task, encoded, encoded.dataset.select(order), order)
+    def __init__(
+        self, examples: Sequence[Example], tokenizer: Any, task: str, labels: tuple[str, ...], max_length: int
+    ) -> None:
+        """Encode and sort; `labels` are in the order of the classifier's outputs."""
+        self.examples, self.labels, self.task = examples, labels, get_task(task)
+        self.encoded = Encoder(tokenizer, task, max_length).cut(examples, labels)
+        self.order = np.argsort(np.asarray(self.encoded.dataset["length"]), kind="stable").astype(np.int64)
+        self.dataset = self.encoded.dataset.select(self.order)
 
     @property
     def lengths(self) -> list[int]:
@@ -65,11 +57,11 @@ class Split:
             predicted: `[texts]` or `[texts, seq]` label ids in the order of `dataset`.
             gold: the label ids that the model saw, of the same shape; -100 for none.
         """
-        task, ids = get_task(self.task), {label: i for i, label in enumerate(self.labels)}
+        ids = {label: i for i, label in enumerate(self.labels)}
         found = Predictions([None] * len(self.order), [None] * len(self.order))  # type: ignore[list-item]
         for row, text in enumerate(self.order):
             kept = self.encoded.kept[text] if self.encoded.kept is not None else ()
-            decoded = task.decode(self.examples[text], ids, kept, gold[row], predicted[row])
+            decoded = self.task.decode(self.examples[text], ids, kept, gold[row], predicted[row])
             found.gold[text], found.predicted[text] = (np.array(items, dtype=np.int64) for items in decoded)
         return found
 
@@ -256,11 +248,9 @@ def check_trackers(names: tuple[str, ...]) -> None:
     installed = get_available_reporting_integrations()
     known = sorted({*INTEGRATION_TO_CALLBACK, *installed})
     missing = [name for name in names if name not in installed]
-    problems = [
-        f"training.report_to: '{name}' is not installed (pip install {name})"
-        if name in known
-        else f"training.report_to: there is no tracker '{name}'.{nearest(name, known)} Known: {', '.join(known)}"
-        for name in missing
-    ]
+    problems = [f"'{name}' is not installed (pip install {name})" for name in missing if name in known]
+    unknown = [name for name in missing if name not in known]
+    problems += [f"there is no tracker '{name}'.{nearest(name, known)} Known: {', '.join(known)}" for name in unknown]
     if problems:
+        problems = [f"training.report_to: {problem}" for problem in problems]
         raise RecipeError(problems, code="no-tracker", trackers=missing)
