@@ -293,7 +293,7 @@ def _attempt(prepared: Prepared, asked: Recipe, run: RunFolder, clock: StepClock
 
 
 def save_adapter_folder(
-    folder: Path, prepared: Prepared, result: Result, weights: dict[str, torch.Tensor] | None = None
+    folder: Path, prepared: Prepared, result: Result, weights: dict[str, torch.Tensor] | None
 ) -> None:
     """Write an adapter folder: weights (from `gathered_weights`), tokenizer, `tokmask.json` and the model card."""
     recipe, backbone, mask = prepared.recipe, prepared.backbone, prepared.mask
@@ -332,11 +332,12 @@ def _with_smaller_batches(prepared: Prepared, asked: Recipe, reason: str) -> Pre
     if smaller is None:
         what = f"with a single text of up to {prepared.recipe.data.max_length} sub-tokens"
         raise memory_error(replace(prepared.situation, recipe=prepared.recipe), what, reason, RunError)
-    prepared.console.print(f"Out of memory: continuing with {smaller[0]} texts, {smaller[1]} times a step.")
-    size = {"training.batch_size": smaller[0], "training.gradient_accumulation": smaller[1]}
+    texts, times = smaller
+    prepared.console.print(f"Out of memory: continuing with {texts} texts, {times} times a step.")
     why = f"{asked.training.batch_size} times {asked.training.gradient_accumulation} ran out of memory"
     decisions = [decision for decision in prepared.decisions if decision.what != "micro-batch"]
-    decisions.append(Decision("micro-batch", f"{smaller[0]} times {smaller[1]}", why))
+    decisions.append(Decision("micro-batch", f"{texts} times {times}", why))
+    size = {"training.batch_size": texts, "training.gradient_accumulation": times}
     return replace(prepared, recipe=changed(prepared.recipe, size), decisions=tuple(decisions))
 
 
