@@ -248,9 +248,11 @@ def check_trackers(names: tuple[str, ...]) -> None:
     installed = get_available_reporting_integrations()
     known = sorted({*INTEGRATION_TO_CALLBACK, *installed})
     missing = [name for name in names if name not in installed]
-    problems = [f"'{name}' is not installed (pip install {name})" for name in missing if name in known]
-    unknown = [name for name in missing if name not in known]
-    problems += [f"there is no tracker '{name}'.{nearest(name, known)} Known: {', '.join(known)}" for name in unknown]
+    problems = [
+        f"training.report_to: '{name}' is not installed (pip install {name})"
+        if name in known
+        else f"training.report_to: there is no tracker '{name}'.{nearest(name, known)} Known: {', '.join(known)}"
+        for name in missing
+    ]
     if problems:
-        problems = [f"training.report_to: {problem}" for problem in problems]
         raise RecipeError(problems, code="no-tracker", trackers=missing)

@@ -81,7 +81,7 @@ def test_a_prediction_belongs_to_its_word():
 def test_a_word_without_a_position_in_the_middle_leaves_its_neighbours_in_place():
     split = token_split()
     kept = [row if len(row) != 3 else [0, 2] for row in split.encoded.kept]
-    split = replace(split, encoded=replace(split.encoded, kept=kept))
+    split.encoded = replace(split.encoded, kept=kept)
     predicted, gold = padded(split)
     row = split.order.tolist().index(2)  # "mañana tengo #fiesta"
     gold[row, np.flatnonzero(gold[row] != IGNORED)[1]] = IGNORED
