@@ -56,23 +56,17 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 @dataclass
 class RunFolder:
-    """Paths in a run folder.
-
-    Attributes:
-        root: the run folder itself.
-        adapter: with tokenizer, labels and model card: a folder to push as it is.
-        checkpoints: of the Trainer.
-        recipe: the resolved recipe.
-        result, log: scores and everything that was measured; a JSON line per logged step.
-        predictions: gold and predicted label ids per text of validation and test.
-    """
+    """Paths in a run folder."""
 
     root: Path
 
     def __post_init__(self) -> None:
-        self.adapter, self.checkpoints = self.root / "adapter", self.root / "checkpoints"
-        self.recipe, self.result = self.root / "recipe.yaml", self.root / "result.json"
-        self.predictions, self.log = self.root / "predictions.json", self.root / "log.jsonl"
+        self.adapter = self.root / "adapter"  # with tokenizer, labels and model card: a folder to push as it is
+        self.checkpoints = self.root / "checkpoints"  # of the Trainer
+        self.recipe = self.root / "recipe.yaml"  # resolved
+        self.result = self.root / "result.json"  # scores and everything that was measured
+        self.predictions = self.root / "predictions.json"  # gold and predicted label ids of each text
+        self.log = self.root / "log.jsonl"  # a line per logged step
 
     def last_checkpoint(self) -> Path | None:
         """Return the newest complete checkpoint, or None."""
@@ -153,34 +147,22 @@ def open_finished(folder: str | Path) -> RunFolder:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """What `result.json` of a finished run holds; its fields are the file's keys, in the file's order.
-
-    Attributes:
-        name, task, seed, masking: of the recipe.
-        labels: in the order of the classifier's outputs.
-        validation: scores as `training.metrics.scores` returns them, of the texts that selected the checkpoint.
-        best_step, steps: optimizer steps up to the checkpoint that was kept, and in all.
-        test: scores of the texts that nothing was selected on; None without such a split.
-        calibration: the temperature and what it does to each split.
-        baseline: scores of character n-grams on the scored split; None if switched off.
-        data, decisions: what was read, merged, removed and cut; what was decided for the user, with the reasons.
-        speed: seconds, steps, tokens per second, memory, environment.
-    """
+    """What `result.json` of a finished run holds; its fields are the file's keys, in the file's order."""
 
     name: str = ""
     task: str = "sequence"
-    labels: list[str]
+    labels: list[str]  # in the order of the classifier's outputs
     seed: int = 0
-    masking: dict[str, Any] = field(default_factory=dict)
-    validation: dict[str, Any]
-    best_step: int | None = None
+    masking: dict[str, Any] = field(default_factory=dict)  # as in the recipe
+    validation: dict[str, Any]  # as `training.metrics.scores` returns it, of the texts that selected the checkpoint
+    best_step: int | None = None  # optimizer steps up to the checkpoint that was kept
     steps: int | None = None
-    test: dict[str, Any] | None = None
-    calibration: dict[str, Any] = field(default_factory=dict)
-    baseline: dict[str, Any] | None = None
-    data: dict[str, Any] = field(default_factory=dict)
-    decisions: list[dict[str, str]] = field(default_factory=list)
-    speed: dict[str, Any] = field(default_factory=dict)
+    test: dict[str, Any] | None = None  # of the texts that nothing was selected on; None without such a split
+    calibration: dict[str, Any] = field(default_factory=dict)  # the temperature, and what it does to each split
+    baseline: dict[str, Any] | None = None  # of character n-grams on the scored split; None if switched off
+    data: dict[str, Any] = field(default_factory=dict)  # what was read, merged, removed and cut
+    decisions: list[dict[str, str]] = field(default_factory=list)  # made for the user, with the reasons
+    speed: dict[str, Any] = field(default_factory=dict)  # seconds, steps, tokens per second, memory, environment
 
     @property
     def scored_split(self) -> str:
@@ -222,13 +204,7 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A finished run.
-
-    Attributes:
-        folder: its folder.
-        recipe: the resolved recipe.
-        result: what `result.json` holds.
-    """
+    """A finished run, with its resolved recipe and what `result.json` holds."""
 
     folder: RunFolder
     recipe: Recipe
@@ -260,18 +236,11 @@ class _Part(BaseModel):
 
 
 class Loading(_Part):
-    """How the backbone was loaded to train the adapter. Everything is checked, since an adapter may be anyone's.
+    """How the backbone was loaded to train the adapter. Everything is checked, since an adapter may be anyone's."""
 
-    Attributes:
-        max_length: sub-tokens per text in training, special tokens included; None if not known.
-        package: `package:NAME/FOLDER`, if an installed Python package holds the backbone; never a folder.
-        revision: the backbone's revision on the Hub.
-        quantization, precision, embedding: as in `model` of the recipe, with what was decided.
-    """
-
-    max_length: int | None = Field(None, ge=4)
-    package: str | None = None
-    revision: str | None = None
+    max_length: int | None = Field(None, ge=4)  # sub-tokens per text, special tokens included; None if not known
+    package: str | None = None  # `package:NAME/FOLDER`, if a Python package holds the backbone; never a folder
+    revision: str | None = None  # of the backbone on the Hub
     quantization: str = Field("none", pattern="^(nf4|int8|none)$")
     precision: str = Field("fp32", pattern="^(bf16|fp32)$")
     embedding: str = Field("resident", pattern="^(resident|offload|8bit)$")
@@ -295,21 +264,13 @@ class Calibration(_Part):
 
 
 class AdapterInfo(_Part):
-    """What `tokmask.json` in an adapter folder holds, in addition to PEFT's own files.
+    """What `tokmask.json` in an adapter folder holds, in addition to PEFT's own files."""
 
-    Attributes:
-        format: of the file; before 2 its parts were four files.
-        task: as in `data.task`.
-        labels: in the order of the classifier's outputs.
-        calibration: from validation; temperature 1 if there is none.
-        loading, masking: how the backbone was loaded and tokens were masked in training; None if not known.
-    """
-
-    format: Literal[2] = 2
+    format: Literal[2] = 2  # before 2, the parts were four files
     task: Task
-    labels: list[str]
+    labels: list[str]  # in the order of the classifier's outputs
     calibration: Calibration = Field(default_factory=lambda: Calibration())
-    loading: Loading | None = None
+    loading: Loading | None = None  # None if not known, as `masking`
     masking: TokenMaskConfig | None = None
 
     def write(self, adapter: Path) -> None:
@@ -352,24 +313,15 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class SavedAdapter:
-    """A saved adapter, and how to load it.
+    """A saved adapter, and how to load it."""
 
-    Attributes:
-        name: as the user gave it, for messages.
-        folder: the adapter folder.
-        task, labels, masking: as in `AdapterInfo`.
-        model: the backbone, with `quantization`, `precision` and `embedding` as trained.
-        max_length: sub-tokens per text in training; None if not known.
-        temperature: divides the logits; 1 without a calibration.
-    """
-
-    name: str
+    name: str  # as the user gave it, for messages
     folder: Path
     task: Task
     labels: tuple[str, ...]
-    model: ModelConfig
-    max_length: int | None
-    temperature: float
+    model: ModelConfig  # with `quantization`, `precision` and `embedding` as trained
+    max_length: int | None  # sub-tokens per text in training; None if not known
+    temperature: float  # divides the logits; 1 without a calibration
     masking: TokenMaskConfig | None = None
 
 

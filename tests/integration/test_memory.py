@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 import tokmask_peft
+from tokmask_peft.cli.training import print_forecast
 from tokmask_peft.data import hub
 from tokmask_peft.errors import DataError, ModelError, RecipeError, RunError, RunInterruptedError
 from tokmask_peft.model import backbone as backbone_module
@@ -282,8 +283,6 @@ def test_the_estimate_has_the_attention_dropout_of_the_run(write_recipe, monkeyp
 
 
 def test_the_report_as_it_is_read(write_recipe, capsys):
-    from tokmask_peft.training.memory import print_forecast
-
     recipe = load_recipe(write_recipe(), SHORT)
     print_forecast(fits.without_training(recipe, "4GB"))
     said = capsys.readouterr().out
@@ -303,8 +302,6 @@ def test_the_report_as_it_is_read(write_recipe, capsys):
     ("gpu", "precision", "said_so"), [("4GB", "auto", True), ("4GB", "fp32", False), (None, "auto", False)]
 )
 def test_a_gpu_is_taken_for_one_with_bf16_and_the_report_says_so(write_recipe, capsys, gpu, precision, said_so):
-    from tokmask_peft.training.memory import print_forecast
-
     recipe = load_recipe(write_recipe(), [*SHORT, f"model.precision={precision}"])
     found = fits.without_training(recipe, gpu)
     print_forecast(found)

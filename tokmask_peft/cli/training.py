@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tokmask_peft.cli.app import Overrides, RecipeArgument, app, checked
 from tokmask_peft.console import quiet_libraries
+
+if TYPE_CHECKING:
+    from tokmask_peft.training.memory import Forecast
 
 ARMS = (
     "compare regularizers: none, lora_dropout, attention_dropout, neftune, label_smoothing, mask, and combinations "
@@ -92,10 +96,53 @@ def estimate(
     """Estimate how much memory RECIPE takes, whether it fits, and what to change; no weights are needed."""
     whole = checked(recipe, overrides)
     quiet_libraries()
-    from tokmask_peft.training.memory import print_forecast, without_training
+    from tokmask_peft.training.memory import without_training
 
     found = without_training(whole, gpu)
     if as_json:
         typer.echo(json.dumps(found.to_dict(), indent=2))
     else:
         print_forecast(found)
+
+
+def print_forecast(found: Forecast) -> None:
+    """Print the bytes, whether they fit, and what would save some."""
+    from rich.markup import escape
+    from rich.table import Column, Table
+
+    from tokmask_peft.console import make_console
+    from tokmask_peft.model.memory.estimate import PARTS, USABLE, shown
+
+    console, setting, memory, model = make_console(), found.setting, found.memory, found.recipe.model
+    say = functools.partial(console.print, markup=False)
+    precision = "bf16" if found.to_dict()["precision"] == "bfloat16" else "fp32"
+    device = f"{model.backbone} on {setting.device_type}, {precision}, quantization {setting.quantization}"
+    say(f"{device}, embedding {model.embedding}")
+    if setting.assumed:
+        say(setting.assumed)
+    say(f"gradient checkpointing {found.decision.choice}: {found.decision.reason}")
+    known = "of your texts" if found.shapes.known else "every text as long as data.max_length"
+    say(f"largest batch: {found.shapes.largest} ({known})\n")
+    columns = {"largest batch": found.largest, **({"usual batch": found.usual} if found.usual else {})}
+    table = Table("what", *(Column(name, justify="right") for name in columns), "", box=None, padding=(0, 2, 0, 0))
+    for part, about in PARTS.items():
+        sizes = [column.parts.get(part) for column in columns.values()]
+        if any(sizes):
+            table.add_row(part, *(shown(size) if size else "-" for size in sizes), about)
+    table.add_row("total", *(shown(column.total) for column in columns.values()), "", style="bold")
+    console.print(table)
+    if found.largest.host:
+        say(f"and {shown(found.largest.host)} of the host's memory, for the embedding")
+    checked = "" if setting.device_type == "cpu" else ", which has not been checked on a GPU yet"
+    say(f"The tensors of a real step should be within {found.margin:.0%} of this{checked}.\n")
+    if memory is None:
+        say(f"The memory of this {setting.device_type} is unknown.")
+        return
+    verdict = "It fits" if found.fits else "It does NOT fit"
+    console.print(f"[bold]{verdict}[/bold]: {escape(str(memory))}, of which {USABLE:.0%} are counted on.")
+    if found.suggestions:
+        say("What would take less, with its total:")
+    for one in found.suggestions:
+        say(f"  {one}")
+    if not found.fits and not any(one.fits for one in found.suggestions):
+        say("Nothing here makes it fit: take a smaller backbone.")

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Sampler
 
+from tokmask_peft.errors import RecipeError
 from tokmask_peft.recipe.schema import Batching
 from tokmask_peft.tasks import get_task
 
@@ -62,7 +63,7 @@ class TokenBudgetSampler(Sampler[list[int]]):
         processes: number of processes.
 
     Raises:
-        ValueError: one text exceeds the budget.
+        RecipeError: one text exceeds the budget.
     """
 
     def __init__(
@@ -117,9 +118,11 @@ class TokenBudgetSampler(Sampler[list[int]]):
 
 
 def check_budget(longest: int, budget: int, batching: Batching) -> None:
-    """Raise a ValueError if the longest text exceeds the budget."""
+    """Raise a RecipeError if the longest text exceeds the budget."""
     if (needed := _cost(longest, 1, longest, batching)) > budget:
-        raise ValueError(f"the longest text takes {needed} sub-tokens, more than the {budget} of a batch")
+        problem = f"the longest text takes {needed} sub-tokens, more than the {budget} of a batch"
+        remedy = "set it higher, or data.max_length lower"
+        raise RecipeError([f"training.tokens_per_batch: {problem}; {remedy}"], code="budget-too-small", budget=budget)
 
 
 def _cost(total: int, texts: int, longest: int, batching: Batching) -> int:

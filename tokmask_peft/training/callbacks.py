@@ -127,9 +127,8 @@ class AdapterMoves(TrainerCallback):
     def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any) -> None:
         """Remember the adapter, unless a comparison is still due."""
         if self._at_evaluation is None:
-            named = model.named_parameters()
-            trained = {name: value for name, value in named if value.requires_grad and "lora_B" in name}
-            self._at_evaluation = {name: value.detach().clone() for name, value in trained.items()}
+            trained = ((name, value) for name, value in model.named_parameters() if value.requires_grad)
+            self._at_evaluation = {name: value.detach().clone() for name, value in trained if "lora_B" in name}
             self._steps = 0
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **given: Any) -> None:
@@ -146,8 +145,7 @@ class AdapterMoves(TrainerCallback):
             return
         before, self._at_evaluation = self._at_evaluation, None
         now = dict(given["model"].named_parameters())
-        still = [name for name, value in before.items() if torch.equal(value, now[name].detach())]
-        if still:
+        if still := [name for name, value in before.items() if torch.equal(value, now[name].detach())]:
             raise RunError(
                 f"{len(still)} of {len(before)} adapter weights did not move in {self.STEPS} steps after an evaluation "
                 f"(first: {still[0]}): no gradient reaches them. The last good state is in the newest checkpoint. "
@@ -189,12 +187,11 @@ class ProgressDisplay(TrainerCallback):
             return
         new = {name: f"{logs[key]:.4f}" for key, name in self.NAMES.items() if isinstance(logs.get(key), float)}
         self._shown.update(new)
+        shown = "  ".join(f"{name} {value}" for name, value in (self._shown if self._progress else new).items())
         if self._progress is not None:
-            shown = "  ".join(f"{name} {value}" for name, value in self._shown.items())
             self._progress.update(self._task, shown=shown)
         elif new:
-            text = "  ".join(f"{name} {value}" for name, value in new.items())
-            self.console.print(f"step {state.global_step}/{state.max_steps}  epoch {state.epoch or 0:.2f}  {text}")
+            self.console.print(f"step {state.global_step}/{state.max_steps}  epoch {state.epoch or 0:.2f}  {shown}")
 
     def close(self) -> None:
         """Close the bar, also after an exception."""

@@ -38,12 +38,9 @@ def check_sharding() -> None:
     if parse_flag_from_env("ACCELERATE_USE_FSDP") and os.environ.get("FSDP_VERSION", "1") == "1":
         chosen = "FSDP 1"
     if chosen is not None:
-        raise RunError(
-            f"{chosen} was chosen, and the adapter could not be saved whole: use the second version of FSDP "
-            "(fsdp_version: 2, as in recipes/_accelerate/fsdp_qlora.yaml), or torchrun without sharding",
-            code="sharding",
-            chosen=chosen,
-        )
+        problem = f"{chosen} was chosen, and the adapter could not be saved whole: use the second version of FSDP"
+        remedy = "(fsdp_version: 2, as in recipes/_accelerate/fsdp_qlora.yaml), or torchrun without sharding"
+        raise RunError(f"{problem} {remedy}", code="sharding", chosen=chosen)
 
 
 def versions() -> dict[str, str]:

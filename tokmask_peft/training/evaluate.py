@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,10 @@ from tokmask_peft.errors import DataError
 from tokmask_peft.model.adapter import load_adapter
 from tokmask_peft.model.backbone import load_backbone
 from tokmask_peft.model.decisions import plan_loading
-from tokmask_peft.model.memory.suggestions import changed
+from tokmask_peft.model.memory.suggestions import Situation, changed, memory_errors
 from tokmask_peft.recipe.schema import Recipe
 from tokmask_peft.tasks import Example, get_task
 from tokmask_peft.training.environment import processes
-from tokmask_peft.training.memory import evaluation_memory_errors
 from tokmask_peft.training.scoring import scores_of
 from tokmask_peft.training.trainer import OrderedEvalTrainer, Split, training_arguments
 
@@ -56,25 +56,27 @@ def evaluate(
     saved, device = find_saved(folder.root), processes().device
     set_seed(recipe.seed)
     plan = plan_loading(saved.model, device)
-    with evaluation_memory_errors(device):
+    loading = Situation("loading", gpu=device.type == "cuda")
+    with memory_errors(loading):
         backbone = load_backbone(plan.model, task, labels, device)
         model = load_adapter(backbone, folder.adapter)
-    texts = Split.make(examples, backbone.tokenizer, task, labels, recipe.data.max_length)
+    texts = Split(examples, backbone.tokenizer, task, labels, recipe.data.max_length)
     bf16 = backbone.dtype == torch.bfloat16
     with tempfile.TemporaryDirectory() as scratch:  # the Trainer creates its folder, and the run may be read-only
         batch = min(recipe.training.eval_batch_size, len(examples))
-        with evaluation_memory_errors(device):  # an unquantized backbone stays on the host until here
+        evaluating = replace(loading, phase="evaluation", texts=batch)
+        with memory_errors(loading):  # an unquantized backbone stays on the host until here
             trainer = OrderedEvalTrainer(
                 model=model,
                 args=training_arguments(recipe, Path(scratch), device, bf16),
                 eval_dataset=texts.dataset,
                 data_collator=get_task(task).collator(backbone.tokenizer),
-                memory_errors=functools.partial(evaluation_memory_errors, device, batch),
+                memory_errors=functools.partial(memory_errors, evaluating),
             )
-        found = trainer.predict_split(texts)
+        found, _, _ = trainer.predict_with_logits(texts)
     result, deviations = scores_of(recipe, found, labels), list(plan.deviations)
-    loading = AdapterInfo.read(folder.adapter).loading
-    if loading is not None and loading.precision == "bf16" and not bf16:
+    trained = AdapterInfo.read(folder.adapter).loading
+    if trained is not None and trained.precision == "bf16" and not bf16:
         deviations.append("trained in bf16, which this machine does not compute in: results differ slightly")
     return result | ({"not_as_trained": deviations} if deviations else {})
 
@@ -82,13 +84,7 @@ def evaluate(
 def split_examples(
     recipe: Recipe, split: str, data: str | None, adapter: Path
 ) -> tuple[list[Example], tuple[str, ...]]:
-    """Return the texts of a split as the run saw them, or other texts, and the labels of the adapter.
-
-    Args:
-        recipe: of the run.
-        split: `train`, `validation` or `test`; with `data`, the split or file name there.
-        data: a folder or file with other texts.
-        adapter: the folder of the adapter.
+    """Return the texts of a split as the run saw them, or those of a folder or file, and the labels of the adapter.
 
     Raises:
         DataError: there is no such split, or it cannot be read.

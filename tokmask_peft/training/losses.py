@@ -28,19 +28,15 @@ def class_weights(wanted: str | Mapping[str, float], counts: Mapping[str, int]) 
     if wanted == "none":
         return None
     if isinstance(wanted, str):
-        total, classes = sum(counts.values()), len(counts)
-        power = 1.0 if wanted == "inverse" else 0.5
+        total, classes, power = sum(counts.values()), len(counts), 1.0 if wanted == "inverse" else 0.5
         raw = [math.pow(total / (classes * max(count, 1)), power) for count in counts.values()]
         return [classes * value / sum(raw) for value in raw]
-    problems = [
-        f"training.class_weights: there is no label '{label}'.{nearest(label, counts)} Labels: {', '.join(counts)}"
-        for label in wanted
-        if label not in counts
-    ]
-    problems += [f"training.class_weights: no weight for '{label}'" for label in counts if label not in wanted]
-    problems += [
-        f"training.class_weights.{label}: a weight cannot be {value}" for label, value in wanted.items() if value < 0
-    ]
+    key = "training.class_weights"
+    known = f"Labels: {', '.join(counts)}"
+    unknown = [label for label in wanted if label not in counts]
+    problems = [f"{key}: there is no label '{label}'.{nearest(label, counts)} {known}" for label in unknown]
+    problems += [f"{key}: no weight for '{label}'" for label in counts if label not in wanted]
+    problems += [f"{key}.{label}: a weight cannot be {value}" for label, value in wanted.items() if value < 0]
     if problems:
         raise RecipeError(problems, code="class-weights", labels=list(counts))
     return [float(wanted[label]) for label in counts]
@@ -49,12 +45,7 @@ def class_weights(wanted: str | Mapping[str, float], counts: Mapping[str, int]) 
 class ClassificationLoss:
     """Weighted cross entropy, with an optional focal factor (1 - p_t)^gamma (Lin et al. 2017), in fp32.
 
-    Goes to the Trainer as `compute_loss_func`.
-
-    Args:
-        weights: a weight per class, or None.
-        gamma: focusing parameter; 0 is plain cross entropy.
-        smoothing: label smoothing in [0, 1).
+    Goes to the Trainer as `compute_loss_func`. With a focusing parameter `gamma` of 0 it is plain cross entropy.
     """
 
     def __init__(self, weights: Sequence[float] | None = None, gamma: float = 0.0, smoothing: float = 0.0) -> None:

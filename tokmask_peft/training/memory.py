@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from accelerate.utils import parse_flag_from_env
-from rich.markup import escape
-from rich.table import Table
+from transformers import AutoConfig
 
-from tokmask_peft.console import Decision, make_console
-from tokmask_peft.errors import ModelError, RunError, TokmaskError, first_line
+from tokmask_peft.console import Decision
+from tokmask_peft.data.corpus import load_corpus
+from tokmask_peft.data.encoding import Encoder
+from tokmask_peft.errors import ModelError, TokmaskError, first_line
+from tokmask_peft.model.backbone import attention_dropout_name, backbone_location, load_problem, load_tokenizer
 from tokmask_peft.model.decisions import (
     bitsandbytes_problem,
     can_checkpoint,
@@ -23,7 +23,6 @@ from tokmask_peft.model.decisions import (
 )
 from tokmask_peft.model.memory.estimate import (
     MARGIN,
-    USABLE,
     Estimate,
     Lengths,
     Memory,
@@ -35,94 +34,30 @@ from tokmask_peft.model.memory.estimate import (
     workload,
 )
 from tokmask_peft.model.memory.step import Setting, bare_model
-from tokmask_peft.model.memory.suggestions import (
-    Phase,
-    Situation,
-    Suggestion,
-    changed,
-    memory_error,
-    memory_errors,
-    suggestions,
-)
+from tokmask_peft.model.memory.suggestions import Situation, Suggestion, changed, suggestions
+from tokmask_peft.model.packed import choose_batching
 from tokmask_peft.model.placement import placement_problem
-from tokmask_peft.recipe.schema import Recipe, SourceConfig, TrainingConfig
+from tokmask_peft.recipe.schema import Recipe
 
 CHECKPOINTING = "model.gradient_checkpointing"
-
-
-def tokens_per_step(training: TrainingConfig, lengths: Sequence[int], batches: int | None, processes: int) -> float:
-    """Return the sub-tokens that an optimizer step takes on average, in all processes together, without padding.
-
-    Args:
-        training: the size of a micro-batch and how many make a step.
-        lengths: sub-tokens of each text to train on.
-        batches: of one process in an epoch, if a budget of sub-tokens makes them; None if `batch_size` does.
-        processes: how many train.
-    """
-    texts = training.batch_size * processes if batches is None else len(lengths) / max(batches, 1)
-    return texts * training.gradient_accumulation * sum(lengths) / max(len(lengths), 1)
-
-
-def explained_memory_errors(
-    recipe: Recipe, movable: bool, checkpointable: bool = True, evaluating: bool = False, loading: bool = False
-) -> AbstractContextManager[None]:
-    """Turn running out of memory into an error that names the keys to change.
-
-    Args:
-        recipe: of the run, with gradient checkpointing decided.
-        movable: whether the backbone's embedding can be on the host.
-        checkpointable: whether the backbone can do gradient checkpointing.
-        evaluating: whether an evaluation runs.
-        loading: whether the backbone is being loaded, or moved to the device.
-    """
-    phase: Phase = "loading" if loading else "evaluation" if evaluating else "training"
-    return memory_errors(Situation(phase, recipe, movable=movable, checkpointable=checkpointable))
-
-
-def evaluation_memory_errors(device: torch.device, texts: int | None = None) -> AbstractContextManager[None]:
-    """Do the same for `tokmask evaluate`, which takes no keys; `texts` per forward pass, None while loading."""
-    phase: Phase = "loading" if texts is None else "evaluation"
-    return memory_errors(Situation(phase, gpu=device.type == "cuda", texts=texts or 1))
-
-
-def single_text_error(recipe: Recipe, movable: bool, checkpointable: bool, said: str) -> RunError:
-    """Return the error for micro-batches of one text that take too much; `said` is the allocator's message."""
-    single = changed(recipe, {"training.batch_size": 1, "training.auto_batch": True})
-    situation = Situation("training", single, movable=movable, checkpointable=checkpointable)
-    return memory_error(situation, f"with a single text of up to {recipe.data.max_length} sub-tokens", said, RunError)
-
-
 BF16_ASSUMED = (
     "Assumed: the GPU computes in bf16, as the RTX 30 series, the A100 and later GPUs do. The GTX 10 and 16 series "
     "(GTX 1650, 1660), the RTX 20 series (RTX 2060), T4 and V100 do not: add model.precision=fp32 for those."
 )
-UNKNOWN_CLASSES = 3
-"""Classes that are assumed if the texts are on the Hub."""
 
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """A run's memory compared with what is available.
+    """A run's memory compared with what is available."""
 
-    Attributes:
-        recipe: with gradient checkpointing decided.
-        setting: backbone and device.
-        decision: on gradient checkpointing.
-        shapes: of its batches.
-        largest: with the largest batch.
-        usual: with a usual batch, if asked for and the texts are known.
-        memory: what is available, if that is known.
-        suggestions: what saves memory, if it does not fit.
-    """
-
-    recipe: Recipe
+    recipe: Recipe  # with gradient checkpointing decided
     setting: Setting
-    decision: Decision
+    decision: Decision  # on gradient checkpointing
     shapes: Workload
-    largest: Estimate
-    usual: Estimate | None
-    memory: Memory | None
-    suggestions: list[Suggestion]
+    largest: Estimate  # with the largest batch
+    usual: Estimate | None  # with a usual batch, if asked for and the texts are known
+    memory: Memory | None  # what is available, if that is known
+    suggestions: list[Suggestion]  # what saves memory, if the run does not fit
 
     @property
     def fits(self) -> bool:
@@ -132,15 +67,14 @@ class Forecast:
     @property
     def margin(self) -> float:
         """By how much the tensors of a real step may differ, as a share."""
-        return MARGIN["cpu" if self.setting.device_type == "cpu" else "cuda"]
+        return MARGIN.get(self.setting.device_type, MARGIN["cuda"])
 
     def warning(self) -> str | None:
         """Return the warning before a training that does not fit."""
         if self.memory is None or self.fits:
             return None
-        have = f"{self.memory.name} has {shown(self.memory.bytes)}"
-        largest = f"the largest batch would take {shown(self.largest.total)}; {have}"
-        return "\n".join([f"Warning: {largest}. It may run out of memory.", *(f"  {one}" for one in self.suggestions)])
+        taken = f"the largest batch would take {shown(self.largest.total)}; {self.memory}"
+        return "\n".join([f"Warning: {taken}. It may run out of memory.", *(f"  {one}" for one in self.suggestions)])
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-able form; all sizes in bytes."""
@@ -157,9 +91,7 @@ class Forecast:
             "margin": self.margin,
             "available": None if self.memory is None else self.memory.bytes,
             "fits": self.fits,
-            "suggestions": [
-                {name: getattr(one, name) for name in ("changes", "total", "fits")} for one in self.suggestions
-            ],
+            "suggestions": [{"changes": one.changes, "total": one.total, "fits": one.fits} for one in self.suggestions],
         }
 
 
@@ -175,20 +107,13 @@ def forecast(
 ) -> Forecast:
     """Estimate a run, and decide on gradient checkpointing if the recipe leaves it open.
 
-    Args:
-        recipe: to estimate.
-        setting: backbone and device.
-        batching: as decided.
-        lengths: of the texts, if they are known.
-        memory: what is available, if that is known.
-        usual: estimate a usual batch, too, which takes as long again.
-        suggest: look for changes that save memory if the run does not fit, which takes longer still.
+    `lengths` of the texts and `memory` are None if unknown. A `usual` batch takes as long again, and looking for what
+    to `suggest` if the run does not fit takes longer still.
 
     Raises:
         ModelError: the recipe does not fit the backbone.
     """
-    shapes = workload(recipe, batching, lengths)
-    asked = recipe.model.gradient_checkpointing
+    shapes, asked = workload(recipe, batching, lengths), recipe.model.gradient_checkpointing
     bare = bare_model(setting.config, recipe.data.task, setting.dtype)
     check_checkpointing(bare, asked)
 
@@ -204,30 +129,22 @@ def forecast(
         reason = "set in the recipe"
     elif memory is None:
         reason = f"the memory of this {setting.device_type} is unknown"
+    elif memory.fits(found.total):
+        reason = f"{shown(found.total)} at the most, without it; {memory}"
+    elif not can_checkpoint(bare):
+        reason = f"{shown(found.total)} without it; {memory}, but {type(bare).__name__} cannot do it"
     else:
-        have = f"{memory.name} has {shown(memory.bytes)}"
-        if memory.fits(found.total):
-            reason = f"{shown(found.total)} at the most, without it; {have}"
-        elif not can_checkpoint(bare):
-            reason = f"{shown(found.total)} without it; {have}, but {type(bare).__name__} cannot do it"
-        else:
-            less = count(changed(decided, {CHECKPOINTING: True}))
-            reason = f"{shown(found.total)} without, {shown(less.total)} with it; {have}"
-            if less.total < found.total:
-                found, choice, decided = less, "on", changed(decided, {CHECKPOINTING: True})
+        less = count(changed(decided, {CHECKPOINTING: True}))
+        reason = f"{shown(found.total)} without, {shown(less.total)} with it; {memory}"
+        if less.total < found.total:
+            found, choice, decided = less, "on", changed(decided, {CHECKPOINTING: True})
     ordinary = estimate(decided, setting, shapes.usual, shapes.evaluation) if usual and shapes.usual else None
     saving: list[Suggestion] = []
     if suggest and memory is not None and not memory.fits(found.total):
-        device = setting.device_type
-        thought_of = device == "cuda" and not torch.cuda.is_available()  # taken for one that bitsandbytes runs on
-        situation = Situation(
-            "run",
-            decided,
-            gpu=device != "cpu",
-            movable=placement_problem(bare) is None,
-            checkpointable=can_checkpoint(bare),
-            int8=thought_of or bitsandbytes_problem(device) is None,
-        )
+        gpu = setting.device_type != "cpu"
+        imagined = setting.device_type == "cuda" and not torch.cuda.is_available()  # one that bitsandbytes runs on
+        int8, movable = imagined or bitsandbytes_problem(setting.device_type) is None, placement_problem(bare) is None
+        situation = Situation("run", decided, gpu, movable, can_checkpoint(bare), int8)
         saving = suggestions(situation, count, memory)
     recipe = changed(recipe, {CHECKPOINTING: choice == "on"})
     return Forecast(recipe, setting, Decision("checkpointing", choice, reason), shapes, found, ordinary, memory, saving)
@@ -238,10 +155,8 @@ def before_training(
 ) -> tuple[Recipe, Decision, str | None]:
     """Decide on gradient checkpointing, and warn of what will not fit; of several processes the tightest decides.
 
-    Under FSDP it does not warn, because the estimate is of a device that holds everything.
-
-    Returns:
-        The recipe with the decision in it, the decision, and a warning or None.
+    Under FSDP it does not warn, because the estimate is of a device that holds everything. Returns the recipe with the
+    decision in it, the decision, and a warning or None.
 
     Raises:
         ModelError: the recipe asks for gradient checkpointing, which the backbone cannot do.
@@ -261,21 +176,11 @@ def before_training(
         decision, warning = found.decision, None if sharded else found.warning()
         if sharded and asked == "auto":
             decision = replace(decision, reason=f"{decision.reason}; shards are not counted")
-    decision, warning = agreed(decision, warning)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        every: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(every, (decision, warning))
+        decision, warning = tightest(every)
     return changed(recipe, {CHECKPOINTING: decision.choice == "on"}), decision, warning
-
-
-def agreed(decision: Decision, warning: str | None) -> tuple[Decision, str | None]:
-    """Return what the process with the least memory decided; every process has to call this if there are several.
-
-    Otherwise a run would have gradient checkpointing on some GPUs only, and report the memory of the first process
-    only, which is the one that prints.
-    """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return decision, warning
-    found: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(found, (decision, warning))
-    return tightest(found)
 
 
 def tightest(found: list[tuple[Decision, str | None]]) -> tuple[Decision, str | None]:
@@ -289,19 +194,12 @@ def tightest(found: list[tuple[Decision, str | None]]) -> tuple[Decision, str | 
 def without_training(recipe: Recipe, gpu: str | None = None) -> Forecast:
     """Estimate a recipe on this machine, or on a GPU of a size; no weights are read.
 
-    Args:
-        recipe: to estimate.
-        gpu: memory of the GPU to estimate for, such as 6GB; default: this machine's CUDA GPU, or its CPU.
+    `gpu` is the memory of the GPU to estimate for, such as 6GB; default: this machine's CUDA GPU, or its CPU.
 
     Raises:
         RecipeError, DataError, ModelError: with what to do.
     """
-    from transformers import AutoConfig
-
-    from tokmask_peft.model.backbone import attention_dropout_name, backbone_location, load_problem
-    from tokmask_peft.model.packed import choose_batching
-
-    wanted, room = recipe.model, None if gpu is None else gpu_memory(gpu)
+    wanted, memory = recipe.model, None if gpu is None else gpu_memory(gpu)
     device = torch.device("cuda" if gpu or torch.cuda.is_available() else "cpu")
     labels, lengths = _texts(recipe)
     location = backbone_location(wanted)
@@ -312,20 +210,19 @@ def without_training(recipe: Recipe, gpu: str | None = None) -> Forecast:
         raise ModelError(load_problem("backbone's config", location, error)) from error
     if wanted.attention_dropout is not None:
         setattr(config, attention_dropout_name(location, config), wanted.attention_dropout)
-    assumed = None
     if gpu is None:
         precision, quantization = choose_precision(wanted, device).choice, choose_quantization(wanted, device).choice
     else:  # one that bitsandbytes and bf16 run on
         precision = "bf16" if wanted.precision == "auto" else wanted.precision
         quantization = "nf4" if wanted.quantization == "auto" else wanted.quantization
-        assumed = BF16_ASSUMED if wanted.precision == "auto" else None
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    assumed = BF16_ASSUMED if gpu is not None and wanted.precision == "auto" else None
     setting = Setting(config, device.type, quantization, dtype, assumed)
     try:
         bare = bare_model(config, recipe.data.task, dtype)
         noisy = recipe.training.neftune_alpha is not None
         batching = choose_batching(recipe.training.batching, bare, neftune=noisy).choice
-        return forecast(recipe, setting, batching, lengths, room or device_memory(device))
+        return forecast(recipe, setting, batching, lengths, memory or device_memory(device))
     except TokmaskError:
         raise
     except Exception as error:
@@ -338,14 +235,10 @@ def _texts(recipe: Recipe) -> tuple[int, Lengths | None]:
 
     Those of the Hub are not, because they may have to be downloaded; a test set there counts as texts of max_length.
     """
-    from tokmask_peft.data.corpus import load_corpus
-    from tokmask_peft.data.encoding import Encoder
-    from tokmask_peft.model.backbone import load_tokenizer
-
     data, unread = recipe.data, list[tuple[int, ...]]()
-    if _on_hub(data):
-        return UNKNOWN_CLASSES, None
-    if data.test is not None and data.test_source is not None and _on_hub(data.test_source):
+    if data.path is None and data.hub is not None:
+        return 3, None  # classes, which are not known either
+    if data.test is not None and (test := data.test_source) is not None and test.path is None and test.hub is not None:
         data = data.model_copy(update={"test": None, "test_source": None})
         unread = [(data.max_length,) * recipe.training.eval_batch_size]
     corpus = load_corpus(data.expanded(), recipe.seed)
@@ -356,71 +249,3 @@ def _texts(recipe: Recipe) -> tuple[int, Lengths | None]:
         if split
     )
     return len(corpus.labels), Lengths(train, (*evaluated, *unread))
-
-
-def _on_hub(source: SourceConfig) -> bool:
-    return source.path is None and source.hub is not None
-
-
-PARTS = {
-    "weights": "frozen backbone",
-    "embedding": "its input embedding",
-    "adapter": "adapter and head, fp32",
-    "optimizer": "states of AdamW, fp32",
-    "activations": "kept for the backward pass",
-    "workspace": "gradients and intermediate results on top of that",
-    "evaluation": "an evaluation takes more than a step",
-    "overhead": "Python, libraries, CUDA context",
-}
-
-
-def print_forecast(found: Forecast) -> None:
-    """Print the bytes, whether they fit, and what would save some."""
-    console, setting = make_console(), found.setting
-    precision = "bf16" if setting.dtype == torch.bfloat16 else "fp32"
-    known = "of your texts" if found.shapes.known else "every text as long as data.max_length"
-    lines = [
-        f"{found.recipe.model.backbone} on {setting.device_type}, {precision}, quantization {setting.quantization}, "
-        f"embedding {found.recipe.model.embedding}",
-        *([setting.assumed] if setting.assumed else []),
-        f"gradient checkpointing {found.decision.choice}: {found.decision.reason}",
-        f"largest batch: {found.shapes.largest} ({known})\n",
-    ]
-    console.print("\n".join(lines), markup=False)
-    columns = {"largest batch": found.largest, **({"usual batch": found.usual} if found.usual else {})}
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    table.add_column("what")
-    for name in columns:
-        table.add_column(name, justify="right")
-    table.add_column("")
-    for part, about in PARTS.items():
-        cells = [_cell(column, part) for column in columns.values()]
-        if any(cells):
-            table.add_row(part, *(cell or "-" for cell in cells), about)
-    table.add_row("[bold]total[/bold]", *(f"[bold]{shown(column.total)}[/bold]" for column in columns.values()), "")
-    console.print(table)
-    if found.largest.host:
-        console.print(f"and {shown(found.largest.host)} of the host's memory, for the embedding", markup=False)
-    checked = "" if setting.device_type == "cpu" else ", which has not been checked on a GPU yet"
-    console.print(f"The tensors of a real step should be within {found.margin:.0%} of this{checked}.\n", markup=False)
-    if found.memory is None:
-        console.print(f"The memory of this {setting.device_type} is unknown.", markup=False)
-        return
-    verdict = "It fits" if found.fits else "It does NOT fit"
-    have = f"{escape(found.memory.name)} has {shown(found.memory.bytes)}, of which {USABLE:.0%} are counted on"
-    console.print(f"[bold]{verdict}[/bold]: {have}.")
-    if found.suggestions:
-        console.print("What would take less, with its total:")
-    for one in found.suggestions:
-        console.print(f"  {one}", markup=False)
-    if not found.fits and not any(one.fits for one in found.suggestions):
-        console.print("Nothing here makes it fit: take a smaller backbone.")
-
-
-def _cell(column: Estimate, name: str) -> str:
-    """Leave out what does not count: the smaller of a step and an evaluation."""
-    larger = column.evaluation > column.activations + column.workspace
-    if (name == "evaluation" and not larger) or (name in ("activations", "workspace") and larger):
-        return ""
-    size: int = getattr(column, name)
-    return shown(size) if size else ""

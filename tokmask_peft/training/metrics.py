@@ -39,16 +39,9 @@ class Predictions:
 def scores(gold: NDArray[np.int64], predicted: NDArray[np.int64], labels: Sequence[str]) -> dict[str, Any]:
     """Return accuracy, macro and weighted F1, per-class figures and the confusion matrix.
 
-    Macro-F1 is the mean over the classes that occur among the gold or the predicted labels, as in scikit-learn.
-
-    Args:
-        gold: `[items]` label ids.
-        predicted: `[items]` label ids, `NO_PREDICTION` for none.
-        labels: label names by id.
-
-    Returns:
-        JSON-able; `confusion` has a row for each gold label and a column for each predicted one, with a last column for
-        items without a prediction if there are any.
+    Macro-F1 is the mean over the classes that occur among the gold or the predicted labels, as in scikit-learn. `gold`
+    and `predicted` are label ids, `[items]`, `NO_PREDICTION` for none. What is returned is JSON-able; `confusion` has a
+    row for each gold label and a column for each predicted one, and a last column for items without a prediction.
     """
     from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
@@ -107,10 +100,8 @@ def scores_by_mixing(found: Predictions, labels: Sequence[str], languages: Seque
     return rows
 
 
-BINS = 15
-"""Of a reliability diagram, of equal width over (0, 1]."""
-LOWEST, HIGHEST = 0.05, 20.0
-"""Bounds of the temperature."""
+BINS = 15  # of a reliability diagram, of equal width over (0, 1]
+LOWEST, HIGHEST = 0.05, 20.0  # bounds of the temperature
 _HALVINGS = 60  # of the interval of 1 / T: below the spacing of doubles
 
 
@@ -144,8 +135,7 @@ def fit_temperature(logits: NDArray[Any], gold: NDArray[Any]) -> float:
 def calibrate(parts: dict[str, tuple[NDArray[Any], NDArray[Any]]]) -> dict[str, Any]:
     """Fit the temperature on validation; return it with what it changes on each part, JSON-able.
 
-    Args:
-        parts: `validation` and whatever else to report on: logits `[items, classes]` and gold ids `[items]`.
+    `parts` are `validation` and whatever else to report on: logits `[items, classes]` and gold ids `[items]`.
 
     Raises:
         RunError: a logit is not finite.
@@ -185,19 +175,21 @@ def negative_log_likelihood(logits: NDArray[Any], gold: NDArray[Any], temperatur
     return float((total - scaled[np.arange(len(gold)), gold]).mean())
 
 
-def expected_calibration_error(probability: NDArray[Any], gold: NDArray[Any], bins: int = BINS) -> float:
+def expected_calibration_error(probability: NDArray[Any], gold: NDArray[Any]) -> float:
     """Return the mean distance between confidence and accuracy over `reliability_bins`, weighted by their items."""
-    rows = reliability_bins(probability, gold, bins)
+    rows = reliability_bins(probability, gold)
     return sum(row["items"] * abs(row["accuracy"] - row["confidence"]) for row in rows) / max(len(gold), 1)
 
 
 def reliability_bins(probability: NDArray[Any], gold: NDArray[Any], bins: int = BINS) -> list[dict[str, Any]]:
     """Return the points of a reliability diagram: number, mean confidence and accuracy of the items of each bin.
 
+    The bins are of equal width over (0, 1]; a confidence on a border belongs to the bin below. Empty ones are left out.
+
     Args:
         probability: `[items, classes]`.
         gold: `[items]` label ids.
-        bins: of equal width over (0, 1]; a confidence on a border belongs to the bin below. Empty bins are left out.
+        bins: their number.
     """
     confidence = probability.max(-1)
     right = probability.argmax(-1) == gold

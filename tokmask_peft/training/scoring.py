@@ -24,10 +24,8 @@ def baseline_scores(
     """Fit logistic regression over character n-grams on `train`, and score it on `test`.
 
     In token tasks each word is classified without its context. Equal items with equal labels are one row, weighted by
-    their number: the same fit as on repeated rows, in less time. (The idf of an n-gram counts those rows.)
-
-    Returns:
-        The scores of `metrics.scores`, with `method` and `seconds`.
+    their number: the same fit as on repeated rows, in less time. (The idf of an n-gram counts those rows.) Returns the
+    scores of `metrics.scores`, with `method` and `seconds`.
     """
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
@@ -43,9 +41,7 @@ def baseline_scores(
     items = [item for example in test for item in get_task(task).items(example)]
     distinct = sorted({text for text, _ in items})
     answer = dict(zip(distinct, model.predict(vectorizer.transform(distinct)), strict=True))
-    gold, predicted = (
-        np.array(found) for found in zip(*((ids[label], answer[text]) for text, label in items), strict=True)
-    )
+    gold, predicted = np.array([(ids[label], answer[text]) for text, label in items]).T
     return {
         **scores(gold, predicted, labels),
         "method": "character 1- to 5-grams within words (tf-idf), logistic regression",
@@ -67,14 +63,7 @@ def score_best(
 ) -> tuple[Result, dict[str, Predictions]]:
     """Score the best checkpoint, which the trainer has loaded.
 
-    Args:
-        trainer: after training.
-        recipe: of the run.
-        corpus: its texts.
-        splits: encoded: `train`, `validation` and, if there is one, `test`.
-
-    Returns:
-        What `result.json` will hold, except for decisions and speed; and the predictions for each split.
+    Returns what `result.json` will hold, except for decisions and speed, and the predictions for each split.
     """
     labels, predictions, logits = corpus.labels, dict[str, Predictions](), dict[str, Any]()
     for name in ("validation", "test"):
@@ -83,6 +72,7 @@ def score_best(
     baseline = None
     if recipe.training.baseline and trainer.is_world_process_zero():
         baseline = baseline_scores(corpus.train, corpus.test or corpus.validation, labels, recipe.data.task)
+    truncation = {name: split.encoded.truncation.to_dict() for name, split in splits.items()}
     result = Result(
         name=recipe.name,
         task=recipe.data.task,
@@ -95,20 +85,13 @@ def score_best(
         test=scores_of(recipe, predictions["test"], labels) if "test" in predictions else None,
         calibration=calibrate(logits),
         baseline=baseline,
-        data={
-            **corpus.report.to_dict(),
-            "truncation": {name: split.encoded.truncation.to_dict() for name, split in splits.items()},
-        },
+        data=corpus.report.to_dict() | {"truncation": truncation},
     )
     return result, predictions
 
 
 def check_best(result: Result, best: float | None) -> None:
-    """Fail if the saved adapter is not the one that was best in training.
-
-    Args:
-        result: of `score_best`.
-        best: macro-F1 on validation of the best checkpoint, according to the Trainer; None if it has none.
+    """Fail if the saved adapter is not the one that was best in training: macro-F1 `best` on validation, if known.
 
     Raises:
         RunError: it is another one.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -40,57 +40,38 @@ from tokmask_peft.masking.replacement import MaskToken, choose_mask_token
 from tokmask_peft.model.adapter import add_adapter, gathered_weights, save_adapter
 from tokmask_peft.model.backbone import Backbone, load_backbone
 from tokmask_peft.model.decisions import can_checkpoint, enable_checkpointing, in_short, out_of_memory
-from tokmask_peft.model.memory.suggestions import changed, smaller_batch
+from tokmask_peft.model.memory.suggestions import Phase, Situation, changed, memory_error, memory_errors, smaller_batch
 from tokmask_peft.model.packed import choose_batching, enable_padding_free
 from tokmask_peft.model.placement import placement_problem
 from tokmask_peft.recipe.loading import to_yaml
-from tokmask_peft.recipe.schema import Recipe
+from tokmask_peft.recipe.schema import Recipe, TrainingConfig
 from tokmask_peft.tasks import get_task
 from tokmask_peft.training.callbacks import AdapterMoves, LogFile, Patience, ProgressDisplay, StepClock, StopOnSignal
 from tokmask_peft.training.environment import check_sharding, environment, peak_memory, processes, versions
 from tokmask_peft.training.losses import ClassificationLoss, class_weights
-from tokmask_peft.training.memory import (
-    Lengths,
-    before_training,
-    explained_memory_errors,
-    single_text_error,
-    tokens_per_step,
-)
+from tokmask_peft.training.memory import Lengths, before_training
 from tokmask_peft.training.scoring import check_best, score_best
 from tokmask_peft.training.trainer import OrderedEvalTrainer, Split, check_trackers, training_arguments
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Prepared:
-    """What a training needs, loaded and decided.
+    """What a training needs, loaded and decided."""
 
-    Attributes:
-        recipe: with what was decided for this machine.
-        corpus: the texts.
-        splits: `train`, `validation` and, if there is one, `test`, encoded.
-        backbone: as loaded.
-        model: the backbone with the adapter.
-        mask: the mask token; None if nothing is masked.
-        decisions: what was decided, with the reasons.
-        device, console: to compute and to print on.
-        movable, checkpointable: whether the embedding can move to the host, and activations can be recomputed.
-    """
-
-    recipe: Recipe
+    recipe: Recipe  # with what was decided for this machine
     corpus: Corpus
-    splits: Mapping[str, Split]
-    backbone: Backbone
-    model: Any
-    mask: MaskToken | None
+    splits: Mapping[str, Split]  # `train`, `validation` and, if there is one, `test`
+    backbone: Backbone  # as loaded
+    model: Any  # the backbone with the adapter
+    mask: MaskToken | None  # None if nothing is masked
     decisions: tuple[Decision, ...]
     device: torch.device
     console: Console
-    movable: bool
-    checkpointable: bool
+    situation: Situation  # what can be changed if memory runs out
 
-    def memory_errors(self, **stage: bool) -> AbstractContextManager[None]:
-        """Explain running out of memory, as `explained_memory_errors` does; `stage` is `loading` or `evaluating`."""
-        return explained_memory_errors(self.recipe, self.movable, self.checkpointable, **stage)
+    def memory_errors(self, phase: Phase = "training") -> AbstractContextManager[None]:
+        """Turn running out of memory into an error that names the keys to change."""
+        return memory_errors(replace(self.situation, phase=phase, recipe=self.recipe))
 
 
 def train(recipe: Recipe | str | Path, *, resume: bool = False, quiet: bool = False) -> Run:
@@ -164,10 +145,10 @@ def observe_training(
 ) -> Recipe:
     """Train as a recipe says, and keep nothing: no evaluation, checkpoints, scores or adapter.
 
-    For studies of the training itself. The weights move as in `train`.
+    For studies of the training itself. The weights move as in `train`; there is neither early stopping nor a tracker.
 
     Args:
-        recipe: early stopping and trackers are switched off in it.
+        recipe: to train as.
         folder: takes `log.jsonl`.
         observers: makes callbacks from the trainer and the mask token, which is None if nothing is masked.
         quiet: print nothing.
@@ -210,7 +191,7 @@ def prepare(recipe: Recipe, device: torch.device, console: Console) -> Prepared:
     corpus = load_corpus(data.expanded(), recipe.seed)
 
     set_seed(recipe.seed)  # before the head is drawn
-    with explained_memory_errors(recipe, movable=False, loading=True):
+    with memory_errors(Situation("loading", recipe)):
         backbone = load_backbone(recipe.model, data.task, corpus.labels, device)
     batching = choose_batching(training.batching, backbone.model, neftune=training.neftune_alpha is not None)
     if batching.choice == "padding_free":
@@ -218,38 +199,28 @@ def prepare(recipe: Recipe, device: torch.device, console: Console) -> Prepared:
 
     mask, mask_decision = _choose_mask(recipe, backbone)
     trained_row = mask.id if mask is not None and recipe.masking.trainable_mask else None
-    with explained_memory_errors(recipe, movable=False, loading=True):
+    with memory_errors(Situation("loading", recipe)):
         model, adapter_decisions = add_adapter(backbone, recipe.adapter, data.task, trained_row)
 
     recipe = changed(recipe, {"training.batching": batching.choice})
     parts = {"train": corpus.train, "validation": corpus.validation, "test": corpus.test}
     splits = {
-        name: Split.make(examples, backbone.tokenizer, data.task, corpus.labels, data.max_length)
+        name: Split(examples, backbone.tokenizer, data.task, corpus.labels, data.max_length)
         for name, examples in parts.items()
         if examples
     }
-    lengths = [splits[name].lengths for name in splits]
-    sizes = Lengths(lengths[0], tuple(lengths[1:]))
-    recipe, memory_decision, warning = before_training(recipe, backbone, batching.choice, sizes, device)
+    trained, *evaluated = (split.lengths for split in splits.values())
+    lengths = Lengths(trained, tuple(evaluated))
+    recipe, memory_decision, warning = before_training(recipe, backbone, batching.choice, lengths, device)
     if recipe.model.gradient_checkpointing is True:
         enable_checkpointing(model)
     if warning is not None:
         console.print(f"{warning}\n", markup=False)
     decisions = (*backbone.decisions, batching, memory_decision, mask_decision, *adapter_decisions)
     print_decisions(console, decisions)
-    return Prepared(
-        recipe=recipe,
-        corpus=corpus,
-        splits=splits,
-        backbone=backbone,
-        model=model,
-        mask=mask,
-        device=device,
-        console=console,
-        decisions=decisions,
-        movable=placement_problem(backbone.model) is None,
-        checkpointable=can_checkpoint(backbone.model),
-    )
+    movable, checkpointable = placement_problem(backbone.model) is None, can_checkpoint(backbone.model)
+    situation = Situation("training", movable=movable, checkpointable=checkpointable)
+    return Prepared(recipe, corpus, splits, backbone, model, mask, decisions, device, console, situation)
 
 
 def _choose_mask(recipe: Recipe, backbone: Backbone) -> tuple[MaskToken | None, Decision]:
@@ -278,7 +249,11 @@ def make_trainer(prepared: Prepared, run: RunFolder, callbacks: list[TrainerCall
     gamma = training.focal_gamma if training.loss == "focal" else 0.0
     bf16 = prepared.backbone.dtype == torch.bfloat16
     arguments = training_arguments(recipe, run.checkpoints, prepared.device, bf16)
-    with prepared.memory_errors(loading=True):  # an unquantized backbone stays on the host until here
+    batches = None
+    if (budget := training.tokens_per_batch) is not None:
+        lengths, here = prepared.splits["train"].lengths, (arguments.process_index, arguments.world_size)
+        batches = TokenBudgetSampler(lengths, budget, training.batching, recipe.seed, *here)
+    with prepared.memory_errors("loading"):  # an unquantized backbone stays on the host until here
         trainer = OrderedEvalTrainer(
             model=prepared.model,
             args=arguments,
@@ -286,11 +261,11 @@ def make_trainer(prepared: Prepared, run: RunFolder, callbacks: list[TrainerCall
             eval_dataset=validation.dataset,
             data_collator=task.collator(tokenizer),
             train_collator=PackedCollator(task.name) if training.batching == "padding_free" else None,
-            batches=_token_budget(prepared, arguments),
+            batches=batches,
             processing_class=tokenizer,
             compute_loss_func=ClassificationLoss(weights, gamma, training.label_smoothing),
             compute_metrics=validation.metrics,
-            memory_errors=functools.partial(prepared.memory_errors, evaluating=True),
+            memory_errors=functools.partial(prepared.memory_errors, "evaluation"),
             callbacks=[*callbacks, LogFile(run.log), *patience],
         )
     if prepared.mask is not None:
@@ -300,11 +275,7 @@ def make_trainer(prepared: Prepared, run: RunFolder, callbacks: list[TrainerCall
 
 
 def _attempt(prepared: Prepared, asked: Recipe, run: RunFolder, clock: StepClock, resume: bool) -> OrderedEvalTrainer:
-    """Train to the end of the recipe, or until memory runs out.
-
-    Raises:
-        RunInterruptedError: a signal stopped it.
-    """
+    """Train to the end of the recipe; a signal or a lack of memory ends it earlier, with an exception."""
     stop, display = StopOnSignal(), ProgressDisplay(prepared.console)
     trainer = make_trainer(prepared, run, [clock, stop, display, AdapterMoves()])
     if trainer.is_world_process_zero():  # not before: a mistake found until here leaves no folder behind
@@ -322,7 +293,7 @@ def _attempt(prepared: Prepared, asked: Recipe, run: RunFolder, clock: StepClock
 
 
 def save_adapter_folder(
-    folder: Path, prepared: Prepared, result: Result, weights: dict[str, torch.Tensor] | None = None
+    folder: Path, prepared: Prepared, result: Result, weights: dict[str, torch.Tensor] | None
 ) -> None:
     """Write an adapter folder: weights (from `gathered_weights`), tokenizer, `tokmask.json` and the model card."""
     recipe, backbone, mask = prepared.recipe, prepared.backbone, prepared.mask
@@ -355,19 +326,18 @@ def _with_smaller_batches(prepared: Prepared, asked: Recipe, reason: str) -> Pre
     """Take fewer texts at a time for the same optimizer step, after memory ran out for `reason`.
 
     The Trainer's own `auto_find_batch_size` makes the optimizer step smaller, too, and keeps half-trained weights.
-
-    Raises:
-        RunError: it was a single text.
     """
     training = prepared.recipe.training
     smaller = smaller_batch(training.batch_size, training.gradient_accumulation)
     if smaller is None:
-        raise single_text_error(prepared.recipe, prepared.movable, prepared.checkpointable, reason)
-    prepared.console.print(f"Out of memory: continuing with {smaller[0]} texts, {smaller[1]} times a step.")
-    size = {"training.batch_size": smaller[0], "training.gradient_accumulation": smaller[1]}
+        what = f"with a single text of up to {prepared.recipe.data.max_length} sub-tokens"
+        raise memory_error(replace(prepared.situation, recipe=prepared.recipe), what, reason, RunError)
+    texts, times = smaller
+    prepared.console.print(f"Out of memory: continuing with {texts} texts, {times} times a step.")
     why = f"{asked.training.batch_size} times {asked.training.gradient_accumulation} ran out of memory"
     decisions = [decision for decision in prepared.decisions if decision.what != "micro-batch"]
-    decisions.append(Decision("micro-batch", f"{smaller[0]} times {smaller[1]}", why))
+    decisions.append(Decision("micro-batch", f"{texts} times {times}", why))
+    size = {"training.batch_size": texts, "training.gradient_accumulation": times}
     return replace(prepared, recipe=changed(prepared.recipe, size), decisions=tuple(decisions))
 
 
@@ -376,33 +346,18 @@ def _cut_lines(prepared: Prepared) -> list[str]:
     data, lines = prepared.recipe.data, []
     for name, split in prepared.splits.items():
         cut = split.encoded.truncation
-        if not cut.texts_cut:
-            continue
-        line = f"{name}: {cut.texts_cut} texts are cut at {data.max_length} sub-tokens"
-        if cut.words_cut:
-            wrong = name != "train" and get_task(data.task).words_given
-            line += f"; {cut.words_cut} words are cut away" + (" (errors)" if wrong else "")
-        lines.append(line)
+        errors = " (errors)" if name != "train" and get_task(data.task).words_given else ""
+        words = f"; {cut.words_cut} words are cut away{errors}" if cut.words_cut else ""
+        if cut.texts_cut:
+            lines.append(f"{name}: {cut.texts_cut} texts are cut at {data.max_length} sub-tokens{words}")
     return lines
-
-
-def _token_budget(prepared: Prepared, arguments: Any) -> TokenBudgetSampler | None:
-    recipe, training = prepared.recipe, prepared.recipe.training
-    if training.tokens_per_batch is None:
-        return None
-    lengths, here = prepared.splits["train"].lengths, (arguments.process_index, arguments.world_size)
-    try:
-        return TokenBudgetSampler(lengths, training.tokens_per_batch, training.batching, recipe.seed, *here)
-    except ValueError as error:
-        problem = f"training.tokens_per_batch: {error}; set it higher, or data.max_length lower"
-        raise RecipeError([problem], source=recipe.name, code="token-budget") from error
 
 
 def _speed(prepared: Prepared, clock: StepClock, trainer: OrderedEvalTrainer) -> dict[str, Any]:
     """Return what `result.json` holds of time and memory, of all processes together."""
     batches = None if trainer.batches is None else len(trainer.batches)
-    lengths, count = prepared.splits["train"].lengths, trainer.args.world_size
-    per_step = tokens_per_step(prepared.recipe.training, lengths, batches, count)
+    lengths = prepared.splits["train"].lengths
+    per_step = tokens_per_step(prepared.recipe.training, lengths, batches, trainer.args.world_size)
     return {
         "step_seconds": round(clock.seconds, 2),
         "steps": clock.steps,
@@ -410,6 +365,16 @@ def _speed(prepared: Prepared, clock: StepClock, trainer: OrderedEvalTrainer) ->
         "peak_memory": peak_memory(prepared.device),
         "environment": environment(prepared.device),
     }
+
+
+def tokens_per_step(training: TrainingConfig, lengths: Sequence[int], batches: int | None, processes: int) -> float:
+    """Return the sub-tokens that an optimizer step takes on average, in all processes together, without padding.
+
+    `lengths` are those of the texts to train on; `batches` counts those of one process in an epoch, if a budget of
+    sub-tokens makes them.
+    """
+    texts = training.batch_size * processes if batches is None else len(lengths) / max(batches, 1)
+    return texts * training.gradient_accumulation * sum(lengths) / max(len(lengths), 1)
 
 
 def _recipe_text(recipe: Recipe) -> str:

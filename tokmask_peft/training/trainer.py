@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from tokmask_peft.data.batches import TokenBudgetSampler, token_budget_loader
-from tokmask_peft.data.encoding import Encoded, Encoder
+from tokmask_peft.data.encoding import Encoder
 from tokmask_peft.errors import RecipeError, RunError, nearest
 from tokmask_peft.model.adapter import inputs_as_they_come
 from tokmask_peft.model.backbone import quick_dropout
@@ -30,33 +29,21 @@ from tokmask_peft.tasks import IGNORED, Example, get_task
 from tokmask_peft.training.metrics import Predictions, scores
 
 
-@dataclass(frozen=True)
 class Split:
     """Encoded texts in order of length, so that evaluation wastes little on padding.
 
-    Attributes:
-        examples, encoded: the texts in their own order, and as ids.
-        labels: in the order of the classifier's outputs.
-        task: as in `data.task`.
-        dataset: rows for the Trainer, shortest first.
-        order: `[texts]`, for each row of `dataset` the index of its text.
+    `encoded` holds the texts in their own order, `dataset` the shortest first (ties in their order); `order` `[texts]`
+    is the index of the text of each row of `dataset`.
     """
 
-    examples: Sequence[Example]
-    labels: tuple[str, ...]
-    task: str
-    encoded: Encoded
-    dataset: Any
-    order: NDArray[np.int64]
-
-    @classmethod
-    def make(
-        cls, examples: Sequence[Example], tokenizer: Any, task: str, labels: tuple[str, ...], max_length: int
-    ) -> Split:
-        """Encode `examples` and sort them by length (ties in the order of the texts)."""
-        encoded = Encoder(tokenizer, task, max_length).cut(examples, labels)
-        order = np.argsort(np.asarray(encoded.dataset["length"]), kind="stable").astype(np.int64)
-        return cls(examples, labels, task, encoded, encoded.dataset.select(order), order)
+    def __init__(
+        self, examples: Sequence[Example], tokenizer: Any, task: str, labels: tuple[str, ...], max_length: int
+    ) -> None:
+        """Encode and sort; `labels` are in the order of the classifier's outputs."""
+        self.examples, self.labels, self.task = examples, labels, get_task(task)
+        self.encoded = Encoder(tokenizer, task, max_length).cut(examples, labels)
+        self.order = np.argsort(np.asarray(self.encoded.dataset["length"]), kind="stable").astype(np.int64)
+        self.dataset = self.encoded.dataset.select(self.order)
 
     @property
     def lengths(self) -> list[int]:
@@ -70,11 +57,11 @@ class Split:
             predicted: `[texts]` or `[texts, seq]` label ids in the order of `dataset`.
             gold: the label ids that the model saw, of the same shape; -100 for none.
         """
-        task, ids = get_task(self.task), {label: i for i, label in enumerate(self.labels)}
+        ids = {label: i for i, label in enumerate(self.labels)}
         found = Predictions([None] * len(self.order), [None] * len(self.order))  # type: ignore[list-item]
         for row, text in enumerate(self.order):
             kept = self.encoded.kept[text] if self.encoded.kept is not None else ()
-            decoded = task.decode(self.examples[text], ids, kept, gold[row], predicted[row])
+            decoded = self.task.decode(self.examples[text], ids, kept, gold[row], predicted[row])
             found.gold[text], found.predicted[text] = (np.array(items, dtype=np.int64) for items in decoded)
         return found
 
@@ -118,12 +105,8 @@ class OrderedEvalTrainer(Trainer):
     ) -> None:
         """Create the trainer; further arguments are the Trainer's.
 
-        Args:
-            args: of the Trainer.
-            train_collator: makes the training batches, if they differ from those of evaluations.
-            batches: chooses the training batches, if they are not of `per_device_train_batch_size` texts.
-            memory_errors: makes the context of evaluations, for what they raise.
-            kwargs: of the Trainer.
+        `train_collator` makes the training batches, if they differ from those of evaluations, and `batches` chooses
+        them, if they are not of `per_device_train_batch_size` texts. Evaluations run inside of `memory_errors()`.
         """
         super().__init__(*args, preprocess_logits_for_metrics=self._label_ids, **kwargs)
         self.train_collator = train_collator or self.data_collator
@@ -166,26 +149,22 @@ class OrderedEvalTrainer(Trainer):
     def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | None:
         return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
 
-    def predict_split(self, split: Split) -> Predictions:
-        """Return the model's predictions for a split, without scoring them."""
-        return split.predictions(*self._predict(split))
-
     def predict_with_logits(self, split: Split) -> tuple[Predictions, NDArray[np.float32], NDArray[np.int64]]:
-        """Return the predictions for a split, and the logits behind them.
+        """Return the predictions for a split, logits `[items, classes]` and gold label ids `[items]`.
 
-        Returns:
-            The predictions; logits `[items, classes]` and gold label ids `[items]` of the labelled positions only, in
-            the order of `split.dataset`.
+        Logits and gold ids are those of the labelled positions, in the order of `split.dataset`.
 
         Raises:
             RunError: the logits do not belong to the predictions.
         """
         self._logits = []
+        compute, self.compute_metrics = self.compute_metrics, None
         try:
-            predicted, gold = self._predict(split)
+            output = self.predict(split.dataset)
             shares = gather_object([self._logits])
         finally:
-            self._logits = None
+            self._logits, self.compute_metrics = None, compute
+        predicted, gold = output.predictions, output.label_ids
         labelled = gold != IGNORED
         logits = in_order(shares, int(labelled.sum()))
         of_predicted = np.take_along_axis(logits, predicted[labelled][:, None], axis=-1)[:, 0]
@@ -193,15 +172,6 @@ class OrderedEvalTrainer(Trainer):
             problem = "the logits of the final evaluation are not in the order of its texts; please report this"
             raise RunError(problem, code="wrong-order")
         return split.predictions(predicted, gold), logits, gold[labelled]
-
-    def _predict(self, split: Split) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return predicted and gold label ids, `[texts]` or `[texts, seq]`, in the order of the dataset."""
-        compute, self.compute_metrics = self.compute_metrics, None
-        try:
-            output = self.predict(split.dataset)
-        finally:
-            self.compute_metrics = compute
-        return output.predictions, output.label_ids
 
     def _label_ids(self, logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:
         """Return the predicted label ids of a batch, `[batch, …]`; the logits of labelled positions are kept if asked.

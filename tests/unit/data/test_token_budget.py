@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokmask_peft.data.batches import TokenBudgetSampler
+from tokmask_peft.errors import RecipeError
 
 LENGTHS = np.random.default_rng(0).lognormal(2.7, 0.6, 300).clip(3, 64).astype(int).tolist()
 
@@ -67,6 +68,7 @@ def test_any_lengths(lengths, processes, batching):
 
 
 def test_a_text_that_exceeds_the_budget():
-    with pytest.raises(ValueError, match="the longest text takes 64 sub-tokens, more than the 48 of a batch"):
+    with pytest.raises(RecipeError, match="longest text takes 64 sub-tokens, more than the 48 of a batch") as caught:
         TokenBudgetSampler([3, 60], 48, "padded", 0)
+    assert caught.value.code == "budget-too-small"
     TokenBudgetSampler([3, 48], 48, "padding_free", 0)

@@ -24,7 +24,7 @@ TOKENIZERS = ["wordpiece", "bytelevel", "metaspace", "unigram"]
 
 def token_split(tokenizer="wordpiece", max_length=64):
     examples = [Example(tuple(text.split()), tuple(WORDS[word] for word in text.split()), "") for text in TEXTS]
-    return Split.make(examples, tiny_tokenizer(tokenizer), "token", LABELS, max_length)
+    return Split(examples, tiny_tokenizer(tokenizer), "token", LABELS, max_length)
 
 
 def padded(split, value=None):
@@ -81,7 +81,7 @@ def test_a_prediction_belongs_to_its_word():
 def test_a_word_without_a_position_in_the_middle_leaves_its_neighbours_in_place():
     split = token_split()
     kept = [row if len(row) != 3 else [0, 2] for row in split.encoded.kept]
-    split = replace(split, encoded=replace(split.encoded, kept=kept))
+    split.encoded = replace(split.encoded, kept=kept)
     predicted, gold = padded(split)
     row = split.order.tolist().index(2)  # "mañana tengo #fiesta"
     gold[row, np.flatnonzero(gold[row] != IGNORED)[1]] = IGNORED
@@ -92,7 +92,7 @@ def test_a_word_without_a_position_in_the_middle_leaves_its_neighbours_in_place(
 
 def test_one_label_per_text():
     examples = [Example(text, LABELS[number % 3], "") for number, text in enumerate(TEXTS)]
-    split = Split.make(examples, tiny_tokenizer("wordpiece"), "sequence", LABELS, 64)
+    split = Split(examples, tiny_tokenizer("wordpiece"), "sequence", LABELS, 64)
     gold = np.array(split.dataset["labels"])
     found = split.predictions((gold + 1) % 3, gold)
     assert [row.tolist() for row in found.gold] == [[0], [1], [2], [0], [1], [2]]

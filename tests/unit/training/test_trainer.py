@@ -5,8 +5,12 @@ from tiny_models import build, tiny_tokenizer
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
+from tokmask_peft.data.batches import TokenBudgetSampler
 from tokmask_peft.errors import RecipeError
+from tokmask_peft.model.backbone import QuickDropout
+from tokmask_peft.recipe.schema import TrainingConfig
 from tokmask_peft.tasks import get_task
+from tokmask_peft.training.train import tokens_per_step
 from tokmask_peft.training.trainer import OrderedEvalTrainer, check_trackers
 
 
@@ -30,7 +34,7 @@ def test_unknown_and_missing_trackers_are_reported():
 
 
 class AsTrained(TrainerCallback):
-    """Notes at each step whether the adapters would cast what enters them, and whether dropout is torch's."""
+    """Notes at each step whether the adapters would cast what enters them, and whether dropout is the quick one."""
 
     def __init__(self):
         self.casts, self.dropout = set(), set()
@@ -41,7 +45,7 @@ class AsTrained(TrainerCallback):
 
 
 def dropout_of(model):
-    return {"forward" in vars(module) for module in model.modules() if type(module) is nn.Dropout}
+    return {type(module) is QuickDropout for module in model.modules() if isinstance(module, nn.Dropout)}
 
 
 @pytest.mark.parametrize("bf16", [True, False])
@@ -57,3 +61,16 @@ def test_forwards_are_changed_for_as_long_as_they_train(bf16, tmp_path):
     assert seen.dropout == {True}
     assert all(module.cast_input_dtype_enabled for module in model.modules() if hasattr(module, "lora_A"))
     assert dropout_of(model) == {False}
+
+
+LENGTHS = [8] * 64  # so that a budget of 32 makes batches of 4 texts
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_a_budget_and_a_batch_size_count_the_texts_of_all_processes(processes, accumulation):
+    common = {"gradient_accumulation": accumulation, "batching": "padded"}
+    sized = tokens_per_step(TrainingConfig(batch_size=4, **common), LENGTHS, None, processes)
+    batches = len(TokenBudgetSampler(LENGTHS, 32, "padded", 0, 0, processes))
+    budgeted = tokens_per_step(TrainingConfig(tokens_per_batch=32, **common), LENGTHS, batches, processes)
+    assert sized == budgeted == 4 * 8 * accumulation * processes

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from tokmask_peft.data.batches import COUNTED_EPOCHS, TokenBudgetSampler, check_budget
+from tokmask_peft.data.batches import COUNTED_EPOCHS, MULTIPLE, TokenBudgetSampler, check_budget
 from tokmask_peft.errors import RecipeError
 from tokmask_peft.masking.embedding import find_embedding
 from tokmask_peft.model.adapter import adapted_layers
@@ -49,6 +49,10 @@ PROBES = (2, 3)
 NF4_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)
 """For each weight: its code, and its share of a scale and of a scale of scales (Dettmers et al. 2023)."""
 
+SHUFFLES = 20
+NEARLY = 0.9
+"""Share of the most sub-tokens in a batch that counts as equal to it."""
+
 
 def shown(count: int) -> str:
     """Return bytes for a reader."""
@@ -65,6 +69,10 @@ class Memory:
     def fits(self, total: int) -> bool:
         """Return whether this many bytes fit."""
         return total <= USABLE * self.bytes
+
+    def __str__(self) -> str:
+        """Return what there is, for a reader."""
+        return f"{self.name} has {shown(self.bytes)}"
 
 
 def gpu_memory(size: str) -> Memory:
@@ -110,22 +118,9 @@ def _rest_of_container() -> list[int]:
     return [limit - max(used - int(inactive[1] if inactive else 0), 0)]
 
 
-SHUFFLES = 20
-MULTIPLE = 8
-"""Padding goes up to a multiple of it (`trainer.collator`)."""
-
-NEARLY = 0.9
-"""Share of the most sub-tokens in a batch that counts as equal to it."""
-
-
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """Sub-tokens of each text.
-
-    Attributes:
-        train: of the texts to train on.
-        evaluated: of each split that the run evaluates, validation and test, whose texts may be longer and more.
-    """
+    """Sub-tokens of each text to train on, and of each split that the run evaluates: validation and test."""
 
     train: Sequence[int]
     evaluated: tuple[Sequence[int], ...]
@@ -133,29 +128,16 @@ class Lengths:
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Shapes of micro-batches.
+    """Shapes of micro-batches."""
 
-    Attributes:
-        largest: in training; of the longest texts, or of max_length if the texts are unknown, or what fills a budget of
-            sub-tokens.
-        usual: in training; None if the texts are unknown.
-        evaluation: a shape that no batch of an evaluation exceeds; its texts come by length, the longest together.
-        known: whether the shapes come from the texts.
-    """
-
-    largest: Shape
-    usual: Shape | None
-    evaluation: Shape
-    known: bool
+    largest: Shape  # in training; with texts of max_length if they are unknown, or what fills a budget of sub-tokens
+    usual: Shape | None  # in training; None if the texts are unknown
+    evaluation: Shape  # that no batch of an evaluation exceeds: its texts come by length, the longest together
+    known: bool  # whether the shapes come from the texts
 
 
 def workload(recipe: Recipe, batching: str, lengths: Lengths | None) -> Workload:
-    """Return the shapes of a run's batches.
-
-    Args:
-        recipe: of the run.
-        batching: as decided.
-        lengths: of the texts, if they are known.
+    """Return the shapes of a run's batches, with `batching` as decided.
 
     Raises:
         RecipeError: one text exceeds the budget of sub-tokens.
@@ -190,11 +172,7 @@ def _largest_of_budget(recipe: Recipe, batching: str, lengths: Lengths | None) -
         unlimited = dict.fromkeys(range(MULTIPLE, _rounded(most) + 1, MULTIPLE), budget)
         return _filled((), budget, most) if packed else _fullest(budget, unlimited)
     texts, kind = [min(length, most) for length in lengths.train], cast("Batching", batching)
-    try:
-        check_budget(max(texts), budget, kind)
-    except ValueError as error:
-        problem = f"training.tokens_per_batch: {error}; set it higher, or data.max_length lower"
-        raise RecipeError([problem], source=recipe.name, code="budget-too-small", budget=budget) from error
+    check_budget(max(texts), budget, kind)
     if not packed:
         return _fullest(budget, {_rounded(length): number for number, length in enumerate(sorted(texts), 1)})
     sampler = TokenBudgetSampler(texts, budget, kind, recipe.seed)
@@ -225,21 +203,22 @@ def _rounded(length: int) -> int:
     return -(-length // MULTIPLE) * MULTIPLE
 
 
+PARTS = {
+    "weights": "frozen backbone",
+    "embedding": "its input embedding",
+    "adapter": "adapter and head, fp32",
+    "optimizer": "states of AdamW, fp32",
+    "activations": "kept for the backward pass",
+    "workspace": "gradients and intermediate results on top of that",
+    "evaluation": "an evaluation takes more than a step",
+    "overhead": "Python, libraries, CUDA context",
+}
+"""What an `Estimate` consists of, for a reader."""
+
+
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Bytes that a run takes on its device at its peak.
-
-    Attributes:
-        weights: the frozen backbone, without the embedding.
-        embedding: the input embedding, if it is on the device.
-        adapter: what is trained, in fp32.
-        optimizer: the two states of AdamW, in fp32.
-        activations: kept between forward and backward of a micro-batch.
-        workspace: what comes on top of them at the peak of a step: gradients and intermediate results.
-        evaluation: the peak of a forward in evaluation, which replaces the two above if it is larger.
-        overhead: what is outside of tensors.
-        host: of the embedding, if it is in the memory of the host of a GPU.
-    """
+    """Bytes that a run takes on its device at its peak: `PARTS`, and the embedding on the host of a GPU."""
 
     weights: int
     embedding: int
@@ -252,19 +231,21 @@ class Estimate:
     host: int = 0
 
     @property
-    def step(self) -> int:
-        """The most that comes and goes."""
-        return max(self.activations + self.workspace, self.evaluation)
-
-    @property
-    def tensors(self) -> int:
-        """The most that tensors take at once: what `torch.cuda.max_memory_allocated` returns."""
-        return self.weights + self.embedding + self.adapter + self.optimizer + self.step
+    def parts(self) -> dict[str, int]:
+        """The parts that are taken at once: those of a step, or of an evaluation if that takes more."""
+        evaluates = self.evaluation > self.activations + self.workspace
+        others = ("activations", "workspace") if evaluates else ("evaluation",)
+        return {part: getattr(self, part) for part in PARTS if part not in others}
 
     @property
     def total(self) -> int:
         """The most that is taken at once."""
-        return self.tensors + self.overhead
+        return sum(self.parts.values())
+
+    @property
+    def tensors(self) -> int:
+        """The most that tensors take at once: what `torch.cuda.max_memory_allocated` returns."""
+        return self.total - self.overhead
 
     def to_dict(self) -> dict[str, int]:
         """Return a JSON-able form, in bytes."""
@@ -272,13 +253,9 @@ class Estimate:
 
 
 def estimate(recipe: Recipe, setting: Setting, training: Shape, evaluation: Shape) -> Estimate:
-    """Count a run.
+    """Count a run whose gradient checkpointing is decided (`auto` counts as off).
 
-    Args:
-        recipe: with gradient checkpointing decided: `auto` counts as off.
-        setting: backbone and device.
-        training: shape of a micro-batch.
-        evaluation: shape of a batch in evaluation.
+    `training` and `evaluation` are the shapes of their micro-batches.
 
     Raises:
         ModelError: the recipe does not fit the backbone.
@@ -292,8 +269,7 @@ def estimate(recipe: Recipe, setting: Setting, training: Shape, evaluation: Shap
     def counted(trained_row: bool) -> list[int]:
         found = {}
         for probe in (adapted,) if adapted <= PROBES[-1] + 1 else PROBES:
-            skeleton = Skeleton(recipe, setting, probe, adapted < layers, trained_row)
-            found[probe] = (skeleton.trained_bytes(), skeleton.forward(evaluation), *skeleton.step(training))
+            found[probe] = Skeleton(recipe, setting, probe, adapted < layers, trained_row).count(training, evaluation)
         if adapted in found:
             return list(found[adapted])
         (few, low), (more, high) = found.items()  # on the line through the counted ones
@@ -307,7 +283,7 @@ def estimate(recipe: Recipe, setting: Setting, training: Shape, evaluation: Shap
     if recipe.training.gradient_accumulation > 1:
         peak += trained  # gradients of the micro-batches before
     embedding: Any = find_embedding(full)
-    rows = _int8_bytes(embedding.weight) if recipe.model.embedding == "8bit" else _bytes(embedding.weight)
+    rows = _int8_bytes(embedding.weight) if recipe.model.embedding == "8bit" else embedding.weight.nbytes
     offload = recipe.model.embedding == "offload" and setting.device_type != "cpu"
     return Estimate(
         weights=_weight_bytes(full, setting.quantization, embedding),
@@ -317,13 +293,9 @@ def estimate(recipe: Recipe, setting: Setting, training: Shape, evaluation: Shap
         activations=kept,
         workspace=max(peak - kept, 0),
         evaluation=forward,
-        overhead=OVERHEAD["cpu" if setting.device_type == "cpu" else "cuda"],
+        overhead=OVERHEAD.get(setting.device_type, OVERHEAD["cuda"]),
         host=rows if offload else 0,
     )
-
-
-def _bytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
 
 
 def _int8_bytes(weight: torch.Tensor) -> int:
@@ -340,6 +312,6 @@ def _weight_bytes(model: nn.Module, quantization: str, embedding: nn.Module) -> 
             if type(module) is nn.Linear and key == "weight" and not head and quantization != "none":
                 total += int(NF4_BYTES * weight.numel()) if quantization == "nf4" else _int8_bytes(weight)
             else:
-                total += 4 * weight.numel() if head else _bytes(weight)
-        total += sum(map(_bytes, module.buffers(recurse=False)))
+                total += 4 * weight.numel() if head else weight.nbytes
+        total += sum(buffer.nbytes for buffer in module.buffers(recurse=False))
     return total

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,11 +22,22 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
 
 from tokmask_peft.masking.embedding import unwrap
 from tokmask_peft.model.adapter import add_adapter, inputs_as_they_come
 from tokmask_peft.model.backbone import HEAD_NAMES, Backbone, head_modules, hold_in_fp32, quick_dropout
 from tokmask_peft.model.decisions import enable_checkpointing
+from tokmask_peft.model.packed import (
+    Packing,
+    attend_in_buckets,
+    enable_padding_free,
+    filler,
+    packed_hidden,
+    packed_logits,
+    seen,
+)
 from tokmask_peft.recipe.schema import Recipe
 from tokmask_peft.tasks import get_task
 
@@ -35,10 +47,7 @@ class LiveBytes(TorchDispatchMode):
 
     What a kernel takes and gives back within one operation is not seen. torch's `MemTracker` (2.13) cannot serve: it
     puts gradient hooks on frozen parameters, which raises, and refuses modules that packed batches call alone.
-
-    Attributes:
-        now: bytes alive.
-        peak: the most bytes that were alive at once.
+    `now` holds the bytes alive, `peak` the most that were alive at once.
     """
 
     def __init__(self) -> None:
@@ -48,9 +57,7 @@ class LiveBytes(TorchDispatchMode):
 
     def exclude(self, *tensors: Tensor) -> None:
         """Do not count tensors that existed before, in case an operation returns them."""
-        for tensor in tensors:
-            storage = tensor.untyped_storage()
-            self._known[id(storage)] = storage
+        self._known.update({id(storage): storage for storage in (tensor.untyped_storage() for tensor in tensors)})
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation and count what it made."""
@@ -60,16 +67,14 @@ class LiveBytes(TorchDispatchMode):
 
     def _see(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        if self._known.get(id(storage)) is storage:
-            return
-        self._known[id(storage)] = storage
-        size = storage.nbytes()
+        if self._known.get(id(storage)) is not storage:
+            self._known[id(storage)] = storage
+            self._add(storage.nbytes())
+            weakref.finalize(storage, self._add, -storage.nbytes()).atexit = False
+
+    def _add(self, size: int) -> None:
         self.now += size
         self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._forget, size).atexit = False
-
-    def _forget(self, size: int) -> None:
-        self.now -= size
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,21 +102,13 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What an estimate depends on besides the recipe.
+    """What an estimate depends on besides the recipe."""
 
-    Attributes:
-        config: of the backbone, of transformers, with its number of labels.
-        device_type: cpu or cuda.
-        quantization: nf4, int8 or none, as decided.
-        dtype: of the backbone, as decided.
-        assumed: what a reader should know about a device that is not this machine's.
-    """
-
-    config: Any
-    device_type: str
-    quantization: str
-    dtype: torch.dtype
-    assumed: str | None = None
+    config: Any  # of the backbone, of transformers, with its number of labels
+    device_type: str  # cpu or cuda
+    quantization: str  # nf4, int8 or none, as decided
+    dtype: torch.dtype  # of the backbone, as decided
+    assumed: str | None = None  # what a reader should know about a device that is not this machine's
 
 
 def bare_model(config: Any, task: str, dtype: torch.dtype) -> nn.Module:
@@ -153,22 +150,16 @@ class _Product(torch.autograd.Function):
         return found, None, None
 
 
-class FourBitLinear(nn.Linear):
-    """Stands for a 4-bit layer of bitsandbytes, which computes in the type of the other weights."""
+class QuantizedLinear(nn.Linear):
+    """Stands for a layer of bitsandbytes; one in 4 bits computes in the type of the other weights."""
+
+    in_4_bits: bool
 
     def forward(self, input: Tensor) -> Tensor:
         """Map `[..., in_features]` to `[..., out_features]`."""
-        out: Tensor = _Product.apply(input.to(self.weight.dtype), self.out_features, False)
-        return out.to(input.dtype).clone()  # PEFT clones what comes out of 4-bit layers
-
-
-class EightBitLinear(nn.Linear):
-    """Stands for an 8-bit layer of bitsandbytes."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Map `[..., in_features]` to `[..., out_features]`."""
-        out: Tensor = _Product.apply(input, self.out_features, True)
-        return out
+        x = input.to(self.weight.dtype) if self.in_4_bits else input
+        out: Tensor = _Product.apply(x, self.out_features, not self.in_4_bits)
+        return out.to(input.dtype).clone() if self.in_4_bits else out  # PEFT clones what comes out of 4-bit layers
 
 
 class _KeptByFlashAttention(torch.autograd.Function):
@@ -188,11 +179,10 @@ class _KeptByFlashAttention(torch.autograd.Function):
         return torch.empty_like(sums, dtype=query.dtype), torch.empty_like(key), torch.empty_like(value), None
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *_: Any, **__: Any) -> Any:
     if mask is not None and mask.dtype != query.dtype:
         mask = torch.empty_like(mask, dtype=query.dtype)
-    out: Tensor = _KeptByFlashAttention.apply(query, key, value, mask)
-    return out
+    return _KeptByFlashAttention.apply(query, key, value, mask)
 
 
 def _gpu_attention(
@@ -202,8 +192,6 @@ def _gpu_attention(
 
     The kernel for packed rows does not take dropout or fp32: with these, texts are padded to the longest.
     """
-    from tokmask_peft.model.packed import attend_in_buckets, seen
-
     packing, dropout, kind = options.get("packing"), options.get("dropout", 0.0), value.dtype
     if torch.is_autocast_enabled("cpu"):
         query, key, value = (tensor.to(torch.bfloat16) for tensor in (query, key, value))
@@ -235,18 +223,16 @@ class Skeleton:
             embedding in each forward and makes a gradient of it; otherwise the gradient only reaches the embedding.
     """
 
-    def __init__(
-        self, recipe: Recipe, setting: Setting, layers: int, more_below: bool = False, trained_row: bool = True
-    ) -> None:
+    def __init__(self, recipe: Recipe, setting: Setting, layers: int, more_below: bool, trained_row: bool) -> None:
         self._gpu, self._low = setting.device_type != "cpu", setting.dtype == torch.bfloat16
         bare: Any = bare_model(with_layers(setting.config, layers + more_below), recipe.data.task, setting.dtype)
         new_modules = tuple(head_modules(bare))
         if setting.quantization != "none":
-            stand_in = FourBitLinear if setting.quantization == "nf4" else EightBitLinear
             for name, module in bare.named_modules():
                 kept = any(name == other or name.startswith(f"{other}.") for other in (*HEAD_NAMES, *new_modules))
                 if type(module) is nn.Linear and not kept:
-                    module.__class__ = stand_in
+                    layer: Any = module
+                    layer.__class__, layer.in_4_bits = QuantizedLinear, setting.quantization == "nf4"
         hold_in_fp32(bare, new_modules)
         backbone = Backbone(bare, None, new_modules, (), setting.dtype, setting.quantization)
         adapter = recipe.adapter.model_copy(update={"layers": layers if more_below else "all"})
@@ -256,54 +242,41 @@ class Skeleton:
         if trained and not trained_row:
             bare.enable_input_require_grads()
         if self._gpu:
-            self._imitate_a_gpu(bare)
+            AttentionInterface.register(GPU_ATTENTION, _gpu_attention)
+            AttentionMaskInterface.register(GPU_ATTENTION, sdpa_mask)
+            if bare.config._attn_implementation == "sdpa":
+                bare.config._attn_implementation = GPU_ATTENTION
+            for module in self._model.modules():
+                if isinstance(module, nn.LayerNorm) and self._low:  # in autocast's list of operations in fp32
+                    module.register_forward_pre_hook(lambda module, inputs: (inputs[0].float(), *inputs[1:]))
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         with self._mode:
             self._model.to_empty(device="cpu")  # autocast has no meta device
         if recipe.model.gradient_checkpointing is True:
             enable_checkpointing(self._model)
 
-    def _imitate_a_gpu(self, bare: Any) -> None:
-        from transformers import AttentionInterface, AttentionMaskInterface
-        from transformers.masking_utils import sdpa_mask
-
-        AttentionInterface.register(GPU_ATTENTION, _gpu_attention)
-        AttentionMaskInterface.register(GPU_ATTENTION, sdpa_mask)
-        if bare.config._attn_implementation == "sdpa":
-            bare.config._attn_implementation = GPU_ATTENTION
-        for module in self._model.modules():
-            if isinstance(module, nn.LayerNorm) and self._low:  # in autocast's list of operations in fp32
-                module.register_forward_pre_hook(lambda module, inputs: (inputs[0].float(), *inputs[1:]))
-
-    def trained_bytes(self) -> int:
-        """Return the bytes of what is trained, in fp32."""
-        return sum(4 * parameter.numel() for parameter in self._model.parameters() if parameter.requires_grad)
-
-    def step(self, shape: Shape) -> tuple[int, int]:
-        """Count a forward and a backward of a micro-batch.
+    def count(self, training: Shape, evaluation: Shape) -> tuple[int, int, int, int]:
+        """Count a forward of an evaluation, and a step on a micro-batch.
 
         Returns:
-            The bytes kept between the two, and the most at once, gradients of the parameters included.
+            The bytes of what is trained, in fp32; the peak of the forward; the bytes that the step keeps between its
+            forward and its backward, and its peak, gradients of the parameters included.
         """
+        trained = sum(4 * parameter.numel() for parameter in self._model.parameters() if parameter.requires_grad)
+        low = functools.partial(torch.autocast, "cpu", torch.bfloat16, enabled=self._low)
+        self._model.eval()
+        with self._counting(evaluation) as (forward, batch), torch.no_grad(), low():
+            self._logits(batch)
         self._model.train()
-        with self._counting(shape) as (live, batch), quick_dropout(self._model):
-            with torch.autocast("cpu", torch.bfloat16, enabled=self._low):
+        with self._counting(training) as (step, batch), quick_dropout(self._model):
+            with low():
                 logits = self._logits(batch)
                 labels = torch.zeros(logits.shape[:-1].numel(), dtype=torch.long)
                 loss = F.cross_entropy(logits.flatten(0, -2).float(), labels)
             del logits
-            kept = live.now
+            kept = step.now
             loss.backward()
-        self._model.zero_grad(set_to_none=True)
-        return kept, live.peak
-
-    def forward(self, shape: Shape) -> int:
-        """Return the peak bytes of a forward of an evaluation."""
-        self._model.eval()
-        low = torch.autocast("cpu", torch.bfloat16, enabled=self._low)
-        with self._counting(shape) as (live, batch), torch.no_grad(), low:
-            self._logits(batch)
-        return live.peak
+        return trained, forward.peak, kept, step.peak
 
     @contextlib.contextmanager
     def _counting(self, shape: Shape) -> Iterator[tuple[LiveBytes, dict[str, Any]]]:
@@ -318,30 +291,25 @@ class Skeleton:
 
     def _packed_batch(self, shape: Shape) -> dict[str, Any]:
         """Return the row of a packed batch, lengthened on a CPU, and how it and its texts alone are laid out."""
-        from tokmask_peft.model.packed import Packing, filler
-
         longest = max(shape.lengths)
+        lengths = [*shape.lengths, *([] if self._gpu else filler(shape.tokens, longest))]
 
         def layout(lengths: Sequence[int]) -> Packing:
             bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
             return Packing.make(bounds, sum(lengths), longest, one_bucket=self._gpu)
 
-        lengths = [*shape.lengths, *([] if self._gpu else filler(shape.tokens, longest))]
         row = torch.ones(1, sum(lengths), dtype=torch.long)
-        return {"input_ids": row, "packing": layout(lengths), "texts": layout(shape.lengths), "tokens": shape.tokens}
+        return {"input_ids": row, "packing": layout(lengths), "texts": layout(shape.lengths)}
 
-    def _logits(self, batch: dict[str, Any]) -> Tensor:
+    def _logits(self, batch: dict[str, Any]) -> Any:
         if "packing" not in batch:
-            padded: Tensor = self._model(**batch).logits
-            return padded
-        from tokmask_peft.model.packed import enable_padding_free, packed_hidden, packed_logits
-
+            return self._model(**batch).logits
         base: Any = unwrap(self._model)
         if self._gpu:
             base.config._attn_implementation = "sdpa"  # which `enable_padding_free` expects
         enable_padding_free(base)
         if self._gpu:
             base.config._attn_implementation = GPU_ATTENTION
-        row, tokens = batch["input_ids"], batch["tokens"]
+        row, tokens = batch["input_ids"], batch["texts"].rows.shape[1]
         hidden = packed_hidden(base, row, batch["packing"])[:, :tokens]
         return packed_logits(base, hidden, row[:, :tokens], batch["texts"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from tokmask_peft.errors import RunError, TokmaskError
 from tokmask_peft.model.decisions import in_short, out_of_memory
@@ -13,7 +13,6 @@ from tokmask_peft.model.memory.estimate import Estimate, Memory, shown
 from tokmask_peft.recipe.schema import Recipe
 
 Changes = Mapping[str, Any]
-E = TypeVar("E", bound=TokmaskError)
 Phase = Literal["run", "loading", "training", "evaluation", "prediction"]
 
 PHASES: dict[Phase, str] = {
@@ -22,26 +21,16 @@ PHASES: dict[Phase, str] = {
     "evaluation": "in evaluation",
     "prediction": "in prediction",
 }
-COSTS = {"adapter.layers": "may cost score"}
-"""What a reader should know about a change before making it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Suggestion:
-    """A change that saves memory.
+    """A change that saves memory."""
 
-    Attributes:
-        text: as it is typed on the command line, or as a user does it.
-        changes: of keys of the recipe.
-        note: what to know before making it.
-        total: bytes of the run with it, if they were counted.
-        fits: whether these fit.
-    """
-
-    text: str
-    changes: Changes = field(default_factory=dict)
-    note: str = ""
-    total: int = 0
+    text: str  # as it is typed on the command line, or as a user does it
+    changes: Changes = field(default_factory=dict)  # of keys of the recipe
+    note: str = ""  # what to know before making it
+    total: int = 0  # bytes of the run with it, if they were counted
     fits: bool = False
 
     def __str__(self) -> str:
@@ -52,25 +41,15 @@ class Suggestion:
 
 @dataclass(frozen=True, slots=True)
 class Situation:
-    """Where memory is short, and what can be changed there.
+    """Where memory is short, and what can be changed there."""
 
-    Attributes:
-        phase: what takes the memory; `run` for all of a run.
-        recipe: whose keys can be changed; None for a command that takes an adapter.
-        gpu: whether the device is a GPU; None if unknown.
-        movable: whether the backbone's embedding can be somewhere else than on the device as it is.
-        checkpointable: whether the backbone can do gradient checkpointing.
-        int8: whether bitsandbytes runs on the device.
-        texts: in a forward pass of a command that takes `--batch-size`.
-    """
-
-    phase: Phase
-    recipe: Recipe | None = None
-    gpu: bool | None = None
-    movable: bool = False
+    phase: Phase  # what takes the memory; `run` for all of a run
+    recipe: Recipe | None = None  # whose keys can be changed; None for a command that takes an adapter
+    gpu: bool | None = None  # whether the device is a GPU, if that is known
+    movable: bool = False  # whether the embedding can be somewhere else than on the device as it is
     checkpointable: bool = True
-    int8: bool = False
-    texts: int = 1
+    int8: bool = False  # whether bitsandbytes runs on the device
+    texts: int = 1  # in a forward pass of a command that takes `--batch-size`
 
 
 def changed(recipe: Recipe, changes: Changes) -> Recipe:
@@ -96,18 +75,15 @@ def suggestions(
 
     Those that fit together are taken in turn, the one that saves the most first: they need not be the fewest.
 
-    Args:
-        situation: where memory is short.
-        count: estimates a recipe; changes that save nothing, or for which it raises, are left out. Without it every
-            change is suggested, with no total.
-        memory: what is available; needed with `count`.
+    `count` estimates a recipe, and changes that save nothing of `memory`, or for which it raises, are left out. Without
+    it every change is suggested, with no total.
     """
     recipe = situation.recipe
     if recipe is None:
-        return list(_actions(situation))
+        return _actions(situation)
     if count is None or memory is None:
-        keys = [_suggestion(changes, situation) for changes in _candidates(recipe, situation, lambda changes: True)]
-        return [*keys, *_actions(situation)] if situation.phase == "loading" else keys
+        found = [_suggestion(changes, situation) for changes in _candidates(recipe, situation, lambda changes: True)]
+        return found + (_actions(situation) if situation.phase == "loading" else [])
     before = count(recipe).total
     made: dict[str, Suggestion] = {}  # each is counted once, which takes seconds
 
@@ -134,20 +110,21 @@ def suggestions(
 
 
 def _suggestion(changes: Changes, situation: Situation) -> Suggestion:
-    typed = {key: str(value).lower() if isinstance(value, bool) else str(value) for key, value in changes.items()}
-    notes = [COSTS[key] for key in changes if key in COSTS]
+    notes = ["may cost score"] if "adapter.layers" in changes else []
     if situation.gpu is None and changes.keys() & {"model.quantization", "model.embedding"}:
         notes.append("on a GPU")
     budget = changes.get("training.tokens_per_batch")
     if situation.phase == "training" and situation.recipe and budget and budget < situation.recipe.data.max_length:
         notes.append("if no text takes more")
-    return Suggestion(" ".join(f"{key}={value}" for key, value in typed.items()), dict(changes), ", ".join(notes))
+    typed = " ".join(f"{key}={str(value).lower()}" for key, value in changes.items())
+    return Suggestion(typed, dict(changes), ", ".join(notes))
 
 
 def _candidates(recipe: Recipe, situation: Situation, fits: Callable[[Changes], bool]) -> Iterator[Changes]:
     """Give the changes that help in a phase; `fits`, whether changes suffice, is asked only if more depends on it."""
     phase, training, model = situation.phase, recipe.training, recipe.model
-    if phase in ("run", "training"):
+    step, on_gpu = phase in ("run", "training"), situation.gpu is not False
+    if step:
         yield from _batch(recipe, phase, fits)
         if phase == "training" and training.tokens_per_batch is None and not training.auto_batch:
             yield {"training.auto_batch": True}
@@ -155,20 +132,18 @@ def _candidates(recipe: Recipe, situation: Situation, fits: Callable[[Changes], 
             yield {"model.gradient_checkpointing": True}
     if phase == "evaluation" and training.eval_batch_size > 1:
         yield {"training.eval_batch_size": max(training.eval_batch_size // 4, 1)}
-    if situation.gpu is not False and model.quantization in ("none", "int8"):
+    if on_gpu and model.quantization in ("none", "int8"):
         yield {"model.quantization": "nf4"}
-    frozen: dict[str, Any] = {}
-    if recipe.masking.trainable_mask:
-        frozen = {"masking.trainable_mask": False}
-        if phase != "loading":
-            yield frozen
+    frozen = {"masking.trainable_mask": False} if recipe.masking.trainable_mask else {}
+    if frozen and phase != "loading":
+        yield frozen
     if not frozen or (phase == "run" and not fits(frozen)):  # a trained row forbids these
-        if situation.gpu is not False and situation.movable and model.embedding == "resident":
+        if on_gpu and situation.movable and model.embedding == "resident":
             yield {**frozen, "model.embedding": "offload"}
-        placed = model.embedding == "resident" or (model.embedding == "offload" and situation.gpu is False)
+        placed = model.embedding == "resident" or (model.embedding == "offload" and not on_gpu)
         if situation.int8 and situation.movable and placed:
             yield {**frozen, "model.embedding": "8bit"}
-        if phase in ("run", "training") and recipe.adapter.layers == "all":
+        if step and recipe.adapter.layers == "all":
             yield {**frozen, "adapter.layers": 0.5}
     if phase != "loading" and recipe.data.max_length > 16:
         yield {"data.max_length": recipe.data.max_length // 2}
@@ -179,11 +154,10 @@ def _candidates(recipe: Recipe, situation: Situation, fits: Callable[[Changes], 
 def _batch(recipe: Recipe, phase: Phase, fits: Callable[[Changes], bool]) -> Iterator[Changes]:
     """Give the largest micro-batch that fits, or that of a single text; the optimizer step stays as large."""
     training = recipe.training
-    if training.tokens_per_batch is not None:
-        half = max(training.tokens_per_batch // 2, 16)
-        if half < training.tokens_per_batch:
+    if (budget := training.tokens_per_batch) is not None:
+        if budget > 16:
             twice = 2 * training.gradient_accumulation
-            yield {"training.tokens_per_batch": half, "training.gradient_accumulation": twice}
+            yield {"training.tokens_per_batch": max(budget // 2, 16), "training.gradient_accumulation": twice}
         return
     size: tuple[int, int] | None = (training.batch_size, training.gradient_accumulation)
     changes: dict[str, Any] = {}
@@ -197,27 +171,25 @@ def _batch(recipe: Recipe, phase: Phase, fits: Callable[[Changes], bool]) -> Ite
         yield changes
 
 
-def _actions(situation: Situation) -> Iterator[Suggestion]:
-    """Give what helps without a key of a recipe."""
+def _actions(situation: Situation) -> list[Suggestion]:
+    """Return what helps without a key of a recipe."""
+    found = [Suggestion("other programs closed")]
     if situation.recipe is not None:
-        yield Suggestion("a smaller model.backbone")
+        return [Suggestion("a smaller model.backbone"), *found]
     if situation.texts > 1:
         fewer = situation.texts // 4 or 1
         # the demo and `report` compute with the usual batches, and have no option for them
-        yield Suggestion(f"--batch-size {fewer} (batch_size={fewer})", note="if the command has it")
-    yield Suggestion("other programs closed")
-    if situation.gpu and situation.recipe is None:
-        yield Suggestion("--device cpu (device='cpu'), or CUDA_VISIBLE_DEVICES= before a command without --device")
+        found.insert(0, Suggestion(f"--batch-size {fewer} (batch_size={fewer})", note="if the command has it"))
+    if situation.gpu:
+        text = "--device cpu (device='cpu'), or CUDA_VISIBLE_DEVICES= before a command without --device"
+        found.append(Suggestion(text))
+    return found
 
 
-def memory_error(situation: Situation, what: str, said: str, kind: type[E]) -> E:
-    """Return the error for memory that ran out, with code `out-of-memory` and fields `phase` and `suggestions`.
+def memory_error(situation: Situation, what: str, said: str, kind: type[TokmaskError]) -> TokmaskError:
+    """Return the error for memory that ran out while `what` was done, with fields `phase` and `suggestions`.
 
-    Args:
-        situation: where that happened.
-        what: was being done, for the message.
-        said: the allocator's message.
-        kind: of the error.
+    `said` is the allocator's message.
     """
     found = [str(one) for one in suggestions(situation)]
     message = f"out of memory {what} ({said}). Any of these may help: {'; '.join(found)}."
@@ -230,13 +202,10 @@ def memory_error(situation: Situation, what: str, said: str, kind: type[E]) -> E
 def memory_errors(situation: Situation, kind: type[TokmaskError] = RunError, what: str | None = None) -> Iterator[None]:
     """Replace running out of memory by an error that names what saves memory.
 
-    Args:
-        situation: where the code inside runs.
-        kind: of the error.
-        what: is being done; default: that of the phase.
+    The error is of a `kind`, and says `what` was being done, by default that of the phase.
 
     Raises:
-        TokmaskError: of this kind, with code `out-of-memory`.
+        TokmaskError: with code `out-of-memory`.
     """
     try:
         yield

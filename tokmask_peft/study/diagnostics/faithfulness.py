@@ -20,7 +20,7 @@ from scipy.stats import bootstrap
 
 from tokmask_peft.artifacts import find_saved, open_finished
 from tokmask_peft.errors import DataError, RunError
-from tokmask_peft.inference.classifier import BATCH_SIZE, load
+from tokmask_peft.inference.classifier import BATCH_SIZE, Classifier, load
 from tokmask_peft.inference.explain import Explanation, Occluded, Question, explain
 from tokmask_peft.recipe.loading import differences, load_recipe
 from tokmask_peft.study.diagnostics.reports import render
