@@ -268,7 +268,8 @@ class Skeleton:
         with self._counting(evaluation) as (forward, batch), torch.no_grad(), low():
             self._logits(batch)
         self._model.train()
-        with self._counting(training) as (step, batch), quick_dropout(self._model):
+        quick = contextlib.nullcontext() if self._gpu else quick_dropout(self._model)
+        with self._counting(training) as (step, batch), quick:
             with low():
                 logits = self._logits(batch)
                 labels = torch.zeros(logits.shape[:-1].numel(), dtype=torch.long)
