@@ -7,10 +7,10 @@ from tiny_models import FAMILIES, build
 from transformers import AutoConfig
 
 from tokmask_peft.model.backbone import load_backbone
-from tokmask_peft.model.decisions import bitsandbytes_problem
+from tokmask_peft.model.decisions import bitsandbytes_problem, choose_precision
 from tokmask_peft.model.memory.estimate import estimate
 from tokmask_peft.model.memory.step import LiveBytes, Setting, Shape
-from tokmask_peft.recipe.schema import AdapterConfig
+from tokmask_peft.recipe.schema import AdapterConfig, ModelConfig
 
 needs_bitsandbytes = pytest.mark.skipif(bitsandbytes_problem("cpu") is not None, reason="needs bitsandbytes")
 PADDED, PACKED = Shape.padded(6, 16), Shape((3, 9, 16, 5, 7), packed=True)
@@ -211,6 +211,8 @@ def compared(config, recipe, quantization, dtype, tolerance):
     ],
 )
 def test_of_real_shapes(name, quantization, precision, tmp_path):
+    if precision == "bf16" and choose_precision(ModelConfig(backbone="x"), torch.device("cpu")).choice != "bf16":
+        pytest.skip("this CPU emulates bf16 with copies in fp32, which a forward of an estimate does not take")
     config, dtype = save_real(name, 2, precision, tmp_path)
     recipe = make_recipe(tmp_path, model={"quantization": quantization, "precision": precision})
     compared(config, recipe, quantization, dtype, 0.02)
