@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -203,9 +205,51 @@ def examples(rows: Iterable[Row], name: str, columns: Columns) -> Iterator[Examp
             yield Unreadable(where, problem, "missing-column")
             continue
         try:
-            yield columns.task.from_cells(row[text], row[label] if label is not None else None, where, (text, label))
+            words = listed(row[text], text, columns.task)
+            tags = None if label is None else listed(row[label], label, columns.task, label=True)
+            yield columns.task.from_cells(words, tags, where, (text, label))
         except DataError as error:
             yield Unreadable(where, str(error), error.code)
+
+
+_ITEM = r"""(?:[uU]?'(?:[^'\\]|\\.)*'|[uU]?"(?:[^"\\]|\\.)*"|[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?)"""
+_LIST = re.compile(rf"\[\s*(?:{_ITEM}(?:\s*,\s*{_ITEM})*\s*,?|{_ITEM}(?:\s+{_ITEM})*)?\s*\]", re.DOTALL)
+
+
+def listed(cell: Any, column: str, task: Task, label: bool = False) -> Any:
+    """Return the list that a cell holds as text, in the form of JSON, Python or numpy (no commas), or the cell itself.
+
+    A post may begin with a bracket (`[user] hola`), so that a text is read as a list only if a quote follows.
+
+    Raises:
+        DataError: a cell that begins with a bracket is not a list of strings or numbers, or may be a word (`[1]`).
+    """
+    text = cell.strip() if isinstance(cell, str) else ""
+    quoted = re.match(r"\[[\[\s]*[uU]?['\"].*\]$", text, re.DOTALL)
+    if not text.startswith("[") or not (quoted or label or task.words_given):
+        return cell
+    found = _parse_list(text)
+    if found is not None and (label or quoted or "," in text):
+        return found
+    if label and not quoted and not task.words_given and "," not in text:
+        return cell
+    shown = text if len(text) <= 40 else text[:39] + "…"
+    problem = f"column '{column}' has {shown}, which is not clearly a list of strings or numbers"
+    raise DataError(f'{problem}. Write it as a JSON list of strings, such as ["a", "b"].', code="list-cell")
+
+
+def _parse_list(text: str) -> list[str | float] | None:
+    """Return the strings and numbers of a list, or none if the text is anything else."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        if not _LIST.fullmatch(text):
+            return None
+        try:
+            found = [ast.literal_eval(item) for item in re.findall(_ITEM, text, re.DOTALL)]
+        except (ValueError, SyntaxError):
+            return None
+    return found if all(type(item) in (str, int, float) and item == item for item in found) else None
 
 
 def _choose(columns: Sequence[str], asked: str | int | None, known: Sequence[str], field: str, name: str) -> str:

@@ -91,11 +91,67 @@ def test_jsonl_errors_name_their_line(write, line, code):
 
 
 def test_words_and_tags_in_csv_cells(write):
-    path = write("a.csv", "words,tags\nme too,lang2 lang1\n\"['New York', 'x']\",\"['ne', 'other']\"\n[brb],other\n")
-    first, second, third = read(path, "token")
+    path = write("a.csv", "words,tags\nme too,lang2 lang1\n\"['New York', 'x']\",\"['ne', 'other']\"\n")
+    first, second = read(path, "token")
     assert (first.text, first.label) == (("me", "too"), ("lang2", "lang1"))
     assert (second.text, second.label) == (("New York", "x"), ("ne", "other"))
-    assert third.text == ("[brb]",)
+
+
+LISTS = [
+    ("['me' 'encanta'\n 'this']", ("me", "encanta", "this"), "[0 1 0]", ("0", "1", "0")),
+    ("['me' \"can't\" 'this']", ("me", "can't", "this"), "[ 0.  1. 10.]", ("0.0", "1.0", "10.0")),
+    ('["me", "\\ud83d\\ude00", "a\\/b"]', ("me", "\U0001f600", "a/b"), "[0, 1, 0]", ("0", "1", "0")),
+    (" ['me', \"it's\", 'a\\nb',] ", ("me", "it's", "a\nb"), "['x', u'y', 'z']", ("x", "y", "z")),
+    ("me [x] this", ("me", "[x]", "this"), '["x", 2, -1.5]', ("x", "2", "-1.5")),
+]
+
+
+@pytest.mark.parametrize(("words", "text", "tags", "label"), LISTS)
+def test_a_list_that_a_cell_holds_as_text(write, words, text, tags, label):
+    (found,) = read(write("a.jsonl", json.dumps({"words": words, "tags": tags}) + "\n"), "token")
+    assert (found.text, found.label) == (text, label)
+    assert read(write("b.jsonl", json.dumps({"text": words, "label": "x"}) + "\n"))[0].text == " ".join(text)
+
+
+NO_LISTS = ["['me', None]", '["me", null]', "[['me']]", "['me' 'x', 'y']", "['me' ... 'x']", "['me'", "[brb]", "[1]"]
+NO_LISTS += ["[1 2]", "[brb] hola", "['a''b']", "[" * 3000, "[NaN, 1]"]
+
+
+@pytest.mark.parametrize("words", NO_LISTS)
+def test_what_begins_with_a_bracket_and_is_not_a_list_is_refused_as_words(write, words):
+    path = write("a.jsonl", json.dumps({"words": words, "tags": "x"}) + "\n")
+    assert refused(path, "token") == ("list-cell", ":1")
+
+
+@pytest.mark.parametrize("tags", ["[null, 1]", "[0, 1", "[[0, 1]]", "[x]", "[9" + "9" * 5000 + "]"])
+def test_tags_that_begin_with_a_bracket_and_are_not_a_list_are_refused(write, tags):
+    path = write("a.jsonl", json.dumps({"words": "me too", "tags": tags}) + "\n")
+    assert refused(path, "token") == ("list-cell", ":1")
+    with pytest.raises(DataError, match=r"JSON list"):
+        read(path, "token")
+
+
+@pytest.mark.parametrize("row", [{"words": [["me"]], "tags": ["x"]}, {"words": ["me"], "tags": [{"a": 1}]}])
+def test_lists_in_lists_are_refused(write, row):
+    assert refused(write("a.jsonl", json.dumps(row) + "\n"), "token") == ("cell-type", ":1")
+
+
+@pytest.mark.parametrize("text", ["[1]", "[brb] hola", "[user]: hi", "['", "[]"])
+def test_a_post_may_begin_with_a_bracket(write, text):
+    assert read(write("a.jsonl", json.dumps({"text": text, "label": "[x]"}) + "\n"))[0].text == text
+
+
+@pytest.mark.parametrize(
+    ("text", "label", "code"),
+    [
+        ("['me', None]", "x", "list-cell"),
+        ("a", "[0, null]", "list-cell"),
+        ("a", "['x']", "cell-type"),
+        ("a", "[0 1]", "cell-type"),
+    ],
+)
+def test_a_list_is_not_trained_with_its_brackets(write, text, label, code):
+    assert refused(write("a.jsonl", json.dumps({"text": text, "label": label}) + "\n")) == (code, ":1")
 
 
 def test_parquet_with_and_without_stored_class_names(tmp_path):
