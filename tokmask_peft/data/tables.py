@@ -6,6 +6,7 @@ import ast
 import csv
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,7 +108,7 @@ def csv_rows(file: DataFile) -> Iterator[Row]:
             yield Unreadable(where, problem, "not-csv")
             continue
         if header is None:
-            header = fields
+            header = _unique(fields, f"{where}: ")
         elif fields:
             yield _by_name(header, fields, where, "','")
 
@@ -118,9 +119,28 @@ def tsv_rows(file: DataFile) -> Iterator[Row]:
     for number, line in enumerate(file.lines(), start=1):
         fields = line.split("\t")
         if header is None:
-            header = fields
+            header = _unique(fields, f"{file.name}:{number}: ")
         elif line:
             yield _by_name(header, fields, f"{file.name}:{number}", "a tab")
+
+
+def _unique(names: Sequence[str], place: str = "") -> list[str]:
+    """Return the names of columns, with a number for each that is empty.
+
+    Raises:
+        DataError: two are the same, so that one would hide the other.
+    """
+    if twice := [name for name, count in Counter(names).items() if name and count > 1]:
+        problem = f"{place}several columns are named '{twice[0]}'. Rename or remove all but one."
+        raise DataError(problem, code="duplicate-column", columns=tuple(twice))
+    return [name or f"column {number}" for number, name in enumerate(names)]
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object whose names all differ."""
+    if len(row := dict(pairs)) < len(pairs):
+        _unique([name or '""' for name, _ in pairs])
+    return row
 
 
 def _by_name(header: Sequence[str], fields: Sequence[str], where: str, separator: str) -> Row:
@@ -138,7 +158,10 @@ def jsonl_rows(file: DataFile) -> Iterator[Row]:
             continue
         where = f"{file.name}:{number}"
         try:
-            row = json.loads(line)
+            row = json.loads(line, object_pairs_hook=_object)
+        except DataError as error:
+            yield Unreadable(where, str(error), error.code)
+            continue
         except (ValueError, RecursionError) as error:
             row, found = None, f"not JSON ({getattr(error, 'msg', error)})"
         else:
@@ -156,6 +179,7 @@ def parquet_rows(file: DataFile) -> Iterator[Row]:
         table = pq.ParquetFile(file.path)
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(f"{file.name}: cannot be read as parquet: {error}", code="not-parquet") from error
+    _unique(table.schema_arrow.names, f"{file.name}: ")
     classes: dict[str, list[str]] = {}
     if b"huggingface" in (table.schema_arrow.metadata or {}):
         from datasets import Features
@@ -264,8 +288,7 @@ def _choose(columns: Sequence[str], asked: str | int | None, known: Sequence[str
             return asked
         problem = f"data.{field}: no column '{asked}'. {found}{nearest(asked, columns)}"
     else:
-        lower = {column.lower().strip(): column for column in columns}
-        matches = [lower[candidate] for candidate in known if candidate in lower]
+        matches = [column for candidate in known for column in columns if column.lower().strip() == candidate]
         if len(matches) == 1:
             return matches[0]
         why = f"several columns fit ({', '.join(matches)})" if matches else "no column has a usual name"

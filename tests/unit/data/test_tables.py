@@ -186,6 +186,34 @@ def test_columns_are_asked_for_when_the_choice_is_not_clear(write):
     assert refused(write("c.jsonl", '{"words": ["a"], "lid": ["x"], "pos": ["y"]}\n'), "token")[0] == "column"
 
 
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.jsonl", "a.parquet"])
+def test_two_columns_of_one_name_are_refused(write, name):
+    content = "text,label,label\na,x,y\n"
+    if name == "a.parquet":
+        table = pa.table([pa.array([cell]) for cell in "axy"], names=["text", "label", "label"])
+        pq.write_table(table, (sink := pa.BufferOutputStream()))
+        content = sink.getvalue().to_pybytes()
+    elif name == "a.jsonl":
+        content = '{"text": "a", "label": "x", "label": "y"}\n'
+    elif name == "a.tsv":
+        content = content.replace(",", "\t")
+    with pytest.raises(DataError, match=r"'label'.*[Rr]ename") as caught:
+        read(write(name, content))
+    assert caught.value.code == "duplicate-column"
+
+
+def test_two_names_that_fit_alike_are_a_choice_to_make(write):
+    path = write("a.csv", "text,Label,label \na,x,y\n")
+    assert refused(path)[0] == "column"
+    assert read(path, label="label ")[0].label == "y"
+
+
+def test_columns_without_a_name_keep_their_number(write):
+    path = write("a.csv", "text,,,label\na,b,c,x\n")
+    assert read(path, label=2)[0].label == "c"
+    assert read(path)[0].label == "x"
+
+
 def test_without_labels_no_label_column_is_needed(write):
     path = write("a.tsv", "text\nhola\n")
     assert [(e.text, e.label) for e in read(path, labelled=False)] == [("hola", None)]
