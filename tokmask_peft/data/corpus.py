@@ -115,7 +115,9 @@ def check_known(examples: Iterable[Example], labels: Sequence[str], split: str) 
         lines = [f"{split}: labels that no training text has (training has {', '.join(labels)}):"]
         for tag, where in sorted(places.items()):
             lines.append(f"  '{tag}': {len(where)} times, first at {where[0]}.{nearest(tag, labels)}")
-        merge = respelled(dict.fromkeys(places, 0) | dict.fromkeys(labels, 1)) or {next(iter(places)): labels[-1]}
+        respelling = respelled(dict.fromkeys(places, 0) | dict.fromkeys(labels, 1))
+        merge = {old: new for old, new in respelling.items() if old in places and new in labels}
+        merge = merge or {next(iter(places)): labels[-1]}
         lines.append(f"Merge them with data.label_map, such as {_shown(merge)}; its key '*' is every other label.")
         raise DataError("\n".join(lines), code="unknown-labels", split=split, labels=tuple(sorted(places)))
 

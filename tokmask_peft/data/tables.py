@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -151,23 +152,49 @@ def _by_name(header: Sequence[str], fields: Sequence[str], where: str, separator
     return Unreadable(where, problem, "column-count")
 
 
+_JSON_FORM = (
+    "Needed: one object per line, or one array of objects. For objects over several lines: jq -c . FILE > NEW.jsonl"
+)
+
+
 def jsonl_rows(file: DataFile) -> Iterator[Row]:
-    """Read one JSON object per line."""
-    for number, line in enumerate(file.lines(), start=1):
-        if not line.strip():
-            continue
-        where = f"{file.name}:{number}"
-        try:
-            row = json.loads(line, object_pairs_hook=_object)
-        except DataError as error:
-            yield Unreadable(where, str(error), error.code)
-            continue
-        except (ValueError, RecursionError) as error:
-            row, found = None, f"not JSON ({getattr(error, 'msg', error)})"
-        else:
-            found = f"JSON, but a {type(row).__name__}"
-        problem = f"this line is {found}. A JSONL file has one object per line."
-        yield (where, row) if isinstance(row, dict) else Unreadable(where, problem, "not-json")
+    """Read one JSON object per line, or one array of objects, which is read whole.
+
+    Raises:
+        DataError: the file begins like an array, but is not one.
+    """
+    lines = enumerate(file.lines(), start=1)
+    start, first = next((found for found in lines if found[1].strip()), (1, ""))
+    if first.lstrip().startswith("["):
+        rest = [line for _, line in lines]
+        whole = _json("\n".join([first, *rest]), file.name, start)
+        if not isinstance(whole, Unreadable):
+            yield from (_json_row(item, f"{file.name}[{index}]") for index, item in enumerate(whole))
+            return
+        if isinstance(_json(first, file.name, start), Unreadable):
+            raise DataError(f"{whole.where}: {whole.problem}", code=whole.code, where=whole.where)
+        lines = enumerate(rest, start=start + 1)
+    for number, line in chain([(start, first)], lines):
+        if line.strip():
+            yield _json_row(_json(line, file.name, number), f"{file.name}:{number}")
+
+
+def _json(text: str, name: str, number: int) -> Any:
+    """Return the value of a JSON text that begins in the line of a number, or why there is none."""
+    try:
+        return json.loads(text, object_pairs_hook=_object)
+    except DataError as error:
+        return Unreadable(f"{name}:{number}", str(error), error.code)
+    except (ValueError, RecursionError) as error:
+        problem = f"this line is not JSON ({getattr(error, 'msg', error)}). {_JSON_FORM}"
+        return Unreadable(f"{name}:{number + getattr(error, 'lineno', 1) - 1}", problem, "not-json")
+
+
+def _json_row(value: Any, where: str) -> Row:
+    if isinstance(value, Unreadable):
+        return value
+    problem = f"this is JSON, but a {type(value).__name__}. {_JSON_FORM}"
+    return (where, value) if isinstance(value, dict) else Unreadable(where, problem, "not-json")
 
 
 def parquet_rows(file: DataFile) -> Iterator[Row]:

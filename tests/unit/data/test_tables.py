@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokmask_peft.data.readers import read_split, reader_of
+from tokmask_peft.data.readers import TextFile, read_split, reader_of
 from tokmask_peft.data.tables import Columns, DataFile, readable
 from tokmask_peft.errors import DataError
 from tokmask_peft.recipe.schema import SourceConfig
@@ -88,6 +88,41 @@ def test_jsonl_of_texts_and_of_words(write):
 def test_jsonl_errors_name_their_line(write, line, code):
     path = write("a.jsonl", '{"words": ["a"], "tags": ["x"]}\n' + line + "\n")
     assert refused(path, "token") == (code, ":2")
+
+
+ROWS = [{"text": "uno\n[dos]", "label": "x"}, {"text": "hola", "label": "y"}]
+
+
+@pytest.mark.parametrize("indent", [None, 2, 0])
+@pytest.mark.parametrize("start", ["", "\ufeff", "\n \n"])
+def test_a_json_array_is_read(write, indent, start):
+    path = write("a.json", start + json.dumps(ROWS, indent=indent) + "\n")
+    assert [(e.text, e.label, e.where) for e in read(path)] == [
+        ("uno\n[dos]", "x", f"{path}[0]"),
+        ("hola", "y", f"{path}[1]"),
+    ]
+
+
+def test_every_element_of_a_json_array_is_a_row(write):
+    path = write("a.json", '[{"text": "a"},\n 3, {"text": "b"}]')
+    found = list(TextFile(path, "sequence"))
+    assert [getattr(row, "code", None) or row.text for row in found] == ["a", "not-json", "b"]
+
+
+def test_rows_after_a_line_with_a_list_stay_rows(write):
+    found = list(TextFile(write("a.jsonl", '[1]\n{"text": "a"}\n[2]\n'), "sequence"))
+    assert [getattr(row, "code", None) or row.text for row in found] == ["not-json", "a", "not-json"]
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [('[{"text": "a"},\n{"text": }]', ":2"), ('[{"text": "a"},\n', ":1"), ('{\n  "text": "a"\n}\n', ":1")],
+)
+def test_other_json_is_refused_with_what_to_do(write, content, line):
+    path = write("a.json", content)
+    assert refused(path) == ("not-json", line)
+    with pytest.raises(DataError, match=r"one object per line, or one array of objects"):
+        read(path)
 
 
 def test_words_and_tags_in_csv_cells(write):
