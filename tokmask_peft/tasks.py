@@ -6,7 +6,6 @@ Everything outside this file asks the task, `get_task(name)`, instead of compari
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -257,8 +256,9 @@ class TokenTask(Task):
 
     def from_cells(self, text: Any, label: Any, where: str, columns: tuple[str, str | None]) -> Example:
         """See `Task`; words and tags are lists, or strings separated by white space."""
-        words, tags = _listed(text), _listed(label)
-        if not isinstance(words, list | None) or not isinstance(tags, list | None):
+        words, tags = cells = [cell.split() if isinstance(cell, str) else cell for cell in (text, label)]
+        listed = all(isinstance(cell, list | None) for cell in cells)
+        if not listed or any(isinstance(item, list | dict) for cell in cells for item in cell or ()):
             problem = f"task '{self.name}' needs a list of words in '{columns[0]}' and a list of tags in '{columns[1]}'"
             raise DataError(problem, code="cell-type")
         words = ["" if word is None else str(word) for word in words or []]
@@ -362,14 +362,3 @@ def label_id(label: str, ids: LabelIds, where: str) -> int:
     if label not in ids:
         raise DataError(f"{where}: label '{label}' is not one of {', '.join(ids)}", code="unknown-label", label=label)
     return ids[label]
-
-
-def _listed(cell: Any) -> Any:
-    """Return a string cell as a list: one that pandas wrote into CSV (`['a', 'b']`), or split at white space."""
-    if not isinstance(cell, str):
-        return cell
-    try:
-        listed = ast.literal_eval(cell) if cell.startswith("[") and cell.endswith("]") else None
-    except (ValueError, SyntaxError):
-        listed = None
-    return listed if isinstance(listed, list) else cell.split()

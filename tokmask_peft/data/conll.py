@@ -59,6 +59,10 @@ class ConllReader:
         self._sniff(first)
         self._text = self._index(columns.text, 1 if self._conllu else 0, "text_column")
         self._tag = self._index(columns.label, -1, "label_column")
+        if self._tagged and self._tag == -1 and self._width > 2 and self._labels == {""}:
+            problem = f"{name}: the last column of every line is empty. If that is a stray tab, set data.label_column="
+            problem += f"{self._width - 2} or the number of another column (from 0); withheld labels cannot be scored."
+            raise DataError(problem, code="empty-column", columns=self._width)
 
     def _sniff(self, lines: Iterable[str]) -> None:
         """Guess from the first lines what separates columns, how many there are, and which labels occur."""

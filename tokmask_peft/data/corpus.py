@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -82,6 +85,21 @@ def collect_labels(train: Sequence[Example]) -> tuple[str, ...]:
     return labels
 
 
+def respelled(labels: Mapping[str, int]) -> dict[str, str]:
+    """Map labels to the most frequent one that differs only by case, spaces, Unicode form or a trailing `.0`."""
+    groups: dict[str, list[str]] = {}
+    for label in sorted(labels, key=lambda label: (-labels[label], len(label), label)):
+        plain = "".join(unicodedata.normalize("NFKC", label).casefold().split())
+        groups.setdefault(re.sub(r"(?<=\d)\.0+$", "", plain), []).append(label)
+    return {other: first for first, *others in groups.values() for other in others}
+
+
+def _shown(label_map: Mapping[str, str]) -> str:
+    """Return a label map to copy, with escapes if labels may look alike in print."""
+    alike = any(unicodedata.normalize("NFKC", label) != label for label in [*label_map, *label_map.values()])
+    return json.dumps(label_map, ensure_ascii=alike)
+
+
 def check_known(examples: Iterable[Example], labels: Sequence[str], split: str) -> None:
     """Refuse labels that no training text has.
 
@@ -97,8 +115,10 @@ def check_known(examples: Iterable[Example], labels: Sequence[str], split: str) 
         lines = [f"{split}: labels that no training text has (training has {', '.join(labels)}):"]
         for tag, where in sorted(places.items()):
             lines.append(f"  '{tag}': {len(where)} times, first at {where[0]}.{nearest(tag, labels)}")
-        merge = f"{{'{next(iter(places))}': '{labels[-1]}'}}"
-        lines.append(f"Merge them with data.label_map, for example {merge}; its key '*' is every other label.")
+        respelling = respelled(dict.fromkeys(places, 0) | dict.fromkeys(labels, 1))
+        merge = {old: new for old, new in respelling.items() if old in places and new in labels}
+        merge = merge or {next(iter(places)): labels[-1]}
+        lines.append(f"Merge them with data.label_map, such as {_shown(merge)}; its key '*' is every other label.")
         raise DataError("\n".join(lines), code="unknown-labels", split=split, labels=tuple(sorted(places)))
 
 
@@ -195,7 +215,8 @@ def load_corpus(config: DataConfig, seed: int) -> Corpus:
         words = sum(len(example.words) for example in examples)
         size = len(read.get(name, examples))
         splits[name] = SplitCounts(sources[name], size, len(examples), words, count_labels(examples))
-    warnings = tuple(_warnings(config, merges, splits))
+    found_labels = count_labels(chain.from_iterable(examples for examples, _ in mapped.values()))
+    warnings = tuple(_warnings(config, merges, splits, found_labels))
     report = DataReport(config.task, labels, splits, cleaning, merges, warnings)
     return Corpus(config.task, train, validation, parts["test"], labels, report)
 
@@ -236,12 +257,22 @@ def _refuse_same_source(sources: Mapping[str, str]) -> None:
 
 
 def _warnings(
-    config: DataConfig, merges: Mapping[str, Sequence[Merge]], splits: Mapping[str, SplitCounts]
+    config: DataConfig,
+    merges: Mapping[str, Sequence[Merge]],
+    splits: Mapping[str, SplitCounts],
+    labels: Mapping[str, int],
 ) -> list[str]:
     """List what looks like a mistake but may be intended."""
     matched = {merge.old for found in merges.values() for merge in found} | {OTHERS}
     unmatched = [key for key in config.label_map or {} if key not in matched]
     warnings = [f"data.label_map: no label '{key}' in the data; the key has no effect" for key in unmatched]
+    if new := respelled(labels):
+        variants = ", ".join(
+            f"'{old}' ({labels[old]:,}) and '{label}' ({labels[label]:,})" for old, label in new.items()
+        )
+        label_map = _shown({old: new.get(label, label) for old, label in (config.label_map or {}).items()} | new)
+        problem = f"labels that differ only in spelling: {variants}"
+        warnings.append(f"{problem}; if they are the same, set data.label_map={label_map}")
     for name, split in splits.items():
         absent = sorted(set(splits["train"].labels) - set(split.labels))
         if absent and split.texts:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import json
+import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +109,7 @@ def csv_rows(file: DataFile) -> Iterator[Row]:
             yield Unreadable(where, problem, "not-csv")
             continue
         if header is None:
-            header = fields
+            header = _unique(fields, f"{where}: ")
         elif fields:
             yield _by_name(header, fields, where, "','")
 
@@ -116,9 +120,28 @@ def tsv_rows(file: DataFile) -> Iterator[Row]:
     for number, line in enumerate(file.lines(), start=1):
         fields = line.split("\t")
         if header is None:
-            header = fields
+            header = _unique(fields, f"{file.name}:{number}: ")
         elif line:
             yield _by_name(header, fields, f"{file.name}:{number}", "a tab")
+
+
+def _unique(names: Sequence[str], place: str = "") -> list[str]:
+    """Return the names of columns, with a number for each that is empty.
+
+    Raises:
+        DataError: two are the same, so that one would hide the other.
+    """
+    if twice := [name for name, count in Counter(names).items() if name and count > 1]:
+        problem = f"{place}several columns are named '{twice[0]}'. Rename or remove all but one."
+        raise DataError(problem, code="duplicate-column", columns=tuple(twice))
+    return [name or f"column {number}" for number, name in enumerate(names)]
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object whose names all differ."""
+    if len(row := dict(pairs)) < len(pairs):
+        _unique([name or '""' for name, _ in pairs])
+    return row
 
 
 def _by_name(header: Sequence[str], fields: Sequence[str], where: str, separator: str) -> Row:
@@ -129,20 +152,49 @@ def _by_name(header: Sequence[str], fields: Sequence[str], where: str, separator
     return Unreadable(where, problem, "column-count")
 
 
+_JSON_FORM = (
+    "Needed: one object per line, or one array of objects. For objects over several lines: jq -c . FILE > NEW.jsonl"
+)
+
+
 def jsonl_rows(file: DataFile) -> Iterator[Row]:
-    """Read one JSON object per line."""
-    for number, line in enumerate(file.lines(), start=1):
-        if not line.strip():
-            continue
-        where = f"{file.name}:{number}"
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            row, found = None, f"not JSON ({getattr(error, 'msg', error)})"
-        else:
-            found = f"JSON, but a {type(row).__name__}"
-        problem = f"this line is {found}. A JSONL file has one object per line."
-        yield (where, row) if isinstance(row, dict) else Unreadable(where, problem, "not-json")
+    """Read one JSON object per line, or one array of objects, which is read whole.
+
+    Raises:
+        DataError: the file begins like an array, but is not one.
+    """
+    lines = enumerate(file.lines(), start=1)
+    start, first = next((found for found in lines if found[1].strip()), (1, ""))
+    if first.lstrip().startswith("["):
+        rest = [line for _, line in lines]
+        whole = _json("\n".join([first, *rest]), file.name, start)
+        if not isinstance(whole, Unreadable):
+            yield from (_json_row(item, f"{file.name}[{index}]") for index, item in enumerate(whole))
+            return
+        if isinstance(_json(first, file.name, start), Unreadable):
+            raise DataError(f"{whole.where}: {whole.problem}", code=whole.code, where=whole.where)
+        lines = enumerate(rest, start=start + 1)
+    for number, line in chain([(start, first)], lines):
+        if line.strip():
+            yield _json_row(_json(line, file.name, number), f"{file.name}:{number}")
+
+
+def _json(text: str, name: str, number: int) -> Any:
+    """Return the value of a JSON text that begins in the line of a number, or why there is none."""
+    try:
+        return json.loads(text, object_pairs_hook=_object)
+    except DataError as error:
+        return Unreadable(f"{name}:{number}", str(error), error.code)
+    except (ValueError, RecursionError) as error:
+        problem = f"this line is not JSON ({getattr(error, 'msg', error)}). {_JSON_FORM}"
+        return Unreadable(f"{name}:{number + getattr(error, 'lineno', 1) - 1}", problem, "not-json")
+
+
+def _json_row(value: Any, where: str) -> Row:
+    if isinstance(value, Unreadable):
+        return value
+    problem = f"this is JSON, but a {type(value).__name__}. {_JSON_FORM}"
+    return (where, value) if isinstance(value, dict) else Unreadable(where, problem, "not-json")
 
 
 def parquet_rows(file: DataFile) -> Iterator[Row]:
@@ -154,6 +206,7 @@ def parquet_rows(file: DataFile) -> Iterator[Row]:
         table = pq.ParquetFile(file.path)
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(f"{file.name}: cannot be read as parquet: {error}", code="not-parquet") from error
+    _unique(table.schema_arrow.names, f"{file.name}: ")
     classes: dict[str, list[str]] = {}
     if b"huggingface" in (table.schema_arrow.metadata or {}):
         from datasets import Features
@@ -203,9 +256,51 @@ def examples(rows: Iterable[Row], name: str, columns: Columns) -> Iterator[Examp
             yield Unreadable(where, problem, "missing-column")
             continue
         try:
-            yield columns.task.from_cells(row[text], row[label] if label is not None else None, where, (text, label))
+            words = listed(row[text], text, columns.task)
+            tags = None if label is None else listed(row[label], label, columns.task, label=True)
+            yield columns.task.from_cells(words, tags, where, (text, label))
         except DataError as error:
             yield Unreadable(where, str(error), error.code)
+
+
+_ITEM = r"""(?:[uU]?'(?:[^'\\]|\\.)*'|[uU]?"(?:[^"\\]|\\.)*"|[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?)"""
+_LIST = re.compile(rf"\[\s*(?:{_ITEM}(?:\s*,\s*{_ITEM})*\s*,?|{_ITEM}(?:\s+{_ITEM})*)?\s*\]", re.DOTALL)
+
+
+def listed(cell: Any, column: str, task: Task, label: bool = False) -> Any:
+    """Return the list that a cell holds as text, in the form of JSON, Python or numpy (no commas), or the cell itself.
+
+    A post may begin with a bracket (`[user] hola`), so that a text is read as a list only if a quote follows.
+
+    Raises:
+        DataError: a cell that begins with a bracket is not a list of strings or numbers, or may be a word (`[1]`).
+    """
+    text = cell.strip() if isinstance(cell, str) else ""
+    quoted = re.match(r"\[[\[\s]*[uU]?['\"].*\]$", text, re.DOTALL)
+    if not text.startswith("[") or not (quoted or label or task.words_given):
+        return cell
+    found = _parse_list(text)
+    if found is not None and (label or quoted or "," in text):
+        return found
+    if label and not quoted and not task.words_given and "," not in text:
+        return cell
+    shown = text if len(text) <= 40 else text[:39] + "…"
+    problem = f"column '{column}' has {shown}, which is not clearly a list of strings or numbers"
+    raise DataError(f'{problem}. Write it as a JSON list of strings, such as ["a", "b"].', code="list-cell")
+
+
+def _parse_list(text: str) -> list[str | float] | None:
+    """Return the strings and numbers of a list, or none if the text is anything else."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        if not _LIST.fullmatch(text):
+            return None
+        try:
+            found = [ast.literal_eval(item) for item in re.findall(_ITEM, text, re.DOTALL)]
+        except (ValueError, SyntaxError):
+            return None
+    return found if all(type(item) in (str, int, float) and item == item for item in found) else None
 
 
 def _choose(columns: Sequence[str], asked: str | int | None, known: Sequence[str], field: str, name: str) -> str:
@@ -220,8 +315,7 @@ def _choose(columns: Sequence[str], asked: str | int | None, known: Sequence[str
             return asked
         problem = f"data.{field}: no column '{asked}'. {found}{nearest(asked, columns)}"
     else:
-        lower = {column.lower().strip(): column for column in columns}
-        matches = [lower[candidate] for candidate in known if candidate in lower]
+        matches = [column for candidate in known for column in columns if column.lower().strip() == candidate]
         if len(matches) == 1:
             return matches[0]
         why = f"several columns fit ({', '.join(matches)})" if matches else "no column has a usual name"

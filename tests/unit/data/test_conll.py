@@ -202,3 +202,13 @@ def test_what_is_written_is_read(tmp_path_factory, posts, end, bom, last, commen
     path.write_bytes((b"\xef\xbb\xbf" if bom else b"") + text.encode())
     found = readable(reader_of(path)(DataFile(path), Columns(get_task("token"))))
     assert [list(zip(e.text, e.label, strict=True)) for e in found] == posts
+
+
+def test_a_tab_at_the_end_of_every_line_is_named_with_the_column_to_set():
+    content = "me\tlang2\t\nok\tother\t\n\nque\tlang2\t\n"
+    assert refused(content)[0] == "empty-column"
+    with pytest.raises(DataError, match=r"data.label_column=1"):
+        read(content)
+    assert [example.label for example in read(content, label=1)] == [("lang2", "other"), ("lang2",)]
+    assert [example.text for example in read(content, labelled=False)] == [("me", "ok"), ("que",)]
+    assert read("me\t\nok\t\n")[0].label == ("", "")  # withheld labels

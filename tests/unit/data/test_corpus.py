@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import yaml
 
 from tokmask_peft.data.corpus import load_corpus
 from tokmask_peft.errors import DataError
@@ -152,3 +153,30 @@ def test_token_corpora(tmp_path):
     assert (len(corpus.train), len(corpus.validation)) == (16, 4)
     assert corpus.report.splits["train"].words == 48
     assert corpus.labels == ("lang1", "lang2", "other")
+
+
+@pytest.mark.parametrize(
+    ("variants", "merged"),
+    [
+        (("NEGATIVE", "Negative", "negative", "negative", "x"), {"negative", "x"}),
+        (("p\u00f3s", "po\u0301s", "p\u00f3s", "x"), {"p\u00f3s", "x"}),
+        (("1", "1.0", "0.0", "0", "1"), {"1", "0"}),
+        (("very  good", "very good", "Very Good", "very good", "x"), {"very good", "x"}),
+    ],
+)
+def test_labels_that_differ_by_spelling_only_are_a_warning_with_the_map_that_merges_them(tmp_path, variants, merged):
+    path = tmp_path / "train.tsv"
+    path.write_text("text\tlabel\n" + "".join(f"post {n}\t{variants[n % len(variants)]}\n" for n in range(60)))
+    options = {"path": str(path), "task": "sequence", "validation": 0.2, "test": None}
+    (warning,) = (w for w in load_corpus(DataConfig(**options), seed=1).report.warnings if "data.label_map=" in w)
+    label_map = yaml.safe_load(warning.split("data.label_map=")[1])
+    corpus = load_corpus(DataConfig(**options, label_map=label_map), seed=1)
+    assert set(corpus.labels) == merged
+    assert not corpus.report.warnings
+
+
+def test_a_label_of_another_spelling_in_test_names_the_map_that_merges_it(folder):
+    (folder / "test.tsv").write_text("text\tlabel\ntest 1\tX\n")
+    with pytest.raises(DataError, match=r'data.label_map, such as {"X": "x"}') as caught:
+        load_corpus(config(folder), seed=1)
+    assert caught.value.code == "unknown-labels"

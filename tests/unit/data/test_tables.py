@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokmask_peft.data.readers import read_split, reader_of
+from tokmask_peft.data.readers import TextFile, read_split, reader_of
 from tokmask_peft.data.tables import Columns, DataFile, readable
 from tokmask_peft.errors import DataError
 from tokmask_peft.recipe.schema import SourceConfig
@@ -90,12 +90,103 @@ def test_jsonl_errors_name_their_line(write, line, code):
     assert refused(path, "token") == (code, ":2")
 
 
+ROWS = [{"text": "uno\n[dos]", "label": "x"}, {"text": "hola", "label": "y"}]
+
+
+@pytest.mark.parametrize("indent", [None, 2, 0])
+@pytest.mark.parametrize("start", ["", "\ufeff", "\n \n"])
+def test_a_json_array_is_read(write, indent, start):
+    path = write("a.json", start + json.dumps(ROWS, indent=indent) + "\n")
+    assert [(e.text, e.label, e.where) for e in read(path)] == [
+        ("uno\n[dos]", "x", f"{path}[0]"),
+        ("hola", "y", f"{path}[1]"),
+    ]
+
+
+def test_every_element_of_a_json_array_is_a_row(write):
+    path = write("a.json", '[{"text": "a"},\n 3, {"text": "b"}]')
+    found = list(TextFile(path, "sequence"))
+    assert [getattr(row, "code", None) or row.text for row in found] == ["a", "not-json", "b"]
+
+
+def test_rows_after_a_line_with_a_list_stay_rows(write):
+    found = list(TextFile(write("a.jsonl", '[1]\n{"text": "a"}\n[2]\n'), "sequence"))
+    assert [getattr(row, "code", None) or row.text for row in found] == ["not-json", "a", "not-json"]
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [('[{"text": "a"},\n{"text": }]', ":2"), ('[{"text": "a"},\n', ":1"), ('{\n  "text": "a"\n}\n', ":1")],
+)
+def test_other_json_is_refused_with_what_to_do(write, content, line):
+    path = write("a.json", content)
+    assert refused(path) == ("not-json", line)
+    with pytest.raises(DataError, match=r"one object per line, or one array of objects"):
+        read(path)
+
+
 def test_words_and_tags_in_csv_cells(write):
-    path = write("a.csv", "words,tags\nme too,lang2 lang1\n\"['New York', 'x']\",\"['ne', 'other']\"\n[brb],other\n")
-    first, second, third = read(path, "token")
+    path = write("a.csv", "words,tags\nme too,lang2 lang1\n\"['New York', 'x']\",\"['ne', 'other']\"\n")
+    first, second = read(path, "token")
     assert (first.text, first.label) == (("me", "too"), ("lang2", "lang1"))
     assert (second.text, second.label) == (("New York", "x"), ("ne", "other"))
-    assert third.text == ("[brb]",)
+
+
+LISTS = [
+    ("['me' 'encanta'\n 'this']", ("me", "encanta", "this"), "[0 1 0]", ("0", "1", "0")),
+    ("['me' \"can't\" 'this']", ("me", "can't", "this"), "[ 0.  1. 10.]", ("0.0", "1.0", "10.0")),
+    ('["me", "\\ud83d\\ude00", "a\\/b"]', ("me", "\U0001f600", "a/b"), "[0, 1, 0]", ("0", "1", "0")),
+    (" ['me', \"it's\", 'a\\nb',] ", ("me", "it's", "a\nb"), "['x', u'y', 'z']", ("x", "y", "z")),
+    ("me [x] this", ("me", "[x]", "this"), '["x", 2, -1.5]', ("x", "2", "-1.5")),
+]
+
+
+@pytest.mark.parametrize(("words", "text", "tags", "label"), LISTS)
+def test_a_list_that_a_cell_holds_as_text(write, words, text, tags, label):
+    (found,) = read(write("a.jsonl", json.dumps({"words": words, "tags": tags}) + "\n"), "token")
+    assert (found.text, found.label) == (text, label)
+    assert read(write("b.jsonl", json.dumps({"text": words, "label": "x"}) + "\n"))[0].text == " ".join(text)
+
+
+NO_LISTS = ["['me', None]", '["me", null]', "[['me']]", "['me' 'x', 'y']", "['me' ... 'x']", "['me'", "[brb]", "[1]"]
+NO_LISTS += ["[1 2]", "[brb] hola", "['a''b']", "[" * 3000, "[NaN, 1]"]
+
+
+@pytest.mark.parametrize("words", NO_LISTS)
+def test_what_begins_with_a_bracket_and_is_not_a_list_is_refused_as_words(write, words):
+    path = write("a.jsonl", json.dumps({"words": words, "tags": "x"}) + "\n")
+    assert refused(path, "token") == ("list-cell", ":1")
+
+
+@pytest.mark.parametrize("tags", ["[null, 1]", "[0, 1", "[[0, 1]]", "[x]", "[9" + "9" * 5000 + "]"])
+def test_tags_that_begin_with_a_bracket_and_are_not_a_list_are_refused(write, tags):
+    path = write("a.jsonl", json.dumps({"words": "me too", "tags": tags}) + "\n")
+    assert refused(path, "token") == ("list-cell", ":1")
+    with pytest.raises(DataError, match=r"JSON list"):
+        read(path, "token")
+
+
+@pytest.mark.parametrize("row", [{"words": [["me"]], "tags": ["x"]}, {"words": ["me"], "tags": [{"a": 1}]}])
+def test_lists_in_lists_are_refused(write, row):
+    assert refused(write("a.jsonl", json.dumps(row) + "\n"), "token") == ("cell-type", ":1")
+
+
+@pytest.mark.parametrize("text", ["[1]", "[brb] hola", "[user]: hi", "['", "[]"])
+def test_a_post_may_begin_with_a_bracket(write, text):
+    assert read(write("a.jsonl", json.dumps({"text": text, "label": "[x]"}) + "\n"))[0].text == text
+
+
+@pytest.mark.parametrize(
+    ("text", "label", "code"),
+    [
+        ("['me', None]", "x", "list-cell"),
+        ("a", "[0, null]", "list-cell"),
+        ("a", "['x']", "cell-type"),
+        ("a", "[0 1]", "cell-type"),
+    ],
+)
+def test_a_list_is_not_trained_with_its_brackets(write, text, label, code):
+    assert refused(write("a.jsonl", json.dumps({"text": text, "label": label}) + "\n")) == (code, ":1")
 
 
 def test_parquet_with_and_without_stored_class_names(tmp_path):
@@ -128,6 +219,34 @@ def test_columns_are_asked_for_when_the_choice_is_not_clear(write):
     assert caught.value.fields == {"field": "text_column", "columns": ("frase", "label")}
     assert refused(none, text="frase", label=2)[0] == "column"
     assert refused(write("c.jsonl", '{"words": ["a"], "lid": ["x"], "pos": ["y"]}\n'), "token")[0] == "column"
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.jsonl", "a.parquet"])
+def test_two_columns_of_one_name_are_refused(write, name):
+    content = "text,label,label\na,x,y\n"
+    if name == "a.parquet":
+        table = pa.table([pa.array([cell]) for cell in "axy"], names=["text", "label", "label"])
+        pq.write_table(table, (sink := pa.BufferOutputStream()))
+        content = sink.getvalue().to_pybytes()
+    elif name == "a.jsonl":
+        content = '{"text": "a", "label": "x", "label": "y"}\n'
+    elif name == "a.tsv":
+        content = content.replace(",", "\t")
+    with pytest.raises(DataError, match=r"'label'.*[Rr]ename") as caught:
+        read(write(name, content))
+    assert caught.value.code == "duplicate-column"
+
+
+def test_two_names_that_fit_alike_are_a_choice_to_make(write):
+    path = write("a.csv", "text,Label,label \na,x,y\n")
+    assert refused(path)[0] == "column"
+    assert read(path, label="label ")[0].label == "y"
+
+
+def test_columns_without_a_name_keep_their_number(write):
+    path = write("a.csv", "text,,,label\na,b,c,x\n")
+    assert read(path, label=2)[0].label == "c"
+    assert read(path)[0].label == "x"
 
 
 def test_without_labels_no_label_column_is_needed(write):
