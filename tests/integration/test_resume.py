@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tokmask_peft.artifacts import RunFolder
 
@@ -45,6 +45,14 @@ def test_interrupted_and_resumed_is_uninterrupted(write_recipe, tokmask, begin, 
     other = tokmask("train", recipe, SLOW, "name=broken", "masking.p=0.2", "--resume", check=False)
     assert other.returncode == 2
     assert "masking.p: 0.1 before, 0.2 now" in other.stderr
+
+    weights = broken.last_checkpoint() / "adapter_model.safetensors"
+    whole_file, half = weights.read_bytes(), dict(list(load_file(weights).items())[::2])
+    save_file(half, weights)
+    unfit = tokmask("train", broken.recipe, "--resume", check=False)
+    assert unfit.returncode == 2
+    assert f"{len(load_file(whole.adapter / weights.name)) - len(half)} missing" in unfit.stderr
+    weights.write_bytes(whole_file)
 
     tokmask("train", broken.recipe, "--resume", "--quiet")
     one, two = (load_file(run.adapter / "adapter_model.safetensors") for run in (whole, broken))

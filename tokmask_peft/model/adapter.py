@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import Linear, LoraLayer
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from tokmask_peft.console import Decision
@@ -30,6 +32,9 @@ deviate more (.0012 and .0005; .0055 and .0029).
 
 SAMPLED = 256
 """Rows of each matrix that are examined: all rows of a large one would take five times as long as merging it."""
+
+_PROBE = "  Mañana I'll go to Zürich… @user #Tag 3,14 ÇA\u0301 ﬁn 今日は"
+"""A text that tokenizers with one vocabulary but other rules split differently: case, accents, spaces, Unicode."""
 
 
 def linear_layers(model: nn.Module, outside: tuple[str, ...]) -> list[str]:
@@ -184,18 +189,67 @@ def load_adapter(backbone: Backbone, folder: Path) -> Any:
     """Add a saved adapter to a freshly loaded backbone, for prediction.
 
     Raises:
-        ModelError: the folder has no adapter, or one for another backbone or other labels.
+        ModelError: the folder has no adapter, or one for another backbone, tokenizer or other labels.
     """
-    if not (folder / "adapter_config.json").is_file():
-        raise ModelError(f"{folder} has no adapter (adapter_config.json is missing)", code="no-adapter", folder=folder)
+    for name in ("adapter_config.json", SAFETENSORS_WEIGHTS_NAME):
+        if not (folder / name).is_file():
+            raise ModelError(f"{folder} has no adapter ({name} is missing)", code="no-adapter", folder=folder)
     try:
-        model = PeftModel.from_pretrained(backbone.model, str(folder))
+        config = PeftConfig.from_pretrained(str(folder))
+        config.inference_mode, config.base_model_name_or_path = True, None  # PEFT warns if the backbone's name differs
+        model = get_peft_model(backbone.model, config)
+        check_fit(model, backbone.tokenizer, folder)
+        model.load_adapter(str(folder), "default")
     except (RuntimeError, ValueError) as error:
         if out_of_memory(error):
             raise
         message = f"the adapter in {folder} does not fit the backbone or the labels: {first_line(error)}"
         raise ModelError(message, code="adapter-does-not-fit", folder=folder) from error
     return model.eval()
+
+
+def check_fit(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Compare a saved adapter or checkpoint with the PEFT model and the tokenizer that it is to be used with.
+
+    PEFT only warns of missing weights, and ignores others that it does not know. A tokenizer is compared if `folder`
+    has one.
+
+    Raises:
+        ModelError: weights are missing, unexpected or of another shape, or the tokenizer is another one.
+    """
+    weights = get_peft_model_state_dict(model, save_embedding_layers=False)
+    wanted = {name: list(value.shape) for name, value in weights.items()}
+    with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, "pt") as file:
+        saved = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    # the Trainer's checkpoints may hold the embedding matrix, too
+    unexpected = sorted(saved.keys() - wanted.keys() - model.state_dict().keys())
+    missing = sorted(wanted.keys() - saved.keys())
+    shapes = sorted(name for name in wanted.keys() & saved.keys() if saved[name] != wanted[name])
+    found = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
+    if problems := [f"{len(names)} {what} ({_some(names)})" for what, names in found.items() if names]:
+        raise ModelError(
+            f"the adapter in {folder} does not fit the backbone or the labels. Of its weights, {'; '.join(problems)}. "
+            "Use it with the backbone that it was trained on, and with the files that it was saved with.",
+            code="adapter-does-not-fit",
+            folder=folder,
+            missing=missing,
+            unexpected=unexpected,
+            shapes=shapes,
+        )
+    if not (folder / "tokenizer_config.json").is_file():
+        return
+    trained = type(tokenizer).from_pretrained(str(folder))
+    theirs, ours = trained.get_vocab(), tokenizer.get_vocab()
+    tokens = sorted(token for token in theirs.keys() | ours.keys() if theirs.get(token) != ours.get(token))
+    if tokens or trained(_PROBE)["input_ids"] != tokenizer(_PROBE)["input_ids"]:
+        how = f"{len(tokens)} tokens have another id ({_some(tokens)})" if tokens else "it splits a text differently"
+        message = f"the backbone's tokenizer is not the one in {folder}, which the adapter was trained with: {how}. "
+        remedy = "Use the backbone that the adapter was trained on."
+        raise ModelError(message + remedy, code="another-tokenizer", folder=folder, tokens=tokens)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
 
 
 def merge_if_harmless(model: Any) -> tuple[Any, Decision]:

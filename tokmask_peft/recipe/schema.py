@@ -153,6 +153,19 @@ class ModelConfig(Section):
     )
     trust_remote_code: StrictBool = Field(False, description="run the backbone's own code; only if you trust it")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _same_from_any_directory(cls, given: Any) -> Any:
+        # from another directory, a relative folder would be taken for a Hub id, and somebody else's weights be loaded
+        if not isinstance(given, dict):
+            return given
+        key = "backbone" if given.get("backbone_path") is None else "backbone_path"
+        folder = given.get(key)
+        # os.path, as Path.is_dir raises if a name is too long
+        if isinstance(folder, str) and os.path.isdir(folder) and not Path(folder).is_absolute():  # noqa: PTH112
+            return {**given, key: str(Path(folder).absolute())}
+        return given
+
 
 class AdapterConfig(Section):
     """The LoRA adapter (Hu et al. 2021), through PEFT."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate.utils.memory import clear_device_cache
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from rich.console import Console
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback
@@ -37,7 +38,7 @@ from tokmask_peft.hub.card import write_card
 from tokmask_peft.masking.callback import TokenMaskCallback
 from tokmask_peft.masking.embedding import embedding_weight, find_embedding, prepare_mask_row
 from tokmask_peft.masking.replacement import MaskToken, choose_mask_token
-from tokmask_peft.model.adapter import add_adapter, gathered_weights, save_adapter
+from tokmask_peft.model.adapter import add_adapter, check_fit, gathered_weights, save_adapter
 from tokmask_peft.model.backbone import Backbone, load_backbone
 from tokmask_peft.model.decisions import can_checkpoint, enable_checkpointing, in_short, out_of_memory
 from tokmask_peft.model.memory.suggestions import Phase, Situation, changed, memory_error, memory_errors, smaller_batch
@@ -284,6 +285,8 @@ def _attempt(prepared: Prepared, asked: Recipe, run: RunFolder, clock: StepClock
     checkpoint = run.last_checkpoint() if resume else None
     if resume and checkpoint is None:
         prepared.console.print("No checkpoint yet: starting from the beginning.")
+    elif checkpoint is not None and (checkpoint / SAFETENSORS_WEIGHTS_NAME).is_file():  # FSDP may save shards instead
+        check_fit(prepared.model, prepared.backbone.tokenizer, checkpoint)
     with stop, contextlib.closing(display):
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if stop.stopped:

@@ -1,10 +1,12 @@
 import json
 import re
+import shutil
 
 import pytest
 import torch
 from safetensors import safe_open
-from tiny_models import families
+from safetensors.torch import load_file, save_file
+from tiny_models import build, families
 from transformers import GPT2Config, GPT2ForSequenceClassification
 
 from tokmask_peft.errors import ModelError
@@ -22,7 +24,7 @@ from tokmask_peft.model.adapter import (
 from tokmask_peft.model.backbone import load_backbone
 from tokmask_peft.model.decisions import bitsandbytes_problem
 from tokmask_peft.recipe import TokenMaskConfig
-from tokmask_peft.recipe.schema import AdapterConfig
+from tokmask_peft.recipe.schema import AdapterConfig, ModelConfig
 
 CPU = torch.device("cpu")
 LABELS = ("negative", "neutral", "positive")
@@ -101,7 +103,111 @@ def test_adapter_for_other_labels_is_refused(model_config, tmp_path):
     ):
         with pytest.raises(ModelError) as caught:
             load_adapter(other, folder)
-        assert (caught.value.code, caught.value.fields) == (code, {"folder": folder})
+        assert (caught.value.code, caught.value.fields["folder"]) == (code, folder)
+
+
+def half_gone(weights):
+    return {name: value for number, (name, value) in enumerate(sorted(weights.items())) if number % 2}
+
+
+def renamed(weights):
+    return {name.replace("base_model.model", "model"): value for name, value in weights.items()}
+
+
+def without_lora(weights):
+    return {name: value for name, value in weights.items() if "lora_" not in name}
+
+
+def without_head(weights):
+    return {name: value for name, value in weights.items() if "classifier" not in name}
+
+
+def one_more(weights):
+    return weights | {"base_model.model.somewhere.lora_A.weight": torch.ones(2, 2)}
+
+
+def other_rank(weights):
+    return {name: value[:1] if "lora_A" in name else value for name, value in weights.items()}
+
+
+@pytest.fixture
+def saved(model_config, tmp_path):
+    backbone = load_backbone(model_config("bert"), "sequence", LABELS, CPU)
+    model, _ = add_adapter(backbone, AdapterConfig(r=2), "sequence")
+    save_adapter(model, tmp_path, "any/name")
+    backbone.tokenizer.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def refusal(folder, config):
+    with pytest.raises(ModelError) as caught:
+        load_adapter(load_backbone(config, "sequence", LABELS, CPU), folder)
+    assert caught.value.fields["folder"] == folder
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("change", "kinds"),
+    [
+        (half_gone, {"missing"}),
+        (renamed, {"missing", "unexpected"}),
+        (without_lora, {"missing"}),
+        (without_head, {"missing"}),
+        (one_more, {"unexpected"}),
+        (other_rank, {"shapes"}),
+        (lambda weights: {"none": torch.ones(1)}, {"missing", "unexpected"}),
+    ],
+)
+def test_weights_that_are_not_those_of_the_adapter_are_named(model_config, saved, change, kinds):
+    weights = change(load_file(saved / "adapter_model.safetensors"))
+    save_file({name: value.contiguous() for name, value in weights.items()}, saved / "adapter_model.safetensors")
+    error = refusal(saved, model_config("bert"))
+    assert error.code == "adapter-does-not-fit"
+    assert {kind for kind in ("missing", "unexpected", "shapes") if error.fields[kind]} == kinds
+    assert all(error.fields[kind][0] in str(error) for kind in kinds)
+
+
+@pytest.mark.parametrize("change", [{"use_dora": True}, {"target_modules": ["query"]}, {"layers_to_transform": [0]}])
+def test_an_adapter_whose_config_asks_for_other_weights_is_refused(model_config, saved, change):
+    config = saved / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | change))
+    assert refusal(saved, model_config("bert")).code == "adapter-does-not-fit"
+
+
+def test_an_adapter_without_its_weights_is_refused(model_config, saved):
+    (saved / "adapter_model.safetensors").unlink()
+    assert refusal(saved, model_config("bert")).code == "no-adapter"
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("family", ["xlm-r", "distilbert", "bert"])
+def test_an_adapter_of_another_backbone_is_refused(saved, tmp_path, family, layers):
+    model, tokenizer = build(family, **{"n_layers" if family == "distilbert" else "num_hidden_layers": layers})
+    model.base_model.save_pretrained(tmp_path / "other")
+    tokenizer.save_pretrained(tmp_path / "other")
+    config = ModelConfig(backbone=str(tmp_path / "other"), precision="fp32", quantization="none")
+    assert refusal(saved, config).code in ("adapter-does-not-fit", "another-tokenizer")
+
+
+def permuted(tokenizer):
+    first, second = tokenizer["model"]["vocab"].pop("a"), tokenizer["model"]["vocab"].pop("b")
+    tokenizer["model"]["vocab"] |= {"a": second, "b": first}
+
+
+def lower_case(tokenizer):
+    tokenizer["normalizer"] = {"type": "Lowercase"}
+
+
+@pytest.mark.parametrize("change", [permuted, lower_case])
+def test_a_tokenizer_other_than_the_saved_one_is_refused(model_config, saved, tmp_path, change):
+    other = tmp_path / "other"
+    shutil.copytree(model_config("bert").backbone, other)
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    change(tokenizer)
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    error = refusal(saved, ModelConfig(backbone=str(other), precision="fp32", quantization="none"))
+    assert error.code == "another-tokenizer"
+    assert error.fields["tokens"] == (["a", "b"] if change is permuted else [])
 
 
 @pytest.mark.parametrize(
@@ -109,12 +215,13 @@ def test_adapter_for_other_labels_is_refused(model_config, tmp_path):
 )
 def test_running_out_of_memory_is_not_taken_for_another_adapter(model_config, tmp_path, monkeypatch, error):
     backbone = load_backbone(model_config("bert"), "sequence", LABELS, CPU)
-    (tmp_path / "adapter_config.json").touch()
+    save_adapter(add_adapter(backbone, AdapterConfig(r=2), "sequence")[0], tmp_path, "any/name")
+    backbone = load_backbone(model_config("bert"), "sequence", LABELS, CPU)
 
     def refuse(*_, **__):
         raise error
 
-    monkeypatch.setattr("peft.PeftModel.from_pretrained", refuse)
+    monkeypatch.setattr("tokmask_peft.model.adapter.get_peft_model", refuse)
     with pytest.raises(type(error), match="out of memory"):
         load_adapter(backbone, tmp_path)
 

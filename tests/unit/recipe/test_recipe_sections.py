@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from tokmask_peft.errors import RecipeError
 from tokmask_peft.masking.config import TokenMaskConfig
-from tokmask_peft.recipe.schema import DataConfig, SourceConfig
+from tokmask_peft.recipe.schema import DataConfig, ModelConfig, SourceConfig
 
 SHARES = st.floats(0.0, 1.0)
 RATES = st.floats(0.0, 1.0, exclude_max=True)
@@ -119,3 +119,25 @@ class TestExpanded:
     def test_nothing_to_replace(self):
         config = DataConfig(task="token", builtin=True)
         assert config.expanded() == config
+
+
+@pytest.mark.parametrize("key", ["backbone", "backbone_path"])
+def test_a_backbone_in_a_relative_folder_is_the_same_from_any_directory(tmp_path, monkeypatch, key):
+    """As it stands, `models/bert` would be somebody's id on the Hub from another directory."""
+    (tmp_path / "models" / "bert").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    config = ModelConfig(**{"backbone": "any/name", key: "models/bert"})
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert getattr(config, key) == str(tmp_path / "models" / "bert")
+    assert ModelConfig.model_validate(config.model_dump()) == config
+
+
+@pytest.mark.parametrize("folder", ["package:some/model", "/no/such/folder", "x" * 5000, None])
+def test_a_backbone_elsewhere_stays_as_given(tmp_path, monkeypatch, folder):
+    (tmp_path / "user" / "name").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    config = ModelConfig(backbone="user/name", backbone_path=folder)
+    assert config.backbone_path == folder
+    assert config.backbone == ("user/name" if folder else str(tmp_path / "user" / "name"))
+    assert ModelConfig(backbone="").backbone == ""
