@@ -46,7 +46,15 @@ from tokmask_peft.model.placement import placement_problem
 from tokmask_peft.recipe.loading import to_yaml
 from tokmask_peft.recipe.schema import Recipe, TrainingConfig
 from tokmask_peft.tasks import get_task
-from tokmask_peft.training.callbacks import AdapterMoves, LogFile, Patience, ProgressDisplay, StepClock, StopOnSignal
+from tokmask_peft.training.callbacks import (
+    AdapterMoves,
+    BestOfThisRun,
+    LogFile,
+    Patience,
+    ProgressDisplay,
+    StepClock,
+    StopOnSignal,
+)
 from tokmask_peft.training.environment import check_sharding, environment, peak_memory, processes, versions
 from tokmask_peft.training.losses import ClassificationLoss, class_weights
 from tokmask_peft.training.memory import Lengths, before_training
@@ -125,6 +133,7 @@ def train(recipe: Recipe | str | Path, *, resume: bool = False, quiet: bool = Fa
         result, predictions = score_best(trainer, prepared.recipe, prepared.corpus, prepared.splits)
         decisions = [asdict(decision) for decision in prepared.decisions]
         result = replace(result, decisions=decisions, speed=_speed(prepared, clock, trainer))
+        check_best(result, trainer.state.best_metric)  # before anything says that the run is finished
         weights = gathered_weights(prepared.model)
         if trainer.is_world_process_zero():
             save_adapter_folder(folder.adapter, prepared, result, weights)
@@ -132,7 +141,6 @@ def train(recipe: Recipe | str | Path, *, resume: bool = False, quiet: bool = Fa
             write_json(folder.predictions, {"labels": result.labels, **parts}, indent=None)
             write_json(folder.result, result.to_dict())  # last: it says that the run is finished
             print_result(console, result, folder.adapter)
-            check_best(result, trainer.state.best_metric)
     return Run(folder, recipe, result)
 
 
@@ -277,7 +285,7 @@ def make_trainer(prepared: Prepared, run: RunFolder, callbacks: list[TrainerCall
 def _attempt(prepared: Prepared, asked: Recipe, run: RunFolder, clock: StepClock, resume: bool) -> OrderedEvalTrainer:
     """Train to the end of the recipe; a signal or a lack of memory ends it earlier, with an exception."""
     stop, display = StopOnSignal(), ProgressDisplay(prepared.console)
-    trainer = make_trainer(prepared, run, [clock, stop, display, AdapterMoves()])
+    trainer = make_trainer(prepared, run, [clock, stop, display, AdapterMoves(), BestOfThisRun()])
     if trainer.is_world_process_zero():  # not before: a mistake found until here leaves no folder behind
         start_run(run, _recipe_text(asked))
     trainer.accelerator.wait_for_everyone()
