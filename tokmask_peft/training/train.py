@@ -40,6 +40,7 @@ from tokmask_peft.masking.replacement import MaskToken, choose_mask_token
 from tokmask_peft.model.adapter import add_adapter, gathered_weights, save_adapter
 from tokmask_peft.model.backbone import Backbone, load_backbone
 from tokmask_peft.model.decisions import can_checkpoint, enable_checkpointing, in_short, out_of_memory
+from tokmask_peft.model.location import check_length
 from tokmask_peft.model.memory.suggestions import Phase, Situation, changed, memory_error, memory_errors, smaller_batch
 from tokmask_peft.model.packed import choose_batching, enable_padding_free
 from tokmask_peft.model.placement import placement_problem
@@ -201,6 +202,8 @@ def prepare(recipe: Recipe, device: torch.device, console: Console) -> Prepared:
     set_seed(recipe.seed)  # before the head is drawn
     with memory_errors(Situation("loading", recipe)):
         backbone = load_backbone(recipe.model, data.task, corpus.labels, device)
+    loaded: Any = backbone.model
+    check_length(recipe, loaded.config.to_dict())
     batching = choose_batching(training.batching, backbone.model, neftune=training.neftune_alpha is not None)
     if batching.choice == "padding_free":
         enable_padding_free(backbone.model)
