@@ -78,6 +78,19 @@ def test_scores_of_other_weights_than_the_best_finish_no_run(write_recipe, tmp_p
     assert not run.adapter.exists()
 
 
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(write_recipe, tokmask, tmp_path):
+    run = train(Recipe.load(write_recipe()), quiet=True).folder
+    weights = (run.adapter / "adapter_model.safetensors").read_bytes()
+    last = run.last_checkpoint()
+    (last / "optimizer.pt").write_bytes(b"")
+    run.result.unlink()
+    shutil.rmtree(run.adapter)
+    done = tokmask("train", run.recipe, "--resume")
+    assert last.name in done.stdout
+    assert "optimizer.pt" in done.stdout
+    assert (run.adapter / "adapter_model.safetensors").read_bytes() == weights
+
+
 def test_a_moved_run_ends_with_its_best_weights(write_recipe, tmp_path):
     run = train(Recipe.load(write_recipe()), quiet=True).folder
     best, last = sorted(run.checkpoints.iterdir())

@@ -292,9 +292,10 @@ def _attempt(prepared: Prepared, asked: Recipe, run: RunFolder, clock: StepClock
     if trainer.is_world_process_zero():  # not before: a mistake found until here leaves no folder behind
         start_run(run, _recipe_text(asked))
     trainer.accelerator.wait_for_everyone()
-    checkpoint = run.last_checkpoint() if resume else None
+    say = functools.partial(prepared.console.print, markup=False, soft_wrap=True)
+    checkpoint = run.last_checkpoint(say) if resume else None
     if resume and checkpoint is None:
-        prepared.console.print("No checkpoint yet: starting from the beginning.")
+        say("There is no whole checkpoint: starting from the beginning.")
     with stop, contextlib.closing(display):
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if stop.stopped:
