@@ -41,7 +41,8 @@ from tokmask_peft.errors import DataError
 from tokmask_peft.masking.callback import TokenMaskCallback
 from tokmask_peft.masking.config import TokenMaskConfig
 from tokmask_peft.model.adapter import add_adapter
-from tokmask_peft.model.backbone import backbone_location, load_backbone
+from tokmask_peft.model.backbone import load_backbone
+from tokmask_peft.model.location import backbone_location
 from tokmask_peft.model.packed import enable_padding_free
 from tokmask_peft.recipe.schema import ModelConfig, Recipe
 from tokmask_peft.training.losses import ClassificationLoss

@@ -9,7 +9,8 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -68,18 +69,58 @@ class RunFolder:
         self.predictions = self.root / "predictions.json"  # gold and predicted label ids of each text
         self.log = self.root / "log.jsonl"  # a line per logged step
 
-    def last_checkpoint(self) -> Path | None:
-        """Return the newest complete checkpoint, or None."""
-        steps = {}
-        for folder in self.checkpoints.glob("checkpoint-*"):
-            with contextlib.suppress(OSError, ValueError):  # not a step, or a state that a power cut left empty
-                json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-                steps[int(folder.name.removeprefix("checkpoint-"))] = folder
-        return steps[max(steps)] if steps else None
+    def last_checkpoint(self, say: Callable[[str], object] = str) -> Path | None:
+        """Return the newest whole checkpoint, or None; `say` is called with the reason for each that is passed over."""
+        named = [folder for folder in self.checkpoints.glob("checkpoint-*") if folder.name[11:].isdecimal()]
+        for folder in sorted(named, key=lambda folder: int(folder.name[11:]), reverse=True):
+            if (damaged := _damaged_part(folder)) is None:
+                return folder
+            say(f"{folder} is passed over: {damaged} is missing or damaged.")
+        return None
 
     def finished(self) -> bool:
         """Return whether the run has its result."""
         return self.result.is_file()
+
+
+_WEIGHTS = ("adapter_model.safetensors", "pytorch_model_fsdp*")
+_PARTS = (
+    _WEIGHTS,
+    ("optimizer.pt", "optimizer.bin", "optimizer_*"),
+    ("scheduler.pt",),
+    ("rng_state.pth", "rng_state_*"),
+)
+"""What resuming needs of a checkpoint: for each part, the usual file, and those of shards or several processes."""
+
+
+def _damaged_part(checkpoint: Path) -> str | None:
+    """Return the part of a checkpoint that is missing or damaged, or None if the run can be resumed from it."""
+    try:
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        best = checkpoint.with_name(f"checkpoint-{state['best_global_step'] or state['global_step']}")
+    except (OSError, ValueError, TypeError, KeyError):
+        return "trainer_state.json"
+    for folder, names in ((best, _WEIGHTS), *((checkpoint, names) for names in _PARTS)):
+        found = [path for name in names for path in folder.glob(name)]
+        if not found or not all(map(_is_whole, found)):
+            return names[0] if folder == checkpoint else f"its best checkpoint, {folder.name},"
+    return None
+
+
+def _is_whole(path: Path) -> bool:
+    """Return whether a file of weights or states is as long as it says, and a folder of shards is not empty."""
+    from safetensors import safe_open
+
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "numpy"):
+                return True
+        if path.is_dir():
+            return any(path.iterdir())
+        with zipfile.ZipFile(path) as states:  # as torch saves them, with checksums
+            return states.testzip() is None
+    except Exception:  # of whatever kind: it cannot be read
+        return False
 
 
 def is_run(folder: str | Path) -> bool:

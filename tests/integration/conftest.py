@@ -70,7 +70,7 @@ name: tiny
 output_dir: {tmp_path / "runs"}
 model: {{backbone: "{tiny_backbone(family)}", quantization: none, precision: fp32}}
 adapter: {{r: 4}}
-data: {{task: {task}, path: "{data_folder}", format: {"tsv" if task == "sequence" else "conll"}}}
+data: {{task: {task}, path: "{data_folder}", format: {"tsv" if task == "sequence" else "conll"}, max_length: 62}}
 training: {{epochs: 3, batch_size: 8, learning_rate: 3.0e-3, logging_steps: 1}}
 {extra}
 """,

@@ -2,14 +2,20 @@
 
 import json
 import os
+import shutil
 import signal
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tokmask_peft.artifacts import RunFolder
+from tokmask_peft.artifacts import RunFolder, write_json
+from tokmask_peft.errors import RunError
+from tokmask_peft.recipe.schema import Recipe
+from tokmask_peft.training.scoring import score_best
+from tokmask_peft.training.train import train
 
 SLOW = "training.epochs=6"
 
@@ -64,3 +70,49 @@ def test_interrupted_and_resumed_is_uninterrupted(write_recipe, tokmask, begin, 
     ]
     assert list(losses[1]) == list(range(1, 73))
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+
+
+def test_scores_of_other_weights_than_the_best_finish_no_run(write_recipe, tmp_path, monkeypatch):
+    def other(*given):
+        result, predictions = score_best(*given)
+        return replace(result, validation=result.validation | {"f1_macro": -1.0}), predictions
+
+    monkeypatch.setattr("tokmask_peft.training.train.score_best", other)
+    with pytest.raises(RunError) as caught:
+        train(Recipe.load(write_recipe(), ["training.epochs=1"]), quiet=True)
+    assert caught.value.code == "not-the-best"
+    run = RunFolder(tmp_path / "runs" / "tiny")
+    assert not run.finished()
+    assert not run.adapter.exists()
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(write_recipe, tokmask, tmp_path):
+    run = train(Recipe.load(write_recipe()), quiet=True).folder
+    weights = (run.adapter / "adapter_model.safetensors").read_bytes()
+    last = run.last_checkpoint()
+    (last / "optimizer.pt").write_bytes(b"")
+    run.result.unlink()
+    shutil.rmtree(run.adapter)
+    done = tokmask("train", run.recipe, "--resume")
+    assert last.name in done.stdout
+    assert "optimizer.pt" in done.stdout
+    assert (run.adapter / "adapter_model.safetensors").read_bytes() == weights
+
+
+def test_a_moved_run_ends_with_its_best_weights(write_recipe, tmp_path):
+    run = train(Recipe.load(write_recipe()), quiet=True).folder
+    best, last = sorted(run.checkpoints.iterdir())
+    state = json.loads((last / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"].startswith(str(tmp_path))
+    step = int(best.name.removeprefix("checkpoint-"))
+    (metric,) = (line["eval_f1_macro"] for line in state["log_history"] if line["step"] == step and "eval_loss" in line)
+    state |= {"best_global_step": step, "best_metric": metric, "best_model_checkpoint": str(best)}
+    write_json(last / "trainer_state.json", state)
+    run.result.unlink()
+    shutil.rmtree(run.adapter)
+    moved = RunFolder(run.root.rename(tmp_path / "runs" / "moved"))
+    found = train(Recipe.load(moved.recipe, ["name=moved"]), resume=True, quiet=True)
+    assert found.result.best_step == step
+    folders = (moved.adapter, moved.checkpoints / best.name)
+    one, two = (load_file(folder / "adapter_model.safetensors") for folder in folders)
+    assert all(torch.equal(value, two[name]) for name, value in one.items())

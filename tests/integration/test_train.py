@@ -214,3 +214,12 @@ def test_the_model_card_snippet_runs_as_it_stands(write_recipe, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     for said, names in zip(done.stdout.split("--- next\n")[1:], labels, strict=True):
         assert any(label in said for label in names)
+
+
+def test_longer_texts_than_the_backbone_has_positions_for_are_refused_before_training(write_recipe, tokmask, tmp_path):
+    recipe = write_recipe("xlm-r")
+    for command in ("validate", "estimate", "train"):
+        done = tokmask(command, recipe, "data.max_length=64", check=False)
+        assert (done.returncode, "set data.max_length=62" in done.stderr) == (2, True), command
+    assert not (tmp_path / "runs").exists()
+    assert tokmask("validate", recipe, "data.max_length=62").returncode == 0

@@ -27,7 +27,7 @@ name: paired
 output_dir: {folder / "runs"}
 model: {{backbone: "{folder / "backbone"}", quantization: none, precision: fp32}}
 adapter: {{r: 4}}
-data: {{task: sequence, path: "{folder}", format: tsv}}
+data: {{task: sequence, path: "{folder}", format: tsv, max_length: 64}}
 training: {{epochs: 2, batch_size: 8, baseline: false}}
 """)
     return path

@@ -48,7 +48,7 @@ def recipe(tmp_path, stars):
         "name": "stars",
         "output_dir": str(tmp_path),
         "model": {"backbone": str(tmp_path / "backbone"), "quantization": "none", "precision": "fp32"},
-        "data": {"task": "stars", "path": str(tmp_path / "data")},
+        "data": {"task": "stars", "path": str(tmp_path / "data"), "max_length": 64},
         "training": {"max_steps": 3, "batch_size": 8, "learning_rate": 3e-3},
     }
     (tmp_path / "recipe.yaml").write_text(json.dumps(content), encoding="utf-8")

@@ -3,11 +3,14 @@
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
+import torch
 from run_files import log, result, write_run
+from safetensors.torch import save_file
 
 from tokmask_peft.artifacts import (
     AdapterInfo,
@@ -93,11 +96,16 @@ class TestCheckRun:
 
 
 class TestLastCheckpoint:
-    def checkpoint(self, run, name, complete=True):
+    PARTS = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+
+    def checkpoint(self, run, name, complete=True, best=None):
         folder = run.checkpoints / name
         folder.mkdir(parents=True)
         if complete:
-            (folder / "trainer_state.json").write_text("{}")
+            save_file({"a": torch.ones(4)}, folder / self.PARTS[0])
+            for part in self.PARTS[1:4]:
+                torch.save({"a": torch.ones(4)}, folder / part)
+            write_json(folder / self.PARTS[4], {"global_step": int(name[11:]), "best_global_step": best})
         return folder
 
     def test_the_newest_by_number(self, begun):
@@ -107,12 +115,44 @@ class TestLastCheckpoint:
     def test_what_is_incomplete_or_none_is_passed_over(self, begun):
         whole = self.checkpoint(begun, "checkpoint-10")
         self.checkpoint(begun, "checkpoint-20", complete=False)
-        self.checkpoint(begun, "checkpoint-30.tmp")
+        self.checkpoint(begun, "checkpoint-30.tmp", complete=False)
         for step, left in ((25, ""), (26, '{"global_step": 2')):  # after a power cut
             (self.checkpoint(begun, f"checkpoint-{step}") / "trainer_state.json").write_text(left)
-        self.checkpoint(begun, "checkpoint-best")
+        self.checkpoint(begun, "checkpoint-best", complete=False)
         (begun.checkpoints / "checkpoint-40").write_text("a file")
         assert begun.last_checkpoint() == whole
+
+    @pytest.mark.parametrize("left", [None, 0, 0.5])
+    @pytest.mark.parametrize("part", PARTS)
+    def test_one_that_lacks_a_part_is_passed_over_with_a_message(self, begun, part, left):
+        before, newest = self.checkpoint(begun, "checkpoint-10"), self.checkpoint(begun, "checkpoint-20")
+        assert begun.last_checkpoint() == newest
+        content = (newest / part).read_bytes()
+        (newest / part).unlink()
+        if left is not None:
+            (newest / part).write_bytes(content[: int(len(content) * left)])
+        said = []
+        assert begun.last_checkpoint(said.append) == before
+        assert len(said) == 1
+        assert "checkpoint-20" in said[0]
+        assert part in said[0]
+
+    def test_one_whose_best_checkpoint_is_gone_is_passed_over(self, begun):
+        first = self.checkpoint(begun, "checkpoint-10", best=10)
+        newest = self.checkpoint(begun, "checkpoint-20", best=10)
+        self.checkpoint(begun, "checkpoint-30", best=15)
+        assert begun.last_checkpoint() == newest
+        (first / self.PARTS[0]).unlink()
+        assert begun.last_checkpoint() is None
+
+    def test_those_of_two_processes_and_of_shards(self, begun):
+        newest = self.checkpoint(begun, "checkpoint-10")
+        (newest / "rng_state.pth").rename(newest / "rng_state_0.pth")
+        shutil.copy(newest / "rng_state_0.pth", newest / "rng_state_1.pth")
+        (newest / "optimizer.pt").rename(newest / "optimizer.bin")
+        assert begun.last_checkpoint() == newest
+        (newest / "rng_state_1.pth").write_bytes(b"")
+        assert begun.last_checkpoint() is None
 
     def test_there_is_none(self, begun, tmp_path):
         assert begun.last_checkpoint() is None

@@ -81,8 +81,11 @@ def sweep(
 
 @app.command()
 def validate(recipe: RecipeArgument, overrides: Overrides = None) -> None:
-    """Check RECIPE and print every problem at once, without loading anything."""
+    """Check RECIPE and print every problem at once, without loading the backbone or the data."""
+    from tokmask_peft.model.location import check_length, config_at_hand
+
     whole = checked(recipe, overrides)
+    check_length(whole, config_at_hand(whole.model))
     typer.echo(f"{recipe} is valid: {whole.data.task} task on {whole.model.backbone}, run {whole.run_dir}")
 
 

@@ -23,6 +23,7 @@ from tokmask_peft.masking.masker import Occlusion
 from tokmask_peft.model.adapter import load_adapter, merge_if_harmless
 from tokmask_peft.model.backbone import load_backbone
 from tokmask_peft.model.decisions import plan_loading
+from tokmask_peft.model.location import position_limit
 from tokmask_peft.model.packed import choose_batching, enable_padding_free
 from tokmask_peft.tasks import Prediction, WordPredictions, get_task
 from tokmask_peft.training.metrics import probabilities
@@ -171,12 +172,13 @@ def load(
         if "embedding" in plan.reasons:  # loading the backbone reports no resident one
             decisions.append(Decision("embedding", plan.model.embedding, plan.reasons["embedding"]))
         positions = getattr(module.config.get_text_config(), "max_position_embeddings", None) or _LONGEST
+        longest = saved.max_length or int(min(_LONGEST, positions, loaded.tokenizer.model_max_length))
         return Classifier(
             module,
             loaded.tokenizer,
             saved.task,
             saved.labels,
-            max_length=saved.max_length or int(min(_LONGEST, positions, loaded.tokenizer.model_max_length)),
+            max_length=min(longest, position_limit(module.config.to_dict()) or longest),
             temperature=saved.temperature,
             dtype=loaded.dtype,
             decisions=tuple(decisions),

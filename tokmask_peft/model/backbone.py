@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +17,7 @@ from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig
 from tokmask_peft.console import Decision
 from tokmask_peft.errors import ModelError, first_line
 from tokmask_peft.model.decisions import choose_precision, choose_quantization
+from tokmask_peft.model.location import backbone_location
 from tokmask_peft.model.placement import place_embedding
 from tokmask_peft.recipe.schema import ModelConfig
 from tokmask_peft.tasks import get_task
@@ -176,29 +175,6 @@ def load_tokenizer(config: ModelConfig, location: str | None = None) -> Any:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = tokenizer.truncation_side = "right"
     return tokenizer
-
-
-def backbone_location(config: ModelConfig) -> str:
-    """Return the folder or Hub id to load the backbone from.
-
-    Raises:
-        ModelError: `backbone_path` names a folder or an installed package that does not exist.
-    """
-    wanted = config.backbone_path
-    if wanted is None:
-        return config.backbone
-    if not wanted.startswith("package:"):
-        if not Path(wanted).is_dir():
-            message = f"model.backbone_path is {wanted}, which is not a folder. Remove it to use the Hub."
-            raise ModelError(message, code="backbone-folder-missing", path=wanted)
-        return wanted
-    package, _, inside = wanted.removeprefix("package:").partition("/")
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        problem = f"model.backbone_path is {wanted}, but the package {package} is not installed"
-        remedy = f"pip install {package.replace('_', '-')}, or set model.backbone_path=null to use the Hub"
-        raise ModelError(f"{problem}: {remedy}", code="backbone-package-missing", package=package)
-    return str(Path(spec.submodule_search_locations[0]) / inside)
 
 
 def load_problem(what: str, location: str, error: Exception) -> str:

@@ -95,6 +95,15 @@ class Patience(EarlyStoppingCallback):
         self.early_stopping_patience_counter = stored.get("attributes", {}).get("early_stopping_patience_counter", 0)
 
 
+class BestOfThisRun(TrainerCallback):
+    """Look for the best checkpoint of a resumed run in its own folder: the Trainer saves the path of before a move."""
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Replace the path that was read from the checkpoint."""
+        if state.best_global_step:
+            state.best_model_checkpoint = str(Path(args.output_dir) / f"checkpoint-{state.best_global_step}")
+
+
 class StepClock(TrainerCallback):
     """Add up the `seconds` spent in optimizer `steps`, without evaluation and saving."""
 

@@ -13,7 +13,7 @@ from tokmask_peft.console import Decision
 from tokmask_peft.data.corpus import load_corpus
 from tokmask_peft.data.encoding import Encoder
 from tokmask_peft.errors import ModelError, TokmaskError, first_line
-from tokmask_peft.model.backbone import attention_dropout_name, backbone_location, load_problem, load_tokenizer
+from tokmask_peft.model.backbone import attention_dropout_name, load_problem, load_tokenizer
 from tokmask_peft.model.decisions import (
     bitsandbytes_problem,
     can_checkpoint,
@@ -21,6 +21,7 @@ from tokmask_peft.model.decisions import (
     choose_precision,
     choose_quantization,
 )
+from tokmask_peft.model.location import backbone_location, check_length
 from tokmask_peft.model.memory.estimate import (
     MARGIN,
     Estimate,
@@ -208,6 +209,7 @@ def without_training(recipe: Recipe, gpu: str | None = None) -> Forecast:
         config = AutoConfig.from_pretrained(location, **loading)
     except (OSError, ValueError) as error:
         raise ModelError(load_problem("backbone's config", location, error)) from error
+    check_length(recipe, config.to_dict())
     if wanted.attention_dropout is not None:
         setattr(config, attention_dropout_name(location, config), wanted.attention_dropout)
     if gpu is None:

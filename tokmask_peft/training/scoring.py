@@ -91,7 +91,7 @@ def score_best(
 
 
 def check_best(result: Result, best: float | None) -> None:
-    """Fail if the saved adapter is not the one that was best in training: macro-F1 `best` on validation, if known.
+    """Fail if the loaded adapter is not the one that was best in training: macro-F1 `best` on validation, if known.
 
     Raises:
         RunError: it is another one.
@@ -99,7 +99,7 @@ def check_best(result: Result, best: float | None) -> None:
     found = result.validation["f1_macro"]
     if best is not None and abs(found - best) > 0.005:
         raise RunError(
-            f"the best checkpoint scored {best:.4f} macro-F1 on validation, but the saved adapter scores {found:.4f}: "
-            "the scores above do not belong to the best checkpoint. Please report this with result.json.",
+            f"the best checkpoint scored {best:.4f} macro-F1 on validation, but loaded again it scores {found:.4f}: "
+            "no adapter is saved. Please report this with log.jsonl.",
             code="not-the-best",
         )

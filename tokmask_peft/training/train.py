@@ -41,13 +41,22 @@ from tokmask_peft.masking.replacement import MaskToken, choose_mask_token
 from tokmask_peft.model.adapter import add_adapter, check_fit, gathered_weights, save_adapter
 from tokmask_peft.model.backbone import Backbone, load_backbone
 from tokmask_peft.model.decisions import can_checkpoint, enable_checkpointing, in_short, out_of_memory
+from tokmask_peft.model.location import check_length
 from tokmask_peft.model.memory.suggestions import Phase, Situation, changed, memory_error, memory_errors, smaller_batch
 from tokmask_peft.model.packed import choose_batching, enable_padding_free
 from tokmask_peft.model.placement import placement_problem
 from tokmask_peft.recipe.loading import to_yaml
 from tokmask_peft.recipe.schema import Recipe, TrainingConfig
 from tokmask_peft.tasks import get_task
-from tokmask_peft.training.callbacks import AdapterMoves, LogFile, Patience, ProgressDisplay, StepClock, StopOnSignal
+from tokmask_peft.training.callbacks import (
+    AdapterMoves,
+    BestOfThisRun,
+    LogFile,
+    Patience,
+    ProgressDisplay,
+    StepClock,
+    StopOnSignal,
+)
 from tokmask_peft.training.environment import check_sharding, environment, peak_memory, processes, versions
 from tokmask_peft.training.losses import ClassificationLoss, class_weights
 from tokmask_peft.training.memory import Lengths, before_training
@@ -126,6 +135,7 @@ def train(recipe: Recipe | str | Path, *, resume: bool = False, quiet: bool = Fa
         result, predictions = score_best(trainer, prepared.recipe, prepared.corpus, prepared.splits)
         decisions = [asdict(decision) for decision in prepared.decisions]
         result = replace(result, decisions=decisions, speed=_speed(prepared, clock, trainer))
+        check_best(result, trainer.state.best_metric)  # before anything says that the run is finished
         weights = gathered_weights(prepared.model)
         if trainer.is_world_process_zero():
             save_adapter_folder(folder.adapter, prepared, result, weights)
@@ -133,7 +143,6 @@ def train(recipe: Recipe | str | Path, *, resume: bool = False, quiet: bool = Fa
             write_json(folder.predictions, {"labels": result.labels, **parts}, indent=None)
             write_json(folder.result, result.to_dict())  # last: it says that the run is finished
             print_result(console, result, folder.adapter)
-            check_best(result, trainer.state.best_metric)
     return Run(folder, recipe, result)
 
 
@@ -194,6 +203,8 @@ def prepare(recipe: Recipe, device: torch.device, console: Console) -> Prepared:
     set_seed(recipe.seed)  # before the head is drawn
     with memory_errors(Situation("loading", recipe)):
         backbone = load_backbone(recipe.model, data.task, corpus.labels, device)
+    loaded: Any = backbone.model
+    check_length(recipe, loaded.config.to_dict())
     batching = choose_batching(training.batching, backbone.model, neftune=training.neftune_alpha is not None)
     if batching.choice == "padding_free":
         enable_padding_free(backbone.model)
@@ -278,13 +289,14 @@ def make_trainer(prepared: Prepared, run: RunFolder, callbacks: list[TrainerCall
 def _attempt(prepared: Prepared, asked: Recipe, run: RunFolder, clock: StepClock, resume: bool) -> OrderedEvalTrainer:
     """Train to the end of the recipe; a signal or a lack of memory ends it earlier, with an exception."""
     stop, display = StopOnSignal(), ProgressDisplay(prepared.console)
-    trainer = make_trainer(prepared, run, [clock, stop, display, AdapterMoves()])
+    trainer = make_trainer(prepared, run, [clock, stop, display, AdapterMoves(), BestOfThisRun()])
     if trainer.is_world_process_zero():  # not before: a mistake found until here leaves no folder behind
         start_run(run, _recipe_text(asked))
     trainer.accelerator.wait_for_everyone()
-    checkpoint = run.last_checkpoint() if resume else None
+    say = functools.partial(prepared.console.print, markup=False, soft_wrap=True)
+    checkpoint = run.last_checkpoint(say) if resume else None
     if resume and checkpoint is None:
-        prepared.console.print("No checkpoint yet: starting from the beginning.")
+        say("There is no whole checkpoint: starting from the beginning.")
     elif checkpoint is not None and (checkpoint / SAFETENSORS_WEIGHTS_NAME).is_file():  # FSDP may save shards instead
         check_fit(prepared.model, prepared.backbone.tokenizer, checkpoint)
     with stop, contextlib.closing(display):

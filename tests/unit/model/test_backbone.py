@@ -11,13 +11,13 @@ from tokmask_peft.errors import ModelError
 from tokmask_peft.model.adapter import add_adapter
 from tokmask_peft.model.backbone import (
     Float32Linear,
-    backbone_location,
     head_modules,
     is_quantized,
     load_backbone,
     load_tokenizer,
 )
 from tokmask_peft.model.decisions import bitsandbytes_problem
+from tokmask_peft.model.location import backbone_location
 from tokmask_peft.recipe.schema import AdapterConfig, ModelConfig
 
 CPU = torch.device("cpu")

@@ -1,0 +1,86 @@
+"""Where a backbone is, and how long a text it can read. Imports nothing heavy, so that `tokmask validate` is quick."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tokmask_peft.errors import ModelError, RecipeError
+from tokmask_peft.recipe.schema import ModelConfig, Recipe
+
+_AFTER_PADDING = (
+    *("camembert", "data2vec-text", "esm", "ibert", "layoutlmv3", "lilt", "longformer", "luke", "markuplm", "mpnet"),
+    *("roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
+)
+"""Model types that number positions from the pad token's id plus one, so that this many rows are never used."""
+
+_ANY_LENGTH = ("jamba", "zamba")
+"""Model types without positions, whose config names a greatest one all the same."""
+
+
+def backbone_location(config: ModelConfig) -> str:
+    """Return the folder or Hub id to load the backbone from.
+
+    Raises:
+        ModelError: `backbone_path` names a folder or an installed package that does not exist.
+    """
+    wanted = config.backbone_path
+    if wanted is None:
+        return config.backbone
+    if not wanted.startswith("package:"):
+        if not Path(wanted).is_dir():
+            message = f"model.backbone_path is {wanted}, which is not a folder. Remove it to use the Hub."
+            raise ModelError(message, code="backbone-folder-missing", path=wanted)
+        return wanted
+    package, _, inside = wanted.removeprefix("package:").partition("/")
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        problem = f"model.backbone_path is {wanted}, but the package {package} is not installed"
+        remedy = f"pip install {package.replace('_', '-')}, or set model.backbone_path=null to use the Hub"
+        raise ModelError(f"{problem}: {remedy}", code="backbone-package-missing", package=package)
+    return str(Path(spec.submodule_search_locations[0]) / inside)
+
+
+def config_at_hand(model: ModelConfig) -> Mapping[str, Any]:
+    """Return the backbone's `config.json` from its folder or the Hub's cache; empty if it is in neither."""
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        location = backbone_location(model)
+        path: Any = Path(location) / "config.json"
+        if not Path(location).is_dir():
+            path = try_to_load_from_cache(location, "config.json", revision=model.revision)
+        return dict(json.loads(Path(path).read_text(encoding="utf-8")))
+    except (ModelError, OSError, ValueError, TypeError):  # what is wrong with it is said when it is loaded
+        return {}
+
+
+def position_limit(config: Mapping[str, Any]) -> int | None:
+    """Return the sub-tokens that a model has positions for, special tokens included; None if any number.
+
+    `config` is what `config.json` holds. Rotary and relative positions have no end, although long texts may be read
+    badly.
+    """
+    config = config.get("text_config") or config
+    kind, relative = config.get("model_type"), "relative_attention_num_buckets" in config
+    rows = config.get("max_position_embeddings") or (None if relative else config.get("n_positions"))
+    rotary = any("rope" in key for key in config) or config.get("position_embedding_type") == "rotary"
+    if kind in _ANY_LENGTH or rotary or config.get("position_biased_input") is False or not isinstance(rows, int):
+        return None
+    unused = (config.get("pad_token_id", 1) or 0) + 1 if kind in _AFTER_PADDING else 0
+    return rows - unused if rows > unused else None
+
+
+def check_length(recipe: Recipe, config: Mapping[str, Any]) -> None:
+    """Check that texts of `data.max_length` sub-tokens fit the positions of the backbone with this config.
+
+    Raises:
+        RecipeError: they do not, with the greatest length that does.
+    """
+    limit, asked = position_limit(config), recipe.data.max_length
+    if limit is not None and asked > limit:
+        problem = f"data.max_length: is {asked}, but {recipe.model.backbone} has positions for {limit} sub-tokens"
+        raise RecipeError([f"{problem}; set data.max_length={limit}"], code="too-long", max_length=asked, limit=limit)
