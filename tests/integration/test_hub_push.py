@@ -34,7 +34,8 @@ name: moods
 output_dir: {path.parent / "runs"}
 model: {{backbone: {BASE}, backbone_path: "{tiny_backbone("bert")}", quantization: none, precision: fp32}}
 adapter: {{r: 4, license: apache-2.0}}
-data: {{task: sequence, path: "{data_folder}", format: tsv, name: Made-up moods, language: [es, en], license: CC0}}
+data: {{task: sequence, path: "{data_folder}", format: tsv, max_length: 62,
+  name: Made-up moods, language: [es, en], license: CC0}}
 training: {{max_steps: 4, batch_size: 8}}
 """,
         encoding="utf-8",
