@@ -76,8 +76,8 @@ def assert_same(logits, model, expected_logits, expected_model):
     found, expected = gradients(model, logits), gradients(expected_model, expected_logits)
     assert found.keys() == expected.keys()
     assert sum("lora_" in name for name in found) >= 20
-    # Rounding is that of the whole backward pass: a small gradient, left when larger ones cancel, has its share. The most
-    # seen was 1.1e-5, in NF4.
+    # Rounding is that of the whole backward pass: a small gradient, left when larger ones cancel, has its share.
+    # The most seen was 1.1e-5, in NF4.
     usual = torch.stack([gradient.norm() for gradient in expected.values()]).square().mean().sqrt()
     for name, gradient in expected.items():
         assert gradient.abs().max() > 0, name
