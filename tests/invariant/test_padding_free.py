@@ -71,18 +71,17 @@ def alone(model, ids):
     return torch.cat(logits, dim=0 if logits[0].dim() == 2 else 1)
 
 
-def assert_same(logits, model, expected_logits, expected_model):
+def assert_same(logits, model, expected_logits, expected_model, bound=1e-5):
     torch.testing.assert_close(logits, expected_logits, atol=1e-5, rtol=0)
     found, expected = gradients(model, logits), gradients(expected_model, expected_logits)
     assert found.keys() == expected.keys()
     assert sum("lora_" in name for name in found) >= 20
     # Rounding is that of the whole backward pass: a small gradient, left when larger ones cancel, has its share.
-    # The most seen was 1.1e-5, in NF4.
     usual = torch.stack([gradient.norm() for gradient in expected.values()]).square().mean().sqrt()
     for name, gradient in expected.items():
         assert gradient.abs().max() > 0, name
         error = (found[name] - gradient).norm()
-        assert error < 2e-5 * usual, f"{name}: {error / usual} of a usual gradient"
+        assert error < bound * usual, f"{name}: {error / usual} of a usual gradient"
         assert error < 5e-5 * gradient.norm(), f"{name}: {error / gradient.norm()} of its own"
 
 
@@ -164,7 +163,9 @@ def assert_loaded_is_same(family, tmp_path, quantization, **changed):
         model, _ = add_adapter(backbone, AdapterConfig(r=2, dropout=0.0), "sequence")
         made.append(away_from_zero(model.train()))
     ids = texts_of(tokenizer)
-    assert_same(made[0](**pack(ids)).logits, made[0], alone(made[1], ids), made[1])
+    # The random models differ between processes: with NF4 the largest error was between 6e-6 and 1.1e-5 in four of them.
+    bound = 2e-5 if quantization == "nf4" else 1e-5
+    assert_same(made[0](**pack(ids)).logits, made[0], alone(made[1], ids), made[1], bound)
     return backbone.new_modules
 
 
