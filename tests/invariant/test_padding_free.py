@@ -163,7 +163,7 @@ def assert_loaded_is_same(family, tmp_path, quantization, **changed):
         model, _ = add_adapter(backbone, AdapterConfig(r=2, dropout=0.0), "sequence")
         made.append(away_from_zero(model.train()))
     ids = texts_of(tokenizer)
-    # The random models differ between processes: with NF4 the largest error was between 6e-6 and 1.1e-5 in four of them.
+    # The random models differ between processes: in four, the largest error with NF4 was from 6e-6 to 1.1e-5.
     bound = 2e-5 if quantization == "nf4" else 1e-5
     assert_same(made[0](**pack(ids)).logits, made[0], alone(made[1], ids), made[1], bound)
     return backbone.new_modules
