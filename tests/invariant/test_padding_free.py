@@ -71,7 +71,7 @@ def alone(model, ids):
     return torch.cat(logits, dim=0 if logits[0].dim() == 2 else 1)
 
 
-def assert_same(logits, model, expected_logits, expected_model, bound=1e-5):
+def assert_same(logits, model, expected_logits, expected_model):
     torch.testing.assert_close(logits, expected_logits, atol=1e-5, rtol=0)
     found, expected = gradients(model, logits), gradients(expected_model, expected_logits)
     assert found.keys() == expected.keys()
@@ -81,7 +81,7 @@ def assert_same(logits, model, expected_logits, expected_model, bound=1e-5):
     for name, gradient in expected.items():
         assert gradient.abs().max() > 0, name
         error = (found[name] - gradient).norm()
-        assert error < bound * usual, f"{name}: {error / usual} of a usual gradient"
+        assert error < 1e-5 * usual, f"{name}: {error / usual} of a usual gradient"
         assert error < 5e-5 * gradient.norm(), f"{name}: {error / gradient.norm()} of its own"
 
 
@@ -162,10 +162,11 @@ def assert_loaded_is_same(family, tmp_path, quantization, **changed):
             enable_padding_free(backbone.model)
         model, _ = add_adapter(backbone, AdapterConfig(r=2, dropout=0.0), "sequence")
         made.append(away_from_zero(model.train()))
-    ids = texts_of(tokenizer)
-    # The random models differ between processes: in four, the largest error with NF4 was from 6e-6 to 1.1e-5.
-    bound = 2e-5 if quantization == "nf4" else 1e-5
-    assert_same(made[0](**pack(ids)).logits, made[0], alone(made[1], ids), made[1], bound)
+    # Fixed ids: a trained WordPiece vocabulary differs between processes, and with some of its ids NF4's rounding alone
+    # takes 2e-5.
+    draw = torch.Generator().manual_seed(0)
+    ids = [torch.randint(5, 140, (length,), generator=draw).tolist() for length in (3, 9, 1, 14, 6, 11)]
+    assert_same(made[0](**pack(ids)).logits, made[0], alone(made[1], ids), made[1])
     return backbone.new_modules
 
 
