@@ -91,9 +91,13 @@ class TokenMaskCallback(TrainerCallback, ExportableState):
         if not masker.attached:
             message = "another masker was attached during training: give the Trainer one TokenMaskCallback only"
             raise MaskTokenError(message, code="masker-replaced")
-        masker.rate = self._schedule.rate(state.global_step / max(state.max_steps, 1))
-        masker.step = state.global_step * args.gradient_accumulation_steps
+        masker.rate, masker.step = self.upcoming(args, state)
         masker.enabled = True
+
+    def upcoming(self, args: Arguments, state: State) -> tuple[float, int]:
+        """Return the rate of the coming optimizer step and the number of its first training forward."""
+        rate = self._schedule.rate(state.global_step / max(state.max_steps, 1))
+        return rate, state.global_step * args.gradient_accumulation_steps
 
     def on_step_end(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
         """Switch masking off."""

@@ -66,15 +66,28 @@ class TokenMaskConfig(Section):
     p_start: Rate = Field(0.0, description="the rate before `begin` (linear, cosine, warmup)")
     begin: Share = Field(0.0, description="share of training at which the rate leaves p_start")
     end: Share | None = Field(None, description="share of training at which the rate reaches p (default 1, warmup 0.1)")
-    unit: Literal["token", "word", "span"] = Field(
-        "token", description="what is masked as a whole: a sub-token, a word, or span_length consecutive words"
+    share: Share = Field(1.0, gt=0, description="share of the texts that are masked at all; the others stay whole")
+    per_text: Literal["fixed", "uniform"] = Field(
+        "fixed", description="uniform: each text draws a rate of its own, from 0 to twice the rate"
+    )
+    unit: Literal["token", "word", "span", "continuation"] = Field(
+        "token",
+        description="what is masked as a whole: a sub-token, a word, or span_length consecutive words; continuation: "
+        "only sub-tokens that do not begin a word, so that no word is hidden whole",
     )
     span_length: int = Field(3, ge=1, description="words in a span (unit: span)")
-    replace: Annotated[str, NameIn(REPLACEMENTS)] = Field("token", description="what replaces a masked token")
+    replace: Annotated[str, NameIn(REPLACEMENTS)] = Field(
+        "token",
+        description="what happens to a masked token: token, it becomes the mask token; random, another token of the "
+        "vocabulary; drop, it leaves the text, and the others keep their positions",
+    )
+    score_masked: StrictBool = Field(
+        True, description="whether words whose first sub-token is masked count in the loss; dropped ones never do"
+    )
     mask_token: Literal["auto", "mask", "spare", "unk"] | TokenId = Field(
         "auto",
-        description="auto takes the tokenizer's mask token; if it has none, a spare embedding row set to the mean "
-        "embedding; if there is none, the unknown token. Or name one of these, or give a token id",
+        description="auto takes the tokenizer's mask token if its embedding row was trained; otherwise the unknown "
+        "token, likewise; otherwise a spare embedding row. Or name one of these, or give a token id",
     )
     trainable_mask: StrictBool = Field(False, description="train the mask token's embedding row (saved in the adapter)")
     protect: tuple[TokenId, ...] = Field((), description="further token ids that are never masked")
@@ -83,6 +96,8 @@ class TokenMaskConfig(Section):
     @model_validator(mode="after")
     def _makes_a_schedule(self) -> Self:
         self.make_schedule()
+        if self.per_text == "uniform" and max(self.p, self.p_start) > 0.5:
+            raise ValueError("per_text: uniform draws rates up to twice the rate, so p and p_start must be at most 0.5")
         return self
 
     def make_schedule(self) -> Schedule:

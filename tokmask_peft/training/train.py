@@ -36,8 +36,8 @@ from tokmask_peft.data.encoding import words_need_a_space
 from tokmask_peft.errors import RecipeError, RunError, RunInterruptedError
 from tokmask_peft.hub.card import write_card
 from tokmask_peft.masking.callback import TokenMaskCallback
-from tokmask_peft.masking.embedding import embedding_weight, find_embedding, prepare_mask_row
-from tokmask_peft.masking.replacement import MaskToken, choose_mask_token
+from tokmask_peft.masking.embedding import embedding_weight, find_embedding, find_mask_token, prepare_mask_row
+from tokmask_peft.masking.replacement import MaskToken
 from tokmask_peft.model.adapter import add_adapter, check_fit, gathered_weights, save_adapter
 from tokmask_peft.model.backbone import Backbone, load_backbone
 from tokmask_peft.model.decisions import can_checkpoint, enable_checkpointing, in_short, out_of_memory
@@ -245,9 +245,9 @@ def _choose_mask(recipe: Recipe, backbone: Backbone) -> tuple[MaskToken | None, 
     if outside := [token_id for token_id in masking.protect if token_id >= rows]:
         problem = f"masking.protect: {outside} are outside the embedding, which has rows 0 to {rows - 1}"
         raise RecipeError([problem], code="unknown-token", ids=outside)
-    mask = choose_mask_token(backbone.tokenizer, rows, masking.mask_token)
+    mask = find_mask_token(embedding, backbone.tokenizer, masking.mask_token, trained=masking.trainable_mask)
     if masking.trainable_mask:
-        prepare_mask_row(embedding, mask, backbone.tokenizer)
+        prepare_mask_row(embedding, mask, backbone.tokenizer, trained=True)
     return mask, Decision("mask token", f"id {mask.id} ({mask.kind})", mask.reason)
 
 

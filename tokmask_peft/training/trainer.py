@@ -22,6 +22,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from tokmask_peft.data.batches import TokenBudgetSampler, token_budget_loader
 from tokmask_peft.data.encoding import Encoder
 from tokmask_peft.errors import RecipeError, RunError, nearest
+from tokmask_peft.masking.callback import TokenMaskCallback
 from tokmask_peft.model.adapter import inputs_as_they_come
 from tokmask_peft.model.backbone import quick_dropout
 from tokmask_peft.recipe.schema import Recipe
@@ -123,6 +124,20 @@ class OrderedEvalTrainer(Trainer):
             if (handle := getattr(self, "neftune_hook_handle", None)) is not None:
                 handle.remove()
             raise
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """Return the batches of an optimizer step and their number of labelled items, without those that are hidden."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        callbacks = self.callback_handler.callbacks
+        masking = next((each for each in callbacks if isinstance(each, TokenMaskCallback)), None)
+        if masking is None or masking.masker is None or not masking.masker.hides_labels or not batches:
+            return batches, items
+        if batches[0]["labels"].shape != batches[0]["input_ids"].shape:
+            return batches, items
+        rate, step = masking.upcoming(self.args, self.state)
+        for number, batch in enumerate(batches):
+            batch["labels"] = masking.masker.scored(batch, step + number, rate)
+        return batches, self._get_num_items_in_batch(batches, device)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate or predict."""
