@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import TrainerCallback
 from transformers import TrainerControl as Control
 from transformers import TrainerState as State
@@ -19,6 +20,7 @@ from tokmask_peft.errors import MaskTokenError
 from tokmask_peft.masking.config import TokenMaskConfig
 from tokmask_peft.masking.masker import TokenMasker
 from tokmask_peft.masking.replacement import MaskToken
+from tokmask_peft.masking.schedule import Answers, Schedule
 
 
 class TokenMaskCallback(TrainerCallback, ExportableState):
@@ -52,6 +54,7 @@ class TokenMaskCallback(TrainerCallback, ExportableState):
         self.masker: TokenMasker | None = None  # of the current training
         self._schedule = self.config.make_schedule()
         self._steps = 0
+        self._seen: Tensor | None = None
 
     def add_to(self, trainer: Any) -> None:
         """Join a trainer ahead of its trackers; behind them, where it puts callbacks, they miss `masking_rate`."""
@@ -92,18 +95,40 @@ class TokenMaskCallback(TrainerCallback, ExportableState):
             message = "another masker was attached during training: give the Trainer one TokenMaskCallback only"
             raise MaskTokenError(message, code="masker-replaced")
         masker.rate, masker.step = self.upcoming(args, state)
-        masker.enabled = True
+        masker.enabled, self._seen = True, None
 
     def upcoming(self, args: Arguments, state: State) -> tuple[float, int]:
         """Return the rate of the coming optimizer step and the number of its first training forward."""
         rate = self._schedule.rate(state.global_step / max(state.max_steps, 1))
         return rate, state.global_step * args.gradient_accumulation_steps
 
+    @property
+    def schedule(self) -> Schedule:
+        """The schedule of the current training, or of the next."""
+        return self._schedule
+
     def on_step_end(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
-        """Switch masking off."""
+        """Switch masking off, and show the step's answers to the schedule.
+
+        Raises:
+            MaskTokenError: the schedule reacts to answers, and this trainer reports none (`observe`).
+        """
         self._steps += 1
         if self.masker is not None:
             self.masker.enabled = False
+        if self._schedule.reacts:
+            if self._seen is None:
+                name = self.config.schedule
+                message = (
+                    f"masking.schedule: {name} needs the answers of every step, and this trainer reports none"
+                )
+                message += ": train from a recipe, or take another schedule"
+                raise MaskTokenError(message, code="no-answers", schedule=name)
+            self._schedule.observe_step(Answers(*self._seen.tolist()))
+
+    def observe(self, answers: Tensor) -> None:
+        """Take in the answers of a training forward, in the order of `Answers`, summed over processes, [6, classes]."""
+        self._seen = answers if self._seen is None else self._seen + answers
 
     def on_log(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
         """Show the logged values to the schedule, and add the masking rate to those of training."""

@@ -61,11 +61,19 @@ class TokenMaskConfig(Section):
 
     p: Rate = Field(0.1, description="masking rate: the share of tokens that are masked in training; 0 is off")
     schedule: Annotated[str, NameIn(SCHEDULES)] = Field(
-        "constant", description="how the rate moves; warmup is a linear rise over the first tenth unless `end` is set"
+        "constant",
+        description="how the rate moves; warmup is a linear rise over the first tenth unless `end` is set; overfit, "
+        "gap and ready react to the training, with p as the highest rate",
     )
     p_start: Rate = Field(0.0, description="the rate before `begin` (linear, cosine, warmup)")
     begin: Share = Field(0.0, description="share of training at which the rate leaves p_start")
     end: Share | None = Field(None, description="share of training at which the rate reaches p (default 1, warmup 0.1)")
+    target: float | None = Field(
+        None,
+        gt=0,
+        description="what a controller aims at: overfit, accuracy on unmasked texts (default 0.9); gap, how much "
+        "higher the loss of masked texts is, as a share (0.25); ready, accuracy on masked texts of a class (0.6)",
+    )
     share: Share = Field(1.0, gt=0, description="share of the texts that are masked at all; the others stay whole")
     per_text: Literal["fixed", "uniform"] = Field(
         "fixed", description="uniform: each text draws a rate of its own, from 0 to twice the rate"
@@ -98,11 +106,13 @@ class TokenMaskConfig(Section):
         self.make_schedule()
         if self.per_text == "uniform" and max(self.p, self.p_start) > 0.5:
             raise ValueError("per_text: uniform draws rates up to twice the rate, so p and p_start must be at most 0.5")
+        if self.schedule in ("overfit", "gap") and self.share == 1.0:
+            raise ValueError(f"schedule: {self.schedule} compares masked texts with unmasked ones: set share below 1")
         return self
 
     def make_schedule(self) -> Schedule:
         """Return a new schedule, at the start of its training."""
-        return SCHEDULES[self.schedule](self.p, self.p_start, self.begin, self.end)
+        return SCHEDULES[self.schedule](self.p, self.p_start, self.begin, self.end, self.target)
 
     @property
     def is_off(self) -> bool:

@@ -43,6 +43,7 @@ class TokenMasker:
         attached: whether the model is still being masked.
         replaceable: whether a later `attach` may take this masker's place.
         clean_texts: how many texts, the first of the batch, are not masked.
+        scale: what the rate is multiplied with in each text of the batch, [texts]; None for 1.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, config: TokenMaskConfig, token: MaskToken) -> None:
@@ -52,6 +53,7 @@ class TokenMasker:
         weight = rows_of.embedding_weight(self._embedding)
         rows, device = weight.shape[0], weight.device
         # Tensors that are written in place: a compiled graph reads them anew, whereas a number would be baked in.
+        self.scale: Tensor | None = None
         self._rate_tensor = torch.zeros((), dtype=torch.float32, device=device)
         self._step = torch.zeros((), dtype=torch.int64, device=device)
         self._counts = torch.zeros(2, dtype=torch.int64, device=device)
@@ -203,13 +205,15 @@ class TokenMasker:
             if self._pad_id is not None:
                 last[:, :-1] |= ids[:, 1:] == self._pad_id
             maskable = maskable & ~last & (at != 0)
+        text = torch.arange(len(ids), device=ids.device).unsqueeze(1) if rows is None else rows
         if self.clean_texts:
-            number = torch.arange(len(ids), device=ids.device).unsqueeze(1) if rows is None else rows
-            maskable = maskable & (number >= self.clean_texts)
+            maskable = maskable & (text >= self.clean_texts)
         starts = None if self._word_starts is None else self._word_starts[ids]
         counters = self.seed, self._step if step is None else step, self.rank
         unit = config.unit, config.span_length
-        p = self._rate_tensor if rate is None else rate
+        p: Any = self._rate_tensor if rate is None else rate
+        if self.scale is not None:
+            p = p * self.scale[text]
         where = rows, positions
         options: dict[str, Any] = {"share": config.share, "per_text": config.per_text, "spare_one": removes}
         return pattern.masked_positions(ids, p, *counters, maskable, starts, *unit, *where, **options)
@@ -218,22 +222,34 @@ class TokenMasker:
         self._step.add_(1)
         self._counts.add_(torch.stack([masked.sum(), self._maskable[ids].sum()]))
 
-    def scored(self, batch: Mapping[str, Any], step: int, rate: float) -> Tensor:
-        """Return the labels of a batch, [batch, seq], with -100 for those of masked sub-tokens.
+    def pattern_of(self, batch: Mapping[str, Any], step: int | None = None, rate: float | None = None) -> Tensor:
+        """Return which tokens of a batch are masked, bool [batch, seq], in the next training forward or another.
 
         Args:
-            batch: `input_ids`, `labels` and, if it is a packed row, `cu_seqlens`.
-            step: number of its training forward.
+            batch: `input_ids` and, if it is a packed row, `cu_seqlens`.
+            step: number of the training forward.
             rate: masking rate in that forward.
         """
-        ids, labels = batch["input_ids"], batch["labels"]
-        rows, positions = None, pattern.text_positions(ids, self._pad_id)
-        if (bounds := batch.get("cu_seqlens")) is not None:
-            columns = torch.arange(ids.shape[1], device=ids.device)
-            rows = torch.searchsorted(bounds[1:].to(columns.dtype), columns, right=True)
-            rows, positions = rows[None], (columns - bounds[rows])[None]
-        masked: Tensor = self.pattern(ids, rows, positions, step, rate)
-        return labels.masked_fill(masked, -100)
+        return self.pattern(batch["input_ids"], *self._places(batch), step, rate)
+
+    def in_masked_texts(self, batch: Mapping[str, Any], masked: Tensor) -> Tensor:
+        """Return which items of a batch, in the shape of its `labels`, are in texts of which something is masked."""
+        rows = self._places(batch)[0]
+        if rows is None:
+            texts = masked.any(dim=1)
+            return texts if batch["labels"].dim() == 1 else texts.unsqueeze(1).expand_as(masked)
+        texts = torch.zeros(len(batch["cu_seqlens"]) - 1, dtype=torch.bool, device=masked.device)
+        texts[rows[masked]] = True
+        return texts if batch["labels"].dim() == 1 else texts[rows]
+
+    def _places(self, batch: Mapping[str, Any]) -> tuple[Tensor | None, Tensor]:
+        """Return the text of each token, None for one text a row, and its position in the text."""
+        ids, bounds = batch["input_ids"], batch.get("cu_seqlens")
+        if bounds is None:
+            return None, pattern.text_positions(ids, self._pad_id)
+        columns = torch.arange(ids.shape[1], device=ids.device)
+        rows = torch.searchsorted(bounds[1:].to(columns.dtype), columns, right=True)
+        return rows[None], (columns - bounds[rows])[None]
 
     def _move(self, device: torch.device) -> None:
         """Follow a model that was moved after `attach`."""

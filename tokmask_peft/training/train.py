@@ -264,7 +264,7 @@ def make_trainer(prepared: Prepared, run: RunFolder, callbacks: list[TrainerCall
     batches = None
     if (budget := training.tokens_per_batch) is not None:
         lengths, here = prepared.splits["train"].lengths, (arguments.process_index, arguments.world_size)
-        batches = TokenBudgetSampler(lengths, budget, training.batching, recipe.seed, *here)
+        batches = TokenBudgetSampler(lengths, budget // training.views, training.batching, recipe.seed, *here)
     with prepared.memory_errors("loading"):  # an unquantized backbone stays on the host until here
         trainer = OrderedEvalTrainer(
             model=prepared.model,
@@ -278,6 +278,9 @@ def make_trainer(prepared: Prepared, run: RunFolder, callbacks: list[TrainerCall
             compute_loss_func=ClassificationLoss(weights, gamma, training.label_smoothing),
             compute_metrics=validation.metrics,
             memory_errors=functools.partial(prepared.memory_errors, "evaluation"),
+            views=training.views,
+            views_masked=training.views_masked,
+            consistency=training.consistency,
             callbacks=[*callbacks, LogFile(run.log), *patience],
         )
     if prepared.mask is not None:
@@ -389,7 +392,7 @@ def tokens_per_step(training: TrainingConfig, lengths: Sequence[int], batches: i
     sub-tokens makes them.
     """
     texts = training.batch_size * processes if batches is None else len(lengths) / max(batches, 1)
-    return texts * training.gradient_accumulation * sum(lengths) / max(len(lengths), 1)
+    return texts * training.views * training.gradient_accumulation * sum(lengths) / max(len(lengths), 1)
 
 
 def _recipe_text(recipe: Recipe) -> str:
