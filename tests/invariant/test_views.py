@@ -129,3 +129,14 @@ def test_words_that_a_view_cannot_see_need_not_agree(tmp_path, monkeypatch):
     hidden = (~asked[0]).sum()
     assert 0.2 < hidden / len(asked[0]) < 0.6  # at p = 0.4, the specials of short texts included
     assert len(asked[0]) == sum(map(len, ids))
+
+
+def test_classes_are_masked_as_far_as_they_are_ready(tmp_path):
+    """A row on a CPU is filled up with further texts, which have no label."""
+    config = TokenMaskConfig(p=0.4, schedule="ready")
+    found, trainer, _ = one_step(tmp_path, "sequence", config=config, views_masked="both")
+    masking = next(each for each in trainer.callback_handler.callbacks if isinstance(each, TokenMaskCallback))
+    assert found
+    assert masking.schedule.class_scale() == [0.0, 0.0, 0.0]
+    masking.schedule.rate(0.1)
+    assert set(masking.schedule.class_scale()) == {0.5, 0.0}

@@ -213,7 +213,7 @@ class TokenMasker:
         unit = config.unit, config.span_length
         p: Any = self._rate_tensor if rate is None else rate
         if self.scale is not None:
-            p = p * self.scale[text]
+            p = p * self.scale[text.clamp(max=len(self.scale) - 1)]  # a packed row may end in texts of padding
         where = rows, positions
         options: dict[str, Any] = {"share": config.share, "per_text": config.per_text, "spare_one": removes}
         return pattern.masked_positions(ids, p, *counters, maskable, starts, *unit, *where, **options)
