@@ -18,7 +18,6 @@ import argparse
 import os
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
-from workload import report
+from workload import StepTimes, report
 
 from tokmask_peft.data.corpus import count_labels, load_corpus
 from tokmask_peft.recipe.schema import Recipe
@@ -34,9 +33,7 @@ from tokmask_peft.training.losses import class_weights
 from tokmask_peft.training.train import observe_training
 
 sys.path.append(str(Path(__file__).parent / "studies"))  # the authors' protocol is that of the study of confounds
-from confounds_learners import EncoderLearner
-from confounds_protocol import Protocol, RunSpec, Setting, encode_texts, stop_epoch
-from confounds_training import train
+from confounds_training import EncoderLearner, Protocol, RunSpec, Setting, encode_texts, stop_epoch, train
 
 TEXTS, EVERY, TARGET = 640, 10, 0.65
 EPOCHS, RATE, PATIENCE, LESS = 2000, 2e-5, 10, 1e-3
@@ -61,23 +58,16 @@ class Course:
         return self.reached
 
 
-class Watch(TrainerCallback):
-    """Times the steps, scores on validation every few steps, and stops at the target."""
+class Watch(StepTimes):
+    """Scores on validation every few steps, and stops at the target."""
 
     def __init__(self, course: Course) -> None:
-        self.course, self.start = course, 0.0
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Start the clock."""
-        self.start = time.process_time()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Stop the clock."""
-        self.course.cpu_seconds += time.process_time() - self.start
-        self.course.steps = state.global_step
+        super().__init__()
+        self.course = course
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any) -> None:
         """Stop the training at the target."""
+        self.course.steps, self.course.cpu_seconds = state.global_step, sum(self.seconds)
         control.should_training_stop = self.course.score(metrics["eval_f1_macro"])
 
 
@@ -104,8 +94,7 @@ def theirs(recipe: Recipe, limit: int | None) -> Course:
         name: encode_texts(texts, learner.tokenizer, "sequence", corpus.labels, run.protocol)
         for name, texts in {"train": corpus.train, "validation": corpus.validation}.items()
     }
-    counts = count_labels(corpus.train)
-    weights: Any = class_weights("sqrt_inverse", {label: counts[label] for label in corpus.labels})
+    weights = class_weights("sqrt_inverse", count_labels(corpus.train))
 
     def stopped(epochs: list[dict[str, Any]]) -> bool:
         course.steps += -(-len(corpus.train) // setting.batch_size)

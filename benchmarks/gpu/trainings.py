@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import insides
 import torch
 import transformers
 from instruments import (
@@ -29,10 +28,15 @@ from instruments import (
     backbone_folder,
     command_line,
     fresh_peak,
-    recipe_file,
+    recipe_of,
     short_training,
+    small,
 )
 from workload import stock_qlora
+
+from tokmask_peft.data.corpus import load_corpus
+from tokmask_peft.data.encoding import Encoder
+from tokmask_peft.recipe.schema import Recipe
 
 NF4, PADDED, NO_TEST = "model.quantization=nf4", "training.batching=padded", "data.test=null"
 TEXTS = ["me encanta this phone", "qué mal servicio", "ok"]
@@ -50,15 +54,7 @@ def part_prepare() -> None:
 
 def _save_backbone(name: str) -> dict[str, Any]:
     start, source = time.time(), Path(os.environ["TOKMASK_TOKENIZERS"]) / BACKBONES[name][0]
-    config = transformers.AutoConfig.from_pretrained(source)
-    if DRY:
-        small = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
-        if getattr(config, "num_key_value_heads", None):
-            small |= {"num_key_value_heads": 2, "head_dim": 16}
-        for key, value in small.items():
-            setattr(config, key, value)
-        if getattr(config, "layer_types", None):
-            config.layer_types = config.layer_types[:2]
+    config = small(transformers.AutoConfig.from_pretrained(source))
     torch.manual_seed(0)
     auto = transformers.AutoModel if name == "mbert" else transformers.AutoModelForCausalLM
     with DEVICE:  # a CPU takes half a minute to draw 1.1e9 weights
@@ -93,7 +89,7 @@ def part_cli() -> None:
         if not re.search(ONLY, name):
             continue
         settings = [*common, *([] if whole else [NO_TEST]), *overrides]  # whole test sets take too long each time
-        recipe, folder, run = recipe_file(backbone, task), backbone_folder(backbone), f"runs/{name.replace(' ', '-')}"
+        recipe, folder, run = recipe_of(backbone, task), backbone_folder(backbone), f"runs/{name.replace(' ', '-')}"
         short_training(record, watch, name, recipe, folder, *settings)
         if not whole:
             continue
@@ -103,7 +99,7 @@ def part_cli() -> None:
             "predict on the cpu": ["predict", run, *TEXTS, "--device", "cpu"],
         }
         if backbone == "qwen":
-            commands["estimate"] = ["estimate", str(recipe), f"model.backbone_path={folder}"]
+            commands["estimate"] = ["estimate", *recipe, f"model.backbone_path={folder}"]
         for command, arguments in commands.items():
             record.attempt(f"{name}: {command}", lambda arguments=arguments: command_line(arguments))
 
@@ -120,7 +116,7 @@ def part_stock() -> None:
         "padded": (False, False, 0.0),
     }
     for name in ("qwen", "tinyllama"):
-        recipe, folder = recipe_file(name, "sequence"), backbone_folder(name)
+        recipe, folder = recipe_of(name, "sequence"), backbone_folder(name)
         for batching in ("padding_free", "grouped", "padded"):
             if re.search(ONLY, f"{name} {batching}"):
                 settings = [*common, f"training.batching={batching}"]
@@ -133,9 +129,11 @@ def part_stock() -> None:
 def _stock(watch: Watch, name: str, steps: int, to_128: bool, checkpointed: bool, dropout: float) -> dict[str, Any]:
     base, tokenizer = allocated(), transformers.AutoTokenizer.from_pretrained(backbone_folder(name))
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    rows, labels = insides.encoded_rows(recipe_file(name, "sequence"), tokenizer, 128)
+    recipe, *data = recipe_of(name, "sequence")
+    corpus = load_corpus(Recipe.load(recipe, data).data.expanded(), 0)
+    rows = Encoder(tokenizer, "sequence", 128).cut(corpus.train, corpus.labels).dataset
     watch.clear()
-    classes, reentrant = len(labels), {"use_reentrant": False}
+    classes, reentrant = len(corpus.labels), {"use_reentrant": False}
     model = stock_qlora(backbone_folder(name), DEVICE, checkpointed, dropout, classes, **reentrant)
     model.config.pad_token_id, model.config.use_cache = tokenizer.pad_token_id, False
     arguments = transformers.TrainingArguments(
@@ -147,7 +145,7 @@ def _stock(watch: Watch, name: str, steps: int, to_128: bool, checkpointed: bool
     trainer = transformers.Trainer(
         model=model,
         args=arguments,
-        train_dataset=rows,
+        train_dataset=rows.select_columns(["input_ids", "labels"]),
         processing_class=tokenizer,
         data_collator=transformers.DataCollatorWithPadding(tokenizer, **padding),
         callbacks=[watch],
@@ -162,7 +160,7 @@ def _stock(watch: Watch, name: str, steps: int, to_128: bool, checkpointed: bool
 def part_memory_cap() -> None:
     """Train on emulated small cards: the allocator is capped, and the package sees no more memory than that."""
     record, watch = _part("memory_cap")
-    recipe, folder, size = recipe_file("tinyllama", "sequence"), backbone_folder("tinyllama"), 16 if DRY else 256
+    recipe, folder, size = recipe_of("tinyllama", "sequence"), backbone_folder("tinyllama"), 16 if DRY else 256
     common = ["training.epochs=1", "training.eval_batch_size=32", NF4, PADDED, "training.logging_steps=1", NO_TEST,
               f"training.max_steps={2 if DRY else 6}", *ON_A_CPU]  # fmt: skip
     big = [f"training.batch_size={size}", "training.gradient_accumulation=1"]
@@ -201,8 +199,7 @@ def part_minilm() -> None:
     if not folder.is_dir():
         record.put("skipped", "MINILM names no folder")
         return
-    recipe = Path("quickstart.yaml")
-    recipe.write_text(f"base: {REPO}/recipes/quickstart.yaml\nname: quickstart\n")
+    recipe = [str(REPO / "recipes" / "quickstart.yaml")]
     short_training(record, watch, "quickstart", recipe, folder, *(["training.max_steps=4"] if DRY else []))
     commands = {"explain": ["explain"], "predict": ["predict"], "predict, cpu": ["predict", "--device", "cpu"]}
     for label, (command, *options) in commands.items():
