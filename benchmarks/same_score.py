@@ -18,7 +18,6 @@ import argparse
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -112,22 +111,6 @@ def theirs(recipe: Recipe, limit: int | None) -> Course:
     return course
 
 
-def table(pairs: Sequence[tuple[Course, Course]]) -> dict[str, tuple[list[float], str]]:
-    """Return the rows for `workload.report`."""
-    missed = sum(not other.reached for _, other in pairs)
-    bound = f" (a lower bound: in {missed} of {len(pairs)} runs they do not get there)" if missed else ""
-    ends = ", ".join(sorted({other.ended for _, other in pairs}))
-    return {
-        f"steps of the recipe to {TARGET:.2f} validation macro-F1": ([float(own.steps) for own, _ in pairs], ""),
-        f"steps of the authors' protocol until its end ({ends})": ([float(other.steps) for _, other in pairs], ""),
-        "validation macro-F1 that they reach": ([other.best for _, other in pairs], ""),
-        f"their steps to the recipe's{bound}": ([other.steps / own.steps for own, other in pairs], "10"),
-        "their learning rate at the end": ([other.rate for _, other in pairs], ""),
-        "CPU seconds of the recipe's steps": ([own.cpu_seconds for own, _ in pairs], ""),
-        "CPU seconds of theirs": ([other.cpu_seconds for _, other in pairs], ""),
-    }
-
-
 def main() -> None:
     """Measure, print the table and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -145,10 +128,25 @@ def main() -> None:
             raise SystemExit(f"the recipe itself stays at {own.best:.3f} with seed {seed}, below {TARGET}")
         pairs.append((own, theirs(recipe, arguments.factor * own.steps if arguments.no_patience else None)))
         print(f"seed {seed}: {pairs[-1]}", flush=True)
-    runs = [{"ours": asdict(own), "theirs": asdict(other)} for own, other in pairs]
-    runs = [{"seed": seed, **run} for seed, run in zip(arguments.seeds, runs, strict=True)]
+    runs = [
+        {"seed": seed, "ours": asdict(own), "theirs": asdict(other)}
+        for seed, (own, other) in zip(arguments.seeds, pairs, strict=True)
+    ]
+    missed = sum(not other.reached for _, other in pairs)
+    bound = f" (a lower bound: in {missed} of {len(pairs)} runs they do not get there)" if missed else ""
+    ends = ", ".join(sorted({other.ended for _, other in pairs}))
+    table: dict[str, list[float]] = {
+        f"steps of the recipe to {TARGET:.2f} validation macro-F1": [own.steps for own, _ in pairs],
+        f"steps of the authors' protocol until its end ({ends})": [other.steps for _, other in pairs],
+        "validation macro-F1 that they reach": [other.best for _, other in pairs],
+        f"their steps to the recipe's{bound}": [other.steps / own.steps for own, other in pairs],
+        "their learning rate at the end": [other.rate for _, other in pairs],
+        "CPU seconds of the recipe's steps": [own.cpu_seconds for own, _ in pairs],
+        "CPU seconds of theirs": [other.cpu_seconds for _, other in pairs],
+    }
+    rows = {what: (values, "10" if what.startswith("their steps") else "") for what, values in table.items()}
     result = {"target": TARGET, "training_texts": TEXTS, "patience": not arguments.no_patience, "runs": runs}
-    report("same_score_bound" if arguments.no_patience else "same_score", result, table(pairs))
+    report("same_score_bound" if arguments.no_patience else "same_score", result, rows)
 
 
 if __name__ == "__main__":

@@ -47,10 +47,7 @@ MINILM = {
     "quantization": "none",  # as the recipes have it
 }
 TWEETS, SHORT, DRAWN = "L3Cube-MeSent tweets", "AfriSenti Twi tweets", "drawn sub-tokens, lognormal lengths"
-REAL = {
-    TWEETS: ("mesent_mareng/minilm", "mesent_mar_eng_sentiment"),
-    SHORT: ("afrisenti_twi/minilm", "afrisenti/twi"),
-}
+REAL = {TWEETS: ("mesent_mareng/minilm", "mesent_mar_eng_sentiment"), SHORT: ("afrisenti_twi/minilm", "afrisenti/twi")}
 """Real texts: the recipe that reads them, and their folder below TOKMASK_DATA."""
 
 
@@ -61,28 +58,19 @@ def drawn_lengths(count: int) -> list[int]:
     return [min(64, max(3, round(draw.lognormvariate(mean, sigma)))) for _ in range(count)]
 
 
-def drawn_texts(count: int, vocabulary: int) -> list[list[int]]:
-    """Return texts of drawn sub-tokens with the lengths of posts, between BERT's two special tokens."""
-    draw = random.Random(1)
-    return [
-        [101, *(draw.randrange(1000, vocabulary) for _ in range(length - 2)), 102] for length in drawn_lengths(count)
-    ]
-
-
-def real_texts(folder: Path, name: str, tokenizer: Any, count: int) -> list[list[int]]:
-    """Return the first texts of one of `REAL` below `folder`, cut at 128 sub-tokens."""
-    recipe, place = REAL[name]
-    data = Recipe.load(recipe, [f"data.path={folder / place}"]).data
-    texts = [example.string for example in load_corpus(data, 0).train[:count]]
-    return tokenizer(texts, truncation=True, max_length=128)["input_ids"]
-
-
 def benchmark_texts(tokenizer: Any, count: int, name: str = TWEETS) -> tuple[str, list[list[int]]]:
-    """Return where the texts come from, and their ids: of `name` if TOKMASK_DATA is set, otherwise drawn ones."""
-    folder = os.environ.get("TOKMASK_DATA")
-    if folder:
-        return name, real_texts(Path(folder), name, tokenizer, count)
-    return DRAWN, drawn_texts(count, len(tokenizer))
+    """Return where texts come from, and their ids, cut at 128 sub-tokens.
+
+    They are the first of one of `REAL` if TOKMASK_DATA is set; otherwise drawn sub-tokens with the lengths of posts,
+    between BERT's two special tokens.
+    """
+    if folder := os.environ.get("TOKMASK_DATA"):
+        recipe, place = REAL[name]
+        data = Recipe.load(recipe, [f"data.path={Path(folder) / place}"]).data
+        texts = [example.string for example in load_corpus(data, 0).train[:count]]
+        return name, tokenizer(texts, truncation=True, max_length=128)["input_ids"]
+    draw, lengths = random.Random(1), drawn_lengths(count)
+    return DRAWN, [[101, *(draw.randrange(1000, len(tokenizer)) for _ in range(n - 2)), 102] for n in lengths]
 
 
 def padded_collator(tokenizer: Any, task: str = "sequence") -> Any:

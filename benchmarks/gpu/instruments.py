@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import math
@@ -21,6 +22,9 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer import DEFAULT_CALLBACKS
 from workload import matrix_rate
+
+from tokmask_peft.artifacts import open_run
+from tokmask_peft.errors import RunError
 
 DRY = os.environ.get("DRY") == "1"
 DEVICE = torch.device("cpu" if DRY else "cuda")
@@ -226,16 +230,14 @@ def short_training(record: Record, watch: Watch, label: str, recipe: list[str], 
         watch.next_phase("after")
         found = {"exit": code, "seconds": seconds, "base": base, "phases": watch.phases, "largest": watch.largest}
         found |= {"evaluated": watch.evaluated, "speed": watch.speed(), "overrides": list(overrides)}
-        root = Path("runs") / name
-        if (root / "result.json").is_file():
-            result = json.loads((root / "result.json").read_text())
-            lines = [json.loads(line) for line in (root / "log.jsonl").read_text().splitlines()]
+        with contextlib.suppress(RunError):
+            done = open_run(Path("runs") / name)
             found |= {
-                "decisions": {one["what"]: [one["choice"], one["reason"]] for one in result["decisions"]},
-                "reported_speed": result["speed"],
-                "validation": result["validation"]["f1_macro"],
-                "losses": [line["loss"] for line in lines if "loss" in line],
-                "gradient_norms": [line["grad_norm"] for line in lines if "grad_norm" in line],
+                "decisions": {one["what"]: [one["choice"], one["reason"]] for one in done.result.decisions},
+                "reported_speed": done.result.speed,
+                "validation": done.result.validation["f1_macro"],
+                "losses": [line["loss"] for line in done.log if "loss" in line],
+                "gradient_norms": [line["grad_norm"] for line in done.log if "grad_norm" in line],
             }
         return found
 

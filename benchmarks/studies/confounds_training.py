@@ -42,7 +42,6 @@ from tokmask_peft.training.losses import ClassificationLoss, class_weights
 from tokmask_peft.training.metrics import scores
 
 RECIPES = {"trec": "trec/minilm", "lid": "lid_spaeng/minilm"}
-UNUSED = "[unused993]"
 SHAPE = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
 EPOCHS, BATCH, LEARNING_RATE = 4, 32, 2e-3
 """Of the study's language model."""
@@ -112,15 +111,12 @@ def stop_epoch(losses: Sequence[float], setting: Setting) -> int | None:
     return None
 
 
-def whole_corpus(setting: Setting, seed: int) -> Corpus:
-    """Read a corpus as its recipe has it; `seed` sets validation aside."""
-    return load_corpus(Recipe.load(RECIPES[setting.corpus]).data.expanded(), seed)
-
-
 @functools.lru_cache(maxsize=4)
-def read_corpus(setting: Setting, seed: int) -> Corpus:
-    """Read a corpus with the texts of a setting."""
-    corpus = whole_corpus(setting, seed)
+def read_corpus(setting: Setting, seed: int, whole: bool = False) -> Corpus:
+    """Read a corpus with the texts of a setting, or the whole of it."""
+    corpus = load_corpus(Recipe.load(RECIPES[setting.corpus]).data.expanded(), seed)
+    if whole:
+        return corpus
     test = corpus.test if setting.test is None else subset(corpus.test, setting.test, 0)
     validation = subset(corpus.validation, setting.validation, seed)
     return replace(corpus, train=subset(corpus.train, setting.train, seed), validation=validation, test=test)
@@ -182,7 +178,7 @@ class EncoderLearner:
         self._collate = PackedCollator(task)
         kind = {"id0": "id", "trained": "spare"}.get(run.protocol.masked_by, run.protocol.masked_by)
         ids = {"mask": self.tokenizer.mask_token_id, "id": 0, "unk": self.tokenizer.unk_token_id}
-        self._row = ids.get(kind, self.tokenizer.convert_tokens_to_ids(UNUSED))
+        self._row = ids.get(kind, self.tokenizer.convert_tokens_to_ids("[unused993]"))
         token = MaskToken(self._row, kind, "what the arm names; the package would refuse id 0, BERT's padding")
         options: dict[str, Any] = {"mask_token": token, "seed": run.seed}
         self._masker = TokenMasker.attach(self.model, self.tokenizer, TokenMaskConfig(p=run.p), **options)
@@ -193,15 +189,12 @@ class EncoderLearner:
 
     def outputs(self, rows: Sequence[dict[str, Any]], training: bool) -> tuple[Any, Tensor]:
         """Run a packed batch; the masker masks in training alone."""
+        if training and self._fixed is not None:  # weight decay and the optimizer have moved it
+            write_row(self._embedding, self._row, self._fixed)
         batch = self._collate(rows)
         labels: Tensor = batch.pop("labels")
         with torch.autocast("cpu", torch.bfloat16, enabled=self._bf16):
             return self.model(**batch), labels
-
-    def after_step(self) -> None:
-        """Put back a row that must not change: weight decay and the optimizer move it."""
-        if self._fixed is not None:
-            write_row(self._embedding, self._row, self._fixed)
 
     def seen(self) -> dict[str, float]:
         """Return the share of sub-tokens that was masked."""
@@ -256,7 +249,7 @@ class CausalLearner:
             self._mask_id = len(pretrained.ids)
             embedding = self.model.get_input_embeddings()
             write_row(embedding, self._mask_id, embedding.weight[: self._mask_id].detach().mean(0))
-        self._step = self._moved = self._rows = self._masked = self._real = 0
+        self._step, self._seen = 0, np.zeros(4)  # sub-tokens that are real, and masked; rows, and moved ones
         torch.manual_seed(run.seed)
 
     def mask(self, input_ids: Tensor) -> Tensor:
@@ -266,10 +259,8 @@ class CausalLearner:
         chosen = masked_positions(input_ids, self._run.p, self._run.seed, self._step, 0, maskable)
         masked = input_ids.masked_fill(chosen, self._mask_id)
         self._step += 1
-        self._rows += len(input_ids)
-        self._moved += int((pooled_position(masked, self._pad) != pooled_position(input_ids, self._pad)).sum())
-        self._masked += int((chosen & real).sum())
-        self._real += int(real.sum())
+        moved = pooled_position(masked, self._pad) != pooled_position(input_ids, self._pad)
+        self._seen += [int(real.sum()), int((chosen & real).sum()), len(moved), int(moved.sum())]
         return masked
 
     def outputs(self, rows: Sequence[dict[str, Any]], training: bool) -> tuple[Any, Tensor]:
@@ -280,12 +271,10 @@ class CausalLearner:
         given = self.mask(ids) if training else ids
         return self.model(input_ids=given, attention_mask=attention, use_cache=False), labels
 
-    def after_step(self) -> None:
-        """Do nothing: every row is trained."""
-
     def seen(self) -> dict[str, float]:
         """Return the share of text that was masked, and of rows whose pooled position moved."""
-        return {"masked_share": self._masked / max(self._real, 1), "moved_share": self._moved / max(self._rows, 1)}
+        real, masked, rows, moved = self._seen.tolist()
+        return {"masked_share": masked / max(real, 1), "moved_share": moved / max(rows, 1)}
 
 
 def pretrain(made: LanguageModel, texts: Sequence[Sequence[int]]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -315,16 +304,10 @@ def pretrain(made: LanguageModel, texts: Sequence[Sequence[int]]) -> tuple[dict[
 
 @functools.lru_cache(maxsize=1)
 def language_model(folder: Path) -> LanguageModel:
-    """Return the language model with Qwen2.5's tokenizer, trained if `folder` has none.
-
-    Raises:
-        SystemExit: TOKMASK_TOKENIZERS names no folder with Qwen2.5-0.5B.
-    """
-    source = Path(os.environ.get("TOKMASK_TOKENIZERS", "")) / "Qwen2.5-0.5B"
-    if not source.is_dir():
-        raise SystemExit("set TOKMASK_TOKENIZERS to a folder that contains Qwen2.5-0.5B/ (tokenizer files alone)")
+    """Return the language model, trained if `folder` has none; TOKMASK_TOKENIZERS holds Qwen2.5-0.5B's tokenizer."""
+    source = Path(os.environ["TOKMASK_TOKENIZERS"]) / "Qwen2.5-0.5B"
     tokenizer = AutoTokenizer.from_pretrained(source, padding_side="right")
-    corpus = whole_corpus(SETTINGS["causal"], 0)
+    corpus = read_corpus(SETTINGS["causal"], 0, whole=True)
     unlabelled = (*corpus.train, *corpus.validation)
     texts = tokenizer([example.string for example in (*unlabelled, *corpus.test)])["input_ids"]
     ids = tuple(sorted({0, tokenizer.pad_token_id}.union(*texts)))
@@ -360,13 +343,9 @@ def train(
     parts: dict[str, Texts],
     weights: Sequence[float] | None,
     labels: Sequence[str],
-    stopped: Callable[[list[dict[str, Any]]], bool] | None = None,
+    stopped: Callable[[list[dict[str, Any]]], bool],
 ) -> list[dict[str, Any]]:
-    """Train one run on `train` of `parts` with class weights, score it on the others, and return a record per epoch.
-
-    Unless `stopped` ends it by the records so far, training goes on until early stopping would have ended it by the
-    loss of validation and by that of test, so that either rule can be read off the same run.
-    """
+    """Train on `train` of `parts` until `stopped`, score on the others, and return a record per epoch."""
     setting, rows, model = run.setting, parts["train"].rows, learner.model
     criterion = ClassificationLoss(weights or [1.0] * len(labels), GAMMA)
     rate = setting.learning_rate * run.protocol.peak
@@ -385,15 +364,12 @@ def train(
         losses = []
         for batch in batches(rows, setting.batch_size, generator):
             losses.append(step(criterion(*learner.outputs(batch, training=True)), optimizer, schedule))
-            learner.after_step()
         epochs.append({"learning_rate": schedule.get_last_lr()[0], "train_loss": finite(np.mean(losses))})
         trained = time.process_time()
         for name in [name for name in parts if name != "train"]:
             epochs[-1][name] = evaluate(learner, parts[name], criterion, labels, keep=name == "test")
         epochs[-1]["seconds"] = [trained - start, time.process_time() - trained]
-        splits = ("validation", "test") if stopped is None else ()
-        by_loss = [stop_epoch([epoch[split]["loss"] for epoch in epochs], setting) for split in splits]
-        if all(by_loss) if stopped is None else stopped(epochs):
+        if stopped(epochs):
             break
     return epochs
 
@@ -409,7 +385,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Return loss and scores, over what the model sees and over all, and the predictions if they are to be kept."""
     learner.model.eval()
-    found: list[NDArray[np.int64]] = [np.zeros(0, dtype=np.int64)] * len(texts.rows)
+    found: dict[int, NDArray[np.int64]] = {}
     order = sorted(range(len(texts.rows)), key=lambda index: len(texts.rows[index]["input_ids"]))
     loss = items = 0.0
     for start in range(0, len(order), EVALUATED_AT_ONCE):
@@ -419,9 +395,8 @@ def evaluate(
         loss, items = loss + float(criterion(outputs, given)) * count, items + count
         predicted = outputs.logits.argmax(-1)[given != IGNORED].numpy()
         ends = np.cumsum([len(texts.slots[index]) for index in chosen])[:-1]
-        for index, part in zip(chosen, np.split(predicted, ends), strict=True):
-            found[index] = part
-    by_text = texts.predictions(found)
+        found |= dict(zip(chosen, np.split(predicted, ends), strict=True))
+    by_text = texts.predictions([found[index] for index in range(len(texts.rows))])
     gold, predicted = (np.concatenate([np.array(row, dtype=int) for row in rows]) for rows in (texts.gold, by_text))
     seen = predicted != NO_PREDICTION
     record = {
@@ -455,17 +430,21 @@ def record_of(run: RunSpec, folder: Path) -> dict[str, Any]:
         for name, texts in {"train": corpus.train, "validation": corpus.validation, "test": corpus.test}.items()
     }
     weights = class_weights("sqrt_inverse", count_labels(corpus.train))
+
+    def stopped(epochs: list[dict[str, Any]]) -> bool:  # by both, so that either rule can be read off the same run
+        losses = ([epoch[split]["loss"] for epoch in epochs] for split in ("validation", "test"))
+        return all(stop_epoch(split, run.setting) for split in losses)
+
     record = {
         **wanted,
         "labels": list(corpus.labels),
         "texts": {name: len(part.gold) for name, part in parts.items()},
         "scored_share": parts["test"].scored_share,
         "gold": parts["test"].gold,
-        "epochs": train(learner, run, parts, weights, corpus.labels),
+        "epochs": train(learner, run, parts, weights, corpus.labels, stopped),
         "seconds": time.process_time() - start,
         **learner.seen(),
     }
     write_json(file, record, indent=None)
-    by_epoch = ", ".join(f"{epoch['test']['f1_macro']:.3f}" for epoch in record["epochs"])
-    print(f"{run.name}: {record['seconds']:.0f} s, test macro-F1 by epoch {by_epoch}", flush=True)
+    print(f"{run.name}: {record['seconds']:.0f} s", flush=True)
     return record
