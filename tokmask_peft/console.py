@@ -49,9 +49,13 @@ def make_console(quiet: bool = False) -> Console:
     return Console(quiet=quiet, width=None if terminal else 120, highlight=False, soft_wrap=not terminal)
 
 
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+
+
 def print_decisions(console: Console, decisions: Sequence[Decision]) -> None:
     """Print what was decided, and why."""
-    table = Table(title="Decisions", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    table = _table("Decisions")
     for column in ("what", "choice", "reason"):
         table.add_column(column, overflow="fold")
     for decision in decisions:
@@ -70,7 +74,7 @@ def print_lines(console: Console, title: str, lines: Sequence[str]) -> None:
 
 def print_scores(console: Console, parts: Mapping[str, Mapping[str, Any]]) -> None:
     """Print a row of scores for each named part."""
-    table = Table(title="Scores", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    table = _table("Scores")
     for column in ("split", "macro-F1", "weighted F1", "accuracy", "items"):
         table.add_column(column, justify="left" if column == "split" else "right")
     for name, part in parts.items():
@@ -111,7 +115,5 @@ def baseline_verdict(scores: Mapping[str, Any], baseline: Mapping[str, Any] | No
     difference = scores["f1_macro"] - baseline["f1_macro"]
     if difference > 0:
         return f"The adapter is {difference:.4f} macro-F1 above the character n-gram baseline."
-    return (
-        f"The adapter does NOT beat the character n-gram baseline ({difference:+.4f} macro-F1): "
-        "use the baseline, or train longer, with another learning rate or a larger backbone."
-    )
+    remedy = "use the baseline, or train longer, with another learning rate or a larger backbone"
+    return f"The adapter does NOT beat the character n-gram baseline ({difference:+.4f} macro-F1): {remedy}."

@@ -10,7 +10,7 @@ import typer
 
 from tokmask_peft.cli.app import BackboneOption, DeviceOption, ModelArgument, Overrides, RecipeArgument, app, checked
 from tokmask_peft.console import make_console, print_scores, quiet_libraries
-from tokmask_peft.errors import RunError
+from tokmask_peft.errors import RunError, require
 
 
 @app.command()
@@ -50,9 +50,7 @@ def robustness(
     draws: Annotated[int, typer.Option(min=1, help="random draws of each; scores are their means")] = 4,
     limit: Annotated[int | None, typer.Option(min=1, help="score at most this many texts, drawn at random")] = None,
     seed: Annotated[int, typer.Option(min=0, help="of masks, misspellings and the choice of texts")] = 0,
-    out: Annotated[
-        Path | None, typer.Option(help="folder to write to; RUN/robustness if not given, with one RUN")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="folder; RUN/robustness if left out, with one RUN")] = None,
     device: DeviceOption = None,
     backbone: BackboneOption = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
@@ -131,9 +129,7 @@ def report(
     run: Annotated[str, typer.Argument(metavar="RUN", help="the folder of a run or a sweep, as runs/quickstart")],
     out: Annotated[Path | None, typer.Option(help="the page to write; default: report.html in the run folder")] = None,
     show: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
-    examples: Annotated[
-        bool, typer.Option("--examples/--no-examples", help="show the worst mistakes; needs the data and the backbone")
-    ] = True,
+    examples: Annotated[bool, typer.Option(help="show the worst mistakes; needs the data and the backbone")] = True,
     backbone: BackboneOption = None,
 ) -> None:
     """Write one HTML page about RUN: scores, curves, calibration, mistakes, data. The page loads nothing.
@@ -149,9 +145,8 @@ def report(
         typer.echo(f"{paths.summary}\nReport: {paths.markdown}")
         return
     if not is_run(run):
-        raise RunError(
-            f"{run} is neither a run (recipe.yaml is missing) nor a sweep (sweep.json is missing)", code="not-a-run"
-        )
+        problem = "is neither a run (recipe.yaml is missing) nor a sweep (sweep.json is missing)"
+        raise RunError(f"{run} {problem}", code="not-a-run")
     from tokmask_peft.report.page import prepare, report_run
 
     prepare(run, out)  # before the libraries are loaded, which takes seconds
@@ -175,12 +170,15 @@ def demo(
 ) -> None:
     """Try MODEL in the browser: text in, label and coloured words out (needs the extra demo)."""
     from tokmask_peft.artifacts import find_saved
-    from tokmask_peft.report.demo import build, check_address, require_gradio, serve
+    from tokmask_peft.report.demo import build, check_address, launch
 
-    require_gradio()
+    require("gradio", "demo", "the demo")
     check_address(host, port)
     saved = find_saved(model, backbone)
     quiet_libraries()
     from tokmask_peft.inference.classifier import load
 
-    serve(build(load(saved, device), Path(model).name), host, port, share=share, report=typer.echo)
+    app = build(load(saved, device), Path(model).name)
+    _, url, public = launch(app, host, port, share=share)
+    typer.echo(f"The demo runs at {public or url} (Ctrl-C stops it)")
+    app.block_thread()

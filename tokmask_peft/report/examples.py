@@ -50,9 +50,7 @@ def find_mistakes(run: Run, backbone: str | None = None) -> Mistakes:
     """Predict the split that a finished run is scored on, and return its most confident mistakes.
 
     `backbone` is a Hub id, folder or `package:NAME/FOLDER` to load the backbone from, instead of the recipe's.
-
-    Raises:
-        DataError, ModelError, RecipeError: the data or the backbone is missing.
+    DataError, ModelError or RecipeError if the data or the backbone is missing.
     """
     task, split = get_task(run.recipe.data.task), run.result.scored_split
     saved = find_saved(run.folder.root, backbone)
