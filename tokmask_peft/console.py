@@ -79,7 +79,7 @@ def print_scores(console: Console, parts: Mapping[str, Mapping[str, Any]]) -> No
     console.print(table)
     for name, part in parts.items():
         if cut := part.get("without_prediction"):
-            console.print(f"{name}: {cut:,} words were cut off and count as errors", markup=False)
+            console.print(f"{name}: {cut:,} words have no prediction and count as errors", markup=False)
         for row in part.get("by_mixing") or ():
             console.print(f"  code-mixing index {row['cmi']}: macro-F1 {row['f1_macro']:.4f} ({row['posts']:,} posts)")
 

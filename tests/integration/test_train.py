@@ -9,10 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tokmask_peft import Recipe, TokmaskError, evaluate, train
+from tokmask_peft import Recipe, TokmaskError, evaluate, load, train
 from tokmask_peft.artifacts import RunFolder
 from tokmask_peft.model.adapter import load_adapter
 from tokmask_peft.model.backbone import load_backbone
+from tokmask_peft.training.evaluate import split_examples
 
 ALONE = """
 import sys
@@ -190,13 +191,22 @@ def test_trained_mask_row_is_saved_and_reloads(write_recipe, tmp_path):
     assert evaluate(run.folder.root)["confusion"] == run.result.test["confusion"]
 
 
-def test_words_that_are_cut_away_count_as_errors(write_recipe, tmp_path):
-    recipe = Recipe.load(write_recipe("bert", "token"), ["data.max_length=8"])
-    result = train(recipe, quiet=True).result
-    cut = result.data["truncation"]["test"]["words_cut"]
-    assert cut > 0
-    assert result.test["without_prediction"] == cut
-    assert result.test["items"] == result.data["splits"]["test"]["words"]
+@pytest.mark.parametrize("task", ["sequence", "token"])
+def test_long_texts_are_scored_in_the_windows_that_predict_reads(write_recipe, data_folder, task):
+    recipe = Recipe.load(write_recipe("bert", task), ["data.max_length=8", "training.epochs=1"])
+    run = train(recipe, quiet=True)
+    result, cut = run.result, run.result.data["truncation"]
+    assert cut["train"]["texts_cut"] > 0
+    assert (cut["train"]["words_cut"] > 0, "test" in cut) == (True, False)
+    assert result.test["without_prediction"] == 0
+    examples, labels = split_examples(recipe, "test", None, run.folder.adapter)
+    answers = load(run.folder.root).predict([example.text for example in examples])
+    assert max(answer.windows for answer in answers) > 1
+    found = [answer.labels if task == "token" else [answer.label] for answer in answers]
+    saved = json.loads(run.folder.predictions.read_text())["test"]["predicted"]
+    assert [[labels[i] for i in row] for row in saved] == [list(row) for row in found]
+    assert evaluate(run.folder.root)["confusion"] == result.test["confusion"]
+    assert result.calibration["test"]["items"] == result.test["items"]
 
 
 def test_the_model_card_snippet_runs_as_it_stands(write_recipe, tmp_path):

@@ -194,7 +194,8 @@ def limits(recipe: Recipe, result: Result) -> list[str]:
     lines = [
         f"It assigns labels from the list above to any {item}, whatever its language or domain. The scores apply to "
         "texts like the training texts; expect lower scores on other platforms, dialects, spellings and periods.",
-        f"In training and scoring, texts were cut at {recipe.data.max_length} sub-tokens.",
+        f"In training, texts were cut at {recipe.data.max_length} sub-tokens; for the scores, longer ones were read in "
+        "windows of that length.",
     ]
     rare = [label for label, found in result.scored.get("per_class", {}).items() if found["support"] < _FEW]
     if rare:

@@ -63,17 +63,17 @@ def evaluate(
     texts = Split(examples, backbone.tokenizer, task, labels, recipe.data.max_length)
     bf16 = backbone.dtype == torch.bfloat16
     with tempfile.TemporaryDirectory() as scratch:  # the Trainer creates its folder, and the run may be read-only
-        batch = min(recipe.training.eval_batch_size, len(examples))
+        batch = min(recipe.training.eval_batch_size, len(texts.windows))
         evaluating = replace(loading, phase="evaluation", texts=batch)
         with memory_errors(loading):  # an unquantized backbone stays on the host until here
             trainer = OrderedEvalTrainer(
                 model=model,
                 args=training_arguments(recipe, Path(scratch), device, bf16),
-                eval_dataset=texts.dataset,
+                eval_dataset=texts.window_dataset,
                 data_collator=get_task(task).collator(backbone.tokenizer),
                 memory_errors=functools.partial(memory_errors, evaluating),
             )
-        found, _, _ = trainer.predict_with_logits(texts)
+        found, _, _ = trainer.predict_windows(texts)
     result, deviations = scores_of(recipe, found, labels), list(plan.deviations)
     trained = AdapterInfo.read(folder.adapter).loading
     if trained is not None and trained.precision == "bf16" and not bf16:

@@ -68,11 +68,11 @@ def score_best(
     labels, predictions, logits = corpus.labels, dict[str, Predictions](), dict[str, Any]()
     for name in ("validation", "test"):
         if name in splits:
-            predictions[name], *logits[name] = trainer.predict_with_logits(splits[name])
+            predictions[name], *logits[name] = trainer.predict_windows(splits[name])
     baseline = None
     if recipe.training.baseline and trainer.is_world_process_zero():
         baseline = baseline_scores(corpus.train, corpus.test or corpus.validation, labels, recipe.data.task)
-    truncation = {name: split.encoded.truncation.to_dict() for name, split in splits.items()}
+    truncation = {name: splits[name].encoded.truncation.to_dict() for name in ("train", "validation")}
     result = Result(
         name=recipe.name,
         task=recipe.data.task,
@@ -90,13 +90,15 @@ def score_best(
     return result, predictions
 
 
-def check_best(result: Result, best: float | None) -> None:
-    """Fail if the loaded adapter is not the one that was best in training: macro-F1 `best` on validation, if known.
+def check_best(trainer: OrderedEvalTrainer, result: Result, validation: Split) -> None:
+    """Fail if the loaded adapter is not the one that was best in training, where validation texts are cut.
 
     Raises:
         RunError: it is another one.
     """
-    found = result.validation["f1_macro"]
+    found, best = result.validation["f1_macro"], trainer.state.best_metric
+    if validation.encoded.truncation.texts_cut:
+        found = trainer.predict(validation.dataset).metrics["test_f1_macro"]
     if best is not None and abs(found - best) > 0.005:
         raise RunError(
             f"the best checkpoint scored {best:.4f} macro-F1 on validation, but loaded again it scores {found:.4f}: "

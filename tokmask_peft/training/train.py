@@ -135,7 +135,7 @@ def train(recipe: Recipe | str | Path, *, resume: bool = False, quiet: bool = Fa
         result, predictions = score_best(trainer, prepared.recipe, prepared.corpus, prepared.splits)
         decisions = [asdict(decision) for decision in prepared.decisions]
         result = replace(result, decisions=decisions, speed=_speed(prepared, clock, trainer))
-        check_best(result, trainer.state.best_metric)  # before anything says that the run is finished
+        check_best(trainer, result, prepared.splits["validation"])  # before anything says that the run is finished
         weights = gathered_weights(prepared.model)
         if trainer.is_world_process_zero():
             save_adapter_folder(folder.adapter, prepared, result, weights)
@@ -221,8 +221,9 @@ def prepare(recipe: Recipe, device: torch.device, console: Console) -> Prepared:
         for name, examples in parts.items()
         if examples
     }
-    trained, *evaluated = (split.lengths for split in splits.values())
-    lengths = Lengths(trained, tuple(evaluated))
+    trained, *evaluated = splits.values()
+    windows = tuple([len(window.ids) for window in split.windows] for split in evaluated)
+    lengths = Lengths(trained.lengths, windows)
     recipe, memory_decision, warning = before_training(recipe, backbone, batching.choice, lengths, device)
     if recipe.model.gradient_checkpointing is True:
         enable_checkpointing(model)
@@ -263,7 +264,10 @@ def make_trainer(prepared: Prepared, run: RunFolder, callbacks: list[TrainerCall
     arguments = training_arguments(recipe, run.checkpoints, prepared.device, bf16)
     batches = None
     if (budget := training.tokens_per_batch) is not None:
-        lengths, here = prepared.splits["train"].lengths, (arguments.process_index, arguments.world_size)
+        lengths, here = (
+            prepared.splits["train"].lengths,
+            (arguments.process_index, arguments.world_size),
+        )
         batches = TokenBudgetSampler(lengths, budget, training.batching, recipe.seed, *here)
     with prepared.memory_errors("loading"):  # an unquantized backbone stays on the host until here
         trainer = OrderedEvalTrainer(
@@ -358,13 +362,16 @@ def _with_smaller_batches(prepared: Prepared, asked: Recipe, reason: str) -> Pre
 
 def _cut_lines(prepared: Prepared) -> list[str]:
     """Report what does not fit into `data.max_length` sub-tokens."""
-    data, lines = prepared.recipe.data, []
-    for name, split in prepared.splits.items():
-        cut = split.encoded.truncation
-        errors = " (errors)" if name != "train" and get_task(data.task).words_given else ""
-        words = f"; {cut.words_cut} words are cut away{errors}" if cut.words_cut else ""
-        if cut.texts_cut:
-            lines.append(f"{name}: {cut.texts_cut} texts are cut at {data.max_length} sub-tokens{words}")
+    at, lines = f"{prepared.recipe.data.max_length} sub-tokens", []
+    cut = prepared.splits["train"].encoded.truncation
+    if cut.texts_cut:
+        words = f"; {cut.words_cut} words are cut away" if cut.words_cut else ""
+        lines.append(f"train: {cut.texts_cut} texts are cut at {at}{words}")
+    for name in list(prepared.splits)[1:]:
+        long = sum(count > 1 for count in Counter(window.text for window in prepared.splits[name].windows).values())
+        choice = "; to choose the checkpoint they are cut" if name == "validation" else ""
+        if long:
+            lines.append(f"{name}: {long} texts are longer than {at} and are scored in windows, as in predict{choice}")
     return lines
 
 
