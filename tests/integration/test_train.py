@@ -209,6 +209,50 @@ def test_long_texts_are_scored_in_the_windows_that_predict_reads(write_recipe, d
     assert result.calibration["test"]["items"] == result.test["items"]
 
 
+@pytest.mark.parametrize("task", ["sequence", "token"])
+def test_a_label_that_training_lacks_counts_as_an_error_and_stops_nothing(
+    write_recipe, tokmask, data_folder, tmp_path, task
+):
+    copy = tmp_path / "data"
+    shutil.copytree(data_folder, copy)
+    for split in ("validation", "test"):
+        file = copy / f"{split}.{'tsv' if task == 'sequence' else 'conll'}"
+        old = "\tpositive\n" if task == "sequence" else "\tlang2\n"
+        file.write_text(file.read_text().replace(old, "\tnew\n", 1))
+    said = tokmask("train", write_recipe("bert", task), f"data.path={copy}", "training.epochs=2").stdout
+    run = RunFolder(tmp_path / "runs" / "tiny")
+    result, log = json.loads(run.result.read_text()), [json.loads(line) for line in run.log.read_text().splitlines()]
+    assert said.index("'new': 1 times") < said.index("step 1/"), "the warning comes before training"
+    assert "new" not in result["labels"]
+    for part in (result["validation"], result["test"], result["baseline"]):
+        scores = part["per_class"]
+        assert (scores["new"]["support"], scores["new"]["f1"]) == (1, 0.0)
+        assert part["f1_macro"] == pytest.approx(sum(row["f1"] for row in scores.values()) / len(scores))
+    assert result["calibration"]["test"]["items"] == result["test"]["items"] - 1
+    assert all(line["eval_loss"] is not None for line in log if "eval_f1_macro" in line)
+    found = evaluate(run.root)
+    assert found["confusion"] == result["test"]["confusion"]
+    assert "data.label_map" in found["warnings"][0]
+
+
+def test_other_texts_are_read_as_the_command_says(write_recipe, tokmask, data_folder, tmp_path):
+    run = train(Recipe.load(write_recipe("bert", "token"), ["training.max_steps=2"]), quiet=True)
+    rows, number = [], 0
+    for line in (data_folder / "test.conll").read_text().splitlines():
+        word, _, tag = line.partition("\t")
+        number = number + 1 if line else 0
+        rows.append("\t".join([str(number), word, "_", tag, *"______"]) if line else "")
+    (tmp_path / "other.conllu").write_text("\n".join(rows) + "\n")
+    refused = tokmask("evaluate", run.folder.root, "--data", tmp_path / "other.conllu", check=False)
+    assert (refused.returncode, "--label-column" in refused.stderr) == (2, True)
+    given = ("--format", "conllu", "--label-column", 3, "--json")
+    found = json.loads(tokmask("evaluate", run.folder.root, "--data", tmp_path / "other.conllu", *given).stdout)
+    assert found["confusion"] == run.result.test["confusion"]
+    with pytest.raises(TokmaskError) as caught:
+        evaluate(run.folder.root, label_column=3)
+    assert caught.value.code == "no-data"
+
+
 def test_the_model_card_snippet_runs_as_it_stands(write_recipe, tmp_path):
     snippets, labels = [], []
     for family, task in (("bert", "sequence"), ("bert", "token"), ("qwen2", "token")):

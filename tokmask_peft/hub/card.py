@@ -16,6 +16,7 @@ from huggingface_hub.utils import validate_repo_id
 from jinja2 import Template
 
 from tokmask_peft.artifacts import Result
+from tokmask_peft.console import baseline_verdict
 from tokmask_peft.recipe.schema import Recipe, SourceConfig
 from tokmask_peft.tasks import Task, get_task
 
@@ -77,6 +78,7 @@ class Card:
             snippet=snippet,
             training=training_facts(recipe, result),
             limits=limits(recipe, result),
+            verdict=baseline_verdict(result.scored, result.baseline),
         )
         return str(card)
 

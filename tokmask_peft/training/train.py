@@ -58,9 +58,9 @@ from tokmask_peft.training.callbacks import (
     StopOnSignal,
 )
 from tokmask_peft.training.environment import check_sharding, environment, peak_memory, processes, versions
-from tokmask_peft.training.losses import ClassificationLoss, class_weights
+from tokmask_peft.training.losses import ClassificationLoss
 from tokmask_peft.training.memory import Lengths, before_training
-from tokmask_peft.training.scoring import check_best, score_best
+from tokmask_peft.training.scoring import check_best, score_best, weights_of
 from tokmask_peft.training.trainer import OrderedEvalTrainer, Split, check_trackers, training_arguments
 
 
@@ -140,7 +140,7 @@ def train(recipe: Recipe | str | Path, *, resume: bool = False, quiet: bool = Fa
         if trainer.is_world_process_zero():
             save_adapter_folder(folder.adapter, prepared, result, weights)
             parts = {name: found.to_dict() for name, found in predictions.items()}
-            write_json(folder.predictions, {"labels": result.labels, **parts}, indent=None)
+            write_json(folder.predictions, {"labels": prepared.corpus.all_labels, **parts}, indent=None)
             write_json(folder.result, result.to_dict())  # last: it says that the run is finished
             print_result(console, result, folder.adapter)
     return Run(folder, recipe, result)
@@ -217,7 +217,7 @@ def prepare(recipe: Recipe, device: torch.device, console: Console) -> Prepared:
     recipe = changed(recipe, {"training.batching": batching.choice})
     parts = {"train": corpus.train, "validation": corpus.validation, "test": corpus.test}
     splits = {
-        name: Split(examples, backbone.tokenizer, data.task, corpus.labels, data.max_length)
+        name: Split(examples, backbone.tokenizer, data.task, corpus.all_labels, data.max_length)
         for name, examples in parts.items()
         if examples
     }
@@ -257,8 +257,7 @@ def make_trainer(prepared: Prepared, run: RunFolder, callbacks: list[TrainerCall
     recipe, training, task = prepared.recipe, prepared.recipe.training, get_task(prepared.recipe.data.task)
     tokenizer, validation = prepared.backbone.tokenizer, prepared.splits["validation"]
     patience = [] if training.patience is None else [Patience(training.patience)]
-    counts = Counter(tag for example in prepared.corpus.train for tag in example.tags)
-    weights = class_weights(training.class_weights, {label: counts[label] for label in prepared.corpus.labels})
+    weights = weights_of(recipe, prepared.corpus)
     gamma = training.focal_gamma if training.loss == "focal" else 0.0
     bf16 = prepared.backbone.dtype == torch.bfloat16
     arguments = training_arguments(recipe, run.checkpoints, prepared.device, bf16)

@@ -116,10 +116,10 @@ def test_what_was_not_measured_is_not_shown():
     assert "no test split" in card
 
 
-def test_a_run_below_the_baseline_says_so():
-    below = make_result(baseline=run_files.part(LABELS, 0.62, method="n-grams"))
-    assert "does not beat" in card_of(result=below)
-    assert "does not beat" not in card_of()
+def test_the_card_has_the_verdict_on_the_baseline():
+    assert "The adapter beats the character n-gram baseline" in card_of()
+    unclear = run_files.part(LABELS, 0.62, method="n-grams", interval=[-0.1, 0.1], verdict="cannot tell")
+    assert "cannot tell whether" in card_of(result=make_result(baseline=unclear))
 
 
 def test_a_run_without_masking_does_not_claim_it():

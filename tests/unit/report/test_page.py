@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from tokmask_peft.artifacts import open_run
 from tokmask_peft.cli import app
+from tokmask_peft.console import baseline_verdict
 from tokmask_peft.errors import ExtraError, RunError
 from tokmask_peft.report.examples import Mistake, Mistakes
 from tokmask_peft.report.page import prepare, render, report_run
@@ -72,7 +73,7 @@ def test_it_holds_what_was_measured(tmp_path, task):
         "made-up",
         "someone/tiny-bert",
         "p = 0.1",
-        "above the character n-gram baseline",
+        "beats the character n-gram baseline",
         "test 0.6100 0.6200 0.6300",
         "validation 0.7100 0.7200 0.7300",
         "n-gram baseline 0.5100 0.5200 0.5300",
@@ -137,18 +138,13 @@ def test_pictures_say_what_they_show_and_take_the_colours_of_the_page(tmp_path):
     assert not re.findall(r"#0[1-5]0[1-5]0[1-5]", text)
 
 
-def test_a_run_that_does_not_beat_the_baseline_says_so(tmp_path):
+@pytest.mark.parametrize(("verdict", "colour"), [("does not beat", "bad"), ("cannot tell", ""), ("beats", "good")])
+def test_the_verdict_on_the_baseline_has_its_colour(tmp_path, verdict, colour):
     found = result()
-    found["baseline"]["f1_macro"] = 0.62
+    found["baseline"]["verdict"] = verdict
     text = page(tmp_path, found)
-    assert 'class="verdict bad"' in text
-    assert "does NOT beat" in text
-
-
-def test_a_hair_above_the_baseline_is_not_painted_green(tmp_path):
-    found = result()
-    found["baseline"]["f1_macro"] = 0.609
-    assert 'class="verdict "' in page(tmp_path, found)
+    assert f'class="verdict {colour}"' in text
+    assert baseline_verdict(found["test"], found["baseline"]) in Outline(text).text
 
 
 def test_a_run_without_test_baseline_calibration_and_log(tmp_path):
