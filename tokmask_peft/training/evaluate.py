@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import functools
 import tempfile
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -66,7 +64,7 @@ def evaluate(
         recipe = changed(recipe, {"training.eval_batch_size": batch_size})
     task = recipe.data.task
     reading = {"format": format, "text_column": text_column, "label_column": label_column}
-    examples, labels = split_examples(recipe, split, data, folder.adapter, reading)
+    examples, labels = split_examples(recipe, split, data, folder.adapter, **reading)
     warnings = check_known(examples, labels, split or "test" if data is None else data)
     scored = with_unseen(labels, examples)
     saved, device = find_saved(folder.root), processes().device
@@ -99,11 +97,7 @@ def evaluate(
 
 
 def split_examples(
-    recipe: Recipe,
-    split: str | None,
-    data: str | None,
-    adapter: Path,
-    reading: Mapping[str, str | int | None] = MappingProxyType({}),
+    recipe: Recipe, split: str | None, data: str | None, adapter: Path, **reading: str | int | None
 ) -> tuple[list[Example], tuple[str, ...]]:
     """Return the texts of a split as the run saw them, or those of a folder or file, and the labels of the adapter.
 
@@ -120,7 +114,7 @@ def split_examples(
         try:
             return apply_label_map(read_split(source, name, recipe.data.task), recipe.data.label_map)[0], labels
         except DataError as error:
-            hint = "Format and columns are those of the run; others: --format, --text-column, --label-column"
+            hint = "Format and columns are as in the run; evaluate takes --format, --text-column and --label-column"
             raise DataError(f"{error}\n{hint}", code=error.code, **error.fields) from error
     if given:
         raise DataError("a format or a column is for other texts: --data FILE", code="no-data", given=tuple(given))

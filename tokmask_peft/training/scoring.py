@@ -11,16 +11,15 @@ from typing import Any
 import numpy as np
 
 from tokmask_peft.artifacts import Result
-from tokmask_peft.data.corpus import Corpus, count_labels
+from tokmask_peft.data.corpus import Corpus
 from tokmask_peft.errors import RunError
 from tokmask_peft.recipe.schema import Recipe
 from tokmask_peft.tasks import Example, get_task
-from tokmask_peft.training.losses import class_weights
 from tokmask_peft.training.metrics import Predictions, calibrate, compared, scores, scores_by_mixing
 from tokmask_peft.training.trainer import OrderedEvalTrainer, Split
 
 
-def baseline_scores(corpus: Corpus, weights: Sequence[float] | None, adapter: Predictions) -> dict[str, Any]:
+def baseline_scores(corpus: Corpus, weights: Any, adapter: Predictions) -> dict[str, Any]:
     """Fit logistic regression over character n-grams, and compare it with the adapter on the scored split.
 
     Validation chooses lower-cased or cased texts, then the class weights, balanced or those of the run, and C.
@@ -31,7 +30,7 @@ def baseline_scores(corpus: Corpus, weights: Sequence[float] | None, adapter: Pr
 
     Args:
         corpus: what the adapter learned from.
-        weights: of the classes in the run, None for equal ones.
+        weights: `[classes]` of the run, None for equal ones.
         adapter: its predictions for test or, without a test split, for validation.
 
     Returns:
@@ -83,12 +82,6 @@ def baseline_scores(corpus: Corpus, weights: Sequence[float] | None, adapter: Pr
     }
 
 
-def weights_of(recipe: Recipe, corpus: Corpus) -> list[float] | None:
-    """Return the class weights of a run, None for equal ones."""
-    counts = count_labels(corpus.train)
-    return class_weights(recipe.training.class_weights, {label: counts[label] for label in corpus.labels})
-
-
 def scores_of(recipe: Recipe, found: Predictions, labels: Sequence[str], by_mixing: bool = True) -> dict[str, Any]:
     """Return the scores of a split, with those of its task, and `by_mixing` if the recipe names language labels."""
     task, languages = get_task(recipe.data.task), recipe.data.language_labels
@@ -111,8 +104,8 @@ def score_best(
             predictions[name], *logits[name] = trainer.predict_windows(splits[name])
     baseline = None
     if recipe.training.baseline and trainer.is_world_process_zero():
-        weights = weights_of(recipe, corpus)
-        baseline = baseline_scores(corpus, weights, predictions["test" if corpus.test else "validation"])
+        scored = predictions["test" if corpus.test else "validation"]
+        baseline = baseline_scores(corpus, trainer.compute_loss_func.weights, scored)
     truncation = {name: splits[name].encoded.truncation.to_dict() for name in ("train", "validation")}
     result = Result(
         name=recipe.name,

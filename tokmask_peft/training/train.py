@@ -31,7 +31,7 @@ from tokmask_peft.artifacts import (
 )
 from tokmask_peft.console import Decision, make_console, print_decisions, print_lines, print_result
 from tokmask_peft.data.batches import PackedCollator, TokenBudgetSampler
-from tokmask_peft.data.corpus import Corpus, load_corpus
+from tokmask_peft.data.corpus import Corpus, count_labels, load_corpus
 from tokmask_peft.data.encoding import words_need_a_space
 from tokmask_peft.errors import RecipeError, RunError, RunInterruptedError
 from tokmask_peft.hub.card import write_card
@@ -58,9 +58,9 @@ from tokmask_peft.training.callbacks import (
     StopOnSignal,
 )
 from tokmask_peft.training.environment import check_sharding, environment, peak_memory, processes, versions
-from tokmask_peft.training.losses import ClassificationLoss
+from tokmask_peft.training.losses import ClassificationLoss, class_weights
 from tokmask_peft.training.memory import Lengths, before_training
-from tokmask_peft.training.scoring import check_best, score_best, weights_of
+from tokmask_peft.training.scoring import check_best, score_best
 from tokmask_peft.training.trainer import OrderedEvalTrainer, Split, check_trackers, training_arguments
 
 
@@ -165,9 +165,6 @@ def observe_training(
 
     Returns:
         The recipe with what was decided for this machine.
-
-    Raises:
-        RecipeError, DataError, ModelError, RunError: with what to do.
     """
     process = processes()
     if process.num_processes > 1:
@@ -192,11 +189,7 @@ def observe_training(
 
 
 def prepare(recipe: Recipe, device: torch.device, console: Console) -> Prepared:
-    """Load data and backbone, choose the mask token, add the adapter, and see whether memory suffices.
-
-    Raises:
-        RecipeError, DataError, ModelError, RunError: with what to do.
-    """
+    """Load data and backbone, choose the mask token, add the adapter, and see whether memory suffices."""
     data, training = recipe.data, recipe.training
     corpus = load_corpus(data.expanded(), recipe.seed)
 
@@ -257,7 +250,8 @@ def make_trainer(prepared: Prepared, run: RunFolder, callbacks: list[TrainerCall
     recipe, training, task = prepared.recipe, prepared.recipe.training, get_task(prepared.recipe.data.task)
     tokenizer, validation = prepared.backbone.tokenizer, prepared.splits["validation"]
     patience = [] if training.patience is None else [Patience(training.patience)]
-    weights = weights_of(recipe, prepared.corpus)
+    counts = count_labels(prepared.corpus.train)
+    weights = class_weights(training.class_weights, {label: counts[label] for label in prepared.corpus.labels})
     gamma = training.focal_gamma if training.loss == "focal" else 0.0
     bf16 = prepared.backbone.dtype == torch.bfloat16
     arguments = training_arguments(recipe, run.checkpoints, prepared.device, bf16)
@@ -294,7 +288,10 @@ def _attempt(prepared: Prepared, asked: Recipe, run: RunFolder, clock: StepClock
     stop, display = StopOnSignal(), ProgressDisplay(prepared.console)
     trainer = make_trainer(prepared, run, [clock, stop, display, AdapterMoves(), BestOfThisRun()])
     if trainer.is_world_process_zero():  # not before: a mistake found until here leaves no folder behind
-        start_run(run, _recipe_text(asked))
+        listed = ", ".join(f"{name} {version}" for name, version in versions().items())
+        repeat = f"tokmask train {asked.run_dir / 'recipe.yaml'} name={asked.name}-again"
+        head = f"# The resolved recipe of this run. Versions: {listed}.\n# Repeat it: {repeat}\n"
+        start_run(run, head + to_yaml(asked))
     trainer.accelerator.wait_for_everyone()
     say = functools.partial(prepared.console.print, markup=False, soft_wrap=True)
     checkpoint = run.last_checkpoint(say) if resume else None
@@ -396,9 +393,3 @@ def tokens_per_step(training: TrainingConfig, lengths: Sequence[int], batches: i
     """
     texts = training.batch_size * processes if batches is None else len(lengths) / max(batches, 1)
     return texts * training.gradient_accumulation * sum(lengths) / max(len(lengths), 1)
-
-
-def _recipe_text(recipe: Recipe) -> str:
-    listed = ", ".join(f"{name} {version}" for name, version in versions().items())
-    repeat = f"tokmask train {recipe.run_dir / 'recipe.yaml'} name={recipe.name}-again"
-    return f"# The resolved recipe of this run. Versions: {listed}.\n# Repeat it: {repeat}\n{to_yaml(recipe)}"

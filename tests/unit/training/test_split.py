@@ -1,7 +1,5 @@
 """A split comes back from the Trainer's padded arrays in its own order, with every word accounted for."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 from tiny_models import tiny_tokenizer
@@ -76,18 +74,6 @@ def test_a_prediction_belongs_to_its_word():
     found = split.cut_predictions(right, gold)
     assert [LABELS[i] for i in found.predicted[2]] == ["es", "en", "other"]
     assert sum((a != b).sum() for a, b in zip(found.gold, found.predicted, strict=True)) == 1
-
-
-def test_a_word_without_a_position_in_the_middle_leaves_its_neighbours_in_place():
-    split = token_split()
-    kept = [row if len(row) != 3 else [0, 2] for row in split.encoded.kept]
-    split.encoded = replace(split.encoded, kept=kept)
-    predicted, gold = padded(split)
-    row = split.order.tolist().index(2)  # "mañana tengo #fiesta"
-    gold[row, np.flatnonzero(gold[row] != IGNORED)[1]] = IGNORED
-    found = split.cut_predictions(predicted, gold)
-    assert found.predicted[2].tolist() == [1, NO_PREDICTION, 2]
-    assert found.gold[2].tolist() == [1, 1, 2]
 
 
 def test_one_label_per_text():
