@@ -23,9 +23,10 @@ from numpy.typing import NDArray
 from page import write
 
 from tokmask_peft.artifacts import write_json
-from tokmask_peft.study.statistics import bootstrap_differences, percentile_interval, spread, text_counts
+from tokmask_peft.study.statistics import spread
 from tokmask_peft.tasks import NO_PREDICTION
 from tokmask_peft.training.environment import environment
+from tokmask_peft.training.metrics import bootstrap_differences, percentile_interval, text_counts
 
 RATES = (0.0, 0.1, 0.3)
 REPLICATES = 2000

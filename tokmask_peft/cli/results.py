@@ -78,7 +78,9 @@ def robustness(
 def faithfulness(
     run: Annotated[str, typer.Argument(metavar="RUN", help="a run folder, such as runs/quickstart")],
     against: Annotated[str | None, typer.Option(help="a run of the same recipe with p = 0, to compare with")] = None,
-    split: Annotated[str, typer.Option(help="train, validation or test; with --data, a split or file there")] = "test",
+    split: Annotated[
+        str | None, typer.Option(help="train, validation or test (the default); with --data, a split or file there")
+    ] = None,
     data: Annotated[str | None, typer.Option(help="folder or file with other texts")] = None,
     limit: Annotated[int, typer.Option(min=2, help="number of texts, drawn at random")] = 200,
     seed: Annotated[int, typer.Option(min=0, help="of texts, orders and bootstrap")] = 0,
@@ -102,8 +104,13 @@ def faithfulness(
 @app.command()
 def evaluate(
     run: Annotated[str, typer.Argument(metavar="RUN", help="a run folder, for example runs/quickstart")],
-    split: Annotated[str, typer.Option(help="train, validation or test; with --data, a split or file there")] = "test",
+    split: Annotated[
+        str | None, typer.Option(help="train, validation or test (the default); with --data, a split or file there")
+    ] = None,
     data: Annotated[str | None, typer.Option(help="folder or file with other texts")] = None,
+    format: Annotated[str | None, typer.Option(help="of DATA; auto goes by its ending; default: as in the run")] = None,
+    text_column: Annotated[str | None, typer.Option(help="of DATA: a name, or a number from 0")] = None,
+    label_column: Annotated[str | None, typer.Option(help="of DATA: a name, or a number from 0")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the scores as JSON.")] = False,
     batch_size: Annotated[int | None, typer.Option(min=1, help="texts per forward pass; as in training")] = None,
 ) -> None:
@@ -114,14 +121,26 @@ def evaluate(
     quiet_libraries()
     from tokmask_peft.training.evaluate import evaluate as score
 
-    result = score(run, split=split, data=data, batch_size=batch_size)
+    result = score(
+        run,
+        split=split,
+        data=data,
+        format=format,
+        text_column=_column(text_column),
+        label_column=_column(label_column),
+        batch_size=batch_size,
+    )
     if as_json:
         typer.echo(json.dumps(result, indent=2, ensure_ascii=False))
     else:
         console = make_console()
-        print_scores(console, {split: result})
-        for reason in result.get("not_as_trained", ()):
+        print_scores(console, {split or Path(data or "test").name: result})
+        for reason in (*result.get("warnings", ()), *result.get("not_as_trained", ())):
             console.print(f"Caution: {reason}", markup=False)
+
+
+def _column(given: str | None) -> str | int | None:
+    return int(given) if given is not None and given.removeprefix("-").isdecimal() else given
 
 
 @app.command()

@@ -107,12 +107,14 @@ def test_what_was_not_measured_is_not_shown():
     assert "no test split" in card
 
 
-def test_a_run_below_the_baseline_or_without_masking_says_so():
-    below = make_result(baseline=run_files.part(LABELS, 0.62, method="n-grams"))
-    card = card_of(make_recipe(masking={"p": 0.0}), below)
-    for phrase in ("does not beat", "without token masking"):
-        assert phrase in card
-        assert phrase not in card_of()
+def test_the_card_has_the_verdict_on_the_baseline():
+    assert "The adapter beats the character n-gram baseline" in card_of()
+    unclear = run_files.part(LABELS, 0.62, method="n-grams", interval=[-0.1, 0.1], verdict="cannot tell")
+    assert "cannot tell whether" in card_of(result=make_result(baseline=unclear))
+
+
+def test_a_run_without_masking_does_not_claim_it():
+    assert "without token masking" in card_of(make_recipe(masking={"p": 0.0}))
 
 
 def test_a_label_cannot_break_a_table():
