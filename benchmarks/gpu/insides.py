@@ -25,10 +25,10 @@ from tokmask_peft.model.decisions import (
     choose_quantization,
     enable_checkpointing,
 )
+from tokmask_peft.model.layers import place_embedding
 from tokmask_peft.model.memory.estimate import Estimate, Setting, estimate
 from tokmask_peft.model.memory.step import Shape, bare_model
 from tokmask_peft.model.packed import enable_padding_free
-from tokmask_peft.model.placement import place_embedding
 from tokmask_peft.recipe.schema import AdapterConfig, ModelConfig, Recipe
 from tokmask_peft.tasks import get_task
 from tokmask_peft.training.environment import versions

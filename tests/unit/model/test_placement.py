@@ -14,7 +14,7 @@ from tokmask_peft.masking.masker import TokenMasker
 from tokmask_peft.model.adapter import add_adapter, save_adapter
 from tokmask_peft.model.backbone import load_backbone
 from tokmask_peft.model.decisions import bitsandbytes_problem
-from tokmask_peft.model.placement import HostEmbedding, place_embedding
+from tokmask_peft.model.layers import HostEmbedding, place_embedding
 from tokmask_peft.recipe import TokenMaskConfig
 from tokmask_peft.recipe.loading import load_recipe
 from tokmask_peft.recipe.schema import AdapterConfig
