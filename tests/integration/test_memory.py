@@ -152,33 +152,28 @@ def test_auto_batch_ends_with_a_single_text(write_recipe, monkeypatch):
     run_out(monkeypatch, above=0)
     with pytest.raises(RunError, match=r"out of memory with a single text of up to \d+ sub-tokens \(CUDA") as caught:
         train(write_recipe(), "none", "training.auto_batch=true")
-    message = str(caught.value)
-    for key in ("model.gradient_checkpointing=true", "model.quantization=nf4", "model.embedding=offload"):
-        assert key in message
-    assert "batch" not in message
+    found = " ".join(caught.value.fields["suggestions"])
+    assert all(key in found for key in ("gradient_checkpointing=true", "quantization=nf4", "embedding=offload"))
+    assert "batch" not in found
     monkeypatch.setattr("transformers.BertForSequenceClassification.supports_gradient_checkpointing", False)
-    with pytest.raises(RunError, match=r"adapter\.layers=0\.5") as caught:
+    with pytest.raises(RunError) as caught:
         train(write_recipe(), "none-either", "training.auto_batch=true", "model.embedding=offload")
-    assert "checkpointing" not in str(caught.value)
-    assert "model.embedding" not in str(caught.value)
-
-
-class Started(Exception):
-    """Training would start now."""
+    found = " ".join(caught.value.fields["suggestions"])
+    assert "adapter.layers=0.5" in found
+    assert "checkpointing" not in found
+    assert "model.embedding" not in found
+    with pytest.raises(RecipeError, match=r"training.auto_batch changes batch_size"):
+        load_recipe(write_recipe(), ["training.auto_batch=true", "training.tokens_per_batch=64"])
 
 
 def forecast_of_a_run(monkeypatch, recipe):
     """Return the forecast that a run makes before it starts."""
     made, forecast = [], fits.forecast
     monkeypatch.setattr(fits, "forecast", lambda *given, **more: made.append(forecast(*given, **more)) or made[-1])
-    monkeypatch.setattr(OrderedEvalTrainer, "train", start)
-    with pytest.raises(Started):
+    monkeypatch.setattr(OrderedEvalTrainer, "train", lambda *_, **__: pytest.fail("starts"))
+    with pytest.raises(pytest.fail.Exception, match="starts"):
         tokmask_peft.train(recipe)
     return made[0]
-
-
-def start(*_, **__):
-    raise Started
 
 
 def test_a_run_that_will_not_fit_is_reported_before_it_starts(write_recipe, monkeypatch, capsys):
@@ -323,13 +318,3 @@ def test_a_token_budget_makes_the_batches_and_a_resumed_run_the_same(write_recip
     assert broken.result.steps == whole.result.steps
     for name, value in weights(whole).items():
         torch.testing.assert_close(weights(broken)[name], value, atol=1e-6, rtol=0)
-
-
-def test_recipes_that_say_no_batch_are_refused(write_recipe):
-    with pytest.raises(RecipeError) as caught:
-        train(write_recipe(), "small", "training.tokens_per_batch=16")
-    assert caught.value.code == "budget-too-small"
-    with pytest.raises(RecipeError, match=r"training.auto_batch changes batch_size"):
-        load_recipe(write_recipe(), ["training.auto_batch=true", "training.tokens_per_batch=64"])
-    with pytest.raises(RecipeError, match="expected 'auto' or true or false"):
-        load_recipe(write_recipe(), ["model.gradient_checkpointing=1"])

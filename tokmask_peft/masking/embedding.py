@@ -73,10 +73,12 @@ def find_embedding(model: nn.Module) -> nn.Module:
         why = "has no get_input_embeddings(); give a transformers model, bare or wrapped by PEFT, DDP or accelerate"
         raise refusal("no-embedding", why)
     embedding: nn.Module = base.get_input_embeddings()
+    if type(embedding) is not nn.Embedding:
+        return embedding
     # T5's encoder has a lookup of its own, tied to the one that is returned here (transformers 5)
-    weight = getattr(embedding, "weight", None)
-    tied = [part for part in base.modules() if type(part) is nn.Embedding and part.weight is weight]
-    return next((part for part in tied if part is not embedding), embedding)
+    lookups = [part for part in base.modules() if type(part) is nn.Embedding or hasattr(part, "token_adapter")]
+    tied = (part for part in lookups if part is not embedding and embedding_weight(part) is embedding.weight)
+    return next(tied, embedding)
 
 
 def embedding_weight(embedding: nn.Module) -> Tensor:

@@ -100,7 +100,7 @@ def load_backbone(
 
 
 def load_tokenizer(config: ModelConfig, location: str | None = None) -> Any:
-    """Load the backbone's tokenizer, with a pad token, padding and truncating on the right; a ModelError if it has none."""
+    """Load the backbone's tokenizer, with a pad token, padding and truncating on the right, or raise a ModelError."""
     location = location or backbone_location(config)
     source = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     try:

@@ -66,10 +66,9 @@ class Forecast:
 
     def warning(self) -> str | None:
         """Return the warning before a training that does not fit."""
-        if self.memory is None or self.fits:
-            return None
         taken = f"the largest batch would take {shown(self.largest.total)}; {self.memory}"
-        return "\n".join([f"Warning: {taken}. It may run out of memory.", *(f"  {one}" for one in self.suggestions)])
+        lines = [f"Warning: {taken}. It may run out of memory.", *(f"  {one}" for one in self.suggestions)]
+        return None if self.fits else "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-able form; all sizes in bytes."""

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers
+from peft import LoraConfig, get_peft_model
 from tiny_models import TEXTS, seen_ids, tiny_tokenizer
 
 from tokmask_peft.data.encoding import Encoder
@@ -108,12 +109,15 @@ def test_ids_that_reach_the_lookup_transposed_are_masked_as_texts(unit):
     assert torch.equal(seen[0], torch.where(expected, mask, ids).T)
 
 
-def test_an_encoder_with_a_lookup_of_its_own_is_masked(tmp_path):
+@pytest.mark.parametrize("trained_row", [False, True])
+def test_an_encoder_with_a_lookup_of_its_own_is_masked(tmp_path, trained_row):
     model, tokenizer = build("T5", "TokenClassification")
     model.save_pretrained(tmp_path)
     model = type(model).from_pretrained(tmp_path).train()
     batch = tokenizer(TEXTS, padding=True, return_tensors="pt", return_token_type_ids=False)
-    with TokenMasker.attach(model, tokenizer, TokenMaskConfig(p=0.5)) as masker:
+    if trained_row:
+        model = get_peft_model(model, LoraConfig(trainable_token_indices={"embed_tokens": [4]})).train()
+    with TokenMasker.attach(model, tokenizer, TokenMaskConfig(p=0.5, trainable_mask=trained_row)) as masker:
         masked = model(**batch).logits
         assert 0.3 < masker.observed_rate < 0.7
     assert not torch.allclose(masked, model(**batch).logits)

@@ -205,9 +205,7 @@ def test_of_a_real_backbone_with_a_trained_row(runs, monkeypatch):
     if not runs:
         monkeypatch.setattr(decisions, "bitsandbytes_problem", lambda device_type: "no")
     sections = {"training": {"batch_size": 1, "eval_batch_size": 1}, "data": {"max_length": 16}}
-    recipe = make_recipe(
-        "x", **sections, masking={"trainable_mask": True}, model={"gradient_checkpointing": False}
-    )
+    recipe = make_recipe("x", **sections, masking={"trainable_mask": True}, model={"gradient_checkpointing": False})
     tight = forecast(recipe, setting_of(config), "padded", None, Memory(GIB // 2, "RAM"))
     found = {one.text: one.total for one in tight.suggestions}
     row = 200_000 * 32 * 4
