@@ -28,7 +28,8 @@ from tokmask_peft.data.corpus import load_corpus
 from tokmask_peft.masking.config import TokenMaskConfig
 from tokmask_peft.masking.masker import TokenMasker
 from tokmask_peft.model.adapter import add_adapter, inputs_as_they_come
-from tokmask_peft.model.backbone import load_backbone, quick_dropout
+from tokmask_peft.model.backbone import load_backbone
+from tokmask_peft.model.layers import quick_dropout
 from tokmask_peft.model.location import backbone_location
 from tokmask_peft.model.packed import enable_padding_free
 from tokmask_peft.recipe.schema import AdapterConfig, ModelConfig, Recipe

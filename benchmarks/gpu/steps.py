@@ -31,7 +31,7 @@ from tokmask_peft.model.decisions import enable_checkpointing
 from tokmask_peft.model.memory.estimate import Setting, estimate
 from tokmask_peft.model.memory.step import Shape, bare_model
 from tokmask_peft.model.packed import enable_padding_free
-from tokmask_peft.model.placement import place_embedding
+from tokmask_peft.model.layers import place_embedding
 from tokmask_peft.recipe.schema import AdapterConfig, Recipe
 
 SIZE, CLASSES = 4 if DRY else 32, 3

@@ -52,7 +52,8 @@ class Classifier:
         self.model, self.labels = self.model.eval(), tuple(self.labels)
         self.device = next(self.model.parameters()).device
         self.encoder = Encoder(self.tokenizer, self.task, self.max_length)
-        self.forward = Forward(self.model, self.tokenizer.pad_token_id, self.task, self.dtype)
+        pad_id, side = self.tokenizer.pad_token_id, self.tokenizer.padding_side
+        self.forward = Forward(self.model, pad_id, self.task, self.dtype, side)
 
     def predict(self, texts: Sequence[str] | Sequence[Sequence[str]], batch_size: int = BATCH_SIZE) -> list[Answer]:
         """Classify texts.

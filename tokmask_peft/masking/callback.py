@@ -96,10 +96,20 @@ class TokenMaskCallback(TrainerCallback, ExportableState):
         masker.enabled = True
 
     def on_step_end(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
-        """Switch masking off."""
+        """Switch masking off.
+
+        Raises:
+            MaskTokenError: the first step looked up no ids where the masker is, so nothing was masked.
+        """
         self._steps += 1
-        if self.masker is not None:
-            self.masker.enabled = False
+        if self.masker is None:
+            return
+        self.masker.enabled = False
+        before = (state.global_step - 1) * args.gradient_accumulation_steps
+        if self._steps == 1 and not self.config.is_off and self.masker.step == before:  # read once: it waits for a GPU
+            why = "no training forward looked up ids in the input embedding"
+            remedy = "Call the model with input_ids instead of inputs_embeds, use another backbone, or set p to 0"
+            raise MaskTokenError(f"token masking masked nothing: {why}. {remedy}", code="masked-nothing")
 
     def on_log(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
         """Show the logged values to the schedule, and add the masking rate to those of training."""
@@ -119,11 +129,9 @@ class TokenMaskCallback(TrainerCallback, ExportableState):
             self.config.model_copy(update=resolved).save_pretrained(folder)
 
     def on_train_end(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
-        """Detach the masker, and warn if it never saw a token."""
+        """Detach the masker, and warn if no text had a token that may be masked."""
         if self.masker and self._steps and not self.config.is_off and math.isnan(self.masker.observed_rate):
-            why = "no training forward looked up maskable ids in the input embedding"
-            ask = "Is the model called with inputs_embeds, or does it look up its ids elsewhere?"
-            warnings.warn(f"Token masking masked nothing: {why}. {ask}", stacklevel=2)
+            warnings.warn("Token masking masked nothing: no text has a token that may be masked", stacklevel=2)
         self.detach()
 
     def detach(self) -> None:

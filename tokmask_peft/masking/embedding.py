@@ -10,6 +10,14 @@ from torch import Tensor, nn
 from tokmask_peft.errors import MaskTokenError
 from tokmask_peft.masking.replacement import MaskToken, used_rows
 
+SEQUENCE_FIRST = ("xlnet",)
+"""Model types that look up their ids as [seq, batch]."""
+
+
+def is_sequence_first(model: nn.Module) -> bool:
+    """Return whether a model transposes its ids before it looks them up."""
+    return getattr(getattr(unwrap(model), "config", None), "model_type", None) in SEQUENCE_FIRST
+
 
 def is_sharded(weight: Tensor) -> bool:
     """Return whether a weight is spread over processes."""
@@ -65,7 +73,12 @@ def find_embedding(model: nn.Module) -> nn.Module:
         why = "has no get_input_embeddings(); give a transformers model, bare or wrapped by PEFT, DDP or accelerate"
         raise refusal("no-embedding", why)
     embedding: nn.Module = base.get_input_embeddings()
-    return embedding
+    if type(embedding) is not nn.Embedding:
+        return embedding
+    # T5's encoder has a lookup of its own, tied to the one that is returned here (transformers 5)
+    lookups = [part for part in base.modules() if type(part) is nn.Embedding or hasattr(part, "token_adapter")]
+    tied = (part for part in lookups if part is not embedding and embedding_weight(part) is embedding.weight)
+    return next(tied, embedding)
 
 
 def embedding_weight(embedding: nn.Module) -> Tensor:

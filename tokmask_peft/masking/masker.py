@@ -47,6 +47,7 @@ class TokenMasker:
         self.config, self.mask_token, self.seed, self.rank = config, token, 0, 0
         self.enabled, self.attached, self.replaceable = True, False, False
         self._embedding, self._rate = rows_of.find_embedding(model), 0.0
+        self._transposed = rows_of.is_sequence_first(model)
         weight = rows_of.embedding_weight(self._embedding)
         rows, device = weight.shape[0], weight.device
         # Tensors that are written in place: a compiled graph reads them anew, whereas a number would be baked in.
@@ -133,7 +134,7 @@ class TokenMasker:
 
     def _mask(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         training = module.training and self.enabled and torch.is_grad_enabled()
-        return _swap(args, kwargs, self._masked) if training else None
+        return _swap(args, kwargs, self._masked, self._transposed) if training else None
 
     def _masked(self, given: Tensor) -> Tensor:
         """Return the ids to look up, for those that the embedding is called with: [batch, seq] or [seq]."""
@@ -263,7 +264,7 @@ class Occlusion:
     def __init__(self, model: nn.Module, tokenizer: Any, config: TokenMaskConfig | None = None) -> None:
         self.trained = None if config is None else not config.is_off
         config = config or TokenMaskConfig()
-        self._embedding = rows_of.find_embedding(model)
+        self._embedding, self._transposed = rows_of.find_embedding(model), rows_of.is_sequence_first(model)
         rows = rows_of.embedding_weight(self._embedding).shape[0]
         self.mask_token = choose_mask_token(tokenizer, rows, config.mask_token)
         name = tokenizer.convert_ids_to_tokens(self.mask_token.id)
@@ -297,7 +298,7 @@ class Occlusion:
 
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             mine = threading.get_ident() == thread  # a server may predict in one thread and explain in another
-            return _swap(args, kwargs, hide) if mine else None
+            return _swap(args, kwargs, hide, self._transposed) if mine else None
 
         handle = self._embedding.register_forward_pre_hook(hook, with_kwargs=True)
         try:
@@ -306,9 +307,9 @@ class Occlusion:
             handle.remove()
 
 
-def _swap(args: tuple[Any, ...], kwargs: dict[str, Any], swapped: Callable[[Tensor], Tensor]) -> Any:
+def _swap(args: tuple[Any, ...], kwargs: dict[str, Any], swapped: Callable[[Tensor], Tensor], transposed: bool) -> Any:
     """Return the arguments of an embedding with other ids, its first argument, which may have a name."""
-    if args:
-        return (swapped(args[0]), *args[1:]), kwargs
-    name = next(iter(kwargs))
-    return args, {**kwargs, name: swapped(kwargs[name])}
+    name = None if args else next(iter(kwargs))
+    given = args[0] if name is None else kwargs[name]
+    ids = swapped(given.t()).t() if transposed else swapped(given)
+    return ((ids, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: ids})

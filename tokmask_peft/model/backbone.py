@@ -1,24 +1,22 @@
-"""Load a backbone with a new classification head, and its tokenizer; layers that compute otherwise than torch's."""
+"""Load a backbone with a new classification head, and its tokenizer."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate.utils import parse_flag_from_env
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig
 
 from tokmask_peft.console import Decision
 from tokmask_peft.errors import ModelError, first_line
 from tokmask_peft.model.decisions import choose_precision, choose_quantization
+from tokmask_peft.model.layers import Float32Linear, is_quantized, place_embedding
 from tokmask_peft.model.location import backbone_location
-from tokmask_peft.model.placement import place_embedding
+from tokmask_peft.model.packed import family_of
 from tokmask_peft.recipe.schema import ModelConfig
 from tokmask_peft.tasks import get_task
 
@@ -31,8 +29,7 @@ transformers strips only `.weight` when it looks for the last module, so that a 
 _ATTENTION_DROPOUT = ("attention_dropout", "attention_probs_dropout_prob")
 """What the configs of transformers call the dropout on attention weights."""
 
-_STEPS = 1 << 16
-"""Probabilities that `dropout` can tell apart on a CPU."""
+_SHORT, _LONG = "la neta", "la neta this weather is too hot for me today"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,61 +44,6 @@ class Backbone:
     quantization: str
 
 
-class Float32Linear(nn.Linear):
-    """A linear layer that computes in fp32 whatever comes in, with autocast or without."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Map `[..., in_features]` of any dtype to fp32 `[..., out_features]`."""
-        with torch.autocast(input.device.type, enabled=False):
-            bias = None if self.bias is None else self.bias.float()
-            return F.linear(input.float(), self.weight.float(), bias)
-
-
-def dropout(x: Tensor, p: float) -> Tensor:
-    """Return `x` with each element zero with probability `p`, and otherwise divided by 1 - p; the gradient likewise.
-
-    On a CPU, `p` is rounded to the nearest 65,536th, and what stays is divided by the rounded 1 - p, so that the mean
-    is that of `x`. The draws, 16 bits per element, come from torch's default generator in an order of their own: for
-    the same seed, the mask differs from torch's. On other devices this is torch's dropout.
-
-    torch draws a random number and a `double` for each element, one at a time (`bernoulli_`, torch 2.13). On one core
-    of an EPYC, for 985 sub-tokens of 384 dimensions, that takes 2.35 ms and this .59. A packed training step of MiniLM
-    in fp32 takes .92 of the CPU time (.89 to .97 in seven interleaved rounds on a Xeon).
-    """
-    kept = round((1 - p) * _STEPS)
-    if x.device.type != "cpu" or kept == 0:
-        return F.dropout(x, p)
-    if kept == _STEPS:
-        return x
-    count = x.numel()
-    draws = torch.empty((count + 3) // 4, dtype=torch.int64, device=x.device).random_(-(1 << 63), None)
-    noise = torch.empty(count, dtype=x.dtype, device=x.device)
-    # written as numbers at once, because converting booleans costs more
-    torch.lt(draws.view(torch.int16)[:count], kept - _STEPS // 2, out=noise)
-    return x * noise.mul_(_STEPS / kept).view(x.shape)
-
-
-class QuickDropout(nn.Dropout):
-    """`nn.Dropout` that draws as `dropout` does."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Drop elements in training mode."""
-        return dropout(input, self.p) if self.training else input
-
-
-@contextlib.contextmanager
-def quick_dropout(model: nn.Module) -> Iterator[None]:
-    """Turn the `nn.Dropout` modules of a model, with an adapter or without, into `QuickDropout` for the time being."""
-    modules = [module for module in model.modules() if type(module) is nn.Dropout and not module.inplace]
-    for module in modules:
-        module.__class__ = QuickDropout
-    try:
-        yield
-    finally:
-        for module in modules:
-            module.__class__ = nn.Dropout
-
-
 def load_backbone(
     config: ModelConfig, task: str, labels: tuple[str, ...], device: torch.device, location: str | None = None
 ) -> Backbone:
@@ -113,7 +55,7 @@ def load_backbone(
     fp32 with either), and inputs get no gradients, which only reentrant checkpointing needs.
 
     Raises:
-        ModelError: the backbone cannot be loaded, or not as the recipe asks.
+        ModelError: the backbone cannot be loaded, or not as the recipe asks, or its answers depend on padding.
     """
     location = location or backbone_location(config)
     precision, quantization = choose_precision(config, device), choose_quantization(config, device)
@@ -134,8 +76,8 @@ def load_backbone(
     extra: dict[str, Any] = {}
     try:
         if config.attention_dropout is not None:
-            found = AutoConfig.from_pretrained(location, **source)
-            extra[attention_dropout_name(location, found)] = config.attention_dropout
+            name = attention_dropout_name(location, AutoConfig.from_pretrained(location, **source))
+            extra[name] = config.attention_dropout
         if quantization.choice != "none":
             # a pooler that the checkpoint lacks must not be quantized either; this finds it without loading any weights
             with torch.random.fork_rng():
@@ -144,30 +86,27 @@ def load_backbone(
             extra["device_map"] = {"": device}
         model, info = load(**extra)
     except (OSError, ValueError, ImportError) as error:
-        message = load_problem("backbone", location, error)
-        raise ModelError(message, code="backbone-not-loaded", location=location) from error
+        raise load_error("backbone", location, error) from error
     model.config.pad_token_id, model.config.use_cache = tokenizer.pad_token_id, False
     new_modules = _new_modules(model, info)
     hold_in_fp32(model, new_modules)
     keep_gradients_after_eval(model)
-    placed = place_embedding(model, config.embedding, device)
-    decisions = (Decision("device", str(device), "set by accelerate"), precision, quantization, *placed)
-    return Backbone(model, tokenizer, new_modules, decisions, dtype, quantization.choice)
+    tokenizer.padding_side = padding_side(model, tokenizer, dtype)
+    decisions = [Decision("device", str(device), "set by accelerate"), precision, quantization]
+    if tokenizer.padding_side == "left":
+        decisions.append(Decision("padding", "left", f"{type(model).__name__} reads its answer at the last position"))
+    decisions += place_embedding(model, config.embedding, device)
+    return Backbone(model, tokenizer, new_modules, tuple(decisions), dtype, quantization.choice)
 
 
 def load_tokenizer(config: ModelConfig, location: str | None = None) -> Any:
-    """Load the backbone's tokenizer, with a pad token, padding and truncating on the right.
-
-    Raises:
-        ModelError: the tokenizer cannot be loaded, or has neither a pad nor an end token.
-    """
+    """Load the backbone's tokenizer, with a pad token, padding and truncating on the right, or raise a ModelError."""
     location = location or backbone_location(config)
     source = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     try:
         tokenizer = AutoTokenizer.from_pretrained(location, **source)
     except (OSError, ValueError, ImportError) as error:
-        message = load_problem("tokenizer", location, error)
-        raise ModelError(message, code="tokenizer-not-loaded", location=location) from error
+        raise load_error("tokenizer", location, error) from error
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             message = f"the tokenizer of {location} has neither a pad nor an end token; use another backbone"
@@ -177,12 +116,13 @@ def load_tokenizer(config: ModelConfig, location: str | None = None) -> Any:
     return tokenizer
 
 
-def load_problem(what: str, location: str, error: Exception) -> str:
-    """Explain in one message why a part of a backbone cannot be loaded, and what to check."""
-    return (
+def load_error(what: str, location: str, error: Exception) -> ModelError:
+    """Return the error that explains why a part of a backbone cannot be loaded, and what to check."""
+    message = (
         f"the {what} cannot be loaded from {location}: {first_line(error)} "
         "Check model.backbone (a Hub id or a folder), the network, and `hf auth login` for gated models."
     )
+    return ModelError(message, code=f"{what}-not-loaded", location=location)
 
 
 def attention_dropout_name(location: str, found: Any) -> str:
@@ -208,9 +148,34 @@ def quantization_config(kind: str, compute_dtype: torch.dtype, keep: list[str]) 
     )
 
 
-def is_quantized(module: nn.Module) -> bool:
-    """Return whether a module is a bitsandbytes layer."""
-    return type(module).__module__.startswith("bitsandbytes.")
+@torch.no_grad()
+def padding_side(model: Any, tokenizer: Any, dtype: torch.dtype) -> str:
+    """Return the side to pad on so that a text's answer is the one that it gets alone; a ModelError if there is none.
+
+    Right wherever that serves, left for a model that pools the last position (XLNet), none for FNet, YOSO, CANINE and
+    others. Families that take packed rows are known to need no such test, which takes two or three forward passes.
+    """
+    if family_of(model) is not None or model.config.is_encoder_decoder:  # the latter are refused when they are masked
+        return "right"
+    low = dtype == torch.bfloat16
+    exact = not low and not any(is_quantized(part) for part in model.modules())
+    tolerance = 1e-4 if exact else 0.1  # tiny random models: 1e-6 of the logits' norm, .01 in bf16; padding .2 to 1
+
+    def logits(*texts: str, side: str = "right") -> Any:
+        options = {"padding": True, "padding_side": side, "return_tensors": "pt", "return_token_type_ids": False}
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=low):
+            return model(**tokenizer(list(texts), **options).to(model.device)).logits.float()
+
+    with torch.random.fork_rng(devices=()):  # YOSO draws
+        alone = logits(_SHORT)
+        for side in ("right", "left") if alone.dim() == 2 else ("right",):
+            padded = logits(_SHORT, _LONG, side=side)[:1]
+            padded = padded if alone.dim() == 2 else padded[:, : alone.shape[1]]
+            if not (padded - alone).norm() > tolerance * alone.norm():
+                return side
+    name = type(model).__name__
+    problem = f"{name} reads its padding: a text's answer depends on the longest text in its batch"
+    raise ModelError(f"{problem}; use another backbone, as in `tokmask recipes`", code="reads-padding", model=name)
 
 
 def keep_gradients_after_eval(model: nn.Module) -> None:
@@ -225,10 +190,10 @@ def keep_gradients_after_eval(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
-def head_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules of the head by name: the children, other than its backbone, of a model without an adapter."""
-    children = {name: module for name, module in model.named_children() if module is not model.base_model}
-    return {name: module for name, module in children.items() if any(True for _ in module.parameters())}
+def head_modules(model: nn.Module) -> tuple[str, ...]:
+    """Name the modules of the head: the children, other than its backbone, of a model without an adapter."""
+    children = [(name, module) for name, module in model.named_children() if module is not model.base_model]
+    return tuple(name for name, module in children if any(True for _ in module.parameters()))
 
 
 def _new_modules(model: nn.Module, info: dict[str, Any]) -> tuple[str, ...]:
@@ -243,8 +208,7 @@ def _new_modules(model: nn.Module, info: dict[str, Any]) -> tuple[str, ...]:
 def hold_in_fp32(model: nn.Module, new_modules: tuple[str, ...]) -> None:
     """Convert the new modules to fp32, in place, and make their linear layers compute in fp32.
 
-    Raises:
-        ModelError: one is quantized; training it would fail, or silently not happen.
+    A ModelError says that one is quantized: training it would fail, or silently not happen.
     """
     for name in new_modules:
         module = model.get_submodule(name)

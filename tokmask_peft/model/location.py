@@ -22,11 +22,7 @@ _ANY_LENGTH = ("jamba", "zamba")
 
 
 def backbone_location(config: ModelConfig) -> str:
-    """Return the folder or Hub id to load the backbone from.
-
-    Raises:
-        ModelError: `backbone_path` names a folder or an installed package that does not exist.
-    """
+    """Return the folder or Hub id to load the backbone from; a ModelError if what `backbone_path` names is missing."""
     wanted = config.backbone_path
     if wanted is None:
         return config.backbone
@@ -59,10 +55,9 @@ def config_at_hand(model: ModelConfig) -> Mapping[str, Any]:
 
 
 def position_limit(config: Mapping[str, Any]) -> int | None:
-    """Return the sub-tokens that a model has positions for, special tokens included; None if any number.
+    """Return the sub-tokens that a model with this `config.json` has positions for, special tokens included.
 
-    `config` is what `config.json` holds. Rotary and relative positions have no end, although long texts may be read
-    badly.
+    None is any number: rotary and relative positions have no end, although long texts may be read badly.
     """
     config = config.get("text_config") or config
     kind, relative = config.get("model_type"), "relative_attention_num_buckets" in config
@@ -75,11 +70,7 @@ def position_limit(config: Mapping[str, Any]) -> int | None:
 
 
 def check_length(recipe: Recipe, config: Mapping[str, Any]) -> None:
-    """Check that texts of `data.max_length` sub-tokens fit the positions of the backbone with this config.
-
-    Raises:
-        RecipeError: they do not, with the greatest length that does.
-    """
+    """Raise a RecipeError if texts of `data.max_length` sub-tokens exceed the positions of a backbone's config."""
     limit, asked = position_limit(config), recipe.data.max_length
     if limit is not None and asked > limit:
         problem = f"data.max_length: is {asked}, but {recipe.model.backbone} has positions for {limit} sub-tokens"

@@ -40,11 +40,11 @@ from tokmask_peft.masking.embedding import embedding_weight, find_embedding, pre
 from tokmask_peft.masking.replacement import MaskToken, choose_mask_token
 from tokmask_peft.model.adapter import add_adapter, check_fit, gathered_weights, save_adapter
 from tokmask_peft.model.backbone import Backbone, load_backbone
-from tokmask_peft.model.decisions import can_checkpoint, enable_checkpointing, in_short, out_of_memory
+from tokmask_peft.model.decisions import enable_checkpointing, in_short, out_of_memory
+from tokmask_peft.model.layers import placement_problem
 from tokmask_peft.model.location import check_length
 from tokmask_peft.model.memory.suggestions import Phase, Situation, changed, memory_error, memory_errors, smaller_batch
 from tokmask_peft.model.packed import choose_batching, enable_padding_free
-from tokmask_peft.model.placement import placement_problem
 from tokmask_peft.recipe.loading import to_yaml
 from tokmask_peft.recipe.schema import Recipe, TrainingConfig
 from tokmask_peft.tasks import get_task
@@ -224,7 +224,7 @@ def prepare(recipe: Recipe, device: torch.device, console: Console) -> Prepared:
         console.print(f"{warning}\n", markup=False)
     decisions = (*backbone.decisions, batching, memory_decision, mask_decision, *adapter_decisions)
     print_decisions(console, decisions)
-    movable, checkpointable = placement_problem(backbone.model) is None, can_checkpoint(backbone.model)
+    movable, checkpointable = placement_problem(backbone.model) is None, loaded.supports_gradient_checkpointing
     situation = Situation("training", movable=movable, checkpointable=checkpointable)
     return Prepared(recipe, corpus, splits, backbone, model, mask, decisions, device, console, situation)
 

@@ -285,15 +285,25 @@ def test_generation_and_reference_passes_in_train_mode_are_not_masked(tmp_path):
     assert all(torch.equal(one, other) for one, other in zip(plain, ids[3::4], strict=True))  # same pattern
 
 
-def test_a_masker_that_saw_no_ids_is_reported(tmp_path):
+def test_a_masker_that_sees_no_ids_ends_the_training(tmp_path):
     class Embedded(Trainer):
         def compute_loss(self, model, inputs, *args, **kwargs):
             with torch.no_grad():
                 embedded = model.get_input_embeddings()(inputs.pop("input_ids"))
             return super().compute_loss(model, {**inputs, "inputs_embeds": embedded}, *args, **kwargs)
 
+    options = {"cls": Embedded, "max_steps": 3, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+    trainer(tmp_path, [TokenMaskCallback(TokenMaskConfig(p=0.0))], **options).train()
+    made = trainer(tmp_path, [TokenMaskCallback()], **options)
+    with pytest.raises(MaskTokenError, match="inputs_embeds") as caught:
+        made.train()
+    assert (caught.value.code, made.state.global_step) == ("masked-nothing", 1)
+
+
+def test_texts_without_a_maskable_token_are_reported(tmp_path):
+    config = TokenMaskConfig(protect=tuple(range(332)))
     with pytest.warns(UserWarning, match="masked nothing"):
-        trainer(tmp_path, [TokenMaskCallback()], cls=Embedded, max_steps=1, per_device_train_batch_size=1).train()
+        trainer(tmp_path, [TokenMaskCallback(config)], max_steps=1, per_device_train_batch_size=1).train()
 
 
 @pytest.mark.parametrize("case", ["rebuilt by the Trainer", "checkpoint without the callback"])
