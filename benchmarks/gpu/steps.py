@@ -28,10 +28,10 @@ from tokmask_peft.masking.masker import TokenMasker
 from tokmask_peft.model.adapter import add_adapter
 from tokmask_peft.model.backbone import Backbone, head_modules, hold_in_fp32, keep_gradients_after_eval
 from tokmask_peft.model.decisions import enable_checkpointing
+from tokmask_peft.model.layers import place_embedding
 from tokmask_peft.model.memory.estimate import Setting, estimate
 from tokmask_peft.model.memory.step import Shape, bare_model
 from tokmask_peft.model.packed import enable_padding_free
-from tokmask_peft.model.layers import place_embedding
 from tokmask_peft.recipe.schema import AdapterConfig, Recipe
 
 SIZE, CLASSES = 4 if DRY else 32, 3
