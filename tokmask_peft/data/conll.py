@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 
-from tokmask_peft.data.tables import Columns
+from tokmask_peft.data.tables import Columns, Word, join_words
 from tokmask_peft.errors import DataError, nearest
 from tokmask_peft.tasks import Example, Unreadable
 
@@ -54,7 +54,7 @@ class ConllReader:
         stream = iter(lines)
         first = list(islice(stream, SNIFFED_LINES))
         self._lines = chain(first, stream)
-        self._name, self._task, self._labelled = name, columns.task, columns.labelled
+        self._name, self._wanted = name, columns
         self._tagged = columns.labelled and columns.task.words_given
         self._sniff(first)
         self._text = self._index(columns.text, 1 if self._conllu else 0, "text_column")
@@ -89,37 +89,34 @@ class ConllReader:
 
     def __iter__(self) -> Iterator[Example | Unreadable]:
         """Yield the texts in order, with the first problem of a text in its place."""
-        words: list[str] = []
-        tags: list[str] = []
-        label: str | None = None
-        where, broken = "", False
-        for number, line in enumerate(chain(self._lines, [""]), start=1):
+        return join_words(self._words(), self._name, self._wanted)
+
+    def _words(self) -> Iterator[Word | Unreadable | None]:
+        label, inside = None, False
+        for number, line in enumerate(self._lines, start=1):
+            where = f"{self._name}:{number}"
             if not line.strip(" \t"):
-                if words and not broken:
-                    found = tuple(tags) if self._task.words_given else label
-                    yield self._task.example(words, found if self._labelled else None, where)
-                words, tags, label, broken = [], [], None, False
-                continue
-            if broken:
+                yield None
+                label, inside = None, False
                 continue
             try:
-                if self._is_comment(line, inside=bool(words)):
+                if self._is_comment(line, inside):
                     label = _label_of(line) or label
                     continue
                 columns = self._columns(line)
             except DataError as error:
-                yield Unreadable(f"{self._name}:{number}", str(error), error.code)
-                broken = True
+                yield Unreadable(where, str(error), error.code)
+                inside = True
                 continue
-            if columns is None:
-                continue
-            if not words:
-                where = f"{self._name}:{number}"
-            words.append(columns[self._text])
-            tags.append(columns[self._tag] if self._tagged else "")
+            if columns is not None:
+                inside = True
+                tag = columns[self._tag] if self._tagged else label
+                yield where, columns[self._text], tag if self._wanted.labelled else None
 
     def _is_comment(self, line: str, inside: bool) -> bool:
         """Distinguish a comment from a word that begins with '#'."""
+        if line.startswith("-DOCSTART-") and not inside:  # CoNLL 2003: a document begins
+            return True
         if line.startswith("meta") and self._width == 2 and not inside:
             return len(line.split()) == 3
         if not line.startswith("#"):
