@@ -8,8 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from tokmask_peft.data.conll import Columns, Row
 from tokmask_peft.data.split import NAME_A_SPLIT, aliases
-from tokmask_peft.data.tables import Columns, DataFile, Row, class_names, examples, name_classes, parquet_rows, readable
+from tokmask_peft.data.tables import DataFile, class_names, examples, name_classes, parquet_rows, readable
 from tokmask_peft.errors import DataError, nearest
 from tokmask_peft.recipe.schema import SourceConfig
 from tokmask_peft.tasks import Example

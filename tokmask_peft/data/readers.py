@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import gzip
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from itertools import chain, islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from tokmask_peft.console import Decision
 from tokmask_peft.data import tables
-from tokmask_peft.data.conll import ConllReader
+from tokmask_peft.data.conll import BLANK, Columns, ConllReader, Row
 from tokmask_peft.data.split import NAME_A_SPLIT, aliases, canonical
-from tokmask_peft.data.tables import Columns, DataFile, Row, readable, unicode_problem
+from tokmask_peft.data.tables import DataFile, readable, unicode_problem
 from tokmask_peft.errors import DataError, TokmaskError, first_line, nearest
 from tokmask_peft.recipe.schema import SourceConfig
 from tokmask_peft.tasks import Example, Unreadable, get_task
@@ -21,6 +23,8 @@ from tokmask_peft.tasks import Example, Unreadable, get_task
 SHOWN = 5
 _PLACEHOLDERS = {"", "-", "_", "?", "-1", "none", "null"}
 _PACKED = {".xlsx", ".xls", ".ods", ".zip", ".gz", ".bz2", ".xz", ".zst", ".7z"}
+_QUOTED = r'"(?:[^"]++|"")*+"'
+_CELL = rf'(?:{_QUOTED}|[^"\t\n]*+)'
 _SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 
 Reader = Callable[[DataFile, Columns], Iterable[Example | Unreadable]]
@@ -37,9 +41,34 @@ def read_conll(file: DataFile, columns: Columns) -> Iterable[Example | Unreadabl
     return ConllReader(file.lines(), file.name, columns)
 
 
+def separator_of(file: DataFile) -> str:
+    """Return what separates the columns of a CSV file: what gives all rows the same number of columns, or a comma."""
+    for separator in ",;\t|":
+        rows = islice(tables.records(file.again().lines(keep_ends=True), separator), tables.SNIFFED)
+        if len(widths := {len(cells) for _, cells in rows if cells and cells != [""]}) == 1 and widths != {1}:
+            return separator
+    return ","
+
+
+def is_quoted(file: DataFile) -> bool:
+    """Return whether the quotes of a TSV file are those of pandas or Excel: every one belongs to a quoted cell.
+
+    At least one of these cells must have needed it, or all cells be quoted: a post may be a quotation.
+    """
+    needed, every = False, True
+    for taken, cells in tables.records(file.again().lines(keep_ends=True), "\t"):
+        row = "".join(taken).removesuffix("\n").removesuffix("\r")
+        if '"' in row:
+            if cells is None or not re.fullmatch(rf"{_CELL}(?:\t{_CELL})*", row):
+                return False
+            needed = needed or any(re.search('["\t\n]', cell) for cell in cells)
+        every = every and (not row or re.fullmatch(rf"{_QUOTED}(?:\t{_QUOTED})*", row) is not None)
+    return needed or every
+
+
 def read_csv(file: DataFile, columns: Columns) -> Iterable[Example | Unreadable]:
     """Read CSV; its separator may also be a semicolon, a tab or a vertical bar."""
-    if (separator := tables.separator_of(file)) != ",":
+    if (separator := separator_of(file)) != ",":
         why = "it gives all rows the same columns, a comma does not"
         columns.decisions.append(Decision(f"separator of {file.path.name}", repr(separator), why))
     return _separated(file, columns, separator, quoted=True)
@@ -47,7 +76,7 @@ def read_csv(file: DataFile, columns: Columns) -> Iterable[Example | Unreadable]
 
 def read_tsv(file: DataFile, columns: Columns) -> Iterable[Example | Unreadable]:
     """Read TSV, with its quotes as part of the texts unless all are those of a program that writes tables."""
-    if quoted := tables.is_quoted(file):
+    if quoted := is_quoted(file):
         why = "all of them enclose cells, as pandas and Excel write them"
         columns.decisions.append(Decision(f"quotes of {file.path.name}", "removed", why))
     return _separated(file, columns, "\t", quoted)
@@ -66,12 +95,69 @@ def read_txt(file: DataFile, columns: Columns) -> Iterable[Example | Unreadable]
     return (columns.task.example(line, None, f"{file.name}:{number}") for number, line in lines)
 
 
+_JSON_FORM = (
+    "Needed: one object per line, or one array of objects. For objects over several lines: jq -c . FILE > NEW.jsonl"
+)
+
+
+def jsonl_rows(file: DataFile) -> Iterator[Row]:
+    """Read one JSON object per line, or one array of objects, which is read whole.
+
+    Raises:
+        DataError: the file begins like an array, but is not one.
+    """
+    lines = enumerate(file.lines(), start=1)
+    start, first = 1, ""
+    for start, first in lines:
+        if first.strip():
+            break
+        yield Unreadable(f"{file.name}:{start}", "the row is blank", BLANK)
+    if first.lstrip().startswith("["):
+        rest = [line for _, line in lines]
+        whole = _json("\n".join([first, *rest]), file.name, start)
+        if not isinstance(whole, Unreadable):
+            yield from (_json_row(item, f"{file.name}[{index}]") for index, item in enumerate(whole))
+            return
+        if isinstance(_json(first, file.name, start), Unreadable):
+            raise DataError(f"{whole.where}: {whole.problem}", code=whole.code, where=whole.where)
+        lines = enumerate(rest, start=start + 1)
+    for number, line in chain([(start, first)] if first.strip() else [], lines):
+        where = f"{file.name}:{number}"
+        blank = Unreadable(where, "the row is blank", BLANK)
+        yield _json_row(_json(line, file.name, number), where) if line.strip() else blank
+
+
+def _json(text: str, name: str, number: int) -> Any:
+    """Return the value of a JSON text that begins in the line of a number, or why there is none."""
+    try:
+        return json.loads(text, object_pairs_hook=_object)
+    except DataError as error:
+        return Unreadable(f"{name}:{number}", str(error), error.code)
+    except (ValueError, RecursionError) as error:
+        problem = f"this line is not JSON ({getattr(error, 'msg', error)}). {_JSON_FORM}"
+        return Unreadable(f"{name}:{number + getattr(error, 'lineno', 1) - 1}", problem, "not-json")
+
+
+def _json_row(value: Any, where: str) -> Row:
+    if isinstance(value, Unreadable):
+        return value
+    problem = f"this is JSON, but a {type(value).__name__}. {_JSON_FORM}"
+    return (where, value) if isinstance(value, dict) else Unreadable(where, problem, "not-json")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object whose names all differ."""
+    if len(row := dict(pairs)) < len(pairs):
+        tables.unique_names([name or '""' for name, _ in pairs])
+    return row
+
+
 READERS: dict[str, Reader] = {
     ".conll": read_conll,
     ".conllu": read_conll,
     ".csv": read_csv,
     ".tsv": read_tsv,
-    ".jsonl": table(tables.jsonl_rows),
+    ".jsonl": table(jsonl_rows),
     ".parquet": table(tables.parquet_rows),
     ".txt": read_txt,
 }

@@ -13,30 +13,22 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
-from itertools import chain, groupby, islice
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from tokmask_peft.console import Decision
+from tokmask_peft.data.conll import BLANK, Columns, Row, grouping, is_blank, join_words, words_of_rows
 from tokmask_peft.errors import DataError, first_line, nearest
 from tokmask_peft.tasks import TASKS, Example, Task, Unreadable
 
-Row = tuple[str, dict[str, Any]] | Unreadable
-"""The place of a row (`file:line`) and its cells by column, or why it has none."""
 Cells = tuple[str, list[str]] | Unreadable
 """The same before columns have names."""
-
-Word = tuple[str, str, str | None]
-"""A word with its place and its tag or its text's label."""
 
 SNIFFED = 1000
 """Rows from which separator, header and grouping are decided."""
 LONGEST = 20_000_000
 """Characters in a row of several lines: a quote that is not closed within them is a stray one."""
-BLANK = "blank-row"
-"""The code of a blank line in a table: it has no text, but may end one."""
-
 _BOMS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF32_LE: "utf-32-le", codecs.BOM_UTF32_BE: "utf-32-be"}
 _BOMS |= {codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
 _UNPACK = "Unpack it, and name the text file"
@@ -53,22 +45,6 @@ _MAGIC = {
 }
 _NAMES = {"id", "word", "token", "tag", "sent", "sent_id", "sentence_id", "sentence #", "tweet_id", "category", "class"}
 _NAMES |= {"language", "lang"} | {name for task in TASKS.values() for name in (*task.text_columns, *task.label_columns)}
-_QUOTED = r'"(?:[^"]++|"")*+"'
-_CELL = rf'(?:{_QUOTED}|[^"\t\n]*+)'
-_TEXT_ENDS = {"<eos>", "</s>"}
-
-
-@dataclass(frozen=True, slots=True)
-class Columns:
-    """What to read from a file: names or numbers of columns; for none a usual name is looked for."""
-
-    task: Task  # what an example must look like
-    text: str | int | None = None  # column of the text, or of the words
-    label: str | int | None = None  # column of the label, or of the tags
-    labelled: bool = True  # whether to read labels; prediction does not
-    header: bool | Literal["auto"] = "auto"  # whether the first row of a table names its columns
-    group: str | int | None = None  # in a table with a word in each row, the column that names its text
-    decisions: list[Decision] = field(default_factory=list)  # takes what was decided from what is in the file
 
 
 class DataFile:
@@ -234,31 +210,6 @@ def cells_of(file: DataFile, separator: str, quoted: bool = True) -> Iterator[Ce
             yield where, cells
 
 
-def separator_of(file: DataFile) -> str:
-    """Return what separates the columns of a CSV file: what gives all rows the same number of columns, or a comma."""
-    for separator in ",;\t|":
-        rows = islice(records(file.again().lines(keep_ends=True), separator), SNIFFED)
-        if len(widths := {len(cells) for _, cells in rows if cells and cells != [""]}) == 1 and widths != {1}:
-            return separator
-    return ","
-
-
-def is_quoted(file: DataFile) -> bool:
-    """Return whether the quotes of a TSV file are those of pandas or Excel: every one belongs to a quoted cell.
-
-    At least one of these cells must have needed it, or all cells be quoted: a post may be a quotation.
-    """
-    needed, every = False, True
-    for taken, cells in records(file.again().lines(keep_ends=True), "\t"):
-        row = "".join(taken).removesuffix("\n").removesuffix("\r")
-        if '"' in row:
-            if cells is None or not re.fullmatch(rf"{_CELL}(?:\t{_CELL})*", row):
-                return False
-            needed = needed or any(re.search('["\t\n]', cell) for cell in cells)
-        every = every and (not row or re.fullmatch(rf"{_QUOTED}(?:\t{_QUOTED})*", row) is not None)
-    return needed or every
-
-
 def named(rows: Iterator[Cells], file: DataFile, columns: Columns, separator: str) -> Iterator[Row]:
     """Name the columns of a CSV or TSV file by its header; without one they are `column 0` and so on.
 
@@ -277,17 +228,12 @@ def named(rows: Iterator[Cells], file: DataFile, columns: Columns, separator: st
             choice = "the first row" if is_header else "none"
             columns.decisions.append(Decision(f"header of {file.path.name}", choice, f"{why}; data.header changes it"))
         if is_header:
-            names, head = _unique(valid[0][1], f"{valid[0][0]}: "), head[start + 1 :]
+            names, head = unique_names(valid[0][1], f"{valid[0][0]}: "), head[start + 1 :]
         else:
             widths = Counter(len(cells) for _, cells in valid)
             names = [f"column {number}" for number in range(widths.most_common(1)[0][0])]
     for row in chain(head, rows):
         yield row if isinstance(row, Unreadable) else _by_name(names, row[1], row[0], separator)
-
-
-def is_blank(row: object) -> bool:
-    """Return whether a row of a table is a blank line."""
-    return isinstance(row, Unreadable) and row.code == BLANK
 
 
 def _is_header(cells: Sequence[list[str]], columns: Columns) -> tuple[bool, str]:
@@ -309,7 +255,7 @@ def _short(text: str) -> str:
     return text if len(text) <= 40 else text[:39] + "…"
 
 
-def _unique(names: Sequence[str], place: str = "") -> list[str]:
+def unique_names(names: Sequence[str], place: str = "") -> list[str]:
     """Return the names of columns, with a number for each that is empty.
 
     Raises:
@@ -323,13 +269,6 @@ def _unique(names: Sequence[str], place: str = "") -> list[str]:
     return [name or f"column {number}" for number, name in enumerate(names)]
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a JSON object whose names all differ."""
-    if len(row := dict(pairs)) < len(pairs):
-        _unique([name or '""' for name, _ in pairs])
-    return row
-
-
 def _by_name(header: Sequence[str], fields: Sequence[str], where: str, separator: str) -> Row:
     if len(fields) == len(header):
         return where, dict(zip(header, fields, strict=True))
@@ -338,63 +277,13 @@ def _by_name(header: Sequence[str], fields: Sequence[str], where: str, separator
     return Unreadable(where, problem, "column-count")
 
 
-_JSON_FORM = (
-    "Needed: one object per line, or one array of objects. For objects over several lines: jq -c . FILE > NEW.jsonl"
-)
-
-
-def jsonl_rows(file: DataFile) -> Iterator[Row]:
-    """Read one JSON object per line, or one array of objects, which is read whole.
-
-    Raises:
-        DataError: the file begins like an array, but is not one.
-    """
-    lines = enumerate(file.lines(), start=1)
-    start, first = 1, ""
-    for start, first in lines:
-        if first.strip():
-            break
-        yield Unreadable(f"{file.name}:{start}", "the row is blank", BLANK)
-    if first.lstrip().startswith("["):
-        rest = [line for _, line in lines]
-        whole = _json("\n".join([first, *rest]), file.name, start)
-        if not isinstance(whole, Unreadable):
-            yield from (_json_row(item, f"{file.name}[{index}]") for index, item in enumerate(whole))
-            return
-        if isinstance(_json(first, file.name, start), Unreadable):
-            raise DataError(f"{whole.where}: {whole.problem}", code=whole.code, where=whole.where)
-        lines = enumerate(rest, start=start + 1)
-    for number, line in chain([(start, first)] if first.strip() else [], lines):
-        where = f"{file.name}:{number}"
-        blank = Unreadable(where, "the row is blank", BLANK)
-        yield _json_row(_json(line, file.name, number), where) if line.strip() else blank
-
-
-def _json(text: str, name: str, number: int) -> Any:
-    """Return the value of a JSON text that begins in the line of a number, or why there is none."""
-    try:
-        return json.loads(text, object_pairs_hook=_object)
-    except DataError as error:
-        return Unreadable(f"{name}:{number}", str(error), error.code)
-    except (ValueError, RecursionError) as error:
-        problem = f"this line is not JSON ({getattr(error, 'msg', error)}). {_JSON_FORM}"
-        return Unreadable(f"{name}:{number + getattr(error, 'lineno', 1) - 1}", problem, "not-json")
-
-
-def _json_row(value: Any, where: str) -> Row:
-    if isinstance(value, Unreadable):
-        return value
-    problem = f"this is JSON, but a {type(value).__name__}. {_JSON_FORM}"
-    return (where, value) if isinstance(value, dict) else Unreadable(where, problem, "not-json")
-
-
 def parquet_rows(file: DataFile) -> Iterator[Row]:
     """Read parquet in batches; class numbers become the names that `datasets` stored in the file."""
     import pyarrow.parquet as pq
 
     try:
         table = pq.ParquetFile(file.path)
-        _unique(table.schema_arrow.names, f"{file.name}: ")
+        unique_names(table.schema_arrow.names, f"{file.name}: ")
         classes: dict[str, list[str]] = {}
         if b"huggingface" in (table.schema_arrow.metadata or {}):
             from datasets import Features
@@ -435,7 +324,7 @@ def _name_class(cell: Any, names: list[str]) -> Any:
 def examples(rows: Iterable[Row], name: str, columns: Columns) -> Iterator[Example | Unreadable]:
     """Turn the rows of one file or split into examples, or into the reason why a row cannot be one.
 
-    If words have labels, a table may have a word in each row: then rows are joined, see `_grouping`.
+    If words have labels, a table may have a word in each row: then rows are joined, see `conll.grouping`.
 
     Raises:
         DataError: the first row that can be read has no fitting columns, or nothing says which words are one text.
@@ -452,10 +341,16 @@ def examples(rows: Iterable[Row], name: str, columns: Columns) -> Iterator[Examp
         if columns.labelled:
             asked = 1 if plain and columns.label is None else columns.label
             label = _choose(names, asked, task.label_columns, "label", name)
-        joined, group = _grouping(head, text, label, columns, name)
+        if columns.group is None:
+            joined, group = grouping(head, text, label, columns, name)
+        elif task.words_given:
+            joined, group = True, _choose(names, columns.group, (), "group", name)
+        else:
+            problem = f"data.group_column joins words that have labels, but this task has {task.description}"
+            raise DataError(problem, code="column", field="group_column")
     complete = (_complete(row, text, label, group) for row in chain(head, stream))
     if joined:
-        yield from join_words(_words(complete, text, label, group), name, columns)
+        yield from join_words(words_of_rows(complete, text, label, group), name, columns)
         return
     for found in complete:
         if isinstance(found, Unreadable):
@@ -476,109 +371,6 @@ def _complete(found: Row, *wanted: str | None) -> Row:
         problem = f"no column '{missing.pop()}' in this row; it has {', '.join(found[1]) or 'none'}"
         return Unreadable(found[0], problem.encode("utf-8", "backslashreplace").decode(), "missing-column")
     return found
-
-
-def _ends_text(found: Row, text: str) -> bool:
-    """Return whether a row stands between texts: blank, without anything in its cells, or `<EOS>`."""
-    if isinstance(found, Unreadable):
-        return found.code == BLANK
-    cells = found[1]
-    return str(cells.get(text)).strip().lower() in _TEXT_ENDS or all(cell in ("", None) for cell in cells.values())
-
-
-def _grouping(
-    head: Sequence[Row], text: str, label: str | None, columns: Columns, name: str
-) -> tuple[bool, str | None]:
-    """Return whether a row has one word of a text, and the column that names the text; none if rows end the texts.
-
-    Without `group_column` that is so if words have labels and nearly all cells are one word. Then blank or `<EOS>` rows
-    end the texts, or the only other column whose values come in runs, each value in one run, names them.
-
-    Raises:
-        DataError: the rows have words, but nothing says which of them make a text.
-    """
-    rows = [row[1] for row in head if isinstance(row, tuple) and not _ends_text(row, text)]
-    if columns.group is not None:
-        if not columns.task.words_given:
-            problem = f"data.group_column joins words that have labels, but this task has {columns.task.description}"
-            raise DataError(problem, code="column", field="group_column")
-        return True, _choose(list(rows[0]), columns.group, (), "group", name)
-    single = sum(re.fullmatch(r"\s*(?!\[)\S*\s*", str(row.get(text, " . "))) is not None for row in rows)
-    if not columns.task.words_given or len(rows) < 2 or single < 0.95 * len(rows):
-        return False, None
-    unique, recurring = list[str](), list[str]()
-    for column in (column for column in rows[0] if column.lower() not in columns.task.label_columns):
-        values = [str(row[column]) for row in rows if row.get(column) not in ("", None)]
-        runs = [value for value, _ in groupby(values)]
-        if column in (text, label):
-            continue
-        if 1 < len(runs) < len(rows) and len(set(runs)) == len(runs):
-            unique.append(column)
-        elif len(runs) < len(values) and all(value.isdecimal() for value in values):
-            recurring.append(column)  # such as sentence numbers that begin again in each document
-    last = max(at for at, row in enumerate(head) if not _ends_text(row, text))
-    if any(_ends_text(row, text) for row in head[:last]):
-        found, group, choice, why = True, None, "one word a row", "a blank or <EOS> row ends a text"
-    elif len(unique) == 1 and not recurring:
-        found, group, choice = True, unique[0], "one word a row"
-        why = f"column '{group}' says which text; data.group_column changes it"
-    elif not columns.labelled:
-        found, group, choice, why = False, None, "one word each", "neither a column nor blank rows say where texts end"
-    else:
-        likely = f" (is it {' or '.join([*unique, *recurring])}?)" if unique or recurring else ""
-        problem = f"{name}: each row has one word, but not which words make a text"
-        remedy = f"Set data.group_column to the column that says it{likely}, or put a blank row between texts"
-        alone = 'If each row is a text of one word, write it as a JSON list, such as ["word"]'
-        raise DataError(f"{problem}. {remedy}. {alone}.", code="word-per-row", columns=(*unique, *recurring))
-    columns.decisions.append(Decision(f"texts of {Path(name).name}", choice, why))
-    return found, group
-
-
-def _words(rows: Iterable[Row], text: str, label: str | None, group: str | None) -> Iterator[Word | Unreadable | None]:
-    """Yield the words of a table with a word in each row, none where a text ends; an empty `group` cell is as above."""
-    key = ""
-    for found in rows:
-        if isinstance(found, Unreadable) or _ends_text(found, text):
-            yield found if isinstance(found, Unreadable) and found.code != BLANK else None
-            continue
-        where, row = found
-        now = key if group is None or row[group] in ("", None) else str(row[group])
-        if now != key:
-            yield None
-        key = now
-        word, tag = ("" if column is None or row[column] is None else str(row[column]) for column in (text, label))
-        yield where, word.strip(), None if label is None else tag.strip()
-
-
-def join_words(
-    found: Iterable[Word | Unreadable | None], name: str, columns: Columns
-) -> Iterator[Example | Unreadable]:
-    """Make examples of words, each with its place and tag; none ends a text. A text's first problem is in its place.
-
-    An empty word is a problem if words have labels, and is left out otherwise.
-    """
-    task, words, tags, empty = columns.task, list[str](), list[str | None](), 0
-    where, bad = "", None
-    for one in chain(found, [None]):
-        if one is None:
-            if words or bad:
-                label = None if None in tags else tuple(map(str, tags)) if task.words_given else tags[0]
-                yield bad or task.example(words, label, where)
-            words, tags, bad = [], [], None
-        elif isinstance(one, Unreadable):
-            bad = bad or one
-        elif one[1]:
-            where = where if words else one[0]
-            words.append(one[1])
-            tags.append(one[2])
-        elif task.words_given:
-            bad = bad or Unreadable(one[0], "the word is empty: fill it in, or remove the line", "empty-word")
-        else:
-            empty += 1
-    if empty:
-        columns.decisions.append(
-            Decision(f"empty words of {Path(name).name}", "left out", f"{empty:,} lines have none")
-        )
 
 
 _ITEM = r"""(?:[uU]?'(?:[^'\\]|\\.)*'|[uU]?"(?:[^"\\]|\\.)*"|[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?)"""

@@ -338,3 +338,10 @@ def test_what_a_reader_does_not_expect_is_an_error_with_the_file(write, monkeypa
 
     monkeypatch.setattr(tables, "cells_of", broken)
     assert (refused(path).code, refused(path).fields["file"]) == ("unreadable-file", str(path))
+
+
+def test_a_text_whose_first_word_is_malformed_keeps_its_place(write):
+    path = write("a.conll", "hola x\n\na b c\nd x\n\nok x\n")
+    for task in ("sequence", "token"):
+        assert [line for line, _ in predicted(path, task)] == [1, 3, 6]
+        assert predicted(path, task)[1] == (3, "column-count")
