@@ -27,7 +27,7 @@ class TokmaskError(Exception):
     code: str = "error"
 
     def __init__(self, message: str, *, code: str | None = None, **fields: Any) -> None:
-        super().__init__(message)
+        super().__init__(message.encode("utf-8", "backslashreplace").decode())  # half characters cannot be printed
         self.code = code or type(self).code
         self.fields = fields
 

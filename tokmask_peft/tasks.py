@@ -246,8 +246,8 @@ class TokenTask(Task):
     collator_class = "DataCollatorForTokenClassification"
     peft_type = "TOKEN_CLS"
     pipeline_tag = "token-classification"
-    text_columns = ("words", "tokens")
-    label_columns = ("labels", "tags", "lid", "ner_tags", "pos_tags", "pos", "ner", "label")
+    text_columns = ("words", "tokens", "word", "token")
+    label_columns = ("labels", "tags", "lid", "ner_tags", "pos_tags", "pos", "ner", "label", "tag")
     words_given = True
 
     # -- data --

@@ -6,7 +6,7 @@ import functools
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -171,7 +171,8 @@ def predict(
     out: Annotated[Path | None, typer.Option(help="with --file: the JSON lines to write")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
     format: Annotated[str, typer.Option(help="format of the file; auto chooses by its ending")] = "auto",
-    column: Annotated[str | None, typer.Option(help="column of the text, or of the words in token tasks")] = None,
+    column: Annotated[str | None, typer.Option(help="name or number of the text's column, or of the words'")] = None,
+    header: Annotated[str, typer.Option(help="of a CSV or TSV file: true, false, or auto by its cells")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON line per TEXT.")] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="texts per forward pass")] = 32,
     device: DeviceOption = None,
@@ -189,13 +190,16 @@ def predict(
         raise typer.BadParameter("give either texts or --file", param_hint="TEXT")
     if (file is None) != (out is None):
         raise typer.BadParameter("--file and --out go together", param_hint="--out")
+    headers: dict[str, bool | Literal["auto"]] = {"auto": "auto", "true": True, "false": False}
+    if header not in headers:
+        raise typer.BadParameter(f"'{header}' is not one of {', '.join(headers)}", param_hint="--header")
     saved = find_saved(model, backbone)  # before the libraries are loaded, which takes seconds
     source = None
     if file is not None and out is not None:
         from tokmask_peft.data.readers import TextFile
         from tokmask_peft.inference.export import check_output
 
-        source = TextFile(file, saved.task, format, column)
+        source = TextFile(file, saved.task, format, column, headers[header])
         check_output(out, file, force)
     quiet_libraries()
     from tokmask_peft.inference import display as show

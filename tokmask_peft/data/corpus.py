@@ -12,6 +12,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tokmask_peft.console import Decision
 from tokmask_peft.data.cleaning import CleaningReport, clean
 from tokmask_peft.data.readers import find_files, read_split
 from tokmask_peft.data.split import canonical, carve, subset
@@ -70,7 +71,7 @@ def count_labels(examples: Iterable[Example]) -> dict[str, int]:
 
 def _natural_key(label: str) -> list[tuple[int, int, str]]:
     parts = re.split(r"(\d+)", label)
-    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts if part]
+    return [(0, int(part[:4000]), "") if part.isdecimal() else (1, 0, part) for part in parts if part]
 
 
 def collect_labels(train: Sequence[Example]) -> tuple[str, ...]:
@@ -153,6 +154,7 @@ class DataReport:
     hygiene: CleaningReport
     label_map: dict[str, tuple[Merge, ...]] = field(default_factory=dict)  # per split, what the map applied to
     warnings: tuple[str, ...] = ()  # each names the field to change
+    decisions: tuple[Decision, ...] = ()  # on the form of the files
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-able form."""
@@ -160,7 +162,9 @@ class DataReport:
             name: [{"from": old, "to": new, "count": count} for old, new, count in merges]
             for name, merges in self.label_map.items()
         }
-        return asdict(self) | {"labels": list(self.labels), "label_map": label_map, "warnings": list(self.warnings)}
+        report = asdict(self) | {"labels": list(self.labels), "label_map": label_map, "warnings": list(self.warnings)}
+        del report["decisions"]  # they are with those on the model
+        return report
 
     def lines(self) -> list[str]:
         """Return the report as lines to print."""
@@ -204,7 +208,8 @@ def load_corpus(config: DataConfig, seed: int) -> Corpus:
     sources = {name: _where(*place) for name, place in wanted.items()}
     _refuse_same_source(sources)
 
-    read = {name: read_split(source, split, config.task) for name, (source, split) in wanted.items()}
+    decisions: list[Decision] = []
+    read = {name: read_split(source, split, config.task, decisions) for name, (source, split) in wanted.items()}
     mapped = {name: apply_label_map(examples, config.label_map) for name, examples in read.items()}
     parts = {name: mapped[name][0] if name in mapped else [] for name in ("train", "validation", "test")}
     train, validation, cleaning = clean(**parts, mode=config.hygiene)
@@ -231,7 +236,7 @@ def load_corpus(config: DataConfig, seed: int) -> Corpus:
         splits[name] = SplitCounts(sources[name], size, len(examples), words, count_labels(examples))
     found_labels = count_labels(chain.from_iterable(examples for examples, _ in mapped.values()))
     warnings = (*unknown, *_warnings(config, merges, splits, found_labels))
-    report = DataReport(config.task, labels, splits, cleaning, merges, warnings)
+    report = DataReport(config.task, labels, splits, cleaning, merges, warnings, tuple(decisions))
     return Corpus(config.task, train, validation, parts["test"], labels, report)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import nn
 
 from tokmask_peft.artifacts import SavedAdapter, find_saved
 from tokmask_peft.console import Decision
-from tokmask_peft.data.encoding import Encoder
+from tokmask_peft.data.encoding import Encoder, Window
 from tokmask_peft.data.tables import unicode_problem
 from tokmask_peft.errors import DataError, ModelError, first_line
 from tokmask_peft.inference.explain import Explanation, explain
@@ -30,6 +31,7 @@ from tokmask_peft.training.metrics import probabilities
 
 BATCH_SIZE = 32
 Answer = Prediction | WordPredictions
+_WINDOWS = 8192  # encoded and answered at a time, so that memory does not grow with a text's length
 _LONGEST = 512  # sub-tokens per window if neither the run nor the model sets a limit
 
 
@@ -79,17 +81,18 @@ class Classifier:
         if batch_size < 1:
             raise DataError(f"batch_size is {batch_size}, expected 1 or more", code="batch-size", batch_size=batch_size)
         given, task = self.checked(texts), get_task(self.task)
+        found: list[list[tuple[Window, Any]]] = [[] for _ in given]
         windows = self.encoder.windows(given)
-        logits = self.forward.logits(windows, batch_size)
-        of_text: list[list[int]] = [[] for _ in given]
-        for number, window in enumerate(windows):
-            of_text[window.text].append(number)
+        while part := list(itertools.islice(windows, _WINDOWS)):
+            for window, logits in zip(part, self.forward.logits(part, batch_size), strict=True):
+                found[window.text].append((replace(window, ids=[]), logits))
         answers = []
-        for text, numbers in zip(given, of_text, strict=True):
-            rows = task.join([windows[n] for n in numbers], [logits[n] for n in numbers])
-            shares = probabilities(rows, self.temperature).tolist()
-            chances = [dict(zip(self.labels, row, strict=True)) for row in shares]
-            answers.append(task.answer(text, rows, chances, len(numbers)))
+        for text, pairs in zip(given, found, strict=True):
+            rows = task.join([window for window, _ in pairs], [logits for _, logits in pairs])
+            chances = [
+                dict(zip(self.labels, row.tolist(), strict=True)) for row in probabilities(rows, self.temperature)
+            ]
+            answers.append(task.answer(text, rows, chances, len(pairs)))
         return answers
 
     def explain(
@@ -120,8 +123,9 @@ class Classifier:
         if isinstance(texts, str):
             raise DataError("expected a list of texts, not one string: [text]", code="not-a-list")
         found: list[Any] = []
+        given_words = get_task(self.task).words_given
         for index, text in enumerate(texts):
-            words = text.split() if isinstance(text, str) else text
+            words = text.split(None, -1 if given_words else 1) if isinstance(text, str) else text
             if not isinstance(words, list | tuple) or not all(isinstance(word, str) for word in words):
                 raise DataError(f"texts[{index}] is not a string or a list of words", code="not-a-text", index=index)
             if not words:
@@ -131,7 +135,7 @@ class Classifier:
             running = text if isinstance(text, str) else " ".join(words)
             if problem := unicode_problem(running):
                 raise DataError(f"texts[{index}]: {problem}", code="invalid-unicode", index=index)
-            found.append(list(words) if get_task(self.task).words_given else running)
+            found.append(list(words) if given_words else running)
         return found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Collection, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from pathlib import Path
 
 import typer
@@ -57,6 +57,8 @@ def predict_with_bar(classifier: Classifier, source: TextFile, out: Path, force:
             bar.update(task, completed=source.done, rows=f"{report.rows:,}")
 
         report = predict_file(classifier, source, out, force=force, batch_size=batch_size, progress=move)
+    for what, choice, reason in map(astuple, source.decisions):
+        console.print(f"{what}: {choice} ({reason})", markup=False)
     for problem in report.problems:
         console.print(f"unreadable: {problem.where}: {problem.problem}", markup=False)
     if report.unreadable > len(report.problems):

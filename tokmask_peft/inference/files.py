@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tokmask_peft.data.readers import TextFile, line_number
+from tokmask_peft.errors import DataError
 from tokmask_peft.inference.classifier import BATCH_SIZE, Answer, Classifier
 from tokmask_peft.inference.export import check_output
 from tokmask_peft.tasks import Example, Unreadable, WordPredictions
@@ -49,10 +50,14 @@ def predict_file(
     report = FileReport()
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
+        with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
             for chunk in _chunks(source, batch_size * CHUNK_BATCHES):
                 texts: list[Any] = [found.text for found in chunk if isinstance(found, Example)]
-                answers = iter(classifier.predict(texts, batch_size))
+                found_answers = classifier.predict(texts, batch_size) if texts else []
+                if len(found_answers) != len(texts):
+                    problem = f"{len(texts)} texts got {len(found_answers)} answers, first of them {chunk[0].where}"
+                    raise DataError(problem, code="row-count", texts=len(texts), answers=len(found_answers))
+                answers = iter(found_answers)
                 for found in chunk:
                     record: dict[str, Any] = {"line": line_number(found.where)}
                     if isinstance(found, Example):

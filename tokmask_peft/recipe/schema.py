@@ -56,6 +56,12 @@ class SourceConfig(Section):
     label_column: str | int | None = Field(
         None, description="column of the label, or of the tags in token tasks; in CoNLL files a number, from 0"
     )
+    header: Literal["auto"] | StrictBool = Field(
+        "auto", description="CSV and TSV: whether the first row names the columns; auto decides from the cells"
+    )
+    group_column: str | int | None = Field(
+        None, description="token tasks, tables with a word in each row: column that says to which text the word belongs"
+    )
     name: str | None = Field(None, description="name of the corpus (for the model card)")
     language: tuple[LanguageCode, ...] = Field(
         (), description="languages of the texts as ISO 639 codes, for example [es, en] (for the model card)"

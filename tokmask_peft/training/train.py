@@ -222,7 +222,14 @@ def prepare(recipe: Recipe, device: torch.device, console: Console) -> Prepared:
         enable_checkpointing(model)
     if warning is not None:
         console.print(f"{warning}\n", markup=False)
-    decisions = (*backbone.decisions, batching, memory_decision, mask_decision, *adapter_decisions)
+    decisions = (
+        *corpus.report.decisions,
+        *backbone.decisions,
+        batching,
+        memory_decision,
+        mask_decision,
+        *adapter_decisions,
+    )
     print_decisions(console, decisions)
     movable, checkpointable = placement_problem(backbone.model) is None, loaded.supports_gradient_checkpointing
     situation = Situation("training", movable=movable, checkpointable=checkpointable)

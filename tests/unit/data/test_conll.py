@@ -160,14 +160,6 @@ def test_without_labels_one_column_is_enough():
     assert refused("hola\nNew York\nfriend\n", labelled=False) == ("column-count", "posts.conll:2")
 
 
-def test_bytes_that_are_not_utf8_name_their_line(tmp_path):
-    path = tmp_path / "train.conll"
-    path.write_bytes("sí\tlang2\n".encode() + "año\tlang2\n".encode("latin1"))
-    with pytest.raises(DataError, match=r"byte 2 .*iconv") as caught:
-        read_split(SourceConfig(path=str(path)), "train", "token")
-    assert (caught.value.code, caught.value.fields["where"]) == ("not-utf8", f"{path}:2")
-
-
 def test_unlabelled_texts_of_a_sequence_task_are_an_error(tmp_path):
     path = tmp_path / "train.conll"
     path.write_text("# sent_enum = 1\nyes\tlang1\n")

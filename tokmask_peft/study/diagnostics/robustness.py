@@ -52,7 +52,7 @@ def score_perturbed(
     gold = [np.array([ids[tag] for tag in example.tags], dtype=np.int64) for example in texts]
     words_given = get_task(classifier.task).words_given
     given: list[Any] = [list(example.words) if words_given else example.string for example in texts]
-    windows = classifier.encoder.windows(given)
+    windows = list(classifier.encoder.windows(given))
     plain = _predicted(classifier, windows, batch_size)
 
     def mean(rounds: Sequence[Labels]) -> dict[str, Any]:
@@ -101,7 +101,7 @@ def by_unseen(
 
 def predicted(classifier: Classifier, texts: Sequence[Any], batch_size: int) -> Labels:
     """Return the label ids of each text, as `Classifier.predict` chooses them."""
-    return _predicted(classifier, classifier.encoder.windows(texts), batch_size)
+    return _predicted(classifier, list(classifier.encoder.windows(texts)), batch_size)
 
 
 def _predicted(
