@@ -12,7 +12,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tokmask_peft.data.cleaning import CleaningReport, clean
+from tokmask_peft.data.cleaning import CleaningReport, clean, clean_share
 from tokmask_peft.data.readers import find_files, read_split
 from tokmask_peft.data.split import canonical, carve, subset
 from tokmask_peft.errors import DataError, nearest
@@ -198,9 +198,11 @@ def load_corpus(config: DataConfig, seed: int) -> Corpus:
         raise DataError(problem, code="nothing-left", split="train")
     if isinstance(config.validation, float):
         train, validation = carve(train, config.validation, seed)
+        validation, cleaning = clean_share(train, validation, cleaning)
         sources["validation"] = f"a share of {config.validation:g} of train"
-    elif not validation:
-        problem = "every validation text is also in test: set data.validation to a share of train such as 0.1"
+    if not validation:
+        problem = "every validation text is also, or nearly, in test or train: name another file in data.validation, "
+        problem += "set it to a share of train such as 0.1, or keep such texts with data.hygiene=report"
         raise DataError(problem, code="nothing-left", split="validation")
     if config.max_train is not None:
         train = subset(train, config.max_train, seed)

@@ -113,7 +113,8 @@ class DataConfig(SourceConfig):
     )
     max_length: int = Field(128, ge=4, description="sub-tokens per text; longer texts are truncated and reported")
     hygiene: Literal["remove", "report"] = Field(
-        "remove", description="duplicate, conflicting and leaked texts: remove from train, or only report"
+        "remove",
+        description="duplicate, conflicting and leaked texts, near-duplicates too: remove from train, or only report",
     )
     max_train: int | None = Field(None, ge=1, description="use at most this many training texts (seeded, stratified)")
 
