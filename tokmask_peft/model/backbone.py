@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,6 +32,9 @@ transformers strips only `.weight` when it looks for the last module, so that a 
 _ATTENTION_DROPOUT = ("attention_dropout", "attention_probs_dropout_prob")
 """What the configs of transformers call the dropout on attention weights."""
 
+HASHED = 1024
+"""Values of each parameter that identify a backbone."""
+
 _STEPS = 1 << 16
 """Probabilities that `dropout` can tell apart on a CPU."""
 
@@ -45,6 +49,7 @@ class Backbone:
     decisions: tuple[Decision, ...]
     dtype: torch.dtype
     quantization: str
+    weights: dict[str, str] = field(default_factory=dict)  # see `weight_hashes`
 
 
 class Float32Linear(nn.Linear):
@@ -148,11 +153,12 @@ def load_backbone(
         raise ModelError(message, code="backbone-not-loaded", location=location) from error
     model.config.pad_token_id, model.config.use_cache = tokenizer.pad_token_id, False
     new_modules = _new_modules(model, info)
+    weights = weight_hashes(model, new_modules)
     hold_in_fp32(model, new_modules)
     keep_gradients_after_eval(model)
     placed = place_embedding(model, config.embedding, device)
     decisions = (Decision("device", str(device), "set by accelerate"), precision, quantization, *placed)
-    return Backbone(model, tokenizer, new_modules, decisions, dtype, quantization.choice)
+    return Backbone(model, tokenizer, new_modules, decisions, dtype, quantization.choice, weights)
 
 
 def load_tokenizer(config: ModelConfig, location: str | None = None) -> Any:
@@ -211,6 +217,25 @@ def quantization_config(kind: str, compute_dtype: torch.dtype, keep: list[str]) 
 def is_quantized(module: nn.Module) -> bool:
     """Return whether a module is a bitsandbytes layer."""
     return type(module).__module__.startswith("bitsandbytes.")
+
+
+def weight_hashes(model: nn.Module, new_modules: tuple[str, ...]) -> dict[str, str]:
+    """Return hashes of some of a backbone's weights, in bf16: the same from any file and in any precision.
+
+    The weights of linear layers are hashed apart from the others, and not if they are quantized.
+    """
+    hashes = {"linear": hashlib.sha256(), "others": hashlib.sha256()}
+    for name, part in model.named_modules():
+        if f"{name}.".startswith(tuple(f"{new}." for new in new_modules)):
+            continue
+        for key, value in part.named_parameters(recurse=False):
+            kind = "linear" if isinstance(part, nn.Linear) and key == "weight" else "others"
+            if value.is_meta or (kind == "linear" and is_quantized(part)):
+                hashes.pop(kind, None)
+            elif kind in hashes:
+                some = value.detach().flatten()[:: max(1, value.numel() // HASHED)]
+                hashes[kind].update(some.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
+    return {kind: found.hexdigest()[:16] for kind, found in hashes.items()}
 
 
 def keep_gradients_after_eval(model: nn.Module) -> None:

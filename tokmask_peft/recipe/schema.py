@@ -10,7 +10,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 
-from pydantic import BaseModel, Field, StrictBool, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, StrictBool, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from tokmask_peft.errors import RecipeError
@@ -37,6 +37,7 @@ LanguageCode = Annotated[str, Field(pattern=r"^([a-z]{2,3}|multilingual)$", titl
 Modules = Annotated[tuple[str, ...], Field(min_length=1, title="a list of module names, for example [q_proj, v_proj]")]
 LayerCount = Annotated[int, Field(ge=1, title="a number of layers, for example 6")]
 ShareOfLayers = Annotated[float, Field(gt=0.0, lt=1.0, title="a share of the layers between 0 and 1, for example 0.5")]
+MissingValue = Annotated[str, BeforeValidator(lambda value: "" if value is None else str(value))]
 Weight = Annotated[float, Field(ge=0.0)]
 Weights = Annotated[dict[str, Weight], Field(title="a weight per label, as {en: 1.0, es: 2.0}")]
 
@@ -54,7 +55,14 @@ class SourceConfig(Section):
         None, description="column of the text, or of the words in token tasks; in CoNLL files a number, from 0"
     )
     label_column: str | int | None = Field(
-        None, description="column of the label, or of the tags in token tasks; in CoNLL files a number, from 0"
+        None,
+        description="column of the label, or of the tags in token tasks; in CoNLL files a number, from 0; in CoNLL-U "
+        "also a name such as upos, misc.Lang or feats.Case",
+    )
+    missing: tuple[MissingValue, ...] | None = Field(
+        None,
+        description="labels or texts that stand for a missing one, such as [none, -1]: those texts are left out, and "
+        "counted; [] if labels that look like it are classes",
     )
     name: str | None = Field(None, description="name of the corpus (for the model card)")
     language: tuple[LanguageCode, ...] = Field(
@@ -171,7 +179,7 @@ class ModelConfig(Section):
 class AdapterConfig(Section):
     """The LoRA adapter (Hu et al. 2021), through PEFT."""
 
-    r: int = Field(16, ge=1, description="rank")
+    r: int = Field(16, ge=1, le=8192, description="rank")
     alpha: float = Field(32.0, gt=0, description="scaling numerator: the update is alpha / r times B A")
     dropout: Annotated[Rate, Regularizer("lora_dropout", off=0.0, usual=0.1)] = Field(
         0.0, description="dropout on the adapter's input; costs time and memory in every layer"
@@ -183,6 +191,11 @@ class AdapterConfig(Section):
     rslora: StrictBool = Field(False, description="scale by alpha / sqrt(r) (Kalajdzievski 2023)")
     dora: StrictBool = Field(False, description="weight-decomposed LoRA (Liu et al. 2024)")
     license: str | None = Field(None, description="licence of the adapter, such as apache-2.0 (for the model card)")
+
+    @property
+    def scaling(self) -> float:
+        """The factor of the update."""
+        return self.alpha / (self.r**0.5 if self.rslora else self.r)
 
 
 class TrainingConfig(Section):

@@ -291,7 +291,8 @@ def _attempt(prepared: Prepared, asked: Recipe, run: RunFolder, clock: StepClock
     stop, display = StopOnSignal(), ProgressDisplay(prepared.console)
     trainer = make_trainer(prepared, run, [clock, stop, display, AdapterMoves(), BestOfThisRun()])
     if trainer.is_world_process_zero():  # not before: a mistake found until here leaves no folder behind
-        start_run(run, _recipe_text(asked))
+        weights = {f"backbone ({kind})": found for kind, found in prepared.backbone.weights.items()}
+        start_run(run, _recipe_text(asked), prepared.corpus.fingerprint() | weights)
     trainer.accelerator.wait_for_everyone()
     say = functools.partial(prepared.console.print, markup=False, soft_wrap=True)
     checkpoint = run.last_checkpoint(say) if resume else None
@@ -326,6 +327,8 @@ def save_adapter_folder(
             quantization=backbone.quantization,
             precision="bf16" if backbone.dtype == torch.bfloat16 else "fp32",
             embedding=recipe.model.embedding,
+            weights=backbone.weights,
+            scaling=recipe.adapter.scaling,
         ),
         masking=recipe.masking if mask is None else recipe.masking.model_copy(update={"mask_token": mask.id}),
     ).write(folder)
