@@ -144,7 +144,8 @@ class _Loader(yaml.SafeLoader):
             root = super().get_single_node()
         except RecursionError:
             raise yaml.MarkedYAMLError(problem="nested too deeply") from None
-        nodes, count = [root], 0
+        nodes: list[Any] = [root]
+        count = 0
         while nodes:
             node, count = nodes.pop(), count + 1
             if count > MOST_VALUES:
