@@ -205,7 +205,7 @@ def load_adapter(
         with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, "pt") as file:
             ranks = [file.get_slice(name).get_shape()[0] for name in file.keys() if "lora_A" in name]  # noqa: SIM118
         asked = max([getattr(config, "r", 0), *getattr(config, "rank_pattern", {}).values()])
-        if asked > max(1024, *ranks):  # before PEFT makes room for it
+        if asked > max([1024, *ranks]):  # before PEFT makes room for it
             raise ValueError(f"adapter_config.json has a rank of {asked}, the weights have {max(ranks, default=0)}")
         model = get_peft_model(backbone.model, config)
         check_fit(model, backbone.tokenizer, folder)

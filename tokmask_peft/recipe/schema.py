@@ -179,7 +179,7 @@ class ModelConfig(Section):
 class AdapterConfig(Section):
     """The LoRA adapter (Hu et al. 2021), through PEFT."""
 
-    r: int = Field(16, ge=1, le=8192, description="rank")
+    r: int = Field(16, ge=1, description="rank")
     alpha: float = Field(32.0, gt=0, description="scaling numerator: the update is alpha / r times B A")
     dropout: Annotated[Rate, Regularizer("lora_dropout", off=0.0, usual=0.1)] = Field(
         0.0, description="dropout on the adapter's input; costs time and memory in every layer"
