@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from tokmask_peft.errors import ModelError, RunError, first_line
 from tokmask_peft.masking.config import TokenMaskConfig
+from tokmask_peft.model.location import check_files
 from tokmask_peft.recipe.loading import differences, load_recipe
 from tokmask_peft.recipe.schema import ModelConfig, Recipe, Task
 
@@ -67,6 +68,7 @@ class RunFolder:
         self.adapter = self.root / "adapter"  # with tokenizer, labels and model card: a folder to push as it is
         self.checkpoints = self.root / "checkpoints"  # of the Trainer
         self.recipe = self.root / "recipe.yaml"  # resolved
+        self.fingerprint = self.root / "fingerprint.json"  # of texts, labels and backbone, for --resume
         self.result = self.root / "result.json"  # scores and everything that was measured
         self.predictions = self.root / "predictions.json"  # gold and predicted label ids of each text
         self.log = self.root / "log.jsonl"  # a line per logged step
@@ -113,6 +115,8 @@ def _is_whole(path: Path) -> bool:
     """Return whether a file of weights or states is as long as it says, and a folder of shards is not empty."""
     from safetensors import safe_open
 
+    if not (path.is_file() or path.is_dir()):  # a pipe
+        return False
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, "numpy"):
@@ -158,15 +162,27 @@ def check_run(recipe: Recipe, resume: bool) -> RunFolder:
     return run
 
 
-def start_run(run: RunFolder, recipe_text: str) -> None:
-    """Create the run folder with its recipe; a resumed run keeps its own. RunError if it cannot be written."""
+def start_run(run: RunFolder, recipe_text: str, fingerprint: Mapping[str, str]) -> None:
+    """Create the run folder with its recipe and the fingerprint of what it learns from; a resumed run keeps its own.
+
+    Raises:
+        RunError: the folder cannot be written, or the run was started with other data or another backbone.
+    """
     try:
         run.root.mkdir(parents=True, exist_ok=True)
         if not run.recipe.is_file():
             write_whole(run.recipe, recipe_text)
+        before = _read_json(run.fingerprint) if run.fingerprint.is_file() else {}
+        if not before:
+            write_json(run.fingerprint, fingerprint)
     except OSError as error:
         message = f"the run folder {run.root} cannot be created ({error.strerror}); set output_dir"
         raise RunError(message, code="not-writable", path=run.root) from error
+    if changed := [key for key, value in fingerprint.items() if before.get(key, value) != value]:
+        values = f" ({before['labels']} before, {fingerprint['labels']} now)" if "labels" in changed else ""
+        problem = f"was started with other data or another backbone; what has changed: {', '.join(changed)}{values}"
+        remedy = "Restore it, or start another run (name=…)"
+        raise RunError(f"the run {run.root} {problem}. {remedy}", code="other-data", changed=changed)
 
 
 def open_finished(folder: str | Path, *, scored: bool = False) -> RunFolder:
@@ -270,6 +286,8 @@ class Loading(_Part):
     quantization: str = Field("none", pattern="^(nf4|int8|none)$")
     precision: str = Field("fp32", pattern="^(bf16|fp32)$")
     embedding: str = Field("resident", pattern="^(resident|offload|8bit)$")
+    weights: dict[str, str] = Field(default_factory=dict)  # of the backbone, from `weight_hashes`
+    scaling: float | None = Field(None, gt=0)  # of the LoRA update; None if not known
 
     @field_validator("package")
     @classmethod
@@ -310,6 +328,7 @@ class AdapterInfo(_Part):
         Raises:
             ModelError: the file is missing, or this package did not write it.
         """
+        check_files(adapter)
         path, old = adapter / ADAPTER_FILE, adapter / "labels.json"
         found = _read_json(path) if path.is_file() or not old.is_file() else {}
         if "format" not in found:  # four files; this one held how to load
@@ -348,6 +367,7 @@ class SavedAdapter:
     max_length: int | None  # sub-tokens per text in training; None if not known
     temperature: float  # divides the logits; 1 without a calibration
     masking: TokenMaskConfig | None = None
+    trained: Mapping[str, Any] = field(default_factory=dict)  # weights of the backbone and scaling, for `load_adapter`
 
 
 def find_saved(model: str | Path, backbone: str | None = None) -> SavedAdapter:
@@ -395,7 +415,9 @@ def find_saved(model: str | Path, backbone: str | None = None) -> SavedAdapter:
         settings |= {"quantization": loading.quantization, "precision": precision}
     length = loading.max_length if loading else recipe.data.max_length if recipe else None
     config, temperature = ModelConfig(**settings), info.calibration.temperature
-    return SavedAdapter(str(model), folder, info.task, tuple(info.labels), config, length, temperature, info.masking)
+    trained = loading.model_dump(include={"weights", "scaling"}) if loading else {}
+    found = (str(model), folder, info.task, tuple(info.labels), config, length, temperature, info.masking, trained)
+    return SavedAdapter(*found)
 
 
 def _download(hub_id: str) -> Path:

@@ -8,7 +8,10 @@ from __future__ import annotations
 import difflib
 import importlib.util
 from collections.abc import Iterable
+from itertools import islice
 from typing import Any
+
+LONGEST_GUESSED, MOST_COMPARED = 100, 1000
 
 
 class TokmaskError(Exception):
@@ -100,7 +103,9 @@ class RunInterruptedError(RunError):
 
 def nearest(name: str, candidates: Iterable[str]) -> str:
     """Return ` Did you mean 'x'?` for the closest candidate or the one that `name` begins, or an empty string."""
-    names = list(candidates)
+    if len(name) > LONGEST_GUESSED:  # difflib takes quadratic time
+        return ""
+    names = [other for other in islice(candidates, MOST_COMPARED) if len(other) <= LONGEST_GUESSED]
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     match = close or ([other for other in names if other.startswith(name)] if name else [])
     return f" Did you mean '{match[0]}'?" if match else ""

@@ -81,6 +81,11 @@ class WordPredictions:
     windows: int = 1
 
 
+def _is_missing(cell: Any) -> bool:
+    """Return whether a cell of a table is null, or NaN, which pandas writes for a missing value."""
+    return cell is None or cell != cell
+
+
 class Task:
     """What depends on the kind of label; `sequence` and `token` below are the two that come with the package."""
 
@@ -205,14 +210,14 @@ class SequenceTask(Task):
 
     def from_cells(self, text: Any, label: Any, where: str, columns: tuple[str, str | None]) -> Example:
         """See `Task`; the text is a string or a list of words, the label any value."""
-        words = text if isinstance(text, list) else ["" if text is None else text]
+        words = text if isinstance(text, list) else ["" if _is_missing(text) else text]
         if not all(isinstance(word, str) for word in words):
             found = f"column '{columns[0]}' has {type(text).__name__}"
             raise DataError(f"{found}, but a text is a string or a list of words", code="cell-type")
         if isinstance(label, list | dict):
             found = f"column '{columns[1]}' has {type(label).__name__}, but task '{self.name}' needs one label per text"
             raise DataError(f"{found}. For one label per word set data.task to token.", code="cell-type")
-        return self.example(text or "", None if label is None else str(label).strip(), where)
+        return self.example(words, None if _is_missing(label) else str(label).strip(), where)
 
     def encode_label(self, example: Example, starts: Sequence[tuple[int, int]], length: int, ids: LabelIds) -> int:
         """Return the label's index."""
@@ -254,18 +259,19 @@ class TokenTask(Task):
 
     def from_cells(self, text: Any, label: Any, where: str, columns: tuple[str, str | None]) -> Example:
         """See `Task`; words and tags are lists, or strings separated by white space."""
-        words, tags = cells = [cell.split() if isinstance(cell, str) else cell for cell in (text, label)]
+        cells = [None if _is_missing(cell) else cell for cell in (text, label)]
+        words, tags = cells = [cell.split() if isinstance(cell, str) else cell for cell in cells]
         listed = all(isinstance(cell, list | None) for cell in cells)
         if not listed or any(isinstance(item, list | dict) for cell in cells for item in cell or ()):
             problem = f"task '{self.name}' needs a list of words in '{columns[0]}' and a list of tags in '{columns[1]}'"
             raise DataError(problem, code="cell-type")
-        words = ["" if word is None else str(word) for word in words or []]
+        words = ["" if _is_missing(word) else str(word) for word in words or []]
         if tags is None:
             return self.example(words, None, where)
         if len(words) != len(tags):
             problem = f"{len(words)} words in '{columns[0]}' but {len(tags)} tags in '{columns[1]}'"
             raise DataError(problem, code="tag-count")
-        return self.example(words, tuple("" if tag is None else str(tag) for tag in tags), where)
+        return self.example(words, tuple("" if _is_missing(tag) else str(tag) for tag in tags), where)
 
     def encode_label(
         self, example: Example, starts: Sequence[tuple[int, int]], length: int, ids: LabelIds

@@ -72,6 +72,38 @@ def test_interrupted_and_resumed_is_uninterrupted(write_recipe, tokmask, begin, 
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
 
 
+def test_a_run_is_not_resumed_with_other_data_or_another_backbone(write_recipe, data_folder, tiny_backbone, tmp_path):
+    (data, backbone), sources = (tmp_path / "texts", tmp_path / "model"), (data_folder, tiny_backbone("bert"))
+    for source, copy in zip(sources, (data, backbone), strict=True):
+        shutil.copytree(source, copy)
+    recipe = Recipe.load(write_recipe(), [f"data.path={data}", f"model.backbone={backbone}", "training.epochs=1"])
+    run = train(recipe, quiet=True).folder
+    run.result.unlink()
+
+    def changed(path, content):
+        before = path.read_bytes()
+        path.write_bytes(content)
+        with pytest.raises(RunError) as caught:
+            train(recipe, resume=True, quiet=True)
+        path.write_bytes(before)
+        assert caught.value.code == "other-data"
+        return caught.value.fields["changed"], str(caught.value)
+
+    test, train_file, weights = data / "test.tsv", data / "train.tsv", backbone / "model.safetensors"
+    assert changed(test, test.read_bytes() + b"one more text\tpositive\n")[0] == ["test"]
+    for split in (test, data / "validation.tsv"):
+        split.write_bytes(split.read_bytes().replace(b"\tpositive", b"\tgood"))
+    found, message = changed(train_file, train_file.read_bytes().replace(b"\tpositive", b"\tgood"))
+    assert found == ["labels", "train", "validation", "test"]
+    assert "negative, positive before, good, negative now" in message
+    for split in (test, data / "validation.tsv"):
+        split.write_bytes(split.read_bytes().replace(b"\tgood", b"\tpositive"))
+    scaled = {name: value * 1.01 for name, value in load_file(weights).items()}
+    save_file(scaled, tmp_path / "scaled", {"format": "pt"})
+    assert changed(weights, (tmp_path / "scaled").read_bytes())[0] == ["backbone (linear)", "backbone (others)"]
+    assert train(recipe, resume=True, quiet=True).folder.finished()
+
+
 def test_scores_of_other_weights_than_the_best_finish_no_run(write_recipe, tmp_path, monkeypatch):
     def other(*given):
         result, predictions = score_best(*given)

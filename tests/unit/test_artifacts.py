@@ -201,7 +201,7 @@ def test_a_recipe_is_whole_or_not_there(tmp_path, monkeypatch):
     run = RunFolder(tmp_path / "mine")
     monkeypatch.setattr("pathlib.Path.replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        start_run(run, "name: mine\n")
+        start_run(run, "name: mine\n", {})
     assert not run.recipe.exists()
 
 

@@ -38,6 +38,9 @@ SNIFFED_LINES = 5000
 _KEY_VALUE = re.compile(r"#[ ]+(?P<key>[A-Za-z_][\w.\-]*(?:\[\w+\]|[ ]id)?)[ ]*=(?P<value>.*)")
 _KEY_COLON = re.compile(r"#[ ]+(?P<key>[A-Za-z_][\w.\-]*):[ ](?P<value>[^\t]*)$")
 _LABEL_KEYS = {"label", "sentiment", "sa", "sent_label", "class"}
+_PAIR = re.compile(r"(?:^|(?<=\|))([^|=]+)=")
+_PAIR_VALUE = re.compile(r"(?:^|(?<=\|))([^|=]+)=([^|]*)")
+_SPACING = {"SpaceAfter", "SpacesAfter", "SpacesBefore"}
 _RANGE_OR_EMPTY_NODE = re.compile(r"\d+[-.]\d+$")
 
 
@@ -171,7 +174,8 @@ class ConllReader:
     """Reads a column file, one text at a time.
 
     If words carry the labels, the tags are read from a column (default: the last); otherwise the label of a text is
-    read from the comment above its words. These are in the first column by default (CoNLL-U: the second).
+    read from the comment above its words. These are in the first column by default (CoNLL-U: the second). In CoNLL-U
+    `misc.Lang` and `feats.Case` are values of a key, `_` for words without it; the default is the only key of MISC.
 
     Args:
         lines: the file's lines, without line ends.
@@ -187,7 +191,10 @@ class ConllReader:
         self._tagged = columns.labelled and columns.task.words_given
         self._sniff(first)
         self._text = self._index(columns.text, 1 if self._conllu else 0, "text_column")
-        self._tag = self._index(columns.label, -1, "label_column")
+        column, _, self._key = str(columns.label).partition(".") if self._conllu else (columns.label, "", "")
+        self._tag = self._index(column if self._key else columns.label, -1, "label_column")
+        if self._conllu and self._tagged:
+            self._choose_key(asked=columns.label is not None)
         if self._tagged and self._tag == -1 and self._width > 2 and self._labels == {""}:
             problem = f"{name}: the last column of every line is empty. If that is a stray tab, set data.label_column="
             problem += f"{self._width - 2} or the number of another column (from 0); withheld labels cannot be scored."
@@ -202,6 +209,23 @@ class ConllReader:
         self._tabs, self._width = bool(tabbed), max(set(widths), key=widths.count)
         self._conllu = self._tabs and self._width == len(CONLLU_COLUMNS)
         self._labels = {row[-1] for row in fields if len(row) == self._width}
+        # of CoNLL-U's FEATS and MISC
+        cells = {at: {row[at] for row in fields if len(row) == self._width} if self._conllu else () for at in (5, 9)}
+        self._keys = {at: sorted(set(_PAIR.findall("|".join(cells[at]))) - _SPACING) for at in cells}
+
+    def _choose_key(self, asked: bool) -> None:
+        """Check the key that labels are read from, or choose the only one of MISC."""
+        keys = self._keys.get(self._tag % self._width, [])
+        if not asked and len(keys) == 1:
+            self._key = keys[0]
+        plain = asked or (not keys and self._labels - {"_", ""})
+        if self._key in keys if self._key else plain:
+            return
+        usable = [f"{CONLLU_COLUMNS[at]}.{key}" for at, found in self._keys.items() for key in found]
+        wanted = f"{CONLLU_COLUMNS[self._tag]}.{self._key}"
+        problem = f"no word has {wanted}.{nearest(wanted, usable)}" if asked else "MISC does not hold one label."
+        remedy = f"Set data.label_column to {', '.join(['upos', *usable])}."
+        raise DataError(f"{self._name}: {problem} {remedy}", code="column", field="label_column")
 
     def _index(self, asked: str | int | None, default: int, field: str) -> int:
         """Return the index of a column, given by its number or its CoNLL-U name."""
@@ -240,6 +264,7 @@ class ConllReader:
             if columns is not None:
                 inside = True
                 tag = columns[self._tag] if self._tagged else label
+                tag = dict(re.findall(_PAIR_VALUE, tag)).get(self._key, "_") if self._key and tag is not None else tag
                 yield where, columns[self._text], tag if self._wanted.labelled else None
 
     def _is_comment(self, line: str, inside: bool) -> bool:

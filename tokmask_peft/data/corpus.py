@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import unicodedata
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tokmask_peft.console import Decision
-from tokmask_peft.data.cleaning import CleaningReport, clean
+from tokmask_peft.data.cleaning import CleaningReport, clean, clean_share
 from tokmask_peft.data.readers import find_files, read_split
 from tokmask_peft.data.split import canonical, carve, subset
 from tokmask_peft.errors import DataError, nearest
@@ -21,6 +22,8 @@ from tokmask_peft.recipe.schema import DataConfig, SourceConfig
 from tokmask_peft.tasks import Example, Label
 
 OTHERS = "*"
+MANY_LABELS, SHOWN = 50, 10
+_LIKE_MISSING = {"nan", "none", "null", "na", "n/a", "<na>", "nat", "_"}
 
 
 class Merge(NamedTuple):
@@ -34,8 +37,11 @@ class Merge(NamedTuple):
 def apply_label_map(
     examples: Iterable[Example], label_map: Mapping[str, str] | None
 ) -> tuple[list[Example], tuple[Merge, ...]]:
-    """Replace labels by `label_map`, whose key '*' stands for every other label; also return what it applied to."""
-    examples = list(examples)
+    """Replace labels by `label_map`, whose key '*' stands for every other label; also return what it applied to.
+
+    Texts whose label is missing are left out.
+    """
+    examples = [example for example in examples if example.label is not None]
     if not label_map:
         return examples, ()
     seen = Counter(tag for example in examples for tag in example.tags)
@@ -63,24 +69,30 @@ def merged_labels(stored: Mapping[str, Any]) -> list[Merge]:
     return [Merge(old, new, count) for (old, new), count in totals.items() if old != new]
 
 
-def count_labels(examples: Iterable[Example]) -> dict[str, int]:
+def count_labels(examples: Iterable[Example]) -> Counter[str]:
     """Count labels (of texts, or of words), in natural order: `class2` before `class10`."""
     counts = Counter(tag for example in examples for tag in example.tags)
-    return {label: counts[label] for label in sorted(counts, key=_natural_key)}
+    return Counter({label: counts[label] for label in sorted(counts, key=_natural_key)})
 
 
 def _natural_key(label: str) -> list[tuple[int, int, str]]:
     parts = re.split(r"(\d+)", label)
-    return [(0, int(part[:4000]), "") if part.isdecimal() else (1, 0, part) for part in parts if part]
+    pairs = [(part, part.lstrip("0")) for part in parts if part]  # not int(), which refuses thousands of digits
+    return [(0, len(number), number) if part.isdecimal() else (1, 0, part) for part, number in pairs]
 
 
 def collect_labels(train: Sequence[Example]) -> tuple[str, ...]:
     """List the labels of the training texts in natural order.
 
     Raises:
-        DataError: there are fewer than two.
+        DataError: there are fewer than two, or almost as many as there are items.
     """
-    if len(labels := tuple(count_labels(train))) < 2:
+    counts = count_labels(train)
+    if MANY_LABELS < len(counts) > counts.total() / 2:
+        problem = f"almost as many different labels as labels in all: {len(counts):,} of {counts.total():,}, such as "
+        problem += f"'{next(iter(counts))[:40]}': is data.label_column the right column?"
+        raise DataError(problem, code="too-many-labels", labels=len(counts))
+    if len(labels := tuple(counts)) < 2:
         problem = f"the only label of the training texts is {', '.join(labels)}, but a classifier needs two or more"
         raise DataError(f"{problem}. Check data.label_column and data.label_map.", code="one-label", labels=labels)
     return labels
@@ -93,6 +105,15 @@ def respelled(labels: Mapping[str, int]) -> dict[str, str]:
         plain = "".join(unicodedata.normalize("NFKC", label).casefold().split())
         groups.setdefault(re.sub(r"(?<=\d)\.0+$", "", plain), []).append(label)
     return {other: first for first, *others in groups.values() for other in others}
+
+
+def _like_missing(labels: Mapping[str, int], named: bool) -> list[str]:
+    """List labels that may stand for a missing one; `named`: `_` is the label of words without a key of CoNLL-U."""
+    negative = [label for label in labels if re.fullmatch(r"-\d+(\.0+)?", label)]
+    numbers = all(re.fullmatch(r"-?\d+(\.0+)?", label) for label in labels)
+    odd = negative if numbers and len(negative) == 1 and len(labels) > 2 else []
+    words = _LIKE_MISSING - ({"_"} if named else set())
+    return [label for label in labels if label in odd or label.startswith("-100") or label.casefold() in words]
 
 
 def _shown(label_map: Mapping[str, str]) -> str:
@@ -119,9 +140,11 @@ def check_known(examples: Iterable[Example], labels: Sequence[str], split: str) 
     unseen = {tag: where for tag, where in sorted(places.items()) if tag not in labels}
     if not unseen:
         return []
-    found = "; ".join(
+    shown = [
         f"'{tag}': {len(where)} times, first at {where[0]}.{nearest(tag, labels)}" for tag, where in unseen.items()
-    )
+    ]
+    more = [f"and {len(shown) - SHOWN:,} more."] if len(shown) > SHOWN else []
+    found = "; ".join([*shown[:SHOWN], *more])
     respelling = respelled(dict.fromkeys(unseen, 0) | dict.fromkeys(labels, 1))
     merge = {old: new for old, new in respelling.items() if old in unseen and new in labels}
     merge = merge or {next(iter(unseen)): labels[-1]}
@@ -142,6 +165,7 @@ class SplitCounts:
     texts: int
     words: int
     labels: dict[str, int]
+    missing: int = 0  # texts of those read that `data.missing` leaves out
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +195,8 @@ class DataReport:
         lines = []
         for name, split in self.splits.items():
             labels = ", ".join(f"{label} {count:,}" for label, count in split.labels.items())
-            lines.append(f"{name}: {split.texts:,} texts, {split.words:,} words ({split.source}); {labels}")
+            missing = f"; left out as missing: {split.missing:,}" if split.missing else ""
+            lines.append(f"{name}: {split.texts:,} texts, {split.words:,} words ({split.source}); {labels}{missing}")
         if merged := merged_labels(self.label_map):
             lines.append("label_map: " + ", ".join(f"{old} -> {new} ({count:,})" for old, new, count in merged))
         return [*lines, *self.hygiene.lines(), *(f"warning: {warning}" for warning in self.warnings)]
@@ -193,6 +218,13 @@ class Corpus:
         """The labels, followed by those that only validation or test has."""
         return with_unseen(self.labels, chain(self.validation, self.test))
 
+    def fingerprint(self) -> dict[str, str]:
+        """Return a hash of each split's texts with their labels, and the labels."""
+        parts = {"train": self.train, "validation": self.validation, "test": self.test}
+        texts = {name: repr([(example.text, example.label) for example in part]) for name, part in parts.items()}
+        hashes = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
+        return {"labels": ", ".join(self.labels), **hashes}
+
 
 def load_corpus(config: DataConfig, seed: int) -> Corpus:
     """Read, merge labels, clean, set validation aside, and draw at most `max_train` training texts.
@@ -213,19 +245,21 @@ def load_corpus(config: DataConfig, seed: int) -> Corpus:
     mapped = {name: apply_label_map(examples, config.label_map) for name, examples in read.items()}
     parts = {name: mapped[name][0] if name in mapped else [] for name in ("train", "validation", "test")}
     train, validation, cleaning = clean(**parts, mode=config.hygiene)
+    labels = collect_labels(train) if train else ()
     if not train:
         problem = "cleaning left no training text: data.hygiene=report shows what would be removed, and keeps it"
         raise DataError(problem, code="nothing-left", split="train")
     if isinstance(config.validation, float):
         train, validation = carve(train, config.validation, seed)
+        validation, cleaning = clean_share(train, validation, cleaning)
         sources["validation"] = f"a share of {config.validation:g} of train"
-    elif not validation:
-        problem = "every validation text is also in test: set data.validation to a share of train such as 0.1"
+    if not validation:
+        problem = "every validation text is also, or nearly, in test or train: name another file in data.validation, "
+        problem += "set it to a share of train such as 0.1, or keep such texts with data.hygiene=report"
         raise DataError(problem, code="nothing-left", split="validation")
     if config.max_train is not None:
         train = subset(train, config.max_train, seed)
 
-    labels = collect_labels(train)
     used = {"train": train, "validation": validation} | ({"test": parts["test"]} if test is not None else {})
     unknown = list(chain.from_iterable(check_known(examples, labels, name) for name, examples in used.items()))
     merges = {name: found for name, (_, found) in mapped.items()}
@@ -233,7 +267,8 @@ def load_corpus(config: DataConfig, seed: int) -> Corpus:
     for name, examples in used.items():
         words = sum(len(example.words) for example in examples)
         size = len(read.get(name, examples))
-        splits[name] = SplitCounts(sources[name], size, len(examples), words, count_labels(examples))
+        missing = size - len(mapped[name][0]) if name in mapped else 0
+        splits[name] = SplitCounts(sources[name], size, len(examples), words, dict(count_labels(examples)), missing)
     found_labels = count_labels(chain.from_iterable(examples for examples, _ in mapped.values()))
     warnings = (*unknown, *_warnings(config, merges, splits, found_labels))
     report = DataReport(config.task, labels, splits, cleaning, merges, warnings, tuple(decisions))
@@ -285,6 +320,11 @@ def _warnings(
     matched = {merge.old for found in merges.values() for merge in found} | {OTHERS}
     unmatched = [key for key in config.label_map or {} if key not in matched]
     warnings = [f"data.label_map: no label '{key}' in the data; the key has no effect" for key in unmatched]
+    absent = [] if config.missing is not None else _like_missing(labels, named="." in str(config.label_column))
+    if absent:
+        found = ", ".join(f"'{label}' ({labels[label]:,})" for label in absent)
+        remedy = f"if so, set data.missing={json.dumps(absent)} to leave these texts out, otherwise data.missing=[]"
+        warnings.append(f"labels that look like a missing value: {found}; {remedy}")
     if new := respelled(labels):
         variants = ", ".join(
             f"'{old}' ({labels[old]:,}) and '{label}' ({labels[label]:,})" for old, label in new.items()

@@ -249,7 +249,8 @@ def builtin_examples(task: str, split: str) -> list[Example]:
 def read_split(source: SourceConfig, split: str, task: str, decisions: list[Decision] | None = None) -> list[Example]:
     """Read a labelled split, or a file, from a local path, the Hub or the built-in corpus: the first that is set.
 
-    `decisions` takes what was decided about its form.
+    `decisions` takes what was decided about its form. A text that is missing, or a label of which is, as
+    `source.missing` says, has no label.
 
     Raises:
         DataError: the split is missing, empty, unlabelled or malformed.
@@ -270,8 +271,9 @@ def read_split(source: SourceConfig, split: str, task: str, decisions: list[Deci
         examples = builtin_examples(task, split)
     if decisions is not None:
         decisions += columns.decisions
-    _check_complete(examples, name, task)
-    return examples
+    missing = {id(found) for found in examples if {found.string, *(found.tags or ("",))} & {*(source.missing or ())}}
+    _check_complete([found for found in examples if id(found) not in missing], name, task)
+    return [replace(found, label=None) if id(found) in missing else found for found in examples]
 
 
 def _read(file: DataFile, columns: Columns, format: str) -> Iterator[Example | Unreadable]:
@@ -315,7 +317,7 @@ def _check_complete(examples: list[Example], name: str, task: str) -> None:
         if places:
             more = f" and {len(places) - SHOWN} more" if len(places) > SHOWN else ""
             problem = f"an empty {what} at {', '.join(places[:SHOWN])}{more} ({len(places)} in all)"
-            remedy = "Nothing is dropped silently: remove these lines or fill them in."
+            remedy = 'Nothing is dropped silently: remove these lines, fill them in, or set data.missing=[""].'
             raise DataError(f"{name}: {problem}. {remedy}", code=f"empty-{what}", places=tuple(places))
 
 

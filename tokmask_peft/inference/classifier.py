@@ -164,7 +164,7 @@ def load(
         plan = plan_loading(saved.model, place, quantization, precision)
         loaded = load_backbone(plan.model, saved.task, saved.labels, place)
         batching = _choose_batching(loaded.model, place)
-        module = load_adapter(loaded, saved.folder)
+        module = load_adapter(loaded, saved.folder, **saved.trained)
         present = "a GPU is there" if place.type == "cuda" else "no GPU was found"
         decisions = [Decision("device", str(place), present if device is None else "as asked")]
         if loaded.quantization == "none":

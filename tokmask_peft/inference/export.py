@@ -117,7 +117,7 @@ def export_merged(
     with loading_memory_errors(device, "while the model was merged"):
         loaded = load_backbone(plain, saved.task, saved.labels, device)
         probes = ordinary_batch(8, 24, loaded.tokenizer)
-        adapted = load_adapter(loaded, saved.folder)
+        adapted = load_adapter(loaded, saved.folder, **saved.trained)
         expected = _logits(adapted, probes)
         allowed = TOLERANCE * max(1.0, float(expected.abs().max()))
         merged = adapted.merge_and_unload(safe_merge=True)

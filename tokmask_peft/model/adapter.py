@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -177,16 +178,35 @@ def save_adapter(model: Any, folder: Path, backbone_id: str, weights: dict[str, 
         config.base_model_name_or_path = loaded_from
 
 
-def load_adapter(backbone: Backbone, folder: Path) -> Any:
-    """Add a saved adapter to a freshly loaded backbone, for prediction; a ModelError if `folder` has none that fits."""
+def load_adapter(
+    backbone: Backbone, folder: Path, weights: Mapping[str, str] | None = None, scaling: float | None = None
+) -> Any:
+    """Add a saved adapter to a freshly loaded backbone, for prediction; a ModelError if `folder` has none that fits.
+
+    `weights`, from `weight_hashes`, and `scaling` are those of the training; they are compared if they are known.
+    """
     for name in ("adapter_config.json", SAFETENSORS_WEIGHTS_NAME):
         if not (folder / name).is_file():
             raise ModelError(f"{folder} has no adapter ({name} is missing)", code="no-adapter", folder=folder)
     try:
         config = PeftConfig.from_pretrained(str(folder))
         config.inference_mode, config.base_model_name_or_path = True, None  # PEFT warns if the backbone's name differs
+        with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, "pt") as file:
+            ranks = [file.get_slice(name).get_shape()[0] for name in file.keys() if "lora_A" in name]  # noqa: SIM118
+        asked = max([getattr(config, "r", 0), *getattr(config, "rank_pattern", {}).values()])
+        if asked > max([1024, *ranks]):  # before PEFT makes room for it
+            raise ValueError(f"adapter_config.json has a rank of {asked}, the weights have {max(ranks, default=0)}")
         model = get_peft_model(backbone.model, config)
         check_fit(model, backbone.tokenizer, folder)
+        if other := [kind for kind, seen in (weights or {}).items() if backbone.weights.get(kind, seen) != seen]:
+            message = f"the backbone's weights are not those that the adapter in {folder} was trained on. Use that "
+            message += "backbone; if its repository has changed since, its earlier revision"
+            raise ModelError(message, code="another-backbone", folder=folder, weights=other)
+        found = {scale for part in model.modules() if isinstance(part, LoraLayer) for scale in part.scaling.values()}
+        if scaling is not None and any(not math.isclose(scale, scaling) for scale in found):
+            message = f"adapter_config.json in {folder} scales the adapter by {sorted(found)}, but it was trained with "
+            message += f"{scaling:g}: restore lora_alpha, r, use_rslora and alpha_pattern"
+            raise ModelError(message, code="another-scaling", folder=folder, scaling=sorted(found))
         model.load_adapter(str(folder), "default")
     except (RuntimeError, ValueError) as error:
         if out_of_memory(error):

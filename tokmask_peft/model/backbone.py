@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+import hashlib
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,6 +32,9 @@ _ATTENTION_DROPOUT = ("attention_dropout", "attention_probs_dropout_prob")
 
 _SHORT, _LONG = "la neta", "la neta this weather is too hot for me today"
 
+HASHED = 1024
+"""Values of each parameter that identify a backbone."""
+
 
 @dataclass(frozen=True, slots=True)
 class Backbone:
@@ -42,6 +46,7 @@ class Backbone:
     decisions: tuple[Decision, ...]
     dtype: torch.dtype
     quantization: str
+    weights: dict[str, str] = field(default_factory=dict)  # see `weight_hashes`
 
 
 def load_backbone(
@@ -89,6 +94,7 @@ def load_backbone(
         raise load_error("backbone", location, error) from error
     model.config.pad_token_id, model.config.use_cache = tokenizer.pad_token_id, False
     new_modules = _new_modules(model, info)
+    weights = weight_hashes(model, new_modules)
     hold_in_fp32(model, new_modules)
     keep_gradients_after_eval(model)
     tokenizer.padding_side = padding_side(model, tokenizer, dtype)
@@ -96,7 +102,7 @@ def load_backbone(
     if tokenizer.padding_side == "left":
         decisions.append(Decision("padding", "left", f"{type(model).__name__} reads its answer at the last position"))
     decisions += place_embedding(model, config.embedding, device)
-    return Backbone(model, tokenizer, new_modules, tuple(decisions), dtype, quantization.choice)
+    return Backbone(model, tokenizer, new_modules, tuple(decisions), dtype, quantization.choice, weights)
 
 
 def load_tokenizer(config: ModelConfig, location: str | None = None) -> Any:
@@ -176,6 +182,25 @@ def padding_side(model: Any, tokenizer: Any, dtype: torch.dtype) -> str:
     name = type(model).__name__
     problem = f"{name} reads its padding: a text's answer depends on the longest text in its batch"
     raise ModelError(f"{problem}; use another backbone, as in `tokmask recipes`", code="reads-padding", model=name)
+
+
+def weight_hashes(model: nn.Module, new_modules: tuple[str, ...]) -> dict[str, str]:
+    """Return hashes of some of a backbone's weights, in bf16: the same from any file and in any precision.
+
+    The weights of linear layers are hashed apart from the others, and not if they are quantized.
+    """
+    hashes = {"linear": hashlib.sha256(), "others": hashlib.sha256()}
+    for name, part in model.named_modules():
+        if f"{name}.".startswith(tuple(f"{new}." for new in new_modules)):
+            continue
+        for key, value in part.named_parameters(recurse=False):
+            kind = "linear" if isinstance(part, nn.Linear) and key == "weight" else "others"
+            if value.is_meta or (kind == "linear" and is_quantized(part)):
+                hashes.pop(kind, None)
+            elif kind in hashes:
+                some = value.detach().flatten()[:: max(1, value.numel() // HASHED)]
+                hashes[kind].update(some.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
+    return {kind: found.hexdigest()[:16] for kind, found in hashes.items()}
 
 
 def keep_gradients_after_eval(model: nn.Module) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,14 +23,16 @@ _ANY_LENGTH = ("jamba", "zamba")
 
 
 def backbone_location(config: ModelConfig) -> str:
-    """Return the folder or Hub id to load the backbone from; a ModelError if what `backbone_path` names is missing."""
+    """Return the folder or Hub id to load the backbone from; a ModelError if it is missing or a file is not one."""
     wanted = config.backbone_path
     if wanted is None:
+        check_files(config.backbone)
         return config.backbone
     if not wanted.startswith("package:"):
         if not Path(wanted).is_dir():
             message = f"model.backbone_path is {wanted}, which is not a folder. Remove it to use the Hub."
             raise ModelError(message, code="backbone-folder-missing", path=wanted)
+        check_files(wanted)
         return wanted
     package, _, inside = wanted.removeprefix("package:").partition("/")
     spec = importlib.util.find_spec(package)
@@ -38,6 +41,13 @@ def backbone_location(config: ModelConfig) -> str:
         remedy = f"pip install {package.replace('_', '-')}, or set model.backbone_path=null to use the Hub"
         raise ModelError(f"{problem}: {remedy}", code="backbone-package-missing", package=package)
     return str(Path(spec.submodule_search_locations[0]) / inside)
+
+
+def check_files(folder: str | Path) -> None:
+    """Raise a ModelError if a folder, if it is one, holds a pipe or a device: reading it might never end."""
+    for path in Path(folder).iterdir() if os.path.isdir(folder) else ():  # noqa: PTH112 (Path.is_dir fails at long names)
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise ModelError(f"{path} is a pipe or a device; a file is needed", code="not-a-file", path=path)
 
 
 def config_at_hand(model: ModelConfig) -> Mapping[str, Any]:

@@ -20,13 +20,15 @@ from tokmask_peft.masking.config import NameIn
 from tokmask_peft.recipe.schema import Recipe, all_fields, section_of
 
 _NOUNS = {str: "text", int: "a whole number", float: "a number", bool: "true or false", NoneType: "null"}
+MOST_LISTED = 100
 _BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 
 
 def explain(error: ValidationError) -> list[str]:
     """Return a line per problem of a recipe; the branches of a union make one line together."""
     found: dict[str, list[tuple[ErrorDetails, _Place]]] = {}
-    for detail in error.errors(include_url=False):
+    details = error.errors(include_url=False)
+    for detail in details[:MOST_LISTED]:
         place = _find(detail["loc"])
         found.setdefault(place.path, []).append((detail, place))
     lines: list[str] = []
@@ -38,7 +40,8 @@ def explain(error: ValidationError) -> list[str]:
             parts = place.inside[:-2] if "[key]" in place.inside else place.inside
             subscript = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts)
             lines.append(f"{path}{subscript}: {_problem(detail, place)}")
-    return list(dict.fromkeys(lines))
+    more = [f"recipe: and {len(details) - MOST_LISTED:,} more problems"] if len(details) > MOST_LISTED else []
+    return [*dict.fromkeys(lines), *more]
 
 
 def shown(value: Any) -> str:

@@ -73,7 +73,7 @@ def evaluate(
     loading = Situation("loading", gpu=device.type == "cuda")
     with memory_errors(loading):
         backbone = load_backbone(plan.model, task, labels, device)
-        model = load_adapter(backbone, folder.adapter)
+        model = load_adapter(backbone, folder.adapter, **saved.trained)
     texts = Split(examples, backbone.tokenizer, task, scored, recipe.data.max_length)
     bf16 = backbone.dtype == torch.bfloat16
     with tempfile.TemporaryDirectory() as scratch:  # the Trainer creates its folder, and the run may be read-only

@@ -298,7 +298,8 @@ def _attempt(prepared: Prepared, asked: Recipe, run: RunFolder, clock: StepClock
         listed = ", ".join(f"{name} {version}" for name, version in versions().items())
         repeat = f"tokmask train {asked.run_dir / 'recipe.yaml'} name={asked.name}-again"
         head = f"# The resolved recipe of this run. Versions: {listed}.\n# Repeat it: {repeat}\n"
-        start_run(run, head + to_yaml(asked))
+        weights = {f"backbone ({kind})": found for kind, found in prepared.backbone.weights.items()}
+        start_run(run, head + to_yaml(asked), prepared.corpus.fingerprint() | weights)
     trainer.accelerator.wait_for_everyone()
     say = functools.partial(prepared.console.print, markup=False, soft_wrap=True)
     checkpoint = run.last_checkpoint(say) if resume else None
@@ -333,6 +334,8 @@ def save_adapter_folder(
             quantization=backbone.quantization,
             precision="bf16" if backbone.dtype == torch.bfloat16 else "fp32",
             embedding=recipe.model.embedding,
+            weights=backbone.weights,
+            scaling=recipe.adapter.scaling,
         ),
         masking=recipe.masking if mask is None else recipe.masking.model_copy(update={"mask_token": mask.id}),
     ).write(folder)

@@ -204,3 +204,37 @@ def test_a_tab_at_the_end_of_every_line_is_named_with_the_column_to_set():
     assert [example.label for example in read(content, label=1)] == [("lang2", "other"), ("lang2",)]
     assert [example.text for example in read(content, labelled=False)] == [("me", "ok"), ("que",)]
     assert read("me\t\nok\t\n")[0].label == ("", "")  # withheld labels
+
+
+def conllu(*words):
+    """Return a text whose words have these FEATS and MISC."""
+    rows = (f"{n}\tword{n}\t_\tNOUN\t_\t{feats}\t0\troot\t_\t{misc}\n" for n, (feats, misc) in enumerate(words, 1))
+    return "".join(rows) + "\n"
+
+
+CASES = conllu(("Case=Nom|Number=Sing", "AdpType=Prep|Lang=spa"), ("_", "Lang=eng|SpaceAfter=No"), ("Case=Acc", "_"))
+
+
+@pytest.mark.parametrize(
+    ("column", "tags"),
+    [
+        ("misc.Lang", ("spa", "eng", "_")),
+        ("feats.Case", ("Nom", "_", "Acc")),
+        ("MISC.AdpType", ("Prep", "_", "_")),
+        ("upos", ("NOUN",) * 3),
+        ("misc", ("AdpType=Prep|Lang=spa", "Lang=eng|SpaceAfter=No", "_")),
+    ],
+)
+def test_labels_from_a_key_of_conllu(column, tags):
+    assert [example.label for example in read(CASES, label=column)] == [tags]
+
+
+def test_the_default_of_conllu_is_the_only_key_of_misc_and_never_all_of_it():
+    (example,) = read(conllu(("Case=Nom", "Lang=spa"), ("_", "Lang=eng|SpaceAfter=No")))
+    assert example.label == ("spa", "eng")
+    (example,) = read(conllu(("_", "lang1"), ("_", "lang2")))
+    assert example.label == ("lang1", "lang2")
+    for content, options in ((CASES, {}), (conllu(("Case=Nom", "_")), {}), (CASES, {"label": "misc.lang"})):
+        with pytest.raises(DataError, match=r"data.label_column to upos, feats.Case") as caught:
+            read(content, **options)
+        assert (caught.value.code, caught.value.fields["field"]) == ("column", "label_column")

@@ -1,6 +1,8 @@
 import json
+import os
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import build, families
 from transformers import GPT2Config, GPT2ForSequenceClassification
 
+from tokmask_peft.artifacts import AdapterInfo
 from tokmask_peft.errors import ModelError
 from tokmask_peft.masking.masker import TokenMasker
 from tokmask_peft.masking.replacement import choose_mask_token
@@ -91,6 +94,67 @@ def refusal(folder, config):
         load_adapter(load_backbone(config, "sequence", LABELS, CPU), folder)
     assert caught.value.fields["folder"] == folder
     return caught.value
+
+
+@pytest.mark.parametrize(
+    ("part", "kind"), [("query", "linear"), ("word_embeddings", "others"), ("LayerNorm", "others")]
+)
+@pytest.mark.parametrize("quantization", ["none", pytest.param("nf4", marks=needs_bitsandbytes)])
+def test_a_backbone_with_other_weights_is_refused(model_config, saved, part, kind, quantization):
+    trained = load_backbone(model_config("bert"), "sequence", LABELS, CPU).weights
+    config = model_config("bert", quantization=quantization, precision="bf16")
+    load_adapter(load_backbone(config, "sequence", LABELS, CPU), saved, trained, 16.0)
+    file = Path(config.backbone) / "model.safetensors"
+    before = file.read_bytes()
+    weights = {name: value * 1.01 if part in name else value for name, value in load_file(file).items()}
+    try:
+        save_file(weights, file, {"format": "pt"})
+        changed = load_backbone(config, "sequence", LABELS, CPU)
+    finally:
+        file.write_bytes(before)
+    if quantization != "none" and kind == "linear":  # cannot be seen
+        assert "linear" not in changed.weights
+        return
+    with pytest.raises(ModelError) as caught:
+        load_adapter(changed, saved, trained)
+    assert (caught.value.code, caught.value.fields["weights"]) == ("another-backbone", [kind])
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({"lora_alpha": 4}, "another-scaling"),
+        ({"use_rslora": True}, "another-scaling"),
+        ({"alpha_pattern": {"query": 1}}, "another-scaling"),
+        ({"r": 10_000_000}, "adapter-does-not-fit"),
+        ({"rank_pattern": {"query": 10_000_000}}, "adapter-does-not-fit"),
+    ],
+)
+def test_a_changed_adapter_config_is_refused(model_config, saved, changes, code):
+    path = saved / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(ModelError) as caught:
+        load_adapter(load_backbone(model_config("bert"), "sequence", LABELS, CPU), saved, scaling=16.0)
+    assert caught.value.code == code
+
+
+@pytest.mark.timeout(60)
+def test_a_pipe_in_place_of_a_file_is_refused(model_config, saved, tmp_path):
+    folder = tmp_path / "backbone"
+    shutil.copytree(model_config("bert").backbone, folder)
+    for place in (folder / "model.safetensors", saved / "tokmask.json"):
+        place.unlink(missing_ok=True)
+        os.mkfifo(place)
+    for read in (
+        lambda: load_backbone(
+            model_config("bert").model_copy(update={"backbone": str(folder)}), "sequence", LABELS, CPU
+        ),
+        lambda: AdapterInfo.read(saved),
+    ):
+        with pytest.raises(ModelError) as caught:
+            read()
+        assert caught.value.code == "not-a-file"
 
 
 @pytest.mark.parametrize(

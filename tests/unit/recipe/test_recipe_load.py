@@ -195,3 +195,34 @@ class TestFactsForTheCard:
         source = {"path": "y", "name": "Nepali", "language": ["ne", "en"], "license": "CC0", "citation": "A. Author"}
         data = minimal(tmp_path, data={**MINIMAL["data"], "language": ["es"], "test_source": source}).data
         assert (data.language, data.test_source.language, data.test_source.name) == (("es",), ("ne", "en"), "Nepali")
+
+
+HOSTILE = {
+    "aliases": "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12)),
+    "itself": "name: &name [*name]\n",
+    "brackets": f"name: {'[' * 3000}{']' * 3000}\n",
+    "mappings": f"name: {'{a: ' * 3000}{'}' * 3000}\n",
+    "unknown keys": "".join(f"epoch{n}: 1\n" for n in range(20_000)),
+    "a long key": f"{'epochs' * 20_000}: 1\n",
+    "a long value": f"data: {{task: {'sequence' * 20_000}}}\n",
+}
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
+def test_a_hostile_recipe_is_refused_soon_and_briefly(tmp_path, text):
+    lines = problems(load_recipe, write(tmp_path, "mine.yaml", text))
+    assert len(lines) < 150
+
+
+@pytest.mark.timeout(20)
+def test_many_bases(tmp_path):
+    for number in range(18):  # each twice the base of the next: 2 ** 18 readings without a memory
+        write(tmp_path, f"base{number}.yaml", {"base": [f"base{number + 1}.yaml"] * 2})
+    write(tmp_path, "base18.yaml", {"seed": 7})
+    assert minimal(tmp_path, base="base0.yaml").seed == 7
+    for number in range(2000):
+        write(tmp_path, f"base{number}.yaml", {"base": f"base{number + 1}.yaml"})
+    with pytest.raises(RecipeError) as caught:
+        minimal(tmp_path, base="base0.yaml")
+    assert caught.value.code == "deep-base"
