@@ -64,7 +64,7 @@ def test_intervals_are_those_of_large_samples_and_paired():
 def test_areas_are_those_under_the_curves():
     line = np.linspace(1.0, 0.2, len(SHARES))
     curves = np.stack([[line, np.ones_like(line), 0.5 + line / 2]])
-    parts = {key: values[0] / values[1] for key, values in faithfulness._parts(curves).items()}
+    parts = {key: values[0] / values[1] for key, values in faithfulness.areas(curves).items()}
     assert parts["least_minus_most"] == pytest.approx(0.4)
     assert parts["random_minus_most"] == pytest.approx(0.2)
     assert parts["least_minus_random"] == pytest.approx(0.2)

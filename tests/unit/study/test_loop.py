@@ -14,14 +14,13 @@ from tokmask_peft.recipe.loading import to_yaml
 from tokmask_peft.study.ledger import CellState, Ledger
 from tokmask_peft.study.plan import make_plan
 from tokmask_peft.study.runner import (
+    TEXTS,
     Loop,
     Options,
     closing_lines,
-    duration,
     finished_result,
     remaining_seconds,
     run_sweep,
-    summary_line,
 )
 
 RESULT = '{"labels": ["a"], "validation": {"f1_macro": 0.5}}'
@@ -78,7 +77,7 @@ def test_a_run_that_was_taken_over_stops(loop):
     gone, kept = loop.workers
     loop.ledger.close(loop.running[gone].trial_id, "interrupted")
     loop._next_look = float("inf")
-    loop._step()
+    loop.step()
     assert (gone.ended, kept.ended) == (1, 0)
     assert list(loop.running) == [kept]
     assert loop.console.file.getvalue() == "p0-seed1 was taken over by another worker; stopped here\n"
@@ -96,17 +95,17 @@ def test_an_evaluation_of_a_run_that_was_taken_over_stops_it(loop):
 
 def test_the_lines_of_a_terminal(loop):
     loop.cells = CELLS
-    shown = str(loop.lines())
+    shown = TEXTS.screen(loop.cells, loop._left(), loop.running)
     for expected in ("2/6 done", "p0-seed1  step 4, loss 0.5  30 s", "failed: e: no memory", "left"):
         assert expected in shown
 
 
 def test_the_summary():
-    assert summary_line(CELLS, 130) == (
+    assert TEXTS.summary(CELLS, 130) == (
         "2/6 done, 1 running, 1 failed, 1 pruned; best b (validation macro-F1 0.7500); about 2 min left"
     )
-    assert summary_line({}) == "0/0 done, 0 running"
-    assert [duration(s) for s in (5, 89, 600, 7260)] == ["5 s", "89 s", "10 min", "2 h 1 min"]
+    assert TEXTS.summary({}) == "0/0 done, 0 running"
+    assert [TEXTS.duration(s) for s in (5, 89, 600, 7260)] == ["5 s", "89 s", "10 min", "2 h 1 min"]
 
 
 def test_remaining_time_is_that_of_unfinished_cells():
@@ -114,7 +113,7 @@ def test_remaining_time_is_that_of_unfinished_cells():
     assert remaining_seconds(CELLS, [500.0], 1) == 90  # it takes longer than the mean; the other is to come
     assert remaining_seconds(CELLS, [], 2) == 90
     assert remaining_seconds({"d": CELLS["d"]}, [], 1) is None
-    assert remaining_seconds({"a": CELLS["a"]}, [], 1) == 0
+    assert remaining_seconds({"a": CELLS["a"]}, [], 1) is None
 
 
 def test_the_best_values_of_a_sampler_are_shown(tmp_path):
@@ -164,7 +163,7 @@ class TestFinished:
         worker.recipe.run_dir.mkdir(parents=True)
         (worker.recipe.run_dir / "result.json").write_text(RESULT)
         worker.code = 1
-        loop._step()
+        loop.step()
         assert finished_result(worker.recipe) is None
         assert (worker.recipe.run_dir / "result.rejected.json").is_file()
         assert loop.cells["p0-seed1"] == CellState("failed", reason="stopped")

@@ -6,7 +6,7 @@ import pytest
 from scipy import stats
 
 from tokmask_peft.errors import SweepError
-from tokmask_peft.study.report import latex, markdown, sweep_report
+from tokmask_peft.study.report import LATEX, markdown, sweep_report
 from tokmask_peft.study.results import read_sweep
 
 pytest.importorskip("matplotlib")
@@ -198,7 +198,7 @@ def test_files(made_up_sweep):
 def test_tables_escape_what_their_language_reads():
     table = (["a_b", "c"], [["50% | x", "±1"]])
     assert markdown(table).splitlines()[2] == "| 50% \\| x | ±1 |"
-    assert latex(r"a_b\50% & ±1") == r"a\_b\textbackslash{}50\% \& $\pm$1"
+    assert r"a_b\50% & ±1".translate(LATEX) == r"a\_b\textbackslash{}50\% \& $\pm$1"
 
 
 class TestMistakes:

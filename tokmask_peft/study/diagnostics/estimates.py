@@ -54,12 +54,6 @@ class Grams:
     between: Array
 
 
-def batch_weights(batches: int, replicates: int = REPLICATES, seed: int = 0) -> Array:
-    """Return how often each batch is drawn in each bootstrap replicate, `[replicates, batches]`."""
-    drawn = np.random.default_rng(seed).multinomial(batches, np.full(batches, 1 / batches), replicates)
-    return drawn.astype(np.float64)
-
-
 def estimate(grams: Grams, weights: Array) -> dict[str, Array]:
     """Return every quantity of `MEANING`, `[replicates]`, for batches weighted by each row of `weights`.
 
@@ -122,7 +116,7 @@ def summarise(grams: Mapping[float, Grams], replicates: int = REPLICATES, seed: 
     The inner products are by masking rate above 0, of the same batches; all rates see the same bootstrap draws.
     """
     count = len(next(iter(grams.values())).within)
-    weights = batch_weights(count, replicates, seed)
+    weights = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), replicates).astype(np.float64)
     rows, ratios = [], []
     for rate, one in sorted(grams.items()):
         point, drawn = estimate(one, np.ones((1, count))), estimate(one, weights)

@@ -21,9 +21,9 @@ from scipy.stats import bootstrap
 from tokmask_peft.artifacts import find_saved, open_finished
 from tokmask_peft.errors import DataError, RunError
 from tokmask_peft.inference.classifier import BATCH_SIZE, Classifier, load
-from tokmask_peft.inference.explain import Explanation, Occluded, Question, explain
+from tokmask_peft.inference.explain import Occluded, Question, explain
 from tokmask_peft.recipe.loading import differences, load_recipe
-from tokmask_peft.study.diagnostics.reports import render
+from tokmask_peft.study.report import render
 from tokmask_peft.tasks import get_task
 from tokmask_peft.training.evaluate import split_examples
 from tokmask_peft.training.metrics import probabilities
@@ -58,43 +58,29 @@ def masking_curves(
     for start in range(0, len(given), _TEXTS):
         part = given[start : start + _TEXTS]
         draws = [np.random.default_rng([seed, start + number]) for number in range(len(part))]
-        explained: list[Explanation] = []
         if get_task(classifier.task).words_given:
-            for text, draw in zip(part, draws, strict=True):
-                explained += explain(classifier, [text], word=int(draw.integers(len(text))), batch_size=batch_size)
+            places = [int(draw.integers(len(text))) for text, draw in zip(part, draws, strict=True)]
+            each = zip(part, places, strict=True)
+            explained = [explain(classifier, [text], word=word, batch_size=batch_size)[0] for text, word in each]
         else:
             explained = explain(classifier, part, batch_size=batch_size)
-        curves = _curves(classifier, part, explained, draws, batch_size)
-        found |= {start + number: curve for number, curve in curves.items()}
-    return found
-
-
-def _curves(
-    classifier: Classifier,
-    texts: Sequence[Any],
-    explained: Sequence[Explanation],
-    draws: Sequence[np.random.Generator],
-    batch_size: int,
-) -> dict[int, NDArray[np.float64]]:
-    steps: dict[int, NDArray[np.int64]] = {}
-    questions: list[Question] = []
-    for text, explanation in enumerate(explained):
-        words = np.delete(np.arange(len(explanation.words)), list(explanation.unmasked))
-        if len(words) < 2:
-            continue
-        most = words[np.argsort(-np.array(explanation.influences)[words], kind="stable")]
-        orders = [most, most[::-1], *(draws[text].permutation(words) for _ in range(RANDOM_ORDERS))]
-        steps[text] = np.unique((SHARES * len(words)).round().astype(np.int64))
-        masked = [frozenset(order[:step].tolist()) for order in orders for step in steps[text]]
-        questions += [Question(text, words_masked, explanation.word) for words_masked in masked]
-    logits = Occluded(classifier, texts).logits(questions, batch_size)
-    found: dict[int, NDArray[np.float64]] = {}
-    for text, counts in steps.items():
-        own, logits = np.split(logits, [len(counts) * (2 + RANDOM_ORDERS)])
-        label = classifier.labels.index(explained[text].label)
-        values = probabilities(own, classifier.temperature)[:, label].reshape(-1, len(counts))
-        curves = np.stack([np.interp(SHARES, counts / counts[-1], row) for row in values])
-        found[text] = np.concatenate([curves[:2], curves[2:].mean(0, keepdims=True)])
+        steps, questions = dict[int, NDArray[np.int64]](), list[Question]()
+        for text, explanation in enumerate(explained):
+            words = np.delete(np.arange(len(explanation.words)), list(explanation.unmasked))
+            if len(words) < 2:
+                continue
+            most = words[np.argsort(-np.array(explanation.influences)[words], kind="stable")]
+            orders = [most, most[::-1], *(draws[text].permutation(words) for _ in range(RANDOM_ORDERS))]
+            steps[text] = np.unique((SHARES * len(words)).round().astype(np.int64))
+            masked = [frozenset(order[:step].tolist()) for order in orders for step in steps[text]]
+            questions += [Question(text, words_masked, explanation.word) for words_masked in masked]
+        logits = Occluded(classifier, part).logits(questions, batch_size)
+        for text, counts in steps.items():
+            own, logits = np.split(logits, [len(counts) * (2 + RANDOM_ORDERS)])
+            label = classifier.labels.index(explained[text].label)
+            values = probabilities(own, classifier.temperature)[:, label].reshape(-1, len(counts))
+            curves = np.stack([np.interp(SHARES, counts / counts[-1], row) for row in values])
+            found[start + text] = np.concatenate([curves[:2], curves[2:].mean(0, keepdims=True)])
     return found
 
 
@@ -144,10 +130,8 @@ def faithfulness(
     recipes = {name: load_recipe(folder.recipe) for name, folder in folders.items()}
     saved = {name: find_saved(folder.root) for name, folder in folders.items()}
     if len({(found.task, found.labels) for found in saved.values()}) > 1:
-        raise RunError(
-            f"{against} was trained for another task or other labels than {run}; compare runs of one recipe",
-            code="not-comparable",
-        )
+        problem = f"{against} was trained for another task or other labels than {run}"
+        raise RunError(f"{problem}; compare runs of one recipe", code="not-comparable")
     examples, _ = split_examples(recipes["run"], split, data, folders["run"].adapter)
     chosen = sorted(random.Random(seed).sample(range(len(examples)), min(limit, len(examples))))  # noqa: S311
     texts = [examples[number].text for number in chosen]
@@ -165,7 +149,7 @@ def faithfulness(
         stacked = np.stack([found[number] for number in kept])
         most, least, other = stacked.mean(0).tolist()
         result[name]["curves"] = {"most": most, "least": least, "random": other}
-        parts[name] = _parts(stacked)
+        parts[name] = areas(stacked)
         result[name]["measures"] = {key: interval(pair, None, seed) for key, pair in parts[name].items()}
     if against is not None:
         mine, other = parts["run"], parts["against"]
@@ -175,15 +159,13 @@ def faithfulness(
     return result
 
 
-def _parts(curves: NDArray[np.float64]) -> dict[str, Ratio]:
+def areas(curves: NDArray[np.float64]) -> dict[str, Ratio]:
     """Return each measure as numerator and denominator by text; `curves` is [texts, 3, shares].
 
     The relative area is RACU (Madsen et al. 2021, arXiv:2110.08412), of probabilities and without retraining: the
     largest possible area is that above the probability that is left when all words are masked.
     """
-    areas = trapezoid(curves, SHARES, axis=-1)
-    most, least, other = areas[:, 0], areas[:, 1], areas[:, 2]
-    one = np.ones(len(curves))
+    (most, least, other), one = trapezoid(curves, SHARES, axis=-1).T, np.ones(len(curves))
     return {
         "least_minus_most": (least - most, one),
         "random_minus_most": (other - most, one),

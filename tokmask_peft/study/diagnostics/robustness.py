@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -52,7 +53,7 @@ def score_perturbed(
     words_given = get_task(classifier.task).words_given
     given: list[Any] = [list(example.words) if words_given else example.string for example in texts]
     windows = classifier.encoder.windows(given)
-    plain = _predicted(classifier, windows, batch_size)
+    plain = predicted(classifier, windows, batch_size)
 
     def mean(rounds: Sequence[Labels]) -> dict[str, Any]:
         found = [scores(*Predictions(gold, one).flat(), classifier.labels) for one in rounds]
@@ -64,15 +65,26 @@ def score_perturbed(
 
     def misspelt(share: float, draw: int) -> Labels:
         changed = [change(text, share, (what.seed, draw, number), letters) for number, text in enumerate(given)]
-        return predicted(classifier, changed, batch_size)
+        return predicted(classifier, classifier.encoder.windows(changed), batch_size)
 
     def rows(values: Sequence[float], perturbed: Callable[[float, int], Labels]) -> list[dict[str, Any]]:
         return [{"at": at, **mean([perturbed(at, draw) for draw in range(what.draws)])} for at in values]
 
     masked = []
     if what.rates:  # without rates a model that has no mask token can be scored too
-        masks = _masks(classifier, windows, what.seed)
-        masked = rows(what.rates, lambda rate, draw: _predicted(classifier, windows, batch_size, masks(rate, draw)))
+        config, tokenizer = classifier.masking or TokenMaskConfig(), classifier.tokenizer
+        size, padding = len(classifier.occlusion.maskable), int(tokenizer.pad_token_id)
+        padded = pad_sequence([torch.tensor(window.ids) for window in windows], batch_first=True, padding_value=padding)
+        maskable = maskable_table(tokenizer, size, {*config.protect, padding})[padded]
+        starts = word_start_table(tokenizer, size)[padded] if config.unit != "token" else None
+        rule = (maskable, starts, config.unit, config.span_length)  # of training
+
+        def hidden(rate: float, draw: int) -> Labels:
+            found = masked_positions(padded, rate, what.seed, draw, 0, *rule).numpy()
+            masks = [row[: len(window.ids)] for row, window in zip(found, windows, strict=True)]
+            return predicted(classifier, windows, batch_size, masks)
+
+        masked = rows(what.rates, hidden)
     return {
         "texts": len(texts),
         "clean": mean([plain]),
@@ -98,35 +110,14 @@ def by_unseen(
     return parts
 
 
-def predicted(classifier: Classifier, texts: Sequence[Any], batch_size: int) -> Labels:
-    """Return the label ids of each text, as `Classifier.predict` chooses them."""
-    return _predicted(classifier, classifier.encoder.windows(texts), batch_size)
-
-
-def _predicted(
-    classifier: Classifier, windows: Sequence[Window], batch_size: int, hidden: Sequence[Any] = ()
-) -> Labels:
+def predicted(classifier: Classifier, windows: Sequence[Window], batch_size: int, hidden: Sequence[Any] = ()) -> Labels:
+    """Return the label ids of each text, as `Classifier.predict` chooses them; `hidden` is what to mask per window."""
     logits = classifier.forward.logits(windows, batch_size, classifier.occlusion if hidden else None, hidden)
     of_text: dict[int, list[int]] = {}
     for number, window in enumerate(windows):
         of_text.setdefault(window.text, []).append(number)
     join, parts = get_task(classifier.task).join, [of_text[text] for text in sorted(of_text)]
     return [join([windows[n] for n in own], [logits[n] for n in own]).argmax(-1) for own in parts]
-
-
-def _masks(classifier: Classifier, windows: Sequence[Window], seed: int) -> Callable[[float, int], list[Any]]:
-    """Return what draws the masks of training for each window, given rate and draw: same rule, unit and protection."""
-    config, tokenizer = classifier.masking or TokenMaskConfig(), classifier.tokenizer
-    rows, padding = len(classifier.occlusion.maskable), int(tokenizer.pad_token_id)
-    ids = pad_sequence([torch.tensor(window.ids) for window in windows], batch_first=True, padding_value=padding)
-    maskable = maskable_table(tokenizer, rows, {*config.protect, padding})[ids]
-    starts = word_start_table(tokenizer, rows)[ids] if config.unit != "token" else None
-
-    def draw_masks(rate: float, draw: int) -> list[Any]:
-        masked = masked_positions(ids, rate, seed, draw, 0, maskable, starts, config.unit, config.span_length).numpy()
-        return [row[: len(window.ids)] for row, window in zip(masked, windows, strict=True)]
-
-    return draw_masks
 
 
 def robustness(
@@ -145,14 +136,20 @@ def robustness(
     """
     console = make_console(quiet)
     make_folder(folder)
-    known = _read(folder / _FILE)
-    runs: dict[str, dict[str, Any]] = {}
+    known, runs = dict[str, dict[str, Any]](), dict[str, dict[str, Any]]()
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # what earlier commands have scored
+        found = json.loads((folder / _FILE).read_text(encoding="utf-8"))
+        known = {run["key"]: run for run in (*found["runs"], *found.get("known", ()))}
     for number, member in enumerate(members, start=1):
-        key = _key(member, what)
+        weights = hashlib.sha256()
+        for file in sorted(member.run.adapter.glob("adapter_model.*")):
+            weights.update(file.read_bytes())
+        content = [str(member.run.root.resolve()), weights.hexdigest(), asdict(what)]
+        key = hashlib.sha256(json.dumps(content).encode()).hexdigest()
         note = ", already scored" if key in known else ""
         console.print(f"{number} of {len(members)}: {member.run.root} ({member.group}){note}", markup=False)
-        found = known.pop(key, None) or {"key": key, **_score(member, what, backbone, device)}
-        runs[key] = {**found, "group": member.group}
+        scored = known.pop(key, None) or {"key": key, **_score(member, what, backbone, device)}
+        runs[key] = {**scored, "group": member.group}
         write_json(folder / _FILE, {"runs": list(runs.values()), "known": list(known.values())})
     return robustness_report(analyse(list(runs.values()), what), folder, known=list(known.values()))
 
@@ -164,9 +161,7 @@ def _score(member: Member, what: Perturbations, backbone: str | None, device: st
     classifier = load(find_saved(member.run.root, backbone), device)
     found = score_perturbed(classifier, corpus.test or corpus.validation, vocabulary(corpus.train), what)
     mask = {"unit": recipe.masking.unit, "token": classifier.occlusion.mask_token.reason} if what.rates else None
-    reported = None
-    if member.run.finished() and what.limit is None:
-        reported = (getattr(open_run(member.run.root).result, split) or {}).get("f1_macro")
+    known = getattr(open_run(member.run.root).result, split) if member.run.finished() and what.limit is None else None
     return {
         "run": str(member.run.root),
         "seed": recipe.seed,
@@ -175,7 +170,7 @@ def _score(member: Member, what: Perturbations, backbone: str | None, device: st
         "task": recipe.data.task,
         "mask_token": mask,
         **found,
-        "reported": reported,
+        "reported": (known or {}).get("f1_macro"),
     }
 
 
@@ -208,21 +203,3 @@ def _over_runs(parts: Sequence[dict[str, Any]], clean: Sequence[dict[str, Any]])
     """Return mean, deviation and interval over runs of the scores, and of the macro-F1 lost against clean texts."""
     lost = [one["f1_macro"] - part["f1_macro"] for part, one in zip(parts, clean, strict=True)]
     return {**{metric: spread([part[metric] for part in parts]) for metric in METRICS}, "loss": spread(lost)}
-
-
-def _key(member: Member, what: Perturbations) -> str:
-    """Return what a score depends on: the adapter's weights and the perturbations."""
-    weights = hashlib.sha256()
-    for file in sorted(member.run.adapter.glob("adapter_model.*")):
-        weights.update(file.read_bytes())
-    content = [str(member.run.root.resolve()), weights.hexdigest(), asdict(what)]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-
-def _read(file: Path) -> dict[str, dict[str, Any]]:
-    """Return the runs that earlier commands have scored, by key."""
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        return {run["key"]: run for run in (*found["runs"], *found.get("known", ()))}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}

@@ -8,7 +8,6 @@ import pytest
 from tokmask_peft.study.diagnostics.estimates import (
     MEANING,
     Grams,
-    batch_weights,
     crossing,
     estimate,
     interval,
@@ -134,7 +133,9 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say():
     for run in range(runs):
         unmasked = random.normal(0.5, 1, (8, 20))
         masked = (unmasked + 0.5)[:, None] + random.normal(0, 1.2, (8, 6, 20))
-        drawn = estimate(grams(masked, unmasked), batch_weights(8, 600, run))
+        drawn = estimate(
+            grams(masked, unmasked), np.random.default_rng(run).multinomial(8, np.full(8, 1 / 8), 600).astype(float)
+        )
         for name in held:
             low, high = interval(drawn[name], 8)
             held[name] += low <= truth[name] <= high
