@@ -19,7 +19,7 @@ pytest.importorskip("scipy")
 from tokmask_peft.data.encoding import Encoder
 from tokmask_peft.study.diagnostics import gradients as metering
 from tokmask_peft.study.diagnostics.gradients import diagnose
-from tokmask_peft.study.diagnostics.perturbations import vocabulary
+from tokmask_peft.study.diagnostics.perturbations import normal
 from tokmask_peft.study.diagnostics.plans import GradientPlan, Perturbations, find_members
 from tokmask_peft.study.diagnostics.robustness import predicted, robustness, score_perturbed
 
@@ -119,7 +119,7 @@ def test_scores_on_masked_texts_are_those_of_ids_masked_by_hand(write_recipe, tm
     examples, _ = split_examples(recipe, "test", None, done.folder.adapter)
     train_examples, _ = split_examples(recipe, "train", None, done.folder.adapter)
     what = Perturbations((0.5,), (1.0,), 2, seed=9)
-    found = score_perturbed(classifier, examples, vocabulary(train_examples), what)
+    found = score_perturbed(classifier, examples, {normal(word) for one in train_examples for word in one.words}, what)
     assert found["clean"]["f1_macro"] == pytest.approx(done.result.test["f1_macro"])
     unseen = found["words"]["unseen"]["items"]  # the last word of each text is its own
     assert unseen == len(examples)

@@ -281,8 +281,19 @@ def make_plan(
             problems.append(_MASKS_AT_ZERO)
         axes += [Axis("masking.p", rates)] if p is not None else []
         cells = [Cell(f"trial-{n:04d}", chosen_seeds[n % len(chosen_seeds)]) for n in range(trials or 0)]
-    plan = Plan(name or f"{base.name}-sweep", base, sampler, tuple(cells), tuple(axes))
-    problems.extend(_check_cells(plan))
+    plan, seen = Plan(name or f"{base.name}-sweep", base, sampler, tuple(cells), tuple(axes)), dict[str, str]()
+    for cell in plan.cells:
+        try:
+            found = plan.recipe_of(cell)
+        except RecipeError as error:
+            problems.extend(error.problems)
+            continue
+        if cell.arm is not None and float(cell.arm.p) == 0 and not found.masking.is_off:
+            problems.append(_MASKS_AT_ZERO)
+        same = found.model_dump_json(exclude={"name": True, "output_dir": True, "training": {"baseline"}})
+        if cell.arm is not None and same in seen:
+            problems.append(f"{cell.name} and {seen[same]} are the same run: two values of an axis mean the same")
+        seen[same] = cell.name
     if problems:
         raise RecipeError(dict.fromkeys(problems), recipe, code="sweep-plan")
     return plan
@@ -336,20 +347,3 @@ def _grid(base: Recipe, arms: Sequence[Arm], axes: Sequence[Axis], seeds: Sequen
             overrides = (*overrides, "training.baseline=false")
         cells.append(Cell(f"{name}-seed{seed}", seed, arm, tuple(setting), overrides))
     return cells
-
-
-def _check_cells(plan: Plan) -> Iterator[str]:
-    """Check the recipe of every cell, and that no two cells are the same run."""
-    seen: dict[str, str] = {}
-    for cell in plan.cells:
-        try:
-            recipe = plan.recipe_of(cell)
-        except RecipeError as error:
-            yield from error.problems
-            continue
-        if cell.arm is not None and float(cell.arm.p) == 0 and not recipe.masking.is_off:
-            yield _MASKS_AT_ZERO
-        same = recipe.model_dump_json(exclude={"name": True, "output_dir": True, "training": {"baseline"}})
-        if cell.arm is not None and same in seen:
-            yield f"{cell.name} and {seen[same]} are the same run: two values of an axis mean the same"
-        seen[same] = cell.name

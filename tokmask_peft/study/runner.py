@@ -11,7 +11,7 @@ import signal
 import statistics
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ from tokmask_peft.recipe.schema import Recipe
 from tokmask_peft.study.ledger import FINAL, HEARTBEAT, CellState, Claim, Ledger
 from tokmask_peft.study.plan import Plan
 from tokmask_peft.study.report import TEMPLATES
-from tokmask_peft.study.worker import COMMAND, Worker
+from tokmask_peft.study.worker import Worker, train_cell
 
 TEXTS: Any = TEMPLATES.get_template("progress.txt.j2").module
 
@@ -40,7 +40,7 @@ class Options:
     keep_checkpoints: bool = False  # of finished runs
     prune: bool = False  # stop a run whose validation macro-F1 is below the median of earlier ones at the same step
     retry_failed: bool = False
-    command: tuple[str, ...] = COMMAND  # starts a process that trains cells
+    train: Callable[[Recipe, bool], object] = train_cell  # is called in the process of a worker
     pause: float = 0.2  # seconds between two looks at the processes
     look: float = 2.0  # seconds between two looks at the storage while a worker is idle
 
@@ -121,7 +121,7 @@ class Loop:
     def __init__(self, plan: Plan, ledger: Ledger, options: Options, *, quiet: bool = False) -> None:
         self.plan, self.ledger, self.options, self.console = plan, ledger, options, make_console(quiet)
         threads = max(1, (os.cpu_count() or 1) // options.workers)
-        self.workers = [Worker(options.command, threads) for _ in range(options.workers)]
+        self.workers = [Worker(options.train, threads) for _ in range(options.workers)]
         self.running: dict[Worker, Claim] = {}
         self.cells: dict[str, CellState] = {}
         self._asked = 0  # how often to stop

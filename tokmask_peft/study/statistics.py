@@ -33,13 +33,12 @@ _WEIGHTS_AT_ONCE = 2_000_000
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
     """Return mean, standard deviation (n - 1) and 95% interval (Student's t), the latter two none for one value."""
-    sample = np.asarray(values, dtype=np.float64)
-    mean = float(sample.mean())
-    if len(sample) < 2:
-        return {"n": len(sample), "mean": mean, "sd": None, "interval": None}
-    sd = float(sample.std(ddof=1))
-    half = float(stats.t.ppf((1 + LEVEL) / 2, len(sample) - 1)) * sd / math.sqrt(len(sample))
-    return {"n": len(sample), "mean": mean, "sd": sd, "interval": [mean - half, mean + half]}
+    n, mean = len(values), float(np.mean(values))
+    if n < 2:
+        return {"n": n, "mean": mean, "sd": None, "interval": None}
+    sd = float(np.std(values, ddof=1))
+    half = float(stats.t.ppf((1 + LEVEL) / 2, n - 1)) * sd / math.sqrt(n)
+    return {"n": n, "mean": mean, "sd": sd, "interval": [mean - half, mean + half]}
 
 
 def sign_flip_p(differences: Any, axis: int = -1) -> NDArray[np.float64]:
@@ -147,20 +146,12 @@ def f1_of(counts: NDArray[Any]) -> dict[str, NDArray[np.float64]]:
 def bootstrap_differences(
     arms: Mapping[Any, Sequence[NDArray[np.float64]]], reference: Any, replicates: int = 2000, seed: int = 0
 ) -> dict[Any, dict[str, NDArray[np.float64]]]:
-    """Draw seeds and texts, the same for all arms, and return each arm's mean F1 minus the reference's.
+    """Draw seeds and texts, the same for all arms, and return each arm's mean F1 minus the reference's, `[replicates]`.
 
     Every seed scores the same test texts, so seeds and texts are crossed: each replicate draws seeds and, for all of
     them, texts, both with replacement (the pigeonhole bootstrap, Owen 2007, arXiv:0712.1111). In word-level tasks a
-    whole text is drawn with its words, which depend on each other.
-
-    Args:
-        arms: for each arm the `text_counts` of its runs, in the same order of seeds, on the same texts.
-        reference: the arm to compare with.
-        replicates: number of draws.
-        seed: of the draws.
-
-    Returns:
-        For each other arm and metric `[replicates]` differences.
+    whole text is drawn with its words, which depend on each other. Of each arm these are the `text_counts` of its
+    runs, in the same order of seeds, on the same texts.
     """
     random = np.random.default_rng(seed)
     runs, texts = len(arms[reference]), arms[reference][0].shape[1]

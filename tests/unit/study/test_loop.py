@@ -173,7 +173,7 @@ class TestFinished:
             folder = plan.recipe_of(cell).run_dir
             (folder / "checkpoints" / "checkpoint-3").mkdir(parents=True)
             (folder / "result.json").write_text(RESULT)
-        cells = run_sweep(plan, options=Options(command=("false",)), quiet=True)
+        cells = run_sweep(plan, options=Options(train=None), quiet=True)
         assert {cell.state for cell in cells.values()} == {"done"}
         assert not list(plan.folder.rglob("checkpoint-3"))
         assert set(json.loads((plan.folder / "sweep.json").read_text())["cells"]) == {c.name for c in plan.cells}

@@ -41,13 +41,8 @@ def masking_curves(
     """Return the probability of the predicted label against the share of words masked.
 
     Influences are measured once, on the whole text, and masked words stay masked. In token tasks a word of each text is
-    drawn, and the label is that word's.
-
-    Args:
-        classifier: from `load`.
-        texts: as for `Classifier.predict`.
-        seed: of the random orders and the drawn words, the same for every classifier.
-        batch_size: windows per forward pass.
+    drawn, and the label is that word's. The seed, of the random orders and the drawn words, is the same for every
+    classifier; `batch_size` is windows per forward pass.
 
     Returns:
         By index of the text `[3, shares]`: most influential first, least influential first, and the mean of
@@ -58,12 +53,9 @@ def masking_curves(
     for start in range(0, len(given), _TEXTS):
         part = given[start : start + _TEXTS]
         draws = [np.random.default_rng([seed, start + number]) for number in range(len(part))]
-        if get_task(classifier.task).words_given:
-            places = [int(draw.integers(len(text))) for text, draw in zip(part, draws, strict=True)]
-            each = zip(part, places, strict=True)
-            explained = [explain(classifier, [text], word=word, batch_size=batch_size)[0] for text, word in each]
-        else:
-            explained = explain(classifier, part, batch_size=batch_size)
+        explained = [] if get_task(classifier.task).words_given else explain(classifier, part, batch_size=batch_size)
+        for text, draw in zip(part, draws, strict=True) if not explained else ():
+            explained += explain(classifier, [text], word=int(draw.integers(len(text))), batch_size=batch_size)
         steps, questions = dict[int, NDArray[np.int64]](), list[Question]()
         for text, explanation in enumerate(explained):
             words = np.delete(np.arange(len(explanation.words)), list(explanation.unmasked))
@@ -105,16 +97,10 @@ def faithfulness(
     seed: int = 0,
     batch_size: int | None = None,
 ) -> dict[str, Any]:
-    """Measure how faithful occlusion is for a run, and how much more so than for another.
+    """Measure how faithful occlusion is for a run, and how much more so than for one of its recipe without masking.
 
-    Args:
-        run: the run folder.
-        against: a run of the same recipe without masking, for the paired difference.
-        split: of the run's data, or of `data`.
-        data: other texts, as for `evaluate`.
-        limit: texts, drawn with `seed`.
-        seed: of the texts, the random orders and the bootstrap.
-        batch_size: masked texts per forward pass.
+    `split` and `data` are as for `evaluate`; `limit` texts are drawn with `seed`, as are the random orders and the
+    bootstrap; `batch_size` is masked texts per forward pass.
 
     Returns:
         `run` (and `against`): curves and areas with 95% bootstrap intervals over texts; `difference`: of the areas,
@@ -147,13 +133,11 @@ def faithfulness(
     result |= {"texts": len(kept), "left_out": len(texts) - len(kept)}
     for name, found in curves.items():
         stacked = np.stack([found[number] for number in kept])
-        most, least, other = stacked.mean(0).tolist()
-        result[name]["curves"] = {"most": most, "least": least, "random": other}
+        result[name]["curves"] = dict(zip(("most", "least", "random"), stacked.mean(0).tolist(), strict=True))
         parts[name] = areas(stacked)
         result[name]["measures"] = {key: interval(pair, None, seed) for key, pair in parts[name].items()}
     if against is not None:
-        mine, other = parts["run"], parts["against"]
-        result["difference"] = {key: interval(mine[key], other[key], seed) for key in MEASURES}
+        result["difference"] = {key: interval(parts["run"][key], parts["against"][key], seed) for key in MEASURES}
         changed = differences(recipes["against"], recipes["run"])
         result["other_differences"] = [line for line in changed if not line.startswith("masking.")]
     return result

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tokmask_peft.console import make_console
@@ -72,7 +72,7 @@ class GradientMeter:
         """Return inner products by group of parameters and rate."""
         trainer, dataset = self.trainer, self.trainer.train_dataset
         found: dict[str, dict[float, Grams]] = {group: {} for group in self._slices}
-        with _quiet(trainer.model), self._masking() as masker:
+        with self._measuring() as masker:
             keys = ("input_ids", "labels")
             rows_of = [[{key: dataset[index][key] for key in keys} for index in chosen] for chosen in self.texts]
             batches = [trainer._prepare_inputs(trainer.train_collator(chosen)) for chosen in rows_of]
@@ -104,44 +104,36 @@ class GradientMeter:
         return torch.cat([torch.zeros(of.numel()) if one is None else one.float().cpu().flatten() for of, one in pairs])
 
     @contextlib.contextmanager
-    def _masking(self) -> Iterator[TokenMasker]:
-        """Lend the masker of the training under way, or attach one if there is none."""
+    def _measuring(self) -> Iterator[TokenMasker]:
+        """Lend the masker of the training under way, or attach one if there is none; restore everything afterwards.
+
+        The model is put into eval mode, except its embedding, which the masker hooks. NEFTune's noise depends on the
+        embedding's mode too, and is set to 0.
+        """
         model, tokenizer = self.trainer.model, self.trainer.processing_class
-        if masker := TokenMasker.of(find_embedding(model)):
-            before = masker.seed, masker.step, masker.rate
-            masker.seed = self.seed + _SEED
-            try:
-                yield masker
-            finally:
-                masker.seed, masker.step, masker.rate = before
-            return
+        modes, embedding = {module: module.training for module in model.modules()}, cast(Any, find_embedding(model))
+        noise, masker = getattr(embedding, "neftune_noise_alpha", None), TokenMasker.of(embedding)
+        before = masker and (masker.seed, masker.step, masker.rate)
         # The rate is set for each measurement; one above 0 lets the masker prepare the mask token's row.
         config = self.config.model_copy(update={"schedule": "constant", "p": 0.1, "seed": self.seed + _SEED})
-        with TokenMasker.attach(model, tokenizer, config, mask_token=self.mask_token, resumed=True) as attached:
-            yield attached
-
-
-@contextlib.contextmanager
-def _quiet(model: nn.Module) -> Iterator[None]:
-    """Put the model into eval mode except its embedding, which the masker hooks, and restore everything.
-
-    NEFTune's noise depends on the embedding's mode too, and is set to 0.
-    """
-    modes = {module: module.training for module in model.modules()}
-    embedding: Any = find_embedding(model)
-    noise = getattr(embedding, "neftune_noise_alpha", None)
-    with torch.random.fork_rng(enabled=noise is not None):
-        try:
-            model.eval()
-            embedding.training = True
-            if noise is not None:
-                embedding.neftune_noise_alpha = 0.0
-            yield
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
-            if noise is not None:
-                embedding.neftune_noise_alpha = noise
+        with torch.random.fork_rng(enabled=noise is not None), contextlib.ExitStack() as attached:
+            try:
+                model.eval()
+                embedding.training = True
+                if noise is not None:
+                    embedding.neftune_noise_alpha = 0.0
+                lent = masker or attached.enter_context(
+                    TokenMasker.attach(model, tokenizer, config, mask_token=self.mask_token, resumed=True)
+                )
+                lent.seed = self.seed + _SEED
+                yield lent
+            finally:
+                if masker and before:
+                    masker.seed, masker.step, masker.rate = before
+                for module, mode in modes.items():
+                    module.training = mode
+                if noise is not None:
+                    embedding.neftune_noise_alpha = noise
 
 
 def diagnose(recipe: Recipe, plan: GradientPlan, *, quiet: bool = False) -> Report:

@@ -22,7 +22,7 @@ from tokmask_peft.data.encoding import Window
 from tokmask_peft.inference.classifier import Classifier, load
 from tokmask_peft.masking.config import TokenMaskConfig
 from tokmask_peft.masking.pattern import maskable_table, masked_positions, word_start_table
-from tokmask_peft.study.diagnostics.perturbations import alphabet, misspell, misspell_text, unseen_words, vocabulary
+from tokmask_peft.study.diagnostics.perturbations import alphabet, misspell, misspell_text, normal, unseen_words
 from tokmask_peft.study.diagnostics.plans import Member, Perturbations
 from tokmask_peft.study.diagnostics.reports import make_folder, robustness_report
 from tokmask_peft.study.report import Report
@@ -43,7 +43,7 @@ def score_perturbed(
     """Return scores on labelled texts as they are, perturbed, and split by unseen words; JSON-able.
 
     As in `predict`, a text longer than those of training is read in windows, not cut; `batch_size` is windows per
-    forward pass. `known` are the words of the training texts, from `vocabulary`.
+    forward pass. `known` are the words of the training texts, as `normal` makes them.
     """
     if what.limit is not None and what.limit < len(texts):
         chosen = np.random.default_rng([what.seed, 0]).permutation(len(texts))[: what.limit]
@@ -101,11 +101,10 @@ def by_unseen(
     parts: dict[str, Any] = {}
     unseen = [unseen_words(example.words, known) for example in texts]
     for name, wanted in (("seen", False), ("unseen", True)):
-        pairs = []
-        for flags, one, other in zip(unseen, gold, predicted, strict=True):
-            chosen = np.array(flags if len(one) == len(flags) else [any(flags)]) == wanted
-            pairs.append((one[chosen], other[chosen]))
-        found = scores(*Predictions([a for a, _ in pairs], [b for _, b in pairs]).flat(), labels)
+        flagged = zip(unseen, gold, strict=True)
+        chosen = [np.array(flags if len(one) == len(flags) else [any(flags)]) == wanted for flags, one in flagged]
+        both = ([row[part] for row, part in zip(rows, chosen, strict=True)] for rows in (gold, predicted))
+        found = scores(*Predictions(*both).flat(), labels)
         parts[name] = {**{metric: found[metric] for metric in METRICS}, "items": found["items"]}
     return parts
 
@@ -159,7 +158,8 @@ def _score(member: Member, what: Perturbations, backbone: str | None, device: st
     corpus = load_corpus(recipe.data.expanded(), recipe.seed)
     split = "test" if corpus.test else "validation"
     classifier = load(find_saved(member.run.root, backbone), device)
-    found = score_perturbed(classifier, corpus.test or corpus.validation, vocabulary(corpus.train), what)
+    words = {normal(word) for example in corpus.train for word in example.words}
+    found = score_perturbed(classifier, corpus.test or corpus.validation, words, what)
     mask = {"unit": recipe.masking.unit, "token": classifier.occlusion.mask_token.reason} if what.rates else None
     known = getattr(open_run(member.run.root).result, split) if member.run.finished() and what.limit is None else None
     return {

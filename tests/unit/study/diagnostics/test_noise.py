@@ -11,9 +11,7 @@ from tokmask_peft.study.diagnostics.perturbations import (
     misspell_text,
     normal,
     unseen_words,
-    vocabulary,
 )
-from tokmask_peft.tasks import Example
 
 WORDS = ["Hello", "मराठी", "Привет", "qué", "no", "3.14", "…", "@ana", "I"]
 LETTERS = alphabet(WORDS)
@@ -73,8 +71,8 @@ def test_white_space_stays():
 
 
 def test_unseen_words_are_those_without_case_and_punctuation():
-    known = vocabulary([Example("Who wrote “Hamlet” ?", "x", "here"), Example(("Don't", "GO"), None, "here")])
-    assert known >= {"who", "wrote", "hamlet", "don't", "go"}
+    known = set(map(normal, ["Who", "wrote", "“Hamlet”", "Don't", "GO"]))
+    assert known == {"who", "wrote", "hamlet", "don't", "go"}
     assert unseen_words(["HAMLET,", "don't", "dont", "?", "go", "1999"], known) == [
         False,
         False,
