@@ -44,11 +44,7 @@ FINAL = ("done", "pruned", "failed")
 
 
 def open_storage(place: str | Path) -> Any:
-    """Open a storage of Optuna: a database by its URL, or a journal in a file that machines may share over a network.
-
-    Raises:
-        SweepError: the storage cannot be opened.
-    """
+    """Open a storage of Optuna: a database by its URL, or a journal in a file, which machines may share, too."""
     for name in ("optuna", "alembic"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)

@@ -125,17 +125,20 @@ class Arm:
 
     regularizers: str
     p: str
-    overrides: tuple[str, ...]
+    overrides: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The arm's name in tables: `p = 0.1`, `none`, `mask 0.1 + neftune`."""
+        rate = f"{float(self.p):g}"
+        if self.regularizers == AS_RECIPE:
+            return f"p = {rate}"
+        return f"{MASK} {rate} + {self.regularizers}".removesuffix(f" + {NONE}") if float(self.p) else self.regularizers
 
     @property
     def label(self) -> str:
         """The arm's part of a cell's name: `p0.1`, `none`, `mask0.1+neftune`."""
-        rate, names = f"{float(self.p):g}", self.regularizers.replace(":", "")
-        if names == AS_RECIPE:
-            return f"p{rate}"
-        if float(self.p) == 0:
-            return names
-        return f"{MASK}{rate}" + ("" if names == NONE else f"+{names}")
+        return re.sub("[ :=]", "", self.name)
 
 
 def regularizer_arms(names: Sequence[str], rates: Sequence[str], batching: str, problems: list[str]) -> list[Arm]:

@@ -100,11 +100,7 @@ def render(template: str, **values: Any) -> str:
 
 
 def matplotlib() -> Any:
-    """Return matplotlib.
-
-    Raises:
-        ExtraError: it is not installed.
-    """
+    """Return matplotlib, or raise the ExtraError that says how to install it."""
     try:
         import matplotlib as mpl
         import matplotlib.figure
@@ -187,9 +183,6 @@ def plot_f1(analysis: dict[str, Any], folder: Path) -> tuple[Path, Path]:
 
     Points are seeds, the line goes through their means, bars are 95% intervals of the mean (Student's t). With few
     seeds these can reach far beyond the seeds: the axis follows the seeds.
-
-    Raises:
-        ExtraError: matplotlib is not installed.
     """
     mpl, lines = matplotlib(), dict[str, list[dict[str, Any]]]()
     for row in sorted(analysis["rows"], key=lambda row: row["p"]):

@@ -12,18 +12,10 @@ import numpy as np
 from tokmask_peft.artifacts import Result, RunFolder
 from tokmask_peft.errors import SweepError
 from tokmask_peft.study import statistics
-from tokmask_peft.study.plan import AS_RECIPE, NONE, SWEEP_FILE
-from tokmask_peft.study.statistics import METRICS, PAPER_GAINS, spread
+from tokmask_peft.study.plan import AS_RECIPE, NONE, SWEEP_FILE, Arm
+from tokmask_peft.study.statistics import MEANINGS, METRICS, spread
 
 REPLICATES = 2000
-METHODS = {
-    "interval": "95% interval of the mean over seeds, Student's t",
-    "bootstrap": f"95% percentile interval of {REPLICATES} draws of seeds and texts, crossed (Owen 2007)",
-    "p_value": "two-sided sign-flip permutation test over seeds, exact up to 16 seeds (Fisher 1935)",
-    "p_holm": "Holm's step-down over the arms of a setting, for each metric on its own",
-    "effect_size": "Cohen's d_z with Hedges' exact correction (g_z): mean over standard deviation of the differences",
-    "seeds_needed": "two-sided paired t-test at level .05 with power .8, exact by the noncentral t distribution",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,18 +32,10 @@ class Row:
         return self.p == 0 and self.regularizers in (NONE, AS_RECIPE)
 
     @property
-    def arm(self) -> str:
-        """Name of the arm."""
-        if self.regularizers == AS_RECIPE:
-            return f"p = {self.p:g}"
-        if self.p == 0:
-            return self.regularizers
-        return f"mask {self.p:g}" + ("" if self.regularizers == NONE else f" + {self.regularizers}")
-
-    @property
     def label(self) -> str:
         """Name of the arm, and its setting."""
-        return "; ".join([self.arm, *(f"{key.rpartition('.')[2]} = {value}" for key, value in self.setting)])
+        arm = Arm(self.regularizers, str(self.p)).name
+        return "; ".join([arm, *(f"{key.rpartition('.')[2]} = {value}" for key, value in self.setting)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +108,7 @@ def analyse(results: SweepResults) -> dict[str, Any]:
         parts = [*((metric, metric, None) for metric in METRICS), ("validation_f1_macro", "f1_macro", "validation")]
         by_seed = {name: list(results.scores(row, metric, split).values()) for name, metric, split in parts}
         rows[row] = {
-            "arm": row.arm,
+            "arm": Arm(row.regularizers, str(row.p)).name,
             "label": row.label,
             "setting": dict(row.setting),
             "regularizers": row.regularizers,
@@ -161,7 +145,7 @@ def analyse(results: SweepResults) -> dict[str, Any]:
         "baseline": {name: float(np.mean([floor[name] for floor in floors])) for name in METRICS} if floors else None,
         "missing": list(results.missing),
         "versions": {package: sorted(found) for package, found in versions.items()},
-        "methods": METHODS,
+        "methods": MEANINGS["sweep"],
     }
 
 
@@ -226,8 +210,8 @@ def _choice(results: SweepResults) -> dict[str, Any]:
 
 def _paper(task: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Return how many seeds would show the gains that the authors report, given how much the differences vary here."""
-    about, gains = PAPER_GAINS.get(task, ("", {}))
-    needed = []
+    paper, needed = MEANINGS["paper"].get(task, {"task": "", "scores": {}}), []
+    gains = {backbone: after - before for backbone, (before, after) in paper["scores"].items()}
     for row in rows:
         found = row.get("difference", {}).get("f1_macro")
         if gains and row["p"] > 0 and found and found["sd"] is not None:
@@ -236,4 +220,4 @@ def _paper(task: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
                 seeds, *ends = (statistics.seeds_needed(gain, sd) for sd in sds)
                 counts[backbone] = {"seeds": seeds, "interval": ends}
             needed.append({"label": row["label"], "sd": sds[0], "sd_interval": list(sds[1:]), "needed": counts})
-    return {"task": about, "gains": gains, "rows": needed}
+    return {"task": paper["task"], "gains": gains, "rows": needed}

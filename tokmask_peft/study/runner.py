@@ -128,14 +128,9 @@ class Loop:
         self._next_look = self._next_beat = 0.0
 
     def run(self) -> dict[str, CellState]:
-        """Run cells until none is left; return their states.
-
-        Raises:
-            RunInterruptedError: a signal asked it to stop.
-        """
-        before: dict[signal.Signals, Any] = {}
-        if threading.current_thread() is threading.main_thread():
-            before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        """Run cells until none is left, or until a signal asks to stop; return their states."""
+        signals = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+        before = {number: signal.signal(number, self._ask) for number in signals}
         try:
             self._look()
             self._print(f"Sweep {self.plan.name}: {TEXTS.summary(self.cells)}")

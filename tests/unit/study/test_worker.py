@@ -11,13 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tokmask_peft.study.plan import make_plan
 from tokmask_peft.study.worker import Worker
-
-
-@pytest.fixture
-def plan(tmp_path):
-    return make_plan("quickstart", [f"output_dir={tmp_path}"], p="0,0.1", seeds="1,", name="mine")
 
 
 @pytest.fixture
@@ -89,7 +83,8 @@ def test_the_reason_of_a_failure(start, code, reason):
 def test_a_run_ends_with_the_sweep_that_began_it(plan):
     code = f"""
 import os, time
-from test_worker import Worker, begin, functools, make_plan, _train
+from test_worker import Worker, begin, functools, _train
+from tokmask_peft.study.plan import make_plan
 if __name__ == "__main__":
     plan = make_plan("quickstart", ["output_dir={plan.base.output_dir}"], p="0", seeds="1,", name="mine")
     worker = Worker(functools.partial(_train, "import os, time; print(os.getpid()); time.sleep(120)"), 1)

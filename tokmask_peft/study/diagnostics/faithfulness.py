@@ -24,6 +24,7 @@ from tokmask_peft.inference.classifier import BATCH_SIZE, Classifier, load
 from tokmask_peft.inference.explain import Occluded, Question, explain
 from tokmask_peft.recipe.loading import differences, load_recipe
 from tokmask_peft.study.report import render
+from tokmask_peft.study.statistics import MEANINGS
 from tokmask_peft.tasks import get_task
 from tokmask_peft.training.evaluate import split_examples
 from tokmask_peft.training.metrics import probabilities
@@ -76,13 +77,7 @@ def masking_curves(
     return found
 
 
-MEASURES = {
-    "least_minus_most": "area between least and most influential first",
-    "random_minus_most": "area between random order and most influential first",
-    "least_minus_random": "area between least influential first and random order",
-    "relative": "area between random order and most influential first, as a share of the largest possible",
-    "random_fall": "mean fall under masks in random order",
-}
+MEASURES: dict[str, str] = MEANINGS["faithfulness"]
 Ratio = tuple[NDArray[np.float64], NDArray[np.float64]]
 _RESAMPLES = 9999
 

@@ -137,11 +137,7 @@ class GradientMeter:
 
 
 def diagnose(recipe: Recipe, plan: GradientPlan, *, quiet: bool = False) -> Report:
-    """Train as the recipe says, stop at the shares of the plan to measure, and write the report.
-
-    Raises:
-        RecipeError, DataError, ModelError, RunError: with what to do.
-    """
+    """Train as the recipe says, stop at the shares of the plan to measure, and write the report."""
     make_folder(plan.folder)
     console = make_console(quiet)
     points: list[dict[str, Any]] = []

@@ -25,11 +25,7 @@ def _shares(option: str, text: str, of: str, problems: list[str]) -> tuple[float
 
 
 def folder_of(out: Path | None, default: Path | None) -> Path:
-    """Return the folder to write to.
-
-    Raises:
-        RunError: there is no default and none is given, or it is a file.
-    """
+    """Return the folder to write to, or raise a RunError if neither is given or if it is a file."""
     folder = out or default
     if folder is None:
         raise RunError("several runs need a folder for the report: --out FOLDER", code="out-is-missing")
@@ -94,11 +90,7 @@ class Perturbations:
 
     @classmethod
     def make(cls, p: str, noise: str, draws: int, seed: int, limit: int | None) -> Perturbations:
-        """Read the options of the command line; 0, the text as it is, is always scored and left out.
-
-        Raises:
-            RecipeError: with every problem found.
-        """
+        """Read the options of the command line, or raise a RecipeError; 0, the text as it is, is always scored."""
         problems: list[str] = []
         rates = sorted(rate for text in read_rates(p, problems) if (rate := float(text)) > 0)
         shares = tuple(share for share in _shares("--noise", noise, "words", problems) if share > 0)

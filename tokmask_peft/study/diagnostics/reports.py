@@ -28,11 +28,7 @@ VISIBLE = 5e-5
 
 
 def make_folder(folder: Path) -> None:
-    """Make the folder of a report.
-
-    Raises:
-        RunError: it cannot be made.
-    """
+    """Make the folder of a report, or raise a RunError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

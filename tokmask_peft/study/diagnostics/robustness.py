@@ -128,11 +128,7 @@ def robustness(
     device: str | None = None,
     quiet: bool = False,
 ) -> Report:
-    """Score the runs and write the report; a run that was already scored in the same way is not scored again.
-
-    Raises:
-        RunError, DataError, ModelError: with what to do.
-    """
+    """Score the runs and write the report; a run that was already scored in the same way is not scored again."""
     console = make_console(quiet)
     make_folder(folder)
     known, runs = dict[str, dict[str, Any]](), dict[str, dict[str, Any]]()
