@@ -154,11 +154,3 @@ class TestFinished:
         assert {cell.state for cell in cells.values()} == {"done"}
         assert not list(plan.folder.rglob("checkpoint-3"))
         assert set(json.loads((plan.folder / "sweep.json").read_text())["cells"]) == {c.name for c in plan.cells}
-
-
-def test_the_folder_of_a_run_is_refused(plan):
-    plan.folder.mkdir()
-    (plan.folder / "recipe.yaml").touch()
-    with pytest.raises(SweepError, match="choose another --name") as caught:
-        run_sweep(plan, quiet=True)
-    assert caught.value.code == "is-a-run"

@@ -29,16 +29,6 @@ def test_cells_are_every_seed_setting_and_rate():
     assert [plan.recipe_of(cell).training.baseline for cell in plan.cells] == [True, False, False] * 4
 
 
-def test_cells_differ_in_what_they_name_alone():
-    plan = make_plan("quickstart", p="0,0.2", seeds="3,")
-    one, two = (plan.recipe_of(cell).model_dump() for cell in plan.cells)
-    assert (one["masking"].pop("p"), two["masking"].pop("p")) == (0, 0.2)
-    for part in (one, two):
-        part.pop("name")
-        part["training"].pop("baseline")
-    assert one == two
-
-
 class TestArms:
     def test_each_switches_on_what_it_names(self):
         arms = "none,lora_dropout,attention_dropout,neftune:15,label_smoothing,mask,mask+neftune"
