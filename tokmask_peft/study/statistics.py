@@ -5,26 +5,18 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from numpy.typing import NDArray
 from scipy import special, stats
 
 from tokmask_peft.training.metrics import LEVEL
 
-PAPER_GAINS: dict[str, tuple[str, dict[str, float]]] = {
-    "sequence": (
-        "sentiment, Spanish-English",
-        {"mBERT": 0.4648 - 0.4450, "Qwen2.5-0.5B": 0.4904 - 0.4452, "TinyLlama-1.1B": 0.4942 - 0.4724},
-    ),
-    "token": (
-        "language identification, Spanish-English",
-        {"mBERT": 0.9680 - 0.9664, "Qwen2.5-0.5B": 0.9379 - 0.9354, "TinyLlama-1.1B": 0.9508 - 0.9484},
-    ),
-}
-"""By task, the authors' task of this kind and their gain in macro-F1 from p = 0 to p = 0.1 (arXiv:2505.11746, dev set,
-one run for each backbone)."""
+MEANINGS: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("meanings.yaml").read_text(encoding="utf-8"))
+"""What figures mean, by report; and `paper`: by task, the scores that the authors report."""
 EXACT_UP_TO = 16
 """Number of seeds up to which all sign patterns are counted; for more, 99,999 random ones stand for them."""
 _MOST_SEEDS = 2**20
@@ -32,13 +24,12 @@ _MOST_SEEDS = 2**20
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
     """Return mean, standard deviation (n - 1) and 95% interval (Student's t), the latter two none for one value."""
-    sample = np.asarray(values, dtype=np.float64)
-    mean = float(sample.mean())
-    if len(sample) < 2:
-        return {"n": len(sample), "mean": mean, "sd": None, "interval": None}
-    sd = float(sample.std(ddof=1))
-    half = float(stats.t.ppf((1 + LEVEL) / 2, len(sample) - 1)) * sd / math.sqrt(len(sample))
-    return {"n": len(sample), "mean": mean, "sd": sd, "interval": [mean - half, mean + half]}
+    n, mean = len(values), float(np.mean(values))
+    if n < 2:
+        return {"n": n, "mean": mean, "sd": None, "interval": None}
+    sd = float(np.std(values, ddof=1))
+    half = float(stats.t.ppf((1 + LEVEL) / 2, n - 1)) * sd / math.sqrt(n)
+    return {"n": n, "mean": mean, "sd": sd, "interval": [mean - half, mean + half]}
 
 
 def sign_flip_p(differences: Any, axis: int = -1) -> NDArray[np.float64]:

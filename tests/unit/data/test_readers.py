@@ -10,7 +10,7 @@ import zipfile
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from tokmask_peft.data import tables
@@ -128,6 +128,7 @@ def test_whatever_is_in_a_table_each_line_is_in_one_row(rows, odd, separator):
     end=st.sampled_from(["\n", "\r\n"]),
 )
 def test_what_csv_and_pandas_write_is_read(tmp_path_factory, rows, form, quoting, encoding, end):
+    assume(form[1] != ";" or not any(mark in text for row in rows for text in row for mark in ",\t|"))  # ambiguous
     path = tmp_path_factory.mktemp("table") / f"train{form[0]}"
     with path.open("w", encoding=encoding, newline="") as file:
         writer = csv.writer(file, delimiter=form[1], lineterminator=end, quoting=quoting)
