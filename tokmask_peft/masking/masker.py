@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Self
 
@@ -56,7 +58,8 @@ class TokenMasker:
         self._layout: tuple[Tensor, Tensor] | None = None
         self._original_row: Tensor | None = None
         self._handle: Any = None
-        model_pad_id = getattr(getattr(rows_of.unwrap(model), "config", None), "pad_token_id", None)
+        about = getattr(rows_of.unwrap(model), "config", None)
+        model_pad_id, self._transposed = getattr(about, "pad_token_id", None), _is_transposed(about)
         self._pad_id = model_pad_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         maskable = pattern.maskable_table(tokenizer, rows, {*config.protect, self._pad_id, model_pad_id})
         self._replacement = REPLACEMENTS[config.replace](token, maskable, tokenizer)
@@ -133,7 +136,7 @@ class TokenMasker:
 
     def _mask(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         training = module.training and self.enabled and torch.is_grad_enabled()
-        return _swap(args, kwargs, self._masked) if training else None
+        return _swap(args, kwargs, self._masked, self._transposed) if training else None
 
     def _masked(self, given: Tensor) -> Tensor:
         """Return the ids to look up, for those that the embedding is called with: [batch, seq] or [seq]."""
@@ -220,8 +223,17 @@ class TokenMasker:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        if kind is None:
+            self.warn_if_idle()
         self.detach()
+
+    def warn_if_idle(self) -> None:
+        """Warn if this masker, whose config asks for masking, has not seen a token yet."""
+        if not self.config.is_off and math.isnan(self.observed_rate):
+            why = "no training forward looked up maskable ids in the input embedding"
+            ask = "Is the model in eval mode (from_pretrained returns it so: call model.train()), or called with"
+            warnings.warn(f"Token masking masked nothing: {why}. {ask} inputs_embeds?", stacklevel=3)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs, fit for JSON (accelerate's `register_for_checkpointing` takes a masker)."""
@@ -264,6 +276,7 @@ class Occlusion:
         self.trained = None if config is None else not config.is_off
         config = config or TokenMaskConfig()
         self._embedding = rows_of.find_embedding(model)
+        self._transposed = _is_transposed(getattr(rows_of.unwrap(model), "config", None))
         rows = rows_of.embedding_weight(self._embedding).shape[0]
         self.mask_token = choose_mask_token(tokenizer, rows, config.mask_token)
         name = tokenizer.convert_ids_to_tokens(self.mask_token.id)
@@ -297,7 +310,7 @@ class Occlusion:
 
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             mine = threading.get_ident() == thread  # a server may predict in one thread and explain in another
-            return _swap(args, kwargs, hide) if mine else None
+            return _swap(args, kwargs, hide, self._transposed) if mine else None
 
         handle = self._embedding.register_forward_pre_hook(hook, with_kwargs=True)
         try:
@@ -306,9 +319,13 @@ class Occlusion:
             handle.remove()
 
 
-def _swap(args: tuple[Any, ...], kwargs: dict[str, Any], swapped: Callable[[Tensor], Tensor]) -> Any:
+def _is_transposed(config: Any) -> bool:
+    """Return whether a model looks up ids of shape [seq, batch]: of transformers' architectures, XLNet does."""
+    return getattr(config, "model_type", None) == "xlnet"
+
+
+def _swap(args: tuple[Any, ...], kwargs: dict[str, Any], swapped: Callable[[Tensor], Tensor], transposed: bool) -> Any:
     """Return the arguments of an embedding with other ids, its first argument, which may have a name."""
-    if args:
-        return (swapped(args[0]), *args[1:]), kwargs
-    name = next(iter(kwargs))
-    return args, {**kwargs, name: swapped(kwargs[name])}
+    given = args[0] if args else next(iter(kwargs.values()))
+    found = swapped(given.T).T if transposed else swapped(given)
+    return ((found, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): found})

@@ -246,6 +246,20 @@ def test_what_the_trainer_lacks_is_named(tmp_path):
     assert (refused.value.code, refused.value.fields) == ("data-parallel", {"gpus": 2})
 
 
+def test_trl_trainers_are_refused_unless_each_loss_comes_from_one_forward(tmp_path):
+    """Look-alikes of their arguments; the real trainers are in tests/integration."""
+    off = {"p": 0.0}
+    for name, masking, code in (("SFTConfig", {}, None), ("DPOConfig", {}, "trl-trainer"), ("DPOConfig", off, None)):
+        made = trainer(tmp_path, [TokenMaskCallback(masking)], max_steps=1)
+        made.args.__class__ = type(name, (TrainingArguments,), {"__module__": "trl.trainer.any"})
+        if code is None:
+            made.train()
+        else:
+            with pytest.raises(MaskTokenError, match="SFT or reward training") as refused:
+                made.train()
+            assert (refused.value.code, refused.value.fields) == (code, {"config": name})
+
+
 def test_a_model_is_not_masked_twice(tmp_path):
     model, tokenizer = build("qwen2")
     with TokenMasker.attach(model, tokenizer), pytest.raises(MaskTokenError) as refused:
