@@ -47,6 +47,9 @@ ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="a run folde
 BackboneOption = Annotated[
     str | None, typer.Option(help="load the backbone from this Hub id, folder or package:NAME/FOLDER")
 ]
+TrustOption = Annotated[
+    bool, typer.Option("--trust-remote-code", help="run the backbone's own code, if it has any; read it first")
+]
 DeviceOption = Annotated[str | None, typer.Option(help="cuda, cpu, …; default: a GPU if there is one")]
 QuantizationOption = Annotated[str | None, typer.Option(help="nf4, int8 or none; default: as in training")]
 PrecisionOption = Annotated[str | None, typer.Option(help="bf16 or fp32; default: as in training")]

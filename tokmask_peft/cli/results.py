@@ -8,7 +8,16 @@ from typing import Annotated
 
 import typer
 
-from tokmask_peft.cli.app import BackboneOption, DeviceOption, ModelArgument, Overrides, RecipeArgument, app, checked
+from tokmask_peft.cli.app import (
+    BackboneOption,
+    DeviceOption,
+    ModelArgument,
+    Overrides,
+    RecipeArgument,
+    TrustOption,
+    app,
+    checked,
+)
 from tokmask_peft.console import make_console, print_scores, quiet_libraries
 from tokmask_peft.errors import RunError
 
@@ -55,6 +64,7 @@ def robustness(
     ] = None,
     device: DeviceOption = None,
     backbone: BackboneOption = None,
+    trust_remote_code: TrustOption = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> None:
     """Score RUNs on masked and misspelt test texts and on unseen words, by their masking rate in training.
@@ -71,7 +81,9 @@ def robustness(
     from tokmask_peft.study.report import matplotlib
 
     matplotlib()
-    report = measure(members, what, folder, backbone=backbone, device=device, quiet=quiet)
+    report = measure(
+        members, what, folder, backbone=backbone, device=device, quiet=quiet, trust_remote_code=trust_remote_code
+    )
     if not quiet:
         typer.echo(f"{report.summary}\nReport: {report.markdown}")
 
@@ -86,6 +98,7 @@ def faithfulness(
     seed: Annotated[int, typer.Option(min=0, help="of texts, orders and bootstrap")] = 0,
     batch_size: Annotated[int | None, typer.Option(min=1, help="masked texts per forward pass")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+    trust_remote_code: TrustOption = False,
 ) -> None:
     """Measure whether `tokmask explain` ranks words correctly for RUN: mask the most influential words first."""
     from tokmask_peft.artifacts import open_finished
@@ -97,7 +110,16 @@ def faithfulness(
     from tokmask_peft.study.diagnostics.faithfulness import faithfulness as measure
     from tokmask_peft.study.diagnostics.faithfulness import report_text
 
-    found = measure(run, against, split=split, data=data, limit=limit, seed=seed, batch_size=batch_size)
+    found = measure(
+        run,
+        against,
+        split=split,
+        data=data,
+        limit=limit,
+        seed=seed,
+        batch_size=batch_size,
+        trust_remote_code=trust_remote_code,
+    )
     typer.echo(json.dumps(found, indent=2) if as_json else report_text(found))
 
 
@@ -108,6 +130,7 @@ def evaluate(
     data: Annotated[str | None, typer.Option(help="folder or file with other texts")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the scores as JSON.")] = False,
     batch_size: Annotated[int | None, typer.Option(min=1, help="texts per forward pass; as in training")] = None,
+    trust_remote_code: TrustOption = False,
 ) -> None:
     """Score the adapter of RUN on one of its splits, or on other texts."""
     from tokmask_peft.artifacts import open_finished
@@ -116,7 +139,7 @@ def evaluate(
     quiet_libraries()
     from tokmask_peft.training.evaluate import evaluate as score
 
-    result = score(run, split=split, data=data, batch_size=batch_size)
+    result = score(run, split=split, data=data, batch_size=batch_size, trust_remote_code=trust_remote_code)
     if as_json:
         typer.echo(json.dumps(result, indent=2, ensure_ascii=False))
     else:
@@ -135,6 +158,7 @@ def report(
         bool, typer.Option("--examples/--no-examples", help="show the worst mistakes; needs the data and the backbone")
     ] = True,
     backbone: BackboneOption = None,
+    trust_remote_code: TrustOption = False,
 ) -> None:
     """Write one HTML page about RUN: scores, curves, calibration, mistakes, data. The page loads nothing.
 
@@ -156,7 +180,7 @@ def report(
 
     prepare(run, out)  # before the libraries are loaded, which takes seconds
     quiet_libraries()
-    path, left_out = report_run(run, out, examples=examples, backbone=backbone)
+    path, left_out = report_run(run, out, examples=examples, backbone=backbone, trust_remote_code=trust_remote_code)
     if left_out:
         typer.echo(f"Note: the page shows no mistakes: {left_out}", err=True)
     typer.echo(path)
@@ -172,6 +196,7 @@ def demo(
     share: Annotated[bool, typer.Option("--share", help="Open a public link through gradio's servers.")] = False,
     device: DeviceOption = None,
     backbone: BackboneOption = None,
+    trust_remote_code: TrustOption = False,
 ) -> None:
     """Try MODEL in the browser: text in, label and coloured words out (needs the extra demo)."""
     from tokmask_peft.artifacts import find_saved
@@ -179,7 +204,7 @@ def demo(
 
     require_gradio()
     check_address(host, port)
-    saved = find_saved(model, backbone)
+    saved = find_saved(model, backbone, trust_remote_code=trust_remote_code)
     quiet_libraries()
     from tokmask_peft.inference.classifier import load
 

@@ -8,7 +8,15 @@ from typing import Annotated
 
 import typer
 
-from tokmask_peft.cli.app import BackboneOption, DeviceOption, ModelArgument, PrecisionOption, QuantizationOption, app
+from tokmask_peft.cli.app import (
+    BackboneOption,
+    DeviceOption,
+    ModelArgument,
+    PrecisionOption,
+    QuantizationOption,
+    TrustOption,
+    app,
+)
 from tokmask_peft.console import quiet_libraries
 from tokmask_peft.tasks import get_task
 
@@ -28,6 +36,7 @@ def predict(
     quantization: QuantizationOption = None,
     precision: PrecisionOption = None,
     backbone: BackboneOption = None,
+    trust_remote_code: TrustOption = False,
 ) -> None:
     """Classify TEXTs, or the texts of a file, with MODEL.
 
@@ -39,7 +48,8 @@ def predict(
         raise typer.BadParameter("give either texts or --file", param_hint="TEXT")
     if (file is None) != (out is None):
         raise typer.BadParameter("--file and --out go together", param_hint="--out")
-    saved = find_saved(model, backbone)  # before the libraries are loaded, which takes seconds
+    # before the libraries are loaded, which takes seconds
+    saved = find_saved(model, backbone, trust_remote_code=trust_remote_code)
     source = None
     if file is not None and out is not None:
         from tokmask_peft.data.readers import TextFile
@@ -71,6 +81,7 @@ def explain(
     quantization: QuantizationOption = None,
     precision: PrecisionOption = None,
     backbone: BackboneOption = None,
+    trust_remote_code: TrustOption = False,
 ) -> None:
     """Show which words of TEXTs support or contradict MODEL's label, by masking each as in training.
 
@@ -81,7 +92,8 @@ def explain(
     from tokmask_peft.inference.explain import find_word
     from tokmask_peft.inference.export import check_output
 
-    saved = find_saved(model, backbone)  # before the libraries are loaded, which takes seconds
+    # before the libraries are loaded, which takes seconds
+    saved = find_saved(model, backbone, trust_remote_code=trust_remote_code)
     chosen = int(word) if word is not None and word.removeprefix("-").isdecimal() else word
     if chosen is not None and not get_task(saved.task).words_given:
         problem = f"{model} gives {get_task(saved.task).description}; --word is for word-level tasks"
@@ -117,12 +129,13 @@ def export(
     precision: Annotated[str, typer.Option(help="fp32 or bf16, of the saved weights")] = "fp32",
     onnx: Annotated[bool, typer.Option("--onnx", help="Also write model.onnx (extra onnx) and compare it.")] = False,
     backbone: BackboneOption = None,
+    trust_remote_code: TrustOption = False,
 ) -> None:
     """Merge MODEL into its backbone: a plain transformers model for pipeline(), without PEFT."""
     from tokmask_peft.artifacts import find_saved
     from tokmask_peft.inference.export import check_folder
 
-    saved = find_saved(model, backbone)
+    saved = find_saved(model, backbone, trust_remote_code=trust_remote_code)
     check_folder(merged)
     quiet_libraries()
     from tokmask_peft.inference.export import export_merged
@@ -141,6 +154,7 @@ def push(
     repo: Annotated[str, typer.Argument(metavar="USER/NAME", help="repository on the Hub; created if missing")],
     private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
     merged: Annotated[bool, typer.Option("--merged", help="Push a plain transformers model, merged.")] = False,
+    trust_remote_code: TrustOption = False,
 ) -> None:
     """Push the adapter of RUN with its model card to the Hugging Face Hub (log in with: hf auth login)."""
     from huggingface_hub.utils import disable_progress_bars
@@ -153,4 +167,4 @@ def push(
         quiet_libraries()
     from tokmask_peft.inference.export import push as push_run
 
-    push_run(run, repo, private, merged=merged)
+    push_run(run, repo, private, merged=merged, trust_remote_code=trust_remote_code)

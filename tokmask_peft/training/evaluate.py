@@ -27,7 +27,12 @@ from tokmask_peft.training.trainer import OrderedEvalTrainer, Split, training_ar
 
 
 def evaluate(
-    run: str | Path, *, split: str = "test", data: str | None = None, batch_size: int | None = None
+    run: str | Path,
+    *,
+    split: str = "test",
+    data: str | None = None,
+    batch_size: int | None = None,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Score the adapter of a run.
 
@@ -37,6 +42,7 @@ def evaluate(
             with `data`, the split or file name there.
         data: a folder or file with other texts, in the format and with the columns of the run's recipe.
         batch_size: texts per forward pass, in place of the run's `training.eval_batch_size`.
+        trust_remote_code: run the backbone's own code; whatever the run's recipe says, only you can allow it.
 
     Returns:
         The scores of `metrics.scores`, with `by_mixing` if the recipe names language labels, and `not_as_trained`,
@@ -53,7 +59,7 @@ def evaluate(
         recipe = changed(recipe, {"training.eval_batch_size": batch_size})
     task = recipe.data.task
     examples, labels = split_examples(recipe, split, data, folder.adapter)
-    saved, device = find_saved(folder.root), processes().device
+    saved, device = find_saved(folder.root, trust_remote_code=trust_remote_code), processes().device
     set_seed(recipe.seed)
     plan = plan_loading(saved.model, device)
     loading = Situation("loading", gpu=device.type == "cuda")

@@ -118,6 +118,7 @@ def faithfulness(
     limit: int = 200,
     seed: int = 0,
     batch_size: int | None = None,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Measure how faithful occlusion is for a run, and how much more so than for another.
 
@@ -129,6 +130,7 @@ def faithfulness(
         limit: texts, drawn with `seed`.
         seed: of the texts, the random orders and the bootstrap.
         batch_size: masked texts per forward pass.
+        trust_remote_code: let the backbone run code of its own.
 
     Returns:
         `run` (and `against`): curves and areas with 95% bootstrap intervals over texts; `difference`: of the areas,
@@ -142,7 +144,8 @@ def faithfulness(
         raise DataError(f"limit is {limit}; an interval needs 2 texts or more", code="too-few-texts")
     folders = {name: open_finished(path) for name, path in (("run", run), ("against", against)) if path is not None}
     recipes = {name: load_recipe(folder.recipe) for name, folder in folders.items()}
-    saved = {name: find_saved(folder.root) for name, folder in folders.items()}
+    trusted = trust_remote_code
+    saved = {name: find_saved(folder.root, trust_remote_code=trusted) for name, folder in folders.items()}
     if len({(found.task, found.labels) for found in saved.values()}) > 1:
         raise RunError(
             f"{against} was trained for another task or other labels than {run}; compare runs of one recipe",
