@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from tokmask_peft import __version__
+from tokmask_peft.console import echo
 from tokmask_peft.errors import RunInterruptedError, TokmaskError
 
 if TYPE_CHECKING:
@@ -23,10 +24,10 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except TokmaskError as error:
-            typer.echo(f"Error: {error}", err=True)
+            echo(f"Error: {error}", err=True)
             raise typer.Exit(130 if isinstance(error, RunInterruptedError) else 2) from None
         except KeyboardInterrupt:
-            typer.echo("Interrupted.", err=True)
+            echo("Interrupted.", err=True)
             raise typer.Exit(130) from None
 
 
@@ -61,7 +62,7 @@ def root(
 ) -> None:
     """Handle the options before the command."""
     if version:
-        typer.echo(__version__)
+        echo(__version__)
         raise typer.Exit
 
 
@@ -93,7 +94,7 @@ def list_recipes() -> None:
     for name in names:
         lines = (SHIPPED / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
         about = next((line.lstrip("# ") for line in lines if line.startswith("#") and "tokmask train" not in line), "")
-        typer.echo(f"{name:<{width}}  {about}")
+        echo(f"{name:<{width}}  {about}")
 
 
 @recipes_app.command("show")
@@ -105,7 +106,7 @@ def show_recipe(
     from tokmask_peft.recipe.loading import find_recipe, load_recipe, to_yaml
 
     path = find_recipe(name)
-    typer.echo(to_yaml(load_recipe(path)) if resolved else path.read_text(encoding="utf-8"), nl=False)
+    echo(to_yaml(load_recipe(path)) if resolved else path.read_text(encoding="utf-8"), end="")
 
 
 @recipes_app.command("copy")
@@ -116,7 +117,7 @@ def copy_recipe(
     from tokmask_peft.recipe.loading import copy_recipe as copy
 
     copy(name, target)
-    typer.echo(f"{target} is yours to edit; run it with: tokmask train {shlex.quote(str(target))}")
+    echo(f"{target} is yours to edit; run it with: tokmask train {shlex.quote(str(target))}")
 
 
 @recipes_app.command("fields")
@@ -124,4 +125,4 @@ def list_fields() -> None:
     """Explain every key that a recipe may hold."""
     from tokmask_peft.recipe.loading import field_help
 
-    typer.echo("\n".join(field_help()))
+    echo("\n".join(field_help()))

@@ -18,7 +18,7 @@ from tokmask_peft.cli.app import (
     app,
     checked,
 )
-from tokmask_peft.console import make_console, print_scores, quiet_libraries
+from tokmask_peft.console import echo, make_console, print_scores, quiet_libraries
 from tokmask_peft.errors import RunError
 
 
@@ -48,7 +48,7 @@ def diagnose(
     matplotlib()  # before a training whose plot could not be drawn
     report = measure(whole, plan, quiet=quiet)
     if not quiet:
-        typer.echo(f"{report.summary}\nReport: {report.markdown}")
+        echo(f"{report.summary}\nReport: {report.markdown}")
 
 
 @app.command()
@@ -85,7 +85,7 @@ def robustness(
         members, what, folder, backbone=backbone, device=device, quiet=quiet, trust_remote_code=trust_remote_code
     )
     if not quiet:
-        typer.echo(f"{report.summary}\nReport: {report.markdown}")
+        echo(f"{report.summary}\nReport: {report.markdown}")
 
 
 @app.command()
@@ -120,7 +120,7 @@ def faithfulness(
         batch_size=batch_size,
         trust_remote_code=trust_remote_code,
     )
-    typer.echo(json.dumps(found, indent=2) if as_json else report_text(found))
+    echo(json.dumps(found, indent=2) if as_json else report_text(found))
 
 
 @app.command()
@@ -141,7 +141,7 @@ def evaluate(
 
     result = score(run, split=split, data=data, batch_size=batch_size, trust_remote_code=trust_remote_code)
     if as_json:
-        typer.echo(json.dumps(result, indent=2, ensure_ascii=False))
+        echo(json.dumps(result, indent=2, ensure_ascii=False))
     else:
         console = make_console()
         print_scores(console, {split: result})
@@ -170,7 +170,7 @@ def report(
         from tokmask_peft.study.report import sweep_report
 
         paths = sweep_report(Path(run))
-        typer.echo(f"{paths.summary}\nReport: {paths.markdown}")
+        echo(f"{paths.summary}\nReport: {paths.markdown}")
         return
     if not is_run(run):
         raise RunError(
@@ -182,8 +182,8 @@ def report(
     quiet_libraries()
     path, left_out = report_run(run, out, examples=examples, backbone=backbone, trust_remote_code=trust_remote_code)
     if left_out:
-        typer.echo(f"Note: the page shows no mistakes: {left_out}", err=True)
-    typer.echo(path)
+        echo(f"Note: the page shows no mistakes: {left_out}", err=True)
+    echo(path)
     if show:
         typer.launch(str(path))
 
@@ -208,4 +208,4 @@ def demo(
     quiet_libraries()
     from tokmask_peft.inference.classifier import load
 
-    serve(build(load(saved, device), Path(model).name), host, port, share=share, report=typer.echo)
+    serve(build(load(saved, device), Path(model).name), host, port, share=share, report=echo)

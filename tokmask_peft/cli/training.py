@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tokmask_peft.cli.app import Overrides, RecipeArgument, app, checked
-from tokmask_peft.console import quiet_libraries
+from tokmask_peft.console import echo, quiet_libraries
 
 if TYPE_CHECKING:
     from tokmask_peft.training.memory import Forecast
@@ -68,13 +68,13 @@ def sweep(
     plan = make_plan(recipe, more, p=p, seeds=seeds, grid=axes, arms=arms, sampler=sampler, trials=trials, name=name)
     if dry_run:
         for cell in plan.cells:
-            typer.echo(f"{cell.name}  {' '.join((f'seed={cell.seed}', *cell.overrides))}")
+            echo(f"{cell.name}  {' '.join((f'seed={cell.seed}', *cell.overrides))}")
         return
     from tokmask_peft.study.runner import Options, closing_lines, run_sweep
 
     cells = run_sweep(plan, storage, Options(workers, keep_checkpoints, prune, retry_failed))
     for line in closing_lines(plan, cells):
-        typer.echo(line)
+        echo(line)
     if any(cell.state == "failed" for cell in cells.values()):
         raise typer.Exit(1)
 
@@ -86,7 +86,7 @@ def validate(recipe: RecipeArgument, overrides: Overrides = None) -> None:
 
     whole = checked(recipe, overrides)
     check_length(whole, config_at_hand(whole.model))
-    typer.echo(f"{recipe} is valid: {whole.data.task} task on {whole.model.backbone}, run {whole.run_dir}")
+    echo(f"{recipe} is valid: {whole.data.task} task on {whole.model.backbone}, run {whole.run_dir}")
 
 
 @app.command()
@@ -103,7 +103,7 @@ def estimate(
 
     found = without_training(whole, gpu)
     if as_json:
-        typer.echo(json.dumps(found.to_dict(), indent=2))
+        echo(json.dumps(found.to_dict(), indent=2))
     else:
         print_forecast(found)
 

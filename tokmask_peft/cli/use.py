@@ -17,7 +17,7 @@ from tokmask_peft.cli.app import (
     TrustOption,
     app,
 )
-from tokmask_peft.console import quiet_libraries
+from tokmask_peft.console import SafeConsole, echo, quiet_libraries
 from tokmask_peft.tasks import get_task
 
 
@@ -103,8 +103,6 @@ def explain(
     if html is not None:
         check_output(html, None, force)
     quiet_libraries()
-    from rich.console import Console
-
     from tokmask_peft.inference import display as show
     from tokmask_peft.inference.classifier import load
 
@@ -114,12 +112,12 @@ def explain(
     if as_json:
         show.print_json(explanations)
     else:
-        show.print_explanations(explanations, Console(highlight=False))
-        typer.echo(f"Note: {note}.", err=True)
+        show.print_explanations(explanations, SafeConsole(highlight=False))
+        echo(f"Note: {note}.", err=True)
     if html is not None:
         name = Path(model).name if Path(model).exists() else model  # the page may be shared: no local path
         html.write_text(show.explanations_page(name, explanations, note), encoding="utf-8")
-        typer.echo(f"Page: {html}", err=True)
+        echo(f"Page: {html}", err=True)
 
 
 @app.command()
@@ -141,11 +139,11 @@ def export(
     from tokmask_peft.inference.export import export_merged
 
     done = export_merged(saved, merged, precision=precision, onnx=onnx)
-    typer.echo(f"{done.folder}: logits differ from the adapter's by at most {done.difference:.1e}")
+    echo(f"{done.folder}: logits differ from the adapter's by at most {done.difference:.1e}")
     if done.onnx is not None:
-        typer.echo(f"{done.folder / 'model.onnx'}: onnxruntime's logits differ from those by at most {done.onnx:.1e}")
+        echo(f"{done.folder / 'model.onnx'}: onnxruntime's logits differ from those by at most {done.onnx:.1e}")
     for note in done.notes:
-        typer.echo(f"Note: {note}.")
+        echo(f"Note: {note}.")
 
 
 @app.command()
