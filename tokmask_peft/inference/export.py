@@ -141,24 +141,19 @@ def export_merged(
             temporary.replace(target)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-    notes = []
-    if saved.model.quantization not in ("none", "auto"):
-        notes.append(
-            f"the adapter was trained on the {saved.model.quantization} backbone and is merged into the unquantized "
-            "one: the logits are those of the adapter on the unquantized backbone, not those of the run"
-        )
-    if saved.model.embedding == "8bit":
-        notes.append(
-            "the adapter was trained on the 8-bit embedding and is merged into the backbone with the exact one: the "
-            "logits are those of the adapter on the exact embedding, not those of the run"
-        )
+    kind, placement = saved.model.quantization, saved.model.embedding
+    inexact = [f"{kind} backbone"] if kind not in ("none", "auto") else []
+    inexact += ["8-bit embedding"] if placement == "8bit" else []
+    notes = [
+        f"the adapter was trained on the {what} and is merged into the unquantized one: the logits are those of the "
+        "adapter on that, not those of the run"
+        for what in inexact
+    ]
     if precision == "bf16":
         notes.append(f"the weights are rounded to bf16, which moves logits by up to {rounding:.2g}")
     if saved.temperature != 1.0:
-        notes.append(
-            f"the temperature of the calibration ({saved.temperature:.3f}) is not part of the model: "
-            "its probabilities are uncalibrated, its labels the same"
-        )
+        effect = "is not part of the model: its probabilities are uncalibrated, its labels the same"
+        notes.append(f"the temperature of the calibration ({saved.temperature:.3f}) {effect}")
     return Export(target, difference, rounding, tuple(notes), measured)
 
 

@@ -12,6 +12,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -140,8 +141,8 @@ class TokenMasker:
 
     def _masked(self, given: Tensor) -> Tensor:
         """Return the ids to look up, for those that the embedding is called with: [batch, seq] or [seq]."""
-        if self._step.device != given.device:
-            self._move(given.device)
+        if self._step.device != given.device:  # the model was moved after `attach`
+            vars(self).update({k: part.to(given.device) for k, part in vars(self).items() if isinstance(part, Tensor)})
         ids = given.reshape(-1, given.shape[-1])
         rows, positions = self._layout or (None, pattern.text_positions(ids, self._pad_id))
         maskable = self._maskable[ids]
@@ -154,12 +155,6 @@ class TokenMasker:
         self._step.add_(1)
         self._counts.add_(torch.stack([masked.sum(), maskable.sum()]))
         return swapped
-
-    def _move(self, device: torch.device) -> None:
-        """Follow a model that was moved after `attach`."""
-        self._rate_tensor, self._step = self._rate_tensor.to(device), self._step.to(device)
-        self._counts, self._maskable = self._counts.to(device), self._maskable.to(device)
-        self._word_starts = None if self._word_starts is None else self._word_starts.to(device)
 
     @property
     def rate(self) -> float:
@@ -193,23 +188,22 @@ class TokenMasker:
         masked, maskable = self._counts.tolist()
         return masked / maskable if maskable else float("nan")
 
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[Self]:
+    def paused(self) -> AbstractContextManager[Self]:
         """Mask nothing and count no steps inside."""
-        before, self.enabled = self.enabled, False
-        try:
-            yield self
-        finally:
-            self.enabled = before
+        return self._inside(enabled=False)
+
+    def layout(self, rows: Tensor, positions: Tensor) -> AbstractContextManager[Self]:
+        """Set which text each token of a packed row belongs to, and its position in that text; each int [1, total]."""
+        return self._inside(_layout=(rows, positions))
 
     @contextlib.contextmanager
-    def layout(self, rows: Tensor, positions: Tensor) -> Iterator[Self]:
-        """Set which text each token of a packed row belongs to, and its position in that text; each int [1, total]."""
-        before, self._layout = self._layout, (rows, positions)
+    def _inside(self, **changed: Any) -> Iterator[Self]:
+        before = {name: getattr(self, name) for name in changed}
+        vars(self).update(changed)
         try:
             yield self
         finally:
-            self._layout = before
+            vars(self).update(before)
 
     def detach(self) -> None:
         """Stop masking for good and restore a spare row's values, unless it was trained. May be called again."""

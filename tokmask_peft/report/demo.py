@@ -109,7 +109,14 @@ def build(classifier: Any, name: str) -> Any:
 
     with gradio.Blocks(title=f"{name}: demo", analytics_enabled=False) as app:
         gradio.Markdown(f"# {plain(name)}\n{task.description.capitalize()}. {calibrated}")
-        text = gradio.Textbox(label="Text", lines=3, max_lines=12, max_length=_MOST_CHARACTERS, autofocus=True)
+        text = gradio.Textbox(
+            label="Text",
+            lines=3,
+            max_lines=12,
+            max_length=_MOST_CHARACTERS,
+            placeholder="Type or paste a text",
+            autofocus=True,
+        )
         button = gradio.Button("Classify", variant="primary")
         outputs = []
         if not task.words_given:

@@ -11,7 +11,6 @@ from tiny_models import build, encode, seen_ids, tiny_tokenizer
 
 from tokmask_peft.errors import MaskTokenError
 from tokmask_peft.masking.masker import TokenMasker
-from tokmask_peft.masking.replacement import MaskToken
 from tokmask_peft.recipe import TokenMaskConfig
 
 
@@ -248,9 +247,3 @@ def test_models_that_cannot_be_masked_are_refused():
     with pytest.raises(MaskTokenError, match="use a") as refused:
         TokenMasker.attach(model, tokenizer)
     assert refused.value.code == "per-layer-embeddings"
-
-
-def test_a_given_mask_token_is_taken():
-    model, tokenizer = build("bert")
-    with TokenMasker.attach(model, tokenizer, mask_token=MaskToken(77, "id", "mine")) as masker:
-        assert masker.mask_token.id == 77
