@@ -23,12 +23,13 @@ from tokmask_peft.recipe.loading import differences, load_recipe
 from tokmask_peft.recipe.schema import ModelConfig, Recipe, Task
 
 ADAPTER_FILE = "tokmask.json"
-HUB_FILES = (
-    *("adapter_config.json", "adapter_model.safetensors", ADAPTER_FILE, "tokenizer*", "special_tokens_map.json"),
-    *("added_tokens.json", "vocab.*", "merges.txt", "*.model"),
+LOADED_FILES = (
+    *("adapter_config.json", "adapter_model.safetensors", ADAPTER_FILE, "tokenizer.json", "tokenizer_config.json"),
+    *("special_tokens_map.json", "added_tokens.json", "vocab.txt", "vocab.json", "merges.txt", "tokenizer.model"),
+    *("sentencepiece.bpe.model", "spiece.model", "chat_template.jinja"),
     *("labels.json", "calibration.json", "tokmask_config.json"),  # before format 2 of tokmask.json
 )
-"""What is fetched from the Hub: what loading needs, and no pickled weights."""
+"""Names of the files that loading needs: what is fetched from the Hub and pushed there, and no pickled weights."""
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -50,9 +51,10 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     """Return the lines of `log.jsonl`; a line that a killed run left half-written is skipped."""
     found = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        with contextlib.suppress(ValueError):
-            found.append(json.loads(line))
-    return [row for row in found if isinstance(row, dict) and isinstance(row.get("step"), int)]
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            row = json.loads(line)
+            found += [row] if isinstance(row["step"], int) else []
+    return found
 
 
 @dataclass
@@ -140,9 +142,9 @@ def check_run(recipe: Recipe, resume: bool) -> RunFolder:
         problem = f"{ground} is a file or cannot be written; set output_dir"
         raise RunError(f"{run.root} cannot be a run folder: {problem}", code="not-writable", path=ground)
     if not run.root.exists() or not any(run.root.iterdir()):
-        if resume:
-            raise RunError(f"there is no run to resume in {run.root}; start it without --resume", code="no-run")
-        return run
+        if not resume:
+            return run
+        raise RunError(f"there is no run to resume in {run.root}; start it without --resume", code="no-run")
     remedy = "choose another name (name=…) or remove it"
     if run.finished():
         raise RunError(f"the run {run.root} is finished: its scores are in {run.result}; {remedy}", code="run-finished")
@@ -157,11 +159,7 @@ def check_run(recipe: Recipe, resume: bool) -> RunFolder:
 
 
 def start_run(run: RunFolder, recipe_text: str) -> None:
-    """Create the run folder with its recipe; a resumed run keeps its own.
-
-    Raises:
-        RunError: the folder cannot be created or written.
-    """
+    """Create the run folder with its recipe; a resumed run keeps its own. RunError if it cannot be written."""
     try:
         run.root.mkdir(parents=True, exist_ok=True)
         if not run.recipe.is_file():
@@ -171,18 +169,20 @@ def start_run(run: RunFolder, recipe_text: str) -> None:
         raise RunError(message, code="not-writable", path=run.root) from error
 
 
-def open_finished(folder: str | Path) -> RunFolder:
-    """Return the run folder `folder`, which has an adapter.
+def open_finished(folder: str | Path, *, scored: bool = False) -> RunFolder:
+    """Return the run folder `folder`, which has an adapter; if it must be `scored`, also a result.
 
     Raises:
-        RunError: it is not a run folder, or the run has no adapter yet.
+        RunError: it is not a run folder, or the run has none yet.
     """
     run = RunFolder(Path(folder))
     if not run.recipe.is_file():
         raise RunError(f"{folder} is not a run folder (it holds no recipe.yaml)", code="not-a-run")
-    if not (run.adapter / "adapter_config.json").is_file():
-        problem = f"has no adapter yet; finish it with `tokmask train {run.recipe} --resume`"
-        raise RunError(f"the run {folder} {problem}", code="unfinished")
+    needed = {"adapter": run.adapter / "adapter_config.json", **({"result": run.result} if scored else {})}
+    for what, file in needed.items():
+        if not file.is_file():
+            problem = f"has no {what} yet; finish it with `tokmask train {run.recipe} --resume`"
+            raise RunError(f"the run {folder} {problem}", code="unfinished")
     return run
 
 
@@ -222,20 +222,12 @@ class Result:
 
     @classmethod
     def from_dict(cls, found: Mapping[str, Any]) -> Self:
-        """Read what `to_dict` returned, of another version too: unknown keys are ignored.
-
-        Raises:
-            TypeError: the scores or the labels are missing.
-        """
+        """Read what `to_dict` returned, of another version too; TypeError without scores or labels."""
         return cls(**{entry.name: found[entry.name] for entry in fields(cls) if entry.name in found})
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Read `result.json`.
-
-        Raises:
-            RunError: the file cannot be read, or holds no scores.
-        """
+        """Read `result.json`; RunError if it cannot be read, or holds no scores."""
         try:
             return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError, AttributeError) as error:
@@ -258,15 +250,8 @@ class Run:
 
 
 def open_run(folder: str | Path) -> Run:
-    """Read a finished run.
-
-    Raises:
-        RunError: the folder is not a finished run, or its files cannot be read.
-    """
-    run = open_finished(folder)
-    if not run.finished():
-        problem = f"is not finished; finish it with `tokmask train {run.recipe} --resume`"
-        raise RunError(f"the run {folder} {problem}", code="unfinished")
+    """Read a finished run; RunError if it is not one, or its files cannot be read."""
+    run = open_finished(folder, scored=True)
     return Run(run, load_recipe(run.recipe), Result.read(run.result))
 
 
@@ -342,14 +327,13 @@ class AdapterInfo(_Part):
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        found = dict(json.loads(path.read_text(encoding="utf-8")))
+        return dict(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError as error:
         remedy = "PEFT can load it: AutoPeftModelForSequenceClassification.from_pretrained(…, num_labels=…)"
         message = f"{path} is missing: this adapter was not saved by tokmask_peft. {remedy}"
         raise ModelError(message, code="foreign-adapter", path=path) from error
     except (OSError, ValueError, TypeError) as error:
         raise ModelError(f"{path} is not a JSON object: {error}", code="bad-adapter-file", path=path) from error
-    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -421,11 +405,7 @@ def find_saved(
 
 
 def _download(hub_id: str) -> Path:
-    """Fetch an adapter from the Hub; transport, cache and login are huggingface_hub's.
-
-    Raises:
-        ModelError: it cannot be fetched, or is not an adapter.
-    """
+    """Fetch an adapter from the Hub; transport, cache and login are huggingface_hub's."""
     from huggingface_hub import errors, snapshot_download
 
     remedies = {
@@ -438,7 +418,7 @@ def _download(hub_id: str) -> Path:
     }
     start = f"{hub_id} is not a local folder, and as an id on the Hub it "
     try:
-        folder = Path(snapshot_download(hub_id, allow_patterns=list(HUB_FILES)))
+        folder = Path(snapshot_download(hub_id, allow_patterns=list(LOADED_FILES)))
     except (OSError, errors.HFValidationError) as error:
         problem = next(text for kind, text in remedies.items() if isinstance(error, kind))
         raise ModelError(start + problem.format(reason=first_line(error)), code="not-on-hub", id=hub_id) from error

@@ -74,9 +74,13 @@ def make_console(quiet: bool = False) -> Console:
     return SafeConsole(quiet=quiet, width=None if terminal else 120, highlight=False, soft_wrap=not terminal)
 
 
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+
+
 def print_decisions(console: Console, decisions: Sequence[Decision]) -> None:
     """Print what was decided, and why."""
-    table = Table(title="Decisions", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    table = _table("Decisions")
     for column in ("what", "choice", "reason"):
         table.add_column(column, overflow="fold")
     for decision in decisions:
@@ -95,7 +99,7 @@ def print_lines(console: Console, title: str, lines: Sequence[str]) -> None:
 
 def print_scores(console: Console, parts: Mapping[str, Mapping[str, Any]]) -> None:
     """Print a row of scores for each named part."""
-    table = Table(title="Scores", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    table = _table("Scores")
     for column in ("split", "macro-F1", "weighted F1", "accuracy", "items"):
         table.add_column(column, justify="left" if column == "split" else "right")
     for name, part in parts.items():
@@ -104,7 +108,7 @@ def print_scores(console: Console, parts: Mapping[str, Mapping[str, Any]]) -> No
     console.print(table)
     for name, part in parts.items():
         if cut := part.get("without_prediction"):
-            console.print(f"{name}: {cut:,} words were cut off and count as errors", markup=False)
+            console.print(f"{name}: {cut:,} words have no prediction and count as errors", markup=False)
         for row in part.get("by_mixing") or ():
             console.print(f"  code-mixing index {row['cmi']}: macro-F1 {row['f1_macro']:.4f} ({row['posts']:,} posts)")
 
@@ -122,21 +126,25 @@ def print_result(console: Console, result: Any, adapter: Path) -> None:
 def calibration_line(calibration: Mapping[str, Any]) -> str:
     """Return a sentence on what the temperature does to the probabilities of the test (or validation) texts."""
     split = "test" if "test" in calibration else "validation"
-    before, after = calibration[split]["before"], calibration[split]["after"]
-    return (
-        f"Temperature {calibration['temperature']:.3f}, fitted on validation: expected calibration error on {split} "
-        f"{before['ece']:.4f} before, {after['ece']:.4f} after."
-    )
+    error = f"expected calibration error on {split} {calibration[split]['before']['ece']:.4f}"
+    after = calibration[split]["after"]["ece"]
+    if reason := calibration.get("left_out"):
+        return f"Calibration: no temperature is used, because {reason} ({error} without, {after:.4f} with it)."
+    return f"Temperature {calibration['temperature']:.3f}, fitted on validation: {error} before, {after:.4f} after."
 
 
 def baseline_verdict(scores: Mapping[str, Any], baseline: Mapping[str, Any] | None) -> str:
     """Return a sentence on whether the adapter beats character n-grams on the same split; empty without a baseline."""
     if not baseline:
         return ""
-    difference = scores["f1_macro"] - baseline["f1_macro"]
-    if difference > 0:
-        return f"The adapter is {difference:.4f} macro-F1 above the character n-gram baseline."
-    return (
-        f"The adapter does NOT beat the character n-gram baseline ({difference:+.4f} macro-F1): "
-        "use the baseline, or train longer, with another learning rate or a larger backbone."
-    )
+    gain = f"{scores['f1_macro'] - baseline['f1_macro']:+.4f} macro-F1"
+    if "interval" in baseline:  # which older runs do not have
+        low, high = baseline["interval"]
+        gain += f", 95% interval {low:+.4f} to {high:+.4f}"
+    sentences = {
+        "beats": f"The adapter beats the character n-gram baseline ({gain}).",
+        "does not beat": f"The adapter does NOT beat the character n-gram baseline ({gain}): "
+        "use the baseline, or train longer, with another learning rate or a larger backbone.",
+        "cannot tell": f"The texts cannot tell whether the adapter beats the character n-gram baseline ({gain}).",
+    }
+    return sentences[baseline.get("verdict", "cannot tell")]

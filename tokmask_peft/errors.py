@@ -6,6 +6,7 @@ The command line prints their text without a traceback; library callers catch `T
 from __future__ import annotations
 
 import difflib
+import importlib.util
 from collections.abc import Iterable
 from typing import Any
 
@@ -108,3 +109,13 @@ def nearest(name: str, candidates: Iterable[str]) -> str:
 def first_line(error: object) -> str:
     """Return the first line of an error's text, or the name of its class if the text is empty."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def require(module: str, extra: str, what: str) -> None:
+    """Check that the library of an extra is installed, without importing it.
+
+    Raises:
+        ExtraError: it is not.
+    """
+    if importlib.util.find_spec(module) is None:
+        raise ExtraError(f"{what} needs {module}: pip install 'tokmask-peft[{extra}]'", extra=extra)

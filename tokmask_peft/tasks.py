@@ -95,7 +95,6 @@ class Task:
     peft_type: ClassVar[str]  # name in `peft.TaskType`, without which the head would stay frozen in silence
     pipeline_tag: ClassVar[str]  # of the Hub and of `transformers.pipeline`
     unseen_parts: ClassVar[tuple[str, str]] = ("texts with no unseen word", "texts with an unseen word")  # scored apart
-    cut_effect: ClassVar[str]  # a sentence for the report on what cutting long texts does to the scores
     snippet: ClassVar[str]  # Python for the card that predicts with `model`, `tokenizer` and `labels`
     pipeline_snippet: ClassVar[str]  # the same with `transformers.pipeline` and the path `MODEL`
 
@@ -227,7 +226,6 @@ class SequenceTask(Task):
 
     # -- report, card and study --
 
-    cut_effect = "A text that is cut is scored on the part that remains."
     snippet = """\
 inputs = tokenizer(["This phone is bien bonito"], return_tensors="pt", padding=True)
 with torch.no_grad():
@@ -316,7 +314,6 @@ class TokenTask(Task):
     # -- report, card and study --
 
     unseen_parts = ("seen words", "unseen words")
-    cut_effect = "Words that are cut away count as errors in the scores."
     snippet = """\
 words = "This phone is bien bonito".split()
 inputs = tokenizer(words, is_split_into_words=True, return_tensors="pt")

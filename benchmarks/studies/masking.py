@@ -29,10 +29,7 @@ from tokmask_peft.study.results import SweepResults, analyse, read_sweep
 def collected(command: str, results: SweepResults) -> dict[str, Any]:
     """Return what the tables need of a sweep: its command, the analysis, the texts, and the machine."""
     runs = [run for by_seed in results.runs.values() for run in by_seed.values()]
-    environments: list[dict[str, Any]] = []
-    for run in runs:
-        if (one := run["speed"]["environment"]) not in environments:
-            environments.append(one)
+    environments = {json.dumps(run["speed"]["environment"]): run["speed"]["environment"] for run in runs}
     splits = runs[0]["data"]["splits"]
     return {
         "command": command,
@@ -46,7 +43,7 @@ def collected(command: str, results: SweepResults) -> dict[str, Any]:
             for row, by_seed in results.runs.items()
         },
         "seconds_per_run": statistics.median(run["speed"]["step_seconds"] for run in runs),
-        "environments": environments,
+        "environments": list(environments.values()),
     }
 
 

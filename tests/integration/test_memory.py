@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 import tokmask_peft
-from tokmask_peft.cli.training import print_forecast
+from tokmask_peft.cli.adapters import print_forecast
 from tokmask_peft.data import hub
 from tokmask_peft.errors import DataError, ModelError, RecipeError, RunError, RunInterruptedError
 from tokmask_peft.model import backbone as backbone_module

@@ -14,6 +14,7 @@ from tokmask_peft.console import (
     Decision,
     SafeConsole,
     baseline_verdict,
+    calibration_line,
     echo,
     print_decisions,
     print_lines,
@@ -75,10 +76,21 @@ def test_scores_say_what_was_cut_and_how_mixed_posts_fare(console):
     assert "code-mixing index 0 to 15: macro-F1 0.2500 (1,000 posts)" in text
 
 
-@pytest.mark.parametrize(("score", "beaten"), [(0.7, True), (0.5, False), (0.6, False)])
-def test_the_verdict_is_given_whichever_way_it_falls(score, beaten):
-    verdict = baseline_verdict(part(score), part(0.6))
-    assert verdict
-    assert ("above" in verdict) == beaten
-    assert ("NOT" in verdict) != beaten
-    assert not baseline_verdict(part(score), None)
+@pytest.mark.parametrize("verdict", ["beats", "does not beat", "cannot tell", None])
+def test_the_verdict_is_given_whichever_way_it_falls(verdict):
+    found = {} if verdict is None else {"verdict": verdict, "interval": [-0.02, 0.08]}  # older runs have none
+    sentence = baseline_verdict(part(0.63), part(0.6, **found))
+    assert ("cannot tell" in sentence, "NOT" in sentence) == (
+        verdict in ("cannot tell", None),
+        verdict == "does not beat",
+    )
+    assert "+0.0300" in sentence
+    assert ("-0.0200 to +0.0800" in sentence) == (verdict is not None)
+    assert not baseline_verdict(part(0.5), None)
+
+
+def test_a_temperature_that_is_left_out_is_said_with_the_reason():
+    figures = {"validation": {"before": {"ece": 0.1}, "after": {"ece": 0.2}}}
+    assert "Temperature 1.500" in calibration_line({"temperature": 1.5, **figures})
+    line = calibration_line({"temperature": 1.0, "left_out": "it does not help", **figures})
+    assert "no temperature is used, because it does not help" in line

@@ -57,9 +57,7 @@ PrecisionOption = Annotated[str | None, typer.Option(help="bf16 or fp32; default
 
 
 @app.callback(invoke_without_command=True)
-def root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
-) -> None:
+def root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
     """Handle the options before the command."""
     if version:
         echo(__version__)

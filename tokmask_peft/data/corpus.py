@@ -100,26 +100,36 @@ def _shown(label_map: Mapping[str, str]) -> str:
     return json.dumps(label_map, ensure_ascii=alike)
 
 
-def check_known(examples: Iterable[Example], labels: Sequence[str], split: str) -> None:
-    """Refuse labels that no training text has.
+def with_unseen(labels: Sequence[str], examples: Iterable[Example]) -> tuple[str, ...]:
+    """Return the labels of a classifier, followed by those that only `examples` have: it can never give these."""
+    return (*labels, *(label for label in count_labels(examples) if label not in labels))
+
+
+def check_known(examples: Iterable[Example], labels: Sequence[str], split: str) -> list[str]:
+    """Return a warning if some labels are ones that no training text has; each such text or word counts as an error.
 
     Raises:
-        DataError: there are some; lists each with its count, its first place and the nearest known one.
+        DataError: no training text has any of the labels.
     """
     places: dict[str, list[str]] = {}
     for example in examples:
         for tag in example.tags:
-            if tag not in labels:
-                places.setdefault(tag, []).append(example.where)
-    if places:
-        lines = [f"{split}: labels that no training text has (training has {', '.join(labels)}):"]
-        for tag, where in sorted(places.items()):
-            lines.append(f"  '{tag}': {len(where)} times, first at {where[0]}.{nearest(tag, labels)}")
-        respelling = respelled(dict.fromkeys(places, 0) | dict.fromkeys(labels, 1))
-        merge = {old: new for old, new in respelling.items() if old in places and new in labels}
-        merge = merge or {next(iter(places)): labels[-1]}
-        lines.append(f"Merge them with data.label_map, such as {_shown(merge)}; its key '*' is every other label.")
-        raise DataError("\n".join(lines), code="unknown-labels", split=split, labels=tuple(sorted(places)))
+            places.setdefault(tag, []).append(example.where)
+    unseen = {tag: where for tag, where in sorted(places.items()) if tag not in labels}
+    if not unseen:
+        return []
+    found = "; ".join(
+        f"'{tag}': {len(where)} times, first at {where[0]}.{nearest(tag, labels)}" for tag, where in unseen.items()
+    )
+    respelling = respelled(dict.fromkeys(unseen, 0) | dict.fromkeys(labels, 1))
+    merge = {old: new for old, new in respelling.items() if old in unseen and new in labels}
+    merge = merge or {next(iter(unseen)): labels[-1]}
+    remedy = f"Merge them with data.label_map, such as {_shown(merge)}; its key '*' is every other label."
+    if len(unseen) == len(places):
+        problem = f"{split}: no label is one of those in training ({', '.join(labels)}): {found} {remedy}"
+        raise DataError(problem, code="unknown-labels", split=split, labels=tuple(unseen))
+    effect = "each counts as an error, and in macro-F1 as a class with an F1 of 0"
+    return [f"{split} has labels that no training text has; {effect}: {found} {remedy}"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +184,11 @@ class Corpus:
     labels: tuple[str, ...]  # in the order of the classifier's outputs
     report: DataReport  # what was read, merged, removed and set aside
 
+    @property
+    def all_labels(self) -> tuple[str, ...]:
+        """The labels, followed by those that only validation or test has."""
+        return with_unseen(self.labels, chain(self.validation, self.test))
+
 
 def load_corpus(config: DataConfig, seed: int) -> Corpus:
     """Read, merge labels, clean, set validation aside, and draw at most `max_train` training texts.
@@ -207,8 +222,7 @@ def load_corpus(config: DataConfig, seed: int) -> Corpus:
 
     labels = collect_labels(train)
     used = {"train": train, "validation": validation} | ({"test": parts["test"]} if test is not None else {})
-    for name in used:
-        check_known(used[name], labels, name)
+    unknown = list(chain.from_iterable(check_known(examples, labels, name) for name, examples in used.items()))
     merges = {name: found for name, (_, found) in mapped.items()}
     splits = {}
     for name, examples in used.items():
@@ -216,7 +230,7 @@ def load_corpus(config: DataConfig, seed: int) -> Corpus:
         size = len(read.get(name, examples))
         splits[name] = SplitCounts(sources[name], size, len(examples), words, count_labels(examples))
     found_labels = count_labels(chain.from_iterable(examples for examples, _ in mapped.values()))
-    warnings = tuple(_warnings(config, merges, splits, found_labels))
+    warnings = (*unknown, *_warnings(config, merges, splits, found_labels))
     report = DataReport(config.task, labels, splits, cleaning, merges, warnings)
     return Corpus(config.task, train, validation, parts["test"], labels, report)
 

@@ -133,7 +133,9 @@ class Encoder:
             lost = _whole_words_after(example.string, end) if encoding.overflowing else 0
             yield example, encoding, [], [lost, 0, 0]
 
-    def windows(self, texts: Sequence[str] | Sequence[Sequence[str]], owners: bool = False) -> list[Window]:
+    def windows(
+        self, texts: Sequence[str] | Sequence[Sequence[str]], owners: bool = False, strict: bool = True
+    ) -> list[Window]:
         """Encode texts, in their order, in as many windows as they need, each framed by special tokens as in `cut`.
 
         A text that fits is one window. If words are given, neighbouring windows of a longer text share a quarter of
@@ -143,6 +145,7 @@ class Encoder:
         Args:
             texts: strings, or lists of words if the task gives words; at least one word each.
             owners: also return which word each id belongs to; in strings, words are separated by white space.
+            strict: refuse a word that gets no sub-token; otherwise it takes its label from no window.
 
         Raises:
             DataError: `max_length` leaves no room, or a word gets no sub-token.
@@ -157,7 +160,7 @@ class Encoder:
                 found.extend(self._even_parts(index, encoding.ids, of))
             return found
         for index, (encoding, starts, _) in enumerate(self._words(texts)):
-            if (starts < 0).any():
+            if strict and (starts < 0).any():
                 problem = f"a word gets no token, nor does {self._unknown!r} in its place: {list(texts[index])}"
                 raise DataError(problem, code="word-without-tokens")
             word_ids = (-1 if word is None else word for word in encoding.word_ids)
@@ -183,7 +186,7 @@ class Encoder:
         borders = [(earlier + self._room + later) // 2 for earlier, later in itertools.pairwise(starts)]
         window_of = np.searchsorted(np.asarray(borders, dtype=np.int64), firsts, side="right")
         for number, start in enumerate(starts):
-            words = np.flatnonzero(window_of == number)
+            words = np.flatnonzero((window_of == number) & (firsts >= 0))
             if len(words):
                 window = self._window(index, ids, slice(start, start + self._room), owners)
                 yield replace(window, words=words, positions=firsts[words] - start + len(self._frame[0]))

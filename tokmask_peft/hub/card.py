@@ -16,7 +16,7 @@ from huggingface_hub.utils import validate_repo_id
 from jinja2 import Template
 
 from tokmask_peft.artifacts import Result
-from tokmask_peft.console import printable
+from tokmask_peft.console import baseline_verdict, printable
 from tokmask_peft.recipe.schema import Recipe, SourceConfig
 from tokmask_peft.tasks import Task, get_task
 
@@ -78,6 +78,7 @@ class Card:
             snippet=snippet,
             training=training_facts(recipe, result),
             limits=limits(recipe, result),
+            verdict=baseline_verdict(result.scored, result.baseline),
         )
         return str(card)
 
@@ -195,7 +196,8 @@ def limits(recipe: Recipe, result: Result) -> list[str]:
     lines = [
         f"It assigns labels from the list above to any {item}, whatever its language or domain. The scores apply to "
         "texts like the training texts; expect lower scores on other platforms, dialects, spellings and periods.",
-        f"In training and scoring, texts were cut at {recipe.data.max_length} sub-tokens.",
+        f"In training, texts were cut at {recipe.data.max_length} sub-tokens; for the scores, longer ones were read in "
+        "windows of that length.",
     ]
     rare = [label for label, found in result.scored.get("per_class", {}).items() if found["support"] < _FEW]
     if rare:

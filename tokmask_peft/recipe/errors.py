@@ -33,7 +33,11 @@ def explain(error: ValidationError) -> list[str]:
     for path, pairs in found.items():
         # If a value fits a container of the union, only what is wrong inside it matters.
         inner = [pair for pair in pairs if pair[1].inside] or pairs
-        lines.extend(f"{path}{_subscript(place)}: {_problem(detail, place)}" for detail, place in inner)
+        for detail, place in inner:
+            # with [key], the key itself is wrong
+            parts = place.inside[:-2] if "[key]" in place.inside else place.inside
+            subscript = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts)
+            lines.append(f"{path}{subscript}: {_problem(detail, place)}")
     return list(dict.fromkeys(lines))
 
 
@@ -96,11 +100,6 @@ def _problem(detail: ErrorDetails, place: _Place) -> str:
     only_text = str in types and not {*types} - {str, NoneType}
     quotable = only_text and value is not None and not isinstance(value, Mapping | Sequence)
     return f"{text}: put it in quotes" if quotable else text
-
-
-def _subscript(place: _Place) -> str:
-    parts = place.inside[:-2] if "[key]" in place.inside else place.inside  # with it, the key itself is wrong
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts)
 
 
 def _types(field: FieldInfo) -> list[Any]:

@@ -28,11 +28,7 @@ def shipped_recipes() -> list[str]:
 
 
 def find_recipe(recipe: str | Path) -> Path:
-    """Return the file of a recipe, given its path or the name of a shipped recipe.
-
-    Raises:
-        RecipeError: there is neither.
-    """
+    """Return the file of a recipe, given its path or the name of a shipped recipe; RecipeError if there is neither."""
     path = Path(recipe)
     if path.is_file():
         return path
@@ -80,11 +76,7 @@ def to_yaml(recipe: Recipe) -> str:
 
 
 def copy_recipe(recipe: str | Path, target: Path) -> None:
-    """Write a recipe with its bases merged in, keeping the comments at its head, with the command for the new file.
-
-    Raises:
-        RecipeError: there is no such recipe, the target exists, or it cannot be written.
-    """
+    """Write a recipe with its bases merged in, keeping the comments at its head, with the command for the new file."""
     path = find_recipe(recipe)
     body = yaml.safe_dump(_read_merged(path, ()), sort_keys=False, allow_unicode=True)
     lines = path.read_text(encoding="utf-8").splitlines()
@@ -94,17 +86,16 @@ def copy_recipe(recipe: str | Path, target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         with target.open("x", encoding="utf-8") as file:
             file.write(head + body)
-    except FileExistsError as error:
-        problem = f"{error.filename} exists; choose another name or remove it"
-        raise RecipeError([problem], str(recipe), code="recipe-exists", file=error.filename) from error
     except OSError as error:
-        problem = f"{target} cannot be written: {error.strerror}"
-        raise RecipeError([problem], str(recipe), code="recipe-unwritable", file=str(target)) from error
+        code, problem = "recipe-unwritable", f"{target} cannot be written: {error.strerror}"
+        if isinstance(error, FileExistsError):
+            code, problem = "recipe-exists", f"{error.filename} exists; choose another name or remove it"
+        raise RecipeError([problem], str(recipe), code=code, file=error.filename or str(target)) from error
 
 
 def field_help() -> list[str]:
     """Return a line per key of a recipe: name, default and meaning."""
-    lines: list[str] = []
+    lines = []
     for path, field in all_fields():
         default = shown(field.get_default(call_default_factory=True))
         lines.append(f"{path} ({'required' if field.is_required() else f'default {default}'}): {field.description}")
@@ -127,8 +118,7 @@ def differences(before: Recipe, after: Recipe) -> list[str]:
 def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in content.items():
-        path = f"{prefix}{key}"
-        flat.update(_flat(value, f"{path}.") if isinstance(value, Mapping) else {path: value})
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return flat
 
 

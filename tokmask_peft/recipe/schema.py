@@ -272,11 +272,7 @@ class Recipe(Section):
 
     @classmethod
     def load(cls, recipe: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
-        """Read a recipe file, or a shipped recipe by name, with its bases and `dotted.key=value` overrides.
-
-        Raises:
-            RecipeError: with every problem found.
-        """
+        """Read a recipe file or a shipped recipe, with bases and overrides; RecipeError with every problem found."""
         from tokmask_peft.recipe.loading import load_recipe
 
         return load_recipe(recipe, overrides)

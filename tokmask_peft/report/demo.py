@@ -5,16 +5,15 @@ It contacts no other server: no analytics, no version check, no fonts or scripts
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
 
 from markupsafe import Markup
 
-from tokmask_peft.errors import ExtraError, MaskTokenError, ModelError, TokmaskError
+from tokmask_peft.errors import MaskTokenError, ModelError, TokmaskError
 from tokmask_peft.hub.card import plain
 from tokmask_peft.tasks import get_task
 
@@ -24,16 +23,6 @@ _MOST_CHARACTERS = 10_000  # of a text
 _MOST_BYTES = 200_000  # of a request: such a text in JSON, where a letter may take twelve
 _MOST_WAITING = 16  # texts of all visitors; one is answered at a time
 _FONTS = ("system-ui", "Segoe UI", "Roboto", "Noto Sans", "sans-serif")
-
-
-def require_gradio() -> None:
-    """Check that the app can be built, without importing anything.
-
-    Raises:
-        ExtraError: gradio is not installed.
-    """
-    if importlib.util.find_spec("gradio") is None:
-        raise ExtraError("the demo needs gradio: pip install 'tokmask-peft[demo]'", extra="demo")
 
 
 def check_address(host: str, port: int | None) -> None:
@@ -49,17 +38,14 @@ def check_address(host: str, port: int | None) -> None:
             probe.bind(address)
     except OSError as error:
         where = f"{host}:{port}" if port else host
-        raise ModelError(
-            f"the demo cannot listen on {where} ({error.strerror}); give another --host or --port", code="bad-address"
-        ) from None
+        problem = f"the demo cannot listen on {where} ({error.strerror}); give another --host or --port"
+        raise ModelError(problem, code="bad-address") from None
 
 
 def answer(classifier: Any, text: str) -> tuple[dict[str, float] | None, Markup]:
-    """Classify a text for the app.
+    """Return calibrated probabilities of the labels, or none if each word has one, and a text's words as HTML.
 
-    Returns:
-        Calibrated probabilities of the labels, or none if each word has a label; and HTML with the coloured words, or
-        with what is wrong with the text.
+    The words are coloured; if the text cannot be classified, the HTML says why.
     """
     from tokmask_peft.inference.display import influence_words, label_legend, label_words
     from tokmask_peft.inference.explain import explain
@@ -145,27 +131,16 @@ class _Gate:
         return await send({"type": "http.response.body", "body": b""})
 
 
-def serve(
-    app: Any, host: str = HOST, port: int | None = None, *, share: bool = False, report: Callable[[str], None] = print
-) -> None:
-    """Serve the app until Ctrl-C.
+def launch(app: Any, host: str = HOST, port: int | None = None, *, share: bool = False) -> Any:
+    """Start the server and return what gradio returns: its app, the local and the public address.
 
     The default address is visible to this machine only, the default port is a free one from 7860 on; `share` opens a
-    public link through gradio's servers. `report` prints a line.
+    public link through gradio's servers.
     """
-    _, url, public = launch(app, host, port, share=share)
-    report(f"The demo runs at {public or url} (Ctrl-C stops it)")
-    app.block_thread()
-
-
-def launch(app: Any, host: str = HOST, port: int | None = None, *, share: bool = False) -> Any:
-    """Start the server and return what gradio returns: its app, the local and the public address."""
     import gradio
     from starlette.middleware import Middleware
 
-    theme = gradio.themes.Base(primary_hue="blue", font=_FONTS, font_mono=("ui-monospace", "monospace"))
     styles = files("tokmask_peft.inference") / "words.css", files("tokmask_peft.report") / "templates/demo.css"
-    css = "".join(style.read_text(encoding="utf-8") for style in styles)
     return app.launch(
         server_name=host,
         server_port=port,
@@ -175,7 +150,7 @@ def launch(app: Any, host: str = HOST, port: int | None = None, *, share: bool =
         ssr_mode=False,
         pwa=False,
         footer_links=[],
-        theme=theme,
-        css=css,
+        theme=gradio.themes.Base(primary_hue="blue", font=_FONTS, font_mono=("ui-monospace", "monospace")),
+        css="".join(style.read_text(encoding="utf-8") for style in styles),
         app_kwargs={"middleware": [Middleware(_Gate)]},
     )

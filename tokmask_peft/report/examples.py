@@ -51,9 +51,7 @@ def find_mistakes(run: Run, backbone: str | None = None, trust_remote_code: bool
 
     `backbone` is a Hub id, folder or `package:NAME/FOLDER` to load the backbone from, instead of the recipe's;
     `trust_remote_code` lets it run code of its own.
-
-    Raises:
-        DataError, ModelError, RecipeError: the data or the backbone is missing.
+    DataError, ModelError or RecipeError if the data or the backbone is missing.
     """
     task, split = get_task(run.recipe.data.task), run.result.scored_split
     saved = find_saved(run.folder.root, backbone, trust_remote_code=trust_remote_code)

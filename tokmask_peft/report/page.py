@@ -12,9 +12,9 @@ from tokmask_peft import __version__
 from tokmask_peft.artifacts import Run, open_run
 from tokmask_peft.console import baseline_verdict, calibration_line
 from tokmask_peft.data.corpus import merged_labels
-from tokmask_peft.errors import ModelError, RunError, TokmaskError
+from tokmask_peft.errors import ModelError, RunError, TokmaskError, require
 from tokmask_peft.hub.card import hub_id, limits, loading_snippet, training_facts
-from tokmask_peft.report.pictures import mixing_picture, reliability_picture, require_matplotlib, training_curves
+from tokmask_peft.report.pictures import mixing_picture, reliability_picture, training_curves
 from tokmask_peft.tasks import get_task
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def prepare(run: str | Path, out: str | Path | None = None) -> tuple[Run, Path]:
         raise RunError(f"{path} cannot be written: {problem}", code="bad-output", path=path)
     if path.is_file() and MARK not in path.read_text(encoding="utf-8", errors="replace")[:200]:
         raise RunError(f"{path} exists and is not a report; give another file with --out", code="taken", path=path)
-    require_matplotlib()
+    require("matplotlib", "plots", "a report")
     return found, path
 
 
@@ -61,9 +61,6 @@ def report_run(
 
     Returns:
         The file, and why it shows no mistakes although they were requested; empty if it does.
-
-    Raises:
-        RunError, ExtraError: as `prepare`.
     """
     found, path = prepare(run, out)
     mistakes, problem = None, ""

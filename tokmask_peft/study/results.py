@@ -14,7 +14,8 @@ from tokmask_peft.artifacts import Result, RunFolder
 from tokmask_peft.errors import SweepError
 from tokmask_peft.study import statistics
 from tokmask_peft.study.plan import AS_RECIPE, NONE, SWEEP_FILE
-from tokmask_peft.study.statistics import METRICS, PAPER_GAINS, spread
+from tokmask_peft.study.statistics import PAPER_GAINS, spread
+from tokmask_peft.training.metrics import METRICS, bootstrap_differences, percentile_interval, text_counts
 
 REPLICATES = 2000
 METHODS = {
@@ -192,7 +193,7 @@ def _difference(results: SweepResults, reference: Row, row: Row) -> dict[str, An
         found[metric] = {
             "by_seed": differences,
             **spread(differences),
-            "bootstrap": statistics.percentile_interval(replicates[metric]) if replicates else None,
+            "bootstrap": percentile_interval(replicates[metric]) if replicates else None,
             "p_value": float(statistics.sign_flip_p(differences)),
             "smallest_p": statistics.smallest_p(len(seeds)),
             "effect_size": statistics.hedges_gz(differences),
@@ -214,8 +215,8 @@ def _replicates(
             gold = gold or found["gold"]
             if found["gold"] != gold:
                 return None, f"the {results.split} texts differ between seeds"
-            runs.append(statistics.text_counts(found["gold"], found["predicted"], len(found["labels"])))
-    return statistics.bootstrap_differences(counts, reference, REPLICATES)[row], None
+            runs.append(text_counts(found["gold"], found["predicted"], len(found["labels"])))
+    return bootstrap_differences(counts, reference, REPLICATES)[row], None
 
 
 def _choice(results: SweepResults) -> dict[str, Any]:

@@ -246,7 +246,7 @@ def _texts(recipe: Recipe) -> tuple[int, Lengths | None]:
     corpus = load_corpus(data.expanded(), recipe.seed)
     encoder = Encoder(load_tokenizer(recipe.model), data.task, data.max_length)
     train, *evaluated = (
-        list(encoder.cut(split, corpus.labels).dataset["length"])
+        list(encoder.cut(split, corpus.all_labels).dataset["length"])
         for split in (corpus.train, corpus.validation, corpus.test)
         if split
     )

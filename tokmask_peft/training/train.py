@@ -31,7 +31,7 @@ from tokmask_peft.artifacts import (
 )
 from tokmask_peft.console import Decision, make_console, print_decisions, print_lines, print_result
 from tokmask_peft.data.batches import PackedCollator, TokenBudgetSampler
-from tokmask_peft.data.corpus import Corpus, load_corpus
+from tokmask_peft.data.corpus import Corpus, count_labels, load_corpus
 from tokmask_peft.data.encoding import words_need_a_space
 from tokmask_peft.errors import RecipeError, RunError, RunInterruptedError
 from tokmask_peft.hub.card import write_card
@@ -135,12 +135,12 @@ def train(recipe: Recipe | str | Path, *, resume: bool = False, quiet: bool = Fa
         result, predictions = score_best(trainer, prepared.recipe, prepared.corpus, prepared.splits)
         decisions = [asdict(decision) for decision in prepared.decisions]
         result = replace(result, decisions=decisions, speed=_speed(prepared, clock, trainer))
-        check_best(result, trainer.state.best_metric)  # before anything says that the run is finished
+        check_best(trainer, result, prepared.splits["validation"])  # before anything says that the run is finished
         weights = gathered_weights(prepared.model)
         if trainer.is_world_process_zero():
             save_adapter_folder(folder.adapter, prepared, result, weights)
             parts = {name: found.to_dict() for name, found in predictions.items()}
-            write_json(folder.predictions, {"labels": result.labels, **parts}, indent=None)
+            write_json(folder.predictions, {"labels": prepared.corpus.all_labels, **parts}, indent=None)
             write_json(folder.result, result.to_dict())  # last: it says that the run is finished
             print_result(console, result, folder.adapter)
     return Run(folder, recipe, result)
@@ -165,9 +165,6 @@ def observe_training(
 
     Returns:
         The recipe with what was decided for this machine.
-
-    Raises:
-        RecipeError, DataError, ModelError, RunError: with what to do.
     """
     process = processes()
     if process.num_processes > 1:
@@ -192,11 +189,7 @@ def observe_training(
 
 
 def prepare(recipe: Recipe, device: torch.device, console: Console) -> Prepared:
-    """Load data and backbone, choose the mask token, add the adapter, and see whether memory suffices.
-
-    Raises:
-        RecipeError, DataError, ModelError, RunError: with what to do.
-    """
+    """Load data and backbone, choose the mask token, add the adapter, and see whether memory suffices."""
     data, training = recipe.data, recipe.training
     corpus = load_corpus(data.expanded(), recipe.seed)
 
@@ -217,12 +210,13 @@ def prepare(recipe: Recipe, device: torch.device, console: Console) -> Prepared:
     recipe = changed(recipe, {"training.batching": batching.choice})
     parts = {"train": corpus.train, "validation": corpus.validation, "test": corpus.test}
     splits = {
-        name: Split(examples, backbone.tokenizer, data.task, corpus.labels, data.max_length)
+        name: Split(examples, backbone.tokenizer, data.task, corpus.all_labels, data.max_length)
         for name, examples in parts.items()
         if examples
     }
-    trained, *evaluated = (split.lengths for split in splits.values())
-    lengths = Lengths(trained, tuple(evaluated))
+    trained, *evaluated = splits.values()
+    windows = tuple([len(window.ids) for window in split.windows] for split in evaluated)
+    lengths = Lengths(trained.lengths, windows)
     recipe, memory_decision, warning = before_training(recipe, backbone, batching.choice, lengths, device)
     if recipe.model.gradient_checkpointing is True:
         enable_checkpointing(model)
@@ -256,14 +250,17 @@ def make_trainer(prepared: Prepared, run: RunFolder, callbacks: list[TrainerCall
     recipe, training, task = prepared.recipe, prepared.recipe.training, get_task(prepared.recipe.data.task)
     tokenizer, validation = prepared.backbone.tokenizer, prepared.splits["validation"]
     patience = [] if training.patience is None else [Patience(training.patience)]
-    counts = Counter(tag for example in prepared.corpus.train for tag in example.tags)
+    counts = count_labels(prepared.corpus.train)
     weights = class_weights(training.class_weights, {label: counts[label] for label in prepared.corpus.labels})
     gamma = training.focal_gamma if training.loss == "focal" else 0.0
     bf16 = prepared.backbone.dtype == torch.bfloat16
     arguments = training_arguments(recipe, run.checkpoints, prepared.device, bf16)
     batches = None
     if (budget := training.tokens_per_batch) is not None:
-        lengths, here = prepared.splits["train"].lengths, (arguments.process_index, arguments.world_size)
+        lengths, here = (
+            prepared.splits["train"].lengths,
+            (arguments.process_index, arguments.world_size),
+        )
         batches = TokenBudgetSampler(lengths, budget, training.batching, recipe.seed, *here)
     with prepared.memory_errors("loading"):  # an unquantized backbone stays on the host until here
         trainer = OrderedEvalTrainer(
@@ -291,7 +288,10 @@ def _attempt(prepared: Prepared, asked: Recipe, run: RunFolder, clock: StepClock
     stop, display = StopOnSignal(), ProgressDisplay(prepared.console)
     trainer = make_trainer(prepared, run, [clock, stop, display, AdapterMoves(), BestOfThisRun()])
     if trainer.is_world_process_zero():  # not before: a mistake found until here leaves no folder behind
-        start_run(run, _recipe_text(asked))
+        listed = ", ".join(f"{name} {version}" for name, version in versions().items())
+        repeat = f"tokmask train {asked.run_dir / 'recipe.yaml'} name={asked.name}-again"
+        head = f"# The resolved recipe of this run. Versions: {listed}.\n# Repeat it: {repeat}\n"
+        start_run(run, head + to_yaml(asked))
     trainer.accelerator.wait_for_everyone()
     say = functools.partial(prepared.console.print, markup=False, soft_wrap=True)
     checkpoint = run.last_checkpoint(say) if resume else None
@@ -358,13 +358,16 @@ def _with_smaller_batches(prepared: Prepared, asked: Recipe, reason: str) -> Pre
 
 def _cut_lines(prepared: Prepared) -> list[str]:
     """Report what does not fit into `data.max_length` sub-tokens."""
-    data, lines = prepared.recipe.data, []
-    for name, split in prepared.splits.items():
-        cut = split.encoded.truncation
-        errors = " (errors)" if name != "train" and get_task(data.task).words_given else ""
-        words = f"; {cut.words_cut} words are cut away{errors}" if cut.words_cut else ""
-        if cut.texts_cut:
-            lines.append(f"{name}: {cut.texts_cut} texts are cut at {data.max_length} sub-tokens{words}")
+    at, lines = f"{prepared.recipe.data.max_length} sub-tokens", []
+    cut = prepared.splits["train"].encoded.truncation
+    if cut.texts_cut:
+        words = f"; {cut.words_cut} words are cut away" if cut.words_cut else ""
+        lines.append(f"train: {cut.texts_cut} texts are cut at {at}{words}")
+    for name in list(prepared.splits)[1:]:
+        long = sum(count > 1 for count in Counter(window.text for window in prepared.splits[name].windows).values())
+        choice = "; to choose the checkpoint they are cut" if name == "validation" else ""
+        if long:
+            lines.append(f"{name}: {long} texts are longer than {at} and are scored in windows, as in predict{choice}")
     return lines
 
 
@@ -390,9 +393,3 @@ def tokens_per_step(training: TrainingConfig, lengths: Sequence[int], batches: i
     """
     texts = training.batch_size * processes if batches is None else len(lengths) / max(batches, 1)
     return texts * training.gradient_accumulation * sum(lengths) / max(len(lengths), 1)
-
-
-def _recipe_text(recipe: Recipe) -> str:
-    listed = ", ".join(f"{name} {version}" for name, version in versions().items())
-    repeat = f"tokmask train {recipe.run_dir / 'recipe.yaml'} name={recipe.name}-again"
-    return f"# The resolved recipe of this run. Versions: {listed}.\n# Repeat it: {repeat}\n{to_yaml(recipe)}"

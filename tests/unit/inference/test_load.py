@@ -243,7 +243,9 @@ def test_the_code_of_a_backbone_runs_only_if_the_caller_allows_it(copied, tmp_pa
     recipe = {"name": "run", "model": model, "data": {"task": "sequence", "builtin": True}}
     (tmp_path / "run" / "recipe.yaml").write_text(json.dumps(recipe))
     root = tmp_path / "run"
-    for use in (load, tokmask_peft.evaluate, functools.partial(export_merged, folder=tmp_path / "merged")):
+    (tmp_path / "texts.tsv").write_text("text\tlabel\nhoy\tgood\n")
+    evaluate = functools.partial(tokmask_peft.evaluate, data=str(tmp_path / "texts.tsv"))
+    for use in (load, evaluate, functools.partial(export_merged, folder=tmp_path / "merged")):
         with pytest.raises(ModelError, match="--trust-remote-code"):
             use(root)
     refused = CliRunner().invoke(app, ["predict", str(root), "hoy"])

@@ -2,8 +2,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import f1_score
 
-from tokmask_peft.study.statistics import bootstrap_differences, f1_of, percentile_interval, text_counts
-from tokmask_peft.training.metrics import scores
+from tokmask_peft.training.metrics import bootstrap_differences, f1_of, percentile_interval, scores, text_counts
 
 CLASSES = 3
 
@@ -69,7 +68,7 @@ def test_equal_arms_never_differ():
 def test_pieces_are_the_whole(monkeypatch):
     arms = {name: counts_of([made_up_texts(10 * i + j, 0.7) for i in range(2)]) for j, name in enumerate("ab")}
     whole = bootstrap_differences(arms, "a", 50)["b"]["f1_weighted"]
-    monkeypatch.setattr("tokmask_peft.study.statistics._WEIGHTS_AT_ONCE", 30 * 7)
+    monkeypatch.setattr("tokmask_peft.training.metrics._WEIGHTS_AT_ONCE", 30 * 7)
     assert np.array_equal(bootstrap_differences(arms, "a", 50)["b"]["f1_weighted"], whole)
 
 

@@ -174,11 +174,6 @@ class TestAdapterMoves:
     def test_at_a_learning_rate_of_zero_nothing_need_move(self):
         self.drive(lambda step: False, 10, rate=0.0)
 
-    def test_before_an_evaluation_nothing_is_compared(self):
-        guard, model = AdapterMoves(), Adapted()
-        for step in range(10):
-            guard.on_step_end(None, state(step), TrainerControl(), model=model)
-
     def test_under_a_real_optimizer(self):
         model, guard = Adapted(), AdapterMoves()
         optimizer = torch.optim.AdamW([model.lora_A, model.lora_B, model.head])

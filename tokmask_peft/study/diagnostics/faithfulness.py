@@ -113,7 +113,7 @@ def faithfulness(
     run: str | Path,
     against: str | Path | None = None,
     *,
-    split: str = "test",
+    split: str | None = None,
     data: str | None = None,
     limit: int = 200,
     seed: int = 0,
@@ -125,7 +125,7 @@ def faithfulness(
     Args:
         run: the run folder.
         against: a run of the same recipe without masking, for the paired difference.
-        split: of the run's data, or of `data`.
+        split: of the run's data, or of `data`; default: test, or the file that `data` is.
         data: other texts, as for `evaluate`.
         limit: texts, drawn with `seed`.
         seed: of the texts, the random orders and the bootstrap.
@@ -154,7 +154,8 @@ def faithfulness(
     examples, _ = split_examples(recipes["run"], split, data, folders["run"].adapter)
     chosen = sorted(random.Random(seed).sample(range(len(examples)), min(limit, len(examples))))  # noqa: S311
     texts = [examples[number].text for number in chosen]
-    result: dict[str, Any] = {"split": split, "seed": seed, "shares": SHARES.tolist(), "random_orders": RANDOM_ORDERS}
+    result: dict[str, Any] = {"split": split or Path(data or "test").name, "seed": seed}
+    result |= {"shares": SHARES.tolist(), "random_orders": RANDOM_ORDERS}
     curves, parts = {}, {}
     for name, folder in folders.items():
         classifier = load(saved[name])

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from tokmask_peft.artifacts import find_saved, open_run, write_json
 from tokmask_peft.console import make_console
-from tokmask_peft.data.corpus import load_corpus
+from tokmask_peft.data.corpus import load_corpus, with_unseen
 from tokmask_peft.data.encoding import Window
 from tokmask_peft.inference.classifier import Classifier, load
 from tokmask_peft.masking.config import TokenMaskConfig
@@ -47,7 +47,8 @@ def score_perturbed(
     if what.limit is not None and what.limit < len(texts):
         chosen = np.random.default_rng([what.seed, 0]).permutation(len(texts))[: what.limit]
         texts = [texts[index] for index in sorted(chosen)]
-    ids = {label: number for number, label in enumerate(classifier.labels)}
+    labels = with_unseen(classifier.labels, texts)
+    ids = {label: number for number, label in enumerate(labels)}
     gold = [np.array([ids[tag] for tag in example.tags], dtype=np.int64) for example in texts]
     words_given = get_task(classifier.task).words_given
     given: list[Any] = [list(example.words) if words_given else example.string for example in texts]
@@ -55,7 +56,7 @@ def score_perturbed(
     plain = _predicted(classifier, windows, batch_size)
 
     def mean(rounds: Sequence[Labels]) -> dict[str, Any]:
-        found = [scores(*Predictions(gold, one).flat(), classifier.labels) for one in rounds]
+        found = [scores(*Predictions(gold, one).flat(), labels) for one in rounds]
         means = {metric: float(np.mean([one[metric] for one in found])) for metric in METRICS}
         return {**means, "f1_macro_by_draw": [one["f1_macro"] for one in found]}
 
@@ -78,7 +79,7 @@ def score_perturbed(
         "clean": mean([plain]),
         "mask": masked,
         "noise": rows(what.noise, misspelt),
-        "words": by_unseen(texts, gold, plain, known, classifier.labels),
+        "words": by_unseen(texts, gold, plain, known, labels),
     }
 
 
