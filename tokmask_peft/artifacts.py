@@ -370,17 +370,22 @@ class SavedAdapter:
     trained: Mapping[str, Any] = field(default_factory=dict)  # weights of the backbone and scaling, for `load_adapter`
 
 
-def find_saved(model: str | Path, backbone: str | None = None) -> SavedAdapter:
-    """Find the adapter that `model` names.
+def find_saved(
+    model: str | Path | SavedAdapter, backbone: str | None = None, *, trust_remote_code: bool = False
+) -> SavedAdapter:
+    """Find the adapter that `model` names; one that was found already is returned as it is.
 
     Args:
         model: a run folder, an adapter folder, or the id of an adapter on the Hub, which is downloaded.
         backbone: a Hub id, a folder or `package:NAME/FOLDER`, in place of the backbone that the adapter names.
+        trust_remote_code: run the backbone's own code. The run's recipe cannot ask for it: it may be a stranger's.
 
     Raises:
         ModelError: there is no adapter of this package, with what to do.
         RunError: the run has no adapter yet.
     """
+    if isinstance(model, SavedAdapter):
+        return model
     path, recipe = Path(model).expanduser(), None
     if (path / "adapter_config.json").is_file():
         folder = path
@@ -414,8 +419,9 @@ def find_saved(model: str | Path, backbone: str | None = None) -> SavedAdapter:
         precision = "auto" if loading.precision == "bf16" else "fp32"
         settings |= {"quantization": loading.quantization, "precision": precision}
     length = loading.max_length if loading else recipe.data.max_length if recipe else None
-    config, temperature = ModelConfig(**settings), info.calibration.temperature
+    config = ModelConfig(**settings | {"trust_remote_code": trust_remote_code})
     trained = loading.model_dump(include={"weights", "scaling"}) if loading else {}
+    temperature = info.calibration.temperature
     found = (str(model), folder, info.task, tuple(info.labels), config, length, temperature, info.masking, trained)
     return SavedAdapter(*found)
 

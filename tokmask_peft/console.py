@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,30 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
+
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""What moves a cursor, recolours or reorders a terminal, and halves of characters; tabs and new lines stay."""
+
+
+def printable(text: str) -> str:
+    """Return a text, which may be anyone's, as a terminal may see it: control characters as JSON writes them."""
+    return _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def echo(text: object = "", *, err: bool = False, end: str = "\n") -> None:
+    """Print a text on standard output, or on standard error, as `printable` shows it."""
+    stream = sys.stderr if err else sys.stdout
+    stream.write(printable(str(text)) + end)
+    stream.flush()
+
+
+class SafeConsole(Console):
+    """A rich console that shows every string, in tables too, as `printable` does."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Turn a string into styled text."""
+        return super().render_str(printable(text), **options)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +71,7 @@ def quiet_libraries() -> None:
 def make_console(quiet: bool = False) -> Console:
     """Return the console of a run; outside a terminal its lines are wide and are not wrapped at 80 columns."""
     terminal = sys.stdout.isatty()
-    return Console(quiet=quiet, width=None if terminal else 120, highlight=False, soft_wrap=not terminal)
+    return SafeConsole(quiet=quiet, width=None if terminal else 120, highlight=False, soft_wrap=not terminal)
 
 
 def _table(title: str) -> Table:

@@ -1,20 +1,29 @@
 """What a run prints."""
 
 import io
+import json
+import re
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
 from tokmask_peft.artifacts import Result
+from tokmask_peft.cli import app
 from tokmask_peft.console import (
     Decision,
+    SafeConsole,
     baseline_verdict,
     calibration_line,
+    echo,
     print_decisions,
     print_lines,
     print_result,
     print_scores,
 )
+from tokmask_peft.inference.display import print_answers, print_explanations
+from tokmask_peft.inference.explain import Explanation
+from tokmask_peft.tasks import Prediction, WordPredictions
 
 
 @pytest.fixture
@@ -34,6 +43,28 @@ def test_brackets_are_text_and_not_markup(console, tmp_path):
     text = console.file.getvalue()
     for expected in ("mask [token]", " [mask] ", "[q_proj, /v_proj] are [bold]", "file [a].csv", "/[a]/adapter"):
         assert expected in text
+
+
+def test_control_characters_are_shown_and_not_obeyed(capsys):
+    evil = "a\x1b[2Jb\x9b31mc\u202ed\r\x00\ud800"
+    console = SafeConsole(file=io.StringIO(), width=200, highlight=False, force_terminal=True)
+    print_decisions(console, [Decision(evil, evil, evil)])
+    print_lines(console, "Data", [evil])
+    print_scores(console, {evil: part(0.5, without_prediction=1)})
+    print_answers([evil], [Prediction(evil, {evil: 1.0})], as_json=False)
+    print_answers([evil], [WordPredictions((evil,), (evil,), ({evil: 1.0},))], as_json=False)
+    explanation = Explanation((evil,), (1.0,), evil, 0.5, (0.5,), labels=(evil,))
+    print_explanations([explanation], console)
+    print_explanations([explanation], SafeConsole(file=io.StringIO()))
+    echo(evil, err=True)
+    for text in (console.file.getvalue(), *capsys.readouterr()):
+        styles = re.sub(r"\x1b\[[0-9;]*m", "", text)  # rich's own
+        assert "a\\u001b[2Jb\\u009b31mc\\u202ed" in styles
+        assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e\ud800]", styles)
+    print_answers([evil], [Prediction(evil, {evil: 1.0})], as_json=True)
+    assert json.loads(capsys.readouterr().out)["text"] == evil
+    refused = CliRunner().invoke(app, ["train", "no\x1b[2Jsuch"])
+    assert (refused.exit_code, "\x1b" in refused.stderr, "u001b[2J" in refused.stderr) == (2, False, True)
 
 
 def test_scores_say_what_was_cut_and_how_mixed_posts_fare(console):

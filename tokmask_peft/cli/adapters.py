@@ -18,10 +18,11 @@ from tokmask_peft.cli.app import (
     PrecisionOption,
     QuantizationOption,
     RecipeArgument,
+    TrustOption,
     app,
     checked,
 )
-from tokmask_peft.console import make_console, quiet_libraries
+from tokmask_peft.console import SafeConsole, echo, make_console, quiet_libraries
 from tokmask_peft.tasks import get_task
 
 if TYPE_CHECKING:
@@ -81,13 +82,13 @@ def sweep(
     plan = make_plan(recipe, more, p=p, seeds=seeds, grid=axes, arms=arms, sampler=sampler, trials=trials, name=name)
     if dry_run:
         for cell in plan.cells:
-            typer.echo(f"{cell.name}  {' '.join((f'seed={cell.seed}', *cell.overrides))}")
+            echo(f"{cell.name}  {' '.join((f'seed={cell.seed}', *cell.overrides))}")
         return
     from tokmask_peft.study.runner import Options, closing_lines, run_sweep
 
     cells = run_sweep(plan, storage, Options(workers, keep_checkpoints, prune, retry_failed))
     for line in closing_lines(plan, cells):
-        typer.echo(line)
+        echo(line)
     if any(cell.state == "failed" for cell in cells.values()):
         raise typer.Exit(1)
 
@@ -99,7 +100,7 @@ def validate(recipe: RecipeArgument, overrides: Overrides = None) -> None:
 
     whole = checked(recipe, overrides)
     check_length(whole, config_at_hand(whole.model))
-    typer.echo(f"{recipe} is valid: {whole.data.task} task on {whole.model.backbone}, run {whole.run_dir}")
+    echo(f"{recipe} is valid: {whole.data.task} task on {whole.model.backbone}, run {whole.run_dir}")
 
 
 @app.command()
@@ -116,7 +117,7 @@ def estimate(
 
     found = without_training(whole, gpu)
     if as_json:
-        typer.echo(json.dumps(found.to_dict(), indent=2))
+        echo(json.dumps(found.to_dict(), indent=2))
     else:
         print_forecast(found)
 
@@ -179,6 +180,7 @@ def predict(
     quantization: QuantizationOption = None,
     precision: PrecisionOption = None,
     backbone: BackboneOption = None,
+    trust_remote_code: TrustOption = False,
 ) -> None:
     """Classify TEXTs, or the texts of a file, with MODEL.
 
@@ -193,7 +195,8 @@ def predict(
     headers: dict[str, bool | Literal["auto"]] = {"auto": "auto", "true": True, "false": False}
     if header not in headers:
         raise typer.BadParameter(f"'{header}' is not one of {', '.join(headers)}", param_hint="--header")
-    saved = find_saved(model, backbone)  # before the libraries are loaded, which takes seconds
+    # before the libraries are loaded, which takes seconds
+    saved = find_saved(model, backbone, trust_remote_code=trust_remote_code)
     source = None
     if file is not None and out is not None:
         from tokmask_peft.data.readers import TextFile
@@ -225,6 +228,7 @@ def explain(
     quantization: QuantizationOption = None,
     precision: PrecisionOption = None,
     backbone: BackboneOption = None,
+    trust_remote_code: TrustOption = False,
 ) -> None:
     """Show which words of TEXTs support or contradict MODEL's label, by masking each as in training.
 
@@ -235,7 +239,8 @@ def explain(
     from tokmask_peft.inference.explain import find_word
     from tokmask_peft.inference.export import check_output
 
-    saved = find_saved(model, backbone)  # before the libraries are loaded, which takes seconds
+    # before the libraries are loaded, which takes seconds
+    saved = find_saved(model, backbone, trust_remote_code=trust_remote_code)
     chosen = int(word) if word is not None and word.removeprefix("-").isdecimal() else word
     if chosen is not None:
         if not get_task(saved.task).words_given:
@@ -246,8 +251,6 @@ def explain(
     if html is not None:
         check_output(html, None, force)
     quiet_libraries()
-    from rich.console import Console
-
     from tokmask_peft.inference import display as show
     from tokmask_peft.inference.classifier import load
 
@@ -257,12 +260,12 @@ def explain(
     if as_json:
         show.print_json(explanations)
     else:
-        show.print_explanations(explanations, Console(highlight=False))
-        typer.echo(f"Note: {note}.", err=True)
+        show.print_explanations(explanations, SafeConsole(highlight=False))
+        echo(f"Note: {note}.", err=True)
     if html is not None:
         name = Path(model).name if Path(model).exists() else model  # the page may be shared: no local path
         html.write_text(show.explanations_page(name, explanations, note), encoding="utf-8")
-        typer.echo(f"Page: {html}", err=True)
+        echo(f"Page: {html}", err=True)
 
 
 @app.command()
@@ -272,22 +275,23 @@ def export(
     precision: Annotated[str, typer.Option(help="fp32 or bf16, of the saved weights")] = "fp32",
     onnx: Annotated[bool, typer.Option("--onnx", help="Also write model.onnx (extra onnx) and compare it.")] = False,
     backbone: BackboneOption = None,
+    trust_remote_code: TrustOption = False,
 ) -> None:
     """Merge MODEL into its backbone: a plain transformers model for pipeline(), without PEFT."""
     from tokmask_peft.artifacts import find_saved
     from tokmask_peft.inference.export import check_folder
 
-    saved = find_saved(model, backbone)
+    saved = find_saved(model, backbone, trust_remote_code=trust_remote_code)
     check_folder(merged)
     quiet_libraries()
     from tokmask_peft.inference.export import export_merged
 
     done = export_merged(saved, merged, precision=precision, onnx=onnx)
-    typer.echo(f"{done.folder}: logits differ from the adapter's by at most {done.difference:.1e}")
+    echo(f"{done.folder}: logits differ from the adapter's by at most {done.difference:.1e}")
     if done.onnx is not None:
-        typer.echo(f"{done.folder / 'model.onnx'}: onnxruntime's logits differ from those by at most {done.onnx:.1e}")
+        echo(f"{done.folder / 'model.onnx'}: onnxruntime's logits differ from those by at most {done.onnx:.1e}")
     for note in done.notes:
-        typer.echo(f"Note: {note}.")
+        echo(f"Note: {note}.")
 
 
 @app.command()
@@ -296,6 +300,7 @@ def push(
     repo: Annotated[str, typer.Argument(metavar="USER/NAME", help="repository on the Hub; created if missing")],
     private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
     merged: Annotated[bool, typer.Option("--merged", help="Push a plain transformers model, merged.")] = False,
+    trust_remote_code: TrustOption = False,
 ) -> None:
     """Push the adapter of RUN with its model card to the Hugging Face Hub (log in with: hf auth login)."""
     from huggingface_hub.utils import disable_progress_bars
@@ -308,4 +313,4 @@ def push(
         quiet_libraries()
     from tokmask_peft.inference.export import push as push_run
 
-    push_run(run, repo, private, merged=merged)
+    push_run(run, repo, private, merged=merged, trust_remote_code=trust_remote_code)

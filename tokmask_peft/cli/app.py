@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from tokmask_peft import __version__
+from tokmask_peft.console import echo
 from tokmask_peft.errors import RunInterruptedError, TokmaskError
 
 if TYPE_CHECKING:
@@ -23,10 +24,10 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except TokmaskError as error:
-            typer.echo(f"Error: {error}", err=True)
+            echo(f"Error: {error}", err=True)
             raise typer.Exit(130 if isinstance(error, RunInterruptedError) else 2) from None
         except KeyboardInterrupt:
-            typer.echo("Interrupted.", err=True)
+            echo("Interrupted.", err=True)
             raise typer.Exit(130) from None
 
 
@@ -47,6 +48,9 @@ ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="a run folde
 BackboneOption = Annotated[
     str | None, typer.Option(help="load the backbone from this Hub id, folder or package:NAME/FOLDER")
 ]
+TrustOption = Annotated[
+    bool, typer.Option("--trust-remote-code", help="run the backbone's own code, if it has any; read it first")
+]
 DeviceOption = Annotated[str | None, typer.Option(help="cuda, cpu, …; default: a GPU if there is one")]
 QuantizationOption = Annotated[str | None, typer.Option(help="nf4, int8 or none; default: as in training")]
 PrecisionOption = Annotated[str | None, typer.Option(help="bf16 or fp32; default: as in training")]
@@ -56,7 +60,7 @@ PrecisionOption = Annotated[str | None, typer.Option(help="bf16 or fp32; default
 def root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
     """Handle the options before the command."""
     if version:
-        typer.echo(__version__)
+        echo(__version__)
         raise typer.Exit
 
 
@@ -88,7 +92,7 @@ def list_recipes() -> None:
     for name in names:
         lines = (SHIPPED / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
         about = next((line.lstrip("# ") for line in lines if line.startswith("#") and "tokmask train" not in line), "")
-        typer.echo(f"{name:<{width}}  {about}")
+        echo(f"{name:<{width}}  {about}")
 
 
 @recipes_app.command("show")
@@ -100,7 +104,7 @@ def show_recipe(
     from tokmask_peft.recipe.loading import find_recipe, load_recipe, to_yaml
 
     path = find_recipe(name)
-    typer.echo(to_yaml(load_recipe(path)) if resolved else path.read_text(encoding="utf-8"), nl=False)
+    echo(to_yaml(load_recipe(path)) if resolved else path.read_text(encoding="utf-8"), end="")
 
 
 @recipes_app.command("copy")
@@ -111,7 +115,7 @@ def copy_recipe(
     from tokmask_peft.recipe.loading import copy_recipe as copy
 
     copy(name, target)
-    typer.echo(f"{target} is yours to edit; run it with: tokmask train {shlex.quote(str(target))}")
+    echo(f"{target} is yours to edit; run it with: tokmask train {shlex.quote(str(target))}")
 
 
 @recipes_app.command("fields")
@@ -119,4 +123,4 @@ def list_fields() -> None:
     """Explain every key that a recipe may hold."""
     from tokmask_peft.recipe.loading import field_help
 
-    typer.echo("\n".join(field_help()))
+    echo("\n".join(field_help()))

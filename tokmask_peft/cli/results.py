@@ -8,8 +8,17 @@ from typing import Annotated
 
 import typer
 
-from tokmask_peft.cli.app import BackboneOption, DeviceOption, ModelArgument, Overrides, RecipeArgument, app, checked
-from tokmask_peft.console import make_console, print_scores, quiet_libraries
+from tokmask_peft.cli.app import (
+    BackboneOption,
+    DeviceOption,
+    ModelArgument,
+    Overrides,
+    RecipeArgument,
+    TrustOption,
+    app,
+    checked,
+)
+from tokmask_peft.console import echo, make_console, print_scores, quiet_libraries
 from tokmask_peft.errors import RunError, require
 
 
@@ -39,7 +48,7 @@ def diagnose(
     matplotlib()  # before a training whose plot could not be drawn
     report = measure(whole, plan, quiet=quiet)
     if not quiet:
-        typer.echo(f"{report.summary}\nReport: {report.markdown}")
+        echo(f"{report.summary}\nReport: {report.markdown}")
 
 
 @app.command()
@@ -53,6 +62,7 @@ def robustness(
     out: Annotated[Path | None, typer.Option(help="folder; RUN/robustness if left out, with one RUN")] = None,
     device: DeviceOption = None,
     backbone: BackboneOption = None,
+    trust_remote_code: TrustOption = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> None:
     """Score RUNs on masked and misspelt test texts and on unseen words, by their masking rate in training.
@@ -69,9 +79,11 @@ def robustness(
     from tokmask_peft.study.report import matplotlib
 
     matplotlib()
-    report = measure(members, what, folder, backbone=backbone, device=device, quiet=quiet)
+    report = measure(
+        members, what, folder, backbone=backbone, device=device, quiet=quiet, trust_remote_code=trust_remote_code
+    )
     if not quiet:
-        typer.echo(f"{report.summary}\nReport: {report.markdown}")
+        echo(f"{report.summary}\nReport: {report.markdown}")
 
 
 @app.command()
@@ -86,6 +98,7 @@ def faithfulness(
     seed: Annotated[int, typer.Option(min=0, help="of texts, orders and bootstrap")] = 0,
     batch_size: Annotated[int | None, typer.Option(min=1, help="masked texts per forward pass")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+    trust_remote_code: TrustOption = False,
 ) -> None:
     """Measure whether `tokmask explain` ranks words correctly for RUN: mask the most influential words first."""
     from tokmask_peft.artifacts import open_finished
@@ -97,8 +110,17 @@ def faithfulness(
     from tokmask_peft.study.diagnostics.faithfulness import faithfulness as measure
     from tokmask_peft.study.diagnostics.faithfulness import report_text
 
-    found = measure(run, against, split=split, data=data, limit=limit, seed=seed, batch_size=batch_size)
-    typer.echo(json.dumps(found, indent=2) if as_json else report_text(found))
+    found = measure(
+        run,
+        against,
+        split=split,
+        data=data,
+        limit=limit,
+        seed=seed,
+        batch_size=batch_size,
+        trust_remote_code=trust_remote_code,
+    )
+    echo(json.dumps(found, indent=2) if as_json else report_text(found))
 
 
 @app.command()
@@ -113,6 +135,7 @@ def evaluate(
     label_column: Annotated[str | None, typer.Option(help="of DATA: a name, or a number from 0")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the scores as JSON.")] = False,
     batch_size: Annotated[int | None, typer.Option(min=1, help="texts per forward pass; as in training")] = None,
+    trust_remote_code: TrustOption = False,
 ) -> None:
     """Score the adapter of RUN on one of its splits, or on other texts."""
     from tokmask_peft.artifacts import open_finished
@@ -129,9 +152,10 @@ def evaluate(
         text_column=_column(text_column),
         label_column=_column(label_column),
         batch_size=batch_size,
+        trust_remote_code=trust_remote_code,
     )
     if as_json:
-        typer.echo(json.dumps(result, indent=2, ensure_ascii=False))
+        echo(json.dumps(result, indent=2, ensure_ascii=False))
     else:
         console = make_console()
         print_scores(console, {split or Path(data or "test").name: result})
@@ -150,6 +174,7 @@ def report(
     show: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
     examples: Annotated[bool, typer.Option(help="show the worst mistakes; needs the data and the backbone")] = True,
     backbone: BackboneOption = None,
+    trust_remote_code: TrustOption = False,
 ) -> None:
     """Write one HTML page about RUN: scores, curves, calibration, mistakes, data. The page loads nothing.
 
@@ -161,7 +186,7 @@ def report(
         from tokmask_peft.study.report import sweep_report
 
         paths = sweep_report(Path(run))
-        typer.echo(f"{paths.summary}\nReport: {paths.markdown}")
+        echo(f"{paths.summary}\nReport: {paths.markdown}")
         return
     if not is_run(run):
         problem = "is neither a run (recipe.yaml is missing) nor a sweep (sweep.json is missing)"
@@ -170,10 +195,10 @@ def report(
 
     prepare(run, out)  # before the libraries are loaded, which takes seconds
     quiet_libraries()
-    path, left_out = report_run(run, out, examples=examples, backbone=backbone)
+    path, left_out = report_run(run, out, examples=examples, backbone=backbone, trust_remote_code=trust_remote_code)
     if left_out:
-        typer.echo(f"Note: the page shows no mistakes: {left_out}", err=True)
-    typer.echo(path)
+        echo(f"Note: the page shows no mistakes: {left_out}", err=True)
+    echo(path)
     if show:
         typer.launch(str(path))
 
@@ -186,6 +211,7 @@ def demo(
     share: Annotated[bool, typer.Option("--share", help="Open a public link through gradio's servers.")] = False,
     device: DeviceOption = None,
     backbone: BackboneOption = None,
+    trust_remote_code: TrustOption = False,
 ) -> None:
     """Try MODEL in the browser: text in, label and coloured words out (needs the extra demo)."""
     from tokmask_peft.artifacts import find_saved
@@ -193,11 +219,11 @@ def demo(
 
     require("gradio", "demo", "the demo")
     check_address(host, port)
-    saved = find_saved(model, backbone)
+    saved = find_saved(model, backbone, trust_remote_code=trust_remote_code)
     quiet_libraries()
     from tokmask_peft.inference.classifier import load
 
     app = build(load(saved, device), Path(model).name)
     _, url, public = launch(app, host, port, share=share)
-    typer.echo(f"The demo runs at {public or url} (Ctrl-C stops it)")
+    echo(f"The demo runs at {public or url} (Ctrl-C stops it)")
     app.block_thread()

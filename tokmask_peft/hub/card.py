@@ -16,7 +16,7 @@ from huggingface_hub.utils import validate_repo_id
 from jinja2 import Template
 
 from tokmask_peft.artifacts import Result
-from tokmask_peft.console import baseline_verdict
+from tokmask_peft.console import baseline_verdict, printable
 from tokmask_peft.recipe.schema import Recipe, SourceConfig
 from tokmask_peft.tasks import Task, get_task
 
@@ -69,7 +69,7 @@ class Card:
             self._head(trained, tested),
             template_str=_read("card.md.j2"),
             card=self,
-            cell=cell,
+            plain=plain,
             task=task,
             backbone=hub_id(recipe.model.backbone),
             sources={"trained": trained, "tested": tested if recipe.data.test_source and result.test else None},
@@ -211,10 +211,10 @@ def limits(recipe: Recipe, result: Result) -> list[str]:
     return lines
 
 
-def cell(text: object) -> str:
-    """Return a text that cannot break out of its cell of a Markdown table."""
-    flat = " ".join(str(text).split())
-    return flat.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("`", "\\`")
+def plain(text: object) -> str:
+    """Return a text, which may be anyone's, as Markdown shows it: one line, in tables too, without any markup."""
+    flat = printable(" ".join(str(text).split())).replace("&", "&amp;").replace("<", "&lt;")
+    return re.sub(r"[\\`*\[\]|~$]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", flat)
 
 
 def draw_confusion(confusion: Mapping[str, Any], path: Path) -> bool:

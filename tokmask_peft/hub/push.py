@@ -14,10 +14,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-
 from tokmask_peft import __version__
 from tokmask_peft.artifacts import LOADED_FILES, RunFolder, open_finished
+from tokmask_peft.console import SafeConsole
 from tokmask_peft.errors import HubError
 from tokmask_peft.hub.card import PLACEHOLDER, hub_id
 
@@ -122,7 +121,7 @@ def _push(
     files: list[Path], what: str, notes: list[str], repo_id: str, private: bool, token: str, quiet: bool, merged: bool
 ) -> str:
     """List the files, stage them with the repository's id in the card, and send them."""
-    console = Console(quiet=quiet, highlight=False, soft_wrap=True)
+    console = SafeConsole(quiet=quiet, highlight=False, soft_wrap=True)
     with tempfile.TemporaryDirectory() as place:
         staged = [Path(place) / file.name for file in files]
         for file, target in zip(files, staged, strict=True):
@@ -156,7 +155,7 @@ def _holds(file: Path, token: bytes) -> bool:
         return mapped.find(token) >= 0
 
 
-def _send(folder: Path, repo_id: str, private: bool, token: str, console: Console, merged: bool) -> str:
+def _send(folder: Path, repo_id: str, private: bool, token: str, console: SafeConsole, merged: bool) -> str:
     """Make the repository if need be, and upload the folder in one commit; return the address."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HTTPError
@@ -197,7 +196,7 @@ def _send(folder: Path, repo_id: str, private: bool, token: str, console: Consol
 
 
 @contextmanager
-def _answers_in_time(console: Console) -> Iterator[None]:
+def _answers_in_time(console: SafeConsole) -> Iterator[None]:
     """Give huggingface_hub's client a time limit if it has none, and print the Hub's warnings about the card."""
     from huggingface_hub.utils import get_session
 

@@ -145,6 +145,8 @@ def load(
     quantization: str | None = None,
     precision: str | None = None,
     backbone: str | None = None,
+    *,
+    trust_remote_code: bool = False,
 ) -> Classifier:
     """Load a trained adapter for prediction.
 
@@ -154,11 +156,12 @@ def load(
         quantization: `nf4`, `int8` or `none`; default: that of training if it runs on this device.
         precision: `bf16` or `fp32`; default: that of training, or fp32 if the hardware has no bf16.
         backbone: a Hub id, a folder or `package:NAME/FOLDER` to use instead of what the adapter names.
+        trust_remote_code: run the backbone's own code; whatever the run's recipe says, only you can allow it.
 
     Raises:
         ModelError: there is no adapter or backbone, it cannot be loaded as asked, or memory runs out.
     """
-    saved = model if isinstance(model, SavedAdapter) else find_saved(model, backbone)
+    saved = find_saved(model, backbone, trust_remote_code=trust_remote_code)
     place = _device(device)
     with loading_memory_errors(place):
         plan = plan_loading(saved.model, place, quantization, precision)

@@ -80,6 +80,7 @@ def export_merged(
     precision: str = "fp32",
     backbone: str | None = None,
     onnx: bool = False,
+    trust_remote_code: bool = False,
 ) -> Export:
     """Merge an adapter into its backbone and save the result, with the head and the label names.
 
@@ -91,6 +92,7 @@ def export_merged(
         precision: `fp32` or `bf16`, of the saved weights.
         backbone: a Hub id or a folder to load the backbone from, instead of what the adapter names.
         onnx: write `model.onnx`, too, and compare it (extra `onnx`; fp32 only).
+        trust_remote_code: as in `load`.
 
     Raises:
         ModelError: there is no adapter or no backbone, `folder` is taken, the merged model differs from the adapter, it
@@ -104,7 +106,7 @@ def export_merged(
     if precision not in ("fp32", "bf16"):
         raise ModelError(f"precision is {precision}, expected fp32 or bf16", code="unknown-format", precision=precision)
     target = check_folder(folder)
-    saved = model if isinstance(model, SavedAdapter) else find_saved(model, backbone)
+    saved = find_saved(model, backbone, trust_remote_code=trust_remote_code)
 
     import torch
 
@@ -139,24 +141,19 @@ def export_merged(
             temporary.replace(target)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-    notes = []
-    if saved.model.quantization not in ("none", "auto"):
-        notes.append(
-            f"the adapter was trained on the {saved.model.quantization} backbone and is merged into the unquantized "
-            "one: the logits are those of the adapter on the unquantized backbone, not those of the run"
-        )
-    if saved.model.embedding == "8bit":
-        notes.append(
-            "the adapter was trained on the 8-bit embedding and is merged into the backbone with the exact one: the "
-            "logits are those of the adapter on the exact embedding, not those of the run"
-        )
+    kind, placement = saved.model.quantization, saved.model.embedding
+    inexact = [f"{kind} backbone"] if kind not in ("none", "auto") else []
+    inexact += ["8-bit embedding"] if placement == "8bit" else []
+    notes = [
+        f"the adapter was trained on the {what} and is merged into the unquantized one: the logits are those of the "
+        "adapter on that, not those of the run"
+        for what in inexact
+    ]
     if precision == "bf16":
         notes.append(f"the weights are rounded to bf16, which moves logits by up to {rounding:.2g}")
     if saved.temperature != 1.0:
-        notes.append(
-            f"the temperature of the calibration ({saved.temperature:.3f}) is not part of the model: "
-            "its probabilities are uncalibrated, its labels the same"
-        )
+        effect = "is not part of the model: its probabilities are uncalibrated, its labels the same"
+        notes.append(f"the temperature of the calibration ({saved.temperature:.3f}) {effect}")
     return Export(target, difference, rounding, tuple(notes), measured)
 
 
@@ -289,7 +286,15 @@ def compare_onnx(model: Any, tokenizer: Any, path: Path) -> float:
     return worst
 
 
-def push(run: str | Path, repo_id: str, private: bool = False, *, merged: bool = False, quiet: bool = False) -> str:
+def push(
+    run: str | Path,
+    repo_id: str,
+    private: bool = False,
+    *,
+    merged: bool = False,
+    quiet: bool = False,
+    trust_remote_code: bool = False,
+) -> str:
     """Push the adapter of a finished run, or the model with it merged in, to the Hub; return the address.
 
     Args:
@@ -298,6 +303,7 @@ def push(run: str | Path, repo_id: str, private: bool = False, *, merged: bool =
         private: make the repository private. One that exists and is public is refused.
         merged: push the adapter merged into its backbone, a plain transformers model.
         quiet: print nothing but huggingface_hub's progress bars.
+        trust_remote_code: as in `load`, to merge.
 
     Raises:
         RunError: the folder is not a run, or the run is not finished.
@@ -315,7 +321,7 @@ def push(run: str | Path, repo_id: str, private: bool = False, *, merged: bool =
     if picture.is_symlink():
         raise HubError(f"{picture} is a link; links are not pushed", code="link", path=picture)
     with tempfile.TemporaryDirectory() as place:
-        export = export_merged(done.folder.root, Path(place) / "merged")
+        export = export_merged(done.folder.root, Path(place) / "merged", trust_remote_code=trust_remote_code)
         if drawn := picture.is_file():
             shutil.copyfile(picture, export.folder / PICTURE)
         card = Card(done.recipe, done.result, merged=True, notes=export.notes, picture=PICTURE if drawn else None)

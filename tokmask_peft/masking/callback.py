@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import sys
-import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,9 @@ from tokmask_peft.errors import MaskTokenError
 from tokmask_peft.masking.config import TokenMaskConfig
 from tokmask_peft.masking.masker import TokenMasker
 from tokmask_peft.masking.replacement import MaskToken
+
+_TRL = ("SFTConfig", "RewardConfig", "PRMConfig", "CPOConfig", "ORPOConfig")
+"""TRL's trainers, by their arguments, of which each loss comes from one forward: one pattern masks all it compares."""
 
 
 class TokenMaskCallback(TrainerCallback, ExportableState):
@@ -129,9 +130,9 @@ class TokenMaskCallback(TrainerCallback, ExportableState):
             self.config.model_copy(update=resolved).save_pretrained(folder)
 
     def on_train_end(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
-        """Detach the masker, and warn if no text had a token that may be masked."""
-        if self.masker and self._steps and not self.config.is_off and math.isnan(self.masker.observed_rate):
-            warnings.warn("Token masking masked nothing: no text has a token that may be masked", stacklevel=2)
+        """Detach the masker, and warn if it never saw a token."""
+        if self.masker and self._steps:
+            self.masker.warn_if_idle()
         self.detach()
 
     def detach(self) -> None:
@@ -141,6 +142,15 @@ class TokenMaskCallback(TrainerCallback, ExportableState):
             self.masker = None
 
     def _attach(self, args: Arguments, state: State, kwargs: dict[str, Any]) -> TokenMasker:
+        trl = next((kind for kind in type(args).__mro__ if kind.__module__.startswith("trl.")), None)
+        if trl is not None and trl.__name__ not in _TRL and not self.config.is_off:
+            problem = (
+                f"the trainer of {trl.__name__} compares masked answers with unmasked ones (of samples, a reference)"
+            )
+            message = (
+                f"{problem}, which token masking would falsify: leave the callback out, or use SFT or reward training"
+            )
+            raise MaskTokenError(message, code="trl-trainer", config=trl.__name__)
         tokenizer = kwargs.get("processing_class")
         tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor holds one
         if not hasattr(tokenizer, "all_special_ids"):

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -57,7 +60,8 @@ class TokenMasker:
         self._layout: tuple[Tensor, Tensor] | None = None
         self._original_row: Tensor | None = None
         self._handle: Any = None
-        model_pad_id = getattr(getattr(rows_of.unwrap(model), "config", None), "pad_token_id", None)
+        about = getattr(rows_of.unwrap(model), "config", None)
+        model_pad_id, self._transposed = getattr(about, "pad_token_id", None), rows_of.is_sequence_first(model)
         self._pad_id = model_pad_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         maskable = pattern.maskable_table(tokenizer, rows, {*config.protect, self._pad_id, model_pad_id})
         self._replacement = REPLACEMENTS[config.replace](token, maskable, tokenizer)
@@ -138,8 +142,8 @@ class TokenMasker:
 
     def _masked(self, given: Tensor) -> Tensor:
         """Return the ids to look up, for those that the embedding is called with: [batch, seq] or [seq]."""
-        if self._step.device != given.device:
-            self._move(given.device)
+        if self._step.device != given.device:  # the model was moved after `attach`
+            vars(self).update({k: part.to(given.device) for k, part in vars(self).items() if isinstance(part, Tensor)})
         ids = given.reshape(-1, given.shape[-1])
         rows, positions = self._layout or (None, pattern.text_positions(ids, self._pad_id))
         maskable = self._maskable[ids]
@@ -152,12 +156,6 @@ class TokenMasker:
         self._step.add_(1)
         self._counts.add_(torch.stack([masked.sum(), maskable.sum()]))
         return swapped
-
-    def _move(self, device: torch.device) -> None:
-        """Follow a model that was moved after `attach`."""
-        self._rate_tensor, self._step = self._rate_tensor.to(device), self._step.to(device)
-        self._counts, self._maskable = self._counts.to(device), self._maskable.to(device)
-        self._word_starts = None if self._word_starts is None else self._word_starts.to(device)
 
     @property
     def rate(self) -> float:
@@ -191,23 +189,22 @@ class TokenMasker:
         masked, maskable = self._counts.tolist()
         return masked / maskable if maskable else float("nan")
 
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[Self]:
+    def paused(self) -> AbstractContextManager[Self]:
         """Mask nothing and count no steps inside."""
-        before, self.enabled = self.enabled, False
-        try:
-            yield self
-        finally:
-            self.enabled = before
+        return self._inside(enabled=False)
+
+    def layout(self, rows: Tensor, positions: Tensor) -> AbstractContextManager[Self]:
+        """Set which text each token of a packed row belongs to, and its position in that text; each int [1, total]."""
+        return self._inside(_layout=(rows, positions))
 
     @contextlib.contextmanager
-    def layout(self, rows: Tensor, positions: Tensor) -> Iterator[Self]:
-        """Set which text each token of a packed row belongs to, and its position in that text; each int [1, total]."""
-        before, self._layout = self._layout, (rows, positions)
+    def _inside(self, **changed: Any) -> Iterator[Self]:
+        before = {name: getattr(self, name) for name in changed}
+        vars(self).update(changed)
         try:
             yield self
         finally:
-            self._layout = before
+            vars(self).update(before)
 
     def detach(self) -> None:
         """Stop masking for good and restore a spare row's values, unless it was trained. May be called again."""
@@ -221,8 +218,17 @@ class TokenMasker:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        if kind is None:
+            self.warn_if_idle()
         self.detach()
+
+    def warn_if_idle(self) -> None:
+        """Warn if this masker, whose config asks for masking, has not seen a token yet."""
+        if not self.config.is_off and math.isnan(self.observed_rate):
+            why = "no training forward looked up maskable ids in the input embedding"
+            ask = "Is the model in eval mode (from_pretrained returns it so: call model.train()), or called with"
+            warnings.warn(f"Token masking masked nothing: {why}. {ask} inputs_embeds?", stacklevel=3)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs, fit for JSON (accelerate's `register_for_checkpointing` takes a masker)."""

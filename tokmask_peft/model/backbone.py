@@ -124,6 +124,10 @@ def load_tokenizer(config: ModelConfig, location: str | None = None) -> Any:
 
 def load_error(what: str, location: str, error: Exception) -> ModelError:
     """Return the error that explains why a part of a backbone cannot be loaded, and what to check."""
+    if "trust_remote_code" in str(error):
+        problem = f"the {what} from {location} runs code of its own. Read it; if you trust it"
+        remedy = "give --trust-remote-code to use a run, or set model.trust_remote_code=true to train"
+        return ModelError(f"{problem}, {remedy}.", code="backbone-not-loaded", location=location)
     message = (
         f"the {what} cannot be loaded from {location}: {first_line(error)} "
         "Check model.backbone (a Hub id or a folder), the network, and `hf auth login` for gated models."

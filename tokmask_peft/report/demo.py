@@ -6,7 +6,6 @@ It contacts no other server: no analytics, no version check, no fonts or scripts
 from __future__ import annotations
 
 import os
-import re
 import socket
 from collections.abc import Sequence
 from importlib.resources import files
@@ -15,10 +14,14 @@ from typing import Any
 from markupsafe import Markup
 
 from tokmask_peft.errors import MaskTokenError, ModelError, TokmaskError
+from tokmask_peft.hub.card import plain
 from tokmask_peft.tasks import get_task
 
 HOST = "127.0.0.1"
 _MOST_WORDS = 300  # explained: each word costs a forward pass
+_MOST_CHARACTERS = 10_000  # of a text
+_MOST_BYTES = 200_000  # of a request: such a text in JSON, where a letter may take twelve
+_MOST_WAITING = 16  # texts of all visitors; one is answered at a time
 _FONTS = ("system-ui", "Segoe UI", "Roboto", "Noto Sans", "sans-serif")
 
 
@@ -47,6 +50,9 @@ def answer(classifier: Any, text: str) -> tuple[dict[str, float] | None, Markup]
     from tokmask_peft.inference.display import influence_words, label_legend, label_words
     from tokmask_peft.inference.explain import explain
 
+    if len(text) > _MOST_CHARACTERS:
+        problem = f"the text has {len(text):,} characters, and only up to {_MOST_CHARACTERS:,} are answered here"
+        return None, _page(problem=f"{problem}; for longer ones use: tokmask predict")
     try:
         (found,) = classifier.predict([text])
         if get_task(classifier.task).words_given:
@@ -88,16 +94,41 @@ def build(classifier: Any, name: str) -> Any:
         return str(page) if task.words_given else (chances, str(page))
 
     with gradio.Blocks(title=f"{name}: demo", analytics_enabled=False) as app:
-        plain = re.sub(r"([\\`*_{}\[\]<>()#+.!|~$-])", r"\\\1", name)  # no markup for Markdown
-        gradio.Markdown(f"# {plain}\n{task.description.capitalize()}. {calibrated}")
-        text = gradio.Textbox(label="Text", lines=3, max_lines=12, placeholder="Type or paste a text", autofocus=True)
+        gradio.Markdown(f"# {plain(name)}\n{task.description.capitalize()}. {calibrated}")
+        text = gradio.Textbox(
+            label="Text",
+            lines=3,
+            max_lines=12,
+            max_length=_MOST_CHARACTERS,
+            placeholder="Type or paste a text",
+            autofocus=True,
+        )
         button = gradio.Button("Classify", variant="primary")
         outputs = []
         if not task.words_given:
             outputs.append(gradio.Label(label="Label", num_top_classes=min(len(classifier.labels), 8), elem_id="label"))
         outputs.append(gradio.HTML(label="Words", elem_id="words"))
         gradio.on([button.click, text.submit], respond, inputs=text, outputs=outputs)
+    app.queue(max_size=_MOST_WAITING, default_concurrency_limit=1, api_open=False)
     return app
+
+
+class _Gate:
+    """Middleware that answers neither uploads, for which gradio has an open address, nor requests of any size."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        headers = dict(scope["headers"])
+        too_large = int(headers.get(b"content-length", 0)) > _MOST_BYTES or b"transfer-encoding" in headers
+        upload = scope["path"].rstrip("/").endswith(("/upload", "/upload_progress"))
+        if not too_large and not upload:
+            return await self.app(scope, receive, send)
+        await send({"type": "http.response.start", "status": 404 if upload else 413, "headers": []})
+        return await send({"type": "http.response.body", "body": b""})
 
 
 def launch(app: Any, host: str = HOST, port: int | None = None, *, share: bool = False) -> Any:
@@ -107,6 +138,7 @@ def launch(app: Any, host: str = HOST, port: int | None = None, *, share: bool =
     public link through gradio's servers.
     """
     import gradio
+    from starlette.middleware import Middleware
 
     styles = files("tokmask_peft.inference") / "words.css", files("tokmask_peft.report") / "templates/demo.css"
     return app.launch(
@@ -120,4 +152,5 @@ def launch(app: Any, host: str = HOST, port: int | None = None, *, share: bool =
         footer_links=[],
         theme=gradio.themes.Base(primary_hue="blue", font=_FONTS, font_mono=("ui-monospace", "monospace")),
         css="".join(style.read_text(encoding="utf-8") for style in styles),
+        app_kwargs={"middleware": [Middleware(_Gate)]},
     )

@@ -43,7 +43,12 @@ def prepare(run: str | Path, out: str | Path | None = None) -> tuple[Run, Path]:
 
 
 def report_run(
-    run: str | Path, out: str | Path | None = None, *, examples: bool = True, backbone: str | None = None
+    run: str | Path,
+    out: str | Path | None = None,
+    *,
+    examples: bool = True,
+    backbone: str | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[Path, str]:
     """Write the report of a run: one HTML file that loads nothing.
 
@@ -52,6 +57,7 @@ def report_run(
         out: the file to write, as for `prepare`.
         examples: predict the scored split again to show the most confident mistakes; needs the data and the backbone.
         backbone: where to load the backbone from for that, instead of what the recipe says.
+        trust_remote_code: let the backbone run code of its own for that; the recipe cannot allow it.
 
     Returns:
         The file, and why it shows no mistakes although they were requested; empty if it does.
@@ -62,7 +68,7 @@ def report_run(
         from tokmask_peft.report.examples import find_mistakes
 
         try:
-            mistakes = find_mistakes(found, backbone)
+            mistakes = find_mistakes(found, backbone, trust_remote_code)
         except TokmaskError as error:
             problem = str(error)
     page = render(found, mistakes, problem or "the report was made with --no-examples")
@@ -111,7 +117,8 @@ def _words_are_spaced(run: Run) -> bool:
     from tokmask_peft.model.backbone import load_tokenizer
 
     try:
-        return words_need_a_space(load_tokenizer(run.recipe.model, str(adapter)))
+        no_code = run.recipe.model.model_copy(update={"trust_remote_code": False})
+        return words_need_a_space(load_tokenizer(no_code, str(adapter)))
     except ModelError:  # the snippet cannot load it either
         return False
 

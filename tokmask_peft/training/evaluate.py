@@ -35,6 +35,7 @@ def evaluate(
     text_column: str | int | None = None,
     label_column: str | int | None = None,
     batch_size: int | None = None,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Score the adapter of a run.
 
@@ -47,6 +48,7 @@ def evaluate(
         text_column: of `data`, as `data.text_column`.
         label_column: of `data`, as `data.label_column`.
         batch_size: texts per forward pass, in place of the run's `training.eval_batch_size`.
+        trust_remote_code: run the backbone's own code; whatever the run's recipe says, only you can allow it.
 
     Returns:
         The scores of `metrics.scores`, with `by_mixing` if the recipe names language labels; `warnings` if the texts
@@ -67,7 +69,7 @@ def evaluate(
     examples, labels = split_examples(recipe, split, data, folder.adapter, **reading)
     warnings = check_known(examples, labels, split or "test" if data is None else data)
     scored = with_unseen(labels, examples)
-    saved, device = find_saved(folder.root), processes().device
+    saved, device = find_saved(folder.root, trust_remote_code=trust_remote_code), processes().device
     set_seed(recipe.seed)
     plan = plan_loading(saved.model, device)
     loading = Situation("loading", gpu=device.type == "cuda")

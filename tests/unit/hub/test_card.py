@@ -122,6 +122,20 @@ def test_a_label_cannot_break_a_table():
     assert "| a\\|b&lt;c> | 1.0000 | 1.0000 | 1.0000 | 3 |" in card_of(result=make_result(test=test))
 
 
+def test_labels_and_names_are_text_wherever_they_are():
+    evil = "x](https://a.b) <b>*_y_*</b>\n# z\x1b[1m"
+    shown = r"x\](https://a.b) &lt;b>\*\_y\_\*&lt;/b> # z\\u001b\[1m"
+    scores = {"precision": 1.0, "recall": 1.0, "f1": 1.0, "support": 3}
+    result = make_result(labels=[evil, "b"], test=run_files.part(["b"], per_class={evil: scores}))
+    data = {"path": "texts", "name": evil, "license": evil}
+    card = card_of(make_recipe(data=data), result, notes=[f"a {evil}"])
+    prose = card.split("```python")[0].split("---\n")[-1] + card.split("```")[2]
+    assert "*_y_*" not in prose
+    assert "<b>" not in prose
+    assert "\x1b" not in prose
+    assert prose.count(shown) == 6  # labels, table, source, licence, rare classes, note
+
+
 def test_the_picture_replaces_the_table_if_there_is_matplotlib(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     write_card(tmp_path, make_recipe(), make_result())

@@ -2,6 +2,7 @@
 
 import socket
 
+import httpx
 import pytest
 from tiny_models import build
 from typer.testing import CliRunner
@@ -55,6 +56,35 @@ def test_long_texts_are_classified_without_colours(classifier):
     assert chances is not None
     assert "301 words" in html
     assert 'class="for"' not in html
+
+
+def test_a_text_of_any_length_is_answered_at_once(classifier):
+    model = classifier("token")
+    model.predict = None  # is not called
+    chances, html = demo.answer(model, "boss " * 2_001)
+    assert chances is None
+    assert "10,005 characters" in html
+    assert "tokmask predict" in html
+
+
+def test_the_server_takes_no_uploads_and_no_large_requests(classifier):
+    pytest.importorskip("gradio")
+    served = demo.build(classifier("token"), "a_run")
+    assert (served._queue.max_size, served.default_config.fns[0].concurrency_limit) == (16, "default")
+    try:
+        _, address, _ = demo.launch(served)
+        with httpx.Client(base_url=address, trust_env=False) as client:
+            assert client.get("/").status_code == 200
+            assert client.get("/gradio_api/info").status_code == 200
+            for path in ("/gradio_api/upload", "/gradio_api/upload/", "/gradio_api/upload_progress"):
+                assert client.post(path, files={"files": ("a.txt", b"x")}).status_code == 404
+            text = {"data": ["a" * 300_000], "fn_index": 0, "session_hash": "a"}
+            assert client.post("/gradio_api/queue/join", json=text).status_code == 413
+            assert client.post("/gradio_api/queue/join", content=iter([b"a"])).status_code == 413
+            text["data"] = ["a boss"]
+            assert client.post("/gradio_api/queue/join", json=text).status_code == 200
+    finally:
+        served.close(verbose=False)
 
 
 def test_a_taken_port_and_a_foreign_host_are_reported_before_loading():

@@ -91,11 +91,12 @@ def faithfulness(
     limit: int = 200,
     seed: int = 0,
     batch_size: int | None = None,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Measure how faithful occlusion is for a run, and how much more so than for one of its recipe without masking.
 
     `split` and `data` are as for `evaluate`; `limit` texts are drawn with `seed`, as are the random orders and the
-    bootstrap; `batch_size` is masked texts per forward pass.
+    bootstrap; `batch_size` is masked texts per forward pass; `trust_remote_code` lets the backbone run its own code.
 
     Returns:
         `run` (and `against`): curves and areas with 95% bootstrap intervals over texts; `difference`: of the areas,
@@ -109,7 +110,8 @@ def faithfulness(
         raise DataError(f"limit is {limit}; an interval needs 2 texts or more", code="too-few-texts")
     folders = {name: open_finished(path) for name, path in (("run", run), ("against", against)) if path is not None}
     recipes = {name: load_recipe(folder.recipe) for name, folder in folders.items()}
-    saved = {name: find_saved(folder.root) for name, folder in folders.items()}
+    trusted = trust_remote_code
+    saved = {name: find_saved(folder.root, trust_remote_code=trusted) for name, folder in folders.items()}
     if len({(found.task, found.labels) for found in saved.values()}) > 1:
         problem = f"{against} was trained for another task or other labels than {run}"
         raise RunError(f"{problem}; compare runs of one recipe", code="not-comparable")

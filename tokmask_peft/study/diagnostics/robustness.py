@@ -128,6 +128,7 @@ def robustness(
     backbone: str | None = None,
     device: str | None = None,
     quiet: bool = False,
+    trust_remote_code: bool = False,
 ) -> Report:
     """Score the runs and write the report; a run that was already scored in the same way is not scored again."""
     console = make_console(quiet)
@@ -144,17 +145,19 @@ def robustness(
         key = hashlib.sha256(json.dumps(content).encode()).hexdigest()
         note = ", already scored" if key in known else ""
         console.print(f"{number} of {len(members)}: {member.run.root} ({member.group}){note}", markup=False)
-        scored = known.pop(key, None) or {"key": key, **_score(member, what, backbone, device)}
+        scored = known.pop(key, None) or {"key": key, **_score(member, what, backbone, device, trust_remote_code)}
         runs[key] = {**scored, "group": member.group}
         write_json(folder / _FILE, {"runs": list(runs.values()), "known": list(known.values())})
     return robustness_report(analyse(list(runs.values()), what), folder, known=list(known.values()))
 
 
-def _score(member: Member, what: Perturbations, backbone: str | None, device: str | None) -> dict[str, Any]:
+def _score(
+    member: Member, what: Perturbations, backbone: str | None, device: str | None, trusted: bool
+) -> dict[str, Any]:
     recipe = member.recipe
     corpus = load_corpus(recipe.data.expanded(), recipe.seed)
     split = "test" if corpus.test else "validation"
-    classifier = load(find_saved(member.run.root, backbone), device)
+    classifier = load(find_saved(member.run.root, backbone, trust_remote_code=trusted), device)
     words = {normal(word) for example in corpus.train for word in example.words}
     found = score_perturbed(classifier, corpus.test or corpus.validation, words, what)
     mask = {"unit": recipe.masking.unit, "token": classifier.occlusion.mask_token.reason} if what.rates else None
