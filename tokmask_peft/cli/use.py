@@ -10,6 +10,7 @@ import typer
 
 from tokmask_peft.cli.app import BackboneOption, DeviceOption, ModelArgument, PrecisionOption, QuantizationOption, app
 from tokmask_peft.console import quiet_libraries
+from tokmask_peft.errors import write_whole
 from tokmask_peft.tasks import get_task
 
 
@@ -106,7 +107,7 @@ def explain(
         typer.echo(f"Note: {note}.", err=True)
     if html is not None:
         name = Path(model).name if Path(model).exists() else model  # the page may be shared: no local path
-        html.write_text(show.explanations_page(name, explanations, note), encoding="utf-8")
+        write_whole(html, show.explanations_page(name, explanations, note))
         typer.echo(f"Page: {html}", err=True)
 
 

@@ -15,7 +15,7 @@ from tokmask_peft.artifacts import SavedAdapter, find_saved
 from tokmask_peft.console import Decision
 from tokmask_peft.data.encoding import Encoder
 from tokmask_peft.data.tables import unicode_problem
-from tokmask_peft.errors import DataError, ModelError, first_line
+from tokmask_peft.errors import DataError, ModelError, boundary, first_line
 from tokmask_peft.inference.explain import Explanation, explain
 from tokmask_peft.inference.forward import Forward, loading_memory_errors
 from tokmask_peft.masking.config import TokenMaskConfig
@@ -54,6 +54,7 @@ class Classifier:
         self.encoder = Encoder(self.tokenizer, self.task, self.max_length)
         self.forward = Forward(self.model, self.tokenizer.pad_token_id, self.task, self.dtype)
 
+    @boundary("the prediction")
     def predict(self, texts: Sequence[str] | Sequence[Sequence[str]], batch_size: int = BATCH_SIZE) -> list[Answer]:
         """Classify texts.
 
@@ -134,6 +135,7 @@ class Classifier:
         return found
 
 
+@boundary("loading the model")
 def load(
     model: str | Path | SavedAdapter,
     device: str | torch.device | None = None,

@@ -15,10 +15,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from tokmask_peft.console import Decision
-from tokmask_peft.errors import ModelError, first_line, nearest
+from tokmask_peft.errors import ModelError, boundary, nearest
 from tokmask_peft.masking.embedding import find_embedding, is_sharded, whole
 from tokmask_peft.model.backbone import Backbone, is_quantized
-from tokmask_peft.model.decisions import out_of_memory
 from tokmask_peft.recipe.schema import AdapterConfig
 from tokmask_peft.tasks import get_task
 
@@ -194,17 +193,18 @@ def load_adapter(backbone: Backbone, folder: Path) -> Any:
     for name in ("adapter_config.json", SAFETENSORS_WEIGHTS_NAME):
         if not (folder / name).is_file():
             raise ModelError(f"{folder} has no adapter ({name} is missing)", code="no-adapter", folder=folder)
-    try:
-        config = PeftConfig.from_pretrained(str(folder))
+    doing = f"using the adapter in {folder} with this backbone and these labels"
+    with boundary(doing, ModelError, "adapter-does-not-fit", folder=folder):
+        config: Any = PeftConfig.from_pretrained(str(folder))
         config.inference_mode, config.base_model_name_or_path = True, None  # PEFT warns if the backbone's name differs
+        with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, "pt") as file:
+            saved = max((max(file.get_slice(name).get_shape(), default=0) for name in file.keys()), default=0)  # noqa: SIM118
+        if (rank := max([config.r, *config.rank_pattern.values()])) > saved:  # before it takes memory
+            message = f"adapter_config.json in {folder} says rank {rank}, which its weights do not have"
+            raise ModelError(message, code="adapter-does-not-fit", folder=folder, rank=rank)
         model = get_peft_model(backbone.model, config)
         check_fit(model, backbone.tokenizer, folder)
         model.load_adapter(str(folder), "default")
-    except (RuntimeError, ValueError) as error:
-        if out_of_memory(error):
-            raise
-        message = f"the adapter in {folder} does not fit the backbone or the labels: {first_line(error)}"
-        raise ModelError(message, code="adapter-does-not-fit", folder=folder) from error
     return model.eval()
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from tokmask_peft.errors import RecipeError, nearest
+from tokmask_peft.errors import RecipeError, boundary, nearest
 from tokmask_peft.recipe.errors import explain, shown
 from tokmask_peft.recipe.schema import Recipe, all_fields, section_of
 
@@ -46,7 +46,8 @@ def find_recipe(recipe: str | Path) -> Path:
 
 def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read, merge, override and check a recipe; see `Recipe.load`."""
-    return _overridden(_read_merged(find_recipe(recipe), ()), overrides, str(recipe))
+    with boundary(f"reading the recipe {recipe}"):
+        return _overridden(_read_merged(find_recipe(recipe), ()), overrides, str(recipe))
 
 
 def with_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -12,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tokmask_peft.artifacts import write_json
-from tokmask_peft.errors import RecipeError, SweepError, nearest
+from tokmask_peft.errors import RecipeError, SweepError, nearest, read_json, write_json
 from tokmask_peft.recipe.loading import load_recipe, with_overrides
 from tokmask_peft.recipe.schema import Recipe, regularizers
 
@@ -223,13 +221,13 @@ class Plan:
         content: dict[str, Any] = {"name": self.name, **self.definition(), "cells": {}}
         try:
             if file.is_file():
-                content["cells"] = json.loads(file.read_text(encoding="utf-8"))["cells"]
+                content["cells"] = read_json(file, SweepError, "folder")["cells"]
             for cell in self.cells:
                 arm = None if cell.arm is None else {"regularizers": cell.arm.regularizers, "p": float(cell.arm.p)}
                 entry = {"seed": cell.seed, "arm": arm, "setting": dict(cell.setting)}
                 content["cells"][cell.name] = {**entry, "overrides": list(cell.overrides)}
             write_json(file, content)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, TypeError, KeyError) as error:
             problem = f"the folder of the sweep, {self.folder}, cannot be used: {error}"
             raise SweepError(problem, code="folder") from error
 

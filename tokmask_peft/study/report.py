@@ -11,8 +11,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from tokmask_peft.artifacts import write_json
-from tokmask_peft.errors import ExtraError, SweepError
+from tokmask_peft.errors import ExtraError, SweepError, boundary, whole, write_json, write_whole
 from tokmask_peft.study.results import analyse, read_sweep
 from tokmask_peft.study.statistics import seeds_to_reach, smallest_p
 
@@ -103,8 +102,10 @@ def save(mpl: Any, figure: Any, folder: Path, name: str) -> tuple[Path, Path]:
     """Write a figure as PNG and SVG; the same figures make the same files."""
     paths = folder / f"{name}.png", folder / f"{name}.svg"
     with mpl.rc_context({"svg.hashsalt": "tokmask"}):
-        figure.savefig(paths[0], dpi=150)
-        figure.savefig(paths[1], metadata={"Date": None})
+        with whole(paths[0]) as new:
+            figure.savefig(new, format="png", dpi=150)
+        with whole(paths[1]) as new:
+            figure.savefig(new, format="svg", metadata={"Date": None})
     return paths
 
 
@@ -212,20 +213,18 @@ def sweep_report(sweep: str | Path) -> Report:
         RunError: a result cannot be read.
         ExtraError: matplotlib is not installed.
     """
-    analysis = analyse(read_sweep(Path(sweep)))
-    about = _context(analysis)
-    about |= {name: _sentences(name, about) for name in ("findings", "cautions")}
+    with boundary(f"comparing the runs of {sweep}, by its sweep.json and their result.json,", SweepError, "bad-sweep"):
+        analysis = analyse(read_sweep(Path(sweep)))
+        about = _context(analysis)
+        about |= {name: _sentences(name, about) for name in ("findings", "cautions")}
     folder = Path(sweep) / "report"
     report, tex, statistics = folder / "report.md", folder / "table.tex", folder / "statistics.json"
-    try:
+    with boundary(f"writing the report to {folder}", SweepError):
         folder.mkdir(exist_ok=True)
         plots = plot_f1(analysis, folder)
         write_json(statistics, analysis)
-        report.write_text(_render("report.md", about), encoding="utf-8")
-        tex.write_text(_render("table.tex", about), encoding="utf-8")
-    except OSError as error:
-        problem = f"the report cannot be written to {folder}: {error.strerror}"
-        raise SweepError(problem, code="report-not-written") from error
+        write_whole(report, _render("report.md", about))
+        write_whole(tex, _render("table.tex", about))
     return Report(report, statistics, plots, _render("summary.txt", about), tex)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from tokmask_peft.artifacts import Result, RunFolder
-from tokmask_peft.errors import SweepError
+from tokmask_peft.errors import SweepError, read_json
 from tokmask_peft.study import statistics
 from tokmask_peft.study.plan import AS_RECIPE, NONE, SWEEP_FILE
 from tokmask_peft.study.statistics import METRICS, PAPER_GAINS, spread
@@ -82,7 +81,7 @@ class SweepResults:
     def predictions(self, row: Row, seed: int) -> dict[str, Any] | None:
         """Return gold and predicted ids per text, and the labels; none if the run did not save them."""
         file = self.folders[row, seed].predictions
-        content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        content = read_json(file, SweepError, "bad-predictions") if file.is_file() else {}
         return {"labels": content["labels"], **content[self.split]} if self.split in content else None
 
 
@@ -96,7 +95,7 @@ def read_sweep(folder: Path) -> SweepResults:
     file = folder / SWEEP_FILE
     if not file.is_file():
         raise SweepError(f"{folder} is not the folder of a sweep (it holds no {SWEEP_FILE})", code="not-a-sweep")
-    sweep = json.loads(file.read_text(encoding="utf-8"))
+    sweep = read_json(file, SweepError, "bad-sweep")
     if sweep["sampler"] != "grid":
         problem = f"drew its values ({sweep['sampler']}), so there are no arms to compare seed by seed"
         remedy = "Its trials are in its storage; compare the best values with a grid over seeds."

@@ -7,9 +7,7 @@ import functools
 import operator
 import os
 import shutil
-import signal
 import statistics
-import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +17,7 @@ from rich.live import Live
 from rich.text import Text
 
 from tokmask_peft.artifacts import Result, RunFolder, is_run
-from tokmask_peft.console import make_console
+from tokmask_peft.console import make_console, stop_signals
 from tokmask_peft.errors import RecipeError, RunError, RunInterruptedError, SweepError
 from tokmask_peft.recipe.errors import shown
 from tokmask_peft.recipe.loading import differences, load_recipe
@@ -117,24 +115,20 @@ class Loop:
         Raises:
             RunInterruptedError: a signal asked it to stop.
         """
-        before: dict[signal.Signals, Any] = {}
-        if threading.current_thread() is threading.main_thread():
-            before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            self._look()
-            self._print(f"Sweep {self.plan.name}: {summary_line(self.cells)}")
-            with Live(console=self.console, refresh_per_second=2, transient=True) as live:  # only in a terminal
-                while self._step():
-                    live.update(self.lines())
-                    time.sleep(self.options.pause)
+            with stop_signals(self._ask):
+                self._look()
+                self._print(f"Sweep {self.plan.name}: {summary_line(self.cells)}")
+                with Live(console=self.console, refresh_per_second=2, transient=True) as live:  # only in a terminal
+                    while self._step():
+                        live.update(self.lines())
+                        time.sleep(self.options.pause)
         finally:
             for worker in self.workers:
                 worker.end()
             with contextlib.suppress(Exception):  # what ended the loop may be a storage that fails
                 for claim in self.running.values():
                     self.ledger.close(claim.trial_id, "interrupted")
-            for number, handler in before.items():
-                signal.signal(number, handler)
         return self.cells
 
     def lines(self) -> Text:

@@ -51,8 +51,7 @@ class Worker:
         self.log = self.run.root.parent / "logs" / f"{recipe.name}.log"
         self._began, self.signals, self._read, self._is_done = time.monotonic(), 0, 0, False
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        resume = self.run.root.is_dir() and any(self.run.root.iterdir())
-        task = {"recipe": recipe.model_dump(mode="json"), "resume": resume, "log": str(self.log)}
+        task = {"recipe": recipe.model_dump(mode="json"), "resume": not self.run.is_empty(), "log": str(self.log)}
         if self._process is None or self._process.poll() is not None:
             environment = {"OMP_NUM_THREADS": str(self._threads), **os.environ, "PYTHONUNBUFFERED": "1"}
             pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0}

@@ -12,8 +12,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from tokmask_peft.artifacts import write_json
-from tokmask_peft.errors import RunError
+from tokmask_peft.errors import RunError, write_json, write_whole
 from tokmask_peft.study.report import Report, Table, finish, level, markdown, matplotlib, mean_sd, plain, save
 from tokmask_peft.tasks import get_task
 
@@ -68,7 +67,7 @@ def _lines(text: str, before: str = "") -> str:
 def _write(folder: Path, name: str, content: Mapping[str, Any], plots: tuple[Path, ...], **values: Any) -> Report:
     text, statistics = folder / f"{name}.md", folder / f"{name}.json"
     write_json(statistics, content)
-    text.write_text(render(name, terminal=False, **content, **values), encoding="utf-8")
+    write_whole(text, render(name, terminal=False, **content, **values))
     return Report(text, statistics, plots, render(name, terminal=True, **content, **values))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -14,10 +15,11 @@ import torch
 from numpy.typing import NDArray
 from torch.nn.utils.rnn import pad_sequence
 
-from tokmask_peft.artifacts import find_saved, open_run, write_json
+from tokmask_peft.artifacts import find_saved, open_run
 from tokmask_peft.console import make_console
 from tokmask_peft.data.corpus import load_corpus
 from tokmask_peft.data.encoding import Window
+from tokmask_peft.errors import RunError, read_json, write_json
 from tokmask_peft.inference.classifier import Classifier, load
 from tokmask_peft.masking.config import TokenMaskConfig
 from tokmask_peft.masking.pattern import maskable_table, masked_positions, word_start_table
@@ -221,8 +223,7 @@ def _key(member: Member, what: Perturbations) -> str:
 
 def _read(file: Path) -> dict[str, dict[str, Any]]:
     """Return the runs that earlier commands have scored, by key."""
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+    with contextlib.suppress(RunError, KeyError, TypeError):
+        found = read_json(file, RunError, "bad-report")
         return {run["key"]: run for run in (*found["runs"], *found.get("known", ()))}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
+    return {}
