@@ -103,11 +103,11 @@ def _is_whole(path: Path) -> bool:
     from safetensors import safe_open
 
     try:
+        if not path.is_file():
+            return path.is_dir() and any(path.iterdir())
         if path.suffix == ".safetensors":
             with safe_open(path, "numpy"):
                 return True
-        if path.is_dir():
-            return any(path.iterdir())
         with zipfile.ZipFile(path) as states:  # as torch saves them, with checksums
             return states.testzip() is None
     except Exception:  # of whatever kind: it cannot be read

@@ -52,10 +52,7 @@ STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP"
 
 @contextlib.contextmanager
 def stop_signals(handler: Callable[..., object]) -> Iterator[None]:
-    """Call `handler` on Ctrl-C, SIGTERM, and the end of the terminal unless it is ignored (nohup).
-
-    Only the main thread can handle signals; elsewhere nothing changes.
-    """
+    """Call `handler` on Ctrl-C, SIGTERM, and the end of the terminal unless nohup ignores it; in the main thread."""
 
     def handle(number: int, frame: object) -> None:
         for descriptor in (1, 2):  # writing to a terminal that is gone would fail
@@ -79,8 +76,7 @@ def stop_signals(handler: Callable[..., object]) -> Iterator[None]:
 
 def mute(descriptor: int = 1) -> None:
     """Let what is still written to a closed output go nowhere."""
-    with open(os.devnull, "w") as nowhere:  # noqa: PTH123
-        os.dup2(nowhere.fileno(), descriptor)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
 class _Output(Console):

@@ -107,13 +107,13 @@ class RunInterruptedError(RunError):
     code = "interrupted"
 
 
+_FULL = r"No space left|os error 2[78]\b|file write failed"  # a full disk, as safetensors and torch report it
+
+
 def as_ours(
     error: Exception, doing: str = "", kind: type[TokmaskError] = TokmaskError, code: str | None = None, **fields: Any
 ) -> TokmaskError:
-    """Return one clear error for an exception that is not ours; `doing` names the file or the step that failed.
-
-    Without `code` it is `no-space`, `no-access` or `system` for errors of the system, and otherwise `unexpected`.
-    """
+    """Return one clear error for an exception that is not ours; `doing` names the file or the step that failed."""
     if isinstance(error, TokmaskError):
         return error
     number, reason, found = getattr(error, "errno", None), first_line(error)[:300], "system"
@@ -126,11 +126,7 @@ def as_ours(
     else:
         found, reason = "unexpected", f"{type(error).__name__}: {reason}"
         remedy = "; if the input is in order, please report this with what TOKMASK_DEBUG=1 shows"
-    where = f"{doing} failed: " if doing else ""
-    return kind(f"{where}{reason}{remedy}", code=code or found, **fields)
-
-
-_FULL = r"No space left|os error 28\b|os error 27\b|file write failed"  # as safetensors and torch report a full disk
+    return kind(f"{doing} failed: {reason}{remedy}".removeprefix(" failed: "), code=code or found, **fields)
 
 
 @contextlib.contextmanager
@@ -141,8 +137,6 @@ def boundary(doing: str = "", *given: Any, **fields: Any) -> Iterator[None]:
     """
     try:
         yield
-    except MemoryError:
-        raise
     except Exception as error:
         if isinstance(error, TokmaskError) or re.search("memory|alloc", f"{type(error)} {error}", re.IGNORECASE):
             raise
@@ -155,9 +149,11 @@ def whole(path: Path) -> Iterator[Path]:
 
     So a reader sees the old one or the new one, also after a power cut. What killed processes left is removed first.
     """
+    import psutil
+
     for stray in path.parent.glob(f".{glob.escape(path.name)}.*"):
-        number = stray.name.rpartition(".")[2]
-        if re.fullmatch(r"\d{1,9}", number) and not _is_another_process(int(number)):
+        number = stray.suffix[1:]
+        if re.fullmatch(r"\d{1,9}", number) and (int(number) == os.getpid() or not psutil.pid_exists(int(number))):
             _remove(stray)
     new = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -180,22 +176,10 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _is_another_process(number: int) -> bool:
-    if number == os.getpid() or os.name == "nt":  # there, a signal of 0 would end it
-        return number != os.getpid()
-    try:
-        os.kill(number, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:  # somebody else's
-        pass
-    return True
-
-
-def write_whole(path: Path, content: str | bytes) -> None:
+def write_whole(path: Path, text: str) -> None:
     """Write a file as `whole` does."""
     with whole(path) as new:
-        new.write_bytes(content.encode() if isinstance(content, str) else content)
+        new.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, content: Mapping[str, Any], indent: int | None = 2) -> None:
@@ -206,8 +190,8 @@ def write_json(path: Path, content: Mapping[str, Any], indent: int | None = 2) -
 def read_json(path: Path, kind: type[TokmaskError], code: str) -> dict[str, Any]:
     """Read a JSON object; an error of that kind and code, with the field `path`, if there is none."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        problem = f"it holds a {type(found).__name__}"
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None  # a pipe would never end
+        problem = f"it holds a {type(found).__name__}" if path.is_file() else "there is no such file"
     except (OSError, ValueError, RecursionError) as error:
         found, problem = None, first_line(error)
     if not isinstance(found, dict):

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 import tokmask_peft
 from tokmask_peft.cli.training import print_forecast
 from tokmask_peft.data import hub
-from tokmask_peft.errors import DataError, ModelError, RecipeError, RunError, RunInterruptedError
+from tokmask_peft.errors import DataError, ModelError, RecipeError, RunError, RunInterruptedError, TokmaskError
 from tokmask_peft.model import backbone as backbone_module
 from tokmask_peft.model.memory.estimate import Memory
 from tokmask_peft.recipe.loading import load_recipe
@@ -119,8 +119,10 @@ def test_other_errors_are_left_alone(write_recipe, monkeypatch):
         raise RuntimeError("shapes do not fit")
 
     monkeypatch.setattr(OrderedEvalTrainer, "training_step", fail)
-    with pytest.raises(RuntimeError, match="shapes do not fit"):
+    with pytest.raises(TokmaskError, match="shapes do not fit") as caught:
         train(write_recipe(), "other", "training.auto_batch=true")
+    assert caught.value.code == "unexpected"
+    assert isinstance(caught.value.__cause__, RuntimeError)
 
 
 @pytest.mark.parametrize(

@@ -217,6 +217,9 @@ def check_fit(model: Any, tokenizer: Any, folder: Path) -> None:
     Raises:
         ModelError: weights are missing, unexpected or of another shape, or the tokenizer is another one.
     """
+    if odd := sorted(path.name for path in folder.iterdir() if not (path.is_file() or path.is_dir())):
+        message = f"{', '.join(odd)} in {folder}: neither a file nor a folder, so reading may never end"
+        raise ModelError(message, code="not-a-file", folder=folder, files=odd)
     weights = get_peft_model_state_dict(model, save_embedding_layers=False)
     wanted = {name: list(value.shape) for name, value in weights.items()}
     with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, "pt") as file:

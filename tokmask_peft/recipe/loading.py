@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import re
 import shlex
@@ -12,7 +13,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from tokmask_peft.errors import RecipeError, boundary, nearest
+from tokmask_peft.errors import RecipeError, boundary, nearest, write_whole
 from tokmask_peft.recipe.errors import explain, shown
 from tokmask_peft.recipe.schema import Recipe, all_fields, section_of
 
@@ -93,8 +94,9 @@ def copy_recipe(recipe: str | Path, target: Path) -> None:
     head = re.sub(r"(tokmask train) \S+", lambda found: f"{found[1]} {shlex.quote(str(target))}", head)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with target.open("x", encoding="utf-8") as file:
-            file.write(head + body)
+        if target.exists():
+            raise FileExistsError(errno.EEXIST, "File exists", str(target))
+        write_whole(target, head + body)
     except FileExistsError as error:
         problem = f"{error.filename} exists; choose another name or remove it"
         raise RecipeError([problem], str(recipe), code="recipe-exists", file=error.filename) from error

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tokmask_peft.errors import RecipeError, SweepError, nearest, read_json, write_json
+from tokmask_peft.errors import RecipeError, SweepError, boundary, nearest, read_json, write_json
 from tokmask_peft.recipe.loading import load_recipe, with_overrides
 from tokmask_peft.recipe.schema import Recipe, regularizers
 
@@ -219,7 +219,7 @@ class Plan:
         """
         file = self.folder / SWEEP_FILE
         content: dict[str, Any] = {"name": self.name, **self.definition(), "cells": {}}
-        try:
+        with boundary(f"writing {file}", SweepError, "folder"):
             if file.is_file():
                 content["cells"] = read_json(file, SweepError, "folder")["cells"]
             for cell in self.cells:
@@ -227,9 +227,6 @@ class Plan:
                 entry = {"seed": cell.seed, "arm": arm, "setting": dict(cell.setting)}
                 content["cells"][cell.name] = {**entry, "overrides": list(cell.overrides)}
             write_json(file, content)
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            problem = f"the folder of the sweep, {self.folder}, cannot be used: {error}"
-            raise SweepError(problem, code="folder") from error
 
 
 def make_plan(

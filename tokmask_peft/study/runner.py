@@ -18,7 +18,7 @@ from rich.text import Text
 
 from tokmask_peft.artifacts import Result, RunFolder, is_run
 from tokmask_peft.console import make_console, stop_signals
-from tokmask_peft.errors import RecipeError, RunError, RunInterruptedError, SweepError
+from tokmask_peft.errors import RecipeError, RunError, RunInterruptedError, SweepError, boundary
 from tokmask_peft.recipe.errors import shown
 from tokmask_peft.recipe.loading import differences, load_recipe
 from tokmask_peft.recipe.schema import Recipe
@@ -263,11 +263,8 @@ def run_sweep(
     if is_run(plan.folder):
         problem = f"{plan.folder} is the folder of a run, not of a sweep; choose another --name"
         raise SweepError(problem, code="is-a-run")
-    try:
+    with boundary(f"making the folder of the sweep, {plan.folder},", SweepError, "no-folder"):
         plan.folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        problem = f"the folder of the sweep, {plan.folder}, cannot be made: {error.strerror}"
-        raise SweepError(problem, code="no-folder") from error
     old = plan.folder / "sweep.db"  # before version 0.2 a sweep kept its state in SQLite
     place = storage or (f"sqlite:///{old}" if old.is_file() else plan.folder / "sweep.journal")
     ledger = Ledger(plan, place, prune=options.prune, retry_failed=options.retry_failed)

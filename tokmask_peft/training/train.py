@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import shlex
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -111,7 +110,7 @@ def train(recipe: Recipe | str | Path, *, resume: bool = False, quiet: bool = Fa
         except KeyboardInterrupt as error:
             if not folder.recipe.is_file():
                 raise
-            raise RunInterruptedError(f"interrupted; continue with `{_resuming(folder)}`") from error
+            raise RunInterruptedError(f"interrupted; continue with `tokmask train {folder.recipe} --resume`") from error
 
 
 def _train(recipe: Recipe, folder: RunFolder, process: PartialState, resume: bool, quiet: bool) -> Run:
@@ -317,12 +316,8 @@ def _attempt(prepared: Prepared, asked: Recipe, run: RunFolder, clock: StepClock
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if stop.stopped:
         where = f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}"
-        raise RunInterruptedError(f"{where}; continue with `{_resuming(run)}`")
+        raise RunInterruptedError(f"{where}; continue with `tokmask train {run.recipe} --resume`")
     return trainer
-
-
-def _resuming(run: RunFolder) -> str:
-    return f"tokmask train {shlex.quote(str(run.recipe))} --resume"
 
 
 def save_adapter_folder(

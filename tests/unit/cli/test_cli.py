@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -215,7 +216,7 @@ class TestExitCodes:
 
     @pytest.mark.parametrize("command", [["recipes", "fields"], ["validate", "quickstart"]])
     def test_a_full_disk_is_2(self, command):
-        with open("/dev/full", "w") as full:
+        with Path("/dev/full").open("w") as full:
             done = subprocess.run(
                 [sys.executable, "-m", "tokmask_peft", *command], stdout=full, stderr=subprocess.PIPE, text=True
             )

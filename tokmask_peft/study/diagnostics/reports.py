@@ -12,7 +12,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from tokmask_peft.errors import RunError, write_json, write_whole
+from tokmask_peft.errors import RunError, boundary, write_json, write_whole
 from tokmask_peft.study.report import Report, Table, finish, level, markdown, matplotlib, mean_sd, plain, save
 from tokmask_peft.tasks import get_task
 
@@ -35,10 +35,8 @@ def make_folder(folder: Path) -> None:
     Raises:
         RunError: it cannot be made.
     """
-    try:
+    with boundary(f"making {folder} (another folder: --out)", RunError, "out"):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"{folder} cannot be made ({error.strerror}); choose a folder with --out", code="out") from error
 
 
 def render(template: str, **values: Any) -> str:
