@@ -144,7 +144,7 @@ def load_backbone(
             extra["device_map"] = {"": device}
         model, info = load(**extra)
     except Exception as error:
-        if out_of_memory(error):
+        if isinstance(error, ModelError) or out_of_memory(error):
             raise
         message = load_problem("backbone", location, error)
         raise ModelError(message, code="backbone-not-loaded", location=location) from error
