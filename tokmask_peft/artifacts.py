@@ -293,7 +293,7 @@ class Loading(_Part):
     @field_validator("package")
     @classmethod
     def _is_in_a_package(cls, value: str | None) -> str | None:
-        kind, _, path = (value or "package:a/b").partition(":")
+        kind, _, path = ("package:a/b" if value is None else value).partition(":")
         name, *inside = path.split("/")
         if kind != "package" or not name.isidentifier() or not inside or ".." in inside:
             raise ValueError(f"{value!r}, expected package:NAME/FOLDER or null")

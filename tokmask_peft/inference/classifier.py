@@ -157,7 +157,7 @@ def load(
     """
     saved = model if isinstance(model, SavedAdapter) else find_saved(model, backbone)
     place = _device(device)
-    with loading_memory_errors(place):
+    with loading_memory_errors(place), boundary(f"loading the adapter in {saved.folder}", ModelError):
         plan = plan_loading(saved.model, place, quantization, precision)
         loaded = load_backbone(plan.model, saved.task, saved.labels, place)
         batching = _choose_batching(loaded.model, place)
