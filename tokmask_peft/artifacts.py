@@ -6,18 +6,19 @@ Imports nothing heavy, so that a command can refuse a wrong folder before the li
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
-import os
 import re
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from filelock import FileLock, Timeout
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
-from tokmask_peft.errors import ModelError, RunError, first_line
+from tokmask_peft.errors import ModelError, RunError, first_line, read_json, write_json, write_whole
 from tokmask_peft.masking.config import TokenMaskConfig
 from tokmask_peft.model.location import check_files
 from tokmask_peft.recipe.loading import differences, load_recipe
@@ -33,29 +34,13 @@ LOADED_FILES = (
 """Names of the files that loading needs: what is fetched from the Hub and pushed there, and no pickled weights."""
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old one or the new one, never half of it, even after a power cut."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def write_json(path: Path, content: Mapping[str, Any], indent: int | None = 2) -> None:
-    """Write JSON as `write_whole` does; in one line without `indent`."""
-    write_whole(path, json.dumps(content, indent=indent, ensure_ascii=False, allow_nan=False) + "\n")
-
-
 def read_log(path: Path) -> list[dict[str, Any]]:
     """Return the lines of `log.jsonl`; a line that a killed run left half-written is skipped."""
     found = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        with contextlib.suppress(ValueError, TypeError, KeyError):
-            row = json.loads(line)
-            found += [row] if isinstance(row["step"], int) else []
-    return found
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+        with contextlib.suppress(ValueError, RecursionError):
+            found.append(json.loads(line))
+    return [row for row in found if isinstance(row, dict) and isinstance(row.get("step"), int)]
 
 
 @dataclass
@@ -72,6 +57,11 @@ class RunFolder:
         self.result = self.root / "result.json"  # scores and everything that was measured
         self.predictions = self.root / "predictions.json"  # gold and predicted label ids of each text
         self.log = self.root / "log.jsonl"  # a line per logged step
+        self.lock = self.root / ".lock"  # held by the process that trains
+
+    def is_empty(self) -> bool:
+        """Return whether nothing is in the folder, or it does not exist."""
+        return not self.root.is_dir() or all(entry == self.lock for entry in self.root.iterdir())
 
     def last_checkpoint(self, say: Callable[[str], object] = str) -> Path | None:
         """Return the newest whole checkpoint, or None; `say` is called with the reason for each that is passed over."""
@@ -88,23 +78,23 @@ class RunFolder:
 
 
 _WEIGHTS = ("adapter_model.safetensors", "pytorch_model_fsdp*")
-_PARTS = (
-    _WEIGHTS,
-    ("optimizer.pt", "optimizer.bin", "optimizer_*"),
-    ("scheduler.pt",),
-    ("rng_state.pth", "rng_state_*"),
-)
-"""What resuming needs of a checkpoint: for each part, the usual file, and those of shards or several processes."""
+_PARTS = (_WEIGHTS, ("optimizer.pt", "optimizer.bin", "optimizer_*"), ("scheduler.pt",))
+"""What resuming needs of a checkpoint, besides random states: for each part, the usual file, and those of shards."""
 
 
 def _damaged_part(checkpoint: Path) -> str | None:
     """Return the part of a checkpoint that is missing or damaged, or None if the run can be resumed from it."""
     try:
-        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-        best = checkpoint.with_name(f"checkpoint-{state['best_global_step'] or state['global_step']}")
-    except (OSError, ValueError, TypeError, KeyError):
+        state = read_json(checkpoint / "trainer_state.json", RunError, "bad-checkpoint")
+        best = checkpoint.with_name(f"checkpoint-{int(state['best_global_step'] or state['global_step'])}")
+        processes = int(state.get("stateful_callbacks", {}).get("LogFile", {}).get("processes", 0))
+    except (RunError, KeyError, AttributeError, TypeError, ValueError):
         return "trainer_state.json"
-    for folder, names in ((best, _WEIGHTS), *((checkpoint, names) for names in _PARTS)):
+    if not processes and (numbered := [*checkpoint.glob("rng_state_*")]):  # of an older version
+        processes = max(2, len(numbered))
+    states = (f"rng_state_{rank}.pth" for rank in range(processes)) if processes > 1 else ("rng_state.pth",)
+    parts = itertools.chain(_PARTS, ((name,) for name in states))
+    for folder, names in itertools.chain([(best, _WEIGHTS)], ((checkpoint, names) for names in parts)):
         found = [path for name in names for path in folder.glob(name)]
         if not found or not all(map(_is_whole, found)):
             return names[0] if folder == checkpoint else f"its best checkpoint, {folder.name},"
@@ -118,11 +108,11 @@ def _is_whole(path: Path) -> bool:
     if not (path.is_file() or path.is_dir()):  # a pipe
         return False
     try:
+        if not path.is_file():
+            return path.is_dir() and any(path.iterdir())
         if path.suffix == ".safetensors":
             with safe_open(path, "numpy"):
                 return True
-        if path.is_dir():
-            return any(path.iterdir())
         with zipfile.ZipFile(path) as states:  # as torch saves them, with checksums
             return states.testzip() is None
     except Exception:  # of whatever kind: it cannot be read
@@ -141,14 +131,10 @@ def check_run(recipe: Recipe, resume: bool) -> RunFolder:
         RunError: the name is taken, or there is nothing to resume, or the run was started with another recipe.
     """
     run = RunFolder(recipe.run_dir)
-    ground = next(place for place in (run.root, *run.root.absolute().parents) if place.exists())
-    if not ground.is_dir() or not os.access(ground, os.W_OK):
-        problem = f"{ground} is a file or cannot be written; set output_dir"
-        raise RunError(f"{run.root} cannot be a run folder: {problem}", code="not-writable", path=ground)
-    if not run.root.exists() or not any(run.root.iterdir()):
-        if not resume:
-            return run
-        raise RunError(f"there is no run to resume in {run.root}; start it without --resume", code="no-run")
+    if run.is_empty():
+        if resume:
+            raise RunError(f"there is no run to resume in {run.root}; start it without --resume", code="no-run")
+        return run
     remedy = "choose another name (name=…) or remove it"
     if run.finished():
         raise RunError(f"the run {run.root} is finished: its scores are in {run.result}; {remedy}", code="run-finished")
@@ -163,26 +149,52 @@ def check_run(recipe: Recipe, resume: bool) -> RunFolder:
 
 
 def start_run(run: RunFolder, recipe_text: str, fingerprint: Mapping[str, str]) -> None:
-    """Create the run folder with its recipe and the fingerprint of what it learns from; a resumed run keeps its own.
+    """Write a run's recipe and the fingerprint of what it learns from; a resumed run keeps its own.
 
     Raises:
-        RunError: the folder cannot be written, or the run was started with other data or another backbone.
+        RunError: the run was started with other data or another backbone.
     """
-    try:
-        run.root.mkdir(parents=True, exist_ok=True)
-        if not run.recipe.is_file():
-            write_whole(run.recipe, recipe_text)
-        before = _read_json(run.fingerprint) if run.fingerprint.is_file() else {}
-        if not before:
-            write_json(run.fingerprint, fingerprint)
-    except OSError as error:
-        message = f"the run folder {run.root} cannot be created ({error.strerror}); set output_dir"
-        raise RunError(message, code="not-writable", path=run.root) from error
+    if not run.recipe.is_file():
+        write_whole(run.recipe, recipe_text)
+    before = read_json(run.fingerprint, RunError, "bad-fingerprint") if run.fingerprint.is_file() else {}
+    if not before:
+        write_json(run.fingerprint, fingerprint)
     if changed := [key for key, value in fingerprint.items() if before.get(key, value) != value]:
         values = f" ({before['labels']} before, {fingerprint['labels']} now)" if "labels" in changed else ""
         problem = f"was started with other data or another backbone; what has changed: {', '.join(changed)}{values}"
         remedy = "Restore it, or start another run (name=…)"
         raise RunError(f"the run {run.root} {problem}. {remedy}", code="other-data", changed=changed)
+
+
+@contextlib.contextmanager
+def locked(run: RunFolder) -> Iterator[None]:
+    """Hold the lock of a run, in its folder, which is created, and removed if nothing was written.
+
+    The lock ends with the process that holds it, also if that is killed.
+
+    Raises:
+        RunError: another process trains the run, or the folder cannot be created or written.
+    """
+    created = [folder for folder in (run.root, *run.root.parents) if not folder.exists()]
+    lock = FileLock(run.lock, timeout=0)
+    try:
+        run.root.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout as error:
+        remedy = "wait until it ends, or choose another name (name=…)"
+        raise RunError(f"another process is training the run {run.root}; {remedy}", code="run-in-use") from error
+    except OSError as error:
+        message = f"the run folder {run.root} cannot be created or written ({error.strerror}); set output_dir"
+        raise RunError(message, code="not-writable", path=run.root) from error
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            run.lock.unlink()
+        lock.release()
+        with contextlib.suppress(OSError):  # of one that is not empty
+            for folder in created:
+                folder.rmdir()
 
 
 def open_finished(folder: str | Path, *, scored: bool = False) -> RunFolder:
@@ -238,17 +250,22 @@ class Result:
 
     @classmethod
     def from_dict(cls, found: Mapping[str, Any]) -> Self:
-        """Read what `to_dict` returned, of another version too; TypeError without scores or labels."""
-        return cls(**{entry.name: found[entry.name] for entry in fields(cls) if entry.name in found})
+        """Read what `to_dict` returned, of another version too: unknown keys are ignored.
+
+        Raises:
+            ValidationError: the scores or the labels are missing, or a value is of another type.
+        """
+        return TypeAdapter(cls).validate_python(dict(found))
 
     @classmethod
     def read(cls, path: Path) -> Self:
         """Read `result.json`; RunError if it cannot be read, or holds no scores."""
         try:
-            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            problem = f"does not hold the scores of a run (validation, labels): {first_line(error)}"
-            raise RunError(f"{path} {problem}", code="bad-result", path=path) from error
+            return cls.from_dict(read_json(path, RunError, "bad-result"))
+        except ValidationError as error:
+            key, problem = ".".join(map(str, error.errors()[0]["loc"])), error.errors()[0]["msg"]
+            message = f"{path} does not hold the scores of a run: {key}: {problem}"
+            raise RunError(message, code="bad-result", path=path, key=key) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,7 +309,7 @@ class Loading(_Part):
     @field_validator("package")
     @classmethod
     def _is_in_a_package(cls, value: str | None) -> str | None:
-        kind, _, path = (value or "package:a/b").partition(":")
+        kind, _, path = ("package:a/b" if value is None else value).partition(":")
         name, *inside = path.split("/")
         if kind != "package" or not name.isidentifier() or not inside or ".." in inside:
             raise ValueError(f"{value!r}, expected package:NAME/FOLDER or null")
@@ -345,14 +362,11 @@ class AdapterInfo(_Part):
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError as error:
+    if not path.exists():
         remedy = "PEFT can load it: AutoPeftModelForSequenceClassification.from_pretrained(…, num_labels=…)"
         message = f"{path} is missing: this adapter was not saved by tokmask_peft. {remedy}"
-        raise ModelError(message, code="foreign-adapter", path=path) from error
-    except (OSError, ValueError, TypeError) as error:
-        raise ModelError(f"{path} is not a JSON object: {error}", code="bad-adapter-file", path=path) from error
+        raise ModelError(message, code="foreign-adapter", path=path)
+    return read_json(path, ModelError, "bad-adapter-file")
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,12 +6,16 @@ decision is printed once with its reason, and whatever is suspicious is a warnin
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
+import signal
+import stat
 import sys
+import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,10 +72,51 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", module=r"(torch|transformers|peft|bitsandbytes|accelerate)(\..*)?$")
 
 
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+@contextlib.contextmanager
+def stop_signals(handler: Callable[..., object]) -> Iterator[None]:
+    """Call `handler` on Ctrl-C, SIGTERM, and the end of the terminal unless nohup ignores it; in the main thread."""
+
+    def handle(number: int, frame: object) -> None:
+        for descriptor in (1, 2):  # writing to a terminal that is gone would fail
+            with contextlib.suppress(OSError):
+                if not os.isatty(descriptor) and stat.S_ISCHR(os.fstat(descriptor).st_mode):
+                    mute(descriptor)
+        handler(number, frame)
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    for number, previous in before.items():
+        if (number, previous) != (getattr(signal, "SIGHUP", None), signal.SIG_IGN):
+            signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous or signal.SIG_DFL)
+
+
+def mute(descriptor: int = 1) -> None:
+    """Let what is still written to a closed output go nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+
+
+class _Output(Console):
+    """A console that takes the end of its reader (`| head`) as Ctrl-C."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        mute()
+        signal.raise_signal(signal.SIGINT)
+
+
 def make_console(quiet: bool = False) -> Console:
     """Return the console of a run; outside a terminal its lines are wide and are not wrapped at 80 columns."""
     terminal = sys.stdout.isatty()
-    return SafeConsole(quiet=quiet, width=None if terminal else 120, highlight=False, soft_wrap=not terminal)
+    return _Output(quiet=quiet, width=None if terminal else 120, highlight=False, soft_wrap=not terminal)
 
 
 def _table(title: str) -> Table:

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 import tokmask_peft
 from tokmask_peft.cli.adapters import print_forecast
 from tokmask_peft.data import hub
-from tokmask_peft.errors import DataError, ModelError, RecipeError, RunError, RunInterruptedError
+from tokmask_peft.errors import DataError, ModelError, RecipeError, RunError, RunInterruptedError, TokmaskError
 from tokmask_peft.model import backbone as backbone_module
 from tokmask_peft.model.memory.estimate import Memory
 from tokmask_peft.recipe.loading import load_recipe
@@ -86,15 +86,6 @@ def test_running_out_of_memory_elsewhere_blames_what_takes_it_and_is_not_retried
     assert phase == "in evaluation" or "batch" not in str(caught.value)
 
 
-def test_other_errors_are_left_alone(write_recipe, monkeypatch):
-    def fail(*_, **__):
-        raise RuntimeError("shapes do not fit")
-
-    monkeypatch.setattr(OrderedEvalTrainer, "training_step", fail)
-    with pytest.raises(RuntimeError, match="shapes do not fit"):
-        train(write_recipe(), "other", "training.auto_batch=true")
-
-
 def test_what_evaluate_advises_where_memory_runs_out_can_be_followed(write_recipe, monkeypatch):
     def advice():
         with pytest.raises(RunError, match=r"other programs closed") as caught:
@@ -122,6 +113,17 @@ def test_what_evaluate_advises_where_memory_runs_out_can_be_followed(write_recip
     assert seen == [40, *[10] * 4]
     with pytest.raises(DataError, match="batch_size is 0, expected 1 or more"):
         tokmask_peft.evaluate(run, batch_size=0)
+
+
+def test_other_errors_are_left_alone(write_recipe, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("shapes do not fit")
+
+    monkeypatch.setattr(OrderedEvalTrainer, "training_step", fail)
+    with pytest.raises(TokmaskError, match="shapes do not fit") as caught:
+        train(write_recipe(), "other", "training.auto_batch=true")
+    assert caught.value.code == "unexpected"
+    assert isinstance(caught.value.__cause__, RuntimeError)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from tokmask_peft.cli.app import (
     checked,
 )
 from tokmask_peft.console import SafeConsole, echo, make_console, quiet_libraries
+from tokmask_peft.errors import write_whole
 from tokmask_peft.tasks import get_task
 
 if TYPE_CHECKING:
@@ -264,7 +265,7 @@ def explain(
         echo(f"Note: {note}.", err=True)
     if html is not None:
         name = Path(model).name if Path(model).exists() else model  # the page may be shared: no local path
-        html.write_text(show.explanations_page(name, explanations, note), encoding="utf-8")
+        write_whole(html, show.explanations_page(name, explanations, note))
         echo(f"Page: {html}", err=True)
 
 

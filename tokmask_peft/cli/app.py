@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import signal
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,25 +13,33 @@ import typer
 from typer.core import TyperGroup
 
 from tokmask_peft import __version__
-from tokmask_peft.console import echo
-from tokmask_peft.errors import RunInterruptedError, TokmaskError
+from tokmask_peft.console import echo, mute, stop_signals
+from tokmask_peft.errors import RunInterruptedError, as_ours
 
 if TYPE_CHECKING:
     from tokmask_peft.recipe.schema import Recipe
 
 
 class _Commands(TyperGroup):
-    """Commands that end with one message: exit code 2 after a mistake of the user, 130 after an interruption."""
+    """Commands that end with one message: exit code 2 after a mistake, 130 after an interruption."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
-        except TokmaskError as error:
-            echo(f"Error: {error}", err=True)
-            raise typer.Exit(130 if isinstance(error, RunInterruptedError) else 2) from None
+            with stop_signals(signal.default_int_handler):
+                return super().invoke(ctx)
+        except BrokenPipeError:  # whoever read the output has enough of it
+            mute()
+            raise typer.Exit(130) from None
         except KeyboardInterrupt:
             echo("Interrupted.", err=True)
             raise typer.Exit(130) from None
+        except Exception as error:
+            if hasattr(error, "exit_code") or isinstance(error, typer.Abort):  # typer's own
+                raise
+            if os.environ.get("TOKMASK_DEBUG") == "1":
+                traceback.print_exception(error)
+            echo(f"Error: {as_ours(error)}", err=True)
+            raise typer.Exit(130 if isinstance(error, RunInterruptedError) else 2) from None
 
 
 app = typer.Typer(

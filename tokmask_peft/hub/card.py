@@ -17,6 +17,7 @@ from jinja2 import Template
 
 from tokmask_peft.artifacts import Result
 from tokmask_peft.console import baseline_verdict, printable
+from tokmask_peft.errors import write_whole
 from tokmask_peft.recipe.schema import Recipe, SourceConfig
 from tokmask_peft.tasks import Task, get_task
 
@@ -123,7 +124,7 @@ def write_card(folder: Path, recipe: Recipe, result: Result, *, spaced_words: bo
     confusion = result.scored.get("confusion")
     picture = PICTURE if confusion and draw_confusion(confusion, folder / PICTURE) else None
     text = Card(recipe, result, spaced_words, picture=picture).render()
-    (folder / "README.md").write_text(text, encoding="utf-8")
+    write_whole(folder / "README.md", text)
 
 
 def hub_id(backbone: str) -> str | None:

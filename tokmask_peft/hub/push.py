@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import mmap
 import os
 import shutil
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING
 from tokmask_peft import __version__
 from tokmask_peft.artifacts import LOADED_FILES, RunFolder, open_finished
 from tokmask_peft.console import SafeConsole
-from tokmask_peft.errors import HubError
+from tokmask_peft.errors import HubError, read_json
 from tokmask_peft.hub.card import PLACEHOLDER, hub_id
 
 if TYPE_CHECKING:
@@ -56,7 +55,7 @@ def push_adapter(run: str | Path, repo_id: str, private: bool = False, *, quiet:
         problem = f"{adapter} is incomplete: {', '.join(missing)} is missing"
         raise HubError(problem, code="incomplete-adapter", missing=missing)
     config = adapter / "adapter_config.json"
-    base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    base = read_json(config, HubError, "bad-adapter-file").get("base_model_name_or_path")
     if not base or hub_id(base) is None:
         problem = (
             f"the adapter names {base!r} as its backbone, which is not a Hub id, so that nobody else could load it"

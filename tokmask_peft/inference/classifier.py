@@ -16,7 +16,7 @@ from tokmask_peft.artifacts import SavedAdapter, find_saved
 from tokmask_peft.console import Decision
 from tokmask_peft.data.encoding import Encoder, Window
 from tokmask_peft.data.tables import unicode_problem
-from tokmask_peft.errors import DataError, ModelError, first_line
+from tokmask_peft.errors import DataError, ModelError, boundary, first_line
 from tokmask_peft.inference.explain import Explanation, explain
 from tokmask_peft.inference.forward import Forward, loading_memory_errors
 from tokmask_peft.masking.config import TokenMaskConfig
@@ -57,6 +57,7 @@ class Classifier:
         pad_id, side = self.tokenizer.pad_token_id, self.tokenizer.padding_side
         self.forward = Forward(self.model, pad_id, self.task, self.dtype, side)
 
+    @boundary("the prediction")
     def predict(self, texts: Sequence[str] | Sequence[Sequence[str]], batch_size: int = BATCH_SIZE) -> list[Answer]:
         """Classify texts.
 
@@ -139,6 +140,7 @@ class Classifier:
         return found
 
 
+@boundary("loading the model")
 def load(
     model: str | Path | SavedAdapter,
     device: str | torch.device | None = None,
@@ -163,7 +165,7 @@ def load(
     """
     saved = find_saved(model, backbone, trust_remote_code=trust_remote_code)
     place = _device(device)
-    with loading_memory_errors(place):
+    with loading_memory_errors(place), boundary(f"loading the adapter in {saved.folder}", ModelError):
         plan = plan_loading(saved.model, place, quantization, precision)
         loaded = load_backbone(plan.model, saved.task, saved.labels, place)
         batching = _choose_batching(loaded.model, place)

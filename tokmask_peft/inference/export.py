@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import os
 import shutil
 import tempfile
 import warnings
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokmask_peft.artifacts import SavedAdapter, find_saved, open_run
-from tokmask_peft.errors import DataError, HubError, ModelError, first_line
+from tokmask_peft.errors import DataError, HubError, ModelError, boundary, first_line, whole, write_whole
 from tokmask_peft.tasks import get_task
 
 if TYPE_CHECKING:
@@ -33,8 +32,8 @@ ONNX_SHAPES = ((1, 1), (1, 9), (3, 24), (7, 40))
 def check_output(out: str | Path, source: str | Path | None, force: bool = False) -> Path:
     """Return the file to write to; a DataError if it exists (without `force`), is the input, or cannot be made."""
     path = Path(out)
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        problem = "it is a folder" if path.is_dir() else "its folder is missing"
+    if (path.exists() and not path.is_file()) or not path.absolute().parent.is_dir():
+        problem = "it is not a file" if path.exists() else "its folder is missing"
         raise DataError(f"{out} cannot be written: {problem}", code="output-not-writable", path=out)
     if path.exists() and source is not None and Path(source).exists() and path.samefile(source):
         raise DataError(f"{out} is the input itself; give another file", code="output-is-input", path=out)
@@ -128,8 +127,7 @@ def export_merged(
         merged.config.use_cache = True  # as the backbone came; training switched it off
         if precision == "bf16":
             merged.to(torch.bfloat16)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}")
-        try:
+        with whole(target) as temporary:
             merged.save_pretrained(str(temporary))
             loaded.tokenizer.save_pretrained(str(temporary))
             again = _reloaded(temporary, saved, merged)
@@ -138,9 +136,6 @@ def export_merged(
                 _check_equal("the logits of the saved model and the adapter", rounding, allowed)
             if onnx:
                 measured = export_onnx(again, loaded.tokenizer, temporary)
-            temporary.replace(target)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
     kind, placement = saved.model.quantization, saved.model.embedding
     inexact = [f"{kind} backbone"] if kind not in ("none", "auto") else []
     inexact += ["8-bit embedding"] if placement == "8bit" else []
@@ -286,6 +281,7 @@ def compare_onnx(model: Any, tokenizer: Any, path: Path) -> float:
     return worst
 
 
+@boundary("the push")
 def push(
     run: str | Path,
     repo_id: str,
@@ -325,5 +321,5 @@ def push(
         if drawn := picture.is_file():
             shutil.copyfile(picture, export.folder / PICTURE)
         card = Card(done.recipe, done.result, merged=True, notes=export.notes, picture=PICTURE if drawn else None)
-        (export.folder / "README.md").write_text(card.render(), encoding="utf-8")
+        write_whole(export.folder / "README.md", card.render())
         return push_model(export.folder, done.folder, repo_id, private, notes=export.notes, quiet=quiet)

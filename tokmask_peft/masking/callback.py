@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,8 @@ class TokenMaskCallback(TrainerCallback, ExportableState):
     optimizer step, and the schedule's state is saved in each checkpoint's `trainer_state.json`, so a resumed run masks
     as an uninterrupted one. The rate is logged as `masking_rate`, and each checkpoint holds a `tokmask_config.json`.
 
-    A Trainer calls no event when training raises. The hook that is left then masks nothing outside of optimizer steps,
-    and the next training replaces it. Call `detach()` only before you go on with a loop of your own.
+    A Trainer calls no event when training raises. The hook that is left goes with the trainer, or the next training
+    replaces it. Call `detach()` if you go on with a loop of your own while the trainer is still there.
 
     Args:
         config: how to mask; its seed defaults to that of the `TrainingArguments`.
@@ -164,4 +165,5 @@ class TokenMaskCallback(TrainerCallback, ExportableState):
         options |= {"resumed": state.global_step > 0, "replaceable": True}
         self.masker = TokenMasker.attach(kwargs["model"], tokenizer, self.config, **options)
         self.masker.enabled = False
+        weakref.finalize(self, self.masker.detach).atexit = False  # with its trainer, after a training that raised
         return self.masker

@@ -16,10 +16,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from tokmask_peft.console import Decision
-from tokmask_peft.errors import ModelError, first_line, nearest
+from tokmask_peft.errors import ModelError, boundary, nearest
 from tokmask_peft.masking.embedding import find_embedding, is_sharded, whole
 from tokmask_peft.model.backbone import Backbone
-from tokmask_peft.model.decisions import out_of_memory
 from tokmask_peft.model.layers import is_quantized
 from tokmask_peft.recipe.schema import AdapterConfig
 from tokmask_peft.tasks import get_task
@@ -188,14 +187,15 @@ def load_adapter(
     for name in ("adapter_config.json", SAFETENSORS_WEIGHTS_NAME):
         if not (folder / name).is_file():
             raise ModelError(f"{folder} has no adapter ({name} is missing)", code="no-adapter", folder=folder)
-    try:
-        config = PeftConfig.from_pretrained(str(folder))
+    doing = f"using the adapter in {folder} with this backbone and these labels"
+    with boundary(doing, ModelError, "adapter-does-not-fit", folder=folder):
+        config: Any = PeftConfig.from_pretrained(str(folder))
         config.inference_mode, config.base_model_name_or_path = True, None  # PEFT warns if the backbone's name differs
         with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, "pt") as file:
-            ranks = [file.get_slice(name).get_shape()[0] for name in file.keys() if "lora_A" in name]  # noqa: SIM118
-        asked = max([getattr(config, "r", 0), *getattr(config, "rank_pattern", {}).values()])
-        if asked > max([1024, *ranks]):  # before PEFT makes room for it
-            raise ValueError(f"adapter_config.json has a rank of {asked}, the weights have {max(ranks, default=0)}")
+            saved = max((max(file.get_slice(name).get_shape(), default=0) for name in file.keys()), default=0)  # noqa: SIM118
+        if (rank := max([config.r, *config.rank_pattern.values()])) > saved:  # before it takes memory
+            message = f"adapter_config.json in {folder} says rank {rank}, which its weights do not have"
+            raise ModelError(message, code="adapter-does-not-fit", folder=folder, rank=rank)
         model = get_peft_model(backbone.model, config)
         check_fit(model, backbone.tokenizer, folder)
         if other := [kind for kind, seen in (weights or {}).items() if backbone.weights.get(kind, seen) != seen]:
@@ -208,11 +208,6 @@ def load_adapter(
             message += f"{scaling:g}: restore lora_alpha, r, use_rslora and alpha_pattern"
             raise ModelError(message, code="another-scaling", folder=folder, scaling=sorted(found))
         model.load_adapter(str(folder), "default")
-    except (RuntimeError, ValueError) as error:
-        if out_of_memory(error):
-            raise
-        message = f"the adapter in {folder} does not fit the backbone or the labels: {first_line(error)}"
-        raise ModelError(message, code="adapter-does-not-fit", folder=folder) from error
     return model.eval()
 
 
@@ -224,6 +219,9 @@ def check_fit(model: Any, tokenizer: Any, folder: Path) -> None:
     Raises:
         ModelError: weights are missing, unexpected or of another shape, or the tokenizer is another one.
     """
+    if odd := sorted(path.name for path in folder.iterdir() if not (path.is_file() or path.is_dir())):
+        message = f"{', '.join(odd)} in {folder}: neither a file nor a folder, so reading may never end"
+        raise ModelError(message, code="not-a-file", folder=folder, files=odd)
     weights = get_peft_model_state_dict(model, save_embedding_layers=False)
     wanted = {name: list(value.shape) for name, value in weights.items()}
     with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, "pt") as file:

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig
 
 from tokmask_peft.console import Decision
 from tokmask_peft.errors import ModelError, first_line
-from tokmask_peft.model.decisions import choose_precision, choose_quantization
+from tokmask_peft.model.decisions import choose_precision, choose_quantization, out_of_memory
 from tokmask_peft.model.layers import Float32Linear, is_quantized, place_embedding
 from tokmask_peft.model.location import backbone_location
 from tokmask_peft.model.packed import family_of
@@ -90,8 +90,15 @@ def load_backbone(
             extra["quantization_config"] = quantization_config(quantization.choice, dtype, [*HEAD_NAMES, *missing])
             extra["device_map"] = {"": device}
         model, info = load(**extra)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:
+        if isinstance(error, ModelError) or out_of_memory(error):
+            raise
         raise load_error("backbone", location, error) from error
+    rows, largest = getattr(model.get_input_embeddings(), "num_embeddings", None), max(tokenizer.get_vocab().values())
+    if rows is not None and largest >= rows:
+        problem = f"the tokenizer of {location} has ids up to {largest}, but the embedding has {rows} rows"
+        remedy = "save the backbone again after model.resize_token_embeddings, or with the tokenizer it came with"
+        raise ModelError(f"{problem}: {remedy}", code="tokenizer-too-large", largest=largest, rows=rows)
     model.config.pad_token_id, model.config.use_cache = tokenizer.pad_token_id, False
     new_modules = _new_modules(model, info)
     weights = weight_hashes(model, new_modules)
@@ -111,7 +118,7 @@ def load_tokenizer(config: ModelConfig, location: str | None = None) -> Any:
     source = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     try:
         tokenizer = AutoTokenizer.from_pretrained(location, **source)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # tokenizers raises just that
         raise load_error("tokenizer", location, error) from error
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:

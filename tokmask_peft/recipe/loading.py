@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import re
 import shlex
@@ -12,7 +13,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from tokmask_peft.errors import RecipeError, nearest
+from tokmask_peft.errors import RecipeError, boundary, nearest, write_whole
 from tokmask_peft.recipe.errors import explain, shown
 from tokmask_peft.recipe.schema import Recipe, all_fields, section_of
 
@@ -43,7 +44,8 @@ def find_recipe(recipe: str | Path) -> Path:
 
 def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read, merge, override and check a recipe; see `Recipe.load`."""
-    return _overridden(_read_merged(find_recipe(recipe)), overrides, str(recipe))
+    with boundary(f"reading the recipe {recipe}"):
+        return _overridden(_read_merged(find_recipe(recipe)), overrides, str(recipe))
 
 
 def with_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
@@ -85,8 +87,9 @@ def copy_recipe(recipe: str | Path, target: Path) -> None:
     head = re.sub(r"(tokmask train) \S+", lambda found: f"{found[1]} {shlex.quote(str(target))}", head)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with target.open("x", encoding="utf-8") as file:
-            file.write(head + body)
+        if target.exists():
+            raise FileExistsError(errno.EEXIST, "File exists", str(target))
+        write_whole(target, head + body)
     except OSError as error:
         code, problem = "recipe-unwritable", f"{target} cannot be written: {error.strerror}"
         if isinstance(error, FileExistsError):

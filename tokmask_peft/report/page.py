@@ -12,7 +12,7 @@ from tokmask_peft import __version__
 from tokmask_peft.artifacts import Run, open_run
 from tokmask_peft.console import baseline_verdict, calibration_line
 from tokmask_peft.data.corpus import merged_labels
-from tokmask_peft.errors import ModelError, RunError, TokmaskError, require
+from tokmask_peft.errors import ModelError, RunError, TokmaskError, boundary, require, write_whole
 from tokmask_peft.hub.card import hub_id, limits, loading_snippet, training_facts
 from tokmask_peft.report.pictures import mixing_picture, reliability_picture, training_curves
 from tokmask_peft.tasks import get_task
@@ -71,8 +71,9 @@ def report_run(
             mistakes = find_mistakes(found, backbone, trust_remote_code)
         except TokmaskError as error:
             problem = str(error)
-    page = render(found, mistakes, problem or "the report was made with --no-examples")
-    path.write_text(page, encoding="utf-8")
+    with boundary(f"the page of {run}, from its result.json, log.jsonl and recipe.yaml,", RunError, "bad-result"):
+        page = render(found, mistakes, problem or "the report was made with --no-examples")
+    write_whole(path, page)
     return path, problem
 
 

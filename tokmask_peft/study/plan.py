@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -12,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokmask_peft.artifacts import write_json
-from tokmask_peft.errors import RecipeError, SweepError, nearest
+from tokmask_peft.errors import RecipeError, SweepError, boundary, nearest, read_json, write_json
 from tokmask_peft.recipe.loading import load_recipe, with_overrides
 from tokmask_peft.recipe.schema import Recipe, regularizers
 
@@ -220,16 +218,13 @@ class Plan:
             SweepError: the folder cannot be written, or its `sweep.json` is damaged.
         """
         file = self.folder / SWEEP_FILE
-        try:
-            before = json.loads(file.read_text(encoding="utf-8"))["cells"] if file.is_file() else {}
+        with boundary(f"writing {file}", SweepError, "folder"):
+            before = read_json(file, SweepError, "folder")["cells"] if file.is_file() else {}
             for cell in self.cells:
                 arm = None if cell.arm is None else {"regularizers": cell.arm.regularizers, "p": float(cell.arm.p)}
                 entry = {"seed": cell.seed, "arm": arm, "setting": dict(cell.setting)}
                 before[cell.name] = {**entry, "overrides": list(cell.overrides)}
             write_json(file, {"name": self.name, **self.definition(), "cells": before})
-        except (OSError, ValueError, KeyError) as error:
-            problem = f"the folder of the sweep, {self.folder}, cannot be used: {error}"
-            raise SweepError(problem, code="folder") from error
 
 
 def make_plan(

@@ -12,8 +12,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from tokmask_peft.artifacts import write_json
-from tokmask_peft.errors import ExtraError, SweepError
+from tokmask_peft.errors import ExtraError, SweepError, boundary, whole, write_json, write_whole
 from tokmask_peft.study.results import analyse, read_sweep
 from tokmask_peft.study.statistics import seeds_to_reach, smallest_p
 
@@ -144,8 +143,10 @@ def save(figure: Any, title: str, folder: Path, name: str) -> tuple[Path, Path]:
     figure.suptitle(title, fontsize=11)
     paths = folder / f"{name}.png", folder / f"{name}.svg"
     with matplotlib().rc_context({"svg.hashsalt": "tokmask"}):
-        figure.savefig(paths[0], dpi=150)
-        figure.savefig(paths[1], metadata={"Date": None})
+        with whole(paths[0]) as new:
+            figure.savefig(new, format="png", dpi=150)
+        with whole(paths[1]) as new:
+            figure.savefig(new, format="svg", metadata={"Date": None})
     return paths
 
 
@@ -221,7 +222,8 @@ def sweep_report(sweep: str | Path) -> Report:
         RunError: a result cannot be read.
         ExtraError: matplotlib is not installed.
     """
-    analysis = analyse(read_sweep(Path(sweep)))
+    with boundary(f"comparing the runs of {sweep}, by its sweep.json and their result.json,", SweepError, "bad-sweep"):
+        analysis = analyse(read_sweep(Path(sweep)))
     rows, compared = analysis["rows"], _compared(analysis, "f1_macro")
     as_recipe = any(row["is_reference"] and row["regularizers"] == "recipe" for row in rows)
     by_setting = itertools.groupby(compared, key=lambda pair: pair[0]["setting"])
@@ -239,13 +241,10 @@ def sweep_report(sweep: str | Path) -> Report:
     about |= {name: dict.fromkeys(render(name, **about).splitlines()) for name in ("findings", "cautions")}
     folder = Path(sweep) / "report"
     report, tex, statistics = folder / "report.md", folder / "table.tex", folder / "statistics.json"
-    try:
+    with boundary(f"writing the report to {folder}", SweepError):
         folder.mkdir(exist_ok=True)
         plots = plot_f1(analysis, folder)
         write_json(statistics, analysis)
-        report.write_text(render("report.md", **about), encoding="utf-8")
-        tex.write_text(render("table.tex", **about), encoding="utf-8")
-    except OSError as error:
-        problem = f"the report cannot be written to {folder}: {error.strerror}"
-        raise SweepError(problem, code="report-not-written") from error
+        write_whole(report, render("report.md", **about))
+        write_whole(tex, render("table.tex", **about))
     return Report(report, statistics, plots, render("summary.txt", **about), tex)

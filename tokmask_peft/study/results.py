@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from tokmask_peft.artifacts import Result, RunFolder
-from tokmask_peft.errors import SweepError
+from tokmask_peft.errors import SweepError, read_json
 from tokmask_peft.study import statistics
 from tokmask_peft.study.plan import AS_RECIPE, NONE, SWEEP_FILE, Arm
 from tokmask_peft.study.statistics import MEANINGS, spread
@@ -74,7 +73,7 @@ def read_sweep(folder: Path) -> SweepResults:
     file = folder / SWEEP_FILE
     if not file.is_file():
         raise SweepError(f"{folder} is not the folder of a sweep (it holds no {SWEEP_FILE})", code="not-a-sweep")
-    sweep = json.loads(file.read_text(encoding="utf-8"))
+    sweep = read_json(file, SweepError, "bad-sweep")
     if sweep["sampler"] != "grid":
         problem = f"drew its values ({sweep['sampler']}), so there are no arms to compare seed by seed"
         remedy = "Its trials are in its storage; compare the best values with a grid over seeds."
@@ -158,7 +157,8 @@ def _difference(results: SweepResults, reference: Row, row: Row) -> dict[str, An
     counts: dict[Row, list[Any]] = {reference: [], row: []}
     gold, problem, replicates = None, None, None
     for folder, into in ((results.folders[one, seed], counts[one]) for one in counts for seed in seeds):
-        saved = json.loads(folder.predictions.read_text(encoding="utf-8")) if folder.predictions.is_file() else {}
+        file = folder.predictions
+        saved = read_json(file, SweepError, "bad-predictions") if file.is_file() else {}
         found = saved.get(results.split, {"gold": gold, "predicted": None})
         gold = gold or found["gold"]
         if found["predicted"] is None:

@@ -7,9 +7,7 @@ import functools
 import operator
 import os
 import shutil
-import signal
 import statistics
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,8 +17,8 @@ from rich.live import Live
 from rich.text import Text
 
 from tokmask_peft.artifacts import Result, RunFolder, is_run
-from tokmask_peft.console import make_console
-from tokmask_peft.errors import RecipeError, RunError, RunInterruptedError, SweepError
+from tokmask_peft.console import make_console, stop_signals
+from tokmask_peft.errors import RecipeError, RunError, RunInterruptedError, SweepError, boundary
 from tokmask_peft.recipe.errors import shown
 from tokmask_peft.recipe.loading import differences, load_recipe
 from tokmask_peft.recipe.schema import Recipe
@@ -60,11 +58,8 @@ def run_sweep(
     if is_run(plan.folder):
         problem = f"{plan.folder} is the folder of a run, not of a sweep; choose another --name"
         raise SweepError(problem, code="is-a-run")
-    try:
+    with boundary(f"making the folder of the sweep, {plan.folder},", SweepError, "no-folder"):
         plan.folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        problem = f"the folder of the sweep, {plan.folder}, cannot be made: {error.strerror}"
-        raise SweepError(problem, code="no-folder") from error
     old = plan.folder / "sweep.db"  # before version 0.2 a sweep kept its state in SQLite
     place = storage or (f"sqlite:///{old}" if old.is_file() else plan.folder / "sweep.journal")
     ledger = Ledger(plan, place, prune=options.prune, retry_failed=options.retry_failed)
@@ -129,23 +124,20 @@ class Loop:
 
     def run(self) -> dict[str, CellState]:
         """Run cells until none is left, or until a signal asks to stop; return their states."""
-        signals = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-        before = {number: signal.signal(number, self._ask) for number in signals}
         try:
-            self._look()
-            self._print(f"Sweep {self.plan.name}: {TEXTS.summary(self.cells)}")
-            with Live(console=self.console, refresh_per_second=2, transient=True) as live:  # only in a terminal
-                while self.step():
-                    live.update(Text(TEXTS.screen(self.cells, self._left(), self.running)))
-                    time.sleep(self.options.pause)
+            with stop_signals(self._ask):
+                self._look()
+                self._print(f"Sweep {self.plan.name}: {TEXTS.summary(self.cells)}")
+                with Live(console=self.console, refresh_per_second=2, transient=True) as live:  # only in a terminal
+                    while self.step():
+                        live.update(Text(TEXTS.screen(self.cells, self._left(), self.running)))
+                        time.sleep(self.options.pause)
         finally:
             for worker in self.workers:
                 worker.end()
             with contextlib.suppress(Exception):  # what ended the loop may be a storage that fails
                 for claim in self.running.values():
                     self.ledger.close(claim.trial_id, "interrupted")
-            for number, handler in before.items():
-                signal.signal(number, handler)
         return self.cells
 
     def step(self) -> bool:

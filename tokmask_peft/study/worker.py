@@ -51,7 +51,7 @@ class Worker:
             self._process = spawn.Process(target=_serve, args=(theirs, self._train, self._threads))
             self._process.start()
             theirs.close()
-        resume = self.run.root.is_dir() and any(self.run.root.iterdir())
+        resume = not self.run.is_empty()
         with contextlib.suppress(OSError):  # it died at once; its exit code says why
             self._pipe.send((recipe.model_dump(mode="json"), resume, self.log))
 

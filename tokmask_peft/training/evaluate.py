@@ -14,7 +14,7 @@ from transformers import set_seed
 from tokmask_peft.artifacts import AdapterInfo, find_saved, open_finished
 from tokmask_peft.data.corpus import apply_label_map, check_known, load_corpus, with_unseen
 from tokmask_peft.data.readers import read_split
-from tokmask_peft.errors import DataError
+from tokmask_peft.errors import DataError, boundary
 from tokmask_peft.model.adapter import load_adapter
 from tokmask_peft.model.backbone import load_backbone
 from tokmask_peft.model.decisions import plan_loading
@@ -26,6 +26,7 @@ from tokmask_peft.training.scoring import scores_of
 from tokmask_peft.training.trainer import OrderedEvalTrainer, Split, training_arguments
 
 
+@boundary("the evaluation")
 def evaluate(
     run: str | Path,
     *,

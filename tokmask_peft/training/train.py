@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from accelerate.utils.memory import clear_device_cache
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from rich.console import Console
@@ -26,14 +27,14 @@ from tokmask_peft.artifacts import (
     Run,
     RunFolder,
     check_run,
+    locked,
     start_run,
-    write_json,
 )
 from tokmask_peft.console import Decision, make_console, print_decisions, print_lines, print_result
 from tokmask_peft.data.batches import PackedCollator, TokenBudgetSampler
 from tokmask_peft.data.corpus import Corpus, count_labels, load_corpus
 from tokmask_peft.data.encoding import words_need_a_space
-from tokmask_peft.errors import RecipeError, RunError, RunInterruptedError
+from tokmask_peft.errors import RecipeError, RunError, RunInterruptedError, boundary, whole, write_json
 from tokmask_peft.hub.card import write_card
 from tokmask_peft.masking.callback import TokenMaskCallback
 from tokmask_peft.masking.embedding import embedding_weight, find_embedding, prepare_mask_row
@@ -84,6 +85,7 @@ class Prepared:
         return memory_errors(replace(self.situation, phase=phase, recipe=self.recipe))
 
 
+@boundary("the training")
 def train(recipe: Recipe | str | Path, *, resume: bool = False, quiet: bool = False) -> Run:
     """Train a token-masked adapter as a recipe says.
 
@@ -101,9 +103,19 @@ def train(recipe: Recipe | str | Path, *, resume: bool = False, quiet: bool = Fa
     """
     if not isinstance(recipe, Recipe):
         recipe = Recipe.load(recipe)
-    process = processes()
+    process, folder = processes(), RunFolder(recipe.run_dir)
+    with locked(folder) if process.is_main_process else contextlib.nullcontext():
+        check_run(recipe, resume)
+        try:
+            return _train(recipe, folder, process, resume, quiet)
+        except KeyboardInterrupt as error:
+            if not folder.recipe.is_file():
+                raise
+            raise RunInterruptedError(f"interrupted; continue with `tokmask train {folder.recipe} --resume`") from error
+
+
+def _train(recipe: Recipe, folder: RunFolder, process: PartialState, resume: bool, quiet: bool) -> Run:
     console = make_console(quiet or not process.is_main_process)
-    folder = check_run(recipe, resume)
     check_trackers(recipe.training.report_to)
     check_sharding()
     if recipe.training.auto_batch and process.num_processes > 1:
@@ -138,7 +150,8 @@ def train(recipe: Recipe | str | Path, *, resume: bool = False, quiet: bool = Fa
         check_best(trainer, result, prepared.splits["validation"])  # before anything says that the run is finished
         weights = gathered_weights(prepared.model)
         if trainer.is_world_process_zero():
-            save_adapter_folder(folder.adapter, prepared, result, weights)
+            with whole(folder.adapter) as adapter:
+                save_adapter_folder(adapter, prepared, result, weights)
             parts = {name: found.to_dict() for name, found in predictions.items()}
             write_json(folder.predictions, {"labels": prepared.corpus.all_labels, **parts}, indent=None)
             write_json(folder.result, result.to_dict())  # last: it says that the run is finished
@@ -282,7 +295,7 @@ def make_trainer(prepared: Prepared, run: RunFolder, callbacks: list[TrainerCall
             compute_loss_func=ClassificationLoss(weights, gamma, training.label_smoothing),
             compute_metrics=validation.metrics,
             memory_errors=functools.partial(prepared.memory_errors, "evaluation"),
-            callbacks=[*callbacks, LogFile(run.log), *patience],
+            callbacks=[*callbacks, LogFile(run.log, arguments.world_size), *patience],
         )
     if prepared.mask is not None:
         TokenMaskCallback(recipe.masking, prepared.mask, announce=False).add_to(trainer)
@@ -305,9 +318,10 @@ def _attempt(prepared: Prepared, asked: Recipe, run: RunFolder, clock: StepClock
     checkpoint = run.last_checkpoint(say) if resume else None
     if resume and checkpoint is None:
         say("There is no whole checkpoint: starting from the beginning.")
-    elif checkpoint is not None and (checkpoint / SAFETENSORS_WEIGHTS_NAME).is_file():  # FSDP may save shards instead
-        check_fit(prepared.model, prepared.backbone.tokenizer, checkpoint)
-    with stop, contextlib.closing(display):
+    step = f"the training in {run.root}" if checkpoint is None else f"the training from {checkpoint}"
+    with boundary(step, RunError), stop, contextlib.closing(display):
+        if checkpoint is not None and (checkpoint / SAFETENSORS_WEIGHTS_NAME).is_file():  # FSDP may save shards instead
+            check_fit(prepared.model, prepared.backbone.tokenizer, checkpoint)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if stop.stopped:
         where = f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}"

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -159,14 +160,41 @@ class TestExitCodes:
         assert said in done.stderr
         assert "Traceback" not in done.stderr
 
-    def test_an_interruption_is_130(self, tmp_path):
+    @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+    def test_an_interruption_is_130(self, name):
         code = (
             "import os, signal, sys, tokmask_peft.recipe as recipe\n"
             "from tokmask_peft.cli import main\n"
             "signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in the background\n"
-            "recipe.Recipe.load = lambda *_: os.kill(os.getpid(), signal.SIGINT)\n"
+            f"recipe.Recipe.load = lambda *_: os.kill(os.getpid(), signal.{name})\n"
             "sys.argv = ['tokmask', 'validate', 'quickstart']\n"
             "main()"
         )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
         assert (done.returncode, done.stderr) == (130, "Interrupted.\n")
+
+    def test_a_reader_that_is_gone_is_130(self):
+        code = f"{sys.executable} -m tokmask_peft recipes fields | true; exit ${{PIPESTATUS[0]}}"
+        done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stderr) == (130, "")
+
+    @pytest.mark.parametrize("command", [["recipes", "fields"], ["validate", "quickstart"]])
+    def test_a_full_disk_is_2(self, command):
+        with Path("/dev/full").open("w") as full:
+            done = subprocess.run(
+                [sys.executable, "-m", "tokmask_peft", *command], stdout=full, stderr=subprocess.PIPE, text=True
+            )
+        assert done.returncode == 2
+        assert done.stderr.startswith("Error: ")
+        assert "free some space" in done.stderr
+
+    def test_what_nobody_expected_is_one_line_and_a_traceback_for_who_asks(self, monkeypatch):
+        def fail(*_):
+            raise KeyError("surprise")
+
+        monkeypatch.setattr("tokmask_peft.recipe.schema.Recipe.load", fail)
+        message = mistake("validate", "quickstart")
+        assert "KeyError: 'surprise'" in message
+        assert "TOKMASK_DEBUG=1" in message
+        monkeypatch.setenv("TOKMASK_DEBUG", "1")
+        assert "in fail" in run("validate", "quickstart").stderr

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import shutil
 import sys
 
@@ -284,3 +285,33 @@ def test_a_hub_that_cannot_be_reached_is_one_message(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path / "snapshot"))
     with pytest.raises(ModelError, match="holds no adapter"):
         find_saved("user/name")
+
+
+def test_a_rank_that_the_weights_do_not_have_is_refused_before_it_takes_memory(copied):
+    folder = copied()
+    edit(folder / "adapter_config.json", r=10**9)
+    with pytest.raises(ModelError) as caught:
+        load(folder)
+    assert (caught.value.code, caught.value.fields["rank"]) == ("adapter-does-not-fit", 10**9)
+
+
+def test_a_pipe_among_the_files_is_refused(copied):
+    folder = copied()
+    (folder / "tokenizer.json").unlink()
+    os.mkfifo(folder / "tokenizer.json")
+    with pytest.raises(ModelError) as caught:
+        load(folder)
+    assert (caught.value.code, caught.value.fields["files"]) == ("not-a-file", ["tokenizer.json"])
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(copied, tmp_path):
+    folder = copied()
+    named = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    backbone = shutil.copytree(named, tmp_path / "larger")
+    _, tokenizer = build("bert")
+    tokenizer.add_tokens(["extraordinario"])
+    tokenizer.save_pretrained(backbone)
+    with pytest.raises(ModelError) as caught:
+        load(folder, backbone=str(backbone))
+    assert caught.value.code == "tokenizer-too-large"
+    assert caught.value.fields["largest"] == caught.value.fields["rows"]

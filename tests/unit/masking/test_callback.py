@@ -1,5 +1,7 @@
 """The callback in a transformers Trainer: schedule, logs, checkpoints, failures, and what must stay unmasked."""
 
+import contextlib
+import gc
 import json
 
 import pytest
@@ -170,6 +172,23 @@ def test_after_a_failed_run_nothing_is_masked_and_the_next_run_is(tmp_path, wher
     callback.detach()
     assert_clean(made.model)
     assert torch.equal(embedding.weight[-1], before)
+
+
+def test_a_failed_training_masks_nothing_once_its_trainer_is_gone(tmp_path):
+    model = build("qwen2")[0].requires_grad_(False)
+    weight = model.get_input_embeddings().weight.clone()
+    model.score.requires_grad_(True)
+
+    def fail():
+        callback = TokenMaskCallback(TokenMaskConfig(p=0.5), announce=False)
+        with contextlib.suppress(torch.OutOfMemoryError):
+            trainer(tmp_path, [callback], model=model, cls=FailingTrainer).train()
+        assert callback.masker.enabled  # it failed within a step
+
+    fail()
+    gc.collect()
+    assert_clean(model)
+    assert torch.equal(model.get_input_embeddings().weight, weight)
 
 
 def test_a_trainer_that_begins_again_with_smaller_batches_masks(tmp_path):

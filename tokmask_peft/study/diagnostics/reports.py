@@ -9,8 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokmask_peft.artifacts import write_json
-from tokmask_peft.errors import RunError
+from tokmask_peft.errors import RunError, boundary, write_json, write_whole
 from tokmask_peft.study.report import Report, Table, draw, finish, level, matplotlib, mean_sd, render, save
 from tokmask_peft.tasks import get_task
 
@@ -29,16 +28,14 @@ VISIBLE = 5e-5
 
 def make_folder(folder: Path) -> None:
     """Make the folder of a report, or raise a RunError."""
-    try:
+    with boundary(f"making {folder} (another folder: --out)", RunError, "out"):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"{folder} cannot be made ({error.strerror}); choose a folder with --out", code="out") from error
 
 
 def _write(folder: Path, name: str, content: Mapping[str, Any], plots: tuple[Path, ...], **values: Any) -> Report:
     text, statistics = folder / f"{name}.md", folder / f"{name}.json"
     write_json(statistics, content)
-    text.write_text(render(name, terminal=False, **content, **values), encoding="utf-8")
+    write_whole(text, render(name, terminal=False, **content, **values))
     return Report(text, statistics, plots, render(name, terminal=True, **content, **values))
 
 

@@ -15,10 +15,11 @@ import torch
 from numpy.typing import NDArray
 from torch.nn.utils.rnn import pad_sequence
 
-from tokmask_peft.artifacts import find_saved, open_run, write_json
+from tokmask_peft.artifacts import find_saved, open_run
 from tokmask_peft.console import make_console
 from tokmask_peft.data.corpus import load_corpus, with_unseen
 from tokmask_peft.data.encoding import Window
+from tokmask_peft.errors import RunError, read_json, write_json
 from tokmask_peft.inference.classifier import Classifier, load
 from tokmask_peft.masking.config import TokenMaskConfig
 from tokmask_peft.masking.pattern import maskable_table, masked_positions, word_start_table
@@ -134,8 +135,8 @@ def robustness(
     console = make_console(quiet)
     make_folder(folder)
     known, runs = dict[str, dict[str, Any]](), dict[str, dict[str, Any]]()
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # what earlier commands have scored
-        found = json.loads((folder / _FILE).read_text(encoding="utf-8"))
+    with contextlib.suppress(RunError, KeyError, TypeError):  # what earlier commands have scored
+        found = read_json(folder / _FILE, RunError, "bad-report")
         known = {run["key"]: run for run in (*found["runs"], *found.get("known", ()))}
     for number, member in enumerate(members, start=1):
         weights = hashlib.sha256()
