@@ -1,5 +1,7 @@
 # make quickstart   an environment, then an adapter trained offline on the built-in corpus
 # make test         an environment, then the tests
+# make test-oldest  unit and invariant tests with everything that the package needs at its floor in pyproject.toml
+# make test-newest  the same tests with the newest releases; in both, torch is that of constraints.txt
 # make lint         style, format and types
 # make bench        the benchmarks that a CPU can run, twenty minutes, into benchmarks/results and README's table
 #                   (TOKMASK_DATA for real texts)
@@ -10,7 +12,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUN_NAME ?= $(if $(wildcard runs/quickstart),quickstart-$(shell date +%Y%m%d-%H%M%S),quickstart)
 
-.PHONY: quickstart test lint format bench gpu-pack clean
+.PHONY: quickstart test test-oldest test-newest lint format bench gpu-pack clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -28,6 +30,15 @@ quickstart: $(VENV)/.quickstart
 
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-oldest: PINS = $(PYTHON) .ci/floors.py
+test-newest: PINS = grep ^torch== constraints.txt
+test-oldest test-newest:
+	$(PYTHON) -m venv $(VENV)/$@
+	$(PINS) > $(VENV)/$@/pins.txt
+	$(VENV)/$@/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager \
+		-c $(VENV)/$@/pins.txt -e '.[test]'
+	OMP_NUM_THREADS=1 $(VENV)/$@/bin/python -m pytest -n 2 --dist worksteal tests/unit tests/invariant
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

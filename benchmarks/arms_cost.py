@@ -13,13 +13,10 @@ from __future__ import annotations
 import os
 import statistics
 import tempfile
-import time
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from transformers import TrainerCallback
-from workload import interleaved, ratio, report
+from workload import StepTimes, interleaved, ratio, report
 
 from tokmask_peft.recipe.schema import Recipe
 from tokmask_peft.study.plan import MASK, NONE, REGULARIZERS, Arm, regularizer_arms
@@ -28,22 +25,6 @@ from tokmask_peft.training.train import observe_training
 
 STEPS, FIRST, ROUNDS = 30, 6, 3
 PADDED = f"{NONE}, padded"
-
-
-class StepTimes(TrainerCallback):
-    """Keeps the CPU seconds of each optimizer step."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-        self._start = 0.0
-
-    def on_step_begin(self, *_: Any, **__: Any) -> None:
-        """Start the clock."""
-        self._start = time.process_time()
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        """Stop the clock."""
-        self.seconds.append(time.process_time() - self._start)
 
 
 def step_seconds(arm: Arm, *changes: str) -> float:

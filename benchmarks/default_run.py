@@ -50,16 +50,21 @@ from tokmask_peft.training.trainer import OrderedEvalTrainer, training_arguments
 
 STEPS, BATCH, ROUNDS = 10, 32, 3
 DROPOUT = 0.05
-LINES = [  # theirs, what about ours, target
-    ("padded to 128", "", "12; 6 on fp32 CPUs"),
-    ("dynamic padding", "", "3.5"),
-    ("padded to 128", " with the same dropout", "12; 6 on fp32 CPUs"),
-    ("dynamic padding", " with the same dropout", "3.5"),
-    ("padded to 128", " in fp32", "6"),
-    ("dynamic padding", " in fp32", ""),
-]
+OURS = {  # what about ours: its arm, and the targets of its ratios
+    "": ("default", {"padded to 128": "12; 6 on fp32 CPUs", "dynamic padding": "3.5"}),
+    " with the same dropout": (
+        "default, with dropout", {"padded to 128": "12; 6 on fp32 CPUs", "dynamic padding": "3.5"}),
+    " in fp32": ("default, fp32", {"padded to 128": "6", "dynamic padding": ""}),
+}  # fmt: skip
 THEIRS = {"padded to 128": "padded to 128, fp32", "dynamic padding": "dynamic, fp32"}
-OURS = {"": "default", " with the same dropout": "default, with dropout", " in fp32": "default, fp32"}
+
+
+def trained(trainer: Trainer) -> float:
+    """Train silently and return the CPU seconds."""
+    trainer.remove_callback(PrinterCallback)
+    start = time.process_time()
+    trainer.train()
+    return time.process_time() - start
 
 
 def tutorial(rows: Dataset, tokenizer: Any, folder: str, **padding: Any) -> float:
@@ -95,14 +100,6 @@ def default(rows: Dataset, folder: str, *changes: str) -> float:
     return trained(trainer)
 
 
-def trained(trainer: Trainer) -> float:
-    """Train silently and return the CPU seconds."""
-    trainer.remove_callback(PrinterCallback)
-    start = time.process_time()
-    trainer.train()
-    return time.process_time() - start
-
-
 def measured(texts: list[list[int]], tokenizer: Any, dropout: bool) -> dict[str, list[float]]:
     """Return the CPU seconds of each arm on `texts`, round by round; `dropout` adds ours with theirs."""
     labels, lengths = [number % 3 for number in range(len(texts))], [len(text) for text in texts]
@@ -122,21 +119,6 @@ def measured(texts: list[list[int]], tokenizer: Any, dropout: bool) -> dict[str,
         return interleaved(arms, ROUNDS)
 
 
-def corpora(tokenizer: Any) -> dict[str, list[list[int]]]:
-    """Return the ids of the texts by their origin; the second corpus only if it is there."""
-    found: dict[str, list[list[int]]] = {}
-    for name in (TWEETS, SHORT):
-        try:
-            origin, texts = benchmark_texts(tokenizer, STEPS * BATCH, name)
-        except DataError as error:
-            if not found:
-                raise
-            print(f"{name} left out: {error}")
-            continue
-        found.setdefault(origin, texts)
-    return found
-
-
 def main() -> None:
     """Measure, print the table and write the JSON."""
     config = ModelConfig(**MINILM)
@@ -147,15 +129,23 @@ def main() -> None:
     rates = {"bf16": matrix_rate(torch.bfloat16), "fp32": matrix_rate(torch.float32)}
     result: dict[str, Any] = {"steps": STEPS, "texts": {}, "cpu_seconds": {}, "flops_per_second": rates}
     rows: dict[str, tuple[list[float], str]] = {}
-    for number, (origin, texts) in enumerate(corpora(tokenizer).items()):
+    for number, name in enumerate((TWEETS, SHORT)):
+        try:
+            origin, texts = benchmark_texts(tokenizer, STEPS * BATCH, name)
+        except DataError as error:  # the second corpus is used only if it is there
+            if number == 0:
+                raise
+            print(f"{name} left out: {error}")
+            continue
+        if origin in result["texts"]:  # drawn texts have no second corpus
+            continue
         found = measured(texts, tokenizer, dropout=number == 0)
         prefix, tokens = f"{origin}: " if number else "", sum(map(len, texts))
         sizes = {"texts": len(texts), "mean": tokens / len(texts), "longest": max(map(len, texts))}
         result["texts"][origin], result["cpu_seconds"][origin] = sizes, found
-        for theirs, way, target in LINES:
-            if OURS[way] in found:
-                what = f"{prefix}{theirs}, to the default run{way}"
-                rows[what] = (ratio(found, THEIRS[theirs], OURS[way]), target)
+        for way, (own, targets) in OURS.items():
+            for theirs, target in targets.items() if own in found else ():
+                rows[f"{prefix}{theirs}, to the default run{way}"] = (ratio(found, THEIRS[theirs], own), target)
         for what, arm, kind in (("default run", "default", computed), ("dynamic padding", "dynamic, fp32", "fp32")):
             share = [4 * inside * tokens / rates[kind] / seconds for seconds in found[arm]]
             rows[f"{prefix}{what}, share of the {kind} matrix rate"] = (share, "")

@@ -13,14 +13,14 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import set_seed
 from transformers.integrations.neftune import neftune_post_forward_hook
-from workload import CPU, LABELS, MINILM, Stepper, benchmark_texts, interleaved, our_model, packed_batch, report
+from workload import CPU, LABELS, MINILM, Stepper, benchmark_texts, interleaved, our_model, packed_batch, ratio, report
 
 from tokmask_peft.masking.config import TokenMaskConfig
 from tokmask_peft.masking.embedding import find_embedding
@@ -60,26 +60,19 @@ def isolated(backbone: Any) -> dict[str, list[float]]:
     special = torch.zeros(len(tokenizer), dtype=torch.bool)
     special[tokenizer.all_special_ids] = True
     embedding.train().requires_grad_(False)  # a masker needs gradients to be enabled; the lookup itself builds no graph
+    embedding.neftune_noise_alpha = 5.0  # what NEFTune's hook reads
 
-    def plain() -> float:
-        return median_time(lambda: embedding(ids))
+    def lookup(hook: AbstractContextManager[Any]) -> float:
+        with hook:
+            return median_time(lambda: embedding(ids))
 
-    def masker() -> float:
-        with attached(backbone):
-            return plain()
-
-    def neftune() -> float:
-        embedding.neftune_noise_alpha = 5.0
-        handle = embedding.register_forward_hook(neftune_post_forward_hook)
-        try:
-            return plain()
-        finally:
-            handle.remove()
-
-    def collator() -> float:
-        return median_time(lambda: masked_in_collator(ids, special, tokenizer.mask_token_id))
-
-    found = interleaved({"plain": plain, "masker": masker, "neftune": neftune, "collator": collator}, ROUNDS)
+    arms = {
+        "plain": lambda: lookup(nullcontext()),
+        "masker": lambda: lookup(attached(backbone)),
+        "neftune": lambda: lookup(embedding.register_forward_hook(neftune_post_forward_hook)),
+        "collator": lambda: median_time(lambda: masked_in_collator(ids, special, tokenizer.mask_token_id)),
+    }
+    found = interleaved(arms, ROUNDS)
     base = found.pop("plain")
     for name in ("masker", "neftune"):
         found[name] = [value - plain for value, plain in zip(found[name], base, strict=True)]
@@ -120,14 +113,16 @@ def main() -> None:
     """Measure, print the table and write the JSON."""
     backbone = load_backbone(ModelConfig(**MINILM), "sequence", LABELS, CPU)
     found, seconds, breaks = isolated(backbone), list(steps()), graph_breaks(backbone)
-    masker, noise, collator = (found[name] for name in ("masker", "neftune", "collator"))
-    step = statistics.median(plain for _, plain in seconds)
-    rows = {
-        "masker, added to a lookup (ms)": ([1e3 * value for value in masker], ""),
-        "NEFTune, added to a lookup (ms)": ([1e3 * value for value in noise], ""),
-        "masking in the collator (ms)": ([1e3 * value for value in collator], ""),
-        "masker to NEFTune": ([own / other for own, other in zip(masker, noise, strict=True)], "0.25"),
-        "masker to the collator": ([own / other for own, other in zip(masker, collator, strict=True)], ""),
+    masker, step = found["masker"], statistics.median(plain for _, plain in seconds)
+    shown = {
+        "masker": "masker, added to a lookup (ms)",
+        "neftune": "NEFTune, added to a lookup (ms)",
+        "collator": "masking in the collator (ms)",
+    }
+    rows = {what: ([1e3 * value for value in found[name]], "") for name, what in shown.items()}
+    rows |= {
+        "masker to NEFTune": (ratio(found, "masker", "neftune"), "0.25"),
+        "masker to the collator": (ratio(found, "masker", "collator"), ""),
         "masked step to unmasked step": ([masked / plain for masked, plain in seconds], "1.005"),
         "masker, added to a lookup, as a share of a step": ([own / step for own in masker], ""),
         "graph breaks of a compiled lookup": ([float(breaks)], "0"),

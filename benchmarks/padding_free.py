@@ -14,7 +14,6 @@ physical limit is 4 x parameters of the layers x real sub-tokens FLOPs at the ma
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -60,30 +59,23 @@ class Arm(Stepper):
         elif batching == "padding_free":
             self.collate = PackedCollator("sequence")
 
-    def batches(self, rows: list[dict[str, Any]], turn: int) -> Iterator[dict[str, Any]]:
-        """Make the batches of one round, as the Trainer samples them."""
-        drawn = order(rows, BATCH, turn, self.batching == "grouped")
-        for start in range(turn * BATCH, len(drawn), ROUNDS * BATCH):
-            yield self.collate([rows[index] for index in drawn[start : start + BATCH]])
-
     def round(self, rows: list[dict[str, Any]], turn: int) -> tuple[int, int]:
-        """Take the steps of a round; return their real sub-tokens, and how many they were."""
-        tokens = steps = 0
-        for batch in self.batches(rows, turn):
-            mask = batch.get("attention_mask")
-            tokens += batch["input_ids"].numel() if mask is None else int(mask.sum())
-            steps += 1
+        """Take the steps of a round, as the Trainer samples them; return their real sub-tokens and their number."""
+        drawn, tokens = order(rows, BATCH, turn, self.batching == "grouped"), 0
+        starts = range(turn * BATCH, len(drawn), ROUNDS * BATCH)
+        for start in starts:
+            batch = self.collate([rows[index] for index in drawn[start : start + BATCH]])
+            tokens += int(batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum())
             self.step(batch)
-        return tokens, steps
+        return tokens, len(starts)
 
 
 def measure(arms: dict[str, Arm], rows: list[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
     """Return, for each arm, real tokens per CPU second and CPU seconds per step in every round."""
-    found: dict[str, dict[str, list[float]]] = {name: {"tokens": [], "step": []} for name in arms}
-    for arm in arms.values():  # the first steps are slow, and so is the first batch of every shape
-        for turn in range(ROUNDS):
-            arm.round(rows, turn)
-    for turn in range(ROUNDS):
+    found: dict[str, dict[str, list[float]]] = {}
+    for turn in [*range(ROUNDS), *range(ROUNDS)]:
+        if turn == 0:  # again: the first steps are slow, and so is the first batch of every shape
+            found = {name: {"tokens": [], "step": []} for name in arms}
         for name, arm in arms.items():
             start = time.process_time()
             tokens, steps = arm.round(rows, turn)

@@ -81,14 +81,6 @@ def rivals(run: str, folder: str, few: list[str]) -> tuple[Ways, dict[str, Any],
     return found, tried, adapter
 
 
-def forward_flops(run: str, texts: list[str]) -> float:
-    """Return 2 x parameters x sub-tokens of a text, on average: the physical limit's FLOPs of a forward pass."""
-    classifier = load(run, "cpu")
-    inside = sum(part.numel() for name, part in classifier.model.named_parameters() if "embeddings" not in name)
-    ids = classifier.tokenizer(texts)["input_ids"]
-    return 2 * inside * sum(map(len, ids)) / len(ids)
-
-
 def batch_effect(classify: Callable[..., Any], texts: list[str]) -> float:
     """Return the largest change of a probability between texts one by one and in batches."""
     pairs = zip(classify(texts), classify(texts, batch_size=1), strict=True)
@@ -102,7 +94,10 @@ def measure(run: str) -> tuple[dict[str, Any], dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         found, tried, adapter = rivals(run, folder, texts[:FEW])
     rates = interleaved({name: partial(rate, way, texts) for name, way in found.items()}, ROUNDS)
-    own, flops, agreeing = "bf16" if "bf16" in tried else "fp32", forward_flops(run, texts), {}
+    own, agreeing, classifier = "bf16" if "bf16" in tried else "fp32", {}, load(run, "cpu")
+    inside = sum(part.numel() for name, part in classifier.model.named_parameters() if "embeddings" not in name)
+    ids = classifier.tokenizer(texts)["input_ids"]
+    flops = 2 * inside * sum(map(len, ids)) / len(ids)  # of a text's forward pass, on average
     rows: dict[str, Any] = {f"{name}, texts per CPU second": (values, "") for name, values in rates.items()}
     both = ratio(rates, f"classifier {own}", "pipeline fp32")
     rows[f"as each comes: classifier {own} to pipeline fp32"] = (both, "3")

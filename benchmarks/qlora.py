@@ -14,17 +14,14 @@ import math
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import (
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForSequenceClassification,
-)
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForSequenceClassification
 from workload import CPU, drawn_lengths, interleaved, matrix_rate, our_model, packed_batch, ratio, report, stock_qlora
 
 from tokmask_peft.model.adapter import inputs_as_they_come
@@ -80,23 +77,23 @@ def saved_bytes(model: nn.Module, batch: dict[str, Any]) -> int:
             kept.append(tensor)
         return tensor
 
+    forward_and_backward(model, batch, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor))
+    return sum(storages(kept).values())
+
+
+def forward_and_backward(model: nn.Module, batch: dict[str, Any], hooks: AbstractContextManager[Any]) -> None:
+    """Take a forward pass, with hooks, and a backward pass."""
     with inputs_as_they_come(model, autocast=True):
-        hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
         with hooks, torch.autocast("cpu", torch.bfloat16):
             loss = model(**batch).loss
         loss.backward()
     model.zero_grad()
-    return sum(storages(kept).values())
 
 
 def step(model: nn.Module, batch: dict[str, Any]) -> float:
     """Return the CPU seconds of a forward and a backward pass."""
     start = time.process_time()
-    with inputs_as_they_come(model, autocast=True):
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = model(**batch).loss
-        loss.backward()
-    model.zero_grad()
+    forward_and_backward(model, batch, nullcontext())
     return time.process_time() - start
 
 
@@ -114,10 +111,7 @@ def main() -> None:
         own, _ = our_model(ModelConfig(backbone=name, quantization="nf4", precision="bf16"))
         checkpointed, plain = (stock_qlora(folder, CPU, again, dropout=0.05) for again in (True, False))
     arms = {OURS: (own, packed), PEFT: (plain, padded), CHECKPOINTED: (checkpointed, padded)}
-    found = {
-        name: {"static": static_bytes(model), "saved": saved_bytes(model, batch)}
-        for name, (model, batch) in arms.items()
-    }
+    found = {name: {"static": static_bytes(arm[0]), "saved": saved_bytes(*arm)} for name, arm in arms.items()}
     seconds = interleaved({name: lambda arm=arm: step(*arm) for name, arm in arms.items()}, ROUNDS)
     total = {name: sum(part.values()) for name, part in found.items()}
     tokens, linear = len(packed["input_ids"][0]), sum(math.prod(state.shape) for state in quantized(own))

@@ -18,15 +18,13 @@ import argparse
 import os
 import sys
 import tempfile
-import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
-from workload import report
+from workload import StepTimes, report
 
 from tokmask_peft.data.corpus import count_labels, load_corpus
 from tokmask_peft.recipe.schema import Recipe
@@ -34,9 +32,7 @@ from tokmask_peft.training.losses import class_weights
 from tokmask_peft.training.train import observe_training
 
 sys.path.append(str(Path(__file__).parent / "studies"))  # the authors' protocol is that of the study of confounds
-from confounds_learners import EncoderLearner
-from confounds_protocol import Protocol, RunSpec, Setting, encode_texts, stop_epoch
-from confounds_training import train
+from confounds_training import EncoderLearner, Protocol, RunSpec, Setting, encode_texts, stop_epoch, train
 
 TEXTS, EVERY, TARGET = 640, 10, 0.65
 EPOCHS, RATE, PATIENCE, LESS = 2000, 2e-5, 10, 1e-3
@@ -61,23 +57,16 @@ class Course:
         return self.reached
 
 
-class Watch(TrainerCallback):
-    """Times the steps, scores on validation every few steps, and stops at the target."""
+class Watch(StepTimes):
+    """Scores on validation every few steps, and stops at the target."""
 
     def __init__(self, course: Course) -> None:
-        self.course, self.start = course, 0.0
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Start the clock."""
-        self.start = time.process_time()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Stop the clock."""
-        self.course.cpu_seconds += time.process_time() - self.start
-        self.course.steps = state.global_step
+        super().__init__()
+        self.course = course
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any) -> None:
         """Stop the training at the target."""
+        self.course.steps, self.course.cpu_seconds = state.global_step, sum(self.seconds)
         control.should_training_stop = self.course.score(metrics["eval_f1_macro"])
 
 
@@ -104,8 +93,7 @@ def theirs(recipe: Recipe, limit: int | None) -> Course:
         name: encode_texts(texts, learner.tokenizer, "sequence", corpus.labels, run.protocol)
         for name, texts in {"train": corpus.train, "validation": corpus.validation}.items()
     }
-    counts = count_labels(corpus.train)
-    weights: Any = class_weights("sqrt_inverse", {label: counts[label] for label in corpus.labels})
+    weights = class_weights("sqrt_inverse", count_labels(corpus.train))
 
     def stopped(epochs: list[dict[str, Any]]) -> bool:
         course.steps += -(-len(corpus.train) // setting.batch_size)
@@ -121,22 +109,6 @@ def theirs(recipe: Recipe, limit: int | None) -> Course:
 
     train(learner, run, parts, weights, corpus.labels, stopped)
     return course
-
-
-def table(pairs: Sequence[tuple[Course, Course]]) -> dict[str, tuple[list[float], str]]:
-    """Return the rows for `workload.report`."""
-    missed = sum(not other.reached for _, other in pairs)
-    bound = f" (a lower bound: in {missed} of {len(pairs)} runs they do not get there)" if missed else ""
-    ends = ", ".join(sorted({other.ended for _, other in pairs}))
-    return {
-        f"steps of the recipe to {TARGET:.2f} validation macro-F1": ([float(own.steps) for own, _ in pairs], ""),
-        f"steps of the authors' protocol until its end ({ends})": ([float(other.steps) for _, other in pairs], ""),
-        "validation macro-F1 that they reach": ([other.best for _, other in pairs], ""),
-        f"their steps to the recipe's{bound}": ([other.steps / own.steps for own, other in pairs], "10"),
-        "their learning rate at the end": ([other.rate for _, other in pairs], ""),
-        "CPU seconds of the recipe's steps": ([own.cpu_seconds for own, _ in pairs], ""),
-        "CPU seconds of theirs": ([other.cpu_seconds for _, other in pairs], ""),
-    }
 
 
 def main() -> None:
@@ -156,10 +128,25 @@ def main() -> None:
             raise SystemExit(f"the recipe itself stays at {own.best:.3f} with seed {seed}, below {TARGET}")
         pairs.append((own, theirs(recipe, arguments.factor * own.steps if arguments.no_patience else None)))
         print(f"seed {seed}: {pairs[-1]}", flush=True)
-    runs = [{"ours": asdict(own), "theirs": asdict(other)} for own, other in pairs]
-    runs = [{"seed": seed, **run} for seed, run in zip(arguments.seeds, runs, strict=True)]
+    runs = [
+        {"seed": seed, "ours": asdict(own), "theirs": asdict(other)}
+        for seed, (own, other) in zip(arguments.seeds, pairs, strict=True)
+    ]
+    missed = sum(not other.reached for _, other in pairs)
+    bound = f" (a lower bound: in {missed} of {len(pairs)} runs they do not get there)" if missed else ""
+    ends = ", ".join(sorted({other.ended for _, other in pairs}))
+    table: dict[str, list[float]] = {
+        f"steps of the recipe to {TARGET:.2f} validation macro-F1": [own.steps for own, _ in pairs],
+        f"steps of the authors' protocol until its end ({ends})": [other.steps for _, other in pairs],
+        "validation macro-F1 that they reach": [other.best for _, other in pairs],
+        f"their steps to the recipe's{bound}": [other.steps / own.steps for own, other in pairs],
+        "their learning rate at the end": [other.rate for _, other in pairs],
+        "CPU seconds of the recipe's steps": [own.cpu_seconds for own, _ in pairs],
+        "CPU seconds of theirs": [other.cpu_seconds for _, other in pairs],
+    }
+    rows = {what: (values, "10" if what.startswith("their steps") else "") for what, values in table.items()}
     result = {"target": TARGET, "training_texts": TEXTS, "patience": not arguments.no_patience, "runs": runs}
-    report("same_score_bound" if arguments.no_patience else "same_score", result, table(pairs))
+    report("same_score_bound" if arguments.no_patience else "same_score", result, rows)
 
 
 if __name__ == "__main__":

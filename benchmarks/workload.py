@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig, TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from tokmask_peft.console import quiet_libraries
@@ -27,7 +28,8 @@ from tokmask_peft.data.corpus import load_corpus
 from tokmask_peft.masking.config import TokenMaskConfig
 from tokmask_peft.masking.masker import TokenMasker
 from tokmask_peft.model.adapter import add_adapter, inputs_as_they_come
-from tokmask_peft.model.backbone import load_backbone, quick_dropout
+from tokmask_peft.model.backbone import load_backbone
+from tokmask_peft.model.layers import quick_dropout
 from tokmask_peft.model.location import backbone_location
 from tokmask_peft.model.packed import enable_padding_free
 from tokmask_peft.recipe.schema import AdapterConfig, ModelConfig, Recipe
@@ -46,10 +48,7 @@ MINILM = {
     "quantization": "none",  # as the recipes have it
 }
 TWEETS, SHORT, DRAWN = "L3Cube-MeSent tweets", "AfriSenti Twi tweets", "drawn sub-tokens, lognormal lengths"
-REAL = {
-    TWEETS: ("mesent_mareng/minilm", "mesent_mar_eng_sentiment"),
-    SHORT: ("afrisenti_twi/minilm", "afrisenti/twi"),
-}
+REAL = {TWEETS: ("mesent_mareng/minilm", "mesent_mar_eng_sentiment"), SHORT: ("afrisenti_twi/minilm", "afrisenti/twi")}
 """Real texts: the recipe that reads them, and their folder below TOKMASK_DATA."""
 
 
@@ -60,33 +59,24 @@ def drawn_lengths(count: int) -> list[int]:
     return [min(64, max(3, round(draw.lognormvariate(mean, sigma)))) for _ in range(count)]
 
 
-def drawn_texts(count: int, vocabulary: int) -> list[list[int]]:
-    """Return texts of drawn sub-tokens with the lengths of posts, between BERT's two special tokens."""
-    draw = random.Random(1)
-    return [
-        [101, *(draw.randrange(1000, vocabulary) for _ in range(length - 2)), 102] for length in drawn_lengths(count)
-    ]
-
-
-def real_texts(folder: Path, name: str, tokenizer: Any, count: int) -> list[list[int]]:
-    """Return the first texts of one of `REAL` below `folder`, cut at 128 sub-tokens."""
-    recipe, place = REAL[name]
-    data = Recipe.load(recipe, [f"data.path={folder / place}"]).data
-    texts = [example.string for example in load_corpus(data, 0).train[:count]]
-    return tokenizer(texts, truncation=True, max_length=128)["input_ids"]
-
-
 def benchmark_texts(tokenizer: Any, count: int, name: str = TWEETS) -> tuple[str, list[list[int]]]:
-    """Return where the texts come from, and their ids: of `name` if TOKMASK_DATA is set, otherwise drawn ones."""
-    folder = os.environ.get("TOKMASK_DATA")
-    if folder:
-        return name, real_texts(Path(folder), name, tokenizer, count)
-    return DRAWN, drawn_texts(count, len(tokenizer))
+    """Return where texts come from, and their ids, cut at 128 sub-tokens.
+
+    They are the first of one of `REAL` if TOKMASK_DATA is set; otherwise drawn sub-tokens with the lengths of posts,
+    between BERT's two special tokens.
+    """
+    if folder := os.environ.get("TOKMASK_DATA"):
+        recipe, place = REAL[name]
+        data = Recipe.load(recipe, [f"data.path={Path(folder) / place}"]).data
+        texts = [example.string for example in load_corpus(data, 0).train[:count]]
+        return name, tokenizer(texts, truncation=True, max_length=128)["input_ids"]
+    draw, lengths = random.Random(1), drawn_lengths(count)
+    return DRAWN, [[101, *(draw.randrange(1000, len(tokenizer)) for _ in range(n - 2)), 102] for n in lengths]
 
 
-def padded_collator(tokenizer: Any) -> Any:
+def padded_collator(tokenizer: Any, task: str = "sequence") -> Any:
     """Return the collator that pads to a multiple of 8, as a run uses it."""
-    return get_task("sequence").collator(tokenizer)
+    return get_task(task).collator(tokenizer)
 
 
 def packed_batch(texts: Sequence[Any]) -> dict[str, Any]:
@@ -126,33 +116,57 @@ def stock_qlora(
     model = AutoModelForSequenceClassification.from_pretrained(
         folder, num_labels=classes, quantization_config=bits, dtype=torch.bfloat16, device_map={"": device}
     )
-    model = prepare_model_for_kbit_training(model, checkpointed, gradient_checkpointing_kwargs=options)
+    return prepared_by_peft(model, dropout, checkpointed, gradient_checkpointing_kwargs=options)
+
+
+def prepared_by_peft(model: Any, dropout: float, checkpointed: bool = True, **options: Any) -> Any:
+    """Return a quantized model with an adapter as PEFT's guide makes it."""
+    model = prepare_model_for_kbit_training(model, checkpointed, **options)
     lora = LoraConfig(task_type="SEQ_CLS", r=16, lora_alpha=32, lora_dropout=dropout, target_modules="all-linear")
     return get_peft_model(model, lora).train()
 
 
 class Stepper:
-    """A model in training on a device with its optimizer; `ours` switches on what a run on a CPU does besides."""
+    """A model in training on a device with its optimizer; `ours` switches on what a run does there besides."""
 
-    def __init__(self, model: Any, bf16: bool, ours: bool, device: torch.device = CPU) -> None:
+    def __init__(self, model: Any, bf16: bool, ours: bool, device: torch.device = CPU, rate: float = 1e-4) -> None:
         self.model, self.bf16, self.device, self.loss = model.to(device), bf16, device, ClassificationLoss()
         self.trained = [weight for weight in model.parameters() if weight.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4, fused=True)
+        self.optimizer = torch.optim.AdamW(self.trained, lr=rate, fused=True)
         self.as_trained = ExitStack()  # for as long as this lives
         if ours:
             self.as_trained.enter_context(inputs_as_they_come(model, bf16))
+        if ours and device == CPU:
             self.as_trained.enter_context(quick_dropout(model))
 
-    def step(self, batch: dict[str, Any]) -> None:
-        """Take one optimizer step."""
+    def step(self, batch: dict[str, Any]) -> Tensor:
+        """Take one optimizer step and return the loss."""
         here = {name: value.to(self.device) if hasattr(value, "to") else value for name, value in batch.items()}
         labels = here.pop("labels")
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             output = self.model(**here)
-        self.loss(output, labels).backward()
+        loss: Tensor = self.loss(output, labels)
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        return loss.detach()
+
+
+class StepTimes(TrainerCallback):
+    """Keeps the CPU seconds of each optimizer step."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._start = 0.0
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        """Start the clock."""
+        self._start = time.process_time()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """Stop the clock."""
+        self.seconds.append(time.process_time() - self._start)
 
 
 def order(rows: Sequence[Mapping[str, Any]], batch: int, seed: int, grouped: bool) -> list[int]:
@@ -163,15 +177,24 @@ def order(rows: Sequence[Mapping[str, Any]], batch: int, seed: int, grouped: boo
     return list(LengthGroupedSampler(batch, lengths=lengths, generator=generator)) if grouped else drawn
 
 
-def matrix_rate(dtype: torch.dtype, rows: int = 640, inner: int = 384, columns: int = 1536) -> float:
-    """Return the FLOPs per CPU second of a product as large as MiniLM's, the median of 9 rounds of 40 products."""
-    left, right = torch.randn(rows, inner, dtype=dtype), torch.randn(columns, inner, dtype=dtype)
+def matrix_rate(
+    dtype: torch.dtype,
+    rows: int = 640,
+    inner: int = 384,
+    columns: int = 1536,
+    *,
+    products: int = 40,
+    device: torch.device = CPU,
+    clock: Callable[[], float] = time.process_time,
+) -> float:
+    """Return the FLOPs per second of a product, by default as large as MiniLM's: the median of 9 rounds."""
+    left, right = (torch.randn(size, inner, dtype=dtype, device=device) for size in (rows, columns))
     rates = []
     for _ in range(10):
-        start = time.process_time()
-        for _ in range(40):
+        start = clock()
+        for _ in range(products):
             torch.nn.functional.linear(left, right)
-        rates.append(40 * 2 * rows * inner * columns / (time.process_time() - start))
+        rates.append(products * 2 * rows * inner * columns / (clock() - start))
     return statistics.median(rates[1:])
 
 

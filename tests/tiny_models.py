@@ -37,6 +37,19 @@ TEXTS = [
 ]
 _CORPUS = [*TEXTS, *(word for text in TEXTS for word in text.split())]
 
+# Fixed, as trained once on TEXTS: what these trainers make of ties differs from one process to the next.
+_WORDPIECES = """
+# ' 0 2 5 @ a b c d e f g h i k l m n o p q r s t u v w y é í ñ ó ##o ##u ##h ##i ##s ##e ##r ##í ##a ##c ##t ##n ##ó
+##d ##m ##g ##v ##é ##l ##y ##ñ ##b ##0 ##2 ##5 ##k co qu to th ##ea ##an ##am ##ta la me ma no ##os ##he ##is ##ie ##id
+##ay ##ch ##ng ##ve ##ñan con que this mañan mañana 20 an al be bea bos can cam fo fr fie go ho is it lo mu mi ne ok pu
+so sa she te tam un vam wea yo ##ol ##ió ##ié ##ita ##ing ##sta ##et ##ed ##rí ##rea ##at ##ció ##the ##dy ##day ##lie
+##bié ##25 cool qué too today that meet ##iday ##ngo querí 2025 anita
+"""
+_UNIGRAMS = """
+▁ a o i n s e r ▁m l y h c d u v ▁co ▁th ▁to an ▁l t ▁s 2 é ñ ng ▁be id ▁f am ta ▁t ▁n ▁que ▁me ▁ca ie ▁y ea et os ▁i
+▁qu f it b g me 0 5 # í @ p ' k ó w er th ▁b he ue at ▁a m q
+"""
+
 
 @dataclass(frozen=True)
 class Family:
@@ -125,20 +138,21 @@ def seen_ids(model: Any) -> Iterator[list[torch.Tensor]]:
 
 
 @functools.cache
-def _trained(kind: str) -> tuple[str, dict[str, str]]:
+def _made(kind: str) -> tuple[str, dict[str, str]]:
     """Return the tokenizer as JSON, and its special tokens."""
+    trainer: Any = None
     if kind == "wordpiece":
         specials = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
-        backend = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+        pieces = [*specials.values(), *_WORDPIECES.split()]
+        backend = Tokenizer(models.WordPiece({piece: at for at, piece in enumerate(pieces)}, unk_token="[UNK]"))
         backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         backend.decoder = decoders.WordPiece()
-        trainer: Any = trainers.WordPieceTrainer(vocab_size=150, special_tokens=list(specials.values()))
     elif kind == "unigram":
         specials = {"bos": "<s>", "pad": "<pad>", "eos": "</s>", "unk": "<unk>", "mask": "<mask>"}
-        backend = Tokenizer(models.Unigram())
+        scored = [(piece, -2.3 - 0.05 * rank) for rank, piece in enumerate(_UNIGRAMS.split())]
+        backend = Tokenizer(models.Unigram([*((token, 0.0) for token in specials.values()), *scored], unk_id=3))
         backend.pre_tokenizer = pre_tokenizers.Metaspace()
         backend.decoder = decoders.Metaspace()
-        trainer = trainers.UnigramTrainer(vocab_size=150, special_tokens=list(specials.values()), unk_token="<unk>")
     elif kind in ("bytelevel", "bytelevel-mask"):
         specials = {"eos": "<|im_end|>", "pad": "<|endoftext|>"}
         if kind == "bytelevel-mask":
@@ -157,8 +171,9 @@ def _trained(kind: str) -> tuple[str, dict[str, str]]:
         backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
         backend.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
         trainer = trainers.BpeTrainer(vocab_size=150, special_tokens=["<unk>", "<s>", "</s>"])
-    trainer.show_progress = False
-    backend.train_from_iterator(_CORPUS, trainer)
+    if trainer is not None:
+        trainer.show_progress = False
+        backend.train_from_iterator(_CORPUS, trainer)
     if kind == "metaspace":  # like TinyLlama's: the mark is in the normalizer, and nothing splits the text
         backend.pre_tokenizer = None
     backend.add_special_tokens(list(specials.values()))
@@ -173,12 +188,12 @@ def _trained(kind: str) -> tuple[str, dict[str, str]]:
 
 
 def tiny_tokenizer(kind: str) -> Any:
-    """Return a tokenizer trained on TEXTS.
+    """Return a tokenizer for TEXTS.
 
     `wordpiece` is like mBERT's, `unigram` like XLM-R's (both with a mask token), `bytelevel` like Qwen's (neither mask
     nor unknown token, and id 0 is a letter), `metaspace` like TinyLlama's (the unknown token has id 0).
     """
-    backend, specials = _trained(kind)
+    backend, specials = _made(kind)
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(backend), padding_side="right", **specials)
 
 

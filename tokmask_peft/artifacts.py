@@ -6,51 +6,39 @@ Imports nothing heavy, so that a command can refuse a wrong folder before the li
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
-import os
 import re
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from filelock import FileLock, Timeout
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
-from tokmask_peft.errors import ModelError, RunError, first_line
+from tokmask_peft.errors import ModelError, RunError, first_line, read_json, write_json, write_whole
 from tokmask_peft.masking.config import TokenMaskConfig
+from tokmask_peft.model.location import check_files
 from tokmask_peft.recipe.loading import differences, load_recipe
 from tokmask_peft.recipe.schema import ModelConfig, Recipe, Task
 
 ADAPTER_FILE = "tokmask.json"
-HUB_FILES = (
-    *("adapter_config.json", "adapter_model.safetensors", ADAPTER_FILE, "tokenizer*", "special_tokens_map.json"),
-    *("added_tokens.json", "vocab.*", "merges.txt", "*.model"),
+LOADED_FILES = (
+    *("adapter_config.json", "adapter_model.safetensors", ADAPTER_FILE, "tokenizer.json", "tokenizer_config.json"),
+    *("special_tokens_map.json", "added_tokens.json", "vocab.txt", "vocab.json", "merges.txt", "tokenizer.model"),
+    *("sentencepiece.bpe.model", "spiece.model", "chat_template.jinja"),
     *("labels.json", "calibration.json", "tokmask_config.json"),  # before format 2 of tokmask.json
 )
-"""What is fetched from the Hub: what loading needs, and no pickled weights."""
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old one or the new one, never half of it, even after a power cut."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def write_json(path: Path, content: Mapping[str, Any], indent: int | None = 2) -> None:
-    """Write JSON as `write_whole` does; in one line without `indent`."""
-    write_whole(path, json.dumps(content, indent=indent, ensure_ascii=False, allow_nan=False) + "\n")
+"""Names of the files that loading needs: what is fetched from the Hub and pushed there, and no pickled weights."""
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
     """Return the lines of `log.jsonl`; a line that a killed run left half-written is skipped."""
     found = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        with contextlib.suppress(ValueError):
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+        with contextlib.suppress(ValueError, RecursionError):
             found.append(json.loads(line))
     return [row for row in found if isinstance(row, dict) and isinstance(row.get("step"), int)]
 
@@ -65,9 +53,15 @@ class RunFolder:
         self.adapter = self.root / "adapter"  # with tokenizer, labels and model card: a folder to push as it is
         self.checkpoints = self.root / "checkpoints"  # of the Trainer
         self.recipe = self.root / "recipe.yaml"  # resolved
+        self.fingerprint = self.root / "fingerprint.json"  # of texts, labels and backbone, for --resume
         self.result = self.root / "result.json"  # scores and everything that was measured
         self.predictions = self.root / "predictions.json"  # gold and predicted label ids of each text
         self.log = self.root / "log.jsonl"  # a line per logged step
+        self.lock = self.root / ".lock"  # held by the process that trains
+
+    def is_empty(self) -> bool:
+        """Return whether nothing is in the folder, or it does not exist."""
+        return not self.root.is_dir() or all(entry == self.lock for entry in self.root.iterdir())
 
     def last_checkpoint(self, say: Callable[[str], object] = str) -> Path | None:
         """Return the newest whole checkpoint, or None; `say` is called with the reason for each that is passed over."""
@@ -84,23 +78,23 @@ class RunFolder:
 
 
 _WEIGHTS = ("adapter_model.safetensors", "pytorch_model_fsdp*")
-_PARTS = (
-    _WEIGHTS,
-    ("optimizer.pt", "optimizer.bin", "optimizer_*"),
-    ("scheduler.pt",),
-    ("rng_state.pth", "rng_state_*"),
-)
-"""What resuming needs of a checkpoint: for each part, the usual file, and those of shards or several processes."""
+_PARTS = (_WEIGHTS, ("optimizer.pt", "optimizer.bin", "optimizer_*"), ("scheduler.pt",))
+"""What resuming needs of a checkpoint, besides random states: for each part, the usual file, and those of shards."""
 
 
 def _damaged_part(checkpoint: Path) -> str | None:
     """Return the part of a checkpoint that is missing or damaged, or None if the run can be resumed from it."""
     try:
-        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-        best = checkpoint.with_name(f"checkpoint-{state['best_global_step'] or state['global_step']}")
-    except (OSError, ValueError, TypeError, KeyError):
+        state = read_json(checkpoint / "trainer_state.json", RunError, "bad-checkpoint")
+        best = checkpoint.with_name(f"checkpoint-{int(state['best_global_step'] or state['global_step'])}")
+        processes = int(state.get("stateful_callbacks", {}).get("LogFile", {}).get("processes", 0))
+    except (RunError, KeyError, AttributeError, TypeError, ValueError):
         return "trainer_state.json"
-    for folder, names in ((best, _WEIGHTS), *((checkpoint, names) for names in _PARTS)):
+    if not processes and (numbered := [*checkpoint.glob("rng_state_*")]):  # of an older version
+        processes = max(2, len(numbered))
+    states = (f"rng_state_{rank}.pth" for rank in range(processes)) if processes > 1 else ("rng_state.pth",)
+    parts = itertools.chain(_PARTS, ((name,) for name in states))
+    for folder, names in itertools.chain([(best, _WEIGHTS)], ((checkpoint, names) for names in parts)):
         found = [path for name in names for path in folder.glob(name)]
         if not found or not all(map(_is_whole, found)):
             return names[0] if folder == checkpoint else f"its best checkpoint, {folder.name},"
@@ -111,12 +105,14 @@ def _is_whole(path: Path) -> bool:
     """Return whether a file of weights or states is as long as it says, and a folder of shards is not empty."""
     from safetensors import safe_open
 
+    if not (path.is_file() or path.is_dir()):  # a pipe
+        return False
     try:
+        if not path.is_file():
+            return path.is_dir() and any(path.iterdir())
         if path.suffix == ".safetensors":
             with safe_open(path, "numpy"):
                 return True
-        if path.is_dir():
-            return any(path.iterdir())
         with zipfile.ZipFile(path) as states:  # as torch saves them, with checksums
             return states.testzip() is None
     except Exception:  # of whatever kind: it cannot be read
@@ -135,11 +131,7 @@ def check_run(recipe: Recipe, resume: bool) -> RunFolder:
         RunError: the name is taken, or there is nothing to resume, or the run was started with another recipe.
     """
     run = RunFolder(recipe.run_dir)
-    ground = next(place for place in (run.root, *run.root.absolute().parents) if place.exists())
-    if not ground.is_dir() or not os.access(ground, os.W_OK):
-        problem = f"{ground} is a file or cannot be written; set output_dir"
-        raise RunError(f"{run.root} cannot be a run folder: {problem}", code="not-writable", path=ground)
-    if not run.root.exists() or not any(run.root.iterdir()):
+    if run.is_empty():
         if resume:
             raise RunError(f"there is no run to resume in {run.root}; start it without --resume", code="no-run")
         return run
@@ -156,33 +148,69 @@ def check_run(recipe: Recipe, resume: bool) -> RunFolder:
     return run
 
 
-def start_run(run: RunFolder, recipe_text: str) -> None:
-    """Create the run folder with its recipe; a resumed run keeps its own.
+def start_run(run: RunFolder, recipe_text: str, fingerprint: Mapping[str, str]) -> None:
+    """Write a run's recipe and the fingerprint of what it learns from; a resumed run keeps its own.
 
     Raises:
-        RunError: the folder cannot be created or written.
+        RunError: the run was started with other data or another backbone.
     """
+    if not run.recipe.is_file():
+        write_whole(run.recipe, recipe_text)
+    before = read_json(run.fingerprint, RunError, "bad-fingerprint") if run.fingerprint.is_file() else {}
+    if not before:
+        write_json(run.fingerprint, fingerprint)
+    if changed := [key for key, value in fingerprint.items() if before.get(key, value) != value]:
+        values = f" ({before['labels']} before, {fingerprint['labels']} now)" if "labels" in changed else ""
+        problem = f"was started with other data or another backbone; what has changed: {', '.join(changed)}{values}"
+        remedy = "Restore it, or start another run (name=…)"
+        raise RunError(f"the run {run.root} {problem}. {remedy}", code="other-data", changed=changed)
+
+
+@contextlib.contextmanager
+def locked(run: RunFolder) -> Iterator[None]:
+    """Hold the lock of a run, in its folder, which is created, and removed if nothing was written.
+
+    The lock ends with the process that holds it, also if that is killed.
+
+    Raises:
+        RunError: another process trains the run, or the folder cannot be created or written.
+    """
+    created = [folder for folder in (run.root, *run.root.parents) if not folder.exists()]
+    lock = FileLock(run.lock, timeout=0)
     try:
         run.root.mkdir(parents=True, exist_ok=True)
-        if not run.recipe.is_file():
-            write_whole(run.recipe, recipe_text)
+        lock.acquire()
+    except Timeout as error:
+        remedy = "wait until it ends, or choose another name (name=…)"
+        raise RunError(f"another process is training the run {run.root}; {remedy}", code="run-in-use") from error
     except OSError as error:
-        message = f"the run folder {run.root} cannot be created ({error.strerror}); set output_dir"
+        message = f"the run folder {run.root} cannot be created or written ({error.strerror}); set output_dir"
         raise RunError(message, code="not-writable", path=run.root) from error
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            run.lock.unlink()
+        lock.release()
+        with contextlib.suppress(OSError):  # of one that is not empty
+            for folder in created:
+                folder.rmdir()
 
 
-def open_finished(folder: str | Path) -> RunFolder:
-    """Return the run folder `folder`, which has an adapter.
+def open_finished(folder: str | Path, *, scored: bool = False) -> RunFolder:
+    """Return the run folder `folder`, which has an adapter; if it must be `scored`, also a result.
 
     Raises:
-        RunError: it is not a run folder, or the run has no adapter yet.
+        RunError: it is not a run folder, or the run has none yet.
     """
     run = RunFolder(Path(folder))
     if not run.recipe.is_file():
         raise RunError(f"{folder} is not a run folder (it holds no recipe.yaml)", code="not-a-run")
-    if not (run.adapter / "adapter_config.json").is_file():
-        problem = f"has no adapter yet; finish it with `tokmask train {run.recipe} --resume`"
-        raise RunError(f"the run {folder} {problem}", code="unfinished")
+    needed = {"adapter": run.adapter / "adapter_config.json", **({"result": run.result} if scored else {})}
+    for what, file in needed.items():
+        if not file.is_file():
+            problem = f"has no {what} yet; finish it with `tokmask train {run.recipe} --resume`"
+            raise RunError(f"the run {folder} {problem}", code="unfinished")
     return run
 
 
@@ -225,22 +253,19 @@ class Result:
         """Read what `to_dict` returned, of another version too: unknown keys are ignored.
 
         Raises:
-            TypeError: the scores or the labels are missing.
+            ValidationError: the scores or the labels are missing, or a value is of another type.
         """
-        return cls(**{entry.name: found[entry.name] for entry in fields(cls) if entry.name in found})
+        return TypeAdapter(cls).validate_python(dict(found))
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Read `result.json`.
-
-        Raises:
-            RunError: the file cannot be read, or holds no scores.
-        """
+        """Read `result.json`; RunError if it cannot be read, or holds no scores."""
         try:
-            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            problem = f"does not hold the scores of a run (validation, labels): {first_line(error)}"
-            raise RunError(f"{path} {problem}", code="bad-result", path=path) from error
+            return cls.from_dict(read_json(path, RunError, "bad-result"))
+        except ValidationError as error:
+            key, problem = ".".join(map(str, error.errors()[0]["loc"])), error.errors()[0]["msg"]
+            message = f"{path} does not hold the scores of a run: {key}: {problem}"
+            raise RunError(message, code="bad-result", path=path, key=key) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,15 +283,8 @@ class Run:
 
 
 def open_run(folder: str | Path) -> Run:
-    """Read a finished run.
-
-    Raises:
-        RunError: the folder is not a finished run, or its files cannot be read.
-    """
-    run = open_finished(folder)
-    if not run.finished():
-        problem = f"is not finished; finish it with `tokmask train {run.recipe} --resume`"
-        raise RunError(f"the run {folder} {problem}", code="unfinished")
+    """Read a finished run; RunError if it is not one, or its files cannot be read."""
+    run = open_finished(folder, scored=True)
     return Run(run, load_recipe(run.recipe), Result.read(run.result))
 
 
@@ -285,11 +303,13 @@ class Loading(_Part):
     quantization: str = Field("none", pattern="^(nf4|int8|none)$")
     precision: str = Field("fp32", pattern="^(bf16|fp32)$")
     embedding: str = Field("resident", pattern="^(resident|offload|8bit)$")
+    weights: dict[str, str] = Field(default_factory=dict)  # of the backbone, from `weight_hashes`
+    scaling: float | None = Field(None, gt=0)  # of the LoRA update; None if not known
 
     @field_validator("package")
     @classmethod
     def _is_in_a_package(cls, value: str | None) -> str | None:
-        kind, _, path = (value or "package:a/b").partition(":")
+        kind, _, path = ("package:a/b" if value is None else value).partition(":")
         name, *inside = path.split("/")
         if kind != "package" or not name.isidentifier() or not inside or ".." in inside:
             raise ValueError(f"{value!r}, expected package:NAME/FOLDER or null")
@@ -325,6 +345,7 @@ class AdapterInfo(_Part):
         Raises:
             ModelError: the file is missing, or this package did not write it.
         """
+        check_files(adapter)
         path, old = adapter / ADAPTER_FILE, adapter / "labels.json"
         found = _read_json(path) if path.is_file() or not old.is_file() else {}
         if "format" not in found:  # four files; this one held how to load
@@ -341,15 +362,11 @@ class AdapterInfo(_Part):
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = dict(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError as error:
+    if not path.exists():
         remedy = "PEFT can load it: AutoPeftModelForSequenceClassification.from_pretrained(…, num_labels=…)"
         message = f"{path} is missing: this adapter was not saved by tokmask_peft. {remedy}"
-        raise ModelError(message, code="foreign-adapter", path=path) from error
-    except (OSError, ValueError, TypeError) as error:
-        raise ModelError(f"{path} is not a JSON object: {error}", code="bad-adapter-file", path=path) from error
-    return found
+        raise ModelError(message, code="foreign-adapter", path=path)
+    return read_json(path, ModelError, "bad-adapter-file")
 
 
 @dataclass(frozen=True, slots=True)
@@ -364,19 +381,25 @@ class SavedAdapter:
     max_length: int | None  # sub-tokens per text in training; None if not known
     temperature: float  # divides the logits; 1 without a calibration
     masking: TokenMaskConfig | None = None
+    trained: Mapping[str, Any] = field(default_factory=dict)  # weights of the backbone and scaling, for `load_adapter`
 
 
-def find_saved(model: str | Path, backbone: str | None = None) -> SavedAdapter:
-    """Find the adapter that `model` names.
+def find_saved(
+    model: str | Path | SavedAdapter, backbone: str | None = None, *, trust_remote_code: bool = False
+) -> SavedAdapter:
+    """Find the adapter that `model` names; one that was found already is returned as it is.
 
     Args:
         model: a run folder, an adapter folder, or the id of an adapter on the Hub, which is downloaded.
         backbone: a Hub id, a folder or `package:NAME/FOLDER`, in place of the backbone that the adapter names.
+        trust_remote_code: run the backbone's own code. The run's recipe cannot ask for it: it may be a stranger's.
 
     Raises:
         ModelError: there is no adapter of this package, with what to do.
         RunError: the run has no adapter yet.
     """
+    if isinstance(model, SavedAdapter):
+        return model
     path, recipe = Path(model).expanduser(), None
     if (path / "adapter_config.json").is_file():
         folder = path
@@ -410,16 +433,15 @@ def find_saved(model: str | Path, backbone: str | None = None) -> SavedAdapter:
         precision = "auto" if loading.precision == "bf16" else "fp32"
         settings |= {"quantization": loading.quantization, "precision": precision}
     length = loading.max_length if loading else recipe.data.max_length if recipe else None
-    config, temperature = ModelConfig(**settings), info.calibration.temperature
-    return SavedAdapter(str(model), folder, info.task, tuple(info.labels), config, length, temperature, info.masking)
+    config = ModelConfig(**settings | {"trust_remote_code": trust_remote_code})
+    trained = loading.model_dump(include={"weights", "scaling"}) if loading else {}
+    temperature = info.calibration.temperature
+    found = (str(model), folder, info.task, tuple(info.labels), config, length, temperature, info.masking, trained)
+    return SavedAdapter(*found)
 
 
 def _download(hub_id: str) -> Path:
-    """Fetch an adapter from the Hub; transport, cache and login are huggingface_hub's.
-
-    Raises:
-        ModelError: it cannot be fetched, or is not an adapter.
-    """
+    """Fetch an adapter from the Hub; transport, cache and login are huggingface_hub's."""
     from huggingface_hub import errors, snapshot_download
 
     remedies = {
@@ -432,7 +454,7 @@ def _download(hub_id: str) -> Path:
     }
     start = f"{hub_id} is not a local folder, and as an id on the Hub it "
     try:
-        folder = Path(snapshot_download(hub_id, allow_patterns=list(HUB_FILES)))
+        folder = Path(snapshot_download(hub_id, allow_patterns=list(LOADED_FILES)))
     except (OSError, errors.HFValidationError) as error:
         problem = next(text for kind, text in remedies.items() if isinstance(error, kind))
         raise ModelError(start + problem.format(reason=first_line(error)), code="not-on-hub", id=hub_id) from error

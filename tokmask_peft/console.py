@@ -6,11 +6,16 @@ decision is printed once with its reason, and whatever is suspicious is a warnin
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import re
+import signal
+import stat
 import sys
+import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +23,30 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
+
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""What moves a cursor, recolours or reorders a terminal, and halves of characters; tabs and new lines stay."""
+
+
+def printable(text: str) -> str:
+    """Return a text, which may be anyone's, as a terminal may see it: control characters as JSON writes them."""
+    return _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def echo(text: object = "", *, err: bool = False, end: str = "\n") -> None:
+    """Print a text on standard output, or on standard error, as `printable` shows it."""
+    stream = sys.stderr if err else sys.stdout
+    stream.write(printable(str(text)) + end)
+    stream.flush()
+
+
+class SafeConsole(Console):
+    """A rich console that shows every string, in tables too, as `printable` does."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Turn a string into styled text."""
+        return super().render_str(printable(text), **options)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,15 +72,60 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", module=r"(torch|transformers|peft|bitsandbytes|accelerate)(\..*)?$")
 
 
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+@contextlib.contextmanager
+def stop_signals(handler: Callable[..., object]) -> Iterator[None]:
+    """Call `handler` on Ctrl-C, SIGTERM, and the end of the terminal unless nohup ignores it; in the main thread."""
+
+    def handle(number: int, frame: object) -> None:
+        for descriptor in (1, 2):  # writing to a terminal that is gone would fail
+            with contextlib.suppress(OSError):
+                if not os.isatty(descriptor) and stat.S_ISCHR(os.fstat(descriptor).st_mode):
+                    mute(descriptor)
+        handler(number, frame)
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    for number, previous in before.items():
+        if (number, previous) != (getattr(signal, "SIGHUP", None), signal.SIG_IGN):
+            signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous or signal.SIG_DFL)
+
+
+def mute(descriptor: int = 1) -> None:
+    """Let what is still written to a closed output go nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+
+
+class _Output(Console):
+    """A console that takes the end of its reader (`| head`) as Ctrl-C."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        mute()
+        signal.raise_signal(signal.SIGINT)
+
+
 def make_console(quiet: bool = False) -> Console:
     """Return the console of a run; outside a terminal its lines are wide and are not wrapped at 80 columns."""
     terminal = sys.stdout.isatty()
-    return Console(quiet=quiet, width=None if terminal else 120, highlight=False, soft_wrap=not terminal)
+    return _Output(quiet=quiet, width=None if terminal else 120, highlight=False, soft_wrap=not terminal)
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
 
 
 def print_decisions(console: Console, decisions: Sequence[Decision]) -> None:
     """Print what was decided, and why."""
-    table = Table(title="Decisions", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    table = _table("Decisions")
     for column in ("what", "choice", "reason"):
         table.add_column(column, overflow="fold")
     for decision in decisions:
@@ -70,7 +144,7 @@ def print_lines(console: Console, title: str, lines: Sequence[str]) -> None:
 
 def print_scores(console: Console, parts: Mapping[str, Mapping[str, Any]]) -> None:
     """Print a row of scores for each named part."""
-    table = Table(title="Scores", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    table = _table("Scores")
     for column in ("split", "macro-F1", "weighted F1", "accuracy", "items"):
         table.add_column(column, justify="left" if column == "split" else "right")
     for name, part in parts.items():
@@ -79,7 +153,7 @@ def print_scores(console: Console, parts: Mapping[str, Mapping[str, Any]]) -> No
     console.print(table)
     for name, part in parts.items():
         if cut := part.get("without_prediction"):
-            console.print(f"{name}: {cut:,} words were cut off and count as errors", markup=False)
+            console.print(f"{name}: {cut:,} words have no prediction and count as errors", markup=False)
         for row in part.get("by_mixing") or ():
             console.print(f"  code-mixing index {row['cmi']}: macro-F1 {row['f1_macro']:.4f} ({row['posts']:,} posts)")
 
@@ -97,21 +171,25 @@ def print_result(console: Console, result: Any, adapter: Path) -> None:
 def calibration_line(calibration: Mapping[str, Any]) -> str:
     """Return a sentence on what the temperature does to the probabilities of the test (or validation) texts."""
     split = "test" if "test" in calibration else "validation"
-    before, after = calibration[split]["before"], calibration[split]["after"]
-    return (
-        f"Temperature {calibration['temperature']:.3f}, fitted on validation: expected calibration error on {split} "
-        f"{before['ece']:.4f} before, {after['ece']:.4f} after."
-    )
+    error = f"expected calibration error on {split} {calibration[split]['before']['ece']:.4f}"
+    after = calibration[split]["after"]["ece"]
+    if reason := calibration.get("left_out"):
+        return f"Calibration: no temperature is used, because {reason} ({error} without, {after:.4f} with it)."
+    return f"Temperature {calibration['temperature']:.3f}, fitted on validation: {error} before, {after:.4f} after."
 
 
 def baseline_verdict(scores: Mapping[str, Any], baseline: Mapping[str, Any] | None) -> str:
     """Return a sentence on whether the adapter beats character n-grams on the same split; empty without a baseline."""
     if not baseline:
         return ""
-    difference = scores["f1_macro"] - baseline["f1_macro"]
-    if difference > 0:
-        return f"The adapter is {difference:.4f} macro-F1 above the character n-gram baseline."
-    return (
-        f"The adapter does NOT beat the character n-gram baseline ({difference:+.4f} macro-F1): "
-        "use the baseline, or train longer, with another learning rate or a larger backbone."
-    )
+    gain = f"{scores['f1_macro'] - baseline['f1_macro']:+.4f} macro-F1"
+    if "interval" in baseline:  # which older runs do not have
+        low, high = baseline["interval"]
+        gain += f", 95% interval {low:+.4f} to {high:+.4f}"
+    sentences = {
+        "beats": f"The adapter beats the character n-gram baseline ({gain}).",
+        "does not beat": f"The adapter does NOT beat the character n-gram baseline ({gain}): "
+        "use the baseline, or train longer, with another learning rate or a larger backbone.",
+        "cannot tell": f"The texts cannot tell whether the adapter beats the character n-gram baseline ({gain}).",
+    }
+    return sentences[baseline.get("verdict", "cannot tell")]

@@ -1,13 +1,27 @@
-"""Errors that a user can act on: what was expected, what was found, what to do.
+"""Errors that a user can act on, and the boundary to what is not ours: exceptions of others, and files.
 
-The command line prints their text without a traceback; library callers catch `TokmaskError`.
+An error says what was expected, what was found, and what to do. The command line prints it without a traceback; library
+callers catch `TokmaskError`. What another library or the system raises becomes one at a `boundary`. A file is written
+whole or not at all, and the error of one that cannot be read names it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+import errno
+import glob
+import importlib.util
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
 from typing import Any
+
+LONGEST_GUESSED, MOST_COMPARED = 100, 1000
 
 
 class TokmaskError(Exception):
@@ -26,7 +40,7 @@ class TokmaskError(Exception):
     code: str = "error"
 
     def __init__(self, message: str, *, code: str | None = None, **fields: Any) -> None:
-        super().__init__(message)
+        super().__init__(message.encode("utf-8", "backslashreplace").decode())  # half characters cannot be printed
         self.code = code or type(self).code
         self.fields = fields
 
@@ -97,9 +111,103 @@ class RunInterruptedError(RunError):
     code = "interrupted"
 
 
+_FULL = r"No space left|os error 2[78]\b|file write failed"  # a full disk, as safetensors and torch report it
+
+
+def as_ours(
+    error: Exception, doing: str = "", kind: type[TokmaskError] = TokmaskError, code: str | None = None, **fields: Any
+) -> TokmaskError:
+    """Return one clear error for an exception that is not ours; `doing` names the file or the step that failed."""
+    if isinstance(error, TokmaskError):
+        return error
+    number, reason, found = getattr(error, "errno", None), first_line(error)[:300], "system"
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or re.search(_FULL, str(error)):
+        found, remedy = "no-space", "; free some space, or choose another place"
+    elif number in (errno.EACCES, errno.EPERM, errno.EROFS):
+        found, remedy = "no-access", "; choose another place, or change its permissions"
+    elif isinstance(error, OSError):
+        remedy = ""
+    else:
+        found, reason = "unexpected", f"{type(error).__name__}: {reason}"
+        remedy = "; if the input is in order, please report this with what TOKMASK_DEBUG=1 shows"
+    return kind(f"{doing} failed: {reason}{remedy}".removeprefix(" failed: "), code=code or found, **fields)
+
+
+@contextlib.contextmanager
+def boundary(doing: str = "", *given: Any, **fields: Any) -> Iterator[None]:
+    """Turn an exception that is not ours into one of ours, as `as_ours` does; also a decorator.
+
+    A lack of memory is left to `model.memory.suggestions.memory_errors`.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, TokmaskError) or re.search("memory|alloc", f"{type(error)} {error}", re.IGNORECASE):
+            raise
+        raise as_ours(error, doing, *given, **fields) from error
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Yield where to write a file or a folder, which then takes the place of `path`; on an exception nothing changes.
+
+    So a reader sees the old one or the new one, also after a power cut. What killed processes left is removed first.
+    """
+    import psutil
+
+    for stray in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        number = stray.suffix[1:]
+        if re.fullmatch(r"\d{1,9}", number) and (int(number) == os.getpid() or not psutil.pid_exists(int(number))):
+            _remove(stray)
+    new = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield new
+        for part in (new, *new.rglob("*")):
+            if part.is_file():
+                with part.open("rb+") as file:
+                    os.fsync(file.fileno())
+        if path.is_dir():
+            shutil.rmtree(path)
+        new.replace(path)
+    finally:
+        _remove(new)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file as `whole` does."""
+    with whole(path) as new:
+        new.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: Mapping[str, Any], indent: int | None = 2) -> None:
+    """Write JSON as `whole` does; in one line without `indent`."""
+    write_whole(path, json.dumps(content, indent=indent, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path, kind: type[TokmaskError], code: str) -> dict[str, Any]:
+    """Read a JSON object; an error of that kind and code, with the field `path`, if there is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None  # a pipe would never end
+        problem = f"it holds a {type(found).__name__}" if path.is_file() else "there is no such file"
+    except (OSError, ValueError, RecursionError) as error:
+        found, problem = None, first_line(error)
+    if not isinstance(found, dict):
+        raise kind(f"{path} is not a JSON object that can be read: {problem}", code=code, path=path)
+    return found
+
+
 def nearest(name: str, candidates: Iterable[str]) -> str:
     """Return ` Did you mean 'x'?` for the closest candidate or the one that `name` begins, or an empty string."""
-    names = list(candidates)
+    if len(name) > LONGEST_GUESSED:  # difflib takes quadratic time
+        return ""
+    names = [other for other in islice(candidates, MOST_COMPARED) if len(other) <= LONGEST_GUESSED]
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     match = close or ([other for other in names if other.startswith(name)] if name else [])
     return f" Did you mean '{match[0]}'?" if match else ""
@@ -108,3 +216,13 @@ def nearest(name: str, candidates: Iterable[str]) -> str:
 def first_line(error: object) -> str:
     """Return the first line of an error's text, or the name of its class if the text is empty."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def require(module: str, extra: str, what: str) -> None:
+    """Check that the library of an extra is installed, without importing it.
+
+    Raises:
+        ExtraError: it is not.
+    """
+    if importlib.util.find_spec(module) is None:
+        raise ExtraError(f"{what} needs {module}: pip install 'tokmask-peft[{extra}]'", extra=extra)

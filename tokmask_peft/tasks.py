@@ -81,6 +81,11 @@ class WordPredictions:
     windows: int = 1
 
 
+def _is_missing(cell: Any) -> bool:
+    """Return whether a cell of a table is null, or NaN, which pandas writes for a missing value."""
+    return cell is None or cell != cell
+
+
 class Task:
     """What depends on the kind of label; `sequence` and `token` below are the two that come with the package."""
 
@@ -95,7 +100,6 @@ class Task:
     peft_type: ClassVar[str]  # name in `peft.TaskType`, without which the head would stay frozen in silence
     pipeline_tag: ClassVar[str]  # of the Hub and of `transformers.pipeline`
     unseen_parts: ClassVar[tuple[str, str]] = ("texts with no unseen word", "texts with an unseen word")  # scored apart
-    cut_effect: ClassVar[str]  # a sentence for the report on what cutting long texts does to the scores
     snippet: ClassVar[str]  # Python for the card that predicts with `model`, `tokenizer` and `labels`
     pipeline_snippet: ClassVar[str]  # the same with `transformers.pipeline` and the path `MODEL`
 
@@ -206,14 +210,14 @@ class SequenceTask(Task):
 
     def from_cells(self, text: Any, label: Any, where: str, columns: tuple[str, str | None]) -> Example:
         """See `Task`; the text is a string or a list of words, the label any value."""
-        words = text if isinstance(text, list) else ["" if text is None else text]
+        words = text if isinstance(text, list) else ["" if _is_missing(text) else text]
         if not all(isinstance(word, str) for word in words):
             found = f"column '{columns[0]}' has {type(text).__name__}"
             raise DataError(f"{found}, but a text is a string or a list of words", code="cell-type")
         if isinstance(label, list | dict):
             found = f"column '{columns[1]}' has {type(label).__name__}, but task '{self.name}' needs one label per text"
             raise DataError(f"{found}. For one label per word set data.task to token.", code="cell-type")
-        return self.example(text or "", None if label is None else str(label).strip(), where)
+        return self.example(words, None if _is_missing(label) else str(label).strip(), where)
 
     def encode_label(self, example: Example, starts: Sequence[tuple[int, int]], length: int, ids: LabelIds) -> int:
         """Return the label's index."""
@@ -227,7 +231,6 @@ class SequenceTask(Task):
 
     # -- report, card and study --
 
-    cut_effect = "A text that is cut is scored on the part that remains."
     snippet = """\
 inputs = tokenizer(["This phone is bien bonito"], return_tensors="pt", padding=True)
 with torch.no_grad():
@@ -248,26 +251,27 @@ class TokenTask(Task):
     collator_class = "DataCollatorForTokenClassification"
     peft_type = "TOKEN_CLS"
     pipeline_tag = "token-classification"
-    text_columns = ("words", "tokens")
-    label_columns = ("labels", "tags", "lid", "ner_tags", "pos_tags", "pos", "ner", "label")
+    text_columns = ("words", "tokens", "word", "token")
+    label_columns = ("labels", "tags", "lid", "ner_tags", "pos_tags", "pos", "ner", "label", "tag")
     words_given = True
 
     # -- data --
 
     def from_cells(self, text: Any, label: Any, where: str, columns: tuple[str, str | None]) -> Example:
         """See `Task`; words and tags are lists, or strings separated by white space."""
-        words, tags = cells = [cell.split() if isinstance(cell, str) else cell for cell in (text, label)]
+        cells = [None if _is_missing(cell) else cell for cell in (text, label)]
+        words, tags = cells = [cell.split() if isinstance(cell, str) else cell for cell in cells]
         listed = all(isinstance(cell, list | None) for cell in cells)
         if not listed or any(isinstance(item, list | dict) for cell in cells for item in cell or ()):
             problem = f"task '{self.name}' needs a list of words in '{columns[0]}' and a list of tags in '{columns[1]}'"
             raise DataError(problem, code="cell-type")
-        words = ["" if word is None else str(word) for word in words or []]
+        words = ["" if _is_missing(word) else str(word) for word in words or []]
         if tags is None:
             return self.example(words, None, where)
         if len(words) != len(tags):
             problem = f"{len(words)} words in '{columns[0]}' but {len(tags)} tags in '{columns[1]}'"
             raise DataError(problem, code="tag-count")
-        return self.example(words, tuple("" if tag is None else str(tag) for tag in tags), where)
+        return self.example(words, tuple("" if _is_missing(tag) else str(tag) for tag in tags), where)
 
     def encode_label(
         self, example: Example, starts: Sequence[tuple[int, int]], length: int, ids: LabelIds
@@ -316,7 +320,6 @@ class TokenTask(Task):
     # -- report, card and study --
 
     unseen_parts = ("seen words", "unseen words")
-    cut_effect = "Words that are cut away count as errors in the scores."
     snippet = """\
 words = "This phone is bien bonito".split()
 inputs = tokenizer(words, is_split_into_words=True, return_tensors="pt")

@@ -6,18 +6,35 @@ import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 from xml.etree import ElementTree
 
-import insides
 import torch
-from insides import AdapterConfig, ModelConfig, TokenMaskConfig, TokenMasker
-from instruments import DEVICE, DRY, ON_GPU, REPO, WORK, Record, clock, matrix_rate, smi
+import torch.nn.functional as F
+from instruments import DEVICE, DRY, ON_GPU, REPO, WORK, Record, bf16_rate, clock, smi
 from tiny_models import TEXTS, build, encode
 from torch import Tensor
+from workload import Stepper, padded_collator
+
+from tokmask_peft.data.batches import PackedCollator
+from tokmask_peft.masking.config import TokenMaskConfig
+from tokmask_peft.masking.masker import TokenMasker
+from tokmask_peft.model import packed as packing
+from tokmask_peft.model.adapter import add_adapter
+from tokmask_peft.model.backbone import load_backbone
+from tokmask_peft.model.decisions import (
+    bitsandbytes_problem,
+    choose_precision,
+    choose_quantization,
+    enable_checkpointing,
+)
+from tokmask_peft.recipe.schema import AdapterConfig, ModelConfig
+from tokmask_peft.training.environment import versions
 
 
 def part_env() -> None:
@@ -26,12 +43,12 @@ def part_env() -> None:
     record.put("smi_before", smi())
     record.attempt("versions", _versions)
     record.attempt("workspaces", _workspaces)
-    record.attempt("decisions", lambda: insides.decided(DEVICE))
+    record.attempt("decisions", _decisions)
     record.attempt("rates", _rates)
 
 
 def _versions() -> dict[str, Any]:
-    found: dict[str, Any] = {"reported": insides.versions(), "torch": torch.__version__, "cuda": torch.version.cuda}
+    found: dict[str, Any] = {"reported": versions(), "torch": torch.__version__, "cuda": torch.version.cuda}
     found["python"] = platform.python_version()
     if ON_GPU:
         free, total = torch.cuda.mem_get_info()
@@ -42,6 +59,16 @@ def _versions() -> dict[str, Any]:
             "cudnn_sdp": torch.backends.cuda.cudnn_sdp_enabled(), "smi_with_context": smi(),
         }  # fmt: skip
     return found
+
+
+def _decisions() -> dict[str, Any]:
+    config = ModelConfig(backbone="x")
+    return {
+        "bitsandbytes_problem": bitsandbytes_problem(DEVICE.type),
+        "precision": asdict(choose_precision(config, DEVICE)),
+        "quantization": asdict(choose_quantization(config, DEVICE)),
+        "varlen_kernel": str(packing._varlen_kernel()) if ON_GPU else None,
+    }
 
 
 def _workspaces() -> dict[str, Any]:
@@ -66,15 +93,7 @@ def _rates() -> dict[str, float]:
     for _ in range(10):
         target.copy_(source)
     copied = 20 * source.numel() / (clock() - start)
-    return {"bf16_tflops": matrix_rate() / 1e12, "copy_tb_s": copied / 1e12}
-
-
-class Layer(torch.nn.Module):
-    """What an attention function reads of its layer."""
-
-    def __init__(self, is_causal: bool) -> None:
-        super().__init__()
-        self.is_causal = is_causal
+    return {"bf16_tflops": bf16_rate() / 1e12, "copy_tb_s": copied / 1e12}
 
 
 def part_attention() -> None:
@@ -101,40 +120,29 @@ def _attention(
     low = [tensor.to(torch.bfloat16) for tensor in made]
     exact = [tensor.double().requires_grad_() for tensor in low]
     ahead = torch.randn(1, total, heads, size, dtype=torch.float64).to(torch.bfloat16)
-    wanted = _exact_attention(*exact, lengths, causal, window)
+    texts = []
+    for rows in zip(*(tensor.split(lengths, dim=2) for tensor in exact), strict=True):
+        at = torch.arange(rows[0].shape[2])
+        keep = (at[:, None] >= at) & (at[:, None] - at < (window or total)) if causal else None
+        texts.append(F.scaled_dot_product_attention(*rows, attn_mask=keep, enable_gqa=True).transpose(1, 2))
+    wanted = torch.cat(texts, dim=1)
     wanted.backward(ahead.double())
     bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32, device=DEVICE)
+    places = packing.Packing.make(bounds, total, max(lengths))
+    layer: Any = SimpleNamespace(is_causal=causal)
     found = {}
     for name in ("kernel", "fallback"):
         here = [tensor.to(DEVICE).clone().requires_grad_() for tensor in low]
-        kernel = insides.packed._varlen_kernel if name == "kernel" and ON_GPU else (lambda: None)
-        with mock.patch.object(insides.packed, "_varlen_kernel", kernel):
-            out = insides.packed_attention(Layer(causal), here, bounds, max(lengths), window)
+        kernel = packing._varlen_kernel if name == "kernel" and ON_GPU else (lambda: None)
+        with mock.patch.object(packing, "_varlen_kernel", kernel):
+            out = packing.packed_attention(layer, *here, None, sliding_window=window, packing=places)[0]
         out.backward(ahead.to(DEVICE))
         pairs = [(out, wanted), *((one.grad, other.grad) for one, other in zip(here, exact, strict=True))]
         found[name] = [round(_error(one, other), 5) for one, other in pairs]
     return found
 
 
-def _exact_attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], causal: bool, window: int | None) -> Tensor:
-    times = q.shape[1] // k.shape[1]
-    rows = [q, k.repeat_interleave(times, 1), v.repeat_interleave(times, 1)]
-    outputs, start = [], 0
-    for length in lengths:
-        query, key, value = (row[0, :, start : start + length] for row in rows)
-        scores = query @ key.transpose(-1, -2) * q.shape[-1] ** -0.5
-        at = torch.arange(length)
-        keep = at[:, None] >= at[None] if causal else torch.ones(length, length, dtype=torch.bool)
-        if window is not None:
-            keep = keep & (at[:, None] - at[None] < window)
-        outputs.append((scores.masked_fill(~keep, float("-inf")).softmax(-1) @ value).transpose(0, 1))
-        start += length
-    return torch.cat(outputs).unsqueeze(0)
-
-
-def _error(one: Tensor | None, other: Tensor | None) -> float:
-    assert one is not None
-    assert other is not None
+def _error(one: Any, other: Any) -> float:
     return float((one.detach().double().cpu() - other.detach()).norm() / other.detach().norm())
 
 
@@ -185,40 +193,31 @@ def _trained(
     body.base_model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     config: Any = {"quantization": quantization, "precision": precision, "embedding": embedding}
-    backbone = insides.load_backbone(ModelConfig(backbone=str(folder), **config), task, ("a", "b", "c"), device)
+    backbone = load_backbone(ModelConfig(backbone=str(folder), **config), task, ("a", "b", "c"), device)
     heads = [module for name, module in backbone.model.named_modules() if name in backbone.new_modules]
-    _draw_again([weight for head in heads for weight in head.parameters()], lambda _: 1)
+    _draw_again((1, weight) for head in heads for weight in head.parameters())
     if packed:
-        insides.enable_padding_free(backbone.model)
-    model, _ = insides.add_adapter(backbone, AdapterConfig(r=8), task)
-    _draw_again([weight for name, weight in model.named_parameters() if "lora_A" in name], lambda number: number)
+        packing.enable_padding_free(backbone.model)
+    model, _ = add_adapter(backbone, AdapterConfig(r=8), task)
+    _draw_again(enumerate(weight for name, weight in model.named_parameters() if "lora_A" in name))
     model.to(device).train()
     if checkpointed:
-        insides.enable_checkpointing(model)
+        enable_checkpointing(model)
     rows: list[dict[str, Any]] = [{"input_ids": tokenizer(text)["input_ids"]} for text in TEXTS]
     for number, row in enumerate(rows):
         row["labels"] = [n % 3 for n in range(len(row["input_ids"]))] if task == "token" else number % 3
-    collate = insides.PackedCollator(task) if packed else insides.padded_collator(tokenizer, task)
-    batch = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in collate(rows).items()}
-    labels = batch.pop("labels")
-    trained = [weight for weight in model.parameters() if weight.requires_grad]
-    optimizer, losses, bf16 = torch.optim.AdamW(trained, lr=5e-3), [], precision == "bf16"
+    batch = (PackedCollator(task) if packed else padded_collator(tokenizer, task))(rows)
+    stepper = Stepper(model, precision == "bf16", ours=True, device=device, rate=5e-3)
     if p is not None:
         TokenMasker.attach(model, tokenizer, TokenMaskConfig(p=p, unit=unit, seed=3))
-    for _ in range(8):
-        with insides.inputs_as_they_come(model, bf16), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            loss = insides.ClassificationLoss()(model(**batch), labels)
-        loss.backward()
-        losses.append(round(float(loss.detach()), 6))
-        optimizer.step()
-        optimizer.zero_grad()
-    return losses, torch.cat([weight.detach().flatten().float().cpu() for weight in trained])
+    losses = [round(float(stepper.step(batch)), 6) for _ in range(8)]
+    return losses, torch.cat([weight.detach().flatten().float().cpu() for weight in stepper.trained])
 
 
-def _draw_again(weights: list[Any], seed: Callable[[int], int]) -> None:
-    """Draw weights on the CPU, so that they are the same on every device."""
-    for number, weight in enumerate(weights):
-        drawn = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed(number)))
+def _draw_again(weights: Iterable[tuple[int, Any]]) -> None:
+    """Draw weights by their seeds on the CPU, so that they are the same on every device."""
+    for seed, weight in weights:
+        drawn = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
         weight.data = drawn.mul(0.1).to(weight)
 
 

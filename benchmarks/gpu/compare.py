@@ -1,6 +1,6 @@
 """Compare the memory that `measure.py` measured with the estimate, on a CPU, from the exact shapes.
 
-TOKMASK_TOKENIZERS=FOLDER python benchmarks/gpu/compare.py results.json
+TOKMASK_TOKENIZERS=FOLDER PYTHONPATH=benchmarks python benchmarks/gpu/compare.py OUT
 """
 
 from __future__ import annotations
@@ -12,40 +12,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from insides import estimated
-from instruments import BACKBONES
+from instruments import BACKBONES, recipe_of
 from transformers import AutoConfig
+
+from tokmask_peft.model.memory.estimate import Setting, estimate
+from tokmask_peft.model.memory.step import Shape
+from tokmask_peft.recipe.schema import Recipe
 
 MIB = 2**20
 
 
-def lines(part: str, name: str, run: dict[str, Any]) -> list[str]:
+def lines(name: str, run: dict[str, Any]) -> list[str]:
     """Return the phases of a training, measured and estimated."""
     backbone = name.split()[0] if name.split()[0] in BACKBONES else "tinyllama"
     decided = {key: value[0] for key, value in run.get("decisions", {}).items()}
-    settings = dict(one.split("=", 1) for one in run["overrides"])
-    folder = Path(os.environ["TOKMASK_TOKENIZERS"]) / BACKBONES[backbone][0]
-    recipe = {
-        "model": {
-            "backbone": "x",
-            "embedding": settings.get("model.embedding", "resident"),
-            "gradient_checkpointing": decided.get("checkpointing") == "on",
-        },
-        "data": {"task": "token" if " token" in name else "sequence", "builtin": True},
-        "masking": {"trainable_mask": settings.get("masking.trainable_mask") == "true"},
-        "adapter": {"dropout": float(settings.get("adapter.dropout", 0))},
-        "training": {"gradient_accumulation": 1 if part != "cli" or backbone == "mbert" else 2},
-    }
-    packed, lengths = run["largest"]["packed"], run["largest"]["lengths"]
-    guess = estimated(
-        AutoConfig.from_pretrained(folder, num_labels=3),
-        recipe,
-        torch.bfloat16 if decided.get("precision") == "bf16" else torch.float32,
-        lengths if packed else (len(lengths), lengths[0]),
-        tuple(run["evaluated"]),
-        packed_rows=packed,
-        quantization=decided.get("quantization", "nf4"),
-    )
+    again = f"model.gradient_checkpointing={'true' if decided.get('checkpointing') == 'on' else 'false'}"
+    file, *data = recipe_of(backbone, "token" if " token" in name else "sequence")
+    recipe = Recipe.load(file, [*data, *run["overrides"], again])
+    config = AutoConfig.from_pretrained(Path(os.environ["TOKMASK_TOKENIZERS"]) / BACKBONES[backbone][0], num_labels=3)
+    dtype = torch.bfloat16 if decided.get("precision") == "bf16" else torch.float32
+    setting = Setting(config, "cuda", decided.get("quantization", "nf4"), dtype)
+    largest = Shape(tuple(run["largest"]["lengths"]), run["largest"]["packed"])
+    guess = estimate(recipe, setting, largest, Shape.padded(*run["evaluated"]))
     fixed = guess.weights + guess.embedding + guess.adapter + guess.optimizer
     found = []
     for phase, extra in (("training", guess.activations + guess.workspace), ("evaluation", guess.evaluation)):
@@ -59,8 +47,8 @@ def lines(part: str, name: str, run: dict[str, Any]) -> list[str]:
 
 
 if __name__ == "__main__":
-    results = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     for part in ("cli", "stock", "memory_cap"):
-        for name, run in results.get(part, {}).items():
+        file = Path(sys.argv[1]) / f"{part}.json"
+        for name, run in json.loads(file.read_text(encoding="utf-8")).items() if file.is_file() else ():
             if isinstance(run, dict) and "overrides" in run and run.get("largest", {}).get("lengths"):
-                print("\n".join(lines(part, name, run)))
+                print("\n".join(lines(name, run)))

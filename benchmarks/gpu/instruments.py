@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -11,19 +13,24 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from transformers import TrainerCallback
 from transformers.trainer import DEFAULT_CALLBACKS
+from workload import matrix_rate
+
+from tokmask_peft.artifacts import open_run
+from tokmask_peft.errors import RunError
 
 DRY = os.environ.get("DRY") == "1"
 DEVICE = torch.device("cpu" if DRY else "cuda")
 ON_GPU = DEVICE.type == "cuda"
-WORK = Path(os.environ.get("GPU_WORK", str(Path(tempfile.gettempdir()) / "gpu-work")))
+OUT = Path(os.environ.get("OUT", "gpu-out")).resolve()
+WORK = Path(os.environ.get("GPU_WORK", tempfile.gettempdir()))
 REPO = Path(os.environ.get("REPO", ".")).resolve()
 ONLY = os.environ.get("ONLY", "")
 """A regular expression: of the trainings of a part, run those whose names match."""
@@ -36,15 +43,17 @@ BACKBONES = {
 
 
 class Record:
-    """The results of a part, in a file that is rewritten after every step; the driver joins these files."""
+    """The results of a part, in a file that is rewritten after every step."""
 
     def __init__(self, part: str) -> None:
-        self.path, self.found = WORK / f"{part}.json", {}
+        self.path, self.found = OUT / f"{part}.json", {}
 
     def put(self, key: str, value: object) -> None:
         """Keep a result."""
         self.found[key] = value
-        self.path.write_text(json.dumps(self.found, indent=1, default=str))
+        partial = self.path.with_suffix(".tmp")
+        partial.write_text(json.dumps(self.found, indent=1, default=str))
+        partial.replace(self.path)
         print(f"{key}: {json.dumps(value, default=str)[:600]}", flush=True)
 
     def attempt(self, key: str, work: Callable[[], object]) -> None:
@@ -96,33 +105,36 @@ def smi() -> int | None:
         return None
 
 
-def matrix_rate() -> float:
-    """Return the FLOPs a second of a large bf16 product, the median of 5 rounds."""
-    size, products = (8192, 20) if ON_GPU else (256, 2)
-    left, rates = torch.randn(size, size, dtype=torch.bfloat16, device=DEVICE), []
-    for _ in range(6):
-        start = clock()
-        for _ in range(products):
-            left @ left
-        rates.append(products * 2 * size**3 / (clock() - start))
-    return statistics.median(rates[1:])
+def bf16_rate() -> float:
+    """Return the FLOPs a second of a large bf16 product."""
+    size = 8192 if ON_GPU else 256
+    return matrix_rate(torch.bfloat16, size, size, size, products=20 if ON_GPU else 2, device=DEVICE, clock=clock)
 
 
-def recipe_file(name: str, task: str) -> Path:
-    """Write the recipe of a backbone: on real tweets if TOKMASK_DATA is set, otherwise on the built-in posts."""
-    data = os.environ.get("TOKMASK_DATA")
-    lines = [f"base: {REPO}/recipes/_backbones/{BACKBONES[name][1]}.yaml", f"name: {name}-{task}", "data:"]
-    lines += [f"  task: {task}", "  max_length: 128"]
-    if data and task == "sequence":
-        lines += [f"  path: {data}/mesent_mar_eng_sentiment", "  validation: 0.03", "  test: test"]
-    elif data:
-        lines += [f"  path: {data}/lince_lid_spaeng", "  validation: 0.01", "  test: validation"]
-        lines += ['  label_map: {lang1: lang1, lang2: lang2, "*": other}']
-    else:
-        lines += ["  builtin: true", "  validation: validation", "  test: test"]
-    path = WORK / f"{name}-{task}.yaml"
-    path.write_text("\n".join(lines) + "\n")
-    return path
+def recipe_of(name: str, task: str) -> list[str]:
+    """Return the recipe of a backbone and its texts: real tweets if TOKMASK_DATA is set, otherwise built-in posts."""
+    data = {"builtin": "true"}
+    if folder := os.environ.get("TOKMASK_DATA"):
+        data = {"path": f"{folder}/mesent_mar_eng_sentiment", "validation": "0.03"}
+        if task == "token":
+            data = {"path": f"{folder}/lince_lid_spaeng", "validation": "0.01", "test": "validation"}
+            data["label_map"] = '{lang1: lang1, lang2: lang2, "*": other}'
+    data |= {"task": task, "max_length": "128"}
+    file = REPO / "recipes" / "_backbones" / f"{BACKBONES[name][1]}.yaml"
+    return [str(file), f"name={name}-{task}", *(f"data.{key}={value}" for key, value in data.items())]
+
+
+def small(config: Any) -> Any:
+    """Return a config, in a dry run with few and narrow layers but the whole vocabulary."""
+    if not DRY:
+        return config
+    found = {**config.to_dict(), "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128}
+    found["num_attention_heads"] = 4
+    if found.get("num_key_value_heads"):
+        found |= {"num_key_value_heads": 2, "head_dim": 16}
+    if found.get("layer_types"):
+        found["layer_types"] = found["layer_types"][:2]
+    return type(config)(**found)
 
 
 def backbone_folder(name: str) -> Path:
@@ -134,16 +146,13 @@ def command_line(arguments: list[str]) -> tuple[int, float]:
     """Run the package's command line in this process; return its exit code and the seconds."""
     from tokmask_peft.cli import main
 
-    start, before = time.time(), sys.argv
-    sys.argv = ["tokmask", *arguments]
+    start, code = time.time(), 0
     print("$ tokmask", *arguments, flush=True)
-    try:
-        main()
-        code = 0
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    finally:
-        sys.argv = before
+    with mock.patch.object(sys, "argv", ["tokmask", *arguments]):
+        try:
+            main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
     return code, round(time.time() - start, 1)
 
 
@@ -163,15 +172,6 @@ class Watch(TrainerCallback):
         self.evaluated, self._phase = [0, 0], "loading"
         fresh_peak()
 
-    @contextmanager
-    def installed(self) -> Iterator[None]:
-        """Watch every Trainer that is made inside."""
-        DEFAULT_CALLBACKS.append(self)
-        try:
-            yield
-        finally:
-            DEFAULT_CALLBACKS.remove(self)
-
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Look at what goes into the model from here on."""
         self.next_phase("training")
@@ -182,23 +182,22 @@ class Watch(TrainerCallback):
     def next_phase(self, name: str) -> None:
         """Note the peak of the phase that ends."""
         if name != self._phase:
-            now, before = peak(), self.phases.get(self._phase, {})
-            self.phases[self._phase] = {key: max(value, before.get(key, 0)) for key, value in now.items()}
+            before = self.phases.get(self._phase, {})
+            self.phases[self._phase] = {key: max(value, before.get(key, 0)) for key, value in peak().items()}
             self._phase = name
             fresh_peak()
 
     def _see(self, model: Any, _: Any, inputs: dict[str, Any]) -> None:
-        ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+        ids, mask, starts = (inputs.get(name) for name in ("input_ids", "attention_mask", "cu_seqlens"))
         self.next_phase("training" if model.training else "evaluation")
         if not model.training:
-            self.evaluated = max(self.evaluated, list(ids.shape), key=lambda shape: shape[0] * shape[1])
+            self.evaluated = max(self.evaluated, list(ids.shape), key=math.prod)
             return
         self.times.append(clock())
         self.tokens.append(int(ids.numel() if mask is None else mask.sum()))
-        packed = "cu_seqlens" in inputs
-        lengths = inputs["cu_seqlens"].diff().tolist() if packed else [ids.shape[1]] * ids.shape[0]
+        lengths = [ids.shape[1]] * ids.shape[0] if starts is None else starts.diff().tolist()
         if sum(lengths) > sum(self.largest["lengths"]):
-            self.largest = {"lengths": lengths, "packed": packed}
+            self.largest = {"lengths": lengths, "packed": starts is not None}
 
     def speed(self, skip: int = 6) -> dict[str, Any]:
         """Return real sub-tokens a second after the first micro-batches, without those that an evaluation follows."""
@@ -216,28 +215,29 @@ class Watch(TrainerCallback):
         }
 
 
-def short_training(record: Record, watch: Watch, label: str, recipe: Path, folder: Path, *overrides: str) -> None:
+def short_training(record: Record, watch: Watch, label: str, recipe: list[str], folder: Path, *overrides: str) -> None:
     """Run `tokmask train` for a few steps, watched, and record what came of it."""
 
     def run() -> dict[str, Any]:
         base, name = allocated(), label.replace(" ", "-")
         watch.clear()
         settings = [f"name={name}", f"model.backbone_path={folder}", "training.baseline=false", *overrides]
-        with watch.installed():
-            code, seconds = command_line(["train", str(recipe), *settings])
+        DEFAULT_CALLBACKS.append(watch)
+        try:
+            code, seconds = command_line(["train", *recipe, *settings])
+        finally:
+            DEFAULT_CALLBACKS.remove(watch)
         watch.next_phase("after")
         found = {"exit": code, "seconds": seconds, "base": base, "phases": watch.phases, "largest": watch.largest}
         found |= {"evaluated": watch.evaluated, "speed": watch.speed(), "overrides": list(overrides)}
-        root = Path("runs") / name
-        if (root / "result.json").is_file():
-            result = json.loads((root / "result.json").read_text())
-            lines = [json.loads(line) for line in (root / "log.jsonl").read_text().splitlines()]
+        with contextlib.suppress(RunError):
+            done = open_run(Path("runs") / name)
             found |= {
-                "decisions": {one["what"]: [one["choice"], one["reason"]] for one in result["decisions"]},
-                "reported_speed": result["speed"],
-                "validation": result["validation"]["f1_macro"],
-                "losses": [line["loss"] for line in lines if "loss" in line],
-                "gradient_norms": [line["grad_norm"] for line in lines if "grad_norm" in line],
+                "decisions": {one["what"]: [one["choice"], one["reason"]] for one in done.result.decisions},
+                "reported_speed": done.result.speed,
+                "validation": done.result.validation["f1_macro"],
+                "losses": [line["loss"] for line in done.log if "loss" in line],
+                "gradient_norms": [line["grad_norm"] for line in done.log if "grad_norm" in line],
             }
         return found
 

@@ -12,66 +12,45 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import insides
+import instruments as gpu
 import torch
 import transformers
-from instruments import (
-    BACKBONES,
-    DEVICE,
-    DRY,
-    ON_GPU,
-    ONLY,
-    REPO,
-    WORK,
-    Record,
-    Watch,
-    allocated,
-    backbone_folder,
-    command_line,
-    fresh_peak,
-    recipe_file,
-    short_training,
-)
 from workload import stock_qlora
+
+from tokmask_peft.data.corpus import load_corpus
+from tokmask_peft.data.encoding import Encoder
+from tokmask_peft.recipe.schema import Recipe
 
 NF4, PADDED, NO_TEST = "model.quantization=nf4", "training.batching=padded", "data.test=null"
 TEXTS = ["me encanta this phone", "qué mal servicio", "ok"]
-ON_A_CPU = ["model.precision=bf16"] if DRY else []
+ON_A_CPU = ["model.precision=bf16"] if gpu.DRY else []
 """So that a dry run takes the code paths of a GPU."""
 
 
 def part_prepare() -> None:
     """Save random backbones of real shapes in bf16."""
-    record = Record("prepare")
+    record = gpu.Record("prepare")
     torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))
-    for name in BACKBONES:
+    for name in gpu.BACKBONES:
         record.attempt(name, lambda name=name: _save_backbone(name))
 
 
 def _save_backbone(name: str) -> dict[str, Any]:
-    start, source = time.time(), Path(os.environ["TOKMASK_TOKENIZERS"]) / BACKBONES[name][0]
-    config = transformers.AutoConfig.from_pretrained(source)
-    if DRY:
-        small = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
-        if getattr(config, "num_key_value_heads", None):
-            small |= {"num_key_value_heads": 2, "head_dim": 16}
-        for key, value in small.items():
-            setattr(config, key, value)
-        if getattr(config, "layer_types", None):
-            config.layer_types = config.layer_types[:2]
+    start, source = time.time(), Path(os.environ["TOKMASK_TOKENIZERS"]) / gpu.BACKBONES[name][0]
+    config = gpu.small(transformers.AutoConfig.from_pretrained(source))
     torch.manual_seed(0)
     auto = transformers.AutoModel if name == "mbert" else transformers.AutoModelForCausalLM
-    with DEVICE:  # a CPU takes half a minute to draw 1.1e9 weights
+    with gpu.DEVICE:  # a CPU takes half a minute to draw 1.1e9 weights
         model = auto.from_config(config, dtype=torch.bfloat16)
-    model.to("cpu").save_pretrained(backbone_folder(name))
-    transformers.AutoTokenizer.from_pretrained(source).save_pretrained(backbone_folder(name))
+    model.to("cpu").save_pretrained(gpu.backbone_folder(name))
+    transformers.AutoTokenizer.from_pretrained(source).save_pretrained(gpu.backbone_folder(name))
     return {"seconds": round(time.time() - start, 1), "weights": sum(w.numel() for w in model.parameters())}
 
 
 def part_cli() -> None:
     """Run `tokmask estimate`, `train`, `evaluate` and `predict` as a user types them."""
     record, watch = _part("cli")
-    common = [f"training.max_steps={4 if DRY else 24}", "training.epochs=1", "training.eval_batch_size=64",
+    common = [f"training.max_steps={4 if gpu.DRY else 24}", "training.epochs=1", "training.eval_batch_size=64",
               "training.logging_steps=1", *ON_A_CPU]  # fmt: skip
     plans = [
         ("qwen", "sequence", "nf4 packed", [NF4]),
@@ -90,11 +69,12 @@ def part_cli() -> None:
     ]  # fmt: skip
     for backbone, task, label, overrides in plans:
         name, whole = f"{backbone} {task} {label}", label == "nf4 packed"
-        if not re.search(ONLY, name):
+        if not re.search(gpu.ONLY, name):
             continue
         settings = [*common, *([] if whole else [NO_TEST]), *overrides]  # whole test sets take too long each time
-        recipe, folder, run = recipe_file(backbone, task), backbone_folder(backbone), f"runs/{name.replace(' ', '-')}"
-        short_training(record, watch, name, recipe, folder, *settings)
+        recipe, folder = gpu.recipe_of(backbone, task), gpu.backbone_folder(backbone)
+        run = f"runs/{name.replace(' ', '-')}"
+        gpu.short_training(record, watch, name, recipe, folder, *settings)
         if not whole:
             continue
         commands = {
@@ -103,15 +83,15 @@ def part_cli() -> None:
             "predict on the cpu": ["predict", run, *TEXTS, "--device", "cpu"],
         }
         if backbone == "qwen":
-            commands["estimate"] = ["estimate", str(recipe), f"model.backbone_path={folder}"]
+            commands["estimate"] = ["estimate", *recipe, f"model.backbone_path={folder}"]
         for command, arguments in commands.items():
-            record.attempt(f"{name}: {command}", lambda arguments=arguments: command_line(arguments))
+            record.attempt(f"{name}: {command}", lambda arguments=arguments: gpu.command_line(arguments))
 
 
 def part_stock() -> None:
     """Train with each batching, and as PEFT's guides do with a Trainer."""
     record, watch = _part("stock")
-    steps = 8 if DRY else 40
+    steps = 8 if gpu.DRY else 40
     common = ["training.epochs=1", "training.eval_batch_size=64", "training.batch_size=32", NO_TEST, NF4,
               "training.gradient_accumulation=1", f"training.max_steps={steps}", *ON_A_CPU]  # fmt: skip
     stock = {  # padded to 128, checkpointed, dropout
@@ -120,34 +100,36 @@ def part_stock() -> None:
         "padded": (False, False, 0.0),
     }
     for name in ("qwen", "tinyllama"):
-        recipe, folder = recipe_file(name, "sequence"), backbone_folder(name)
+        recipe, folder = gpu.recipe_of(name, "sequence"), gpu.backbone_folder(name)
         for batching in ("padding_free", "grouped", "padded"):
-            if re.search(ONLY, f"{name} {batching}"):
+            if re.search(gpu.ONLY, f"{name} {batching}"):
                 settings = [*common, f"training.batching={batching}"]
-                short_training(record, watch, f"{name} {batching}", recipe, folder, *settings)
+                gpu.short_training(record, watch, f"{name} {batching}", recipe, folder, *settings)
         for label, settings in stock.items():
-            if re.search(ONLY, f"{name} stock {label}"):
+            if re.search(gpu.ONLY, f"{name} stock {label}"):
                 record.attempt(f"{name} stock {label}", lambda n=name, s=settings: _stock(watch, n, steps, *s))
 
 
-def _stock(watch: Watch, name: str, steps: int, to_128: bool, checkpointed: bool, dropout: float) -> dict[str, Any]:
-    base, tokenizer = allocated(), transformers.AutoTokenizer.from_pretrained(backbone_folder(name))
+def _stock(watch: gpu.Watch, name: str, steps: int, to_128: bool, checkpointed: bool, dropout: float) -> dict[str, Any]:
+    base, tokenizer = gpu.allocated(), transformers.AutoTokenizer.from_pretrained(gpu.backbone_folder(name))
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    rows, labels = insides.encoded_rows(recipe_file(name, "sequence"), tokenizer, 128)
+    recipe, *data = gpu.recipe_of(name, "sequence")
+    corpus = load_corpus(Recipe.load(recipe, data).data.expanded(), 0)
+    rows = Encoder(tokenizer, "sequence", 128).cut(corpus.train, corpus.labels).dataset
     watch.clear()
-    classes, reentrant = len(labels), {"use_reentrant": False}
-    model = stock_qlora(backbone_folder(name), DEVICE, checkpointed, dropout, classes, **reentrant)
+    classes, reentrant = len(corpus.labels), {"use_reentrant": False}
+    model = stock_qlora(gpu.backbone_folder(name), gpu.DEVICE, checkpointed, dropout, classes, **reentrant)
     model.config.pad_token_id, model.config.use_cache = tokenizer.pad_token_id, False
     arguments = transformers.TrainingArguments(
         output_dir="stock", max_steps=steps, per_device_train_batch_size=32, learning_rate=2e-4, bf16=True,
-        logging_steps=20, report_to="none", save_strategy="no", disable_tqdm=True, use_cpu=DRY,
-        dataloader_pin_memory=not DRY,
+        logging_steps=20, report_to="none", save_strategy="no", disable_tqdm=True, use_cpu=gpu.DRY,
+        dataloader_pin_memory=not gpu.DRY,
     )  # fmt: skip
     padding: dict[str, Any] = {"padding": "max_length", "max_length": 128} if to_128 else {}
     trainer = transformers.Trainer(
         model=model,
         args=arguments,
-        train_dataset=rows,
+        train_dataset=rows.select_columns(["input_ids", "labels"]),
         processing_class=tokenizer,
         data_collator=transformers.DataCollatorWithPadding(tokenizer, **padding),
         callbacks=[watch],
@@ -162,9 +144,10 @@ def _stock(watch: Watch, name: str, steps: int, to_128: bool, checkpointed: bool
 def part_memory_cap() -> None:
     """Train on emulated small cards: the allocator is capped, and the package sees no more memory than that."""
     record, watch = _part("memory_cap")
-    recipe, folder, size = recipe_file("tinyllama", "sequence"), backbone_folder("tinyllama"), 16 if DRY else 256
+    recipe, folder = gpu.recipe_of("tinyllama", "sequence"), gpu.backbone_folder("tinyllama")
+    size = 16 if gpu.DRY else 256
     common = ["training.epochs=1", "training.eval_batch_size=32", NF4, PADDED, "training.logging_steps=1", NO_TEST,
-              f"training.max_steps={2 if DRY else 6}", *ON_A_CPU]  # fmt: skip
+              f"training.max_steps={2 if gpu.DRY else 6}", *ON_A_CPU]  # fmt: skip
     big = [f"training.batch_size={size}", "training.gradient_accumulation=1"]
     kept = [*big, "model.gradient_checkpointing=false"]
     plans: list[tuple[float, str, list[str]]] = [
@@ -176,12 +159,12 @@ def part_memory_cap() -> None:
     ]
     for gib, label, settings in plans:
         with _capped(gib):
-            short_training(record, watch, label, recipe, folder, *common, *settings)
+            gpu.short_training(record, watch, label, recipe, folder, *common, *settings)
 
 
 @contextmanager
 def _capped(gib: float) -> Iterator[None]:
-    if not ON_GPU:
+    if not gpu.ON_GPU:
         yield
         return
     size, whole = int(gib * 2**30), torch.cuda.mem_get_info()[1]
@@ -201,20 +184,19 @@ def part_minilm() -> None:
     if not folder.is_dir():
         record.put("skipped", "MINILM names no folder")
         return
-    recipe = Path("quickstart.yaml")
-    recipe.write_text(f"base: {REPO}/recipes/quickstart.yaml\nname: quickstart\n")
-    short_training(record, watch, "quickstart", recipe, folder, *(["training.max_steps=4"] if DRY else []))
+    recipe = [str(gpu.REPO / "recipes" / "quickstart.yaml")]
+    gpu.short_training(record, watch, "quickstart", recipe, folder, *(["training.max_steps=4"] if gpu.DRY else []))
     commands = {"explain": ["explain"], "predict": ["predict"], "predict, cpu": ["predict", "--device", "cpu"]}
     for label, (command, *options) in commands.items():
         arguments = [command, "runs/quickstart", TEXTS[0], *options]
-        record.attempt(label, lambda arguments=arguments: command_line(arguments))
+        record.attempt(label, lambda arguments=arguments: gpu.command_line(arguments))
 
 
-def _part(name: str) -> tuple[Record, Watch]:
+def _part(name: str) -> tuple[gpu.Record, gpu.Watch]:
     """Return record and watch of a part, in a working folder of its own."""
-    os.chdir(tempfile.mkdtemp(dir=WORK))
-    fresh_peak()
-    return Record(name), Watch()
+    os.chdir(tempfile.mkdtemp(dir=gpu.WORK))
+    gpu.fresh_peak()
+    return gpu.Record(name), gpu.Watch()
 
 
 PARTS = {"prepare": part_prepare, "cli": part_cli, "stock": part_stock, "memory_cap": part_memory_cap,

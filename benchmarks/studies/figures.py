@@ -43,9 +43,9 @@ class Study:
     sweeps: dict[str, dict[str, Any]]
 
     @classmethod
-    def read(cls, folder: Path = RESULTS / "masking") -> Study:
+    def read(cls) -> Study:
         """Read the sweeps that have run."""
-        found = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))}
+        found = {file.stem: read(f"masking/{file.stem}") for file in sorted((RESULTS / "masking").glob("*.json"))}
         return cls({name: content for name, content in found.items() if "analysis" in content})
 
     @property
@@ -85,13 +85,11 @@ class Study:
 
         `one` and `other` in the answer are the mean differences over these seeds. None with fewer than two of them.
         """
-        first, second = self.changes(one, p), self.changes(other, p)
-        seeds = sorted({*first} & {*second})
-        if len(seeds) < 2:
+        first, second = _of_all_seeds([self.changes(one, p), self.changes(other, p)])
+        if len(first) < 2:
             return None
-        means = {"one": [first[seed] for seed in seeds], "other": [second[seed] for seed in seeds]}
-        gaps = [a - b for a, b in zip(*means.values(), strict=True)]
-        return {**spread(gaps), **{name: float(np.mean(values)) for name, values in means.items()}}
+        gaps = [a - b for a, b in zip(first, second, strict=True)]
+        return {**spread(gaps), "one": float(np.mean(first)), "other": float(np.mean(second))}
 
     def together(self, p: float, names: list[str], metric: str = "f1_macro") -> dict[str, Any] | None:
         """Return spread and sign-flip p-value of the mean difference over tasks, one value per seed.
@@ -99,37 +97,29 @@ class Study:
         Tasks are averaged first: their runs of one seed share the initial weights, and some their texts, so that they
         are not independent. Tasks with the same texts count as one. Seeds that a task lacks are left out.
         """
-        changes = {name: self.changes(name, p, metric) for name in names}
-        seeds = sorted(set.intersection(*map(set, changes.values()))) if changes else []
-        if len(seeds) < 2:
-            return None
-        corpora: dict[str, list[str]] = {}
-        for name in names:
-            corpora.setdefault(SAME_TEXTS.get(name, name), []).append(name)
-        values = [
-            float(np.mean([np.mean([changes[name][seed] for name in group]) for group in corpora.values()]))
-            for seed in seeds
-        ]
-        return {**spread(values), "p_value": float(sign_flip_p(values)), "by_seed": values}
+        corpora: dict[str, list[list[float]]] = {}
+        for name, changes in zip(names, _of_all_seeds([self.changes(name, p, metric) for name in names]), strict=True):
+            corpora.setdefault(SAME_TEXTS.get(name, name), []).append(changes)
+        values = np.mean([np.mean(group, axis=0) for group in corpora.values()], axis=0).tolist() if corpora else []
+        return {**spread(values), "p_value": float(sign_flip_p(values)), "by_seed": values} if len(values) > 1 else None
 
     def same_seeds(self, names: Iterable[str], p: float) -> list[dict[str, Any]]:
         """Return macro-F1 of sweeps at a rate, over the seeds that all have; empty if there are none."""
-        rows = [
-            next((row for row in self.analysis(name)["rows"] if row["p"] == p), None) if name in self.sweeps else None
-            for name in names
-        ]
+        rows = [self.row(name, p) for name in names]
         scores = [dict(zip(row["seeds"], row["f1_macro"]["by_seed"], strict=True)) if row else {} for row in rows]
-        seeds = sorted(set.intersection(*map(set, scores)))
-        kept = [[found[seed] for seed in seeds] for found in scores]
-        return [{"seeds": seeds, "by_seed": values, **spread(values)} for values in kept] if seeds else []
+        return [{"by_seed": values, **spread(values)} for values in _of_all_seeds(scores) if values]
+
+
+def _of_all_seeds(by_seed: list[dict[int, float]]) -> list[list[float]]:
+    """Return the values of the seeds that all have, in their order."""
+    seeds = sorted(set.intersection(*map(set, by_seed))) if by_seed else []
+    return [[values[seed] for seed in seeds] for values in by_seed]
 
 
 def clear(found: dict[str, Any]) -> bool:
     """Return whether the t interval and the bootstrap interval of a difference exclude 0 on the same side."""
-    if not found["interval"] or not found["bootstrap"]:
-        return False
-    (low, high), (least, most) = found["interval"], found["bootstrap"]
-    return (low > 0 and least > 0) or (high < 0 and most < 0)
+    bounds = [*(found["interval"] or [0]), *(found["bootstrap"] or [0])]
+    return min(bounds) > 0 or max(bounds) < 0
 
 
 def paired(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:

@@ -28,24 +28,24 @@ from tokmask_peft.study.results import SweepResults, analyse, read_sweep
 
 def collected(command: str, results: SweepResults) -> dict[str, Any]:
     """Return what the tables need of a sweep: its command, the analysis, the texts, and the machine."""
-    runs = [run for by_seed in results.runs.values() for run in by_seed.values()]
+    runs = results.all_runs
     environments: list[dict[str, Any]] = []
     for run in runs:
-        if (one := run["speed"]["environment"]) not in environments:
+        if (one := run.speed["environment"]) not in environments:
             environments.append(one)
-    splits = runs[0]["data"]["splits"]
+    splits = runs[0].data["splits"]
     return {
         "command": command,
         "analysis": analyse(results),
         "texts": {name: split["texts"] for name, split in splits.items()},
         "words": {name: split["words"] for name, split in splits.items()},
-        "labels": len(runs[0]["labels"]),
-        "steps": runs[0]["steps"],
+        "labels": len(runs[0].labels),
+        "steps": runs[0].steps,
         "best_at_end": {
-            row.label: statistics.mean(run["best_step"] == run["steps"] for run in by_seed.values())
+            row.label: statistics.mean(run.best_step == run.steps for run in by_seed.values())
             for row, by_seed in results.runs.items()
         },
-        "seconds_per_run": statistics.median(run["speed"]["step_seconds"] for run in runs),
+        "seconds_per_run": statistics.median(run.speed["step_seconds"] for run in runs),
         "environments": environments,
     }
 

@@ -10,20 +10,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from figures import RESULTS, TITLES, Study, read
-from tables import SINGLE, STUDY
+from tables import TABLES
 
 from tokmask_peft.study.report import markdown
 
 ROOT = RESULTS.parent.parent
 PAGES = (ROOT / "benchmarks" / "RESULTS.md", ROOT / "benchmarks" / "BENCHMARKS.md", ROOT / "README.md")
-BENCHMARKS = (
-    "default_run", "padding_free", "masking", "qlora", "predict", "same_score", "same_score_bound", "arms_cost",
-)  # fmt: skip
+CPU = ("default_run", "padding_free", "masking", "qlora", "predict")
+BENCHMARKS = (*CPU, "same_score", "same_score_bound", "arms_cost")
 SPEED = (
     ("the default run, MiniLM", "a Trainer in fp32, every text padded to 128",
      "{padded to 128, to the default run:.1f} times as fast; {padded to 128, to the default run with the same "
@@ -66,14 +64,14 @@ def benchmark(name: str) -> str:
     for row in content["table"]:
         low, high = row["range"]
         rows.append([row["what"], f"{row['median']:g}", f"{low:g} to {high:g}", row["target"]])
-    seen, texts = content["environment"], content.get("texts", "")
+    seen, texts = content["environment"], content.get("texts")
     if isinstance(texts, dict):
         texts = ", ".join(
             f"{origin} (sub-tokens: {found['mean']:.0f} on average, at most {found['longest']})"
             for origin, found in texts.items()
         )
     versions = ", ".join(f"{key} {seen['versions'][key]}" for key in ("torch", "transformers", "peft"))
-    origin = f"; {texts}" if isinstance(texts, str) and texts else ""
+    origin = f"; {texts}" if isinstance(texts, str) else ""
     table = markdown((("what", "median", "range", "target"), rows))
     return f"{table}\n\n{versions}; {seen['threads']} thread(s), {seen['device']}{origin}."
 
@@ -83,7 +81,7 @@ def speed(found: Callable[[str], Any] = read) -> str:
 
     A row is left out if this machine did not measure all of it: predictions in bf16, on a CPU without it.
     """
-    contents = {name: found(name) or {} for name in BENCHMARKS[:5]}
+    contents = {name: found(name) or {} for name in CPU}
     rows = [row for content in contents.values() for row in content.get("table", [])]
     figures = {row["what"].replace(": ", " - "): row["median"] for row in rows}
     ours, theirs = (f"{who}, static + saved (MiB)" for who in ("ours", "PEFT's preparation, checkpointed"))
@@ -113,29 +111,24 @@ def made(study: Study) -> str:
             machine = f"{found['platform']}, {found['cpu_cores']} CPU cores, threads of a run: {found['threads']}"
             machines.setdefault(f"Versions: {versions}. Machine: {found['device']}; {machine}.", []).append(name)
     methods = study.analysis(study.tasks[0])["methods"]
-    return "\n\n".join(
-        [
-            "```\n{}\n```".format("\n".join(found["command"] for found in study.sweeps.values())),
-            *(
-                text + (f" Sweeps: {', '.join(names)}." if len(machines) > 1 else "")
-                for text, names in machines.items()
-            ),
-            "; ".join(f"{name}: {text}" for name, text in methods.items()) + ".",
-        ]
-    )
+    commands = "\n".join(found["command"] for found in study.sweeps.values())
+    lines = [text + (f" Sweeps: {', '.join(names)}." if len(machines) > 1 else "") for text, names in machines.items()]
+    methods_line = "; ".join(f"{name}: {text}" for name, text in methods.items()) + "."
+    return "\n\n".join([f"```\n{commands}\n```", *lines, methods_line])
 
 
 def filled(text: str, study: Study) -> str:
     """Return a page with its tables written anew."""
-    blocks: dict[str, Callable[[], str]] = {
-        **{name: partial(lambda make: markdown(make(study)), make) for name, make in STUDY.items()},
-        **{name: partial(lambda make: markdown(make()), make) for name, make in SINGLE.items()},
-        **{name: partial(benchmark, name) for name in BENCHMARKS},
-        "speed": speed,
-        "made": partial(made, study),
-    }
+
+    def block(name: str) -> str:
+        if name in BENCHMARKS:
+            return benchmark(name)
+        if name in TABLES:
+            return markdown(TABLES[name](study))
+        return {"speed": speed, "made": lambda: made(study)}[name]()
+
     pattern = r"(<!-- ([\w -]+) -->\n).*?(<!-- /\2 -->)"
-    return re.sub(pattern, lambda found: f"{found[1]}{blocks[found[2]]()}\n{found[3]}", text, flags=re.DOTALL)
+    return re.sub(pattern, lambda found: f"{found[1]}{block(found[2])}\n{found[3]}", text, flags=re.DOTALL)
 
 
 def draw(study: Study, path: Path) -> None:

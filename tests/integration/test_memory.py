@@ -7,14 +7,13 @@ import torch
 from safetensors.torch import load_file
 
 import tokmask_peft
-from tokmask_peft.cli.training import print_forecast
+from tokmask_peft.cli.adapters import print_forecast
 from tokmask_peft.data import hub
-from tokmask_peft.errors import DataError, ModelError, RecipeError, RunError, RunInterruptedError
+from tokmask_peft.errors import DataError, ModelError, RecipeError, RunError, RunInterruptedError, TokmaskError
 from tokmask_peft.model import backbone as backbone_module
 from tokmask_peft.model.memory.estimate import Memory
 from tokmask_peft.recipe.loading import load_recipe
 from tokmask_peft.training import memory as fits
-from tokmask_peft.training import train as fit
 from tokmask_peft.training.callbacks import StopOnSignal
 from tokmask_peft.training.trainer import OrderedEvalTrainer
 
@@ -52,40 +51,42 @@ def test_running_out_of_memory_names_the_keys_to_change(write_recipe, monkeypatc
     run_out(monkeypatch, above=4)
     with pytest.raises(RunError) as caught:
         train(write_recipe(), "oom")
-    message = str(caught.value)
-    assert message.startswith("out of memory in training (CUDA out of memory")
-    assert "training.batch_size=4 training.gradient_accumulation=2; training.auto_batch=true" in message
-    assert "model.gradient_checkpointing=true" in message
-    assert "tokmask estimate" in message
-    assert "model.embedding=offload" in message
-    with pytest.raises(RunError, match="out of memory in training") as caught:
+    assert str(caught.value).startswith("out of memory in training (CUDA out of memory")
+    suggested = caught.value.fields["suggestions"]
+    assert suggested[:2] == ["training.batch_size=4 training.gradient_accumulation=2", "training.auto_batch=true"]
+    assert any("model.embedding=offload" in one for one in suggested)
+    with pytest.raises(RunError) as caught:
         train(write_recipe("gemma3"), "oom-gemma3")
-    assert "model.embedding" not in str(caught.value)
+    assert not any("model.embedding" in one for one in caught.value.fields["suggestions"])
 
 
-def test_running_out_of_memory_in_evaluation_blames_evaluation(write_recipe, monkeypatch):
-    def refuse(*_, **__):
-        raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried")
-
-    monkeypatch.setattr(OrderedEvalTrainer, "prediction_step", refuse)
-    with pytest.raises(RunError, match=r"in evaluation .*training.eval_batch_size=32"):
-        train(write_recipe(), "oom", "training.auto_batch=true")
+def refuse(*_, **__):
+    raise torch.OutOfMemoryError(ALLOCATOR)
 
 
-def test_running_out_of_memory_while_loading_blames_the_backbone(write_recipe, monkeypatch):
-    def refuse(*_, **__):
-        raise torch.OutOfMemoryError(ALLOCATOR)
-
-    monkeypatch.setattr("tokmask_peft.training.train.load_backbone", refuse)
-    with pytest.raises(RunError, match=r"while the backbone was loaded .*model\.quantization=nf4") as caught:
-        train(write_recipe(), "oom")
-    assert "batch" not in str(caught.value)
+@pytest.mark.parametrize("auto", ["true", "false"])
+@pytest.mark.parametrize(
+    ("part", "phase", "key"),
+    [
+        ("tokmask_peft.training.train.load_backbone", "while the backbone was loaded", "model.quantization=nf4"),
+        ("transformers.Trainer._move_model_to_device", "while the backbone was loaded", "model.quantization=nf4"),
+        ("transformers.Trainer.prediction_step", "in evaluation", "training.eval_batch_size=32"),
+    ],
+)
+def test_running_out_of_memory_elsewhere_blames_what_takes_it_and_is_not_retried(
+    write_recipe, monkeypatch, part, phase, key, auto
+):
+    calls = []
+    monkeypatch.setattr(part, lambda *_, **__: calls.append(1) or refuse())
+    with pytest.raises(RunError) as caught:
+        train(write_recipe(), "oom", f"training.auto_batch={auto}")
+    assert (caught.value.code, len(calls)) == ("out-of-memory", 1)
+    assert f"{phase} (" in str(caught.value)
+    assert any(one.startswith(key) for one in caught.value.fields["suggestions"])
+    assert phase == "in evaluation" or "batch" not in str(caught.value)
 
 
 def test_what_evaluate_advises_where_memory_runs_out_can_be_followed(write_recipe, monkeypatch):
-    def refuse(*_, **__):
-        raise torch.OutOfMemoryError(ALLOCATOR)
-
     def advice():
         with pytest.raises(RunError, match=r"other programs closed") as caught:
             tokmask_peft.evaluate(run)
@@ -119,8 +120,10 @@ def test_other_errors_are_left_alone(write_recipe, monkeypatch):
         raise RuntimeError("shapes do not fit")
 
     monkeypatch.setattr(OrderedEvalTrainer, "training_step", fail)
-    with pytest.raises(RuntimeError, match="shapes do not fit"):
+    with pytest.raises(TokmaskError, match="shapes do not fit") as caught:
         train(write_recipe(), "other", "training.auto_batch=true")
+    assert caught.value.code == "unexpected"
+    assert isinstance(caught.value.__cause__, RuntimeError)
 
 
 @pytest.mark.parametrize(
@@ -151,48 +154,93 @@ def test_auto_batch_ends_with_a_single_text(write_recipe, monkeypatch):
     run_out(monkeypatch, above=0)
     with pytest.raises(RunError, match=r"out of memory with a single text of up to \d+ sub-tokens \(CUDA") as caught:
         train(write_recipe(), "none", "training.auto_batch=true")
-    message = str(caught.value)
-    for key in ("model.gradient_checkpointing=true", "model.quantization=nf4", "model.embedding=offload"):
-        assert key in message
-    assert "batch" not in message
+    found = " ".join(caught.value.fields["suggestions"])
+    assert all(key in found for key in ("gradient_checkpointing=true", "quantization=nf4", "embedding=offload"))
+    assert "batch" not in found
     monkeypatch.setattr("transformers.BertForSequenceClassification.supports_gradient_checkpointing", False)
-    with pytest.raises(RunError, match=r"adapter\.layers=0\.5") as caught:
+    with pytest.raises(RunError) as caught:
         train(write_recipe(), "none-either", "training.auto_batch=true", "model.embedding=offload")
-    assert "checkpointing" not in str(caught.value)
-    assert "model.embedding" not in str(caught.value)
+    found = " ".join(caught.value.fields["suggestions"])
+    assert "adapter.layers=0.5" in found
+    assert "checkpointing" not in found
+    assert "model.embedding" not in found
+    with pytest.raises(RecipeError, match=r"training.auto_batch changes batch_size"):
+        load_recipe(write_recipe(), ["training.auto_batch=true", "training.tokens_per_batch=64"])
 
 
-@pytest.mark.parametrize("auto", ["true", "false"])
-def test_a_backbone_that_does_not_fit_on_the_gpu_is_not_retried_with_fewer_texts(write_recipe, monkeypatch, auto):
-    seen = []
-
-    def refuse(self, *_):
-        seen.append(self)
-        raise torch.OutOfMemoryError(ALLOCATOR)
-
-    monkeypatch.setattr("transformers.Trainer._move_model_to_device", refuse)
-    with pytest.raises(RunError, match=r"while the backbone was loaded .*model\.quantization=nf4") as caught:
-        train(write_recipe(), "oom", f"training.auto_batch={auto}")
-    assert "batch" not in str(caught.value)
-    assert len(seen) == 1
+def forecast_of_a_run(monkeypatch, recipe):
+    """Return the forecast that a run makes before it starts."""
+    made, forecast = [], fits.forecast
+    monkeypatch.setattr(fits, "forecast", lambda *given, **more: made.append(forecast(*given, **more)) or made[-1])
+    monkeypatch.setattr(OrderedEvalTrainer, "train", lambda *_, **__: pytest.fail("starts"))
+    with pytest.raises(pytest.fail.Exception, match="starts"):
+        tokmask_peft.train(recipe)
+    return made[0]
 
 
 def test_a_run_that_will_not_fit_is_reported_before_it_starts(write_recipe, monkeypatch, capsys):
     monkeypatch.setattr(fits, "device_memory", lambda device: Memory(700 * 2**20, "this machine's free memory"))
-    monkeypatch.setattr(OrderedEvalTrainer, "train", lambda *_, **__: pytest.fail("said before"))
-    monkeypatch.setattr(fit, "make_console", lambda *_: fit_console())
-    with pytest.raises(pytest.fail.Exception):
-        tokmask_peft.train(load_recipe(write_recipe(), [*SHORT, "name=tight"]))
+    forecast_of_a_run(monkeypatch, load_recipe(write_recipe(), SHORT))
     said = capsys.readouterr().out
     assert "Warning: the largest batch would take" in said
     assert "training.batch_size=" in said
     assert "checkpointing" in said
 
 
-def fit_console():
-    from tokmask_peft.console import make_console
+def test_the_estimate_is_the_forecast_of_the_run(write_recipe, data_folder, tmp_path, monkeypatch):
+    own = tmp_path / "long-test"
+    own.mkdir()
+    for file in data_folder.glob("*.tsv"):
+        (own / file.name).write_text(file.read_text())
+    with (own / "test.tsv").open("a") as file:
+        file.writelines(f"{'casa amigo ' * 45}{number}\tpositive\n" for number in range(150))
+    settings = [f"data.path={own}", "data.max_length=64", "training.eval_batch_size=128"]
+    recipe = load_recipe(write_recipe(), [*SHORT, *settings, "model.attention_dropout=0.3"])
+    found = fits.without_training(recipe)
+    assert max(found.shapes.largest.lengths) < 64
+    assert found.shapes.evaluation.lengths == (64,) * 128  # there are 96 texts to train on
+    of_run = forecast_of_a_run(monkeypatch, recipe)
+    assert (of_run.shapes, of_run.largest) == (found.shapes, found.largest)
+    monkeypatch.setattr(backbone_module, "_ATTENTION_DROPOUT", ("another_name",))
+    with pytest.raises(ModelError, match=r"set model.attention_dropout=null") as caught:
+        fits.without_training(recipe)
+    assert caught.value.code == "no-attention-dropout"
 
-    return make_console()
+
+@pytest.mark.parametrize(("noise", "packed"), [("null", True), ("5", False)])
+def test_the_estimate_s_batches_are_padded_where_neftune_asks_for_it(write_recipe, noise, packed):
+    overrides = ["training.batching=padding_free", f"training.neftune_alpha={noise}"]
+    assert fits.without_training(load_recipe(write_recipe(), overrides)).shapes.largest.packed is packed
+
+
+@pytest.mark.parametrize(
+    ("gpu", "precision", "assumed", "fits_in"),
+    [
+        ("4GB", "auto", True, True),
+        ("4GB", "fp32", False, True),
+        (None, "auto", False, True),
+        ("0.6GB", "auto", True, False),
+    ],
+)
+def test_the_report_says_what_it_assumes_of_a_gpu_and_whether_it_fits(
+    write_recipe, capsys, gpu, precision, assumed, fits_in
+):
+    recipe = load_recipe(write_recipe(), [*SHORT, f"model.precision={precision}"])
+    found = fits.without_training(recipe, gpu)
+    print_forecast(found)
+    said = " ".join(capsys.readouterr().out.split())
+    assert ("GTX 1650" in said) == ("model.precision=fp32" in said) == assumed
+    assert (found.to_dict()["assumed"] is not None) == assumed
+    assert "quantization" in said
+    assert f"within {15 if gpu else 5}% of this" in said
+    if gpu == "4GB":
+        assert "It fits: a GPU of 4 GiB has 4.0 GiB" in said
+    if not fits_in:
+        assert "It does NOT fit" in said
+        assert " training.batch_size=1 training.gradient_accumulation=8" in said
+        assert "still too much" in said
+        with pytest.raises(RecipeError):
+            fits.without_training(recipe, "big")
 
 
 def test_checkpointing_that_memory_asks_for_changes_no_weight(write_recipe, monkeypatch):
@@ -227,27 +275,6 @@ def test_the_command_reads_no_weights(write_recipe, tokmask, tiny_backbone, tmp_
     assert any(one["changes"].get("training.batch_size") for one in found["suggestions"])
 
 
-def test_validation_and_test_texts_count_as_they_are_evaluated(write_recipe, data_folder, tmp_path, monkeypatch):
-    own = tmp_path / "long-test"
-    own.mkdir()
-    for file in data_folder.glob("*.tsv"):
-        (own / file.name).write_text(file.read_text())
-    with (own / "test.tsv").open("a") as file:
-        file.writelines(f"{'casa amigo ' * 45}{number}\tpositive\n" for number in range(150))
-    recipe = load_recipe(
-        write_recipe(), [*SHORT, f"data.path={own}", "data.max_length=64", "training.eval_batch_size=128"]
-    )
-    found = fits.without_training(recipe).shapes
-    assert max(found.largest.lengths) < 64
-    assert found.evaluation.lengths == (64,) * 128  # there are 96 texts to train on
-    made, forecast = [], fits.forecast
-    monkeypatch.setattr(fits, "forecast", lambda *given, **more: made.append(forecast(*given, **more)) or made[-1])
-    monkeypatch.setattr(OrderedEvalTrainer, "train", lambda *_, **__: pytest.fail("said before"))
-    with pytest.raises(pytest.fail.Exception):
-        tokmask_peft.train(recipe, quiet=True)
-    assert made[0].shapes == found
-
-
 @pytest.mark.parametrize("builtin", [True, False])
 def test_the_estimate_downloads_no_texts(write_recipe, monkeypatch, builtin):
     monkeypatch.setattr(hub, "read_hub", lambda *_: pytest.fail("downloads"))
@@ -259,56 +286,6 @@ def test_the_estimate_downloads_no_texts(write_recipe, monkeypatch, builtin):
     assert tested.evaluation.lengths == (64,) * 40  # as long and as many as they may be
     trained = [*small, "data.path=null", "data.hub=someone/texts", f"data.builtin={str(builtin).lower()}"]
     assert not fits.without_training(load_recipe(path, trained)).shapes.known
-
-
-def test_the_estimate_s_batches_are_padded_where_neftune_asks_for_it(write_recipe):
-    recipe = load_recipe(write_recipe(), ["training.batching=padding_free"])
-    assert fits.without_training(recipe).shapes.largest.packed
-    noisy = load_recipe(write_recipe(), ["training.batching=padding_free", "training.neftune_alpha=5"])
-    assert not fits.without_training(noisy).shapes.largest.packed
-
-
-def test_the_estimate_has_the_attention_dropout_of_the_run(write_recipe, monkeypatch):
-    recipe = load_recipe(write_recipe(), [*SHORT, "model.attention_dropout=0.3"])
-    found = fits.without_training(recipe).largest
-    made, forecast = [], fits.forecast
-    monkeypatch.setattr(fits, "forecast", lambda *given, **more: made.append(forecast(*given, **more)) or made[-1])
-    monkeypatch.setattr(OrderedEvalTrainer, "train", lambda *_, **__: pytest.fail("said before"))
-    with pytest.raises(pytest.fail.Exception):
-        tokmask_peft.train(recipe, quiet=True)
-    assert made[0].largest == found
-    monkeypatch.setattr(backbone_module, "_ATTENTION_DROPOUT", ("another_name",))
-    with pytest.raises(ModelError, match=r"has no attention dropout; set model.attention_dropout=null"):
-        fits.without_training(recipe)
-
-
-def test_the_report_as_it_is_read(write_recipe, capsys):
-    recipe = load_recipe(write_recipe(), SHORT)
-    print_forecast(fits.without_training(recipe, "4GB"))
-    said = capsys.readouterr().out
-    assert "It fits: a GPU of 4 GiB has 4.0 GiB" in said
-    assert "quantization none" in said
-    print_forecast(fits.without_training(recipe, "0.6GB"))
-    said = capsys.readouterr().out
-    assert "It does NOT fit" in said
-    assert "  training.batch_size=1 training.gradient_accumulation=8" in said
-    assert "still too much" in said
-    assert "within 15% of this" in said
-    with pytest.raises(RecipeError, match="expected a size such as 6GB"):
-        fits.without_training(recipe, "big")
-
-
-@pytest.mark.parametrize(
-    ("gpu", "precision", "said_so"), [("4GB", "auto", True), ("4GB", "fp32", False), (None, "auto", False)]
-)
-def test_a_gpu_is_taken_for_one_with_bf16_and_the_report_says_so(write_recipe, capsys, gpu, precision, said_so):
-    recipe = load_recipe(write_recipe(), [*SHORT, f"model.precision={precision}"])
-    found = fits.without_training(recipe, gpu)
-    print_forecast(found)
-    said = " ".join(capsys.readouterr().out.split())
-    assert ("GTX 1650" in said) == said_so
-    assert ("model.precision=fp32" in said) == said_so
-    assert (found.to_dict()["assumed"] is not None) == said_so
 
 
 @pytest.mark.parametrize("batching", ["padded", "grouped", "padding_free"])
@@ -343,18 +320,3 @@ def test_a_token_budget_makes_the_batches_and_a_resumed_run_the_same(write_recip
     assert broken.result.steps == whole.result.steps
     for name, value in weights(whole).items():
         torch.testing.assert_close(weights(broken)[name], value, atol=1e-6, rtol=0)
-
-
-def test_a_budget_below_the_longest_text(write_recipe):
-    with pytest.raises(RecipeError, match=r"training.tokens_per_batch: the longest text takes .* set it higher"):
-        train(write_recipe(), "small", "training.tokens_per_batch=16")
-    with pytest.raises(RecipeError, match=r"training.auto_batch changes batch_size"):
-        load_recipe(write_recipe(), ["training.auto_batch=true", "training.tokens_per_batch=64"])
-
-
-def test_auto_and_switches_of_checkpointing(write_recipe):
-    path = write_recipe()
-    assert load_recipe(path).model.gradient_checkpointing == "auto"
-    assert load_recipe(path, ["model.gradient_checkpointing=true"]).model.gradient_checkpointing is True
-    with pytest.raises(RecipeError, match="expected 'auto' or true or false"):
-        load_recipe(path, ["model.gradient_checkpointing=1"])

@@ -4,14 +4,18 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
-from tokmask_peft.artifacts import RunFolder, write_json
+from tokmask_peft.artifacts import RunFolder, read_log, write_json
+from tokmask_peft.cli import app
 from tokmask_peft.errors import RunError
 from tokmask_peft.recipe.schema import Recipe
 from tokmask_peft.training.scoring import score_best
@@ -20,7 +24,7 @@ from tokmask_peft.training.train import train
 SLOW = "training.epochs=6"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_interrupted_and_resumed_is_uninterrupted(write_recipe, tokmask, begin, tmp_path, number):
     recipe = write_recipe()
     whole, broken = RunFolder(tmp_path / "runs" / "whole"), RunFolder(tmp_path / "runs" / "broken")
@@ -70,6 +74,88 @@ def test_interrupted_and_resumed_is_uninterrupted(write_recipe, tokmask, begin, 
     ]
     assert list(losses[1]) == list(range(1, 73))
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+    (summary,) = (line for line in read_log(broken.log) if "train_runtime" in line)
+    assert (summary["step"], summary["since_step"]) == (72, stopped_at)
+    later = [loss for step, loss in losses[1].items() if step > stopped_at]
+    assert summary["train_loss"] == pytest.approx(sum(later) / len(later), abs=1e-3)
+
+
+def test_a_reader_that_is_gone_stops_a_run_as_ctrl_c_does(write_recipe, tmp_path):
+    run = RunFolder(tmp_path / "runs" / "tiny")
+    command = [sys.executable, "-m", "tokmask_peft", "train", str(write_recipe()), "training.epochs=40"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while "step 20/" not in process.stdout.readline():
+        assert process.poll() is None, process.stderr.read()
+    process.stdout.close()
+    said = process.stderr.read()
+    assert process.wait(60) == 130, said
+    assert "continue with `tokmask train" in said
+    assert "Traceback" not in said
+    assert f"stopped at step {run.last_checkpoint().name[11:]} of " in said
+
+
+def test_two_trainings_of_one_name_exclude_each_other(write_recipe, tokmask, begin, tmp_path):
+    run, recipe = RunFolder(tmp_path / "runs" / "tiny"), write_recipe()
+    process, end = begin("train", recipe, "--quiet")
+    while not run.lock.exists() and process.is_alive():
+        time.sleep(0.005)
+    for more in ([], ["--resume"]):
+        refused = tokmask("train", recipe, *more, check=False)
+        assert refused.returncode == 2
+        assert "another process" in refused.stderr
+    assert end().returncode == 0
+    assert run.finished()
+    assert not run.lock.exists()
+
+
+@pytest.mark.parametrize("phase", ["load_corpus", "score_best", "save_adapter_folder"])
+def test_a_signal_in_any_phase_leaves_a_run_that_can_be_continued(write_recipe, monkeypatch, tmp_path, phase):
+    def stop(*_, **__):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    recipe, run = write_recipe(), RunFolder(tmp_path / "runs" / "tiny")
+    with monkeypatch.context() as patch:
+        patch.setattr(f"tokmask_peft.training.train.{phase}", stop)
+        stopped = CliRunner().invoke(app, ["train", str(recipe), "--quiet"])
+    assert stopped.exit_code == 130
+    assert run.root.exists() == (phase != "load_corpus")
+    assert ("--resume" in stopped.stderr) == run.root.exists()
+    assert not run.finished()
+    assert not run.adapter.exists()
+    train(Recipe.load(recipe), resume=run.root.exists(), quiet=True)
+    assert not [path for path in run.root.iterdir() if path.name.startswith(".")]
+
+
+def test_a_run_is_not_resumed_with_other_data_or_another_backbone(write_recipe, data_folder, tiny_backbone, tmp_path):
+    (data, backbone), sources = (tmp_path / "texts", tmp_path / "model"), (data_folder, tiny_backbone("bert"))
+    for source, copy in zip(sources, (data, backbone), strict=True):
+        shutil.copytree(source, copy)
+    recipe = Recipe.load(write_recipe(), [f"data.path={data}", f"model.backbone={backbone}", "training.epochs=1"])
+    run = train(recipe, quiet=True).folder
+    run.result.unlink()
+
+    def changed(path, content):
+        before = path.read_bytes()
+        path.write_bytes(content)
+        with pytest.raises(RunError) as caught:
+            train(recipe, resume=True, quiet=True)
+        path.write_bytes(before)
+        assert caught.value.code == "other-data"
+        return caught.value.fields["changed"], str(caught.value)
+
+    test, train_file, weights = data / "test.tsv", data / "train.tsv", backbone / "model.safetensors"
+    assert changed(test, test.read_bytes() + b"one more text\tpositive\n")[0] == ["test"]
+    for split in (test, data / "validation.tsv"):
+        split.write_bytes(split.read_bytes().replace(b"\tpositive", b"\tgood"))
+    found, message = changed(train_file, train_file.read_bytes().replace(b"\tpositive", b"\tgood"))
+    assert found == ["labels", "train", "validation", "test"]
+    assert "negative, positive before, good, negative now" in message
+    for split in (test, data / "validation.tsv"):
+        split.write_bytes(split.read_bytes().replace(b"\tgood", b"\tpositive"))
+    scaled = {name: value * 1.01 for name, value in load_file(weights).items()}
+    save_file(scaled, tmp_path / "scaled", {"format": "pt"})
+    assert changed(weights, (tmp_path / "scaled").read_bytes())[0] == ["backbone (linear)", "backbone (others)"]
+    assert train(recipe, resume=True, quiet=True).folder.finished()
 
 
 def test_scores_of_other_weights_than_the_best_finish_no_run(write_recipe, tmp_path, monkeypatch):

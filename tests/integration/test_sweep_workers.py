@@ -59,26 +59,13 @@ def test_two_workers_and_a_kill_in_the_middle_double_and_lose_nothing(tmp_path):
     assert journal(tmp_path) == before, "a finished trial was run again"
 
 
-def test_a_killed_sweep_goes_on_alone(tmp_path):
-    worker = start(tmp_path, 3)
-    wait_for(lambda: len(counted(tmp_path, "start")) >= 3, worker)
-    worker.kill()
-    worker.wait()
-    in_hand = counted(tmp_path, "start").keys() - counted(tmp_path, "end").keys()
-    running = {pid for word, cell, pid in journal(tmp_path) if word == "start" and cell in in_hand}
-    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in running))
-    assert start(tmp_path, 3).wait(timeout=120) == 0
-    ends = counted(tmp_path, "end")
-    assert set(ends) == {f"p{p}-seed{seed}" for p in ("0", "0.1") for seed in (1, 2, 3)}
-    assert set(ends.values()) == {1}
-
-
-def test_an_interrupted_sweep_goes_on(tmp_path):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_a_sweep_that_is_stopped_goes_on_alone(tmp_path, number, code):
     worker = start(tmp_path, 3)
     wait_for(lambda: len(counted(tmp_path, "end")) >= 2, worker)
-    worker.send_signal(signal.SIGINT)
-    assert worker.wait(timeout=120) == 130
-    assert "runs finished; repeat the command" in (tmp_path / "said").read_text()
+    worker.send_signal(number)
+    assert worker.wait(timeout=120) == code
+    assert ("runs finished; repeat the command" in (tmp_path / "said").read_text()) == (code == 130)
     assert start(tmp_path, 3).wait(timeout=120) == 0
     assert set(counted(tmp_path, "end").values()) == {1}
     assert len(counted(tmp_path, "end")) == 6

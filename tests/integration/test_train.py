@@ -9,10 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tokmask_peft import Recipe, TokmaskError, evaluate, train
+from tokmask_peft import Recipe, TokmaskError, evaluate, load, train
 from tokmask_peft.artifacts import RunFolder
 from tokmask_peft.model.adapter import load_adapter
 from tokmask_peft.model.backbone import load_backbone
+from tokmask_peft.training.evaluate import split_examples
 
 ALONE = """
 import sys
@@ -190,13 +191,66 @@ def test_trained_mask_row_is_saved_and_reloads(write_recipe, tmp_path):
     assert evaluate(run.folder.root)["confusion"] == run.result.test["confusion"]
 
 
-def test_words_that_are_cut_away_count_as_errors(write_recipe, tmp_path):
-    recipe = Recipe.load(write_recipe("bert", "token"), ["data.max_length=8"])
-    result = train(recipe, quiet=True).result
-    cut = result.data["truncation"]["test"]["words_cut"]
-    assert cut > 0
-    assert result.test["without_prediction"] == cut
-    assert result.test["items"] == result.data["splits"]["test"]["words"]
+@pytest.mark.parametrize("task", ["sequence", "token"])
+def test_long_texts_are_scored_in_the_windows_that_predict_reads(write_recipe, data_folder, task):
+    recipe = Recipe.load(write_recipe("bert", task), ["data.max_length=8", "training.epochs=1"])
+    run = train(recipe, quiet=True)
+    result, cut = run.result, run.result.data["truncation"]
+    assert cut["train"]["texts_cut"] > 0
+    assert (cut["train"]["words_cut"] > 0, "test" in cut) == (True, False)
+    assert result.test["without_prediction"] == 0
+    examples, labels = split_examples(recipe, "test", None, run.folder.adapter)
+    answers = load(run.folder.root).predict([example.text for example in examples])
+    assert max(answer.windows for answer in answers) > 1
+    found = [answer.labels if task == "token" else [answer.label] for answer in answers]
+    saved = json.loads(run.folder.predictions.read_text())["test"]["predicted"]
+    assert [[labels[i] for i in row] for row in saved] == [list(row) for row in found]
+    assert evaluate(run.folder.root)["confusion"] == result.test["confusion"]
+    assert result.calibration["test"]["items"] == result.test["items"]
+
+
+@pytest.mark.parametrize("task", ["sequence", "token"])
+def test_a_label_that_training_lacks_counts_as_an_error_and_stops_nothing(
+    write_recipe, tokmask, data_folder, tmp_path, task
+):
+    copy = tmp_path / "data"
+    shutil.copytree(data_folder, copy)
+    for split in ("validation", "test"):
+        file = copy / f"{split}.{'tsv' if task == 'sequence' else 'conll'}"
+        old = "\tpositive\n" if task == "sequence" else "\tlang2\n"
+        file.write_text(file.read_text().replace(old, "\tnew\n", 1))
+    said = tokmask("train", write_recipe("bert", task), f"data.path={copy}", "training.epochs=2").stdout
+    run = RunFolder(tmp_path / "runs" / "tiny")
+    result, log = json.loads(run.result.read_text()), [json.loads(line) for line in run.log.read_text().splitlines()]
+    assert said.index("'new': 1 times") < said.index("step 1/"), "the warning comes before training"
+    assert "new" not in result["labels"]
+    for part in (result["validation"], result["test"], result["baseline"]):
+        scores = part["per_class"]
+        assert (scores["new"]["support"], scores["new"]["f1"]) == (1, 0.0)
+        assert part["f1_macro"] == pytest.approx(sum(row["f1"] for row in scores.values()) / len(scores))
+    assert result["calibration"]["test"]["items"] == result["test"]["items"] - 1
+    assert all(line["eval_loss"] is not None for line in log if "eval_f1_macro" in line)
+    found = evaluate(run.root)
+    assert found["confusion"] == result["test"]["confusion"]
+    assert "data.label_map" in found["warnings"][0]
+
+
+def test_other_texts_are_read_as_the_command_says(write_recipe, tokmask, data_folder, tmp_path):
+    run = train(Recipe.load(write_recipe("bert", "token"), ["training.max_steps=2"]), quiet=True)
+    rows, number = [], 0
+    for line in (data_folder / "test.conll").read_text().splitlines():
+        word, _, tag = line.partition("\t")
+        number = number + 1 if line else 0
+        rows.append("\t".join([str(number), word, "_", tag, *"______"]) if line else "")
+    (tmp_path / "other.conllu").write_text("\n".join(rows) + "\n")
+    refused = tokmask("evaluate", run.folder.root, "--data", tmp_path / "other.conllu", check=False)
+    assert (refused.returncode, "--label-column" in refused.stderr) == (2, True)
+    given = ("--format", "conllu", "--label-column", 3, "--json")
+    found = json.loads(tokmask("evaluate", run.folder.root, "--data", tmp_path / "other.conllu", *given).stdout)
+    assert found["confusion"] == run.result.test["confusion"]
+    with pytest.raises(TokmaskError) as caught:
+        evaluate(run.folder.root, label_column=3)
+    assert caught.value.code == "no-data"
 
 
 def test_the_model_card_snippet_runs_as_it_stands(write_recipe, tmp_path):

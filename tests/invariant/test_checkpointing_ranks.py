@@ -60,22 +60,22 @@ def test_of_equals_the_first_decides():
     off, also, on = (Decision("checkpointing", *told) for told in (("off", "a"), ("off", "b"), ("on", "c")))
     assert tightest([(off, None), (also, None)]) == (off, None)
     assert tightest([(off, None), (also, "full")])[1] == "full"
-    assert tightest([(on, None), (off, None)]) == (on, None)
     decision, _ = tightest([(off, None), (on, None), (on, None)])
     assert (decision.choice, decision.reason) == ("on", "c (process 1)")
 
 
-def test_one_process_is_told_nothing_of_others():
-    on, decision, warning = decide("none")
-    assert (on, decision.choice) == (True, "on")
-    assert decision.reason.endswith("a full GPU has 0 MiB")
-    assert warning is not None
-    assert decide("plenty")[0] is False
-
-
-@pytest.mark.parametrize(("asked", "told"), [("auto", "; shards are not counted"), (True, "set in the recipe")])
-def test_shards_are_no_reason_to_warn(monkeypatch, asked, told):
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    on, decision, warning = decide("none", asked)
-    assert (on, warning) == (True, None)
-    assert decision.reason.endswith(told)
+@pytest.mark.parametrize(
+    ("room", "sharded", "asked", "reason", "warns"),
+    [
+        ("none", False, "auto", "a full GPU has 0 MiB", True),
+        ("plenty", False, "auto", "a big GPU has 1024.0 GiB", False),
+        ("none", True, "auto", "; shards are not counted", False),
+        ("none", True, True, "set in the recipe", False),
+    ],
+)
+def test_one_process_alone_and_its_shards(monkeypatch, room, sharded, asked, reason, warns):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", str(sharded).lower())
+    on, decision, warning = decide(room, asked)
+    assert (on, decision.choice == "on") == (room == "none", room == "none")
+    assert decision.reason.endswith(reason)
+    assert (warning is not None) == warns

@@ -19,26 +19,20 @@ class TinyTokenizer:
     """What the masker asks of a tokenizer; processes start faster without transformers."""
 
     mask_token, mask_token_id, unk_token_id, pad_token_id, eos_token_id = "[MASK]", 1, 2, 0, 3
-    all_special_ids = [0, 1, 2, 3]
-    added_tokens_decoder = {}
+    all_special_ids, added_tokens_decoder, rows = [0, 1, 2, 3], {}, 50
 
     def __len__(self):
-        return 50
+        return self.rows
 
     def get_vocab(self):
-        return {f"t{i}": i for i in range(50)}
+        return {f"t{i}": i for i in range(self.rows)}
 
 
 class SpareTokenizer(TinyTokenizer):
     """Without a mask token: a spare row becomes one."""
 
     mask_token = mask_token_id = None
-
-    def __len__(self):
-        return 45
-
-    def get_vocab(self):
-        return {f"t{i}": i for i in range(45)}
+    rows = 45
 
 
 class TinyModel(nn.Module):
@@ -64,25 +58,32 @@ def masked_ids(model, tokenizer=None, **kwargs):
     return seen[0]
 
 
-def worker(rank, folder):
+def worker(rank, folder, look):
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    torch.save(masked_ids(DistributedDataParallel(TinyModel())), f"{folder}/{rank}.pt")
+    torch.save(look(), f"{folder}/{rank}.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
     os._exit(0)  # once in many runs a thread of gloo outlived the interpreter: "terminate called without …"
 
 
+def spawned(folder, look):
+    torch.multiprocessing.spawn(worker, (str(folder), look), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+def replicated():
+    return masked_ids(DistributedDataParallel(TinyModel()))
+
+
 def test_ranks_differ_and_match_the_rank_argument(tmp_path):
-    torch.multiprocessing.spawn(worker, (str(tmp_path),), nprocs=2)
-    seen = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    seen = spawned(tmp_path, replicated)
     assert not torch.equal(*seen)
     for rank, ids in enumerate(seen):
         assert torch.equal(ids, masked_ids(TinyModel(), rank=rank))
         assert 40 < (ids == 1).sum() < 120
 
 
-def sharded_worker(rank, folder):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def sharded():
     torch.manual_seed(0)
     model = TinyModel()
     model.embedding.requires_grad_(False)
@@ -92,17 +93,11 @@ def sharded_worker(rank, folder):
     with TokenMasker.attach(model, SpareTokenizer(), TokenMaskConfig(p=0.5)):
         found["masked"] = whole(model.embedding.weight.detach()).clone()
     found["ids"] = masked_ids(model, SpareTokenizer())
-    found["after"] = whole(model.embedding.weight.detach())
-    torch.save(found, f"{folder}/{rank}.pt")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-    os._exit(0)
+    return {**found, "after": whole(model.embedding.weight.detach())}
 
 
 def test_a_sharded_embedding_is_masked_as_a_whole_one(tmp_path):
-    torch.multiprocessing.spawn(sharded_worker, (str(tmp_path),), nprocs=2)
-    for rank in (0, 1):
-        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+    for rank, found in enumerate(spawned(tmp_path, sharded)):
         assert found["sharded"]
         assert torch.equal(found["ids"], masked_ids(TinyModel(), SpareTokenizer(), rank=rank))
         changed = (found["masked"] != found["born"]).any(1).nonzero().flatten().tolist()

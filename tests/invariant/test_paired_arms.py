@@ -1,6 +1,7 @@
 """For one seed the arms of a sweep differ by what they name and by nothing else."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -33,42 +34,31 @@ training: {{epochs: 2, batch_size: 8, baseline: false}}
     return path
 
 
-class Seen:
-    """What one run was trained on."""
-
-    def __init__(self):
-        self.weights, self.batches, self.random, self.masked = None, [], [], []
-
-
 @pytest.fixture
 def train_arms(recipe, tmp_path, monkeypatch):
     """Return a function that trains the arms of one seed and returns what each saw."""
+    step = OrderedEvalTrainer.training_step
 
-    def watch(seen):
-        step = OrderedEvalTrainer.training_step
+    def watching(trainer, model, inputs, *args, **kwargs):
+        if not seen.batches:
+            seen.weights = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+            embedding = find_embedding(model)
+            embedding.register_forward_pre_hook(lambda _, ids: seen.masked.append(ids[0].detach().clone()))
+        seen.batches.append(texts_of(inputs))
+        seen.random.append(torch.get_rng_state())
+        return step(trainer, model, inputs, *args, **kwargs)
 
-        def watching(self, model, inputs, *args, **kwargs):
-            if seen.weights is None:
-                seen.weights = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
-                embedding = find_embedding(model)
-                embedding.register_forward_pre_hook(lambda _, ids: seen.masked.append(ids[0].detach().clone()))
-            seen.batches.append(texts_of(inputs))
-            seen.random.append(torch.get_rng_state())
-            return step(self, model, inputs, *args, **kwargs)
-
-        monkeypatch.setattr(OrderedEvalTrainer, "training_step", watching)
-        return step
-
+    seen = SimpleNamespace()
+    monkeypatch.setattr(OrderedEvalTrainer, "training_step", watching)
     monkeypatch.setattr(training, "save_adapter_folder", lambda *_: None)  # what a run leaves does not matter here
 
     def train(*overrides, **axes):
+        nonlocal seen
         plan = make_plan(str(recipe), [*overrides, f"output_dir={tmp_path}"], seeds="7,", name="arms", **axes)
         found = {}
         for cell in plan.cells:
-            seen = found[cell.arm.label] = Seen()
-            usual = watch(seen)
+            seen = found[cell.arm.label] = SimpleNamespace(batches=[], random=[], masked=[])
             training.train(plan.recipe_of(cell), quiet=True)
-            monkeypatch.setattr(OrderedEvalTrainer, "training_step", usual)
         return found
 
     return train

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+import signal
 from pathlib import Path
 from typing import ClassVar
 
@@ -19,12 +20,12 @@ from tokmask_peft.artifacts import (
     Result,
     RunFolder,
     check_run,
+    locked,
     open_finished,
     open_run,
-    start_run,
     write_json,
 )
-from tokmask_peft.errors import ModelError, RunError
+from tokmask_peft.errors import ModelError, RunError, whole
 from tokmask_peft.masking.config import TokenMaskConfig
 from tokmask_peft.recipe.loading import to_yaml
 from tokmask_peft.recipe.schema import Recipe
@@ -87,12 +88,40 @@ class TestCheckRun:
         check_run(recipe.model_copy(update={"name": "moved"}), resume=True)
         assert Recipe.load(moved / "recipe.yaml") == recipe
 
+
+class TestLocked:
+    def refused(self, run):
+        with pytest.raises(RunError) as caught, locked(run):
+            pass
+        return caught.value
+
     @pytest.mark.parametrize("where", ["runs", "runs/mine"])
     def test_a_file_in_the_way(self, recipe, tmp_path, where):
         (tmp_path / where).parent.mkdir(exist_ok=True)
         (tmp_path / where).write_text("")
-        error = refusal(recipe)
-        assert (error.code, error.fields["path"]) == ("not-writable", tmp_path / where)
+        error = self.refused(RunFolder(recipe.run_dir))
+        assert (error.code, error.fields["path"]) == ("not-writable", recipe.run_dir)
+
+    def test_one_process_trains_a_run(self, recipe, tmp_path):
+        run = RunFolder(recipe.run_dir)
+        with locked(run):
+            assert check_run(recipe, resume=False) == run
+            assert self.refused(run).code == "run-in-use"
+        assert list(tmp_path.iterdir()) == []  # nothing was written
+        with locked(run):
+            write_json(run.result, {})
+        assert list(run.root.iterdir()) == [run.result]
+
+    def test_a_killed_process_holds_no_lock(self, recipe):
+        run = RunFolder(recipe.run_dir)
+        if (child := os.fork()) == 0:
+            with locked(run):
+                os.kill(os.getpid(), signal.SIGKILL)
+        os.waitpid(child, 0)
+        assert run.lock.exists()
+        assert refusal(recipe, resume=True).code == "no-run"
+        with locked(run):
+            check_run(recipe, resume=False)
 
 
 class TestLastCheckpoint:
@@ -154,6 +183,20 @@ class TestLastCheckpoint:
         (newest / "rng_state_1.pth").write_bytes(b"")
         assert begun.last_checkpoint() is None
 
+    def test_one_that_lacks_the_random_state_of_a_process_is_passed_over(self, begun):
+        before, newest = self.checkpoint(begun, "checkpoint-10"), self.checkpoint(begun, "checkpoint-20")
+        state, said = json.loads((newest / "trainer_state.json").read_text()), []
+        for processes, missing in ((3, "rng_state_2.pth"), (None, "rng_state_1.pth")):  # None: not recorded
+            (newest / "rng_state.pth").unlink(missing_ok=True)
+            for rank in range(3):
+                shutil.copy(before / "rng_state.pth", newest / f"rng_state_{rank}.pth")
+            saved = {"stateful_callbacks": {"LogFile": {"processes": processes}}} if processes else {}
+            write_json(newest / "trainer_state.json", state | saved)
+            assert begun.last_checkpoint() == newest
+            (newest / missing).unlink()
+            assert begun.last_checkpoint(said.append) == before
+            assert missing in said[-1]
+
     def test_there_is_none(self, begun, tmp_path):
         assert begun.last_checkpoint() is None
         assert RunFolder(tmp_path / "nowhere").last_checkpoint() is None
@@ -196,13 +239,16 @@ class TestWriteJson:
         write_json(tmp_path / "result.json", {"a": 1})
         assert done == ["sync", "rename"]
 
-
-def test_a_recipe_is_whole_or_not_there(tmp_path, monkeypatch):
-    run = RunFolder(tmp_path / "mine")
-    monkeypatch.setattr("pathlib.Path.replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        start_run(run, "name: mine\n")
-    assert not run.recipe.exists()
+    def test_what_killed_processes_left_is_removed(self, tmp_path):
+        strays = [tmp_path / f".result.json.{number}" for number in (os.getpid(), 2**22 + 1, 1)]
+        for stray in strays:
+            stray.write_text("half")
+        (tmp_path / ".adapter.4194305").mkdir()
+        write_json(tmp_path / "result.json", {})
+        assert {path.name for path in tmp_path.iterdir()} == {"result.json", ".adapter.4194305", ".result.json.1"}
+        with whole(tmp_path / "adapter") as folder:
+            folder.mkdir()
+        assert {path.name for path in tmp_path.iterdir()} == {"result.json", "adapter", ".result.json.1"}
 
 
 class TestOpenRun:
@@ -230,7 +276,9 @@ class TestOpenRun:
         without_test = Result.from_dict({key: value for key, value in written.items() if key != "test"})
         assert (without_test.scored_split, without_test.scored) == ("validation", written["validation"])
 
-    @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"validation": {}}'])
+    @pytest.mark.parametrize(
+        "content", ["", "{", "[]", "{}", '{"validation": {}}', '{"validation": {}, "labels": [[1]]}', "[" * 9000]
+    )
     def test_a_result_without_scores(self, tmp_path, content):
         folder = write_run(tmp_path / "run")
         (folder / "result.json").write_text(content)

@@ -1,12 +1,29 @@
 """What a run prints."""
 
 import io
+import json
+import re
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
 from tokmask_peft.artifacts import Result
-from tokmask_peft.console import Decision, baseline_verdict, print_decisions, print_lines, print_result, print_scores
+from tokmask_peft.cli import app
+from tokmask_peft.console import (
+    Decision,
+    SafeConsole,
+    baseline_verdict,
+    calibration_line,
+    echo,
+    print_decisions,
+    print_lines,
+    print_result,
+    print_scores,
+)
+from tokmask_peft.inference.display import print_answers, print_explanations
+from tokmask_peft.inference.explain import Explanation
+from tokmask_peft.tasks import Prediction, WordPredictions
 
 
 @pytest.fixture
@@ -28,6 +45,28 @@ def test_brackets_are_text_and_not_markup(console, tmp_path):
         assert expected in text
 
 
+def test_control_characters_are_shown_and_not_obeyed(capsys):
+    evil = "a\x1b[2Jb\x9b31mc\u202ed\r\x00\ud800"
+    console = SafeConsole(file=io.StringIO(), width=200, highlight=False, force_terminal=True)
+    print_decisions(console, [Decision(evil, evil, evil)])
+    print_lines(console, "Data", [evil])
+    print_scores(console, {evil: part(0.5, without_prediction=1)})
+    print_answers([evil], [Prediction(evil, {evil: 1.0})], as_json=False)
+    print_answers([evil], [WordPredictions((evil,), (evil,), ({evil: 1.0},))], as_json=False)
+    explanation = Explanation((evil,), (1.0,), evil, 0.5, (0.5,), labels=(evil,))
+    print_explanations([explanation], console)
+    print_explanations([explanation], SafeConsole(file=io.StringIO()))
+    echo(evil, err=True)
+    for text in (console.file.getvalue(), *capsys.readouterr()):
+        styles = re.sub(r"\x1b\[[0-9;]*m", "", text)  # rich's own
+        assert "a\\u001b[2Jb\\u009b31mc\\u202ed" in styles
+        assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e\ud800]", styles)
+    print_answers([evil], [Prediction(evil, {evil: 1.0})], as_json=True)
+    assert json.loads(capsys.readouterr().out)["text"] == evil
+    refused = CliRunner().invoke(app, ["train", "no\x1b[2Jsuch"])
+    assert (refused.exit_code, "\x1b" in refused.stderr, "u001b[2J" in refused.stderr) == (2, False, True)
+
+
 def test_scores_say_what_was_cut_and_how_mixed_posts_fare(console):
     mixing = [{"cmi": "0 to 15", "posts": 1000, "f1_macro": 0.25}]
     print_scores(console, {"test": part(0.5, without_prediction=17, by_mixing=mixing), "validation": part(1.0)})
@@ -37,10 +76,21 @@ def test_scores_say_what_was_cut_and_how_mixed_posts_fare(console):
     assert "code-mixing index 0 to 15: macro-F1 0.2500 (1,000 posts)" in text
 
 
-@pytest.mark.parametrize(("score", "beaten"), [(0.7, True), (0.5, False), (0.6, False)])
-def test_the_verdict_is_given_whichever_way_it_falls(score, beaten):
-    verdict = baseline_verdict(part(score), part(0.6))
-    assert verdict
-    assert ("above" in verdict) == beaten
-    assert ("NOT" in verdict) != beaten
-    assert not baseline_verdict(part(score), None)
+@pytest.mark.parametrize("verdict", ["beats", "does not beat", "cannot tell", None])
+def test_the_verdict_is_given_whichever_way_it_falls(verdict):
+    found = {} if verdict is None else {"verdict": verdict, "interval": [-0.02, 0.08]}  # older runs have none
+    sentence = baseline_verdict(part(0.63), part(0.6, **found))
+    assert ("cannot tell" in sentence, "NOT" in sentence) == (
+        verdict in ("cannot tell", None),
+        verdict == "does not beat",
+    )
+    assert "+0.0300" in sentence
+    assert ("-0.0200 to +0.0800" in sentence) == (verdict is not None)
+    assert not baseline_verdict(part(0.5), None)
+
+
+def test_a_temperature_that_is_left_out_is_said_with_the_reason():
+    figures = {"validation": {"before": {"ece": 0.1}, "after": {"ece": 0.2}}}
+    assert "Temperature 1.500" in calibration_line({"temperature": 1.5, **figures})
+    line = calibration_line({"temperature": 1.0, "left_out": "it does not help", **figures})
+    assert "no temperature is used, because it does not help" in line

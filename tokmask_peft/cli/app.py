@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import signal
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,24 +13,33 @@ import typer
 from typer.core import TyperGroup
 
 from tokmask_peft import __version__
-from tokmask_peft.errors import RunInterruptedError, TokmaskError
+from tokmask_peft.console import echo, mute, stop_signals
+from tokmask_peft.errors import RunInterruptedError, as_ours
 
 if TYPE_CHECKING:
     from tokmask_peft.recipe.schema import Recipe
 
 
 class _Commands(TyperGroup):
-    """Commands that end with one message: exit code 2 after a mistake of the user, 130 after an interruption."""
+    """Commands that end with one message: exit code 2 after a mistake, 130 after an interruption."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
-        except TokmaskError as error:
-            typer.echo(f"Error: {error}", err=True)
-            raise typer.Exit(130 if isinstance(error, RunInterruptedError) else 2) from None
-        except KeyboardInterrupt:
-            typer.echo("Interrupted.", err=True)
+            with stop_signals(signal.default_int_handler):
+                return super().invoke(ctx)
+        except BrokenPipeError:  # whoever read the output has enough of it
+            mute()
             raise typer.Exit(130) from None
+        except KeyboardInterrupt:
+            echo("Interrupted.", err=True)
+            raise typer.Exit(130) from None
+        except Exception as error:
+            if hasattr(error, "exit_code") or isinstance(error, typer.Abort):  # typer's own
+                raise
+            if os.environ.get("TOKMASK_DEBUG") == "1":
+                traceback.print_exception(error)
+            echo(f"Error: {as_ours(error)}", err=True)
+            raise typer.Exit(130 if isinstance(error, RunInterruptedError) else 2) from None
 
 
 app = typer.Typer(
@@ -47,18 +59,19 @@ ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="a run folde
 BackboneOption = Annotated[
     str | None, typer.Option(help="load the backbone from this Hub id, folder or package:NAME/FOLDER")
 ]
+TrustOption = Annotated[
+    bool, typer.Option("--trust-remote-code", help="run the backbone's own code, if it has any; read it first")
+]
 DeviceOption = Annotated[str | None, typer.Option(help="cuda, cpu, …; default: a GPU if there is one")]
 QuantizationOption = Annotated[str | None, typer.Option(help="nf4, int8 or none; default: as in training")]
 PrecisionOption = Annotated[str | None, typer.Option(help="bf16 or fp32; default: as in training")]
 
 
 @app.callback(invoke_without_command=True)
-def root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
-) -> None:
+def root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
     """Handle the options before the command."""
     if version:
-        typer.echo(__version__)
+        echo(__version__)
         raise typer.Exit
 
 
@@ -90,7 +103,7 @@ def list_recipes() -> None:
     for name in names:
         lines = (SHIPPED / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
         about = next((line.lstrip("# ") for line in lines if line.startswith("#") and "tokmask train" not in line), "")
-        typer.echo(f"{name:<{width}}  {about}")
+        echo(f"{name:<{width}}  {about}")
 
 
 @recipes_app.command("show")
@@ -102,7 +115,7 @@ def show_recipe(
     from tokmask_peft.recipe.loading import find_recipe, load_recipe, to_yaml
 
     path = find_recipe(name)
-    typer.echo(to_yaml(load_recipe(path)) if resolved else path.read_text(encoding="utf-8"), nl=False)
+    echo(to_yaml(load_recipe(path)) if resolved else path.read_text(encoding="utf-8"), end="")
 
 
 @recipes_app.command("copy")
@@ -113,7 +126,7 @@ def copy_recipe(
     from tokmask_peft.recipe.loading import copy_recipe as copy
 
     copy(name, target)
-    typer.echo(f"{target} is yours to edit; run it with: tokmask train {shlex.quote(str(target))}")
+    echo(f"{target} is yours to edit; run it with: tokmask train {shlex.quote(str(target))}")
 
 
 @recipes_app.command("fields")
@@ -121,4 +134,4 @@ def list_fields() -> None:
     """Explain every key that a recipe may hold."""
     from tokmask_peft.recipe.loading import field_help
 
-    typer.echo("\n".join(field_help()))
+    echo("\n".join(field_help()))

@@ -8,9 +8,18 @@ from typing import Annotated
 
 import typer
 
-from tokmask_peft.cli.app import BackboneOption, DeviceOption, ModelArgument, Overrides, RecipeArgument, app, checked
-from tokmask_peft.console import make_console, print_scores, quiet_libraries
-from tokmask_peft.errors import RunError
+from tokmask_peft.cli.app import (
+    BackboneOption,
+    DeviceOption,
+    ModelArgument,
+    Overrides,
+    RecipeArgument,
+    TrustOption,
+    app,
+    checked,
+)
+from tokmask_peft.console import echo, make_console, print_scores, quiet_libraries
+from tokmask_peft.errors import RunError, require
 
 
 @app.command()
@@ -39,7 +48,7 @@ def diagnose(
     matplotlib()  # before a training whose plot could not be drawn
     report = measure(whole, plan, quiet=quiet)
     if not quiet:
-        typer.echo(f"{report.summary}\nReport: {report.markdown}")
+        echo(f"{report.summary}\nReport: {report.markdown}")
 
 
 @app.command()
@@ -50,11 +59,10 @@ def robustness(
     draws: Annotated[int, typer.Option(min=1, help="random draws of each; scores are their means")] = 4,
     limit: Annotated[int | None, typer.Option(min=1, help="score at most this many texts, drawn at random")] = None,
     seed: Annotated[int, typer.Option(min=0, help="of masks, misspellings and the choice of texts")] = 0,
-    out: Annotated[
-        Path | None, typer.Option(help="folder to write to; RUN/robustness if not given, with one RUN")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="folder; RUN/robustness if left out, with one RUN")] = None,
     device: DeviceOption = None,
     backbone: BackboneOption = None,
+    trust_remote_code: TrustOption = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> None:
     """Score RUNs on masked and misspelt test texts and on unseen words, by their masking rate in training.
@@ -71,21 +79,26 @@ def robustness(
     from tokmask_peft.study.report import matplotlib
 
     matplotlib()
-    report = measure(members, what, folder, backbone=backbone, device=device, quiet=quiet)
+    report = measure(
+        members, what, folder, backbone=backbone, device=device, quiet=quiet, trust_remote_code=trust_remote_code
+    )
     if not quiet:
-        typer.echo(f"{report.summary}\nReport: {report.markdown}")
+        echo(f"{report.summary}\nReport: {report.markdown}")
 
 
 @app.command()
 def faithfulness(
     run: Annotated[str, typer.Argument(metavar="RUN", help="a run folder, such as runs/quickstart")],
     against: Annotated[str | None, typer.Option(help="a run of the same recipe with p = 0, to compare with")] = None,
-    split: Annotated[str, typer.Option(help="train, validation or test; with --data, a split or file there")] = "test",
+    split: Annotated[
+        str | None, typer.Option(help="train, validation or test (the default); with --data, a split or file there")
+    ] = None,
     data: Annotated[str | None, typer.Option(help="folder or file with other texts")] = None,
     limit: Annotated[int, typer.Option(min=2, help="number of texts, drawn at random")] = 200,
     seed: Annotated[int, typer.Option(min=0, help="of texts, orders and bootstrap")] = 0,
     batch_size: Annotated[int | None, typer.Option(min=1, help="masked texts per forward pass")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+    trust_remote_code: TrustOption = False,
 ) -> None:
     """Measure whether `tokmask explain` ranks words correctly for RUN: mask the most influential words first."""
     from tokmask_peft.artifacts import open_finished
@@ -97,17 +110,32 @@ def faithfulness(
     from tokmask_peft.study.diagnostics.faithfulness import faithfulness as measure
     from tokmask_peft.study.diagnostics.faithfulness import report_text
 
-    found = measure(run, against, split=split, data=data, limit=limit, seed=seed, batch_size=batch_size)
-    typer.echo(json.dumps(found, indent=2) if as_json else report_text(found))
+    found = measure(
+        run,
+        against,
+        split=split,
+        data=data,
+        limit=limit,
+        seed=seed,
+        batch_size=batch_size,
+        trust_remote_code=trust_remote_code,
+    )
+    echo(json.dumps(found, indent=2) if as_json else report_text(found))
 
 
 @app.command()
 def evaluate(
     run: Annotated[str, typer.Argument(metavar="RUN", help="a run folder, for example runs/quickstart")],
-    split: Annotated[str, typer.Option(help="train, validation or test; with --data, a split or file there")] = "test",
+    split: Annotated[
+        str | None, typer.Option(help="train, validation or test (the default); with --data, a split or file there")
+    ] = None,
     data: Annotated[str | None, typer.Option(help="folder or file with other texts")] = None,
+    format: Annotated[str | None, typer.Option(help="of DATA; auto goes by its ending; default: as in the run")] = None,
+    text_column: Annotated[str | None, typer.Option(help="of DATA: a name, or a number from 0")] = None,
+    label_column: Annotated[str | None, typer.Option(help="of DATA: a name, or a number from 0")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the scores as JSON.")] = False,
     batch_size: Annotated[int | None, typer.Option(min=1, help="texts per forward pass; as in training")] = None,
+    trust_remote_code: TrustOption = False,
 ) -> None:
     """Score the adapter of RUN on one of its splits, or on other texts."""
     from tokmask_peft.artifacts import open_finished
@@ -116,14 +144,27 @@ def evaluate(
     quiet_libraries()
     from tokmask_peft.training.evaluate import evaluate as score
 
-    result = score(run, split=split, data=data, batch_size=batch_size)
+    result = score(
+        run,
+        split=split,
+        data=data,
+        format=format,
+        text_column=_column(text_column),
+        label_column=_column(label_column),
+        batch_size=batch_size,
+        trust_remote_code=trust_remote_code,
+    )
     if as_json:
-        typer.echo(json.dumps(result, indent=2, ensure_ascii=False))
+        echo(json.dumps(result, indent=2, ensure_ascii=False))
     else:
         console = make_console()
-        print_scores(console, {split: result})
-        for reason in result.get("not_as_trained", ()):
+        print_scores(console, {split or Path(data or "test").name: result})
+        for reason in (*result.get("warnings", ()), *result.get("not_as_trained", ())):
             console.print(f"Caution: {reason}", markup=False)
+
+
+def _column(given: str | None) -> str | int | None:
+    return int(given) if given is not None and given.removeprefix("-").isdecimal() else given
 
 
 @app.command()
@@ -131,10 +172,9 @@ def report(
     run: Annotated[str, typer.Argument(metavar="RUN", help="the folder of a run or a sweep, as runs/quickstart")],
     out: Annotated[Path | None, typer.Option(help="the page to write; default: report.html in the run folder")] = None,
     show: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
-    examples: Annotated[
-        bool, typer.Option("--examples/--no-examples", help="show the worst mistakes; needs the data and the backbone")
-    ] = True,
+    examples: Annotated[bool, typer.Option(help="show the worst mistakes; needs the data and the backbone")] = True,
     backbone: BackboneOption = None,
+    trust_remote_code: TrustOption = False,
 ) -> None:
     """Write one HTML page about RUN: scores, curves, calibration, mistakes, data. The page loads nothing.
 
@@ -146,20 +186,19 @@ def report(
         from tokmask_peft.study.report import sweep_report
 
         paths = sweep_report(Path(run))
-        typer.echo(f"{paths.summary}\nReport: {paths.markdown}")
+        echo(f"{paths.summary}\nReport: {paths.markdown}")
         return
     if not is_run(run):
-        raise RunError(
-            f"{run} is neither a run (recipe.yaml is missing) nor a sweep (sweep.json is missing)", code="not-a-run"
-        )
+        problem = "is neither a run (recipe.yaml is missing) nor a sweep (sweep.json is missing)"
+        raise RunError(f"{run} {problem}", code="not-a-run")
     from tokmask_peft.report.page import prepare, report_run
 
     prepare(run, out)  # before the libraries are loaded, which takes seconds
     quiet_libraries()
-    path, left_out = report_run(run, out, examples=examples, backbone=backbone)
+    path, left_out = report_run(run, out, examples=examples, backbone=backbone, trust_remote_code=trust_remote_code)
     if left_out:
-        typer.echo(f"Note: the page shows no mistakes: {left_out}", err=True)
-    typer.echo(path)
+        echo(f"Note: the page shows no mistakes: {left_out}", err=True)
+    echo(path)
     if show:
         typer.launch(str(path))
 
@@ -172,15 +211,19 @@ def demo(
     share: Annotated[bool, typer.Option("--share", help="Open a public link through gradio's servers.")] = False,
     device: DeviceOption = None,
     backbone: BackboneOption = None,
+    trust_remote_code: TrustOption = False,
 ) -> None:
     """Try MODEL in the browser: text in, label and coloured words out (needs the extra demo)."""
     from tokmask_peft.artifacts import find_saved
-    from tokmask_peft.report.demo import build, check_address, require_gradio, serve
+    from tokmask_peft.report.demo import build, check_address, launch
 
-    require_gradio()
+    require("gradio", "demo", "the demo")
     check_address(host, port)
-    saved = find_saved(model, backbone)
+    saved = find_saved(model, backbone, trust_remote_code=trust_remote_code)
     quiet_libraries()
     from tokmask_peft.inference.classifier import load
 
-    serve(build(load(saved, device), Path(model).name), host, port, share=share, report=typer.echo)
+    app = build(load(saved, device), Path(model).name)
+    _, url, public = launch(app, host, port, share=share)
+    echo(f"The demo runs at {public or url} (Ctrl-C stops it)")
+    app.block_thread()

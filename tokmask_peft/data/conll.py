@@ -1,4 +1,6 @@
-"""Column files (CoNLL): a word per line, its tags in further columns, a blank line between texts.
+"""Texts with a word in each row: the rows of a table that make a text, and column files (CoNLL).
+
+In a column file there is a word per line, its tags in further columns, a blank line between texts.
 
 LinCE, CALCS, SentiMix and Universal Dependencies differ in comments, separators and columns. What looks like a comment
 may be a word of a tweet, so these are the rules:
@@ -12,19 +14,33 @@ may be a word of a tweet, so these are the rules:
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
-from itertools import chain, islice
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, groupby, islice
+from pathlib import Path
+from typing import Any, Literal
 
-from tokmask_peft.data.tables import Columns
+from tokmask_peft.console import Decision
 from tokmask_peft.errors import DataError, nearest
-from tokmask_peft.tasks import Example, Unreadable
+from tokmask_peft.tasks import Example, Task, Unreadable
 
+Row = tuple[str, dict[str, Any]] | Unreadable
+"""The place of a row (`file:line`) and its cells by column, or why it has none."""
+Word = tuple[str, str, str | None]
+"""A word with its place and its tag or its text's label."""
+
+BLANK = "blank-row"
+"""The code of a blank line in a table: it has no text, but may end one."""
+_TEXT_ENDS = {"<eos>", "</s>"}
 CONLLU_COLUMNS = ("id", "form", "lemma", "upos", "xpos", "feats", "head", "deprel", "deps", "misc")
 SNIFFED_LINES = 5000
 
 _KEY_VALUE = re.compile(r"#[ ]+(?P<key>[A-Za-z_][\w.\-]*(?:\[\w+\]|[ ]id)?)[ ]*=(?P<value>.*)")
 _KEY_COLON = re.compile(r"#[ ]+(?P<key>[A-Za-z_][\w.\-]*):[ ](?P<value>[^\t]*)$")
 _LABEL_KEYS = {"label", "sentiment", "sa", "sent_label", "class"}
+_PAIR = re.compile(r"(?:^|(?<=\|))([^|=]+)=")
+_PAIR_VALUE = re.compile(r"(?:^|(?<=\|))([^|=]+)=([^|]*)")
+_SPACING = {"SpaceAfter", "SpacesAfter", "SpacesBefore"}
 _RANGE_OR_EMPTY_NODE = re.compile(r"\d+[-.]\d+$")
 
 
@@ -38,11 +54,128 @@ def _comment(line: str) -> re.Match[str] | None:
     return _KEY_VALUE.match(line) or _KEY_COLON.match(line)
 
 
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """What to read from a file: names or numbers of columns; for none a usual name is looked for."""
+
+    task: Task  # what an example must look like
+    text: str | int | None = None  # column of the text, or of the words
+    label: str | int | None = None  # column of the label, or of the tags
+    labelled: bool = True  # whether to read labels; prediction does not
+    header: bool | Literal["auto"] = "auto"  # whether the first row of a table names its columns
+    group: str | int | None = None  # in a table with a word in each row, the column that names its text
+    decisions: list[Decision] = field(default_factory=list)  # takes what was decided from what is in the file
+
+
+def is_blank(row: object) -> bool:
+    """Return whether a row of a table is a blank line."""
+    return isinstance(row, Unreadable) and row.code == BLANK
+
+
+def _ends_text(found: Row, text: str) -> bool:
+    """Return whether a row stands between texts: blank, without anything in its cells, or `<EOS>`."""
+    if isinstance(found, Unreadable):
+        return found.code == BLANK
+    cells = found[1]
+    return str(cells.get(text)).strip().lower() in _TEXT_ENDS or all(cell in ("", None) for cell in cells.values())
+
+
+def grouping(head: Sequence[Row], text: str, label: str | None, columns: Columns, name: str) -> tuple[bool, str | None]:
+    """Return whether a row has one word of a text, and the column that names the text; none if rows end the texts.
+
+    Without `group_column` that is so if words have labels and nearly all cells are one word. Then blank or `<EOS>` rows
+    end the texts, or the only other column whose values come in runs, each value in one run, names them.
+
+    Raises:
+        DataError: the rows have words, but nothing says which of them make a text.
+    """
+    rows = [row[1] for row in head if isinstance(row, tuple) and not _ends_text(row, text)]
+    single = sum(re.fullmatch(r"\s*(?!\[)\S*\s*", str(row.get(text, " . "))) is not None for row in rows)
+    if not columns.task.words_given or len(rows) < 2 or single < 0.95 * len(rows):
+        return False, None
+    unique, recurring = list[str](), list[str]()
+    for column in (column for column in rows[0] if column.lower() not in columns.task.label_columns):
+        values = [str(row[column]) for row in rows if row.get(column) not in ("", None)]
+        runs = [value for value, _ in groupby(values)]
+        if column in (text, label):
+            continue
+        if 1 < len(runs) < len(rows) and len(set(runs)) == len(runs):
+            unique.append(column)
+        elif len(runs) < len(values) and all(value.isdecimal() for value in values):
+            recurring.append(column)  # such as sentence numbers that begin again in each document
+    last = max(at for at, row in enumerate(head) if not _ends_text(row, text))
+    if any(_ends_text(row, text) for row in head[:last]):
+        found, group, choice, why = True, None, "one word a row", "a blank or <EOS> row ends a text"
+    elif len(unique) == 1 and not recurring:
+        found, group, choice = True, unique[0], "one word a row"
+        why = f"column '{group}' says which text; data.group_column changes it"
+    elif not columns.labelled:
+        found, group, choice, why = False, None, "one word each", "neither a column nor blank rows say where texts end"
+    else:
+        likely = f" (is it {' or '.join([*unique, *recurring])}?)" if unique or recurring else ""
+        problem = f"{name}: each row has one word, but not which words make a text"
+        remedy = f"Set data.group_column to the column that says it{likely}, or put a blank row between texts"
+        alone = 'If each row is a text of one word, write it as a JSON list, such as ["word"]'
+        raise DataError(f"{problem}. {remedy}. {alone}.", code="word-per-row", columns=(*unique, *recurring))
+    columns.decisions.append(Decision(f"texts of {Path(name).name}", choice, why))
+    return found, group
+
+
+def words_of_rows(
+    rows: Iterable[Row], text: str, label: str | None, group: str | None
+) -> Iterator[Word | Unreadable | None]:
+    """Yield the words of a table with a word in each row, none where a text ends; an empty `group` cell is as above."""
+    key = ""
+    for found in rows:
+        if isinstance(found, Unreadable) or _ends_text(found, text):
+            yield found if isinstance(found, Unreadable) and found.code != BLANK else None
+            continue
+        where, row = found
+        now = key if group is None or row[group] in ("", None) else str(row[group])
+        if now != key:
+            yield None
+        key = now
+        word, tag = ("" if column is None or row[column] is None else str(row[column]) for column in (text, label))
+        yield where, word.strip(), None if label is None else tag.strip()
+
+
+def join_words(
+    found: Iterable[Word | Unreadable | None], name: str, columns: Columns
+) -> Iterator[Example | Unreadable]:
+    """Make examples of words, each with its place and tag; none ends a text. A text's first problem is in its place.
+
+    An empty word is a problem if words have labels, and is left out otherwise.
+    """
+    task, words, tags, empty = columns.task, list[str](), list[str | None](), 0
+    where, bad = "", None
+    for one in chain(found, [None]):
+        if one is None:
+            if words or bad:
+                label = None if None in tags or not tags else tuple(map(str, tags)) if task.words_given else tags[0]
+                yield bad or task.example(words, label, where)
+            words, tags, bad = [], [], None
+        elif isinstance(one, Unreadable):
+            bad = bad or one
+        elif one[1]:
+            where = where if words else one[0]
+            words.append(one[1])
+            tags.append(one[2])
+        elif task.words_given:
+            bad = bad or Unreadable(one[0], "the word is empty: fill it in, or remove the line", "empty-word")
+        else:
+            empty += 1
+    if empty:
+        columns.decisions.append(
+            Decision(f"empty words of {Path(name).name}", "left out", f"{empty:,} lines have none")
+        )
+
+
 class ConllReader:
     """Reads a column file, one text at a time.
 
     If words carry the labels, the tags are read from a column (default: the last); otherwise the label of a text is
-    read from the comment above its words. These are in the first column by default (CoNLL-U: the second).
+    read from the comment above its words. These are in the first column by default (CoNLL-U: the second). In CoNLL-U
+    `misc.Lang` and `feats.Case` are values of a key, `_` for words without it; the default is the only key of MISC.
 
     Args:
         lines: the file's lines, without line ends.
@@ -54,11 +187,14 @@ class ConllReader:
         stream = iter(lines)
         first = list(islice(stream, SNIFFED_LINES))
         self._lines = chain(first, stream)
-        self._name, self._task, self._labelled = name, columns.task, columns.labelled
+        self._name, self._wanted = name, columns
         self._tagged = columns.labelled and columns.task.words_given
         self._sniff(first)
         self._text = self._index(columns.text, 1 if self._conllu else 0, "text_column")
-        self._tag = self._index(columns.label, -1, "label_column")
+        column, _, self._key = str(columns.label).partition(".") if self._conllu else (columns.label, "", "")
+        self._tag = self._index(column if self._key else columns.label, -1, "label_column")
+        if self._conllu and self._tagged:
+            self._choose_key(asked=columns.label is not None)
         if self._tagged and self._tag == -1 and self._width > 2 and self._labels == {""}:
             problem = f"{name}: the last column of every line is empty. If that is a stray tab, set data.label_column="
             problem += f"{self._width - 2} or the number of another column (from 0); withheld labels cannot be scored."
@@ -73,6 +209,23 @@ class ConllReader:
         self._tabs, self._width = bool(tabbed), max(set(widths), key=widths.count)
         self._conllu = self._tabs and self._width == len(CONLLU_COLUMNS)
         self._labels = {row[-1] for row in fields if len(row) == self._width}
+        # of CoNLL-U's FEATS and MISC
+        cells = {at: {row[at] for row in fields if len(row) == self._width} if self._conllu else () for at in (5, 9)}
+        self._keys = {at: sorted(set(_PAIR.findall("|".join(cells[at]))) - _SPACING) for at in cells}
+
+    def _choose_key(self, asked: bool) -> None:
+        """Check the key that labels are read from, or choose the only one of MISC."""
+        keys = self._keys.get(self._tag % self._width, [])
+        if not asked and len(keys) == 1:
+            self._key = keys[0]
+        plain = asked or (not keys and self._labels - {"_", ""})
+        if self._key in keys if self._key else plain:
+            return
+        usable = [f"{CONLLU_COLUMNS[at]}.{key}" for at, found in self._keys.items() for key in found]
+        wanted = f"{CONLLU_COLUMNS[self._tag]}.{self._key}"
+        problem = f"no word has {wanted}.{nearest(wanted, usable)}" if asked else "MISC does not hold one label."
+        remedy = f"Set data.label_column to {', '.join(['upos', *usable])}."
+        raise DataError(f"{self._name}: {problem} {remedy}", code="column", field="label_column")
 
     def _index(self, asked: str | int | None, default: int, field: str) -> int:
         """Return the index of a column, given by its number or its CoNLL-U name."""
@@ -89,37 +242,35 @@ class ConllReader:
 
     def __iter__(self) -> Iterator[Example | Unreadable]:
         """Yield the texts in order, with the first problem of a text in its place."""
-        words: list[str] = []
-        tags: list[str] = []
-        label: str | None = None
-        where, broken = "", False
-        for number, line in enumerate(chain(self._lines, [""]), start=1):
+        return join_words(self._words(), self._name, self._wanted)
+
+    def _words(self) -> Iterator[Word | Unreadable | None]:
+        label, inside = None, False
+        for number, line in enumerate(self._lines, start=1):
+            where = f"{self._name}:{number}"
             if not line.strip(" \t"):
-                if words and not broken:
-                    found = tuple(tags) if self._task.words_given else label
-                    yield self._task.example(words, found if self._labelled else None, where)
-                words, tags, label, broken = [], [], None, False
-                continue
-            if broken:
+                yield None
+                label, inside = None, False
                 continue
             try:
-                if self._is_comment(line, inside=bool(words)):
+                if self._is_comment(line, inside):
                     label = _label_of(line) or label
                     continue
                 columns = self._columns(line)
             except DataError as error:
-                yield Unreadable(f"{self._name}:{number}", str(error), error.code)
-                broken = True
+                yield Unreadable(where, str(error), error.code)
+                inside = True
                 continue
-            if columns is None:
-                continue
-            if not words:
-                where = f"{self._name}:{number}"
-            words.append(columns[self._text])
-            tags.append(columns[self._tag] if self._tagged else "")
+            if columns is not None:
+                inside = True
+                tag = columns[self._tag] if self._tagged else label
+                tag = dict(re.findall(_PAIR_VALUE, tag)).get(self._key, "_") if self._key and tag is not None else tag
+                yield where, columns[self._text], tag if self._wanted.labelled else None
 
     def _is_comment(self, line: str, inside: bool) -> bool:
         """Distinguish a comment from a word that begins with '#'."""
+        if line.startswith("-DOCSTART-") and not inside:  # CoNLL 2003: a document begins
+            return True
         if line.startswith("meta") and self._width == 2 and not inside:
             return len(line.split()) == 3
         if not line.startswith("#"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import unicodedata
@@ -12,7 +13,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tokmask_peft.data.cleaning import CleaningReport, clean
+from tokmask_peft.console import Decision
+from tokmask_peft.data.cleaning import CleaningReport, clean, clean_share
 from tokmask_peft.data.readers import find_files, read_split
 from tokmask_peft.data.split import canonical, carve, subset
 from tokmask_peft.errors import DataError, nearest
@@ -20,6 +22,8 @@ from tokmask_peft.recipe.schema import DataConfig, SourceConfig
 from tokmask_peft.tasks import Example, Label
 
 OTHERS = "*"
+MANY_LABELS, SHOWN = 50, 10
+_LIKE_MISSING = {"nan", "none", "null", "na", "n/a", "<na>", "nat", "_"}
 
 
 class Merge(NamedTuple):
@@ -33,8 +37,11 @@ class Merge(NamedTuple):
 def apply_label_map(
     examples: Iterable[Example], label_map: Mapping[str, str] | None
 ) -> tuple[list[Example], tuple[Merge, ...]]:
-    """Replace labels by `label_map`, whose key '*' stands for every other label; also return what it applied to."""
-    examples = list(examples)
+    """Replace labels by `label_map`, whose key '*' stands for every other label; also return what it applied to.
+
+    Texts whose label is missing are left out.
+    """
+    examples = [example for example in examples if example.label is not None]
     if not label_map:
         return examples, ()
     seen = Counter(tag for example in examples for tag in example.tags)
@@ -62,24 +69,30 @@ def merged_labels(stored: Mapping[str, Any]) -> list[Merge]:
     return [Merge(old, new, count) for (old, new), count in totals.items() if old != new]
 
 
-def count_labels(examples: Iterable[Example]) -> dict[str, int]:
+def count_labels(examples: Iterable[Example]) -> Counter[str]:
     """Count labels (of texts, or of words), in natural order: `class2` before `class10`."""
     counts = Counter(tag for example in examples for tag in example.tags)
-    return {label: counts[label] for label in sorted(counts, key=_natural_key)}
+    return Counter({label: counts[label] for label in sorted(counts, key=_natural_key)})
 
 
 def _natural_key(label: str) -> list[tuple[int, int, str]]:
     parts = re.split(r"(\d+)", label)
-    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts if part]
+    pairs = [(part, part.lstrip("0")) for part in parts if part]  # not int(), which refuses thousands of digits
+    return [(0, len(number), number) if part.isdecimal() else (1, 0, part) for part, number in pairs]
 
 
 def collect_labels(train: Sequence[Example]) -> tuple[str, ...]:
     """List the labels of the training texts in natural order.
 
     Raises:
-        DataError: there are fewer than two.
+        DataError: there are fewer than two, or almost as many as there are items.
     """
-    if len(labels := tuple(count_labels(train))) < 2:
+    counts = count_labels(train)
+    if MANY_LABELS < len(counts) > counts.total() / 2:
+        problem = f"almost as many different labels as labels in all: {len(counts):,} of {counts.total():,}, such as "
+        problem += f"'{next(iter(counts))[:40]}': is data.label_column the right column?"
+        raise DataError(problem, code="too-many-labels", labels=len(counts))
+    if len(labels := tuple(counts)) < 2:
         problem = f"the only label of the training texts is {', '.join(labels)}, but a classifier needs two or more"
         raise DataError(f"{problem}. Check data.label_column and data.label_map.", code="one-label", labels=labels)
     return labels
@@ -94,32 +107,53 @@ def respelled(labels: Mapping[str, int]) -> dict[str, str]:
     return {other: first for first, *others in groups.values() for other in others}
 
 
+def _like_missing(labels: Mapping[str, int], named: bool) -> list[str]:
+    """List labels that may stand for a missing one; `named`: `_` is the label of words without a key of CoNLL-U."""
+    negative = [label for label in labels if re.fullmatch(r"-\d+(\.0+)?", label)]
+    numbers = all(re.fullmatch(r"-?\d+(\.0+)?", label) for label in labels)
+    odd = negative if numbers and len(negative) == 1 and len(labels) > 2 else []
+    words = _LIKE_MISSING - ({"_"} if named else set())
+    return [label for label in labels if label in odd or label.startswith("-100") or label.casefold() in words]
+
+
 def _shown(label_map: Mapping[str, str]) -> str:
     """Return a label map to copy, with escapes if labels may look alike in print."""
     alike = any(unicodedata.normalize("NFKC", label) != label for label in [*label_map, *label_map.values()])
     return json.dumps(label_map, ensure_ascii=alike)
 
 
-def check_known(examples: Iterable[Example], labels: Sequence[str], split: str) -> None:
-    """Refuse labels that no training text has.
+def with_unseen(labels: Sequence[str], examples: Iterable[Example]) -> tuple[str, ...]:
+    """Return the labels of a classifier, followed by those that only `examples` have: it can never give these."""
+    return (*labels, *(label for label in count_labels(examples) if label not in labels))
+
+
+def check_known(examples: Iterable[Example], labels: Sequence[str], split: str) -> list[str]:
+    """Return a warning if some labels are ones that no training text has; each such text or word counts as an error.
 
     Raises:
-        DataError: there are some; lists each with its count, its first place and the nearest known one.
+        DataError: no training text has any of the labels.
     """
     places: dict[str, list[str]] = {}
     for example in examples:
         for tag in example.tags:
-            if tag not in labels:
-                places.setdefault(tag, []).append(example.where)
-    if places:
-        lines = [f"{split}: labels that no training text has (training has {', '.join(labels)}):"]
-        for tag, where in sorted(places.items()):
-            lines.append(f"  '{tag}': {len(where)} times, first at {where[0]}.{nearest(tag, labels)}")
-        respelling = respelled(dict.fromkeys(places, 0) | dict.fromkeys(labels, 1))
-        merge = {old: new for old, new in respelling.items() if old in places and new in labels}
-        merge = merge or {next(iter(places)): labels[-1]}
-        lines.append(f"Merge them with data.label_map, such as {_shown(merge)}; its key '*' is every other label.")
-        raise DataError("\n".join(lines), code="unknown-labels", split=split, labels=tuple(sorted(places)))
+            places.setdefault(tag, []).append(example.where)
+    unseen = {tag: where for tag, where in sorted(places.items()) if tag not in labels}
+    if not unseen:
+        return []
+    shown = [
+        f"'{tag}': {len(where)} times, first at {where[0]}.{nearest(tag, labels)}" for tag, where in unseen.items()
+    ]
+    more = [f"and {len(shown) - SHOWN:,} more."] if len(shown) > SHOWN else []
+    found = "; ".join([*shown[:SHOWN], *more])
+    respelling = respelled(dict.fromkeys(unseen, 0) | dict.fromkeys(labels, 1))
+    merge = {old: new for old, new in respelling.items() if old in unseen and new in labels}
+    merge = merge or {next(iter(unseen)): labels[-1]}
+    remedy = f"Merge them with data.label_map, such as {_shown(merge)}; its key '*' is every other label."
+    if len(unseen) == len(places):
+        problem = f"{split}: no label is one of those in training ({', '.join(labels)}): {found} {remedy}"
+        raise DataError(problem, code="unknown-labels", split=split, labels=tuple(unseen))
+    effect = "each counts as an error, and in macro-F1 as a class with an F1 of 0"
+    return [f"{split} has labels that no training text has; {effect}: {found} {remedy}"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +165,7 @@ class SplitCounts:
     texts: int
     words: int
     labels: dict[str, int]
+    missing: int = 0  # texts of those read that `data.missing` leaves out
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +178,7 @@ class DataReport:
     hygiene: CleaningReport
     label_map: dict[str, tuple[Merge, ...]] = field(default_factory=dict)  # per split, what the map applied to
     warnings: tuple[str, ...] = ()  # each names the field to change
+    decisions: tuple[Decision, ...] = ()  # on the form of the files
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-able form."""
@@ -150,14 +186,17 @@ class DataReport:
             name: [{"from": old, "to": new, "count": count} for old, new, count in merges]
             for name, merges in self.label_map.items()
         }
-        return asdict(self) | {"labels": list(self.labels), "label_map": label_map, "warnings": list(self.warnings)}
+        report = asdict(self) | {"labels": list(self.labels), "label_map": label_map, "warnings": list(self.warnings)}
+        del report["decisions"]  # they are with those on the model
+        return report
 
     def lines(self) -> list[str]:
         """Return the report as lines to print."""
         lines = []
         for name, split in self.splits.items():
             labels = ", ".join(f"{label} {count:,}" for label, count in split.labels.items())
-            lines.append(f"{name}: {split.texts:,} texts, {split.words:,} words ({split.source}); {labels}")
+            missing = f"; left out as missing: {split.missing:,}" if split.missing else ""
+            lines.append(f"{name}: {split.texts:,} texts, {split.words:,} words ({split.source}); {labels}{missing}")
         if merged := merged_labels(self.label_map):
             lines.append("label_map: " + ", ".join(f"{old} -> {new} ({count:,})" for old, new, count in merged))
         return [*lines, *self.hygiene.lines(), *(f"warning: {warning}" for warning in self.warnings)]
@@ -174,6 +213,18 @@ class Corpus:
     labels: tuple[str, ...]  # in the order of the classifier's outputs
     report: DataReport  # what was read, merged, removed and set aside
 
+    @property
+    def all_labels(self) -> tuple[str, ...]:
+        """The labels, followed by those that only validation or test has."""
+        return with_unseen(self.labels, chain(self.validation, self.test))
+
+    def fingerprint(self) -> dict[str, str]:
+        """Return a hash of each split's texts with their labels, and the labels."""
+        parts = {"train": self.train, "validation": self.validation, "test": self.test}
+        texts = {name: repr([(example.text, example.label) for example in part]) for name, part in parts.items()}
+        hashes = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
+        return {"labels": ", ".join(self.labels), **hashes}
+
 
 def load_corpus(config: DataConfig, seed: int) -> Corpus:
     """Read, merge labels, clean, set validation aside, and draw at most `max_train` training texts.
@@ -189,35 +240,38 @@ def load_corpus(config: DataConfig, seed: int) -> Corpus:
     sources = {name: _where(*place) for name, place in wanted.items()}
     _refuse_same_source(sources)
 
-    read = {name: read_split(source, split, config.task) for name, (source, split) in wanted.items()}
+    decisions: list[Decision] = []
+    read = {name: read_split(source, split, config.task, decisions) for name, (source, split) in wanted.items()}
     mapped = {name: apply_label_map(examples, config.label_map) for name, examples in read.items()}
     parts = {name: mapped[name][0] if name in mapped else [] for name in ("train", "validation", "test")}
     train, validation, cleaning = clean(**parts, mode=config.hygiene)
+    labels = collect_labels(train) if train else ()
     if not train:
         problem = "cleaning left no training text: data.hygiene=report shows what would be removed, and keeps it"
         raise DataError(problem, code="nothing-left", split="train")
     if isinstance(config.validation, float):
         train, validation = carve(train, config.validation, seed)
+        validation, cleaning = clean_share(train, validation, cleaning)
         sources["validation"] = f"a share of {config.validation:g} of train"
-    elif not validation:
-        problem = "every validation text is also in test: set data.validation to a share of train such as 0.1"
+    if not validation:
+        problem = "every validation text is also, or nearly, in test or train: name another file in data.validation, "
+        problem += "set it to a share of train such as 0.1, or keep such texts with data.hygiene=report"
         raise DataError(problem, code="nothing-left", split="validation")
     if config.max_train is not None:
         train = subset(train, config.max_train, seed)
 
-    labels = collect_labels(train)
     used = {"train": train, "validation": validation} | ({"test": parts["test"]} if test is not None else {})
-    for name in used:
-        check_known(used[name], labels, name)
+    unknown = list(chain.from_iterable(check_known(examples, labels, name) for name, examples in used.items()))
     merges = {name: found for name, (_, found) in mapped.items()}
     splits = {}
     for name, examples in used.items():
         words = sum(len(example.words) for example in examples)
         size = len(read.get(name, examples))
-        splits[name] = SplitCounts(sources[name], size, len(examples), words, count_labels(examples))
+        missing = size - len(mapped[name][0]) if name in mapped else 0
+        splits[name] = SplitCounts(sources[name], size, len(examples), words, dict(count_labels(examples)), missing)
     found_labels = count_labels(chain.from_iterable(examples for examples, _ in mapped.values()))
-    warnings = tuple(_warnings(config, merges, splits, found_labels))
-    report = DataReport(config.task, labels, splits, cleaning, merges, warnings)
+    warnings = (*unknown, *_warnings(config, merges, splits, found_labels))
+    report = DataReport(config.task, labels, splits, cleaning, merges, warnings, tuple(decisions))
     return Corpus(config.task, train, validation, parts["test"], labels, report)
 
 
@@ -266,6 +320,11 @@ def _warnings(
     matched = {merge.old for found in merges.values() for merge in found} | {OTHERS}
     unmatched = [key for key in config.label_map or {} if key not in matched]
     warnings = [f"data.label_map: no label '{key}' in the data; the key has no effect" for key in unmatched]
+    absent = [] if config.missing is not None else _like_missing(labels, named="." in str(config.label_column))
+    if absent:
+        found = ", ".join(f"'{label}' ({labels[label]:,})" for label in absent)
+        remedy = f"if so, set data.missing={json.dumps(absent)} to leave these texts out, otherwise data.missing=[]"
+        warnings.append(f"labels that look like a missing value: {found}; {remedy}")
     if new := respelled(labels):
         variants = ", ".join(
             f"'{old}' ({labels[old]:,}) and '{label}' ({labels[label]:,})" for old, label in new.items()

@@ -24,7 +24,12 @@ if TYPE_CHECKING:
 
 BATCH = 1000
 """Texts tokenized at a time."""
-_Tokens = tuple[Any, NDArray[np.int64], int]
+PIECE = 50_000
+"""Characters or words of a longer text that are tokenized at a time."""
+_BETWEEN_WORDS = re.compile(r"(?<=\w) (?=[^\W\d_])")
+_Ints = NDArray[np.int64]
+_NONE: _Ints = np.zeros(0, dtype=np.int64)
+_Tokens = tuple[Any, _Ints, int]
 """Encoding of a text whose words are given, where each word's label goes, and words replaced by the unknown token."""
 
 
@@ -133,7 +138,9 @@ class Encoder:
             lost = _whole_words_after(example.string, end) if encoding.overflowing else 0
             yield example, encoding, [], [lost, 0, 0]
 
-    def windows(self, texts: Sequence[str] | Sequence[Sequence[str]], owners: bool = False) -> list[Window]:
+    def windows(
+        self, texts: Sequence[str] | Sequence[Sequence[str]], owners: bool = False, strict: bool = True
+    ) -> Iterator[Window]:
         """Encode texts, in their order, in as many windows as they need, each framed by special tokens as in `cut`.
 
         A text that fits is one window. If words are given, neighbouring windows of a longer text share a quarter of
@@ -143,6 +150,7 @@ class Encoder:
         Args:
             texts: strings, or lists of words if the task gives words; at least one word each.
             owners: also return which word each id belongs to; in strings, words are separated by white space.
+            strict: refuse a word that gets no sub-token; otherwise it takes its label from no window.
 
         Raises:
             DataError: `max_length` leaves no room, or a word gets no sub-token.
@@ -150,50 +158,96 @@ class Encoder:
         if self._room < 2:
             problem = f"windows of {self._max_length} sub-tokens leave no room next to the special tokens"
             raise DataError(problem, code="no-room", max_length=self._max_length)
-        found: list[Window] = []
-        if not self._task.words_given:
-            for index, encoding in enumerate(self._tokenize(texts)):
-                of = words_of(str(texts[index]), encoding.offsets) if owners else None
-                found.extend(self._even_parts(index, encoding.ids, of))
-            return found
-        for index, (encoding, starts, _) in enumerate(self._words(texts)):
-            if (starts < 0).any():
-                problem = f"a word gets no token, nor does {self._unknown!r} in its place: {list(texts[index])}"
-                raise DataError(problem, code="word-without-tokens")
-            word_ids = (-1 if word is None else word for word in encoding.word_ids)
-            of = np.fromiter(word_ids, dtype=np.int64) if owners else None
-            found.extend(self._overlapping(index, encoding.ids, starts, of))
-        return found
+        cut = self._even_parts if not self._task.words_given else self._overlapping
+        start = 0
+        for stop in range(1, len(texts) + 1):
+            long = stop < len(texts) and len(texts[stop]) > PIECE
+            if stop - start >= BATCH or stop == len(texts) or long or len(texts[start]) > PIECE:
+                for index, tokens in enumerate(self._whole(texts[start:stop], owners, strict), start):
+                    yield from cut(index, *tokens)
+                start = stop
 
-    def _even_parts(self, index: int, ids: list[int], owners: NDArray[np.int64] | None) -> Iterator[Window]:
-        if not ids:  # the tokenizer drops every character
-            ids = list(self._tokenizer(self._unknown, add_special_tokens=False)["input_ids"])
+    def _whole(self, texts: Sequence[Any], owners: bool, strict: bool) -> Iterator[tuple[_Ints, _Ints, _Ints | None]]:
+        """Yield the ids of each text, the first of each word if words are given, and the word of each id if asked for.
+
+        A text longer than `PIECE` comes alone, and is tokenized a piece at a time, since encodings take much memory.
+        """
+        pieces = self._pieces(texts[0]) if len(texts) == 1 else iter([texts])
+        found: list[tuple[_Ints, _Ints, _Ints | None]] = []
+        size = words = 0
+        for number, batch in enumerate(pieces):
+            later = number > 0
+            encoded = (
+                self._words(batch, later=later)
+                if self._task.words_given
+                else [(one, np.zeros(0, dtype=np.int64), 0) for one in self._tokenize(batch)]
+            )
+            for text, (encoding, starts, _) in zip(batch, encoded, strict=True):
+                if strict and (starts < 0).any():
+                    word = text[int(np.argmin(starts))]
+                    problem = f"a word gets no token, nor does {self._unknown!r} in its place: {word!r}"
+                    raise DataError(problem, code="word-without-tokens", word=word)
+                of = None
+                if owners and self._task.words_given:
+                    of = np.array([-1 if word is None else word + words for word in encoding.word_ids], dtype=np.int64)
+                elif owners:
+                    of = words_of(text, encoding.offsets)
+                    of[of >= 0] += words
+                found.append((np.array(encoding.ids, dtype=np.int64), np.where(starts < 0, -1, starts + size), of))
+                if len(texts) == 1:
+                    size += len(found[-1][0])
+                    words += len(text) if self._task.words_given else len(text.split())
+        if len(found) > len(texts):
+            ids, firsts, of_ids = zip(*found, strict=True)
+            found = [(np.concatenate(ids), np.concatenate(firsts), np.concatenate(of_ids) if owners else None)]
+        yield from found
+
+    def _pieces(self, text: Any) -> Iterator[list[Any]]:
+        """Cut a text where its tokens stay the same: between words, if the tokenizer's ids show that it may be."""
+        start = 0
+        if self._task.words_given:
+            for start in range(0, len(text), PIECE):
+                yield [text[start : start + PIECE]]
+            return
+        while self._gap is not None and (cut := _BETWEEN_WORDS.search(text, start + PIECE)):
+            yield [text[start : cut.start()]]
+            start = cut.start() + self._gap
+        yield [text[start:]]
+
+    @cached_property
+    def _gap(self) -> int | None:
+        """Characters between two pieces of a text that are left out: a space or nothing; none if it is not cut."""
+        whole = "we saw the house, y la fiesta"
+        parts = (whole, whole[:6], whole[6:], whole[7:])
+        ids = [self._tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts]
+        return next((gap for gap in (0, 1) if ids[1] + ids[2 + gap] == ids[0]), None)
+
+    def _even_parts(self, index: int, ids: _Ints, _: _Ints, owners: _Ints | None) -> Iterator[Window]:
+        if not len(ids):  # the tokenizer drops every character
+            ids = np.array(self._tokenizer(self._unknown, add_special_tokens=False)["input_ids"], dtype=np.int64)
             owners = None if owners is None else np.zeros(len(ids), dtype=np.int64)
         count = -(-len(ids) // self._room)
         borders = [part * len(ids) // count for part in range(count + 1)]
         for start, stop in itertools.pairwise(borders):
             yield self._window(index, ids, slice(start, stop), owners)
 
-    def _overlapping(
-        self, index: int, ids: list[int], firsts: NDArray[np.int64], owners: NDArray[np.int64] | None
-    ) -> Iterator[Window]:
+    def _overlapping(self, index: int, ids: _Ints, firsts: _Ints, owners: _Ints | None) -> Iterator[Window]:
         last = max(len(ids) - self._room, 0)
         starts = [*range(0, last, self._room - self._room // 4), last]
         # a word before the middle of what two windows share belongs to the earlier one
         borders = [(earlier + self._room + later) // 2 for earlier, later in itertools.pairwise(starts)]
         window_of = np.searchsorted(np.asarray(borders, dtype=np.int64), firsts, side="right")
         for number, start in enumerate(starts):
-            words = np.flatnonzero(window_of == number)
+            words = np.flatnonzero((window_of == number) & (firsts >= 0))
             if len(words):
                 window = self._window(index, ids, slice(start, start + self._room), owners)
                 yield replace(window, words=words, positions=firsts[words] - start + len(self._frame[0]))
 
-    def _window(self, text: int, ids: list[int], part: slice, owners: NDArray[np.int64] | None) -> Window:
+    def _window(self, text: int, ids: _Ints, part: slice, owners: _Ints | None) -> Window:
         before, after = self._frame
         if owners is not None:
             owners = np.pad(owners[part], (len(before), len(after)), constant_values=-1)
-        none = np.zeros(0, dtype=np.int64)
-        return Window(text, [*before, *ids[part], *after], len(ids[part]), none, none, owners)
+        return Window(text, [*before, *ids[part].tolist(), *after], len(ids[part]), _NONE, _NONE, owners)
 
     @cached_property
     def _frame(self) -> tuple[list[int], list[int]]:
@@ -207,9 +261,9 @@ class Encoder:
     def _room(self) -> int:
         return self._max_length - len(self._frame[0]) - len(self._frame[1])
 
-    def _words(self, texts: Sequence[Sequence[str]], cut: bool = False) -> list[_Tokens]:
+    def _words(self, texts: Sequence[Sequence[str]], cut: bool = False, later: bool = False) -> list[_Tokens]:
         """Tokenize lists of words; a word without a sub-token is replaced by the unknown token."""
-        encodings = self._tokenize(texts, cut)
+        encodings = self._tokenize(texts, cut, later)
         starts = [_label_positions(encoding, len(words)) for words, encoding in zip(texts, encodings, strict=True)]
         replaced = [int((positions < 0).sum()) for positions in starts]
         lacking = np.flatnonzero(replaced).tolist()
@@ -217,16 +271,16 @@ class Encoder:
             [self._unknown if at < 0 else word for word, at in zip(texts[number], starts[number], strict=True)]
             for number in lacking
         ]
-        for number, encoding in zip(lacking, self._tokenize(filled, cut), strict=True):
+        for number, encoding in zip(lacking, self._tokenize(filled, cut, later), strict=True):
             encodings[number], starts[number] = encoding, _label_positions(encoding, len(texts[number]))
         return list(zip(encodings, starts, replaced, strict=True))
 
-    def _tokenize(self, texts: Sequence[str] | Sequence[Sequence[str]], cut: bool = False) -> list[Any]:
-        """Return an encoding of each text: cut, with special tokens; or whole, without."""
+    def _tokenize(self, texts: Sequence[Any], cut: bool = False, later: bool = False) -> list[Any]:
+        """Return an encoding of each text: cut, with special tokens; or whole, without. `later` ones are continued."""
         if not texts:
             return []
         given = self._task.words_given
-        texts = [spaced(words) if self._lead else list(words) for words in texts] if given else list(texts)
+        texts = [spaced(words, later) if self._lead else list(words) for words in texts] if given else list(texts)
         how = {"truncation": True, "max_length": self._max_length} if cut else {"add_special_tokens": False}
         how |= {"is_split_into_words": given, "return_attention_mask": False, "verbose": False}
         return self._tokenizer(texts, **how).encodings
@@ -265,9 +319,9 @@ def words_need_a_space(tokenizer: PreTrainedTokenizerFast) -> bool:
     return bool(given == running)
 
 
-def spaced(words: Sequence[str]) -> list[str]:
+def spaced(words: Sequence[str], first_too: bool = False) -> list[str]:
     """Give every word except the first a leading space."""
-    return [word if position == 0 else f" {word}" for position, word in enumerate(words)]
+    return [word if position == 0 and not first_too else f" {word}" for position, word in enumerate(words)]
 
 
 def words_of(text: str, offsets: Sequence[tuple[int, int]]) -> NDArray[np.int64]:

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from tokmask_peft.data.conll import Columns, Row
 from tokmask_peft.data.split import NAME_A_SPLIT, aliases
-from tokmask_peft.data.tables import Columns, DataFile, Row, class_names, examples, name_classes, parquet_rows, readable
+from tokmask_peft.data.tables import DataFile, class_names, examples, name_classes, parquet_rows, readable
 from tokmask_peft.errors import DataError, nearest
 from tokmask_peft.recipe.schema import SourceConfig
-from tokmask_peft.tasks import Example, get_task
+from tokmask_peft.tasks import Example
 
 PARQUET_BRANCH = "refs/convert/parquet"
 _FLAT_SPLIT = re.compile(r"(?:.*-)?(?P<split>train|validation|dev|test)(?:-\d{5}-of-\d{5})?$")
 
 
-def read_hub(source: SourceConfig, split: str, task: str) -> list[Example]:
+def read_hub(source: SourceConfig, split: str, wanted: Columns) -> list[Example]:
     """Read a split of a Hub dataset.
 
     Class labels that are stored as numbers come back as names. If no label column is set, the prefix of the
@@ -30,12 +32,10 @@ def read_hub(source: SourceConfig, split: str, task: str) -> list[Example]:
         rows, columns = _converted(source, split)
     else:
         rows, columns = _dataset(source, split)
-    label = source.label_column
     prefix = (source.hub_config or "").split("_")[0]
-    if label is None and prefix in columns and prefix in get_task(task).label_columns:
-        label = prefix
-    wanted = Columns(get_task(task), source.text_column, label)
-    return list(readable(examples(rows, f"{source.hub} [{split}]", wanted)))
+    if wanted.label is None and prefix in columns and prefix in wanted.task.label_columns:
+        wanted = replace(wanted, label=prefix)
+    return readable(examples(rows, f"{source.hub} [{split}]", wanted))
 
 
 def _converted(source: SourceConfig, split: str) -> tuple[Iterator[Row], list[str]]:

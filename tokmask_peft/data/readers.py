@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import gzip
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
+from typing import Any, Literal
 
+from tokmask_peft.console import Decision
 from tokmask_peft.data import tables
-from tokmask_peft.data.conll import ConllReader
+from tokmask_peft.data.conll import BLANK, Columns, ConllReader, Row
 from tokmask_peft.data.split import NAME_A_SPLIT, aliases, canonical
-from tokmask_peft.data.tables import Columns, DataFile, Row, readable, unicode_problem
-from tokmask_peft.errors import DataError, nearest
+from tokmask_peft.data.tables import DataFile, readable, unicode_problem
+from tokmask_peft.errors import DataError, TokmaskError, first_line, nearest
 from tokmask_peft.recipe.schema import SourceConfig
 from tokmask_peft.tasks import Example, Unreadable, get_task
 
 SHOWN = 5
 _PLACEHOLDERS = {"", "-", "_", "?", "-1", "none", "null"}
+_PACKED = {".xlsx", ".xls", ".ods", ".zip", ".gz", ".bz2", ".xz", ".zst", ".7z"}
+_QUOTED = r'"(?:[^"]++|"")*+"'
+_CELL = rf'(?:{_QUOTED}|[^"\t\n]*+)'
 _SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 
 Reader = Callable[[DataFile, Columns], Iterable[Example | Unreadable]]
@@ -35,6 +41,52 @@ def read_conll(file: DataFile, columns: Columns) -> Iterable[Example | Unreadabl
     return ConllReader(file.lines(), file.name, columns)
 
 
+def separator_of(file: DataFile) -> str:
+    """Return what separates the columns of a CSV file: what gives all rows the same number of columns, or a comma."""
+    for separator in ",;\t|":
+        rows = islice(tables.records(file.again().lines(keep_ends=True), separator), tables.SNIFFED)
+        if len(widths := {len(cells) for _, cells in rows if cells and cells != [""]}) == 1 and widths != {1}:
+            return separator
+    return ","
+
+
+def is_quoted(file: DataFile) -> bool:
+    """Return whether the quotes of a TSV file are those of pandas or Excel: every one belongs to a quoted cell.
+
+    At least one of these cells must have needed it, or all cells be quoted: a post may be a quotation.
+    """
+    needed, every = False, True
+    for taken, cells in tables.records(file.again().lines(keep_ends=True), "\t"):
+        row = "".join(taken).removesuffix("\n").removesuffix("\r")
+        if '"' in row:
+            if cells is None or not re.fullmatch(rf"{_CELL}(?:\t{_CELL})*", row):
+                return False
+            needed = needed or any(re.search('["\t\n]', cell) for cell in cells)
+        every = every and (not row or re.fullmatch(rf"{_QUOTED}(?:\t{_QUOTED})*", row) is not None)
+    return needed or every
+
+
+def read_csv(file: DataFile, columns: Columns) -> Iterable[Example | Unreadable]:
+    """Read CSV; its separator may also be a semicolon, a tab or a vertical bar."""
+    if (separator := separator_of(file)) != ",":
+        why = "it gives all rows the same columns, a comma does not"
+        columns.decisions.append(Decision(f"separator of {file.path.name}", repr(separator), why))
+    return _separated(file, columns, separator, quoted=True)
+
+
+def read_tsv(file: DataFile, columns: Columns) -> Iterable[Example | Unreadable]:
+    """Read TSV, with its quotes as part of the texts unless all are those of a program that writes tables."""
+    if quoted := is_quoted(file):
+        why = "all of them enclose cells, as pandas and Excel write them"
+        columns.decisions.append(Decision(f"quotes of {file.path.name}", "removed", why))
+    return _separated(file, columns, "\t", quoted)
+
+
+def _separated(file: DataFile, columns: Columns, separator: str, quoted: bool) -> Iterable[Example | Unreadable]:
+    rows = tables.cells_of(file, separator, quoted)
+    return tables.examples(tables.named(rows, file, columns, separator), file.name, columns)
+
+
 def read_txt(file: DataFile, columns: Columns) -> Iterable[Example | Unreadable]:
     """Read a text per line if no labels are needed; labelled texts in a .txt file are in CoNLL format."""
     if columns.labelled:
@@ -43,12 +95,69 @@ def read_txt(file: DataFile, columns: Columns) -> Iterable[Example | Unreadable]
     return (columns.task.example(line, None, f"{file.name}:{number}") for number, line in lines)
 
 
+_JSON_FORM = (
+    "Needed: one object per line, or one array of objects. For objects over several lines: jq -c . FILE > NEW.jsonl"
+)
+
+
+def jsonl_rows(file: DataFile) -> Iterator[Row]:
+    """Read one JSON object per line, or one array of objects, which is read whole.
+
+    Raises:
+        DataError: the file begins like an array, but is not one.
+    """
+    lines = enumerate(file.lines(), start=1)
+    start, first = 1, ""
+    for start, first in lines:
+        if first.strip():
+            break
+        yield Unreadable(f"{file.name}:{start}", "the row is blank", BLANK)
+    if first.lstrip().startswith("["):
+        rest = [line for _, line in lines]
+        whole = _json("\n".join([first, *rest]), file.name, start)
+        if not isinstance(whole, Unreadable):
+            yield from (_json_row(item, f"{file.name}[{index}]") for index, item in enumerate(whole))
+            return
+        if isinstance(_json(first, file.name, start), Unreadable):
+            raise DataError(f"{whole.where}: {whole.problem}", code=whole.code, where=whole.where)
+        lines = enumerate(rest, start=start + 1)
+    for number, line in chain([(start, first)] if first.strip() else [], lines):
+        where = f"{file.name}:{number}"
+        blank = Unreadable(where, "the row is blank", BLANK)
+        yield _json_row(_json(line, file.name, number), where) if line.strip() else blank
+
+
+def _json(text: str, name: str, number: int) -> Any:
+    """Return the value of a JSON text that begins in the line of a number, or why there is none."""
+    try:
+        return json.loads(text, object_pairs_hook=_object)
+    except DataError as error:
+        return Unreadable(f"{name}:{number}", str(error), error.code)
+    except (ValueError, RecursionError) as error:
+        problem = f"this line is not JSON ({getattr(error, 'msg', error)}). {_JSON_FORM}"
+        return Unreadable(f"{name}:{number + getattr(error, 'lineno', 1) - 1}", problem, "not-json")
+
+
+def _json_row(value: Any, where: str) -> Row:
+    if isinstance(value, Unreadable):
+        return value
+    problem = f"this is JSON, but a {type(value).__name__}. {_JSON_FORM}"
+    return (where, value) if isinstance(value, dict) else Unreadable(where, problem, "not-json")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object whose names all differ."""
+    if len(row := dict(pairs)) < len(pairs):
+        tables.unique_names([name or '""' for name, _ in pairs])
+    return row
+
+
 READERS: dict[str, Reader] = {
     ".conll": read_conll,
     ".conllu": read_conll,
-    ".csv": table(tables.csv_rows),
-    ".tsv": table(tables.tsv_rows),
-    ".jsonl": table(tables.jsonl_rows),
+    ".csv": read_csv,
+    ".tsv": read_tsv,
+    ".jsonl": table(jsonl_rows),
     ".parquet": table(tables.parquet_rows),
     ".txt": read_txt,
 }
@@ -68,6 +177,8 @@ def reader_of(path: Path, asked: str = "auto") -> Reader:
     ending = path.suffix.lower() if asked == "auto" else f".{asked}"
     if ending in READERS:
         return READERS[ending]
+    if path.is_file():
+        tables.text_form(path)  # says what a workbook or an archive is
     formats = ["auto", *(known.removeprefix(".") for known in READERS)]
     guess = "" if asked == "auto" else nearest(asked, formats)
     problem = f"no reader for the format '{ending[1:]}'.{guess} Set data.format to one of {', '.join(formats)}."
@@ -96,6 +207,9 @@ def find_files(path: str, split: str, asked: str = "auto") -> list[Path]:
         return [literal]
     files = sorted(file for file in root.iterdir() if file.is_file() and file.suffix.lower() in READERS)
     fitting = [file for file in files if _SHARD.sub("", file.stem).lower() in aliases(split)]
+    if not fitting:  # reading it says what it is, and what to do
+        fitting = [file for file in root.iterdir() if file.name.partition(".")[0].lower() in aliases(split)]
+        fitting = [file for file in fitting if file.suffix.lower() in _PACKED]
     if asked != "auto":
         wanted = {reader_of(root, asked)} | ({read_txt} if asked == "conll" else set())
         fitting = [file for file in fitting if reader_of(file) in wanted] or fitting
@@ -132,28 +246,51 @@ def builtin_examples(task: str, split: str) -> list[Example]:
         return [replace(example, where=f"built-in {name}[{index}]") for index, example in enumerate(found)]
 
 
-def read_split(source: SourceConfig, split: str, task: str) -> list[Example]:
+def read_split(source: SourceConfig, split: str, task: str, decisions: list[Decision] | None = None) -> list[Example]:
     """Read a labelled split, or a file, from a local path, the Hub or the built-in corpus: the first that is set.
+
+    `decisions` takes what was decided about its form. A text that is missing, or a label of which is, as
+    `source.missing` says, has no label.
 
     Raises:
         DataError: the split is missing, empty, unlabelled or malformed.
     """
+    columns = Columns(get_task(task), source.text_column, source.label_column)
+    columns = replace(columns, header=source.header, group=source.group_column)
     if source.path is not None:
-        found = find_files(source.path, split, source.format)
-        name = ", ".join(str(file) for file in found)
-        columns = Columns(get_task(task), source.text_column, source.label_column)
-        read = (reader_of(file, source.format)(DataFile(file), columns) for file in found)
-        examples = list(readable(chain.from_iterable(read)))
+        files = find_files(source.path, split, source.format)
+        name = ", ".join(str(file) for file in files)
+        examples = readable(one for file in files for one in _read(DataFile(file), columns, source.format))
     elif source.hub is not None:
         from tokmask_peft.data.hub import read_hub
 
         name = f"{source.hub} [{split}]"
-        examples = read_hub(source, split, task)
+        examples = read_hub(source, split, columns)
     else:
         name = f"built-in corpus [{split}]"
         examples = builtin_examples(task, split)
-    _check_complete(examples, name, task)
-    return examples
+    if decisions is not None:
+        decisions += columns.decisions
+    missing = {id(found) for found in examples if {found.string, *(found.tags or ("",))} & {*(source.missing or ())}}
+    _check_complete([found for found in examples if id(found) not in missing], name, task)
+    return [replace(found, label=None) if id(found) in missing else found for found in examples]
+
+
+def _read(file: DataFile, columns: Columns, format: str) -> Iterator[Example | Unreadable]:
+    """Read a file, with an `Unreadable` for what is not Unicode, and one error for whatever fails in a damaged file.
+
+    Raises:
+        DataError: the file as a whole cannot be read.
+    """
+    try:
+        for found in reader_of(file.path, format)(file, columns):
+            problem = unicode_problem(" ".join([found.string, *found.tags])) if isinstance(found, Example) else None
+            yield found if problem is None else Unreadable(found.where, problem, "not-unicode")
+    except (TokmaskError, MemoryError):
+        raise
+    except Exception as error:
+        problem = f"{file.name}: cannot be read: {type(error).__name__}: {first_line(error)}"
+        raise DataError(problem, code="unreadable-file", file=file.name) from error
 
 
 def _check_complete(examples: list[Example], name: str, task: str) -> None:
@@ -172,49 +309,59 @@ def _check_complete(examples: list[Example], name: str, task: str) -> None:
         )
         raise DataError(problem, code="no-labels", source=name)
     lacking = {
-        "text": [example.where for example in examples if not example.words or "" in example.words],
+        "text": [example.where for example in examples if not any(example.words)],
+        "word": [example.where for example in examples if any(example.words) and "" in example.words],
         "label": [example.where for example in examples if not example.tags or "" in example.tags],
     }
     for what, places in lacking.items():
         if places:
             more = f" and {len(places) - SHOWN} more" if len(places) > SHOWN else ""
             problem = f"an empty {what} at {', '.join(places[:SHOWN])}{more} ({len(places)} in all)"
-            remedy = "Nothing is dropped silently: remove these lines or fill them in."
+            remedy = 'Nothing is dropped silently: remove these lines, fill them in, or set data.missing=[""].'
             raise DataError(f"{name}: {problem}. {remedy}", code=f"empty-{what}", places=tuple(places))
 
 
 class TextFile(DataFile):
     """The texts of one file for prediction, in order and streamed; one that cannot be read is an `Unreadable`.
 
-    The format is txt (a text per line) or another ending of `READERS`; auto goes by the file's own ending.
+    The format is txt (a text per line) or another ending of `READERS`; auto goes by the file's own ending. Every row of
+    the file is in the result: a blank line too, and a text of several lines or rows once.
 
     Raises:
         DataError: the file is missing, its format is not known, no column fits, or the file as a whole is not what its
             format says.
     """
 
-    def __init__(self, path: str | Path, task: str, format: str = "auto", text_column: str | int | None = None) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        task: str,
+        format: str = "auto",
+        text_column: str | int | None = None,
+        header: bool | Literal["auto"] = "auto",
+    ) -> None:
         if not Path(path).is_file():
             raise DataError(f"{path}: there is no such file", code="no-path", path=str(path))
         super().__init__(Path(path), tolerant=True)
-        self._reader = reader_of(self.path, format)
-        self._columns = Columns(get_task(task), text_column, labelled=False)
+        self._format = format
+        self._columns = Columns(get_task(task), text_column, labelled=False, header=header)
         next(iter(self), None)  # a mistake in the file as a whole shows here, before a model is loaded
         self.done = 0
+        self.decisions = tuple(self._columns.decisions)
 
     def __iter__(self) -> Iterator[Example | Unreadable]:
         """Read from the beginning."""
         self.done = 0
-        for found in self._reader(self, self._columns):
+        for found in _read(self, self._columns, self._format):
             problem = _problem(found) if isinstance(found, Example) else None
             yield found if problem is None else Unreadable(found.where, problem)
 
 
 def _problem(example: Example) -> str | None:
     """Return why a text cannot be classified, or none."""
-    if not any(example.words):
+    if not example.string.strip():
         return "the text is empty"
-    return "a word is empty" if "" in example.words else unicode_problem(example.string)
+    return "a word is empty" if "" in example.words else None
 
 
 def line_number(where: str) -> int | None:

@@ -1,33 +1,50 @@
-"""A local file that is being read, and the tables in it: CSV, TSV, JSON lines and parquet, with a text in each row."""
+"""A local file that is being read, and the tables in it: CSV, TSV, JSON lines and parquet, a text or a word in a row.
+
+Every physical row comes out once: as cells, or as an `Unreadable` in its place.
+"""
 
 from __future__ import annotations
 
 import ast
+import codecs
 import csv
 import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import chain
+from contextlib import suppress
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from tokmask_peft.errors import DataError, nearest
-from tokmask_peft.tasks import Example, Task, Unreadable
+from tokmask_peft.console import Decision
+from tokmask_peft.data.conll import BLANK, Columns, Row, grouping, is_blank, join_words, words_of_rows
+from tokmask_peft.errors import DataError, first_line, nearest
+from tokmask_peft.tasks import TASKS, Example, Task, Unreadable
 
-Row = tuple[str, dict[str, Any]] | Unreadable
-"""The place of a row (`file:line`) and its cells by column, or why it has none."""
+Cells = tuple[str, list[str]] | Unreadable
+"""The same before columns have names."""
 
-
-@dataclass(frozen=True, slots=True)
-class Columns:
-    """What to read from a file: names or numbers of columns; for none a usual name is looked for."""
-
-    task: Task  # what an example must look like
-    text: str | int | None = None  # column of the text, or of the words
-    label: str | int | None = None  # column of the label, or of the tags
-    labelled: bool = True  # whether to read labels; prediction does not
+SNIFFED = 1000
+"""Rows from which separator, header and grouping are decided."""
+LONGEST = 20_000_000
+"""Characters in a row of several lines: a quote that is not closed within them is a stray one."""
+_BOMS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF32_LE: "utf-32-le", codecs.BOM_UTF32_BE: "utf-32-be"}
+_BOMS |= {codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
+_UNPACK = "Unpack it, and name the text file"
+_MAGIC = {
+    b"PK\x03\x04": ("a zip archive", _UNPACK),
+    b"\xd0\xcf\x11\xe0": ("an Excel workbook (xls)", "In Excel, save the sheet as 'CSV UTF-8'"),
+    b"\x1f\x8b": ("compressed by gzip", _UNPACK),
+    b"BZh91AY&SY": ("compressed by bzip2", _UNPACK),
+    b"\xfd7zXZ": ("compressed by xz", _UNPACK),
+    b"\x28\xb5\x2f\xfd": ("compressed by zstd", _UNPACK),
+    b"7z\xbc\xaf": ("a 7z archive", _UNPACK),
+    b"PAR1\x15": ("a parquet file", "Set the format to parquet"),
+    b"%PDF-": ("a PDF document", "Export its table as CSV"),
+}
+_NAMES = {"id", "word", "token", "tag", "sent", "sent_id", "sentence_id", "sentence #", "tweet_id", "category", "class"}
+_NAMES |= {"language", "lang"} | {name for task in TASKS.values() for name in (*task.text_columns, *task.label_columns)}
 
 
 class DataFile:
@@ -48,39 +65,75 @@ class DataFile:
         self.total, self.done = path.stat().st_size, 0
 
     def lines(self, keep_ends: bool = False) -> Iterator[str]:
-        """Read UTF-8 lines, with or without a byte-order mark, ended by LF or CRLF.
+        """Read the lines of a text in UTF-8, or in the encoding that its byte-order mark or its zero bytes show.
 
-        Only line feeds end a line: a post may contain other characters that Unicode counts as line ends.
-
-        CSV needs them inside quotes (`keep_ends`).
+        Only line feeds end a line (or carriage returns, if there are no line feeds): a post may contain other
+        characters that Unicode counts as line ends. CSV needs them inside quotes (`keep_ends`).
 
         Raises:
-            DataError: a line is not UTF-8 (unless `tolerant`); names it.
+            DataError: the file is not a text, or a line is not in the encoding (unless `tolerant`); names it.
         """
-        with self.path.open("rb") as file:
-            for number, raw in enumerate(file, start=1):
-                self.done += len(raw)
-                text = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
-                try:
-                    line = text.decode("utf-8", errors="surrogateescape" if self._tolerant else "strict")
-                except UnicodeDecodeError as error:
-                    where = f"{self.name}:{number}"
-                    problem = f"{where}: byte {error.start + 1} of the line is not UTF-8 ({error.reason}). "
-                    remedy = f"Save the file as UTF-8, for example: iconv -f latin1 -t utf-8 '{self.path.name}'"
-                    raise DataError(problem + remedy, code="not-utf8", where=where) from error
-                yield line if keep_ends else line.removesuffix("\n").removesuffix("\r")
+        encoding, end = text_form(self.path)
+        errors = "surrogateescape" if encoding == "utf-8" else "surrogatepass"
+        number = 0
+        try:
+            with self.path.open(encoding=encoding, errors=errors, newline=end) as file:
+                for number, text in enumerate(file, start=1):
+                    self.done += len(text.encode(encoding, errors))
+                    line = text.removeprefix("\ufeff") if number == 1 else text
+                    if not self._tolerant and (problem := unicode_problem(line)):
+                        where = f"{self.name}:{number}"
+                        raise DataError(f"{where}: {problem}", code="not-utf8", where=where)
+                    bare = line.removesuffix(end).removesuffix("\r")
+                    yield (line if end == "\n" or bare == line else bare + "\n") if keep_ends else bare
+        except UnicodeDecodeError as error:
+            where = f"{self.name}:{number + 1}"
+            raise DataError(f"{where}: not {encoding}, as the file begins", code="not-utf8", where=where) from error
+
+    def again(self) -> DataFile:
+        """Return the file from its beginning, to look ahead in it."""
+        return DataFile(self.path, self.name, tolerant=True)
 
 
-def readable(found: Iterable[Example | Unreadable]) -> Iterator[Example]:
-    """Yield examples.
+def text_form(path: Path) -> tuple[str, str]:
+    """Return the encoding of a text file and what ends its lines, from how it begins.
 
     Raises:
-        DataError: at the first text that cannot be read; names its place.
+        DataError: it is a workbook, an archive or the like.
     """
-    for example in found:
-        if isinstance(example, Unreadable):
-            raise DataError(f"{example.where}: {example.problem}", code=example.code, where=example.where)
-        yield example
+    with path.open("rb") as file:
+        head = file.read(65536)
+    for magic, (what, remedy) in _MAGIC.items():
+        if head.startswith(magic):
+            if b"[Content_Types].xml" in head or b"xl/" in head:
+                what, remedy = "an Excel workbook or another Office document", "Save the sheet as 'CSV UTF-8'"
+            raise DataError(f"{path}: not a text file, but {what}. {remedy}.", code="not-text", kind=what)
+    encoding = next((name for bom, name in _BOMS.items() if head.startswith(bom)), None)
+    if encoding is None:
+        even, odd = head[::2].count(0) / (len(head) + 1), head[1::2].count(0) / (len(head) + 1)
+        encoding = "utf-16-le" if odd > max(0.2, 2 * even) else "utf-16-be" if even > max(0.2, 2 * odd) else "utf-8"
+    text = head.decode(encoding, "replace").rstrip("\r")
+    return encoding, "\r" if "\r" in text and "\n" not in text else "\n"
+
+
+def readable(found: Iterable[Example | Unreadable]) -> list[Example]:
+    """Return the examples; blank rows of a table are passed over.
+
+    Raises:
+        DataError: some cannot be read; gives the first problem, and the places of others.
+    """
+    examples: list[Example] = []
+    bad: list[Unreadable] = []
+    for one in found:
+        if isinstance(one, Example):
+            examples.append(one)
+        elif one.code != BLANK:
+            bad.append(one)
+    if bad:
+        first, places = bad[0], ", ".join(one.where for one in bad[1:5])
+        more = f" There are {len(bad):,} such rows, the next at {places}." if places else ""
+        raise DataError(f"{first.where}: {first.problem}{more}", code=first.code, where=first.where, rows=len(bad))
+    return examples
 
 
 def unicode_problem(text: str) -> str | None:
@@ -88,134 +141,167 @@ def unicode_problem(text: str) -> str | None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
+        with suppress(UnicodeError):  # not bytes, but half a character that JSON wrote as an escape
+            shown = text[error.start : error.end].encode("ascii", "surrogateescape").decode("cp1252")
+            problem = f"character {error.start + 1} is not UTF-8; as Windows-1252 it is '{shown}'"
+            return f"{problem}. If that is right, convert the file: iconv -f cp1252 -t utf-8 FILE > NEW"
         return f"character {error.start + 1} is not valid Unicode, or the file is not UTF-8"
     return None
 
 
-def csv_rows(file: DataFile) -> Iterator[Row]:
-    """Read CSV with RFC 4180 quoting; a text may contain line ends inside its quotes."""
-    reader = csv.reader(file.lines(keep_ends=True), strict=True)
-    header: list[str] | None = None
-    while True:
-        where = f"{file.name}:{reader.line_num + 1}"
-        try:
-            fields = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            problem = f"this is not valid CSV ({error}). If tabs separate the columns, set data.format=tsv."
-            if header is None:
-                raise DataError(f"{where}: {problem}", code="not-csv", where=where) from error
-            yield Unreadable(where, problem, "not-csv")
-            continue
-        if header is None:
-            header = _unique(fields, f"{where}: ")
-        elif fields:
-            yield _by_name(header, fields, where, "','")
+def records(lines: Iterator[str], separator: str, quoted: bool = True) -> Iterator[tuple[list[str], list[str] | None]]:
+    """Split lines, with their ends, into the rows of a table: each as its lines, and as its cells by RFC 4180.
+
+    Every line is in one row. A quote that is never closed, or closed in the middle of a cell, spoils its own line only
+    (its row has no cells): lines that it would have taken in are rows of their own, also if all of them would be valid.
+    """
+    line = next(lines, None)
+    while line is not None:
+        taken, cells = [line], None
+        if not quoted or '"' not in line:
+            cells = line.removesuffix("\n").removesuffix("\r").split(separator)
+        else:
+            cells = _quoted_cells(_following(taken, lines), separator)
+            inner = [_quoted_cells([one], separator) for one in taken[1:-1]]
+            swallowed = len(inner) > 2 and all(cells and len(cells) == len(one or ()) > 1 for one in inner)
+            if cells is None or swallowed:
+                yield taken[:1], None
+                yield from zip(([one] for one in taken[1:-1]), inner, strict=True)
+                line = taken[-1] if len(taken) > 1 else next(lines, None)
+                continue
+        yield taken, cells
+        line = next(lines, None)
 
 
-def tsv_rows(file: DataFile) -> Iterator[Row]:
-    """Read TSV without quoting: a lone quote is an ordinary character in real posts."""
-    header: list[str] | None = None
-    for number, line in enumerate(file.lines(), start=1):
-        fields = line.split("\t")
-        if header is None:
-            header = _unique(fields, f"{file.name}:{number}: ")
-        elif line:
-            yield _by_name(header, fields, f"{file.name}:{number}", "a tab")
+def _following(taken: list[str], lines: Iterator[str]) -> Iterator[str]:
+    """Yield the line of `taken`, and then further lines, which are added to it."""
+    yield taken[0]
+    size = 0
+    while size < LONGEST and (line := next(lines, None)) is not None:
+        taken.append(line)
+        size += len(line)
+        yield line
 
 
-def _unique(names: Sequence[str], place: str = "") -> list[str]:
+def _quoted_cells(lines: Iterable[str], separator: str) -> list[str] | None:
+    """Return the cells of the first row, or none if it is not valid."""
+    limit = csv.field_size_limit(2**31 - 1)  # 131,072 characters for whoever else reads CSV in this process
+    try:
+        return next(csv.reader(lines, strict=True, delimiter=separator))
+    except csv.Error:
+        return None
+    finally:
+        csv.field_size_limit(limit)
+
+
+def cells_of(file: DataFile, separator: str, quoted: bool = True) -> Iterator[Cells]:
+    """Yield the rows of a CSV or TSV file."""
+    number = 1
+    for taken, cells in records(file.lines(keep_ends=True), separator, quoted):
+        where = f"{file.name}:{number}"
+        number += len(taken)
+        if cells is None:
+            problem = "not valid CSV: a quote opens a cell, but none closes it before a separator or the end of a row"
+            remedy = "Double the quotes inside a quoted cell. If tabs separate the columns, set data.format=tsv."
+            yield Unreadable(where, f"{problem}. {remedy}", "not-csv")
+        elif cells == [""] and '"' not in taken[0]:
+            yield Unreadable(where, "the row is blank", BLANK)
+        else:
+            yield where, cells
+
+
+def named(rows: Iterator[Cells], file: DataFile, columns: Columns, separator: str) -> Iterator[Row]:
+    """Name the columns of a CSV or TSV file by its header; without one they are `column 0` and so on.
+
+    Raises:
+        DataError: the first row is not valid.
+    """
+    head = list(islice(rows, SNIFFED))
+    start = next((at for at, row in enumerate(head) if not is_blank(row)), len(head))
+    if start < len(head) and isinstance(first := head[start], Unreadable):
+        raise DataError(f"{first.where}: {first.problem}", code=first.code, where=first.where)
+    valid = [row for row in head if isinstance(row, tuple)]
+    names: list[str] = []
+    if valid:
+        is_header, why = _is_header([cells for _, cells in valid], columns)
+        if why:
+            choice = "the first row" if is_header else "none"
+            columns.decisions.append(Decision(f"header of {file.path.name}", choice, f"{why}; data.header changes it"))
+        if is_header:
+            names, head = unique_names(valid[0][1], f"{valid[0][0]}: "), head[start + 1 :]
+        else:
+            widths = Counter(len(cells) for _, cells in valid)
+            names = [f"column {number}" for number in range(widths.most_common(1)[0][0])]
+    for row in chain(head, rows):
+        yield row if isinstance(row, Unreadable) else _by_name(names, row[1], row[0], separator)
+
+
+def _is_header(cells: Sequence[list[str]], columns: Columns) -> tuple[bool, str]:
+    """Return whether the first row is a header, and the reason if that was decided from the cells."""
+    if columns.header != "auto":
+        return columns.header, ""
+    again = [any(row[at : at + 1] == [cell] for row in cells[1:]) for at, cell in enumerate(cells[0])]
+    usual = any(cell.strip().lower() in _NAMES for cell, recurs in zip(cells[0], again, strict=True) if not recurs)
+    asked = [str(name) for name in (columns.text, columns.label, columns.group) if name is not None]
+    if usual or not all(re.fullmatch(r"(?:column )?-?\d+", name) for name in asked):
+        return True, ""
+    for cell, recurs in zip(cells[0], again, strict=True):
+        if cell.strip() and (recurs or re.fullmatch(r"[-+]?\d+(?:[.,]\d+)?", cell.strip())):
+            return False, f"'{_short(cell)}' in the first row is " + ("also in a later one" if recurs else "a number")
+    return True, "no cell of the first row is a number or in a later row"
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 40 else text[:39] + "…"
+
+
+def unique_names(names: Sequence[str], place: str = "") -> list[str]:
     """Return the names of columns, with a number for each that is empty.
 
     Raises:
-        DataError: two are the same, so that one would hide the other.
+        DataError: two are the same, so that one would hide the other; or one is not valid Unicode.
     """
+    if found := unicode_problem(", ".join(names)):
+        raise DataError(f"{place}in the names of the columns, {found}", code="not-utf8", where=place.rstrip(": "))
     if twice := [name for name, count in Counter(names).items() if name and count > 1]:
         problem = f"{place}several columns are named '{twice[0]}'. Rename or remove all but one."
         raise DataError(problem, code="duplicate-column", columns=tuple(twice))
     return [name or f"column {number}" for number, name in enumerate(names)]
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a JSON object whose names all differ."""
-    if len(row := dict(pairs)) < len(pairs):
-        _unique([name or '""' for name, _ in pairs])
-    return row
-
-
 def _by_name(header: Sequence[str], fields: Sequence[str], where: str, separator: str) -> Row:
     if len(fields) == len(header):
         return where, dict(zip(header, fields, strict=True))
     names = ", ".join(header)
-    problem = f"{len(fields)} columns separated by {separator}, but the header has {len(header)} ({names})"
+    problem = f"{len(fields)} columns separated by {separator!r}, but the header has {len(header)} ({names})"
     return Unreadable(where, problem, "column-count")
-
-
-_JSON_FORM = (
-    "Needed: one object per line, or one array of objects. For objects over several lines: jq -c . FILE > NEW.jsonl"
-)
-
-
-def jsonl_rows(file: DataFile) -> Iterator[Row]:
-    """Read one JSON object per line, or one array of objects, which is read whole.
-
-    Raises:
-        DataError: the file begins like an array, but is not one.
-    """
-    lines = enumerate(file.lines(), start=1)
-    start, first = next((found for found in lines if found[1].strip()), (1, ""))
-    if first.lstrip().startswith("["):
-        rest = [line for _, line in lines]
-        whole = _json("\n".join([first, *rest]), file.name, start)
-        if not isinstance(whole, Unreadable):
-            yield from (_json_row(item, f"{file.name}[{index}]") for index, item in enumerate(whole))
-            return
-        if isinstance(_json(first, file.name, start), Unreadable):
-            raise DataError(f"{whole.where}: {whole.problem}", code=whole.code, where=whole.where)
-        lines = enumerate(rest, start=start + 1)
-    for number, line in chain([(start, first)], lines):
-        if line.strip():
-            yield _json_row(_json(line, file.name, number), f"{file.name}:{number}")
-
-
-def _json(text: str, name: str, number: int) -> Any:
-    """Return the value of a JSON text that begins in the line of a number, or why there is none."""
-    try:
-        return json.loads(text, object_pairs_hook=_object)
-    except DataError as error:
-        return Unreadable(f"{name}:{number}", str(error), error.code)
-    except (ValueError, RecursionError) as error:
-        problem = f"this line is not JSON ({getattr(error, 'msg', error)}). {_JSON_FORM}"
-        return Unreadable(f"{name}:{number + getattr(error, 'lineno', 1) - 1}", problem, "not-json")
-
-
-def _json_row(value: Any, where: str) -> Row:
-    if isinstance(value, Unreadable):
-        return value
-    problem = f"this is JSON, but a {type(value).__name__}. {_JSON_FORM}"
-    return (where, value) if isinstance(value, dict) else Unreadable(where, problem, "not-json")
 
 
 def parquet_rows(file: DataFile) -> Iterator[Row]:
     """Read parquet in batches; class numbers become the names that `datasets` stored in the file."""
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         table = pq.ParquetFile(file.path)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{file.name}: cannot be read as parquet: {error}", code="not-parquet") from error
-    _unique(table.schema_arrow.names, f"{file.name}: ")
-    classes: dict[str, list[str]] = {}
-    if b"huggingface" in (table.schema_arrow.metadata or {}):
-        from datasets import Features
+        unique_names(table.schema_arrow.names, f"{file.name}: ")
+        classes: dict[str, list[str]] = {}
+        if b"huggingface" in (table.schema_arrow.metadata or {}):
+            from datasets import Features
 
-        classes = class_names(Features.from_arrow_schema(table.schema_arrow))
-    rows = (row for batch in table.iter_batches(batch_size=2048) for row in batch.to_pylist())
-    for index, row in enumerate(rows):
-        file.done = file.total * (index + 1) // table.metadata.num_rows
-        yield f"{file.name}[{index}]", name_classes(row, classes)
+            classes = class_names(Features.from_arrow_schema(table.schema_arrow))
+        rows = (row for batch in table.iter_batches(batch_size=2048) for row in batch.to_pylist())
+        index, count = -1, table.metadata.num_rows
+        for index, row in enumerate(rows):
+            file.done = file.total * (index + 1) // max(count, 1)
+            yield f"{file.name}[{index}]", name_classes(row, classes)
+        if index + 1 != count:
+            problem = f"{file.name}: has {index + 1} rows, but says that there are {count}"
+            raise DataError(problem, code="row-count", rows=index + 1, expected=count)
+    except DataError:
+        raise
+    except Exception as error:  # a damaged file fails in many places, with many classes of error
+        problem = f"{file.name}: cannot be read as parquet: {first_line(error)}"
+        raise DataError(problem, code="not-parquet", file=file.name) from error
 
 
 def class_names(features: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -238,29 +324,53 @@ def _name_class(cell: Any, names: list[str]) -> Any:
 def examples(rows: Iterable[Row], name: str, columns: Columns) -> Iterator[Example | Unreadable]:
     """Turn the rows of one file or split into examples, or into the reason why a row cannot be one.
 
+    If words have labels, a table may have a word in each row: then rows are joined, see `conll.grouping`.
+
     Raises:
-        DataError: the first row that can be read has no fitting columns.
+        DataError: the first row that can be read has no fitting columns, or nothing says which words are one text.
     """
-    text = label = None
-    for found in rows:
+    stream, task = iter(rows), columns.task
+    head = list(islice(stream, SNIFFED))
+    while not any(isinstance(row, tuple) for row in head) and (more := list(islice(stream, SNIFFED))):
+        head += more
+    names = next((list(row[1]) for row in head if isinstance(row, tuple)), [])
+    plain = names[:1] == ["column 0"] and len(names) == 1 + task.words_given
+    text, label, group, joined = "", None, None, False
+    if names:
+        text = _choose(names, 0 if plain and columns.text is None else columns.text, task.text_columns, "text", name)
+        if columns.labelled:
+            asked = 1 if plain and columns.label is None else columns.label
+            label = _choose(names, asked, task.label_columns, "label", name)
+        if columns.group is None:
+            joined, group = grouping(head, text, label, columns, name)
+        elif task.words_given:
+            joined, group = True, _choose(names, columns.group, (), "group", name)
+        else:
+            problem = f"data.group_column joins words that have labels, but this task has {task.description}"
+            raise DataError(problem, code="column", field="group_column")
+    complete = (_complete(row, text, label, group) for row in chain(head, stream))
+    if joined:
+        yield from join_words(words_of_rows(complete, text, label, group), name, columns)
+        return
+    for found in complete:
         if isinstance(found, Unreadable):
             yield found
             continue
         where, row = found
-        if text is None:
-            text = _choose(list(row), columns.text, columns.task.text_columns, "text_column", name)
-            if columns.labelled:
-                label = _choose(list(row), columns.label, columns.task.label_columns, "label_column", name)
-        if missing := {text, label} - {None, *row}:
-            problem = f"no column '{missing.pop()}' in this row; it has {', '.join(row) or 'none'}"
-            yield Unreadable(where, problem, "missing-column")
-            continue
         try:
-            words = listed(row[text], text, columns.task)
-            tags = None if label is None else listed(row[label], label, columns.task, label=True)
-            yield columns.task.from_cells(words, tags, where, (text, label))
+            words = listed(row[text], text, task)
+            tags = None if label is None else listed(row[label], label, task, label=True)
+            yield task.from_cells(words, tags, where, (text, label))
         except DataError as error:
             yield Unreadable(where, str(error), error.code)
+
+
+def _complete(found: Row, *wanted: str | None) -> Row:
+    """Return a row that has the columns, or why it cannot be used."""
+    if isinstance(found, tuple) and (missing := {*wanted} - {None, *found[1]}):
+        problem = f"no column '{missing.pop()}' in this row; it has {', '.join(found[1]) or 'none'}"
+        return Unreadable(found[0], problem.encode("utf-8", "backslashreplace").decode(), "missing-column")
+    return found
 
 
 _ITEM = r"""(?:[uU]?'(?:[^'\\]|\\.)*'|[uU]?"(?:[^"\\]|\\.)*"|[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?)"""
@@ -284,8 +394,7 @@ def listed(cell: Any, column: str, task: Task, label: bool = False) -> Any:
         return found
     if label and not quoted and not task.words_given and "," not in text:
         return cell
-    shown = text if len(text) <= 40 else text[:39] + "…"
-    problem = f"column '{column}' has {shown}, which is not clearly a list of strings or numbers"
+    problem = f"column '{column}' has {_short(text)}, which is not clearly a list of strings or numbers"
     raise DataError(f'{problem}. Write it as a JSON list of strings, such as ["a", "b"].', code="list-cell")
 
 
@@ -303,21 +412,25 @@ def _parse_list(text: str) -> list[str | float] | None:
     return found if all(type(item) in (str, int, float) and item == item for item in found) else None
 
 
-def _choose(columns: Sequence[str], asked: str | int | None, known: Sequence[str], field: str, name: str) -> str:
+def _choose(columns: Sequence[str], asked: str | int | None, known: Sequence[str], what: str, name: str) -> str:
     """Find the column of the text or the label: as the recipe asks, or by a usual name."""
-    found = f"Columns of {name}: {', '.join(columns)}."
+    field, found = f"data.{what}_column", f"Columns of {name}: {', '.join(columns)}."
+    if columns[:1] == ["column 0"]:
+        found += " They have no names, as the file has no header; if it has one, set data.header=true."
+    if isinstance(asked, str) and asked not in columns and re.fullmatch(r"-?\d{1,9}", asked):
+        asked = int(asked)
     if isinstance(asked, int):
         if -len(columns) <= asked < len(columns):
             return columns[asked]
-        problem = f"data.{field} is {asked}, but {name} has {len(columns)} columns. {found}"
+        problem = f"{field} is {asked}, but {name} has {len(columns)} columns. {found}"
     elif asked is not None:
         if asked in columns:
             return asked
-        problem = f"data.{field}: no column '{asked}'. {found}{nearest(asked, columns)}"
+        problem = f"{field}: no column '{asked}'. {found}{nearest(asked, columns)}"
     else:
         matches = [column for candidate in known for column in columns if column.lower().strip() == candidate]
         if len(matches) == 1:
             return matches[0]
         why = f"several columns fit ({', '.join(matches)})" if matches else "no column has a usual name"
-        problem = f"data.{field} is not set, and {why}. {found} Set data.{field} to one of them."
-    raise DataError(problem, code="column", field=field, columns=tuple(columns))
+        problem = f"{field} is not set, and {why}. {found} Set {field} to one of them, or to its number (from 0)."
+    raise DataError(problem, code="column", field=f"{what}_column", columns=tuple(columns))

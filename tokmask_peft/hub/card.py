@@ -16,6 +16,8 @@ from huggingface_hub.utils import validate_repo_id
 from jinja2 import Template
 
 from tokmask_peft.artifacts import Result
+from tokmask_peft.console import baseline_verdict, printable
+from tokmask_peft.errors import write_whole
 from tokmask_peft.recipe.schema import Recipe, SourceConfig
 from tokmask_peft.tasks import Task, get_task
 
@@ -68,7 +70,7 @@ class Card:
             self._head(trained, tested),
             template_str=_read("card.md.j2"),
             card=self,
-            cell=cell,
+            plain=plain,
             task=task,
             backbone=hub_id(recipe.model.backbone),
             sources={"trained": trained, "tested": tested if recipe.data.test_source and result.test else None},
@@ -77,6 +79,7 @@ class Card:
             snippet=snippet,
             training=training_facts(recipe, result),
             limits=limits(recipe, result),
+            verdict=baseline_verdict(result.scored, result.baseline),
         )
         return str(card)
 
@@ -121,7 +124,7 @@ def write_card(folder: Path, recipe: Recipe, result: Result, *, spaced_words: bo
     confusion = result.scored.get("confusion")
     picture = PICTURE if confusion and draw_confusion(confusion, folder / PICTURE) else None
     text = Card(recipe, result, spaced_words, picture=picture).render()
-    (folder / "README.md").write_text(text, encoding="utf-8")
+    write_whole(folder / "README.md", text)
 
 
 def hub_id(backbone: str) -> str | None:
@@ -194,7 +197,8 @@ def limits(recipe: Recipe, result: Result) -> list[str]:
     lines = [
         f"It assigns labels from the list above to any {item}, whatever its language or domain. The scores apply to "
         "texts like the training texts; expect lower scores on other platforms, dialects, spellings and periods.",
-        f"In training and scoring, texts were cut at {recipe.data.max_length} sub-tokens.",
+        f"In training, texts were cut at {recipe.data.max_length} sub-tokens; for the scores, longer ones were read in "
+        "windows of that length.",
     ]
     rare = [label for label, found in result.scored.get("per_class", {}).items() if found["support"] < _FEW]
     if rare:
@@ -208,10 +212,10 @@ def limits(recipe: Recipe, result: Result) -> list[str]:
     return lines
 
 
-def cell(text: object) -> str:
-    """Return a text that cannot break out of its cell of a Markdown table."""
-    flat = " ".join(str(text).split())
-    return flat.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("`", "\\`")
+def plain(text: object) -> str:
+    """Return a text, which may be anyone's, as Markdown shows it: one line, in tables too, without any markup."""
+    flat = printable(" ".join(str(text).split())).replace("&", "&amp;").replace("<", "&lt;")
+    return re.sub(r"[\\`*\[\]|~$]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", flat)
 
 
 def draw_confusion(confusion: Mapping[str, Any], path: Path) -> bool:

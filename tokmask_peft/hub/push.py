@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import mmap
 import os
 import shutil
@@ -14,11 +13,10 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-
 from tokmask_peft import __version__
-from tokmask_peft.artifacts import RunFolder, open_finished
-from tokmask_peft.errors import HubError, RunError
+from tokmask_peft.artifacts import LOADED_FILES, RunFolder, open_finished
+from tokmask_peft.console import SafeConsole
+from tokmask_peft.errors import HubError, read_json
 from tokmask_peft.hub.card import PLACEHOLDER, hub_id
 
 if TYPE_CHECKING:
@@ -28,13 +26,7 @@ ANSWER_SECONDS = 120.0
 """How long the Hub may take to answer; huggingface_hub itself would wait for ever."""
 
 _NEEDED = ("README.md", "adapter_config.json", "adapter_model.safetensors")
-ADAPTER_FILES = (
-    *_NEEDED,
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt"),
-    *("vocab.json", "merges.txt", "sentencepiece.bpe.model", "spiece.model", "tokenizer.model", "chat_template.jinja"),
-    *("tokmask.json", "confusion_matrix.png"),
-    *("labels.json", "calibration.json", "tokmask_config.json"),  # of older runs, which have no complete tokmask.json
-)
+ADAPTER_FILES = (*LOADED_FILES, "README.md", "confusion_matrix.png")
 """Names of the files that an adapter is pushed with; everything else in its folder stays on this machine."""
 MODEL_FILES = ("config.json", "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 """Patterns of the files that a merged model has and an adapter does not."""
@@ -63,15 +55,14 @@ def push_adapter(run: str | Path, repo_id: str, private: bool = False, *, quiet:
         problem = f"{adapter} is incomplete: {', '.join(missing)} is missing"
         raise HubError(problem, code="incomplete-adapter", missing=missing)
     config = adapter / "adapter_config.json"
-    base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    base = read_json(config, HubError, "bad-adapter-file").get("base_model_name_or_path")
     if not base or hub_id(base) is None:
-        raise HubError(
-            f"the adapter names {base!r} as its backbone, which is not a Hub id, so that nobody else could load it. "
-            "Train with model.backbone set to the Hub id (model.backbone_path says where to load it from), or write "
-            f"the id into base_model_name_or_path of {config} if it is the same model",
-            code="local-backbone",
-            backbone=base,
+        problem = (
+            f"the adapter names {base!r} as its backbone, which is not a Hub id, so that nobody else could load it"
         )
+        remedy = "Train with model.backbone set to the Hub id (model.backbone_path says where to load it from), or "
+        remedy += f"write the id into base_model_name_or_path of {config} if it is the same model"
+        raise HubError(f"{problem}. {remedy}", code="local-backbone", backbone=base)
     left = sorted(path.name for path in adapter.iterdir() if path not in files)
     notes = [f"Not pushed: {', '.join(left)}"] if left else []
     return _push(files, f"an adapter for {base}", notes, repo_id, private, token, quiet, merged=False)
@@ -80,24 +71,18 @@ def push_adapter(run: str | Path, repo_id: str, private: bool = False, *, quiet:
 def push_model(
     folder: Path, run: RunFolder, repo_id: str, private: bool = False, *, notes: Sequence[str] = (), quiet: bool = False
 ) -> str:
-    """Push the files of `folder`, a merged model with its tokenizer and card, made from `run`.
+    """Push the files of `folder`, a merged model with its tokenizer and card, made from `run`, as `push_adapter` does.
 
-    Everything else is as for `push_adapter`. `notes` are printed: sentences without a full stop, for example on how the
-    model differs from the run.
+    `notes` are printed: sentences without a full stop, for example on how the model differs from the run.
     """
     _, token = check_push(run.root, repo_id)
-    files = _matching_files(folder, ("*",))
     said = [f"Note: {note}." for note in notes]
-    return _push(files, f"the merged model of {run.root.name}", said, repo_id, private, token, quiet, merged=True)
+    what = f"the merged model of {run.root.name}"
+    return _push(_matching_files(folder, ("*",)), what, said, repo_id, private, token, quiet, merged=True)
 
 
 def check_push(run: str | Path, repo_id: str) -> tuple[RunFolder, str]:
-    """Check what can be checked before anything is merged or sent; return the run and the token of the login.
-
-    Raises:
-        RunError: the folder is not a run, or the run is not finished.
-        HubError: `repo_id` is not the name of a repository, or nobody is logged in.
-    """
+    """Check what can be checked before anything is merged or sent; return the run and the token of the login."""
     from huggingface_hub import get_token
     from huggingface_hub.errors import DeviceCodeError, HFValidationError, OIDCError
     from huggingface_hub.utils import validate_repo_id
@@ -109,10 +94,7 @@ def check_push(run: str | Path, repo_id: str) -> tuple[RunFolder, str]:
         problem = str(error)
     if problem:
         raise HubError(f"{repo_id!r} is not a repository name: {problem}", code="bad-repo", repo=repo_id)
-    folder = open_finished(run)
-    if not folder.finished():
-        remedy = f"finish it with `tokmask train {folder.recipe} --resume`"
-        raise RunError(f"the run {run} has no result yet; {remedy}", code="unfinished")
+    folder = open_finished(run, scored=True)
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
         raise HubError("HF_HUB_OFFLINE is set, so nothing can be pushed; unset it", code="offline")
     try:
@@ -127,25 +109,18 @@ def check_push(run: str | Path, repo_id: str) -> tuple[RunFolder, str]:
 
 def _matching_files(folder: Path, patterns: Sequence[str]) -> list[Path]:
     """Return the files of a folder that match the patterns; a link is refused, as it could lead anywhere."""
-    found = [path for path in sorted(folder.iterdir()) if _matches(path.name, patterns)]
+    found = [path for path in sorted(folder.iterdir()) if any(fnmatch(path.name, pattern) for pattern in patterns)]
     if links := [path.name for path in found if path.is_symlink() or not path.is_file()]:
-        raise HubError(
-            f"{', '.join(links)} in {folder}: links and folders are not pushed; put the files themselves there",
-            code="link",
-            files=links,
-        )
+        problem = f"{', '.join(links)} in {folder}: links and folders are not pushed; put the files themselves there"
+        raise HubError(problem, code="link", files=links)
     return found
-
-
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatch(name, pattern) for pattern in patterns)
 
 
 def _push(
     files: list[Path], what: str, notes: list[str], repo_id: str, private: bool, token: str, quiet: bool, merged: bool
 ) -> str:
     """List the files, stage them with the repository's id in the card, and send them."""
-    console = Console(quiet=quiet, highlight=False, soft_wrap=True)
+    console = SafeConsole(quiet=quiet, highlight=False, soft_wrap=True)
     with tempfile.TemporaryDirectory() as place:
         staged = [Path(place) / file.name for file in files]
         for file, target in zip(files, staged, strict=True):
@@ -157,11 +132,8 @@ def _push(
             except OSError:
                 shutil.copyfile(file, target)
         if holders := [file.name for file in staged if _holds(file, token.encode())]:
-            raise HubError(
-                f"{', '.join(holders)} holds your Hub token, so nothing was pushed. Remove it there, and renew it",
-                code="token-in-file",
-                files=holders,
-            )
+            problem = f"{', '.join(holders)} holds your Hub token, so nothing was pushed. Remove it there, and renew it"
+            raise HubError(problem, code="token-in-file", files=holders)
         console.print(f"To {repo_id}, {what}:", markup=False)
         width, sizes = max(len(file.name) for file in staged), {file.name: file.stat().st_size for file in staged}
         for name, size in sizes.items():
@@ -182,7 +154,7 @@ def _holds(file: Path, token: bytes) -> bool:
         return mapped.find(token) >= 0
 
 
-def _send(folder: Path, repo_id: str, private: bool, token: str, console: Console, merged: bool) -> str:
+def _send(folder: Path, repo_id: str, private: bool, token: str, console: SafeConsole, merged: bool) -> str:
     """Make the repository if need be, and upload the folder in one commit; return the address."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HTTPError
@@ -190,29 +162,23 @@ def _send(folder: Path, repo_id: str, private: bool, token: str, console: Consol
     api = HfApi(token=token, library_name="tokmask-peft", library_version=__version__)
     sent = {file.name for file in folder.iterdir()}
     what, mark, other, kind = "adapter", "adapter_config.json", "config.json", "a whole model"
+    ours: tuple[str, ...] = ADAPTER_FILES
     if merged:
-        what, mark, other, kind = "merged model", "config.json", "adapter_config.json", "an adapter"
-    ours = (*ADAPTER_FILES, *MODEL_FILES) if merged else ADAPTER_FILES
+        what, mark, other, kind = "merged model", other, mark, "an adapter"
+        ours = (*ADAPTER_FILES, *MODEL_FILES)
     with _answers_in_time(console):
         try:
             url = api.create_repo(repo_id, private=private or None, exist_ok=True)
             before = api.model_info(repo_id)
             if private and not before.private:
-                raise HubError(
-                    f"{repo_id} exists and is public, so --private cannot apply: nothing was pushed. Make it private "
-                    "in its settings on the Hub, push to another name, or omit --private",
-                    code="public-repo",
-                    repo=repo_id,
-                )
+                problem = f"{repo_id} exists and is public, so --private cannot apply: nothing was pushed. Make it "
+                problem += "private in its settings on the Hub, push to another name, or omit --private"
+                raise HubError(problem, code="public-repo", repo=repo_id)
             there = {sibling.rfilename for sibling in before.siblings or ()}
             if other in there:
-                raise HubError(
-                    f"{repo_id} holds {kind} ({other}), and a repository cannot hold both: transformers would load "
-                    "the two together. Push to another name",
-                    code="mixed-repo",
-                    repo=repo_id,
-                )
-            if gone := sorted(name for name in there - sent if _matches(name, ours)):
+                problem = f"{repo_id} holds {kind} ({other}), and a repository cannot hold both: transformers would "
+                raise HubError(f"{problem}load the two together. Push to another name", code="mixed-repo", repo=repo_id)
+            if gone := sorted(name for name in there - sent if any(fnmatch(name, pattern) for pattern in ours)):
                 console.print(f"Removed from the repository, as this run does not have them: {', '.join(gone)}")
             commit = api.upload_folder(
                 repo_id=repo_id,
@@ -229,7 +195,7 @@ def _send(folder: Path, repo_id: str, private: bool, token: str, console: Consol
 
 
 @contextmanager
-def _answers_in_time(console: Console) -> Iterator[None]:
+def _answers_in_time(console: SafeConsole) -> Iterator[None]:
     """Give huggingface_hub's client a time limit if it has none, and print the Hub's warnings about the card."""
     from huggingface_hub.utils import get_session
 

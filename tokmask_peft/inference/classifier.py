@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
@@ -13,9 +14,9 @@ from torch import nn
 
 from tokmask_peft.artifacts import SavedAdapter, find_saved
 from tokmask_peft.console import Decision
-from tokmask_peft.data.encoding import Encoder
+from tokmask_peft.data.encoding import Encoder, Window
 from tokmask_peft.data.tables import unicode_problem
-from tokmask_peft.errors import DataError, ModelError, first_line
+from tokmask_peft.errors import DataError, ModelError, boundary, first_line
 from tokmask_peft.inference.explain import Explanation, explain
 from tokmask_peft.inference.forward import Forward, loading_memory_errors
 from tokmask_peft.masking.config import TokenMaskConfig
@@ -30,6 +31,7 @@ from tokmask_peft.training.metrics import probabilities
 
 BATCH_SIZE = 32
 Answer = Prediction | WordPredictions
+_WINDOWS = 8192  # encoded and answered at a time, so that memory does not grow with a text's length
 _LONGEST = 512  # sub-tokens per window if neither the run nor the model sets a limit
 
 
@@ -52,8 +54,10 @@ class Classifier:
         self.model, self.labels = self.model.eval(), tuple(self.labels)
         self.device = next(self.model.parameters()).device
         self.encoder = Encoder(self.tokenizer, self.task, self.max_length)
-        self.forward = Forward(self.model, self.tokenizer.pad_token_id, self.task, self.dtype)
+        pad_id, side = self.tokenizer.pad_token_id, self.tokenizer.padding_side
+        self.forward = Forward(self.model, pad_id, self.task, self.dtype, side)
 
+    @boundary("the prediction")
     def predict(self, texts: Sequence[str] | Sequence[Sequence[str]], batch_size: int = BATCH_SIZE) -> list[Answer]:
         """Classify texts.
 
@@ -78,17 +82,18 @@ class Classifier:
         if batch_size < 1:
             raise DataError(f"batch_size is {batch_size}, expected 1 or more", code="batch-size", batch_size=batch_size)
         given, task = self.checked(texts), get_task(self.task)
+        found: list[list[tuple[Window, Any]]] = [[] for _ in given]
         windows = self.encoder.windows(given)
-        logits = self.forward.logits(windows, batch_size)
-        of_text: list[list[int]] = [[] for _ in given]
-        for number, window in enumerate(windows):
-            of_text[window.text].append(number)
+        while part := list(itertools.islice(windows, _WINDOWS)):
+            for window, logits in zip(part, self.forward.logits(part, batch_size), strict=True):
+                found[window.text].append((replace(window, ids=[]), logits))
         answers = []
-        for text, numbers in zip(given, of_text, strict=True):
-            rows = task.join([windows[n] for n in numbers], [logits[n] for n in numbers])
-            shares = probabilities(rows, self.temperature).tolist()
-            chances = [dict(zip(self.labels, row, strict=True)) for row in shares]
-            answers.append(task.answer(text, rows, chances, len(numbers)))
+        for text, pairs in zip(given, found, strict=True):
+            rows = task.join([window for window, _ in pairs], [logits for _, logits in pairs])
+            chances = [
+                dict(zip(self.labels, row.tolist(), strict=True)) for row in probabilities(rows, self.temperature)
+            ]
+            answers.append(task.answer(text, rows, chances, len(pairs)))
         return answers
 
     def explain(
@@ -119,8 +124,9 @@ class Classifier:
         if isinstance(texts, str):
             raise DataError("expected a list of texts, not one string: [text]", code="not-a-list")
         found: list[Any] = []
+        given_words = get_task(self.task).words_given
         for index, text in enumerate(texts):
-            words = text.split() if isinstance(text, str) else text
+            words = text.split(None, -1 if given_words else 1) if isinstance(text, str) else text
             if not isinstance(words, list | tuple) or not all(isinstance(word, str) for word in words):
                 raise DataError(f"texts[{index}] is not a string or a list of words", code="not-a-text", index=index)
             if not words:
@@ -130,16 +136,19 @@ class Classifier:
             running = text if isinstance(text, str) else " ".join(words)
             if problem := unicode_problem(running):
                 raise DataError(f"texts[{index}]: {problem}", code="invalid-unicode", index=index)
-            found.append(list(words) if get_task(self.task).words_given else running)
+            found.append(list(words) if given_words else running)
         return found
 
 
+@boundary("loading the model")
 def load(
     model: str | Path | SavedAdapter,
     device: str | torch.device | None = None,
     quantization: str | None = None,
     precision: str | None = None,
     backbone: str | None = None,
+    *,
+    trust_remote_code: bool = False,
 ) -> Classifier:
     """Load a trained adapter for prediction.
 
@@ -149,17 +158,18 @@ def load(
         quantization: `nf4`, `int8` or `none`; default: that of training if it runs on this device.
         precision: `bf16` or `fp32`; default: that of training, or fp32 if the hardware has no bf16.
         backbone: a Hub id, a folder or `package:NAME/FOLDER` to use instead of what the adapter names.
+        trust_remote_code: run the backbone's own code; whatever the run's recipe says, only you can allow it.
 
     Raises:
         ModelError: there is no adapter or backbone, it cannot be loaded as asked, or memory runs out.
     """
-    saved = model if isinstance(model, SavedAdapter) else find_saved(model, backbone)
+    saved = find_saved(model, backbone, trust_remote_code=trust_remote_code)
     place = _device(device)
-    with loading_memory_errors(place):
+    with loading_memory_errors(place), boundary(f"loading the adapter in {saved.folder}", ModelError):
         plan = plan_loading(saved.model, place, quantization, precision)
         loaded = load_backbone(plan.model, saved.task, saved.labels, place)
         batching = _choose_batching(loaded.model, place)
-        module = load_adapter(loaded, saved.folder)
+        module = load_adapter(loaded, saved.folder, **saved.trained)
         present = "a GPU is there" if place.type == "cuda" else "no GPU was found"
         decisions = [Decision("device", str(place), present if device is None else "as asked")]
         if loaded.quantization == "none":

@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Collection, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from pathlib import Path
 
-import typer
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from tokmask_peft.console import SafeConsole, echo, printable
 from tokmask_peft.data.readers import TextFile
 from tokmask_peft.inference.classifier import Answer, Classifier
 from tokmask_peft.inference.explain import Explanation
@@ -36,19 +36,19 @@ def print_answers(texts: Sequence[str], answers: Sequence[Answer], as_json: bool
     """Print label, probability and text per answer, between tabs; in token tasks word, label and probability."""
     for number, (text, answer) in enumerate(zip(texts, answers, strict=True)):
         if as_json:
-            typer.echo(json.dumps(answer_record(text, answer), ensure_ascii=False))
+            echo(json.dumps(answer_record(text, answer), ensure_ascii=False))
         elif isinstance(answer, WordPredictions):
             if number:
-                typer.echo()
+                echo()
             for word, label, row in zip(answer.words, answer.labels, answer.probabilities, strict=True):
-                typer.echo(f"{word}\t{label}\t{row[label]:.4f}")
+                echo(f"{word}\t{label}\t{row[label]:.4f}")
         else:
-            typer.echo(f"{answer.label}\t{answer.probabilities[answer.label]:.4f}\t{text}")
+            echo(f"{answer.label}\t{answer.probabilities[answer.label]:.4f}\t{text}")
 
 
 def predict_with_bar(classifier: Classifier, source: TextFile, out: Path, force: bool, batch_size: int) -> FileReport:
     """Classify a file with a progress bar on standard error, and report there what could not be read."""
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = SafeConsole(stderr=True, highlight=False, soft_wrap=True)
     columns = (BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[rows]} texts"), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("", total=source.total, rows="0")
@@ -57,6 +57,8 @@ def predict_with_bar(classifier: Classifier, source: TextFile, out: Path, force:
             bar.update(task, completed=source.done, rows=f"{report.rows:,}")
 
         report = predict_file(classifier, source, out, force=force, batch_size=batch_size, progress=move)
+    for what, choice, reason in map(astuple, source.decisions):
+        console.print(f"{what}: {choice} ({reason})", markup=False)
     for problem in report.problems:
         console.print(f"unreadable: {problem.where}: {problem.problem}", markup=False)
     if report.unreadable > len(report.problems):
@@ -71,7 +73,7 @@ def print_json(explanations: Sequence[Explanation]) -> None:
     for explanation in explanations:
         record = {key: value for key, value in asdict(explanation).items() if value not in (None, ())}
         rounded = json.loads(json.dumps(record), parse_float=lambda number: round(float(number), 6))
-        typer.echo(json.dumps(rounded, ensure_ascii=False))
+        echo(json.dumps(rounded, ensure_ascii=False))
 
 
 def print_explanations(explanations: Sequence[Explanation], console: Console) -> None:
@@ -90,11 +92,11 @@ def _print_coloured(explanation: Explanation, console: Console) -> None:
     line = Text()
     colours = strengths(explanation.influences, FULL_COLOUR)
     for index, (word, strength) in enumerate(zip(explanation.words, colours, strict=True)):
-        line.append(word, style=_style(strength) + (" underline" if index == explanation.word else ""))
+        line.append(printable(word), style=_style(strength) + (" underline" if index == explanation.word else ""))
         if explanation.labels and explanation.word is None:
-            line.append(f"/{explanation.labels[index]}", style="dim")
+            line.append(printable(f"/{explanation.labels[index]}"), style="dim")
         line.append(" ")
-    console.print(Text(headline(explanation), style="bold"))
+    console.print(Text(printable(headline(explanation)), style="bold"))
     console.print(line)
 
 
@@ -109,11 +111,11 @@ def _style(strength: float) -> str:
 
 def _print_plain(explanation: Explanation, console: Console) -> None:
     labels = [f"\t{label}" for label in explanation.labels] or [""] * len(explanation.words)
-    typer.echo(headline(explanation))
-    typer.echo("word" + ("\tlabel" if explanation.labels else "") + "\tinfluence\tprobability without it")
+    echo(headline(explanation))
+    echo("word" + ("\tlabel" if explanation.labels else "") + "\tinfluence\tprobability without it")
     for index, (word, label) in enumerate(zip(explanation.words, labels, strict=True)):
         numbers = f"{explanation.influences[index]:+.2f}\t{explanation.without[index]:.3f}"
-        typer.echo(f"{word}{label}\t" + ("cannot be masked" if index in explanation.unmasked else numbers))
+        echo(f"{word}{label}\t" + ("cannot be masked" if index in explanation.unmasked else numbers))
 
 
 def headline(explanation: Explanation) -> str:

@@ -64,7 +64,7 @@ class Occluded:
 
     def __init__(self, classifier: Classifier, texts: Sequence[Any]) -> None:
         self.classifier = classifier
-        self._windows: list[Window] = classifier.encoder.windows(texts, owners=True)
+        self._windows: list[Window] = list(classifier.encoder.windows(texts, owners=True))
         self._owners = [np.asarray(window.owners) for window in self._windows]
         self._of_text: list[list[int]] = [[] for _ in texts]
         for number, window in enumerate(self._windows):

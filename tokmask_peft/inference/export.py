@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import os
 import shutil
 import tempfile
 import warnings
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokmask_peft.artifacts import SavedAdapter, find_saved, open_run
-from tokmask_peft.errors import DataError, HubError, ModelError, first_line
+from tokmask_peft.errors import DataError, HubError, ModelError, boundary, first_line, whole, write_whole
 from tokmask_peft.tasks import get_task
 
 if TYPE_CHECKING:
@@ -33,8 +32,8 @@ ONNX_SHAPES = ((1, 1), (1, 9), (3, 24), (7, 40))
 def check_output(out: str | Path, source: str | Path | None, force: bool = False) -> Path:
     """Return the file to write to; a DataError if it exists (without `force`), is the input, or cannot be made."""
     path = Path(out)
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        problem = "it is a folder" if path.is_dir() else "its folder is missing"
+    if (path.exists() and not path.is_file()) or not path.absolute().parent.is_dir():
+        problem = "it is not a file" if path.exists() else "its folder is missing"
         raise DataError(f"{out} cannot be written: {problem}", code="output-not-writable", path=out)
     if path.exists() and source is not None and Path(source).exists() and path.samefile(source):
         raise DataError(f"{out} is the input itself; give another file", code="output-is-input", path=out)
@@ -80,6 +79,7 @@ def export_merged(
     precision: str = "fp32",
     backbone: str | None = None,
     onnx: bool = False,
+    trust_remote_code: bool = False,
 ) -> Export:
     """Merge an adapter into its backbone and save the result, with the head and the label names.
 
@@ -91,6 +91,7 @@ def export_merged(
         precision: `fp32` or `bf16`, of the saved weights.
         backbone: a Hub id or a folder to load the backbone from, instead of what the adapter names.
         onnx: write `model.onnx`, too, and compare it (extra `onnx`; fp32 only).
+        trust_remote_code: as in `load`.
 
     Raises:
         ModelError: there is no adapter or no backbone, `folder` is taken, the merged model differs from the adapter, it
@@ -104,7 +105,7 @@ def export_merged(
     if precision not in ("fp32", "bf16"):
         raise ModelError(f"precision is {precision}, expected fp32 or bf16", code="unknown-format", precision=precision)
     target = check_folder(folder)
-    saved = model if isinstance(model, SavedAdapter) else find_saved(model, backbone)
+    saved = find_saved(model, backbone, trust_remote_code=trust_remote_code)
 
     import torch
 
@@ -117,7 +118,7 @@ def export_merged(
     with loading_memory_errors(device, "while the model was merged"):
         loaded = load_backbone(plain, saved.task, saved.labels, device)
         probes = ordinary_batch(8, 24, loaded.tokenizer)
-        adapted = load_adapter(loaded, saved.folder)
+        adapted = load_adapter(loaded, saved.folder, **saved.trained)
         expected = _logits(adapted, probes)
         allowed = TOLERANCE * max(1.0, float(expected.abs().max()))
         merged = adapted.merge_and_unload(safe_merge=True)
@@ -126,8 +127,7 @@ def export_merged(
         merged.config.use_cache = True  # as the backbone came; training switched it off
         if precision == "bf16":
             merged.to(torch.bfloat16)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}")
-        try:
+        with whole(target) as temporary:
             merged.save_pretrained(str(temporary))
             loaded.tokenizer.save_pretrained(str(temporary))
             again = _reloaded(temporary, saved, merged)
@@ -136,27 +136,19 @@ def export_merged(
                 _check_equal("the logits of the saved model and the adapter", rounding, allowed)
             if onnx:
                 measured = export_onnx(again, loaded.tokenizer, temporary)
-            temporary.replace(target)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-    notes = []
-    if saved.model.quantization not in ("none", "auto"):
-        notes.append(
-            f"the adapter was trained on the {saved.model.quantization} backbone and is merged into the unquantized "
-            "one: the logits are those of the adapter on the unquantized backbone, not those of the run"
-        )
-    if saved.model.embedding == "8bit":
-        notes.append(
-            "the adapter was trained on the 8-bit embedding and is merged into the backbone with the exact one: the "
-            "logits are those of the adapter on the exact embedding, not those of the run"
-        )
+    kind, placement = saved.model.quantization, saved.model.embedding
+    inexact = [f"{kind} backbone"] if kind not in ("none", "auto") else []
+    inexact += ["8-bit embedding"] if placement == "8bit" else []
+    notes = [
+        f"the adapter was trained on the {what} and is merged into the unquantized one: the logits are those of the "
+        "adapter on that, not those of the run"
+        for what in inexact
+    ]
     if precision == "bf16":
         notes.append(f"the weights are rounded to bf16, which moves logits by up to {rounding:.2g}")
     if saved.temperature != 1.0:
-        notes.append(
-            f"the temperature of the calibration ({saved.temperature:.3f}) is not part of the model: "
-            "its probabilities are uncalibrated, its labels the same"
-        )
+        effect = "is not part of the model: its probabilities are uncalibrated, its labels the same"
+        notes.append(f"the temperature of the calibration ({saved.temperature:.3f}) {effect}")
     return Export(target, difference, rounding, tuple(notes), measured)
 
 
@@ -289,7 +281,16 @@ def compare_onnx(model: Any, tokenizer: Any, path: Path) -> float:
     return worst
 
 
-def push(run: str | Path, repo_id: str, private: bool = False, *, merged: bool = False, quiet: bool = False) -> str:
+@boundary("the push")
+def push(
+    run: str | Path,
+    repo_id: str,
+    private: bool = False,
+    *,
+    merged: bool = False,
+    quiet: bool = False,
+    trust_remote_code: bool = False,
+) -> str:
     """Push the adapter of a finished run, or the model with it merged in, to the Hub; return the address.
 
     Args:
@@ -298,6 +299,7 @@ def push(run: str | Path, repo_id: str, private: bool = False, *, merged: bool =
         private: make the repository private. One that exists and is public is refused.
         merged: push the adapter merged into its backbone, a plain transformers model.
         quiet: print nothing but huggingface_hub's progress bars.
+        trust_remote_code: as in `load`, to merge.
 
     Raises:
         RunError: the folder is not a run, or the run is not finished.
@@ -315,9 +317,9 @@ def push(run: str | Path, repo_id: str, private: bool = False, *, merged: bool =
     if picture.is_symlink():
         raise HubError(f"{picture} is a link; links are not pushed", code="link", path=picture)
     with tempfile.TemporaryDirectory() as place:
-        export = export_merged(done.folder.root, Path(place) / "merged")
+        export = export_merged(done.folder.root, Path(place) / "merged", trust_remote_code=trust_remote_code)
         if drawn := picture.is_file():
             shutil.copyfile(picture, export.folder / PICTURE)
         card = Card(done.recipe, done.result, merged=True, notes=export.notes, picture=PICTURE if drawn else None)
-        (export.folder / "README.md").write_text(card.render(), encoding="utf-8")
+        write_whole(export.folder / "README.md", card.render())
         return push_model(export.folder, done.folder, repo_id, private, notes=export.notes, quiet=quiet)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tokmask_peft.data.readers import TextFile, line_number
+from tokmask_peft.errors import DataError, whole
 from tokmask_peft.inference.classifier import BATCH_SIZE, Answer, Classifier
 from tokmask_peft.inference.export import check_output
 from tokmask_peft.tasks import Example, Unreadable, WordPredictions
@@ -47,27 +47,26 @@ def predict_file(
     """
     path = check_output(out, source.path, force)
     report = FileReport()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            for chunk in _chunks(source, batch_size * CHUNK_BATCHES):
-                texts: list[Any] = [found.text for found in chunk if isinstance(found, Example)]
-                answers = iter(classifier.predict(texts, batch_size))
-                for found in chunk:
-                    record: dict[str, Any] = {"line": line_number(found.where)}
-                    if isinstance(found, Example):
-                        record |= answer_record(found.string, next(answers))
-                    else:
-                        record["error"] = found.problem
-                        report.unreadable += 1
-                        report.problems += [found] if len(report.problems) < SHOWN_PROBLEMS else []
-                    report.rows += 1
-                    file.write(json.dumps(record, ensure_ascii=False) + "\n")
-                if progress is not None:
-                    progress(report)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole(path) as temporary, temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
+        for chunk in _chunks(source, batch_size * CHUNK_BATCHES):
+            texts: list[Any] = [found.text for found in chunk if isinstance(found, Example)]
+            found_answers = classifier.predict(texts, batch_size) if texts else []
+            if len(found_answers) != len(texts):
+                problem = f"{len(texts)} texts got {len(found_answers)} answers, first of them {chunk[0].where}"
+                raise DataError(problem, code="row-count", texts=len(texts), answers=len(found_answers))
+            answers = iter(found_answers)
+            for found in chunk:
+                record: dict[str, Any] = {"line": line_number(found.where)}
+                if isinstance(found, Example):
+                    record |= answer_record(found.string, next(answers))
+                else:
+                    record["error"] = found.problem
+                    report.unreadable += 1
+                    report.problems += [found] if len(report.problems) < SHOWN_PROBLEMS else []
+                report.rows += 1
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            if progress is not None:
+                progress(report)
     return report
 
 

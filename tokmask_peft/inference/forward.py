@@ -31,8 +31,8 @@ class Forward:
     The model is in eval mode; a `dtype` of bfloat16 means autocast.
     """
 
-    def __init__(self, model: nn.Module, pad_id: int, task: str, dtype: torch.dtype) -> None:
-        self._model, self._pad_id = model, pad_id
+    def __init__(self, model: nn.Module, pad_id: int, task: str, dtype: torch.dtype, side: str = "right") -> None:
+        self._model, self._pad_id, self._side = model, pad_id, side
         self._device = next(model.parameters()).device
         self._low = dtype == torch.bfloat16
         self._pack = PackedCollator(task) if takes_packed_rows(model) else None
@@ -73,8 +73,8 @@ class Forward:
         else:
             ids = [torch.tensor(window.ids) for window in batch]
             inputs = {
-                "input_ids": pad_sequence(ids, batch_first=True, padding_value=self._pad_id),
-                "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+                "input_ids": pad_sequence(ids, True, self._pad_id, self._side),
+                "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], True, 0, self._side),
             }
         device = self._device
         inputs = {name: part.to(device) if isinstance(part, torch.Tensor) else part for name, part in inputs.items()}
@@ -98,7 +98,7 @@ class Forward:
         """Lay out what is hidden in each window like the ids, with nothing hidden in the padding."""
         if self._pack is not None:
             return torch.from_numpy(np.concatenate(rows)).unsqueeze(0)
-        return pad_sequence([torch.from_numpy(row) for row in rows], batch_first=True)
+        return pad_sequence([torch.from_numpy(row) for row in rows], True, 0, self._side)
 
 
 def loading_memory_errors(

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import sys
-import warnings
+import weakref
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,9 @@ from tokmask_peft.masking.masker import TokenMasker
 from tokmask_peft.masking.replacement import MaskToken
 from tokmask_peft.masking.schedule import Answers, Schedule
 
+_TRL = ("SFTConfig", "RewardConfig", "PRMConfig", "CPOConfig", "ORPOConfig")
+"""TRL's trainers, by their arguments, of which each loss comes from one forward: one pattern masks all it compares."""
+
 
 class TokenMaskCallback(TrainerCallback, ExportableState):
     """Attaches a masker when training begins, drives its schedule, and detaches it when training ends.
@@ -31,8 +33,8 @@ class TokenMaskCallback(TrainerCallback, ExportableState):
     optimizer step, and the schedule's state is saved in each checkpoint's `trainer_state.json`, so a resumed run masks
     as an uninterrupted one. The rate is logged as `masking_rate`, and each checkpoint holds a `tokmask_config.json`.
 
-    A Trainer calls no event when training raises. The hook that is left then masks nothing outside of optimizer steps,
-    and the next training replaces it. Call `detach()` only before you go on with a loop of your own.
+    A Trainer calls no event when training raises. The hook that is left goes with the trainer, or the next training
+    replaces it. Call `detach()` if you go on with a loop of your own while the trainer is still there.
 
     Args:
         config: how to mask; its seed defaults to that of the `TrainingArguments`.
@@ -111,19 +113,24 @@ class TokenMaskCallback(TrainerCallback, ExportableState):
         """Switch masking off, and show the step's answers to the schedule.
 
         Raises:
-            MaskTokenError: the schedule reacts to answers, and this trainer reports none (`observe`).
+            MaskTokenError: the first step looked up no ids where the masker is, so nothing was masked; or the schedule
+                reacts to answers, and this trainer reports none (`observe`).
         """
         self._steps += 1
-        if self.masker is not None:
-            self.masker.enabled = False
+        if self.masker is None:
+            return
+        self.masker.enabled = False
+        before = (state.global_step - 1) * args.gradient_accumulation_steps
+        if self._steps == 1 and not self.config.is_off and self.masker.step == before:  # read once: it waits for a GPU
+            why = "no training forward looked up ids in the input embedding"
+            remedy = "Call the model with input_ids instead of inputs_embeds, use another backbone, or set p to 0"
+            raise MaskTokenError(f"token masking masked nothing: {why}. {remedy}", code="masked-nothing")
         if self._schedule.reacts:
             if self._seen is None:
                 name = self.config.schedule
-                message = (
-                    f"masking.schedule: {name} needs the answers of every step, and this trainer reports none"
-                )
-                message += ": train from a recipe, or take another schedule"
-                raise MaskTokenError(message, code="no-answers", schedule=name)
+                why = f"masking.schedule: {name} needs the answers of every step, and this trainer reports none"
+                remedy = "train from a recipe, or take another schedule"
+                raise MaskTokenError(f"{why}: {remedy}", code="no-answers", schedule=name)
             self._schedule.observe_step(Answers(*self._seen.tolist()))
 
     def observe(self, answers: Tensor) -> None:
@@ -149,10 +156,8 @@ class TokenMaskCallback(TrainerCallback, ExportableState):
 
     def on_train_end(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
         """Detach the masker, and warn if it never saw a token."""
-        if self.masker and self._steps and not self.config.is_off and math.isnan(self.masker.observed_rate):
-            why = "no training forward looked up maskable ids in the input embedding"
-            ask = "Is the model called with inputs_embeds, or does it look up its ids elsewhere?"
-            warnings.warn(f"Token masking masked nothing: {why}. {ask}", stacklevel=2)
+        if self.masker and self._steps:
+            self.masker.warn_if_idle()
         self.detach()
 
     def detach(self) -> None:
@@ -162,6 +167,15 @@ class TokenMaskCallback(TrainerCallback, ExportableState):
             self.masker = None
 
     def _attach(self, args: Arguments, state: State, kwargs: dict[str, Any]) -> TokenMasker:
+        trl = next((kind for kind in type(args).__mro__ if kind.__module__.startswith("trl.")), None)
+        if trl is not None and trl.__name__ not in _TRL and not self.config.is_off:
+            problem = (
+                f"the trainer of {trl.__name__} compares masked answers with unmasked ones (of samples, a reference)"
+            )
+            message = (
+                f"{problem}, which token masking would falsify: leave the callback out, or use SFT or reward training"
+            )
+            raise MaskTokenError(message, code="trl-trainer", config=trl.__name__)
         tokenizer = kwargs.get("processing_class")
         tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor holds one
         if not hasattr(tokenizer, "all_special_ids"):
@@ -175,4 +189,5 @@ class TokenMaskCallback(TrainerCallback, ExportableState):
         options |= {"resumed": state.global_step > 0, "replaceable": True}
         self.masker = TokenMasker.attach(kwargs["model"], tokenizer, self.config, **options)
         self.masker.enabled = False
+        weakref.finalize(self, self.masker.detach).atexit = False  # with its trainer, after a training that raised
         return self.masker

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,14 @@ from torch import Tensor, nn
 
 from tokmask_peft.errors import MaskTokenError
 from tokmask_peft.masking.replacement import MaskToken, choose_mask_token, used_rows
+
+SEQUENCE_FIRST = ("xlnet",)
+"""Model types that look up their ids as [seq, batch]."""
+
+
+def is_sequence_first(model: nn.Module) -> bool:
+    """Return whether a model transposes its ids before it looks them up."""
+    return getattr(getattr(unwrap(model), "config", None), "model_type", None) in SEQUENCE_FIRST
 
 
 def is_sharded(weight: Tensor) -> bool:
@@ -45,6 +54,18 @@ def unwrap(model: nn.Module) -> nn.Module:
         module = inner
 
 
+_REFUSED = {
+    "sentence-transformers": "is a model of sentence-transformers, whose trainers are not supported: some of their "
+    "losses compute each text twice. With others, use TokenMasker.attach(model.transformers_model, …) around train()",
+    "encoder-decoder": "is an encoder-decoder model: both parts share one embedding, so the decoder would be masked "
+    "too; use an encoder-only or a decoder-only backbone",
+    "per-layer-embeddings": "looks up the input ids again in every layer (embed_tokens_per_layer), so a masked token "
+    "would be seen; use a backbone without per-layer embeddings",
+    "no-embedding": "has no table of tokens in which it looks up its input (get_input_embeddings); "
+    "use a transformers model that has, bare or wrapped by PEFT, DDP or accelerate",
+}
+
+
 def find_embedding(model: nn.Module) -> nn.Module:
     """Return the module that looks up the input ids.
 
@@ -52,21 +73,26 @@ def find_embedding(model: nn.Module) -> nn.Module:
         MaskTokenError: the model has none, or looks ids up in a second place, which a hook here would miss.
     """
     base: Any = unwrap(model)
-
-    def refusal(code: str, why: str) -> MaskTokenError:
-        return MaskTokenError(f"{type(base).__name__} {why}", code=code, model=type(base).__name__)
-
-    if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
-        why = "is an encoder-decoder model: both parts share one embedding, so the decoder would be masked too; "
-        raise refusal("encoder-decoder", why + "use an encoder-only or a decoder-only backbone")
-    if any(part.endswith("embed_tokens_per_layer") for part, _ in base.named_modules()):
-        why = "looks up the input ids again in every layer (embed_tokens_per_layer), so a masked token would be seen; "
-        raise refusal("per-layer-embeddings", why + "use a backbone without per-layer embeddings")
-    if not hasattr(base, "get_input_embeddings"):
-        why = "has no get_input_embeddings(); give a transformers model, bare or wrapped by PEFT, DDP or accelerate"
-        raise refusal("no-embedding", why)
-    embedding: nn.Module = base.get_input_embeddings()
-    return embedding
+    embedding: Any = None
+    if hasattr(base, "transformers_model"):
+        code = "sentence-transformers"
+    elif getattr(getattr(base, "config", None), "is_encoder_decoder", False):
+        code = "encoder-decoder"
+    elif any(part.endswith("embed_tokens_per_layer") for part, _ in base.named_modules()):
+        code = "per-layer-embeddings"
+    else:
+        code = "no-embedding"
+        with contextlib.suppress(AttributeError, NotImplementedError):  # the latter from CANINE, which hashes letters
+            embedding = base.get_input_embeddings()
+    if not hasattr(embedding, "weight"):
+        raise MaskTokenError(f"{type(base).__name__} {_REFUSED[code]}", code=code, model=type(base).__name__)
+    found: nn.Module = embedding
+    if type(embedding) is nn.Embedding:
+        # T5's encoder has a lookup of its own, tied to the one that is returned here (transformers 5)
+        lookups = [part for part in base.modules() if type(part) is nn.Embedding or hasattr(part, "token_adapter")]
+        tied = (part for part in lookups if part is not embedding and embedding_weight(part) is embedding.weight)
+        found = next(tied, embedding)
+    return found
 
 
 def embedding_weight(embedding: nn.Module) -> Tensor:

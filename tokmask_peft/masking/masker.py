@@ -8,9 +8,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import math
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -50,6 +53,7 @@ class TokenMasker:
         self.config, self.mask_token, self.seed, self.rank = config, token, 0, 0
         self.enabled, self.attached, self.replaceable, self.clean_texts = True, False, False, 0
         self._embedding, self._rate = rows_of.find_embedding(model), 0.0
+        self._transposed = rows_of.is_sequence_first(model)
         weight = rows_of.embedding_weight(self._embedding)
         rows, device = weight.shape[0], weight.device
         # Tensors that are written in place: a compiled graph reads them anew, whereas a number would be baked in.
@@ -142,7 +146,7 @@ class TokenMasker:
 
     def _mask(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         here = self._trains(module) and not self._replacement.removes
-        return _swap(args, kwargs, self._masked) if here else None
+        return _swap(args, kwargs, self._masked, self._transposed) if here else None
 
     def _trains(self, module: nn.Module) -> bool:
         return module.training and self.enabled and torch.is_grad_enabled()
@@ -194,8 +198,8 @@ class TokenMasker:
             step: number of the training forward.
             rate: masking rate in that forward.
         """
-        if self._step.device != ids.device:
-            self._move(ids.device)
+        if self._step.device != ids.device:  # the model was moved after `attach`
+            vars(self).update({k: part.to(ids.device) for k, part in vars(self).items() if isinstance(part, Tensor)})
         removes, config = self._replacement.removes, self.config
         maskable = self._maskable[ids]
         if removes:  # the first token is a causal model's attention sink, and the last one is what it is pooled at
@@ -251,12 +255,6 @@ class TokenMasker:
         rows = torch.searchsorted(bounds[1:].to(columns.dtype), columns, right=True)
         return rows[None], (columns - bounds[rows])[None]
 
-    def _move(self, device: torch.device) -> None:
-        """Follow a model that was moved after `attach`."""
-        self._rate_tensor, self._step = self._rate_tensor.to(device), self._step.to(device)
-        self._counts, self._maskable = self._counts.to(device), self._maskable.to(device)
-        self._word_starts = None if self._word_starts is None else self._word_starts.to(device)
-
     @property
     def hides_labels(self) -> bool:
         """Whether the labels of masked sub-tokens must not be scored: they are removed, or `score_masked` is off."""
@@ -294,23 +292,22 @@ class TokenMasker:
         masked, maskable = self._counts.tolist()
         return masked / maskable if maskable else float("nan")
 
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[Self]:
+    def paused(self) -> AbstractContextManager[Self]:
         """Mask nothing and count no steps inside."""
-        before, self.enabled = self.enabled, False
-        try:
-            yield self
-        finally:
-            self.enabled = before
+        return self._inside(enabled=False)
+
+    def layout(self, rows: Tensor, positions: Tensor) -> AbstractContextManager[Self]:
+        """Set which text each token of a packed row belongs to, and its position in that text; each int [1, total]."""
+        return self._inside(_layout=(rows, positions))
 
     @contextlib.contextmanager
-    def layout(self, rows: Tensor, positions: Tensor) -> Iterator[Self]:
-        """Set which text each token of a packed row belongs to, and its position in that text; each int [1, total]."""
-        before, self._layout = self._layout, (rows, positions)
+    def _inside(self, **changed: Any) -> Iterator[Self]:
+        before = {name: getattr(self, name) for name in changed}
+        vars(self).update(changed)
         try:
             yield self
         finally:
-            self._layout = before
+            vars(self).update(before)
 
     def detach(self) -> None:
         """Stop masking for good and restore a spare row's values, unless it was trained. May be called again."""
@@ -325,8 +322,17 @@ class TokenMasker:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        if kind is None:
+            self.warn_if_idle()
         self.detach()
+
+    def warn_if_idle(self) -> None:
+        """Warn if this masker, whose config asks for masking, has not seen a token yet."""
+        if not self.config.is_off and math.isnan(self.observed_rate):
+            why = "no training forward looked up maskable ids in the input embedding"
+            ask = "Is the model in eval mode (from_pretrained returns it so: call model.train()), or called with"
+            warnings.warn(f"Token masking masked nothing: {why}. {ask} inputs_embeds?", stacklevel=3)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs, fit for JSON (accelerate's `register_for_checkpointing` takes a masker)."""
@@ -368,7 +374,7 @@ class Occlusion:
     def __init__(self, model: nn.Module, tokenizer: Any, config: TokenMaskConfig | None = None) -> None:
         self.trained = None if config is None else not config.is_off
         config = config or TokenMaskConfig()
-        self._embedding = rows_of.find_embedding(model)
+        self._embedding, self._transposed = rows_of.find_embedding(model), rows_of.is_sequence_first(model)
         rows = rows_of.embedding_weight(self._embedding).shape[0]
         self.mask_token = rows_of.find_mask_token(self._embedding, tokenizer, config.mask_token)
         name = tokenizer.convert_ids_to_tokens(self.mask_token.id)
@@ -402,7 +408,7 @@ class Occlusion:
 
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             mine = threading.get_ident() == thread  # a server may predict in one thread and explain in another
-            return _swap(args, kwargs, hide) if mine else None
+            return _swap(args, kwargs, hide, self._transposed) if mine else None
 
         handle = self._embedding.register_forward_pre_hook(hook, with_kwargs=True)
         try:
@@ -411,9 +417,9 @@ class Occlusion:
             handle.remove()
 
 
-def _swap(args: tuple[Any, ...], kwargs: dict[str, Any], swapped: Callable[[Tensor], Tensor]) -> Any:
+def _swap(args: tuple[Any, ...], kwargs: dict[str, Any], swapped: Callable[[Tensor], Tensor], transposed: bool) -> Any:
     """Return the arguments of an embedding with other ids, its first argument, which may have a name."""
-    if args:
-        return (swapped(args[0]), *args[1:]), kwargs
-    name = next(iter(kwargs))
-    return args, {**kwargs, name: swapped(kwargs[name])}
+    name = None if args else next(iter(kwargs))
+    given = args[0] if name is None else kwargs[name]
+    ids = swapped(given.t()).t() if transposed else swapped(given)
+    return ((ids, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: ids})

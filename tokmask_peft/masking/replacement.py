@@ -92,22 +92,20 @@ def _find(tokenizer: Any, rows: int, kind: Literal["mask", "spare", "unk"]) -> M
 
 
 def _explicit(tokenizer: Any, rows: int, token_id: int) -> MaskToken:
-    fields = {"token_id": token_id, "rows": rows}
     if not 0 <= token_id < rows:
         message = f"mask_token {token_id}: the embedding has rows 0 to {rows - 1}; take one of these, or auto"
-        raise MaskTokenError(message, code="mask-token-outside", **fields)
+        raise MaskTokenError(message, code="mask-token-outside", token_id=token_id, rows=rows)
     if token_id >= used_rows(tokenizer):
-        return MaskToken(
-            token_id, "spare", f"row {token_id}, as configured; no token uses it, and it becomes a typical one"
-        )
-    token = tokenizer.convert_ids_to_tokens(token_id)
-    if token_id in (tokenizer.mask_token_id, tokenizer.unk_token_id) and token_id != tokenizer.pad_token_id:
+        reason = f"row {token_id}, as configured; no token uses it, and it becomes a typical one"
+        return MaskToken(token_id, "spare", reason)
+    token, usual = tokenizer.convert_ids_to_tokens(token_id), {tokenizer.mask_token_id, tokenizer.unk_token_id}
+    if token_id not in tokenizer.all_special_ids:
+        return MaskToken(token_id, "id", f"{token!r}, as configured, an ordinary token of the tokenizer")
+    if token_id in usual - {tokenizer.pad_token_id}:
         return MaskToken(token_id, "id", f"{token!r}, as configured")
-    if token_id in tokenizer.all_special_ids:
-        why = f"mask_token {token_id} is the special token {token!r}, which may mean padding or the end of the text"
-        remedy = "take an ordinary token, a spare row, or leave mask_token at auto"
-        raise MaskTokenError(f"{why}; {remedy}", code="mask-token-special", **fields)
-    return MaskToken(token_id, "id", f"{token!r}, as configured, an ordinary token of the tokenizer")
+    why = f"mask_token {token_id} is the special token {token!r}, which may mean padding or the end of the text"
+    message = f"{why}; take an ordinary token, a spare row, or leave mask_token at auto"
+    raise MaskTokenError(message, code="mask-token-special", token_id=token_id, rows=rows)
 
 
 class Replacement:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,10 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from tokmask_peft.console import Decision
-from tokmask_peft.errors import ModelError, first_line, nearest
+from tokmask_peft.errors import ModelError, boundary, nearest
 from tokmask_peft.masking.embedding import find_embedding, is_sharded, whole
-from tokmask_peft.model.backbone import Backbone, is_quantized
-from tokmask_peft.model.decisions import out_of_memory
+from tokmask_peft.model.backbone import Backbone
+from tokmask_peft.model.layers import is_quantized
 from tokmask_peft.recipe.schema import AdapterConfig
 from tokmask_peft.tasks import get_task
 
@@ -48,11 +49,7 @@ def linear_layers(model: nn.Module, outside: tuple[str, ...]) -> list[str]:
 
 
 def target_names(model: nn.Module, config: AdapterConfig, outside: tuple[str, ...]) -> list[str]:
-    """Return the last parts of the names of the layers to adapt.
-
-    Raises:
-        ModelError: the backbone has no linear layers, or none of a name in `adapter.targets`.
-    """
+    """Return the last parts of the names of the layers to adapt; a ModelError if there are none, or not as named."""
     found = sorted({name.rsplit(".", 1)[-1] for name in linear_layers(model, outside)})
     if not found:
         problem = f"{type(model).__name__} has no linear layers to adapt (transformers writes GPT-2's as convolutions)"
@@ -73,10 +70,8 @@ def target_names(model: nn.Module, config: AdapterConfig, outside: tuple[str, ..
 def adapted_layers(model: nn.Module, wanted: str | int | float) -> list[int] | None:
     """Return the indices of the layers that get an adapter, or None for every linear layer of the backbone.
 
-    `wanted` is `all`, a number of upper layers, or their share, rounded to whole layers but at least one.
-
-    Raises:
-        ModelError: the backbone has fewer layers.
+    `wanted` is `all`, a number of upper layers, or their share, rounded to whole layers but at least one. A ModelError
+    says that the backbone has fewer layers.
     """
     if isinstance(wanted, str):
         return None
@@ -93,10 +88,8 @@ def add_adapter(
 ) -> tuple[Any, tuple[Decision, ...]]:
     """Wrap the backbone in a PEFT model: LoRA on its linear layers, new modules trained in full.
 
-    `trained_token` is the id of the mask token if its embedding row is to be trained.
-
-    Raises:
-        ModelError: a target does not exist, or the head did not become trainable.
+    `trained_token` is the id of the mask token if its embedding row is to be trained. A ModelError says that a target
+    does not exist, or that the head did not become trainable.
     """
     new = backbone.new_modules
     targets, layers = target_names(backbone.model, config, new), adapted_layers(backbone.model, config.layers)
@@ -104,8 +97,11 @@ def add_adapter(
     rows: dict[str, list[int]] | None = None
     if trained_token is not None:
         embedding = find_embedding(backbone.model)
-        name = next(name for name, module in backbone.model.named_modules() if module is embedding)
-        rows = {name.rsplit(".", 1)[-1]: [trained_token]}
+        rows = {
+            name.rsplit(".", 1)[-1]: [trained_token]
+            for name, part in backbone.model.named_modules()
+            if part is embedding
+        }
     lora = LoraConfig(
         task_type=get_task(task).peft_type,  # without it the head would silently stay frozen
         r=config.r,
@@ -146,22 +142,19 @@ def inputs_as_they_come(model: nn.Module, autocast: bool) -> Iterator[None]:
     forward passes do not run in `autocast`.
     """
     # PEFT's `disable_input_dtype_casting` fails at layers without the switch (TrainableTokensLayer, peft 0.21.2)
-    layers = [module for module in model.modules() if getattr(module, "cast_input_dtype_enabled", False)]
-    dora = any(getattr(module, "lora_variant", None) for module in layers)
-    for module in layers if autocast and not dora else ():
-        module.cast_input_dtype_enabled = False  # type: ignore[assignment]
+    layers: list[Any] = [part for part in model.modules() if getattr(part, "cast_input_dtype_enabled", False)]
+    dora = any(getattr(layer, "lora_variant", None) for layer in layers)
+    for layer in layers:
+        layer.cast_input_dtype_enabled = dora or not autocast
     try:
         yield
     finally:
-        for module in layers:
-            module.cast_input_dtype_enabled = True  # type: ignore[assignment]
+        for layer in layers:
+            layer.cast_input_dtype_enabled = True
 
 
 def gathered_weights(model: Any) -> dict[str, Tensor] | None:
-    """Return what is trained as plain tensors on the host if FSDP keeps it in shards, otherwise None.
-
-    Every process has to call this.
-    """
+    """Return what is trained as plain tensors on the host if FSDP shards it, otherwise None. For all processes."""
     trained = {name for name, value in model.named_parameters() if value.requires_grad}
     # not from named_parameters: after a forward pass some are still gathered, in memory that FSDP will reclaim
     state = {name: value for name, value in model.state_dict().items() if name in trained}
@@ -171,10 +164,9 @@ def gathered_weights(model: Any) -> dict[str, Tensor] | None:
 
 
 def save_adapter(model: Any, folder: Path, backbone_id: str, weights: dict[str, Tensor] | None = None) -> None:
-    """Save LoRA, head and other new modules into `folder`, never the embedding matrix.
+    """Save LoRA, head and other new modules into `folder`, never the embedding matrix; `weights`: `gathered_weights`.
 
-    `backbone_id` becomes the base model in `adapter_config.json`, which has to be found on other machines, too;
-    `weights` are those of `gathered_weights`.
+    `backbone_id` becomes the base model in `adapter_config.json`, which has to be found on other machines, too.
     """
     config = model.peft_config["default"]
     loaded_from = config.base_model_name_or_path
@@ -185,56 +177,70 @@ def save_adapter(model: Any, folder: Path, backbone_id: str, weights: dict[str, 
         config.base_model_name_or_path = loaded_from
 
 
-def load_adapter(backbone: Backbone, folder: Path) -> Any:
-    """Add a saved adapter to a freshly loaded backbone, for prediction.
+def load_adapter(
+    backbone: Backbone, folder: Path, weights: Mapping[str, str] | None = None, scaling: float | None = None
+) -> Any:
+    """Add a saved adapter to a freshly loaded backbone, for prediction; a ModelError if `folder` has none that fits.
 
-    Raises:
-        ModelError: the folder has no adapter, or one for another backbone, tokenizer or other labels.
+    `weights`, from `weight_hashes`, and `scaling` are those of the training; they are compared if they are known.
     """
     for name in ("adapter_config.json", SAFETENSORS_WEIGHTS_NAME):
         if not (folder / name).is_file():
             raise ModelError(f"{folder} has no adapter ({name} is missing)", code="no-adapter", folder=folder)
-    try:
-        config = PeftConfig.from_pretrained(str(folder))
+    doing = f"using the adapter in {folder} with this backbone and these labels"
+    with boundary(doing, ModelError, "adapter-does-not-fit", folder=folder):
+        config: Any = PeftConfig.from_pretrained(str(folder))
         config.inference_mode, config.base_model_name_or_path = True, None  # PEFT warns if the backbone's name differs
+        with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, "pt") as file:
+            saved = max((max(file.get_slice(name).get_shape(), default=0) for name in file.keys()), default=0)  # noqa: SIM118
+        if (rank := max([config.r, *config.rank_pattern.values()])) > saved:  # before it takes memory
+            message = f"adapter_config.json in {folder} says rank {rank}, which its weights do not have"
+            raise ModelError(message, code="adapter-does-not-fit", folder=folder, rank=rank)
         model = get_peft_model(backbone.model, config)
         check_fit(model, backbone.tokenizer, folder)
+        if other := [kind for kind, seen in (weights or {}).items() if backbone.weights.get(kind, seen) != seen]:
+            message = f"the backbone's weights are not those that the adapter in {folder} was trained on. Use that "
+            message += "backbone; if its repository has changed since, its earlier revision"
+            raise ModelError(message, code="another-backbone", folder=folder, weights=other)
+        found = {scale for part in model.modules() if isinstance(part, LoraLayer) for scale in part.scaling.values()}
+        if scaling is not None and any(not math.isclose(scale, scaling) for scale in found):
+            message = f"adapter_config.json in {folder} scales the adapter by {sorted(found)}, but it was trained with "
+            message += f"{scaling:g}: restore lora_alpha, r, use_rslora and alpha_pattern"
+            raise ModelError(message, code="another-scaling", folder=folder, scaling=sorted(found))
         model.load_adapter(str(folder), "default")
-    except (RuntimeError, ValueError) as error:
-        if out_of_memory(error):
-            raise
-        message = f"the adapter in {folder} does not fit the backbone or the labels: {first_line(error)}"
-        raise ModelError(message, code="adapter-does-not-fit", folder=folder) from error
     return model.eval()
 
 
 def check_fit(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Compare a saved adapter or checkpoint with the PEFT model and the tokenizer that it is to be used with.
+    """Compare a saved adapter or checkpoint with the PEFT model and the tokenizer, if it has one, to be used with.
 
-    PEFT only warns of missing weights, and ignores others that it does not know. A tokenizer is compared if `folder`
-    has one.
+    PEFT only warns of missing weights, and ignores others that it does not know.
 
     Raises:
         ModelError: weights are missing, unexpected or of another shape, or the tokenizer is another one.
     """
+    if odd := sorted(path.name for path in folder.iterdir() if not (path.is_file() or path.is_dir())):
+        message = f"{', '.join(odd)} in {folder}: neither a file nor a folder, so reading may never end"
+        raise ModelError(message, code="not-a-file", folder=folder, files=odd)
     weights = get_peft_model_state_dict(model, save_embedding_layers=False)
     wanted = {name: list(value.shape) for name, value in weights.items()}
     with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, "pt") as file:
         saved = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-    # the Trainer's checkpoints may hold the embedding matrix, too
-    unexpected = sorted(saved.keys() - wanted.keys() - model.state_dict().keys())
-    missing = sorted(wanted.keys() - saved.keys())
-    shapes = sorted(name for name in wanted.keys() & saved.keys() if saved[name] != wanted[name])
-    found = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
-    if problems := [f"{len(names)} {what} ({_some(names)})" for what, names in found.items() if names]:
+    found = {
+        "missing": sorted(wanted.keys() - saved.keys()),
+        # the Trainer's checkpoints may hold the embedding matrix, too
+        "unexpected": sorted(saved.keys() - wanted.keys() - model.state_dict().keys()),
+        "shapes": sorted(name for name in wanted.keys() & saved.keys() if saved[name] != wanted[name]),
+    }
+    if any(found.values()):
+        said = {"shapes": "of another shape"}
+        problems = [f"{len(names)} {said.get(kind, kind)} ({_some(names)})" for kind, names in found.items() if names]
         raise ModelError(
             f"the adapter in {folder} does not fit the backbone or the labels. Of its weights, {'; '.join(problems)}. "
             "Use it with the backbone that it was trained on, and with the files that it was saved with.",
             code="adapter-does-not-fit",
             folder=folder,
-            missing=missing,
-            unexpected=unexpected,
-            shapes=shapes,
+            **found,
         )
     if not (folder / "tokenizer_config.json").is_file():
         return

@@ -1,24 +1,23 @@
-"""Load a backbone with a new classification head, and its tokenizer; layers that compute otherwise than torch's."""
+"""Load a backbone with a new classification head, and its tokenizer."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Iterator
-from dataclasses import dataclass
+import hashlib
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate.utils import parse_flag_from_env
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig
 
 from tokmask_peft.console import Decision
 from tokmask_peft.errors import ModelError, first_line
-from tokmask_peft.model.decisions import choose_precision, choose_quantization
+from tokmask_peft.model.decisions import choose_precision, choose_quantization, out_of_memory
+from tokmask_peft.model.layers import Float32Linear, is_quantized, place_embedding
 from tokmask_peft.model.location import backbone_location
-from tokmask_peft.model.placement import place_embedding
+from tokmask_peft.model.packed import family_of
 from tokmask_peft.recipe.schema import ModelConfig
 from tokmask_peft.tasks import get_task
 
@@ -31,8 +30,10 @@ transformers strips only `.weight` when it looks for the last module, so that a 
 _ATTENTION_DROPOUT = ("attention_dropout", "attention_probs_dropout_prob")
 """What the configs of transformers call the dropout on attention weights."""
 
-_STEPS = 1 << 16
-"""Probabilities that `dropout` can tell apart on a CPU."""
+_SHORT, _LONG = "la neta", "la neta this weather is too hot for me today"
+
+HASHED = 1024
+"""Values of each parameter that identify a backbone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,61 +46,7 @@ class Backbone:
     decisions: tuple[Decision, ...]
     dtype: torch.dtype
     quantization: str
-
-
-class Float32Linear(nn.Linear):
-    """A linear layer that computes in fp32 whatever comes in, with autocast or without."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Map `[..., in_features]` of any dtype to fp32 `[..., out_features]`."""
-        with torch.autocast(input.device.type, enabled=False):
-            bias = None if self.bias is None else self.bias.float()
-            return F.linear(input.float(), self.weight.float(), bias)
-
-
-def dropout(x: Tensor, p: float) -> Tensor:
-    """Return `x` with each element zero with probability `p`, and otherwise divided by 1 - p; the gradient likewise.
-
-    On a CPU, `p` is rounded to the nearest 65,536th, and what stays is divided by the rounded 1 - p, so that the mean
-    is that of `x`. The draws, 16 bits per element, come from torch's default generator in an order of their own: for
-    the same seed, the mask differs from torch's. On other devices this is torch's dropout.
-
-    torch draws a random number and a `double` for each element, one at a time (`bernoulli_`, torch 2.13). On one core
-    of an EPYC, for 985 sub-tokens of 384 dimensions, that takes 2.35 ms and this .59. A packed training step of MiniLM
-    in fp32 takes .92 of the CPU time (.89 to .97 in seven interleaved rounds on a Xeon).
-    """
-    kept = round((1 - p) * _STEPS)
-    if x.device.type != "cpu" or kept == 0:
-        return F.dropout(x, p)
-    if kept == _STEPS:
-        return x
-    count = x.numel()
-    draws = torch.empty((count + 3) // 4, dtype=torch.int64, device=x.device).random_(-(1 << 63), None)
-    noise = torch.empty(count, dtype=x.dtype, device=x.device)
-    # written as numbers at once, because converting booleans costs more
-    torch.lt(draws.view(torch.int16)[:count], kept - _STEPS // 2, out=noise)
-    return x * noise.mul_(_STEPS / kept).view(x.shape)
-
-
-class QuickDropout(nn.Dropout):
-    """`nn.Dropout` that draws as `dropout` does."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Drop elements in training mode."""
-        return dropout(input, self.p) if self.training else input
-
-
-@contextlib.contextmanager
-def quick_dropout(model: nn.Module) -> Iterator[None]:
-    """Turn the `nn.Dropout` modules of a model, with an adapter or without, into `QuickDropout` for the time being."""
-    modules = [module for module in model.modules() if type(module) is nn.Dropout and not module.inplace]
-    for module in modules:
-        module.__class__ = QuickDropout
-    try:
-        yield
-    finally:
-        for module in modules:
-            module.__class__ = nn.Dropout
+    weights: dict[str, str] = field(default_factory=dict)  # see `weight_hashes`
 
 
 def load_backbone(
@@ -113,7 +60,7 @@ def load_backbone(
     fp32 with either), and inputs get no gradients, which only reentrant checkpointing needs.
 
     Raises:
-        ModelError: the backbone cannot be loaded, or not as the recipe asks.
+        ModelError: the backbone cannot be loaded, or not as the recipe asks, or its answers depend on padding.
     """
     location = location or backbone_location(config)
     precision, quantization = choose_precision(config, device), choose_quantization(config, device)
@@ -134,8 +81,8 @@ def load_backbone(
     extra: dict[str, Any] = {}
     try:
         if config.attention_dropout is not None:
-            found = AutoConfig.from_pretrained(location, **source)
-            extra[attention_dropout_name(location, found)] = config.attention_dropout
+            name = attention_dropout_name(location, AutoConfig.from_pretrained(location, **source))
+            extra[name] = config.attention_dropout
         if quantization.choice != "none":
             # a pooler that the checkpoint lacks must not be quantized either; this finds it without loading any weights
             with torch.random.fork_rng():
@@ -143,31 +90,36 @@ def load_backbone(
             extra["quantization_config"] = quantization_config(quantization.choice, dtype, [*HEAD_NAMES, *missing])
             extra["device_map"] = {"": device}
         model, info = load(**extra)
-    except (OSError, ValueError, ImportError) as error:
-        message = load_problem("backbone", location, error)
-        raise ModelError(message, code="backbone-not-loaded", location=location) from error
+    except Exception as error:
+        if isinstance(error, ModelError) or out_of_memory(error):
+            raise
+        raise load_error("backbone", location, error) from error
+    rows, largest = getattr(model.get_input_embeddings(), "num_embeddings", None), max(tokenizer.get_vocab().values())
+    if rows is not None and largest >= rows:
+        problem = f"the tokenizer of {location} has ids up to {largest}, but the embedding has {rows} rows"
+        remedy = "save the backbone again after model.resize_token_embeddings, or with the tokenizer it came with"
+        raise ModelError(f"{problem}: {remedy}", code="tokenizer-too-large", largest=largest, rows=rows)
     model.config.pad_token_id, model.config.use_cache = tokenizer.pad_token_id, False
     new_modules = _new_modules(model, info)
+    weights = weight_hashes(model, new_modules)
     hold_in_fp32(model, new_modules)
     keep_gradients_after_eval(model)
-    placed = place_embedding(model, config.embedding, device)
-    decisions = (Decision("device", str(device), "set by accelerate"), precision, quantization, *placed)
-    return Backbone(model, tokenizer, new_modules, decisions, dtype, quantization.choice)
+    tokenizer.padding_side = padding_side(model, tokenizer, dtype)
+    decisions = [Decision("device", str(device), "set by accelerate"), precision, quantization]
+    if tokenizer.padding_side == "left":
+        decisions.append(Decision("padding", "left", f"{type(model).__name__} reads its answer at the last position"))
+    decisions += place_embedding(model, config.embedding, device)
+    return Backbone(model, tokenizer, new_modules, tuple(decisions), dtype, quantization.choice, weights)
 
 
 def load_tokenizer(config: ModelConfig, location: str | None = None) -> Any:
-    """Load the backbone's tokenizer, with a pad token, padding and truncating on the right.
-
-    Raises:
-        ModelError: the tokenizer cannot be loaded, or has neither a pad nor an end token.
-    """
+    """Load the backbone's tokenizer, with a pad token, padding and truncating on the right, or raise a ModelError."""
     location = location or backbone_location(config)
     source = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     try:
         tokenizer = AutoTokenizer.from_pretrained(location, **source)
-    except (OSError, ValueError, ImportError) as error:
-        message = load_problem("tokenizer", location, error)
-        raise ModelError(message, code="tokenizer-not-loaded", location=location) from error
+    except Exception as error:  # tokenizers raises just that
+        raise load_error("tokenizer", location, error) from error
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             message = f"the tokenizer of {location} has neither a pad nor an end token; use another backbone"
@@ -177,12 +129,17 @@ def load_tokenizer(config: ModelConfig, location: str | None = None) -> Any:
     return tokenizer
 
 
-def load_problem(what: str, location: str, error: Exception) -> str:
-    """Explain in one message why a part of a backbone cannot be loaded, and what to check."""
-    return (
+def load_error(what: str, location: str, error: Exception) -> ModelError:
+    """Return the error that explains why a part of a backbone cannot be loaded, and what to check."""
+    if "trust_remote_code" in str(error):
+        problem = f"the {what} from {location} runs code of its own. Read it; if you trust it"
+        remedy = "give --trust-remote-code to use a run, or set model.trust_remote_code=true to train"
+        return ModelError(f"{problem}, {remedy}.", code="backbone-not-loaded", location=location)
+    message = (
         f"the {what} cannot be loaded from {location}: {first_line(error)} "
         "Check model.backbone (a Hub id or a folder), the network, and `hf auth login` for gated models."
     )
+    return ModelError(message, code=f"{what}-not-loaded", location=location)
 
 
 def attention_dropout_name(location: str, found: Any) -> str:
@@ -208,9 +165,53 @@ def quantization_config(kind: str, compute_dtype: torch.dtype, keep: list[str]) 
     )
 
 
-def is_quantized(module: nn.Module) -> bool:
-    """Return whether a module is a bitsandbytes layer."""
-    return type(module).__module__.startswith("bitsandbytes.")
+@torch.no_grad()
+def padding_side(model: Any, tokenizer: Any, dtype: torch.dtype) -> str:
+    """Return the side to pad on so that a text's answer is the one that it gets alone; a ModelError if there is none.
+
+    Right wherever that serves, left for a model that pools the last position (XLNet), none for FNet, YOSO, CANINE and
+    others. Families that take packed rows are known to need no such test, which takes two or three forward passes.
+    """
+    if family_of(model) is not None or model.config.is_encoder_decoder:  # the latter are refused when they are masked
+        return "right"
+    low = dtype == torch.bfloat16
+    exact = not low and not any(is_quantized(part) for part in model.modules())
+    tolerance = 1e-4 if exact else 0.1  # tiny random models: 1e-6 of the logits' norm, .01 in bf16; padding .2 to 1
+
+    def logits(*texts: str, side: str = "right") -> Any:
+        options = {"padding": True, "padding_side": side, "return_tensors": "pt", "return_token_type_ids": False}
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=low):
+            return model(**tokenizer(list(texts), **options).to(model.device)).logits.float()
+
+    with torch.random.fork_rng(devices=()):  # YOSO draws
+        alone = logits(_SHORT)
+        for side in ("right", "left") if alone.dim() == 2 else ("right",):
+            padded = logits(_SHORT, _LONG, side=side)[:1]
+            padded = padded if alone.dim() == 2 else padded[:, : alone.shape[1]]
+            if not (padded - alone).norm() > tolerance * alone.norm():
+                return side
+    name = type(model).__name__
+    problem = f"{name} reads its padding: a text's answer depends on the longest text in its batch"
+    raise ModelError(f"{problem}; use another backbone, as in `tokmask recipes`", code="reads-padding", model=name)
+
+
+def weight_hashes(model: nn.Module, new_modules: tuple[str, ...]) -> dict[str, str]:
+    """Return hashes of some of a backbone's weights, in bf16: the same from any file and in any precision.
+
+    The weights of linear layers are hashed apart from the others, and not if they are quantized.
+    """
+    hashes = {"linear": hashlib.sha256(), "others": hashlib.sha256()}
+    for name, part in model.named_modules():
+        if f"{name}.".startswith(tuple(f"{new}." for new in new_modules)):
+            continue
+        for key, value in part.named_parameters(recurse=False):
+            kind = "linear" if isinstance(part, nn.Linear) and key == "weight" else "others"
+            if value.is_meta or (kind == "linear" and is_quantized(part)):
+                hashes.pop(kind, None)
+            elif kind in hashes:
+                some = value.detach().flatten()[:: max(1, value.numel() // HASHED)]
+                hashes[kind].update(some.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
+    return {kind: found.hexdigest()[:16] for kind, found in hashes.items()}
 
 
 def keep_gradients_after_eval(model: nn.Module) -> None:
@@ -225,10 +226,10 @@ def keep_gradients_after_eval(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
-def head_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules of the head by name: the children, other than its backbone, of a model without an adapter."""
-    children = {name: module for name, module in model.named_children() if module is not model.base_model}
-    return {name: module for name, module in children.items() if any(True for _ in module.parameters())}
+def head_modules(model: nn.Module) -> tuple[str, ...]:
+    """Name the modules of the head: the children, other than its backbone, of a model without an adapter."""
+    children = [(name, module) for name, module in model.named_children() if module is not model.base_model]
+    return tuple(name for name, module in children if any(True for _ in module.parameters()))
 
 
 def _new_modules(model: nn.Module, info: dict[str, Any]) -> tuple[str, ...]:
@@ -243,8 +244,7 @@ def _new_modules(model: nn.Module, info: dict[str, Any]) -> tuple[str, ...]:
 def hold_in_fp32(model: nn.Module, new_modules: tuple[str, ...]) -> None:
     """Convert the new modules to fp32, in place, and make their linear layers compute in fp32.
 
-    Raises:
-        ModelError: one is quantized; training it would fail, or silently not happen.
+    A ModelError says that one is quantized: training it would fail, or silently not happen.
     """
     for name in new_modules:
         module = model.get_submodule(name)

@@ -38,10 +38,9 @@ def cpu_flags() -> frozenset[str] | None:
 
 
 def choose_precision(config: ModelConfig, device: torch.device) -> Decision:
-    """Choose between bf16 and fp32 for the frozen backbone and the matrix products.
+    """Choose between bf16 and fp32 for the frozen backbone and the matrix products; head and loss are in fp32.
 
-    The head and the loss are computed in fp32 either way. fp16 is not offered: heads lose their loss in it
-    (peft#1522, transformers#24731).
+    fp16 is not offered: heads lose their loss in it (peft#1522, transformers#24731).
     """
     machine, choice = platform.machine(), "fp32"
     if config.precision != "auto":
@@ -83,14 +82,14 @@ def bitsandbytes_problem(device_type: str) -> str | None:
 def choose_quantization(config: ModelConfig, device: torch.device) -> Decision:
     """Choose the format of the frozen linear layers: 4-bit NF4 (Dettmers et al. 2023), 8-bit, or not quantized.
 
-    Raises:
-        ModelError: the recipe asks for a quantization that bitsandbytes cannot do on this device.
+    A ModelError says that bitsandbytes cannot do on this device what the recipe asks for.
     """
     wanted = config.quantization
     problem = None if wanted == "none" else bitsandbytes_problem(device.type)
     if wanted == "auto":
-        choice, reason = ("nf4", f"bitsandbytes runs on this {device.type}") if problem is None else ("none", problem)
-        return Decision("quantization", choice, reason)
+        return Decision(
+            "quantization", "none" if problem else "nf4", problem or f"bitsandbytes runs on this {device.type}"
+        )
     if problem is not None:
         message = f"model.quantization is {wanted}, but {problem}. Set model.quantization=none, or update bitsandbytes."
         raise ModelError(message, code="quantization-unavailable", quantization=wanted, device=device.type)
@@ -111,11 +110,8 @@ def plan_loading(
 ) -> LoadingPlan:
     """Choose the settings to load the backbone of a trained adapter with; `trained` are those of training.
 
-    The default for `quantization` (`nf4`, `int8` or `none`) is that of training if it runs on this device; for
-    `precision` (`bf16` or `fp32`) that of training.
-
-    Raises:
-        ModelError: there is no such quantization or precision.
+    These are the default for `quantization` (`nf4`, `int8` or `none`), if it runs on this device, and for `precision`
+    (`bf16` or `fp32`). A ModelError says that there is no such quantization or precision.
     """
     if quantization not in (None, "nf4", "int8", "none") or precision not in (None, "auto", "bf16", "fp32"):
         message = f"quantization {quantization}, precision {precision}: expected nf4, int8 or none, and bf16 or fp32"
@@ -136,14 +132,9 @@ def plan_loading(
     return LoadingPlan(trained.model_copy(update=here), reasons | deviations, tuple(deviations.values()))
 
 
-def can_checkpoint(model: Any) -> bool:
-    """Return whether a model, bare or wrapped by PEFT, can checkpoint its layers; ALBERT, for one, cannot."""
-    return bool(model.supports_gradient_checkpointing)
-
-
 def check_checkpointing(model: Any, wanted: bool | str) -> None:
-    """Raise a ModelError if `model.gradient_checkpointing` is true and the model cannot do it."""
-    if wanted is True and not can_checkpoint(model):
+    """Raise a ModelError if `model.gradient_checkpointing` is true and the model (ALBERT, for one) cannot do it."""
+    if wanted is True and not model.supports_gradient_checkpointing:
         problem = f"model.gradient_checkpointing is true, but {type(model).__name__} cannot do that: set it to false"
         raise ModelError(problem, code="no-checkpointing", model=type(model).__name__)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,18 +23,16 @@ _ANY_LENGTH = ("jamba", "zamba")
 
 
 def backbone_location(config: ModelConfig) -> str:
-    """Return the folder or Hub id to load the backbone from.
-
-    Raises:
-        ModelError: `backbone_path` names a folder or an installed package that does not exist.
-    """
+    """Return the folder or Hub id to load the backbone from; a ModelError if it is missing or a file is not one."""
     wanted = config.backbone_path
     if wanted is None:
+        check_files(config.backbone)
         return config.backbone
     if not wanted.startswith("package:"):
         if not Path(wanted).is_dir():
             message = f"model.backbone_path is {wanted}, which is not a folder. Remove it to use the Hub."
             raise ModelError(message, code="backbone-folder-missing", path=wanted)
+        check_files(wanted)
         return wanted
     package, _, inside = wanted.removeprefix("package:").partition("/")
     spec = importlib.util.find_spec(package)
@@ -42,6 +41,13 @@ def backbone_location(config: ModelConfig) -> str:
         remedy = f"pip install {package.replace('_', '-')}, or set model.backbone_path=null to use the Hub"
         raise ModelError(f"{problem}: {remedy}", code="backbone-package-missing", package=package)
     return str(Path(spec.submodule_search_locations[0]) / inside)
+
+
+def check_files(folder: str | Path) -> None:
+    """Raise a ModelError if a folder, if it is one, holds a pipe or a device: reading it might never end."""
+    for path in Path(folder).iterdir() if os.path.isdir(folder) else ():  # noqa: PTH112 (Path.is_dir fails at long names)
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise ModelError(f"{path} is a pipe or a device; a file is needed", code="not-a-file", path=path)
 
 
 def config_at_hand(model: ModelConfig) -> Mapping[str, Any]:
@@ -59,10 +65,9 @@ def config_at_hand(model: ModelConfig) -> Mapping[str, Any]:
 
 
 def position_limit(config: Mapping[str, Any]) -> int | None:
-    """Return the sub-tokens that a model has positions for, special tokens included; None if any number.
+    """Return the sub-tokens that a model with this `config.json` has positions for, special tokens included.
 
-    `config` is what `config.json` holds. Rotary and relative positions have no end, although long texts may be read
-    badly.
+    None is any number: rotary and relative positions have no end, although long texts may be read badly.
     """
     config = config.get("text_config") or config
     kind, relative = config.get("model_type"), "relative_attention_num_buckets" in config
@@ -75,11 +80,7 @@ def position_limit(config: Mapping[str, Any]) -> int | None:
 
 
 def check_length(recipe: Recipe, config: Mapping[str, Any]) -> None:
-    """Check that texts of `data.max_length` sub-tokens fit the positions of the backbone with this config.
-
-    Raises:
-        RecipeError: they do not, with the greatest length that does.
-    """
+    """Raise a RecipeError if texts of `data.max_length` sub-tokens exceed the positions of a backbone's config."""
     limit, asked = position_limit(config), recipe.data.max_length
     if limit is not None and asked > limit:
         problem = f"data.max_length: is {asked}, but {recipe.model.backbone} has positions for {limit} sub-tokens"

@@ -26,7 +26,7 @@ from tokmask_peft.console import Decision
 from tokmask_peft.errors import ModelError
 from tokmask_peft.masking.embedding import find_embedding
 from tokmask_peft.masking.masker import TokenMasker
-from tokmask_peft.model.backbone import dropout as dropped
+from tokmask_peft.model.layers import dropout as dropped
 from tokmask_peft.recipe.schema import Batching
 from tokmask_peft.tasks import IGNORED
 
@@ -71,7 +71,8 @@ FAMILIES |= dict.fromkeys(("Llama", "Mistral", "Qwen2", "Qwen3"), _DECODER)
 """By the part of a class name before `ForSequenceClassification` or `ForTokenClassification`. Others may be added."""
 
 
-def _family(model: nn.Module) -> Family | None:
+def family_of(model: nn.Module) -> Family | None:
+    """Return the family of a classification model whose texts can be packed, or None."""
     name, _, head = type(model).__name__.partition("For")
     family = FAMILIES.get(name)
     known = family is not None and type(model).__module__.startswith(family.package)
@@ -80,7 +81,7 @@ def _family(model: nn.Module) -> Family | None:
 
 def padding_free_problem(model: nn.Module) -> str | None:
     """Return why a classification model, without an adapter, cannot take packed rows, or None if it can."""
-    family, name = _family(model), type(model).__name__
+    family, name = family_of(model), type(model).__name__
     if family is None:
         return f"{name} has no padding-free forward; {', '.join(FAMILIES)} have"
     if not family.causal and getattr(model.config, "is_decoder", False):
@@ -94,27 +95,23 @@ def choose_batching(wanted: Batching, model: nn.Module, neftune: bool = False) -
 
     The model comes without an adapter; `neftune` says whether NEFTune adds noise to its embeddings.
     """
-    reason = "a batch is one row, with attention per text"
     if wanted == "grouped":
         reason = "texts of similar length need little padding; if length gives the label away, a run may not learn"
     elif wanted == "padded":
         reason = "random batches, padded to their longest text"
     else:
-        problem = padding_free_problem(model)
-        if problem is None and neftune:
-            problem = "NEFTune scales its noise by the length of the padded batch"
-        if problem is not None:
+        noise = "NEFTune scales its noise by the length of the padded batch" if neftune else None
+        if problem := padding_free_problem(model) or noise:
             return Decision("batching", "padded", f"padding_free does not fit: {problem}")
+        reason = "a batch is one row, with attention per text"
     return Decision("batching", wanted, reason)
 
 
 def enable_padding_free(model: nn.Module) -> None:
     """Let a classification model take packed batches (`data.PackedCollator`) as well as padded ones. May be repeated.
 
-    The model comes without an adapter; PEFT, DDP and the Trainer may wrap it afterwards.
-
-    Raises:
-        ModelError: the model cannot take packed rows.
+    The model comes without an adapter; PEFT, DDP and the Trainer may wrap it afterwards. A ModelError says why it
+    cannot take packed rows.
     """
     if isinstance(model, PackedRows):
         return
@@ -127,7 +124,7 @@ def enable_padding_free(model: nn.Module) -> None:
     AttentionMaskInterface.register(NAME, sdpa_mask)
     model.config._attn_implementation = NAME  # type: ignore[union-attr]
     per_token = own.__name__.endswith("TokenClassification")
-    members = {"__module__": own.__module__, "family": _family(model), "per_token": per_token}
+    members = {"__module__": own.__module__, "family": family_of(model), "per_token": per_token}
     model.__class__ = type(own.__name__, (PackedRows, own), members)
 
 
@@ -178,8 +175,7 @@ class Packing:
         buckets, slots, first, used = [], [], torch.empty_like(starts), 0
         for members, length, padded in groups:
             chosen = texts if members is None else torch.tensor(members)
-            columns = torch.arange(length, device=device)
-            ends = lengths[chosen].unsqueeze(1)
+            columns, ends = torch.arange(length, device=device), lengths[chosen].unsqueeze(1)
             slots.append((starts[chosen].unsqueeze(1) + columns.minimum(ends - 1)).reshape(-1))
             buckets.append((len(chosen), length, (columns < ends)[:, None, None] if padded else None))
             first[chosen] = used + torch.arange(len(chosen), device=device) * length
@@ -233,8 +229,8 @@ class PackedRows(nn.Module):
         """
         if cu_seqlens is None:
             rest = {"attention_mask": attention_mask, "position_ids": position_ids, "labels": labels}
-            given = {name: value for name, value in rest.items() if value is not None}
-            return super().forward(input_ids=input_ids, **given, **kwargs)
+            kwargs |= {name: value for name, value in rest.items() if value is not None}
+            return super().forward(input_ids=input_ids, **kwargs)
         if input_ids is None or max_length is None:
             raise ModelError("a packed batch needs input_ids, cu_seqlens and max_length", code="incomplete-batch")
         packing = Packing.make(cu_seqlens, input_ids.shape[1], max_length)
@@ -316,19 +312,16 @@ def packed_attention(
     causal, window = seen(module, is_causal, sliding_window, packing.max_length)
     rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
     device = query.device.type
-    kernel: Kernel = F.scaled_dot_product_attention
     if device == "cuda" and query.dtype == torch.float32 and torch.is_autocast_enabled("cuda"):
         rows = [tensor.to(torch.get_autocast_dtype("cuda")) for tensor in rows]
     if device == "cuda" and rows[0].dtype != torch.float32 and dropout == 0.0 and (varlen := _varlen_kernel()):
         found = _varlen_attention(varlen, rows, packing, causal, window, scaling)
-    elif device == "cpu":
-        # the kernels of CPUs are slow in bf16: 26.6 ms in four buckets that take 6.8 in fp32 (see `WORTH`)
-        rows = [tensor.float() for tensor in rows]
-        with torch.autocast("cpu", enabled=False):
-            kernel = _dropped_attention if dropout > 0 else kernel
-            found = attend_in_buckets(rows, packing, causal, window, dropout, scaling, kernel)
     else:
-        found = attend_in_buckets(rows, packing, causal, window, dropout, scaling, kernel)
+        if device == "cpu":  # whose kernels are slow in bf16: four buckets take 26.6 ms, and 6.8 in fp32 (see `WORTH`)
+            rows = [tensor.float() for tensor in rows]
+        kernel: Kernel = _dropped_attention if device == "cpu" and dropout > 0 else F.scaled_dot_product_attention
+        with torch.autocast("cpu", enabled=False) if device == "cpu" else contextlib.nullcontext():
+            found = attend_in_buckets(rows, packing, causal, window, dropout, scaling, kernel)
     return found.to(value.dtype).unsqueeze(0), None
 
 

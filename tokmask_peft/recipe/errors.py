@@ -20,21 +20,28 @@ from tokmask_peft.masking.config import NameIn
 from tokmask_peft.recipe.schema import Recipe, all_fields, section_of
 
 _NOUNS = {str: "text", int: "a whole number", float: "a number", bool: "true or false", NoneType: "null"}
+MOST_LISTED = 100
 _BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 
 
 def explain(error: ValidationError) -> list[str]:
     """Return a line per problem of a recipe; the branches of a union make one line together."""
     found: dict[str, list[tuple[ErrorDetails, _Place]]] = {}
-    for detail in error.errors(include_url=False):
+    details = error.errors(include_url=False)
+    for detail in details[:MOST_LISTED]:
         place = _find(detail["loc"])
         found.setdefault(place.path, []).append((detail, place))
     lines: list[str] = []
     for path, pairs in found.items():
         # If a value fits a container of the union, only what is wrong inside it matters.
         inner = [pair for pair in pairs if pair[1].inside] or pairs
-        lines.extend(f"{path}{_subscript(place)}: {_problem(detail, place)}" for detail, place in inner)
-    return list(dict.fromkeys(lines))
+        for detail, place in inner:
+            # with [key], the key itself is wrong
+            parts = place.inside[:-2] if "[key]" in place.inside else place.inside
+            subscript = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts)
+            lines.append(f"{path}{subscript}: {_problem(detail, place)}")
+    more = [f"recipe: and {len(details) - MOST_LISTED:,} more problems"] if len(details) > MOST_LISTED else []
+    return [*dict.fromkeys(lines), *more]
 
 
 def shown(value: Any) -> str:
@@ -96,11 +103,6 @@ def _problem(detail: ErrorDetails, place: _Place) -> str:
     only_text = str in types and not {*types} - {str, NoneType}
     quotable = only_text and value is not None and not isinstance(value, Mapping | Sequence)
     return f"{text}: put it in quotes" if quotable else text
-
-
-def _subscript(place: _Place) -> str:
-    parts = place.inside[:-2] if "[key]" in place.inside else place.inside  # with it, the key itself is wrong
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts)
 
 
 def _types(field: FieldInfo) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import re
 import shlex
@@ -12,10 +13,11 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from tokmask_peft.errors import RecipeError, nearest
+from tokmask_peft.errors import RecipeError, boundary, nearest, write_whole
 from tokmask_peft.recipe.errors import explain, shown
 from tokmask_peft.recipe.schema import Recipe, all_fields, section_of
 
+MOST_VALUES, DEEPEST = 100_000, 20
 _PACKAGE = Path(__file__).parent.parent
 SHIPPED = _PACKAGE / "recipes" if (_PACKAGE / "recipes").is_dir() else _PACKAGE.parent / "recipes"
 """The shipped recipes; in a source checkout those in its top folder."""
@@ -28,11 +30,7 @@ def shipped_recipes() -> list[str]:
 
 
 def find_recipe(recipe: str | Path) -> Path:
-    """Return the file of a recipe, given its path or the name of a shipped recipe.
-
-    Raises:
-        RecipeError: there is neither.
-    """
+    """Return the file of a recipe, given its path or the name of a shipped recipe; RecipeError if there is neither."""
     path = Path(recipe)
     if path.is_file():
         return path
@@ -46,7 +44,8 @@ def find_recipe(recipe: str | Path) -> Path:
 
 def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read, merge, override and check a recipe; see `Recipe.load`."""
-    return _overridden(_read_merged(find_recipe(recipe), ()), overrides, str(recipe))
+    with boundary(f"reading the recipe {recipe}"):
+        return _overridden(_read_merged(find_recipe(recipe)), overrides, str(recipe))
 
 
 def with_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
@@ -80,31 +79,27 @@ def to_yaml(recipe: Recipe) -> str:
 
 
 def copy_recipe(recipe: str | Path, target: Path) -> None:
-    """Write a recipe with its bases merged in, keeping the comments at its head, with the command for the new file.
-
-    Raises:
-        RecipeError: there is no such recipe, the target exists, or it cannot be written.
-    """
+    """Write a recipe with its bases merged in, keeping the comments at its head, with the command for the new file."""
     path = find_recipe(recipe)
-    body = yaml.safe_dump(_read_merged(path, ()), sort_keys=False, allow_unicode=True)
+    body = yaml.safe_dump(_read_merged(path), sort_keys=False, allow_unicode=True)
     lines = path.read_text(encoding="utf-8").splitlines()
     head = "".join(f"{line}\n" for line in itertools.takewhile(lambda line: line.startswith("#"), lines))
     head = re.sub(r"(tokmask train) \S+", lambda found: f"{found[1]} {shlex.quote(str(target))}", head)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with target.open("x", encoding="utf-8") as file:
-            file.write(head + body)
-    except FileExistsError as error:
-        problem = f"{error.filename} exists; choose another name or remove it"
-        raise RecipeError([problem], str(recipe), code="recipe-exists", file=error.filename) from error
+        if target.exists():
+            raise FileExistsError(errno.EEXIST, "File exists", str(target))
+        write_whole(target, head + body)
     except OSError as error:
-        problem = f"{target} cannot be written: {error.strerror}"
-        raise RecipeError([problem], str(recipe), code="recipe-unwritable", file=str(target)) from error
+        code, problem = "recipe-unwritable", f"{target} cannot be written: {error.strerror}"
+        if isinstance(error, FileExistsError):
+            code, problem = "recipe-exists", f"{error.filename} exists; choose another name or remove it"
+        raise RecipeError([problem], str(recipe), code=code, file=error.filename or str(target)) from error
 
 
 def field_help() -> list[str]:
     """Return a line per key of a recipe: name, default and meaning."""
-    lines: list[str] = []
+    lines = []
     for path, field in all_fields():
         default = shown(field.get_default(call_default_factory=True))
         lines.append(f"{path} ({'required' if field.is_required() else f'default {default}'}): {field.description}")
@@ -127,13 +122,32 @@ def differences(before: Recipe, after: Recipe) -> list[str]:
 def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in content.items():
-        path = f"{prefix}{key}"
-        flat.update(_flat(value, f"{path}.") if isinstance(value, Mapping) else {path: value})
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return flat
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe loader without its traps: a key given twice is an error, `no` is Norwegian, and 2024-01-01 a name."""
+    """YAML's safe loader without its traps: a key given twice is an error, `no` is Norwegian, and 2024-01-01 a name.
+
+    A document that is nested too deeply, or too large once its aliases are written out, is refused.
+    """
+
+    def get_single_node(self) -> Any:
+        try:
+            root = super().get_single_node()
+        except RecursionError:
+            raise yaml.MarkedYAMLError(problem="nested too deeply") from None
+        nodes: list[Any] = [root]
+        count = 0
+        while nodes:
+            node, count = nodes.pop(), count + 1
+            if count > MOST_VALUES:
+                problem = f"more than {MOST_VALUES:,} values, each alias counted as what it stands for"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+            if isinstance(node, yaml.CollectionNode):
+                pairs = isinstance(node, yaml.MappingNode)
+                nodes.extend(itertools.chain.from_iterable(node.value) if pairs else node.value)
+        return root
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -181,8 +195,16 @@ def _read(path: Path) -> dict[str, Any]:
     return content or {}
 
 
-def _read_merged(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
-    resolved = path.resolve()
+def _read_merged(
+    path: Path, above: tuple[Path, ...] = (), known: dict[Path, dict[str, Any]] | None = None
+) -> dict[str, Any]:
+    """Read a recipe with its bases; `above` are the recipes whose base it is, `known` those that were read before."""
+    resolved, known = path.resolve(), {} if known is None else known
+    if resolved in known:
+        return known[resolved]
+    if len(above) == DEEPEST:
+        problem = f"base: more than {DEEPEST} recipes, each the base of the one before; merge some"
+        raise RecipeError([problem], str(above[0]), code="deep-base")
     if resolved in above:
         chain = " -> ".join(map(str, [*above, resolved]))
         raise RecipeError([f"base: the recipe is its own base ({chain})"], str(path), code="circular-base")
@@ -194,8 +216,9 @@ def _read_merged(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
         raise RecipeError(lines, str(path), code="no-such-base")
     merged: dict[str, Any] = {}
     for base in files:
-        merged = _merge(merged, _read_merged(base, (*above, resolved)), Recipe)
-    return _merge(merged, content, Recipe)
+        merged = _merge(merged, _read_merged(base, (*above, resolved), known), Recipe)
+    known[resolved] = _merge(merged, content, Recipe)
+    return known[resolved]
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any], model: type[BaseModel]) -> dict[str, Any]:

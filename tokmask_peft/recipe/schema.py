@@ -10,7 +10,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 
-from pydantic import BaseModel, Field, StrictBool, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, StrictBool, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from tokmask_peft.errors import RecipeError
@@ -37,6 +37,7 @@ LanguageCode = Annotated[str, Field(pattern=r"^([a-z]{2,3}|multilingual)$", titl
 Modules = Annotated[tuple[str, ...], Field(min_length=1, title="a list of module names, for example [q_proj, v_proj]")]
 LayerCount = Annotated[int, Field(ge=1, title="a number of layers, for example 6")]
 ShareOfLayers = Annotated[float, Field(gt=0.0, lt=1.0, title="a share of the layers between 0 and 1, for example 0.5")]
+MissingValue = Annotated[str, BeforeValidator(lambda value: "" if value is None else str(value))]
 Weight = Annotated[float, Field(ge=0.0)]
 Weights = Annotated[dict[str, Weight], Field(title="a weight per label, as {en: 1.0, es: 2.0}")]
 
@@ -54,7 +55,20 @@ class SourceConfig(Section):
         None, description="column of the text, or of the words in token tasks; in CoNLL files a number, from 0"
     )
     label_column: str | int | None = Field(
-        None, description="column of the label, or of the tags in token tasks; in CoNLL files a number, from 0"
+        None,
+        description="column of the label, or of the tags in token tasks; in CoNLL files a number, from 0; in CoNLL-U "
+        "also a name such as upos, misc.Lang or feats.Case",
+    )
+    missing: tuple[MissingValue, ...] | None = Field(
+        None,
+        description="labels or texts that stand for a missing one, such as [none, -1]: those texts are left out, and "
+        "counted; [] if labels that look like it are classes",
+    )
+    header: Literal["auto"] | StrictBool = Field(
+        "auto", description="CSV and TSV: whether the first row names the columns; auto decides from the cells"
+    )
+    group_column: str | int | None = Field(
+        None, description="token tasks, tables with a word in each row: column that says to which text the word belongs"
     )
     name: str | None = Field(None, description="name of the corpus (for the model card)")
     language: tuple[LanguageCode, ...] = Field(
@@ -113,7 +127,8 @@ class DataConfig(SourceConfig):
     )
     max_length: int = Field(128, ge=4, description="sub-tokens per text; longer texts are truncated and reported")
     hygiene: Literal["remove", "report"] = Field(
-        "remove", description="duplicate, conflicting and leaked texts: remove from train, or only report"
+        "remove",
+        description="duplicate, conflicting and leaked texts, near-duplicates too: remove from train, or only report",
     )
     max_train: int | None = Field(None, ge=1, description="use at most this many training texts (seeded, stratified)")
 
@@ -182,6 +197,11 @@ class AdapterConfig(Section):
     rslora: StrictBool = Field(False, description="scale by alpha / sqrt(r) (Kalajdzievski 2023)")
     dora: StrictBool = Field(False, description="weight-decomposed LoRA (Liu et al. 2024)")
     license: str | None = Field(None, description="licence of the adapter, such as apache-2.0 (for the model card)")
+
+    @property
+    def scaling(self) -> float:
+        """The factor of the update."""
+        return self.alpha / (self.r**0.5 if self.rslora else self.r)
 
 
 class TrainingConfig(Section):
@@ -283,11 +303,7 @@ class Recipe(Section):
 
     @classmethod
     def load(cls, recipe: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
-        """Read a recipe file, or a shipped recipe by name, with its bases and `dotted.key=value` overrides.
-
-        Raises:
-            RecipeError: with every problem found.
-        """
+        """Read a recipe file or a shipped recipe, with bases and overrides; RecipeError with every problem found."""
         from tokmask_peft.recipe.loading import load_recipe
 
         return load_recipe(recipe, overrides)

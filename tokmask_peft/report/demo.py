@@ -5,31 +5,24 @@ It contacts no other server: no analytics, no version check, no fonts or scripts
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
 
 from markupsafe import Markup
 
-from tokmask_peft.errors import ExtraError, MaskTokenError, ModelError, TokmaskError
+from tokmask_peft.errors import MaskTokenError, ModelError, TokmaskError
+from tokmask_peft.hub.card import plain
 from tokmask_peft.tasks import get_task
 
 HOST = "127.0.0.1"
 _MOST_WORDS = 300  # explained: each word costs a forward pass
+_MOST_CHARACTERS = 10_000  # of a text
+_MOST_BYTES = 200_000  # of a request: such a text in JSON, where a letter may take twelve
+_MOST_WAITING = 16  # texts of all visitors; one is answered at a time
 _FONTS = ("system-ui", "Segoe UI", "Roboto", "Noto Sans", "sans-serif")
-
-
-def require_gradio() -> None:
-    """Check that the app can be built, without importing anything.
-
-    Raises:
-        ExtraError: gradio is not installed.
-    """
-    if importlib.util.find_spec("gradio") is None:
-        raise ExtraError("the demo needs gradio: pip install 'tokmask-peft[demo]'", extra="demo")
 
 
 def check_address(host: str, port: int | None) -> None:
@@ -45,21 +38,21 @@ def check_address(host: str, port: int | None) -> None:
             probe.bind(address)
     except OSError as error:
         where = f"{host}:{port}" if port else host
-        raise ModelError(
-            f"the demo cannot listen on {where} ({error.strerror}); give another --host or --port", code="bad-address"
-        ) from None
+        problem = f"the demo cannot listen on {where} ({error.strerror}); give another --host or --port"
+        raise ModelError(problem, code="bad-address") from None
 
 
 def answer(classifier: Any, text: str) -> tuple[dict[str, float] | None, Markup]:
-    """Classify a text for the app.
+    """Return calibrated probabilities of the labels, or none if each word has one, and a text's words as HTML.
 
-    Returns:
-        Calibrated probabilities of the labels, or none if each word has a label; and HTML with the coloured words, or
-        with what is wrong with the text.
+    The words are coloured; if the text cannot be classified, the HTML says why.
     """
     from tokmask_peft.inference.display import influence_words, label_legend, label_words
     from tokmask_peft.inference.explain import explain
 
+    if len(text) > _MOST_CHARACTERS:
+        problem = f"the text has {len(text):,} characters, and only up to {_MOST_CHARACTERS:,} are answered here"
+        return None, _page(problem=f"{problem}; for longer ones use: tokmask predict")
     try:
         (found,) = classifier.predict([text])
         if get_task(classifier.task).words_given:
@@ -101,37 +94,53 @@ def build(classifier: Any, name: str) -> Any:
         return str(page) if task.words_given else (chances, str(page))
 
     with gradio.Blocks(title=f"{name}: demo", analytics_enabled=False) as app:
-        gradio.Markdown(f"# {_plain(name)}\n{task.description.capitalize()}. {calibrated}")
-        text = gradio.Textbox(label="Text", lines=3, max_lines=12, placeholder="Type or paste a text", autofocus=True)
+        gradio.Markdown(f"# {plain(name)}\n{task.description.capitalize()}. {calibrated}")
+        text = gradio.Textbox(
+            label="Text",
+            lines=3,
+            max_lines=12,
+            max_length=_MOST_CHARACTERS,
+            placeholder="Type or paste a text",
+            autofocus=True,
+        )
         button = gradio.Button("Classify", variant="primary")
         outputs = []
         if not task.words_given:
             outputs.append(gradio.Label(label="Label", num_top_classes=min(len(classifier.labels), 8), elem_id="label"))
         outputs.append(gradio.HTML(label="Words", elem_id="words"))
         gradio.on([button.click, text.submit], respond, inputs=text, outputs=outputs)
+    app.queue(max_size=_MOST_WAITING, default_concurrency_limit=1, api_open=False)
     return app
 
 
-def serve(
-    app: Any, host: str = HOST, port: int | None = None, *, share: bool = False, report: Callable[[str], None] = print
-) -> None:
-    """Serve the app until Ctrl-C.
+class _Gate:
+    """Middleware that answers neither uploads, for which gradio has an open address, nor requests of any size."""
 
-    The default address is visible to this machine only, the default port is a free one from 7860 on; `share` opens a
-    public link through gradio's servers. `report` prints a line.
-    """
-    _, url, public = launch(app, host, port, share=share)
-    report(f"The demo runs at {public or url} (Ctrl-C stops it)")
-    app.block_thread()
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        headers = dict(scope["headers"])
+        too_large = int(headers.get(b"content-length", 0)) > _MOST_BYTES or b"transfer-encoding" in headers
+        upload = scope["path"].rstrip("/").endswith(("/upload", "/upload_progress"))
+        if not too_large and not upload:
+            return await self.app(scope, receive, send)
+        await send({"type": "http.response.start", "status": 404 if upload else 413, "headers": []})
+        return await send({"type": "http.response.body", "body": b""})
 
 
 def launch(app: Any, host: str = HOST, port: int | None = None, *, share: bool = False) -> Any:
-    """Start the server and return what gradio returns: its app, the local and the public address."""
-    import gradio
+    """Start the server and return what gradio returns: its app, the local and the public address.
 
-    theme = gradio.themes.Base(primary_hue="blue", font=_FONTS, font_mono=("ui-monospace", "monospace"))
+    The default address is visible to this machine only, the default port is a free one from 7860 on; `share` opens a
+    public link through gradio's servers.
+    """
+    import gradio
+    from starlette.middleware import Middleware
+
     styles = files("tokmask_peft.inference") / "words.css", files("tokmask_peft.report") / "templates/demo.css"
-    css = "".join(style.read_text(encoding="utf-8") for style in styles)
     return app.launch(
         server_name=host,
         server_port=port,
@@ -141,11 +150,7 @@ def launch(app: Any, host: str = HOST, port: int | None = None, *, share: bool =
         ssr_mode=False,
         pwa=False,
         footer_links=[],
-        theme=theme,
-        css=css,
+        theme=gradio.themes.Base(primary_hue="blue", font=_FONTS, font_mono=("ui-monospace", "monospace")),
+        css="".join(style.read_text(encoding="utf-8") for style in styles),
+        app_kwargs={"middleware": [Middleware(_Gate)]},
     )
-
-
-def _plain(name: str) -> str:
-    """Return a name in which Markdown finds no markup."""
-    return "".join(f"\\{letter}" if letter in "\\`*_{}[]<>()#+-.!|~$" else letter for letter in name)

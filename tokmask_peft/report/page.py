@@ -12,9 +12,9 @@ from tokmask_peft import __version__
 from tokmask_peft.artifacts import Run, open_run
 from tokmask_peft.console import baseline_verdict, calibration_line
 from tokmask_peft.data.corpus import merged_labels
-from tokmask_peft.errors import ModelError, RunError, TokmaskError
+from tokmask_peft.errors import ModelError, RunError, TokmaskError, boundary, require, write_whole
 from tokmask_peft.hub.card import hub_id, limits, loading_snippet, training_facts
-from tokmask_peft.report.pictures import mixing_picture, reliability_picture, require_matplotlib, training_curves
+from tokmask_peft.report.pictures import mixing_picture, reliability_picture, training_curves
 from tokmask_peft.tasks import get_task
 
 if TYPE_CHECKING:
@@ -38,12 +38,17 @@ def prepare(run: str | Path, out: str | Path | None = None) -> tuple[Run, Path]:
         raise RunError(f"{path} cannot be written: {problem}", code="bad-output", path=path)
     if path.is_file() and MARK not in path.read_text(encoding="utf-8", errors="replace")[:200]:
         raise RunError(f"{path} exists and is not a report; give another file with --out", code="taken", path=path)
-    require_matplotlib()
+    require("matplotlib", "plots", "a report")
     return found, path
 
 
 def report_run(
-    run: str | Path, out: str | Path | None = None, *, examples: bool = True, backbone: str | None = None
+    run: str | Path,
+    out: str | Path | None = None,
+    *,
+    examples: bool = True,
+    backbone: str | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[Path, str]:
     """Write the report of a run: one HTML file that loads nothing.
 
@@ -52,12 +57,10 @@ def report_run(
         out: the file to write, as for `prepare`.
         examples: predict the scored split again to show the most confident mistakes; needs the data and the backbone.
         backbone: where to load the backbone from for that, instead of what the recipe says.
+        trust_remote_code: let the backbone run code of its own for that; the recipe cannot allow it.
 
     Returns:
         The file, and why it shows no mistakes although they were requested; empty if it does.
-
-    Raises:
-        RunError, ExtraError: as `prepare`.
     """
     found, path = prepare(run, out)
     mistakes, problem = None, ""
@@ -65,11 +68,12 @@ def report_run(
         from tokmask_peft.report.examples import find_mistakes
 
         try:
-            mistakes = find_mistakes(found, backbone)
+            mistakes = find_mistakes(found, backbone, trust_remote_code)
         except TokmaskError as error:
             problem = str(error)
-    page = render(found, mistakes, problem or "the report was made with --no-examples")
-    path.write_text(page, encoding="utf-8")
+    with boundary(f"the page of {run}, from its result.json, log.jsonl and recipe.yaml,", RunError, "bad-result"):
+        page = render(found, mistakes, problem or "the report was made with --no-examples")
+    write_whole(path, page)
     return path, problem
 
 
@@ -114,7 +118,8 @@ def _words_are_spaced(run: Run) -> bool:
     from tokmask_peft.model.backbone import load_tokenizer
 
     try:
-        return words_need_a_space(load_tokenizer(run.recipe.model, str(adapter)))
+        no_code = run.recipe.model.model_copy(update={"trust_remote_code": False})
+        return words_need_a_space(load_tokenizer(no_code, str(adapter)))
     except ModelError:  # the snippet cannot load it either
         return False
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import re
 import warnings
@@ -12,46 +11,26 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-from tokmask_peft.errors import ExtraError
-
 INK, MUTED, GRID = "#010101", "#020202", "#030303"
 FIRST, SECOND = "#040404", "#050505"
 _VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--line", FIRST: "--first", SECOND: "--second"}
 
 _STYLE = {
+    **dict.fromkeys(("text.parse_math", "axes.spines.top", "axes.spines.right", "legend.frameon"), False),
+    **dict.fromkeys(("axes.edgecolor", "grid.color", "xtick.color", "ytick.color"), GRID),
+    **dict.fromkeys(("axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), MUTED),
     "svg.fonttype": "none",  # letters of any script, searchable, in the fonts of the page
     "font.size": 10,
-    "text.parse_math": False,
+    "legend.fontsize": 9,
     "text.color": INK,
-    "axes.edgecolor": GRID,
-    "axes.labelcolor": MUTED,
     "axes.grid": True,
     "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "grid.color": GRID,
     "grid.linewidth": 0.6,
-    "xtick.color": GRID,
-    "ytick.color": GRID,
-    "xtick.labelcolor": MUTED,
-    "ytick.labelcolor": MUTED,
-    "legend.frameon": False,
-    "legend.fontsize": 9,
 }
 
 
-def require_matplotlib() -> None:
-    """Check that pictures can be drawn, without importing anything.
-
-    Raises:
-        ExtraError: matplotlib is not installed.
-    """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ExtraError("a report needs matplotlib for its pictures: pip install 'tokmask-peft[plots]'", extra="plots")
-
-
 def draw(name: str, alt: str, paint: Callable[[Any], None], size: tuple[float, float] = (3.6, 2.5)) -> Markup:
-    """Return one picture as an `<svg>` element.
+    """Return one picture as an `<svg>` element, in the colours of the page and with ids that occur nowhere else.
 
     Args:
         name: unique on the page; the ids inside begin with it.
@@ -68,24 +47,18 @@ def draw(name: str, alt: str, paint: Callable[[Any], None], size: tuple[float, f
         paint(figure.subplots())
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return _inline(buffer.getvalue(), name, alt)
-
-
-def _inline(text: str, name: str, alt: str) -> Markup:
-    """Remove the XML head, name the picture, make its ids unique, and replace its colours by those of the page."""
-    body = text[text.index("<svg") :]
-    body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
+    text = buffer.getvalue()
+    head = re.search(r'<svg [^>]*?viewBox="(?P<box>[^"]+)"[^>]*>', text)
+    if head is None:
+        raise ValueError("matplotlib wrote an <svg> without a viewBox")
+    body = re.sub(r"<metadata>.*?</metadata>", "", text[head.end() :], flags=re.DOTALL)
     body = re.sub(r'\b(id="|xlink:href="#|url\(#)', rf"\g<1>{name}-", body)
     for colour, variable in _VARIABLES.items():
         body = body.replace(colour, f"var({variable})")
-    head = re.compile(r'<svg [^>]*?viewBox="(?P<box>[^"]+)"[^>]*>')
-    box = head.match(body)
-    if box is None:
-        raise ValueError("matplotlib wrote an <svg> without a viewBox")
     label = escape(alt)
-    start = f'<svg xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="{box["box"]}" role="img" aria-label="{label}">'
+    start = f'<svg xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="{head["box"]}" role="img" aria-label="{label}">'
     # made of matplotlib's own markup, which escapes its texts, and of an escaped label
-    return Markup(start + body[box.end() :])  # noqa: S704
+    return Markup(start + body)  # noqa: S704
 
 
 Points = list[tuple[float, float]]
@@ -165,14 +138,10 @@ def reliability_picture(before: Mapping[str, Any], after: Mapping[str, Any], spl
         for handle in legend.legend_handles:
             handle.set_sizes([40])
 
-    alt = (
-        f"Reliability diagram of {split}: expected calibration error {before['ece']:.4f} before the temperature, "
-        f"{after['ece']:.4f} after."
-    )
-    caption = (
-        "Accuracy of answers by their confidence. On the diagonal, answers with confidence .8 are right in 80 of 100 "
-        "cases; larger marks stand for more answers."
-    )
+    errors = f"{before['ece']:.4f} before the temperature, {after['ece']:.4f} after"
+    alt = f"Reliability diagram of {split}: expected calibration error {errors}."
+    caption = "Accuracy of answers by their confidence. On the diagonal, answers with confidence .8 are right in 80 of "
+    caption += "100 cases; larger marks stand for more answers."
     return Picture(draw("reliability", alt, paint, (3.6, 3.5)), caption)
 
 
@@ -182,11 +151,11 @@ def _points(log: Log, key: str) -> Points:
 
 
 def _curve(
-    name: str, alt: str, lines: Mapping[str, tuple[Points, str]], best_step: int | None, zero: bool = False
+    name: str, alt: str, lines: Mapping[str, tuple[Points, str]], best: int | None, zero: bool = False
 ) -> Markup:
     def paint(axes: Any) -> None:
-        if best_step:
-            axes.axvline(best_step, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
+        if best:
+            axes.axvline(best, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
         for label, (points, colour) in lines.items():
             few = "o" if len(points) < 15 else None
             steps, values = [step for step, _ in points], [value for _, value in points]

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import logging
 import os
 import random
 import socket
 import time
 import warnings
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,14 +39,12 @@ HEARTBEAT = 15
 """Seconds between signs of life of a running trial."""
 GRACE = 120
 """Seconds without one after which another machine takes the trial over."""
+FINAL = ("done", "pruned", "failed")
+"""States in which nothing is left to do."""
 
 
 def open_storage(place: str | Path) -> Any:
-    """Open a storage of Optuna: a database by its URL, or a journal in a file that machines may share over a network.
-
-    Raises:
-        SweepError: the storage cannot be opened.
-    """
+    """Open a storage of Optuna: a database by its URL, or a journal in a file, which machines may share, too."""
     for name in ("optuna", "alembic"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
@@ -52,19 +52,17 @@ def open_storage(place: str | Path) -> Any:
         with errors_of_storage():
             return optuna.storages.JournalStorage(JournalFileBackend(str(place), JournalFileOpenLock(str(place))))
     settings = {"connect_args": {"timeout": 60}} if place.startswith("sqlite") else {"pool_pre_ping": True}
-    problem: Exception | None = None
-    for _ in range(5):
+    for left in (4, 3, 2, 1, 0):
         try:
             return optuna.storages.RDBStorage(place, engine_kwargs=settings)
         except (ImportError, sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.OptunaError, RuntimeError) as error:
-            problem = error
-            if isinstance(error, ImportError | sqlalchemy.exc.ArgumentError):
-                break
+            if left == 0 or isinstance(error, ImportError | sqlalchemy.exc.ArgumentError):
+                reason = first_line(getattr(error, "orig", None) or error)
+                remedy = "the URL of a database, as postgresql://USER@HOST/DATABASE, and its driver to be installed"
+                message = f"--storage {place} cannot be opened: {reason}; expected {remedy}"
+                raise SweepError(message, code="bad-storage", storage=place) from error
             time.sleep(random.uniform(0.05, 0.3))  # noqa: S311 (another process may be making the tables)
-    reason = first_line(getattr(problem, "orig", None) or problem)
-    remedy = "expected the URL of a database, as postgresql://USER@HOST/DATABASE, and its driver to be installed"
-    message = f"--storage {place} cannot be opened: {reason}; {remedy}"
-    raise SweepError(message, code="bad-storage", storage=place) from problem
+    return None
 
 
 @contextlib.contextmanager
@@ -89,16 +87,11 @@ def identity() -> dict[str, Any]:
     return {"host": "|".join(parts), "pid": os.getpid(), "started": psutil.Process().create_time()}
 
 
-State = Literal["waiting", "running", "done", "pruned", "failed"]
-FINAL: tuple[State, ...] = ("done", "pruned", "failed")
-Outcome = Literal["done", "pruned", "error", "interrupted", "lost", "duplicate"]
-
-
 @dataclass(frozen=True, slots=True)
 class CellState:
     """The state of a cell; of a finished run its validation macro-F1 and seconds, of a failed one the reason."""
 
-    state: State
+    state: Literal["waiting", "running", "done", "pruned", "failed"]
     score: float | None = None
     seconds: float | None = None
     reason: str = ""
@@ -144,7 +137,7 @@ class Ledger:
             problem = f"the sweep {plan.name} was started with another recipe; continuing would mix two sweeps"
             message = f"{problem}. Differences: {'; '.join(changed)}. Choose another --name."
             raise SweepError(message, code="other-sweep", differences=changed)
-        known = self.storage.get_all_trials(self.study_id, deepcopy=False) if retry_failed else []
+        known = itertools.chain(*self._trials().values()) if retry_failed else ()
         self._retried = {trial.number for trial in known}  # if they failed, that does not count
         self._beats: dict[int, tuple[Any, float]] = {}
 
@@ -152,18 +145,18 @@ class Ledger:
     def look(self) -> dict[str, CellState]:
         """Give up trials whose worker is gone, and return the state of each cell of the plan."""
         by_cell = self._trials()
-        if lost := [trial for trials in by_cell.values() for trial in trials if self._is_lost(trial)]:
+        if lost := [trial for trial in itertools.chain(*by_cell.values()) if self._is_lost(trial)]:
             for trial in lost:
                 self.close(trial._trial_id, "lost")
             by_cell = self._trials()
-        return {cell.name: self._state_of(by_cell.get(cell.name, [])) for cell in self.plan.cells}
+        return {cell.name: self._state_of(by_cell[cell.name]) for cell in self.plan.cells}
 
     @errors_of_storage()
     def claim(self) -> Claim | None:
         """Take the first cell of the plan that waits, in the state that `look` leaves; none if none waits."""
         states = self.look()
         for cell in (cell for cell in self.plan.cells if states[cell.name].state == "waiting"):
-            drawn = next((trial.params for trial in self._trials().get(cell.name, [])[::-1] if trial.params), None)
+            drawn = next((trial.params for trial in self._trials()[cell.name][::-1] if trial.params), None)
             trial = optuna.trial.create_trial(
                 state=TrialState.RUNNING,
                 user_attrs={"cell": cell.name, "seed": cell.seed, "worker": identity(), "beat": time.time()},
@@ -172,17 +165,15 @@ class Ledger:
             trial_id = self.storage.create_new_trial(self.study_id, template_trial=trial)
             number = self.storage.get_trial(trial_id).number
             earlier = [other for other in self._trials()[cell.name] if other.number < number]
-            if self._state_of(earlier).state == "waiting":
-                return Claim(cell, trial_id, self._draw(trial_id))
-            self.close(trial_id, "duplicate")
+            if self._state_of(earlier).state != "waiting":
+                self.close(trial_id, "duplicate")
+                continue
+            if self.plan.sampler == "grid":
+                return Claim(cell, trial_id)
+            self._study.get_trials(deepcopy=False)  # Optuna's cache does not know a trial before it has read it
+            trial = optuna.trial.Trial(self._study, trial_id)
+            return Claim(cell, trial_id, tuple(f"{axis.key}={axis.suggest(trial)}" for axis in self.plan.axes))
         return None
-
-    def _draw(self, trial_id: int) -> tuple[str, ...]:
-        if self.plan.sampler == "grid":
-            return ()
-        self._study.get_trials(deepcopy=False)  # Optuna's cache does not know a trial before it has read it
-        trial = optuna.trial.Trial(self._study, trial_id)
-        return tuple(f"{axis.key}={axis.suggest(trial)}" for axis in self.plan.axes)
 
     @errors_of_storage()
     def beat(self, claim: Claim, evaluation: tuple[int, float] | None = None) -> bool:
@@ -203,22 +194,23 @@ class Ledger:
         return bool(self._study.pruner.prune(self._study, self.storage.get_trial(claim.trial_id)))
 
     @errors_of_storage()
-    def close(self, trial_id: int, outcome: Outcome, score: float | None = None, **details: Any) -> None:
+    def close(self, trial_id: int, outcome: str, score: float | None = None, **details: Any) -> None:
         """Record how a trial ended; what another process has closed stays as it is.
 
-        A cell that ended in an `error` is not run again unless asked for, and its `reason` is needed; one that was
-        `interrupted` or `lost` is continued by whoever comes next. `score` is the validation macro-F1.
+        The outcome is `done`, `pruned`, `duplicate` or another: a cell that ended in an `error` is not run again unless
+        asked for, and its `reason` is needed; one that was `interrupted` or `lost` is continued by whoever comes next.
+        `score` is the validation macro-F1.
         """
         state = {"done": TrialState.COMPLETE, "pruned": TrialState.PRUNED}.get(outcome, TrialState.FAIL)
         with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
             self.storage.set_trial_user_attr(trial_id, "outcome", {"kind": outcome, **details})
             self.storage.set_trial_state_values(trial_id, state, None if score is None else [score])
 
-    def _trials(self) -> dict[str, list[Any]]:
+    def _trials(self) -> defaultdict[str, list[Any]]:
         """Return the trials of each cell, the oldest first."""
-        by_cell: dict[str, list[Any]] = {}
+        by_cell: defaultdict[str, list[Any]] = defaultdict(list)
         for trial in sorted(self.storage.get_all_trials(self.study_id, deepcopy=False), key=lambda one: one.number):
-            by_cell.setdefault(trial.user_attrs.get("cell", ""), []).append(trial)
+            by_cell[trial.user_attrs.get("cell", "")].append(trial)
         return by_cell
 
     def _is_lost(self, trial: Any) -> bool:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from tokmask_peft.artifacts import write_json
-from tokmask_peft.errors import RecipeError, SweepError, nearest
+from tokmask_peft.errors import RecipeError, SweepError, boundary, nearest, read_json, write_json
 from tokmask_peft.recipe.loading import load_recipe, with_overrides
 from tokmask_peft.recipe.schema import Recipe, regularizers
 
@@ -44,9 +42,8 @@ class Axis:
         """Let an Optuna trial choose a value; return it as text."""
         if self.values:
             return str(trial.suggest_categorical(self.key, list(self.values)))
-        if isinstance(self.low, int) and isinstance(self.high, int):
-            return str(trial.suggest_int(self.key, self.low, self.high, log=self.log))
-        return repr(trial.suggest_float(self.key, self.low, self.high, log=self.log))
+        draw = trial.suggest_float if isinstance(self.low, float) else trial.suggest_int
+        return repr(draw(self.key, self.low, self.high, log=self.log))
 
 
 def read_axis(text: str, problems: list[str]) -> Axis | None:
@@ -58,10 +55,9 @@ def read_axis(text: str, problems: list[str]) -> Axis | None:
     elif key in RESERVED:
         problem = f"{key}: use {RESERVED[key]}"
     elif found := re.fullmatch(rf"({_NUMBER})\.\.({_NUMBER})(:log)?", written):
-        low, high, log = *found.group(1, 2), found[3] is not None
-        kind = int if re.fullmatch(r"[-+]?\d+", low) and re.fullmatch(r"[-+]?\d+", high) else float
-        axis = Axis(key, (), kind(low), kind(high), log)
-        if kind(low) >= kind(high) or (log and kind(low) <= 0):
+        kind = int if all(re.fullmatch(r"[-+]?\d+", bound) for bound in found.group(1, 2)) else float
+        axis = Axis(key, (), low := kind(found[1]), high := kind(found[2]), log := found[3] is not None)
+        if low >= high or (log and low <= 0):
             problem = f"{key}: the range {written} is not {'above 0 and ' if log else ''}rising"
     elif len(set(axis.values)) < len(axis.values):
         problem = f"{key}: a value is given twice in {written}"
@@ -117,6 +113,15 @@ REGULARIZERS = {found.name: key for key, found in regularizers().items()}
 
 MASK, NONE, AS_RECIPE = "mask", "none", "recipe"
 
+MASKED = {
+    "drop": ("0.1", ("masking.replace=drop", "masking.p={}")),
+    "anneal": ("0.2", ("masking.schedule=linear", "masking.p_start={}", "masking.end=0.7", "masking.p=0")),
+    "share": ("0.5", ("masking.share={}", "masking.p=0.1")),
+    "overfit": ("0.3", ("masking.schedule=overfit", "masking.share=0.5", "masking.p={}")),
+    "random": ("0.1", ("masking.replace=random", "masking.p={}")),
+}
+"""Arms that mask in a way of their own, whatever `--p` says: the usual strength, and what it sets."""
+
 
 @dataclass(frozen=True, slots=True)
 class Arm:
@@ -127,45 +132,59 @@ class Arm:
 
     regularizers: str
     p: str
-    overrides: tuple[str, ...]
+    overrides: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The arm's name in tables: `p = 0.1`, `none`, `mask 0.1 + neftune`."""
+        rate = f"{float(self.p):g}"
+        if self.regularizers == AS_RECIPE:
+            return f"p = {rate}"
+        return f"{MASK} {rate} + {self.regularizers}".removesuffix(f" + {NONE}") if float(self.p) else self.regularizers
+
+    @property
+    def is_unmasked(self) -> bool:
+        """Whether nothing is masked: the rate is 0, and no part of the arm masks in a way of its own."""
+        return float(self.p) == 0 and not {part.partition(":")[0] for part in self.regularizers.split("+")} & {*MASKED}
 
     @property
     def label(self) -> str:
         """The arm's part of a cell's name: `p0.1`, `none`, `mask0.1+neftune`."""
-        rate, names = f"{float(self.p):g}", self.regularizers.replace(":", "")
-        if names == AS_RECIPE:
-            return f"p{rate}"
-        if float(self.p) == 0:
-            return names
-        return f"{MASK}{rate}" + ("" if names == NONE else f"+{names}")
+        return re.sub("[ :=]", "", self.name)
 
 
 def regularizer_arms(names: Sequence[str], rates: Sequence[str], batching: str, problems: list[str]) -> list[Arm]:
-    """Return the arms of `--arms`, such as `none`, `neftune:15` or `mask+label_smoothing`; with `mask` once per rate.
+    """Return the arms of `--arms`, such as `none`, `neftune:15`, `drop:0.1` or `mask+views`; with `mask` once per rate.
 
     NEFTune scales its noise by the length of a padded batch, so an arm with it pads the batches of a recipe whose
     `batching` is padding-free: the same texts in the same order. `problems` takes a line per unknown name.
     """
     arms: list[Arm] = []
-    known, arm_names = regularizers(), (NONE, *REGULARIZERS, MASK)
+    known, arm_names = regularizers(), (NONE, *REGULARIZERS, MASK, *MASKED)
     for name in names:
         parts = name.split("+")
-        settings: dict[str, Any] = {key: regularizer.off for key, regularizer in known.items()}
-        chosen = [part for part in parts if part not in (MASK, NONE)]
-        unknown = [part for part in chosen if part.partition(":")[0] not in REGULARIZERS or part.endswith(":")]
-        if unknown or (NONE in parts and len(parts) > 1):
+        chosen = {part: part.partition(":") for part in parts if part not in (MASK, NONE)}
+        own = [word for word, _, _ in chosen.values() if word in MASKED]
+        is_known = all(
+            word in (*REGULARIZERS, *MASKED) and (strength or not colon) for word, colon, strength in chosen.values()
+        )
+        if not is_known or (NONE in parts and len(parts) > 1) or len(own) + (MASK in parts) > 1:
             remedy = "and combinations such as mask+neftune, with a strength as neftune:15"
             guess = f"{nearest(name, arm_names)} Known: {', '.join(arm_names)}, {remedy}"
             problems.append(f"--arms: there is no arm '{name}'.{guess}")
             continue
-        for part in chosen:
-            word, _, strength = part.partition(":")
-            settings[REGULARIZERS[word]] = strength or known[REGULARIZERS[word]].usual
+        settings: dict[str, Any] = {key: regularizer.off for key, regularizer in known.items()}
+        masking: list[str] = []
+        for word, _, strength in chosen.values():
+            if word in MASKED:
+                masking = [override.format(strength or MASKED[word][0]) for override in MASKED[word][1]]
+            else:
+                settings[REGULARIZERS[word]] = strength or known[REGULARIZERS[word]].usual
         if settings["training.neftune_alpha"] is not None and batching == "padding_free":
             settings["training.batching"] = "padded"
         overrides = tuple(f"{key}={'null' if value is None else value}" for key, value in settings.items())
         for rate in rates if MASK in parts else ["0"]:
-            arms.append(Arm("+".join(chosen) or NONE, rate, (*overrides, f"masking.p={rate}")))
+            arms.append(Arm("+".join(chosen) or NONE, rate, (*overrides, *(masking or [f"masking.p={rate}"]))))
     return arms
 
 
@@ -189,7 +208,7 @@ class Plan:
 
     name: str
     base: Recipe
-    sampler: Literal["grid", "random", "tpe"]
+    sampler: str
     cells: tuple[Cell, ...]
     axes: tuple[Axis, ...] = ()
 
@@ -205,8 +224,8 @@ class Plan:
 
     def definition(self) -> dict[str, Any]:
         """Return what must stay the same if a sweep is continued; rates, seeds, values and trials may be added."""
-        base = self.base.model_dump(mode="json", exclude={"name", "output_dir", "seed"})
-        base["masking"].pop("p")
+        left_out: Any = {**dict.fromkeys(("name", "output_dir", "seed"), True), "masking": {"p"}}
+        base = self.base.model_dump(mode="json", exclude=left_out)
         fixed = {"sampler": self.sampler, "axes": sorted(axis.key for axis in self.axes), "recipe": base}
         if self.sampler != "grid":
             bounds = {axis.key: {"low": axis.low, "high": axis.high, "log": axis.log} for axis in self.axes}
@@ -220,18 +239,13 @@ class Plan:
             SweepError: the folder cannot be written, or its `sweep.json` is damaged.
         """
         file = self.folder / SWEEP_FILE
-        content: dict[str, Any] = {"name": self.name, **self.definition(), "cells": {}}
-        try:
-            if file.is_file():
-                content["cells"] = json.loads(file.read_text(encoding="utf-8"))["cells"]
+        with boundary(f"writing {file}", SweepError, "folder"):
+            before = read_json(file, SweepError, "folder")["cells"] if file.is_file() else {}
             for cell in self.cells:
                 arm = None if cell.arm is None else {"regularizers": cell.arm.regularizers, "p": float(cell.arm.p)}
                 entry = {"seed": cell.seed, "arm": arm, "setting": dict(cell.setting)}
-                content["cells"][cell.name] = {**entry, "overrides": list(cell.overrides)}
-            write_json(file, content)
-        except (OSError, ValueError, KeyError) as error:
-            problem = f"the folder of the sweep, {self.folder}, cannot be used: {error}"
-            raise SweepError(problem, code="folder") from error
+                before[cell.name] = {**entry, "overrides": list(cell.overrides)}
+            write_json(file, {"name": self.name, **self.definition(), "cells": before})
 
 
 def make_plan(
@@ -286,8 +300,19 @@ def make_plan(
             problems.append(_MASKS_AT_ZERO)
         axes += [Axis("masking.p", rates)] if p is not None else []
         cells = [Cell(f"trial-{n:04d}", chosen_seeds[n % len(chosen_seeds)]) for n in range(trials or 0)]
-    plan = Plan(name or f"{base.name}-sweep", base, sampler, tuple(cells), tuple(axes))  # type: ignore[arg-type]
-    problems.extend(_check_cells(plan))
+    plan, seen = Plan(name or f"{base.name}-sweep", base, sampler, tuple(cells), tuple(axes)), dict[str, str]()
+    for cell in plan.cells:
+        try:
+            found = plan.recipe_of(cell)
+        except RecipeError as error:
+            problems.extend(error.problems)
+            continue
+        if cell.arm is not None and cell.arm.is_unmasked and not found.masking.is_off:
+            problems.append(_MASKS_AT_ZERO)
+        same = found.model_dump_json(exclude={"name": True, "output_dir": True, "training": {"baseline"}})
+        if cell.arm is not None and same in seen:
+            problems.append(f"{cell.name} and {seen[same]} are the same run: two values of an axis mean the same")
+        seen[same] = cell.name
     if problems:
         raise RecipeError(dict.fromkeys(problems), recipe, code="sweep-plan")
     return plan
@@ -304,9 +329,8 @@ def _clashes(
         if key in keys:
             yield f"{override}: the key is also an axis of --grid"
     yield from (f"--grid {key}: is given twice" for key in keys if keys.count(key) > 1)
-    for key in keys if arms is not None else []:
-        if key in REGULARIZERS.values():
-            yield f"--grid {key}: --arms sets it; give the strength in the arm, as label_smoothing:0.2"
+    for key in {*keys} & {*REGULARIZERS.values()} if arms is not None else ():
+        yield f"--grid {key}: --arms sets it; give the strength in the arm, as label_smoothing:0.2"
     if sampler == "grid":
         if trials is not None:
             yield "--trials: a grid has as many trials as cells; use it with --sampler random or tpe"
@@ -329,37 +353,16 @@ def _grid(base: Recipe, arms: Sequence[Arm], axes: Sequence[Axis], seeds: Sequen
     The n-gram baseline is the same for all arms of a seed and setting: only the first arm fits it.
     """
     settings = list(itertools.product(*([(axis.key, value) for value in axis.values] for axis in axes)))
+    keys = [axis.key.rpartition(".")[2] for axis in axes]
     cells = []
     for seed, setting, (place, arm) in itertools.product(seeds, settings, enumerate(arms)):
+        text = "-".join([arm.label, *(f"{key}{value}" for key, (_, value) in zip(keys, setting, strict=True))])
+        name = re.sub(r"[^\w.+-]+", "_", text)
+        if len(name) > _NAME_LENGTH or name != text or len(set(keys)) < len(keys):
+            exact = "-".join([arm.label, *(f"{key}={value}" for key, value in setting)])
+            name = f"{name[:_NAME_LENGTH]}-{hashlib.sha256(exact.encode()).hexdigest()[:8]}"
         overrides = (*(f"{key}={value}" for key, value in setting), *arm.overrides)
         if place and base.training.baseline:
             overrides = (*overrides, "training.baseline=false")
-        cells.append(Cell(_cell_name(arm, setting, seed), seed, arm, tuple(setting), overrides))
+        cells.append(Cell(f"{name}-seed{seed}", seed, arm, tuple(setting), overrides))
     return cells
-
-
-def _cell_name(arm: Arm, setting: Sequence[tuple[str, str]], seed: int) -> str:
-    keys = [key.rpartition(".")[2] for key, _ in setting]
-    text = "-".join([arm.label, *(f"{key}{value}" for key, (_, value) in zip(keys, setting, strict=True))])
-    safe = re.sub(r"[^\w.+-]+", "_", text)
-    if len(safe) > _NAME_LENGTH or safe != text or len(set(keys)) < len(keys):
-        exact = "-".join([arm.label, *(f"{key}={value}" for key, value in setting)])
-        safe = f"{safe[:_NAME_LENGTH]}-{hashlib.sha256(exact.encode()).hexdigest()[:8]}"
-    return f"{safe}-seed{seed}"
-
-
-def _check_cells(plan: Plan) -> Iterator[str]:
-    """Check the recipe of every cell, and that no two cells are the same run."""
-    seen: dict[str, str] = {}
-    for cell in plan.cells:
-        try:
-            recipe = plan.recipe_of(cell)
-        except RecipeError as error:
-            yield from error.problems
-            continue
-        if cell.arm is not None and float(cell.arm.p) == 0 and not recipe.masking.is_off:
-            yield _MASKS_AT_ZERO
-        same = recipe.model_dump_json(exclude={"name": True, "output_dir": True, "training": {"baseline"}})
-        if plan.sampler == "grid" and same in seen:
-            yield f"{cell.name} and {seen[same]} are the same run: two values of an axis mean the same"
-        seen[same] = cell.name

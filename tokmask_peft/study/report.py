@@ -1,18 +1,18 @@
-"""The report of a sweep (Markdown, LaTeX, a plot and their figures), and the tables and plots of all reports."""
+"""The report of a sweep (Markdown, LaTeX, a plot and their figures), and the templates, tables and plots of others."""
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from tokmask_peft.artifacts import write_json
-from tokmask_peft.errors import ExtraError, SweepError
+from tokmask_peft.errors import ExtraError, SweepError, boundary, whole, write_json, write_whole
 from tokmask_peft.study.results import analyse, read_sweep
 from tokmask_peft.study.statistics import seeds_to_reach, smallest_p
 
@@ -55,16 +55,10 @@ def level(found: Mapping[str, Any]) -> str:
     return "" if found["interval"] is None else f"[{found['interval'][0]:.4f}, {found['interval'][1]:.4f}]"
 
 
-def markdown_cell(text: str) -> str:
-    """Escape what would end a cell."""
-    return text.replace("|", "\\|")
-
-
 def markdown(table: Table) -> str:
     """Write a table in Markdown."""
-    head, body = table
-    rows = [head, ["---"] * len(head), *body]
-    return "\n".join("| " + " | ".join(map(markdown_cell, row)) + " |" for row in rows)
+    rows = [table[0], ["---"] * len(table[0]), *table[1]]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
 
 
 def plain(table: Table, columns: Sequence[int] | None = None) -> str:
@@ -74,17 +68,38 @@ def plain(table: Table, columns: Sequence[int] | None = None) -> str:
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
-def latex(text: str) -> str:
-    """Escape what LaTeX would read as its own."""
-    return text.translate(LATEX)
+TEMPLATES = Environment(
+    loader=PackageLoader("tokmask_peft.study"),
+    undefined=StrictUndefined,
+    autoescape=False,  # noqa: S701 (Markdown, LaTeX and plain text)
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+)
+_functions = (signed, interval, mean_sd, Counter, smallest_p, seeds_to_reach)
+TEMPLATES.globals |= {one.__name__: one for one in _functions}
+TEMPLATES.filters |= {
+    "cell": lambda text: text.replace("|", "\\|"),
+    "count": "{:,}".format,
+    "g": "{:.3g}".format,
+    "latex": lambda text: text.translate(LATEX),
+    "lines": lambda text, *before: "\n".join("".join((*before, line)) for line in text.splitlines()),
+    "markdown": markdown,
+    "name": lambda path: Path(path).name,
+    "number": "{:g}".format,
+    "percent": "{:.0%}".format,
+    "plain": plain,
+    "score": "{:.4f}".format,
+}
+
+
+def render(template: str, **values: Any) -> str:
+    """Return the text of a template; a value that is missing is an error."""
+    return TEMPLATES.get_template(f"{template}.j2").render(values)
 
 
 def matplotlib() -> Any:
-    """Return matplotlib.
-
-    Raises:
-        ExtraError: it is not installed.
-    """
+    """Return matplotlib, or raise the ExtraError that says how to install it."""
     try:
         import matplotlib as mpl
         import matplotlib.figure
@@ -93,18 +108,45 @@ def matplotlib() -> Any:
     return mpl
 
 
-def finish(axes: Any) -> None:
-    """Remove the upper and right edge of a panel, and draw its horizontal grid lines."""
+def draw(
+    axes: Any,
+    x: Sequence[float],
+    found: Iterable[Mapping[str, Any]],
+    style: str,
+    colour: Any,
+    label: str | None = None,
+    scale: tuple[float, float] = (-math.inf, math.inf),
+) -> None:
+    """Draw values, or means, and a bar for each interval; an arrow marks a bar that is cut where the scale ends."""
+    found = list(found)
+    axes.plot(x, [one.get("value", one.get("mean")) for one in found], style, color=colour, markersize=5, label=label)
+    for place, (low, high) in zip(x, (one["interval"] or (None, None) for one in found), strict=True):
+        if low is not None and high is not None:
+            axes.plot([place, place], [max(low, scale[0]), min(high, scale[1])], color=colour, linewidth=1.3)
+            for end, mark, is_cut in ((scale[0], "v", low < scale[0]), (scale[1], "^", high > scale[1])):
+                if is_cut:
+                    axes.plot([place], [end], mark, color=colour, markersize=5, clip_on=False)
+
+
+def finish(axes: Any, **settings: Any) -> None:
+    """Set what a panel shows, remove its upper and right edge, and draw its horizontal grid lines."""
+    axes.set(**settings)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.25)
 
 
-def save(mpl: Any, figure: Any, folder: Path, name: str) -> tuple[Path, Path]:
-    """Write a figure as PNG and SVG; the same figures make the same files."""
+def save(figure: Any, title: str, folder: Path, name: str) -> tuple[Path, Path]:
+    """Give a figure its title and legend, and write it as PNG and SVG; the same figures make the same files."""
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    if labels:
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4), frameon=False)
+    figure.suptitle(title, fontsize=11)
     paths = folder / f"{name}.png", folder / f"{name}.svg"
-    with mpl.rc_context({"svg.hashsalt": "tokmask"}):
-        figure.savefig(paths[0], dpi=150)
-        figure.savefig(paths[1], metadata={"Date": None})
+    with matplotlib().rc_context({"svg.hashsalt": "tokmask"}):
+        with whole(paths[0]) as new:
+            figure.savefig(new, format="png", dpi=150)
+        with whole(paths[1]) as new:
+            figure.savefig(new, format="svg", metadata={"Date": None})
     return paths
 
 
@@ -125,15 +167,14 @@ def difference_table(analysis: dict[str, Any], metric: str) -> Table:
     head = ("arm", "seeds", "difference", "95% t", "95% bootstrap", "p", "p (Holm)", "g_z")
     body = []
     for row, found in _compared(analysis, metric):
-        effect = found["effect_size"]
         difference = signed(found["mean"]) + ("" if found["sd"] is None else f" ± {found['sd']:.4f}")
         cells = [row["label"], str(found["n"]), difference, interval(found["interval"]), interval(found["bootstrap"])]
-        size = "" if effect is None else f"{effect:+.2f}".replace("-", "−")
+        size = "" if found["effect_size"] is None else f"{found['effect_size']:+.2f}".replace("-", "−")
         body.append([*cells, f"{found['p_value']:.3g}", f"{found['p_holm']:.3g}", size])
     return head, body
 
 
-def _compared(analysis: dict[str, Any], metric: str = "f1_macro") -> list[tuple[dict[str, Any], dict[str, Any]]]:
+def _compared(analysis: dict[str, Any], metric: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """Return the rows that are compared with a reference, and their differences."""
     return [(row, found) for row in analysis["rows"] if (found := row.get("difference", {}).get(metric))]
 
@@ -142,13 +183,9 @@ def plot_f1(analysis: dict[str, Any], folder: Path) -> tuple[Path, Path]:
     """Draw F1 against p, a line per setting and set of regularizers; return the PNG and the SVG.
 
     Points are seeds, the line goes through their means, bars are 95% intervals of the mean (Student's t). With few
-    seeds these can reach far beyond the seeds: the axis follows the seeds, and an arrow marks a bar that is cut.
-
-    Raises:
-        ExtraError: matplotlib is not installed.
+    seeds these can reach far beyond the seeds: the axis follows the seeds.
     """
-    mpl = matplotlib()
-    lines: dict[str, list[dict[str, Any]]] = {}
+    mpl, lines = matplotlib(), dict[str, list[dict[str, Any]]]()
     for row in sorted(analysis["rows"], key=lambda row: row["p"]):
         parts = [row["regularizers"] if row["regularizers"] not in ("recipe", "none") else "masking alone"]
         parts += [f"{key.rpartition('.')[2]} = {value}" for key, value in row["setting"].items()]
@@ -160,48 +197,21 @@ def plot_f1(analysis: dict[str, Any], folder: Path) -> tuple[Path, Path]:
         values = [score for row in analysis["rows"] for score in row[metric]["by_seed"]]
         margin = max(0.35 * (max(values) - min(values)), 0.002)
         floors = [analysis["baseline"][metric]] if analysis["baseline"] else []
-        bottom, top = min(values + floors) - margin, min(max(values + floors) + margin, 1.0)
+        scale = min(values + floors) - margin, min(max(values + floors) + margin, 1.0)
         for number, (name, rows) in enumerate(lines.items()):
-            style = {"color": mpl.color_sequences["tab10"][number % 10]}
+            colour = mpl.color_sequences["tab10"][number % 10]
             x = [row["p"] + (number - (len(lines) - 1) / 2) * step for row in rows]
-            axes.plot(x, [row[metric]["mean"] for row in rows], "o-", markersize=5, label=name, **style)
+            label = name if len(lines) > 1 or floors else None
+            draw(axes, x, (row[metric] for row in rows), "o-", colour, label, scale)
             for place, found in zip(x, (row[metric] for row in rows), strict=True):
-                axes.plot([place] * found["n"], found["by_seed"], "_", alpha=0.55, markersize=9, **style)
-                low, high = found["interval"] or (None, None)
-                if low is not None:
-                    axes.plot([place, place], [max(low, bottom), min(high, top)], linewidth=1.3, alpha=0.9, **style)
-                if low is not None and low < bottom:
-                    axes.plot([place], [bottom], "v", markersize=5, clip_on=False, **style)
-                if high is not None and high > top:
-                    axes.plot([place], [top], "^", markersize=5, clip_on=False, **style)
+                axes.plot([place] * found["n"], found["by_seed"], "_", alpha=0.55, markersize=9, color=colour)
         for floor in floors:
             axes.axhline(floor, color="0.4", linestyle="--", linewidth=1, label="character n-grams")
-        axes.set(ylim=(bottom, top), xticks=rates, xlabel="masking rate p")
-        axes.set_ylabel(f"{analysis['scored_on']} {NAMES[metric]}")
-        finish(axes)
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    if len(labels) > 1:
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4), frameon=False)
+        name = f"{analysis['scored_on']} {NAMES[metric]}"
+        finish(axes, ylim=scale, xticks=rates, xlabel="masking rate p", ylabel=name)
     seeds = len(analysis["seeds"])
-    figure.suptitle(f"{analysis['sweep']}: mean and 95% interval over {seeds} seed{'s' if seeds > 1 else ''}")
-    return save(mpl, figure, folder, "f1_against_p")
-
-
-TEMPLATES = Environment(
-    loader=PackageLoader("tokmask_peft.study"),
-    undefined=StrictUndefined,
-    autoescape=False,  # noqa: S701 (Markdown, LaTeX and plain text)
-    trim_blocks=True,
-    lstrip_blocks=True,
-    keep_trailing_newline=True,
-)
-_functions = (signed, interval, mean_sd, markdown, plain, Counter, smallest_p, seeds_to_reach)
-TEMPLATES.globals |= {one.__name__: one for one in _functions}
-TEMPLATES.filters |= {"latex": latex, "cell": markdown_cell, "g": "{:.3g}".format}
-
-
-def _render(name: str, context: dict[str, Any]) -> str:
-    return TEMPLATES.get_template(f"{name}.j2").render(context)
+    title = f"{analysis['sweep']}: mean and 95% interval over {seeds} seed{'s' if seeds > 1 else ''}"
+    return save(figure, title, folder, "f1_against_p")
 
 
 def sweep_report(sweep: str | Path) -> Report:
@@ -212,39 +222,12 @@ def sweep_report(sweep: str | Path) -> Report:
         RunError: a result cannot be read.
         ExtraError: matplotlib is not installed.
     """
-    analysis = analyse(read_sweep(Path(sweep)))
-    about = _context(analysis)
-    about |= {name: _sentences(name, about) for name in ("findings", "cautions")}
-    folder = Path(sweep) / "report"
-    report, tex, statistics = folder / "report.md", folder / "table.tex", folder / "statistics.json"
-    try:
-        folder.mkdir(exist_ok=True)
-        plots = plot_f1(analysis, folder)
-        write_json(statistics, analysis)
-        report.write_text(_render("report.md", about), encoding="utf-8")
-        tex.write_text(_render("table.tex", about), encoding="utf-8")
-    except OSError as error:
-        problem = f"the report cannot be written to {folder}: {error.strerror}"
-        raise SweepError(problem, code="report-not-written") from error
-    return Report(report, statistics, plots, _render("summary.txt", about), tex)
-
-
-def findings(analysis: dict[str, Any]) -> list[str]:
-    """Return sentences about what was found, including what does not favour masking."""
-    return _sentences("findings", _context(analysis))
-
-
-def _sentences(name: str, context: dict[str, Any]) -> list[str]:
-    return list(dict.fromkeys(_render(name, context).splitlines()))
-
-
-def _context(analysis: dict[str, Any]) -> dict[str, Any]:
-    """Return what the templates of this folder read: the analysis, and what follows from it in several places."""
-    rows = analysis["rows"]
+    with boundary(f"comparing the runs of {sweep}, by its sweep.json and their result.json,", SweepError, "bad-sweep"):
+        analysis = analyse(read_sweep(Path(sweep)))
+    rows, compared = analysis["rows"], _compared(analysis, "f1_macro")
     as_recipe = any(row["is_reference"] and row["regularizers"] == "recipe" for row in rows)
-    compared = _compared(analysis, "f1_macro")
     by_setting = itertools.groupby(compared, key=lambda pair: pair[0]["setting"])
-    return {
+    about = {
         **analysis,
         "choice": analysis["chosen_by_validation"],
         "split": analysis["scored_on"],
@@ -255,3 +238,13 @@ def _context(analysis: dict[str, Any]) -> dict[str, Any]:
         "scores": score_table(analysis),
         "differences": {metric: difference_table(analysis, metric) for metric in NAMES},
     }
+    about |= {name: dict.fromkeys(render(name, **about).splitlines()) for name in ("findings", "cautions")}
+    folder = Path(sweep) / "report"
+    report, tex, statistics = folder / "report.md", folder / "table.tex", folder / "statistics.json"
+    with boundary(f"writing the report to {folder}", SweepError):
+        folder.mkdir(exist_ok=True)
+        plots = plot_f1(analysis, folder)
+        write_json(statistics, analysis)
+        write_whole(report, render("report.md", **about))
+        write_whole(tex, render("table.tex", **about))
+    return Report(report, statistics, plots, render("summary.txt", **about), tex)

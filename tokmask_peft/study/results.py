@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,23 +9,16 @@ from typing import Any
 import numpy as np
 
 from tokmask_peft.artifacts import Result, RunFolder
-from tokmask_peft.errors import SweepError
+from tokmask_peft.errors import SweepError, read_json
 from tokmask_peft.study import statistics
-from tokmask_peft.study.plan import AS_RECIPE, NONE, SWEEP_FILE
-from tokmask_peft.study.statistics import METRICS, PAPER_GAINS, spread
+from tokmask_peft.study.plan import AS_RECIPE, NONE, SWEEP_FILE, Arm
+from tokmask_peft.study.statistics import MEANINGS, spread
+from tokmask_peft.training.metrics import METRICS, bootstrap_differences, percentile_interval, text_counts
 
 REPLICATES = 2000
-METHODS = {
-    "interval": "95% interval of the mean over seeds, Student's t",
-    "bootstrap": f"95% percentile interval of {REPLICATES} draws of seeds and texts, crossed (Owen 2007)",
-    "p_value": "two-sided sign-flip permutation test over seeds, exact up to 16 seeds (Fisher 1935)",
-    "p_holm": "Holm's step-down over the arms of a setting, for each metric on its own",
-    "effect_size": "Cohen's d_z with Hedges' exact correction (g_z): mean over standard deviation of the differences",
-    "seeds_needed": "two-sided paired t-test at level .05 with power .8, exact by the noncentral t distribution",
-}
 
 
-@dataclass(frozen=True, slots=True, order=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """What is compared over seeds: one arm (see `plan.Arm`) under one setting of the `--grid` axes."""
 
@@ -41,18 +32,10 @@ class Row:
         return self.p == 0 and self.regularizers in (NONE, AS_RECIPE)
 
     @property
-    def arm(self) -> str:
-        """Name of the arm."""
-        if self.regularizers == AS_RECIPE:
-            return f"p = {self.p:g}"
-        if self.p == 0:
-            return self.regularizers
-        return f"mask {self.p:g}" + ("" if self.regularizers == NONE else f" + {self.regularizers}")
-
-    @property
     def label(self) -> str:
         """Name of the arm, and its setting."""
-        return "; ".join([self.arm, *(f"{key.rpartition('.')[2]} = {value}" for key, value in self.setting)])
+        arm = Arm(self.regularizers, str(self.p)).name
+        return "; ".join([arm, *(f"{key.rpartition('.')[2]} = {value}" for key, value in self.setting)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,12 +62,6 @@ class SweepResults:
         """Return the scores of a row by seed."""
         return {seed: float(getattr(run, split or self.split)[metric]) for seed, run in self.runs[row].items()}
 
-    def predictions(self, row: Row, seed: int) -> dict[str, Any] | None:
-        """Return gold and predicted ids per text, and the labels; none if the run did not save them."""
-        file = self.folders[row, seed].predictions
-        content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        return {"labels": content["labels"], **content[self.split]} if self.split in content else None
-
 
 def read_sweep(folder: Path) -> SweepResults:
     """Read a sweep's folder; rows by setting and regularizers in the sweep's order, then by rate, references first.
@@ -96,38 +73,51 @@ def read_sweep(folder: Path) -> SweepResults:
     file = folder / SWEEP_FILE
     if not file.is_file():
         raise SweepError(f"{folder} is not the folder of a sweep (it holds no {SWEEP_FILE})", code="not-a-sweep")
-    sweep = json.loads(file.read_text(encoding="utf-8"))
+    sweep = read_json(file, SweepError, "bad-sweep")
     if sweep["sampler"] != "grid":
         problem = f"drew its values ({sweep['sampler']}), so there are no arms to compare seed by seed"
         remedy = "Its trials are in its storage; compare the best values with a grid over seeds."
         raise SweepError(f"the sweep {sweep['name']} {problem}. {remedy}", code="no-arms")
     folders: dict[tuple[Row, int], RunFolder] = {}
-    missing = []
     for name, cell in sweep["cells"].items():
-        run = RunFolder(folder / name)
         row = Row(tuple(sorted(cell["setting"].items())), cell["arm"]["regularizers"], float(cell["arm"]["p"]))
-        if run.finished():
-            folders[row, int(cell["seed"])] = run
-        else:
-            missing.append(name)
-    if not folders:
+        folders[row, int(cell["seed"])] = RunFolder(folder / name)
+    missing = tuple(run.root.name for run in folders.values() if not run.finished())
+    finished = {key: run for key, run in folders.items() if run.finished()}
+    if not finished:
         remedy = "run it with the command that began it"
         raise SweepError(f"the sweep {folder} has no finished run yet; {remedy}", code="no-finished-run")
-    rows = [row for row, _ in folders]
+    rows = [row for row, _ in finished]
     settings, kinds = ([getattr(row, name) for row in rows] for name in ("setting", "regularizers"))
 
     def place(row: Row) -> tuple[Any, ...]:
         return settings.index(row.setting), not row.is_reference, row.p > 0, kinds.index(row.regularizers), row.p
 
     runs: dict[Row, dict[int, Result]] = {row: {} for row in sorted(rows, key=place)}
-    for row, seed in sorted(folders, key=lambda one: one[1]):
-        runs[row][seed] = Result.read(folders[row, seed].result)
-    return SweepResults(sweep["name"], sweep["recipe"]["data"]["task"], runs, folders, tuple(missing))
+    for row, seed in sorted(finished, key=lambda key: key[1]):
+        runs[row][seed] = Result.read(finished[row, seed].result)
+    return SweepResults(sweep["name"], sweep["recipe"]["data"]["task"], runs, finished, missing)
 
 
 def analyse(results: SweepResults) -> dict[str, Any]:
     """Return everything that the report says, JSON-able."""
-    rows = {row: _row(results, row) for row in results.runs}
+    rows: dict[Row, dict[str, Any]] = {}
+    for row, runs in results.runs.items():
+        speeds = [run.speed for run in runs.values() if run.speed.get("steps")]
+        seconds = [speed["step_seconds"] / speed["steps"] for speed in speeds]  # a resumed run timed its last steps
+        parts = [*((metric, metric, None) for metric in METRICS), ("validation_f1_macro", "f1_macro", "validation")]
+        by_seed = {name: list(results.scores(row, metric, split).values()) for name, metric, split in parts}
+        rows[row] = {
+            "arm": Arm(row.regularizers, str(row.p)).name,
+            "label": row.label,
+            "setting": dict(row.setting),
+            "regularizers": row.regularizers,
+            "p": row.p,
+            "is_reference": row.is_reference,
+            "seeds": list(runs),
+            **{name: {"by_seed": values, **spread(values)} for name, values in by_seed.items()},
+            "seconds_per_step": float(np.median(seconds)) if seconds else None,
+        }
     references = {row.setting: row for row in reversed(rows) if row.is_reference}  # of several the first
     for setting, reference in references.items():
         others = [row for row in rows if row.setting == setting and row != reference]
@@ -151,71 +141,47 @@ def analyse(results: SweepResults) -> dict[str, Any]:
         "seeds": sorted({seed for runs in results.runs.values() for seed in runs}),
         "rows": list(rows.values()),
         "chosen_by_validation": _choice(results),
-        "paper": _paper(results, list(rows.values())),
+        "paper": _paper(results.task, list(rows.values())),
         "baseline": {name: float(np.mean([floor[name] for floor in floors])) for name in METRICS} if floors else None,
         "missing": list(results.missing),
         "versions": {package: sorted(found) for package, found in versions.items()},
-        "methods": METHODS,
-    }
-
-
-def _row(results: SweepResults, row: Row) -> dict[str, Any]:
-    def over_seeds(metric: str, split: str | None = None) -> dict[str, Any]:
-        values = list(results.scores(row, metric, split).values())
-        return {"by_seed": values, **spread(values)}
-
-    speeds = [run.speed for run in results.runs[row].values() if run.speed.get("steps")]
-    seconds = [speed["step_seconds"] / speed["steps"] for speed in speeds]  # a resumed run timed its last steps only
-    return {
-        "arm": row.arm,
-        "label": row.label,
-        "setting": dict(row.setting),
-        "regularizers": row.regularizers,
-        "p": row.p,
-        "is_reference": row.is_reference,
-        "seeds": list(results.runs[row]),
-        **{metric: over_seeds(metric) for metric in METRICS},
-        "validation_f1_macro": over_seeds("f1_macro", "validation"),
-        "seconds_per_step": float(np.median(seconds)) if seconds else None,
+        "methods": MEANINGS["sweep"],
     }
 
 
 def _difference(results: SweepResults, reference: Row, row: Row) -> dict[str, Any]:
+    """Return the differences of a row from the reference, seed by seed; without a bootstrap, the reason."""
     seeds = [seed for seed in results.runs[reference] if seed in results.runs[row]]
-    found: dict[str, Any] = {"seeds": seeds}
     if not seeds:
-        return found
-    replicates, found["bootstrap_problem"] = _replicates(results, reference, row, seeds)
+        return {"seeds": seeds}
+    counts: dict[Row, list[Any]] = {reference: [], row: []}
+    gold, problem, replicates = None, None, None
+    for folder, into in ((results.folders[one, seed], counts[one]) for one in counts for seed in seeds):
+        file = folder.predictions
+        saved = read_json(file, SweepError, "bad-predictions") if file.is_file() else {}
+        found = saved.get(results.split, {"gold": gold, "predicted": None})
+        gold = gold or found["gold"]
+        if found["predicted"] is None:
+            problem = problem or f"{folder.root.name} has no predictions.json"
+        elif found["gold"] != gold:
+            problem = problem or f"the {results.split} texts differ between seeds"
+        else:
+            into.append(text_counts(found["gold"], found["predicted"], len(saved["labels"])))
+    if problem is None:
+        replicates = bootstrap_differences(counts, reference, REPLICATES)[row]
+    differences: dict[str, Any] = {"seeds": seeds, "bootstrap_problem": problem}
     for metric in METRICS:
         before, after = results.scores(reference, metric), results.scores(row, metric)
-        differences = [after[seed] - before[seed] for seed in seeds]
-        found[metric] = {
-            "by_seed": differences,
-            **spread(differences),
-            "bootstrap": statistics.percentile_interval(replicates[metric]) if replicates else None,
-            "p_value": float(statistics.sign_flip_p(differences)),
+        values = [after[seed] - before[seed] for seed in seeds]
+        differences[metric] = {
+            "by_seed": values,
+            **spread(values),
+            "bootstrap": percentile_interval(replicates[metric]) if replicates else None,
+            "p_value": float(statistics.sign_flip_p(values)),
             "smallest_p": statistics.smallest_p(len(seeds)),
-            "effect_size": statistics.hedges_gz(differences),
+            "effect_size": statistics.hedges_gz(values),
         }
-    return found
-
-
-def _replicates(
-    results: SweepResults, reference: Row, row: Row, seeds: Sequence[int]
-) -> tuple[dict[str, Any] | None, str | None]:
-    """Bootstrap the differences, or return the reason why that is not possible."""
-    counts: dict[Row, list[Any]] = {reference: [], row: []}
-    gold = None
-    for one, runs in counts.items():
-        for seed in seeds:
-            found = results.predictions(one, seed)
-            if found is None:
-                return None, f"{results.folders[one, seed].root.name} has no predictions.json"
-            gold = gold or found["gold"]
-            if found["gold"] != gold:
-                return None, f"the {results.split} texts differ between seeds"
-            runs.append(statistics.text_counts(found["gold"], found["predicted"], len(found["labels"])))
-    return statistics.bootstrap_differences(counts, reference, REPLICATES)[row], None
+    return differences
 
 
 def _choice(results: SweepResults) -> dict[str, Any]:
@@ -243,17 +209,16 @@ def _choice(results: SweepResults) -> dict[str, Any]:
     return found
 
 
-def _paper(results: SweepResults, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _paper(task: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Return how many seeds would show the gains that the authors report, given how much the differences vary here."""
-    about, gains = PAPER_GAINS.get(results.task, ("", {}))
-    needed = []
+    paper, needed = MEANINGS["paper"].get(task, {"task": "", "scores": {}}), []
+    gains = {backbone: after - before for backbone, (before, after) in paper["scores"].items()}
     for row in rows:
         found = row.get("difference", {}).get("f1_macro")
-        if not gains or row["p"] == 0 or not found or found["sd"] is None:
-            continue
-        bounds, counts = statistics.sd_interval(found["sd"], found["n"]), {}
-        for backbone, gain in gains.items():
-            seeds, *ends = (statistics.seeds_needed(gain, sd) for sd in (found["sd"], *bounds))
-            counts[backbone] = {"seeds": seeds, "interval": ends}
-        needed.append({"label": row["label"], "sd": found["sd"], "sd_interval": list(bounds), "needed": counts})
-    return {"task": about, "gains": gains, "rows": needed}
+        if gains and row["p"] > 0 and found and found["sd"] is not None:
+            sds, counts = (found["sd"], *statistics.sd_interval(found["sd"], found["n"])), {}
+            for backbone, gain in gains.items():
+                seeds, *ends = (statistics.seeds_needed(gain, sd) for sd in sds)
+                counts[backbone] = {"seeds": seeds, "interval": ends}
+            needed.append({"label": row["label"], "sd": sds[0], "sd_interval": list(sds[1:]), "needed": counts})
+    return {"task": paper["task"], "gains": gains, "rows": needed}

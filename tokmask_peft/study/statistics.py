@@ -1,45 +1,35 @@
-"""Statistics of a sweep: intervals over seeds, paired tests, effect sizes, power, and a bootstrap."""
+"""Statistics of a sweep: intervals over seeds, paired tests, effect sizes and power."""
 
 from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from numpy.typing import NDArray
 from scipy import special, stats
 
-METRICS = ("f1_macro", "f1_weighted")
-PAPER_GAINS: dict[str, tuple[str, dict[str, float]]] = {
-    "sequence": (
-        "sentiment, Spanish-English",
-        {"mBERT": 0.4648 - 0.4450, "Qwen2.5-0.5B": 0.4904 - 0.4452, "TinyLlama-1.1B": 0.4942 - 0.4724},
-    ),
-    "token": (
-        "language identification, Spanish-English",
-        {"mBERT": 0.9680 - 0.9664, "Qwen2.5-0.5B": 0.9379 - 0.9354, "TinyLlama-1.1B": 0.9508 - 0.9484},
-    ),
-}
-"""By task, the authors' task of this kind and their gain in macro-F1 from p = 0 to p = 0.1 (arXiv:2505.11746, dev set,
-one run for each backbone)."""
-LEVEL = 0.95
+from tokmask_peft.training.metrics import LEVEL
+
+MEANINGS: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("meanings.yaml").read_text(encoding="utf-8"))
+"""What figures mean, by report; and `paper`: by task, the scores that the authors report."""
 EXACT_UP_TO = 16
 """Number of seeds up to which all sign patterns are counted; for more, 99,999 random ones stand for them."""
 _MOST_SEEDS = 2**20
-_WEIGHTS_AT_ONCE = 2_000_000
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
     """Return mean, standard deviation (n - 1) and 95% interval (Student's t), the latter two none for one value."""
-    sample = np.asarray(values, dtype=np.float64)
-    mean = float(sample.mean())
-    if len(sample) < 2:
-        return {"n": len(sample), "mean": mean, "sd": None, "interval": None}
-    sd = float(sample.std(ddof=1))
-    half = float(stats.t.ppf((1 + LEVEL) / 2, len(sample) - 1)) * sd / math.sqrt(len(sample))
-    return {"n": len(sample), "mean": mean, "sd": sd, "interval": [mean - half, mean + half]}
+    n, mean = len(values), float(np.mean(values))
+    if n < 2:
+        return {"n": n, "mean": mean, "sd": None, "interval": None}
+    sd = float(np.std(values, ddof=1))
+    half = float(stats.t.ppf((1 + LEVEL) / 2, n - 1)) * sd / math.sqrt(n)
+    return {"n": n, "mean": mean, "sd": sd, "interval": [mean - half, mean + half]}
 
 
 def sign_flip_p(differences: Any, axis: int = -1) -> NDArray[np.float64]:
@@ -119,66 +109,3 @@ def sd_interval(sd: float, n: int) -> tuple[float, float]:
     """Return the 95% interval of a standard deviation that was estimated from `n` normal values (chi-square)."""
     low, high = stats.chi2.ppf([(1 + LEVEL) / 2, (1 - LEVEL) / 2], n - 1)
     return sd * math.sqrt((n - 1) / low), sd * math.sqrt((n - 1) / high)
-
-
-def text_counts(gold: Sequence[Sequence[int]], predicted: Sequence[Sequence[int]], classes: int) -> NDArray[np.float64]:
-    """Count each text's items by class, `[3, texts, classes]`: found correctly, of the class, predicted as the class.
-
-    They suffice to score any choice of texts. A prediction of -1 (a word that was truncated) counts for no class.
-    """
-    text = np.repeat(np.arange(len(gold)), [len(row) for row in gold])
-    true, found = (np.concatenate([np.asarray(row, dtype=np.int64) for row in rows]) for rows in (gold, predicted))
-    counts = np.zeros((3, len(gold), classes))
-    for part, label, chosen in zip(counts, (true, true, found), (true == found, true >= 0, found >= 0), strict=True):
-        np.add.at(part, (text[chosen], label[chosen]), 1)
-    return counts
-
-
-def f1_of(counts: NDArray[Any]) -> dict[str, NDArray[np.float64]]:
-    """Return macro and weighted F1 of counts `[3, ..., classes]`, as `training.metrics.scores` defines them."""
-    right, gold, given = counts
-    f1 = 2 * right / np.maximum(gold + given, 1)
-    occurring = (gold + given) > 0
-    macro = f1.sum(-1, where=occurring) / np.maximum(occurring.sum(-1), 1)
-    weighted = (f1 * gold).sum(-1) / np.maximum(gold.sum(-1), 1)
-    return {"f1_macro": macro, "f1_weighted": weighted}
-
-
-def bootstrap_differences(
-    arms: Mapping[Any, Sequence[NDArray[np.float64]]], reference: Any, replicates: int = 2000, seed: int = 0
-) -> dict[Any, dict[str, NDArray[np.float64]]]:
-    """Draw seeds and texts, the same for all arms, and return each arm's mean F1 minus the reference's.
-
-    Every seed scores the same test texts, so seeds and texts are crossed: each replicate draws seeds and, for all of
-    them, texts, both with replacement (the pigeonhole bootstrap, Owen 2007, arXiv:0712.1111). In word-level tasks a
-    whole text is drawn with its words, which depend on each other.
-
-    Args:
-        arms: for each arm the `text_counts` of its runs, in the same order of seeds, on the same texts.
-        reference: the arm to compare with.
-        replicates: number of draws.
-        seed: of the draws.
-
-    Returns:
-        For each other arm and metric `[replicates]` differences.
-    """
-    random = np.random.default_rng(seed)
-    runs, texts = len(arms[reference]), arms[reference][0].shape[1]
-    chosen_runs = random.integers(0, runs, (1, replicates, runs))
-    scored = {arm: np.empty((len(METRICS), replicates, runs)) for arm in arms}
-    step = max(1, _WEIGHTS_AT_ONCE // texts)
-    for start in range(0, replicates, step):
-        rows = slice(start, min(start + step, replicates))
-        draws = random.multinomial(texts, np.full(texts, 1 / texts), rows.stop - start).astype(np.float64)
-        for arm, counts in arms.items():
-            for run, part in enumerate(counts):
-                found = f1_of(draws @ part)
-                scored[arm][:, rows, run] = [found[metric] for metric in METRICS]
-    means = {arm: np.take_along_axis(values, chosen_runs, axis=2).mean(2) for arm, values in scored.items()}
-    others = {arm: found - means[reference] for arm, found in means.items() if arm != reference}
-    return {arm: dict(zip(METRICS, found, strict=True)) for arm, found in others.items()}
-
-
-def percentile_interval(values: NDArray[np.float64]) -> list[float]:
-    """Return the 95% percentile interval of bootstrap replicates."""
-    return [float(bound) for bound in np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])]

@@ -5,9 +5,8 @@ Methods are the Trainer's events (`transformers.TrainerCallback`).
 
 from __future__ import annotations
 
+import contextlib
 import json
-import signal
-import threading
 import time
 from math import isfinite
 from pathlib import Path
@@ -17,58 +16,71 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer_callback import ExportableState
 
 from tokmask_peft.artifacts import read_log
-from tokmask_peft.errors import RunError
+from tokmask_peft.console import stop_signals
+from tokmask_peft.errors import RunError, write_whole
 
 
-class LogFile(TrainerCallback):
-    """Write a JSON line per logged step to `log.jsonl`; a resumed run continues after its checkpoint's lines."""
+class LogFile(TrainerCallback, ExportableState):
+    """Write a JSON line per logged step to `log.jsonl`; a resumed run continues after its checkpoint's lines.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    A checkpoint says how many `processes` saved it, so that one that lacks the random state of a process is found.
+    """
+
+    def __init__(self, path: Path, processes: int = 1) -> None:
+        self.path, self.processes, self._start = path, processes, 0
+
+    def state(self) -> dict[str, Any]:
+        """Return what the Trainer saves in a checkpoint's `trainer_state.json`."""
+        return {"args": {}, "attributes": {}, "processes": self.processes}
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Drop the lines after the checkpoint that the run resumes from."""
+        """Drop the lines after the checkpoint that the run resumes from, and the summaries of earlier parts."""
+        state.stateful_callbacks.setdefault(type(self).__name__, {})  # one of an older version has no entry
+        self._start = state.global_step
         if state.is_world_process_zero:
-            kept = [row for row in read_log(self.path) if row["step"] <= state.global_step]
-            self.path.write_text("".join(f"{json.dumps(row)}\n" for row in kept), encoding="utf-8")
+            rows = read_log(self.path)
+            kept = [row for row in rows if row["step"] <= state.global_step and "train_runtime" not in row]
+            write_whole(self.path, "".join(f"{json.dumps(row)}\n" for row in kept))
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any) -> None:
-        """Append what was logged; a value that is not finite becomes null."""
+        """Append what was logged; a value that is not finite becomes null.
+
+        The Trainer's summary at the end is about the steps since it began; after a resume the line says so.
+        """
         if state.is_world_process_zero and logs:
             line = {"step": state.global_step, "epoch": state.epoch, **logs}
+            if self._start and "train_runtime" in logs:
+                line["since_step"] = self._start
             bad = {key for key, value in line.items() if isinstance(value, float) and not isfinite(value)}
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line | dict.fromkeys(bad), allow_nan=False) + "\n")
 
 
 class StopOnSignal(TrainerCallback):
-    """On the first Ctrl-C (or SIGTERM), finish the step, write a checkpoint and stop; on the second, stop at once.
+    """On the first Ctrl-C (or SIGTERM, SIGHUP), finish the step, write a checkpoint and stop; then, stop at once.
 
     A context manager around the training. `stopped` says whether the run was asked to stop.
     """
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
     def __init__(self) -> None:
         self.stopped = False
-        self._before: dict[signal.Signals, Any] = {}
+        self._handling = contextlib.ExitStack()
 
     def __enter__(self) -> StopOnSignal:
         """Handle the signals; only the main thread can."""
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._ask) for number in self.SIGNALS}
+        self._handling.enter_context(stop_signals(self._ask))
         return self
 
     def __exit__(self, *_: object) -> None:
         """Restore the handlers of before."""
-        while self._before:
-            signal.signal(*self._before.popitem())
+        self._handling.close()
 
     def _ask(self, *_: object) -> None:
         self.stopped = True
-        self.__exit__()
+        self._handling.close()
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Ask the Trainer for a checkpoint and the end; of several processes, all stop if one was asked to."""

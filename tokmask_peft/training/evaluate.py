@@ -12,9 +12,9 @@ import torch
 from transformers import set_seed
 
 from tokmask_peft.artifacts import AdapterInfo, find_saved, open_finished
-from tokmask_peft.data.corpus import apply_label_map, check_known, load_corpus
+from tokmask_peft.data.corpus import apply_label_map, check_known, load_corpus, with_unseen
 from tokmask_peft.data.readers import read_split
-from tokmask_peft.errors import DataError
+from tokmask_peft.errors import DataError, boundary
 from tokmask_peft.model.adapter import load_adapter
 from tokmask_peft.model.backbone import load_backbone
 from tokmask_peft.model.decisions import plan_loading
@@ -26,21 +26,35 @@ from tokmask_peft.training.scoring import scores_of
 from tokmask_peft.training.trainer import OrderedEvalTrainer, Split, training_arguments
 
 
+@boundary("the evaluation")
 def evaluate(
-    run: str | Path, *, split: str = "test", data: str | None = None, batch_size: int | None = None
+    run: str | Path,
+    *,
+    split: str | None = None,
+    data: str | None = None,
+    format: str | None = None,
+    text_column: str | int | None = None,
+    label_column: str | int | None = None,
+    batch_size: int | None = None,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Score the adapter of a run.
 
     Args:
         run: the run folder.
         split: `train`, `validation` or `test` of the run's own data, as they were split and cleaned in training;
-            with `data`, the split or file name there.
-        data: a folder or file with other texts, in the format and with the columns of the run's recipe.
+            with `data`, the split or file name there. Default: test, or the file that `data` is.
+        data: a folder or file with other texts.
+        format: of `data`, as `data.format` in a recipe; default: that of the run, as of the columns.
+        text_column: of `data`, as `data.text_column`.
+        label_column: of `data`, as `data.label_column`.
         batch_size: texts per forward pass, in place of the run's `training.eval_batch_size`.
+        trust_remote_code: run the backbone's own code; whatever the run's recipe says, only you can allow it.
 
     Returns:
-        The scores of `metrics.scores`, with `by_mixing` if the recipe names language labels, and `not_as_trained`,
-        with the reasons, if this machine cannot load the backbone as it was in training.
+        The scores of `metrics.scores`, with `by_mixing` if the recipe names language labels; `warnings` if the texts
+        have labels that training lacked; and `not_as_trained`, with the reasons, if this machine cannot load the
+        backbone as it was in training.
 
     Raises:
         RunError, DataError, ModelError: with what to do.
@@ -52,53 +66,65 @@ def evaluate(
     if batch_size is not None:
         recipe = changed(recipe, {"training.eval_batch_size": batch_size})
     task = recipe.data.task
-    examples, labels = split_examples(recipe, split, data, folder.adapter)
-    saved, device = find_saved(folder.root), processes().device
+    reading = {"format": format, "text_column": text_column, "label_column": label_column}
+    examples, labels = split_examples(recipe, split, data, folder.adapter, **reading)
+    warnings = check_known(examples, labels, split or "test" if data is None else data)
+    scored = with_unseen(labels, examples)
+    saved, device = find_saved(folder.root, trust_remote_code=trust_remote_code), processes().device
     set_seed(recipe.seed)
     plan = plan_loading(saved.model, device)
     loading = Situation("loading", gpu=device.type == "cuda")
     with memory_errors(loading):
         backbone = load_backbone(plan.model, task, labels, device)
-        model = load_adapter(backbone, folder.adapter)
-    texts = Split(examples, backbone.tokenizer, task, labels, recipe.data.max_length)
+        model = load_adapter(backbone, folder.adapter, **saved.trained)
+    texts = Split(examples, backbone.tokenizer, task, scored, recipe.data.max_length)
     bf16 = backbone.dtype == torch.bfloat16
     with tempfile.TemporaryDirectory() as scratch:  # the Trainer creates its folder, and the run may be read-only
-        batch = min(recipe.training.eval_batch_size, len(examples))
+        batch = min(recipe.training.eval_batch_size, len(texts.windows))
         evaluating = replace(loading, phase="evaluation", texts=batch)
         with memory_errors(loading):  # an unquantized backbone stays on the host until here
             trainer = OrderedEvalTrainer(
                 model=model,
                 args=training_arguments(recipe, Path(scratch), device, bf16),
-                eval_dataset=texts.dataset,
+                eval_dataset=texts.window_dataset,
                 data_collator=get_task(task).collator(backbone.tokenizer),
                 memory_errors=functools.partial(memory_errors, evaluating),
             )
-        found, _, _ = trainer.predict_with_logits(texts)
-    result, deviations = scores_of(recipe, found, labels), list(plan.deviations)
+        found, _, _ = trainer.predict_windows(texts)
+    result, deviations = scores_of(recipe, found, scored), list(plan.deviations)
     trained = AdapterInfo.read(folder.adapter).loading
     if trained is not None and trained.precision == "bf16" and not bf16:
         deviations.append("trained in bf16, which this machine does not compute in: results differ slightly")
-    return result | ({"not_as_trained": deviations} if deviations else {})
+    notes = {"warnings": warnings, "not_as_trained": deviations}
+    return result | {key: lines for key, lines in notes.items() if lines}
 
 
 def split_examples(
-    recipe: Recipe, split: str, data: str | None, adapter: Path
+    recipe: Recipe, split: str | None, data: str | None, adapter: Path, **reading: str | int | None
 ) -> tuple[list[Example], tuple[str, ...]]:
     """Return the texts of a split as the run saw them, or those of a folder or file, and the labels of the adapter.
+
+    Without `split` it is test, or the file that `data` is. `reading` are `format`, `text_column` and `label_column` of
+    `data`, those of the recipe if they are none.
 
     Raises:
         DataError: there is no such split, or it cannot be read.
     """
-    labels = tuple(AdapterInfo.read(adapter).labels)
+    labels, given = tuple(AdapterInfo.read(adapter).labels), {k: v for k, v in reading.items() if v is not None}
     if data is not None:
-        source = recipe.data.model_copy(update={"path": data, "test_source": None})
-        examples = apply_label_map(read_split(source, split, recipe.data.task), recipe.data.label_map)[0]
-        check_known(examples, labels, split)
-        return examples, labels
+        source = recipe.data.model_copy(update={"path": data, "test_source": None, **given})
+        name = split or (Path(data).name if Path(data).is_file() else "test")
+        try:
+            return apply_label_map(read_split(source, name, recipe.data.task), recipe.data.label_map)[0], labels
+        except DataError as error:
+            hint = "Format and columns are as in the run; evaluate takes --format, --text-column and --label-column"
+            raise DataError(f"{error}\n{hint}", code=error.code, **error.fields) from error
+    if given:
+        raise DataError("a format or a column is for other texts: --data FILE", code="no-data", given=tuple(given))
     corpus = load_corpus(recipe.data.expanded(), recipe.seed)
     known = {"train": corpus.train, "validation": corpus.validation, "test": corpus.test}
-    if not known.get(split):
+    if not (examples := known.get(split or "test")):
         usable = [name for name, part in known.items() if part]
-        problem = f"the run has no split '{split}'; it has {', '.join(usable)}. Other texts: --data FOLDER"
-        raise DataError(problem, code="unknown-split", split=split, known=usable)
-    return known[split], labels
+        problem = f"the run has no split '{split or 'test'}'; it has {', '.join(usable)}. Other texts: --data FILE"
+        raise DataError(problem, code="unknown-split", split=split or "test", known=usable)
+    return examples, labels

@@ -72,6 +72,7 @@ class ClassificationLoss:
         logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs.logits
         logits = logits.reshape(-1, logits.shape[-1]).float()
         labels = labels.reshape(-1).to(logits.device)
+        labels = labels.masked_fill(labels >= logits.shape[-1], IGNORED)  # of validation: no output stands for them
         weights = None if self.weights is None else self.weights.to(logits.device)
         losses = F.cross_entropy(
             logits, labels, weight=weights, label_smoothing=self.smoothing, ignore_index=IGNORED, reduction="none"

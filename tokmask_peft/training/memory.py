@@ -13,14 +13,9 @@ from tokmask_peft.console import Decision
 from tokmask_peft.data.corpus import load_corpus
 from tokmask_peft.data.encoding import Encoder
 from tokmask_peft.errors import ModelError, TokmaskError, first_line
-from tokmask_peft.model.backbone import attention_dropout_name, load_problem, load_tokenizer
-from tokmask_peft.model.decisions import (
-    bitsandbytes_problem,
-    can_checkpoint,
-    check_checkpointing,
-    choose_precision,
-    choose_quantization,
-)
+from tokmask_peft.model import decisions
+from tokmask_peft.model.backbone import attention_dropout_name, load_error, load_tokenizer
+from tokmask_peft.model.layers import placement_problem
 from tokmask_peft.model.location import backbone_location, check_length
 from tokmask_peft.model.memory.estimate import (
     MARGIN,
@@ -37,7 +32,6 @@ from tokmask_peft.model.memory.estimate import (
 from tokmask_peft.model.memory.step import Setting, bare_model
 from tokmask_peft.model.memory.suggestions import Situation, Suggestion, changed, suggestions
 from tokmask_peft.model.packed import choose_batching
-from tokmask_peft.model.placement import placement_problem
 from tokmask_peft.recipe.schema import Recipe
 
 CHECKPOINTING = "model.gradient_checkpointing"
@@ -72,10 +66,9 @@ class Forecast:
 
     def warning(self) -> str | None:
         """Return the warning before a training that does not fit."""
-        if self.memory is None or self.fits:
-            return None
         taken = f"the largest batch would take {shown(self.largest.total)}; {self.memory}"
-        return "\n".join([f"Warning: {taken}. It may run out of memory.", *(f"  {one}" for one in self.suggestions)])
+        lines = [f"Warning: {taken}. It may run out of memory.", *(f"  {one}" for one in self.suggestions)]
+        return None if self.fits else "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-able form; all sizes in bytes."""
@@ -109,14 +102,11 @@ def forecast(
     """Estimate a run, and decide on gradient checkpointing if the recipe leaves it open.
 
     `lengths` of the texts and `memory` are None if unknown. A `usual` batch takes as long again, and looking for what
-    to `suggest` if the run does not fit takes longer still.
-
-    Raises:
-        ModelError: the recipe does not fit the backbone.
+    to `suggest` if the run does not fit takes longer still. A ModelError says why the recipe does not fit the backbone.
     """
     shapes, asked = workload(recipe, batching, lengths), recipe.model.gradient_checkpointing
-    bare = bare_model(setting.config, recipe.data.task, setting.dtype)
-    check_checkpointing(bare, asked)
+    bare: Any = bare_model(setting.config, recipe.data.task, setting.dtype)
+    decisions.check_checkpointing(bare, asked)
 
     def count(recipe: Recipe) -> Estimate:
         wanted = recipe.model.quantization
@@ -132,7 +122,7 @@ def forecast(
         reason = f"the memory of this {setting.device_type} is unknown"
     elif memory.fits(found.total):
         reason = f"{shown(found.total)} at the most, without it; {memory}"
-    elif not can_checkpoint(bare):
+    elif not bare.supports_gradient_checkpointing:
         reason = f"{shown(found.total)} without it; {memory}, but {type(bare).__name__} cannot do it"
     else:
         less = count(changed(decided, {CHECKPOINTING: True}))
@@ -142,10 +132,10 @@ def forecast(
     ordinary = estimate(decided, setting, shapes.usual, shapes.evaluation) if usual and shapes.usual else None
     saving: list[Suggestion] = []
     if suggest and memory is not None and not memory.fits(found.total):
-        gpu = setting.device_type != "cpu"
-        imagined = setting.device_type == "cuda" and not torch.cuda.is_available()  # one that bitsandbytes runs on
-        int8, movable = imagined or bitsandbytes_problem(setting.device_type) is None, placement_problem(bare) is None
-        situation = Situation("run", decided, gpu, movable, can_checkpoint(bare), int8)
+        kind, movable = setting.device_type, placement_problem(bare) is None
+        imagined = kind == "cuda" and not torch.cuda.is_available()  # one that bitsandbytes runs on
+        int8 = imagined or decisions.bitsandbytes_problem(kind) is None
+        situation = Situation("run", decided, kind != "cpu", movable, bare.supports_gradient_checkpointing, int8)
         saving = suggestions(situation, count, memory)
     recipe = changed(recipe, {CHECKPOINTING: choice == "on"})
     return Forecast(recipe, setting, Decision("checkpointing", choice, reason), shapes, found, ordinary, memory, saving)
@@ -157,14 +147,11 @@ def before_training(
     """Decide on gradient checkpointing, and warn of what will not fit; of several processes the tightest decides.
 
     Under FSDP it does not warn, because the estimate is of a device that holds everything. Returns the recipe with the
-    decision in it, the decision, and a warning or None.
-
-    Raises:
-        ModelError: the recipe asks for gradient checkpointing, which the backbone cannot do.
+    decision in it, the decision, and a warning or None. A ModelError says that the backbone cannot do what is asked.
     """
     setting = Setting(backbone.model.config, device.type, backbone.quantization, backbone.dtype)
     asked = recipe.model.gradient_checkpointing
-    check_checkpointing(backbone.model, asked)
+    decisions.check_checkpointing(backbone.model, asked)
     sharded = parse_flag_from_env("ACCELERATE_USE_FSDP")
     try:
         with torch.random.fork_rng(devices=()):
@@ -193,9 +180,9 @@ def tightest(found: list[tuple[Decision, str | None]]) -> tuple[Decision, str | 
 
 
 def without_training(recipe: Recipe, gpu: str | None = None) -> Forecast:
-    """Estimate a recipe on this machine, or on a GPU of a size; no weights are read.
+    """Estimate a recipe on this machine's CUDA GPU or CPU, or on a GPU with memory of a size such as 6GB.
 
-    `gpu` is the memory of the GPU to estimate for, such as 6GB; default: this machine's CUDA GPU, or its CPU.
+    No weights are read.
 
     Raises:
         RecipeError, DataError, ModelError: with what to do.
@@ -208,12 +195,13 @@ def without_training(recipe: Recipe, gpu: str | None = None) -> Forecast:
     try:
         config = AutoConfig.from_pretrained(location, **loading)
     except (OSError, ValueError) as error:
-        raise ModelError(load_problem("backbone's config", location, error)) from error
+        raise load_error("backbone", location, error) from error
     check_length(recipe, config.to_dict())
     if wanted.attention_dropout is not None:
         setattr(config, attention_dropout_name(location, config), wanted.attention_dropout)
     if gpu is None:
-        precision, quantization = choose_precision(wanted, device).choice, choose_quantization(wanted, device).choice
+        precision = decisions.choose_precision(wanted, device).choice
+        quantization = decisions.choose_quantization(wanted, device).choice
     else:  # one that bitsandbytes and bf16 run on
         precision = "bf16" if wanted.precision == "auto" else wanted.precision
         quantization = "nf4" if wanted.quantization == "auto" else wanted.quantization
@@ -233,9 +221,9 @@ def without_training(recipe: Recipe, gpu: str | None = None) -> Forecast:
 
 
 def _texts(recipe: Recipe) -> tuple[int, Lengths | None]:
-    """Return the number of classes and the lengths of the texts, if these are at hand.
+    """Return the number of classes and the lengths of the texts, if these need no download from the Hub.
 
-    Those of the Hub are not, because they may have to be downloaded; a test set there counts as texts of max_length.
+    A test set there counts as texts of max_length.
     """
     data, unread = recipe.data, list[tuple[int, ...]]()
     if data.path is None and data.hub is not None:
@@ -246,7 +234,7 @@ def _texts(recipe: Recipe) -> tuple[int, Lengths | None]:
     corpus = load_corpus(data.expanded(), recipe.seed)
     encoder = Encoder(load_tokenizer(recipe.model), data.task, data.max_length)
     train, *evaluated = (
-        list(encoder.cut(split, corpus.labels).dataset["length"])
+        list(encoder.cut(split, corpus.all_labels).dataset["length"])
         for split in (corpus.train, corpus.validation, corpus.test)
         if split
     )

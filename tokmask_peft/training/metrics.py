@@ -7,16 +7,21 @@ has no probability.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import softmax
+from scipy.optimize import minimize_scalar
+from scipy.special import log_softmax, softmax
 
 from tokmask_peft.errors import RunError
 from tokmask_peft.tasks import NO_PREDICTION
+
+METRICS = ("f1_macro", "f1_weighted")
+LEVEL = 0.95
+_WEIGHTS_AT_ONCE = 2_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,64 +105,137 @@ def scores_by_mixing(found: Predictions, labels: Sequence[str], languages: Seque
     return rows
 
 
+def text_counts(gold: Sequence[Sequence[int]], predicted: Sequence[Sequence[int]], classes: int) -> NDArray[np.float64]:
+    """Count each text's items by class, `[3, texts, classes]`: found correctly, of the class, predicted as the class.
+
+    They suffice to score any choice of texts. A prediction of -1 (a word without one) counts for no class.
+    """
+    text = np.repeat(np.arange(len(gold)), [len(row) for row in gold])
+    true, found = (np.concatenate([np.asarray(row, dtype=np.int64) for row in rows]) for rows in (gold, predicted))
+    counts = np.zeros((3, len(gold), classes))
+    for part, label, chosen in zip(counts, (true, true, found), (true == found, true >= 0, found >= 0), strict=True):
+        np.add.at(part, (text[chosen], label[chosen]), 1)
+    return counts
+
+
+def f1_of(counts: NDArray[Any]) -> dict[str, NDArray[np.float64]]:
+    """Return macro and weighted F1 of counts `[3, ..., classes]`, as `scores` defines them."""
+    right, gold, given = counts
+    f1 = 2 * right / np.maximum(gold + given, 1)
+    occurring = (gold + given) > 0
+    macro = f1.sum(-1, where=occurring) / np.maximum(occurring.sum(-1), 1)
+    weighted = (f1 * gold).sum(-1) / np.maximum(gold.sum(-1), 1)
+    return {"f1_macro": macro, "f1_weighted": weighted}
+
+
+def bootstrap_differences(
+    arms: Mapping[Any, Sequence[NDArray[np.float64]]], reference: Any, replicates: int = 2000, seed: int = 0
+) -> dict[Any, dict[str, NDArray[np.float64]]]:
+    """Draw seeds and texts, the same for all arms, and return each arm's mean F1 minus the reference's.
+
+    Every seed scores the same test texts, so seeds and texts are crossed: each replicate draws seeds and, for all of
+    them, texts, both with replacement (the pigeonhole bootstrap, Owen 2007, arXiv:0712.1111). In word-level tasks a
+    whole text is drawn with its words, which depend on each other.
+
+    Args:
+        arms: for each arm the `text_counts` of its runs, in the same order of seeds, on the same texts.
+        reference: the arm to compare with.
+        replicates: number of draws.
+        seed: of the draws.
+
+    Returns:
+        For each other arm and metric `[replicates]` differences.
+    """
+    random = np.random.default_rng(seed)
+    runs, texts = len(arms[reference]), arms[reference][0].shape[1]
+    chosen_runs = random.integers(0, runs, (1, replicates, runs))
+    scored = {arm: np.empty((len(METRICS), replicates, runs)) for arm in arms}
+    step = max(1, _WEIGHTS_AT_ONCE // texts)
+    for start in range(0, replicates, step):
+        rows = slice(start, min(start + step, replicates))
+        draws = random.multinomial(texts, np.full(texts, 1 / texts), rows.stop - start).astype(np.float64)
+        for arm, counts in arms.items():
+            for run, part in enumerate(counts):
+                found = f1_of(draws @ part)
+                scored[arm][:, rows, run] = [found[metric] for metric in METRICS]
+    means = {arm: np.take_along_axis(values, chosen_runs, axis=2).mean(2) for arm, values in scored.items()}
+    others = {arm: found - means[reference] for arm, found in means.items() if arm != reference}
+    return {arm: dict(zip(METRICS, found, strict=True)) for arm, found in others.items()}
+
+
+def percentile_interval(values: NDArray[np.float64]) -> list[float]:
+    """Return the 95% percentile interval of bootstrap replicates."""
+    return [float(bound) for bound in np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])]
+
+
+def compared(ours: Predictions, theirs: Predictions, classes: int) -> dict[str, Any]:
+    """Return the 95% interval of a gain in macro-F1 on the same texts (paired bootstrap), and the verdict it allows."""
+    arms = [[text_counts(**arm.to_dict(), classes=classes)] for arm in (theirs, ours)]
+    low, high = percentile_interval(bootstrap_differences(dict(enumerate(arms)), 0)[1]["f1_macro"])
+    verdict = "beats" if low > 0 else "does not beat" if high < 0 else "cannot tell"
+    return {"interval": [low, high], "verdict": verdict}
+
+
 BINS = 15  # of a reliability diagram, of equal width over (0, 1]
-LOWEST, HIGHEST = 0.05, 20.0  # bounds of the temperature
-_HALVINGS = 60  # of the interval of 1 / T: below the spacing of doubles
+LOWEST, HIGHEST = 0.2, 5.0  # bounds of the temperature
 
 
 def fit_temperature(logits: NDArray[Any], gold: NDArray[Any]) -> float:
-    """Return the temperature T > 0 that minimises the negative log likelihood of softmax(logits / T).
+    """Return the temperature T that minimises the negative log likelihood of softmax(logits / T).
 
-    The likelihood is convex in 1 / T, so bisection finds the root of its derivative, in double precision. If no item is
-    wrong the best T would be 0, which says nothing about new texts: then T is 1.
+    If no item is wrong the best T would be 0, which says nothing about new texts: then T is 1.
 
-    Args:
-        logits: `[items, classes]`.
-        gold: `[items]` label ids.
-
-    Returns:
-        T between 0.05 and 20, never with a higher negative log likelihood than T = 1.
+    `logits` are `[items, classes]`, `gold` `[items]` label ids. T is between 0.2 and 5, and never has a higher negative
+    log likelihood than T = 1.
     """
     if len(gold) == 0 or bool((logits.argmax(-1) == gold).all()):
         return 1.0
-    exact = logits.astype(np.float64)
-    right = exact[np.arange(len(gold)), gold]
-    low, high = 1 / HIGHEST, 1 / LOWEST
-    for _ in range(_HALVINGS):
-        middle = (low + high) / 2
-        slope = float(((probabilities(exact, 1 / middle) * exact).sum(-1) - right).mean())
-        low, high = (middle, high) if slope < 0 else (low, middle)
-    temperature = 2 / (low + high)
-    better = negative_log_likelihood(exact, gold, temperature) <= negative_log_likelihood(exact, gold)
-    return temperature if better else 1.0
+
+    def loss(power: float) -> float:
+        return negative_log_likelihood(logits, gold, np.exp(power))
+
+    best = minimize_scalar(loss, bounds=np.log([LOWEST, HIGHEST]), options={"xatol": 1e-9})
+    return float(np.exp(best.x)) if best.fun <= loss(0.0) else 1.0
 
 
 def calibrate(parts: dict[str, tuple[NDArray[Any], NDArray[Any]]]) -> dict[str, Any]:
     """Fit the temperature on validation; return it with what it changes on each part, JSON-able.
 
-    `parts` are `validation` and whatever else to report on: logits `[items, classes]` and gold ids `[items]`.
+    `parts` are `validation` and whatever else to report on: logits `[items, classes]` and gold ids `[items]`, of which
+    those that the model cannot give are left out. A temperature at its bounds, or with which the negative log
+    likelihood or the calibration error of a part does not fall, is not used: `temperature` is 1, `fitted` the one that
+    `after` reports on, and `left_out` the reason.
 
     Raises:
         RunError: a logit is not finite.
     """
-    for name, (logits, _) in parts.items():
+    for name, (logits, gold) in parts.items():
         if not np.isfinite(logits).all():
             problem = f"the trained model's logits on {name} are not finite, so its scores mean nothing"
             remedy = "Lower training.learning_rate, or set model.precision=fp32."
             raise RunError(f"{problem}. {remedy}", code="not-finite", split=name)
-    temperature = fit_temperature(*parts["validation"])
+        parts[name] = logits[gold < logits.shape[-1]], gold[gold < logits.shape[-1]]
+    fitted = fit_temperature(*parts["validation"])
     method = "one temperature, fitted on validation (Guo et al. 2017)"
-    report: dict[str, Any] = {"temperature": temperature, "method": method, "bins": BINS}
+    report: dict[str, Any] = {"temperature": fitted, "method": method, "bins": BINS}
+    worse = []
     for name, (logits, gold) in parts.items():
         report[name] = {"items": len(gold)}
-        for when, divisor in (("before", 1.0), ("after", temperature)):
+        for when, divisor in (("before", 1.0), ("after", fitted)):
             probability = probabilities(logits, divisor)
             report[name][when] = {
                 "nll": negative_log_likelihood(logits, gold, divisor),
                 "ece": expected_calibration_error(probability, gold),
                 "reliability": reliability_bins(probability, gold),
             }
-    return report
+        before, after = report[name]["before"], report[name]["after"]
+        worse += [name] if after["nll"] >= before["nll"] or after["ece"] >= before["ece"] else []
+    reason = f"the one fitted on validation, {fitted:.3f}, does not help on {' and '.join(worse)}" if worse else None
+    if fitted == 1.0:
+        reason = "validation gives no reason for one"
+    elif not LOWEST * 1.001 < fitted < HIGHEST / 1.001:
+        reason = f"the best one on validation is not between {LOWEST:g} and {HIGHEST:g}, which means too few texts"
+    return report if reason is None else report | {"temperature": 1.0, "fitted": fitted, "left_out": reason}
 
 
 def probabilities(logits: NDArray[Any], temperature: float = 1.0) -> NDArray[np.float64]:
@@ -167,12 +245,8 @@ def probabilities(logits: NDArray[Any], temperature: float = 1.0) -> NDArray[np.
 
 def negative_log_likelihood(logits: NDArray[Any], gold: NDArray[Any], temperature: float = 1.0) -> float:
     """Return the mean of -log p(gold), in nats; 0 for no items."""
-    if len(gold) == 0:
-        return 0.0
-    scaled = logits.astype(np.float64) / temperature
-    peak = scaled.max(-1)
-    total = peak + np.log(np.exp(scaled - peak[:, None]).sum(-1))
-    return float((total - scaled[np.arange(len(gold)), gold]).mean())
+    chosen = log_softmax(logits.astype(np.float64) / temperature, axis=-1)[np.arange(len(gold)), gold]
+    return float(-chosen.mean()) if len(gold) else 0.0
 
 
 def expected_calibration_error(probability: NDArray[Any], gold: NDArray[Any]) -> float:

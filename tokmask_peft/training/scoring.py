@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,38 +15,70 @@ from tokmask_peft.data.corpus import Corpus
 from tokmask_peft.errors import RunError
 from tokmask_peft.recipe.schema import Recipe
 from tokmask_peft.tasks import Example, get_task
-from tokmask_peft.training.metrics import Predictions, calibrate, scores, scores_by_mixing
+from tokmask_peft.training.metrics import Predictions, calibrate, compared, scores, scores_by_mixing
 from tokmask_peft.training.trainer import OrderedEvalTrainer, Split
 
 
-def baseline_scores(
-    train: Sequence[Example], test: Sequence[Example], labels: Sequence[str], task: str
-) -> dict[str, Any]:
-    """Fit logistic regression over character n-grams on `train`, and score it on `test`.
+def baseline_scores(corpus: Corpus, weights: Any, adapter: Predictions) -> dict[str, Any]:
+    """Fit logistic regression over character n-grams, and compare it with the adapter on the scored split.
+
+    Validation chooses lower-cased or cased texts, then the class weights, balanced or those of the run, and C.
 
     In token tasks each word is classified without its context. Equal items with equal labels are one row, weighted by
-    their number: the same fit as on repeated rows, in less time. (The idf of an n-gram counts those rows.) Returns the
-    scores of `metrics.scores`, with `method` and `seconds`.
+    their number: the same fit as on repeated rows, in less time. (The document frequency of an n-gram counts those
+    rows.)
+
+    Args:
+        corpus: what the adapter learned from.
+        weights: `[classes]` of the run, None for equal ones.
+        adapter: its predictions for test or, without a test split, for validation.
+
+    Returns:
+        The scores of `metrics.scores`, with `method`, `seconds`, and what `metrics.compared` returns.
     """
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
 
-    start = time.perf_counter()
-    ids = {label: i for i, label in enumerate(labels)}
-    counted = Counter(item for example in train for item in get_task(task).items(example))
-    vectorizer = TfidfVectorizer(analyzer="char_wb", ngram_range=(1, 5), lowercase=False, sublinear_tf=True)
-    features = vectorizer.fit_transform([text for text, _ in counted])
-    weights = np.array(list(counted.values()), dtype=np.float64)
-    model = LogisticRegression(C=10.0, max_iter=300)
-    model.fit(features, np.array([ids[label] for _, label in counted]), sample_weight=weights)
-    items = [item for example in test for item in get_task(task).items(example)]
-    distinct = sorted({text for text, _ in items})
-    answer = dict(zip(distinct, model.predict(vectorizer.transform(distinct)), strict=True))
-    gold, predicted = np.array([(ids[label], answer[text]) for text, label in items]).T
+    start, task, labels = time.perf_counter(), get_task(corpus.task), corpus.all_labels
+    ids = {label: number for number, label in enumerate(labels)}
+    counted = Counter(item for example in corpus.train for item in task.items(example))
+    gold, times = np.array([ids[label] for _, label in counted]), np.array(list(counted.values()), dtype=np.float64)
+    by_class = {"balanced": 1 / np.bincount(gold, times), "of the run": np.ones(len(corpus.labels))}
+    if weights is not None:
+        by_class["of the run"] = np.array(weights)
+    tried: list[tuple[float, bool, str, Callable[[Sequence[Example]], Predictions]]] = []
+
+    def answers(model: Any, vectorizer: Any, examples: Sequence[Example]) -> Predictions:
+        items = [task.items(example) for example in examples]
+        texts = sorted({text for found in items for text, _ in found})
+        answer = dict(zip(texts, model.predict(vectorizer.transform(texts)), strict=True))
+        golds = [np.array([ids[label] for _, label in found], dtype=np.int64) for found in items]
+        return Predictions(golds, [np.array([answer[text] for text, _ in found], dtype=np.int64) for found in items])
+
+    def fit(lowercase: bool, kind: str, c: float) -> None:
+        weight = times * by_class[kind][gold]
+        model = LogisticRegression(C=c, max_iter=300, tol=3e-4)
+        model.fit(features[lowercase], gold, sample_weight=weight * times.sum() / weight.sum())
+        answer = functools.partial(answers, model, vectorizers[lowercase])
+        chosen = f"{'lower-cased' if lowercase else 'cased'}, class weights {kind}, C = {c:g}"
+        tried.append((scores(*answer(corpus.validation).flat(), labels)["f1_macro"], lowercase, chosen, answer))
+
+    usual = {"analyzer": "char_wb", "ngram_range": (1, 5), "min_df": 2, "sublinear_tf": True}
+    vectorizers = {lowercase: TfidfVectorizer(lowercase=lowercase, **usual) for lowercase in (True, False)}
+    texts = [text for text, _ in counted]
+    features = {lowercase: vectorizer.fit_transform(texts) for lowercase, vectorizer in vectorizers.items()}
+    for lowercase in (True, False):
+        fit(lowercase, "balanced", 1.0)
+    lowercase = max(tried, key=lambda one: one[0])[1]
+    for kind, c in (("balanced", 10.0), ("of the run", 1.0), ("of the run", 10.0)):
+        fit(lowercase, kind, c)
+    _, _, chosen, answer = max(tried, key=lambda one: one[0])
+    found = answer(corpus.test or corpus.validation)
     return {
-        **scores(gold, predicted, labels),
-        "method": "character 1- to 5-grams within words (tf-idf), logistic regression",
+        **scores(*found.flat(), labels),
+        "method": f"character 1- to 5-grams within words (tf-idf), logistic regression ({chosen}, by validation)",
         "seconds": round(time.perf_counter() - start, 1),
+        **compared(adapter, found, len(labels)),
     }
 
 
@@ -68,21 +101,22 @@ def score_best(
     labels, predictions, logits = corpus.labels, dict[str, Predictions](), dict[str, Any]()
     for name in ("validation", "test"):
         if name in splits:
-            predictions[name], *logits[name] = trainer.predict_with_logits(splits[name])
+            predictions[name], *logits[name] = trainer.predict_windows(splits[name])
     baseline = None
     if recipe.training.baseline and trainer.is_world_process_zero():
-        baseline = baseline_scores(corpus.train, corpus.test or corpus.validation, labels, recipe.data.task)
-    truncation = {name: split.encoded.truncation.to_dict() for name, split in splits.items()}
+        scored = predictions["test" if corpus.test else "validation"]
+        baseline = baseline_scores(corpus, trainer.compute_loss_func.weights, scored)
+    truncation = {name: splits[name].encoded.truncation.to_dict() for name in ("train", "validation")}
     result = Result(
         name=recipe.name,
         task=recipe.data.task,
         labels=list(labels),
         seed=recipe.seed,
         masking=recipe.masking.model_dump(mode="json"),
-        validation=scores_of(recipe, predictions["validation"], labels, by_mixing=False),
+        validation=scores_of(recipe, predictions["validation"], corpus.all_labels, by_mixing=False),
         best_step=trainer.state.best_global_step,
         steps=trainer.state.global_step,
-        test=scores_of(recipe, predictions["test"], labels) if "test" in predictions else None,
+        test=scores_of(recipe, predictions["test"], corpus.all_labels) if "test" in predictions else None,
         calibration=calibrate(logits),
         baseline=baseline,
         data=corpus.report.to_dict() | {"truncation": truncation},
@@ -90,13 +124,15 @@ def score_best(
     return result, predictions
 
 
-def check_best(result: Result, best: float | None) -> None:
-    """Fail if the loaded adapter is not the one that was best in training: macro-F1 `best` on validation, if known.
+def check_best(trainer: OrderedEvalTrainer, result: Result, validation: Split) -> None:
+    """Fail if the loaded adapter is not the one that was best in training, where validation texts are cut.
 
     Raises:
         RunError: it is another one.
     """
-    found = result.validation["f1_macro"]
+    found, best = result.validation["f1_macro"], trainer.state.best_metric
+    if validation.encoded.truncation.texts_cut:
+        found = trainer.predict(validation.dataset).metrics["test_f1_macro"]
     if best is not None and abs(found - best) > 0.005:
         raise RunError(
             f"the best checkpoint scored {best:.4f} macro-F1 on validation, but loaded again it scores {found:.4f}: "

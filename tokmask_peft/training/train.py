@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from accelerate.utils.memory import clear_device_cache
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from rich.console import Console
@@ -26,25 +27,25 @@ from tokmask_peft.artifacts import (
     Run,
     RunFolder,
     check_run,
+    locked,
     start_run,
-    write_json,
 )
 from tokmask_peft.console import Decision, make_console, print_decisions, print_lines, print_result
 from tokmask_peft.data.batches import PackedCollator, TokenBudgetSampler
-from tokmask_peft.data.corpus import Corpus, load_corpus
+from tokmask_peft.data.corpus import Corpus, count_labels, load_corpus
 from tokmask_peft.data.encoding import words_need_a_space
-from tokmask_peft.errors import RecipeError, RunError, RunInterruptedError
+from tokmask_peft.errors import RecipeError, RunError, RunInterruptedError, boundary, whole, write_json
 from tokmask_peft.hub.card import write_card
 from tokmask_peft.masking.callback import TokenMaskCallback
 from tokmask_peft.masking.embedding import embedding_weight, find_embedding, find_mask_token, prepare_mask_row
 from tokmask_peft.masking.replacement import MaskToken
 from tokmask_peft.model.adapter import add_adapter, check_fit, gathered_weights, save_adapter
 from tokmask_peft.model.backbone import Backbone, load_backbone
-from tokmask_peft.model.decisions import can_checkpoint, enable_checkpointing, in_short, out_of_memory
+from tokmask_peft.model.decisions import enable_checkpointing, in_short, out_of_memory
+from tokmask_peft.model.layers import placement_problem
 from tokmask_peft.model.location import check_length
 from tokmask_peft.model.memory.suggestions import Phase, Situation, changed, memory_error, memory_errors, smaller_batch
 from tokmask_peft.model.packed import choose_batching, enable_padding_free
-from tokmask_peft.model.placement import placement_problem
 from tokmask_peft.recipe.loading import to_yaml
 from tokmask_peft.recipe.schema import Recipe, TrainingConfig
 from tokmask_peft.tasks import get_task
@@ -84,6 +85,7 @@ class Prepared:
         return memory_errors(replace(self.situation, phase=phase, recipe=self.recipe))
 
 
+@boundary("the training")
 def train(recipe: Recipe | str | Path, *, resume: bool = False, quiet: bool = False) -> Run:
     """Train a token-masked adapter as a recipe says.
 
@@ -101,9 +103,19 @@ def train(recipe: Recipe | str | Path, *, resume: bool = False, quiet: bool = Fa
     """
     if not isinstance(recipe, Recipe):
         recipe = Recipe.load(recipe)
-    process = processes()
+    process, folder = processes(), RunFolder(recipe.run_dir)
+    with locked(folder) if process.is_main_process else contextlib.nullcontext():
+        check_run(recipe, resume)
+        try:
+            return _train(recipe, folder, process, resume, quiet)
+        except KeyboardInterrupt as error:
+            if not folder.recipe.is_file():
+                raise
+            raise RunInterruptedError(f"interrupted; continue with `tokmask train {folder.recipe} --resume`") from error
+
+
+def _train(recipe: Recipe, folder: RunFolder, process: PartialState, resume: bool, quiet: bool) -> Run:
     console = make_console(quiet or not process.is_main_process)
-    folder = check_run(recipe, resume)
     check_trackers(recipe.training.report_to)
     check_sharding()
     if recipe.training.auto_batch and process.num_processes > 1:
@@ -135,12 +147,13 @@ def train(recipe: Recipe | str | Path, *, resume: bool = False, quiet: bool = Fa
         result, predictions = score_best(trainer, prepared.recipe, prepared.corpus, prepared.splits)
         decisions = [asdict(decision) for decision in prepared.decisions]
         result = replace(result, decisions=decisions, speed=_speed(prepared, clock, trainer))
-        check_best(result, trainer.state.best_metric)  # before anything says that the run is finished
+        check_best(trainer, result, prepared.splits["validation"])  # before anything says that the run is finished
         weights = gathered_weights(prepared.model)
         if trainer.is_world_process_zero():
-            save_adapter_folder(folder.adapter, prepared, result, weights)
+            with whole(folder.adapter) as adapter:
+                save_adapter_folder(adapter, prepared, result, weights)
             parts = {name: found.to_dict() for name, found in predictions.items()}
-            write_json(folder.predictions, {"labels": result.labels, **parts}, indent=None)
+            write_json(folder.predictions, {"labels": prepared.corpus.all_labels, **parts}, indent=None)
             write_json(folder.result, result.to_dict())  # last: it says that the run is finished
             print_result(console, result, folder.adapter)
     return Run(folder, recipe, result)
@@ -165,9 +178,6 @@ def observe_training(
 
     Returns:
         The recipe with what was decided for this machine.
-
-    Raises:
-        RecipeError, DataError, ModelError, RunError: with what to do.
     """
     process = processes()
     if process.num_processes > 1:
@@ -192,11 +202,7 @@ def observe_training(
 
 
 def prepare(recipe: Recipe, device: torch.device, console: Console) -> Prepared:
-    """Load data and backbone, choose the mask token, add the adapter, and see whether memory suffices.
-
-    Raises:
-        RecipeError, DataError, ModelError, RunError: with what to do.
-    """
+    """Load data and backbone, choose the mask token, add the adapter, and see whether memory suffices."""
     data, training = recipe.data, recipe.training
     corpus = load_corpus(data.expanded(), recipe.seed)
 
@@ -217,20 +223,28 @@ def prepare(recipe: Recipe, device: torch.device, console: Console) -> Prepared:
     recipe = changed(recipe, {"training.batching": batching.choice})
     parts = {"train": corpus.train, "validation": corpus.validation, "test": corpus.test}
     splits = {
-        name: Split(examples, backbone.tokenizer, data.task, corpus.labels, data.max_length)
+        name: Split(examples, backbone.tokenizer, data.task, corpus.all_labels, data.max_length)
         for name, examples in parts.items()
         if examples
     }
-    trained, *evaluated = (split.lengths for split in splits.values())
-    lengths = Lengths(trained, tuple(evaluated))
+    trained, *evaluated = splits.values()
+    windows = tuple([len(window.ids) for window in split.windows] for split in evaluated)
+    lengths = Lengths(trained.lengths, windows)
     recipe, memory_decision, warning = before_training(recipe, backbone, batching.choice, lengths, device)
     if recipe.model.gradient_checkpointing is True:
         enable_checkpointing(model)
     if warning is not None:
         console.print(f"{warning}\n", markup=False)
-    decisions = (*backbone.decisions, batching, memory_decision, mask_decision, *adapter_decisions)
+    decisions = (
+        *corpus.report.decisions,
+        *backbone.decisions,
+        batching,
+        memory_decision,
+        mask_decision,
+        *adapter_decisions,
+    )
     print_decisions(console, decisions)
-    movable, checkpointable = placement_problem(backbone.model) is None, can_checkpoint(backbone.model)
+    movable, checkpointable = placement_problem(backbone.model) is None, loaded.supports_gradient_checkpointing
     situation = Situation("training", movable=movable, checkpointable=checkpointable)
     return Prepared(recipe, corpus, splits, backbone, model, mask, decisions, device, console, situation)
 
@@ -256,7 +270,7 @@ def make_trainer(prepared: Prepared, run: RunFolder, callbacks: list[TrainerCall
     recipe, training, task = prepared.recipe, prepared.recipe.training, get_task(prepared.recipe.data.task)
     tokenizer, validation = prepared.backbone.tokenizer, prepared.splits["validation"]
     patience = [] if training.patience is None else [Patience(training.patience)]
-    counts = Counter(tag for example in prepared.corpus.train for tag in example.tags)
+    counts = count_labels(prepared.corpus.train)
     weights = class_weights(training.class_weights, {label: counts[label] for label in prepared.corpus.labels})
     gamma = training.focal_gamma if training.loss == "focal" else 0.0
     bf16 = prepared.backbone.dtype == torch.bfloat16
@@ -281,7 +295,7 @@ def make_trainer(prepared: Prepared, run: RunFolder, callbacks: list[TrainerCall
             views=training.views,
             views_masked=training.views_masked,
             consistency=training.consistency,
-            callbacks=[*callbacks, LogFile(run.log), *patience],
+            callbacks=[*callbacks, LogFile(run.log, arguments.world_size), *patience],
         )
     if prepared.mask is not None:
         TokenMaskCallback(recipe.masking, prepared.mask, announce=False).add_to(trainer)
@@ -294,15 +308,20 @@ def _attempt(prepared: Prepared, asked: Recipe, run: RunFolder, clock: StepClock
     stop, display = StopOnSignal(), ProgressDisplay(prepared.console)
     trainer = make_trainer(prepared, run, [clock, stop, display, AdapterMoves(), BestOfThisRun()])
     if trainer.is_world_process_zero():  # not before: a mistake found until here leaves no folder behind
-        start_run(run, _recipe_text(asked))
+        listed = ", ".join(f"{name} {version}" for name, version in versions().items())
+        repeat = f"tokmask train {asked.run_dir / 'recipe.yaml'} name={asked.name}-again"
+        head = f"# The resolved recipe of this run. Versions: {listed}.\n# Repeat it: {repeat}\n"
+        weights = {f"backbone ({kind})": found for kind, found in prepared.backbone.weights.items()}
+        start_run(run, head + to_yaml(asked), prepared.corpus.fingerprint() | weights)
     trainer.accelerator.wait_for_everyone()
     say = functools.partial(prepared.console.print, markup=False, soft_wrap=True)
     checkpoint = run.last_checkpoint(say) if resume else None
     if resume and checkpoint is None:
         say("There is no whole checkpoint: starting from the beginning.")
-    elif checkpoint is not None and (checkpoint / SAFETENSORS_WEIGHTS_NAME).is_file():  # FSDP may save shards instead
-        check_fit(prepared.model, prepared.backbone.tokenizer, checkpoint)
-    with stop, contextlib.closing(display):
+    step = f"the training in {run.root}" if checkpoint is None else f"the training from {checkpoint}"
+    with boundary(step, RunError), stop, contextlib.closing(display):
+        if checkpoint is not None and (checkpoint / SAFETENSORS_WEIGHTS_NAME).is_file():  # FSDP may save shards instead
+            check_fit(prepared.model, prepared.backbone.tokenizer, checkpoint)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if stop.stopped:
         where = f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}"
@@ -329,6 +348,8 @@ def save_adapter_folder(
             quantization=backbone.quantization,
             precision="bf16" if backbone.dtype == torch.bfloat16 else "fp32",
             embedding=recipe.model.embedding,
+            weights=backbone.weights,
+            scaling=recipe.adapter.scaling,
         ),
         masking=recipe.masking if mask is None else recipe.masking.model_copy(update={"mask_token": mask.id}),
     ).write(folder)
@@ -361,13 +382,16 @@ def _with_smaller_batches(prepared: Prepared, asked: Recipe, reason: str) -> Pre
 
 def _cut_lines(prepared: Prepared) -> list[str]:
     """Report what does not fit into `data.max_length` sub-tokens."""
-    data, lines = prepared.recipe.data, []
-    for name, split in prepared.splits.items():
-        cut = split.encoded.truncation
-        errors = " (errors)" if name != "train" and get_task(data.task).words_given else ""
-        words = f"; {cut.words_cut} words are cut away{errors}" if cut.words_cut else ""
-        if cut.texts_cut:
-            lines.append(f"{name}: {cut.texts_cut} texts are cut at {data.max_length} sub-tokens{words}")
+    at, lines = f"{prepared.recipe.data.max_length} sub-tokens", []
+    cut = prepared.splits["train"].encoded.truncation
+    if cut.texts_cut:
+        words = f"; {cut.words_cut} words are cut away" if cut.words_cut else ""
+        lines.append(f"train: {cut.texts_cut} texts are cut at {at}{words}")
+    for name in list(prepared.splits)[1:]:
+        long = sum(count > 1 for count in Counter(window.text for window in prepared.splits[name].windows).values())
+        choice = "; to choose the checkpoint they are cut" if name == "validation" else ""
+        if long:
+            lines.append(f"{name}: {long} texts are longer than {at} and are scored in windows, as in predict{choice}")
     return lines
 
 
@@ -393,9 +417,3 @@ def tokens_per_step(training: TrainingConfig, lengths: Sequence[int], batches: i
     """
     texts = training.batch_size * processes if batches is None else len(lengths) / max(batches, 1)
     return texts * training.views * training.gradient_accumulation * sum(lengths) / max(len(lengths), 1)
-
-
-def _recipe_text(recipe: Recipe) -> str:
-    listed = ", ".join(f"{name} {version}" for name, version in versions().items())
-    repeat = f"tokmask train {recipe.run_dir / 'recipe.yaml'} name={recipe.name}-again"
-    return f"# The resolved recipe of this run. Versions: {listed}.\n# Repeat it: {repeat}\n{to_yaml(recipe)}"

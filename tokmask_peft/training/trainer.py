@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate.utils import gather_object
+from datasets import Dataset
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler, SequentialSampler
@@ -21,55 +23,106 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from tokmask_peft.data.batches import TokenBudgetSampler, token_budget_loader
-from tokmask_peft.data.encoding import Encoder
+from tokmask_peft.data.encoding import Encoded, Encoder, Window
 from tokmask_peft.errors import RecipeError, RunError, nearest
 from tokmask_peft.masking.callback import TokenMaskCallback
 from tokmask_peft.model.adapter import inputs_as_they_come
-from tokmask_peft.model.backbone import quick_dropout
+from tokmask_peft.model.layers import quick_dropout
 from tokmask_peft.recipe.schema import Recipe
-from tokmask_peft.tasks import IGNORED, Example, get_task
+from tokmask_peft.tasks import IGNORED, NO_PREDICTION, Example, get_task
 from tokmask_peft.training.metrics import Predictions, scores
 
 
 class Split:
-    """Encoded texts in order of length, so that evaluation wastes little on padding.
+    """The texts of a split as the Trainer reads them: cut to learn and to choose the checkpoint, in windows to score.
 
-    `encoded` holds the texts in their own order, `dataset` the shortest first (ties in their order); `order` `[texts]`
-    is the index of the text of each row of `dataset`.
+    Rows are in order of length (ties in their order), so that evaluation wastes little on padding.
     """
 
     def __init__(
-        self, examples: Sequence[Example], tokenizer: Any, task: str, labels: tuple[str, ...], max_length: int
+        self, examples: Sequence[Example], tokenizer: Any, task: str, labels: Sequence[str], max_length: int
     ) -> None:
-        """Encode and sort; `labels` are in the order of the classifier's outputs."""
+        """`labels` are in the order of the classifier's outputs, followed by those that it cannot give."""
         self.examples, self.labels, self.task = examples, labels, get_task(task)
-        self.encoded = Encoder(tokenizer, task, max_length).cut(examples, labels)
-        self.order = np.argsort(np.asarray(self.encoded.dataset["length"]), kind="stable").astype(np.int64)
-        self.dataset = self.encoded.dataset.select(self.order)
+        self._encoder = Encoder(tokenizer, task, max_length)
+        self._ids = {label: number for number, label in enumerate(labels)}
+
+    @cached_property
+    def encoded(self) -> Encoded:
+        """The texts in their own order, cut at `max_length`."""
+        return self._encoder.cut(self.examples, self.labels)
 
     @property
     def lengths(self) -> list[int]:
-        """Sub-tokens of each text, in the order of the texts."""
+        """Sub-tokens of each cut text, in the order of the texts."""
         return list(self.encoded.dataset["length"])
 
-    def predictions(self, predicted: NDArray[np.int64], gold: NDArray[np.int64]) -> Predictions:
-        """Return predictions per text, in the order of the texts.
+    @cached_property
+    def order(self) -> NDArray[np.int64]:
+        """The index of the text of each row of `dataset`."""
+        return np.argsort(self.lengths, kind="stable").astype(np.int64)
+
+    @cached_property
+    def dataset(self) -> Dataset:
+        """The cut texts, the shortest first."""
+        return self.encoded.dataset.select(self.order)
+
+    @cached_property
+    def windows(self) -> list[Window]:
+        """The texts whole, in windows as `predict` reads them, the shortest window first."""
+        texts = [example.words if self.task.words_given else example.string for example in self.examples]
+        return sorted(self._encoder.windows(texts, strict=False), key=lambda window: len(window.ids))
+
+    @cached_property
+    def window_dataset(self) -> Dataset:
+        """The windows; `labels` only mark where an answer is wanted."""
+        rows = []
+        for window in self.windows:
+            marks = np.full(len(window.ids), IGNORED)
+            marks[window.positions] = 0
+            rows.append({"input_ids": window.ids, "labels": marks.tolist() if self.task.words_given else 0})
+        return Dataset.from_list(rows)
+
+    def joined(self, logits: NDArray[np.float32]) -> tuple[Predictions, NDArray[np.float64], NDArray[np.int64]]:
+        """Return the predictions for each text, logits `[items, classes]`, and gold label ids `[items]`.
+
+        `logits` are those of the wanted answers in the order of `windows`. A word without a sub-token has none.
+        """
+        ends = np.cumsum([max(len(window.words), 1) for window in self.windows])
+        parts: list[list[tuple[Window, NDArray[np.float32]]]] = [[] for _ in self.examples]
+        for window, rows in zip(self.windows, np.split(logits, ends[:-1]), strict=True):
+            parts[window.text].append((window, rows))
+        found, answers, golds = Predictions([], []), [], []
+        for example, pairs in zip(self.examples, parts, strict=True):
+            gold = np.array([self._ids[tag] for tag in example.tags], dtype=np.int64)
+            predicted = np.full(len(gold), NO_PREDICTION)
+            if pairs:
+                own = [window for window, _ in pairs]
+                kept = np.sort(np.concatenate([window.words for window in own])) if self.task.words_given else [0]
+                answers.append(self.task.join(own, [rows for _, rows in pairs]))
+                golds.append(gold[kept])
+                predicted[kept] = answers[-1].argmax(-1)
+            found.gold.append(gold)
+            found.predicted.append(predicted)
+        return found, np.concatenate(answers), np.concatenate(golds)
+
+    def cut_predictions(self, predicted: NDArray[np.int64], gold: NDArray[np.int64]) -> Predictions:
+        """Return predictions for the cut texts, in the order of the texts.
 
         Args:
             predicted: `[texts]` or `[texts, seq]` label ids in the order of `dataset`.
             gold: the label ids that the model saw, of the same shape; -100 for none.
         """
-        ids = {label: i for i, label in enumerate(self.labels)}
         found = Predictions([None] * len(self.order), [None] * len(self.order))  # type: ignore[list-item]
         for row, text in enumerate(self.order):
             kept = self.encoded.kept[text] if self.encoded.kept is not None else ()
-            decoded = self.task.decode(self.examples[text], ids, kept, gold[row], predicted[row])
+            decoded = self.task.decode(self.examples[text], self._ids, kept, gold[row], predicted[row])
             found.gold[text], found.predicted[text] = (np.array(items, dtype=np.int64) for items in decoded)
         return found
 
     def metrics(self, output: Any) -> dict[str, float]:
-        """Return macro and weighted F1 and accuracy, as the Trainer's `compute_metrics`."""
-        found = scores(*self.predictions(output.predictions, output.label_ids).flat(), self.labels)
+        """Return macro and weighted F1 and accuracy on the cut texts, as the Trainer's `compute_metrics`."""
+        found = scores(*self.cut_predictions(output.predictions, output.label_ids).flat(), self.labels)
         return {key: found[key] for key in ("f1_macro", "f1_weighted", "accuracy")}
 
 
@@ -212,10 +265,8 @@ class OrderedEvalTrainer(Trainer):
     def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | None:
         return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
 
-    def predict_with_logits(self, split: Split) -> tuple[Predictions, NDArray[np.float32], NDArray[np.int64]]:
-        """Return the predictions for a split, logits `[items, classes]` and gold label ids `[items]`.
-
-        Logits and gold ids are those of the labelled positions, in the order of `split.dataset`.
+    def predict_windows(self, split: Split) -> tuple[Predictions, NDArray[np.float64], NDArray[np.int64]]:
+        """Return what `Split.joined` does of the model's answers to a split's windows.
 
         Raises:
             RunError: the logits do not belong to the predictions.
@@ -223,18 +274,17 @@ class OrderedEvalTrainer(Trainer):
         self._logits = []
         compute, self.compute_metrics = self.compute_metrics, None
         try:
-            output = self.predict(split.dataset)
+            output = self.predict(split.window_dataset)
             shares = gather_object([self._logits])
         finally:
             self._logits, self.compute_metrics = None, compute
-        predicted, gold = output.predictions, output.label_ids
-        labelled = gold != IGNORED
-        logits = in_order(shares, int(labelled.sum()))
-        of_predicted = np.take_along_axis(logits, predicted[labelled][:, None], axis=-1)[:, 0]
+        predicted = output.predictions[output.label_ids != IGNORED]
+        logits = in_order(shares, len(predicted))
+        of_predicted = np.take_along_axis(logits, predicted[:, None], axis=-1)[:, 0]
         if not np.array_equal(of_predicted, logits.max(-1), equal_nan=True):
             problem = "the logits of the final evaluation are not in the order of its texts; please report this"
             raise RunError(problem, code="wrong-order")
-        return split.predictions(predicted, gold), logits, gold[labelled]
+        return split.joined(logits)
 
     def _label_ids(self, logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:
         """Return the predicted label ids of a batch, `[batch, …]`; the logits of labelled positions are kept if asked.

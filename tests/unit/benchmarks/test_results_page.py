@@ -1,14 +1,15 @@
 """The tables of the pages are what the committed JSON says, and so are the figures in the sentences around them."""
 
+import functools
 import itertools
 import re
 import statistics
-from functools import cache
 
 import numpy as np
 import pytest
 from figures import TITLES, Study, clear, paired, read
 from page import PAGES, SPEED, filled, speed
+from tables import CONTRASTS
 
 from tokmask_peft.study.report import signed
 from tokmask_peft.study.statistics import smallest_p, spread
@@ -16,288 +17,185 @@ from tokmask_peft.study.statistics import smallest_p, spread
 RESULTS, BENCHMARKS, README = PAGES
 
 
-@cache
-def study():
-    return Study.read()
-
-
-def cells():
-    pairs = itertools.product(study().tasks, study().masked_rates())
-    return {pair: found for pair in pairs if (found := study().difference(*pair))}
+STUDY = Study.read()
+TREC, TWI, LID, POS = "trec", "afrisenti_twi", "ud_tur_deu_lid", "ud_tur_deu_pos"
+CONFOUNDS, MIXED, COST = (read(name) for name in ("confounds", "lid_spaeng", "arms_cost"))
+MODEL = CONFOUNDS["language_model"]
+RATES = STUDY.masked_rates()
+CELLS = {pair: found for pair in itertools.product(STUDY.tasks, RATES) if (found := STUDY.difference(*pair))}
+POOLED = [STUDY.together(p, STUDY.whole_tasks) for p in RATES]
+CHOICES = [STUDY.analysis(name)["chosen_by_validation"] for name in STUDY.tasks]
+COSTS = {row["what"]: row["median"] for row in COST["table"]}
+CONFOUND = {
+    (group, row["arm"], p): rate
+    for group, found in CONFOUNDS["groups"].items()
+    for row in found["arms"]
+    for p, rate in row["rates"].items()
+}
 
 
 def count(sign, clearly=False):
-    return sum(sign * found["mean"] > 0 and (clear(found) or not clearly) for found in cells().values())
+    return sum(sign * found["mean"] > 0 and (clear(found) or not clearly) for found in CELLS.values())
 
 
-def clearly_lower(name):
-    return ", ".join(f"{p:g}" for (task, p), found in cells().items() if task == name and clear(found))
-
-
-def pooled(p):
-    return study().together(p, study().whole_tasks)
+def lower(name):
+    return [f"{p:g}" for (task, p), found in CELLS.items() if task == name and clear(found)]
 
 
 def arm(name, label):
-    rows = study().analysis(f"{name}-500-arms")["rows"]
+    rows = STUDY.analysis(f"{name}-500-arms")["rows"]
     return next(row for row in rows if row["label"] == label)["difference"]["f1_macro"]
 
 
-def cost(label):
-    return next(row["median"] for row in read("arms_cost")["table"] if row["what"] == label)
+def chosen_arm(name):
+    return [signed(STUDY.analysis(f"{name}-500-arms")["chosen_by_validation"]["gain"]["mean"])]
 
 
-def choices():
-    return [study().analysis(name)["chosen_by_validation"] for name in study().tasks]
+def steps(*names):
+    return [STUDY.sweeps[name]["steps"] for name in names]
 
 
-def below(name):
-    return study().row(name, 0.0)["f1_macro"]["mean"] < study().analysis(name)["baseline"]["f1_macro"]
+def contrast(one, other, *sides, p=0.3):
+    return [signed(STUDY.contrast(one, other, p)[side]) for side in sides or ("mean",)]
 
 
-def confound(group, name, p="0.3", what="difference"):
-    rows = read("confounds")["groups"][group]["arms"]
-    return next(row for row in rows if row["arm"] == name)["rates"][p][what]
+def confound(group, name, p, what):
+    return CONFOUND[group, name, p][what]["mean"]
 
 
-def confound_cells(what):
-    groups = read("confounds")["groups"].values()
-    return [rate[what] for group in groups for row in group["arms"] for rate in row["rates"].values() if what in rate]
+def parts(what):
+    return [rate[what] for rate in CONFOUND.values() if what in rate]
 
 
 def selection(group):
-    found = read("confounds")["groups"][group]["selection"]
+    found = CONFOUNDS["groups"][group]["selection"]
     return f"{found['mean']:+.3f}", found["runs"], f"{found['least']:+.3f}", f"{found['most']:+.3f}"
 
 
 def settings(group):
-    found = read("confounds")["settings"][group]
+    found = CONFOUNDS["settings"][group]
     return found["train"], found["epochs"], found["batch_size"], f"{found['learning_rate']:g}"
 
 
 def epochs(key, form):
-    return [format(confound("encoder", "authors", p, key)["mean"], form) for p in ("0", "0.1", "0.3")]
-
-
-def gap(one, other, p):
-    return signed(study().contrast(one, other, p)["mean"])
-
-
-def bound(found):
-    return ", ".join(signed(value) for value in found["interval"])
+    return [format(confound("encoder", "authors", p, key), form) for p in ("0", "0.1", "0.3")]
 
 
 def against(one, other, p):
-    rows = study().same_seeds([one, other], p)
-    return signed(paired(rows[0], rows[1])["mean"])
-
-
-LID, POS = "ud_tur_deu_lid", "ud_tur_deu_pos"
-CLAIMS = [  # a fragment of a sentence, and what stands in its braces
-    ("Of {} comparisons with p = 0 ({} sweeps, {} masking rates)", lambda: (len(cells()), len(study().tasks), 3)),
-    (
-        "higher with masking in {}, clearly in {}, and lower in {}, clearly in {}.",
-        lambda: (count(1), count(1, True), count(-1), count(-1, True)),
-    ),
-    ("TREC with 500 texts at p = {} and {},", lambda: clearly_lower("trec-500").split(", ")),
-    (
-        "MeSent at {}, AfriSenti Twi at {} and {},",
-        lambda: [clearly_lower("mesent_mareng"), *clearly_lower("afrisenti_twi").split(", ")],
-    ),
-    ("UD languages and UD parts of speech at {}, {} and {},", lambda: clearly_lower(LID).split(", ")),
-    ("UD languages and UD parts of speech at {}, {} and {},", lambda: clearly_lower(POS).split(", ")),
-    ("parts of speech with tuned training at {}.", lambda: [clearly_lower(f"{POS}-tuned")]),
-    (
-        "reaches .05 after Holm's correction over the rates in {} of {} comparisons. With at most {} seeds",
-        lambda: (
-            sum(one["p_holm"] <= 0.05 for one in cells().values()),
-            len(cells()),
-            max(one["n"] for one in cells().values()),
-        ),
-    ),
-    ("before the correction is {}.", lambda: [f"{smallest_p(5):.3g}"]),
-    (
-        "macro-F1 by {} at p = 0.1, {} at 0.2 and {} at 0.3",
-        lambda: [signed(pooled(p)["mean"]) for p in (0.1, 0.2, 0.3)],
-    ),
-    (
-        "higher in {} of {} seeds at each rate",
-        lambda: (max(sum(x > 0 for x in pooled(p)["by_seed"]) for p in (0.1, 0.2, 0.3)), 5),
-    ),
-    ("p = 0.2 ({}) and 0.3 ({})", lambda: (gap(POS, LID, 0.2), gap(POS, LID, 0.3))),
-    (
-        "steps: {}, compared with {} and {}",
-        lambda: [study().sweeps[n]["steps"] for n in ("trec-500", "trec", "afrisenti_twi")],
-    ),
-    (
-        "{} steps compared with {}): masking loses less, {} compared with {} at p = 0.3",
-        lambda: [
-            study().sweeps["trec-500-long"]["steps"],
-            study().sweeps["trec-500"]["steps"],
-            *(signed(study().contrast("trec-500-long", "trec-500", 0.3)[side]) for side in ("one", "other")),
-        ],
-    ),
-    ("{} steps compared with {}): for UD", lambda: [study().sweeps[name]["steps"] for name in (f"{LID}-tuned", LID)]),
-    (
-        "at p = 0.3 (gap {} [{}])",
-        lambda: (gap(f"{POS}-tuned", POS, 0.3), bound(study().contrast(f"{POS}-tuned", POS, 0.3))),
-    ),
-    (
-        "label smoothing is clearly higher ({}) and masking with NEFTune clearly lower ({})",
-        lambda: [signed(arm("trec", label)["mean"]) for label in ("label_smoothing", "mask 0.1 + neftune")],
-    ),
-    ("is the highest ({})", lambda: [signed(arm("afrisenti_twi", "label_smoothing")["mean"])]),
-    (
-        "takes {} (masking with label smoothing) to {} (NEFTune) times",
-        lambda: [f"{cost(label):.2f}" for label in ("mask 0.1 + label_smoothing", "neftune")],
-    ),
-    (
-        "above 0 in {} of {} choices",
-        lambda: (
-            sum(one["p"] > 0 for c in choices() for one in c["per_seed"]),
-            sum(len(c["per_seed"]) for c in choices()),
-        ),
-    ),
-    (
-        "chose scored {} compared with no masking on the test texts, as the mean over {} sweeps (from {} to {})",
-        lambda: (lambda gains: (signed(statistics.mean(gains)), len(gains), signed(min(gains)), signed(max(gains))))(
-            [one["gain"]["mean"] for one in choices()]
-        ),
-    ),
-    (
-        "altered what masking does in {} of {} comparisons",
-        lambda: (sum(one["clear"] for one in confound_cells("change")), len(confound_cells("change"))),
-    ),
-    ("padding never masked, p = 0.3: {})", lambda: [f"{confound('causal', 'padding', '0.3', 'change')['mean']:+.3f}"]),
-    (
-        "clearly raised macro-F1 in {} of {} cells and clearly lowered it in {},",
-        lambda: [
-            sum(one["clear"] and one["mean"] > 0 for one in confound_cells("difference")),
-            len(confound_cells("difference")),
-            sum(one["clear"] and one["mean"] < 0 for one in confound_cells("difference")),
-        ],
-    ),
-    (
-        "protocol ({}), with dropout after epoch 1 ({}), with id 0 ({}) or the unknown token ({}) as mask token, and "
-        "with the checkpoint chosen on validation ({})",
-        lambda: [
-            signed3(confound("encoder", name)["mean"]) for name in ("authors", "dropout", "id0", "unk", "selection")
-        ],
-    ),
-    ("UD parts of speech by {};", lambda: [against(f"{POS}-tuned-top", f"{POS}-tuned-plain", 0.1)]),
-    ("depend on length, by {}.", lambda: [against("mesent_mareng-grouped", "mesent_mareng", 0.0)]),
-    ("Padding alone costs {}.", lambda: [f"{cost('none, padded'):.2f}"]),
-    ("what it chose scored {} compared with none", lambda: [signed(chosen_arm("trec"))]),
-    ("what it chose scored {} compared with none", lambda: [signed(chosen_arm("afrisenti_twi"))]),
-    *(
-        (f"{group} {{}}, {{}}, {{}} and {{}}", lambda group=group: settings(group))
-        for group in ("encoder", "words", "causal")
-    ),
-    ("epoch {} at p = 0, {} at 0.1 and {} at 0.3", lambda: epochs("epoch", ".1f")),
-    ("rates of {}, {} and {}.", lambda: epochs("learning_rate", ".1e")),
-    ("ended {} of its {} masked runs", lambda: (sum(early()), len(early()))),
-    ("of validation gained {} macro-F1 on average over {} runs ({} to {})", lambda: selection("encoder")),
-    ("reported set gained {} on average over {} runs ({} to {})", lambda: selection("words")),
-    ("reported set gained {} on average over {} runs ({} to {})", lambda: selection("causal")),
-    (
-        "only {} of the test words are scored ({} of whole texts)",
-        lambda: [f"{confound('words', name, '0', 'scored_share'):.1%}" for name in ("authors", "whole-texts")],
-    ),
-    (
-        "is {} at p = 0, {} at 0.1 and {} at 0.3, compared with {}, {} and {} for whole texts",
-        lambda: [
-            f"{confound('words', name, p, 'score_all')['mean']:.3f}"
-            for name in ("authors", "whole-texts")
-            for p in ("0", "0.1", "0.3")
-        ],
-    ),
-    (
-        "position of {} of the training rows at p = 0.1 and of {} at p = 0.3",
-        lambda: [f"{confound('causal', 'authors', p, 'moved_share'):.0%}" for p in ("0.1", "0.3")],
-    ),
-    (
-        "of {} layers and {} units with the {} rows",
-        lambda: [*shape("num_hidden_layers", "hidden_size"), model()["rows"]],
-    ),
-    (
-        "on {} questions without their labels ({} epochs, training loss {})",
-        lambda: (model()["texts"], model()["epochs"], f"{model()['loss_by_epoch'][-1]:.2f}"),
-    ),
-    ("Id 0 is {}, which {} of all texts contain", lambda: (repr(model()["id_0"]), model()["texts_with_id_0"])),
-    (
-        "one run (seed {}, p = {}), development set, all {} words, {} without a prediction: macro-F1 {}, weighted F1 "
-        "{}; character n-grams {}",
-        lambda: [mixed(key, form) for key, form in LID_FIGURES],
-    ),
-    (
-        "`{}`: {} batches of {}, {} mask draws",
-        lambda: [read("diagnose_trec")[key] for key in ("command", "batches", "batch_size", "draws")],
-    ),
-    ("`{}`: test macro-F1, mean", lambda: [read("robustness_trec")["command"]]),
-    ("{}; MiniLM, LoRA r = 16; three seeds", lambda: [read("faithfulness_trec")["texts"].partition("; ")[0]]),
-]
-LID_FIGURES = (
-    ("seed", "d"), ("p", "g"), ("test_words", ",d"), ("without_prediction", "d"), ("test_f1_macro", ".3f"),
-    ("test_f1_weighted", ".3f"), ("baseline_f1_macro", ".3f"),
-)  # fmt: skip
+    return [signed(paired(*STUDY.same_seeds([one, other], p))["mean"])]
 
 
 def signed3(value):
     return f"{value:+.3f}".replace("-", "−")
 
 
-def chosen_arm(name):
-    return study().analysis(f"{name}-500-arms")["chosen_by_validation"]["gain"]["mean"]
-
-
-def early():
-    return [one for p in ("0.1", "0.3") for one in confound("encoder", "authors", p, "stopped_early")]
-
-
-def model():
-    return read("confounds")["language_model"]
-
-
-def shape(*keys):
-    return [model()["shape"][key] for key in keys]
-
-
-def mixed(key, form):
-    return format(read("lid_spaeng")[key], form)
+EARLY = [one for p in ("0.1", "0.3") for one in CONFOUND["encoder", "authors", p]["stopped_early"]]
+GAINS = [one["gain"]["mean"] for one in CHOICES]
+PICKS = [one["p"] for choice in CHOICES for one in choice["per_seed"]]
+CLEAR = [found["mean"] > 0 for found in parts("difference") if found["clear"]]
+CLAIMS = [  # a fragment of a sentence, and what stands in its braces
+    ("Of {} comparisons with p = 0 ({} sweeps, {} masking rates)", (len(CELLS), len(STUDY.tasks), 3)),
+    ("higher with masking in {}, clearly in {}, and lower in {}, clearly in {}.",
+     (count(1), count(1, True), count(-1), count(-1, True))),
+    ("TREC with 500 texts at p = {} and {},", lower("trec-500")),
+    ("MeSent at {}, AfriSenti Twi at {} and {},", [*lower("mesent_mareng"), *lower(TWI)]),
+    ("UD languages and UD parts of speech at {}, {} and {},", lower(LID)),
+    ("UD languages and UD parts of speech at {}, {} and {},", lower(POS)),
+    ("parts of speech with tuned training at {}.", lower(f"{POS}-tuned")),
+    ("reaches .05 after Holm's correction over the rates in {} of {} comparisons. With at most {} seeds",
+     (sum(one["p_holm"] <= 0.05 for one in CELLS.values()), len(CELLS), max(one["n"] for one in CELLS.values()))),
+    ("before the correction is {}.", [f"{smallest_p(5):.3g}"]),
+    ("macro-F1 by {} at p = 0.1, {} at 0.2 and {} at 0.3", [signed(one["mean"]) for one in POOLED]),
+    ("higher in {} of {} seeds at each rate", (max(sum(x > 0 for x in one["by_seed"]) for one in POOLED), 5)),
+    ("p = 0.2 ({}) and 0.3 ({})", [*contrast(POS, LID, p=0.2), *contrast(POS, LID)]),
+    ("steps: {}, compared with {} and {}", steps("trec-500", TREC, TWI)),
+    ("{} steps compared with {}): masking loses less, {} compared with {} at p = 0.3",
+     [*steps("trec-500-long", "trec-500"), *contrast("trec-500-long", "trec-500", "one", "other")]),
+    ("{} steps compared with {}): for UD", steps(f"{LID}-tuned", LID)),
+    ("at p = 0.3 (gap {} [{}, {}])",
+     [*contrast(f"{POS}-tuned", POS), *map(signed, STUDY.contrast(f"{POS}-tuned", POS, 0.3)["interval"])]),
+    ("label smoothing is clearly higher ({}) and masking with NEFTune clearly lower ({})",
+     [signed(arm(TREC, label)["mean"]) for label in ("label_smoothing", "mask 0.1 + neftune")]),
+    ("is the highest ({})", [signed(arm(TWI, "label_smoothing")["mean"])]),
+    ("takes {} (masking with label smoothing) to {} (NEFTune) times",
+     [f"{COSTS[label]:.2f}" for label in ("mask 0.1 + label_smoothing", "neftune")]),
+    ("above 0 in {} of {} choices", (sum(p > 0 for p in PICKS), len(PICKS))),
+    ("chose scored {} compared with no masking on the test texts, as the mean over {} sweeps (from {} to {})",
+     (signed(statistics.mean(GAINS)), len(GAINS), signed(min(GAINS)), signed(max(GAINS)))),
+    ("altered what masking does in {} of {} comparisons",
+     (sum(one["clear"] for one in parts("change")), len(parts("change")))),
+    ("padding never masked, p = 0.3: {})", [f"{confound('causal', 'padding', '0.3', 'change'):+.3f}"]),
+    ("clearly raised macro-F1 in {} of {} cells and clearly lowered it in {},",
+     (sum(CLEAR), len(parts("difference")), len(CLEAR) - sum(CLEAR))),
+    ("protocol ({}), with dropout after epoch 1 ({}), with id 0 ({}) or the unknown token ({}) as mask token, and with "
+     "the checkpoint chosen on validation ({})",
+     [signed3(confound("encoder", name, "0.3", "difference"))
+      for name in ("authors", "dropout", "id0", "unk", "selection")]),
+    ("UD parts of speech by {};", against(f"{POS}-tuned-top", f"{POS}-tuned-plain", 0.1)),
+    ("depend on length, by {}.", against("mesent_mareng-grouped", "mesent_mareng", 0.0)),
+    ("Padding alone costs {}.", [f"{COSTS['none, padded']:.2f}"]),
+    ("what it chose scored {} compared with none", chosen_arm(TREC)),
+    ("what it chose scored {} compared with none", chosen_arm(TWI)),
+    *((f"{group} {{}}, {{}}, {{}} and {{}}", settings(group)) for group in CONFOUNDS["groups"]),
+    ("epoch {} at p = 0, {} at 0.1 and {} at 0.3", epochs("epoch", ".1f")),
+    ("rates of {}, {} and {}.", epochs("learning_rate", ".1e")),
+    ("ended {} of its {} masked runs", (sum(EARLY), len(EARLY))),
+    ("of validation gained {} macro-F1 on average over {} runs ({} to {})", selection("encoder")),
+    ("reported set gained {} on average over {} runs ({} to {})", selection("words")),
+    ("reported set gained {} on average over {} runs ({} to {})", selection("causal")),
+    ("only {} of the test words are scored ({} of whole texts)",
+     [f"{CONFOUND['words', name, '0']['scored_share']:.1%}" for name in ("authors", "whole-texts")]),
+    ("is {} at p = 0, {} at 0.1 and {} at 0.3, compared with {}, {} and {} for whole texts",
+     [f"{confound('words', name, p, 'score_all'):.3f}" for name in ("authors", "whole-texts")
+      for p in ("0", "0.1", "0.3")]),
+    ("position of {} of the training rows at p = 0.1 and of {} at p = 0.3",
+     [f"{CONFOUND['causal', 'authors', p]['moved_share']:.0%}" for p in ("0.1", "0.3")]),
+    ("of {} layers and {} units with the {} rows",
+     (MODEL["shape"]["num_hidden_layers"], MODEL["shape"]["hidden_size"], MODEL["rows"])),
+    ("on {} questions without their labels ({} epochs, training loss {})",
+     (MODEL["texts"], MODEL["epochs"], f"{MODEL['loss_by_epoch'][-1]:.2f}")),
+    ("Id 0 is {}, which {} of all texts contain", (repr(MODEL["id_0"]), MODEL["texts_with_id_0"])),
+    ("one run (seed {seed}, p = {p:g}), development set, all {test_words:,d} words, {without_prediction} without a "
+     "prediction: macro-F1 {test_f1_macro:.3f}, weighted F1 {test_f1_weighted:.3f}; character n-grams "
+     "{baseline_f1_macro:.3f}".format(**MIXED), ()),
+    ("`{command}`: {batches} batches of {batch_size}, {draws} mask draws".format(**read("diagnose_trec")), ()),
+    ("`{}`: test macro-F1, mean", [read("robustness_trec")["command"]]),
+    ("{}; MiniLM, LoRA r = 16; three seeds", [read("faithfulness_trec")["texts"].partition("; ")[0]]),
+]  # fmt: skip
+QUOTED = [fragment.format(*figures) for fragment, figures in CLAIMS]
 
 
 def prose(page):
     return re.sub(r"<!-- ([\w -]+) -->.*?<!-- /\1 -->", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
 
 
-@pytest.mark.parametrize(("fragment", "figures"), CLAIMS, ids=[fragment[:40] for fragment, _ in CLAIMS])
-def test_a_sentence_quotes_its_figures(fragment, figures):
-    assert fragment.format(*figures()) in prose(RESULTS)
+@pytest.mark.parametrize("quoted", QUOTED, ids=[quoted[:40] for quoted in QUOTED])
+def test_a_sentence_quotes_its_figures(quoted):
+    assert quoted in prose(RESULTS)
 
 
 def test_no_figure_is_quoted_without_a_claim():
     """Figures are what has a sign, an exponent, or three decimals and more."""
-    text = prose(RESULTS)
-    for fragment, figures in CLAIMS:
-        text = text.replace(fragment.format(*figures()), "")
+    text = functools.reduce(lambda text, quoted: text.replace(quoted, ""), QUOTED, prose(RESULTS))
     assert re.findall(r"[−+-]\d*\.\d+|\d*\.\d{3,}|\d\.\de-\d\d", text.replace("a learning rate of 5e-4", "")) == []
 
 
 def test_what_is_clear_or_not_is_said_so():
-    labels = [row["label"] for row in study().analysis("trec-500-arms")["rows"][1:]]
-    assert {label for label in labels if clear(arm("trec", label))} == {"label_smoothing", "mask 0.1 + neftune"}
-    assert not any(clear(arm("afrisenti_twi", label)) for label in labels)
-    assert max(labels, key=lambda label: arm("afrisenti_twi", label)["mean"]) == "label_smoothing"
-    pairs = [(POS, LID), ("trec-500", "trec"), ("afrisenti_twi-500", "afrisenti_twi"), ("trec-500-long", "trec-500")]
-    pairs += [(f"{LID}-tuned", LID), (f"{POS}-tuned", POS)]
-    found = [{p: study().contrast(*pair, p) for p in study().masked_rates()} for pair in pairs]
+    labels = [row["label"] for row in STUDY.analysis("trec-500-arms")["rows"][1:]]
+    assert {label for label in labels if clear(arm(TREC, label))} == {"label_smoothing", "mask 0.1 + neftune"}
+    assert not any(clear(arm(TWI, label)) for label in labels)
+    assert max(labels, key=lambda label: arm(TWI, label)["mean"]) == "label_smoothing"
+    found = [{p: STUDY.contrast(*pair, p) for p in RATES} for pair in CONTRASTS]
     excludes = [[p for p, one in rates.items() if one and np.prod(one["interval"]) > 0] for rates in found]
     assert excludes == [[0.2, 0.3], [], [], [], [], [0.3]]
-    costs = {row["what"]: row["median"] for row in read("arms_cost")["table"] if "padded" not in row["what"]}
+    costs = {label: cost for label, cost in COSTS.items() if "padded" not in label}
     assert min(costs, key=costs.get) == "mask 0.1 + label_smoothing"
     assert max(costs, key=costs.get) == "neftune"
-    lower = {name for name in TITLES if below(name)}
-    assert lower == {"mesent_mareng", "afrisenti_twi", "afrisenti_twi-500", LID, POS, f"{POS}-tuned"}
+    below = {
+        name for name in TITLES
+        if STUDY.row(name, 0.0)["f1_macro"]["mean"] < STUDY.analysis(name)["baseline"]["f1_macro"]
+    }  # fmt: skip
+    assert below == {"mesent_mareng", TWI, "afrisenti_twi-500", LID, POS, f"{POS}-tuned"}
 
 
 def test_readme_repeats_findings_of_the_page():
@@ -311,7 +209,7 @@ def test_readme_repeats_findings_of_the_page():
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_the_committed_tables_are_what_the_committed_figures_say(page):
     text = page.read_text(encoding="utf-8")
-    assert filled(text, study()) == text, "run: python benchmarks/studies/page.py"
+    assert filled(text, STUDY) == text, "run: python benchmarks/studies/page.py"
 
 
 def test_every_score_in_the_readme_is_on_a_page():
@@ -322,10 +220,6 @@ def test_every_score_in_the_readme_is_on_a_page():
         for text in (pages, README.read_text(encoding="utf-8"))
     )
     assert not sorted(quoted - known)
-
-
-def test_the_committed_speed_table_is_complete():
-    assert speed().count("\n| ") == len(SPEED) + 2
 
 
 def test_a_machine_without_bf16_leaves_rows_of_the_speed_table_out():
@@ -339,6 +233,7 @@ def test_a_machine_without_bf16_leaves_rows_of_the_speed_table_out():
             lambda name: {"table": table, "texts": {"tweets": {"mean": 17.6}}} if name == "default_run" else None
         )
 
+    assert speed().count("\n| ") == len(SPEED) + 2
     whole, less = measured(names), measured({name for name in names if "bf16" not in name})
     assert whole.count("\n| ") == len(SPEED) + 2
     assert "computes in bf16 there. Its texts: tweets (18 sub-tokens on average)." in whole

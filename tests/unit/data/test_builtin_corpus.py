@@ -1,7 +1,7 @@
 """The built-in corpus: the same posts for both tasks, and no easier than it says."""
 
 import hashlib
-from collections import Counter, defaultdict
+from collections import Counter
 
 import pytest
 
@@ -34,7 +34,7 @@ def test_sizes_aliases_and_places(words):
 
 
 def test_the_posts_never_change(texts, words):
-    """Published scores are of exactly these posts."""
+    """Published scores are of exactly these posts; their labels, shares and ambiguous words follow from them."""
     rows = [(e.text, e.label) for found in (texts, words) for split in SPLITS for e in found[split]]
     assert (
         hashlib.sha256(repr(rows).encode()).hexdigest()
@@ -42,41 +42,8 @@ def test_the_posts_never_change(texts, words):
     )
 
 
-def test_both_tasks_show_the_same_posts_and_none_twice(texts, words):
-    for split in SPLITS:
-        assert [e.text for e in texts[split]] == [" ".join(e.text) for e in words[split]]
-        assert all(len(e.text) == len(e.label) and all(e.text) for e in words[split])
+def test_no_post_is_there_twice(texts):
     assert max(Counter(normalise(e.text) for found in texts.values() for e in found).values()) == 1
-
-
-def test_labels_and_their_shares(texts, words):
-    for split in SPLITS:
-        tags = Counter(tag for e in words[split] for tag in e.label)
-        assert set(tags) == {"lang1", "lang2", "other", "ne"}
-        assert min(tags["lang1"], tags["lang2"]) / tags.total() > 0.35
-        assert tags["ne"] / tags.total() > 0.015
-        moods = Counter(e.label for e in texts[split])
-        assert set(moods) == {"positive", "negative", "neutral"}
-        assert min(moods.values()) / moods.total() > 0.2
-    switched = sum({"lang1", "lang2"} <= set(e.label) for e in words["train"])
-    assert 0.6 < switched / len(words["train"]) < 0.95
-
-
-def test_words_that_only_context_can_tag(words):
-    seen = defaultdict(Counter)
-    for example in (e for found in words.values() for e in found):
-        for word, tag in zip(example.text, example.label, strict=True):
-            seen[word.lower()][tag] += 1
-    both = "no me a he come once pan pie red son van sale sea dice ten tan has real normal final hotel"
-    for word in both.split():
-        assert {"lang1", "lang2"} <= {tag for tag, count in seen[word].items() if count >= 3}, (word, seen[word])
-    assert set(seen["stalkear"]) == {"lang2"}
-
-
-def test_the_test_split_has_words_that_train_lacks(words):
-    train = {word.lower() for e in words["train"] for word in e.text}
-    test = [word.lower() for e in words["test"] for word in e.text]
-    assert 0.05 < sum(word not in train for word in test) / len(test) < 0.25
 
 
 def test_neither_one_word_nor_n_grams_settle_the_sentiment(texts):

@@ -1,8 +1,11 @@
-"""Duplicates, conflicting labels and leaked evaluation texts."""
+"""Duplicates, conflicting labels, and evaluation texts that leaked, exactly or nearly."""
 
+import random
 from dataclasses import replace
 
-from tokmask_peft.data.cleaning import clean, normalise
+import pytest
+
+from tokmask_peft.data.cleaning import clean, clean_share, normalise
 from tokmask_peft.tasks import Example
 
 
@@ -67,5 +70,64 @@ def test_in_token_tasks_other_tags_are_a_conflict():
 def test_clean_data_stay_as_they_are():
     train, _, report = clean(texts(("a", "x"), ("b", "y")), texts(("c", "x")), texts(("d", "y")))
     assert [e.text for e in train] == ["a", "b"]
-    assert report.lines() == []
-    assert report.examples == {}
+    assert (report.lines(), report.examples) == ([], {})
+
+
+LONG = "we waited for two hours and nobody came to fix the heating in our flat on the third floor"
+NEAR = {
+    "users": ("@ana qué día tan lindo", "@luis @eva qué día tan lindo"),
+    "URLs": ("mirá esto https://t.co/a1b2", "mirá esto www.example.org/x?y=1"),
+    "punctuation": ("no , no quiero ...", "¡No, no quiero!"),
+    "emoji": ("good night 😀", "good night 🙎🏽\u200d♂️ ❤️"),
+    "case and width": ("GOOD Night", "good ｎｉｇｈｔ"),
+    "tokenization": ("I do n't know , @ ana", "I don't know"),
+    "one word more": (LONG, f"{LONG} again"),
+    "one letter less": (LONG, LONG.replace("heating", "heatin")),
+}
+APART = {
+    "accents": ("mi papa", "mi papá"),
+    "vowel signs": ("की", "के"),
+    "numbers": ("post 1", "post 2"),
+    "nothing left": ("😀 @ana", "😡 https://t.co/a"),
+    "short": ("jajaja", "jajajaja"),
+    "half": (LONG, LONG.replace("heating in our flat", "lift of the new house")),
+}
+
+
+@pytest.mark.parametrize("pair", NEAR.values(), ids=NEAR)
+def test_near_duplicates_between_splits_are_counted_and_removed(pair):
+    (one, other), rest = (texts((text, "x")) for text in pair), texts(("something else", "y"))
+    train, _, report = clean([*one, *rest], rest[:0], other)
+    assert (train, report.train_in_test) == (rest, 0)
+    assert (report.train_near_test, report.test_near_shared, report.removed_from_train) == (1, 1, 1)
+    assert report.examples == {"train_near_test": [normalise(pair[0])]}
+    assert "nearly repeat test: 1 (1 there)" in report.lines()[0]
+    train, validation, report = clean([*rest, *one], other, one, "report")
+    assert (train, validation) == ([*rest, *one], other)
+    assert (report.train_near_validation, report.validation_near_shared, report.validation_near_test) == (1, 1, 1)
+    assert clean(rest, [*one, *rest[:0]], other)[1] == []
+
+
+@pytest.mark.parametrize("pair", APART.values(), ids=APART)
+def test_other_texts_are_no_near_duplicates(pair):
+    one, other = (texts((text, "x")) for text in pair)
+    assert clean(one, [], other)[0] == one
+
+
+def test_near_duplicates_leave_the_share_that_is_set_aside():
+    train, share = texts((LONG, "x"), ("b", "y")), texts((f"RT {LONG}", "x"), ("c", "y"))
+    report = clean(train, [], [])[2]
+    assert clean_share(train, share, replace(report, mode="report"))[0] == share
+    kept, report = clean_share(train, share, report)
+    assert kept == share[1:]
+    assert (report.train_near_validation, report.validation_near_shared, report.removed_from_validation) == (1, 1, 1)
+
+
+def test_most_texts_that_share_their_pieces_are_found_among_many():
+    draw = random.Random(1)
+    words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=6)) for _ in range(3000)]
+    posts = [draw.choices(words, k=25) for _ in range(2000)]
+    train = texts(*((" ".join(post), "x") for post in posts))
+    test = texts(*((" ".join([*post[:12], draw.choice(words), *post[13:]]), "x") for post in posts))
+    report = clean(train, [], test)[2]
+    assert report.train_near_test == report.test_near_shared > 1950

@@ -160,14 +160,6 @@ def test_without_labels_one_column_is_enough():
     assert refused("hola\nNew York\nfriend\n", labelled=False) == ("column-count", "posts.conll:2")
 
 
-def test_bytes_that_are_not_utf8_name_their_line(tmp_path):
-    path = tmp_path / "train.conll"
-    path.write_bytes("sí\tlang2\n".encode() + "año\tlang2\n".encode("latin1"))
-    with pytest.raises(DataError, match=r"byte 2 .*iconv") as caught:
-        read_split(SourceConfig(path=str(path)), "train", "token")
-    assert (caught.value.code, caught.value.fields["where"]) == ("not-utf8", f"{path}:2")
-
-
 def test_unlabelled_texts_of_a_sequence_task_are_an_error(tmp_path):
     path = tmp_path / "train.conll"
     path.write_text("# sent_enum = 1\nyes\tlang1\n")
@@ -212,3 +204,37 @@ def test_a_tab_at_the_end_of_every_line_is_named_with_the_column_to_set():
     assert [example.label for example in read(content, label=1)] == [("lang2", "other"), ("lang2",)]
     assert [example.text for example in read(content, labelled=False)] == [("me", "ok"), ("que",)]
     assert read("me\t\nok\t\n")[0].label == ("", "")  # withheld labels
+
+
+def conllu(*words):
+    """Return a text whose words have these FEATS and MISC."""
+    rows = (f"{n}\tword{n}\t_\tNOUN\t_\t{feats}\t0\troot\t_\t{misc}\n" for n, (feats, misc) in enumerate(words, 1))
+    return "".join(rows) + "\n"
+
+
+CASES = conllu(("Case=Nom|Number=Sing", "AdpType=Prep|Lang=spa"), ("_", "Lang=eng|SpaceAfter=No"), ("Case=Acc", "_"))
+
+
+@pytest.mark.parametrize(
+    ("column", "tags"),
+    [
+        ("misc.Lang", ("spa", "eng", "_")),
+        ("feats.Case", ("Nom", "_", "Acc")),
+        ("MISC.AdpType", ("Prep", "_", "_")),
+        ("upos", ("NOUN",) * 3),
+        ("misc", ("AdpType=Prep|Lang=spa", "Lang=eng|SpaceAfter=No", "_")),
+    ],
+)
+def test_labels_from_a_key_of_conllu(column, tags):
+    assert [example.label for example in read(CASES, label=column)] == [tags]
+
+
+def test_the_default_of_conllu_is_the_only_key_of_misc_and_never_all_of_it():
+    (example,) = read(conllu(("Case=Nom", "Lang=spa"), ("_", "Lang=eng|SpaceAfter=No")))
+    assert example.label == ("spa", "eng")
+    (example,) = read(conllu(("_", "lang1"), ("_", "lang2")))
+    assert example.label == ("lang1", "lang2")
+    for content, options in ((CASES, {}), (conllu(("Case=Nom", "_")), {}), (CASES, {"label": "misc.lang"})):
+        with pytest.raises(DataError, match=r"data.label_column to upos, feats.Case") as caught:
+            read(content, **options)
+        assert (caught.value.code, caught.value.fields["field"]) == ("column", "label_column")

@@ -5,9 +5,11 @@ import json
 import pytest
 import yaml
 
-from tokmask_peft.data.corpus import load_corpus
+from tokmask_peft.data.corpus import count_labels, load_corpus
+from tokmask_peft.data.readers import read_split
 from tokmask_peft.errors import DataError
 from tokmask_peft.recipe.schema import DataConfig, SourceConfig
+from tokmask_peft.tasks import Example
 
 
 @pytest.fixture
@@ -100,11 +102,15 @@ def test_conflicts_are_found_after_merging(tmp_path):
     assert (apart.report.hygiene.conflicting, merged.report.hygiene.conflicting) == (1, 0)
 
 
-def test_a_label_that_train_lacks_is_an_error_and_one_that_test_lacks_a_warning(folder):
+def test_a_label_that_train_or_test_lacks_is_a_warning(folder):
     (folder / "test.tsv").write_text("text\tlabel\nq\tw\nr\tx\n")
-    with pytest.raises(DataError, match=r"test.tsv:2") as caught:
+    corpus = load_corpus(config(folder), seed=1)
+    assert (corpus.labels, corpus.all_labels) == (("x", "y"), ("x", "y", "w"))
+    assert any("test.tsv:2" in line and "data.label_map" in line for line in corpus.report.lines())
+    (folder / "test.tsv").write_text("text\tlabel\nq\tw\nr\tv\n")
+    with pytest.raises(DataError) as caught:  # as in a wrong column
         load_corpus(config(folder), seed=1)
-    assert (caught.value.code, caught.value.fields) == ("unknown-labels", {"split": "test", "labels": ("w",)})
+    assert (caught.value.code, caught.value.fields) == ("unknown-labels", {"split": "test", "labels": ("v", "w")})
     (folder / "test.tsv").write_text("text\tlabel\nr\tx\n")
     assert any("test has no text with y" in line for line in load_corpus(config(folder), seed=1).report.lines())
 
@@ -180,3 +186,88 @@ def test_a_label_of_another_spelling_in_test_names_the_map_that_merges_it(folder
     with pytest.raises(DataError, match=r'data.label_map, such as {"X": "x"}') as caught:
         load_corpus(config(folder), seed=1)
     assert caught.value.code == "unknown-labels"
+
+
+def one_file(tmp_path, labels, **options):
+    rows = "".join(f"post {n} {labels[n % len(labels)]}\t{labels[n % len(labels)]}\n" for n in range(60))
+    (tmp_path / "train.tsv").write_text(f"text\tlabel\n{rows}")
+    return load_corpus(config(tmp_path, **{"validation": 0.2, "test": None, **options}), seed=1)
+
+
+@pytest.mark.parametrize(
+    ("labels", "found"),
+    [
+        (("a", "b", "None"), ["None"]),
+        (("a", "nan", "b"), ["nan"]),
+        (("0", "1", "2", "-1"), ["-1"]),
+        (("0", "1", "-100"), ["-100"]),
+        (("-1", "1"), []),
+        (("-2", "-1", "0", "1", "2"), []),
+        (("a", "-1"), []),
+    ],
+)
+def test_labels_that_look_like_a_missing_value_are_a_warning_with_the_key_that_leaves_them_out(tmp_path, labels, found):
+    warnings = [line for line in one_file(tmp_path, labels).report.warnings if "data.missing=" in line]
+    assert len(warnings) == bool(found)
+    assert one_file(tmp_path, labels, missing=()).report.warnings == ()
+    for warning in warnings:
+        missing = yaml.safe_load(warning.split("set data.missing=")[1].split(" to leave")[0])
+        corpus = one_file(tmp_path, labels, missing=missing)
+        assert set(corpus.labels) == set(labels) - set(found)
+        assert corpus.report.splits["train"].missing == 60 // len(labels)
+        assert f"left out as missing: {60 // len(labels)}" in corpus.report.lines()[0]
+
+
+def test_a_text_is_left_out_if_it_or_one_of_its_tags_is_missing(tmp_path):
+    rows = [{"words": ["a", "b"], "tags": ["x", "y"]}] * 2 + [{"words": ["c", "d"], "tags": ["x", None]}]
+    (tmp_path / "train.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    options = {"task": "token", "validation": "train.jsonl", "hygiene": "report", "test": None}
+    with pytest.raises(DataError) as caught:
+        read_split(config(tmp_path, **options), "train", "token")
+    assert caught.value.code == "empty-label"
+    found = read_split(config(tmp_path, **options, missing=[None]), "train", "token")
+    assert [example.label for example in found] == [("x", "y"), ("x", "y"), None]
+    (tmp_path / "train.tsv").write_text("text\tlabel\na\tx\n-\ty\nb\ty\n")
+    found = read_split(SourceConfig(path=str(tmp_path / "train.tsv"), missing=["-"]), "train", "sequence")
+    assert [example.label for example in found] == ["x", None, "y"]
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "code"),
+    [
+        ("sequence", '{"text": "a", "label": NaN}', "empty-label"),
+        ("sequence", '{"text": NaN, "label": "x"}', "empty-text"),
+        ("token", '{"words": ["a"], "tags": [NaN]}', "empty-label"),
+        ("token", '{"words": ["a"], "tags": NaN}', "empty-label"),
+        ("token", '{"words": [NaN], "tags": ["x"]}', "empty-text"),
+    ],
+)
+def test_nan_is_neither_a_class_nor_a_word(tmp_path, task, row, code):
+    whole = {"sequence": '{"text": "a", "label": "x"}', "token": '{"words": ["a"], "tags": ["x"]}'}[task]
+    (tmp_path / "train.jsonl").write_text(f"{row}\n{whole}\n")
+    with pytest.raises(DataError) as caught:
+        read_split(SourceConfig(path=str(tmp_path)), "train", task)
+    assert caught.value.code == code
+
+
+def test_as_many_labels_as_texts_are_refused_at_once(tmp_path):
+    rows = "".join(f"post {n}\tid{n * 7919}\n" for n in range(20_000))
+    (tmp_path / "train.tsv").write_text(f"text\tlabel\n{rows}")
+    (tmp_path / "dev.tsv").write_text(f"text\tlabel\n{rows.replace('id', 'no').replace('post', 'dev')}")
+    for options in ({"validation": 0.2}, {}, {"max_train": 10_000}):
+        with pytest.raises(DataError, match=r"data.label_column") as caught:
+            load_corpus(config(tmp_path, test=None, **options), seed=1)
+        assert (caught.value.code, caught.value.fields["labels"]) == ("too-many-labels", 20_000)
+
+
+def test_labels_that_train_lacks_are_listed_up_to_a_limit(folder):
+    (folder / "test.tsv").write_text("text\tlabel\n" + "".join(f"test {n}\tlabel{n}\n" for n in range(20_000)))
+    with pytest.raises(DataError) as caught:
+        load_corpus(config(folder), seed=1)
+    assert len(caught.value.fields["labels"]) == 20_000
+    assert len(str(caught.value).splitlines()) < 15
+
+
+def test_labels_of_thousands_of_digits_are_labels():
+    labels = ["x2", f"x{'9' * 5000}", f"x1{'0' * 5000}"]
+    assert list(count_labels(Example("a", label, "") for label in reversed(labels))) == labels

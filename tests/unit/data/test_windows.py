@@ -1,10 +1,12 @@
 """Windows: a text that fits is what training saw; a long one loses nothing."""
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import FAMILIES, TEXTS, families, tiny_tokenizer, token_families
 
+from tokmask_peft.data import encoding
 from tokmask_peft.data.encoding import Encoder
 from tokmask_peft.errors import DataError
 from tokmask_peft.tasks import Example
@@ -17,7 +19,7 @@ LABELS = ("a", "b")
 def test_a_text_that_fits_is_encoded_as_in_training(family):
     tokenizer = tiny_tokenizer(FAMILIES[family].tokenizer)
     expected = Encoder(tokenizer, "sequence", 200).cut([Example(text, None, "x") for text in TEXTS], LABELS)
-    found = Encoder(tokenizer, "sequence", 200).windows(TEXTS)
+    found = list(Encoder(tokenizer, "sequence", 200).windows(TEXTS))
     assert [window.ids for window in found] == list(expected.dataset["input_ids"])
 
 
@@ -28,7 +30,7 @@ def test_words_that_fit_are_encoded_as_in_training(family):
     texts = [tuple(text.split()) for text in TEXTS] + [("hoy", "\u200b", "casa"), ("\u200b",)]
     labelled = [Example(words, ("b",) * len(words), "x") for words in texts]
     expected = Encoder(tokenizer, "token", 200).cut(labelled, LABELS)
-    found = Encoder(tokenizer, "token", 200).windows(texts)
+    found = list(Encoder(tokenizer, "token", 200).windows(texts))
     assert [window.ids for window in found] == list(expected.dataset["input_ids"])
     for window, labels, words in zip(found, expected.dataset["labels"], texts, strict=True):
         assert window.positions.tolist() == [at for at, label in enumerate(labels) if label != -100]
@@ -43,8 +45,8 @@ def test_words_that_fit_are_encoded_as_in_training(family):
 @settings(max_examples=40, deadline=None)
 def test_every_word_belongs_to_one_window_and_starts_there(words, max_length, family):
     tokenizer = tiny_tokenizer(FAMILIES[family].tokenizer)
-    whole = Encoder(tokenizer, "token", 100_000).windows([words])[0]
-    windows = Encoder(tokenizer, "token", max_length).windows([words])
+    (whole,) = Encoder(tokenizer, "token", 100_000).windows([words])
+    windows = list(Encoder(tokenizer, "token", max_length).windows([words]))
     assert sorted(word for window in windows for word in window.words.tolist()) == list(range(len(words)))
     for window in windows:
         assert len(window.ids) <= max_length
@@ -53,10 +55,25 @@ def test_every_word_belongs_to_one_window_and_starts_there(words, max_length, fa
             assert window.ids[position : position + 2][:1] == whole.ids[at : at + 1]
 
 
+@pytest.mark.parametrize("family", families)
+def test_pieces_of_a_text_make_the_same_windows(family, monkeypatch):
+    tokenizer, text = tiny_tokenizer(FAMILIES[family].tokenizer), " ".join(TEXTS * 3)
+    for task, one, piece in (("sequence", text, 30), ("token", [*text.split(), "\u200b", "fin"], 5)):
+        if task == "token" and family not in token_families:
+            continue
+        monkeypatch.undo()
+        whole = list(Encoder(tokenizer, task, 20).windows([one, one[:9], one], owners=True))
+        monkeypatch.setattr(encoding, "PIECE", piece)
+        pieces = list(Encoder(tokenizer, task, 20).windows([one, one[:9], one], owners=True))
+        for field in ("text", "ids", "size", "words", "positions", "owners"):
+            for before, after in zip(whole, pieces, strict=True):
+                assert np.array_equal(getattr(before, field), getattr(after, field)), field
+
+
 def test_words_have_context_on_both_sides_in_long_texts():
     tokenizer = tiny_tokenizer("wordpiece")
     words = ["hoy"] * 200
-    for window in (windows := Encoder(tokenizer, "token", 42).windows([words])):
+    for window in (windows := list(Encoder(tokenizer, "token", 42).windows([words]))):
         size = window.size
         positions = window.positions - 1  # after [CLS]
         first, last = 0 in window.words, 199 in window.words
@@ -70,7 +87,7 @@ def test_words_have_context_on_both_sides_in_long_texts():
 def test_long_texts_are_cut_into_even_parts_that_make_the_whole(count, max_length):
     tokenizer = tiny_tokenizer("wordpiece")
     text = " ".join(WORDS[number % len(WORDS)] for number in range(count))
-    windows = Encoder(tokenizer, "sequence", max_length).windows([text])
+    windows = list(Encoder(tokenizer, "sequence", max_length).windows([text]))
     assert [one for window in windows for one in window.ids[1:-1]] == tokenizer(text)["input_ids"][1:-1]
     sizes = [window.size for window in windows]
     assert max(sizes) - min(sizes) <= 1
@@ -79,11 +96,11 @@ def test_long_texts_are_cut_into_even_parts_that_make_the_whole(count, max_lengt
 
 def test_a_text_of_dropped_characters_is_the_unknown_token():
     tokenizer = tiny_tokenizer("wordpiece")
-    (window,) = Encoder(tokenizer, "sequence", 20).windows(["\u200b"])
+    (window,) = list(Encoder(tokenizer, "sequence", 20).windows(["\u200b"]))
     assert len(window.ids) >= 3 or window.ids[1:-1] == [tokenizer.unk_token_id]
 
 
 def test_windows_without_room_are_refused():
     with pytest.raises(DataError) as caught:
-        Encoder(tiny_tokenizer("wordpiece"), "sequence", 3).windows(["hoy"])
+        list(Encoder(tiny_tokenizer("wordpiece"), "sequence", 3).windows(["hoy"]))
     assert caught.value.code == "no-room"

@@ -71,13 +71,10 @@ def test_the_model_index_holds_the_test_scores_and_never_those_of_validation():
     assert "model-index" not in head_of(make_recipe(), make_result(test=None)).to_dict()
 
 
-def test_local_texts_are_not_published_as_a_dataset_of_the_hub_that_a_base_names():
+def test_neither_local_nor_built_in_texts_are_published_as_others():
     card = card_of(make_recipe(data={"path": "/home/me/secret texts", "hub": "someone/tweets", "hub_config": "lid"}))
     assert "someone/tweets" not in card
     assert "secret" not in card
-
-
-def test_the_built_in_corpus_keeps_its_own_name_whatever_the_recipe_says():
     recipe = make_recipe("sequence", data={"builtin": True, "name": "Real Tweets"})
     assert "Real Tweets" not in card_of(recipe)
     assert head_of(recipe).language == ["es", "en"]
@@ -96,16 +93,10 @@ def test_it_holds_labels_masking_scores_and_data():
     ):
         assert row in tables(card)
     for fact in (
-        "- masking: p = 0.15, constant; unit: word; mask token: auto",
-        "- train: 1,234 texts, 5,678 words, 17 texts cut (29 words lost)",
-        "- validation: 1,234 texts, 5,678 words, 0 texts cut\n",
-        "leaks: 87",
-        "926",
-        "Posts; licence: CC BY 4.0; languages: sw",
-        "Muhammad et al.",
-        "2505.11746",
-        f": {LABELS[0]}.",  # the rare class
-    ):
+        "- masking: p = 0.15, constant; unit: word; mask token: auto", "leaks: 87", "926", "Muhammad et al.",
+        "- train: 1,234 texts, 5,678 words, 17 texts cut (29 words lost)", f": {LABELS[0]}.", "2505.11746",
+        "- validation: 1,234 texts, 5,678 words, 0 texts cut\n", "Posts; licence: CC BY 4.0; languages: sw",
+    ):  # fmt: skip
         assert fact in card
 
 
@@ -116,10 +107,10 @@ def test_what_was_not_measured_is_not_shown():
     assert "no test split" in card
 
 
-def test_a_run_below_the_baseline_says_so():
-    below = make_result(baseline=run_files.part(LABELS, 0.62, method="n-grams"))
-    assert "does not beat" in card_of(result=below)
-    assert "does not beat" not in card_of()
+def test_the_card_has_the_verdict_on_the_baseline():
+    assert "The adapter beats the character n-gram baseline" in card_of()
+    unclear = run_files.part(LABELS, 0.62, method="n-grams", interval=[-0.1, 0.1], verdict="cannot tell")
+    assert "cannot tell whether" in card_of(result=make_result(baseline=unclear))
 
 
 def test_a_run_without_masking_does_not_claim_it():
@@ -129,6 +120,20 @@ def test_a_run_without_masking_does_not_claim_it():
 def test_a_label_cannot_break_a_table():
     test = run_files.part(LABELS, per_class={"a|b<c>": {"precision": 1.0, "recall": 1.0, "f1": 1.0, "support": 3}})
     assert "| a\\|b&lt;c> | 1.0000 | 1.0000 | 1.0000 | 3 |" in card_of(result=make_result(test=test))
+
+
+def test_labels_and_names_are_text_wherever_they_are():
+    evil = "x](https://a.b) <b>*_y_*</b>\n# z\x1b[1m"
+    shown = r"x\](https://a.b) &lt;b>\*\_y\_\*&lt;/b> # z\\u001b\[1m"
+    scores = {"precision": 1.0, "recall": 1.0, "f1": 1.0, "support": 3}
+    result = make_result(labels=[evil, "b"], test=run_files.part(["b"], per_class={evil: scores}))
+    data = {"path": "texts", "name": evil, "license": evil}
+    card = card_of(make_recipe(data=data), result, notes=[f"a {evil}"])
+    prose = card.split("```python")[0].split("---\n")[-1] + card.split("```")[2]
+    assert "*_y_*" not in prose
+    assert "<b>" not in prose
+    assert "\x1b" not in prose
+    assert prose.count(shown) == 6  # labels, table, source, licence, rare classes, note
 
 
 def test_the_picture_replaces_the_table_if_there_is_matplotlib(tmp_path, monkeypatch):
@@ -141,12 +146,10 @@ def test_the_picture_replaces_the_table_if_there_is_matplotlib(tmp_path, monkeyp
     write_card(tmp_path / "plain", make_recipe(), make_result())
     assert [LABELS[1], "0", "799", "1"] in tables((tmp_path / "plain/README.md").read_text())
     assert [path.name for path in (tmp_path / "plain").iterdir()] == ["README.md"]
-
-
-def test_labels_that_the_font_cannot_write_get_a_table(tmp_path):
-    confusion = {"labels": ["अच्छा", "बुरा"], "matrix": [[3, 1], [0, 4]]}
+    monkeypatch.undo()
+    confusion = {"labels": ["अच्छा", "बुरा"], "matrix": [[3, 1], [0, 4]]}  # the font cannot write them
     assert not draw_confusion(confusion, tmp_path / "matrix.png")
-    assert not list(tmp_path.iterdir())
+    assert not (tmp_path / "matrix.png").exists()
 
 
 @pytest.mark.parametrize(

@@ -18,11 +18,12 @@ CARD = '---\nlibrary_name: peft\n---\nadapter = "PATH_OR_HUB_ID"\n'
 def sent(monkeypatch):
     """What would be sent, by name."""
     files = {}
-    monkeypatch.setattr(
-        pushing,
-        "_send",
-        lambda folder, *_: files.update({path.name: path.read_bytes() for path in folder.iterdir()}) or "there",
-    )
+
+    def send(folder, *_):
+        files.update({path.name: path.read_bytes() for path in folder.iterdir()})
+        return "there"
+
+    monkeypatch.setattr(pushing, "_send", send)
     return files
 
 
@@ -86,7 +87,9 @@ def test_a_link_is_refused_although_its_name_belongs(run, refused, tmp_path, nam
     refused("link", files=[name])
 
 
-def test_a_linked_folder_is_refused(run, refused):
+def test_a_linked_folder_and_a_token_in_a_file_are_refused(run, refused):
+    (run / "adapter" / "README.md").write_text(f"{CARD}\nmine is {TOKEN}")
+    refused("token-in-file", files=["README.md"])
     (run / "adapter").rename(run / "elsewhere")
     (run / "adapter").symlink_to(run / "elsewhere")
     refused("link")
@@ -106,11 +109,6 @@ def test_a_backbone_that_only_this_machine_has_is_refused(run, refused, tmp_path
     monkeypatch.chdir(tmp_path)
     (run / "adapter" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
     assert "model.backbone" in refused("local-backbone", backbone=base)
-
-
-def test_a_token_in_a_file_is_refused(run, refused):
-    (run / "adapter" / "README.md").write_text(f"{CARD}\nmine is {TOKEN}")
-    refused("token-in-file", files=["README.md"])
 
 
 def test_a_run_without_a_result_is_refused(run, refused):

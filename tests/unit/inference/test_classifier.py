@@ -13,7 +13,6 @@ from tiny_models import TEXTS, build, families, token_families
 from tokmask_peft.errors import DataError, ModelError
 from tokmask_peft.inference.classifier import Classifier
 from tokmask_peft.model.packed import enable_padding_free
-from tokmask_peft.tasks import Prediction, WordPredictions
 
 LONG = " ".join(TEXTS * 4)
 
@@ -150,9 +149,3 @@ def test_mistakes_are_named(classifier):
     with pytest.raises(ModelError, match="precision='fp32'") as caught:
         model.predict(["a"])
     assert caught.value.code == "logits-not-finite"
-
-
-def test_answers_are_frozen():
-    for answer in (Prediction("a", {"a": 1.0}), WordPredictions(("x",), ("a",), ({"a": 1.0},))):
-        with pytest.raises(AttributeError):
-            answer.windows = 3

@@ -100,7 +100,7 @@ def test_a_word_of_a_long_text_counts_by_the_size_of_its_window(classifier):
     model = classifier(max_length=24, temperature=2.0)
     text = LONG.replace("weather", "aeo" * 20)  # more sub-tokens than a window holds
     (explanation,) = model.explain([text])
-    windows = model.encoder.windows([text], owners=True)
+    windows = list(model.encoder.windows([text], owners=True))
     assert len(windows) > 3
     weights = np.array([window.size for window in windows]) / sum(window.size for window in windows)
     rows = np.array([masked_in_training(model, window.ids, set()) for window in windows])

@@ -92,8 +92,8 @@ def test_a_run_is_merged_wherever_its_embedding_lay(saved_adapter, tmp_path, pla
 def test_a_merge_that_changes_the_logits_is_refused(saved_adapter, tmp_path, monkeypatch):
     original = adapter.load_adapter
 
-    def spoiled(backbone, folder):
-        model = original(backbone, folder)
+    def spoiled(backbone, folder, **trained):
+        model = original(backbone, folder, **trained)
         merge = model.merge_and_unload
 
         def merge_wrongly(**options):

@@ -107,3 +107,14 @@ def test_what_may_not_be_written_is_refused(tmp_path):
             check_folder(folder)
         assert caught.value.code == code
     assert check_folder(tmp_path / "new") == tmp_path / "new"
+
+
+def test_rows_without_an_answer_are_an_error(tmp_path):
+    (tmp_path / "in.txt").write_text("a\nb\n")
+    source = TextFile(tmp_path / "in.txt", "sequence")
+    model = Echo(source)
+    model.predict = lambda texts, batch_size: [Prediction("x", {"x": 1.0})]
+    with pytest.raises(DataError) as caught:
+        predict_file(model, source, tmp_path / "out.jsonl")
+    assert (caught.value.code, caught.value.fields) == ("row-count", {"texts": 2, "answers": 1})
+    assert not (tmp_path / "out.jsonl").exists()

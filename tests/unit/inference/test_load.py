@@ -1,6 +1,8 @@
 """Loading: from an adapter folder alone, as it was trained, with one clear message per mistake."""
 
+import functools
 import json
+import os
 import shutil
 import sys
 
@@ -8,11 +10,14 @@ import pytest
 import torch
 from peft import AutoPeftModelForSequenceClassification
 from tiny_models import TEXTS, build
+from typer.testing import CliRunner
 
 import tokmask_peft
 from tokmask_peft.artifacts import find_saved
+from tokmask_peft.cli import app
 from tokmask_peft.errors import ModelError, TokmaskError
 from tokmask_peft.inference.classifier import _choose_batching, load
+from tokmask_peft.inference.export import export_merged
 from tokmask_peft.masking.embedding import find_embedding
 from tokmask_peft.model.decisions import bitsandbytes_problem
 from tokmask_peft.model.packed import takes_packed_rows
@@ -212,6 +217,47 @@ def test_wrong_options_are_named(saved_adapter):
             load(saved_adapter(), **dict([options]))
 
 
+CODE = """
+import pathlib
+from transformers import BertConfig, BertForSequenceClassification
+pathlib.Path({mark!r}).touch()
+class StrangeConfig(BertConfig):
+    model_type = "strange"
+class StrangeModel(BertForSequenceClassification):
+    config_class = StrangeConfig
+"""
+
+
+def test_the_code_of_a_backbone_runs_only_if_the_caller_allows_it(copied, tmp_path, monkeypatch):
+    """The recipe of a stranger's run says yes, which is not the caller's word."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    adapter, mark = copied(), tmp_path / "ran"
+    named = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    backbone = shutil.copytree(named, tmp_path / "strange")
+    (backbone / "strange.py").write_text(CODE.format(mark=str(mark)))
+    classes = {"AutoConfig": "strange.StrangeConfig", "AutoModelForSequenceClassification": "strange.StrangeModel"}
+    edit(backbone / "config.json", model_type="strange", auto_map=classes)
+    edit(adapter / "adapter_config.json", base_model_name_or_path=str(backbone))
+    (tmp_path / "run").mkdir()
+    adapter.rename(tmp_path / "run" / "adapter")
+    model = {"backbone": str(backbone), "trust_remote_code": True, "quantization": "none", "precision": "fp32"}
+    recipe = {"name": "run", "model": model, "data": {"task": "sequence", "builtin": True}}
+    (tmp_path / "run" / "recipe.yaml").write_text(json.dumps(recipe))
+    root = tmp_path / "run"
+    (tmp_path / "texts.tsv").write_text("text\tlabel\nhoy\tgood\n")
+    evaluate = functools.partial(tokmask_peft.evaluate, data=str(tmp_path / "texts.tsv"))
+    for use in (load, evaluate, functools.partial(export_merged, folder=tmp_path / "merged")):
+        with pytest.raises(ModelError, match="--trust-remote-code"):
+            use(root)
+    refused = CliRunner().invoke(app, ["predict", str(root), "hoy"])
+    assert (refused.exit_code, "--trust-remote-code" in refused.stderr) == (2, True)
+    assert not mark.exists()
+    assert load(root, trust_remote_code=True).predict(["hoy"])[0].label
+    assert mark.exists()
+    allowed = CliRunner().invoke(app, ["predict", str(root), "hoy", "--trust-remote-code"])
+    assert (allowed.exit_code, allowed.stdout.count("hoy")) == (0, 1)
+
+
 def test_a_hub_id_is_fetched_without_pickles(saved_adapter, monkeypatch):
     asked = {}
 
@@ -239,3 +285,33 @@ def test_a_hub_that_cannot_be_reached_is_one_message(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path / "snapshot"))
     with pytest.raises(ModelError, match="holds no adapter"):
         find_saved("user/name")
+
+
+def test_a_rank_that_the_weights_do_not_have_is_refused_before_it_takes_memory(copied):
+    folder = copied()
+    edit(folder / "adapter_config.json", r=10**9)
+    with pytest.raises(ModelError) as caught:
+        load(folder)
+    assert (caught.value.code, caught.value.fields["rank"]) == ("adapter-does-not-fit", 10**9)
+
+
+def test_a_pipe_among_the_files_is_refused(copied):
+    folder = copied()
+    (folder / "tokenizer.json").unlink()
+    os.mkfifo(folder / "tokenizer.json")
+    with pytest.raises(ModelError) as caught:
+        load(folder)
+    assert (caught.value.code, caught.value.fields["files"]) == ("not-a-file", ["tokenizer.json"])
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(copied, tmp_path):
+    folder = copied()
+    named = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    backbone = shutil.copytree(named, tmp_path / "larger")
+    _, tokenizer = build("bert")
+    tokenizer.add_tokens(["extraordinario"])
+    tokenizer.save_pretrained(backbone)
+    with pytest.raises(ModelError) as caught:
+        load(folder, backbone=str(backbone))
+    assert caught.value.code == "tokenizer-too-large"
+    assert caught.value.fields["largest"] == caught.value.fields["rows"]

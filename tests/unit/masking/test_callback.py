@@ -1,5 +1,7 @@
 """The callback in a transformers Trainer: schedule, logs, checkpoints, failures, and what must stay unmasked."""
 
+import contextlib
+import gc
 import json
 
 import pytest
@@ -110,30 +112,17 @@ def test_the_rate_is_logged_for_reports_and_history(tmp_path, ahead):
 def test_accumulated_forwards_differ_and_seeds_come_from_the_arguments(tmp_path):
     def ids(seed, config):
         recorder = Recorder(callback := TokenMaskCallback(config))
-        made = trainer(
-            tmp_path, [callback, recorder], texts=1, max_steps=2, gradient_accumulation_steps=2, seed=seed, data_seed=1,
-            num_train_epochs=9, per_device_train_batch_size=1,
-        )  # fmt: skip
+        settings = {"max_steps": 2, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 1, "seed": seed}
+        made = trainer(tmp_path, [callback, recorder], **settings)
+        made.train_dataset = [made.train_dataset[5]] * 4
         made.train()
-        return torch.stack(recorder.ids[:2]).flatten(1)
+        return torch.cat(recorder.ids)
 
     first = ids(11, TokenMaskConfig(p=0.5))
+    assert len(first) == len(first.unique(dim=0)) == 4  # of one text
     assert torch.equal(first, ids(11, TokenMaskConfig(p=0.5)))
     assert not torch.equal(first, ids(12, TokenMaskConfig(p=0.5)))
     assert torch.equal(ids(11, TokenMaskConfig(p=0.5, seed=3)), ids(12, TokenMaskConfig(p=0.5, seed=3)))
-
-
-def test_forwards_within_an_accumulated_step_get_their_own_pattern(tmp_path):
-    recorder = Recorder(callback := TokenMaskCallback(TokenMaskConfig(p=0.5)))
-    rows = [TEXTS[5]] * 4
-    _, tokenizer = build("qwen2")
-    made = trainer(
-        tmp_path, [callback, recorder], max_steps=2, gradient_accumulation_steps=2, per_device_train_batch_size=1
-    )
-    made.train_dataset = [{**tokenizer(text), "labels": 0} for text in rows]
-    made.train()
-    patterns = {tuple((ids[0] == 347).tolist()) for ids in recorder.ids}
-    assert len(recorder.ids) == len(patterns) == 4
 
 
 def test_checkpoints_hold_the_resolved_config(tmp_path):
@@ -185,6 +174,23 @@ def test_after_a_failed_run_nothing_is_masked_and_the_next_run_is(tmp_path, wher
     assert torch.equal(embedding.weight[-1], before)
 
 
+def test_a_failed_training_masks_nothing_once_its_trainer_is_gone(tmp_path):
+    model = build("qwen2")[0].requires_grad_(False)
+    weight = model.get_input_embeddings().weight.clone()
+    model.score.requires_grad_(True)
+
+    def fail():
+        callback = TokenMaskCallback(TokenMaskConfig(p=0.5), announce=False)
+        with contextlib.suppress(torch.OutOfMemoryError):
+            trainer(tmp_path, [callback], model=model, cls=FailingTrainer).train()
+        assert callback.masker.enabled  # it failed within a step
+
+    fail()
+    gc.collect()
+    assert_clean(model)
+    assert torch.equal(model.get_input_embeddings().weight, weight)
+
+
 def test_a_trainer_that_begins_again_with_smaller_batches_masks(tmp_path):
     class Once(Trainer):
         failed = False
@@ -203,36 +209,6 @@ def test_a_trainer_that_begins_again_with_smaller_batches_masks(tmp_path):
     assert_clean(made.model)
 
 
-def test_a_trainer_that_swallows_a_failed_step_goes_on_masking(tmp_path):
-    class Skipping(FailingTrainer):
-        def get_batch_samples(self, *args, **kwargs):
-            if self.state.global_step == 1:
-                with pytest.raises(ValueError, match="bad"):
-                    self.evaluate()
-            return super().get_batch_samples(*args, **kwargs)
-
-    callback = TokenMaskCallback(TokenMaskConfig(p=0.5), announce=False)
-    recorder = Recorder(callback)
-    made = trainer(tmp_path, [callback, recorder, Failing("on_evaluate", ValueError("bad"))], cls=Skipping)
-    made.where = "nowhere"
-    masked = []
-    forward = made.model.get_input_embeddings().register_forward_hook(
-        lambda module, inputs, _: masked.append((inputs[0] == 347).any().item()) if module.training else None
-    )
-    made.train()
-    forward.remove()
-    assert recorder.rates == [0.5] * 4
-    assert any(masked[2:])
-    assert_clean(made.model)
-
-
-def test_two_trainers_one_after_the_other_on_one_model(tmp_path):
-    model, _ = build("qwen2")
-    for _ in range(2):
-        trainer(tmp_path, [TokenMaskCallback()], model=model, max_steps=1).train()
-        assert_clean(model)
-
-
 def test_what_the_trainer_lacks_is_named(tmp_path):
     made = trainer(tmp_path, [TokenMaskCallback()])
     made.callback_handler.processing_class = None
@@ -244,6 +220,20 @@ def test_what_the_trainer_lacks_is_named(tmp_path):
     with pytest.raises(MaskTokenError, match="torchrun") as refused:
         made.callback_handler.on_train_begin(made.args, made.state, made.control)
     assert (refused.value.code, refused.value.fields) == ("data-parallel", {"gpus": 2})
+
+
+def test_trl_trainers_are_refused_unless_each_loss_comes_from_one_forward(tmp_path):
+    """Look-alikes of their arguments; the real trainers are in tests/integration."""
+    off = {"p": 0.0}
+    for name, masking, code in (("SFTConfig", {}, None), ("DPOConfig", {}, "trl-trainer"), ("DPOConfig", off, None)):
+        made = trainer(tmp_path, [TokenMaskCallback(masking)], max_steps=1)
+        made.args.__class__ = type(name, (TrainingArguments,), {"__module__": "trl.trainer.any"})
+        if code is None:
+            made.train()
+        else:
+            with pytest.raises(MaskTokenError, match="SFT or reward training") as refused:
+                made.train()
+            assert (refused.value.code, refused.value.fields) == (code, {"config": name})
 
 
 def test_a_model_is_not_masked_twice(tmp_path):
@@ -285,15 +275,25 @@ def test_generation_and_reference_passes_in_train_mode_are_not_masked(tmp_path):
     assert all(torch.equal(one, other) for one, other in zip(plain, ids[3::4], strict=True))  # same pattern
 
 
-def test_a_masker_that_saw_no_ids_is_reported(tmp_path):
+def test_a_masker_that_sees_no_ids_ends_the_training(tmp_path):
     class Embedded(Trainer):
         def compute_loss(self, model, inputs, *args, **kwargs):
             with torch.no_grad():
                 embedded = model.get_input_embeddings()(inputs.pop("input_ids"))
             return super().compute_loss(model, {**inputs, "inputs_embeds": embedded}, *args, **kwargs)
 
+    options = {"cls": Embedded, "max_steps": 3, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+    trainer(tmp_path, [TokenMaskCallback(TokenMaskConfig(p=0.0))], **options).train()
+    made = trainer(tmp_path, [TokenMaskCallback()], **options)
+    with pytest.raises(MaskTokenError, match="inputs_embeds") as caught:
+        made.train()
+    assert (caught.value.code, made.state.global_step) == ("masked-nothing", 1)
+
+
+def test_texts_without_a_maskable_token_are_reported(tmp_path):
+    config = TokenMaskConfig(protect=tuple(range(332)))
     with pytest.warns(UserWarning, match="masked nothing"):
-        trainer(tmp_path, [TokenMaskCallback()], cls=Embedded, max_steps=1, per_device_train_batch_size=1).train()
+        trainer(tmp_path, [TokenMaskCallback(config)], max_steps=1, per_device_train_batch_size=1).train()
 
 
 @pytest.mark.parametrize("case", ["rebuilt by the Trainer", "checkpoint without the callback"])

@@ -147,20 +147,6 @@ def test_eval_mode_and_pause_mask_nothing(family):
 
 
 @pytest.mark.parametrize("family", families)
-def test_a_higher_rate_masks_the_same_and_more(family):
-    model, tokenizer = build(family)
-    batch = encode(tokenizer)
-    with TokenMasker.attach(model, tokenizer, TokenMaskConfig(p=0.1)) as masker:
-        swapped = []
-        for rate in (0.1, 0.2, 0.6):
-            masker.rate, masker.step = rate, 7
-            swapped.append(masked_ids(model, tokenizer, batch, masker)[1] != batch["input_ids"])
-    assert swapped[0].sum() < swapped[2].sum()
-    assert not (swapped[0] & ~swapped[1]).any()
-    assert not (swapped[1] & ~swapped[2]).any()
-
-
-@pytest.mark.parametrize("family", families)
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_gradient_checkpointing(family, use_reentrant):
     """The embedding is looked up once, so that the recomputed layers see the same masked text."""
@@ -233,12 +219,13 @@ def test_a_packed_row_is_masked_as_the_padded_batch(family, unit):
     assert (ids[real] != batch["input_ids"][real]).any()
 
 
-def test_left_padding_is_masked_as_right_padding():
+@pytest.mark.parametrize("unit", ["token", "word", "span"])
+def test_left_padding_is_masked_as_right_padding(unit):
     model, tokenizer = build("qwen2")
     seen = {}
     for side in ("right", "left"):
         batch = encode(tokenizer, padding_side=side)
-        with TokenMasker.attach(model, tokenizer, TokenMaskConfig(p=0.5)) as masker:
+        with TokenMasker.attach(model, tokenizer, TokenMaskConfig(p=0.5, unit=unit)) as masker:
             _, ids = masked_ids(model, tokenizer, batch, masker)
         seen[side] = [row[mask.bool()].tolist() for row, mask in zip(ids, batch["attention_mask"], strict=True)]
     assert seen["left"] == seen["right"]
@@ -268,17 +255,3 @@ def test_specials_that_only_the_backend_knows_and_padding_that_only_the_model_kn
         embedding(torch.tensor([[tool, 40, 41] * 30]))
     assert (seen[0].reshape(30, 3)[:, :2] == torch.tensor([tool, 40])).all()
     assert (seen[0].reshape(30, 3)[:, 2] == masker.mask_token.id).any()
-
-
-def test_input_gradients_which_an_edit_of_the_output_breaks():
-    """PEFT turns them on for reentrant checkpointing; writing into the embedding's output then fails."""
-    model, tokenizer = build("qwen2")
-    batch = {**encode(tokenizer), "labels": torch.arange(len(TEXTS)) % 3}
-    model.requires_grad_(False).enable_input_require_grads()
-    model.score.requires_grad_(True)
-    with TokenMasker.attach(model, tokenizer, TokenMaskConfig(p=0.5)):
-        model.train()(**batch).loss.backward()
-    assert model.score.weight.grad.abs().sum() > 0
-    model.get_input_embeddings().register_forward_hook(lambda _module, _args, output: output[0].zero_())
-    with pytest.raises(RuntimeError, match="in-place"):
-        model(**batch)

@@ -2,15 +2,15 @@
 
 import json
 import math
+import warnings
 
 import pytest
 import torch
+import transformers
 from tiny_models import assert_typical, build, encode, seen_ids, tiny_tokenizer
-from transformers import BartConfig, BartForSequenceClassification, T5Config, T5ForSequenceClassification
 
 from tokmask_peft.errors import MaskTokenError
 from tokmask_peft.masking.masker import TokenMasker
-from tokmask_peft.masking.replacement import MaskToken
 from tokmask_peft.recipe import TokenMaskConfig
 
 
@@ -131,11 +131,11 @@ def test_a_row_that_full_fine_tuning_trains_is_kept():
 
 def test_the_masker_follows_a_model_that_moves():
     model, tokenizer = build("bert")
-    with TokenMasker.attach(model, tokenizer, TokenMaskConfig(p=0.3, unit="word")) as masker:
-        model.train().to("meta")
-        ids = encode(tokenizer)["input_ids"].to("meta")
-        assert model.get_input_embeddings()(ids).device.type == "meta"
-        assert {masker._step.device.type, masker._maskable.device.type, masker._word_starts.device.type} == {"meta"}
+    masker = TokenMasker.attach(model, tokenizer, TokenMaskConfig(p=0.3, unit="word"))
+    model.train().to("meta")
+    ids = encode(tokenizer)["input_ids"].to("meta")
+    assert model.get_input_embeddings()(ids).device.type == "meta"
+    assert {masker._step.device.type, masker._maskable.device.type, masker._word_starts.device.type} == {"meta"}
 
 
 def test_state_is_json_and_goes_on_where_it_was_taken():
@@ -181,21 +181,36 @@ def test_the_seed_of_the_config_wins_even_if_zero():
             assert masker.seed == expected
 
 
-@pytest.mark.parametrize("kind", ["bart", "t5"])
-def test_encoder_decoders_are_refused(kind):
-    tokenizer = tiny_tokenizer("wordpiece")
-    if kind == "bart":
-        model = BartForSequenceClassification(
-            BartConfig(vocab_size=150, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
-                       decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16)
-        )  # fmt: skip
-    else:
-        model = T5ForSequenceClassification(
-            T5Config(vocab_size=150, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
-        )
-    with pytest.raises(MaskTokenError, match="use an encoder-only or a decoder-only backbone") as refused:
-        TokenMasker.attach(model, tokenizer)
-    assert refused.value.code == "encoder-decoder"
+SMALL = {"vocab_size": 160, "d_model": 16}
+T5 = {**SMALL, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+CANINE = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+PERCEIVER = {"num_latents": 4, "d_latents": 8, "d_model": 8, "num_self_attends_per_block": 1, "num_blocks": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "code"),
+    [
+        ("T5", T5, "encoder-decoder"),
+        ("Canine", CANINE, "no-embedding"),
+        ("Perceiver", {**PERCEIVER, "num_self_attention_heads": 2, "num_cross_attention_heads": 2}, "no-embedding"),
+    ],
+)
+def test_architectures_that_cannot_be_masked_are_refused(name, shape, code):
+    config = getattr(transformers, f"{name}Config")(**shape)
+    model = getattr(transformers, f"{name}ForSequenceClassification")(config)
+    with pytest.raises(MaskTokenError, match="use a") as refused:
+        TokenMasker.attach(model, tiny_tokenizer("wordpiece"))
+    assert (refused.value.code, refused.value.fields) == (code, {"model": f"{name}ForSequenceClassification"})
+
+
+def test_a_masker_that_saw_no_training_forward_says_why():
+    model, tokenizer = build("bert")  # in eval mode, as from_pretrained returns it
+    with pytest.warns(UserWarning, match=r"call model.train\(\)"), TokenMasker.attach(model, tokenizer):
+        model(**encode(tokenizer))
+    with warnings.catch_warnings(action="error"), TokenMasker.attach(model, tokenizer, TokenMaskConfig(p=0.0)):
+        model(**encode(tokenizer))
+    with warnings.catch_warnings(action="error"), TokenMasker.attach(model, tokenizer):
+        model.train()(**encode(tokenizer))
 
 
 def test_models_that_cannot_be_masked_are_refused():
@@ -208,12 +223,6 @@ def test_models_that_cannot_be_masked_are_refused():
         TokenMasker.attach(model, tokenizer, TokenMaskConfig(protect=(4, 999)))
     assert (refused.value.code, refused.value.fields["ids"]) == ("protect-outside", [999])
     model.bert.embed_tokens_per_layer = torch.nn.Embedding(150, 4)
-    with pytest.raises(MaskTokenError, match="use a backbone without per-layer embeddings") as refused:
+    with pytest.raises(MaskTokenError, match="use a") as refused:
         TokenMasker.attach(model, tokenizer)
     assert refused.value.code == "per-layer-embeddings"
-
-
-def test_a_given_mask_token_is_taken():
-    model, tokenizer = build("bert")
-    with TokenMasker.attach(model, tokenizer, mask_token=MaskToken(77, "id", "mine")) as masker:
-        assert masker.mask_token.id == 77

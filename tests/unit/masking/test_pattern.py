@@ -10,7 +10,7 @@ from scipy import stats
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tokmask_peft.masking import pattern
-from tokmask_peft.masking.pattern import masked_positions, text_positions
+from tokmask_peft.masking.pattern import masked_positions
 
 IDS = torch.zeros(64, 128, dtype=torch.int64)
 ALL = torch.ones_like(IDS, dtype=torch.bool)
@@ -192,24 +192,3 @@ def test_a_packed_batch_masks_as_the_padded_one(lengths, seed, unit):
     maskable, starts = torch.rand(2, len(lengths), max(lengths), generator=generator) < 0.7
     padded, one_row = packed(lengths, maskable, starts, unit)
     assert torch.equal(padded, one_row)
-
-
-@pytest.mark.parametrize("unit", ["token", "word", "span"])
-def test_left_padding_masks_as_right_padding(unit):
-    right = torch.tensor([[5, 6, 7, 8, 0, 0], [5, 6, 7, 8, 9, 5]]).repeat(20, 1)
-    left = right.clone()
-    left[::2] = left[::2].roll(2, 1)
-    masks = [
-        masked_positions(
-            ids, 0.5, 3, 0, 0, ids != 0, ids % 2 == 1, unit, 2, positions=text_positions(ids, pad_id=0)
-        )
-        for ids in (right, left)
-    ]  # fmt: skip
-    assert masks[0].any()
-    assert torch.equal(masks[0][1::2], masks[1][1::2])
-    assert torch.equal(masks[0][::2].roll(2, 1), masks[1][::2])
-
-
-def test_word_starts_are_asked_for():
-    with pytest.raises(ValueError, match="word_starts"):
-        mask(unit="word")

@@ -9,7 +9,7 @@ from tokmask_peft.errors import RecipeError
 from tokmask_peft.model.location import check_length, config_at_hand, position_limit
 from tokmask_peft.recipe.schema import ModelConfig, Recipe
 
-ANY_LENGTH = ("modernbert", "qwen2", "llama")
+ANY_LENGTH = ("modernbert", "qwen2", "llama", "T5")
 SMALL = {
     "vocab_size": 40,
     "hidden_size": 16,
@@ -36,23 +36,19 @@ def runs(model, length):
     return True
 
 
-@pytest.mark.parametrize("family", ["bert", "xlm-r", "distilbert", *ANY_LENGTH])
-def test_the_tiny_families(family):
-    model, _ = build(family)
-    limit = position_limit(model.config.to_dict())
-    assert limit == {"xlm-r": 64 - model.config.pad_token_id - 1}.get(family, None if family in ANY_LENGTH else 64)
-    assert runs(model, limit or 200)
-    assert limit is None or not runs(model, limit + 1)
-
-
-@pytest.mark.parametrize("name", OTHERS)
-def test_other_architectures(name):
-    config = getattr(transformers, f"{name}Config")(**OTHERS[name])
-    model = transformers.T5EncoderModel(config) if name == "T5" else transformers.AutoModel.from_config(config)
+@pytest.mark.parametrize("name", ["bert", "xlm-r", "distilbert", "modernbert", "qwen2", "llama", *OTHERS])
+def test_the_longest_text_runs_and_a_longer_one_does_not(name):
+    if name in OTHERS:
+        config = getattr(transformers, f"{name}Config")(**OTHERS[name])
+        model = transformers.T5EncoderModel(config) if name == "T5" else transformers.AutoModel.from_config(config)
+    else:
+        model, _ = build(name)
+        config = model.config
     limit = position_limit(config.to_dict())
-    assert runs(model.eval(), limit or 60)
+    assert (limit is None) == (name in ANY_LENGTH)
+    assert name in OTHERS or limit in (None, 64 - config.pad_token_id - 1 if name == "xlm-r" else 64)
+    assert runs(model.eval(), limit or 200)
     assert limit is None or not runs(model, limit + 1)
-    assert (limit is None) == (name == "T5")
 
 
 def test_a_config_at_hand_is_checked_and_another_is_not(model_config):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors.torch import load_file
 from tiny_models import TEXTS, build, encode
 from torch import nn
 
@@ -14,7 +14,7 @@ from tokmask_peft.masking.masker import TokenMasker
 from tokmask_peft.model.adapter import add_adapter, save_adapter
 from tokmask_peft.model.backbone import load_backbone
 from tokmask_peft.model.decisions import bitsandbytes_problem
-from tokmask_peft.model.placement import HostEmbedding, place_embedding
+from tokmask_peft.model.layers import HostEmbedding, place_embedding
 from tokmask_peft.recipe import TokenMaskConfig
 from tokmask_peft.recipe.loading import load_recipe
 from tokmask_peft.recipe.schema import AdapterConfig
@@ -73,6 +73,9 @@ def test_the_matrix_is_not_a_parameter_of_full_size(model_config, placement):
     backbone.model.to(CPU).to(torch.float32)  # moved as a Trainer moves it
     rows = read_rows(embedding, 0, 5)
     assert torch.equal(embedding(torch.arange(5)), rows)
+    model, _ = add_adapter(backbone, AdapterConfig(), "sequence")
+    assert find_embedding(model) is embedding is not None
+    assert type(embedding) is not nn.Embedding
 
 
 @pytest.mark.parametrize("placement", PLACED)
@@ -91,8 +94,7 @@ def test_the_adapter_holds_no_embedding_and_loads_with_stock_peft(model_config, 
     save_adapter(model, tmp_path, config.backbone)
     model.save_pretrained(tmp_path / "as-a-checkpoint")  # as the Trainer saves one
     for folder in (tmp_path, tmp_path / "as-a-checkpoint"):
-        with safe_open(folder / "adapter_model.safetensors", "pt") as file:
-            assert not [name for name in file.keys() if "embed" in name]  # noqa: SIM118
+        assert not [name for name in load_file(folder / "adapter_model.safetensors") if "embed" in name]
     model.eval()
     stock = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path, num_labels=3).eval()
     stock.config.pad_token_id = backbone.tokenizer.pad_token_id
@@ -130,11 +132,3 @@ def test_the_lookup_on_a_device_sends_distinct_rows(monkeypatch):
     assert out.shape == (2, 9, 4)
     assert out.device.type == "meta"
     assert sent == [(3, 4)]
-
-
-@pytest.mark.parametrize("placement", PLACED)
-def test_find_embedding_below_peft(model_config, placement):
-    backbone = load_backbone(model_config("bert", embedding=placement), "sequence", LABELS, CPU)
-    model, _ = add_adapter(backbone, AdapterConfig(), "sequence")
-    assert find_embedding(model) is backbone.model.get_input_embeddings()
-    assert type(find_embedding(model)) is not nn.Embedding

@@ -6,44 +6,47 @@ from tokmask_peft.errors import RecipeError, nearest
 from tokmask_peft.recipe.loading import load_recipe
 
 
-def problems(*overrides):
+def problems(*overrides, recipe="quickstart"):
     with pytest.raises(RecipeError) as caught:
-        load_recipe("quickstart", overrides)
+        load_recipe(recipe, overrides)
     return caught.value.problems
 
 
+TOKEN = "expected 'auto', 'mask', 'spare', 'unk' or a token id"
+RATE, LEAST_1 = "expected a number (at least 0, below 1)", "expected a whole number (at least 1)"
+WEIGHTS = "expected 'none', 'inverse', 'sqrt_inverse' or a weight per label, as {en: 1.0, es: 2.0}"
+MODULES = "expected 'auto' or a list of module names, for example [q_proj, v_proj]"
+LAYERS = "expected 'all', a number of layers, for example 6 or a share of the layers between 0 and 1, for example 0.5"
+SPLIT = "expected a split or file name or a share of train between 0 and 1, for example 0.1"
+TRAINING = "expected a section with keys such as epochs, max_steps, batch_size, gradient_accumulation"
 ONE_LINE = {
-    "masking.mask_token=foo": "is 'foo'; expected 'auto', 'mask', 'spare', 'unk' or a token id",
-    "masking.mask_token=mas": "is 'mas'; expected 'auto', 'mask', 'spare', 'unk' or a token id. Did you mean 'mask'?",
-    "masking.mask_token=-3": "is -3; expected 'auto', 'mask', 'spare', 'unk' or a token id",
-    "masking.mask_token=true": "is true; expected 'auto', 'mask', 'spare', 'unk' or a token id",
-    "masking.p=1": "is 1; expected a number (at least 0, below 1)",
-    "masking.p=.nan": "is nan; expected a number (at least 0, below 1)",
+    "masking.mask_token=foo": f"is 'foo'; {TOKEN}",
+    "masking.mask_token=mas": f"is 'mas'; {TOKEN}. Did you mean 'mask'?",
+    "masking.mask_token=-3": f"is -3; {TOKEN}",
+    "masking.mask_token=true": f"is true; {TOKEN}",
+    "masking.p=1": f"is 1; {RATE}",
+    "masking.p=.nan": f"is nan; {RATE}",
     "masking.protect=5": "is 5; expected a list such as [a, b]",
-    "training.class_weights=sqrt": "is 'sqrt'; expected 'none', 'inverse', 'sqrt_inverse' or a weight per label, "
-    "as {en: 1.0, es: 2.0}. Did you mean 'sqrt_inverse'?",
-    "adapter.targets=all": "is 'all'; expected 'auto' or a list of module names, for example [q_proj, v_proj]",
-    "adapter.targets=[]": "is []; expected 'auto' or a list of module names, for example [q_proj, v_proj]",
-    "adapter.layers=half": "is 'half'; expected 'all', a number of layers, for example 6 or a share of the layers "
-    "between 0 and 1, for example 0.5",
-    "adapter.layers=0": "is 0; expected 'all', a number of layers, for example 6 or a share of the layers "
-    "between 0 and 1, for example 0.5",
-    "data.validation=[1]": "is [1]; expected a split or file name or a share of train between 0 and 1, for example 0.1",
-    "data.validation=2": "is 2; expected a split or file name or a share of train between 0 and 1, for example 0.1",
-    "data.validation=0.0": "is 0.0; expected a split or file name or a share of train between 0 and 1, for example 0.1",
-    "data.validation=true": "is true; expected a split or file name or a share of train between 0 and 1, "
-    "for example 0.1",
+    "training.class_weights=sqrt": f"is 'sqrt'; {WEIGHTS}. Did you mean 'sqrt_inverse'?",
+    "adapter.targets=all": f"is 'all'; {MODULES}",
+    "adapter.targets=[]": f"is []; {MODULES}",
+    "adapter.layers=half": f"is 'half'; {LAYERS}",
+    "adapter.layers=0": f"is 0; {LAYERS}",
+    "data.validation=[1]": f"is [1]; {SPLIT}",
+    "data.validation=2": f"is 2; {SPLIT}",
+    "data.validation=0.0": f"is 0.0; {SPLIT}",
+    "data.validation=true": f"is true; {SPLIT}",
     "data.task=seq": "is 'seq'; expected 'sequence' or 'token'. Did you mean 'sequence'?",
     "data.text_column=1.5": "is 1.5; expected text, a whole number or null",
     "data.test_source=foo": "is 'foo'; expected a section with keys such as path, hub, hub_config, hub_revision",
-    "adapter.r=8.5": "is 8.5; expected a whole number (at least 1)",
-    "adapter.r=true": "is true; expected a whole number (at least 1)",
+    "adapter.r=8.5": f"is 8.5; {LEAST_1}",
+    "adapter.r=true": f"is true; {LEAST_1}",
     "training.learning_rate=.inf": "is inf; expected a number (above 0)",
-    "training.max_steps=0": "is 0; expected a whole number (at least 1) or null",
-    "training=3": "is 3; expected a section with keys such as epochs, max_steps, batch_size, gradient_accumulation",
-    "training=null": "is null; expected a section with keys such as epochs, max_steps, batch_size, "
-    "gradient_accumulation",
+    "training.max_steps=0": f"is 0; {LEAST_1} or null",
+    "training=3": f"is 3; {TRAINING}",
+    "training=null": f"is null; {TRAINING}",
     "model.gradient_checkpointing=yes": "is 'yes'; expected 'auto' or true or false",
+    f"adapter.r={'x' * 500}": f"is '{'x' * 56}…; {LEAST_1}",
     "name=5": "is 5; expected text: put it in quotes",
     "model.revision=123": "is 123; expected text or null: put it in quotes",
     "data.test=false": "is false; expected text or null: put it in quotes",
@@ -90,37 +93,27 @@ def test_an_unknown_key_lists_its_siblings(override, guess, known):
     assert f"Known here: {known}" in line
 
 
-@pytest.mark.parametrize(
-    ("overrides", "start"),
-    [
-        (("masking.trainable_mask=true", "adapter.layers=2"), "masking.trainable_mask trains a row of the embedding"),
-    ],
-)
-def test_what_does_not_go_together(overrides, start):
-    (line,) = problems(*overrides)
-    assert start in line
+def test_what_does_not_go_together():
+    (line,) = problems("masking.trainable_mask=true", "adapter.layers=2")
+    assert "masking.trainable_mask trains a row of the embedding" in line
     assert "set " in line
-
-
-def test_a_key_that_is_no_text(tmp_path):
-    path = tmp_path / "on.yaml"
-    path.write_text("true: 1\nname: a\nmodel: {backbone: b}\ndata: {task: token, path: c}\n")
-    with pytest.raises(RecipeError, match=r"unknown key, and not text\. Known here: name, output_dir"):
-        load_recipe(path)
 
 
 def test_all_problems_come_at_once(tmp_path):
     path = tmp_path / "bad.yaml"
-    path.write_text("data: {task: tokens, max_length: 1}\nadapter: {rank: 8}\nmasking: {p: 1.5, mask_token: x}\n")
+    path.write_text(
+        "true: 1\ndata: {task: tokens, max_length: 1}\nadapter: {rank: 8}\nmasking: {p: 1.5, mask_token: x}\n"
+    )
     with pytest.raises(RecipeError) as caught:
         load_recipe(path, ["training", "training.epochs=no"])
     lines = caught.value.problems
     starts = ["training: expected dotted", "name: is missing", "model: is missing", "adapter.rank: unknown key"]
     starts += ["masking.p: is 1.5", "masking.mask_token: is 'x'", "data.task: is 'tokens'", "data.max_length: is 1"]
     starts += ["training.epochs: is 'no'"]
-    assert len(lines) == len(starts)
-    assert all(line.startswith(start) for line, start in zip(lines, starts, strict=True))
-    assert str(caught.value).splitlines()[0] == f"{path}: 9 problems"
+    assert len(lines) == len(starts) + 1
+    assert [start for start in starts if not any(line.startswith(start) for line in lines)] == []
+    assert any("unknown key, and not text. Known here: name, output_dir" in line for line in lines)
+    assert str(caught.value).splitlines()[0] == f"{path}: 10 problems"
 
 
 @pytest.mark.parametrize("name", ["a/b", "a\\b", "..", "."])
@@ -140,17 +133,10 @@ def test_a_source_without_data(override, section):
     ]
 
 
-def test_a_long_value_is_shortened():
-    (line,) = problems(f"adapter.r={'x' * 500}")
-    assert len(line) < 120
-
-
 def test_descriptions_help_with_what_is_missing(tmp_path):
     path = tmp_path / "bad.yaml"
     path.write_text("name: x\nmodel: {}\ndata: {path: y}\n")
-    with pytest.raises(RecipeError) as caught:
-        load_recipe(path)
-    assert caught.value.problems == [
+    assert problems(recipe=path) == [
         "model.backbone: is missing; expected text (model id on the Hugging Face Hub, or a local folder)",
         "data.task: is missing; expected 'sequence' or 'token' (sequence: one label per text; token: one label per "
         "word)",

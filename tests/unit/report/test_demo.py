@@ -2,12 +2,13 @@
 
 import socket
 
+import httpx
 import pytest
 from tiny_models import build
 from typer.testing import CliRunner
 
 from tokmask_peft.cli import app
-from tokmask_peft.errors import ExtraError, ModelError
+from tokmask_peft.errors import ModelError
 from tokmask_peft.inference.classifier import Classifier
 from tokmask_peft.report import demo
 
@@ -43,18 +44,11 @@ def test_words_get_the_colour_of_their_label(classifier):
     assert "<i>" not in html
 
 
-@pytest.mark.parametrize("text", ["", "  \n "])
-def test_no_words_are_answered_in_words(classifier, text):
-    chances, html = demo.answer(classifier("sequence"), text)
+@pytest.mark.parametrize(("task", "text"), [("sequence", ""), ("sequence", " \n "), ("token", "half a pair \ud800")])
+def test_what_the_classifier_refuses_is_answered_in_words(classifier, task, text):
+    chances, html = demo.answer(classifier(task), text)
     assert chances is None
-    assert html.startswith('<p class="message" role="alert">the text ')
-
-
-def test_what_the_classifier_refuses_is_answered_in_words(classifier):
-    chances, html = demo.answer(classifier("token"), "half a pair \ud800")
-    assert chances is None
-    assert 'role="alert"' in html
-    assert "texts[0]" not in html
+    assert html.startswith('<p class="message" role="alert">the text')
 
 
 def test_long_texts_are_classified_without_colours(classifier):
@@ -62,6 +56,35 @@ def test_long_texts_are_classified_without_colours(classifier):
     assert chances is not None
     assert "301 words" in html
     assert 'class="for"' not in html
+
+
+def test_a_text_of_any_length_is_answered_at_once(classifier):
+    model = classifier("token")
+    model.predict = None  # is not called
+    chances, html = demo.answer(model, "boss " * 2_001)
+    assert chances is None
+    assert "10,005 characters" in html
+    assert "tokmask predict" in html
+
+
+def test_the_server_takes_no_uploads_and_no_large_requests(classifier):
+    pytest.importorskip("gradio")
+    served = demo.build(classifier("token"), "a_run")
+    assert (served._queue.max_size, served.default_config.fns[0].concurrency_limit) == (16, "default")
+    try:
+        _, address, _ = demo.launch(served)
+        with httpx.Client(base_url=address, trust_env=False) as client:
+            assert client.get("/").status_code == 200
+            assert client.get("/gradio_api/info").status_code == 200
+            for path in ("/gradio_api/upload", "/gradio_api/upload/", "/gradio_api/upload_progress"):
+                assert client.post(path, files={"files": ("a.txt", b"x")}).status_code == 404
+            text = {"data": ["a" * 300_000], "fn_index": 0, "session_hash": "a"}
+            assert client.post("/gradio_api/queue/join", json=text).status_code == 413
+            assert client.post("/gradio_api/queue/join", content=iter([b"a"])).status_code == 413
+            text["data"] = ["a boss"]
+            assert client.post("/gradio_api/queue/join", json=text).status_code == 200
+    finally:
+        served.close(verbose=False)
 
 
 def test_a_taken_port_and_a_foreign_host_are_reported_before_loading():
@@ -76,12 +99,6 @@ def test_a_taken_port_and_a_foreign_host_are_reported_before_loading():
     demo.check_address(demo.HOST, None)
 
 
-def test_missing_gradio_is_reported(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ExtraError, match=r"tokmask-peft\[demo\]"):
-        demo.require_gradio()
-
-
 def test_the_command_listens_on_loopback_by_default(monkeypatch):
     pytest.importorskip("gradio")
     asked = []
@@ -90,3 +107,5 @@ def test_the_command_listens_on_loopback_by_default(monkeypatch):
     assert asked == [("127.0.0.1", None)]
     assert found.exit_code == 2
     assert "does not exist" in found.stderr
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "tokmask-peft[demo]" in CliRunner().invoke(app, ["demo", "no/such/model/here"]).stderr

@@ -5,7 +5,7 @@ from tiny_models import build
 
 from tokmask_peft import Prediction, WordPredictions
 from tokmask_peft.inference.classifier import Classifier
-from tokmask_peft.report.examples import explained, mistakes_of, most_confident
+from tokmask_peft.report.examples import Mistake, explained, mistakes_of, most_confident
 from tokmask_peft.tasks import Example, get_task
 
 SEQUENCE, TOKEN = get_task("sequence"), get_task("token")
@@ -14,15 +14,7 @@ SEQUENCE, TOKEN = get_task("sequence"), get_task("token")
 def test_a_text_is_right_or_one_mistake():
     answer = Prediction("bad", {"good": 0.2, "bad": 0.8})
     (wrong,) = mistakes_of(SEQUENCE, Example("so so", "good", "/home/me/test.tsv:7"), answer)
-    assert (wrong.words, wrong.gold, wrong.predicted, wrong.probability, wrong.gold_probability, wrong.where) == (
-        ("so", "so"),
-        "good",
-        "bad",
-        0.8,
-        0.2,
-        "test.tsv:7",
-    )
-    assert wrong.word is None
+    assert wrong == Mistake(("so", "so"), "good", "bad", 0.8, 0.2, "test.tsv:7")
     assert not list(mistakes_of(SEQUENCE, Example("so so", "bad", "x:1"), answer))
 
 

@@ -10,6 +10,12 @@ LABELS = ("a", "b", "c")
 
 
 @pytest.fixture
+def plan(tmp_path):
+    """A sweep of two cells."""
+    return make_plan("quickstart", [f"output_dir={tmp_path}"], p="0,0.1", seeds="1,", name="mine")
+
+
+@pytest.fixture
 def made_up_sweep(tmp_path):
     """Return a function that writes a sweep whose runs are drawn: an arm's accuracy is 0.6 plus its `gains`."""
 

@@ -1,7 +1,5 @@
 """The cells that processes share: taken once, given up when the worker is gone, never lost."""
 
-import sqlite3
-
 import pytest
 
 pytest.importorskip("optuna")
@@ -10,7 +8,7 @@ import optuna
 
 from tokmask_peft.errors import SweepError
 from tokmask_peft.study import ledger as ledgers
-from tokmask_peft.study.ledger import Ledger, open_storage
+from tokmask_peft.study.ledger import CellState, Ledger, open_storage
 from tokmask_peft.study.plan import make_plan
 
 
@@ -19,8 +17,8 @@ def open_ledger(tmp_path, request):
     """Return a function that opens the sweep as one more process would."""
     place = tmp_path / "sweep.journal" if request.param == "journal" else f"sqlite:///{tmp_path / 'sweep.db'}"
 
-    def make(overrides=(), prune=False, retry_failed=False, **axes):
-        plan = make_plan("quickstart", overrides, name="shared", **{"p": "0,0.1", "seeds": "2", **axes})
+    def make(*overrides, prune=False, retry_failed=False, **axes):
+        plan = make_plan("quickstart", overrides, name="shared", **{"p": "0", "seeds": "1", **axes})
         return Ledger(plan, place, prune=prune, retry_failed=retry_failed)
 
     return make
@@ -38,21 +36,20 @@ def states(ledger):
 
 
 def test_every_cell_is_claimed_once_in_the_order_of_the_plan(open_ledger):
-    one, two = open_ledger(), open_ledger()
+    one, two = (open_ledger(p="0,0.1", seeds="2") for _ in range(2))
     claims = [one.claim(), two.claim(), one.claim(), two.claim()]
     assert [claim.cell.name for claim in claims] == [cell.name for cell in one.plan.cells]
     assert one.claim() is None
     assert states(two) == ["running"] * 4
     for claim in claims:
         one.close(claim.trial_id, "done", 0.5, seconds=2.0)
-    assert two.look()["p0-seed1"].score == 0.5
-    assert two.look()["p0-seed1"].seconds == 2.0
+    assert two.look()["p0-seed1"] == CellState("done", 0.5, 2.0)
     assert two.claim() is None
 
 
 @pytest.mark.parametrize("outcome", ["running", "done", "error"])
 def test_of_two_that_take_a_cell_at_once_the_first_has_it(open_ledger, monkeypatch, outcome):
-    one, two = open_ledger(p="0", seeds="1"), open_ledger(p="0", seeds="1")
+    one, two = open_ledger(), open_ledger()
     seen = two.look()
     claim = one.claim()
     if outcome != "running":
@@ -64,28 +61,28 @@ def test_of_two_that_take_a_cell_at_once_the_first_has_it(open_ledger, monkeypat
     assert one.claim() is two.claim() is None
 
 
-def test_a_dead_worker_s_cell_is_run_again_once(open_ledger, as_worker):
-    ledger = open_ledger(p="0", seeds="1")
-    as_worker(pid=2**22 + 1)  # there is no such process
-    ledger.claim()
+@pytest.mark.parametrize("other", [{"pid": 2**22 + 1}, {"started": 0.0}])  # no such process; its number is used again
+def test_a_dead_worker_s_cell_is_run_again_once(open_ledger, as_worker, other):
+    as_worker(**other)
+    open_ledger().claim()
     as_worker()
-    assert [bool(open_ledger(p="0", seeds="1").claim()) for _ in range(2)] == [True, False]
+    assert [bool(open_ledger().claim()) for _ in range(2)] == [True, False]
 
 
 def test_a_living_worker_keeps_its_cell(open_ledger, as_worker):
-    ledger = open_ledger(p="0", seeds="1")
+    ledger = open_ledger()
     claim = ledger.claim()
-    as_worker(started=0.0)
-    assert open_ledger(p="0", seeds="1").look()["p0-seed1"].state == "running"
+    as_worker(pid=1, started=0.0)
+    assert states(open_ledger()) == ["running"]
     assert ledger.beat(claim)
 
 
 def test_a_worker_of_another_machine_is_given_up_when_it_gives_no_sign_of_life(open_ledger, as_worker, monkeypatch):
-    ledger, now = open_ledger(p="0", seeds="1"), [0.0]
+    ledger, now = open_ledger(), [0.0]
     as_worker(host="elsewhere")
     claim = ledger.claim()
     as_worker()
-    other = open_ledger(p="0", seeds="1")
+    other = open_ledger()
     monkeypatch.setattr(ledgers.time, "monotonic", lambda: now[0])
     for now[0] in (1.0, ledgers.GRACE + 0.5):
         assert states(other) == ["running"]
@@ -100,30 +97,25 @@ def test_a_worker_of_another_machine_is_given_up_when_it_gives_no_sign_of_life(o
     assert states(other) == ["waiting"]
 
 
-def test_failed_is_final_until_asked_for(open_ledger):
-    ledger = open_ledger(p="0", seeds="1")
+def test_failed_is_final_until_asked_for_and_interrupted_is_continued(open_ledger):
+    ledger = open_ledger()
+    ledger.close(ledger.claim().trial_id, "interrupted")
+    assert states(ledger) == ["waiting"]
     ledger.close(ledger.claim().trial_id, "error", reason="out of memory")
     assert ledger.look()["p0-seed1"].reason == "out of memory"
-    again = open_ledger(p="0", seeds="1", retry_failed=True)
+    again = open_ledger(retry_failed=True)
     again.close(again.claim().trial_id, "error", reason="still")
     assert again.look()["p0-seed1"].reason == "still"
     assert again.claim() is None
 
 
-def test_interrupted_is_continued(open_ledger):
-    ledger = open_ledger(p="0", seeds="1")
-    ledger.close(ledger.claim().trial_id, "interrupted")
-    assert states(ledger) == ["waiting"]
-    assert ledger.claim() is not None
-
-
 def test_rates_and_seeds_may_be_added_but_not_another_recipe(open_ledger):
-    ledger = open_ledger()
+    ledger = open_ledger(p="0,0.1", seeds="2")
     ledger.close(ledger.claim().trial_id, "done", 0.5)
     wider = open_ledger(p="0,0.1,0.2", seeds="3")
     assert states(wider).count("done") == 1
     with pytest.raises(SweepError, match=r"training.epochs: .* before, 9.0 now.*another --name") as caught:
-        open_ledger(["training.epochs=9"])
+        open_ledger("training.epochs=9")
     assert caught.value.code == "other-sweep"
     with pytest.raises(SweepError) as caught:
         open_ledger(grid=["adapter.r=4,8"])
@@ -133,7 +125,7 @@ def test_rates_and_seeds_may_be_added_but_not_another_recipe(open_ledger):
 @pytest.mark.parametrize("sampler", ["random", "tpe"])
 def test_samplers_draw_what_is_asked_for_and_a_rerun_draws_the_same(open_ledger, sampler):
     axes = {"sampler": sampler, "trials": 12, "grid": ["training.learning_rate=1e-5..1e-3:log", "adapter.r=4..8"]}
-    ledger = open_ledger(**axes)
+    ledger = open_ledger(p="0,0.1", seeds="2", **axes)
     drawn = {}
     for number in range(12):
         claim = ledger.claim()
@@ -152,7 +144,7 @@ def test_samplers_draw_what_is_asked_for_and_a_rerun_draws_the_same(open_ledger,
 
 
 def test_pruning_compares_trials_at_the_same_step(open_ledger):
-    ledger = open_ledger(prune=True, seeds="3")
+    ledger = open_ledger(prune=True, p="0,0.1", seeds="3")
     for _ in range(4):
         claim = ledger.claim()
         for step in (10, 20, 30):
@@ -183,31 +175,25 @@ class TestStorage:
             open_storage(tmp_path / "sweep.journal")
         assert caught.value.code == "storage-failed"
 
-    def test_is_optuna_s(self, tmp_path):
-        place = f"sqlite:///{tmp_path / 'sweep.db'}"
-        Ledger(make_plan("quickstart", p="0,0.1", seeds="2", name="shared"), place).claim()
-        assert len(optuna.load_study(study_name="shared", storage=place).trials) == 1
-
     def test_a_sweep_of_an_older_version_goes_on_in_its_database(self, tmp_path):
         plan = make_plan("quickstart", p="0,0.1", seeds="1", name="shared")
         place = f"sqlite:///{tmp_path / 'sweep.db'}"
         ledger = Ledger(plan, place)
         states, create = optuna.trial.TrialState, optuna.trial.create_trial
         attributes = {"cell": "p0-seed1", "after": -1, "seed": 1, "outcome": {"kind": "done", "seconds": 3.0}}
-        ledger.storage.create_new_trial(
-            ledger.study_id, create(state=states.COMPLETE, value=0.5, user_attrs=attributes)
-        )
-        waiting = create(state=states.WAITING, user_attrs={"cell": "p0.1-seed1", "after": -1})
-        ledger.storage.create_new_trial(ledger.study_id, waiting)  # as it enqueued cells
+        done = create(state=states.COMPLETE, value=0.5, user_attrs=attributes)
+        waiting = create(state=states.WAITING, user_attrs={"cell": "p0.1-seed1", "after": -1})  # as it enqueued cells
+        for trial in (done, waiting):
+            ledger.storage.create_new_trial(ledger.study_id, trial)
         again = Ledger(plan, place)
         assert again.look()["p0-seed1"].seconds == 3.0
         assert again.claim().cell.name == "p0.1-seed1"
 
 
-def test_sqlite_claims_are_numbered_as_committed(tmp_path):
-    plan = make_plan("quickstart", p="0", seeds="3", name="shared")
-    one, two = (Ledger(plan, f"sqlite:///{tmp_path / 'sweep.db'}") for _ in range(2))
+def test_a_database_is_optuna_s_and_its_claims_are_numbered_as_committed(tmp_path):
+    plan, place = make_plan("quickstart", p="0", seeds="3", name="shared"), f"sqlite:///{tmp_path / 'sweep.db'}"
+    one, two = (Ledger(plan, place) for _ in range(2))
     for ledger in (one, two, one):
         ledger.claim()
-    rows = sqlite3.connect(tmp_path / "sweep.db").execute("SELECT trial_id, number FROM trials").fetchall()
-    assert [number for _, number in sorted(rows)] == [0, 1, 2]
+    trials = optuna.load_study(study_name="shared", storage=place).trials
+    assert [trial.number for trial in sorted(trials, key=lambda trial: trial._trial_id)] == [0, 1, 2]

@@ -2,6 +2,7 @@
 
 import io
 import json
+from unittest.mock import Mock
 
 import pytest
 from rich.console import Console
@@ -13,16 +14,8 @@ from tokmask_peft.errors import SweepError
 from tokmask_peft.recipe.loading import to_yaml
 from tokmask_peft.study.ledger import CellState, Ledger
 from tokmask_peft.study.plan import make_plan
-from tokmask_peft.study.runner import (
-    Loop,
-    Options,
-    closing_lines,
-    duration,
-    finished_result,
-    remaining_seconds,
-    run_sweep,
-    summary_line,
-)
+from tokmask_peft.study.runner import TEXTS, Loop, Options, closing_lines, finished_result, remaining_seconds, run_sweep
+from tokmask_peft.study.worker import Worker
 
 RESULT = '{"labels": ["a"], "validation": {"f1_macro": 0.5}}'
 CELLS = {
@@ -35,33 +28,12 @@ CELLS = {
 }
 
 
-class Stub:
-    """A worker without a process."""
-
-    def __init__(self, recipe):
-        self.recipe, self.run = recipe, RunFolder(recipe.run_dir)
-        self.code, self.ended, self.seconds, self.signals = None, 0, 30.0, 0
-        self.evaluations = []
-
-    def poll(self):
-        return self.code
-
-    def end(self):
-        self.ended, self.code = self.ended + 1, -9
-
-    def reason(self, code):
-        return "stopped"
-
-    def progress(self):
-        return "step 4, loss 0.5"
-
-    def new_evaluations(self):
-        return iter(self.evaluations)
-
-
-@pytest.fixture
-def plan(tmp_path):
-    return make_plan("quickstart", [f"output_dir={tmp_path}"], p="0,0.1", seeds="1,", name="mine")
+def stub(recipe):
+    """Return a worker without a process."""
+    worker = Mock(spec=Worker, run=RunFolder(recipe.run_dir), seconds=30.0, signals=0)
+    answers = {"poll": None, "reason": "stopped", "progress": "step 4, loss 0.5", "new_evaluations": []}
+    worker.configure_mock(**{f"{name}.return_value": answer for name, answer in answers.items()})
+    return worker
 
 
 @pytest.fixture
@@ -69,52 +41,51 @@ def loop(plan, tmp_path):
     """A loop with both of its cells running."""
     made = Loop(plan, Ledger(plan, tmp_path / "journal", prune=True), Options(workers=2, prune=True))
     made.console = Console(file=io.StringIO(), force_terminal=True, width=200)
-    made.running = {Stub(plan.recipe_of(cell)): made.ledger.claim() for cell in plan.cells}
+    made.running = {stub(plan.recipe_of(cell)): made.ledger.claim() for cell in plan.cells}
     made.workers = list(made.running)
     return made
 
 
-def test_a_run_that_was_taken_over_stops(loop):
+@pytest.mark.parametrize("evaluations", [[], [(10, 0.5), (20, 0.6)]])
+def test_a_run_that_was_taken_over_stops(loop, evaluations):
     gone, kept = loop.workers
     loop.ledger.close(loop.running[gone].trial_id, "interrupted")
     loop._next_look = float("inf")
-    loop._step()
-    assert (gone.ended, kept.ended) == (1, 0)
+    loop._next_beat = float("inf") if evaluations else 0.0  # evaluations or a sign of life
+    gone.new_evaluations.return_value = kept.new_evaluations.return_value = evaluations
+    loop.step()
+    assert (gone.end.call_count, kept.end.call_count) == (1, 0)
     assert list(loop.running) == [kept]
     assert loop.console.file.getvalue() == "p0-seed1 was taken over by another worker; stopped here\n"
 
 
-def test_an_evaluation_of_a_run_that_was_taken_over_stops_it(loop):
-    gone, kept = loop.workers
-    loop.ledger.close(loop.running[gone].trial_id, "interrupted")
-    for worker in (gone, kept):
-        worker.evaluations = [(10, 0.5), (20, 0.6)]
-        loop._report(worker, worker.new_evaluations())
-    assert (gone.ended, kept.ended) == (1, 0)
-    assert list(loop.running) == [kept]
-
-
 def test_the_lines_of_a_terminal(loop):
     loop.cells = CELLS
-    shown = str(loop.lines())
+    shown = TEXTS.screen(loop.cells, loop._left(), loop.running)
     for expected in ("2/6 done", "p0-seed1  step 4, loss 0.5  30 s", "failed: e: no memory", "left"):
         assert expected in shown
 
 
 def test_the_summary():
-    assert summary_line(CELLS, 130) == (
+    assert TEXTS.summary(CELLS, 130) == (
         "2/6 done, 1 running, 1 failed, 1 pruned; best b (validation macro-F1 0.7500); about 2 min left"
     )
-    assert summary_line({}) == "0/0 done, 0 running"
-    assert [duration(s) for s in (5, 89, 600, 7260)] == ["5 s", "89 s", "10 min", "2 h 1 min"]
+    assert TEXTS.summary({}) == "0/0 done, 0 running"
+    assert [TEXTS.duration(s) for s in (5, 89, 600, 7260)] == ["5 s", "89 s", "10 min", "2 h 1 min"]
 
 
-def test_remaining_time_is_that_of_unfinished_cells():
-    assert remaining_seconds(CELLS, [30.0], 1) == 2 * 90 - 30
-    assert remaining_seconds(CELLS, [500.0], 1) == 90  # it takes longer than the mean; the other is to come
-    assert remaining_seconds(CELLS, [], 2) == 90
-    assert remaining_seconds({"d": CELLS["d"]}, [], 1) is None
-    assert remaining_seconds({"a": CELLS["a"]}, [], 1) == 0
+@pytest.mark.parametrize(
+    ("names", "elapsed", "workers", "left"),
+    [
+        ("abcdef", [30.0], 1, 2 * 90 - 30),
+        ("abcdef", [500.0], 1, 90),  # it takes longer than the mean; the other is to come
+        ("abcdef", [], 2, 90),
+        ("d", [], 1, None),
+        ("a", [], 1, None),
+    ],
+)
+def test_remaining_time_is_that_of_unfinished_cells(names, elapsed, workers, left):
+    assert remaining_seconds({name: CELLS[name] for name in names}, elapsed, workers) == left
 
 
 def test_the_best_values_of_a_sampler_are_shown(tmp_path):
@@ -127,62 +98,59 @@ def test_the_best_values_of_a_sampler_are_shown(tmp_path):
 
 
 class TestFinished:
-    def test_a_result_is_taken_only_from_the_same_recipe(self, plan):
+    @pytest.fixture
+    def finish(self, plan):
+        """Return a function that leaves a run with the recipe of one cell and a result in the folder of another."""
+
+        def write(cell, recipe_of=None, result=RESULT):
+            folder = plan.recipe_of(cell).run_dir
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "result.json").write_text(result)
+            (folder / "recipe.yaml").write_text(to_yaml(plan.recipe_of(recipe_of or cell)))
+            return folder
+
+        return write
+
+    def test_a_result_is_taken_only_from_the_same_recipe(self, plan, finish):
         cell, other = plan.cells
         recipe = plan.recipe_of(cell)
         assert finished_result(recipe) is None
-        recipe.run_dir.mkdir(parents=True)
-        (recipe.run_dir / "result.json").write_text(RESULT)
-        (recipe.run_dir / "recipe.yaml").write_text(to_yaml(recipe))
+        finish(cell)
         assert finished_result(recipe).validation == {"f1_macro": 0.5}
-        (recipe.run_dir / "recipe.yaml").write_text(to_yaml(plan.recipe_of(other)))
+        finish(cell, recipe_of=other)
         with pytest.raises(SweepError) as caught:
             finished_result(recipe)
         assert caught.value.fields["differences"] == ["masking.p: 0.1 before, 0.0 now"]
 
-    def test_a_sweep_to_which_a_rate_is_added_keeps_its_runs(self, plan, tmp_path):
+    def test_a_sweep_to_which_a_rate_is_added_keeps_its_runs(self, plan, tmp_path, finish):
         wider = make_plan("quickstart", [f"output_dir={tmp_path}"], p="0.3,0,0.1", seeds="1,", name="mine")
         before, after = plan.recipe_of(plan.cells[0]), wider.recipe_of(wider.cells[1])
         assert before.run_dir == after.run_dir
         assert (before.training.baseline, after.training.baseline) == (True, False)  # the first arm of a seed fits it
-        before.run_dir.mkdir(parents=True)
-        (before.run_dir / "recipe.yaml").write_text(to_yaml(before))
-        assert check_run(after, resume=True).root == before.run_dir
-        (before.run_dir / "result.json").write_text(RESULT)
+        result = finish(plan.cells[0]) / "result.json"
         assert finished_result(after) is not None
+        result.unlink()
+        assert check_run(after, resume=True).root == before.run_dir
 
-    def test_a_result_that_cannot_be_read(self, plan):
-        recipe = plan.recipe_of(plan.cells[0])
-        recipe.run_dir.mkdir(parents=True)
-        (recipe.run_dir / "result.json").write_text("")  # after a power cut
+    def test_a_result_that_cannot_be_read(self, plan, finish):
+        finish(plan.cells[0], result="")  # after a power cut
         with pytest.raises(SweepError, match="remove it to continue the run") as caught:
-            finished_result(recipe)
+            finished_result(plan.recipe_of(plan.cells[0]))
         assert caught.value.code == "broken-result"
 
-    def test_a_failed_run_leaves_no_result(self, loop):
+    def test_a_failed_run_leaves_no_result(self, loop, finish):
         worker = loop.workers[0]
-        worker.recipe.run_dir.mkdir(parents=True)
-        (worker.recipe.run_dir / "result.json").write_text(RESULT)
-        worker.code = 1
-        loop._step()
-        assert finished_result(worker.recipe) is None
-        assert (worker.recipe.run_dir / "result.rejected.json").is_file()
+        finish(loop.plan.cells[0])
+        worker.poll.return_value = 1
+        loop.step()
+        assert finished_result(loop.plan.recipe_of(loop.plan.cells[0])) is None
+        assert worker.run.result.with_name("result.rejected.json").is_file()
         assert loop.cells["p0-seed1"] == CellState("failed", reason="stopped")
 
-    def test_finished_runs_are_taken_without_training_and_checkpoints_go(self, plan):
+    def test_finished_runs_are_taken_without_training_and_checkpoints_go(self, plan, finish):
         for cell in plan.cells:
-            folder = plan.recipe_of(cell).run_dir
-            (folder / "checkpoints" / "checkpoint-3").mkdir(parents=True)
-            (folder / "result.json").write_text(RESULT)
-        cells = run_sweep(plan, options=Options(command=("false",)), quiet=True)
+            (finish(cell) / "checkpoints" / "checkpoint-3").mkdir(parents=True)
+        cells = run_sweep(plan, options=Options(train=None), quiet=True)
         assert {cell.state for cell in cells.values()} == {"done"}
         assert not list(plan.folder.rglob("checkpoint-3"))
         assert set(json.loads((plan.folder / "sweep.json").read_text())["cells"]) == {c.name for c in plan.cells}
-
-
-def test_the_folder_of_a_run_is_refused(plan):
-    plan.folder.mkdir()
-    (plan.folder / "recipe.yaml").touch()
-    with pytest.raises(SweepError, match="choose another --name") as caught:
-        run_sweep(plan, quiet=True)
-    assert caught.value.code == "is-a-run"

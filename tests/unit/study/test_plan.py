@@ -3,11 +3,13 @@ import pytest
 from tokmask_peft.errors import RecipeError
 from tokmask_peft.study.plan import Axis, make_plan, read_axis, read_seeds, split_values
 
+LINEAR = ("masking.schedule=linear", "masking.p_start=0.3")
+
 
 def problems_of(*overrides, **axes):
     with pytest.raises(RecipeError) as caught:
         make_plan("quickstart", overrides, **axes)
-    return caught.value.problems
+    return "\n".join(caught.value.problems)
 
 
 def test_cells_are_every_seed_setting_and_rate():
@@ -23,43 +25,19 @@ def test_cells_are_every_seed_setting_and_rate():
     recipe = plan.recipe_of(plan.cells[-1])
     assert (recipe.masking.p, recipe.seed, recipe.training.learning_rate) == (0.3, 2, 3e-4)
     assert recipe.run_dir == plan.folder / plan.cells[-1].name
-
-
-def test_only_the_first_arm_of_a_seed_fits_the_baseline():
-    plan = make_plan("quickstart", p="0,0.1,0.2", seeds="2")
-    assert [plan.recipe_of(cell).training.baseline for cell in plan.cells] == [True, False, False] * 2
-
-
-def test_cells_differ_in_what_they_name_alone():
-    plan = make_plan("quickstart", p="0,0.2", seeds="3,")
-    one, two = (plan.recipe_of(cell).model_dump() for cell in plan.cells)
-    assert two["masking"].pop("p") == 0.2
-    assert one["masking"].pop("p") == 0
-    for part in (one, two):
-        part.pop("name")
-        part["training"].pop("baseline")
-    assert one == two
+    # only the first arm of a seed and setting fits the baseline
+    assert [plan.recipe_of(cell).training.baseline for cell in plan.cells] == [True, False, False] * 4
 
 
 class TestArms:
     def test_each_switches_on_what_it_names(self):
-        plan = make_plan(
-            "quickstart",
-            p="0,0.1,0.3",
-            seeds="1,",
-            arms="none,lora_dropout,attention_dropout,neftune:15,label_smoothing,mask,mask+neftune",
-        )
-        recipes = {cell.arm.label: plan.recipe_of(cell) for cell in plan.cells}
-        found = {
-            label: (
-                r.adapter.dropout,
-                r.model.attention_dropout,
-                r.training.neftune_alpha,
-                r.training.label_smoothing,
-                r.masking.p,
-            )
-            for label, r in recipes.items()
-        }
+        arms = "none,lora_dropout,attention_dropout,neftune:15,label_smoothing,mask,mask+neftune"
+        plan = make_plan("quickstart", p="0,0.1,0.3", seeds="1,", arms=arms)
+        found = {}
+        for cell in plan.cells:
+            r = plan.recipe_of(cell)
+            values = (r.adapter.dropout, r.model.attention_dropout, r.training.neftune_alpha)
+            found[cell.arm.label] = (*values, r.training.label_smoothing, r.masking.p)
         assert found == {
             "none": (0, 0, None, 0, 0),
             "lora_dropout": (0.1, 0, None, 0, 0),
@@ -77,85 +55,75 @@ class TestArms:
         plan = make_plan("quickstart", [f"training.batching={batching}"], arms="none,neftune", seeds="1,")
         assert [plan.recipe_of(cell).training.batching for cell in plan.cells] == [batching, becomes]
 
-    def test_mistakes(self):
-        assert "there is no arm 'nefune'. Did you mean 'neftune'?" in problems_of(arms="none,nefune")[0]
-        assert "'none+mask'" in problems_of(arms="none+mask")[0]
-        assert "'mask0.1' is given twice" in problems_of(arms="mask,mask", p="0.1")[0]
-        assert problems_of(arms="label_smoothing:2")[0].startswith("training.label_smoothing: is 2;")
+
+def test_all_mistakes_at_once_with_the_nearest_names():
+    grid = ["learning_rate=1", "training.batch_size=x,8", "masking=3", "adapter.r"]
+    sweep = {"p": "0,2", "seeds": "many", "grid": grid, "sampler": "gird", "name": "a/b"}
+    found = problems_of("seed=3", "trainin.epochs=2", **sweep)
+    for expected in (
+        "seed=3: in a sweep use --seeds",
+        "trainin: unknown key. Did you mean 'training'?",
+        "'2' is not a masking rate",
+        "--seeds many: expected",
+        "learning_rate: unknown key. Did you mean 'training.learning_rate'?",
+        "training.batch_size: is 'x'; expected a whole number",
+        "masking: is 3; expected a section with keys such as p",
+        "--grid adapter.r: expected dotted.key=value,value",
+        "--sampler gird: expected grid, random, tpe. Did you mean 'grid'?",
+        "--name a/b: the name becomes a folder",
+    ):
+        assert expected in found
 
 
-class TestMistakes:
-    def test_all_at_once_with_the_nearest_names(self):
-        found = problems_of(
-            "seed=3",
-            "trainin.epochs=2",
-            p="0,2",
-            seeds="many",
-            grid=["learning_rate=1", "training.batch_size=x,8", "masking=3", "adapter.r"],
-            sampler="gird",
-            name="a/b",
-        )
-        text = "\n".join(found)
-        for expected in (
-            "seed=3: in a sweep use --seeds",
-            "trainin: unknown key. Did you mean 'training'?",
-            "'2' is not a masking rate",
-            "--seeds many: expected",
-            "learning_rate: unknown key. Did you mean 'training.learning_rate'?",
-            "training.batch_size: is 'x'; expected a whole number",
-            "masking: is 3; expected a section with keys such as p",
-            "--grid adapter.r: expected dotted.key=value,value",
-            "--sampler gird: expected grid, random, tpe. Did you mean 'grid'?",
-            "--name a/b: the name becomes a folder",
-        ):
-            assert expected in text
+@pytest.mark.parametrize(
+    ("axes", "expected"),
+    [
+        ({"grid": ["masking.p=0,0.1"]}, "--grid masking.p: use --p"),
+        ({"grid": ["adapter.r=4,4"]}, "a value is given twice"),
+        ({"grid": ["adapter.r=4", "adapter.r=8"]}, "--grid adapter.r: is given twice"),
+        ({"grid": ["training.learning_rate=1e-4,0.0001"]}, "are the same run"),
+        ({"grid": ["adapter.dropout=0,0.1"], "arms": "none,mask"}, "--arms sets it"),
+        ({"grid": ["adapter.r=4..8"]}, "a range needs --sampler random or tpe"),
+        ({"p": "0,0.0"}, "a rate is given twice"),
+        ({"p": "0", "trials": 3}, "a grid has as many trials as cells"),
+        ({"p": "0", "sampler": "tpe"}, "give the number of runs with --trials"),
+        ({"sampler": "random", "trials": 3}, "there is nothing to draw"),
+        ({"seeds": "0"}, "expected 1 to 1000 seeds"),
+        ({"seeds": "4,4"}, "a seed is given twice"),
+        ({"grid": ["masking.trainable_mask=true", "adapter.layers=2"]}, "adapter.layers would save nothing"),
+        ({"arms": "none,nefune"}, "there is no arm 'nefune'. Did you mean 'neftune'?"),
+        ({"arms": "none+mask"}, "'none+mask'"),
+        ({"arms": "neftune:"}, "there is no arm 'neftune:'"),
+        ({"arms": "mask,mask", "p": "0.1"}, "'mask0.1' is given twice"),
+        ({"arms": "label_smoothing:2"}, "training.label_smoothing: is 2;"),
+    ],
+)
+def test_mistakes_one_by_one(axes, expected):
+    assert expected in problems_of(**axes)
 
-    @pytest.mark.parametrize(
-        ("axes", "said"),
-        [
-            ({"grid": ["masking.p=0,0.1"]}, "--grid masking.p: use --p"),
-            ({"grid": ["adapter.r=4,4"]}, "a value is given twice"),
-            ({"grid": ["adapter.r=4", "adapter.r=8"]}, "--grid adapter.r: is given twice"),
-            ({"grid": ["training.learning_rate=1e-4,0.0001"]}, "are the same run"),
-            ({"grid": ["adapter.dropout=0,0.1"], "arms": "none,mask"}, "--arms sets it"),
-            ({"grid": ["adapter.r=4..8"]}, "a range needs --sampler random or tpe"),
-            ({"p": "0,0.0"}, "a rate is given twice"),
-            ({"p": "0", "trials": 3}, "a grid has as many trials as cells"),
-            ({"p": "0", "sampler": "tpe"}, "give the number of runs with --trials"),
-            ({"sampler": "random", "trials": 3}, "there is nothing to draw"),
-            ({"seeds": "0"}, "expected 1 to 1000 seeds"),
-            ({"seeds": "4,4"}, "a seed is given twice"),
-            ({"grid": ["masking.trainable_mask=true", "adapter.layers=2"]}, "adapter.layers would save nothing"),
-        ],
-    )
-    def test_one_by_one(self, axes, said):
-        assert said in "\n".join(problems_of(**axes))
 
-    def test_a_schedule_that_masks_at_zero(self):
-        found = problems_of("masking.schedule=linear", "masking.p_start=0.3", p="0,0.1")
-        assert "set masking.p_start=0" in found[0]
+@pytest.mark.parametrize(
+    ("overrides", "axes"),
+    [
+        (LINEAR, {}),
+        (LINEAR, {"sampler": "random", "trials": 2}),
+        (LINEAR, {"p": "0.1", "arms": "none,mask"}),
+        (LINEAR[:1], {"grid": ["masking.p_start=0,0.3"]}),
+        (LINEAR[1:], {"grid": ["masking.schedule=constant,linear"]}),
+    ],
+)
+def test_a_schedule_that_masks_the_reference(overrides, axes):
+    assert "set masking.p_start=0" in problems_of(*overrides, **{"p": "0,0.1", **axes})
 
-    def test_a_schedule_that_masks_the_reference_of_arms(self):
-        linear = ("masking.schedule=linear", "masking.p_start=0.3")
-        assert "set masking.p_start=0" in problems_of(*linear, p="0.1", arms="none,mask")[0]
-        assert make_plan("quickstart", linear, p="0,0.1", arms="mask", seeds="1,").cells
 
-    @pytest.mark.parametrize(
-        ("override", "axis"),
-        [
-            ("masking.schedule=linear", "masking.p_start=0,0.3"),
-            ("masking.p_start=0.3", "masking.schedule=constant,linear"),
-        ],
-    )
-    def test_an_axis_that_masks_at_zero(self, override, axis):
-        assert "set masking.p_start=0" in problems_of(override, p="0,0.1", grid=[axis])[0]
-        drawn = problems_of("masking.schedule=linear", "masking.p_start=0.3", p="0,0.1", sampler="random", trials=2)
-        assert "set masking.p_start=0" in drawn[0]
+def test_arms_without_a_reference_may_mask_from_the_start():
+    assert make_plan("quickstart", LINEAR, p="0,0.1", arms="mask", seeds="1,").cells
 
-    def test_an_override_of_an_axis(self):
-        found = problems_of("masking.p=0.2", "adapter.r=2", p="0,0.1", grid=["adapter.r=4,8"])
-        assert any("masking.p=0.2: in a sweep use --p" in line for line in found)
-        assert any("adapter.r=2: the key is also an axis" in line for line in found)
+
+def test_an_override_of_an_axis():
+    found = problems_of("masking.p=0.2", "adapter.r=2", p="0,0.1", grid=["adapter.r=4,8"])
+    assert "masking.p=0.2: in a sweep use --p" in found
+    assert "adapter.r=2: the key is also an axis" in found
 
 
 class TestReading:
@@ -164,16 +132,14 @@ class TestReading:
         plan = make_plan("quickstart", grid=["adapter.targets=[query, key],auto"], seeds="1,")
         assert [plan.recipe_of(cell).adapter.targets for cell in plan.cells] == [("query", "key"), "auto"]
 
-    def test_seeds(self):
-        assert read_seeds("3", []) == (1, 2, 3)
-        assert read_seeds("7,", []) == (7,)
-        assert read_seeds("11, 12", []) == (11, 12)
+    @pytest.mark.parametrize(("text", "seeds"), [("3", (1, 2, 3)), ("7,", (7,)), ("11, 12", (11, 12))])
+    def test_seeds(self, text, seeds):
+        assert read_seeds(text, []) == seeds
 
     def test_ranges(self):
         assert read_axis("adapter.r=4..16", []) == Axis("adapter.r", (), 4, 16, False)
-        assert read_axis("training.learning_rate=1e-5..1e-3:log", []) == Axis(
-            "training.learning_rate", (), 1e-5, 1e-3, True
-        )
+        rate = "training.learning_rate"
+        assert read_axis(f"{rate}=1e-5..1e-3:log", []) == Axis(rate, (), 1e-5, 1e-3, True)
         problems = []
         assert read_axis("training.weight_decay=0..1:log", problems) is None
         assert "above 0 and rising" in problems[0]

@@ -42,15 +42,11 @@ class TestSpread:
 
 
 class TestSignFlip:
-    @pytest.mark.parametrize("count", [2, 3, 5, 7])
-    def test_is_the_count_of_all_sign_patterns(self, count):
-        values = DIFFERENCES[:count]
+    @pytest.mark.parametrize(
+        "values", [*(DIFFERENCES[:count] for count in (1, 2, 3, 5, 7)), [0.01, 0.01, -0.01, 0.01], [0.0, 0.0, 0.0]]
+    )
+    def test_is_the_count_of_all_sign_patterns(self, values):
         assert float(sign_flip_p(values)) == pytest.approx(brute_sign_flip(values))
-
-    def test_ties_and_no_difference(self):
-        assert float(sign_flip_p([0.01, 0.01, -0.01, 0.01])) == pytest.approx(brute_sign_flip([1, 1, -1, 1]))
-        assert float(sign_flip_p([0.0, 0.0, 0.0])) == 1.0
-        assert float(sign_flip_p([0.3])) == 1.0
 
     @pytest.mark.parametrize(("seeds", "p"), [(1, 1.0), (2, 0.5), (3, 0.25), (5, 0.0625), (6, 0.03125)])
     def test_smallest_p_is_what_all_on_one_side_give(self, seeds, p):
@@ -58,9 +54,8 @@ class TestSignFlip:
         assert float(sign_flip_p([0.01 + 0.001 * i for i in range(seeds)])) == p
 
     def test_seeds_to_reach_a_level(self):
-        assert seeds_to_reach(0.05) == 6
-        assert smallest_p(seeds_to_reach(0.05)) <= 0.05 < smallest_p(seeds_to_reach(0.05) - 1)
-        assert seeds_to_reach(0.05 / 4) == 8
+        assert (seeds_to_reach(0.05), seeds_to_reach(0.05 / 4)) == (6, 8)
+        assert smallest_p(6) <= 0.05 < smallest_p(5)
 
     @pytest.mark.parametrize("draw", ["normal", "skewed by seed", "heavy tails"])
     def test_false_positives_are_near_the_level_where_nothing_differs(self, draw):
@@ -75,23 +70,20 @@ class TestSignFlip:
         expected, error = 6 / 128, math.sqrt(6 / 128 * (122 / 128) / 4000)
         assert abs(float((p_values <= 0.05).mean()) - expected) < 4 * error
 
-    def test_after_holm_few_families_have_any_false_positive(self):
-        random = np.random.default_rng(2)
-        scores = random.normal(size=(1500, 10, 4))  # 10 seeds; p = 0 and three arms that share it
-        p_values = sign_flip_p(scores[:, :, 1:] - scores[:, :, :1], axis=1)
-        wrong = np.mean([min(holm(row)) <= 0.05 for row in p_values])
-        assert 0.01 < wrong < 0.05 + 4 * math.sqrt(0.05 * 0.95 / 1500)
-
-    def test_a_real_difference_is_found(self):
-        random = np.random.default_rng(3)
-        p_values = sign_flip_p(random.normal(1.5, 1, (500, 8)))
-        assert (p_values <= 0.05).mean() > 0.85
-
 
 class TestHolm:
-    def test_published_example(self):
-        # Holm (1979) by hand: .01 * 4, .015 * 3 -> .045, .03 * 2 -> .06, .04 -> .06
-        assert holm([0.04, 0.01, 0.03, 0.015]) == pytest.approx([0.06, 0.04, 0.06, 0.045])
+    @pytest.mark.parametrize(
+        ("raw", "adjusted"),
+        [
+            # Holm (1979) by hand: .01 * 4, .015 * 3 -> .045, .03 * 2 -> .06, .04 -> .06
+            ([0.04, 0.01, 0.03, 0.015], [0.06, 0.04, 0.06, 0.045]),
+            ([], []),
+            ([0.02], [0.02]),
+            ([0.9, 0.8], [1.0, 1.0]),
+        ],
+    )
+    def test_examples(self, raw, adjusted):
+        assert holm(raw) == pytest.approx(adjusted)
 
     def test_rejects_what_the_step_down_procedure_rejects(self):
         random = np.random.default_rng(0)
@@ -105,20 +97,8 @@ class TestHolm:
                     rejected.add(int(index))
                 assert {i for i, p in enumerate(adjusted) if p <= alpha} == rejected
 
-    def test_bounds(self):
-        assert holm([]) == []
-        assert holm([0.02]) == [0.02]
-        assert holm([0.9, 0.8]) == [1.0, 1.0]
-
 
 class TestEffectSize:
-    def test_correction_is_the_gamma_formula(self):
-        d = np.mean(DIFFERENCES) / np.std(DIFFERENCES, ddof=1)
-        m = len(DIFFERENCES) - 1
-        assert hedges_gz(DIFFERENCES) == pytest.approx(
-            d * math.gamma(m / 2) / (math.sqrt(m / 2) * math.gamma((m - 1) / 2))
-        )
-
     def test_is_unbiased(self):
         samples = np.random.default_rng(0).normal(0.8, 1, (20000, 5))
         found = np.array([hedges_gz(sample) for sample in samples])
@@ -140,11 +120,6 @@ class TestPower:
             return tails * stats.chi.pdf(sd * math.sqrt(n - 1), n - 1) * math.sqrt(n - 1)
 
         assert paired_power(effect, n) == pytest.approx(integrate.quad(given, 0, 6)[0], abs=1e-6)
-
-    def test_is_what_simulation_finds(self):
-        samples = np.random.default_rng(0).normal(0.9, 1, (20000, 12))
-        found = (stats.ttest_1samp(samples, 0, axis=1).pvalue <= 0.05).mean()
-        assert paired_power(0.9, 12) == pytest.approx(found, abs=4 * math.sqrt(found * (1 - found) / 20000))
 
     # two-sided paired t-test, level .05, power .8: as G*Power gives them
     @pytest.mark.parametrize(("effect", "n"), [(0.2, 199), (0.5, 34), (0.8, 15), (1.0, 10)])

@@ -9,6 +9,8 @@ from scipy.optimize import minimize_scalar
 
 from tokmask_peft.errors import RunError
 from tokmask_peft.training.metrics import (
+    HIGHEST,
+    LOWEST,
     calibrate,
     expected_calibration_error,
     fit_temperature,
@@ -39,12 +41,12 @@ def test_it_is_the_optimum_and_never_worse_than_one(items, classes, scale, seed)
     draw = np.random.default_rng(seed)
     logits, gold = (draw.normal(size=(items, classes)) * scale).astype(np.float32), draw.integers(0, classes, items)
     temperature = fit_temperature(logits, gold)
-    assert 0.05 <= temperature <= 20
+    assert LOWEST <= temperature <= HIGHEST
     nll = negative_log_likelihood(logits, gold, temperature)
     assert nll <= negative_log_likelihood(logits, gold) + 1e-12
     if not (logits.argmax(-1) == gold).all():
         other = minimize_scalar(
-            lambda log: negative_log_likelihood(logits, gold, np.exp(log)), bounds=(np.log(0.05), np.log(20))
+            lambda log: negative_log_likelihood(logits, gold, np.exp(log)), bounds=np.log([LOWEST, HIGHEST])
         )
         assert nll <= other.fun + 1e-9
     assert (probabilities(logits, temperature).argmax(-1) == logits.argmax(-1)).all()
@@ -74,7 +76,7 @@ def test_calibration_error_by_hand():
 
 
 def test_the_report_is_of_every_part_and_refuses_nan():
-    validation, test = drawn(2000, 3, 5.0, seed=4), drawn(2000, 3, 5.0, seed=5)
+    validation, test = drawn(2000, 3, 4.0, seed=4), drawn(2000, 3, 4.0, seed=5)
     report = calibrate({"validation": validation, "test": test})
     for part in ("validation", "test"):
         assert report[part]["items"] == 2000
@@ -84,6 +86,26 @@ def test_the_report_is_of_every_part_and_refuses_nan():
     with pytest.raises(RunError, match=r"training\.learning_rate") as caught:
         calibrate({"validation": validation})
     assert (caught.value.code, caught.value.fields["split"]) == ("not-finite", "validation")
+
+
+@pytest.mark.parametrize(
+    ("scales", "left_out"), [((2, 2), None), ((2, 0.5), "on test"), ((30, 30), "between"), ((0.02, 0.02), "between")]
+)
+def test_a_temperature_that_does_not_help_or_cannot_be_trusted_is_left_out(scales, left_out):
+    validation, test = (drawn(2000, 3, scale, seed=seed) for seed, scale in enumerate(scales))
+    report = calibrate({"validation": validation, "test": test})
+    assert report["test"]["after"] != report["test"]["before"]
+    if left_out is None:
+        assert (report["temperature"], "left_out" in report) == (pytest.approx(2, rel=0.1), False)
+    else:
+        assert (report["temperature"], left_out in report["left_out"]) == (1.0, True)
+        assert report["fitted"] == fit_temperature(*validation) != 1.0
+
+
+def test_items_whose_label_the_model_cannot_give_are_left_out():
+    logits, gold = drawn(500, 3, 2.0, seed=6)
+    more = np.concatenate([logits, logits[:9]]), np.concatenate([gold, np.full(9, 3)])
+    assert calibrate({"validation": more}) == calibrate({"validation": (logits, gold)})
 
 
 def test_reliability_bins_by_hand():

@@ -97,16 +97,6 @@ class TestClassificationLoss:
         found = ClassificationLoss(weights, gamma)(out(logits), labels)
         assert found.item() == pytest.approx(by_hand(logits, labels, weights, gamma), rel=1e-5)
 
-    def test_as_gamma_goes_to_0_focal_goes_to_cross_entropy(self):
-        logits, labels = batch(seed=2)
-        plain = ClassificationLoss([1.0, 2.0, 3.0, 4.0])(out(logits), labels)
-        distances = [
-            abs(ClassificationLoss([1.0, 2.0, 3.0, 4.0], gamma)(out(logits), labels) - plain).item()
-            for gamma in (1.0, 0.1, 0.01, 0.001)
-        ]
-        assert distances == sorted(distances, reverse=True)
-        assert distances[-1] < 1e-2 * plain.item()
-
     @given(seed=st.integers(0, 999), cut=st.integers(1, 4), gamma=st.sampled_from([0.0, 1.5]))
     @settings(max_examples=25)
     def test_however_a_batch_is_split_loss_and_gradient_are_the_same(self, seed, cut, gamma):

@@ -1,7 +1,5 @@
 """A split comes back from the Trainer's padded arrays in its own order, with every word accounted for."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 from tiny_models import tiny_tokenizer
@@ -46,7 +44,7 @@ def test_right_predictions_come_back_in_the_order_of_the_texts(tokenizer):
     lengths = split.dataset["length"]
     assert list(lengths) == sorted(lengths)
     assert split.order.tolist() != list(range(len(TEXTS)))
-    found = split.predictions(*padded(split))
+    found = split.cut_predictions(*padded(split))
     for text, gold, predicted in zip(TEXTS, found.gold, found.predicted, strict=True):
         assert [LABELS[i] for i in gold] == [WORDS[word] for word in text.split()]
         assert predicted.tolist() == gold.tolist()
@@ -55,7 +53,7 @@ def test_right_predictions_come_back_in_the_order_of_the_texts(tokenizer):
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
 def test_words_beyond_the_cut_are_kept_as_gold_without_a_prediction(tokenizer):
     split = token_split(tokenizer, max_length=12)
-    found = split.predictions(*padded(split))
+    found = split.cut_predictions(*padded(split))
     lost = 0
     for text, gold, predicted, kept in zip(TEXTS, found.gold, found.predicted, split.encoded.kept, strict=True):
         assert len(gold) == len(predicted) == len(text.split())
@@ -67,34 +65,22 @@ def test_words_beyond_the_cut_are_kept_as_gold_without_a_prediction(tokenizer):
 
 def test_a_prediction_belongs_to_its_word():
     split = token_split()
-    wrong = split.predictions(*padded(split, value=2))
+    wrong = split.cut_predictions(*padded(split, value=2))
     assert {int(i) for row in wrong.predicted for i in row} == {2}
     right, gold = padded(split)
     row = split.order.tolist().index(2)  # "mañana tengo #fiesta"
     first = np.flatnonzero(gold[row] != IGNORED)
     right[row, first[1]] = 0
-    found = split.predictions(right, gold)
+    found = split.cut_predictions(right, gold)
     assert [LABELS[i] for i in found.predicted[2]] == ["es", "en", "other"]
     assert sum((a != b).sum() for a, b in zip(found.gold, found.predicted, strict=True)) == 1
-
-
-def test_a_word_without_a_position_in_the_middle_leaves_its_neighbours_in_place():
-    split = token_split()
-    kept = [row if len(row) != 3 else [0, 2] for row in split.encoded.kept]
-    split.encoded = replace(split.encoded, kept=kept)
-    predicted, gold = padded(split)
-    row = split.order.tolist().index(2)  # "mañana tengo #fiesta"
-    gold[row, np.flatnonzero(gold[row] != IGNORED)[1]] = IGNORED
-    found = split.predictions(predicted, gold)
-    assert found.predicted[2].tolist() == [1, NO_PREDICTION, 2]
-    assert found.gold[2].tolist() == [1, 1, 2]
 
 
 def test_one_label_per_text():
     examples = [Example(text, LABELS[number % 3], "") for number, text in enumerate(TEXTS)]
     split = Split(examples, tiny_tokenizer("wordpiece"), "sequence", LABELS, 64)
     gold = np.array(split.dataset["labels"])
-    found = split.predictions((gold + 1) % 3, gold)
+    found = split.cut_predictions((gold + 1) % 3, gold)
     assert [row.tolist() for row in found.gold] == [[0], [1], [2], [0], [1], [2]]
     assert [row.tolist() for row in found.predicted] == [[1], [2], [0], [1], [2], [0]]
     assert split.dataset[0]["length"] <= split.dataset[5]["length"]

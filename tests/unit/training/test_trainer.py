@@ -7,7 +7,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from tokmask_peft.data.batches import TokenBudgetSampler
 from tokmask_peft.errors import RecipeError
-from tokmask_peft.model.backbone import QuickDropout
+from tokmask_peft.model.layers import QuickDropout
 from tokmask_peft.recipe.schema import TrainingConfig
 from tokmask_peft.tasks import get_task
 from tokmask_peft.training.train import tokens_per_step

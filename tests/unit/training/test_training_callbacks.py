@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from tokmask_peft.console import STOP_SIGNALS
 from tokmask_peft.errors import RunError
 from tokmask_peft.training.callbacks import AdapterMoves, LogFile, Patience, StepClock, StopOnSignal
 
@@ -60,7 +61,7 @@ class TestLogFile:
 
 
 def handlers():
-    return [signal.getsignal(number) for number in StopOnSignal.SIGNALS]
+    return [signal.getsignal(number) for number in STOP_SIGNALS]
 
 
 def send(number):
@@ -74,10 +75,10 @@ class TestStopOnSignal:
         before = handlers()
         signal.signal(signal.SIGINT, signal.default_int_handler)
         yield
-        for number, handler in zip(StopOnSignal.SIGNALS, before, strict=True):
+        for number, handler in zip(STOP_SIGNALS, before, strict=True):
             signal.signal(number, handler)
 
-    @pytest.mark.parametrize("number", StopOnSignal.SIGNALS)
+    @pytest.mark.parametrize("number", STOP_SIGNALS)
     def test_the_first_signal_asks_for_a_checkpoint_and_the_end(self, number):
         before = handlers()
         with StopOnSignal() as stop:
@@ -173,11 +174,6 @@ class TestAdapterMoves:
 
     def test_at_a_learning_rate_of_zero_nothing_need_move(self):
         self.drive(lambda step: False, 10, rate=0.0)
-
-    def test_before_an_evaluation_nothing_is_compared(self):
-        guard, model = AdapterMoves(), Adapted()
-        for step in range(10):
-            guard.on_step_end(None, state(step), TrainerControl(), model=model)
 
     def test_under_a_real_optimizer(self):
         model, guard = Adapted(), AdapterMoves()

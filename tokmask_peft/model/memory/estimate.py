@@ -22,14 +22,14 @@ from tokmask_peft.errors import RecipeError
 from tokmask_peft.masking.embedding import find_embedding
 from tokmask_peft.model.adapter import adapted_layers
 from tokmask_peft.model.backbone import head_modules
-from tokmask_peft.model.memory.step import Setting, Shape, Skeleton, bare_model
-from tokmask_peft.model.placement import check_placement
+from tokmask_peft.model.layers import check_placement
+from tokmask_peft.model.memory.step import Setting, Shape, bare_model, count_step
 from tokmask_peft.recipe.schema import Batching, Recipe
 
 MARGIN = {"cpu": 0.05, "cuda": 0.15}
 """By how much the tensors of a real step may differ from the estimate, as a share of it.
 
-On CPUs it is measured (`tests/unit/model/memory`); `tests/gpu/test_memory_cuda.py` checks it on a GPU, where it has not
+On CPUs it is measured (`tests/unit/model/memory`); `tests/gpu` checks it on a GPU, where it has not
 been run yet.
 """
 
@@ -49,7 +49,6 @@ PROBES = (2, 3)
 NF4_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)
 """For each weight: its code, and its share of a scale and of a scale of scales (Dettmers et al. 2023)."""
 
-SHUFFLES = 20
 NEARLY = 0.9
 """Share of the most sub-tokens in a batch that counts as equal to it."""
 
@@ -71,16 +70,11 @@ class Memory:
         return total <= USABLE * self.bytes
 
     def __str__(self) -> str:
-        """Return what there is, for a reader."""
         return f"{self.name} has {shown(self.bytes)}"
 
 
 def gpu_memory(size: str) -> Memory:
-    """Return the memory of a GPU given by its size, such as 6GB; a GB of a GPU is 2**30 bytes.
-
-    Raises:
-        RecipeError: the size cannot be read.
-    """
+    """Return the memory of a GPU of a size such as 6GB, in units of 2**30 bytes; a RecipeError if it cannot be read."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:Gi?B?)?", size.strip(), re.IGNORECASE)
     if found is None or float(found[1]) == 0:
         problem = f"--gpu: is {size!r}; expected a size such as 6GB"
@@ -99,9 +93,8 @@ def device_memory(device: torch.device) -> Memory | None:
     import psutil
 
     available = min([psutil.virtual_memory().available, *_rest_of_container()])
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     mine: int = psutil.Process().memory_info().rss
-    return Memory(available // processes + mine, "this machine's free memory")
+    return Memory(available // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) + mine, "this machine's free memory")
 
 
 def _rest_of_container() -> list[int]:
@@ -137,11 +130,7 @@ class Workload:
 
 
 def workload(recipe: Recipe, batching: str, lengths: Lengths | None) -> Workload:
-    """Return the shapes of a run's batches, with `batching` as decided.
-
-    Raises:
-        RecipeError: one text exceeds the budget of sub-tokens.
-    """
+    """Return the shapes of a run's batches, `batching` being decided; a RecipeError if a text exceeds the budget."""
     training, most, packed = recipe.training, recipe.data.max_length, batching == "padding_free"
     texts, longest = training.eval_batch_size, most
     if lengths is not None:
@@ -149,13 +138,14 @@ def workload(recipe: Recipe, batching: str, lengths: Lengths | None) -> Workload
         longest = min(longest, max(max(split) for split in lengths.evaluated if split))
     evaluation = Shape.padded(texts, _rounded(longest))
     if training.tokens_per_batch is not None:
-        return Workload(_largest_of_budget(recipe, batching, lengths), None, evaluation, lengths is not None)
+        largest = _largest_of_budget(recipe, training.tokens_per_batch, cast("Batching", batching), lengths)
+        return Workload(largest, None, evaluation, lengths is not None)
     if lengths is None:
         return Workload(Shape((most,) * training.batch_size, packed), None, evaluation, False)
     cut = [min(length, most) for length in lengths.train]
     texts, draw = min(training.batch_size, len(cut)), np.random.default_rng(recipe.seed)
     batches: list[tuple[int, ...]] = []
-    while len(batches) <= 5000 and len(batches) < SHUFFLES * (len(cut) // texts):  # of some epochs; full ones only
+    while len(batches) <= 5000 and len(batches) < 20 * (len(cut) // texts):  # of 20 epochs at most; full ones only
         order = sorted(cut) if batching == "grouped" else draw.permutation(cut).tolist()
         batches += [tuple(order[at : at + texts]) for at in range(0, len(order) - texts + 1, texts)]
     batches.sort(key=sum if packed else max)
@@ -166,37 +156,32 @@ def workload(recipe: Recipe, batching: str, lengths: Lengths | None) -> Workload
     return Workload(largest, usual_shape, evaluation, True)
 
 
-def _largest_of_budget(recipe: Recipe, batching: str, lengths: Lengths | None) -> Shape:
-    budget, most, packed = recipe.training.tokens_per_batch or 0, recipe.data.max_length, batching == "padding_free"
-    if lengths is None:
-        unlimited = dict.fromkeys(range(MULTIPLE, _rounded(most) + 1, MULTIPLE), budget)
-        return _filled((), budget, most) if packed else _fullest(budget, unlimited)
-    texts, kind = [min(length, most) for length in lengths.train], cast("Batching", batching)
-    check_budget(max(texts), budget, kind)
-    if not packed:
-        return _fullest(budget, {_rounded(length): number for number, length in enumerate(sorted(texts), 1)})
-    sampler = TokenBudgetSampler(texts, budget, kind, recipe.seed)
-    drawn = [[texts[at] for at in batch] for epoch in range(COUNTED_EPOCHS) for batch in sampler.all_batches(epoch)]
-    # In attention with dropout a GPU pads them to the longest: most for a long text among many short ones.
-    widest = max(drawn, key=lambda batch: (len(batch) * max(batch), sum(batch)))
-    return _filled(widest, min(budget, sum(texts)), max(texts))
-
-
-def _fullest(budget: int, up_to: dict[int, int]) -> Shape:
-    """Return the padded batch of the most sub-tokens, or one of nearly as many and longer texts: attention takes more.
-
-    `up_to` says how many texts there are of a padded length or less.
-    """
-    fitting = ((length, min(budget // length, number)) for length, number in up_to.items() if length <= budget)
-    shapes = [Shape.padded(number, length) for length, number in fitting]
+def _largest_of_budget(recipe: Recipe, budget: int, batching: Batching, lengths: Lengths | None) -> Shape:
+    most = recipe.data.max_length
+    if batching == "padding_free":
+        widest: Sequence[int] = ()
+        if lengths is not None:
+            texts = [min(length, most) for length in lengths.train]
+            sampler = TokenBudgetSampler(texts, budget, batching, recipe.seed)
+            drawn = [
+                [texts[at] for at in batch] for epoch in range(COUNTED_EPOCHS) for batch in sampler.all_batches(epoch)
+            ]
+            # In attention with dropout a GPU pads them to the longest: most for a long text among many short ones.
+            widest = max(drawn, key=lambda batch: (len(batch) * max(batch), sum(batch)))
+            budget, most = min(budget, sum(texts)), max(texts)
+        missing = budget - sum(widest)  # of a batch that takes the whole budget
+        return Shape((*widest, *(min(most, missing - start) for start in range(0, missing, most))), packed=True)
+    up_to = dict.fromkeys(range(MULTIPLE, _rounded(most) + 1, MULTIPLE), budget)  # the texts of a length or less
+    if lengths is not None:
+        texts = sorted(min(length, most) for length in lengths.train)
+        check_budget(texts[-1], budget, batching)
+        up_to = {_rounded(length): number for number, length in enumerate(texts, 1)}
+    shapes = [
+        Shape.padded(min(budget // length, number), length) for length, number in up_to.items() if length <= budget
+    ]
     most = max(shape.tokens for shape in shapes)
+    # of batches of nearly as many sub-tokens the one with the longest texts: its attention takes more
     return max((shape for shape in shapes if shape.tokens >= NEARLY * most), key=lambda shape: shape.lengths[0])
-
-
-def _filled(texts: Sequence[int], budget: int, longest: int) -> Shape:
-    """Return a packed batch with texts added until it takes the whole budget."""
-    missing = budget - sum(texts)
-    return Shape((*texts, *(min(longest, missing - start) for start in range(0, missing, longest))), packed=True)
 
 
 def _rounded(length: int) -> int:
@@ -253,12 +238,9 @@ class Estimate:
 
 
 def estimate(recipe: Recipe, setting: Setting, training: Shape, evaluation: Shape) -> Estimate:
-    """Count a run whose gradient checkpointing is decided (`auto` counts as off).
+    """Count a run whose gradient checkpointing is decided (`auto` counts as off), with micro-batches of these shapes.
 
-    `training` and `evaluation` are the shapes of their micro-batches.
-
-    Raises:
-        ModelError: the recipe does not fit the backbone.
+    A ModelError says why the recipe does not fit the backbone.
     """
     full: Any = bare_model(setting.config, recipe.data.task, setting.dtype)
     check_placement(full, recipe.model.embedding)
@@ -267,13 +249,13 @@ def estimate(recipe: Recipe, setting: Setting, training: Shape, evaluation: Shap
     adapted = layers if upper is None else len(upper)
 
     def counted(trained_row: bool) -> list[int]:
-        found = {}
-        for probe in (adapted,) if adapted <= PROBES[-1] + 1 else PROBES:
-            found[probe] = Skeleton(recipe, setting, probe, adapted < layers, trained_row).count(training, evaluation)
-        if adapted in found:
-            return list(found[adapted])
-        (few, low), (more, high) = found.items()  # on the line through the counted ones
-        return [a + (b - a) * (adapted - few) // (more - few) for a, b in zip(low, high, strict=True)]
+        probes = (adapted,) if adapted <= PROBES[-1] + 1 else PROBES
+        below = adapted < layers
+        low, *more = (count_step(recipe, setting, probe, below, trained_row, training, evaluation) for probe in probes)
+        if not more:
+            return list(low)
+        few, step = PROBES[0], PROBES[1] - PROBES[0]  # on the line through the counted ones
+        return [a + (b - a) * (adapted - few) // step for a, b in zip(low, more[0], strict=True)]
 
     trained, forward, kept, peak = counted(True)
     if recipe.masking.trainable_mask:
@@ -285,8 +267,20 @@ def estimate(recipe: Recipe, setting: Setting, training: Shape, evaluation: Shap
     embedding: Any = find_embedding(full)
     rows = _int8_bytes(embedding.weight) if recipe.model.embedding == "8bit" else embedding.weight.nbytes
     offload = recipe.model.embedding == "offload" and setting.device_type != "cpu"
+    heads, weights = head_modules(full), 0
+    for name, module in full.named_modules():
+        if module is embedding:
+            continue
+        head = name.split(".")[0] in heads
+        for key, weight in module.named_parameters(recurse=False):
+            if type(module) is nn.Linear and key == "weight" and not head and setting.quantization != "none":
+                nf4 = setting.quantization == "nf4"
+                weights += int(NF4_BYTES * weight.numel()) if nf4 else _int8_bytes(weight)
+            else:
+                weights += 4 * weight.numel() if head else weight.nbytes
+        weights += sum(buffer.nbytes for buffer in module.buffers(recurse=False))
     return Estimate(
-        weights=_weight_bytes(full, setting.quantization, embedding),
+        weights=weights,
         embedding=0 if offload else rows,
         adapter=trained,
         optimizer=2 * trained,
@@ -300,18 +294,3 @@ def estimate(recipe: Recipe, setting: Setting, training: Shape, evaluation: Shap
 
 def _int8_bytes(weight: torch.Tensor) -> int:
     return weight.numel() + 4 * weight.shape[0]  # a scale for each row
-
-
-def _weight_bytes(model: nn.Module, quantization: str, embedding: nn.Module) -> int:
-    heads, total = tuple(head_modules(model)), 0
-    for name, module in model.named_modules():
-        if module is embedding:
-            continue
-        head = name.split(".")[0] in heads
-        for key, weight in module.named_parameters(recurse=False):
-            if type(module) is nn.Linear and key == "weight" and not head and quantization != "none":
-                total += int(NF4_BYTES * weight.numel()) if quantization == "nf4" else _int8_bytes(weight)
-            else:
-                total += 4 * weight.numel() if head else weight.nbytes
-        total += sum(buffer.nbytes for buffer in module.buffers(recurse=False))
-    return total

@@ -11,7 +11,7 @@ import contextlib
 import copy
 import functools
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -27,8 +27,9 @@ from transformers.masking_utils import sdpa_mask
 
 from tokmask_peft.masking.embedding import unwrap
 from tokmask_peft.model.adapter import add_adapter, inputs_as_they_come
-from tokmask_peft.model.backbone import HEAD_NAMES, Backbone, head_modules, hold_in_fp32, quick_dropout
+from tokmask_peft.model.backbone import HEAD_NAMES, Backbone, head_modules, hold_in_fp32
 from tokmask_peft.model.decisions import enable_checkpointing
+from tokmask_peft.model.layers import quick_dropout
 from tokmask_peft.model.packed import (
     Packing,
     attend_in_buckets,
@@ -211,106 +212,92 @@ GPU_ATTENTION = "tokmask_counted"
 """Name of `_gpu_attention` in transformers."""
 
 
-class Skeleton:
-    """The model with its adapter on fake tensors, ready to be counted.
+def count_step(
+    recipe: Recipe, setting: Setting, layers: int, below: bool, trained_row: bool, training: Shape, evaluation: Shape
+) -> tuple[int, int, int, int]:
+    """Count a forward of an evaluation, and a step on a micro-batch, of the model with its adapter on fake tensors.
 
-    Args:
-        recipe: adapter, task and gradient checkpointing (`auto` counts as off).
-        setting: backbone and device.
-        layers: that get an adapter; the upper ones.
-        more_below: whether there is one more layer below, without an adapter.
-        trained_row: whether a mask row that the recipe trains is part of the adapter, for which PEFT copies the whole
-            embedding in each forward and makes a gradient of it; otherwise the gradient only reaches the embedding.
+    `layers` get an adapter; `below` them there may be one more, without. If the recipe trains a mask row and
+    `trained_row`, PEFT copies the whole embedding in each forward and makes a gradient of it; otherwise the gradient
+    only reaches the embedding.
+
+    Returns:
+        The bytes of what is trained, in fp32; the peak of the forward; the bytes that the step keeps between its
+        forward and its backward, and its peak, gradients of the parameters included.
     """
+    gpu, low = setting.device_type != "cpu", setting.dtype == torch.bfloat16
+    bare: Any = bare_model(with_layers(setting.config, layers + below), recipe.data.task, setting.dtype)
+    new_modules = head_modules(bare)
+    kept_whole = tuple(f"{name}." for name in (*HEAD_NAMES, *new_modules))
+    for name, module in bare.named_modules() if setting.quantization != "none" else ():
+        if type(module) is nn.Linear and not f"{name}.".startswith(kept_whole):
+            module.__class__, module.in_4_bits = QuantizedLinear, setting.quantization == "nf4"  # type: ignore[assignment]
+    hold_in_fp32(bare, new_modules)
+    backbone = Backbone(bare, None, new_modules, (), setting.dtype, setting.quantization)
+    adapter = recipe.adapter.model_copy(update={"layers": layers if below else "all"})
+    trains_row = recipe.masking.trainable_mask
+    with torch.device("meta"):
+        model, _ = add_adapter(backbone, adapter, recipe.data.task, 0 if trains_row and trained_row else None)
+    if trains_row and not trained_row:
+        bare.enable_input_require_grads()
+    if gpu and bare.config._attn_implementation == "sdpa":
+        AttentionInterface.register(GPU_ATTENTION, _gpu_attention)
+        AttentionMaskInterface.register(GPU_ATTENTION, sdpa_mask)
+        bare.config._attn_implementation = GPU_ATTENTION
+    for module in model.modules() if gpu and low else ():
+        if isinstance(module, nn.LayerNorm):  # in autocast's list of operations in fp32
+            module.register_forward_pre_hook(lambda module, inputs: (inputs[0].float(), *inputs[1:]))
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
+        model.to_empty(device="cpu")  # autocast has no meta device
+    if recipe.model.gradient_checkpointing is True:
+        enable_checkpointing(model)
 
-    def __init__(self, recipe: Recipe, setting: Setting, layers: int, more_below: bool, trained_row: bool) -> None:
-        self._gpu, self._low = setting.device_type != "cpu", setting.dtype == torch.bfloat16
-        bare: Any = bare_model(with_layers(setting.config, layers + more_below), recipe.data.task, setting.dtype)
-        new_modules = tuple(head_modules(bare))
-        if setting.quantization != "none":
-            for name, module in bare.named_modules():
-                kept = any(name == other or name.startswith(f"{other}.") for other in (*HEAD_NAMES, *new_modules))
-                if type(module) is nn.Linear and not kept:
-                    layer: Any = module
-                    layer.__class__, layer.in_4_bits = QuantizedLinear, setting.quantization == "nf4"
-        hold_in_fp32(bare, new_modules)
-        backbone = Backbone(bare, None, new_modules, (), setting.dtype, setting.quantization)
-        adapter = recipe.adapter.model_copy(update={"layers": layers if more_below else "all"})
-        trained = recipe.masking.trainable_mask
-        with torch.device("meta"):
-            self._model, _ = add_adapter(backbone, adapter, recipe.data.task, 0 if trained and trained_row else None)
-        if trained and not trained_row:
-            bare.enable_input_require_grads()
-        if self._gpu:
-            AttentionInterface.register(GPU_ATTENTION, _gpu_attention)
-            AttentionMaskInterface.register(GPU_ATTENTION, sdpa_mask)
-            if bare.config._attn_implementation == "sdpa":
-                bare.config._attn_implementation = GPU_ATTENTION
-            for module in self._model.modules():
-                if isinstance(module, nn.LayerNorm) and self._low:  # in autocast's list of operations in fp32
-                    module.register_forward_pre_hook(lambda module, inputs: (inputs[0].float(), *inputs[1:]))
-        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
-        with self._mode:
-            self._model.to_empty(device="cpu")  # autocast has no meta device
-        if recipe.model.gradient_checkpointing is True:
-            enable_checkpointing(self._model)
+    autocast = functools.partial(torch.autocast, "cpu", torch.bfloat16, enabled=low)
+    with _counting(model, mode, evaluation, gpu, low) as (forward, logits_of), torch.no_grad(), autocast():
+        model.eval()
+        logits_of()
+    model.train()
+    quick = contextlib.nullcontext() if gpu else quick_dropout(model)
+    with _counting(model, mode, training, gpu, low) as (step, logits_of), quick:
+        with autocast():
+            logits = logits_of()
+            labels = torch.zeros(logits.shape[:-1].numel(), dtype=torch.long)
+            loss = F.cross_entropy(logits.flatten(0, -2).float(), labels)
+        del logits
+        kept = step.now
+        loss.backward()
+    trained = sum(4 * parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return trained, forward.peak, kept, step.peak
 
-    def count(self, training: Shape, evaluation: Shape) -> tuple[int, int, int, int]:
-        """Count a forward of an evaluation, and a step on a micro-batch.
 
-        Returns:
-            The bytes of what is trained, in fp32; the peak of the forward; the bytes that the step keeps between its
-            forward and its backward, and its peak, gradients of the parameters included.
-        """
-        trained = sum(4 * parameter.numel() for parameter in self._model.parameters() if parameter.requires_grad)
-        low = functools.partial(torch.autocast, "cpu", torch.bfloat16, enabled=self._low)
-        self._model.eval()
-        with self._counting(evaluation) as (forward, batch), torch.no_grad(), low():
-            self._logits(batch)
-        self._model.train()
-        quick = contextlib.nullcontext() if self._gpu else quick_dropout(self._model)
-        with self._counting(training) as (step, batch), quick:
-            with low():
-                logits = self._logits(batch)
-                labels = torch.zeros(logits.shape[:-1].numel(), dtype=torch.long)
-                loss = F.cross_entropy(logits.flatten(0, -2).float(), labels)
-            del logits
-            kept = step.now
-            loss.backward()
-        return trained, forward.peak, kept, step.peak
-
-    @contextlib.contextmanager
-    def _counting(self, shape: Shape) -> Iterator[tuple[LiveBytes, dict[str, Any]]]:
-        batch = self._packed_batch(shape) if shape.packed else {}  # a layout depends on values: outside of the mode
-        with self._mode, inputs_as_they_come(self._model, self._low):
-            if not batch:
-                ids = torch.ones(len(shape.lengths), max(shape.lengths), dtype=torch.long)
-                batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-            with LiveBytes() as live:
-                live.exclude(*self._model.parameters(), *self._model.buffers(), batch["input_ids"])
-                yield live, batch
-
-    def _packed_batch(self, shape: Shape) -> dict[str, Any]:
-        """Return the row of a packed batch, lengthened on a CPU, and how it and its texts alone are laid out."""
-        longest = max(shape.lengths)
-        lengths = [*shape.lengths, *([] if self._gpu else filler(shape.tokens, longest))]
-
-        def layout(lengths: Sequence[int]) -> Packing:
-            bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-            return Packing.make(bounds, sum(lengths), longest, one_bucket=self._gpu)
-
-        row = torch.ones(1, sum(lengths), dtype=torch.long)
-        return {"input_ids": row, "packing": layout(lengths), "texts": layout(shape.lengths)}
-
-    def _logits(self, batch: dict[str, Any]) -> Any:
-        if "packing" not in batch:
-            return self._model(**batch).logits
-        base: Any = unwrap(self._model)
-        if self._gpu:
-            base.config._attn_implementation = "sdpa"  # which `enable_padding_free` expects
+@contextlib.contextmanager
+def _counting(
+    model: Any, mode: FakeTensorMode, shape: Shape, gpu: bool, low: bool
+) -> Iterator[tuple[LiveBytes, Callable[[], Any]]]:
+    """Count what is made inside, and give a function that returns the logits of a batch of a shape."""
+    if shape.packed:  # a layout depends on values: outside of the mode
+        base: Any = unwrap(model)
+        if gpu:  # `enable_padding_free` expects sdpa
+            base.config._attn_implementation = "sdpa"
         enable_padding_free(base)
-        if self._gpu:
+        if gpu:
             base.config._attn_implementation = GPU_ATTENTION
-        row, tokens = batch["input_ids"], batch["texts"].rows.shape[1]
-        hidden = packed_hidden(base, row, batch["packing"])[:, :tokens]
-        return packed_logits(base, hidden, row[:, :tokens], batch["texts"])
+        longest = max(shape.lengths)
+        lengths = [*shape.lengths, *([] if gpu else filler(shape.tokens, longest))]  # a CPU lengthens the row
+        bounds = (torch.tensor([0, *accumulate(texts)], dtype=torch.int32) for texts in (lengths, shape.lengths))
+        whole, texts = (Packing.make(ends, int(ends[-1]), longest, one_bucket=gpu) for ends in bounds)
+        ids = torch.ones(1, sum(lengths), dtype=torch.long)
+
+    def logits() -> Any:
+        if not shape.packed:
+            return model(input_ids=ids, attention_mask=mask).logits
+        return packed_logits(base, packed_hidden(base, ids, whole)[:, : shape.tokens], ids[:, : shape.tokens], texts)
+
+    with mode, inputs_as_they_come(model, low):
+        if not shape.packed:
+            ids = torch.ones(len(shape.lengths), max(shape.lengths), dtype=torch.long)
+            mask = torch.ones_like(ids)
+        with LiveBytes() as live:
+            live.exclude(*model.parameters(), *model.buffers(), ids)
+            yield live, logits

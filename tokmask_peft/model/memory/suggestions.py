@@ -56,8 +56,7 @@ def changed(recipe: Recipe, changes: Changes) -> Recipe:
     """Return a copy of a recipe with other values at dotted keys of its sections."""
     for key, value in changes.items():
         name, _, inner = key.partition(".")
-        section = getattr(recipe, name).model_copy(update={inner: value})
-        recipe = recipe.model_copy(update={name: section})
+        recipe = recipe.model_copy(update={name: getattr(recipe, name).model_copy(update={inner: value})})
     return recipe
 
 
@@ -78,25 +77,34 @@ def suggestions(
     `count` estimates a recipe, and changes that save nothing of `memory`, or for which it raises, are left out. Without
     it every change is suggested, with no total.
     """
-    recipe = situation.recipe
+    recipe, before = situation.recipe, 0
     if recipe is None:
         return _actions(situation)
-    if count is None or memory is None:
-        found = [_suggestion(changes, situation) for changes in _candidates(recipe, situation, lambda changes: True)]
-        return found + (_actions(situation) if situation.phase == "loading" else [])
-    before = count(recipe).total
     made: dict[str, Suggestion] = {}  # each is counted once, which takes seconds
 
     def make(changes: Changes) -> Suggestion:
-        plain = _suggestion(changes, situation)
-        if plain.text not in made:
+        text = " ".join(f"{key}={str(value).lower()}" for key, value in changes.items())
+        if text in made:
+            return made[text]
+        notes = ["may cost score"] if "adapter.layers" in changes else []
+        if situation.gpu is None and changes.keys() & {"model.quantization", "model.embedding"}:
+            notes.append("on a GPU")
+        budget = changes.get("training.tokens_per_batch")
+        if situation.phase == "training" and budget and budget < recipe.data.max_length:
+            notes.append("if no text takes more")
+        made[text] = Suggestion(text, dict(changes), ", ".join(notes))
+        if count is not None and memory is not None:
             try:
                 total = count(changed(recipe, changes)).total
             except (TokmaskError, ValueError):  # a budget below the longest text; ALBERT has no layers PEFT could find
                 total = before
-            made[plain.text] = replace(plain, total=total, fits=memory.fits(total))
-        return made[plain.text]
+            made[text] = replace(made[text], total=total, fits=memory.fits(total))
+        return made[text]
 
+    if count is None or memory is None:
+        found = [make(changes) for changes in _candidates(recipe, situation, lambda changes: True)]
+        return found + (_actions(situation) if situation.phase == "loading" else [])
+    before = count(recipe).total
     found = [make(changes) for changes in _candidates(recipe, situation, lambda changes: make(changes).fits)]
     found = [one for one in found if one.total < before]
     together: dict[str, Any] = {}
@@ -109,23 +117,12 @@ def suggestions(
     return found
 
 
-def _suggestion(changes: Changes, situation: Situation) -> Suggestion:
-    notes = ["may cost score"] if "adapter.layers" in changes else []
-    if situation.gpu is None and changes.keys() & {"model.quantization", "model.embedding"}:
-        notes.append("on a GPU")
-    budget = changes.get("training.tokens_per_batch")
-    if situation.phase == "training" and situation.recipe and budget and budget < situation.recipe.data.max_length:
-        notes.append("if no text takes more")
-    typed = " ".join(f"{key}={str(value).lower()}" for key, value in changes.items())
-    return Suggestion(typed, dict(changes), ", ".join(notes))
-
-
 def _candidates(recipe: Recipe, situation: Situation, fits: Callable[[Changes], bool]) -> Iterator[Changes]:
     """Give the changes that help in a phase; `fits`, whether changes suffice, is asked only if more depends on it."""
     phase, training, model = situation.phase, recipe.training, recipe.model
     step, on_gpu = phase in ("run", "training"), situation.gpu is not False
     if step:
-        yield from _batch(recipe, phase, fits)
+        yield from _smaller_batches(recipe, phase, fits)
         if phase == "training" and training.tokens_per_batch is None and not training.auto_batch:
             yield {"training.auto_batch": True}
         if situation.checkpointable and model.gradient_checkpointing is not True:
@@ -151,22 +148,19 @@ def _candidates(recipe: Recipe, situation: Situation, fits: Callable[[Changes], 
         yield {"training.eval_batch_size": training.batch_size}
 
 
-def _batch(recipe: Recipe, phase: Phase, fits: Callable[[Changes], bool]) -> Iterator[Changes]:
+def _smaller_batches(recipe: Recipe, phase: Phase, fits: Callable[[Changes], bool]) -> Iterator[Changes]:
     """Give the largest micro-batch that fits, or that of a single text; the optimizer step stays as large."""
-    training = recipe.training
+    training, changes = recipe.training, dict[str, Any]()
+    texts, times = training.batch_size, training.gradient_accumulation
     if (budget := training.tokens_per_batch) is not None:
         if budget > 16:
-            twice = 2 * training.gradient_accumulation
-            yield {"training.tokens_per_batch": max(budget // 2, 16), "training.gradient_accumulation": twice}
+            yield {"training.tokens_per_batch": max(budget // 2, 16), "training.gradient_accumulation": 2 * times}
         return
-    size: tuple[int, int] | None = (training.batch_size, training.gradient_accumulation)
-    changes: dict[str, Any] = {}
-    while size and (size := smaller_batch(*size)):
-        changes = {"training.batch_size": size[0], "training.gradient_accumulation": size[1]}
-        if phase == "run" and training.eval_batch_size > size[0]:
-            changes["training.eval_batch_size"] = max(size[0], min(training.eval_batch_size, 4 * size[0]))
-        if fits(changes):
-            break
+    while (size := smaller_batch(texts, times)) and not (changes and fits(changes)):
+        texts, times = size
+        changes = {"training.batch_size": texts, "training.gradient_accumulation": times}
+        if phase == "run" and training.eval_batch_size > texts:
+            changes["training.eval_batch_size"] = max(texts, min(training.eval_batch_size, 4 * texts))
     if changes:
         yield changes
 
@@ -200,12 +194,9 @@ def memory_error(situation: Situation, what: str, said: str, kind: type[TokmaskE
 
 @contextlib.contextmanager
 def memory_errors(situation: Situation, kind: type[TokmaskError] = RunError, what: str | None = None) -> Iterator[None]:
-    """Replace running out of memory by an error that names what saves memory.
+    """Replace running out of memory by an error of a `kind`, with code `out-of-memory`, that names what saves memory.
 
-    The error is of a `kind`, and says `what` was being done, by default that of the phase.
-
-    Raises:
-        TokmaskError: with code `out-of-memory`.
+    It says `what` was being done, by default that of the phase.
     """
     try:
         yield

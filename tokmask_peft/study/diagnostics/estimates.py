@@ -21,25 +21,15 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from tokmask_peft.study.statistics import MEANINGS
+
 Array = NDArray[np.float64]
 
 REPLICATES = 4000
 LEVEL = 0.95
 
-MEANING = {
-    "mask_variance": "trace of the covariance of the gradient over mask draws of a batch, mean over batches",
-    "batch_variance": "trace of the covariance of the unmasked gradient over batches",
-    "batch_variance_masked": "trace of the covariance over batches of the gradient averaged over all masks",
-    "ratio": "mask_variance over batch_variance; it does not depend on the batch size, which divides both",
-    "agreement": "cosine between gradients of two mask draws of a batch, mean over pairs and batches",
-    "cosine": "between a batch's gradient averaged over all masks and its unmasked gradient, debiased, pooled",
-    "distance": "length of the difference of those two over the length of the unmasked one, debiased, pooled",
-    "distance_squared": "its square, which is unbiased up to the ratio and may fall below 0",
-    "naive_cosine": "cosine with the plain mean over the draws: biased downwards by their noise",
-    "naive_distance": "distance with the plain mean over the draws: biased upwards by their noise",
-    "shared_cosine": "as cosine, for the gradients averaged over all batches",
-    "shared_distance_squared": "as distance_squared, for the gradients averaged over all batches",
-}
+MEANING: dict[str, str] = MEANINGS["gradients"]
+"""Estimate -> what it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +42,6 @@ class Grams:
 
     within: Array
     between: Array
-
-
-def batch_weights(batches: int, replicates: int = REPLICATES, seed: int = 0) -> Array:
-    """Return how often each batch is drawn in each bootstrap replicate, `[replicates, batches]`."""
-    drawn = np.random.default_rng(seed).multinomial(batches, np.full(batches, 1 / batches), replicates)
-    return drawn.astype(np.float64)
 
 
 def estimate(grams: Grams, weights: Array) -> dict[str, Array]:
@@ -92,11 +76,8 @@ def of_batches(grams: Grams) -> dict[str, Array]:
     `shift_squared` is the squared length of mean masked minus unmasked gradient, `masked_squared` and `squared` are
     those of the two, `product` is their inner product.
     """
-    draws = grams.within.shape[1] - 1
-    w = grams.within[:, :draws, :draws]
-    to_u = grams.within[:, :draws, draws]
-    squared = grams.within[:, draws, draws]
-    own = np.einsum("bdd->b", w)
+    w, to_u, squared = grams.within[:, :-1, :-1], grams.within[:, :-1, -1], grams.within[:, -1, -1]
+    own, draws = np.einsum("bdd->b", w), w.shape[1]
     pairs = draws * (draws - 1)
     shift_squared = (w.sum((1, 2)) - own) / pairs
     along = to_u.mean(1)
@@ -122,7 +103,7 @@ def summarise(grams: Mapping[float, Grams], replicates: int = REPLICATES, seed: 
     The inner products are by masking rate above 0, of the same batches; all rates see the same bootstrap draws.
     """
     count = len(next(iter(grams.values())).within)
-    weights = batch_weights(count, replicates, seed)
+    weights = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), replicates).astype(np.float64)
     rows, ratios = [], []
     for rate, one in sorted(grams.items()):
         point, drawn = estimate(one, np.ones((1, count))), estimate(one, weights)
@@ -177,8 +158,7 @@ def _pairs(products: Array, weights: Array) -> Array:
 def _variance(products: Array, weights: Array) -> Array:
     """Return the trace of the covariance of vectors from their inner products: half the mean squared distance."""
     own = np.diagonal(products)
-    squared = own[:, None] + own[None, :] - products - products.T
-    return _pairs(squared / 2.0, weights)
+    return _pairs((own[:, None] + own - products - products.T) / 2.0, weights)
 
 
 def _cosine(product: Array, one: Array, other: Array) -> Array:

@@ -21,9 +21,10 @@ from scipy.stats import bootstrap
 from tokmask_peft.artifacts import find_saved, open_finished
 from tokmask_peft.errors import DataError, RunError
 from tokmask_peft.inference.classifier import BATCH_SIZE, Classifier, load
-from tokmask_peft.inference.explain import Explanation, Occluded, Question, explain
+from tokmask_peft.inference.explain import Occluded, Question, explain
 from tokmask_peft.recipe.loading import differences, load_recipe
-from tokmask_peft.study.diagnostics.reports import render
+from tokmask_peft.study.report import render
+from tokmask_peft.study.statistics import MEANINGS
 from tokmask_peft.tasks import get_task
 from tokmask_peft.training.evaluate import split_examples
 from tokmask_peft.training.metrics import probabilities
@@ -41,13 +42,8 @@ def masking_curves(
     """Return the probability of the predicted label against the share of words masked.
 
     Influences are measured once, on the whole text, and masked words stay masked. In token tasks a word of each text is
-    drawn, and the label is that word's.
-
-    Args:
-        classifier: from `load`.
-        texts: as for `Classifier.predict`.
-        seed: of the random orders and the drawn words, the same for every classifier.
-        batch_size: windows per forward pass.
+    drawn, and the label is that word's. The seed, of the random orders and the drawn words, is the same for every
+    classifier; `batch_size` is windows per forward pass.
 
     Returns:
         By index of the text `[3, shares]`: most influential first, least influential first, and the mean of
@@ -58,53 +54,30 @@ def masking_curves(
     for start in range(0, len(given), _TEXTS):
         part = given[start : start + _TEXTS]
         draws = [np.random.default_rng([seed, start + number]) for number in range(len(part))]
-        explained: list[Explanation] = []
-        if get_task(classifier.task).words_given:
-            for text, draw in zip(part, draws, strict=True):
-                explained += explain(classifier, [text], word=int(draw.integers(len(text))), batch_size=batch_size)
-        else:
-            explained = explain(classifier, part, batch_size=batch_size)
-        curves = _curves(classifier, part, explained, draws, batch_size)
-        found |= {start + number: curve for number, curve in curves.items()}
+        explained = [] if get_task(classifier.task).words_given else explain(classifier, part, batch_size=batch_size)
+        for text, draw in zip(part, draws, strict=True) if not explained else ():
+            explained += explain(classifier, [text], word=int(draw.integers(len(text))), batch_size=batch_size)
+        steps, questions = dict[int, NDArray[np.int64]](), list[Question]()
+        for text, explanation in enumerate(explained):
+            words = np.delete(np.arange(len(explanation.words)), list(explanation.unmasked))
+            if len(words) < 2:
+                continue
+            most = words[np.argsort(-np.array(explanation.influences)[words], kind="stable")]
+            orders = [most, most[::-1], *(draws[text].permutation(words) for _ in range(RANDOM_ORDERS))]
+            steps[text] = np.unique((SHARES * len(words)).round().astype(np.int64))
+            masked = [frozenset(order[:step].tolist()) for order in orders for step in steps[text]]
+            questions += [Question(text, words_masked, explanation.word) for words_masked in masked]
+        logits = Occluded(classifier, part).logits(questions, batch_size)
+        for text, counts in steps.items():
+            own, logits = np.split(logits, [len(counts) * (2 + RANDOM_ORDERS)])
+            label = classifier.labels.index(explained[text].label)
+            values = probabilities(own, classifier.temperature)[:, label].reshape(-1, len(counts))
+            curves = np.stack([np.interp(SHARES, counts / counts[-1], row) for row in values])
+            found[start + text] = np.concatenate([curves[:2], curves[2:].mean(0, keepdims=True)])
     return found
 
 
-def _curves(
-    classifier: Classifier,
-    texts: Sequence[Any],
-    explained: Sequence[Explanation],
-    draws: Sequence[np.random.Generator],
-    batch_size: int,
-) -> dict[int, NDArray[np.float64]]:
-    steps: dict[int, NDArray[np.int64]] = {}
-    questions: list[Question] = []
-    for text, explanation in enumerate(explained):
-        words = np.delete(np.arange(len(explanation.words)), list(explanation.unmasked))
-        if len(words) < 2:
-            continue
-        most = words[np.argsort(-np.array(explanation.influences)[words], kind="stable")]
-        orders = [most, most[::-1], *(draws[text].permutation(words) for _ in range(RANDOM_ORDERS))]
-        steps[text] = np.unique((SHARES * len(words)).round().astype(np.int64))
-        masked = [frozenset(order[:step].tolist()) for order in orders for step in steps[text]]
-        questions += [Question(text, words_masked, explanation.word) for words_masked in masked]
-    logits = Occluded(classifier, texts).logits(questions, batch_size)
-    found: dict[int, NDArray[np.float64]] = {}
-    for text, counts in steps.items():
-        own, logits = np.split(logits, [len(counts) * (2 + RANDOM_ORDERS)])
-        label = classifier.labels.index(explained[text].label)
-        values = probabilities(own, classifier.temperature)[:, label].reshape(-1, len(counts))
-        curves = np.stack([np.interp(SHARES, counts / counts[-1], row) for row in values])
-        found[text] = np.concatenate([curves[:2], curves[2:].mean(0, keepdims=True)])
-    return found
-
-
-MEASURES = {
-    "least_minus_most": "area between least and most influential first",
-    "random_minus_most": "area between random order and most influential first",
-    "least_minus_random": "area between least influential first and random order",
-    "relative": "area between random order and most influential first, as a share of the largest possible",
-    "random_fall": "mean fall under masks in random order",
-}
+MEASURES: dict[str, str] = MEANINGS["faithfulness"]
 Ratio = tuple[NDArray[np.float64], NDArray[np.float64]]
 _RESAMPLES = 9999
 
@@ -113,22 +86,17 @@ def faithfulness(
     run: str | Path,
     against: str | Path | None = None,
     *,
-    split: str = "test",
+    split: str | None = None,
     data: str | None = None,
     limit: int = 200,
     seed: int = 0,
     batch_size: int | None = None,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
-    """Measure how faithful occlusion is for a run, and how much more so than for another.
+    """Measure how faithful occlusion is for a run, and how much more so than for one of its recipe without masking.
 
-    Args:
-        run: the run folder.
-        against: a run of the same recipe without masking, for the paired difference.
-        split: of the run's data, or of `data`.
-        data: other texts, as for `evaluate`.
-        limit: texts, drawn with `seed`.
-        seed: of the texts, the random orders and the bootstrap.
-        batch_size: masked texts per forward pass.
+    `split` and `data` are as for `evaluate`; `limit` texts are drawn with `seed`, as are the random orders and the
+    bootstrap; `batch_size` is masked texts per forward pass; `trust_remote_code` lets the backbone run its own code.
 
     Returns:
         `run` (and `against`): curves and areas with 95% bootstrap intervals over texts; `difference`: of the areas,
@@ -142,16 +110,16 @@ def faithfulness(
         raise DataError(f"limit is {limit}; an interval needs 2 texts or more", code="too-few-texts")
     folders = {name: open_finished(path) for name, path in (("run", run), ("against", against)) if path is not None}
     recipes = {name: load_recipe(folder.recipe) for name, folder in folders.items()}
-    saved = {name: find_saved(folder.root) for name, folder in folders.items()}
+    trusted = trust_remote_code
+    saved = {name: find_saved(folder.root, trust_remote_code=trusted) for name, folder in folders.items()}
     if len({(found.task, found.labels) for found in saved.values()}) > 1:
-        raise RunError(
-            f"{against} was trained for another task or other labels than {run}; compare runs of one recipe",
-            code="not-comparable",
-        )
+        problem = f"{against} was trained for another task or other labels than {run}"
+        raise RunError(f"{problem}; compare runs of one recipe", code="not-comparable")
     examples, _ = split_examples(recipes["run"], split, data, folders["run"].adapter)
     chosen = sorted(random.Random(seed).sample(range(len(examples)), min(limit, len(examples))))  # noqa: S311
     texts = [examples[number].text for number in chosen]
-    result: dict[str, Any] = {"split": split, "seed": seed, "shares": SHARES.tolist(), "random_orders": RANDOM_ORDERS}
+    result: dict[str, Any] = {"split": split or Path(data or "test").name, "seed": seed}
+    result |= {"shares": SHARES.tolist(), "random_orders": RANDOM_ORDERS}
     curves, parts = {}, {}
     for name, folder in folders.items():
         classifier = load(saved[name])
@@ -163,27 +131,23 @@ def faithfulness(
     result |= {"texts": len(kept), "left_out": len(texts) - len(kept)}
     for name, found in curves.items():
         stacked = np.stack([found[number] for number in kept])
-        most, least, other = stacked.mean(0).tolist()
-        result[name]["curves"] = {"most": most, "least": least, "random": other}
-        parts[name] = _parts(stacked)
+        result[name]["curves"] = dict(zip(("most", "least", "random"), stacked.mean(0).tolist(), strict=True))
+        parts[name] = areas(stacked)
         result[name]["measures"] = {key: interval(pair, None, seed) for key, pair in parts[name].items()}
     if against is not None:
-        mine, other = parts["run"], parts["against"]
-        result["difference"] = {key: interval(mine[key], other[key], seed) for key in MEASURES}
+        result["difference"] = {key: interval(parts["run"][key], parts["against"][key], seed) for key in MEASURES}
         changed = differences(recipes["against"], recipes["run"])
         result["other_differences"] = [line for line in changed if not line.startswith("masking.")]
     return result
 
 
-def _parts(curves: NDArray[np.float64]) -> dict[str, Ratio]:
+def areas(curves: NDArray[np.float64]) -> dict[str, Ratio]:
     """Return each measure as numerator and denominator by text; `curves` is [texts, 3, shares].
 
     The relative area is RACU (Madsen et al. 2021, arXiv:2110.08412), of probabilities and without retraining: the
     largest possible area is that above the probability that is left when all words are masked.
     """
-    areas = trapezoid(curves, SHARES, axis=-1)
-    most, least, other = areas[:, 0], areas[:, 1], areas[:, 2]
-    one = np.ones(len(curves))
+    (most, least, other), one = trapezoid(curves, SHARES, axis=-1).T, np.ones(len(curves))
     return {
         "least_minus_most": (least - most, one),
         "random_minus_most": (other - most, one),

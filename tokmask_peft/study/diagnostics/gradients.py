@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tokmask_peft.console import make_console
@@ -34,42 +35,30 @@ _SEED = 0x6D617465  # apart from the seeds of runs, whose masks are others
 def gram(vectors: Tensor) -> NDArray[np.float64]:
     """Return the inner products of the rows of `[rows, size]` in double precision."""
     found = torch.zeros(len(vectors), len(vectors), dtype=torch.float64)
-    for start in range(0, vectors.shape[1], _COLUMNS):
-        part = vectors[:, start : start + _COLUMNS].double()
-        found += part @ part.T
+    for part in vectors.split(_COLUMNS, dim=1):
+        found += part.double() @ part.double().T
     return found.numpy()
 
 
+@dataclass
 class GradientMeter:
     """Measures gradients of a trainer's model on fixed batches with fixed mask draws, and changes nothing.
 
     The model is in eval mode, without dropout, except that it is masked. Draws are the same at each call, and what is
     masked at a low rate is masked at a higher one. Gradients are those of one forward, before clipping. In memory at a
     time are, in fp32 on the host, the gradients of the draws of a batch and four for each batch.
-
-    Args:
-        trainer: provides model, loss, collator, precision and training texts.
-        texts: `[batches, texts]`, indices of training texts.
-        rates: masking rates above 0.
-        draws: mask draws per batch.
-        config: pattern and protection; its rate and schedule are not used.
-        mask_token: that of training; chosen here if the training masks nothing.
-        seed: of the draws, added to one of their own.
     """
 
-    def __init__(
-        self,
-        trainer: OrderedEvalTrainer,
-        texts: Sequence[Sequence[int]],
-        rates: Sequence[float],
-        draws: int,
-        config: TokenMaskConfig,
-        mask_token: MaskToken | None,
-        seed: int,
-    ) -> None:
-        self._trainer, self._texts, self._rates, self._draws = trainer, texts, sorted(rates), draws
-        self._config, self._mask_token, self._seed = config, mask_token, seed + _SEED
-        trained = [(name, value) for name, value in trainer.model.named_parameters() if value.requires_grad]
+    trainer: OrderedEvalTrainer  # provides model, loss, collator, precision and training texts
+    texts: Sequence[Sequence[int]]  # [batches, texts], indices of training texts
+    rates: Sequence[float]  # masking rates above 0
+    draws: int  # mask draws per batch
+    config: TokenMaskConfig  # pattern and protection; its rate and schedule are not used
+    mask_token: MaskToken | None  # that of training; chosen here if the training masks nothing
+    seed: int  # of the draws, added to one of their own
+
+    def __post_init__(self) -> None:
+        trained = [(name, value) for name, value in self.trainer.model.named_parameters() if value.requires_grad]
         # LoRA first, so that it and the rest (the head, a trained mask row) are slices
         trained.sort(key=lambda pair: "lora_" not in pair[0])
         self._parameters = [value for _, value in trained]
@@ -77,27 +66,25 @@ class GradientMeter:
         split = sum(value.numel() for name, value in trained if "lora_" in name)
         self._slices = {"all": slice(0, size), "lora": slice(0, split), "head": slice(split, size)}
         self.sizes = {group: part.stop - part.start for group, part in self._slices.items()}
-        self.bytes = 4 * size * (draws + 1 + 4 * len(texts))
+        self.bytes = 4 * size * (self.draws + 1 + 4 * len(self.texts))
 
     def measure(self) -> dict[str, dict[float, Grams]]:
         """Return inner products by group of parameters and rate."""
-        trainer, dataset = self._trainer, self._trainer.train_dataset
+        trainer, dataset = self.trainer, self.trainer.train_dataset
         found: dict[str, dict[float, Grams]] = {group: {} for group in self._slices}
-        with _quiet(trainer.model), self._masking() as masker:
-            batches: list[Any] = []
-            for chosen in self._texts:
-                texts = [{key: dataset[index][key] for key in ("input_ids", "labels")} for index in chosen]
-                batches.append(trainer._prepare_inputs(trainer.train_collator(texts)))
+        with self._measuring() as masker:
+            keys = ("input_ids", "labels")
+            rows_of = [[{key: dataset[index][key] for key in keys} for index in chosen] for chosen in self.texts]
+            batches = [trainer._prepare_inputs(trainer.train_collator(chosen)) for chosen in rows_of]
             with masker.paused():
                 plain = [self._gradient(batch) for batch in batches]
-            for rate in self._rates:
+            for rate in sorted(self.rates):
                 masker.rate = rate
-                means: list[Tensor] = []
-                within: dict[str, list[NDArray[np.float64]]] = {group: [] for group in self._slices}
+                means, within = list[Tensor](), {group: list[NDArray[np.float64]]() for group in self._slices}
                 for number, (batch, unmasked) in enumerate(zip(batches, plain, strict=True)):
-                    rows = torch.empty(self._draws + 1, unmasked.numel())
-                    for draw in range(self._draws):
-                        masker.step = number * self._draws + draw
+                    rows = torch.empty(self.draws + 1, unmasked.numel())
+                    for draw in range(self.draws):
+                        masker.step = number * self.draws + draw
                         torch.sub(self._gradient(batch), unmasked, out=rows[draw])
                     rows[-1] = unmasked
                     means.append(rows[:-1].mean(0))
@@ -110,63 +97,47 @@ class GradientMeter:
 
     def _gradient(self, inputs: Mapping[str, Any]) -> Tensor:
         """Return the gradient of the loss as one vector, fp32 on the host; `.grad` stays as it is."""
-        with self._trainer.compute_loss_context_manager(), torch.enable_grad():
-            loss = self._trainer.compute_loss(self._trainer.model, dict(inputs))
+        with self.trainer.compute_loss_context_manager(), torch.enable_grad():
+            loss = self.trainer.compute_loss(self.trainer.model, dict(inputs))
             found = torch.autograd.grad(loss, self._parameters, allow_unused=True)
         pairs = zip(self._parameters, found, strict=True)
-        whole = [torch.zeros(value.shape) if one is None else one.detach().float().cpu() for value, one in pairs]
-        return torch.cat([one.flatten() for one in whole])
+        return torch.cat([torch.zeros(of.numel()) if one is None else one.float().cpu().flatten() for of, one in pairs])
 
     @contextlib.contextmanager
-    def _masking(self) -> Iterator[TokenMasker]:
-        """Lend the masker of the training under way, or attach one if there is none."""
-        trainer, seed = self._trainer, self._seed
-        masker = TokenMasker.of(find_embedding(trainer.model))
-        if masker is None:
-            # The rate is set for each measurement; one above 0 lets the masker prepare the mask token's row.
-            config = self._config.model_copy(update={"schedule": "constant", "p": 0.1, "seed": seed})
-            with TokenMasker.attach(
-                trainer.model, trainer.processing_class, config, mask_token=self._mask_token, resumed=True
-            ) as attached:
-                yield attached
-            return
-        before = masker.seed, masker.step, masker.rate
-        masker.seed = seed
-        try:
-            yield masker
-        finally:
-            masker.seed, masker.step, masker.rate = before
+    def _measuring(self) -> Iterator[TokenMasker]:
+        """Lend the masker of the training under way, or attach one if there is none; restore everything afterwards.
 
-
-@contextlib.contextmanager
-def _quiet(model: nn.Module) -> Iterator[None]:
-    """Put the model into eval mode except its embedding, which the masker hooks, and restore everything.
-
-    NEFTune's noise depends on the embedding's mode too, and is set to 0.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    embedding: Any = find_embedding(model)
-    noise = getattr(embedding, "neftune_noise_alpha", None)
-    with torch.random.fork_rng(enabled=noise is not None):
-        try:
-            model.eval()
-            embedding.training = True
-            if noise is not None:
-                embedding.neftune_noise_alpha = 0.0
-            yield
-        finally:
-            for module, mode in modes:
-                module.training = mode
-            if noise is not None:
-                embedding.neftune_noise_alpha = noise
+        The model is put into eval mode, except its embedding, which the masker hooks. NEFTune's noise depends on the
+        embedding's mode too, and is set to 0.
+        """
+        model, tokenizer = self.trainer.model, self.trainer.processing_class
+        modes, embedding = {module: module.training for module in model.modules()}, cast(Any, find_embedding(model))
+        noise, masker = getattr(embedding, "neftune_noise_alpha", None), TokenMasker.of(embedding)
+        before = masker and (masker.seed, masker.step, masker.rate)
+        # The rate is set for each measurement; one above 0 lets the masker prepare the mask token's row.
+        config = self.config.model_copy(update={"schedule": "constant", "p": 0.1, "seed": self.seed + _SEED})
+        with torch.random.fork_rng(enabled=noise is not None), contextlib.ExitStack() as attached:
+            try:
+                model.eval()
+                embedding.training = True
+                if noise is not None:
+                    embedding.neftune_noise_alpha = 0.0
+                lent = masker or attached.enter_context(
+                    TokenMasker.attach(model, tokenizer, config, mask_token=self.mask_token, resumed=True)
+                )
+                lent.seed = self.seed + _SEED
+                yield lent
+            finally:
+                if masker and before:
+                    masker.seed, masker.step, masker.rate = before
+                for module, mode in modes.items():
+                    module.training = mode
+                if noise is not None:
+                    embedding.neftune_noise_alpha = noise
 
 
 def diagnose(recipe: Recipe, plan: GradientPlan, *, quiet: bool = False) -> Report:
-    """Train as the recipe says, stop at the shares of the plan to measure, and write the report.
-
-    Raises:
-        RecipeError, DataError, ModelError, RunError: with what to do.
-    """
+    """Train as the recipe says, stop at the shares of the plan to measure, and write the report."""
     make_folder(plan.folder)
     console = make_console(quiet)
     points: list[dict[str, Any]] = []
@@ -210,23 +181,18 @@ def draw_batches(texts: int, batches: int, size: int, seed: int) -> list[list[in
     """
     if batches * size > texts:
         most = texts // size
-        remedy = f"--batches {most}, or " if most >= LEAST_BATCHES else ""
-        raise DataError(
-            f"{batches} batches of {size} texts need {batches * size}, but there are {texts} training texts: "
-            f"{remedy}training.batch_size={max(texts // batches, 1)}",
-            code="too-few-texts",
-        )
+        remedy = (f"--batches {most}, or " if most >= LEAST_BATCHES else "") + "training.batch_size="
+        problem = f"{batches} batches of {size} texts need {batches * size}, but there are {texts} training texts"
+        raise DataError(f"{problem}: {remedy}{max(texts // batches, 1)}", code="too-few-texts")
     order = np.random.default_rng([seed, 0xD1A6]).permutation(texts)[: batches * size]
-    rows: list[list[int]] = order.reshape(batches, size).tolist()
-    return rows
+    return list(order.reshape(batches, size).tolist())
 
 
 class _AtShares(TrainerCallback):
     """Calls `measure(step, share)` before the steps at which a share of the training is done, and after the last."""
 
     def __init__(self, shares: Sequence[float], measure: Callable[[int, float], None]) -> None:
-        self._shares, self._measure = shares, measure
-        self._due: dict[int, float] = {}
+        self._shares, self._measure, self._due = shares, measure, dict[int, float]()
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Turn shares into steps; of two that fall on one step the first counts."""

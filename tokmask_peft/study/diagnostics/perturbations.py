@@ -8,8 +8,6 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from tokmask_peft.tasks import Example
-
 Alphabet = dict[str, tuple[str, ...]]
 
 
@@ -59,8 +57,7 @@ def edit(word: str, random: np.random.Generator, letters: Alphabet) -> str:
 
     for kind in random.permutation(4) if places else ():
         if kind == 0:  # swap
-            pairs = [place for place in places if place + 1 in places and parts[place] != parts[place + 1]]
-            if pairs:
+            if pairs := [place for place in places if place + 1 in places and parts[place] != parts[place + 1]]:
                 at = int(random.choice(pairs))
                 parts[at], parts[at + 1] = parts[at + 1], parts[at]
                 break
@@ -98,11 +95,6 @@ def normal(word: str) -> str:
     folded = word.casefold()
     inside = [place for place, character in enumerate(folded) if character.isalnum()]
     return folded[inside[0] : inside[-1] + 1] if inside else ""
-
-
-def vocabulary(texts: Iterable[Example]) -> set[str]:
-    """Return the words of the texts, normalised."""
-    return {normal(word) for example in texts for word in example.words}
 
 
 def unseen_words(words: Sequence[str], known: set[str]) -> list[bool]:

@@ -15,26 +15,17 @@ from tokmask_peft.study.plan import SWEEP_FILE, number, read_rates, split_values
 LEAST_BATCHES = 4
 
 
-def _shares(option: str, text: str, of: str, problems: list[str]) -> list[float]:
+def _shares(option: str, text: str, of: str, problems: list[str]) -> tuple[float, ...]:
     """Read numbers from 0 to 1, ascending and without doubles."""
     values = split_values(text)
     if wrong := [value for value in values if not 0 <= number(value) <= 1]:
         problems.append(f"{option} {text}: '{wrong[0]}' is not a share of {of}; expected 0 to 1, as 0,0.5,1")
-        return []
-    return sorted({float(value) for value in values})
-
-
-def _positive(p: str, problems: list[str]) -> tuple[float, ...]:
-    """Read masking rates of `--p`, ascending; 0 is always measured too and is left out."""
-    return tuple(sorted(rate for text in read_rates(p, problems) if (rate := float(text)) > 0))
+        return ()
+    return tuple(sorted({float(value) for value in values}))
 
 
 def folder_of(out: Path | None, default: Path | None) -> Path:
-    """Return the folder to write to.
-
-    Raises:
-        RunError: there is no default and none is given, or it is a file.
-    """
+    """Return the folder to write to, or raise a RunError if neither is given or if it is a file."""
     folder = out or default
     if folder is None:
         raise RunError("several runs need a folder for the report: --out FOLDER", code="out-is-missing")
@@ -65,7 +56,7 @@ class GradientPlan:
             RunError: the folder already holds a measurement, or is a file.
         """
         problems: list[str] = []
-        rates = _positive(p, problems)
+        rates = sorted(rate for text in read_rates(p, problems) if (rate := float(text)) > 0)
         if not problems and not rates:
             problems.append(f"--p {p}: give a rate above 0; the gradient without masking is always measured too")
         shares = _shares("--at", at, "the training", problems)
@@ -79,11 +70,9 @@ class GradientPlan:
             raise RecipeError(problems, "diagnose", code="diagnose-options")
         folder = folder_of(out, recipe.run_dir.with_name(f"{recipe.run_dir.name}-diagnose"))
         if (folder / "gradients.json").exists():
-            raise RunError(
-                f"{folder} already holds a gradients.json: choose another folder with --out, or remove that file",
-                code="out-is-taken",
-            )
-        return cls(folder, rates, draws, batches, tuple(shares))
+            remedy = "choose another folder with --out, or remove that file"
+            raise RunError(f"{folder} already holds a gradients.json: {remedy}", code="out-is-taken")
+        return cls(folder, tuple(rates), draws, batches, shares)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,17 +90,13 @@ class Perturbations:
 
     @classmethod
     def make(cls, p: str, noise: str, draws: int, seed: int, limit: int | None) -> Perturbations:
-        """Read the options of the command line; 0, the text as it is, is always scored and left out.
-
-        Raises:
-            RecipeError: with every problem found.
-        """
+        """Read the options of the command line, or raise a RecipeError; 0, the text as it is, is always scored."""
         problems: list[str] = []
-        rates = _positive(p, problems)
+        rates = sorted(rate for text in read_rates(p, problems) if (rate := float(text)) > 0)
         shares = tuple(share for share in _shares("--noise", noise, "words", problems) if share > 0)
         if problems:
             raise RecipeError(problems, "robustness", code="robustness-options")
-        return cls(rates, shares, draws, seed, limit)
+        return cls(tuple(rates), shares, draws, seed, limit)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,12 +123,11 @@ def find_members(folders: Sequence[str]) -> list[Member]:
         RunError: a folder is neither, or the runs are not comparable.
         SweepError: a sweep has no finished run, or is not a grid.
     """
-    sweeps = [folder for folder in folders if (Path(folder) / SWEEP_FILE).is_file()]
-    if sweeps and len(folders) > 1:
-        raise RunError(f"{sweeps[0]} is a sweep: give one sweep, or several runs", code="mixed-runs")
-    if sweeps:
+    if sweeps := [folder for folder in folders if (Path(folder) / SWEEP_FILE).is_file()]:
         from tokmask_peft.study.results import read_sweep
 
+        if len(folders) > 1:
+            raise RunError(f"{sweeps[0]} is a sweep: give one sweep, or several runs", code="mixed-runs")
         results = read_sweep(Path(sweeps[0]))
         cells = [(row, seed) for row, runs in results.runs.items() for seed in runs]
         return [Member.open(results.folders[row, seed].root, row.label) for row, seed in cells]
@@ -151,10 +135,7 @@ def find_members(folders: Sequence[str]) -> list[Member]:
     for member in members[1:]:
         found = differences(members[0].recipe, member.recipe)
         if other := [line for line in found if line.partition(":")[0] not in ("masking.p", "seed", "masking.seed")]:
-            raise RunError(
-                f"{members[0].run.root} and {member.run.root} differ in more than masking.p and seed, so their scores "
-                f"cannot be attributed to masking: {'; '.join(other)}",
-                code="not-comparable",
-                differences=other,
-            )
+            problem = f"{members[0].run.root} and {member.run.root} differ in more than masking.p and seed"
+            effect = f"so their scores cannot be attributed to masking: {'; '.join(other)}"
+            raise RunError(f"{problem}, {effect}", code="not-comparable", differences=other)
     return sorted(members, key=lambda member: (member.recipe.masking.p, member.recipe.seed))

@@ -14,8 +14,9 @@ from transformers import AutoConfig, AutoModel
 
 from tokmask_peft.data.batches import PackedCollator
 from tokmask_peft.model.adapter import add_adapter, inputs_as_they_come
-from tokmask_peft.model.backbone import load_backbone, quick_dropout
+from tokmask_peft.model.backbone import load_backbone
 from tokmask_peft.model.decisions import enable_checkpointing
+from tokmask_peft.model.layers import quick_dropout
 from tokmask_peft.model.memory.step import LiveBytes, Shape, with_layers
 from tokmask_peft.model.packed import enable_padding_free
 from tokmask_peft.recipe.schema import Recipe
@@ -49,25 +50,30 @@ def save_real(name: str, layers: int, precision: str, folder: Path) -> tuple[Any
     return config, dtype
 
 
+def loaded(recipe: Recipe, shape: Shape) -> tuple[Any, Any, dict[str, Any]]:
+    """Return a backbone, the model with the adapter, and a padded batch."""
+    backbone = load_backbone(recipe.model, recipe.data.task, LABELS, CPU)
+    backbone.model.config.pad_token_id = 0  # tests cut the vocabulary below the real one
+    row = 7 if recipe.masking.trainable_mask else None
+    model, _ = add_adapter(backbone, recipe.adapter, recipe.data.task, row)
+    ids = torch.full((len(shape.lengths), max(shape.lengths)), 5)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    batch["attention_mask"][0, -2:] = 0
+    return backbone, model, batch
+
+
 def measure_step(recipe: Recipe, shape: Shape) -> tuple[int, int, int]:
     """Take a step; return the bytes that autograd saved, the most alive at once besides the model, and the model's.
 
     Saved tensors are found by autograd's hooks, independently of `LiveBytes`.
     """
-    backbone = load_backbone(recipe.model, recipe.data.task, LABELS, CPU)
-    backbone.model.config.pad_token_id = 0  # tests cut the vocabulary below the real one
-    row = 7 if recipe.masking.trainable_mask else None
-    model, _ = add_adapter(backbone, recipe.adapter, recipe.data.task, row)
+    backbone, model, batch = loaded(recipe, shape)
     model.train()
     if recipe.model.gradient_checkpointing is True:
         enable_checkpointing(model)
     if shape.packed:
         enable_padding_free(backbone.model)
         batch = PackedCollator("sequence")([{"input_ids": [5] * length} for length in shape.lengths])
-    else:
-        ids = torch.full((len(shape.lengths), max(shape.lengths)), 5)
-        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        batch["attention_mask"][0, -2:] = 0
     frozen = [*model.parameters(), *model.buffers()]
     known = {tensor.untyped_storage().data_ptr() for tensor in frozen}
     packed: list[weakref.ref[torch.UntypedStorage]] = []
@@ -99,13 +105,8 @@ def measure_forward(recipe: Recipe, shape: Shape) -> int:
     torch's profiler tells what the allocator handed out. `LiveBytes` would not see what bitsandbytes unpacks within
     one operation (TinyLlama's 4-bit layers: 56 of 80 MiB).
     """
-    backbone = load_backbone(recipe.model, recipe.data.task, LABELS, CPU)
-    backbone.model.config.pad_token_id = 0
-    model, _ = add_adapter(backbone, recipe.adapter, recipe.data.task, 7 if recipe.masking.trainable_mask else None)
+    backbone, model, batch = loaded(recipe, shape)
     model.eval()
-    ids = torch.full((len(shape.lengths), max(shape.lengths)), 5)
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    batch["attention_mask"][0, -2:] = 0
     in_bf16 = backbone.dtype == torch.bfloat16
     profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=in_bf16)

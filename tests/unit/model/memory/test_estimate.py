@@ -13,12 +13,12 @@ from tokmask_peft.model.memory.step import LiveBytes, Setting, Shape
 from tokmask_peft.recipe.schema import AdapterConfig, ModelConfig
 
 needs_bitsandbytes = pytest.mark.skipif(bitsandbytes_problem("cpu") is not None, reason="needs bitsandbytes")
-PADDED, PACKED = Shape.padded(6, 16), Shape((3, 9, 16, 5, 7), packed=True)
+PADDED, PACKED, LARGE = Shape.padded(6, 16), Shape((3, 9, 16, 5, 7), packed=True), Shape.padded(12, 40)
 
 
 def both(config, recipe, shape, quantization="none", dtype=torch.float32):
-    """Return the estimate, and what was measured: saved, peak, model."""
-    found = estimate(recipe, Setting(config, "cpu", quantization, dtype), shape, Shape.padded(2, 8))
+    """Return the estimate, with an evaluation of a larger batch, and what was measured: saved, peak, model."""
+    found = estimate(recipe, Setting(config, "cpu", quantization, dtype), shape, LARGE)
     return found, measure_step(recipe, shape)
 
 
@@ -26,28 +26,38 @@ def near(count, measured, tolerance):
     assert abs(count - measured) <= tolerance * measured, f"estimated {count:,}, measured {measured:,}"
 
 
+QWEN, LLAMA, BERT = "Qwen2.5-0.5B", "TinyLlama-1.1B-Chat-v1.0", "bert-base-multilingual-cased"
+
+
 @needs_bitsandbytes
 @pytest.mark.parametrize(
-    ("name", "layers", "shape", "model", "adapter"),
+    ("name", "layers", "shape", "quantization", "precision", "adapter"),
     [
-        ("Qwen2.5-0.5B", 2, PADDED, {"quantization": "nf4", "precision": "bf16"}, {}),
-        ("Qwen2.5-0.5B", 2, PACKED, {"quantization": "nf4", "precision": "bf16", "gradient_checkpointing": True}, {}),
-        ("TinyLlama-1.1B-Chat-v1.0", 2, PADDED, {"quantization": "nf4", "precision": "bf16"}, {"layers": 1}),
-        ("bert-base-multilingual-cased", 2, PADDED, {"quantization": "int8", "precision": "bf16"}, {}),
-        ("bert-base-multilingual-cased", 6, PACKED, {"quantization": "none", "precision": "bf16"}, {"layers": 5}),
-        ("Qwen2.5-0.5B", 2, PADDED, {"quantization": "none", "precision": "fp32"}, {}),
-        ("bert-base-multilingual-cased", 2, PACKED, {"quantization": "nf4", "precision": "fp32"}, {}),
+        (QWEN, 2, PADDED, "nf4", "bf16", {}),
+        (QWEN, 2, PACKED, "nf4", "bf16 checkpointed", {}),
+        (LLAMA, 2, PADDED, "nf4", "bf16", {"layers": 1}),
+        (LLAMA, 2, PADDED, "none", "bf16", {}),
+        (LLAMA, 2, PADDED, "nf4", "fp32", {}),
+        (BERT, 2, PADDED, "int8", "bf16", {}),
+        (BERT, 6, PACKED, "none", "bf16", {"layers": 5}),
+        (QWEN, 2, PADDED, "none", "fp32", {}),
+        (BERT, 2, PACKED, "nf4", "fp32", {}),
     ],
 )
-def test_real_shapes_within_a_tenth(name, layers, shape, model, adapter, tmp_path):
-    config, dtype = save_real(name, layers, model["precision"], tmp_path)
+def test_real_shapes(name, layers, shape, quantization, precision, adapter, tmp_path):
+    precision, *checkpointing = precision.split()
+    config, dtype = save_real(name, layers, precision, tmp_path)
+    model = {"quantization": quantization, "precision": precision, "gradient_checkpointing": bool(checkpointing)}
     recipe = make_recipe(tmp_path, model=model, adapter=adapter)
-    found, (saved, peak, static) = both(config, recipe, shape, model["quantization"], dtype)
-    if model["quantization"] != "int8":  # whose layers keep their input where autograd's hooks do not look
-        near(found.activations, saved, 0.1 if model.get("gradient_checkpointing") else 0.02)
+    found, (saved, peak, static) = both(config, recipe, shape, quantization, dtype)
+    if quantization != "int8":  # whose layers keep their input where autograd's hooks do not look
+        near(found.activations, saved, 0.1 if checkpointing else 0.02)
     near(found.activations + found.workspace, peak, 0.02)
     near(found.weights + found.embedding + found.adapter, static, 0.01)
     assert found.optimizer == 2 * found.adapter
+    emulates = choose_precision(ModelConfig(backbone="x"), torch.device("cpu")).choice != "bf16"
+    if quantization != "int8" and not (precision == "bf16" and emulates):  # with copies in fp32, which are not counted
+        near(found.evaluation, measure_forward(recipe, LARGE), 0.02)
 
 
 @pytest.mark.parametrize(("family", "task"), [*((name, "sequence") for name in FAMILIES), ("bert", "token")])
@@ -61,6 +71,7 @@ def test_every_family(family, task, tmp_path):
     near(found.activations, saved, 0.1)
     near(found.activations + found.workspace, peak, 0.1)
     near(found.weights + found.embedding + found.adapter, static, 0.01)
+    near(found.evaluation, measure_forward(recipe, LARGE), 0.02)
 
 
 CHECKPOINTED = {"gradient_checkpointing": True}
@@ -187,42 +198,3 @@ def test_storages_are_counted_once_until_they_are_freed():
         del big, also
         assert live.now == 0
     assert live.peak == 50 * 4 + 4000
-
-
-SMALL, LARGE = Shape.padded(2, 8), Shape.padded(12, 40)
-
-
-def compared(config, recipe, quantization, dtype, tolerance):
-    """The evaluation is the larger batch: it is what tells."""
-    found = estimate(recipe, Setting(config, "cpu", quantization, dtype), SMALL, LARGE)
-    measured = measure_forward(recipe, LARGE)
-    assert abs(found.evaluation - measured) <= tolerance * measured, f"{found.evaluation:,}, measured {measured:,}"
-
-
-@needs_bitsandbytes
-@pytest.mark.parametrize(
-    ("name", "quantization", "precision"),
-    [
-        ("Qwen2.5-0.5B", "nf4", "bf16"),
-        ("Qwen2.5-0.5B", "none", "fp32"),
-        ("TinyLlama-1.1B-Chat-v1.0", "none", "bf16"),
-        ("TinyLlama-1.1B-Chat-v1.0", "nf4", "fp32"),
-        ("bert-base-multilingual-cased", "nf4", "fp32"),
-    ],
-)
-def test_of_real_shapes(name, quantization, precision, tmp_path):
-    if precision == "bf16" and choose_precision(ModelConfig(backbone="x"), torch.device("cpu")).choice != "bf16":
-        pytest.skip("this CPU emulates bf16 with copies in fp32, which a forward of an estimate does not take")
-    config, dtype = save_real(name, 2, precision, tmp_path)
-    recipe = make_recipe(tmp_path, model={"quantization": quantization, "precision": precision})
-    compared(config, recipe, quantization, dtype, 0.02)
-
-
-@pytest.mark.parametrize(("family", "task"), [*((name, "sequence") for name in FAMILIES), ("bert", "token")])
-def test_of_every_family(family, task, tmp_path):
-    depth = "n_layers" if family == "distilbert" else "num_hidden_layers"
-    model, tokenizer = build(family, task, **{depth: 6})
-    save_random(model.base_model.config, tokenizer, tmp_path, torch.float32)
-    recipe = make_recipe(tmp_path, task, model={"quantization": "none", "precision": "fp32"})
-    config = AutoConfig.from_pretrained(tmp_path, num_labels=len(LABELS))
-    compared(config, recipe, "none", torch.float32, 0.02)

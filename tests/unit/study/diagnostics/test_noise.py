@@ -11,9 +11,7 @@ from tokmask_peft.study.diagnostics.perturbations import (
     misspell_text,
     normal,
     unseen_words,
-    vocabulary,
 )
-from tokmask_peft.tasks import Example
 
 WORDS = ["Hello", "मराठी", "Привет", "qué", "no", "3.14", "…", "@ana", "I"]
 LETTERS = alphabet(WORDS)
@@ -36,9 +34,8 @@ def test_an_edit_changes_a_word_and_never_empties_it(word):
 def test_each_kind_of_edit_happens():
     found = edits("abcd", 2000)
     assert {"bacd", "abdc", "bcd", "abc"} <= found
-    assert any(len(one) == 5 for one in found)
-    replaced = [one for one in found if len(one) == 4 and sum(a != b for a, b in zip(one, "abcd", strict=True)) == 1]
-    assert replaced
+    assert {len(one) for one in found} == {3, 4, 5}
+    assert any(sum(a != b for a, b in zip(one, "abcd", strict=True)) == 1 for one in found if len(one) == 4)
 
 
 def test_case_is_that_of_the_place_and_marks_stay_with_their_letter():
@@ -73,15 +70,11 @@ def test_white_space_stays():
 
 
 def test_unseen_words_are_those_without_case_and_punctuation():
-    known = vocabulary([Example("Who wrote “Hamlet” ?", "x", "here"), Example(("Don't", "GO"), None, "here")])
-    assert known >= {"who", "wrote", "hamlet", "don't", "go"}
-    assert unseen_words(["HAMLET,", "don't", "dont", "?", "go", "1999"], known) == [
-        False,
-        False,
-        True,
-        False,
-        False,
-        True,
+    known = set(map(normal, ["Who", "wrote", "“Hamlet”", "Don't", "GO"]))
+    assert known == {"who", "wrote", "hamlet", "don't", "go"}
+    words = ["HAMLET,", "don't", "dont", "?", "go", "1999"]
+    assert [word for word, is_unseen in zip(words, unseen_words(words, known), strict=True) if is_unseen] == [
+        "dont",
+        "1999",
     ]
-    assert normal("¿Qué?!") == "qué"
-    assert normal("...") == ""
+    assert (normal("¿Qué?!"), normal("...")) == ("qué", "")

@@ -1,7 +1,6 @@
 """What the command line says to mistakes, and which runs are compared."""
 
 import json
-from pathlib import Path
 from unittest.mock import Mock
 
 import numpy as np
@@ -28,15 +27,11 @@ def mistake(*arguments: object) -> str:
 
 
 class TestDiagnose:
-    def test_all_problems_at_once(self):
+    def test_mistakes(self, tmp_path):
         said = mistake("diagnose", "quickstart", "--p", "0,2", "--at", "0,1.5", "--draws", "1", "--batches", "2")
         for part in ("--p 0,2: '2'", "--at 0,1.5: '1.5'", "--draws 1", "--batches 2"):
             assert part in said
-
-    def test_something_must_be_masked(self):
         assert "give a rate above 0" in mistake("diagnose", "quickstart", "--p", "0")
-
-    def test_a_measurement_is_not_overwritten(self, tmp_path):
         (tmp_path / "gradients.json").write_text("{}")
         assert "choose another folder with --out" in mistake("diagnose", "quickstart", "--out", tmp_path)
 
@@ -56,59 +51,50 @@ class TestRobustness:
         one, two = write_run(tmp_path / "one"), write_run(tmp_path / "two")
         assert "--out FOLDER" in mistake("robustness", one, two)
 
-    def test_runs_are_grouped_by_their_masking_rate(self, tmp_path):
+    @pytest.mark.parametrize(("schedule", "suffix"), [("constant", ""), ("linear", ", linear")])
+    def test_runs_are_grouped_by_their_masking_rate_and_schedule(self, tmp_path, schedule, suffix):
         runs = [write_run(tmp_path / f"run{i}", masking=p) for i, p in enumerate((0.1, 0.0, 0.1))]
-        found = find_members([str(run) for run in runs])
-        assert [(one.group, one.run.root.name) for one in found] == [
-            ("p = 0", "run1"),
-            ("p = 0.1", "run0"),
-            ("p = 0.1", "run2"),
-        ]
-
-    def test_rates_of_a_schedule_are_distinguished(self, tmp_path):
-        runs = [write_run(tmp_path / f"run{i}", masking=p) for i, p in enumerate((0.3, 0.1))]
         for run in runs:
-            recipe = yaml.safe_load((run / "recipe.yaml").read_text())
-            recipe["masking"]["schedule"] = "linear"
-            (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-        found = find_members([str(run) for run in runs])
-        assert [one.group for one in found] == ["p = 0.1, linear", "p = 0.3, linear"]
+            changed(run, masking={"p": 0.0 if run.name == "run1" else 0.1, "schedule": schedule})
+        found = [(one.group, one.run.root.name) for one in find_members([str(run) for run in runs])]
+        assert found == [(f"p = {p}{suffix}", name) for p, name in (("0", "run1"), ("0.1", "run0"), ("0.1", "run2"))]
 
     def test_runs_that_differ_otherwise_are_refused(self, tmp_path):
         one, two = write_run(tmp_path / "one"), write_run(tmp_path / "two")
-        recipe = yaml.safe_load((two / "recipe.yaml").read_text())
-        recipe["training"] = {"learning_rate": 1e-3}
-        (two / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        changed(two, training={"learning_rate": 1e-3})
         with pytest.raises(RunError) as caught:
             find_members([str(one), str(two)])
         assert [line.partition(":")[0] for line in caught.value.fields["differences"]] == ["training.learning_rate"]
 
-    def test_one_sweep_at_a_time(self, made_up_sweep, tmp_path):
+    def test_the_runs_of_one_sweep_are_grouped_by_arm(self, made_up_sweep, tmp_path):
         folder = made_up_sweep(p="0,0.1", seeds="2")
+        for cell in folder.glob("p0*"):
+            write_run(tmp_path / cell.name)
+            (tmp_path / cell.name / "adapter").rename(cell / "adapter")
+            (tmp_path / cell.name / "recipe.yaml").rename(cell / "recipe.yaml")
+        assert [one.group for one in find_members([str(folder)])] == ["p = 0", "p = 0", "p = 0.1", "p = 0.1"]
         with pytest.raises(RunError) as caught:
             find_members([str(folder), str(tmp_path)])
         assert caught.value.code == "mixed-runs"
 
-    def test_the_runs_of_a_sweep_are_grouped_by_arm(self, made_up_sweep):
-        folder = made_up_sweep(p="0,0.1", seeds="2")
-        for cell in Path(folder).iterdir():
-            if cell.is_dir():
-                (cell / "adapter").mkdir()
-                (cell / "adapter/adapter_config.json").write_text("{}")
-                (cell / "recipe.yaml").write_text("name: x\ndata: {task: sequence, path: x}\nmodel: {backbone: a/b}\n")
-        found = find_members([str(folder)])
-        assert [one.group for one in found] == ["p = 0", "p = 0", "p = 0.1", "p = 0.1"]
+
+def changed(run, **sections):
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    (run / "recipe.yaml").write_text(yaml.safe_dump({**recipe, **sections}))
 
 
-def test_texts_or_words_by_whether_they_are_unseen():
-    texts = [Example("a b", "x", "1"), Example("a zzz", "y", "2"), Example("b", "y", "3")]
-    gold, predicted = [np.array([0]), np.array([1]), np.array([1])], [np.array([0]), np.array([0]), np.array([1])]
-    found = by_unseen(texts, gold, predicted, {"a", "b"}, ("x", "y"))
-    assert (found["seen"]["items"], found["seen"]["accuracy"]) == (2, 1.0)
-    assert (found["unseen"]["items"], found["unseen"]["accuracy"]) == (1, 0.0)
-    words = [Example(("a", "zzz", "b"), ("x", "y", "y"), "1")]
-    found = by_unseen(words, [np.array([0, 1, 1])], [np.array([0, 0, 0])], {"a", "b"}, ("x", "y"))
-    assert (found["seen"]["items"], found["seen"]["accuracy"]) == (2, 0.5)
+@pytest.mark.parametrize(
+    ("texts", "gold", "predicted", "seen"),
+    [
+        ([("a b", "x"), ("a zzz", "y"), ("b", "y")], [[0], [1], [1]], [[0], [0], [1]], (2, 1.0)),
+        ([(("a", "zzz", "b"), ("x", "y", "y"))], [[0, 1, 1]], [[0, 0, 0]], (2, 0.5)),
+    ],
+)
+def test_texts_or_words_by_whether_they_are_unseen(texts, gold, predicted, seen):
+    examples = [Example(words, tags, "here") for words, tags in texts]
+    gold, predicted = ([np.array(row) for row in rows] for rows in (gold, predicted))
+    found = by_unseen(examples, gold, predicted, {"a", "b"}, ("x", "y"))
+    assert (found["seen"]["items"], found["seen"]["accuracy"]) == seen
     assert (found["unseen"]["items"], found["unseen"]["accuracy"]) == (1, 0.0)
 
 

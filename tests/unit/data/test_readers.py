@@ -1,0 +1,348 @@
+"""The files that users bring: every row comes out once, and what a file is gets decided from what is in it."""
+
+import contextlib
+import csv
+import gzip
+import io
+import json
+import zipfile
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from tokmask_peft.data import tables
+from tokmask_peft.data.corpus import load_corpus
+from tokmask_peft.data.readers import TextFile, find_files, line_number, read_split
+from tokmask_peft.errors import DataError, TokmaskError
+from tokmask_peft.recipe.schema import DataConfig, SourceConfig
+from tokmask_peft.tasks import Example, Unreadable
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write_file(name, content, encoding="utf-8"):
+        path = tmp_path / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode(encoding))
+        return path
+
+    return write_file
+
+
+def read(path, task="sequence", **source):
+    """Return the examples and what was decided, as `{what: choice}`."""
+    decisions = []
+    found = read_split(SourceConfig(path=str(path), **source), "train", task, decisions)
+    return found, {decision.what.split(" of ")[0]: decision.choice for decision in decisions}
+
+
+def pairs(path, task="sequence", **source):
+    return [(example.text, example.label) for example in read(path, task, **source)[0]]
+
+
+def refused(path, task="sequence", **source):
+    with pytest.raises(DataError) as caught:
+        read(path, task, **source)
+    return caught.value
+
+
+def predicted(path, task="sequence", **options):
+    """Return (line, text or code) of each row that prediction sees."""
+    found = TextFile(path, task, **options)
+    return [(line_number(one.where), one.text if isinstance(one, Example) else one.code) for one in found]
+
+
+# -- every row once --
+
+
+@pytest.mark.parametrize("row", [6, 500, 1000])
+@pytest.mark.parametrize("quote", ['"hola {},x', 'hola {},"x', '"hola" {},x', '"hola {}"",x'])
+def test_a_stray_quote_spoils_its_own_row_only(write, row, quote):
+    rows = [f'"uno, dos {n}",x' if n % 3 == 0 else f"hola {n},x" for n in range(1, 1001)]
+    rows[row - 1] = quote.format(row)
+    found = predicted(write("a.csv", "\n".join(["text,label", *rows]) + "\n"))
+    assert [line for line, _ in found] == list(range(2, 1002))
+    assert [n for n, (_, text) in enumerate(found, start=1) if text == "not-csv"] == [row]
+    assert refused(write("b.csv", "\n".join(["text,label", *rows]))).fields["where"].endswith(f":{row + 1}")
+
+
+def test_two_stray_quotes_do_not_join_the_rows_between(write):
+    rows = ['"uno,x', "dos,x", "tres,y", "cuatro,x", 'cinco",y', '"a\nb, c\nd",x', "seis,x"]
+    found = predicted(write("a.csv", "\n".join(["text,label", *rows])))
+    assert found == [
+        (2, "not-csv"),
+        *[(3, "dos"), (4, "tres"), (5, "cuatro")],
+        *[(6, 'cinco"'), (7, "a\nb, c\nd"), (10, "seis")],
+    ]
+
+
+def test_a_quote_that_is_never_closed_is_looked_for_in_bounded_memory(write, monkeypatch):
+    monkeypatch.setattr(tables, "LONGEST", 1000)
+    rows = [f"row {number} of a long file" for number in range(20_000)]
+    source = TextFile(write("a.csv", "\n".join(["text", '"open', *rows])), "sequence")
+    stream = iter(source)
+    assert isinstance(next(stream), Unreadable)
+    assert source.done < source.total / 3
+    assert [one.text for one in stream] == rows
+
+
+def test_a_cell_of_any_length_is_one_cell(write):
+    long = "uno\n" * 100_000
+    before = csv.field_size_limit()
+    assert predicted(write("a.csv", f'text,id\n"{long}",1\ndos,2\n')) == [(2, long), (100_003, "dos")]
+    assert predicted(write("a.tsv", f"text\tid\n{long[:-1].replace(chr(10), ' ')}\t1\n"))[0][0] == 2
+    assert csv.field_size_limit() == before
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.txt", "a.jsonl"])
+def test_blank_rows_have_their_line_in_predictions(write, name):
+    row = '{"text": "hola que tal"}' if name == "a.jsonl" else "hola que tal"
+    head = ["text"] if name[-2:] == "sv" else []
+    found = predicted(write(name, "\n".join([*head, "", row, "", "", row, ""]) + "\n"))
+    first = len(head) + 1
+    assert [line for line, _ in found] == list(range(first, first + 6))
+    assert [line for line, text in found if text == "hola que tal"] == [first + 1, first + 4]
+
+
+cell = st.text(st.characters(exclude_categories=("Cs",)), max_size=12) | st.sampled_from(['"', '""', ",", "\n", "\0"])
+
+
+@given(rows=st.lists(st.tuples(cell, cell), max_size=6), odd=st.integers(0, 40), separator=st.sampled_from(",\t"))
+def test_whatever_is_in_a_table_each_line_is_in_one_row(rows, odd, separator):
+    sink = io.StringIO(newline="")
+    csv.writer(sink, delimiter=separator).writerows([("text", "label"), *rows])
+    text = sink.getvalue()
+    text = text[:odd] + '"' + text[odd:]
+    lines = list(io.StringIO(text, newline="\n"))
+    found = [taken for taken, _ in tables.records(iter(lines), separator)]
+    assert [line for taken in found for line in taken] == lines
+
+
+@given(
+    rows=st.lists(st.tuples(cell, cell), min_size=1, max_size=6),
+    form=st.sampled_from([(".csv", ","), (".csv", ";"), (".tsv", "\t")]),
+    quoting=st.sampled_from([csv.QUOTE_ALL, csv.QUOTE_MINIMAL, csv.QUOTE_NONNUMERIC]),
+    encoding=st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "utf-16-le"]),
+    end=st.sampled_from(["\n", "\r\n"]),
+)
+def test_what_csv_and_pandas_write_is_read(tmp_path_factory, rows, form, quoting, encoding, end):
+    assume(form[1] != ";" or not any(mark in text for row in rows for text in row for mark in ",\t|"))  # ambiguous
+    path = tmp_path_factory.mktemp("table") / f"train{form[0]}"
+    with path.open("w", encoding=encoding, newline="") as file:
+        writer = csv.writer(file, delimiter=form[1], lineterminator=end, quoting=quoting)
+        writer.writerows([("text", "label"), *rows, ('needs "quotes"', "x"), ("plain", "y")])
+    found = predicted(path, text_column="text")
+    expected = [*(text for text, _ in rows), 'needs "quotes"', "plain"]
+    assert [text for _, text in found] == [text if text.strip() else "unreadable" for text in expected]
+
+
+# -- header, separator, quotes --
+
+COLA = "src04\t1\t\tThey went home.\nsrc04\t0\t*\tThey home went.\nsrc05\t1\t\tIt rains.\n"
+
+
+def test_without_a_header_the_first_row_is_data(write):
+    path = write("a.tsv", COLA)
+    columns = {"text_column": 3, "label_column": 1}
+    found, decided = read(path, **columns)
+    assert [example.label for example in found] == ["1", "0", "1"]
+    assert decided == {"header": "none"}
+    assert len(read(path, **columns, header=True)[0]) == 2
+    assert read(path, **columns, header=False)[1] == {}
+    error = refused(path)
+    assert (error.code, error.fields["columns"]) == ("column", tuple(f"column {n}" for n in range(4)))
+    assert "data.header" in str(error)
+    assert predicted(path, text_column="3")[0] == (1, "They went home.")
+
+
+@pytest.mark.parametrize(
+    ("first", "choice"),
+    [("text,label", None), ("hola,pos", "none"), ("frase,clase", "the first row"), ("hola,1", "none")],
+)
+def test_auto_decides_from_names_and_cells(write, first, choice):
+    path = write("a.csv", f"{first}\nuno,pos\ndos,neg\ntres,pos\n")
+    found, decided = read(path, text_column=0, label_column=1)
+    assert len(found) == 3 + (choice == "none")
+    assert decided.get("header") == choice
+
+
+def test_decisions_on_the_form_are_reported(write, tmp_path):
+    for name in ("train", "dev", "test"):
+        write(f"{name}.csv", "".join(f"{name} {n};{'pn'[n % 2]}\n" for n in range(8)))
+    config = DataConfig(path=str(tmp_path), task="sequence", text_column=0, label_column=1)
+    report = load_corpus(config, seed=1).report
+    expected = [f"{what} of {name}.csv" for name in ("train", "dev", "test") for what in ("separator", "header")]
+    assert [decision.what for decision in report.decisions] == expected
+    assert json.loads(json.dumps(report.to_dict()))["splits"]["test"]["texts"] == 8
+
+
+@pytest.mark.parametrize("separator", [";", "|", "\t"])
+def test_other_separators_in_csv(write, separator):
+    path = write("a.csv", separator.join(["text", "label"]) + f'\n"qué, bien"{separator}x\n3,5 veces{separator}y\n')
+    assert pairs(path) == [("qué, bien", "x"), ("3,5 veces", "y")]
+
+
+def test_quotes_of_pandas_go_and_quotes_of_posts_stay(write):
+    written = 'text\tlabel\nplain\tx\n"she said ""hi"""\ty\n"two\nlines"\tx\n'
+    assert pairs(write("a.tsv", written)) == [("plain", "x"), ('she said "hi"', "y"), ("two\nlines", "x")]
+    for post in ('"a quotation"', 'it\'s "all" fine"', '"half open', '""twice""'):
+        assert pairs(write("b.tsv", f'text\tlabel\n{post}\tx\n"another"\ty\n')) == [(post, "x"), ('"another"', "y")]
+
+
+# -- a word in each row --
+
+WORDS = [(("Das", "ist", "nice"), ("2", "2", "1")), (("ok",), ("1",))]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv", "sent,word,tag\n1,Das,2\n1,ist,2\n1,nice,1\n2,ok,1\n"),
+        ("b.csv", "Das,2\nist,2\nnice,1\n<EOS>,<EOS>\nok,1\n<EOS>,<EOS>\n"),
+        ("c.csv", "word,tag\nDas,2\nist,2\nnice,1\n,\nok,1\n"),
+        ("d.csv", 'start,word,tag\n"T: 1",Das,2\n,ist,2\n,nice,1\n"T: 2",ok,1\n'),
+        ("e.tsv", "Das\t2\nist\t2\nnice\t1\n\nok\t1\n"),
+        (
+            "f.jsonl",
+            "".join(
+                json.dumps({"id": n, "word": w, "tag": 2 - (w in "nice ok")}) + "\n"
+                for n, w in [(0, "Das"), (0, "ist"), (0, "nice"), (1, "ok")]
+            ),
+        ),
+    ],
+)
+def test_rows_with_a_word_each_are_joined(write, name, content):
+    path = write(name, content)
+    assert pairs(path, "token") == WORDS
+    assert read(path, "token")[1]["texts"] == "one word a row"
+    assert [text for _, text in predicted(path, "token")] == [words for words, _ in WORDS]
+
+
+def test_words_without_their_texts_are_refused_with_the_key(write):
+    alone = write("a.csv", "words,tags\nhola,x\nok,y\n")
+    assert refused(alone, "token").code == "word-per-row"
+    assert [text for _, text in predicted(alone, "token")] == [("hola",), ("ok",)]
+    again = write("b.csv", "doc,sent,words,tags\nA,1,a,x\nA,1,b,x\nA,2,c,x\nB,1,d,y\nB,1,e,y\n")
+    error = refused(again, "token")
+    assert error.fields["columns"] == ("doc", "sent")
+    assert "data.group_column" in str(error)
+    assert [text for text, _ in pairs(again, "token", group_column="sent")] == [("a", "b"), ("c",), ("d", "e")]
+    assert refused(again, text_column="words", label_column="tags", group_column="sent").code == "column"
+    assert pairs(write("c.csv", 'words,tags\n"[""hola""]",x\n"[""ok""]",y\n'), "token")[0] == (("hola",), ("x",))
+
+
+def test_an_empty_word_is_named_at_its_line(write):
+    for name, content in (("a.conll", "yes\tx\n\tO\nno\tx\n\n"), ("b.csv", "id,word,tag\n1,yes,x\n1,,O\n2,no,x\n")):
+        error = refused(path := write(name, content), "token")
+        assert (error.code, error.fields["where"]) == ("empty-word", f"{path}:{3 if name == 'b.csv' else 2}")
+    assert refused(write("c.jsonl", '{"words": ["a", ""], "tags": ["x", "y"]}\n'), "token").code == "empty-word"
+    found, decided = read(write("d.conll", "# sent_enum = 1 pos\nyes\tx\n\tO\nno\tx\n"))
+    assert (found[0].text, decided) == ("yes no", {"empty words": "left out"})
+
+
+def test_documents_of_conll_2003_begin_without_a_text(write):
+    path = write("a.conll", "-DOCSTART- -X- O\n\nEU NNP B-ORG\n\n-DOCSTART- -X- O\n\nok RB O\n-DOCSTART- NNP O\n")
+    assert [text for text, _ in pairs(path, "token")] == [("EU",), ("ok", "-DOCSTART-")]
+
+
+# -- encodings and other kinds of file --
+
+TABLE = "text\tlabel\nhola ñandú “qué”\tx\nदिल्ली 😀\ty\n"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32", "utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_encodings_and_line_ends(write, encoding, end):
+    content = TABLE.replace("दिल्ली 😀", "adiós 😀").replace("\n", end)
+    assert pairs(write("a.tsv", content, encoding)) == [("hola ñandú “qué”", "x"), ("adiós 😀", "y")]
+    words = write("a.conll", end.join(["me\tx", "too\ty", "", "ok\tx", ""]), encoding)
+    assert [text for text, _ in pairs(words, "token")] == [("me", "too"), ("ok",)]
+
+
+def test_windows_1252_is_recognised(write):
+    path = write("a.tsv", "text\tlabel\nhola “qué”\tx\n", "cp1252")
+    error = refused(path)
+    assert (error.code, error.fields["where"]) == ("not-utf8", f"{path}:2")
+    assert "'“'" in str(error)
+    assert "iconv -f cp1252" in str(error)
+    assert predicted(path) == [(2, "not-unicode")]
+
+
+def zipped(name):
+    with zipfile.ZipFile(sink := io.BytesIO(), "w") as archive:
+        archive.writestr(name, TABLE)
+    return sink.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [(zipped("xl/workbook.xml"), "Office"), (zipped("a.csv"), "zip"), (gzip.compress(TABLE.encode()), "gzip")],
+)
+@pytest.mark.parametrize("ending", [".csv", ".xlsx", ".zip", ".conll"])
+def test_workbooks_and_archives_are_called_what_they_are(write, content, kind, ending):
+    path = write(f"train{ending}", content)
+    error = refused(path)
+    assert error.code == "not-text"
+    assert kind in error.fields["kind"]
+    assert "iconv" not in str(error)
+    assert refused(path.parent).code == "not-text"
+    assert find_files(str(path.parent), "train") == [path]
+
+
+# -- never a traceback --
+
+
+@pytest.mark.parametrize("damage", range(12))
+def test_a_damaged_parquet_file_is_one_error(tmp_path, damage):
+    path = tmp_path / "train.parquet"
+    pq.write_table(pa.table({"text": [f"hola {n}" for n in range(500)], "label": ["x", "y"] * 250}), path)
+    data = bytearray(path.read_bytes())
+    start = damage * len(data) // 12
+    data[start : start + 40] = b"\xff" * 40
+    path.write_bytes(data)
+    with contextlib.suppress(DataError):
+        assert len(read(path)[0]) == 500
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.csv", "a.tsv", "a.jsonl", "a.json", "a.conll", "a.conllu", "a.parquet"])
+@given(content=st.binary(max_size=200) | st.binary(max_size=60).map(b'text\tlabel\n"'.__add__))
+def test_odd_bytes_are_read_or_refused(tmp_path_factory, name, content):
+    path = tmp_path_factory.mktemp("odd") / name
+    path.write_bytes(content)
+    for task in ("sequence", "token"):
+        for attempt in (lambda task: read(path, task), lambda task: list(TextFile(path, task))):
+            try:
+                attempt(task)
+            except TokmaskError as error:
+                str(error).encode()
+
+
+@pytest.mark.parametrize("row", [{"text": "half \ud83d", "label": "x"}, {"text": "a", "label": "\ud83d"}])
+def test_half_a_character_is_refused(write, row):
+    path = write("a.jsonl", json.dumps(row) + "\n")
+    assert (refused(path).code, refused(path).fields["where"]) == ("not-unicode", f"{path}:1")
+
+
+def test_labels_of_5000_digits_are_labels(write, tmp_path):
+    for name in ("train", "dev", "test"):
+        write(f"{name}.csv", "text,label\n" + "".join(f"{name} {n},{'9' * 5000 if n % 2 else 1}\n" for n in range(8)))
+    assert load_corpus(DataConfig(path=str(tmp_path), task="sequence"), seed=1).labels == ("1", "9" * 5000)
+
+
+def test_what_a_reader_does_not_expect_is_an_error_with_the_file(write, monkeypatch):
+    path = write("a.csv", "text,label\na,x\n")
+
+    def broken(*_):
+        raise RuntimeError("surprise")
+
+    monkeypatch.setattr(tables, "cells_of", broken)
+    assert (refused(path).code, refused(path).fields["file"]) == ("unreadable-file", str(path))
+
+
+def test_a_text_whose_first_word_is_malformed_keeps_its_place(write):
+    path = write("a.conll", "hola x\n\na b c\nd x\n\nok x\n")
+    for task in ("sequence", "token"):
+        assert [line for line, _ in predicted(path, task)] == [1, 3, 6]
+        assert predicted(path, task)[1] == (3, "column-count")
