@@ -105,10 +105,8 @@ def _is_whole(path: Path) -> bool:
     """Return whether a file of weights or states is as long as it says, and a folder of shards is not empty."""
     from safetensors import safe_open
 
-    if not (path.is_file() or path.is_dir()):  # a pipe
-        return False
     try:
-        if not path.is_file():
+        if not path.is_file():  # or a pipe
             return path.is_dir() and any(path.iterdir())
         if path.suffix == ".safetensors":
             with safe_open(path, "numpy"):
@@ -250,11 +248,7 @@ class Result:
 
     @classmethod
     def from_dict(cls, found: Mapping[str, Any]) -> Self:
-        """Read what `to_dict` returned, of another version too: unknown keys are ignored.
-
-        Raises:
-            ValidationError: the scores or the labels are missing, or a value is of another type.
-        """
+        """Read what `to_dict` returned, of another version too; ValidationError if scores, labels or a type are off."""
         return TypeAdapter(cls).validate_python(dict(found))
 
     @classmethod

@@ -68,7 +68,8 @@ def test_the_classifier_scores_as_the_run(run, data_folder, task):
     about = json.loads((done.folder.adapter / "tokmask.json").read_text())
     assert about["calibration"] == calibration
     expected = {"max_length": 64, "package": None, "revision": None, "quantization": "none", "precision": "fp32"}
-    assert about["loading"] == {**expected, "embedding": "resident"}
+    assert about["loading"] | {**expected, "embedding": "resident"} == about["loading"]
+    assert (about["loading"]["scaling"], len(about["loading"]["weights"])) == (8.0, 2)
 
     classifier = tokmask_peft.load(done.folder.root)
     assert classifier.temperature == calibration["temperature"]

@@ -42,6 +42,9 @@ def test_every_line_of_every_tsv_is_a_row(data):
         found = rows(path)
         assert len(found) == len([line for line in lines[1:] if line]), path
         texts = [line.decode().split("\t")[0] for line in lines[1:] if line]
+        marked = [text for text in texts if '"' in text]
+        if all(re.fullmatch('"([^"]|"")*"', text) for text in marked):  # a writer's quotes
+            texts = [text[1:-1].replace('""', '"') if text in marked else text for text in texts]
         assert [e.text for e in found] == texts, path
 
 
@@ -74,7 +77,7 @@ def test_lince_language_tags(data):
     ("language", "figures"),
     [
         ("twi", {"train_in_test": 195, "test_shared": 195, "train_near_test": 3, "conflicting": 87}),
-        ("kin", {"train_in_test": 27, "train_near_test": 3}),
+        ("kin", {"train_in_test": 28, "train_near_test": 2}),
         ("tso", {"train_in_test": 0, "train_in_validation": 0, "duplicates": 0}),
         ("swa", {"train_in_test": 1, "test_shared": 1}),
     ],

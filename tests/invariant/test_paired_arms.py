@@ -28,7 +28,7 @@ name: paired
 output_dir: {folder / "runs"}
 model: {{backbone: "{folder / "backbone"}", quantization: none, precision: fp32}}
 adapter: {{r: 4}}
-data: {{task: sequence, path: "{folder}", format: tsv, max_length: 64}}
+data: {{task: sequence, path: "{folder}", format: tsv, max_length: 64, hygiene: report}}
 training: {{epochs: 2, batch_size: 8, baseline: false}}
 """)
     return path
@@ -50,7 +50,9 @@ def train_arms(recipe, tmp_path, monkeypatch):
 
     seen = SimpleNamespace()
     monkeypatch.setattr(OrderedEvalTrainer, "training_step", watching)
-    monkeypatch.setattr(training, "save_adapter_folder", lambda *_: None)  # what a run leaves does not matter here
+    monkeypatch.setattr(
+        training, "save_adapter_folder", lambda folder, *_: folder.mkdir()
+    )  # what a run leaves does not matter here
 
     def train(*overrides, **axes):
         nonlocal seen

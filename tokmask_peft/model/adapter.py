@@ -193,7 +193,7 @@ def load_adapter(
         config.inference_mode, config.base_model_name_or_path = True, None  # PEFT warns if the backbone's name differs
         with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, "pt") as file:
             saved = max((max(file.get_slice(name).get_shape(), default=0) for name in file.keys()), default=0)  # noqa: SIM118
-        if (rank := max([config.r, *config.rank_pattern.values()])) > saved:  # before it takes memory
+        if (rank := max([config.r, *config.rank_pattern.values()])) > max(saved, 1024):  # before it takes memory
             message = f"adapter_config.json in {folder} says rank {rank}, which its weights do not have"
             raise ModelError(message, code="adapter-does-not-fit", folder=folder, rank=rank)
         model = get_peft_model(backbone.model, config)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -94,8 +96,10 @@ def load_backbone(
         if isinstance(error, ModelError) or out_of_memory(error):
             raise
         raise load_error("backbone", location, error) from error
-    rows, largest = getattr(model.get_input_embeddings(), "num_embeddings", None), max(tokenizer.get_vocab().values())
-    if rows is not None and largest >= rows:
+    rows, largest = math.inf, max(tokenizer.get_vocab().values())
+    with contextlib.suppress(NotImplementedError):  # CANINE hashes letters instead
+        rows = getattr(model.get_input_embeddings(), "num_embeddings", math.inf)
+    if largest >= rows:
         problem = f"the tokenizer of {location} has ids up to {largest}, but the embedding has {rows} rows"
         remedy = "save the backbone again after model.resize_token_embeddings, or with the tokenizer it came with"
         raise ModelError(f"{problem}: {remedy}", code="tokenizer-too-large", largest=largest, rows=rows)

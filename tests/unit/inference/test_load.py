@@ -301,7 +301,7 @@ def test_a_pipe_among_the_files_is_refused(copied):
     os.mkfifo(folder / "tokenizer.json")
     with pytest.raises(ModelError) as caught:
         load(folder)
-    assert (caught.value.code, caught.value.fields["files"]) == ("not-a-file", ["tokenizer.json"])
+    assert (caught.value.code, caught.value.fields["path"]) == ("not-a-file", folder / "tokenizer.json")
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_refused(copied, tmp_path):

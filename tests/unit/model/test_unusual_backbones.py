@@ -52,7 +52,7 @@ def test_a_model_that_pools_the_last_position_is_padded_on_the_left(load, precis
     backbone = load("XLNet", precision=precision)
     assert backbone.tokenizer.padding_side == "left"
     assert "left" in {decision.choice for decision in backbone.decisions if decision.what == "padding"}
-    windows = Encoder(backbone.tokenizer, "sequence", 64).windows(TEXTS)
+    windows = list(Encoder(backbone.tokenizer, "sequence", 64).windows(TEXTS))
     forward = Forward(backbone.model.eval(), backbone.tokenizer.pad_token_id, "sequence", backbone.dtype, "left")
     together, alone = forward.logits(windows, 8), forward.logits(windows, 1)
     for one, other in zip(together, alone, strict=True):

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tiny_models import real_tokenizer
+from tiny_models import real_tokenizer, tiny_tokenizer
 from transformers import AutoConfig, AutoModel
 
 from tokmask_peft.data.batches import PackedCollator
@@ -41,12 +41,11 @@ def save_random(config: Any, tokenizer: Any, folder: Path, dtype: torch.dtype) -
 
 def save_real(name: str, layers: int, precision: str, folder: Path) -> tuple[Any, torch.dtype]:
     """Save a backbone of a real shape with random weights and few layers; return its config and dtype."""
-    tokenizer = real_tokenizer(name)
-    config = with_layers(AutoConfig.from_pretrained(tokenizer.name_or_path, num_labels=3), layers)
-    # no answer hangs on the rows of the embedding, which take time to make
+    config = with_layers(AutoConfig.from_pretrained(real_tokenizer(name).name_or_path, num_labels=3), layers)
+    # no answer depends on the rows of the embedding, which take time to make
     config.vocab_size, config.pad_token_id, config.bos_token_id, config.eos_token_id = 500, 0, None, None
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    save_random(config, tokenizer, folder, dtype)
+    save_random(config, tiny_tokenizer("wordpiece"), folder, dtype)
     return config, dtype
 
 

@@ -84,7 +84,7 @@ CHECKPOINTED = {"gradient_checkpointing": True}
         (20_000, 8, PACKED, {"precision": "bf16", **CHECKPOINTED}),
         # more than the peak with the three layers that are counted, less than that with sixteen
         (62_000, 16, Shape.padded(48, 32), {"precision": "fp32", **CHECKPOINTED}),
-        (50, 8, PADDED, {"precision": "fp32"}),
+        (340, 8, PADDED, {"precision": "fp32"}),
     ],
 )
 def test_a_trained_mask_row_takes_a_copy_of_the_embedding(rows, layers, shape, model, tmp_path):
