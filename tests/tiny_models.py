@@ -203,3 +203,9 @@ def real_tokenizer(name: str) -> Any:
     if not folder or not (Path(folder) / name).is_dir():
         pytest.skip(f"TOKMASK_TOKENIZERS names no folder with {name}")
     return AutoTokenizer.from_pretrained(Path(folder) / name)
+
+
+def assert_typical(row: torch.Tensor, used: torch.Tensor) -> None:
+    """Assert that an embedding row has the mean direction and the median norm of the rows in use."""
+    mean = used.mean(dim=0)
+    torch.testing.assert_close(row, mean * used.norm(dim=1).median() / mean.norm())

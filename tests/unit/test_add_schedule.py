@@ -74,4 +74,4 @@ def test_a_recipe_names_it():
     with pytest.raises(RecipeError) as refused:
         load_recipe("quickstart", ["masking.schedule=while_it_lerns"])
     (line,) = refused.value.problems
-    assert "'warmup' or 'while_it_learns'. Did you mean 'while_it_learns'?" in line
+    assert "or 'while_it_learns'. Did you mean 'while_it_learns'?" in line

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import TrainerCallback
 from transformers import TrainerControl as Control
 from transformers import TrainerState as State
@@ -18,6 +19,7 @@ from tokmask_peft.errors import MaskTokenError
 from tokmask_peft.masking.config import TokenMaskConfig
 from tokmask_peft.masking.masker import TokenMasker
 from tokmask_peft.masking.replacement import MaskToken
+from tokmask_peft.masking.schedule import Answers, Schedule
 
 _TRL = ("SFTConfig", "RewardConfig", "PRMConfig", "CPOConfig", "ORPOConfig")
 """TRL's trainers, by their arguments, of which each loss comes from one forward: one pattern masks all it compares."""
@@ -54,6 +56,7 @@ class TokenMaskCallback(TrainerCallback, ExportableState):
         self.masker: TokenMasker | None = None  # of the current training
         self._schedule = self.config.make_schedule()
         self._steps = 0
+        self._seen: Tensor | None = None
 
     def add_to(self, trainer: Any) -> None:
         """Join a trainer ahead of its trackers; behind them, where it puts callbacks, they miss `masking_rate`."""
@@ -93,15 +96,25 @@ class TokenMaskCallback(TrainerCallback, ExportableState):
         if not masker.attached:
             message = "another masker was attached during training: give the Trainer one TokenMaskCallback only"
             raise MaskTokenError(message, code="masker-replaced")
-        masker.rate = self._schedule.rate(state.global_step / max(state.max_steps, 1))
-        masker.step = state.global_step * args.gradient_accumulation_steps
-        masker.enabled = True
+        masker.rate, masker.step = self.upcoming(args, state)
+        masker.enabled, self._seen = True, None
+
+    def upcoming(self, args: Arguments, state: State) -> tuple[float, int]:
+        """Return the rate of the coming optimizer step and the number of its first training forward."""
+        rate = self._schedule.rate(state.global_step / max(state.max_steps, 1))
+        return rate, state.global_step * args.gradient_accumulation_steps
+
+    @property
+    def schedule(self) -> Schedule:
+        """The schedule of the current training, or of the next."""
+        return self._schedule
 
     def on_step_end(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
-        """Switch masking off.
+        """Switch masking off, and show the step's answers to the schedule.
 
         Raises:
-            MaskTokenError: the first step looked up no ids where the masker is, so nothing was masked.
+            MaskTokenError: the first step looked up no ids where the masker is, so nothing was masked; or the schedule
+                reacts to answers, and this trainer reports none (`observe`).
         """
         self._steps += 1
         if self.masker is None:
@@ -112,6 +125,17 @@ class TokenMaskCallback(TrainerCallback, ExportableState):
             why = "no training forward looked up ids in the input embedding"
             remedy = "Call the model with input_ids instead of inputs_embeds, use another backbone, or set p to 0"
             raise MaskTokenError(f"token masking masked nothing: {why}. {remedy}", code="masked-nothing")
+        if self._schedule.reacts:
+            if self._seen is None:
+                name = self.config.schedule
+                why = f"masking.schedule: {name} needs the answers of every step, and this trainer reports none"
+                remedy = "train from a recipe, or take another schedule"
+                raise MaskTokenError(f"{why}: {remedy}", code="no-answers", schedule=name)
+            self._schedule.observe_step(Answers(*self._seen.tolist()))
+
+    def observe(self, answers: Tensor) -> None:
+        """Take in the answers of a training forward, in the order of `Answers`, summed over processes, [6, classes]."""
+        self._seen = answers if self._seen is None else self._seen + answers
 
     def on_log(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
         """Show the logged values to the schedule, and add the masking rate to those of training."""

@@ -61,20 +61,41 @@ class TokenMaskConfig(Section):
 
     p: Rate = Field(0.1, description="masking rate: the share of tokens that are masked in training; 0 is off")
     schedule: Annotated[str, NameIn(SCHEDULES)] = Field(
-        "constant", description="how the rate moves; warmup is a linear rise over the first tenth unless `end` is set"
+        "constant",
+        description="how the rate moves; warmup is a linear rise over the first tenth unless `end` is set; overfit, "
+        "gap and ready react to the training, with p as the highest rate",
     )
     p_start: Rate = Field(0.0, description="the rate before `begin` (linear, cosine, warmup)")
     begin: Share = Field(0.0, description="share of training at which the rate leaves p_start")
     end: Share | None = Field(None, description="share of training at which the rate reaches p (default 1, warmup 0.1)")
-    unit: Literal["token", "word", "span"] = Field(
-        "token", description="what is masked as a whole: a sub-token, a word, or span_length consecutive words"
+    target: float | None = Field(
+        None,
+        gt=0,
+        description="what a controller aims at: overfit, accuracy on unmasked texts (default 0.9); gap, how much "
+        "higher the loss of masked texts is, as a share (0.25); ready, accuracy on masked texts of a class (0.6)",
+    )
+    share: Share = Field(1.0, gt=0, description="share of the texts that are masked at all; the others stay whole")
+    per_text: Literal["fixed", "uniform"] = Field(
+        "fixed", description="uniform: each text draws a rate of its own, from 0 to twice the rate"
+    )
+    unit: Literal["token", "word", "span", "continuation"] = Field(
+        "token",
+        description="what is masked as a whole: a sub-token, a word, or span_length consecutive words; continuation: "
+        "only sub-tokens that do not begin a word, so that no word is hidden whole",
     )
     span_length: int = Field(3, ge=1, description="words in a span (unit: span)")
-    replace: Annotated[str, NameIn(REPLACEMENTS)] = Field("token", description="what replaces a masked token")
+    replace: Annotated[str, NameIn(REPLACEMENTS)] = Field(
+        "token",
+        description="what happens to a masked token: token, it becomes the mask token; random, another token of the "
+        "vocabulary; drop, it leaves the text, and the others keep their positions",
+    )
+    score_masked: StrictBool = Field(
+        True, description="whether words whose first sub-token is masked count in the loss; dropped ones never do"
+    )
     mask_token: Literal["auto", "mask", "spare", "unk"] | TokenId = Field(
         "auto",
-        description="auto takes the tokenizer's mask token; if it has none, a spare embedding row set to the mean "
-        "embedding; if there is none, the unknown token. Or name one of these, or give a token id",
+        description="auto takes the tokenizer's mask token if its embedding row was trained; otherwise the unknown "
+        "token, likewise; otherwise a spare embedding row. Or name one of these, or give a token id",
     )
     trainable_mask: StrictBool = Field(False, description="train the mask token's embedding row (saved in the adapter)")
     protect: tuple[TokenId, ...] = Field((), description="further token ids that are never masked")
@@ -83,11 +104,15 @@ class TokenMaskConfig(Section):
     @model_validator(mode="after")
     def _makes_a_schedule(self) -> Self:
         self.make_schedule()
+        if self.per_text == "uniform" and max(self.p, self.p_start) > 0.5:
+            raise ValueError("per_text: uniform draws rates up to twice the rate, so p and p_start must be at most 0.5")
+        if self.schedule in ("overfit", "gap") and self.share == 1.0:
+            raise ValueError(f"schedule: {self.schedule} compares masked texts with unmasked ones: set share below 1")
         return self
 
     def make_schedule(self) -> Schedule:
         """Return a new schedule, at the start of its training."""
-        return SCHEDULES[self.schedule](self.p, self.p_start, self.begin, self.end)
+        return SCHEDULES[self.schedule](self.p, self.p_start, self.begin, self.end, self.target)
 
     @property
     def is_off(self) -> bool:

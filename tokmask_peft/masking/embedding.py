@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tokmask_peft.errors import MaskTokenError
-from tokmask_peft.masking.replacement import MaskToken, used_rows
+from tokmask_peft.masking.replacement import MaskToken, choose_mask_token, used_rows
 
 SEQUENCE_FIRST = ("xlnet",)
 """Model types that look up their ids as [seq, batch]."""
@@ -138,28 +139,88 @@ def is_in_adapter(embedding: nn.Module, token_id: int) -> bool:
     return adapter is not None and any(token_id in rows for rows in adapter.token_indices.values())
 
 
-@torch.no_grad()
-def prepare_mask_row(embedding: nn.Module, mask_token: MaskToken, tokenizer: Any) -> Tensor | None:
-    """Set the row of a spare mask token to the mean of the rows that tokens use; other mask tokens have a row already.
+@dataclass(frozen=True)
+class UsedRows:
+    """What is typical of the rows that the tokenizer uses; in fp32."""
 
-    Nothing is written if the adapter has its own copy of the row, so call this before PEFT wraps the embedding for
+    mean: Tensor  # [hidden]
+    norms: Tensor  # [used]
+    distances: Tensor  # of each row from the mean, [used]
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, embedding: nn.Module, tokenizer: Any) -> UsedRows:
+        """Read the rows, in chunks: an fp32 copy of the whole matrix may not fit."""
+        weight = embedding_weight(embedding)
+        used, size = min(used_rows(tokenizer), weight.shape[0]), 8192
+        chunks = [(first, min(first + size, used)) for first in range(0, used, size)]
+        mean = torch.zeros(weight.shape[1], dtype=torch.float32, device=weight.device)
+        for chunk in chunks:
+            mean += read_rows(embedding, *chunk).sum(dim=0, dtype=torch.float32) / used
+        norms, distances = [], []
+        for chunk in chunks:
+            rows = read_rows(embedding, *chunk).float()
+            norms.append(rows.norm(dim=1))
+            distances.append((rows - mean).norm(dim=1))
+        return cls(mean, torch.cat(norms), torch.cat(distances))
+
+    def illness(self, token_id: int) -> str | None:
+        """Return why a row was probably never trained, or None.
+
+        Training moves rows away from where they began, near 0. A row is ill if less than 1% of the used rows have a
+        smaller norm, and less than 1% are nearer to the mean row. Such a row is not a neutral input: MiniLM's [MASK]
+        has the smallest norm of all 30,522 rows, and moves the encoder's output more than a random word does.
+        """
+        smaller, nearer = ((of < of[token_id]).float().mean().item() for of in (self.norms, self.distances))
+        if smaller >= 0.01 or nearer >= 0.01:
+            return None
+        norm, usual = self.norms[token_id].item(), self.norms.median().item()
+        return f"its embedding row was never trained (norm {norm:.3f}; the median of all rows is {usual:.3f})"
+
+    def typical(self) -> Tensor:
+        """Return a row in the direction of the mean with the median norm, [hidden]."""
+        return self.mean * (self.norms.median() / self.mean.norm().clamp(min=torch.finfo(torch.float32).tiny))
+
+
+def find_mask_token(embedding: nn.Module, tokenizer: Any, wanted: Any = "auto", *, trained: bool = False) -> MaskToken:
+    """Choose the mask token as `choose_mask_token` does; `auto` passes over ill rows unless they will be `trained`.
+
+    Raises:
+        MaskTokenError: there is no usable mask token.
+    """
+    weight = embedding_weight(embedding)
+    whole_here = weight.dim() == 2 and weight.shape[0] >= used_rows(tokenizer)  # not in ZeRO-3 and FSDP 1
+
+    def illness(token_id: int) -> str | None:
+        return UsedRows.of(embedding, tokenizer).illness(token_id) if whole_here and not trained else None
+
+    return choose_mask_token(tokenizer, weight.shape[0], wanted, illness)
+
+
+@torch.no_grad()
+def prepare_mask_row(
+    embedding: nn.Module, mask_token: MaskToken, tokenizer: Any, *, trained: bool = False
+) -> Tensor | None:
+    """Give the row of the mask token the mean direction and the median norm of the used rows, if it needs it.
+
+    A spare row does, and so does one that is going to be trained but starts ill (`UsedRows.illness`). Nothing is
+    written if the adapter has its own copy of the row, so call this before PEFT wraps the embedding for
     `trainable_token_indices`, which copies the row at that moment. Returns the row as it was, [hidden], to be restored
     with `write_row`, or None if nothing was written.
 
     Raises:
         MaskTokenError: the matrix is not available as a whole (sharded by ZeRO-3 or FSDP 1).
     """
-    if mask_token.kind != "spare" or is_in_adapter(embedding, mask_token.id):
+    if not (mask_token.kind == "spare" or trained) or is_in_adapter(embedding, mask_token.id):
         return None
     weight = embedding_weight(embedding)
     if weight.dim() != 2 or weight.shape[0] <= mask_token.id:
         problem = f"the embedding has shape {list(weight.shape)} here, so row {mask_token.id} cannot be written"
         remedy = "attach before the model is sharded, or choose mask_token: unk"
         raise MaskTokenError(f"{problem}: {remedy}", code="mask-row-sharded")
-    used = min(used_rows(tokenizer), weight.shape[0])
+    used = UsedRows.of(embedding, tokenizer)
+    if mask_token.kind != "spare" and used.illness(mask_token.id) is None:
+        return None
     original = read_rows(embedding, mask_token.id, mask_token.id + 1)[0].clone()
-    total = torch.zeros(weight.shape[1], dtype=torch.float32, device=weight.device)
-    for first in range(0, used, 8192):  # in chunks: an fp32 copy of the whole matrix may not fit
-        total += read_rows(embedding, first, min(first + 8192, used)).sum(dim=0, dtype=torch.float32)
-    write_row(embedding, mask_token.id, total / used)
+    write_row(embedding, mask_token.id, used.typical())
     return original

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import math
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Self
 
@@ -23,7 +24,7 @@ from tokmask_peft.errors import MaskTokenError
 from tokmask_peft.masking import embedding as rows_of
 from tokmask_peft.masking import pattern
 from tokmask_peft.masking.config import TokenMaskConfig
-from tokmask_peft.masking.replacement import REPLACEMENTS, MaskToken, choose_mask_token
+from tokmask_peft.masking.replacement import REPLACEMENTS, MaskToken
 
 if TYPE_CHECKING:  # the masker needs no NumPy
     import numpy as np
@@ -44,24 +45,26 @@ class TokenMasker:
         enabled: if False, nothing is masked and no steps are counted; the callback sets it outside optimizer steps.
         attached: whether the model is still being masked.
         replaceable: whether a later `attach` may take this masker's place.
+        clean_texts: how many texts, the first of the batch, are not masked.
+        scale: what the rate is multiplied with in each text of the batch, [texts]; None for 1.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, config: TokenMaskConfig, token: MaskToken) -> None:
         self.config, self.mask_token, self.seed, self.rank = config, token, 0, 0
-        self.enabled, self.attached, self.replaceable = True, False, False
+        self.enabled, self.attached, self.replaceable, self.clean_texts = True, False, False, 0
         self._embedding, self._rate = rows_of.find_embedding(model), 0.0
         self._transposed = rows_of.is_sequence_first(model)
         weight = rows_of.embedding_weight(self._embedding)
         rows, device = weight.shape[0], weight.device
         # Tensors that are written in place: a compiled graph reads them anew, whereas a number would be baked in.
+        self.scale: Tensor | None = None
         self._rate_tensor = torch.zeros((), dtype=torch.float32, device=device)
         self._step = torch.zeros((), dtype=torch.int64, device=device)
         self._counts = torch.zeros(2, dtype=torch.int64, device=device)
         self._layout: tuple[Tensor, Tensor] | None = None
         self._original_row: Tensor | None = None
-        self._handle: Any = None
-        about = getattr(rows_of.unwrap(model), "config", None)
-        model_pad_id, self._transposed = getattr(about, "pad_token_id", None), rows_of.is_sequence_first(model)
+        self._handles: list[Any] = []
+        model_pad_id = getattr(getattr(rows_of.unwrap(model), "config", None), "pad_token_id", None)
         self._pad_id = model_pad_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         maskable = pattern.maskable_table(tokenizer, rows, {*config.protect, self._pad_id, model_pad_id})
         self._replacement = REPLACEMENTS[config.replace](token, maskable, tokenizer)
@@ -107,7 +110,8 @@ class TokenMasker:
         if outside := [token_id for token_id in config.protect if token_id >= rows]:
             message = f"masking.protect: the embedding has rows 0 to {rows - 1}, not {outside}; remove these ids"
             raise MaskTokenError(message, code="protect-outside", ids=outside, rows=rows)
-        mask_token = mask_token or choose_mask_token(tokenizer, rows, config.mask_token)
+        trained = config.trainable_mask
+        mask_token = mask_token or rows_of.find_mask_token(embedding, tokenizer, config.mask_token, trained=trained)
         trainable = rows_of.is_trainable(embedding, mask_token.id)
         if config.trainable_mask and not trainable:
             remedy = f"give PEFT's config trainable_token_indices=[{mask_token.id}], or set trainable_mask: false"
@@ -123,7 +127,11 @@ class TokenMasker:
         if not config.is_off and not (trainable and resumed):
             masker._original_row = rows_of.prepare_mask_row(embedding, mask_token, tokenizer)
         masker.rate = config.make_schedule().rate(0.0)
-        masker._handle = embedding.register_forward_pre_hook(masker._mask, with_kwargs=True)
+        masker._handles = [embedding.register_forward_pre_hook(masker._mask, with_kwargs=True)]
+        if masker._replacement.removes:
+            inner: Any = rows_of.unwrap(model)
+            inner = getattr(inner, "base_model", inner)  # transformers calls it as a module, and PEFT not the outer one
+            masker._handles.append(inner.register_forward_pre_hook(masker._hide, with_kwargs=True))
         masker.attached, masker.replaceable = True, replaceable
         # A compiled model silently ignores a hook that is added after its first call: dynamo does not guard on hooks.
         if "torch._dynamo" in sys.modules:
@@ -137,25 +145,120 @@ class TokenMasker:
         return next((owner for owner in owners if isinstance(owner, cls)), None)
 
     def _mask(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        training = module.training and self.enabled and torch.is_grad_enabled()
-        return _swap(args, kwargs, self._masked, self._transposed) if training else None
+        here = self._trains(module) and not self._replacement.removes
+        return _swap(args, kwargs, self._masked, self._transposed) if here else None
+
+    def _trains(self, module: nn.Module) -> bool:
+        return module.training and self.enabled and torch.is_grad_enabled()
 
     def _masked(self, given: Tensor) -> Tensor:
         """Return the ids to look up, for those that the embedding is called with: [batch, seq] or [seq]."""
-        if self._step.device != given.device:  # the model was moved after `attach`
-            vars(self).update({k: part.to(given.device) for k, part in vars(self).items() if isinstance(part, Tensor)})
         ids = given.reshape(-1, given.shape[-1])
         rows, positions = self._layout or (None, pattern.text_positions(ids, self._pad_id))
-        maskable = self._maskable[ids]
-        starts = None if self._word_starts is None else self._word_starts[ids]
-        counters = self.seed, self._step, self.rank
-        unit = self.config.unit, self.config.span_length
-        masked = pattern.masked_positions(ids, self._rate_tensor, *counters, maskable, starts, *unit, rows, positions)
-        draw = functools.partial(pattern.replacement_bits, ids, *counters, rows, positions)
+        masked = self.pattern(ids, rows, positions)
+        draw = functools.partial(pattern.replacement_bits, ids, self.seed, self._step, self.rank, rows, positions)
         swapped = self._replacement(ids, masked, draw).reshape(given.shape)
-        self._step.add_(1)
-        self._counts.add_(torch.stack([masked.sum(), maskable.sum()]))
+        self._count(ids, masked)
         return swapped
+
+    def _hide(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Take masked tokens of a padded batch out of the attention mask that the encoder or decoder is called with."""
+        if self._layout is not None or not self._trains(module):
+            return None
+        given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+        given |= given.pop("kwargs", {})
+        ids, visible = given.get("input_ids"), given.get("attention_mask")
+        if ids is None or (visible is not None and visible.dim() != 2):
+            needed = "masking.replace: drop needs input_ids, and an attention mask of shape [batch, seq] or none"
+            raise MaskTokenError(f"{needed}; use replace: token", code="cannot-drop")
+        masked = self.pattern(ids, None, pattern.text_positions(ids, self._pad_id))
+        self._count(ids, masked)
+        return (), {**given, "attention_mask": (torch.ones_like(ids) if visible is None else visible) * ~masked}
+
+    def removed(self, module: nn.Module, input_ids: Tensor, rows: Tensor, positions: Tensor) -> Tensor | None:
+        """Return which tokens of a packed row to leave out, bool [1, total], for a model that can; None for none.
+
+        Counts as a training forward. Arguments: the model, and as for `layout`.
+        """
+        if not (self._replacement.removes and self._trains(module)):
+            return None
+        masked = self.pattern(input_ids, rows, positions)
+        self._count(input_ids, masked)
+        return masked
+
+    def pattern(
+        self, ids: Tensor, rows: Tensor | None, positions: Tensor, step: int | None = None, rate: float | None = None
+    ) -> Tensor:
+        """Return which tokens are masked, bool [batch, seq], in the next training forward or in another `step`.
+
+        Args:
+            ids: [batch, seq].
+            rows: as for `masked_positions`.
+            positions: likewise.
+            step: number of the training forward.
+            rate: masking rate in that forward.
+        """
+        if self._step.device != ids.device:  # the model was moved after `attach`
+            vars(self).update({k: part.to(ids.device) for k, part in vars(self).items() if isinstance(part, Tensor)})
+        removes, config = self._replacement.removes, self.config
+        maskable = self._maskable[ids]
+        if removes:  # the first token is a causal model's attention sink, and the last one is what it is pooled at
+            at = positions.expand_as(ids)
+            last = torch.ones_like(maskable)
+            last[:, :-1] = at[:, 1:] != at[:, :-1] + 1
+            if self._pad_id is not None:
+                last[:, :-1] |= ids[:, 1:] == self._pad_id
+            maskable = maskable & ~last & (at != 0)
+        text = torch.arange(len(ids), device=ids.device).unsqueeze(1) if rows is None else rows
+        if self.clean_texts:
+            maskable = maskable & (text >= self.clean_texts)
+        starts = None if self._word_starts is None else self._word_starts[ids]
+        counters = self.seed, self._step if step is None else step, self.rank
+        unit = config.unit, config.span_length
+        p: Any = self._rate_tensor if rate is None else rate
+        if self.scale is not None:
+            p = p * self.scale[text.clamp(max=len(self.scale) - 1)]  # a packed row may end in texts of padding
+        where = rows, positions
+        options: dict[str, Any] = {"share": config.share, "per_text": config.per_text, "spare_one": removes}
+        return pattern.masked_positions(ids, p, *counters, maskable, starts, *unit, *where, **options)
+
+    def _count(self, ids: Tensor, masked: Tensor) -> None:
+        self._step.add_(1)
+        self._counts.add_(torch.stack([masked.sum(), self._maskable[ids].sum()]))
+
+    def pattern_of(self, batch: Mapping[str, Any], step: int | None = None, rate: float | None = None) -> Tensor:
+        """Return which tokens of a batch are masked, bool [batch, seq], in the next training forward or another.
+
+        Args:
+            batch: `input_ids` and, if it is a packed row, `cu_seqlens`.
+            step: number of the training forward.
+            rate: masking rate in that forward.
+        """
+        return self.pattern(batch["input_ids"], *self._places(batch), step, rate)
+
+    def in_masked_texts(self, batch: Mapping[str, Any], masked: Tensor) -> Tensor:
+        """Return which items of a batch, in the shape of its `labels`, are in texts of which something is masked."""
+        rows = self._places(batch)[0]
+        if rows is None:
+            texts = masked.any(dim=1)
+            return texts if batch["labels"].dim() == 1 else texts.unsqueeze(1).expand_as(masked)
+        texts = torch.zeros(len(batch["cu_seqlens"]) - 1, dtype=torch.bool, device=masked.device)
+        texts[rows[masked]] = True
+        return texts if batch["labels"].dim() == 1 else texts[rows]
+
+    def _places(self, batch: Mapping[str, Any]) -> tuple[Tensor | None, Tensor]:
+        """Return the text of each token, None for one text a row, and its position in the text."""
+        ids, bounds = batch["input_ids"], batch.get("cu_seqlens")
+        if bounds is None:
+            return None, pattern.text_positions(ids, self._pad_id)
+        columns = torch.arange(ids.shape[1], device=ids.device)
+        rows = torch.searchsorted(bounds[1:].to(columns.dtype), columns, right=True)
+        return rows[None], (columns - bounds[rows])[None]
+
+    @property
+    def hides_labels(self) -> bool:
+        """Whether the labels of masked sub-tokens must not be scored: they are removed, or `score_masked` is off."""
+        return self._replacement.removes or not self.config.score_masked
 
     @property
     def rate(self) -> float:
@@ -211,7 +314,8 @@ class TokenMasker:
         if not self.attached:
             return
         self.attached = False
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
         if self._original_row is not None and not rows_of.is_trainable(self._embedding, self.mask_token.id):
             rows_of.write_row(self._embedding, self.mask_token.id, self._original_row)
 
@@ -272,7 +376,7 @@ class Occlusion:
         config = config or TokenMaskConfig()
         self._embedding, self._transposed = rows_of.find_embedding(model), rows_of.is_sequence_first(model)
         rows = rows_of.embedding_weight(self._embedding).shape[0]
-        self.mask_token = choose_mask_token(tokenizer, rows, config.mask_token)
+        self.mask_token = rows_of.find_mask_token(self._embedding, tokenizer, config.mask_token)
         name = tokenizer.convert_ids_to_tokens(self.mask_token.id)
         self._token = f"{name or 'an embedding row that no token uses'} (id {self.mask_token.id})"
         if not config.trainable_mask:

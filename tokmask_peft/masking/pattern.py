@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tokmask_peft.errors import MaskTokenError
 
-Unit = Literal["token", "word", "span"]
+Unit = Literal["token", "word", "span", "continuation"]
 Word = TypeVar("Word", int, Tensor)
 
 _WORD = 2**32 - 1
@@ -30,6 +30,7 @@ _GOLDEN = 0x9E3779B9 - 2**32  # the golden ratio's fraction
 _MURMUR = (0x85EBCA6B - 2**32, 0xC2B2AE35 - 2**32)
 _MASK_KEYS = (0x243F6A88, 0x85A308D3)  # the digits of pi
 _REPLACEMENT_KEYS = (0x13198A2E, 0x03707344)  # its next digits
+_CHOSEN, _RATE = 2**31 - 1, 2**31 - 2  # draws of a text: whether it is masked, and at what rate
 
 
 def _mix(word: Word) -> Word:
@@ -108,35 +109,60 @@ def masked_positions(
     span_length: int = 1,
     rows: Tensor | None = None,
     positions: Tensor | None = None,
+    share: float = 1.0,
+    per_text: Literal["fixed", "uniform"] = "fixed",
+    spare_one: bool = False,
 ) -> Tensor:
     """Return which tokens are masked, bool [batch, seq].
 
-    Each unit draws u in [0, 1), uniform with 24 bits, and is masked if u < rate: a higher rate only adds.
+    Each unit draws u in [0, 1), uniform with 24 bits, and is masked if u < rate: a higher rate only adds. So does a
+    higher share of the texts, each of which draws whether it is masked at all.
 
     Args:
         input_ids: [batch, seq]; only the shape and the device matter.
-        rate: masking rate in [0, 1), a number or a 0-dim tensor.
+        rate: masking rate in [0, 1), a number or a tensor that can be broadcast to [batch, seq].
         seed: of the run.
         step: counter of training forwards, a number or a 0-dim int64 tensor.
         rank: number of the process.
         maskable: bool [batch, seq], false for special tokens, padding and protected tokens.
         word_starts: bool [batch, seq], true where a word begins; needed for `word` and `span`.
-        unit: what is masked as a whole.
+        unit: what is masked as a whole; `continuation` is a sub-token that does not begin a word.
         span_length: words per span; a random shift per text moves the borders of the spans from step to step.
         rows: index of each token's text in the batch, broadcastable to [batch, seq]; default: the row.
         positions: position of each token in its text, likewise; default: the column.
+        share: share of the texts that are masked.
+        per_text: whether each masked text has the rate itself, or one drawn from 0 to twice the rate.
+        spare_one: never mask all maskable units of a text: the one with the highest u stays.
     """
     stream, step_key = _streams(_MASK_KEYS, seed, step, rank, rows, input_ids)
     index = text_positions(input_ids, None) if positions is None else positions.to(torch.int64)
     if unit != "token":
         if word_starts is None:
             raise ValueError(f"unit {unit!r} needs word_starts")
-        index = _word_indices(maskable, word_starts, index)
+        if unit == "continuation":
+            maskable = maskable & ~word_starts
+        else:
+            index = _word_indices(maskable, word_starts, index)
         if unit == "span":
             shift = _draw(stream, step_key, torch.zeros_like(stream)) % span_length
             index = (index + shift).div(span_length, rounding_mode="floor")
     u = _draw(stream, step_key, index + 1).to(torch.float32) * 2.0**-24
-    return (u < rate) & maskable
+    if per_text == "uniform":
+        rate = rate * 2.0 * _of_text(stream, step_key, _RATE)
+    if share < 1.0:
+        maskable = maskable & (_of_text(stream, step_key, _CHOSEN) < share)
+    masked = (u < rate) & maskable
+    if spare_one:
+        texts = torch.arange(len(u), device=u.device).unsqueeze(1) if rows is None else rows.to(torch.int64)
+        texts, drawn = texts.expand_as(u).reshape(-1), u.expand_as(maskable).where(maskable, -1.0).reshape(-1)
+        highest = drawn.new_full((len(drawn),), -1.0).scatter_reduce(0, texts, drawn, "amax")
+        masked = masked & (drawn < highest[texts]).view_as(masked)
+    return masked
+
+
+def _of_text(stream: Tensor, step_key: Tensor, index: int) -> Tensor:
+    """Return a number in [0, 1) for each text, broadcastable to [batch, seq]; `index` is one that no token has."""
+    return _draw(stream, step_key, torch.full_like(stream, index)).to(torch.float32) * 2.0**-24
 
 
 def replacement_bits(

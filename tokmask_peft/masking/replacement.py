@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from tokmask_peft.errors import MaskTokenError
 
@@ -27,24 +27,44 @@ def used_rows(tokenizer: Any) -> int:
 
 
 def choose_mask_token(
-    tokenizer: Any, embedding_rows: int, wanted: Literal["auto", "mask", "spare", "unk"] | int = "auto"
+    tokenizer: Any,
+    embedding_rows: int,
+    wanted: Literal["auto", "mask", "spare", "unk"] | int = "auto",
+    illness: Callable[[int], str | None] = lambda token_id: None,
 ) -> MaskToken:
     """Choose the mask token.
 
-    `auto` takes the tokenizer's own mask token; without one, the last row of the embedding matrix if no token uses it
-    (the last, so that tokens added later do not collide with it); failing that, the unknown token.
+    `auto` takes the tokenizer's own mask token if its row was trained; otherwise its unknown token, likewise; otherwise
+    the last row of the embedding matrix if no token uses it (the last, so that tokens added later do not collide with
+    it). If none of these is left, it takes the tokenizer's token whose row was not trained.
+
+    Args:
+        tokenizer: that of the model.
+        embedding_rows: rows of its embedding matrix.
+        wanted: as `masking.mask_token`.
+        illness: says why a row was probably never trained, or None (`masking.embedding.illness`).
 
     Raises:
         MaskTokenError: the choice is impossible, or `auto` finds none. Id 0 is never taken as a last resort.
     """
     if isinstance(wanted, int):
         return _explicit(tokenizer, embedding_rows, wanted)
-    problems = []
-    for kind in ("mask", "spare", "unk") if wanted == "auto" else (wanted,):
-        found = _find(tokenizer, embedding_rows, kind)
-        if isinstance(found, MaskToken):
-            return found
-        problems.append(found)
+    problems: list[str] = []
+    ill: list[tuple[MaskToken, str]] = []
+    for source in ("mask", "unk", "spare") if wanted == "auto" else (wanted,):
+        found = _find(tokenizer, embedding_rows, source)
+        if isinstance(found, str):
+            problems.append(found)
+            continue
+        why = None if source == "spare" or wanted != "auto" else illness(found.id)
+        if why is None:
+            reason = "; ".join([*(f"{other.reason}, but {why}" for other, why in ill), found.reason])
+            return replace(found, reason=reason)
+        ill.append((found, why))
+    if ill:
+        found, why = ill[0]
+        better = "masking.trainable_mask: true trains a new row, and masking.replace: drop needs none"
+        return replace(found, reason=f"{found.reason}; {why}; {better}")
     remedy = "set masking.mask_token to a token id, ideally of a token that your texts never use"
     raise MaskTokenError(f"no mask token: {'; '.join(problems)}; {remedy}", code="no-mask-token", problems=problems)
 
@@ -56,7 +76,7 @@ def _find(tokenizer: Any, rows: int, kind: Literal["mask", "spare", "unk"]) -> M
         if used >= rows:
             return f"the tokenizer uses all {rows} rows of the embedding ({used} ids)"
         unused = f"the tokenizer does not use rows {used} to {rows - 1} of the embedding"
-        return MaskToken(rows - 1, kind, f"{unused}; the last is set to the mean row")
+        return MaskToken(rows - 1, kind, f"{unused}; the last becomes a typical one")
     name = {"mask": "mask token", "unk": "unknown token"}[kind]
     token, token_id = getattr(tokenizer, f"{kind}_token", None), getattr(tokenizer, f"{kind}_token_id")
     if token_id is None:
@@ -68,7 +88,7 @@ def _find(tokenizer: Any, rows: int, kind: Literal["mask", "spare", "unk"]) -> M
         return f"the tokenizer's {name} has id {token_id}, but the embedding has {rows} rows"
     if kind == "mask":
         return MaskToken(token_id, kind, f"the tokenizer's own mask token, {token!r}")
-    return MaskToken(token_id, kind, f"the tokenizer's unknown token, {token!r}: it has no mask token and no spare row")
+    return MaskToken(token_id, kind, f"the tokenizer's unknown token, {token!r}")
 
 
 def _explicit(tokenizer: Any, rows: int, token_id: int) -> MaskToken:
@@ -76,7 +96,8 @@ def _explicit(tokenizer: Any, rows: int, token_id: int) -> MaskToken:
         message = f"mask_token {token_id}: the embedding has rows 0 to {rows - 1}; take one of these, or auto"
         raise MaskTokenError(message, code="mask-token-outside", token_id=token_id, rows=rows)
     if token_id >= used_rows(tokenizer):
-        return MaskToken(token_id, "spare", f"row {token_id}, as configured; no token uses it; set to the mean row")
+        reason = f"row {token_id}, as configured; no token uses it, and it becomes a typical one"
+        return MaskToken(token_id, "spare", reason)
     token, usual = tokenizer.convert_ids_to_tokens(token_id), {tokenizer.mask_token_id, tokenizer.unk_token_id}
     if token_id not in tokenizer.all_special_ids:
         return MaskToken(token_id, "id", f"{token!r}, as configured, an ordinary token of the tokenizer")
@@ -90,13 +111,16 @@ def _explicit(tokenizer: Any, rows: int, token_id: int) -> MaskToken:
 class Replacement:
     """Replaces the masked tokens of a batch; made once for each masker, called in every training forward.
 
-    It runs inside `torch.compile`, so it must not branch on the values of tensors.
+    It runs inside `torch.compile`, so it must not branch on the values of tensors. If it `removes` masked tokens, it is
+    not called: no other token sees them, and a packed row is computed without them.
 
     Args:
         mask_token: as chosen.
         maskable: for every id whether it may be masked, bool [rows].
         tokenizer: that of the model.
     """
+
+    removes: ClassVar[bool] = False
 
     def __init__(self, mask_token: MaskToken, maskable: Tensor, tokenizer: Any) -> None:
         self.mask_token = mask_token
@@ -121,5 +145,28 @@ class TokenReplacement(Replacement):
         return input_ids.masked_fill(masked, self.mask_token.id)
 
 
-REPLACEMENTS: dict[str, type[Replacement]] = {"token": TokenReplacement}
+class RandomReplacement(Replacement):
+    """Masked tokens become other tokens of the vocabulary, each as likely as any (Takase and Kiyono 2021)."""
+
+    def __init__(self, mask_token: MaskToken, maskable: Tensor, tokenizer: Any) -> None:
+        super().__init__(mask_token, maskable, tokenizer)
+        self.pool = maskable[: used_rows(tokenizer)].nonzero().flatten()
+
+    def __call__(self, input_ids: Tensor, masked: Tensor, draw: Callable[[], Tensor]) -> Tensor:
+        """Return the ids with random ones at the masked places."""
+        self.pool = self.pool.to(input_ids.device)
+        return self.pool[draw() % len(self.pool)].where(masked, input_ids)
+
+
+class Removal(Replacement):
+    """Masked tokens leave the text, and the others keep their positions (as in Cutoff, Shen et al. 2020)."""
+
+    removes = True
+
+
+REPLACEMENTS: dict[str, type[Replacement]] = {
+    "token": TokenReplacement,
+    "random": RandomReplacement,
+    "drop": Removal,
+}
 """By the name in `masking.replace`. Add one of your own before the recipe is read: `REPLACEMENTS["mine"] = Mine`."""

@@ -28,6 +28,7 @@ from tokmask_peft.masking.embedding import find_embedding
 from tokmask_peft.masking.masker import TokenMasker
 from tokmask_peft.model.layers import dropout as dropped
 from tokmask_peft.recipe.schema import Batching
+from tokmask_peft.tasks import IGNORED
 
 Kernel = Callable[..., Tensor]
 NAME = "tokmask_packed"
@@ -232,26 +233,41 @@ class PackedRows(nn.Module):
             return super().forward(input_ids=input_ids, **kwargs)
         if input_ids is None or max_length is None:
             raise ModelError("a packed batch needs input_ids, cu_seqlens and max_length", code="incomplete-batch")
-        ids, total = input_ids, input_ids.shape[1]
-        packing = longer = Packing.make(cu_seqlens, total, max_length)
+        packing = Packing.make(cu_seqlens, input_ids.shape[1], max_length)
+        position_ids = self.family.positions(self, input_ids, packing)
+        masker = TokenMasker.of(find_embedding(self))
+        removed = None if masker is None else masker.removed(self, input_ids, packing.rows, packing.positions)
+        ids, kept = input_ids, None
+        if removed is not None:
+            kept = (~removed[0]).nonzero().flatten()
+            ids, position_ids = ids[:, kept], position_ids[:, kept]
+            lengths = torch.bincount(packing.rows[0, kept], minlength=len(cu_seqlens) - 1)
+            cu_seqlens, max_length = F.pad(lengths.cumsum(0), (1, 0)).to(cu_seqlens.dtype), int(lengths.max())
+            packing = Packing.make(cu_seqlens, len(kept), max_length)
+            labels = labels.masked_fill(removed, IGNORED) if labels is not None and self.per_token else labels
+        longer, longer_ids, total = packing, ids, ids.shape[1]
         if ids.device.type == "cpu" and (extra := filler(total, max_length)):  # what is added is cut off again
-            ids = F.pad(ids, (0, sum(extra)), value=self.config.pad_token_id or 0)  # type: ignore[union-attr, arg-type]
+            pad_id = self.config.pad_token_id or 0  # type: ignore[union-attr]
+            longer_ids = F.pad(ids, (0, sum(extra)), value=pad_id)  # type: ignore[arg-type]
             bounds = torch.cat((cu_seqlens, cu_seqlens.new_tensor([total + end for end in accumulate(extra)])))
-            longer = Packing.make(bounds, ids.shape[1], max_length)
-        logits = packed_logits(self, packed_hidden(self, ids, longer)[:, :total], input_ids, packing)
+            longer = Packing.make(bounds, longer_ids.shape[1], max_length)
+            position_ids = torch.cat((position_ids, longer.positions[:, total:]), dim=1)
+        logits = packed_logits(self, packed_hidden(self, longer_ids, longer, position_ids)[:, :total], ids, packing)
+        if kept is not None and self.per_token:  # back to the places of all sub-tokens
+            logits = logits.new_zeros(1, input_ids.shape[1], logits.shape[-1]).index_copy(1, kept, logits)
         loss = None if labels is None else F.cross_entropy(logits.flatten(0, -2).float(), labels.reshape(-1))
         return (TokenClassifierOutput if logits.dim() == 3 else SequenceClassifierOutput)(loss=loss, logits=logits)
 
 
-def packed_hidden(model: Any, input_ids: Tensor, packing: Packing) -> Tensor:
-    """Return the last hidden states of a packed row, [1, total, hidden]."""
+def packed_hidden(model: Any, input_ids: Tensor, packing: Packing, position_ids: Tensor | None = None) -> Tensor:
+    """Return the last hidden states of a packed row, [1, total, hidden]; its own `position_ids` are the default."""
     masker = TokenMasker.of(find_embedding(model))
     with contextlib.nullcontext() if masker is None else masker.layout(packing.rows, packing.positions):
         hidden: Tensor = model.base_model(
             input_ids=input_ids,
             # transformers leaves a mask of four dimensions as it is; without one it would build its own
             attention_mask=input_ids.new_zeros(1, 1, 1, 1),
-            position_ids=model.family.positions(model, input_ids, packing),
+            position_ids=model.family.positions(model, input_ids, packing) if position_ids is None else position_ids,
             packing=packing,
             **({"use_cache": False} if model.family.causal else {}),
         ).last_hidden_state

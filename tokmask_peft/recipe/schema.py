@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 
 from tokmask_peft.errors import RecipeError
 from tokmask_peft.masking.config import NameIn, Rate, Section, Share, TokenMaskConfig
-from tokmask_peft.tasks import TASKS
+from tokmask_peft.tasks import TASKS, get_task
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,6 +238,15 @@ class TrainingConfig(Section):
     label_smoothing: Annotated[Rate, Regularizer("label_smoothing", off=0.0, usual=0.1)] = Field(
         0.0, description="share of the target that is spread over all classes; 0 is off"
     )
+    views: Annotated[int, Regularizer("views", off=1, usual=2)] = Field(
+        1, ge=1, le=2, description="2: each text goes in twice, and differing answers cost `consistency`"
+    )
+    views_masked: Literal["one", "both", "none"] = Field(
+        "one", description="which of two views are masked; none, and only dropout differs, is R-Drop (Wu et al. 2021)"
+    )
+    consistency: float = Field(
+        1.0, ge=0, description="weight of the symmetric KL divergence between the answers to two views"
+    )
     class_weights: Literal["none", "inverse", "sqrt_inverse"] | Weights = Field(
         "sqrt_inverse",
         description="loss weight per class: sqrt_inverse is sqrt(N / (K n_c)), scaled to sum to K; or label -> weight",
@@ -280,6 +289,8 @@ class Recipe(Section):
         if self.masking.trainable_mask and embedding != "resident":
             why = f"{row}, which is not possible with model.embedding={embedding}"
             raise ValueError(f"{why}: set model.embedding=resident, or masking.trainable_mask=false")
+        if self.masking.schedule == "ready" and get_task(self.data.task).words_given:
+            raise ValueError("masking.schedule: ready masks by the label of a text: take a task with one label a text")
         if self.training.auto_batch and self.training.tokens_per_batch is not None:
             why = "training.auto_batch changes batch_size, which training.tokens_per_batch replaces"
             raise ValueError(f"{why}: set training.auto_batch=false, or training.tokens_per_batch=null")

@@ -113,6 +113,15 @@ REGULARIZERS = {found.name: key for key, found in regularizers().items()}
 
 MASK, NONE, AS_RECIPE = "mask", "none", "recipe"
 
+MASKED = {
+    "drop": ("0.1", ("masking.replace=drop", "masking.p={}")),
+    "anneal": ("0.2", ("masking.schedule=linear", "masking.p_start={}", "masking.end=0.7", "masking.p=0")),
+    "share": ("0.5", ("masking.share={}", "masking.p=0.1")),
+    "overfit": ("0.3", ("masking.schedule=overfit", "masking.share=0.5", "masking.p={}")),
+    "random": ("0.1", ("masking.replace=random", "masking.p={}")),
+}
+"""Arms that mask in a way of their own, whatever `--p` says: the usual strength, and what it sets."""
+
 
 @dataclass(frozen=True, slots=True)
 class Arm:
@@ -134,36 +143,48 @@ class Arm:
         return f"{MASK} {rate} + {self.regularizers}".removesuffix(f" + {NONE}") if float(self.p) else self.regularizers
 
     @property
+    def is_unmasked(self) -> bool:
+        """Whether nothing is masked: the rate is 0, and no part of the arm masks in a way of its own."""
+        return float(self.p) == 0 and not {part.partition(":")[0] for part in self.regularizers.split("+")} & {*MASKED}
+
+    @property
     def label(self) -> str:
         """The arm's part of a cell's name: `p0.1`, `none`, `mask0.1+neftune`."""
         return re.sub("[ :=]", "", self.name)
 
 
 def regularizer_arms(names: Sequence[str], rates: Sequence[str], batching: str, problems: list[str]) -> list[Arm]:
-    """Return the arms of `--arms`, such as `none`, `neftune:15` or `mask+label_smoothing`; with `mask` once per rate.
+    """Return the arms of `--arms`, such as `none`, `neftune:15`, `drop:0.1` or `mask+views`; with `mask` once per rate.
 
     NEFTune scales its noise by the length of a padded batch, so an arm with it pads the batches of a recipe whose
     `batching` is padding-free: the same texts in the same order. `problems` takes a line per unknown name.
     """
     arms: list[Arm] = []
-    known, arm_names = regularizers(), (NONE, *REGULARIZERS, MASK)
+    known, arm_names = regularizers(), (NONE, *REGULARIZERS, MASK, *MASKED)
     for name in names:
         parts = name.split("+")
         chosen = {part: part.partition(":") for part in parts if part not in (MASK, NONE)}
-        is_known = all(word in REGULARIZERS and (strength or not colon) for word, colon, strength in chosen.values())
-        if not is_known or (NONE in parts and len(parts) > 1):
+        own = [word for word, _, _ in chosen.values() if word in MASKED]
+        is_known = all(
+            word in (*REGULARIZERS, *MASKED) and (strength or not colon) for word, colon, strength in chosen.values()
+        )
+        if not is_known or (NONE in parts and len(parts) > 1) or len(own) + (MASK in parts) > 1:
             remedy = "and combinations such as mask+neftune, with a strength as neftune:15"
             guess = f"{nearest(name, arm_names)} Known: {', '.join(arm_names)}, {remedy}"
             problems.append(f"--arms: there is no arm '{name}'.{guess}")
             continue
         settings: dict[str, Any] = {key: regularizer.off for key, regularizer in known.items()}
+        masking: list[str] = []
         for word, _, strength in chosen.values():
-            settings[REGULARIZERS[word]] = strength or known[REGULARIZERS[word]].usual
+            if word in MASKED:
+                masking = [override.format(strength or MASKED[word][0]) for override in MASKED[word][1]]
+            else:
+                settings[REGULARIZERS[word]] = strength or known[REGULARIZERS[word]].usual
         if settings["training.neftune_alpha"] is not None and batching == "padding_free":
             settings["training.batching"] = "padded"
         overrides = tuple(f"{key}={'null' if value is None else value}" for key, value in settings.items())
         for rate in rates if MASK in parts else ["0"]:
-            arms.append(Arm("+".join(chosen) or NONE, rate, (*overrides, f"masking.p={rate}")))
+            arms.append(Arm("+".join(chosen) or NONE, rate, (*overrides, *(masking or [f"masking.p={rate}"]))))
     return arms
 
 
@@ -286,7 +307,7 @@ def make_plan(
         except RecipeError as error:
             problems.extend(error.problems)
             continue
-        if cell.arm is not None and float(cell.arm.p) == 0 and not found.masking.is_off:
+        if cell.arm is not None and cell.arm.is_unmasked and not found.masking.is_off:
             problems.append(_MASKS_AT_ZERO)
         same = found.model_dump_json(exclude={"name": True, "output_dir": True, "training": {"baseline"}})
         if cell.arm is not None and same in seen:

@@ -46,9 +46,16 @@ class ClassificationLoss:
     """Weighted cross entropy, with an optional focal factor (1 - p_t)^gamma (Lin et al. 2017), in fp32.
 
     Goes to the Trainer as `compute_loss_func`. With a focusing parameter `gamma` of 0 it is plain cross entropy.
+
+    Attributes:
+        consistency: weight of the symmetric KL divergence between two views of each text (R-Drop, Wu et al. 2021), of
+            which the batch holds first all of one, then all of the other; None for batches of one view.
+        seen: which items both views can see, bool `[items of a view]`; None for all.
     """
 
     def __init__(self, weights: Sequence[float] | None = None, gamma: float = 0.0, smoothing: float = 0.0) -> None:
+        self.consistency: float | None = None
+        self.seen: Tensor | None = None
         self.weights = None if weights is None else torch.tensor(list(weights), dtype=torch.float32)
         self.gamma = gamma
         self.smoothing = smoothing
@@ -77,4 +84,10 @@ class ClassificationLoss:
             losses = losses * (1.0 - p_true).clamp(min=1e-7).pow(self.gamma)
         items = (labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
         items = torch.as_tensor(items, dtype=losses.dtype, device=losses.device)
-        return losses.sum() / items.clamp(min=1)
+        loss = losses.sum() / items.clamp(min=1)
+        if self.consistency is None:
+            return loss
+        (first, second), both = logits.log_softmax(dim=-1).chunk(2), (labels != IGNORED).view(2, -1).all(dim=0)
+        differing = ((first.exp() - second.exp()) * (first - second)).sum(dim=-1) / 2
+        both = both if self.seen is None else both & self.seen
+        return loss + self.consistency * (differing * both).sum() / (items / 2).clamp(min=1)

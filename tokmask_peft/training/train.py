@@ -37,8 +37,8 @@ from tokmask_peft.data.encoding import words_need_a_space
 from tokmask_peft.errors import RecipeError, RunError, RunInterruptedError, boundary, whole, write_json
 from tokmask_peft.hub.card import write_card
 from tokmask_peft.masking.callback import TokenMaskCallback
-from tokmask_peft.masking.embedding import embedding_weight, find_embedding, prepare_mask_row
-from tokmask_peft.masking.replacement import MaskToken, choose_mask_token
+from tokmask_peft.masking.embedding import embedding_weight, find_embedding, find_mask_token, prepare_mask_row
+from tokmask_peft.masking.replacement import MaskToken
 from tokmask_peft.model.adapter import add_adapter, check_fit, gathered_weights, save_adapter
 from tokmask_peft.model.backbone import Backbone, load_backbone
 from tokmask_peft.model.decisions import enable_checkpointing, in_short, out_of_memory
@@ -259,9 +259,9 @@ def _choose_mask(recipe: Recipe, backbone: Backbone) -> tuple[MaskToken | None, 
     if outside := [token_id for token_id in masking.protect if token_id >= rows]:
         problem = f"masking.protect: {outside} are outside the embedding, which has rows 0 to {rows - 1}"
         raise RecipeError([problem], code="unknown-token", ids=outside)
-    mask = choose_mask_token(backbone.tokenizer, rows, masking.mask_token)
+    mask = find_mask_token(embedding, backbone.tokenizer, masking.mask_token, trained=masking.trainable_mask)
     if masking.trainable_mask:
-        prepare_mask_row(embedding, mask, backbone.tokenizer)
+        prepare_mask_row(embedding, mask, backbone.tokenizer, trained=True)
     return mask, Decision("mask token", f"id {mask.id} ({mask.kind})", mask.reason)
 
 
@@ -277,11 +277,8 @@ def make_trainer(prepared: Prepared, run: RunFolder, callbacks: list[TrainerCall
     arguments = training_arguments(recipe, run.checkpoints, prepared.device, bf16)
     batches = None
     if (budget := training.tokens_per_batch) is not None:
-        lengths, here = (
-            prepared.splits["train"].lengths,
-            (arguments.process_index, arguments.world_size),
-        )
-        batches = TokenBudgetSampler(lengths, budget, training.batching, recipe.seed, *here)
+        lengths, here = prepared.splits["train"].lengths, (arguments.process_index, arguments.world_size)
+        batches = TokenBudgetSampler(lengths, budget // training.views, training.batching, recipe.seed, *here)
     with prepared.memory_errors("loading"):  # an unquantized backbone stays on the host until here
         trainer = OrderedEvalTrainer(
             model=prepared.model,
@@ -295,6 +292,9 @@ def make_trainer(prepared: Prepared, run: RunFolder, callbacks: list[TrainerCall
             compute_loss_func=ClassificationLoss(weights, gamma, training.label_smoothing),
             compute_metrics=validation.metrics,
             memory_errors=functools.partial(prepared.memory_errors, "evaluation"),
+            views=training.views,
+            views_masked=training.views_masked,
+            consistency=training.consistency,
             callbacks=[*callbacks, LogFile(run.log, arguments.world_size), *patience],
         )
     if prepared.mask is not None:
@@ -416,4 +416,4 @@ def tokens_per_step(training: TrainingConfig, lengths: Sequence[int], batches: i
     sub-tokens makes them.
     """
     texts = training.batch_size * processes if batches is None else len(lengths) / max(batches, 1)
-    return texts * training.gradient_accumulation * sum(lengths) / max(len(lengths), 1)
+    return texts * training.views * training.gradient_accumulation * sum(lengths) / max(len(lengths), 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from accelerate.utils import gather_object
 from datasets import Dataset
 from numpy.typing import NDArray
@@ -24,6 +25,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from tokmask_peft.data.batches import TokenBudgetSampler, token_budget_loader
 from tokmask_peft.data.encoding import Encoded, Encoder, Window
 from tokmask_peft.errors import RecipeError, RunError, nearest
+from tokmask_peft.masking.callback import TokenMaskCallback
 from tokmask_peft.model.adapter import inputs_as_they_come
 from tokmask_peft.model.layers import quick_dropout
 from tokmask_peft.recipe.schema import Recipe
@@ -154,15 +156,21 @@ class OrderedEvalTrainer(Trainer):
         train_collator: Any = None,
         batches: TokenBudgetSampler | None = None,
         memory_errors: Callable[[], AbstractContextManager[None]] = nullcontext,
+        views: int = 1,
+        views_masked: str = "one",
+        consistency: float = 1.0,
         **kwargs: Any,
     ) -> None:
         """Create the trainer; further arguments are the Trainer's.
 
         `train_collator` makes the training batches, if they differ from those of evaluations, and `batches` chooses
         them, if they are not of `per_device_train_batch_size` texts. Evaluations run inside of `memory_errors()`.
+        Each training batch holds its texts `views` times; what two views mean is said in the recipe.
         """
         super().__init__(*args, preprocess_logits_for_metrics=self._label_ids, **kwargs)
-        self.train_collator = train_collator or self.data_collator
+        collate = train_collator or self.data_collator
+        self.train_collator = collate if views == 1 else lambda rows: collate([*rows] * views)
+        self.views, self.views_masked, self.consistency = views, views_masked, consistency
         self.batches = batches
         self.memory_errors = memory_errors
         self._logits: list[NDArray[np.float32]] | None = None
@@ -176,6 +184,61 @@ class OrderedEvalTrainer(Trainer):
             if (handle := getattr(self, "neftune_hook_handle", None)) is not None:
                 handle.remove()
             raise
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """Return the batches of an optimizer step and their number of labelled items, without those that are hidden."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        masking = self._masking()
+        if masking is None or not masking.masker.hides_labels or not any(_labels_words(batch) for batch in batches):
+            return batches, items
+        rate, step = masking.upcoming(self.args, self.state)
+        for number, batch in enumerate(batches):
+            masking.masker.clean_texts = self._clean_texts(batch)
+            masked = masking.masker.pattern_of(batch, step + number, rate)
+            batch["labels"] = batch["labels"].masked_fill(masked, IGNORED)
+        return batches, self._get_num_items_in_batch(batches, device)
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Return the loss of a batch, which holds two views of each text if it is for training and `views` is 2."""
+        loss, masking = self.compute_loss_func, self._masking() if model.training else None
+        reacts = masking is not None and masking.schedule.reacts
+        if not model.training or not (reacts or self.views > 1):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        batch, masked = dict(inputs), None
+        if masking is not None:
+            masking.masker.clean_texts = self._clean_texts(batch)
+            scale = masking.schedule.class_scale()
+            masking.masker.scale = (
+                None if scale is None else torch.tensor(scale, device=self.args.device)[batch["labels"]]
+            )
+            masked = masking.masker.pattern_of(batch)
+        if self.views > 1:
+            loss.consistency = self.consistency
+            loss.seen = None if masked is None or not _labels_words(batch) else ~masked.view(2, -1).any(dim=0)
+        try:
+            found, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        finally:
+            loss.consistency = loss.seen = None
+        if masking is not None and reacts:
+            answers = _answers(outputs["logits"], batch["labels"], masking.masker.in_masked_texts(batch, masked))
+            masking.observe(self.accelerator.reduce(answers, "sum"))
+        return (found, outputs) if return_outputs else found
+
+    def _masking(self) -> Any:
+        """Return the callback that masks this training, or None."""
+        callbacks = self.callback_handler.callbacks
+        found = next((each for each in callbacks if isinstance(each, TokenMaskCallback)), None)
+        return None if found is None or found.masker is None else found
+
+    def _clean_texts(self, batch: Mapping[str, Any]) -> int:
+        """Return how many texts, the first of a training batch, are not masked."""
+        if self.views == 1 or self.views_masked == "both":
+            return 0
+        bounds = batch.get("cu_seqlens")
+        texts = len(batch["input_ids"]) if bounds is None else len(bounds) - 1
+        return texts // 2 if self.views_masked == "one" else texts
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate or predict."""
@@ -232,6 +295,28 @@ class OrderedEvalTrainer(Trainer):
         if self._logits is not None:
             self._logits.append(first[labels != IGNORED].float().cpu().numpy())
         return first.argmax(dim=-1)
+
+
+def _labels_words(batch: Mapping[str, Any]) -> bool:
+    return batch["labels"].shape == batch["input_ids"].shape
+
+
+@torch.no_grad()
+def _answers(logits: Tensor, labels: Tensor, masked: Tensor) -> Tensor:
+    """Count the answers to a batch as `Answers` holds them, [6, classes].
+
+    Args:
+        logits: `[texts, classes]` or `[batch, seq, classes]`.
+        labels: `[texts]` or `[batch, seq]`, -100 for none.
+        masked: whether an item is in a masked text, of the shape of `labels`.
+    """
+    classes, labels = logits.shape[-1], labels.reshape(-1)
+    logits, at = logits.reshape(-1, classes).float(), labels.clamp(min=0)
+    losses = F.cross_entropy(logits, at, reduction="none")
+    kinds = torch.stack([torch.ones_like(losses), (logits.argmax(dim=-1) == at).float(), losses])
+    groups = torch.stack([(labels != IGNORED) & ~masked.reshape(-1), (labels != IGNORED) & masked.reshape(-1)])
+    values = (groups.unsqueeze(1) * kinds).flatten(0, 1)
+    return values.new_zeros(6, classes).index_add(1, at, values)
 
 
 def in_order(shares: Sequence[Sequence[NDArray[np.float32]]], items: int) -> NDArray[np.float32]:

@@ -5,7 +5,7 @@ import torch
 from tiny_models import real_tokenizer, tiny_tokenizer
 
 from tokmask_peft.errors import MaskTokenError
-from tokmask_peft.masking.embedding import prepare_mask_row
+from tokmask_peft.masking.embedding import find_mask_token, prepare_mask_row
 from tokmask_peft.masking.replacement import MaskToken, choose_mask_token, used_rows
 
 
@@ -23,12 +23,48 @@ def test_real_tokenizers(name, rows, kind, token_id, reason):
     assert reason in chosen.reason
 
 
-def test_auto_takes_the_own_token_then_a_spare_row_then_unk():
+def test_auto_takes_the_own_mask_token_then_unk_then_a_spare_row():
     assert choose_mask_token(tiny_tokenizer("wordpiece"), 200).kind == "mask"
     bytelevel, metaspace = tiny_tokenizer("bytelevel"), tiny_tokenizer("metaspace")
     assert choose_mask_token(bytelevel, 348) == MaskToken(347, "spare", choose_mask_token(bytelevel, 348).reason)
     assert choose_mask_token(metaspace, len(metaspace)).kind == "unk"
-    assert choose_mask_token(metaspace, len(metaspace) + 1).kind == "spare"
+    assert choose_mask_token(metaspace, len(metaspace) + 1).kind == "unk"
+
+
+def rows_with(norms):
+    """Return an embedding of rows of norm about 1, and of the given norms."""
+    torch.manual_seed(0)
+    embedding = torch.nn.Embedding(348, 32)
+    embedding.weight.data /= embedding.weight.data.norm(dim=1, keepdim=True)
+    for row, norm in norms.items():
+        embedding.weight.data[row] *= norm
+    return embedding
+
+
+def test_auto_passes_over_a_row_that_was_never_trained():
+    tokenizer = tiny_tokenizer("wordpiece")
+    mask, unk = tokenizer.mask_token_id, tokenizer.unk_token_id
+    assert find_mask_token(rows_with({}), tokenizer).id == mask
+    chosen = find_mask_token(rows_with({mask: 0.2}), tokenizer)
+    assert (chosen.kind, chosen.id) == ("unk", unk)
+    assert "norm 0.200; the median of all rows is 1.000" in chosen.reason
+    assert find_mask_token(rows_with({mask: 0.2}), tokenizer, "mask").id == mask
+    assert find_mask_token(rows_with({mask: 0.2}), tokenizer, trained=True).id == mask
+    assert find_mask_token(rows_with({mask: 0.2, unk: 0.1}), tokenizer).kind == "spare"
+    full = rows_with({mask: 0.2, unk: 0.1})
+    full.weight = torch.nn.Parameter(full.weight[: len(tokenizer)].detach())
+    last_resort = find_mask_token(full, tokenizer)
+    assert last_resort.id == mask
+    assert "trainable_mask" in last_resort.reason
+
+
+def test_a_trained_row_starts_typical_if_it_was_never_trained():
+    tokenizer, healthy, ill = tiny_tokenizer("wordpiece"), rows_with({}), rows_with({4: 0.2})
+    token = MaskToken(4, "mask", "")
+    assert prepare_mask_row(healthy, token, tokenizer, trained=True) is None
+    assert prepare_mask_row(ill, token, tokenizer) is None
+    assert prepare_mask_row(ill, token, tokenizer, trained=True).norm().item() == pytest.approx(0.2, abs=1e-4)
+    assert ill.weight[4].norm().item() == pytest.approx(1.0, abs=1e-4)
 
 
 def test_no_token_is_an_error_that_asks_for_an_id_and_never_id_0():
@@ -98,13 +134,14 @@ class Rows:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_spare_row_becomes_the_mean_of_the_rows_in_use(dtype):
+def test_spare_row_has_the_mean_direction_and_the_median_norm_of_the_rows_in_use(dtype):
     embedding = torch.nn.Embedding(20_000, 8, dtype=dtype)  # more rows than one chunk
     before = embedding.weight.detach().clone()
     original = prepare_mask_row(embedding, MaskToken(19_999, "spare", ""), Rows(19_000))
-    expected = before[:19_000].double().mean(0)
+    used = before[:19_000].double()
+    expected = used.mean(0) * used.norm(dim=1).median() / used.mean(0).norm()
     # One rounding of the result: summed in bf16 the mean would be off by a multiple of itself.
-    torch.testing.assert_close(embedding.weight[19_999].double(), expected, rtol=2**-8, atol=1e-6)
+    torch.testing.assert_close(embedding.weight[19_999].double(), expected, rtol=2**-7, atol=1e-3)
     assert torch.equal(original, before[19_999])
     assert torch.equal(embedding.weight[:19_999], before[:19_999])
 

@@ -46,6 +46,7 @@ class Model(torch.nn.Module):
 
 class Tokenizer:
     pad_token_id, mask_token_id, mask_token, all_special_ids, added_tokens_decoder = 0, 1, "m", [0, 1], {}
+    __len__, get_vocab = lambda self: 20, lambda self: {}
 
 model = Model()
 seen = []

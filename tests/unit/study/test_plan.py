@@ -151,3 +151,34 @@ def test_long_names_stay_apart():
     names = [cell.name for cell in plan.cells]
     assert len(set(names)) == 2
     assert max(map(len, names)) < 120
+
+
+def test_arms_that_mask_in_a_way_of_their_own():
+    names = "none,mask,drop,drop:0.3,anneal:0.2,share,overfit,views,mask+views"
+    plan = make_plan("quickstart", arms=names, p="0.1", seeds="1,")
+    found = {cell.arm.name: plan.recipe_of(cell) for cell in plan.cells}
+    expected = ["none", "mask 0.1", "drop", "drop:0.3", "anneal:0.2", "share", "overfit", "views", "mask 0.1 + views"]
+    assert list(found) == expected
+    masking = {name: recipe.masking for name, recipe in found.items()}
+    assert (masking["drop"].replace, masking["drop"].p, masking["drop:0.3"].p) == ("drop", 0.1, 0.3)
+    rates = [masking["anneal:0.2"].make_schedule().rate(progress) for progress in (0.0, 0.35, 0.7, 1.0)]
+    assert rates == pytest.approx([0.2, 0.1, 0.0, 0.0])
+    assert (masking["share"].share, masking["overfit"].schedule) == (0.5, "overfit")
+    assert [found[name].training.views for name in ("none", "views", "mask 0.1 + views")] == [1, 2, 2]
+    assert [cell.arm.is_unmasked for cell in plan.cells] == [
+        True,
+        False,
+        False,
+        False,
+        False,
+        False,
+        False,
+        True,
+        False,
+    ]
+
+
+def test_an_arm_masks_in_one_way_only():
+    for arm in ("mask+drop", "drop+anneal"):
+        with pytest.raises(RecipeError, match="there is no arm"):
+            make_plan("quickstart", arms=arm, seeds="1,")

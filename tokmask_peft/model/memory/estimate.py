@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -131,6 +131,13 @@ class Workload:
 
 def workload(recipe: Recipe, batching: str, lengths: Lengths | None) -> Workload:
     """Return the shapes of a run's batches, `batching` being decided; a RecipeError if a text exceeds the budget."""
+    found, views = _workload(recipe, batching, lengths), recipe.training.views
+    usual = found.usual and replace(found.usual, lengths=found.usual.lengths * views)
+    return replace(found, largest=replace(found.largest, lengths=found.largest.lengths * views), usual=usual)
+
+
+def _workload(recipe: Recipe, batching: str, lengths: Lengths | None) -> Workload:
+    """Return the shapes of batches that hold each text once."""
     training, most, packed = recipe.training, recipe.data.max_length, batching == "padding_free"
     texts, longest = training.eval_batch_size, most
     if lengths is not None:
@@ -138,7 +145,8 @@ def workload(recipe: Recipe, batching: str, lengths: Lengths | None) -> Workload
         longest = min(longest, max(max(split) for split in lengths.evaluated if split))
     evaluation = Shape.padded(texts, _rounded(longest))
     if training.tokens_per_batch is not None:
-        largest = _largest_of_budget(recipe, training.tokens_per_batch, cast("Batching", batching), lengths)
+        budget = training.tokens_per_batch // training.views
+        largest = _largest_of_budget(recipe, budget, cast("Batching", batching), lengths)
         return Workload(largest, None, evaluation, lengths is not None)
     if lengths is None:
         return Workload(Shape((most,) * training.batch_size, packed), None, evaluation, False)

@@ -96,6 +96,9 @@ def test_shapes_of_batches():
     assert packed.usual.tokens < packed.largest.tokens <= 4 * 50
     assert workload(recipe, "padded", None).largest.lengths == (50,) * 4
     assert workload(recipe, "padding_free", None).largest.tokens == 200
+    twice = recipe.model_copy(update={"training": recipe.training.model_copy(update={"views": 2})})
+    assert workload(twice, "padded", None).largest.lengths == (50,) * 8
+    assert workload(twice, "padding_free", Lengths(texts, (texts,))).usual.tokens == 2 * packed.usual.tokens
     few = workload(recipe, "padded", Lengths([5, 6], ([5, 6],)))
     assert len(few.largest.lengths) == 2
     assert few.evaluation.lengths == (8,) * 2
