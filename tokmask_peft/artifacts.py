@@ -123,11 +123,7 @@ def is_run(folder: str | Path) -> bool:
 
 
 def check_run(recipe: Recipe, resume: bool) -> RunFolder:
-    """Return the run folder of a recipe, if it may be written; nothing is created yet.
-
-    Raises:
-        RunError: the name is taken, or there is nothing to resume, or the run was started with another recipe.
-    """
+    """Return a recipe's run folder; RunError if it is taken, cannot be resumed, or was started with another recipe."""
     run = RunFolder(recipe.run_dir)
     if run.is_empty():
         if resume:
@@ -147,11 +143,7 @@ def check_run(recipe: Recipe, resume: bool) -> RunFolder:
 
 
 def start_run(run: RunFolder, recipe_text: str, fingerprint: Mapping[str, str]) -> None:
-    """Write a run's recipe and the fingerprint of what it learns from; a resumed run keeps its own.
-
-    Raises:
-        RunError: the run was started with other data or another backbone.
-    """
+    """Write a run's recipe and the fingerprint of its data and backbone; RunError if a resumed run has another one."""
     if not run.recipe.is_file():
         write_whole(run.recipe, recipe_text)
     before = read_json(run.fingerprint, RunError, "bad-fingerprint") if run.fingerprint.is_file() else {}
