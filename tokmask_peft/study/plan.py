@@ -119,6 +119,9 @@ MASKED = {
     "share": ("0.5", ("masking.share={}", "masking.p=0.1")),
     "overfit": ("0.3", ("masking.schedule=overfit", "masking.share=0.5", "masking.p={}")),
     "random": ("0.1", ("masking.replace=random", "masking.p={}")),
+    "own": ("0.1", ("masking.mask_token=mask", "masking.p={}")),
+    "unk": ("0.1", ("masking.mask_token=unk", "masking.p={}")),
+    "trained": ("0.1", ("masking.mask_token=mask", "masking.trainable_mask=true", "masking.p={}")),
 }
 """Arms that mask in a way of their own, whatever `--p` says: the usual strength, and what it sets."""
 
