@@ -87,7 +87,7 @@ class TokenMasker:
     ) -> Self:
         """Start masking a model's input in training.
 
-        The row of a spare mask token is set to the mean embedding, unless the config never masks.
+        The row of a spare mask token is set to a typical one, unless the config never masks.
 
         Args:
             model: a transformers model, bare or wrapped by PEFT, torch.compile, DDP or accelerate.
@@ -358,7 +358,7 @@ class TokenMasker:
 class Occlusion:
     """Hides sub-tokens of a model's input as training does, at positions of the caller's choice.
 
-    A spare row is set to the mean embedding, as in training, and keeps it: no token uses the row. `config` is how the
+    A spare row is set to a typical one, as in training, and keeps it: no token uses the row. `config` is how the
     model, with or without PEFT, was masked in training; None if that is not known.
 
     Attributes:
