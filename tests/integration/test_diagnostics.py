@@ -8,6 +8,7 @@ import torch
 
 from tokmask_peft import train
 from tokmask_peft.inference.classifier import load
+from tokmask_peft.masking.embedding import UsedRows
 from tokmask_peft.masking.pattern import maskable_table, masked_positions
 from tokmask_peft.recipe.schema import Recipe
 from tokmask_peft.training.evaluate import split_examples
@@ -65,7 +66,7 @@ def test_inner_products_are_those_of_gradients_of_texts_masked_by_hand(write_rec
         tokenizer = trainer.processing_class
         table = maskable_table(tokenizer, len(rows), {tokenizer.pad_token_id})
         if mask.kind == "spare":
-            rows.data[mask.id] = rows.data[: len(tokenizer)].mean(0)
+            rows.data[mask.id] = UsedRows.of(model.get_base_model().get_input_embeddings(), tokenizer).typical()
 
         def gradient(ids, label):
             model.zero_grad()

@@ -41,6 +41,7 @@ def test_the_field_makes_an_arm():
         "model.attention_dropout": "attention_dropout",
         "adapter.dropout": "lora_dropout",
         "training.label_smoothing": "label_smoothing",
+        "training.views": "views",
         "training.neftune_alpha": "neftune",
     }
     assert set(regularizers(MyRecipe)) - set(regularizers()) == {"training.rdrop"}

@@ -9,7 +9,7 @@ from tiny_models import TEXTS, build, encode
 from torch import nn
 
 from tokmask_peft.errors import ModelError, RecipeError
-from tokmask_peft.masking.embedding import find_embedding, read_rows
+from tokmask_peft.masking.embedding import UsedRows, find_embedding, read_rows
 from tokmask_peft.masking.masker import TokenMasker
 from tokmask_peft.model.adapter import add_adapter, save_adapter
 from tokmask_peft.model.backbone import load_backbone
@@ -42,6 +42,8 @@ def found(family, placement, tokenizer_texts=TEXTS):
     with TokenMasker.attach(model.train(), tokenizer, TokenMaskConfig(p=0.4, seed=3)) as masker:
         logits = model(**batch).logits
         during = read_rows(embedding, last, last + 1).clone()
+        expected = UsedRows.of(embedding, tokenizer).typical() if masker.mask_token.kind == "spare" else before
+        torch.testing.assert_close(during.flatten(), expected.flatten(), rtol=0, atol=expected.abs().max() / 220)
     assert masker.observed_rate > 0.2
     torch.testing.assert_close(read_rows(embedding, last, last + 1), before, atol=1e-6, rtol=0)
     return seen[0][0], seen[0][1].detach(), during, logits.detach()
@@ -53,10 +55,10 @@ def test_masking_is_that_of_a_resident_embedding(family, placement):
     ids, rows, spare, logits = found(family, "resident")
     placed_ids, placed_rows, placed_spare, placed_logits = found(family, placement)
     assert torch.equal(ids, placed_ids)
-    # a mean row is small beside the rows that it is the mean of, whose errors it has
-    largest = rows.abs().amax(-1, keepdim=True).clamp(min=0.4)
+    # a typical row has the errors of all rows, whose mean is small, and is scaled up
+    largest = rows.abs().amax(-1, keepdim=True).clamp(min=0.4) * torch.where(ids == ids.max(), 2, 1).unsqueeze(-1)
     assert ((rows - placed_rows).abs() <= TOLERANCE[placement] * largest).all()
-    assert ((spare - placed_spare).abs() <= TOLERANCE[placement] * spare.abs().max().clamp(min=0.4)).all()
+    assert ((spare - placed_spare).abs() <= 2 * TOLERANCE[placement] * spare.abs().max().clamp(min=0.4)).all()
     if placement == "offload":
         assert torch.equal(logits, placed_logits)
     else:
