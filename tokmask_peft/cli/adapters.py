@@ -30,8 +30,9 @@ if TYPE_CHECKING:
     from tokmask_peft.training.memory import Forecast
 
 ARMS = (
-    "compare regularizers: none, lora_dropout, attention_dropout, neftune, label_smoothing, mask, and combinations "
-    "such as mask+neftune, separated by commas"
+    "compare regularizers: none, lora_dropout, attention_dropout, neftune, label_smoothing, views, mask; ways to mask: "
+    "drop, random, own, unk, trained, anneal, share, overfit, with a strength as drop:0.1; and combinations such as "
+    "mask+neftune, separated by commas"
 )
 GPU = (
     "memory of a GPU, for example 6GB; it is assumed to have bf16 (GTX and RTX 20 cards do not: add "
