@@ -24,6 +24,7 @@ from tokmask_peft.training.train import train
 SLOW = "training.epochs=6"
 
 
+@pytest.mark.usefixtures("in_terminal")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_interrupted_and_resumed_is_uninterrupted(write_recipe, tokmask, begin, tmp_path, number):
     recipe = write_recipe()

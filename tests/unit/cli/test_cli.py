@@ -160,6 +160,7 @@ class TestExitCodes:
         assert said in done.stderr
         assert "Traceback" not in done.stderr
 
+    @pytest.mark.usefixtures("in_terminal")
     @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
     def test_an_interruption_is_130(self, name):
         code = (

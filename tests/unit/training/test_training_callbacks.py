@@ -78,6 +78,7 @@ class TestStopOnSignal:
         for number, handler in zip(STOP_SIGNALS, before, strict=True):
             signal.signal(number, handler)
 
+    @pytest.mark.usefixtures("in_terminal")
     @pytest.mark.parametrize("number", STOP_SIGNALS)
     def test_the_first_signal_asks_for_a_checkpoint_and_the_end(self, number):
         before = handlers()
