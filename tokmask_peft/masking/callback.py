@@ -17,8 +17,9 @@ from transformers.trainer_callback import ExportableState
 
 from tokmask_peft.errors import MaskTokenError
 from tokmask_peft.masking.config import TokenMaskConfig
+from tokmask_peft.masking.embedding import unwrap
 from tokmask_peft.masking.masker import TokenMasker
-from tokmask_peft.masking.replacement import MaskToken
+from tokmask_peft.masking.replacement import REPLACEMENTS, MaskToken
 from tokmask_peft.masking.schedule import Answers, Schedule
 
 _TRL = ("SFTConfig", "RewardConfig", "PRMConfig", "CPOConfig", "ORPOConfig")
@@ -53,6 +54,9 @@ class TokenMaskCallback(TrainerCallback, ExportableState):
         self.config = TokenMaskConfig.model_validate({} if config is None else config)
         self.mask_token = MaskToken(**mask_token) if isinstance(mask_token, dict) else mask_token
         self.announce = announce
+        self.hides_labels = (
+            False  # a trainer that leaves masked words out of its loss sets this (`TokenMasker.pattern_of`)
+        )
         self.masker: TokenMasker | None = None  # of the current training
         self._schedule = self.config.make_schedule()
         self._steps = 0
@@ -176,6 +180,14 @@ class TokenMaskCallback(TrainerCallback, ExportableState):
                 f"{problem}, which token masking would falsify: leave the callback out, or use SFT or reward training"
             )
             raise MaskTokenError(message, code="trl-trainer", config=trl.__name__)
+        labels_words = type(unwrap(kwargs["model"])).__name__.endswith("ForTokenClassification")
+        unscored = not self.config.score_masked or (REPLACEMENTS[self.config.replace].removes and labels_words)
+        if unscored and not self.hides_labels and not self.config.is_off:
+            problem = (
+                "this trainer scores masked words, which score_masked: false and, for words, replace: drop rule out"
+            )
+            message = f"{problem}: train from a recipe, or take score_masked: true and replace: token"
+            raise MaskTokenError(message, code="scores-masked")
         tokenizer = kwargs.get("processing_class")
         tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor holds one
         if not hasattr(tokenizer, "all_special_ids"):

@@ -177,6 +177,9 @@ class OrderedEvalTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; a training that raises leaves no noise of NEFTune on the embedding."""
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, TokenMaskCallback):
+                callback.hides_labels = True  # see `get_batch_samples`
         try:
             with inputs_as_they_come(self.model, self.args.bf16), quick_dropout(self.model):
                 return super().train(*args, **kwargs)

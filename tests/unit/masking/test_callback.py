@@ -236,6 +236,18 @@ def test_trl_trainers_are_refused_unless_each_loss_comes_from_one_forward(tmp_pa
             assert (refused.value.code, refused.value.fields) == (code, {"config": name})
 
 
+def test_a_trainer_that_would_score_masked_words_is_refused(tmp_path):
+    with pytest.raises(MaskTokenError, match="train from a recipe") as refused:
+        trainer(tmp_path, [TokenMaskCallback(TokenMaskConfig(score_masked=False))]).train()
+    assert refused.value.code == "scores-masked"
+    model = build("qwen2", task="token")[0]
+    with pytest.raises(MaskTokenError) as refused:
+        trainer(tmp_path, [TokenMaskCallback(TokenMaskConfig(replace="drop"))], model).train()
+    assert refused.value.code == "scores-masked"
+    assert_clean(model)
+    trainer(tmp_path, [TokenMaskCallback(TokenMaskConfig(replace="drop"))]).train()  # one label a text
+
+
 def test_a_model_is_not_masked_twice(tmp_path):
     model, tokenizer = build("qwen2")
     with TokenMasker.attach(model, tokenizer), pytest.raises(MaskTokenError) as refused:
