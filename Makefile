@@ -3,7 +3,7 @@
 # make test-oldest  unit and invariant tests with everything that the package needs at its floor in pyproject.toml
 # make test-newest  the same tests with the newest releases; in both, torch is that of constraints.txt
 # make lint         style, format and types
-# make bench        the benchmarks that a CPU can run, twenty minutes, into benchmarks/results and README's table
+# make bench        the benchmarks that a CPU can run, twenty minutes, into benchmarks/results and docs/speed.md
 #                   (TOKMASK_DATA for real texts)
 # make gpu-pack     .gpu/, what a GPU machine without a network needs to run `bash .gpu/measure.sh` (TOKMASK_TOKENIZERS)
 

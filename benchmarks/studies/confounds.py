@@ -3,7 +3,7 @@
     TOKMASK_DATA=FOLDER TOKMASK_TOKENIZERS=FOLDER python benchmarks/studies/confounds.py   # runs what is missing
 
 A finished run has its record in the folder of the runs and is never run again. When all are there, the analysis goes to
-`benchmarks/results/confounds.json`, from which `page.py` writes the tables of `benchmarks/RESULTS.md`.
+`benchmarks/results/confounds.json`, from which `page.py` writes the tables of `docs/results.md`.
 """
 
 from __future__ import annotations

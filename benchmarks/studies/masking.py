@@ -1,4 +1,4 @@
-"""Does masking help? The sweeps behind `benchmarks/RESULTS.md`, each an ordinary `tokmask sweep`.
+"""Does masking help? The sweeps behind `docs/results.md`, each an ordinary `tokmask sweep`.
 
     TOKMASK_DATA=FOLDER python benchmarks/studies/masking.py trec trec-500   # these, then the JSON and the tables
     TOKMASK_DATA=FOLDER python benchmarks/studies/masking.py --all           # hours

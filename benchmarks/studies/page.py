@@ -1,4 +1,4 @@
-"""Write the tables of `benchmarks/RESULTS.md`, `benchmarks/BENCHMARKS.md` and `README.md` from the committed JSON.
+"""Write the tables of `docs/results.md` and `docs/speed.md` from the committed JSON.
 
     python benchmarks/studies/page.py
 
@@ -19,7 +19,7 @@ from tables import TABLES
 from tokmask_peft.study.report import markdown
 
 ROOT = RESULTS.parent.parent
-PAGES = (ROOT / "benchmarks" / "RESULTS.md", ROOT / "benchmarks" / "BENCHMARKS.md", ROOT / "README.md")
+PAGES = (ROOT / "docs" / "results.md", ROOT / "docs" / "speed.md")
 CPU = ("default_run", "padding_free", "masking", "qlora", "predict")
 BENCHMARKS = (*CPU, "same_score", "same_score_bound", "arms_cost")
 SPEED = (
@@ -77,7 +77,7 @@ def benchmark(name: str) -> str:
 
 
 def speed(found: Callable[[str], Any] = read) -> str:
-    """Return README's table of speed and memory.
+    """Return the short table of speed and memory.
 
     A row is left out if this machine did not measure all of it: predictions in bf16, on a CPU without it.
     """

@@ -132,8 +132,8 @@ def compared(study: Study, columns: dict[str, str], p: float) -> Table:
     return ("task", "seeds", first, *(title for other in others for title in (other, "difference"))), body
 
 
-def readme(study: Study) -> Table:
-    """Return the table of the README."""
+def summary(study: Study) -> Table:
+    """Return scores with and without masking, for each task, and the floor."""
     body = []
     for name in study.tasks:
         rows, found = [study.row(name, p) for p in (0.0, 0.1)], study.difference(name, 0.1)
@@ -229,7 +229,7 @@ DEFAULTS = {"fp32, padded, all layers": "-plain", "defaults: bf16, no padding": 
 GROUPED = {"random batches": "", "grouped by length": "-grouped"}
 METRICS, CORPORA, GROUPS = ("f1_macro", "f1_weighted"), ("trec", "afrisenti_twi"), ("encoder", "words", "causal")
 TABLES: dict[str, Callable[[Study], Table]] = {
-    "results": readme,
+    "results": summary,
     "trained": trained,
     **{f"scores {metric}": partial(scores, metric) for metric in METRICS},
     **{f"differences {metric}": partial(differences, metric) for metric in METRICS},

@@ -14,7 +14,8 @@ from tables import CONTRASTS
 from tokmask_peft.study.report import signed
 from tokmask_peft.study.statistics import smallest_p, spread
 
-RESULTS, BENCHMARKS, README = PAGES
+RESULTS, SPEED_PAGE = PAGES
+README = RESULTS.parent.parent / "README.md"
 
 
 STUDY = Study.read()
@@ -198,14 +199,6 @@ def test_what_is_clear_or_not_is_said_so():
     assert below == {"mesent_mareng", TWI, "afrisenti_twi-500", LID, POS, f"{POS}-tuned"}
 
 
-def test_readme_repeats_findings_of_the_page():
-    text, section = README.read_text(encoding="utf-8"), RESULTS.read_text(encoding="utf-8")
-    findings = text.partition("<!-- /results -->")[2].partition("The trainings are short")[0]
-    lines = [line for line in findings.splitlines() if line.startswith("- ")]
-    assert len(lines) > 5
-    assert [line for line in lines if line not in section] == []
-
-
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_the_committed_tables_are_what_the_committed_figures_say(page):
     text = page.read_text(encoding="utf-8")
@@ -214,7 +207,7 @@ def test_the_committed_tables_are_what_the_committed_figures_say(page):
 
 def test_every_score_in_the_readme_is_on_a_page():
     """Figures of three or four decimals, as .953 or 0.1234."""
-    pages = RESULTS.read_text(encoding="utf-8") + BENCHMARKS.read_text(encoding="utf-8")
+    pages = RESULTS.read_text(encoding="utf-8") + SPEED_PAGE.read_text(encoding="utf-8")
     known, quoted = (
         {found.lstrip("0") for found in re.findall(r"(?<![\d.])0?\.\d{3,4}\b", text)}
         for text in (pages, README.read_text(encoding="utf-8"))
