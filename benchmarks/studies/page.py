@@ -173,7 +173,7 @@ def write() -> None:
     for page in PAGES:
         page.write_text(filled(page.read_text(encoding="utf-8"), study), encoding="utf-8")
         print(page)
-    draw(study, RESULTS / "masking" / "differences.svg")
+    draw(study, ROOT / "docs" / "differences.svg")
 
 
 if __name__ == "__main__":
