@@ -12,6 +12,7 @@ import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
+from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -45,7 +46,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 @dataclass
 class RunFolder:
-    """Paths in a run folder."""
+    """Paths in a run folder; itself a path for `load(run.folder)`."""
 
     root: Path
 
@@ -58,6 +59,9 @@ class RunFolder:
         self.predictions = self.root / "predictions.json"  # gold and predicted label ids of each text
         self.log = self.root / "log.jsonl"  # a line per logged step
         self.lock = self.root / ".lock"  # held by the process that trains
+
+    def __fspath__(self) -> str:
+        return str(self.root)
 
     def is_empty(self) -> bool:
         """Return whether nothing is in the folder, or it does not exist."""
@@ -371,7 +375,7 @@ class SavedAdapter:
 
 
 def find_saved(
-    model: str | Path | SavedAdapter, backbone: str | None = None, *, trust_remote_code: bool = False
+    model: str | PathLike[str] | SavedAdapter, backbone: str | None = None, *, trust_remote_code: bool = False
 ) -> SavedAdapter:
     """Find the adapter that `model` names; one that was found already is returned as it is.
 
@@ -403,13 +407,10 @@ def find_saved(
     if not isinstance(named, str) or not named:
         message = f"{folder / 'adapter_config.json'} names no base model; give one with --backbone"
         raise ModelError(message, code="no-base-model", path=folder)
-    info = AdapterInfo.read(folder)
-    loading = info.loading
+    loading = (info := AdapterInfo.read(folder)).loading
     # which backbone, and from where: the user's word first, then the run's recipe, then the adapter
-    settings: dict[str, Any] = {"backbone": named, "quantization": "none"}
-    if recipe is not None:
-        settings = recipe.model.model_dump()
-    elif loading is not None:
+    settings: dict[str, Any] = recipe.model.model_dump() if recipe else {"backbone": named, "quantization": "none"}
+    if recipe is None and loading is not None:
         settings |= {"backbone_path": loading.package, "revision": loading.revision, "embedding": loading.embedding}
     if backbone is not None:
         local = backbone.startswith("package:") or Path(backbone).is_dir()

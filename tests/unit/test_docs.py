@@ -1,4 +1,4 @@
-"""README and docs: their links lead somewhere, their commands and keys exist, and the reference is that of the schema."""
+"""README and docs: links lead somewhere, commands and keys exist, the reference is that of the schema."""
 
 import importlib.util
 import re

@@ -6,7 +6,7 @@ import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, replace
-from pathlib import Path
+from os import PathLike
 from typing import Any
 
 import torch
@@ -142,7 +142,7 @@ class Classifier:
 
 @boundary("loading the model")
 def load(
-    model: str | Path | SavedAdapter,
+    model: str | PathLike[str] | SavedAdapter,
     device: str | torch.device | None = None,
     quantization: str | None = None,
     precision: str | None = None,
