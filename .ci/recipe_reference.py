@@ -14,8 +14,8 @@ HEAD = """# Recipe reference
 
 A recipe is a YAML file. `tokmask recipes` lists the shipped ones, `tokmask recipes copy NAME FILE` copies one with its
 bases merged in, `tokmask validate FILE` reports every mistake at once, and
-`tokmask train FILE training.epochs=3 masking.p=0` overrides keys for one run. `base: other.yaml` takes everything else from
-another recipe. This page is written from the schema; `tokmask recipes fields` prints the same.
+`tokmask train FILE training.epochs=3 masking.p=0` overrides keys for one run. `base: other.yaml` takes everything else
+from another recipe. This page is written from the schema; `tokmask recipes fields` prints the same.
 """
 
 
