@@ -156,7 +156,7 @@ class DataFile:
             packed = archive.open(self._member) if archive and self._member else gzip.GzipFile(self.path)
         except (zipfile.BadZipFile, RuntimeError, NotImplementedError, OSError) as error:
             raise _archive_error(self.path, f"cannot be unpacked: {first_line(error)}") from error
-        return cast("IO[bytes]", io.BufferedReader(_Unpacked(cast("IO[bytes]", packed), self.path)))
+        return cast("IO[bytes]", io.BufferedReader(_Unpacked(cast("IO[bytes]", packed), self.path), 2**16))
 
     def whole(self) -> IO[bytes]:
         """Return the bytes in a form that can be read in any order, for formats that need it."""
@@ -181,7 +181,7 @@ class DataFile:
             head = file.read(65536)
         for magic, (what, remedy) in _MAGIC.items():
             if head.startswith(magic):
-                if b"[Content_Types].xml" in head or b"xl/" in head:
+                if any(part in head for part in (b"[Content_Types].xml", b"xl/", b"opendocument")):
                     what, remedy = "an Excel workbook or another Office document", "Save the sheet as 'CSV UTF-8'"
                 raise DataError(f"{self.path}: not a text file, but {what}. {remedy}.", code="not-text", kind=what)
         encoding = self._asked if self._asked == "auto" else codecs.lookup(self._asked).name.removesuffix("-sig")
