@@ -477,7 +477,7 @@ def test_a_title_above_the_header_is_left_out_and_nothing_else(write):
     assert read(write("b.csv", "Ein Korpus\nBeitrag,label\na,x\n"), text_column="Beitrag")[0] == [("a", "x")]
     tags = TextFile(write("c.csv", "one,\naku,ID\nsuka,ID\n"), "token", text_column=0)
     assert [decision.what for decision in tags.decisions if "title" in decision.what] == []
-    assert read(write("d.csv", "text\nid,label\n"), header=False, text_column=0, label_column=0)[0][0] == (
+    assert read(write("d.csv", "text,\nid,label\n"), header=False, text_column=0, label_column=0)[0][0] == (
         "text",
         "text",
     )
