@@ -133,17 +133,20 @@ class StepClock(TrainerCallback):
 
 
 class AdapterMoves(TrainerCallback):
-    """Fail if adapter weights stop moving after an evaluation.
+    """Fail if adapter weights stop moving after an evaluation, or if every step in fp16 overflows.
 
     4-bit layers that repack themselves for inference have cut off every gradient to the adapter while the loss still
-    fell, because the head went on learning. Such a run must not end as if it had succeeded.
+    fell, because the head went on learning. In fp16, a step whose gradients overflow is skipped, and the next scales
+    the loss by half as much, which ends soon unless the backbone itself overflows. Such runs must not end as if they
+    had succeeded.
     """
 
     STEPS = 3
+    OVERFLOWS = 25  # in a row; the scale has come down from 2**16
 
     def __init__(self) -> None:
         self._at_evaluation: dict[str, torch.Tensor] | None = None
-        self._steps = 0
+        self._steps = self._overflows = 0
 
     def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any) -> None:
         """Remember the adapter, unless a comparison is still due."""
@@ -158,6 +161,13 @@ class AdapterMoves(TrainerCallback):
         Raises:
             RunError: weights that did not move.
         """
+        if getattr(given.get("optimizer"), "step_was_skipped", False):
+            self._overflows += 1
+            if self._overflows >= self.OVERFLOWS:
+                problem = f"the gradients of {self._overflows} steps in a row overflow in fp16, and nothing is learned"
+                raise RunError(f"{problem}. Set model.precision=fp32.", code="fp16-overflows", steps=self._overflows)
+            return
+        self._overflows = 0
         rates = given["lr_scheduler"].get_last_lr() if given.get("lr_scheduler") else [1.0]
         if self._at_evaluation is None or max(rates) == 0.0:
             return

@@ -15,6 +15,7 @@ from accelerate.utils import parse_flag_from_env
 
 import tokmask_peft
 from tokmask_peft.errors import RunError
+from tokmask_peft.model.decisions import gpu_problem
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "scikit-learn")
 
@@ -24,8 +25,15 @@ def processes() -> PartialState:
 
     On CPUs accelerate joins them only if asked to compute there. Otherwise each would be a run of its own, all in one
     folder.
+
+    Raises:
+        RunError: nothing runs on the GPU of one of several processes; a single one takes the CPU.
     """
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
+    unusable = gpu_problem() if torch.cuda.is_available() else None
+    if unusable and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RunError(f"{unusable}. Or use the CPUs: ACCELERATE_USE_CPU=1", code="gpu-unusable")
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    return PartialState(cpu=on_cpu or unusable is not None)
 
 
 def check_sharding() -> None:
