@@ -34,7 +34,7 @@ def lines(name: str, run: dict[str, Any]) -> list[str]:
     setting = Setting(config, "cuda", decided.get("quantization", "nf4"), dtype)
     largest = Shape(tuple(run["largest"]["lengths"]), run["largest"]["packed"])
     guess = estimate(recipe, setting, largest, Shape.padded(*run["evaluated"]))
-    fixed = guess.weights + guess.embedding + guess.adapter + guess.optimizer
+    fixed = guess.weights + guess.embedding + guess.adapter + guess.optimizer + guess.cublas
     found = []
     for phase, extra in (("training", guess.activations + guess.workspace), ("evaluation", guess.evaluation)):
         peak = run["phases"].get(phase, {"allocated": 0})

@@ -21,6 +21,7 @@ from transformers.trainer_callback import ExportableState
 from tokmask_peft.artifacts import read_log
 from tokmask_peft.console import stop_signals
 from tokmask_peft.errors import RunError, write_whole
+from tokmask_peft.training.environment import peak_memory
 
 
 class LogFile(TrainerCallback, ExportableState):
@@ -117,10 +118,21 @@ class BestOfThisRun(TrainerCallback):
 
 
 class StepClock(TrainerCallback):
-    """Add up the `seconds` spent in optimizer `steps`, without evaluation and saving."""
+    """Add up the `seconds` spent in optimizer `steps`, without evaluation and saving.
+
+    `loading` is the peak of memory in bytes before the first of them, or None if it is not measured here.
+    """
 
     def __init__(self) -> None:
         self.seconds, self.steps, self._start = 0.0, 0, 0.0
+        self.loading: int | None = None
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Note the peak of loading, and let a GPU count that of the training afresh."""
+        if self.loading is None:
+            self.loading = peak_memory(args.device)["bytes"]
+            if args.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(args.device)
 
     def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Start the clock."""

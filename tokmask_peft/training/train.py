@@ -404,7 +404,7 @@ def _speed(prepared: Prepared, clock: StepClock, trainer: OrderedEvalTrainer) ->
         "step_seconds": round(clock.seconds, 2),
         "steps": clock.steps,
         "tokens_per_second": round(clock.steps * per_step / clock.seconds, 1) if clock.seconds else None,
-        "peak_memory": peak_memory(prepared.device),
+        "peak_memory": peak_memory(prepared.device, clock.loading),
         "environment": environment(prepared.device),
     }
 

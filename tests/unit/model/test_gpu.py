@@ -1,6 +1,8 @@
 """What is decided on GPUs that are not here: their abilities are put in place of this machine's."""
 
+import ast
 import subprocess
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 from tiny_models import build
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import tokmask_peft
 from tokmask_peft.errors import ModelError, RunError
 from tokmask_peft.inference import classifier
 from tokmask_peft.model import decisions, packed
@@ -220,3 +223,15 @@ def test_models_with_groups_of_heads_take_that_path_on_a_gpu_without_flash_atten
         model, _ = build(family)
         packed.expand_heads_if_needed(model, device, torch.float16)
         assert model.config._attn_implementation == expected
+
+
+def test_random_states_are_kept_of_named_devices_only():
+    calls = [
+        call
+        for path in Path(tokmask_peft.__file__).parent.rglob("*.py")
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(call, ast.Call) and ast.unparse(call.func).endswith("fork_rng")
+    ]
+    assert len(calls) >= 4
+    # without a list torch keeps the states of all GPUs, and warns if there are several
+    assert all(call.args or "devices" in {given.arg for given in call.keywords} for call in calls)
