@@ -129,13 +129,24 @@ def prepared_by_peft(model: Any, dropout: float, checkpointed: bool = True, **op
 class Stepper:
     """A model in training on a device with its optimizer; `ours` switches on what a run does there besides."""
 
-    def __init__(self, model: Any, bf16: bool, ours: bool, device: torch.device = CPU, rate: float = 1e-4) -> None:
-        self.model, self.bf16, self.device, self.loss = model.to(device), bf16, device, ClassificationLoss()
+    def __init__(
+        self,
+        model: Any,
+        bf16: bool,
+        ours: bool,
+        device: torch.device = CPU,
+        rate: float = 1e-4,
+        *,
+        fp16: bool = False,
+    ) -> None:
+        self.model, self.device, self.loss = model.to(device), device, ClassificationLoss()
+        self.low, self.scaler = bf16 or fp16, torch.amp.GradScaler(device.type, enabled=fp16)
+        self.dtype = torch.float16 if fp16 else torch.bfloat16
         self.trained = [weight for weight in model.parameters() if weight.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=rate, fused=True)
         self.as_trained = ExitStack()  # for as long as this lives
         if ours:
-            self.as_trained.enter_context(inputs_as_they_come(model, bf16))
+            self.as_trained.enter_context(inputs_as_they_come(model, self.low))
         if ours and device == CPU:
             self.as_trained.enter_context(quick_dropout(model))
 
@@ -143,12 +154,14 @@ class Stepper:
         """Take one optimizer step and return the loss."""
         here = {name: value.to(self.device) if hasattr(value, "to") else value for name, value in batch.items()}
         labels = here.pop("labels")
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+        with torch.autocast(self.device.type, self.dtype, enabled=self.low):
             output = self.model(**here)
         loss: Tensor = self.loss(output, labels)
-        loss.backward()
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
         torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.optimizer.zero_grad()
         return loss.detach()
 

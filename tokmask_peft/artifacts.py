@@ -291,7 +291,7 @@ class Loading(_Part):
     package: str | None = None  # `package:NAME/FOLDER`, if a Python package holds the backbone; never a folder
     revision: str | None = None  # of the backbone on the Hub
     quantization: str = Field("none", pattern="^(nf4|int8|none)$")
-    precision: str = Field("fp32", pattern="^(bf16|fp32)$")
+    precision: str = Field("fp32", pattern="^(bf16|fp16|fp32)$")
     embedding: str = Field("resident", pattern="^(resident|offload|8bit)$")
     weights: dict[str, str] = Field(default_factory=dict)  # of the backbone, from `weight_hashes`
     scaling: float | None = Field(None, gt=0)  # of the LoRA update; None if not known
@@ -417,7 +417,7 @@ def find_saved(
         settings |= {"backbone_path": backbone} if local else {"backbone": backbone, "backbone_path": None}
         settings["revision"] = None
     if loading is not None:  # bf16 if the hardware has it
-        precision = "auto" if loading.precision == "bf16" else "fp32"
+        precision = "auto" if loading.precision == "bf16" else loading.precision
         settings |= {"quantization": loading.quantization, "precision": precision}
     length = loading.max_length if loading else recipe.data.max_length if recipe else None
     config = ModelConfig(**settings | {"trust_remote_code": trust_remote_code})

@@ -32,6 +32,9 @@ from tokmask_peft.model.decisions import (
     choose_precision,
     choose_quantization,
     enable_checkpointing,
+    flash_problem,
+    gpu_problem,
+    rows_problem,
 )
 from tokmask_peft.recipe.schema import AdapterConfig, ModelConfig
 from tokmask_peft.training.environment import versions
@@ -67,7 +70,9 @@ def _decisions() -> dict[str, Any]:
         "bitsandbytes_problem": bitsandbytes_problem(DEVICE.type),
         "precision": asdict(choose_precision(config, DEVICE)),
         "quantization": asdict(choose_quantization(config, DEVICE)),
-        "varlen_kernel": str(packing._varlen_kernel()) if ON_GPU else None,
+        "gpu_problem": gpu_problem(),
+        "rows_problem": rows_problem(DEVICE, torch.bfloat16, 64) if ON_GPU else None,
+        "flash_problem": flash_problem(DEVICE, torch.bfloat16, 64) if ON_GPU else None,
     }
 
 
@@ -103,7 +108,7 @@ def part_attention() -> None:
         "bert 12x64": (12, 12, 64, False, None), "minilm 12x32": (12, 12, 32, False, None),
         "qwen 14/2x64": (14, 2, 64, True, None), "tinyllama 32/4x64": (32, 4, 64, True, None),
         "qwen7b 28/4x128": (28, 4, 128, True, None), "mistral window 8": (8, 2, 128, True, 8),
-        "head 8": (4, 4, 8, False, None),
+        "head 8": (4, 4, 8, False, None), "tinybert 12x26": (12, 12, 26, False, None),
     }  # fmt: skip
     for name, case in cases.items():
         for lengths in ([1, 17, 64, 3, 128], [31] * 32):
@@ -133,8 +138,8 @@ def _attention(
     found = {}
     for name in ("kernel", "fallback"):
         here = [tensor.to(DEVICE).clone().requires_grad_() for tensor in low]
-        kernel = packing._varlen_kernel if name == "kernel" and ON_GPU else (lambda: None)
-        with mock.patch.object(packing, "_varlen_kernel", kernel):
+        problem = rows_problem if name == "kernel" and ON_GPU else (lambda *_: "not asked for")
+        with mock.patch.object(packing, "rows_problem", problem):
             out = packing.packed_attention(layer, *here, None, sliding_window=window, packing=places)[0]
         out.backward(ahead.to(DEVICE))
         pairs = [(out, wanted), *((one.grad, other.grad) for one, other in zip(here, exact, strict=True))]
@@ -163,9 +168,11 @@ def part_parity() -> None:
         "gpu offload and resident, fp32": ({**gpu, "embedding": "offload"}, gpu),
         "gpu checkpointed or not, bf16 packed": ({**packed, "checkpointed": True}, packed),
         "nf4 gpu and cpu, bf16": ({**bf16, **nf4}, {**bf16, **nf4, **cpu}),
-        "nf4 gpu and cpu, fp32 (as on a T4)": ({**gpu, **nf4}, {**cpu, **nf4}),
+        "nf4 gpu and cpu, fp32": ({**gpu, **nf4}, {**cpu, **nf4}),
         "int8 gpu and none, bf16": ({**bf16, "quantization": "int8"}, bf16),
     }
+    if ON_GPU:
+        pairs["gpu fp16 packed and fp32 (as on a T4)"] = ({**packed, "precision": "fp16"}, {**gpu, "packed": True})
     for family in ("bert", "qwen2", "mistral"):
         for name, (one, other) in pairs.items():
             record.attempt(
@@ -207,7 +214,7 @@ def _trained(
     for number, row in enumerate(rows):
         row["labels"] = [n % 3 for n in range(len(row["input_ids"]))] if task == "token" else number % 3
     batch = (PackedCollator(task) if packed else padded_collator(tokenizer, task))(rows)
-    stepper = Stepper(model, precision == "bf16", ours=True, device=device, rate=5e-3)
+    stepper = Stepper(model, precision == "bf16", True, device, rate=5e-3, fp16=precision == "fp16")
     if p is not None:
         TokenMasker.attach(model, tokenizer, TokenMaskConfig(p=p, unit=unit, seed=3))
     losses = [round(float(stepper.step(batch)), 6) for _ in range(8)]

@@ -11,10 +11,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from instruments import BACKBONES, recipe_of
 from transformers import AutoConfig
 
+from tokmask_peft.model.decisions import DTYPES
 from tokmask_peft.model.memory.estimate import Setting, estimate
 from tokmask_peft.model.memory.step import Shape
 from tokmask_peft.recipe.schema import Recipe
@@ -30,11 +30,11 @@ def lines(name: str, run: dict[str, Any]) -> list[str]:
     file, *data = recipe_of(backbone, "token" if " token" in name else "sequence")
     recipe = Recipe.load(file, [*data, *run["overrides"], again])
     config = AutoConfig.from_pretrained(Path(os.environ["TOKMASK_TOKENIZERS"]) / BACKBONES[backbone][0], num_labels=3)
-    dtype = torch.bfloat16 if decided.get("precision") == "bf16" else torch.float32
+    dtype = DTYPES[decided.get("precision", "fp32")]
     setting = Setting(config, "cuda", decided.get("quantization", "nf4"), dtype)
     largest = Shape(tuple(run["largest"]["lengths"]), run["largest"]["packed"])
     guess = estimate(recipe, setting, largest, Shape.padded(*run["evaluated"]))
-    fixed = guess.weights + guess.embedding + guess.adapter + guess.optimizer
+    fixed = guess.weights + guess.embedding + guess.adapter + guess.optimizer + guess.cublas
     found = []
     for phase, extra in (("training", guess.activations + guess.workspace), ("evaluation", guess.evaluation)):
         peak = run["phases"].get(phase, {"allocated": 0})

@@ -122,7 +122,9 @@ def take_turns(setups: list[Setup], stock: bool, config: Any, tokenizer: Any, ro
             if setup.ran_out:
                 continue
             if not stock:  # PEFT's preparation has switched its own on
-                enable_checkpointing(model) if setup.checkpointed else model.gradient_checkpointing_disable()
+                new = hasattr(model, "activation_checkpointing_disable")  # the old name goes in transformers 6
+                disable = model.activation_checkpointing_disable if new else model.gradient_checkpointing_disable
+                enable_checkpointing(model) if setup.checkpointed else disable()
             try:
                 for _ in range(1 if number else 2):  # the very first makes kernels and optimizer states
                     fresh_peak()

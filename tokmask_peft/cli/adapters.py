@@ -35,8 +35,8 @@ ARMS = (
     "mask+neftune, separated by commas"
 )
 GPU = (
-    "memory of a GPU, for example 6GB; it is assumed to have bf16 (GTX and RTX 20 cards do not: add "
-    "model.precision=fp32); default: this machine"
+    "memory of a GPU, for example 6GB; it is assumed to have bf16 (for T4, V100, GTX 16 and RTX 20 add "
+    "model.precision=fp16, for GTX 10 fp32); default: this machine"
 )
 
 
@@ -129,13 +129,13 @@ def print_forecast(found: Forecast) -> None:
     from rich.markup import escape
     from rich.table import Column, Table
 
+    from tokmask_peft.model.decisions import PRECISIONS
     from tokmask_peft.model.memory.estimate import PARTS, USABLE, shown
 
     console, setting, memory, model = make_console(), found.setting, found.memory, found.recipe.model
     say = functools.partial(console.print, markup=False)
-    precision = "bf16" if found.to_dict()["precision"] == "bfloat16" else "fp32"
-    where = f"{setting.device_type}, {precision}, quantization {setting.quantization}, embedding {model.embedding}"
-    say(f"{model.backbone} on {where}")
+    held = f"{PRECISIONS[setting.dtype]}, quantization {setting.quantization}, embedding {model.embedding}"
+    say(f"{model.backbone} on {setting.device_type}, {held}")
     if setting.assumed:
         say(setting.assumed)
     say(f"gradient checkpointing {found.decision.choice}: {found.decision.reason}")
@@ -274,7 +274,7 @@ def explain(
 def export(
     model: ModelArgument,
     merged: Annotated[Path, typer.Option(help="the folder to make")],
-    precision: Annotated[str, typer.Option(help="fp32 or bf16, of the saved weights")] = "fp32",
+    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16, of the saved weights")] = "fp32",
     onnx: Annotated[bool, typer.Option("--onnx", help="Also write model.onnx (extra onnx) and compare it.")] = False,
     backbone: BackboneOption = None,
     trust_remote_code: TrustOption = False,

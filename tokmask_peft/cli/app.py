@@ -64,7 +64,7 @@ TrustOption = Annotated[
 ]
 DeviceOption = Annotated[str | None, typer.Option(help="cuda, cpu, …; default: a GPU if there is one")]
 QuantizationOption = Annotated[str | None, typer.Option(help="nf4, int8 or none; default: as in training")]
-PrecisionOption = Annotated[str | None, typer.Option(help="bf16 or fp32; default: as in training")]
+PrecisionOption = Annotated[str | None, typer.Option(help="bf16, fp16 (NVIDIA GPUs) or fp32; default: as in training")]
 
 
 @app.callback(invoke_without_command=True)

@@ -23,7 +23,7 @@ from tokmask_peft.masking.config import TokenMaskConfig
 from tokmask_peft.masking.masker import Occlusion
 from tokmask_peft.model.adapter import load_adapter, merge_if_harmless
 from tokmask_peft.model.backbone import load_backbone
-from tokmask_peft.model.decisions import plan_loading
+from tokmask_peft.model.decisions import gpu_problem, kernels_problem, plan_loading
 from tokmask_peft.model.location import position_limit
 from tokmask_peft.model.packed import choose_batching, enable_padding_free
 from tokmask_peft.tasks import Prediction, WordPredictions, get_task
@@ -46,7 +46,7 @@ class Classifier:
     _: KW_ONLY
     max_length: int  # sub-tokens per window, special tokens included
     temperature: float = 1.0  # divides the logits before the softmax; changes no label
-    dtype: torch.dtype = torch.float32  # bfloat16 for autocast
+    dtype: torch.dtype = torch.float32  # bfloat16 or float16 for autocast
     decisions: tuple[Decision, ...] = ()  # device, precision, quantization, batching and the like, with reasons
     masking: TokenMaskConfig | None = None  # how tokens were masked in training, if known
 
@@ -156,7 +156,7 @@ def load(
         model: a run folder (`runs/NAME`), an adapter folder, or the id of an adapter on the Hub.
         device: `cuda`, `cpu`, …; default: a GPU if there is one.
         quantization: `nf4`, `int8` or `none`; default: that of training if it runs on this device.
-        precision: `bf16` or `fp32`; default: that of training, or fp32 if the hardware has no bf16.
+        precision: `bf16`, `fp16` (NVIDIA GPUs) or `fp32`; default: that of training if the hardware has it.
         backbone: a Hub id, a folder or `package:NAME/FOLDER` to use instead of what the adapter names.
         trust_remote_code: run the backbone's own code; whatever the run's recipe says, only you can allow it.
 
@@ -170,7 +170,7 @@ def load(
         loaded = load_backbone(plan.model, saved.task, saved.labels, place)
         batching = _choose_batching(loaded.model, place)
         module = load_adapter(loaded, saved.folder, **saved.trained)
-        present = "a GPU is there" if place.type == "cuda" else "no GPU was found"
+        present = "a GPU is there" if place.type == "cuda" else gpu_problem() or "no GPU was found"
         decisions = [Decision("device", str(place), present if device is None else "as asked")]
         if loaded.quantization == "none":
             module, decision = merge_if_harmless(module.to(place))
@@ -209,11 +209,14 @@ def _choose_batching(model: nn.Module, device: torch.device) -> Decision:
 def _device(asked: str | torch.device | None) -> torch.device:
     """Return the device to compute on; a ModelError if there is no such device, or it has no memory left."""
     if asked is None:
-        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+        usable = torch.cuda.is_available() and gpu_problem() is None
+        return torch.device("cuda", 0) if usable else torch.device("cpu")
     try:
         device = torch.device(asked)
         with loading_memory_errors(device):
             torch.empty(1, device=device)
+        if device.type == "cuda" and (problem := kernels_problem(device)):
+            raise RuntimeError(problem)
     except (RuntimeError, AssertionError) as error:
         message = f"device {asked} cannot be used: {first_line(error)}"
         raise ModelError(message, code="device-unavailable", device=str(asked)) from error

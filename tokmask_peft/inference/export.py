@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import math
 import shutil
 import tempfile
 import warnings
@@ -67,7 +68,7 @@ class Export:
 
     folder: Path
     difference: float  # largest, between its logits and the adapter's, in fp32, on the same backbone
-    rounding: float  # the same for the model as saved: the effect of rounding to bf16, if asked for
+    rounding: float  # the same for the model as saved: the effect of rounding to bf16 or fp16, if asked for
     notes: tuple[str, ...]  # what a user of the model should know
     onnx: float | None = None  # largest difference between onnxruntime's logits and the saved model's
 
@@ -88,7 +89,7 @@ def export_merged(
     Args:
         model: a run folder, an adapter folder, or a Hub id.
         folder: to make; must not exist, or be empty.
-        precision: `fp32` or `bf16`, of the saved weights.
+        precision: `fp32`, `bf16` or `fp16`, of the saved weights.
         backbone: a Hub id or a folder to load the backbone from, instead of what the adapter names.
         onnx: write `model.onnx`, too, and compare it (extra `onnx`; fp32 only).
         trust_remote_code: as in `load`.
@@ -102,8 +103,9 @@ def export_merged(
         if precision != "fp32":
             message = "onnx is written in fp32 only, because onnxruntime computes little in bf16 on CPUs"
             raise ModelError(message, code="onnx-precision")
-    if precision not in ("fp32", "bf16"):
-        raise ModelError(f"precision is {precision}, expected fp32 or bf16", code="unknown-format", precision=precision)
+    if precision not in ("fp32", "bf16", "fp16"):
+        message = f"precision is {precision}, expected fp32, bf16 or fp16"
+        raise ModelError(message, code="unknown-format", precision=precision)
     target = check_folder(folder)
     saved = find_saved(model, backbone, trust_remote_code=trust_remote_code)
 
@@ -112,6 +114,7 @@ def export_merged(
     from tokmask_peft.inference.forward import loading_memory_errors
     from tokmask_peft.model.adapter import load_adapter
     from tokmask_peft.model.backbone import load_backbone
+    from tokmask_peft.model.decisions import DTYPES
 
     plain = saved.model.model_copy(update={"quantization": "none", "precision": "fp32", "embedding": "resident"})
     device, measured = torch.device("cpu"), None
@@ -125,13 +128,16 @@ def export_merged(
         difference = float((_logits(merged, probes) - expected).abs().max())
         _check_equal("the logits of the merged model and the adapter", difference, allowed)
         merged.config.use_cache = True  # as the backbone came; training switched it off
-        if precision == "bf16":
-            merged.to(torch.bfloat16)
+        if precision != "fp32":
+            merged.to(DTYPES[precision])
         with whole(target) as temporary:
             merged.save_pretrained(str(temporary))
             loaded.tokenizer.save_pretrained(str(temporary))
             again = _reloaded(temporary, saved, merged)
             rounding = float((_logits(again, probes) - expected).abs().max())
+            if not math.isfinite(rounding):
+                message = f"in {precision} the model gives logits that are not finite: export it in fp32 or bf16"
+                raise ModelError(message, code="logits-not-finite", precision=precision)
             if precision == "fp32":
                 _check_equal("the logits of the saved model and the adapter", rounding, allowed)
             if onnx:
@@ -144,8 +150,8 @@ def export_merged(
         "adapter on that, not those of the run"
         for what in inexact
     ]
-    if precision == "bf16":
-        notes.append(f"the weights are rounded to bf16, which moves logits by up to {rounding:.2g}")
+    if precision != "fp32":
+        notes.append(f"the weights are rounded to {precision}, which moves logits by up to {rounding:.2g}")
     if saved.temperature != 1.0:
         effect = "is not part of the model: its probabilities are uncalibrated, its labels the same"
         notes.append(f"the temperature of the calibration ({saved.temperature:.3f}) {effect}")

@@ -28,13 +28,13 @@ class Forward:
 
     What else is in a batch changes answers by rounding only: below 1e-5 of a probability in fp32. In bf16, where matrix
     products round differently in rows of another length, by up to 2e-3 (MiniLM, 150 questions of TREC, batches of 8).
-    The model is in eval mode; a `dtype` of bfloat16 means autocast.
+    The model is in eval mode; a `dtype` other than float32 means autocast.
     """
 
     def __init__(self, model: nn.Module, pad_id: int, task: str, dtype: torch.dtype, side: str = "right") -> None:
         self._model, self._pad_id, self._side = model, pad_id, side
         self._device = next(model.parameters()).device
-        self._low = dtype == torch.bfloat16
+        self._dtype = dtype
         self._pack = PackedCollator(task) if takes_packed_rows(model) else None
 
     def logits(
@@ -78,7 +78,7 @@ class Forward:
             }
         device = self._device
         inputs = {name: part.to(device) if isinstance(part, torch.Tensor) else part for name, part in inputs.items()}
-        with torch.autocast(device.type, dtype=torch.bfloat16) if self._low else nullcontext():
+        with torch.autocast(device.type, self._dtype, enabled=self._dtype != torch.float32):
             logits = self._model(**inputs).logits
         sizes = [1] * len(batch)
         if logits.dim() == 3:  # an answer per sub-token, of which the words' first ones are wanted

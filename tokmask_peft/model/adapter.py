@@ -19,6 +19,7 @@ from tokmask_peft.console import Decision
 from tokmask_peft.errors import ModelError, boundary, nearest
 from tokmask_peft.masking.embedding import find_embedding, is_sharded, whole
 from tokmask_peft.model.backbone import Backbone
+from tokmask_peft.model.decisions import PRECISIONS
 from tokmask_peft.model.layers import is_quantized
 from tokmask_peft.recipe.schema import AdapterConfig
 from tokmask_peft.tasks import get_task
@@ -261,18 +262,20 @@ def _some(names: list[str]) -> str:
 def merge_if_harmless(model: Any) -> tuple[Any, Decision]:
     """Merge an adapter into its unquantized backbone, which saves its extra products, unless rounding would spoil it.
 
-    bf16 weights hold three digits. A change that is small compared with them would be lost, so that such an adapter is
-    kept apart. Returned are the merged model, made of the PEFT model, or `model`; and which of them, with the reason.
+    bf16 weights hold three digits, fp16 ones four. A change that is small compared with them would be lost, so that
+    such an adapter is kept apart. Returned are the merged model, made of the PEFT model, or `model`; and which of
+    them, with the reason.
     """
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     low: list[Any] = [layer for layer in layers if layer.get_base_layer().weight.dtype != torch.float32]
     if not all(type(layer) is Linear and not layer.fan_in_fan_out and not layer.lora_variant for layer in low):
-        return model, Decision("adapter", "kept apart", "the effect of rounding to bf16 is known for plain LoRA only")
+        return model, Decision("adapter", "kept apart", "the effect of rounding is known for plain LoRA only")
     rounded = max(map(_rounded_share, low), default=0.0)
+    kind = PRECISIONS[low[0].get_base_layer().weight.dtype] if low else "fp32"
     if not rounded <= MOST_ROUNDED:
-        reason = f"rounding to bf16 would take up to {rounded:.0%} of its change to a matrix"
+        reason = f"rounding to {kind} would take up to {rounded:.0%} of its change to a matrix"
         return model, Decision("adapter", "kept apart", reason)
-    loss = f"; rounding to bf16 takes up to {rounded:.1%} of its change to a matrix" if low else ""
+    loss = f"; rounding to {kind} takes up to {rounded:.1%} of its change to a matrix" if low else ""
     return model.merge_and_unload(), Decision("adapter", "merged", f"the same function with fewer products{loss}")
 
 

@@ -16,10 +16,11 @@ from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig
 
 from tokmask_peft.console import Decision
 from tokmask_peft.errors import ModelError, first_line
-from tokmask_peft.model.decisions import choose_precision, choose_quantization, out_of_memory
+from tokmask_peft.masking.embedding import find_embedding
+from tokmask_peft.model.decisions import DTYPES, choose_precision, choose_quantization, gpu_problem, out_of_memory
 from tokmask_peft.model.layers import Float32Linear, is_quantized, place_embedding
 from tokmask_peft.model.location import backbone_location
-from tokmask_peft.model.packed import family_of
+from tokmask_peft.model.packed import expand_heads_if_needed, family_of
 from tokmask_peft.recipe.schema import ModelConfig
 from tokmask_peft.tasks import get_task
 
@@ -67,7 +68,7 @@ def load_backbone(
     location = location or backbone_location(config)
     precision, quantization = choose_precision(config, device), choose_quantization(config, device)
     tokenizer = load_tokenizer(config, location)
-    dtype = torch.bfloat16 if precision.choice == "bf16" else torch.float32
+    dtype = DTYPES[precision.choice]
     source = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     load = functools.partial(
         get_task(task).auto_model().from_pretrained,
@@ -87,7 +88,7 @@ def load_backbone(
             extra[name] = config.attention_dropout
         if quantization.choice != "none":
             # a pooler that the checkpoint lacks must not be quantized either; this finds it without loading any weights
-            with torch.random.fork_rng():
+            with torch.random.fork_rng(devices=()):
                 missing = _new_modules(*load(device_map="meta"))
             extra["quantization_config"] = quantization_config(quantization.choice, dtype, [*HEAD_NAMES, *missing])
             extra["device_map"] = {"": device}
@@ -108,11 +109,15 @@ def load_backbone(
     weights = weight_hashes(model, new_modules)
     hold_in_fp32(model, new_modules)
     keep_gradients_after_eval(model)
+    expand_heads_if_needed(model, device, dtype)
     tokenizer.padding_side = padding_side(model, tokenizer, dtype)
-    decisions = [Decision("device", str(device), "set by accelerate"), precision, quantization]
+    unused = gpu_problem() if device.type == "cpu" else None
+    decisions = [Decision("device", str(device), unused or "set by accelerate"), precision, quantization]
     if tokenizer.padding_side == "left":
         decisions.append(Decision("padding", "left", f"{type(model).__name__} reads its answer at the last position"))
     decisions += place_embedding(model, config.embedding, device)
+    if dtype == torch.float16:
+        hold_stream_in_fp32(model)
     return Backbone(model, tokenizer, new_modules, tuple(decisions), dtype, quantization.choice, weights)
 
 
@@ -178,13 +183,13 @@ def padding_side(model: Any, tokenizer: Any, dtype: torch.dtype) -> str:
     """
     if family_of(model) is not None or model.config.is_encoder_decoder:  # the latter are refused when they are masked
         return "right"
-    low = dtype == torch.bfloat16
+    low = dtype != torch.float32
     exact = not low and not any(is_quantized(part) for part in model.modules())
     tolerance = 1e-4 if exact else 0.1  # tiny random models: 1e-6 of the logits' norm, .01 in bf16; padding .2 to 1
 
     def logits(*texts: str, side: str = "right") -> Any:
         options = {"padding": True, "padding_side": side, "return_tensors": "pt", "return_token_type_ids": False}
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=low):
+        with torch.autocast(model.device.type, dtype, enabled=low):
             return model(**tokenizer(list(texts), **options).to(model.device)).logits.float()
 
     with torch.random.fork_rng(devices=()):  # YOSO draws
@@ -243,6 +248,18 @@ def _new_modules(model: nn.Module, info: dict[str, Any]) -> tuple[str, ...]:
         if not key.startswith(tuple(f"{name}." for name in names)):
             names.append(key.rsplit(".", 1)[0])
     return tuple(names)
+
+
+def hold_stream_in_fp32(model: nn.Module) -> None:
+    """Let the norms and what flows from layer to layer be in fp32, in place, as fp16 has no room for it.
+
+    fp16 ends at 65,504, which the sums over the layers of decoders exceed (Gemma 3). Only the matrix products are then
+    in fp16, under autocast, whose inputs come from norms.
+    """
+    for module in model.modules():
+        if "Norm" in type(module).__name__:
+            module.float()
+    find_embedding(model).register_forward_hook(lambda module, inputs, output: output.float())
 
 
 def hold_in_fp32(model: nn.Module, new_modules: tuple[str, ...]) -> None:

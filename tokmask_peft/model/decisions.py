@@ -1,16 +1,27 @@
-"""Precision, quantization, checkpointing and memory: what is chosen for this device, and why."""
+"""Device, precision, quantization, checkpointing and memory: what is chosen here, and why.
+
+What a device can do is tried once if a property of it does not prove it: builds of torch differ.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import inspect
+import os
 import platform
+import subprocess
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from accelerate.utils import parse_flag_from_env
 from accelerate.utils.memory import should_reduce_batch_size
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tokmask_peft.console import Decision
 from tokmask_peft.errors import ModelError, first_line
@@ -18,6 +29,64 @@ from tokmask_peft.recipe.schema import ModelConfig
 
 CPUINFO = Path("/proc/cpuinfo")
 """Where Linux lists a CPU's features; macOS and Windows have no such file."""
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+"""What recipes call the precisions."""
+PRECISIONS = {dtype: name for name, dtype in DTYPES.items()}
+
+PRE_TURING = "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu126"
+"""Wheels for CUDA 12.6 have kernels for compute capabilities 5.0 to 9.0; they end with torch 2.14 (pytorch#190385)."""
+
+
+def failure(attempt: Callable[[], object]) -> str | None:
+    """Try something that this device or this torch may not have; return the first line of why not, or None."""
+    try:
+        attempt()
+    except (RuntimeError, NotImplementedError, AttributeError, AssertionError, TypeError, ValueError) as error:
+        return first_line(error)
+    return None
+
+
+def _product(device: torch.device, dtype: torch.dtype) -> float:
+    return float(torch.ones(8, 8, device=device, dtype=dtype).mm(torch.ones(8, 8, device=device, dtype=dtype)).sum())
+
+
+@cache
+def kernels_problem(device: torch.device) -> str | None:
+    """Try a product on a GPU; return why none runs there and what to install, or None."""
+    said = failure(lambda: _product(device, torch.float32))
+    if said is None or "out of memory" in said:  # the latter is reported where memory is asked for
+        return None
+    name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+    version = ".".join(map(str, capability))
+    if capability >= (7, 5):
+        return f"nothing runs on {name} ({said}): update the NVIDIA driver, or reinstall torch"
+    built = f"torch {torch.__version__} has no kernels for {name} (compute capability {version})"
+    return f"{built}. A torch for CUDA 12.6 has: {PRE_TURING}"
+
+
+@cache
+def gpu_problem() -> str | None:
+    """Return why this process cannot use the NVIDIA GPU of this machine and what to install, or None.
+
+    None also if there is no such GPU, or the user has chosen the CPU.
+    """
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1")
+    if hidden or parse_flag_from_env("ACCELERATE_USE_CPU"):
+        return None
+    if torch.cuda.is_available():
+        return kernels_problem(torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))))
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)  # noqa: S603
+        found = run.stdout.partition("\n")[0].strip()
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return None
+    if torch.version.cuda is None:
+        remedy = f"{PRE_TURING} (RTX 50 series: cu128 instead of cu126)"
+        return f"this torch ({torch.__version__}) was built without CUDA, and cannot use the {found}: {remedy}"
+    wants = f"torch {torch.__version__}, built for CUDA {torch.version.cuda}, finds no usable driver"
+    return f"{wants} for the {found}: update the NVIDIA driver, or {PRE_TURING}"
 
 
 @cache
@@ -38,18 +107,23 @@ def cpu_flags() -> frozenset[str] | None:
 
 
 def choose_precision(config: ModelConfig, device: torch.device) -> Decision:
-    """Choose between bf16 and fp32 for the frozen backbone and the matrix products; head and loss are in fp32.
+    """Choose the precision of the frozen backbone and the matrix products; head, adapter and loss are in fp32.
 
-    fp16 is not offered: heads lose their loss in it (peft#1522, transformers#24731).
+    In fp16 the norms and what flows between the layers are in fp32, too (`backbone.hold_stream_in_fp32`), and the
+    Trainer scales the loss. Heads would lose their loss in fp16 (peft#1522, transformers#24731).
+
+    Raises:
+        ModelError: fp16 is asked for on a device where accelerate does not scale the loss.
     """
     machine, choice = platform.machine(), "fp32"
+    if config.precision == "fp16" and device.type != "cuda":
+        problem = f"model.precision is fp16, which is for NVIDIA GPUs; the device here is {device.type}"
+        message = f"{problem}. Set model.precision=auto (--precision fp32 for a command that takes an adapter)."
+        raise ModelError(message, code="no-fp16", device=device.type)
     if config.precision != "auto":
         choice, reason = config.precision, "set in the recipe"
     elif device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        choice, reason = "fp32", f"{name} has no bf16"
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            choice, reason = "bf16", f"{name} computes in bf16"
+        choice, reason = _precision_of_gpu(device)
     elif device.type != "cpu":
         reason = f"bf16 has not been tested on {device.type}"
     elif machine.lower().startswith(("arm", "aarch")):
@@ -63,20 +137,86 @@ def choose_precision(config: ModelConfig, device: torch.device) -> Decision:
     return Decision("precision", choice, reason)
 
 
+def _precision_of_gpu(device: torch.device) -> tuple[str, str]:
+    """Return the fastest precision that a GPU has units for and that runs on it, and why it is that one."""
+    name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+    reasons = []
+    for choice, first in (("bf16", (8, 0)), ("fp16", (7, 0))):
+        if capability < first and torch.version.hip is None:  # bf16 is emulated below, and fp16 slower than fp32
+            reasons.append(f"{name} has no {'bf16' if choice == 'bf16' else 'fast fp16'}")
+        elif said := failure(lambda choice=choice: _product(device, DTYPES[choice])):  # type: ignore[misc]
+            reasons.append(f"{choice} does not run on {name} ({said})")
+        else:
+            computes = (
+                "computes in bf16" if choice == "bf16" else "computes in fp16, with norms in fp32 and scaled loss"
+            )
+            return choice, "; ".join([*reasons, f"{name} {computes}" if not reasons else f"it {computes}"])
+    return "fp32", "; ".join([*reasons, "fp32 takes twice the memory for weights that are not quantized"])
+
+
+@cache
+def rows_problem(device: torch.device, dtype: torch.dtype, size: int) -> str | None:
+    """Try flash attention over packed rows with heads of a `size`, and its gradient; return why it fails, or None.
+
+    A torch for Windows may have the function without the kernel; GPUs before the RTX 30 series have none.
+    """
+    if dtype == torch.float32:
+        return "there is no kernel for packed rows in fp32"
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return f"torch {torch.__version__} has no attention for packed rows"
+    if not {"scale", "window_size"} <= set(inspect.signature(varlen_attn).parameters):
+        return f"the attention for packed rows of torch {torch.__version__} takes no scale or no window"
+
+    def attempt() -> None:
+        row = torch.ones(8, 1, size, device=device, dtype=dtype, requires_grad=True)
+        bounds = torch.tensor([0, 3, 8], dtype=torch.int32, device=device)
+        found: Any = varlen_attn(row, row, row, bounds, bounds, 5, 5, scale=1.0, window_size=(-1, 0))
+        found.sum().backward()
+        torch.cuda.synchronize(device)
+
+    return _kernel_failure(attempt, device)
+
+
+@cache
+def flash_problem(device: torch.device, dtype: torch.dtype, size: int) -> str | None:
+    """Try flash attention on groups of heads of a `size`, and its gradient; return why it fails, or None."""
+
+    def attempt() -> None:
+        query, key = (torch.ones(1, heads, 8, size, device=device, dtype=dtype, requires_grad=True) for heads in (2, 1))
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            F.scaled_dot_product_attention(query, key, key, is_causal=True, enable_gqa=True).sum().backward()
+        torch.cuda.synchronize(device)
+
+    return _kernel_failure(attempt, device)
+
+
+def _kernel_failure(attempt: Callable[[], None], device: torch.device) -> str | None:
+    """Return why a kernel fails, in training or not, or None."""
+    training = torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False)
+    with contextlib.ExitStack() as stack:
+        for context in (*training, warnings.catch_warnings()):
+            stack.enter_context(context)
+        warnings.simplefilter("ignore")  # torch warns of each kernel that does not take the inputs
+        return failure(attempt)
+
+
 @cache
 def bitsandbytes_problem(device_type: str) -> str | None:
     """Try one tiny 4-bit product; return why bitsandbytes cannot quantize on a device, or None if it can."""
     try:
         import bitsandbytes as bnb
+    except ImportError as error:
+        return f"bitsandbytes cannot be imported ({error})"
 
+    def attempt() -> None:
         with torch.random.fork_rng(devices=[]):  # otherwise the first run of a process would draw another head
             layer = bnb.nn.Linear4bit(64, 64, bias=False, compute_dtype=torch.float32, quant_type="nf4")
         layer.to(device_type)(torch.ones(2, 64, device=device_type))
-    except ImportError as error:
-        return f"bitsandbytes cannot be imported ({error})"
-    except (RuntimeError, NotImplementedError, AttributeError, AssertionError) as error:
-        return f"bitsandbytes does not run on {device_type} ({first_line(error)})"
-    return None
+
+    said = failure(attempt)
+    return said and f"bitsandbytes does not run on {device_type} ({said})"
 
 
 def choose_quantization(config: ModelConfig, device: torch.device) -> Decision:
@@ -111,10 +251,11 @@ def plan_loading(
     """Choose the settings to load the backbone of a trained adapter with; `trained` are those of training.
 
     These are the default for `quantization` (`nf4`, `int8` or `none`), if it runs on this device, and for `precision`
-    (`bf16` or `fp32`). A ModelError says that there is no such quantization or precision.
+    (`bf16`, `fp16` or `fp32`). A ModelError says that there is no such quantization or precision.
     """
-    if quantization not in (None, "nf4", "int8", "none") or precision not in (None, "auto", "bf16", "fp32"):
-        message = f"quantization {quantization}, precision {precision}: expected nf4, int8 or none, and bf16 or fp32"
+    if quantization not in (None, "nf4", "int8", "none") or precision not in (None, "auto", *DTYPES):
+        expected = "expected nf4, int8 or none, and bf16, fp16 or fp32"
+        message = f"quantization {quantization}, precision {precision}: {expected}"
         raise ModelError(message, code="unknown-format", quantization=quantization, precision=precision)
     reasons, deviations = {}, {}
     if quantization is None:
@@ -122,6 +263,9 @@ def plan_loading(
         if quantization != "none" and (problem := bitsandbytes_problem(device.type)):
             quantization = "none"
             deviations["quantization"] = f"trained on {trained.quantization}, but {problem}: results differ slightly"
+    if precision is None and trained.precision == "fp16" and device.type != "cuda":
+        precision = "fp32"
+        deviations["precision"] = f"trained in fp16, which {device.type} does not compute in: results differ slightly"
     embedding = trained.embedding
     if embedding == "offload" and device.type == "cpu":
         embedding = "resident"  # the memory of the host is that of the device: the same lookup

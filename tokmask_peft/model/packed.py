@@ -7,8 +7,6 @@ trained packed and evaluated padded. A backbone family is an entry of `FAMILIES`
 from __future__ import annotations
 
 import contextlib
-import functools
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
@@ -26,6 +24,7 @@ from tokmask_peft.console import Decision
 from tokmask_peft.errors import ModelError
 from tokmask_peft.masking.embedding import find_embedding
 from tokmask_peft.masking.masker import TokenMasker
+from tokmask_peft.model.decisions import flash_problem, rows_problem
 from tokmask_peft.model.layers import dropout as dropped
 from tokmask_peft.recipe.schema import Batching
 from tokmask_peft.tasks import IGNORED
@@ -90,10 +89,17 @@ def padding_free_problem(model: nn.Module) -> str | None:
     return None if attention in ("sdpa", NAME) else f"its attention is {attention}, not sdpa"
 
 
-def choose_batching(wanted: Batching, model: nn.Module, neftune: bool = False) -> Decision:
+def choose_batching(
+    wanted: Batching,
+    model: nn.Module,
+    neftune: bool = False,
+    device: torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Decision:
     """Choose how texts become batches: as `training.batching` says, or padded if the model cannot take packed rows.
 
-    The model comes without an adapter; `neftune` says whether NEFTune adds noise to its embeddings.
+    The model comes without an adapter; `neftune` says whether NEFTune adds noise to its embeddings. A GPU on which the
+    matrix products are of a `dtype` may have no kernel for packed rows; attention then pads them, and nothing else.
     """
     if wanted == "grouped":
         reason = "texts of similar length need little padding; if length gives the label away, a run may not learn"
@@ -104,6 +110,8 @@ def choose_batching(wanted: Batching, model: nn.Module, neftune: bool = False) -
         if problem := padding_free_problem(model) or noise:
             return Decision("batching", "padded", f"padding_free does not fit: {problem}")
         reason = "a batch is one row, with attention per text"
+        if device is not None and device.type == "cuda" and (problem := rows_problem(device, dtype, head_size(model))):
+            reason += f", padded to the longest ({problem})"
     return Decision("batching", wanted, reason)
 
 
@@ -119,13 +127,28 @@ def enable_padding_free(model: nn.Module) -> None:
     if problem is not None:
         message = f"training.batching=padding_free: {problem}; use padded"
         raise ModelError(message, code="not-packable", model=own.__name__)
+    use_packed_attention(model)
+    per_token = own.__name__.endswith("TokenClassification")
+    members = {"__module__": own.__module__, "family": family_of(model), "per_token": per_token}
+    model.__class__ = type(own.__name__, (PackedRows, own), members)
+
+
+def use_packed_attention(model: nn.Module) -> None:
+    """Let the layers of a model call `packed_attention`, which takes padded batches, too."""
     AttentionInterface.register(NAME, packed_attention)
     # for padded batches, which go on through `sdpa`; without a mask function transformers would drop their mask
     AttentionMaskInterface.register(NAME, sdpa_mask)
     model.config._attn_implementation = NAME  # type: ignore[union-attr]
-    per_token = own.__name__.endswith("TokenClassification")
-    members = {"__module__": own.__module__, "family": family_of(model), "per_token": per_token}
-    model.__class__ = type(own.__name__, (PackedRows, own), members)
+
+
+def expand_heads_if_needed(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Keep groups of heads from the slow kernel of a GPU without flash attention; see `packed_attention`."""
+    config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    heads = getattr(config, "num_attention_heads", 0)
+    grouped = (getattr(config, "num_key_value_heads", None) or heads) < heads
+    plain = getattr(model.config, "_attn_implementation", None) == "sdpa"
+    if grouped and plain and device.type == "cuda" and flash_problem(device, dtype, head_size(model)):
+        use_packed_attention(model)
 
 
 def takes_packed_rows(model: Any) -> bool:
@@ -302,27 +325,37 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Attend within each text: [1, total, heads, head] and no weights. Without `packing` this is transformers' `sdpa`.
 
+    That leaves groups of heads to torch if there is no mask. Without flash attention, torch's only kernel for them
+    keeps all attention weights; given a mask that hides nothing more, transformers gives each head its own keys.
+
     `query`, `key` and `value` are [1, heads, total, head], the latter two maybe with fewer heads. `attention_mask` is
     ignored if there is a `packing`. `sliding_window` is the number of sub-tokens that a causal layer sees, itself
     included; whether a layer is causal it says itself by default.
     """
     if packing is None:
         options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal}
+        grouped = query.device.type == "cuda" and attention_mask is None and key.shape[1] < query.shape[1]
+        if grouped and flash_problem(query.device, _computed_in(query), query.shape[-1]):
+            whole = query.new_ones(query.shape[2], key.shape[2], dtype=torch.bool)
+            attention_mask = whole.tril() if seen(module, is_causal, None, 0)[0] else whole
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options, **kwargs)
     causal, window = seen(module, is_causal, sliding_window, packing.max_length)
-    rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
-    device = query.device.type
-    if device == "cuda" and query.dtype == torch.float32 and torch.is_autocast_enabled("cuda"):
-        rows = [tensor.to(torch.get_autocast_dtype("cuda")) for tensor in rows]
-    if device == "cuda" and rows[0].dtype != torch.float32 and dropout == 0.0 and (varlen := _varlen_kernel()):
-        found = _varlen_attention(varlen, rows, packing, causal, window, scaling)
+    rows = [tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value)]
+    device, size = query.device.type, query.shape[-1]
+    if device == "cuda":
+        rows = [tensor.to(_computed_in(query)) for tensor in rows]
+        if missing := -size % 8:  # kernels of GPUs take multiples of 8; zeros add nothing to a product
+            rows = [F.pad(tensor, (0, missing)) for tensor in rows]
+            scaling = size**-0.5 if scaling is None else scaling
+    if device == "cuda" and dropout == 0.0 and rows_problem(query.device, rows[0].dtype, rows[0].shape[-1]) is None:
+        found = _varlen_attention(rows, packing, causal, window, scaling)
     else:
         if device == "cpu":  # whose kernels are slow in bf16: four buckets take 26.6 ms, and 6.8 in fp32 (see `WORTH`)
             rows = [tensor.float() for tensor in rows]
         kernel: Kernel = _dropped_attention if device == "cpu" and dropout > 0 else F.scaled_dot_product_attention
         with torch.autocast("cpu", enabled=False) if device == "cpu" else contextlib.nullcontext():
             found = attend_in_buckets(rows, packing, causal, window, dropout, scaling, kernel)
-    return found.to(value.dtype).unsqueeze(0), None
+    return found.narrow(-1, 0, size).to(value.dtype).unsqueeze(0), None
 
 
 def seen(module: nn.Module, is_causal: bool | None, window: int | None, longest: int) -> tuple[bool, int | None]:
@@ -331,25 +364,30 @@ def seen(module: nn.Module, is_causal: bool | None, window: int | None, longest:
     return causal, None if window is not None and window >= longest else window
 
 
-@functools.cache
-def _varlen_kernel() -> Kernel | None:
-    """Return torch's flash attention over packed rows, or None if this torch or this GPU has none."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-    known = {"scale", "window_size"} <= set(inspect.signature(varlen_attn).parameters)
-    return cast(Kernel, varlen_attn) if known and torch.cuda.get_device_capability() >= (8, 0) else None
+def head_size(model: nn.Module) -> int:
+    """Return the size of a model's attention heads, as kernels of a GPU see it: a multiple of 8."""
+    config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return -(-int(size) // 8) * 8
+
+
+def _computed_in(tensor: Tensor) -> torch.dtype:
+    low = tensor.dtype == torch.float32 and torch.is_autocast_enabled("cuda")
+    return torch.get_autocast_dtype("cuda") if low else tensor.dtype
 
 
 def _varlen_attention(
-    kernel: Kernel, rows: list[Tensor], packing: Packing, causal: bool, window: int | None, scaling: float | None
+    rows: list[Tensor], packing: Packing, causal: bool, window: int | None, scaling: float | None
 ) -> Tensor:
-    """Attend with a kernel for packed rows; query, key and value as [total, heads, head], and so the result."""
+    """Attend with torch's kernel for packed rows; query, key and value as [total, heads, head], and so the result."""
+    from torch.nn.attention.varlen import varlen_attn
+
     # the kernel counts the sub-tokens before the current one, transformers counts that one too
     sides = (-1 if window is None else window - 1, 0) if causal else (-1, -1)
-    bounds = (packing.cu_seqlens, packing.cu_seqlens, packing.max_length, packing.max_length)
-    return kernel(*(tensor.contiguous() for tensor in _equal_heads(rows)), *bounds, scale=scaling, window_size=sides)
+    query, key, value = (tensor.contiguous() for tensor in _equal_heads(rows))
+    ends, longest = packing.cu_seqlens, packing.max_length
+    found = varlen_attn(query, key, value, ends, ends, longest, longest, scale=scaling, window_size=sides)
+    return cast(Tensor, found)
 
 
 def attend_in_buckets(

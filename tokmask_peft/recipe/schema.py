@@ -191,8 +191,10 @@ class ModelConfig(Section):
     quantization: Literal["auto", "nf4", "int8", "none"] = Field(
         "auto", description="auto: 4-bit NF4 if bitsandbytes runs on the device (it does on CPUs), otherwise none"
     )
-    precision: Literal["auto", "bf16", "fp32"] = Field(
-        "auto", description="auto: bf16 if the hardware has it, otherwise fp32; ARM CPUs always use fp32"
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
+        "auto",
+        description="auto: bf16 if the hardware has it, fp16 on NVIDIA GPUs that only have that (T4, V100, GTX 16, "
+        "RTX 20), otherwise fp32; ARM CPUs always use fp32",
     )
     attention_dropout: Annotated[Rate | None, Regularizer("attention_dropout", off=0.0, usual=0.1)] = Field(
         None, description="dropout on the attention weights in training; null keeps the backbone's value"

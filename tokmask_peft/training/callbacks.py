@@ -21,6 +21,7 @@ from transformers.trainer_callback import ExportableState
 from tokmask_peft.artifacts import read_log
 from tokmask_peft.console import stop_signals
 from tokmask_peft.errors import RunError, write_whole
+from tokmask_peft.training.environment import peak_memory
 
 
 class LogFile(TrainerCallback, ExportableState):
@@ -117,10 +118,21 @@ class BestOfThisRun(TrainerCallback):
 
 
 class StepClock(TrainerCallback):
-    """Add up the `seconds` spent in optimizer `steps`, without evaluation and saving."""
+    """Add up the `seconds` spent in optimizer `steps`, without evaluation and saving.
+
+    `loading` is the peak of memory in bytes before the first of them, or None if it is not measured here.
+    """
 
     def __init__(self) -> None:
         self.seconds, self.steps, self._start = 0.0, 0, 0.0
+        self.loading: int | None = None
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Note the peak of loading, and let a GPU count that of the training afresh."""
+        if self.loading is None:
+            self.loading = peak_memory(args.device)["bytes"]
+            if args.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(args.device)
 
     def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Start the clock."""
@@ -133,17 +145,20 @@ class StepClock(TrainerCallback):
 
 
 class AdapterMoves(TrainerCallback):
-    """Fail if adapter weights stop moving after an evaluation.
+    """Fail if adapter weights stop moving after an evaluation, or if every step in fp16 overflows.
 
     4-bit layers that repack themselves for inference have cut off every gradient to the adapter while the loss still
-    fell, because the head went on learning. Such a run must not end as if it had succeeded.
+    fell, because the head went on learning. In fp16, a step whose gradients overflow is skipped, and the next scales
+    the loss by half as much, which ends soon unless the backbone itself overflows. Such runs must not end as if they
+    had succeeded.
     """
 
     STEPS = 3
+    OVERFLOWS = 25  # in a row; the scale has come down from 2**16
 
     def __init__(self) -> None:
         self._at_evaluation: dict[str, torch.Tensor] | None = None
-        self._steps = 0
+        self._steps = self._overflows = 0
 
     def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any) -> None:
         """Remember the adapter, unless a comparison is still due."""
@@ -158,6 +173,13 @@ class AdapterMoves(TrainerCallback):
         Raises:
             RunError: weights that did not move.
         """
+        if getattr(given.get("optimizer"), "step_was_skipped", False):
+            self._overflows += 1
+            if self._overflows >= self.OVERFLOWS:
+                problem = f"the gradients of {self._overflows} steps in a row overflow in fp16, and nothing is learned"
+                raise RunError(f"{problem}. Set model.precision=fp32.", code="fp16-overflows", steps=self._overflows)
+            return
+        self._overflows = 0
         rates = given["lr_scheduler"].get_last_lr() if given.get("lr_scheduler") else [1.0]
         if self._at_evaluation is None or max(rates) == 0.0:
             return

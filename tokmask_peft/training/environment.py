@@ -15,6 +15,7 @@ from accelerate.utils import parse_flag_from_env
 
 import tokmask_peft
 from tokmask_peft.errors import RunError
+from tokmask_peft.model.decisions import gpu_problem
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "scikit-learn")
 
@@ -24,8 +25,15 @@ def processes() -> PartialState:
 
     On CPUs accelerate joins them only if asked to compute there. Otherwise each would be a run of its own, all in one
     folder.
+
+    Raises:
+        RunError: nothing runs on the GPU of one of several processes; a single one takes the CPU.
     """
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
+    unusable = gpu_problem() if torch.cuda.is_available() else None
+    if unusable and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RunError(f"{unusable}. Or use the CPUs: ACCELERATE_USE_CPU=1", code="gpu-unusable")
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    return PartialState(cpu=on_cpu or unusable is not None)
 
 
 def check_sharding() -> None:
@@ -65,13 +73,22 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def peak_memory(device: torch.device) -> dict[str, Any]:
-    """Return the peak memory so far in bytes: of the GPU's allocator, or the resident set of this process."""
-    if device.type == "cuda":
-        return {"bytes": torch.cuda.max_memory_allocated(device), "of": "GPU, allocated"}
-    if sys.platform == "win32":
-        return {"bytes": None, "of": "not measured on Windows"}
-    import resource
+def peak_memory(device: torch.device, loading: int | None = None) -> dict[str, Any]:
+    """Return the peak memory so far in bytes: of the GPU's allocator, or the resident set of this process.
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"bytes": peak if sys.platform == "darwin" else peak * 1024, "of": "process, resident"}
+    With the peak of `loading` what came later is reported, too: on a GPU whose peak was forgotten after loading always,
+    on a CPU, which never forgets, if it is higher.
+    """
+    if device.type == "cuda":
+        peak, of = torch.cuda.max_memory_allocated(device), "GPU, allocated"
+    elif sys.platform == "win32":
+        return {"bytes": None, "of": "not measured on Windows"}
+    else:
+        import resource
+
+        peak, of = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, "process, resident"
+        peak *= 1 if sys.platform == "darwin" else 1024
+    if loading is None:
+        return {"bytes": peak, "of": of}
+    training = peak if device.type == "cuda" or peak > loading else None
+    return {"bytes": max(peak, loading), "of": of, "loading": loading, "training": training}

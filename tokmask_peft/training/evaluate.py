@@ -78,14 +78,13 @@ def evaluate(
         backbone = load_backbone(plan.model, task, labels, device)
         model = load_adapter(backbone, folder.adapter, **saved.trained)
     texts = Split(examples, backbone.tokenizer, task, scored, recipe.data.max_length)
-    bf16 = backbone.dtype == torch.bfloat16
     with tempfile.TemporaryDirectory() as scratch:  # the Trainer creates its folder, and the run may be read-only
         batch = min(recipe.training.eval_batch_size, len(texts.windows))
         evaluating = replace(loading, phase="evaluation", texts=batch)
         with memory_errors(loading):  # an unquantized backbone stays on the host until here
             trainer = OrderedEvalTrainer(
                 model=model,
-                args=training_arguments(recipe, Path(scratch), device, bf16),
+                args=training_arguments(recipe, Path(scratch), device, backbone.dtype),
                 eval_dataset=texts.window_dataset,
                 data_collator=get_task(task).collator(backbone.tokenizer),
                 memory_errors=functools.partial(memory_errors, evaluating),
@@ -93,7 +92,7 @@ def evaluate(
         found, _, _ = trainer.predict_windows(texts)
     result, deviations = scores_of(recipe, found, scored), list(plan.deviations)
     trained = AdapterInfo.read(folder.adapter).loading
-    if trained is not None and trained.precision == "bf16" and not bf16:
+    if trained is not None and trained.precision == "bf16" and backbone.dtype != torch.bfloat16:
         deviations.append("trained in bf16, which this machine does not compute in: results differ slightly")
     notes = {"warnings": warnings, "not_as_trained": deviations}
     return result | {key: lines for key, lines in notes.items() if lines}

@@ -15,6 +15,7 @@ from tokmask_peft.data.encoding import Encoder
 from tokmask_peft.errors import ModelError, TokmaskError, first_line
 from tokmask_peft.model import decisions
 from tokmask_peft.model.backbone import attention_dropout_name, load_error, load_tokenizer
+from tokmask_peft.model.decisions import rows_problem
 from tokmask_peft.model.layers import placement_problem
 from tokmask_peft.model.location import backbone_location, check_length
 from tokmask_peft.model.memory.estimate import (
@@ -31,13 +32,14 @@ from tokmask_peft.model.memory.estimate import (
 )
 from tokmask_peft.model.memory.step import Setting, bare_model
 from tokmask_peft.model.memory.suggestions import Situation, Suggestion, changed, suggestions
-from tokmask_peft.model.packed import choose_batching
+from tokmask_peft.model.packed import choose_batching, head_size
 from tokmask_peft.recipe.schema import Recipe
 
 CHECKPOINTING = "model.gradient_checkpointing"
 BF16_ASSUMED = (
-    "Assumed: the GPU computes in bf16, as the RTX 30 series, the A100 and later GPUs do. The GTX 10 and 16 series "
-    "(GTX 1650, 1660), the RTX 20 series (RTX 2060), T4 and V100 do not: add model.precision=fp32 for those."
+    "Assumed: the GPU computes in bf16, as the RTX 30 series, the A100 and later GPUs do. The GTX 16 series (GTX 1650, "
+    "1660), the RTX 20 series (RTX 2060), T4 and V100 do not: add model.precision=fp16 for those, and "
+    "model.precision=fp32 for the GTX 10 series."
 )
 
 
@@ -149,7 +151,9 @@ def before_training(
     Under FSDP it does not warn, because the estimate is of a device that holds everything. Returns the recipe with the
     decision in it, the decision, and a warning or None. A ModelError says that the backbone cannot do what is asked.
     """
-    setting = Setting(backbone.model.config, device.type, backbone.quantization, backbone.dtype)
+    model, dtype = backbone.model, backbone.dtype
+    rows = device.type != "cuda" or batching != "padding_free" or not rows_problem(device, dtype, head_size(model))
+    setting = Setting(model.config, device.type, backbone.quantization, dtype, rows=rows)
     asked = recipe.model.gradient_checkpointing
     decisions.check_checkpointing(backbone.model, asked)
     sharded = parse_flag_from_env("ACCELERATE_USE_FSDP")
@@ -188,7 +192,8 @@ def without_training(recipe: Recipe, gpu: str | None = None) -> Forecast:
         RecipeError, DataError, ModelError: with what to do.
     """
     wanted, memory = recipe.model, None if gpu is None else gpu_memory(gpu)
-    device = torch.device("cuda" if gpu or torch.cuda.is_available() else "cpu")
+    here = torch.cuda.is_available() and decisions.gpu_problem() is None
+    device = torch.device("cuda" if gpu or here else "cpu")
     labels, lengths = _texts(recipe)
     location = backbone_location(wanted)
     loading = {"revision": wanted.revision, "trust_remote_code": wanted.trust_remote_code, "num_labels": labels}
@@ -205,13 +210,19 @@ def without_training(recipe: Recipe, gpu: str | None = None) -> Forecast:
     else:  # one that bitsandbytes and bf16 run on
         precision = "bf16" if wanted.precision == "auto" else wanted.precision
         quantization = "nf4" if wanted.quantization == "auto" else wanted.quantization
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    dtype = decisions.DTYPES[precision]
     assumed = BF16_ASSUMED if gpu is not None and wanted.precision == "auto" else None
-    setting = Setting(config, device.type, quantization, dtype, assumed)
     try:
         bare = bare_model(config, recipe.data.task, dtype)
         noisy = recipe.training.neftune_alpha is not None
         batching = choose_batching(recipe.training.batching, bare, neftune=noisy).choice
+        rows = batching != "padding_free" or device.type != "cuda"
+        if not rows:  # GPUs that compute in fp16 only have no kernel for packed rows
+            size = head_size(bare)
+            rows = (
+                not rows_problem(device, dtype, size) if here and gpu is None else precision == "bf16" and size <= 256
+            )
+        setting = Setting(config, device.type, quantization, dtype, assumed, rows)
         return forecast(recipe, setting, batching, lengths, memory or device_memory(device))
     except TokmaskError:
         raise

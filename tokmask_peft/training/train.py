@@ -41,7 +41,7 @@ from tokmask_peft.masking.embedding import embedding_weight, find_embedding, fin
 from tokmask_peft.masking.replacement import MaskToken
 from tokmask_peft.model.adapter import add_adapter, check_fit, gathered_weights, save_adapter
 from tokmask_peft.model.backbone import Backbone, load_backbone
-from tokmask_peft.model.decisions import enable_checkpointing, in_short, out_of_memory
+from tokmask_peft.model.decisions import PRECISIONS, enable_checkpointing, in_short, out_of_memory
 from tokmask_peft.model.layers import placement_problem
 from tokmask_peft.model.location import check_length
 from tokmask_peft.model.memory.suggestions import Phase, Situation, changed, memory_error, memory_errors, smaller_batch
@@ -211,7 +211,8 @@ def prepare(recipe: Recipe, device: torch.device, console: Console) -> Prepared:
         backbone = load_backbone(recipe.model, data.task, corpus.labels, device)
     loaded: Any = backbone.model
     check_length(recipe, loaded.config.to_dict())
-    batching = choose_batching(training.batching, backbone.model, neftune=training.neftune_alpha is not None)
+    noisy = training.neftune_alpha is not None
+    batching = choose_batching(training.batching, backbone.model, noisy, device, backbone.dtype)
     if batching.choice == "padding_free":
         enable_padding_free(backbone.model)
 
@@ -273,8 +274,7 @@ def make_trainer(prepared: Prepared, run: RunFolder, callbacks: list[TrainerCall
     counts = count_labels(prepared.corpus.train)
     weights = class_weights(training.class_weights, {label: counts[label] for label in prepared.corpus.labels})
     gamma = training.focal_gamma if training.loss == "focal" else 0.0
-    bf16 = prepared.backbone.dtype == torch.bfloat16
-    arguments = training_arguments(recipe, run.checkpoints, prepared.device, bf16)
+    arguments = training_arguments(recipe, run.checkpoints, prepared.device, prepared.backbone.dtype)
     batches = None
     if (budget := training.tokens_per_batch) is not None:
         lengths, here = prepared.splits["train"].lengths, (arguments.process_index, arguments.world_size)
@@ -346,7 +346,7 @@ def save_adapter_folder(
             package=place if place is not None and place.startswith("package:") else None,
             revision=recipe.model.revision,
             quantization=backbone.quantization,
-            precision="bf16" if backbone.dtype == torch.bfloat16 else "fp32",
+            precision=PRECISIONS[backbone.dtype],
             embedding=recipe.model.embedding,
             weights=backbone.weights,
             scaling=recipe.adapter.scaling,
@@ -404,7 +404,7 @@ def _speed(prepared: Prepared, clock: StepClock, trainer: OrderedEvalTrainer) ->
         "step_seconds": round(clock.seconds, 2),
         "steps": clock.steps,
         "tokens_per_second": round(clock.steps * per_step / clock.seconds, 1) if clock.seconds else None,
-        "peak_memory": peak_memory(prepared.device),
+        "peak_memory": peak_memory(prepared.device, clock.loading),
         "environment": environment(prepared.device),
     }
 

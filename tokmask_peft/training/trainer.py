@@ -181,7 +181,7 @@ class OrderedEvalTrainer(Trainer):
             if isinstance(callback, TokenMaskCallback):
                 callback.hides_labels = True  # see `get_batch_samples`
         try:
-            with inputs_as_they_come(self.model, self.args.bf16), quick_dropout(self.model):
+            with inputs_as_they_come(self.model, self.args.bf16 or self.args.fp16), quick_dropout(self.model):
                 return super().train(*args, **kwargs)
         except BaseException:
             if (handle := getattr(self, "neftune_hook_handle", None)) is not None:
@@ -245,7 +245,7 @@ class OrderedEvalTrainer(Trainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate or predict."""
-        with self.memory_errors(), inputs_as_they_come(self.model, self.args.bf16):
+        with self.memory_errors(), inputs_as_they_come(self.model, self.args.bf16 or self.args.fp16):
             return super().evaluation_loop(*args, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader:
@@ -331,8 +331,10 @@ def in_order(shares: Sequence[Sequence[NDArray[np.float32]]], items: int) -> NDA
     return np.concatenate([batch for one in rounds for batch in one if batch is not None])[:items]
 
 
-def training_arguments(recipe: Recipe, checkpoints: Path, device: torch.device, bf16: bool) -> TrainingArguments:
-    """Return the Trainer's arguments for a recipe."""
+def training_arguments(
+    recipe: Recipe, checkpoints: Path, device: torch.device, dtype: torch.dtype
+) -> TrainingArguments:
+    """Return the Trainer's arguments for a recipe whose matrix products are of a `dtype`."""
     training = recipe.training
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
@@ -353,7 +355,8 @@ def training_arguments(recipe: Recipe, checkpoints: Path, device: torch.device, 
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
         neftune_noise_alpha=training.neftune_alpha,
-        bf16=bf16,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
         use_cpu=device.type == "cpu",
         dataloader_pin_memory=device.type == "cuda",
         eval_strategy="epoch",

@@ -97,6 +97,16 @@ def test_another_backbone_can_be_named(copied):
     assert (config.backbone, config.backbone_path) == ("other/model", None)
 
 
+def test_an_adapter_of_fp16_answers_in_fp32_where_there_is_no_fp16(saved_adapter):
+    made = load(saved_adapter(precision="fp16"))
+    decided = next(one for one in made.decisions if one.what == "precision")
+    assert decided.choice == "fp32"
+    assert "trained in fp16" in decided.reason
+    with pytest.raises(ModelError) as caught:
+        load(saved_adapter(), precision="fp16")
+    assert caught.value.code == "no-fp16"
+
+
 def test_bf16_and_4_bit_give_nearly_the_same(saved_adapter):
     folder = saved_adapter()
     exact = load(folder).predict(TEXTS)
@@ -211,7 +221,7 @@ def test_wrong_options_are_named(saved_adapter):
         ("device", "toaster"): "toaster",
         ("device", "cuda:99"): "cuda:99",
         ("quantization", "nf5"): "nf4, int8 or none",
-        ("precision", "fp16"): "bf16 or fp32",
+        ("precision", "fp8"): "bf16, fp16 or fp32",
     }.items():
         with pytest.raises(ModelError, match=expected):
             load(saved_adapter(), **dict([options]))

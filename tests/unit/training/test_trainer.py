@@ -7,11 +7,12 @@ from transformers import TrainerCallback, TrainingArguments
 
 from tokmask_peft.data.batches import TokenBudgetSampler
 from tokmask_peft.errors import RecipeError
+from tokmask_peft.model.decisions import DTYPES
 from tokmask_peft.model.layers import QuickDropout
-from tokmask_peft.recipe.schema import TrainingConfig
+from tokmask_peft.recipe.schema import Recipe, TrainingConfig
 from tokmask_peft.tasks import get_task
 from tokmask_peft.training.train import tokens_per_step
-from tokmask_peft.training.trainer import OrderedEvalTrainer, check_trackers
+from tokmask_peft.training.trainer import OrderedEvalTrainer, check_trackers, training_arguments
 
 
 @pytest.mark.parametrize("task", ["sequence", "token"])
@@ -48,16 +49,17 @@ def dropout_of(model):
     return {type(module) is QuickDropout for module in model.modules() if isinstance(module, nn.Dropout)}
 
 
-@pytest.mark.parametrize("bf16", [True, False])
-def test_forwards_are_changed_for_as_long_as_they_train(bf16, tmp_path):
+@pytest.mark.parametrize("low", ["bf16", "fp16", None])
+def test_forwards_are_changed_for_as_long_as_they_train(low, tmp_path):
     model, _ = build("bert")
     model = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query"]))
-    arguments = TrainingArguments(str(tmp_path), max_steps=1, use_cpu=True, bf16=bf16, report_to="none")
+    precision = {low: True} if low else {}
+    arguments = TrainingArguments(str(tmp_path), max_steps=1, use_cpu=True, report_to="none", **precision)
     rows = [{"input_ids": [5, 6, 7], "labels": 1}] * 2
     seen = AsTrained()
     collate = get_task("sequence").collator(tiny_tokenizer("wordpiece"))
     OrderedEvalTrainer(model, arguments, collate, train_dataset=rows, callbacks=[seen]).train()
-    assert seen.casts == {not bf16}
+    assert seen.casts == {low is None}
     assert seen.dropout == {True}
     assert all(module.cast_input_dtype_enabled for module in model.modules() if hasattr(module, "lora_A"))
     assert dropout_of(model) == {False}
@@ -74,3 +76,10 @@ def test_a_budget_and_a_batch_size_count_the_texts_of_all_processes(processes, a
     batches = len(TokenBudgetSampler(LENGTHS, 32, "padded", 0, 0, processes))
     budgeted = tokens_per_step(TrainingConfig(tokens_per_batch=32, **common), LENGTHS, batches, processes)
     assert sized == budgeted == 4 * 8 * accumulation * processes
+
+
+@pytest.mark.parametrize("precision", DTYPES)
+def test_the_trainer_scales_the_loss_in_fp16(precision, tmp_path):
+    recipe = Recipe.load("quickstart", ["training.report_to=[]"])
+    found = training_arguments(recipe, tmp_path, torch.device("cpu"), DTYPES[precision])
+    assert (found.bf16, found.fp16) == (precision == "bf16", precision == "fp16")

@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -167,6 +168,17 @@ class TestAdapterMoves:
     def test_one_that_stops_after_a_later_evaluation_fails(self):
         with pytest.raises(RunError):
             self.drive(lambda step: step <= 8, 20, evaluate_every=8)
+
+    def test_steps_that_overflow_in_fp16_do_not_count_until_they_are_too_many(self):
+        guard, model = AdapterMoves(), Adapted()
+        given = {"model": model, "lr_scheduler": Schedule(1e-3)}
+        skipped, taken = SimpleNamespace(step_was_skipped=True), SimpleNamespace(step_was_skipped=False)
+        guard.on_evaluate(None, state(0), TrainerControl(), model=model)
+        for optimizer in [*[skipped] * 20, taken, *[skipped] * 24]:
+            guard.on_step_end(None, state(1), TrainerControl(), optimizer=optimizer, **given)
+        with pytest.raises(RunError, match="precision=fp32") as caught:
+            guard.on_step_end(None, state(1), TrainerControl(), optimizer=skipped, **given)
+        assert (caught.value.code, caught.value.fields["steps"]) == ("fp16-overflows", AdapterMoves.OVERFLOWS)
 
     @pytest.mark.parametrize("every", [1, 2])
     def test_frequent_evaluations_do_not_hide_it(self, every):

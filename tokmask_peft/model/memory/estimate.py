@@ -41,7 +41,13 @@ CGROUP = Path("/sys/fs/cgroup")
 
 MIB = 2**20
 OVERHEAD = {"cpu": 700 * MIB, "cuda": 600 * MIB}
-"""Bytes outside of tensors: Python with its libraries; a CUDA context with the workspaces of its libraries."""
+"""Bytes outside of tensors: Python with its libraries; a CUDA context."""
+
+CUBLAS = {9: 32 * MIB, 10: 32 * MIB}
+"""Workspace of a cuBLAS handle by the GPU's generation (Hopper, data centre Blackwell), in torch's allocator."""
+CUBLAS_USUAL = 4096 * 2048 + 8 * 16384
+THREADS = 2
+"""Threads that have a handle: of the forward and of the backward pass."""
 
 PROBES = (2, 3)
 """Numbers of layers that are counted if there are more."""
@@ -204,7 +210,8 @@ PARTS = {
     "activations": "kept for the backward pass",
     "workspace": "gradients and intermediate results on top of that",
     "evaluation": "an evaluation takes more than a step",
-    "overhead": "Python, libraries, CUDA context",
+    "cublas": "workspaces of cuBLAS for matrix products",
+    "overhead": "outside of tensors: CUDA context, or Python and libraries on a CPU",
 }
 """What an `Estimate` consists of, for a reader."""
 
@@ -221,6 +228,7 @@ class Estimate:
     workspace: int
     evaluation: int
     overhead: int
+    cublas: int = 0
     host: int = 0
 
     @property
@@ -295,9 +303,17 @@ def estimate(recipe: Recipe, setting: Setting, training: Shape, evaluation: Shap
         activations=kept,
         workspace=max(peak - kept, 0),
         evaluation=forward,
+        cublas=_cublas_workspaces(setting.device_type),
         overhead=OVERHEAD.get(setting.device_type, OVERHEAD["cuda"]),
         host=rows if offload else 0,
     )
+
+
+def _cublas_workspaces(device_type: str) -> int:
+    if device_type == "cpu":
+        return 0
+    generation = torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else 0
+    return THREADS * CUBLAS.get(generation, CUBLAS_USUAL)
 
 
 def _int8_bytes(weight: torch.Tensor) -> int:

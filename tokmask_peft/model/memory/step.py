@@ -27,7 +27,7 @@ from transformers.masking_utils import sdpa_mask
 
 from tokmask_peft.masking.embedding import unwrap
 from tokmask_peft.model.adapter import add_adapter, inputs_as_they_come
-from tokmask_peft.model.backbone import HEAD_NAMES, Backbone, head_modules, hold_in_fp32
+from tokmask_peft.model.backbone import HEAD_NAMES, Backbone, head_modules, hold_in_fp32, hold_stream_in_fp32
 from tokmask_peft.model.decisions import enable_checkpointing
 from tokmask_peft.model.layers import quick_dropout
 from tokmask_peft.model.packed import (
@@ -110,6 +110,7 @@ class Setting:
     quantization: str  # nf4, int8 or none, as decided
     dtype: torch.dtype  # of the backbone, as decided
     assumed: str | None = None  # what a reader should know about a device that is not this machine's
+    rows: bool = True  # whether a GPU has the kernel for packed rows
 
 
 def bare_model(config: Any, task: str, dtype: torch.dtype) -> nn.Module:
@@ -134,14 +135,29 @@ def with_layers(config: Any, layers: int) -> Any:
     return config
 
 
+OUTLIERS = 100
+"""One in this many columns of an int8 product is counted as one with outliers: LLM.int8() found up to 0.1% of them."""
+
+
 class _Product(torch.autograd.Function):
-    """A frozen quantized product: unpacks the weights in each pass; in 8 bits it keeps its input."""
+    """A frozen quantized product: unpacks the weights in each pass; in 8 bits it keeps its input.
+
+    For int8 on a GPU bitsandbytes (0.50.2, `MatMul8bitLt`) unpacks in the backward pass only. It rounds the input to
+    int8 by way of fp16, sums in int32, gives fp16, and adds the columns with outliers, which it keeps as they came.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, out_features: int, keeps_input: bool) -> Tensor:
-        ctx.shape, ctx.features, ctx.kept = x.shape, out_features, x if keeps_input else None
-        _unpacked = x.new_empty(out_features, x.shape[-1])
-        return x.new_empty(*x.shape[:-1], out_features)
+    def forward(ctx: Any, x: Tensor, out_features: int, kind: str) -> Tensor:
+        ctx.shape, ctx.features, ctx.kept = x.shape, out_features, None if kind == "nf4" else (x,)
+        shape = (*x.shape[:-1], out_features)
+        if kind != "int8 on a GPU":
+            _unpacked = x.new_empty(out_features, x.shape[-1])
+            return x.new_empty(shape)
+        _codes = _in_8_bits(x)
+        outliers = x.new_empty(*x.shape[:-1], -(-x.shape[-1] // OUTLIERS))
+        ctx.kept = x, outliers
+        found = _from_int32(x, shape)
+        return torch.empty_like(found).add_(found)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
@@ -151,23 +167,39 @@ class _Product(torch.autograd.Function):
         return found, None, None
 
 
+def _in_8_bits(x: Tensor) -> Tensor:
+    half = x.to(torch.float16)
+    _above = half.abs() >= 6.0
+    return torch.empty_like(half, dtype=torch.int8)
+
+
+def _from_int32(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    sums = x.new_empty(shape, dtype=torch.int32)
+    return torch.empty_like(sums, dtype=torch.float16).to(x.dtype)
+
+
 class QuantizedLinear(nn.Linear):
     """Stands for a layer of bitsandbytes; one in 4 bits computes in the type of the other weights."""
 
-    in_4_bits: bool
+    kind: str  # nf4, int8, or "int8 on a GPU"
 
     def forward(self, input: Tensor) -> Tensor:
         """Map `[..., in_features]` to `[..., out_features]`."""
-        x = input.to(self.weight.dtype) if self.in_4_bits else input
-        out: Tensor = _Product.apply(x, self.out_features, not self.in_4_bits)
-        return out.to(input.dtype).clone() if self.in_4_bits else out  # PEFT clones what comes out of 4-bit layers
+        x = input.to(self.weight.dtype) if self.kind == "nf4" else input
+        out: Tensor = _Product.apply(x, self.out_features, self.kind)
+        return out.to(input.dtype).clone() if self.kind == "nf4" else out  # PEFT clones what comes out of 4-bit layers
 
 
 class _KeptByFlashAttention(torch.autograd.Function):
-    """Keeps query, key, value, output and a number for each query; no attention weights."""
+    """Keeps query, key, value, output and a number for each query; no attention weights.
+
+    The gradient of the query is summed in fp32. The kernel for `rows` of this many packed texts makes room for 128
+    sub-tokens more of each, in heads of a multiple of 32 (above 128, of 64).
+    """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, rows: int = 0) -> Tensor:
+        ctx.rows = rows
         out = query.new_empty(*query.shape[:-1], value.shape[-1])
         sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
         ctx.save_for_backward(query, key, value, out, sums, *(() if mask is None else (mask,)))
@@ -176,8 +208,14 @@ class _KeptByFlashAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value = ctx.saved_tensors[:3]
-        sums = torch.empty_like(query, dtype=torch.float32)  # the gradients are summed in fp32
-        return torch.empty_like(sums, dtype=query.dtype), torch.empty_like(key), torch.empty_like(value), None
+        sums = torch.empty_like(query, dtype=torch.float32)
+        if ctx.rows:
+            _, total, heads, size = query.shape
+            size = -(-size // (step := 32 if size <= 128 else 64)) * step
+            sums = query.new_empty(total + 128 * ctx.rows, heads, size + 1, dtype=torch.float32)
+        found = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+        del sums
+        return *found, None, None
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *_: Any, **__: Any) -> Any:
@@ -187,25 +225,37 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = Non
 
 
 def _gpu_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    no_kernel: bool,
+    **options: Any,
 ) -> tuple[Tensor, None]:
     """Stand for `sdpa` and, with a packing, for `packed_attention` on a GPU.
 
-    The kernel for packed rows does not take dropout or fp32: with these, texts are padded to the longest.
+    The kernel for packed rows does not take dropout or fp32: with these, and with `no_kernel`, texts are padded to the
+    longest.
     """
     packing, dropout, kind = options.get("packing"), options.get("dropout", 0.0), value.dtype
     if torch.is_autocast_enabled("cpu"):
-        query, key, value = (tensor.to(torch.bfloat16) for tensor in (query, key, value))
-    if packing is not None and (dropout > 0 or query.dtype == torch.float32):
+        query, key, value = (tensor.to(torch.get_autocast_dtype("cpu")) for tensor in (query, key, value))
+    size = query.shape[-1]
+    if packing is not None and size % 8:
+        query, key, value = (F.pad(tensor, (0, -size % 8)) for tensor in (query, key, value))
+    if packing is not None and (dropout > 0 or no_kernel or query.dtype == torch.float32):
         sight = seen(module, options.get("is_causal"), options.get("sliding_window"), packing.max_length)
         rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
-        return attend_in_buckets(rows, packing, *sight, dropout, None, _attend).to(kind).unsqueeze(0), None
+        padded = attend_in_buckets(rows, packing, *sight, dropout, None, _attend)
+        return padded[..., :size].to(kind).unsqueeze(0), None
     times = query.shape[1] // key.shape[1]
     if times > 1 and (packing is not None or attention_mask is not None):
         key, value = (tensor.repeat_interleave(times, 1) for tensor in (key, value))
     if packing is None:
         return _attend(query, key, value, attention_mask).transpose(1, 2).contiguous(), None
-    return _attend(*(tensor.transpose(1, 2).contiguous() for tensor in (query, key, value))), None
+    whole = (tensor.transpose(1, 2).contiguous() for tensor in (query, key, value))
+    return _KeptByFlashAttention.apply(*whole, None, len(packing.cu_seqlens) - 1)[..., :size], None
 
 
 GPU_ATTENTION = "tokmask_counted"
@@ -225,14 +275,17 @@ def count_step(
         The bytes of what is trained, in fp32; the peak of the forward; the bytes that the step keeps between its
         forward and its backward, and its peak, gradients of the parameters included.
     """
-    gpu, low = setting.device_type != "cpu", setting.dtype == torch.bfloat16
+    gpu, low = setting.device_type != "cpu", setting.dtype != torch.float32
     bare: Any = bare_model(with_layers(setting.config, layers + below), recipe.data.task, setting.dtype)
     new_modules = head_modules(bare)
     kept_whole = tuple(f"{name}." for name in (*HEAD_NAMES, *new_modules))
     for name, module in bare.named_modules() if setting.quantization != "none" else ():
         if type(module) is nn.Linear and not f"{name}.".startswith(kept_whole):
-            module.__class__, module.in_4_bits = QuantizedLinear, setting.quantization == "nf4"  # type: ignore[assignment]
+            kind = "int8 on a GPU" if gpu and setting.quantization == "int8" else setting.quantization
+            module.__class__, module.kind = QuantizedLinear, kind  # type: ignore[assignment]
     hold_in_fp32(bare, new_modules)
+    if setting.dtype == torch.float16:
+        hold_stream_in_fp32(bare)
     backbone = Backbone(bare, None, new_modules, (), setting.dtype, setting.quantization)
     adapter = recipe.adapter.model_copy(update={"layers": layers if below else "all"})
     trains_row = recipe.masking.trainable_mask
@@ -241,7 +294,7 @@ def count_step(
     if trains_row and not trained_row:
         bare.enable_input_require_grads()
     if gpu and bare.config._attn_implementation == "sdpa":
-        AttentionInterface.register(GPU_ATTENTION, _gpu_attention)
+        AttentionInterface.register(GPU_ATTENTION, functools.partial(_gpu_attention, no_kernel=not setting.rows))
         AttentionMaskInterface.register(GPU_ATTENTION, sdpa_mask)
         bare.config._attn_implementation = GPU_ATTENTION
     for module in model.modules() if gpu and low else ():
@@ -253,7 +306,7 @@ def count_step(
     if recipe.model.gradient_checkpointing is True:
         enable_checkpointing(model)
 
-    autocast = functools.partial(torch.autocast, "cpu", torch.bfloat16, enabled=low)
+    autocast = functools.partial(torch.autocast, "cpu", setting.dtype, enabled=low)
     with _counting(model, mode, evaluation, gpu, low) as (forward, logits_of), torch.no_grad(), autocast():
         model.eval()
         logits_of()

@@ -116,7 +116,9 @@ class GradientMeter:
         before = masker and (masker.seed, masker.step, masker.rate)
         # The rate is set for each measurement; one above 0 lets the masker prepare the mask token's row.
         config = self.config.model_copy(update={"schedule": "constant", "p": 0.1, "seed": self.seed + _SEED})
-        with torch.random.fork_rng(enabled=noise is not None), contextlib.ExitStack() as attached:
+        device = self.trainer.args.device
+        drawn_on = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(drawn_on, enabled=noise is not None), contextlib.ExitStack() as attached:
             try:
                 model.eval()
                 embedding.training = True

@@ -86,10 +86,10 @@ def measure_step(recipe: Recipe, shape: Shape) -> tuple[int, int, int]:
     labels = torch.zeros(len(shape.lengths) if recipe.data.task == "sequence" else shape.tokens, dtype=torch.long)
     with LiveBytes() as live:
         live.exclude(*frozen, *(value for value in batch.values() if isinstance(value, torch.Tensor)))
-        in_bf16 = backbone.dtype == torch.bfloat16
-        autocast = torch.autocast("cpu", torch.bfloat16, enabled=in_bf16)
+        low = backbone.dtype != torch.float32
+        autocast = torch.autocast("cpu", backbone.dtype, enabled=low)
         hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-        with inputs_as_they_come(model, in_bf16), quick_dropout(model):
+        with inputs_as_they_come(model, low), quick_dropout(model):
             with hooks, autocast:
                 loss = F.cross_entropy(model(**batch).logits.flatten(0, -2).float(), labels)
             # not what BERT's pooler keeps of a packed row, whose answer nobody takes

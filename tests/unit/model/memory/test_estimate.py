@@ -1,15 +1,18 @@
 """The estimate beside a step that is really taken."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from measured import LABELS, make_recipe, measure_forward, measure_step, save_random, save_real
 from tiny_models import FAMILIES, build
 from transformers import AutoConfig
 
+from tokmask_peft.console import Decision
 from tokmask_peft.model.backbone import load_backbone
 from tokmask_peft.model.decisions import bitsandbytes_problem, choose_precision
 from tokmask_peft.model.memory.estimate import estimate
-from tokmask_peft.model.memory.step import LiveBytes, Setting, Shape
+from tokmask_peft.model.memory.step import LiveBytes, Setting, Shape, _Product
 from tokmask_peft.recipe.schema import AdapterConfig, ModelConfig
 
 needs_bitsandbytes = pytest.mark.skipif(bitsandbytes_problem("cpu") is not None, reason="needs bitsandbytes")
@@ -72,6 +75,21 @@ def test_every_family(family, task, tmp_path):
     near(found.activations + found.workspace, peak, 0.1)
     near(found.weights + found.embedding + found.adapter, static, 0.01)
     near(found.evaluation, measure_forward(recipe, LARGE), 0.02)
+
+
+@pytest.mark.parametrize("shape", [PADDED, PACKED])
+@pytest.mark.parametrize("family", ["bert", "qwen2"])
+def test_fp16(family, shape, tmp_path, monkeypatch):
+    fp16 = Decision("precision", "fp16", "on a CPU only here")
+    monkeypatch.setattr("tokmask_peft.model.backbone.choose_precision", lambda *_: fp16)
+    model, tokenizer = build(family)
+    save_random(model.base_model.config, tokenizer, tmp_path, torch.float16)
+    config = AutoConfig.from_pretrained(tmp_path, num_labels=len(LABELS))
+    recipe = make_recipe(tmp_path, model={"quantization": "none", "precision": "fp16"})
+    found, (saved, peak, static) = both(config, recipe, shape, dtype=torch.float16)
+    near(found.activations, saved, 0.02)
+    near(found.activations + found.workspace, peak, 0.05)
+    near(found.weights + found.embedding + found.adapter, static, 0.01)
 
 
 CHECKPOINTED = {"gradient_checkpointing": True}
@@ -171,6 +189,61 @@ def test_a_gpu_pads_packed_texts_where_no_kernel_takes_rows(family, dropout, dty
     assert uneven.total - even.total > 0.9 * tensors
     if not checkpointing:
         near(uneven.activations - even.activations, 2 * tensors, 0.2)  # of both layers
+
+
+@pytest.mark.parametrize(("size", "room"), [(8, 32), (40, 64), (136, 192)])
+def test_the_gradient_of_packed_attention_makes_room_for_128_more_sub_tokens_of_each_text(size, room):
+    model, _ = build("llama", head_dim=size)
+    recipe, setting = make_recipe("x"), Setting(model.config, "cuda", "none", torch.bfloat16)
+    one, eight = (
+        estimate(recipe, setting, Shape(lengths, packed=True), Shape.padded(1, 8)) for lengths in ((64,), (8,) * 8)
+    )
+    more = 7 * 128 * model.config.num_attention_heads * (room + 1) * 4
+    near(eight.total - one.total, more, 0.001)
+    without = replace(setting, rows=False)
+    padded = [estimate(recipe, without, Shape(lengths, True), Shape.padded(1, 8)) for lengths in ((40, 8), (24, 24))]
+    assert padded[0].activations > padded[1].activations  # padded to the longest, for lack of a kernel
+
+
+def test_a_gpu_keeps_workspaces_for_products_and_a_hopper_larger_ones(monkeypatch):
+    assert changes(device="cpu").cublas == 0
+    laptop = changes()
+    assert 16 * 2**20 < laptop.cublas < 17 * 2**20
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    hopper = changes()
+    assert hopper.cublas == 64 * 2**20
+    assert hopper.tensors - laptop.tensors == hopper.cublas - laptop.cublas
+
+
+@needs_bitsandbytes
+def test_int8_on_a_gpu_is_counted_as_the_computation_that_runs_there():
+    from bitsandbytes.autograd._functions import MatMul8bitLt, MatmulLtState
+
+    rows, inside, outside = 64, 200, 96
+    kept, peaks = {}, {}
+    for name in ("bitsandbytes", "int8", "int8 on a GPU"):
+        x = torch.randn(rows, inside).clamp(-1, 1)
+        x[:, [3, 100]] = 9.0  # one column in a hundred has outliers
+        x.requires_grad_()
+        with LiveBytes() as live:
+            live.exclude(x)
+            if name == "bitsandbytes":
+                state = MatmulLtState()
+                state.CB, state.SCB = torch.ones(outside, inside, dtype=torch.int8), torch.ones(outside)
+                state.has_fp16_weights, state.threshold = False, 6.0
+                start = live.now
+                out = MatMul8bitLt.apply(x, state.CB, None, None, state)
+            else:
+                start = 0
+                out = _Product.apply(x, outside, name)
+            kept[name], peaks[name] = live.now - start, live.peak
+    assert out.shape == (rows, outside)
+    # besides the output: outliers and, of the real one, which columns they are in
+    assert kept["bitsandbytes"] - kept["int8 on a GPU"] == 2 * 8
+    assert kept["int8 on a GPU"] - kept["int8"] == 2 * rows * 4
+    assert peaks["int8"] == 4 * outside * (inside + rows)
+    assert peaks["int8 on a GPU"] >= rows * (inside + outside * (4 + 2 + 4))
 
 
 def test_nothing_is_left_behind(model_config):
