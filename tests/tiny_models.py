@@ -89,7 +89,6 @@ encoder_decoders = {
     "bart": Family("Bart", "unigram", settings=_BART),
 }
 families = list(FAMILIES)
-FAMILIES |= encoder_decoders
 token_families = [name for name in families if name != "gemma3"]  # transformers has no token head for Gemma 3 text
 causal_families = [name for name, family in FAMILIES.items() if family.causal]
 
@@ -98,7 +97,7 @@ def build(
     family: str, task: str = "sequence", labels: int = 3, seed: int = 0, dropout: float = 0.0, **settings: Any
 ) -> tuple[Any, Any]:
     """Return a model with random weights, in eval mode as `from_pretrained` leaves it, and its tokenizer."""
-    kind = FAMILIES[family]
+    kind = (FAMILIES | encoder_decoders)[family]
     tokenizer = tiny_tokenizer(kind.tokenizer)
     heads = {"sequence": "SequenceClassification", "token": "TokenClassification"}
     head = {**heads, "text": "ConditionalGeneration"}[task]

@@ -183,9 +183,7 @@ def test_of_prompt_and_completion_one_can_be_masked(tmp_path, where, columns, pa
         scored[places == 0] = scored[(places == 0).nonzero().flatten() + 1]
     inside, outside = (masked[scored], masked[~scored]) if where == "completion" else (masked[~scored], masked[scored])
     assert not outside.any()
-    expected = 0.0 if (where, columns) == ("prompt", "text") else 0.5  # a text alone is all completion
-    assert inside.float().mean() == pytest.approx(expected, abs=0.5 if expected else 0) or not len(inside)
-    assert inside.any() == (expected > 0)
+    assert inside.any() == ((where, columns) != ("prompt", "text")), "a text alone is all completion"
 
 
 @pytest.mark.parametrize("family", ["t5", "bart"])

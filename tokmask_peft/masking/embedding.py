@@ -66,8 +66,8 @@ def unwrap(model: nn.Module) -> nn.Module:
 _REFUSED = {
     "sentence-transformers": "is a model of sentence-transformers, whose trainers are not supported: some of their "
     "losses compute each text twice. With others, use TokenMasker.attach(model.transformers_model, …) around train()",
-    "encoder-decoder": "is an encoder-decoder model whose parts look up their ids in one module, so the decoder would be "
-    "masked too; use a backbone such as T5 or BART, whose parts have a lookup each",
+    "encoder-decoder": "is an encoder-decoder model whose parts look up their ids in one module, so the decoder would "
+    "be masked too; use a backbone such as T5 or BART, whose parts have a lookup each",
     "per-layer-embeddings": "looks up the input ids again in every layer (embed_tokens_per_layer), so a masked token "
     "would be seen; use a backbone without per-layer embeddings",
     "no-embedding": "has no table of tokens in which it looks up its input (get_input_embeddings); "
