@@ -103,8 +103,8 @@ class TestFind:
 
     @pytest.mark.parametrize(
         ("given", "guess"),
-        [("quickstrat", "quickstart"), ("lid_spaeng/mbret.yaml", "lid_spaeng/mbert"), ("recipes/trec", "trec/bart-base"),
-         ("", None), ("xyzzy", None), ("_tasks/lid_spaeng", ""), ("a\0b", None)],
+        [("quickstrat", "quickstart"), ("lid_spaeng/mbret.yaml", "lid_spaeng/mbert"),
+         ("recipes/trec", "trec/bart-base"), ("", None), ("xyzzy", None), ("_tasks/lid_spaeng", ""), ("a\0b", None)],
     )  # fmt: skip
     def test_what_there_is_not_gets_a_guess_if_it_is_near(self, given, guess):
         with pytest.raises(RecipeError, match=f"Did you mean '{guess}'" if guess else "no shipped recipe") as caught:
