@@ -67,6 +67,10 @@ _CAUSAL = {**_SHAPE, "num_key_value_heads": 2, "max_position_embeddings": 64}
 _HEAD_DIM = {**_CAUSAL, "head_dim": 8}
 _ENCODER = {**_SHAPE, "max_position_embeddings": 64}
 _DISTIL = {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48, "max_position_embeddings": 64}
+_T5 = {"d_model": 32, "num_layers": 2, "num_heads": 4, "d_kv": 8, "d_ff": 48, "decoder_start_token_id": 1}
+_PARTS = {"layers": 2, "attention_heads": 4, "ffn_dim": 48}
+_BART = {f"{part}_{name}": value for part in ("encoder", "decoder") for name, value in _PARTS.items()}
+_BART |= {"d_model": 32, "max_position_embeddings": 64, "decoder_start_token_id": 2}
 
 FAMILIES = {
     "bert": Family("Bert", "wordpiece", settings=_ENCODER),
@@ -79,6 +83,11 @@ FAMILIES = {
     "gemma3": Family("Gemma3Text", "metaspace", causal=True, settings=_HEAD_DIM),
     "mistral": Family("Mistral", "metaspace", causal=True, settings=_HEAD_DIM),
 }
+encoder_decoders = {
+    "t5": Family("T5", "unigram", settings=_T5),
+    "mt5": Family("MT5", "unigram", settings=_T5),
+    "bart": Family("Bart", "unigram", settings=_BART),
+}
 families = list(FAMILIES)
 token_families = [name for name in families if name != "gemma3"]  # transformers has no token head for Gemma 3 text
 causal_families = [name for name, family in FAMILIES.items() if family.causal]
@@ -88,9 +97,10 @@ def build(
     family: str, task: str = "sequence", labels: int = 3, seed: int = 0, dropout: float = 0.0, **settings: Any
 ) -> tuple[Any, Any]:
     """Return a model with random weights, in eval mode as `from_pretrained` leaves it, and its tokenizer."""
-    kind = FAMILIES[family]
+    kind = (FAMILIES | encoder_decoders)[family]
     tokenizer = tiny_tokenizer(kind.tokenizer)
-    head = {"sequence": "SequenceClassification", "token": "TokenClassification"}[task]
+    heads = {"sequence": "SequenceClassification", "token": "TokenClassification"}
+    head = {**heads, "text": "ConditionalGeneration"}[task]
     config_class = getattr(transformers, f"{kind.prefix}Config")
     config = config_class(
         **{
@@ -105,7 +115,7 @@ def build(
             **settings,
         }
     )
-    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout"):
+    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout", "dropout_rate"):
         if hasattr(config, name):
             setattr(config, name, dropout)
     config.classifier_dropout = dropout  # where a config lacks it, some heads fall back to 0.1

@@ -7,9 +7,12 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from tiny_models import TEXTS, build, tiny_tokenizer
 from transformers import (
+    DataCollatorForSeq2Seq,
     DataCollatorForTokenClassification,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -17,6 +20,7 @@ from transformers import (
 )
 
 from tokmask_peft import TokenMaskCallback, TokenMaskConfig, TokenMasker, TokmaskError
+from tokmask_peft.masking.embedding import find_embedding
 
 SETTINGS = {
     "max_steps": 4, "per_device_train_batch_size": 4, "logging_steps": 1, "save_strategy": "no", "report_to": "none",
@@ -33,7 +37,7 @@ class Watch(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         model = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self.embedding = model.get_input_embeddings()
+        self.embedding = find_embedding(model)
         self.hook = self.embedding.register_forward_pre_hook(self.keep)
 
     def keep(self, module, args):
@@ -151,6 +155,95 @@ def test_trl_trainers_with_one_forward_a_step_are_masked(tmp_path, kind, more):
     pad = trainer.processing_class.pad_token_id
     watch.training = [ids[ids != pad] for ids in watch.training]
     assert_masked(trainer, watch, 347)
+
+
+@pytest.mark.parametrize("where", ["prompt", "completion"])
+@pytest.mark.parametrize("columns", ["prompt", "text"])
+@pytest.mark.parametrize("packing", [False, True])
+def test_of_prompt_and_completion_one_can_be_masked(tmp_path, where, columns, packing):
+    trl = pytest.importorskip("trl")
+    model, tokenizer = causal()
+    data = {"prompt": [text.split()[0] for text in TEXTS], "completion": [text + " ok" for text in TEXTS]}
+    watch, labels = Watch(), []
+    trainer = trl.SFTTrainer(
+        model,
+        args=trl.SFTConfig(str(tmp_path), **SETTINGS, max_length=64, packing=packing),
+        train_dataset=Dataset.from_dict(data if columns == "prompt" else {"text": TEXTS}),
+        processing_class=tokenizer,
+        callbacks=[TokenMaskCallback(TokenMaskConfig(p=0.5, where=where), announce=False), watch],
+        peft_config=LORA,
+    )
+    trainer.model.register_forward_pre_hook(lambda _, args, given: labels.append(given), with_kwargs=True)
+    trainer.train()
+    masked = torch.cat([(ids == 347).flatten() for ids in watch.training])
+    scored = torch.cat([given["labels"].flatten() for given in labels]) != -100
+    if packing:  # the label of a text's first token is always -100
+        places = torch.cat([given["position_ids"].flatten() for given in labels])
+        assert (places == 0).sum() > 4, "rows hold several texts"
+        scored[places == 0] = scored[(places == 0).nonzero().flatten() + 1]
+    inside, outside = (masked[scored], masked[~scored]) if where == "completion" else (masked[~scored], masked[scored])
+    assert not outside.any()
+    assert inside.any() == ((where, columns) != ("prompt", "text")), "a text alone is all completion"
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_a_seq2seq_trainer_is_masked_and_what_it_generates_is_not(tmp_path, family):
+    model, tokenizer = build(family, "text")
+    rows = [{**tokenizer(text), "labels": tokenizer(text[:12])["input_ids"]} for text in TEXTS]
+    watch, generated = Watch(), []
+    trainer = Seq2SeqTrainer(
+        get_peft_model(model, LoraConfig(task_type="SEQ_2_SEQ_LM", r=2, target_modules="all-linear")),
+        Seq2SeqTrainingArguments(
+            str(tmp_path),
+            **SETTINGS,
+            predict_with_generate=True,
+            generation_max_length=6,
+            eval_strategy="steps",
+            eval_steps=2,
+        ),
+        train_dataset=rows,
+        eval_dataset=rows,
+        compute_metrics=lambda found: generated.append(found.predictions) or {},
+        processing_class=tokenizer,
+        data_collator=DataCollatorForSeq2Seq(tokenizer, model),
+        callbacks=[TokenMaskCallback(TokenMaskConfig(p=0.5, decoder_p=0.5), announce=False), watch],
+    )
+    decoder = Watch()
+    decoder.on_train_begin(None, None, None, model=model.get_decoder())
+    trainer.train()
+    assert len(generated) == 2
+    padding = tokenizer.pad_token_id
+    watch.training = [ids[ids != padding] for ids in watch.training]
+    assert_masked(trainer, watch, tokenizer.mask_token_id)
+    assert len(decoder.other) > 4, "token by token"
+    assert not any((ids == tokenizer.mask_token_id).any() for ids in decoder.other)
+    trainer.evaluate()
+    assert np.array_equal(generated[-1], generated[-2])
+
+
+class Embedding(Trainer):
+    """Looks the encoder's ids up by itself."""
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        ids = inputs.pop("input_ids")
+        inputs["inputs_embeds"] = model.get_base_model().get_input_embeddings().weight[ids]
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_a_training_whose_encoder_sees_no_ids_ends_with_an_error(tmp_path, family):
+    model, tokenizer = build(family, "text")
+    trainer = Embedding(
+        get_peft_model(model, LoraConfig(task_type="SEQ_2_SEQ_LM", r=2, target_modules="all-linear")),
+        TrainingArguments(str(tmp_path), **SETTINGS, remove_unused_columns=False),
+        train_dataset=[{**tokenizer(text), "labels": tokenizer(text)["input_ids"]} for text in TEXTS],
+        processing_class=tokenizer,
+        data_collator=DataCollatorForSeq2Seq(tokenizer, model),
+        callbacks=[TokenMaskCallback(TokenMaskConfig(p=0.5, decoder_p=0.5), announce=False)],
+    )
+    with pytest.raises(TokmaskError) as ended:
+        trainer.train()
+    assert ended.value.code == "masked-nothing"
 
 
 @pytest.mark.parametrize("kind", ["DPO", "GRPO", "KTO", "RLOO"])

@@ -23,7 +23,7 @@ def texts(task, tokenizer):
     return [{"input_ids": text, "labels": [-100, *(n % 3 for n in text[1:-1]), -100]} for text in ids]
 
 
-def one_step(folder, task, *, packed=True, accumulation=1, family="bert", config=None, **views):
+def one_step(folder, task, *, packed=True, accumulation=1, family="bert", config=None, views=2, **more):
     """Train one step; return the gradients before it, the trainer, and the ids that each forward looked up."""
     model, tokenizer = build(family, task=task)
     if packed:
@@ -56,8 +56,8 @@ def one_step(folder, task, *, packed=True, accumulation=1, family="bert", config
         data_collator=get_task(task).collator(tokenizer),
         train_collator=PackedCollator(task) if packed else None,
         processing_class=tokenizer,
-        views=2,
-        **views,
+        views=views,
+        **more,
     )
     Noting(config or TokenMaskConfig(p=0.4), announce=False).add_to(trainer)
     seen = []

@@ -20,7 +20,7 @@ from tokmask_peft.errors import DataError, ModelError, boundary, first_line
 from tokmask_peft.inference.explain import Explanation, explain
 from tokmask_peft.inference.forward import Forward, loading_memory_errors
 from tokmask_peft.masking.config import TokenMaskConfig
-from tokmask_peft.masking.masker import Occlusion
+from tokmask_peft.masking.embedding import Occlusion
 from tokmask_peft.model.adapter import load_adapter, merge_if_harmless
 from tokmask_peft.model.backbone import load_backbone
 from tokmask_peft.model.decisions import gpu_problem, kernels_problem, plan_loading

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tokmask_peft.data.batches import PackedCollator
 from tokmask_peft.data.encoding import Window
 from tokmask_peft.errors import ModelError
-from tokmask_peft.masking.masker import Occlusion
+from tokmask_peft.masking.embedding import Occlusion
 from tokmask_peft.model.memory.suggestions import Situation, memory_errors
 from tokmask_peft.model.packed import takes_packed_rows
 

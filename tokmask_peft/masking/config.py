@@ -89,6 +89,14 @@ class TokenMaskConfig(Section):
         description="what happens to a masked token: token, it becomes the mask token; random, another token of the "
         "vocabulary; drop, it leaves the text, and the others keep their positions",
     )
+    where: Literal["all", "prompt", "completion"] = Field(
+        "all",
+        description="language models: what may be masked, by the labels that go into the forward: all; the prompt, "
+        "whose labels are -100; or the completion. The input of an encoder that has a decoder is all prompt",
+    )
+    decoder_p: Rate = Field(
+        0.0, description="encoder-decoder models that generate: masking rate of the decoder's input; labels stay"
+    )
     score_masked: StrictBool = Field(
         True, description="whether words whose first sub-token is masked count in the loss; dropped ones never do"
     )
@@ -117,7 +125,7 @@ class TokenMaskConfig(Section):
     @property
     def is_off(self) -> bool:
         """Whether nothing is masked at any time of training."""
-        return self.make_schedule().is_off
+        return self.make_schedule().is_off and self.decoder_p == 0
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write `tokmask_config.json` into `folder` and return its path."""

@@ -1,16 +1,25 @@
-"""A model's input embedding below all wrappers: find it, read and write its rows, prepare the row of the mask token."""
+"""A model's input embedding below all wrappers: find it, read and write its rows, swap the ids that it looks up."""
 
 from __future__ import annotations
 
 import contextlib
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from tokmask_peft.errors import MaskTokenError
+from tokmask_peft.masking import pattern
+from tokmask_peft.masking.config import TokenMaskConfig
 from tokmask_peft.masking.replacement import MaskToken, choose_mask_token, used_rows
+
+if TYPE_CHECKING:  # the masker needs no NumPy
+    import numpy as np
+    from numpy.typing import NDArray
 
 SEQUENCE_FIRST = ("xlnet",)
 """Model types that look up their ids as [seq, batch]."""
@@ -57,8 +66,8 @@ def unwrap(model: nn.Module) -> nn.Module:
 _REFUSED = {
     "sentence-transformers": "is a model of sentence-transformers, whose trainers are not supported: some of their "
     "losses compute each text twice. With others, use TokenMasker.attach(model.transformers_model, …) around train()",
-    "encoder-decoder": "is an encoder-decoder model: both parts share one embedding, so the decoder would be masked "
-    "too; use an encoder-only or a decoder-only backbone",
+    "encoder-decoder": "is an encoder-decoder model whose parts look up their ids in one module, so the decoder would "
+    "be masked too; use a backbone such as T5 or BART, whose parts have a lookup each",
     "per-layer-embeddings": "looks up the input ids again in every layer (embed_tokens_per_layer), so a masked token "
     "would be seen; use a backbone without per-layer embeddings",
     "no-embedding": "has no table of tokens in which it looks up its input (get_input_embeddings); "
@@ -66,8 +75,23 @@ _REFUSED = {
 }
 
 
+def find_decoder_embedding(model: nn.Module) -> nn.Module | None:
+    """Return the module that looks up the decoder's ids in an encoder-decoder model; None for other models."""
+    base: Any = unwrap(model)
+    if not (getattr(getattr(base, "config", None), "is_encoder_decoder", False) and hasattr(base, "get_decoder")):
+        return None
+    encoder, decoder = base.get_encoder(), base.get_decoder()
+    found: nn.Module = decoder.get_input_embeddings()
+    return None if any(part is encoder for part in decoder.modules()) else found  # UMT5's encoder alone says it has one
+
+
+def rereads(model: nn.Module) -> bool:
+    """Return whether an encoder-decoder model lets the decoder read the encoder's text, one place later."""
+    return type(unwrap(model)).__name__.endswith("ForSequenceClassification")
+
+
 def find_embedding(model: nn.Module) -> nn.Module:
-    """Return the module that looks up the input ids.
+    """Return the module that looks up the input ids, those of the encoder if there is a decoder, too.
 
     Raises:
         MaskTokenError: the model has none, or looks ids up in a second place, which a hook here would miss.
@@ -78,6 +102,9 @@ def find_embedding(model: nn.Module) -> nn.Module:
         code = "sentence-transformers"
     elif getattr(getattr(base, "config", None), "is_encoder_decoder", False):
         code = "encoder-decoder"
+        if hasattr(base, "get_encoder"):
+            embedding = base.get_encoder().get_input_embeddings()
+            embedding = None if embedding is find_decoder_embedding(model) else embedding
     elif any(part.endswith("embed_tokens_per_layer") for part, _ in base.named_modules()):
         code = "per-layer-embeddings"
     else:
@@ -87,7 +114,7 @@ def find_embedding(model: nn.Module) -> nn.Module:
     if not hasattr(embedding, "weight"):
         raise MaskTokenError(f"{type(base).__name__} {_REFUSED[code]}", code=code, model=type(base).__name__)
     found: nn.Module = embedding
-    if type(embedding) is nn.Embedding:
+    if type(embedding) is nn.Embedding and code == "no-embedding":
         # T5's encoder has a lookup of its own, tied to the one that is returned here (transformers 5)
         lookups = [part for part in base.modules() if type(part) is nn.Embedding or hasattr(part, "token_adapter")]
         tied = (part for part in lookups if part is not embedding and embedding_weight(part) is embedding.weight)
@@ -224,3 +251,82 @@ def prepare_mask_row(
     original = read_rows(embedding, mask_token.id, mask_token.id + 1)[0].clone()
     write_row(embedding, mask_token.id, used.typical())
     return original
+
+
+class Occlusion:
+    """Hides sub-tokens of a model's input outside training, for explanations, at positions of the caller's choice.
+
+    A spare row is set to a typical one, as in training, and keeps it: no token uses the row. `config` is how the
+    model, with or without PEFT, was masked in training; None if that is not known.
+
+    Attributes:
+        mask_token: what hidden sub-tokens become, with the reason.
+        trained: whether the model saw masked tokens in training; None if that is not known.
+        maskable: for every id whether it may be hidden, bool [rows]. Special and protected tokens may not, as in
+            training; the unknown token may, unlike in training, because a word that became one is still a word.
+
+    Raises:
+        MaskTokenError: there is no usable mask token, or the model cannot be masked.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any, config: TokenMaskConfig | None = None) -> None:
+        self.trained = None if config is None else not config.is_off
+        config = config or TokenMaskConfig()
+        self._embedding, self._transposed = find_embedding(model), is_sequence_first(model)
+        self._decoder = find_decoder_embedding(model) if rereads(model) else None
+        rows = embedding_weight(self._embedding).shape[0]
+        self.mask_token = find_mask_token(self._embedding, tokenizer, config.mask_token)
+        name = tokenizer.convert_ids_to_tokens(self.mask_token.id)
+        self._token = f"{name or 'an embedding row that no token uses'} (id {self.mask_token.id})"
+        if not config.trainable_mask:
+            prepare_mask_row(self._embedding, self.mask_token, tokenizer)
+        protected = {*config.protect, tokenizer.pad_token_id}
+        table = pattern.maskable_table(tokenizer, rows, protected)
+        if (unknown := tokenizer.unk_token_id) is not None:
+            table[unknown] = unknown not in {*protected, self.mask_token.id}
+        self.maskable: NDArray[np.bool_] = table.numpy()
+
+    @property
+    def note(self) -> str:
+        """What a reader of the explanations must know about the mask token, in a sentence or two."""
+        if self.trained:
+            return f"words are masked as in training, by {self._token}"
+        how = "was trained without masking (p = 0): it has never seen a masked word, so its influences are"
+        if self.trained is None:
+            how = "does not record how it was masked in training; if it was not masked, its influences are"
+        return f"the model {how} less reliable. Words are masked by {self._token}: {self.mask_token.reason}"
+
+    @contextlib.contextmanager
+    def at(self, positions: Tensor) -> Iterator[None]:
+        """Hide `positions`, bool of the shape of the ids, in the forwards that this thread makes inside."""
+        thread = threading.get_ident()
+
+        def hide(given: Tensor, positions: Tensor = positions) -> Tensor:
+            padded = F.pad(positions, (0, given.shape[1] - positions.shape[1]))  # a packed row may be lengthened
+            return given.masked_fill(padded.to(given.device), self.mask_token.id)
+
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            mine = threading.get_ident() == thread  # a server may predict in one thread and explain in another
+            return swap(args, kwargs, hide, self._transposed) if mine else None
+
+        def again(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            later = F.pad(positions, (1, 0))
+            mine = threading.get_ident() == thread
+            return swap(args, kwargs, lambda given: hide(given, later[:, : given.shape[1]]), False) if mine else None
+
+        handles = [self._embedding.register_forward_pre_hook(hook, with_kwargs=True)]
+        if self._decoder is not None:
+            handles.append(self._decoder.register_forward_pre_hook(again, with_kwargs=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def swap(args: tuple[Any, ...], kwargs: dict[str, Any], swapped: Callable[[Tensor], Tensor], transposed: bool) -> Any:
+    """Return the arguments of an embedding with other ids, its first argument, which may have a name."""
+    name = None if args else next(iter(kwargs))
+    given = args[0] if name is None else kwargs[name]
+    ids = swapped(given.t()).t() if transposed else swapped(given)
+    return ((ids, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: ids})

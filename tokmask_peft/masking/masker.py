@@ -1,7 +1,4 @@
-"""The masker: a forward pre-hook that swaps ids on their way into the embedding lookup.
-
-`Occlusion` is the same swap outside training, for explanations: at positions of the caller's choice.
-"""
+"""The masker: a forward pre-hook that swaps ids on their way into the embedding lookup."""
 
 from __future__ import annotations
 
@@ -10,11 +7,10 @@ import functools
 import inspect
 import math
 import sys
-import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -26,15 +22,16 @@ from tokmask_peft.masking import pattern
 from tokmask_peft.masking.config import TokenMaskConfig
 from tokmask_peft.masking.replacement import REPLACEMENTS, MaskToken
 
-if TYPE_CHECKING:  # the masker needs no NumPy
-    import numpy as np
-    from numpy.typing import NDArray
+_DECODER = 1 << 63
+"""Turns the seed into that of the decoder's positions, which are drawn apart from those of the encoder."""
 
 
 class TokenMasker:
     """Masks input tokens of a model in training (arXiv 2505.11746), until `detach()`.
 
     The model's own `input_ids` stay as they are, so that padding, pooling, labels and attention see the real text.
+    In an encoder-decoder model the encoder's input is masked, and the decoder's with `decoder_p`. Classification heads
+    let the decoder read the same text: there it is masked in the same places.
     A forward is a training forward, which is masked, if the model is in train mode and gradients are enabled:
     evaluation is not masked, nor are generation and reference passes under `torch.no_grad()`, whatever the mode (TRL
     generates in train mode). Not masked either: everything inside `paused()`, and calls with `inputs_embeds`.
@@ -64,6 +61,10 @@ class TokenMasker:
         self._layout: tuple[Tensor, Tensor] | None = None
         self._original_row: Tensor | None = None
         self._handles: list[Any] = []
+        self._decoder = rows_of.find_decoder_embedding(model)
+        self._rereads = self._decoder is not None and rows_of.rereads(model)
+        self._read: tuple[Tensor, Tensor] | None = None  # ids that the encoder looked up last, and which are masked
+        self._call: Mapping[str, Any] = {}  # what the model was called with
         model_pad_id = getattr(getattr(rows_of.unwrap(model), "config", None), "pad_token_id", None)
         self._pad_id = model_pad_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         maskable = pattern.maskable_table(tokenizer, rows, {*config.protect, self._pad_id, model_pad_id})
@@ -110,6 +111,17 @@ class TokenMasker:
         if outside := [token_id for token_id in config.protect if token_id >= rows]:
             message = f"masking.protect: the embedding has rows 0 to {rows - 1}, not {outside}; remove these ids"
             raise MaskTokenError(message, code="protect-outside", ids=outside, rows=rows)
+        decoder = rows_of.find_decoder_embedding(model)
+        if decoder is None or rows_of.rereads(model):
+            if config.decoder_p > 0:
+                why = "masking.decoder_p is for the decoder of a model that generates from an encoder's states"
+                raise MaskTokenError(f"{why}, which {type(rows_of.unwrap(model)).__name__} is not", code="no-decoder")
+        elif config.where == "completion" and config.decoder_p == 0:
+            why = "masking.where is completion, which is what the decoder reads, and decoder_p is 0"
+            raise MaskTokenError(f"token masking would mask nothing: {why}; set decoder_p", code="masked-nothing")
+        if decoder is not None and REPLACEMENTS[config.replace].removes:
+            why = "masking.replace: drop is not possible in an encoder-decoder model"
+            raise MaskTokenError(f"{why}, whose decoder reads the text, too: use replace: token", code="cannot-drop")
         trained = config.trainable_mask
         mask_token = mask_token or rows_of.find_mask_token(embedding, tokenizer, config.mask_token, trained=trained)
         trainable = rows_of.is_trainable(embedding, mask_token.id)
@@ -128,6 +140,10 @@ class TokenMasker:
             masker._original_row = rows_of.prepare_mask_row(embedding, mask_token, tokenizer)
         masker.rate = config.make_schedule().rate(0.0)
         masker._handles = [embedding.register_forward_pre_hook(masker._mask, with_kwargs=True)]
+        if decoder is not None and (masker._rereads or config.decoder_p > 0):
+            masker._handles.append(decoder.register_forward_pre_hook(masker._mask_decoder, with_kwargs=True))
+        if config.where != "all":
+            masker._handles.append(model.register_forward_pre_hook(masker._note, with_kwargs=True))
         if masker._replacement.removes:
             inner: Any = rows_of.unwrap(model)
             inner = getattr(inner, "base_model", inner)  # transformers calls it as a module, and PEFT not the outer one
@@ -146,7 +162,43 @@ class TokenMasker:
 
     def _mask(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         here = self._trains(module) and not self._replacement.removes
-        return _swap(args, kwargs, self._masked, self._transposed) if here else None
+        return rows_of.swap(args, kwargs, self._masked, self._transposed) if here else None
+
+    def _mask_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        swapped = self._masked_again if self._rereads else self._masked_in_decoder
+        return rows_of.swap(args, kwargs, swapped, False) if self._trains(self._embedding) else None
+
+    def _masked_again(self, given: Tensor) -> Tensor:
+        """Return the ids for a decoder that reads the encoder's text once more, one place later."""
+        if self._read is None:
+            return given
+        ids, masked = self._read
+        return F.pad(ids, (1, -1)).where(F.pad(masked, (1, -1)), given)
+
+    def _masked_in_decoder(self, ids: Tensor) -> Tensor:
+        positions, seed = pattern.text_positions(ids, self._pad_id), self.seed ^ _DECODER
+        masked = self.pattern(ids, None, positions, rate=self.config.decoder_p, seed=seed, shifted=True)
+        draw = functools.partial(pattern.replacement_bits, ids, seed, self._step, self.rank, None, positions)
+        self._counts.add_(torch.stack([masked.sum(), self._maskable[ids].sum()]))
+        return self._replacement(ids, masked, draw)
+
+    def _note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._call = kwargs
+
+    def _eligible(self, ids: Tensor, shifted: bool) -> Tensor | None:
+        """Return which ids are of the part in `masking.where`, bool [batch, seq]; `shifted`: they are a decoder's."""
+        part, labels = self.config.where, self._call.get("labels")
+        if part == "all":
+            return None
+        if labels is None or ((shifted or self._decoder is None) and labels.shape != ids.shape):
+            needed = f"masking.where: {part} needs labels for every token, in the same forward as input_ids"
+            remedy = "leave label smoothing and other losses of the trainer off, or take where: all"
+            raise MaskTokenError(f"{needed}; {remedy}", code="no-labels", where=part)
+        if self._decoder is not None and not shifted:
+            return torch.full_like(ids, part == "prompt", dtype=torch.bool)
+        places = self._call.get("position_ids")
+        starts = None if places is None or self._call.get("attention_mask") is not None else places == 0
+        return pattern.in_part(part, labels, starts, shifted)
 
     def _trains(self, module: nn.Module) -> bool:
         return module.training and self.enabled and torch.is_grad_enabled()
@@ -157,9 +209,11 @@ class TokenMasker:
         rows, positions = self._layout or (None, pattern.text_positions(ids, self._pad_id))
         masked = self.pattern(ids, rows, positions)
         draw = functools.partial(pattern.replacement_bits, ids, self.seed, self._step, self.rank, rows, positions)
-        swapped = self._replacement(ids, masked, draw).reshape(given.shape)
+        swapped = self._replacement(ids, masked, draw)
         self._count(ids, masked)
-        return swapped
+        if self._rereads:
+            self._read = swapped, masked
+        return swapped.reshape(given.shape)
 
     def _hide(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Take masked tokens of a padded batch out of the attention mask that the encoder or decoder is called with."""
@@ -187,7 +241,14 @@ class TokenMasker:
         return masked
 
     def pattern(
-        self, ids: Tensor, rows: Tensor | None, positions: Tensor, step: int | None = None, rate: float | None = None
+        self,
+        ids: Tensor,
+        rows: Tensor | None,
+        positions: Tensor,
+        step: int | None = None,
+        rate: float | None = None,
+        seed: int | None = None,
+        shifted: bool = False,
     ) -> Tensor:
         """Return which tokens are masked, bool [batch, seq], in the next training forward or in another `step`.
 
@@ -197,6 +258,8 @@ class TokenMasker:
             positions: likewise.
             step: number of the training forward.
             rate: masking rate in that forward.
+            seed: of the positions.
+            shifted: whether the ids are a decoder's, which are the labels one place later.
         """
         if self._step.device != ids.device:  # the model was moved after `attach`
             vars(self).update({k: part.to(ids.device) for k, part in vars(self).items() if isinstance(part, Tensor)})
@@ -213,7 +276,9 @@ class TokenMasker:
         if self.clean_texts:
             maskable = maskable & (text >= self.clean_texts)
         starts = None if self._word_starts is None else self._word_starts[ids]
-        counters = self.seed, self._step if step is None else step, self.rank
+        if (eligible := self._eligible(ids, shifted)) is not None:
+            maskable = maskable & eligible
+        counters = self.seed if seed is None else seed, self._step if step is None else step, self.rank
         unit = config.unit, config.span_length
         p: Any = self._rate_tensor if rate is None else rate
         if self.scale is not None:
@@ -353,73 +418,3 @@ class TokenMasker:
             message = f"masking cannot be resumed with other settings: {pairs}"
             raise MaskTokenError(message, code="resume-differs", differing=differing)
         self.step, self.rate = state["step"], state["rate"]
-
-
-class Occlusion:
-    """Hides sub-tokens of a model's input as training does, at positions of the caller's choice.
-
-    A spare row is set to a typical one, as in training, and keeps it: no token uses the row. `config` is how the
-    model, with or without PEFT, was masked in training; None if that is not known.
-
-    Attributes:
-        mask_token: what hidden sub-tokens become, with the reason.
-        trained: whether the model saw masked tokens in training; None if that is not known.
-        maskable: for every id whether it may be hidden, bool [rows]. Special and protected tokens may not, as in
-            training; the unknown token may, unlike in training, because a word that became one is still a word.
-
-    Raises:
-        MaskTokenError: there is no usable mask token, or the model cannot be masked.
-    """
-
-    def __init__(self, model: nn.Module, tokenizer: Any, config: TokenMaskConfig | None = None) -> None:
-        self.trained = None if config is None else not config.is_off
-        config = config or TokenMaskConfig()
-        self._embedding, self._transposed = rows_of.find_embedding(model), rows_of.is_sequence_first(model)
-        rows = rows_of.embedding_weight(self._embedding).shape[0]
-        self.mask_token = rows_of.find_mask_token(self._embedding, tokenizer, config.mask_token)
-        name = tokenizer.convert_ids_to_tokens(self.mask_token.id)
-        self._token = f"{name or 'an embedding row that no token uses'} (id {self.mask_token.id})"
-        if not config.trainable_mask:
-            rows_of.prepare_mask_row(self._embedding, self.mask_token, tokenizer)
-        protected = {*config.protect, tokenizer.pad_token_id}
-        table = pattern.maskable_table(tokenizer, rows, protected)
-        if (unknown := tokenizer.unk_token_id) is not None:
-            table[unknown] = unknown not in {*protected, self.mask_token.id}
-        self.maskable: NDArray[np.bool_] = table.numpy()
-
-    @property
-    def note(self) -> str:
-        """What a reader of the explanations must know about the mask token, in a sentence or two."""
-        if self.trained:
-            return f"words are masked as in training, by {self._token}"
-        how = "was trained without masking (p = 0): it has never seen a masked word, so its influences are"
-        if self.trained is None:
-            how = "does not record how it was masked in training; if it was not masked, its influences are"
-        return f"the model {how} less reliable. Words are masked by {self._token}: {self.mask_token.reason}"
-
-    @contextlib.contextmanager
-    def at(self, positions: Tensor) -> Iterator[None]:
-        """Hide `positions`, bool of the shape of the ids, in the forwards that this thread makes inside."""
-        thread = threading.get_ident()
-
-        def hide(given: Tensor) -> Tensor:
-            padded = F.pad(positions, (0, given.shape[1] - positions.shape[1]))  # a packed row may be lengthened
-            return given.masked_fill(padded.to(given.device), self.mask_token.id)
-
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            mine = threading.get_ident() == thread  # a server may predict in one thread and explain in another
-            return _swap(args, kwargs, hide, self._transposed) if mine else None
-
-        handle = self._embedding.register_forward_pre_hook(hook, with_kwargs=True)
-        try:
-            yield
-        finally:
-            handle.remove()
-
-
-def _swap(args: tuple[Any, ...], kwargs: dict[str, Any], swapped: Callable[[Tensor], Tensor], transposed: bool) -> Any:
-    """Return the arguments of an embedding with other ids, its first argument, which may have a name."""
-    name = None if args else next(iter(kwargs))
-    given = args[0] if name is None else kwargs[name]
-    ids = swapped(given.t()).t() if transposed else swapped(given)
-    return ((ids, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: ids})

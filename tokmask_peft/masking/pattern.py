@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from tokmask_peft.errors import MaskTokenError
 
@@ -171,6 +172,26 @@ def replacement_bits(
     """Return 24 random bits per token, int64 [batch, seq], independent of the masks; arguments: `masked_positions`."""
     stream, step_key = _streams(_REPLACEMENT_KEYS, seed, step, rank, rows, input_ids)
     return _draw(stream, step_key, positions.to(torch.int64)).expand(input_ids.shape)
+
+
+def in_part(
+    part: Literal["prompt", "completion"], labels: Tensor, starts: Tensor | None = None, shifted: bool = False
+) -> Tensor:
+    """Return which tokens belong to the prompt or to the completion, bool [batch, seq].
+
+    Args:
+        part: which.
+        labels: [batch, seq], -100 for the tokens of the prompt.
+        starts: bool [batch, seq], where the texts of a packed row begin. Collators set the label there to -100,
+            whatever the token is, so it goes with the one after it.
+        shifted: the tokens are a decoder's input, which has each label one place later.
+    """
+    scored = labels != -100
+    if shifted:
+        scored = F.pad(scored, (1, -1))
+    if starts is not None:
+        scored = scored.where(~starts, F.pad(scored, (-1, 1)))
+    return scored if part == "completion" else ~scored
 
 
 def maskable_table(tokenizer: Any, rows: int, protected: set[int | None]) -> Tensor:

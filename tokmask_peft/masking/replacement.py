@@ -21,6 +21,10 @@ class MaskToken:
     reason: str  # one sentence for the decision table
 
 
+_SENTINELS = ("<extra_id_0>", "▁<extra_id_0>")
+"""What T5 and its kin, which have no mask token, see in pretraining in place of a masked stretch of text."""
+
+
 def used_rows(tokenizer: Any) -> int:
     """Return how many embedding rows, from 0, the tokenizer can address (a vocabulary may have gaps)."""
     return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=-1))
@@ -79,6 +83,11 @@ def _find(tokenizer: Any, rows: int, kind: Literal["mask", "spare", "unk"]) -> M
         return MaskToken(rows - 1, kind, f"{unused}; the last becomes a typical one")
     name = {"mask": "mask token", "unk": "unknown token"}[kind]
     token, token_id = getattr(tokenizer, f"{kind}_token", None), getattr(tokenizer, f"{kind}_token_id")
+    if token_id is None and kind == "mask":
+        vocabulary = tokenizer.get_vocab()
+        for sentinel in _SENTINELS:
+            if vocabulary.get(sentinel, rows) < rows:
+                return MaskToken(vocabulary[sentinel], kind, f"{sentinel!r}, which was masked text in pretraining")
     if token_id is None:
         return f"the tokenizer has no {name}"
     for role in ("pad", "eos") if kind == "unk" else ():

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig
 
 from tokmask_peft.console import Decision
 from tokmask_peft.errors import ModelError, first_line
-from tokmask_peft.masking.embedding import find_embedding
+from tokmask_peft.masking.embedding import find_decoder_embedding, find_embedding
 from tokmask_peft.model.decisions import DTYPES, choose_precision, choose_quantization, gpu_problem, out_of_memory
 from tokmask_peft.model.layers import Float32Linear, is_quantized, place_embedding
 from tokmask_peft.model.location import backbone_location
@@ -105,6 +105,8 @@ def load_backbone(
         remedy = "save the backbone again after model.resize_token_embeddings, or with the tokenizer it came with"
         raise ModelError(f"{problem}: {remedy}", code="tokenizer-too-large", largest=largest, rows=rows)
     model.config.pad_token_id, model.config.use_cache = tokenizer.pad_token_id, False
+    if find_decoder_embedding(model) is not None:
+        model.register_forward_pre_hook(functools.partial(_one_end, tokenizer.unk_token_id), with_kwargs=True)
     new_modules = _new_modules(model, info)
     weights = weight_hashes(model, new_modules)
     hold_in_fp32(model, new_modules)
@@ -119,6 +121,16 @@ def load_backbone(
     if dtype == torch.float16:
         hold_stream_in_fp32(model)
     return Backbone(model, tokenizer, new_modules, tuple(decisions), dtype, quantization.choice, weights)
+
+
+def _one_end(unknown: int, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Leave only the last end token of each text, at which T5 and BART answer; they fail on a text that spells another.
+
+    Their tokenizers make end tokens of such words, with `split_special_tokens` too (unigram vocabularies hold them).
+    """
+    ends = kwargs["input_ids"] == model.config.eos_token_id
+    earlier = ends & (ends.flip(1).cumsum(1).flip(1) > 1)
+    return args, {**kwargs, "input_ids": kwargs["input_ids"].masked_fill(earlier, unknown)}
 
 
 def load_tokenizer(config: ModelConfig, location: str | None = None) -> Any:
@@ -181,7 +193,7 @@ def padding_side(model: Any, tokenizer: Any, dtype: torch.dtype) -> str:
     Right wherever that serves, left for a model that pools the last position (XLNet), none for FNet, YOSO, CANINE and
     others. Families that take packed rows are known to need no such test, which takes two or three forward passes.
     """
-    if family_of(model) is not None or model.config.is_encoder_decoder:  # the latter are refused when they are masked
+    if family_of(model) is not None:
         return "right"
     low = dtype != torch.float32
     exact = not low and not any(is_quantized(part) for part in model.modules())

@@ -332,6 +332,9 @@ class Recipe(Section):
             raise ValueError(f"{why}: set model.embedding=resident, or masking.trainable_mask=false")
         if self.masking.schedule == "ready" and get_task(self.data.task).words_given:
             raise ValueError("masking.schedule: ready masks by the label of a text: take a task with one label a text")
+        if self.masking.where != "all" or self.masking.decoder_p > 0:
+            why = "masking.where and masking.decoder_p are for models that generate, in trainers of your own"
+            raise ValueError(f"{why}: set masking.where=all and masking.decoder_p=0")
         if self.training.auto_batch and self.training.tokens_per_batch is not None:
             why = "training.auto_batch changes batch_size, which training.tokens_per_batch replaces"
             raise ValueError(f"{why}: set training.auto_batch=false, or training.tokens_per_batch=null")

@@ -181,8 +181,6 @@ def test_the_seed_of_the_config_wins_even_if_zero():
             assert masker.seed == expected
 
 
-SMALL = {"vocab_size": 160, "d_model": 16}
-T5 = {**SMALL, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
 CANINE = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 PERCEIVER = {"num_latents": 4, "d_latents": 8, "d_model": 8, "num_self_attends_per_block": 1, "num_blocks": 1}
 
@@ -190,7 +188,6 @@ PERCEIVER = {"num_latents": 4, "d_latents": 8, "d_model": 8, "num_self_attends_p
 @pytest.mark.parametrize(
     ("name", "shape", "code"),
     [
-        ("T5", T5, "encoder-decoder"),
         ("Canine", CANINE, "no-embedding"),
         ("Perceiver", {**PERCEIVER, "num_self_attention_heads": 2, "num_cross_attention_heads": 2}, "no-embedding"),
     ],

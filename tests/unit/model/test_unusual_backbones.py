@@ -9,7 +9,8 @@ from tiny_models import TEXTS, seen_ids, tiny_tokenizer
 from tokmask_peft.data.encoding import Encoder
 from tokmask_peft.errors import ModelError
 from tokmask_peft.inference.forward import Forward
-from tokmask_peft.masking.masker import Occlusion, TokenMasker
+from tokmask_peft.masking.embedding import Occlusion
+from tokmask_peft.masking.masker import TokenMasker
 from tokmask_peft.masking.pattern import maskable_table, masked_positions
 from tokmask_peft.model.backbone import load_backbone
 from tokmask_peft.recipe import TokenMaskConfig

@@ -38,7 +38,10 @@ def head(name):
 def test_every_backbone_has_every_task_and_minilm_runs_offline():
     assert shipped_recipes() == sorted(ALL)
     wanted = {f"{task}/{backbone}" for task in TASKS for backbone in BACKBONES} | {f"{task}/minilm" for task in OFFLINE}
-    assert wanted | {"quickstart"} <= set(ALL)
+    others = {"quickstart", "sa_spaeng/mt5-small", "lid_spaeng/mt5-small", "trec/bart-base"}
+    assert wanted | others <= set(ALL)
+    assert load_recipe("trec/bart-base").model.backbone == "facebook/bart-base"
+    assert load_recipe("trec/bart-base").model.backbone_path is None
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -100,8 +103,8 @@ class TestFind:
 
     @pytest.mark.parametrize(
         ("given", "guess"),
-        [("quickstrat", "quickstart"), ("lid_spaeng/mbret.yaml", "lid_spaeng/mbert"), ("recipes/trec", "trec/minilm"),
-         ("", None), ("xyzzy", None), ("_tasks/lid_spaeng", ""), ("a\0b", None)],
+        [("quickstrat", "quickstart"), ("lid_spaeng/mbret.yaml", "lid_spaeng/mbert"),
+         ("recipes/trec", "trec/bart-base"), ("", None), ("xyzzy", None), ("_tasks/lid_spaeng", ""), ("a\0b", None)],
     )  # fmt: skip
     def test_what_there_is_not_gets_a_guess_if_it_is_near(self, given, guess):
         with pytest.raises(RecipeError, match=f"Did you mean '{guess}'" if guess else "no shipped recipe") as caught:

@@ -285,10 +285,10 @@ def estimate(recipe: Recipe, setting: Setting, training: Shape, evaluation: Shap
     offload = recipe.model.embedding == "offload" and setting.device_type != "cpu"
     heads, weights = head_modules(full), 0
     for name, module in full.named_modules():
-        if module is embedding:
-            continue
         head = name.split(".")[0] in heads
         for key, weight in module.named_parameters(recurse=False):
+            if weight is embedding.weight:  # or a lookup that is tied to it, in T5 and BART
+                continue
             if type(module) is nn.Linear and key == "weight" and not head and setting.quantization != "none":
                 nf4 = setting.quantization == "nf4"
                 weights += int(NF4_BYTES * weight.numel()) if nf4 else _int8_bytes(weight)
