@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import signal
 import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +17,7 @@ from typer.core import TyperGroup
 
 from tokmask_peft import __version__
 from tokmask_peft.console import echo, mute, stop_signals
-from tokmask_peft.errors import RunInterruptedError, as_ours
+from tokmask_peft.errors import RunInterruptedError, TokmaskError, as_ours
 
 if TYPE_CHECKING:
     from tokmask_peft.recipe.schema import Recipe
@@ -73,6 +76,21 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
     if version:
         echo(__version__)
         raise typer.Exit
+
+
+def with_flags(text: str, flags: Mapping[str, str]) -> str:
+    """Name options of a command in place of keys of a recipe: with `format: --format`, that of `data.format`."""
+    return re.sub(r"\bdata\.(\w+)", lambda found: flags.get(found[1], found[0]), text)
+
+
+@contextmanager
+def own_flags(flags: Mapping[str, str]) -> Iterator[None]:
+    """Let errors name a command's own options; see `with_flags`."""
+    try:
+        yield
+    except TokmaskError as error:
+        error.args = (with_flags(str(error), flags),)
+        raise
 
 
 def checked(recipe: str, overrides: list[str] | None) -> Recipe:
