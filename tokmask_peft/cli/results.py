@@ -17,8 +17,9 @@ from tokmask_peft.cli.app import (
     TrustOption,
     app,
     checked,
+    own_flags,
 )
-from tokmask_peft.console import echo, make_console, print_scores, quiet_libraries
+from tokmask_peft.console import echo, make_console, print_classes, print_scores, quiet_libraries
 from tokmask_peft.errors import RunError, require
 
 
@@ -127,10 +128,12 @@ def faithfulness(
 def evaluate(
     run: Annotated[str, typer.Argument(metavar="RUN", help="a run folder, for example runs/quickstart")],
     split: Annotated[
-        str | None, typer.Option(help="train, validation or test (the default); with --data, a split or file there")
+        str | None, typer.Option(help="train, validation or test (the default); with a folder as DATA, a split in it")
     ] = None,
-    data: Annotated[str | None, typer.Option(help="folder or file with other texts")] = None,
-    format: Annotated[str | None, typer.Option(help="of DATA; auto goes by its ending; default: as in the run")] = None,
+    data: Annotated[str | None, typer.Option(help="a file with other labelled texts, or a folder")] = None,
+    format: Annotated[
+        str | None, typer.Option(help="of DATA, if neither its ending nor the run says it, for example tsv")
+    ] = None,
     text_column: Annotated[str | None, typer.Option(help="of DATA: a name, or a number from 0")] = None,
     label_column: Annotated[str | None, typer.Option(help="of DATA: a name, or a number from 0")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the scores as JSON.")] = False,
@@ -144,21 +147,24 @@ def evaluate(
     quiet_libraries()
     from tokmask_peft.training.evaluate import evaluate as score
 
-    result = score(
-        run,
-        split=split,
-        data=data,
-        format=format,
-        text_column=_column(text_column),
-        label_column=_column(label_column),
-        batch_size=batch_size,
-        trust_remote_code=trust_remote_code,
-    )
+    flags = {"text_column": "--text-column", "label_column": "--label-column", "format": "--format"}
+    with own_flags(flags if data is not None else {}):
+        result = score(
+            run,
+            split=split,
+            data=data,
+            format=format,
+            text_column=_column(text_column),
+            label_column=_column(label_column),
+            batch_size=batch_size,
+            trust_remote_code=trust_remote_code,
+        )
     if as_json:
         echo(json.dumps(result, indent=2, ensure_ascii=False))
     else:
-        console = make_console()
-        print_scores(console, {split or Path(data or "test").name: result})
+        console, name = make_console(), split or Path(data or "test").name
+        print_scores(console, {name: result})
+        print_classes(console, name, result)
         for reason in (*result.get("warnings", ()), *result.get("not_as_trained", ())):
             console.print(f"Caution: {reason}", markup=False)
 
