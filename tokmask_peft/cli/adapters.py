@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from tokmask_peft.cli.app import (
+    TRAIN,
+    USE,
     BackboneOption,
     DeviceOption,
     ModelArgument,
@@ -46,7 +48,7 @@ GPU = (
 )
 
 
-@app.command()
+@app.command(rich_help_panel=TRAIN)
 def train(
     recipe: RecipeArgument,
     overrides: Overrides = None,
@@ -61,7 +63,7 @@ def train(
     run.train(whole, resume=resume, quiet=quiet)
 
 
-@app.command()
+@app.command(rich_help_panel=TRAIN)
 def sweep(
     recipe: RecipeArgument,
     overrides: Overrides = None,
@@ -101,7 +103,7 @@ def sweep(
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(rich_help_panel=TRAIN)
 def validate(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     """Check RECIPE and print every problem at once, without loading the backbone or the data."""
     from tokmask_peft.model.location import check_length, config_at_hand
@@ -111,7 +113,7 @@ def validate(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     echo(f"{recipe} is valid: {whole.data.task} task on {whole.model.backbone}, run {whole.run_dir}")
 
 
-@app.command()
+@app.command(rich_help_panel=TRAIN)
 def estimate(
     recipe: RecipeArgument,
     overrides: Overrides = None,
@@ -172,7 +174,7 @@ def print_forecast(found: Forecast) -> None:
         say("Nothing here makes it fit: take a smaller backbone.")
 
 
-@app.command()
+@app.command(rich_help_panel=USE)
 def predict(
     model: ModelArgument,
     texts: Annotated[
@@ -265,7 +267,7 @@ def _saved_input(folder: str, file: Path, format: str) -> Path:
     return path
 
 
-@app.command()
+@app.command(rich_help_panel=USE)
 def explain(
     model: ModelArgument,
     texts: Annotated[list[str], typer.Argument(metavar="TEXT", help="texts to explain")],
@@ -318,7 +320,7 @@ def explain(
         echo(f"Page: {html}", err=True)
 
 
-@app.command()
+@app.command(rich_help_panel=USE)
 def export(
     model: ModelArgument,
     merged: Annotated[Path, typer.Option(help="the folder to make")],
@@ -344,7 +346,7 @@ def export(
         echo(f"Note: {note}.")
 
 
-@app.command()
+@app.command(rich_help_panel=USE)
 def push(
     run: Annotated[str, typer.Argument(metavar="RUN", help="a run folder, for example runs/quickstart")],
     repo: Annotated[str, typer.Argument(metavar="USER/NAME", help="repository on the Hub; created if missing")],

@@ -48,10 +48,12 @@ class _Commands(TyperGroup):
 app = typer.Typer(
     cls=_Commands,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Token-masked LoRA and QLoRA fine-tuning for text classification.",
 )
+
+TRAIN, LOOK, USE = "Train an adapter", "Look at runs", "Use and share an adapter"
+"""The groups of commands in `tokmask --help`."""
 
 RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="a YAML file, or the name of a shipped recipe")]
 Overrides = Annotated[
@@ -101,7 +103,7 @@ def checked(recipe: str, overrides: list[str] | None) -> Recipe:
 
 
 recipes_app = typer.Typer(no_args_is_help=False, help="The recipes that come with the package.")
-app.add_typer(recipes_app, name="recipes")
+app.add_typer(recipes_app, name="recipes", rich_help_panel=TRAIN)
 
 
 @recipes_app.callback(invoke_without_command=True)
@@ -148,8 +150,10 @@ def copy_recipe(
 
 
 @recipes_app.command("fields")
-def list_fields() -> None:
-    """Explain every key that a recipe may hold."""
+def list_fields(
+    about: Annotated[str, typer.Argument(metavar="FILTER", help="only keys with this in their names")] = "",
+) -> None:
+    """Explain the keys that a recipe may hold, with their defaults and what they take."""
     from tokmask_peft.recipe.loading import field_help
 
-    echo("\n".join(field_help()))
+    echo("\n".join(field_help(about)))

@@ -9,6 +9,8 @@ from typing import Annotated
 import typer
 
 from tokmask_peft.cli.app import (
+    LOOK,
+    USE,
     BackboneOption,
     DeviceOption,
     ModelArgument,
@@ -23,7 +25,7 @@ from tokmask_peft.console import echo, make_console, print_classes, print_scores
 from tokmask_peft.errors import RunError, require
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def diagnose(
     recipe: RecipeArgument,
     overrides: Overrides = None,
@@ -52,7 +54,7 @@ def diagnose(
         echo(f"{report.summary}\nReport: {report.markdown}")
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def robustness(
     runs: Annotated[list[str], typer.Argument(metavar="RUN", help="folders of finished runs, or of one sweep")],
     p: Annotated[str, typer.Option("--p", help="shares of sub-tokens to mask")] = "0,0.1,0.2,0.3,0.4,0.5",
@@ -87,7 +89,7 @@ def robustness(
         echo(f"{report.summary}\nReport: {report.markdown}")
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def faithfulness(
     run: Annotated[str, typer.Argument(metavar="RUN", help="a run folder, such as runs/quickstart")],
     against: Annotated[str | None, typer.Option(help="a run of the same recipe with p = 0, to compare with")] = None,
@@ -124,7 +126,7 @@ def faithfulness(
     echo(json.dumps(found, indent=2) if as_json else report_text(found))
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def evaluate(
     run: Annotated[str, typer.Argument(metavar="RUN", help="a run folder, for example runs/quickstart")],
     split: Annotated[
@@ -173,7 +175,7 @@ def _column(given: str | None) -> str | int | None:
     return int(given) if given is not None and given.removeprefix("-").isdecimal() else given
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def report(
     run: Annotated[str, typer.Argument(metavar="RUN", help="the folder of a run or a sweep, as runs/quickstart")],
     out: Annotated[Path | None, typer.Option(help="the page to write; default: report.html in the run folder")] = None,
@@ -209,7 +211,7 @@ def report(
         typer.launch(str(path))
 
 
-@app.command()
+@app.command(rich_help_panel=USE)
 def demo(
     model: ModelArgument,
     host: Annotated[str, typer.Option(help="address to listen on; the default serves this machine only")] = "127.0.0.1",
