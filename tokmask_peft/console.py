@@ -72,6 +72,7 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", module=r"(torch|transformers|peft|bitsandbytes|accelerate)(\..*)?$")
 
 
+MOST_CLASSES = 40  # in a terminal
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
@@ -158,10 +159,29 @@ def print_scores(console: Console, parts: Mapping[str, Mapping[str, Any]]) -> No
             console.print(f"  code-mixing index {row['cmi']}: macro-F1 {row['f1_macro']:.4f} ({row['posts']:,} posts)")
 
 
+def print_classes(console: Console, split: str, scores: Mapping[str, Any]) -> None:
+    """Print precision, recall, F1 and support of each class of a split; of very many, those of lowest F1."""
+    classes = list(scores.get("per_class", {}).items())
+    table = _table(f"\nBy class on {escape(split)}")
+    for column in ("label", "precision", "recall", "F1", "support"):
+        table.add_column(column, justify="left" if column == "label" else "right", overflow="fold")
+    if left_out := max(0, len(classes) - MOST_CLASSES):
+        classes = sorted(classes, key=lambda pair: pair[1]["f1"])[:MOST_CLASSES]
+    for label, found in classes:
+        row = [f"{found[score]:.4f}" for score in ("precision", "recall", "f1")]
+        table.add_row(escape(label), *row, f"{found['support']:,}")
+    if classes:
+        console.print(table)
+    if left_out:
+        console.print(f"and {left_out:,} classes of higher F1 (all are in the report, and with --json)", markup=False)
+
+
 def print_result(console: Console, result: Any, adapter: Path) -> None:
     """Print the scores of a run, an `artifacts.Result`, next to those of the baseline, and where the adapter is."""
     parts = {"validation": result.validation, "test": result.test, "baseline: character n-grams": result.baseline}
     print_scores(console, {name: part for name, part in parts.items() if part})
+    print_classes(console, result.scored_split, result.scored)
+    console.print()
     console.print(baseline_verdict(result.scored, result.baseline))
     if result.calibration:
         console.print(calibration_line(result.calibration))

@@ -31,6 +31,7 @@ class Example:
     text: str | tuple[str, ...]  # the text, or its words if they have labels
     label: Label  # the label, or one tag per word; none if the source gives no label
     where: str  # `file:line` or `split[row]`, for error messages
+    places: tuple[str, ...] = ()  # the same of each word, if words have rows of their own; for prediction only
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -57,6 +58,7 @@ class Unreadable:
     where: str  # `file:line` or `file[row]`
     problem: str
     code: str = "unreadable"  # of the error that it becomes if every text is needed
+    cells: tuple[str, ...] = ()  # what stands there, as far as it was split into cells
 
 
 LabelIds = Mapping[str, int]
@@ -70,6 +72,11 @@ class Prediction:
     probabilities: dict[str, float]  # label -> calibrated probability, in the order of the classifier's labels
     windows: int = 1  # windows that the text was read in; more than 1 if it is longer than those of training
 
+    @property
+    def confidence(self) -> float:
+        """The calibrated probability of the label."""
+        return self.probabilities[self.label]
+
 
 @dataclass(frozen=True, slots=True)
 class WordPredictions:
@@ -79,6 +86,11 @@ class WordPredictions:
     labels: tuple[str, ...]  # the most probable label of each word
     probabilities: tuple[dict[str, float], ...]  # one for each word
     windows: int = 1
+
+    @property
+    def confidence(self) -> tuple[float, ...]:
+        """The calibrated probability of each word's label."""
+        return tuple(row[label] for row, label in zip(self.probabilities, self.labels, strict=True))
 
 
 def _is_missing(cell: Any) -> bool:

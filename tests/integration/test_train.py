@@ -8,9 +8,11 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 from tokmask_peft import Recipe, TokmaskError, evaluate, load, train
 from tokmask_peft.artifacts import RunFolder
+from tokmask_peft.cli import app
 from tokmask_peft.model.adapter import load_adapter
 from tokmask_peft.model.backbone import load_backbone
 from tokmask_peft.training.evaluate import split_examples
@@ -251,6 +253,27 @@ def test_other_texts_are_read_as_the_command_says(write_recipe, tokmask, data_fo
     with pytest.raises(TokmaskError) as caught:
         evaluate(run.folder.root, label_column=3)
     assert caught.value.code == "no-data"
+
+
+def test_any_labelled_file_is_scored_whatever_its_name_and_ending(write_recipe, data_folder, tmp_path):
+    run = train(Recipe.load(write_recipe(), ["training.max_steps=2"]), quiet=True)
+    rows = [line.split("\t") for line in (data_folder / "test.tsv").read_text().splitlines()[1:]]
+    path = tmp_path / "my posts, final.csv"
+    path.write_text("n;mood;tweet\n" + "".join(f"{n};{label};{text}\n" for n, (text, label) in enumerate(rows)))
+
+    def score(*options):
+        return CliRunner().invoke(app, ["evaluate", str(run.folder.root), "--data", str(path), *options])
+
+    done = score("--text-column", "tweet", "--label-column", "1")
+    assert done.exit_code == 0, done.output
+    lines = [line.split() for line in done.stdout.splitlines()]
+    scored = run.result.test
+    assert ["my", "posts,", "final.csv", *(f"{scored[key]:.4f}" for key in ("f1_macro", "f1_weighted", "accuracy")),
+            "40"] in lines  # fmt: skip
+    classes = {label: found["support"] for label, found in scored["per_class"].items()}
+    assert {line[0]: int(line[-1]) for line in lines if line and line[0] in classes} == classes
+    refused = score()
+    assert (refused.exit_code, "--label-column" in refused.stderr, "data.l" in refused.stderr) == (2, True, False)
 
 
 def test_the_model_card_snippet_runs_as_it_stands(write_recipe, tmp_path):

@@ -16,6 +16,7 @@ from tokmask_peft.console import (
     baseline_verdict,
     calibration_line,
     echo,
+    print_classes,
     print_decisions,
     print_lines,
     print_result,
@@ -74,6 +75,18 @@ def test_scores_say_what_was_cut_and_how_mixed_posts_fare(console):
     assert ["test", "0.5000", "0.5000", "0.5000", "1,234"] in [line.split() for line in text.splitlines()]
     assert "test: 17 words" in text
     assert "code-mixing index 0 to 15: macro-F1 0.2500 (1,000 posts)" in text
+
+
+def test_each_class_has_a_line(console):
+    classes = {f"[l{n}]": {"precision": 0.5, "recall": 0.25, "f1": n / 50, "support": 1200} for n in range(50)}
+    print_classes(console, "posts.csv", part(0.5, per_class=dict(list(classes.items())[:3])))
+    rows = [line.split() for line in console.file.getvalue().splitlines()]
+    assert ["label", "precision", "recall", "F1", "support"] in rows
+    assert ["[l2]", "0.5000", "0.2500", "0.0400", "1,200"] in rows
+    print_classes(console, "test", part(0.5, per_class=dict(reversed(classes.items()))))
+    many = console.file.getvalue()
+    assert ("[l39]" in many, "[l40]" in many, "10 classes" in many) == (True, False, True)
+    assert max(map(len, many.splitlines())) <= 80
 
 
 @pytest.mark.parametrize("verdict", ["beats", "does not beat", "cannot tell", None])

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
+import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from tokmask_peft.cli.app import (
+    TRAIN,
+    USE,
     BackboneOption,
     DeviceOption,
     ModelArgument,
@@ -21,6 +27,8 @@ from tokmask_peft.cli.app import (
     TrustOption,
     app,
     checked,
+    own_flags,
+    with_flags,
 )
 from tokmask_peft.console import SafeConsole, echo, make_console, quiet_libraries
 from tokmask_peft.errors import write_whole
@@ -40,7 +48,7 @@ GPU = (
 )
 
 
-@app.command()
+@app.command(rich_help_panel=TRAIN)
 def train(
     recipe: RecipeArgument,
     overrides: Overrides = None,
@@ -55,7 +63,7 @@ def train(
     run.train(whole, resume=resume, quiet=quiet)
 
 
-@app.command()
+@app.command(rich_help_panel=TRAIN)
 def sweep(
     recipe: RecipeArgument,
     overrides: Overrides = None,
@@ -95,7 +103,7 @@ def sweep(
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(rich_help_panel=TRAIN)
 def validate(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     """Check RECIPE and print every problem at once, without loading the backbone or the data."""
     from tokmask_peft.model.location import check_length, config_at_hand
@@ -105,7 +113,7 @@ def validate(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     echo(f"{recipe} is valid: {whole.data.task} task on {whole.model.backbone}, run {whole.run_dir}")
 
 
-@app.command()
+@app.command(rich_help_panel=TRAIN)
 def estimate(
     recipe: RecipeArgument,
     overrides: Overrides = None,
@@ -166,17 +174,30 @@ def print_forecast(found: Forecast) -> None:
         say("Nothing here makes it fit: take a smaller backbone.")
 
 
-@app.command()
+@app.command(rich_help_panel=USE)
 def predict(
     model: ModelArgument,
-    texts: Annotated[list[str] | None, typer.Argument(metavar="TEXT", help="texts to classify")] = None,
+    texts: Annotated[
+        list[str] | None, typer.Argument(metavar="TEXT", help="texts to classify; - or a pipe: standard input")
+    ] = None,
     file: Annotated[Path | None, typer.Option(help="classify a file: txt, csv, tsv, jsonl, parquet or conll")] = None,
-    out: Annotated[Path | None, typer.Option(help="with --file: the JSON lines to write")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="the file to write: a csv, tsv, parquet or xlsx with all columns of the input, or jsonl"),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
-    format: Annotated[str, typer.Option(help="format of the file; auto chooses by its ending")] = "auto",
-    column: Annotated[str | None, typer.Option(help="name or number of the text's column, or of the words'")] = None,
+    format: Annotated[
+        str, typer.Option(help="format of the file; auto chooses by its ending, and txt for standard input")
+    ] = "auto",
+    column: Annotated[
+        str | None,
+        typer.Option("--column", "--text-column", help="name or number of the text's column, or of the words'"),
+    ] = None,
+    group_column: Annotated[
+        str | None, typer.Option(help="in a table with a word in each row: the column that names the text")
+    ] = None,
     header: Annotated[str, typer.Option(help="of a CSV or TSV file: true, false, or auto by its cells")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON line per TEXT.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON line for each text.")] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="texts per forward pass")] = 32,
     device: DeviceOption = None,
     quantization: QuantizationOption = None,
@@ -184,40 +205,69 @@ def predict(
     backbone: BackboneOption = None,
     trust_remote_code: TrustOption = False,
 ) -> None:
-    """Classify TEXTs, or the texts of a file, with MODEL.
+    """Classify TEXTs, the texts of a file, or those of standard input, with MODEL.
 
-    MODEL is a run folder, an adapter folder, or the id of an adapter on the Hub.
+    MODEL is a run folder, an adapter folder, or the id of an adapter on the Hub. A table has a row for each row of the
+    input: its columns, then label and confidence; a column of that name in the input stays, and the new one is called
+    predicted_label or predicted_confidence.
     """
     from tokmask_peft.artifacts import find_saved
 
+    if file is None and (texts == ["-"] or (not texts and not sys.stdin.isatty())):
+        file, texts = Path("-"), None
     if (file is None) == (not texts):
-        raise typer.BadParameter("give either texts or --file", param_hint="TEXT")
-    if (file is None) != (out is None):
-        raise typer.BadParameter("--file and --out go together", param_hint="--out")
+        raise typer.BadParameter("give texts, or --file, or pipe texts into the command", param_hint="TEXT")
+    if file is None and out is not None:
+        raise typer.BadParameter("it goes with --file or standard input", param_hint="--out")
     headers: dict[str, bool | Literal["auto"]] = {"auto": "auto", "true": True, "false": False}
     if header not in headers:
         raise typer.BadParameter(f"'{header}' is not one of {', '.join(headers)}", param_hint="--header")
     # before the libraries are loaded, which takes seconds
     saved = find_saved(model, backbone, trust_remote_code=trust_remote_code)
-    source = None
-    if file is not None and out is not None:
-        from tokmask_peft.data.readers import TextFile
-        from tokmask_peft.inference.export import check_output
+    flags = {"text_column": "--column", "group_column": "--group-column", "format": "--format", "header": "--header"}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(own_flags(flags))
+        source = None
+        if file is not None:
+            from tokmask_peft.data.readers import TextFile
 
-        source = TextFile(file, saved.task, format, column, headers[header])
-        check_output(out, file, force)
-    quiet_libraries()
-    from tokmask_peft.inference import display as show
-    from tokmask_peft.inference.classifier import load
+            path, name = file, None
+            if str(file) == "-" or (file.exists() and not file.is_file() and not file.is_dir()):
+                name = "stdin" if str(file) == "-" else str(file)
+                path = _saved_input(stack.enter_context(TemporaryDirectory()), file, format)
+                if not path.stat().st_size:
+                    raise typer.BadParameter(f"{name} is empty: give texts, or --file", param_hint="TEXT")
+            source = TextFile(path, saved.task, format, column, headers[header], group_column, name)
+            reasons = [replace(one, reason=with_flags(one.reason, flags)) for one in source.decisions]
+            source.decisions = tuple(reasons)
+        if out is not None:
+            from tokmask_peft.inference.export import check_output
+            from tokmask_peft.inference.files import form_of
 
-    classifier = load(saved, device, quantization, precision)
-    if source is None or out is None:
-        show.print_answers(texts or [], classifier.predict(texts or [], batch_size), as_json)
-    else:
-        show.predict_with_bar(classifier, source, out, force, batch_size)
+            check_output(out, file, force)
+            form_of(out)
+        quiet_libraries()
+        from tokmask_peft.inference import display as show
+        from tokmask_peft.inference.classifier import load
+
+        classifier = load(saved, device, quantization, precision)
+        if source is None:
+            show.print_answers(texts or [], classifier.predict(texts or [], batch_size), as_json)
+        elif out is None:
+            show.print_file(classifier, source, as_json, batch_size)
+        else:
+            show.predict_with_bar(classifier, source, out, force, batch_size)
 
 
-@app.command()
+def _saved_input(folder: str, file: Path, format: str) -> Path:
+    """Return a file with what a pipe or standard input (`-`) gives: a reader looks ahead, and reads it twice."""
+    path = Path(folder) / f"stdin.{'txt' if format == 'auto' else format}"
+    with sys.stdin.buffer if str(file) == "-" else file.open("rb") as given, path.open("wb") as taken:
+        shutil.copyfileobj(given, taken)
+    return path
+
+
+@app.command(rich_help_panel=USE)
 def explain(
     model: ModelArgument,
     texts: Annotated[list[str], typer.Argument(metavar="TEXT", help="texts to explain")],
@@ -270,7 +320,7 @@ def explain(
         echo(f"Page: {html}", err=True)
 
 
-@app.command()
+@app.command(rich_help_panel=USE)
 def export(
     model: ModelArgument,
     merged: Annotated[Path, typer.Option(help="the folder to make")],
@@ -296,7 +346,7 @@ def export(
         echo(f"Note: {note}.")
 
 
-@app.command()
+@app.command(rich_help_panel=USE)
 def push(
     run: Annotated[str, typer.Argument(metavar="RUN", help="a run folder, for example runs/quickstart")],
     repo: Annotated[str, typer.Argument(metavar="USER/NAME", help="repository on the Hub; created if missing")],

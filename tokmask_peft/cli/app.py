@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import signal
 import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +17,7 @@ from typer.core import TyperGroup
 
 from tokmask_peft import __version__
 from tokmask_peft.console import echo, mute, stop_signals
-from tokmask_peft.errors import RunInterruptedError, as_ours
+from tokmask_peft.errors import RunInterruptedError, TokmaskError, as_ours
 
 if TYPE_CHECKING:
     from tokmask_peft.recipe.schema import Recipe
@@ -45,10 +48,12 @@ class _Commands(TyperGroup):
 app = typer.Typer(
     cls=_Commands,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Token-masked LoRA and QLoRA fine-tuning for text classification.",
 )
+
+TRAIN, LOOK, USE = "Train an adapter", "Look at runs", "Use and share an adapter"
+"""The groups of commands in `tokmask --help`."""
 
 RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="a YAML file, or the name of a shipped recipe")]
 Overrides = Annotated[
@@ -75,6 +80,21 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
         raise typer.Exit
 
 
+def with_flags(text: str, flags: Mapping[str, str]) -> str:
+    """Name options of a command in place of keys of a recipe: with `format: --format`, that of `data.format`."""
+    return re.sub(r"\bdata\.(\w+)", lambda found: flags.get(found[1], found[0]), text)
+
+
+@contextmanager
+def own_flags(flags: Mapping[str, str]) -> Iterator[None]:
+    """Let errors name a command's own options; see `with_flags`."""
+    try:
+        yield
+    except TokmaskError as error:
+        error.args = (with_flags(str(error), flags),)
+        raise
+
+
 def checked(recipe: str, overrides: list[str] | None) -> Recipe:
     """Load a recipe with its overrides; every problem is reported at once."""
     from tokmask_peft.recipe.schema import Recipe
@@ -83,7 +103,7 @@ def checked(recipe: str, overrides: list[str] | None) -> Recipe:
 
 
 recipes_app = typer.Typer(no_args_is_help=False, help="The recipes that come with the package.")
-app.add_typer(recipes_app, name="recipes")
+app.add_typer(recipes_app, name="recipes", rich_help_panel=TRAIN)
 
 
 @recipes_app.callback(invoke_without_command=True)
@@ -130,8 +150,10 @@ def copy_recipe(
 
 
 @recipes_app.command("fields")
-def list_fields() -> None:
-    """Explain every key that a recipe may hold."""
+def list_fields(
+    about: Annotated[str, typer.Argument(metavar="FILTER", help="only keys with this in their names")] = "",
+) -> None:
+    """Explain the keys that a recipe may hold, with their defaults and what they take."""
     from tokmask_peft.recipe.loading import field_help
 
-    echo("\n".join(field_help()))
+    echo("\n".join(field_help(about)))

@@ -9,6 +9,8 @@ from typing import Annotated
 import typer
 
 from tokmask_peft.cli.app import (
+    LOOK,
+    USE,
     BackboneOption,
     DeviceOption,
     ModelArgument,
@@ -17,12 +19,13 @@ from tokmask_peft.cli.app import (
     TrustOption,
     app,
     checked,
+    own_flags,
 )
-from tokmask_peft.console import echo, make_console, print_scores, quiet_libraries
+from tokmask_peft.console import echo, make_console, print_classes, print_scores, quiet_libraries
 from tokmask_peft.errors import RunError, require
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def diagnose(
     recipe: RecipeArgument,
     overrides: Overrides = None,
@@ -51,7 +54,7 @@ def diagnose(
         echo(f"{report.summary}\nReport: {report.markdown}")
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def robustness(
     runs: Annotated[list[str], typer.Argument(metavar="RUN", help="folders of finished runs, or of one sweep")],
     p: Annotated[str, typer.Option("--p", help="shares of sub-tokens to mask")] = "0,0.1,0.2,0.3,0.4,0.5",
@@ -86,7 +89,7 @@ def robustness(
         echo(f"{report.summary}\nReport: {report.markdown}")
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def faithfulness(
     run: Annotated[str, typer.Argument(metavar="RUN", help="a run folder, such as runs/quickstart")],
     against: Annotated[str | None, typer.Option(help="a run of the same recipe with p = 0, to compare with")] = None,
@@ -123,14 +126,16 @@ def faithfulness(
     echo(json.dumps(found, indent=2) if as_json else report_text(found))
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def evaluate(
     run: Annotated[str, typer.Argument(metavar="RUN", help="a run folder, for example runs/quickstart")],
     split: Annotated[
-        str | None, typer.Option(help="train, validation or test (the default); with --data, a split or file there")
+        str | None, typer.Option(help="train, validation or test (the default); with a folder as DATA, a split in it")
     ] = None,
-    data: Annotated[str | None, typer.Option(help="folder or file with other texts")] = None,
-    format: Annotated[str | None, typer.Option(help="of DATA; auto goes by its ending; default: as in the run")] = None,
+    data: Annotated[str | None, typer.Option(help="a file with other labelled texts, or a folder")] = None,
+    format: Annotated[
+        str | None, typer.Option(help="of DATA, if neither its ending nor the run says it, for example tsv")
+    ] = None,
     text_column: Annotated[str | None, typer.Option(help="of DATA: a name, or a number from 0")] = None,
     label_column: Annotated[str | None, typer.Option(help="of DATA: a name, or a number from 0")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the scores as JSON.")] = False,
@@ -144,21 +149,24 @@ def evaluate(
     quiet_libraries()
     from tokmask_peft.training.evaluate import evaluate as score
 
-    result = score(
-        run,
-        split=split,
-        data=data,
-        format=format,
-        text_column=_column(text_column),
-        label_column=_column(label_column),
-        batch_size=batch_size,
-        trust_remote_code=trust_remote_code,
-    )
+    flags = {"text_column": "--text-column", "label_column": "--label-column", "format": "--format"}
+    with own_flags(flags if data is not None else {}):
+        result = score(
+            run,
+            split=split,
+            data=data,
+            format=format,
+            text_column=_column(text_column),
+            label_column=_column(label_column),
+            batch_size=batch_size,
+            trust_remote_code=trust_remote_code,
+        )
     if as_json:
         echo(json.dumps(result, indent=2, ensure_ascii=False))
     else:
-        console = make_console()
-        print_scores(console, {split or Path(data or "test").name: result})
+        console, name = make_console(), split or Path(data or "test").name
+        print_scores(console, {name: result})
+        print_classes(console, name, result)
         for reason in (*result.get("warnings", ()), *result.get("not_as_trained", ())):
             console.print(f"Caution: {reason}", markup=False)
 
@@ -167,7 +175,7 @@ def _column(given: str | None) -> str | int | None:
     return int(given) if given is not None and given.removeprefix("-").isdecimal() else given
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def report(
     run: Annotated[str, typer.Argument(metavar="RUN", help="the folder of a run or a sweep, as runs/quickstart")],
     out: Annotated[Path | None, typer.Option(help="the page to write; default: report.html in the run folder")] = None,
@@ -203,7 +211,7 @@ def report(
         typer.launch(str(path))
 
 
-@app.command()
+@app.command(rich_help_panel=USE)
 def demo(
     model: ModelArgument,
     host: Annotated[str, typer.Option(help="address to listen on; the default serves this machine only")] = "127.0.0.1",

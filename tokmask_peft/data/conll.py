@@ -14,8 +14,9 @@ may be a word of a tweet, so these are the rules:
 from __future__ import annotations
 
 import re
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any, Literal
@@ -74,6 +75,7 @@ class Columns:
     group: str | int | None = None  # in a table with a word in each row, the column that names its text
     separator: str = "auto"  # what separates columns, or a word from its tag, or a label from its text
     decisions: list[Decision] = field(default_factory=list)  # takes what was decided from what is in the file
+    rows: deque[Row] | None = None  # takes the rows of a table as they are read, for who wants all their cells
 
     @property
     def named(self) -> bool:
@@ -177,17 +179,18 @@ def join_words(
     An empty word is a problem if words have labels, and is left out otherwise.
     """
     task, words, tags, empty = columns.task, list[str](), list[str | None](), 0
-    where, bad = "", None
+    places, bad = list[str](), None
     for one in chain(found, [None]):
         if one is None:
             if words or bad:
                 label = None if None in tags or not tags else tuple(map(str, tags)) if task.words_given else tags[0]
-                yield bad or task.example(words, label, where)
-            words, tags, bad = [], [], None
+                rows = () if columns.labelled else tuple(places)
+                yield bad or replace(task.example(words, label, places[0]), places=rows)
+            words, tags, places, bad = [], [], [], None
         elif isinstance(one, Unreadable):
             bad = bad or one
         elif one[1]:
-            where = where if words else one[0]
+            places.append(one[0])
             words.append(one[1])
             tags.append(one[2])
         elif task.words_given:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from itertools import chain, islice
@@ -160,17 +161,19 @@ def _json(text: str, name: str, number: int) -> Any:
     try:
         return json.loads(text, object_pairs_hook=_object)
     except DataError as error:
-        return Unreadable(f"{name}:{number}", str(error), error.code)
+        return Unreadable(f"{name}:{number}", str(error), error.code, (text,))
     except (ValueError, RecursionError) as error:
         problem = f"this line is not JSON ({getattr(error, 'msg', error)}). {_JSON_FORM}"
-        return Unreadable(f"{name}:{number + getattr(error, 'lineno', 1) - 1}", problem, "not-json")
+        return Unreadable(f"{name}:{number + getattr(error, 'lineno', 1) - 1}", problem, "not-json", (text,))
 
 
 def _json_row(value: Any, where: str) -> Row:
     if isinstance(value, Unreadable):
         return value
     problem = f"this is JSON, but a {type(value).__name__}. {_JSON_FORM}"
-    return (where, value) if isinstance(value, dict) else Unreadable(where, problem, "not-json")
+    if isinstance(value, dict):
+        return where, value
+    return Unreadable(where, problem, "not-json", (json.dumps(value, ensure_ascii=False),))
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -400,7 +403,8 @@ class TextFile(DataFile):
 
     The format is txt (a text per line) or another ending of `READERS`; auto goes by the file's own ending, and by what
     is in it. The other arguments are as in `data.`. Every row of the file is in the result: a blank line too, and a
-    text of several lines or rows once.
+    text of several lines or rows once. `rows` takes the rows of a table, with all their cells, as the texts are read
+    from them; whoever wants them removes them.
 
     Raises:
         DataError: the file is missing, its format is not known, no column fits, or the file as a whole is not what its
@@ -417,12 +421,15 @@ class TextFile(DataFile):
         separator: str = "auto",
         encoding: str = "auto",
         group_column: str | int | None = None,
+        name: str | None = None,
     ) -> None:
         if not Path(path).is_file():
             raise DataError(f"{path}: there is no such file", code="no-path", path=str(path))
-        self._format = format
-        self._columns = Columns(get_task(task), text_column, None, False, header, group_column, separator)
-        super().__init__(Path(path), None, True, encoding, self._columns.decisions)
+        self._format, self.rows = format, deque[Row]()
+        self._columns = Columns(
+            get_task(task), text_column, None, False, header, group_column, separator, rows=self.rows
+        )
+        super().__init__(Path(path), name, True, encoding, self._columns.decisions)
         next(iter(self), None)  # a mistake in the file as a whole shows here, before a model is loaded
         self.done = 0
         self.decisions = tuple(self._columns.decisions)
@@ -430,6 +437,7 @@ class TextFile(DataFile):
     def __iter__(self) -> Iterator[Example | Unreadable]:
         """Read from the beginning."""
         self.done = 0
+        self.rows.clear()
         for found in _read(self, self._columns, self._format):
             problem = _problem(found) if isinstance(found, Example) else None
             yield found if problem is None else Unreadable(found.where, problem)

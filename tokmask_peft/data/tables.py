@@ -11,7 +11,7 @@ import json
 import re
 import warnings
 import zipfile
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from typing import Any
@@ -125,7 +125,7 @@ def cells_of(file: DataFile, separator: str, quoted: bool = True) -> Iterator[Ce
         if cells is None:
             problem = "not valid CSV: a quote opens a cell, but none closes it before a separator or the end of a row"
             remedy = "Double the quotes inside a quoted cell. If tabs separate the columns, set data.format=tsv."
-            yield Unreadable(where, f"{problem}. {remedy}", "not-csv")
+            yield Unreadable(where, f"{problem}. {remedy}", "not-csv", ("".join(taken).rstrip("\r\n"),))
         elif cells == [""] and '"' not in taken[0]:
             yield blank_row(where)
         else:
@@ -283,7 +283,8 @@ def _by_name(header: Sequence[str], fields: Sequence[str], where: str, separator
     names = ", ".join(header)
     by = f" separated by {separator!r}" if separator else ""
     problem = f"{len(fields)} columns{by}, but the header has {len(header)} ({names})"
-    return Unreadable(where, problem, "column-count")
+    last = len(header) - 1  # takes what is left over
+    return Unreadable(where, problem, "column-count", (*fields[:last], (separator or " ").join(fields[last:])))
 
 
 def parquet_rows(file: DataFile) -> Iterator[Row]:
@@ -338,7 +339,7 @@ def examples(rows: Iterable[Row], name: str, columns: Columns) -> Iterator[Examp
     Raises:
         DataError: the first row that can be read has no fitting columns, or nothing says which words are one text.
     """
-    stream, task = iter(rows), columns.task
+    stream, task = iter(rows) if columns.rows is None else _noted(rows, columns.rows), columns.task
     head = list(islice(stream, SNIFFED))
     while not any(isinstance(row, tuple) for row in head) and (more := list(islice(stream, SNIFFED))):
         head += more
@@ -372,6 +373,12 @@ def examples(rows: Iterable[Row], name: str, columns: Columns) -> Iterator[Examp
             yield task.from_cells(words, tags, where, (text, label))
         except DataError as error:
             yield Unreadable(where, str(error), error.code)
+
+
+def _noted(rows: Iterable[Row], into: deque[Row]) -> Iterator[Row]:
+    for row in rows:
+        into.append(row)
+        yield row
 
 
 def _complete(found: Row, *wanted: str | None) -> Row:

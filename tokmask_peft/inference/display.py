@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, astuple
+from itertools import chain
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -18,8 +19,8 @@ from tokmask_peft.console import SafeConsole, echo, printable
 from tokmask_peft.data.readers import TextFile
 from tokmask_peft.inference.classifier import Answer, Classifier
 from tokmask_peft.inference.explain import Explanation
-from tokmask_peft.inference.files import FileReport, answer_record, predict_file
-from tokmask_peft.tasks import WordPredictions
+from tokmask_peft.inference.files import Columns, FileReport, answer_record, answered, predict_file
+from tokmask_peft.tasks import Unreadable, WordPredictions, get_task
 
 HUES = 8
 """Colours for labels that the style sheet has; further labels begin again with the first."""
@@ -46,6 +47,24 @@ def print_answers(texts: Sequence[str], answers: Sequence[Answer], as_json: bool
             echo(f"{answer.label}\t{answer.probabilities[answer.label]:.4f}\t{text}")
 
 
+def print_file(classifier: Classifier, source: TextFile, as_json: bool, batch_size: int) -> FileReport:
+    """Print the answers to a file as they come, as `print_answers` does; a row without one has an empty line."""
+    report, columns = FileReport(), Columns(source) if as_json else None
+    for found, answer in chain.from_iterable(answered(classifier, source, batch_size)):
+        if columns is not None:
+            echo(json.dumps(columns.record(found, answer), ensure_ascii=False, default=str))
+        elif isinstance(found, Unreadable) or answer is None:
+            echo("" if get_task(classifier.task).words_given else "\t\t")
+        else:
+            if report.rows and isinstance(answer, WordPredictions):
+                echo()
+            print_answers([" ".join(found.string.split())], [answer], as_json=False)
+        report.count(found)
+        source.rows.clear() if columns is None else None
+    _print_problems(report, source, SafeConsole(stderr=True, highlight=False, soft_wrap=True))
+    return report
+
+
 def predict_with_bar(classifier: Classifier, source: TextFile, out: Path, force: bool, batch_size: int) -> FileReport:
     """Classify a file with a progress bar on standard error, and report there what could not be read."""
     console = SafeConsole(stderr=True, highlight=False, soft_wrap=True)
@@ -57,15 +76,19 @@ def predict_with_bar(classifier: Classifier, source: TextFile, out: Path, force:
             bar.update(task, completed=source.done, rows=f"{report.rows:,}")
 
         report = predict_file(classifier, source, out, force=force, batch_size=batch_size, progress=move)
+    _print_problems(report, source, console)
+    unreadable = f", {report.unreadable:,} of them without an answer (see 'error')" if report.unreadable else ""
+    console.print(f"{out}: {report.rows:,} rows{unreadable}", markup=False)
+    return report
+
+
+def _print_problems(report: FileReport, source: TextFile, console: Console) -> None:
     for what, choice, reason in map(astuple, source.decisions):
         console.print(f"{what}: {choice} ({reason})", markup=False)
     for problem in report.problems:
         console.print(f"unreadable: {problem.where}: {problem.problem}", markup=False)
     if report.unreadable > len(report.problems):
         console.print(f"unreadable: and {report.unreadable - len(report.problems):,} more rows", markup=False)
-    unreadable = f", {report.unreadable:,} of them unreadable (with the key 'error')" if report.unreadable else ""
-    console.print(f"{out}: {report.rows:,} rows{unreadable}", markup=False)
-    return report
 
 
 def print_json(explanations: Sequence[Explanation]) -> None:

@@ -6,6 +6,7 @@ follows from the model: its types, bounds and titles (`Annotated[int, Field(titl
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import NoneType, UnionType
@@ -21,6 +22,23 @@ from tokmask_peft.recipe.schema import Recipe, all_fields, section_of
 
 _NOUNS = {str: "text", int: "a whole number", float: "a number", bool: "true or false", NoneType: "null"}
 MOST_LISTED = 100
+_MEANT = {
+    **dict.fromkeys(("4", "4bit", "int4", "fp4", "qlora"), "nf4"),
+    **dict.fromkeys(("8", "8bit", "int8", "llmint8"), "int8 8bit"),
+    **dict.fromkeys(("bfloat16", "fp16", "float16", "half", "16"), "bf16"),
+    **dict.fromkeys(("float32", "full", "32"), "fp32"),
+    **dict.fromkeys(("false", "no", "off", "null"), "none"),
+    **dict.fromkeys(("text", "textclassification", "sentiment", "seqcls"), "sequence"),
+    **dict.fromkeys(("word", "words", "ner", "pos", "tagging", "tokencls"), "token"),
+    **dict.fromkeys(("packed", "packing"), "padding_free"),
+    **dict.fromkeys(("delete", "deletion"), "remove drop"),
+    "balanced": "inverse",
+    "sqrt": "sqrt_inverse",
+    "cpu": "offload",
+    "ce": "cross_entropy",
+    "subword": "token",
+}
+"""What values are called elsewhere, without case and separators, and here."""
 _BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 
 
@@ -42,6 +60,11 @@ def explain(error: ValidationError) -> list[str]:
             lines.append(f"{path}{subscript}: {_problem(detail, place)}")
     more = [f"recipe: and {len(details) - MOST_LISTED:,} more problems"] if len(details) > MOST_LISTED else []
     return [*dict.fromkeys(lines), *more]
+
+
+def choices(field: FieldInfo) -> str:
+    """Return what a field takes, in the words of a recipe: its names, or a kind of value with its bounds."""
+    return _expected(_Place("", field, ()))
 
 
 def shown(value: Any) -> str:
@@ -97,8 +120,11 @@ def _problem(detail: ErrorDetails, place: _Place) -> str:
         return f"the key {shown(value)} is not text: put it in quotes"
     text = f"is {shown(value)}; expected {_expected(place)}"
     types = _innermost(place)
-    if isinstance(value, str):
-        guess = nearest(value, [name for part in types if get_origin(part) is Literal for name in get_args(part)])
+    names = [name for part in types if get_origin(part) is Literal for name in get_args(part)]
+    called = re.sub(r"[-_. \[\]<>']", "", shown(value)).lower()
+    meant = [name for name in _MEANT.get(called, "").split() if name in names]
+    if meant or isinstance(value, str):
+        guess = f" Did you mean '{meant[0]}'?" if meant else nearest(value, names)
         return f"{text}.{guess}" if guess else text
     only_text = str in types and not {*types} - {str, NoneType}
     quotable = only_text and value is not None and not isinstance(value, Mapping | Sequence)

@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from tokmask_peft.errors import RecipeError, boundary, nearest, write_whole
-from tokmask_peft.recipe.errors import explain, shown
+from tokmask_peft.recipe.errors import choices, explain, shown
 from tokmask_peft.recipe.schema import Recipe, all_fields, section_of
 
 MOST_VALUES, DEEPEST = 100_000, 20
@@ -97,12 +97,25 @@ def copy_recipe(recipe: str | Path, target: Path) -> None:
         raise RecipeError([problem], str(recipe), code=code, file=error.filename or str(target)) from error
 
 
-def field_help() -> list[str]:
-    """Return a line per key of a recipe: name, default and meaning."""
+def field_help(wanted: str = "") -> list[str]:
+    """Return a line per key of a recipe: name, default, meaning, and what it takes.
+
+    With `wanted` only those whose name has it in it, or else whose meaning has.
+
+    Raises:
+        RecipeError: no key has it.
+    """
+    fields, name = dict(all_fields()), wanted.strip().lower()
+    about = [path for path, field in fields.items() if name in str(field.description).lower()]
+    found = [path for path in fields if name in path] or about
+    if not found:
+        guess = nearest(name, [*fields, *(path.rpartition(".")[2] for path in fields)])
+        raise RecipeError([f"no key of a recipe is about '{wanted}'.{guess}"], "fields", code="no-such-field")
     lines = []
-    for path, field in all_fields():
-        default = shown(field.get_default(call_default_factory=True))
-        lines.append(f"{path} ({'required' if field.is_required() else f'default {default}'}): {field.description}")
+    for path in found:
+        default = shown(fields[path].get_default(call_default_factory=True))
+        state = "required" if fields[path].is_required() else f"default {default}"
+        lines.append(f"{path} ({state}): {fields[path].description} [{choices(fields[path])}]")
     return lines
 
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 import contextlib
 import json
 import time
+from datetime import timedelta
 from math import isfinite
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import ExportableState
 
@@ -199,30 +200,32 @@ class AdapterMoves(TrainerCallback):
 
 
 class ProgressDisplay(TrainerCallback):
-    """Show loss, masking rate, validation F1 and the remaining time."""
+    """Show the step, the time left, and as many of loss, validation F1 and masking rate as fit the line."""
 
-    NAMES: ClassVar = {"loss": "loss", "masking_rate": "p", "eval_loss": "val loss", "eval_f1_macro": "val macro-F1"}
+    NAMES: ClassVar = {"loss": "loss", "eval_f1_macro": "val F1", "masking_rate": "p", "eval_loss": "val loss"}
 
     def __init__(self, console: Console) -> None:
         self.console = console
         self._progress: Progress | None = None
         self._task: Any = None
         self._shown: dict[str, str] = {}
+        self._began, self._first, self._bar = 0.0, 0, max(4, min(40, console.width - 70))
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Open the bar in a terminal."""
+        self._began, self._first = time.monotonic(), state.global_step
         if not state.is_world_process_zero or self.console.quiet or not self.console.is_terminal:
             return
-        what = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[shown]}"))
-        times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-        self._progress = Progress(*what, *times, console=self.console)
+        bar = BarColumn(bar_width=self._bar)
+        self._progress = Progress(TextColumn("{task.description}"), bar, TextColumn("{task.fields[shown]}"),
+                                  console=self.console)  # fmt: skip
         self._task = self._progress.add_task("", total=state.max_steps, completed=state.global_step, shown="")
+        self._update(state)
         self._progress.start()
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Move the bar."""
-        if self._progress is not None:
-            self._progress.update(self._task, completed=state.global_step)
+        self._update(state)
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any) -> None:
         """Show the newest figures."""
@@ -230,11 +233,28 @@ class ProgressDisplay(TrainerCallback):
             return
         new = {name: f"{logs[key]:.4f}" for key, name in self.NAMES.items() if isinstance(logs.get(key), float)}
         self._shown.update(new)
-        shown = "  ".join(f"{name} {value}" for name, value in (self._shown if self._progress else new).items())
         if self._progress is not None:
-            self._progress.update(self._task, shown=shown)
+            self._update(state)
         elif new:
-            self.console.print(f"step {state.global_step}/{state.max_steps}  epoch {state.epoch or 0:.2f}  {shown}")
+            figures = "  ".join(f"{name} {value}" for name, value in new.items())
+            self.console.print(f"{self._place(state)}  epoch {state.epoch or 0:.2f}  {figures}")
+
+    def _place(self, state: TrainerState) -> str:
+        """Return the step, and the time that the rest takes if it goes on as before, evaluations included."""
+        done, left = state.global_step - self._first, "?"
+        if done > 0:
+            seconds = (time.monotonic() - self._began) / done * (state.max_steps - state.global_step)
+            left = str(timedelta(seconds=round(seconds)))
+        return f"step {state.global_step}/{state.max_steps}  {left} left"
+
+    def _update(self, state: TrainerState) -> None:
+        if self._progress is None:
+            return
+        place, figures = self._place(state), ""
+        room = self.console.width - len(place) - self._bar - 2
+        for part in (f"{name} {self._shown[name]}" for name in self.NAMES.values() if name in self._shown):
+            figures += f" {part} " if len(figures) + len(part) + 2 <= room else ""
+        self._progress.update(self._task, completed=state.global_step, description=place, shown=figures.strip())
 
     def close(self) -> None:
         """Close the bar, also after an exception."""

@@ -13,7 +13,7 @@ from transformers import set_seed
 
 from tokmask_peft.artifacts import AdapterInfo, find_saved, open_finished
 from tokmask_peft.data.corpus import apply_label_map, check_known, load_corpus, with_unseen
-from tokmask_peft.data.readers import read_split
+from tokmask_peft.data.readers import READERS, read_split
 from tokmask_peft.errors import DataError, boundary
 from tokmask_peft.model.adapter import load_adapter
 from tokmask_peft.model.backbone import load_backbone
@@ -44,8 +44,9 @@ def evaluate(
         run: the run folder.
         split: `train`, `validation` or `test` of the run's own data, as they were split and cleaned in training;
             with `data`, the split or file name there. Default: test, or the file that `data` is.
-        data: a folder or file with other texts.
-        format: of `data`, as `data.format` in a recipe; default: that of the run, as of the columns.
+        data: a file with other labelled texts, whatever its name, or a folder.
+        format: of `data`, as `data.format` in a recipe; default: by its ending if the run's data have another one,
+            otherwise that of the run, as of the columns.
         text_column: of `data`, as `data.text_column`.
         label_column: of `data`, as `data.label_column`.
         batch_size: texts per forward pass, in place of the run's `training.eval_batch_size`.
@@ -111,8 +112,12 @@ def split_examples(
     """
     labels, given = tuple(AdapterInfo.read(adapter).labels), {k: v for k, v in reading.items() if v is not None}
     if data is not None:
+        path, before = Path(data).expanduser(), Path(recipe.data.path or data)
+        endings = {part.suffix.lower() for part in (before.iterdir() if before.is_dir() else [before])}
+        if path.suffix.lower() in READERS and path.suffix.lower() not in {*endings, ".txt"}:
+            given.setdefault("format", "auto")
         source = recipe.data.model_copy(update={"path": data, "test_source": None, **given})
-        name = split or (Path(data).name if Path(data).is_file() else "test")
+        name = split or (path.name if path.is_file() else "test")
         try:
             return apply_label_map(read_split(source, name, recipe.data.task), recipe.data.label_map)[0], labels
         except DataError as error:

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from tokmask_peft import __version__
 from tokmask_peft.cli import app
+from tokmask_peft.cli.app import LOOK, TRAIN, USE
 from tokmask_peft.recipe.loading import SHIPPED, field_help, load_recipe, shipped_recipes
 
 
@@ -55,6 +56,9 @@ class TestHelp:
         for command in ("train", "evaluate", "validate", "recipes"):
             assert command in found.stdout
         assert "validate" in run().output
+        for panel in (TRAIN, LOOK, USE):
+            assert panel in found.stdout
+        assert "--install-completion" in found.stdout
         assert run("--version").stdout.strip() == __version__
 
     @pytest.mark.parametrize("arguments", ["frobnicate", "train", "recipes copy quickstart", "train --x"])

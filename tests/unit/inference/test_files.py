@@ -1,15 +1,22 @@
 """Files: in order, in bounded memory, nothing half-written."""
 
+import csv
+import importlib.util
 import json
+from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tokmask_peft.data.readers import TextFile
-from tokmask_peft.errors import DataError, ModelError
+from tokmask_peft.errors import DataError, ExtraError, ModelError
 from tokmask_peft.inference import files
 from tokmask_peft.inference.export import check_folder, check_output
 from tokmask_peft.inference.files import predict_file
-from tokmask_peft.tasks import Prediction
+from tokmask_peft.tasks import Prediction, WordPredictions
 
 
 class Echo:
@@ -22,7 +29,7 @@ class Echo:
         self.calls.append((len(texts), self.source.done))
         if self.fail_after is not None and len(self.calls) > self.fail_after:
             raise DataError("stop")
-        return [Prediction(text.split()[0], {"a": 1 / 3}) for text in texts]
+        return [Prediction(text.split()[0], {text.split()[0]: 1 / 3}) for text in texts]
 
 
 def lines(path):
@@ -36,7 +43,7 @@ def test_rows_keep_their_order_and_bad_ones_their_place(tmp_path, classifier):
     report = predict_file(model, TextFile(tmp_path / "in.jsonl", "token"), tmp_path / "out.jsonl", batch_size=2)
     found = lines(tmp_path / "out.jsonl")
     assert [row["line"] for row in found] == [1, 2, 3, 4]
-    assert [sorted(row) for row in found[1::2]] == [["error", "line"]] * 2
+    assert [sorted(row) for row in found[1::2]] == [["error", "line"], ["error", "line", "words"]]
     (answer,) = model.predict([["hoy", "great"]])
     assert (found[0]["words"], found[0]["labels"]) == (["hoy", "great"], list(answer.labels))
     assert found[0]["probabilities"][1] == pytest.approx(answer.probabilities[1], abs=1e-5)
@@ -118,3 +125,154 @@ def test_rows_without_an_answer_are_an_error(tmp_path):
         predict_file(model, source, tmp_path / "out.jsonl")
     assert (caught.value.code, caught.value.fields) == ("row-count", {"texts": 2, "answers": 1})
     assert not (tmp_path / "out.jsonl").exists()
+
+
+class Namer:
+    """Answers with the first word as the label; words get themselves."""
+
+    def predict(self, texts, batch_size):
+        found = []
+        for text in texts:
+            if isinstance(text, str):
+                found.append(Prediction(text.split()[0], {text.split()[0]: 1 / 3}))
+            else:
+                found.append(WordPredictions(tuple(text), tuple(text), tuple({word: 0.5} for word in text)))
+        return found
+
+
+def table(path):
+    if path.suffix == ".parquet":
+        found = pq.read_table(path)
+        return [found.column_names, *(list(row.values()) for row in found.to_pylist())]
+    if path.suffix == ".xlsx":
+        sheet = pytest.importorskip("openpyxl").load_workbook(path).active
+        return [list(row) for row in sheet.iter_rows(values_only=True)]
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ","))
+
+
+def predicted(tmp_path, name, content, out, task="sequence", **options):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    report = predict_file(Namer(), TextFile(tmp_path / name, task, **options), tmp_path / out, force=True)
+    return table(tmp_path / out) if Path(out).suffix != ".jsonl" else lines(tmp_path / out), report
+
+
+BAD_ROWS = 'id,text,more\n1,"two\nlines",x\n\n2,a,b,c,d\n3,"bad" q\n4,"say ""hi"", =1+1",\n5,,y\n6,ca\udce9a,z\n'
+ROWS = [
+    ["1", "two\nlines", "x", "two", "0.333333", ""],
+    ["", "", "", "", "", "the row is blank"],
+    ["2", "a", "b,c,d", "", "", "5 columns"],
+    ['3,"bad" q', "", "", "", "", "not valid CSV"],
+    ["4", 'say "hi", =1+1', "", "say", "0.333333", ""],
+    ["5", "", "y", "", "", "the text is empty"],
+    ["6", "ca\\udce9a", "z", "", "", "not UTF-8"],
+]
+
+
+@pytest.mark.parametrize("out", ["out.csv", "out.tsv", "out.parquet", "out.xlsx"])
+def test_a_table_comes_back_row_by_row_with_every_cell(tmp_path, out):
+    if out.endswith("xlsx"):
+        pytest.importorskip("openpyxl")
+    content = BAD_ROWS.encode("utf-8", "surrogateescape")
+    (head, *rows), report = predicted(tmp_path, "in.csv", content, out)
+    assert head == ["id", "text", "more", "label", "confidence", "error"]
+    shown = [["" if cell is None else str(cell) for cell in row] for row in rows]
+    assert [row[:5] for row in shown] == [row[:5] for row in ROWS]
+    assert all(wanted[5] in row[5] for row, wanted in zip(shown, ROWS, strict=True))
+    assert (report.rows, report.unreadable) == (7, 5)
+    if not out.endswith(("csv", "tsv")):
+        assert isinstance(rows[0][4], float)
+
+
+@pytest.mark.parametrize(
+    ("columns", "added"),
+    [
+        ("text,id", ["label", "confidence"]),
+        ("text,label", ["predicted_label", "confidence"]),
+        ("label,predicted_label,text,confidence", ["predicted_label_2", "predicted_confidence"]),
+    ],
+)
+def test_a_column_of_the_input_keeps_its_name(tmp_path, columns, added):
+    row = ",".join(f"{name} x" for name in columns.split(","))
+    found, _ = predicted(tmp_path, "in.csv", f"{columns}\n{row}\n", "out.csv")
+    assert found == [[*columns.split(","), *added], [*row.split(","), "text", "0.333333"]]
+    (record,), _ = predicted(tmp_path, "in.csv", f"{columns}\n{row}\n", "out.jsonl")
+    assert list(record) == ["line", *columns.split(","), *added, "probabilities"]
+    assert [record[name] for name in added] == ["text", 0.333333]
+
+
+def test_columns_of_json_lines_and_of_parquet_keep_order_and_type(tmp_path):
+    content = '{"n": 1, "text": "a b", "list": [1]}\n{"text": "c", "more": true}\nnot json\n'
+    found, _ = predicted(tmp_path, "in.jsonl", content, "out.parquet")
+    assert found == [
+        ["n", "text", "list", "more", "label", "confidence", "error"],
+        [1, "a b", "[1]", None, "a", 0.333333, None],
+        [None, "c", None, True, "c", 0.333333, None],
+        [None, "not json", None, None, None, None, found[3][-1]],
+    ]
+    kinds = pa.schema([("when", pa.timestamp("ms")), ("text", pa.string()), ("tags", pa.list_(pa.string()))])
+    source = pa.Table.from_pylist([{"when": 5, "text": "a b", "tags": ["x"]}, {"when": None, "text": ""}], kinds)
+    pq.write_table(source, tmp_path / "in.parquet")
+    predict_file(Namer(), TextFile(tmp_path / "in.parquet", "sequence"), tmp_path / "again.parquet")
+    again = pq.read_table(tmp_path / "again.parquet")
+    assert again.column_names == ["when", "text", "tags", "label", "confidence", "error"]
+    assert again.select(["when", "text", "tags"]).equals(source)
+    predict_file(Namer(), TextFile(tmp_path / "in.parquet", "sequence"), tmp_path / "again.jsonl")
+    assert lines(tmp_path / "again.jsonl")[0]["when"].startswith("1970-01-01")
+
+
+def test_words_in_rows_of_their_own_are_answered_row_by_row(tmp_path):
+    content = "word,tag,n\nhoy,x,1\ngreat,y,2\n\nel,x,3\n<EOS>,,\n"
+    found, report = predicted(tmp_path, "in.csv", content, "out.csv", "token")
+    assert found == [
+        ["word", "tag", "n", "label", "confidence"],
+        ["hoy", "x", "1", "hoy", "0.5"],
+        ["great", "y", "2", "great", "0.5"],
+        ["", "", "", "", ""],
+        ["el", "x", "3", "el", "0.5"],
+        ["<EOS>", "", "", "", ""],
+    ]
+    assert report.rows == 2
+    found, _ = predicted(tmp_path, "in.csv", "words\nhoy great\n", "out.csv", "token")
+    assert found == [["words", "label", "confidence"], ["hoy great", "hoy great", "0.5 0.5"]]
+    found, _ = predicted(tmp_path, "in.conll", "hoy\tx\ngreat\ty\n\nel\tx\n", "out.csv", "token")
+    assert found[0] == ["text", "word", "label", "confidence"]
+    assert [row[:3] for row in found[1:]] == [["1", "hoy", "hoy"], ["1", "great", "great"], ["2", "el", "el"]]
+    found, _ = predicted(tmp_path, "in.txt", "a b\n\nc\n", "out.tsv")
+    assert found == [["text", "label", "confidence", "error"], ["a b", "a", "0.333333", ""],
+                     ["", "", "", "the text is empty"], ["c", "c", "0.333333", ""]]  # fmt: skip
+
+
+@given(
+    st.lists(st.lists(st.text(alphabet='ab ,"\n\r\t;é', max_size=5), min_size=2, max_size=2), min_size=1, max_size=6)
+)
+@settings(max_examples=60, deadline=None)
+def test_every_cell_of_a_table_comes_back(tmp_path_factory, cells):
+    folder = tmp_path_factory.mktemp("cells")
+    with (folder / "in.csv").open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_ALL).writerows([["text", "more"], *cells])
+    predict_file(Namer(), TextFile(folder / "in.csv", "sequence"), folder / "out.csv")
+    head, *rows = table(folder / "out.csv")
+    assert head[:4] == ["text", "more", "label", "confidence"]
+    assert [row[:2] for row in rows] == cells
+
+
+@pytest.mark.parametrize("ending", [".xls", ".ods", ".gz", ".zip"])
+def test_an_ending_that_cannot_be_written_is_refused(tmp_path, ending):
+    (tmp_path / "in.txt").write_text("a\n")
+    with pytest.raises(DataError) as caught:
+        predict_file(Namer(), TextFile(tmp_path / "in.txt", "sequence"), tmp_path / f"out{ending}")
+    assert (caught.value.code, caught.value.fields["ending"]) == ("output-format", ending)
+
+
+def test_a_workbook_needs_its_extra_and_has_limits(tmp_path, monkeypatch):
+    (tmp_path / "in.txt").write_text("a" * 40_000)
+    source = TextFile(tmp_path / "in.txt", "sequence")
+    if importlib.util.find_spec("openpyxl"):
+        with pytest.raises(DataError) as caught:
+            predict_file(Namer(), source, tmp_path / "out.xlsx")
+        assert caught.value.code == "workbook-limit"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ExtraError) as missing:
+        predict_file(Namer(), source, tmp_path / "out.xlsx")
+    assert missing.value.fields == {"extra": "excel"}

@@ -60,6 +60,24 @@ def test_a_wrong_value_makes_one_line(override):
 
 
 @pytest.mark.parametrize(
+    ("override", "meant"),
+    [
+        ("model.quantization=4bit", "nf4"),
+        ("model.quantization=4", "nf4"),
+        ("model.quantization=false", "none"),
+        ("model.quantization=8-bit", "int8"),
+        ("model.embedding=int8", "8bit"),
+        ("model.precision=float16", "bf16"),
+        ("training.class_weights=balanced", "inverse"),
+        ("data.task=NER", "token"),
+    ],
+)
+def test_a_value_that_others_use_leads_to_the_one_here(override, meant):
+    (line,) = problems(override)
+    assert line.endswith(f"Did you mean '{meant}'?")
+
+
+@pytest.mark.parametrize(
     ("override", "line"),
     [
         ("training.class_weights={en: x, es: 1}", "training.class_weights.en: is 'x'; expected a number (at least 0)"),

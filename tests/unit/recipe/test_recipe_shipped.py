@@ -150,3 +150,24 @@ def test_every_key_is_explained_with_its_default_as_in_a_recipe():
         assert expected in "\n".join(lines)
     assert "masking.protect (default [])" in "\n".join(lines)
     assert not re.search(r"default (None|True|False|\()", "\n".join(lines))
+    assert all(line.endswith("]") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "paths", "takes"),
+    [
+        ("quantization", ["model.quantization"], "['auto', 'nf4', 'int8' or 'none']"),
+        ("MASKING.P_", ["masking.p_start"], "[a number (at least 0, below 1)]"),
+        ("r-drop", ["training.views_masked"], None),
+    ],
+)
+def test_fields_are_filtered_by_name_or_else_by_meaning(wanted, paths, takes):
+    lines = field_help(wanted)
+    assert [line.split(" (")[0] for line in lines][: len(paths)] == paths
+    assert takes is None or lines[0].endswith(takes)
+
+
+def test_a_filter_that_fits_nothing_names_the_nearest_key():
+    with pytest.raises(RecipeError) as caught:
+        field_help("learnin_rat")
+    assert (caught.value.code, "learning_rate" in str(caught.value)) == ("no-such-field", True)

@@ -1,7 +1,9 @@
 """Callbacks, driven as the Trainer drives them."""
 
+import io
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -9,11 +11,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from tokmask_peft.console import STOP_SIGNALS
 from tokmask_peft.errors import RunError
-from tokmask_peft.training.callbacks import AdapterMoves, LogFile, Patience, StepClock, StopOnSignal
+from tokmask_peft.training import callbacks
+from tokmask_peft.training.callbacks import (
+    AdapterMoves,
+    LogFile,
+    Patience,
+    ProgressDisplay,
+    StepClock,
+    StopOnSignal,
+)
 
 
 def state(step, main=True):
@@ -232,3 +243,37 @@ def test_patience_goes_on_where_the_checkpoint_was(tmp_path):
     resumed.on_train_begin(args, later, control)
     resumed.on_evaluate(args, later, control, metrics={"eval_f1": 0.4})
     assert control.should_training_stop, "the second evaluation without a better score"
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_step_and_time_left_are_always_on_one_line(width, monkeypatch):
+    clock = iter(range(0, 10**9, 7))
+    monkeypatch.setattr(callbacks.time, "monotonic", lambda: next(clock))
+    out = io.StringIO()
+    display = ProgressDisplay(Console(file=out, force_terminal=True, width=width, color_system=None))
+    state = TrainerState(max_steps=40_000, global_step=20_000)
+    display.on_train_begin(None, state, None)
+    logs = {"loss": 0.5321, "masking_rate": 0.1, "eval_loss": 1.25, "eval_f1_macro": 0.61234}
+    for step in (20_001, 20_002, 30_000):
+        state.global_step = step
+        display.on_step_end(None, state, None)
+        display.on_log(None, state, None, logs=logs)
+        display._progress.refresh()
+    display.close()
+    lines = [line.rstrip() for line in re.split(r"[\r\n]|\x1b\[[0-9;?]*[A-Za-z]", out.getvalue()) if line.strip()]
+    assert max(map(len, lines)) <= width
+    assert all("left" in line and "/40000" in line for line in lines), lines
+    last = next(line for line in reversed(lines) if "step 30000/40000" in line)
+    assert re.search(r"\d+:\d\d:\d\d left", last)
+    assert ("loss 0.5321" in last, "val loss" in last) == (True, width == 200)
+    assert ("val F1 0.6123" in last) == (width >= 80)
+
+
+def test_without_a_terminal_a_line_has_step_and_time_left():
+    out = io.StringIO()
+    display = ProgressDisplay(Console(file=out, width=120))
+    state = TrainerState(max_steps=10, global_step=0, epoch=0.5)
+    display.on_train_begin(None, state, None)
+    state.global_step = 5
+    display.on_log(None, state, None, logs={"loss": 0.5})
+    assert re.fullmatch(r"step 5/10  0:00:00 left  epoch 0.50  loss 0.5000\n", out.getvalue())

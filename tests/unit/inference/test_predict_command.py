@@ -1,0 +1,88 @@
+"""`tokmask predict`: files, pipes, and hints that name its own options."""
+
+import csv
+import io
+import json
+import os
+import threading
+
+import pytest
+from typer.testing import CliRunner
+
+from tokmask_peft.cli import app
+
+
+def predict(folder, *arguments, given=None):
+    return CliRunner().invoke(app, ["predict", *map(str, (folder, *arguments))], input=given)
+
+
+def test_csv_in_csv_out_and_the_same_from_a_pipe(saved_adapter, tmp_path):
+    folder = saved_adapter()
+    (tmp_path / "in.csv").write_text("id,text\n1,hoy great\n2,muy malo\n3\n")
+    done = predict(folder, "--file", tmp_path / "in.csv", "--out", tmp_path / "out.csv")
+    assert done.exit_code == 0, done.output
+    rows = list(csv.reader(io.StringIO((tmp_path / "out.csv").read_text())))
+    assert rows[0] == ["id", "text", "label", "confidence", "error"]
+    assert [row[:2] for row in rows[1:]] == [["1", "hoy great"], ["2", "muy malo"], ["3", ""]]
+    assert "in.csv:4: 1 columns" in done.stderr
+    piped = predict(folder, "-", "--format", "csv", "--out", tmp_path / "piped.csv", given="id,text\n1,hoy great\n")
+    assert piped.exit_code == 0, piped.output
+    assert (tmp_path / "piped.csv").read_text().splitlines()[1] == ",".join(rows[1][:4])
+    printed = predict(folder, "--file", tmp_path / "in.csv")
+    label, confidence = rows[1][2:4]
+    assert printed.stdout.splitlines() == [
+        f"{label}\t{float(confidence):.4f}\thoy great",
+        "\t".join([rows[2][2], f"{float(rows[2][3]):.4f}", "muy malo"]),
+        "\t\t",
+    ]
+
+
+@pytest.mark.parametrize("arguments", [(), ("-",), ("--file", "-")])
+def test_standard_input_is_a_text_per_line(saved_adapter, arguments):
+    done = predict(saved_adapter(), *arguments, "--json", given="hoy great\n\nmañana\n")
+    assert done.exit_code == 0, done.output
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(row["line"], row.get("text")) for row in found] == [(1, "hoy great"), (2, None), (3, "mañana")]
+    assert "unreadable: stdin:2: the text is empty" in done.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_named_pipe_is_read_as_a_file(saved_adapter, tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writing = threading.Thread(target=pipe.write_text, args=("hoy\nmañana\n",))
+    writing.start()
+    done = predict(saved_adapter(), "--file", pipe)
+    writing.join()
+    assert [line.split("\t")[2] for line in done.stdout.splitlines()] == ["hoy", "mañana"]
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "flag"),
+    [
+        ("a,b\nx,y\n", (), "Set --column"),
+        ("a\tb\n", ("--format", "cvs"), "Set --format"),
+        ("1,2\n3,4\n", ("--column", "words"), "set --header=true"),
+    ],
+)
+def test_hints_name_the_options_of_the_command(saved_adapter, tmp_path, content, options, flag):
+    (tmp_path / "in.csv").write_text(content)
+    options = ("--header", "false", *options) if "1" in content else options
+    done = predict(saved_adapter(), "--file", tmp_path / "in.csv", *options)
+    assert done.exit_code == 2
+    assert flag in done.stderr
+    assert "data." not in done.stderr
+
+
+def test_wrong_usage_is_found_before_a_model_is_loaded(saved_adapter, tmp_path):
+    folder = saved_adapter()
+    (tmp_path / "in.txt").write_text("a\n")
+    for options, words in (
+        ((), "empty"),
+        (("a", "--file", tmp_path / "in.txt"), "TEXT"),
+        (("a", "--out", tmp_path / "out.csv"), "--out"),
+        (("--file", tmp_path / "in.txt", "--out", tmp_path / "out.xls"), ".xls"),
+    ):
+        done = predict(folder, *options)
+        assert (done.exit_code, words in done.stderr) == (2, True), done.output
+    assert not (tmp_path / "out.csv").exists()
