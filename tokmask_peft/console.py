@@ -161,10 +161,13 @@ def print_scores(console: Console, parts: Mapping[str, Mapping[str, Any]]) -> No
 def print_result(console: Console, result: Any, adapter: Path) -> None:
     """Print the scores of a run, an `artifacts.Result`, next to those of the baseline, and where the adapter is."""
     parts = {"validation": result.validation, "test": result.test, "baseline: character n-grams": result.baseline}
+    parts["frozen features: linear probe"] = result.probe
     print_scores(console, {name: part for name, part in parts.items() if part})
     console.print(baseline_verdict(result.scored, result.baseline))
     if result.calibration:
         console.print(calibration_line(result.calibration))
+    for warning in result.warnings:
+        console.print(f"Warning: {warning['message']}", markup=False)
     console.print(f"\nAdapter: [bold]{escape(str(adapter))}[/bold]", soft_wrap=True)
 
 

@@ -174,10 +174,14 @@ def training_facts(recipe: Recipe, result: Result) -> list[tuple[str, str]]:
     token = f"{chosen.get('mask token', masking.mask_token)}{', trained' if masking.trainable_mask else ''}"
     environment = result.speed.get("environment", {})
     per_step = training.gradient_accumulation * environment.get("processes", 1)
-    batch = f"{training.batch_size * per_step:,} texts"
+    size = training.micro_batch
+    if training.batch_size == "auto":
+        size = int(chosen.get("batch size", size))
+    batch = f"{size * per_step:,} texts"
     if training.tokens_per_batch is not None:
         batch = f"up to {training.tokens_per_batch * per_step:,} sub-tokens"
-    length = f"{training.max_steps:,} steps" if training.max_steps else f"{training.epochs:g} epochs"
+    epochs = chosen.get("epochs", training.epochs) if training.epochs == "auto" else f"{training.epochs:g}"
+    length = f"{training.max_steps:,} steps" if training.max_steps else f"{epochs} epochs"
     weights = "given per label" if isinstance(training.class_weights, dict) else training.class_weights
     method = f"{'DoRA' if adapter.dora else 'LoRA'}, r = {adapter.r}, alpha = {adapter.alpha:g}"
     quantization = chosen.get("quantization", recipe.model.quantization)

@@ -133,7 +133,7 @@ def test_differences_name_what_changed_and_not_where_it_lies():
     assert differences(before, before) == []
     found = differences(before, after)
     assert "masking.p: 0.1 before, 0.2 now" in found
-    assert "training.patience: null before, 2 now" in found
+    assert "training.patience: 'auto' before, 2 now" in found
     assert "data.label_map.lang1: 'lang1' before, null now" in found
     assert {line.split(".")[0].split(":")[0] for line in found} == {"masking", "training", "data"}
     assert not [line for line in found if "training.baseline" in line]
