@@ -100,7 +100,7 @@ class TestFind:
 
     @pytest.mark.parametrize(
         ("given", "guess"),
-        [("quickstrat", "quickstart"), ("lid_spaeng/mbret.yaml", "lid_spaeng/mbert"), ("recipes/trec", "trec/minilm"),
+        [("quickstrat", "quickstart"), ("lid_spaeng/mbret.yaml", "lid_spaeng/mbert"), ("recipes/trec", "trec/e5-small"),
          ("", None), ("xyzzy", None), ("_tasks/lid_spaeng", ""), ("a\0b", None)],
     )  # fmt: skip
     def test_what_there_is_not_gets_a_guess_if_it_is_near(self, given, guess):
@@ -147,3 +147,14 @@ def test_every_key_is_explained_with_its_default_as_in_a_recipe():
         assert expected in "\n".join(lines)
     assert "masking.protect (default [])" in "\n".join(lines)
     assert not re.search(r"default (None|True|False|\()", "\n".join(lines))
+
+
+def test_e5_small_has_every_task_of_minilm_and_every_backbone_file_loads():
+    for name in [name for name in ALL if name.endswith("/minilm")]:
+        minilm, e5 = load_recipe(name), load_recipe(name.replace("minilm", "e5-small"))
+        assert (e5.data, e5.adapter, e5.masking) == (minilm.data, minilm.adapter, minilm.masking)
+        assert (e5.model.backbone, e5.model.backbone_path) == ("intfloat/multilingual-e5-small", None)
+        assert (e5.training.epochs, e5.training.batch_size, e5.training.learning_rate) == ("auto", "auto", 5e-4)
+    for path in (SHIPPED / "_backbones").glob("*.yaml"):
+        found = load_recipe(path, ["name=x", "data.task=sequence", "data.builtin=true"])
+        assert "/" in found.model.backbone
