@@ -3,9 +3,10 @@
     TOKMASK_DATA=FOLDER TOKMASK_BACKBONES=FOLDER python benchmarks/own_data.py [--only kin,trec] [--sizes 360]
         [--seeds 1,2,3] [--set KEY=VALUE …]
 
-A cell is a corpus, a number of texts and a seed, which draws the texts, and of these the validation texts; the test texts are
-the corpus's own, at most 1,000. The backbone is multilingual-e5-small, `e5-small` below TOKMASK_BACKBONES. `--set` changes
-keys of the recipe and makes an arm of its own. Cells that `results/own_data.json` has are not run again.
+A cell is a corpus, a number of texts and a seed, which draws the texts, and of these the validation texts; the test
+texts are the corpus's own, at most 1,000. The backbone is multilingual-e5-small, `e5-small` below TOKMASK_BACKBONES.
+`--set` changes keys of the recipe and makes an arm of its own. Cells that are in `results/own_data.json` already are not
+run again.
 """
 
 from __future__ import annotations

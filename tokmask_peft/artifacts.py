@@ -294,6 +294,7 @@ class Loading(_Part):
     precision: str = Field("fp32", pattern="^(bf16|fp32)$")
     embedding: str = Field("resident", pattern="^(resident|offload|8bit)$")
     weights: dict[str, str] = Field(default_factory=dict)  # of the backbone, from `weight_hashes`
+    pooling: str = Field("auto", pattern="^(auto|cls|mean|max)$")
     scaling: float | None = Field(None, gt=0)  # of the LoRA update; None if not known
 
     @field_validator("package")
@@ -414,7 +415,8 @@ def find_saved(
     if recipe is not None:
         settings = recipe.model.model_dump()
     elif loading is not None:
-        settings |= {"backbone_path": loading.package, "revision": loading.revision, "embedding": loading.embedding}
+        settings |= {"backbone_path": loading.package, "revision": loading.revision}
+        settings |= {"embedding": loading.embedding, "pooling": loading.pooling}
     if backbone is not None:
         local = backbone.startswith("package:") or Path(backbone).is_dir()
         settings |= {"backbone_path": backbone} if local else {"backbone": backbone, "backbone_path": None}

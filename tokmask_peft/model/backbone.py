@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig
 from tokmask_peft.console import Decision
 from tokmask_peft.errors import ModelError, first_line
 from tokmask_peft.model.decisions import choose_precision, choose_quantization, out_of_memory
-from tokmask_peft.model.layers import Float32Linear, is_quantized, place_embedding
+from tokmask_peft.model.layers import Float32Linear, is_quantized, place_embedding, pool_texts
 from tokmask_peft.model.location import backbone_location
 from tokmask_peft.model.packed import family_of
 from tokmask_peft.recipe.schema import ModelConfig
@@ -107,11 +107,14 @@ def load_backbone(
     new_modules = _new_modules(model, info)
     weights = weight_hashes(model, new_modules)
     hold_in_fp32(model, new_modules)
+    pool_texts(model, config.pooling)
     keep_gradients_after_eval(model)
     tokenizer.padding_side = padding_side(model, tokenizer, dtype)
     decisions = [Decision("device", str(device), "set by accelerate"), precision, quantization]
     if tokenizer.padding_side == "left":
         decisions.append(Decision("padding", "left", f"{type(model).__name__} reads its answer at the last position"))
+    if config.pooling != "auto":
+        decisions.append(Decision("pooling", config.pooling, "set in the recipe"))
     decisions += place_embedding(model, config.embedding, device)
     return Backbone(model, tokenizer, new_modules, tuple(decisions), dtype, quantization.choice, weights)
 

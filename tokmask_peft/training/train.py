@@ -370,6 +370,7 @@ def save_adapter_folder(
             quantization=backbone.quantization,
             precision="bf16" if backbone.dtype == torch.bfloat16 else "fp32",
             embedding=recipe.model.embedding,
+            pooling=recipe.model.pooling,
             weights=backbone.weights,
             scaling=recipe.adapter.scaling,
         ),
