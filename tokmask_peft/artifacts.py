@@ -57,6 +57,7 @@ class RunFolder:
         self.fingerprint = self.root / "fingerprint.json"  # of texts, labels and backbone, for --resume
         self.result = self.root / "result.json"  # scores and everything that was measured
         self.predictions = self.root / "predictions.json"  # gold and predicted label ids of each text
+        self.probe = self.root / "probe.json"  # the same of the linear probe that the head started from
         self.log = self.root / "log.jsonl"  # a line per logged step
         self.lock = self.root / ".lock"  # held by the process that trains
 
@@ -223,8 +224,10 @@ class Result:
     test: dict[str, Any] | None = None  # of the texts that nothing was selected on; None without such a split
     calibration: dict[str, Any] = field(default_factory=dict)  # the temperature, and what it does to each split
     baseline: dict[str, Any] | None = None  # of character n-grams on the scored split; None if switched off
+    probe: dict[str, Any] | None = None  # of a linear probe on the frozen backbone, if the head started from one
     data: dict[str, Any] = field(default_factory=dict)  # what was read, merged, removed and cut
     decisions: list[dict[str, str]] = field(default_factory=list)  # made for the user, with the reasons
+    warnings: list[dict[str, str]] = field(default_factory=list)  # code, message and key to change
     speed: dict[str, Any] = field(default_factory=dict)  # seconds, steps, tokens per second, memory, environment
 
     @property
@@ -240,7 +243,8 @@ class Result:
     def to_dict(self) -> dict[str, Any]:
         """Return what the file holds; scores that a run does not have are left out."""
         found = {entry.name: getattr(self, entry.name) for entry in fields(self)}
-        return {key: value for key, value in found.items() if value is not None or key not in ("test", "baseline")}
+        optional = ("test", "baseline", "probe", "warnings")
+        return {key: value for key, value in found.items() if value or key not in optional}
 
     @classmethod
     def from_dict(cls, found: Mapping[str, Any]) -> Self:
@@ -294,6 +298,7 @@ class Loading(_Part):
     precision: str = Field("fp32", pattern="^(bf16|fp16|fp32)$")
     embedding: str = Field("resident", pattern="^(resident|offload|8bit)$")
     weights: dict[str, str] = Field(default_factory=dict)  # of the backbone, from `weight_hashes`
+    pooling: str = Field("auto", pattern="^(auto|cls|mean|max)$")
     scaling: float | None = Field(None, gt=0)  # of the LoRA update; None if not known
 
     @field_validator("package")
@@ -411,7 +416,8 @@ def find_saved(
     # which backbone, and from where: the user's word first, then the run's recipe, then the adapter
     settings: dict[str, Any] = recipe.model.model_dump() if recipe else {"backbone": named, "quantization": "none"}
     if recipe is None and loading is not None:
-        settings |= {"backbone_path": loading.package, "revision": loading.revision, "embedding": loading.embedding}
+        settings |= {"backbone_path": loading.package, "revision": loading.revision}
+        settings |= {"embedding": loading.embedding, "pooling": loading.pooling}
     if backbone is not None:
         local = backbone.startswith("package:") or Path(backbone).is_dir()
         settings |= {"backbone_path": backbone} if local else {"backbone": backbone, "backbone_path": None}

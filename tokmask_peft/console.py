@@ -179,12 +179,15 @@ def print_classes(console: Console, split: str, scores: Mapping[str, Any]) -> No
 def print_result(console: Console, result: Any, adapter: Path) -> None:
     """Print the scores of a run, an `artifacts.Result`, next to those of the baseline, and where the adapter is."""
     parts = {"validation": result.validation, "test": result.test, "baseline: character n-grams": result.baseline}
+    parts["frozen features: linear probe"] = result.probe
     print_scores(console, {name: part for name, part in parts.items() if part})
     print_classes(console, result.scored_split, result.scored)
     console.print()
     console.print(baseline_verdict(result.scored, result.baseline))
     if result.calibration:
         console.print(calibration_line(result.calibration))
+    for warning in result.warnings:
+        console.print(f"Warning: {warning['message']}", markup=False)
     console.print(f"\nAdapter: [bold]{escape(str(adapter))}[/bold]", soft_wrap=True)
 
 

@@ -62,7 +62,7 @@ class Card:
         recipe, result, task = self.recipe, self.result, get_task(self.recipe.data.task)
         trained, tested = (public_source(source) for source in (recipe.data, recipe.data.test_source or recipe.data))
         confusion = result.scored.get("confusion")
-        snippet = loading_snippet(task, result.labels, PLACEHOLDER, self.spaced_words)
+        snippet = loading_snippet(task, result.labels, PLACEHOLDER, self.spaced_words, recipe.model.pooling)
         if self.merged:
             use = task.pipeline_snippet.replace("MODEL", f'"{PLACEHOLDER}"')
             snippet = f"from transformers import pipeline\n\n{use}"
@@ -149,13 +149,17 @@ def public_source(source: SourceConfig) -> SourceConfig:
     return source.model_copy(update=facts)
 
 
-def loading_snippet(task: Task, labels: Sequence[str], folder: str, spaced_words: bool = False) -> str:
-    """Return Python that loads the adapter in `folder` with PEFT only and predicts, labels included."""
+def loading_snippet(
+    task: Task, labels: Sequence[str], folder: str, spaced_words: bool = False, pooling: str = "auto"
+) -> str:
+    """Return Python that loads the adapter in `folder` with PEFT only and predicts, labels and pooling included."""
     auto, use = task.auto_class.replace("AutoModel", "AutoPeftModel"), task.snippet
     if spaced_words:  # only a task whose texts are words tokenizes `words`
         spaced = 'spaced = [words[0], *(f" {word}" for word in words[1:])]  # as in running text'
         use = use.replace("inputs = tokenizer(words,", f"{spaced}\ninputs = tokenizer(spaced,")
-    return Template(_read("snippet.py.j2")).render(auto=auto, folder=folder, labels=repr(list(labels)), use=use)
+    return Template(_read("snippet.py.j2")).render(
+        auto=auto, folder=folder, labels=repr(list(labels)), use=use, pooling=pooling
+    )
 
 
 def _read(template: str) -> str:
@@ -174,10 +178,14 @@ def training_facts(recipe: Recipe, result: Result) -> list[tuple[str, str]]:
     token = f"{chosen.get('mask token', masking.mask_token)}{', trained' if masking.trainable_mask else ''}"
     environment = result.speed.get("environment", {})
     per_step = training.gradient_accumulation * environment.get("processes", 1)
-    batch = f"{training.batch_size * per_step:,} texts"
+    size = training.micro_batch
+    if training.batch_size == "auto":
+        size = int(chosen.get("batch size", size))
+    batch = f"{size * per_step:,} texts"
     if training.tokens_per_batch is not None:
         batch = f"up to {training.tokens_per_batch * per_step:,} sub-tokens"
-    length = f"{training.max_steps:,} steps" if training.max_steps else f"{training.epochs:g} epochs"
+    epochs = chosen.get("epochs", training.epochs) if training.epochs == "auto" else f"{training.epochs:g}"
+    length = f"{training.max_steps:,} steps" if training.max_steps else f"{epochs} epochs"
     weights = "given per label" if isinstance(training.class_weights, dict) else training.class_weights
     method = f"{'DoRA' if adapter.dora else 'LoRA'}, r = {adapter.r}, alpha = {adapter.alpha:g}"
     quantization = chosen.get("quantization", recipe.model.quantization)

@@ -18,7 +18,7 @@ from tokmask_peft.console import Decision
 from tokmask_peft.errors import ModelError, first_line
 from tokmask_peft.masking.embedding import find_decoder_embedding, find_embedding
 from tokmask_peft.model.decisions import DTYPES, choose_precision, choose_quantization, gpu_problem, out_of_memory
-from tokmask_peft.model.layers import Float32Linear, is_quantized, place_embedding
+from tokmask_peft.model.layers import Float32Linear, is_quantized, place_embedding, pool_texts
 from tokmask_peft.model.location import backbone_location
 from tokmask_peft.model.packed import expand_heads_if_needed, family_of
 from tokmask_peft.recipe.schema import ModelConfig
@@ -110,6 +110,7 @@ def load_backbone(
     new_modules = _new_modules(model, info)
     weights = weight_hashes(model, new_modules)
     hold_in_fp32(model, new_modules)
+    pool_texts(model, config.pooling)
     keep_gradients_after_eval(model)
     expand_heads_if_needed(model, device, dtype)
     tokenizer.padding_side = padding_side(model, tokenizer, dtype)
@@ -117,6 +118,8 @@ def load_backbone(
     decisions = [Decision("device", str(device), unused or "set by accelerate"), precision, quantization]
     if tokenizer.padding_side == "left":
         decisions.append(Decision("padding", "left", f"{type(model).__name__} reads its answer at the last position"))
+    if config.pooling != "auto":
+        decisions.append(Decision("pooling", config.pooling, "set in the recipe"))
     decisions += place_embedding(model, config.embedding, device)
     if dtype == torch.float16:
         hold_stream_in_fp32(model)

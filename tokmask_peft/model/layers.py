@@ -191,3 +191,53 @@ def place_embedding(model: Any, wanted: str, device: torch.device) -> tuple[Deci
         reason = f"{now:.0f} MiB, not {full:.0f}; values are off by up to 0.4% of their row's largest"
     model.set_input_embeddings(placed.train(embedding.training))
     return (Decision("embedding", wanted, reason),)
+
+
+def pooled(states: Tensor, mask: Tensor | None, how: str) -> Tensor:
+    """Return the mean or maximum of each text's states, `[texts, 1, hidden]`.
+
+    `states` are `[texts, seq, hidden]`; `mask`, `[texts, seq]`, is 1 for sub-tokens, None if all are.
+    """
+    real = torch.ones_like(states[..., :1]).bool() if mask is None else mask.unsqueeze(-1).bool()
+    if how == "max":
+        return states.masked_fill(~real, -torch.inf).amax(1, keepdim=True)
+    summed = states.masked_fill(~real, 0).sum(1, keepdim=True, dtype=torch.float32)
+    return (summed / real.sum(1, keepdim=True)).to(states.dtype)
+
+
+def pool_texts(model: Any, how: str) -> None:
+    """Let the head of a sequence classification model, without an adapter, read the mean or maximum of a text's states.
+
+    Every position of the last states gets it, so that the head's own pooling, of whatever position, finds it there. A
+    BERT's pooler is a part of its head. Packed rows are pooled by `packed_logits`.
+
+    Raises:
+        ModelError: the model cannot be pooled in this way.
+    """
+    if how == "auto":
+        return
+    name, decoder = type(model).__name__, getattr(model.config, "is_encoder_decoder", False)
+    if decoder or (how == "cls" and hasattr(model, "score")):  # what transformers calls the head of a decoder
+        problem = f"model.pooling={how} does not fit {name}"
+        raise ModelError(f"{problem}, which has no [CLS] of its own: set it to auto", code="pooling", model=name)
+    if hasattr(model.config, "classifier_pooling"):  # ModernBERT's own
+        model.config.classifier_pooling = "cls"
+    if how == "cls":
+        return
+    base, mask = model.base_model, dict[str, Any]()
+    model.text_pooling = how
+
+    def remember(_: Any, args: Any, given: Any) -> None:
+        mask.update(packed=given.get("packing") is not None, of=given.get("attention_mask"))
+
+    def expanded(states: Tensor) -> Tensor:
+        return states if mask["packed"] else pooled(states, mask["of"], how).expand_as(states)
+
+    def pool_output(_: Any, args: Any, output: Any) -> None:
+        output.last_hidden_state = expanded(output.last_hidden_state)
+
+    base.register_forward_pre_hook(remember, with_kwargs=True)
+    if getattr(base, "pooler", None) is None:
+        base.register_forward_hook(pool_output)
+    else:
+        base.pooler.register_forward_pre_hook(lambda _, args: (expanded(args[0]),))

@@ -302,6 +302,9 @@ def packed_logits(model: Any, hidden: Tensor, input_ids: Tensor, packing: Packin
     family: Family = model.family
     if model.per_token:
         return cast(Tensor, getattr(model, family.last_layer)(model.dropout(hidden)))
+    if (how := getattr(model, "text_pooling", "cls")) != "cls":
+        states = torch.segment_reduce(hidden[0].float(), how, lengths=packing.cu_seqlens.diff().long(), axis=0)
+        return family.head(model, states.to(hidden.dtype).unsqueeze(1))
     at = packing.cu_seqlens[:-1].long()
     if family.causal:  # the last sub-token that is not a padding token, in case a text ends in one
         columns = torch.arange(input_ids.shape[1], device=at.device)

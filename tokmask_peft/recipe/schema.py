@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -58,6 +59,9 @@ MissingValue = Annotated[str, BeforeValidator(lambda value: "" if value is None 
 Separator = Annotated[str, AfterValidator(_separator)]
 Encoding = Annotated[str, AfterValidator(_encoding)]
 Weight = Annotated[float, Field(ge=0.0)]
+Epochs = Annotated[float, Field(gt=0, title="a number of epochs, for example 6")]
+Texts = Annotated[int, Field(ge=1, title="a number of texts, for example 16")]
+Evaluations = Annotated[int, Field(ge=1, title="a number of evaluations, for example 3")]
 Weights = Annotated[dict[str, Weight], Field(title="a weight per label, as {en: 1.0, es: 2.0}")]
 
 
@@ -204,6 +208,12 @@ class ModelConfig(Section):
         description="the frozen input embedding: resident on the device; offload keeps it in host memory and sends the "
         "rows of each batch; 8bit holds it on the device through bitsandbytes, with slightly different values",
     )
+    pooling: Literal["auto", "cls", "mean", "max"] = Field(
+        "auto",
+        description="one label per text: which states the head reads; auto as transformers has it ([CLS], or the last "
+        "sub-token of a decoder); mean or max of the text's sub-tokens, for which stock PEFT needs the lines in the "
+        "model card",
+    )
     gradient_checkpointing: Literal["auto"] | StrictBool = Field(
         "auto", description="save memory at the cost of time: recompute activations; auto does if memory would run out"
     )
@@ -248,9 +258,17 @@ class AdapterConfig(Section):
 class TrainingConfig(Section):
     """Optimisation, loss, evaluation and reporting."""
 
-    epochs: float = Field(6.0, gt=0, description="passes over the training texts")
+    epochs: Literal["auto"] | Epochs = Field(
+        "auto",
+        description="passes over the training texts; auto: as many as give 400 optimizer steps for up to 300 texts, "
+        "650 for 1,000 and 2,500 for 30,000, but from 2 to 40",
+    )
     max_steps: int | None = Field(None, ge=1, description="stop after this many optimizer steps; overrides epochs")
-    batch_size: int = Field(32, ge=1, description="texts per forward pass and device")
+    batch_size: Literal["auto"] | Texts = Field(
+        "auto",
+        description="texts per forward pass and device; auto: 8, from 4,000 training texts on 16, from 20,000 on 32, "
+        "divided among the devices and accumulated passes of an optimizer step",
+    )
     gradient_accumulation: int = Field(1, ge=1, description="forward passes per optimizer step")
     tokens_per_batch: int | None = Field(
         None, ge=16, description="sub-tokens per forward pass and device, padding included, instead of batch_size texts"
@@ -266,6 +284,11 @@ class TrainingConfig(Section):
         "DistilBERT, Llama, Mistral, Qwen2 and Qwen3; others, and NEFTune, use padded); padded: the same batches, "
         "padded to their longest text; grouped: random batches of similar length, in which a label that correlates "
         "with length comes in clumps, which has kept runs from learning anything",
+    )
+    head: Literal["probe", "random"] = Field(
+        "random",
+        description="where the head starts: random; probe is logistic regression on the frozen backbone's features, "
+        "which costs one forward pass over the texts and gives a second floor to compare with (Kumar et al. 2022)",
     )
     learning_rate: float = Field(5e-4, gt=0, description="peak learning rate of AdamW, for adapter and head")
     scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
@@ -295,11 +318,42 @@ class TrainingConfig(Section):
     neftune_alpha: Annotated[float | None, Regularizer("neftune", off=None, usual=5)] = Field(
         None, gt=0, description="NEFTune noise (Jain et al. 2023); null is off"
     )
-    patience: int | None = Field(None, ge=1, description="stop after this many evaluations without a better F1")
+    patience: Literal["auto"] | Evaluations | None = Field(
+        "auto",
+        description="stop after this many evaluations without a better F1; auto: half the epochs if these are auto, "
+        "otherwise null, which never stops",
+    )
     eval_batch_size: int = Field(128, ge=1, description="texts per forward pass and device in evaluation")
     logging_steps: int = Field(20, ge=1, description="optimizer steps between two lines of log.jsonl")
     baseline: StrictBool = Field(True, description="also score character n-grams with logistic regression")
     report_to: tuple[str, ...] = Field((), description="experiment trackers: wandb, tensorboard, trackio, …")
+
+    @property
+    def micro_batch(self) -> int:
+        """`batch_size` as a number: the most that it can be if it is not decided."""
+        return 32 if self.batch_size == "auto" else self.batch_size
+
+    def decided(self, texts: int, sub_tokens: int, processes: int = 1) -> dict[str, Any]:
+        """Return the numbers for what is `auto` and depends on the training texts, by key.
+
+        Few texts need small batches and many epochs: 36 steps, 3 epochs of 400 texts in batches of 32, end in one
+        label for every text. `sub_tokens` counts those of all texts together.
+        """
+        found: dict[str, Any] = {}
+        passes, micro_batch = self.gradient_accumulation * processes, self.micro_batch
+        if self.batch_size == "auto":
+            step = 8 if texts < 4_000 else 16 if texts < 20_000 else 32
+            found["batch_size"] = micro_batch = max(1, step // passes)
+        if self.epochs == "auto":
+            per_pass: float = micro_batch
+            if self.tokens_per_batch is not None:
+                per_pass = max(1.0, self.tokens_per_batch / self.views / (sub_tokens / texts))
+            steps = 400 * max(texts / 300, 1.0) ** 0.4
+            epochs = math.ceil(steps / math.ceil(texts / (per_pass * passes)))
+            found["epochs"] = float(min(max(epochs, 2), 40))
+        if self.patience == "auto":
+            found["patience"] = math.ceil(found["epochs"] / 2) if "epochs" in found else None
+        return found
 
 
 class Recipe(Section):
@@ -335,6 +389,8 @@ class Recipe(Section):
         if self.masking.where != "all" or self.masking.decoder_p > 0:
             why = "masking.where and masking.decoder_p are for models that generate, in trainers of your own"
             raise ValueError(f"{why}: set masking.where=all and masking.decoder_p=0")
+        if self.model.pooling != "auto" and get_task(self.data.task).words_given:
+            raise ValueError("model.pooling: with a label for each word no text is pooled: set it to auto")
         if self.training.auto_batch and self.training.tokens_per_batch is not None:
             why = "training.auto_batch changes batch_size, which training.tokens_per_batch replaces"
             raise ValueError(f"{why}: set training.auto_batch=false, or training.tokens_per_batch=null")

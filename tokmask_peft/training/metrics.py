@@ -9,14 +9,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, softmax
 
-from tokmask_peft.errors import RunError
+from tokmask_peft.errors import RunError, read_json
 from tokmask_peft.tasks import NO_PREDICTION
 
 METRICS = ("f1_macro", "f1_weighted")
@@ -39,6 +40,12 @@ class Predictions:
     def to_dict(self) -> dict[str, list[list[int]]]:
         """Return a JSON-able form: a list of label ids per text, `NO_PREDICTION` for what was cut away."""
         return {"gold": [row.tolist() for row in self.gold], "predicted": [row.tolist() for row in self.predicted]}
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read what `to_dict` returned from a file; a RunError if it cannot be read."""
+        found = read_json(path, RunError, "bad-predictions")
+        return cls(*([np.array(row, dtype=np.int64) for row in found[part]] for part in ("gold", "predicted")))
 
 
 def scores(gold: NDArray[np.int64], predicted: NDArray[np.int64], labels: Sequence[str]) -> dict[str, Any]:

@@ -92,9 +92,13 @@ def scores_of(recipe: Recipe, found: Predictions, labels: Sequence[str], by_mixi
 
 
 def score_best(
-    trainer: OrderedEvalTrainer, recipe: Recipe, corpus: Corpus, splits: Mapping[str, Split]
+    trainer: OrderedEvalTrainer,
+    recipe: Recipe,
+    corpus: Corpus,
+    splits: Mapping[str, Split],
+    probed: Predictions | None = None,
 ) -> tuple[Result, dict[str, Predictions]]:
-    """Score the best checkpoint, which the trainer has loaded.
+    """Score the best checkpoint, which the trainer has loaded, next to what the head started from (`probed`).
 
     Returns what `result.json` will hold, except for decisions and speed, and the predictions for each split.
     """
@@ -102,9 +106,8 @@ def score_best(
     for name in ("validation", "test"):
         if name in splits:
             predictions[name], *logits[name] = trainer.predict_windows(splits[name])
-    baseline = None
+    baseline, scored = None, predictions["test" if corpus.test else "validation"]
     if recipe.training.baseline and trainer.is_world_process_zero():
-        scored = predictions["test" if corpus.test else "validation"]
         baseline = baseline_scores(corpus, trainer.compute_loss_func.weights, scored)
     truncation = {name: splits[name].encoded.truncation.to_dict() for name in ("train", "validation")}
     result = Result(
@@ -119,9 +122,49 @@ def score_best(
         test=scores_of(recipe, predictions["test"], corpus.all_labels) if "test" in predictions else None,
         calibration=calibrate(logits),
         baseline=baseline,
+        probe=None
+        if probed is None
+        else scores_of(recipe, probed, corpus.all_labels, by_mixing=False)
+        | compared(scored, probed, len(corpus.all_labels)),
         data=corpus.report.to_dict() | {"truncation": truncation},
     )
     return result, predictions
+
+
+def warnings_of(result: Result) -> list[dict[str, str]]:
+    """Return what a user must know before trusting a run's scores: a code, a sentence, and the key to change."""
+    scored, where, item = result.scored, result.scored_split, get_task(result.task).item
+    counts = dict(zip(scored["confusion"]["labels"], np.sum(scored["confusion"]["matrix"], axis=0), strict=True))
+    given = [label for label in result.labels if counts.get(label)]
+    found: list[tuple[str, str, str]] = []
+    if len(given) == 1 < len(result.labels):
+        says = f"every {item} of {where} gets the label '{given[0]}', so nothing was learned"
+        remedy = "train for more steps (training.epochs, training.batch_size), start with training.head=probe"
+        found.append(("one-label", f"{says}: {remedy}, or try another training.learning_rate", "training.epochs"))
+    elif never := [label for label in result.labels if label not in given and scored["per_class"][label]["support"]]:
+        remedy = "give rare labels more weight (training.class_weights=inverse), or join them (data.label_map)"
+        says = f"no {item} of {where} gets the label {_listed(never)}, although some have it: {remedy}"
+        found.append(("label-never-predicted", says, "training.class_weights"))
+    lacking = [label for label in result.labels if not result.validation["per_class"][label]["support"]]
+    if lacking:
+        says = f"no {item} of validation has the label {_listed(lacking)}, so it had no part in choosing the checkpoint"
+        remedy = "set aside more texts (data.validation=0.2), or join labels (data.label_map)"
+        found.append(("label-not-in-validation", f"{says}: {remedy}", "data.validation"))
+    floors = {"character n-grams": result.baseline, "a linear probe on the frozen backbone": result.probe}
+    for name, floor in floors.items():
+        if floor is None or floor["verdict"] == "beats":
+            continue
+        gain = scored["f1_macro"] - floor["f1_macro"]
+        interval = f"{gain:+.3f} macro-F1, 95% interval {floor['interval'][0]:+.3f} to {floor['interval'][1]:+.3f}"
+        how = "is below" if floor["verdict"] == "does not beat" else "cannot be told from"
+        remedy = "a backbone that knows these languages (model.backbone), more texts or more steps (training.epochs)"
+        says = f"the score on {where} {how} that of {name} ({interval}): {remedy} may help"
+        found.append(("not-above-floor", says, "model.backbone"))
+    return [{"code": code, "message": f"{says}.", "key": key} for code, says, key in found]
+
+
+def _listed(labels: Sequence[str]) -> str:
+    return ", ".join(f"'{label}'" for label in labels[:5]) + (f" and {len(labels) - 5} more" if labels[5:] else "")
 
 
 def check_best(trainer: OrderedEvalTrainer, result: Result, validation: Split) -> None:

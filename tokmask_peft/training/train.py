@@ -59,9 +59,11 @@ from tokmask_peft.training.callbacks import (
     StopOnSignal,
 )
 from tokmask_peft.training.environment import check_sharding, environment, peak_memory, processes, versions
+from tokmask_peft.training.head import choose_head, start_head
 from tokmask_peft.training.losses import ClassificationLoss, class_weights
 from tokmask_peft.training.memory import Lengths, before_training
-from tokmask_peft.training.scoring import check_best, score_best
+from tokmask_peft.training.metrics import Predictions
+from tokmask_peft.training.scoring import check_best, score_best, warnings_of
 from tokmask_peft.training.trainer import OrderedEvalTrainer, Split, check_trackers, training_arguments
 
 
@@ -126,6 +128,7 @@ def _train(recipe: Recipe, folder: RunFolder, process: PartialState, resume: boo
     prepared = prepare(recipe, process.device, console)
     print_lines(console, "Data", [*prepared.corpus.report.lines(), *_cut_lines(prepared)])
 
+    first = prepared.recipe.training
     clock, parameters = StepClock(), _trained(prepared.model) if recipe.training.auto_batch else {}
     untrained = {name: value.detach().cpu().clone() for name, value in parameters.items()}
     with prepared.memory_errors():
@@ -138,15 +141,17 @@ def _train(recipe: Recipe, folder: RunFolder, process: PartialState, resume: boo
                     raise
                 reason = in_short(error)  # not the error itself, which keeps the tensors of the step alive
             clear_device_cache(garbage_collection=True)
-            prepared = _with_smaller_batches(prepared, recipe, reason)
+            prepared = _with_smaller_batches(prepared, first, reason)
             for name, value in _trained(prepared.model).items():
                 value.grad = None
                 value.data.copy_(untrained[name])
             resume = folder.last_checkpoint() is not None
 
-        result, predictions = score_best(trainer, prepared.recipe, prepared.corpus, prepared.splits)
+        probed = Predictions.read(folder.probe) if folder.probe.is_file() else None
+        result, predictions = score_best(trainer, prepared.recipe, prepared.corpus, prepared.splits, probed)
         decisions = [asdict(decision) for decision in prepared.decisions]
         result = replace(result, decisions=decisions, speed=_speed(prepared, clock, trainer))
+        result = replace(result, warnings=warnings_of(result))
         check_best(trainer, result, prepared.splits["validation"])  # before anything says that the run is finished
         weights = gathered_weights(prepared.model)
         if trainer.is_world_process_zero():
@@ -188,6 +193,8 @@ def observe_training(
     run, display = RunFolder(folder), ProgressDisplay(prepared.console)
     with prepared.memory_errors():
         trainer = make_trainer(prepared, run, [display])
+        if prepared.recipe.training.head == "probe":
+            start_head(trainer, prepared.splits, recipe.seed)
         trainer.args.eval_strategy = trainer.args.save_strategy = "no"
         trainer.args.load_best_model_at_end = False
         for observer in observers(trainer, prepared.mask):
@@ -221,7 +228,8 @@ def prepare(recipe: Recipe, device: torch.device, console: Console) -> Prepared:
     with memory_errors(Situation("loading", recipe)):
         model, adapter_decisions = add_adapter(backbone, recipe.adapter, data.task, trained_row)
 
-    recipe = changed(recipe, {"training.batching": batching.choice})
+    head = choose_head(training.head, model, len(corpus.labels))
+    recipe = changed(recipe, {"training.batching": batching.choice, "training.head": head.choice})
     parts = {"train": corpus.train, "validation": corpus.validation, "test": corpus.test}
     splits = {
         name: Split(examples, backbone.tokenizer, data.task, corpus.all_labels, data.max_length)
@@ -231,18 +239,27 @@ def prepare(recipe: Recipe, device: torch.device, console: Console) -> Prepared:
     trained, *evaluated = splits.values()
     windows = tuple([len(window.ids) for window in split.windows] for split in evaluated)
     lengths = Lengths(trained.lengths, windows)
+    numbers = training.decided(len(trained.lengths), sum(trained.lengths), processes().num_processes)
+    recipe = changed(recipe, {f"training.{key}": value for key, value in numbers.items()})
     recipe, memory_decision, warning = before_training(recipe, backbone, batching.choice, lengths, device)
     if recipe.model.gradient_checkpointing is True:
         enable_checkpointing(model)
     if warning is not None:
         console.print(f"{warning}\n", markup=False)
+    why = f"training.{{}} is auto, and there are {len(trained.lengths):,} training texts"
     decisions = (
         *corpus.report.decisions,
         *backbone.decisions,
+        *(
+            Decision(key.replace("_", " "), "none" if value is None else f"{value:g}", why.format(key))
+            for key, value in numbers.items()
+            if key != "patience" or value is not None
+        ),
         batching,
         memory_decision,
         mask_decision,
         *adapter_decisions,
+        *([head] if training.head == "probe" else []),
     )
     print_decisions(console, decisions)
     movable, checkpointable = placement_problem(backbone.model) is None, loaded.supports_gradient_checkpointing
@@ -270,7 +287,7 @@ def make_trainer(prepared: Prepared, run: RunFolder, callbacks: list[TrainerCall
     """Return the trainer, with `callbacks` in addition to those of every training."""
     recipe, training, task = prepared.recipe, prepared.recipe.training, get_task(prepared.recipe.data.task)
     tokenizer, validation = prepared.backbone.tokenizer, prepared.splits["validation"]
-    patience = [] if training.patience is None else [Patience(training.patience)]
+    patience = [Patience(training.patience)] if isinstance(training.patience, int) else []
     counts = count_labels(prepared.corpus.train)
     weights = class_weights(training.class_weights, {label: counts[label] for label in prepared.corpus.labels})
     gamma = training.focal_gamma if training.loss == "focal" else 0.0
@@ -322,6 +339,11 @@ def _attempt(prepared: Prepared, asked: Recipe, run: RunFolder, clock: StepClock
     with boundary(step, RunError), stop, contextlib.closing(display):
         if checkpoint is not None and (checkpoint / SAFETENSORS_WEIGHTS_NAME).is_file():  # FSDP may save shards instead
             check_fit(prepared.model, prepared.backbone.tokenizer, checkpoint)
+        if checkpoint is None and prepared.recipe.training.head == "probe":
+            line, probed = start_head(trainer, prepared.splits, prepared.recipe.seed)
+            say(line)
+            if trainer.is_world_process_zero():  # a resumed run takes the head from its checkpoint
+                write_json(run.probe, probed.to_dict(), indent=None)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if stop.stopped:
         where = f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}"
@@ -348,6 +370,7 @@ def save_adapter_folder(
             quantization=backbone.quantization,
             precision=PRECISIONS[backbone.dtype],
             embedding=recipe.model.embedding,
+            pooling=recipe.model.pooling,
             weights=backbone.weights,
             scaling=recipe.adapter.scaling,
         ),
@@ -361,19 +384,19 @@ def _trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     return {name: value for name, value in model.named_parameters() if value.requires_grad}
 
 
-def _with_smaller_batches(prepared: Prepared, asked: Recipe, reason: str) -> Prepared:
+def _with_smaller_batches(prepared: Prepared, first: TrainingConfig, reason: str) -> Prepared:
     """Take fewer texts at a time for the same optimizer step, after memory ran out for `reason`.
 
     The Trainer's own `auto_find_batch_size` makes the optimizer step smaller, too, and keeps half-trained weights.
     """
     training = prepared.recipe.training
-    smaller = smaller_batch(training.batch_size, training.gradient_accumulation)
+    smaller = smaller_batch(training.micro_batch, training.gradient_accumulation)
     if smaller is None:
         what = f"with a single text of up to {prepared.recipe.data.max_length} sub-tokens"
         raise memory_error(replace(prepared.situation, recipe=prepared.recipe), what, reason, RunError)
     texts, times = smaller
     prepared.console.print(f"Out of memory: continuing with {texts} texts, {times} times a step.")
-    why = f"{asked.training.batch_size} times {asked.training.gradient_accumulation} ran out of memory"
+    why = f"{first.micro_batch} times {first.gradient_accumulation} ran out of memory"
     decisions = [decision for decision in prepared.decisions if decision.what != "micro-batch"]
     decisions.append(Decision("micro-batch", f"{texts} times {times}", why))
     size = {"training.batch_size": texts, "training.gradient_accumulation": times}
@@ -415,5 +438,5 @@ def tokens_per_step(training: TrainingConfig, lengths: Sequence[int], batches: i
     `lengths` are those of the texts to train on; `batches` counts those of one process in an epoch, if a budget of
     sub-tokens makes them.
     """
-    texts = training.batch_size * processes if batches is None else len(lengths) / max(batches, 1)
+    texts = training.micro_batch * processes if batches is None else len(lengths) / max(batches, 1)
     return texts * training.views * training.gradient_accumulation * sum(lengths) / max(len(lengths), 1)

@@ -269,25 +269,30 @@ class OrderedEvalTrainer(Trainer):
         return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
 
     def predict_windows(self, split: Split) -> tuple[Predictions, NDArray[np.float64], NDArray[np.int64]]:
-        """Return what `Split.joined` does of the model's answers to a split's windows.
+        """Return what `Split.joined` does of the model's answers to a split's windows."""
+        return split.joined(self.answers(split.window_dataset)[0])
+
+    def answers(self, dataset: Dataset) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Return what the model puts out where an item is labelled, `[items, outputs]`, and the labels, `[items]`.
 
         Raises:
-            RunError: the logits do not belong to the predictions.
+            RunError: the outputs are not in the order of the texts.
         """
         self._logits = []
         compute, self.compute_metrics = self.compute_metrics, None
         try:
-            output = self.predict(split.window_dataset)
+            output = self.predict(dataset)
             shares = gather_object([self._logits])
         finally:
             self._logits, self.compute_metrics = None, compute
-        predicted = output.predictions[output.label_ids != IGNORED]
+        labelled = output.label_ids != IGNORED
+        predicted = output.predictions[labelled]
         logits = in_order(shares, len(predicted))
         of_predicted = np.take_along_axis(logits, predicted[:, None], axis=-1)[:, 0]
         if not np.array_equal(of_predicted, logits.max(-1), equal_nan=True):
             problem = "the logits of the final evaluation are not in the order of its texts; please report this"
             raise RunError(problem, code="wrong-order")
-        return split.joined(logits)
+        return logits, output.label_ids[labelled]
 
     def _label_ids(self, logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:
         """Return the predicted label ids of a batch, `[batch, …]`; the logits of labelled positions are kept if asked.
@@ -341,9 +346,9 @@ def training_arguments(
         run_name=recipe.name,
         seed=recipe.seed,
         data_seed=recipe.seed,
-        num_train_epochs=training.epochs,
+        num_train_epochs=float(training.epochs),
         max_steps=training.max_steps or -1,
-        per_device_train_batch_size=training.batch_size,
+        per_device_train_batch_size=training.micro_batch,
         per_device_eval_batch_size=training.eval_batch_size,
         gradient_accumulation_steps=training.gradient_accumulation,
         train_sampling_strategy="group_by_length" if training.batching == "grouped" else "random",

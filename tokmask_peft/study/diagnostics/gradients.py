@@ -146,7 +146,9 @@ def diagnose(recipe: Recipe, plan: GradientPlan, *, quiet: bool = False) -> Repo
     sizes: dict[str, int] = {}
 
     def observers(trainer: OrderedEvalTrainer, mask: MaskToken | None) -> list[TrainerCallback]:
-        texts = draw_batches(len(trainer.train_dataset), plan.batches, recipe.training.batch_size, recipe.seed)
+        texts = draw_batches(
+            len(trainer.train_dataset), plan.batches, trainer.args.per_device_train_batch_size, recipe.seed
+        )
         meter = GradientMeter(trainer, texts, plan.rates, plan.draws, recipe.masking, mask, recipe.seed)
         sizes.update(meter.sizes)
 
@@ -165,7 +167,7 @@ def diagnose(recipe: Recipe, plan: GradientPlan, *, quiet: bool = False) -> Repo
         "rates": list(plan.rates),
         "draws": plan.draws,
         "batches": plan.batches,
-        "batch_size": recipe.training.batch_size,
+        "batch_size": decided.training.micro_batch,
         "parameters": sizes,
         "points": points,
         "meaning": MEANING,

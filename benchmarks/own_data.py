@@ -1,0 +1,137 @@
+"""What a file of one's own gets with nothing set: the adapter compared with character n-grams, on ten corpora.
+
+    TOKMASK_DATA=FOLDER TOKMASK_BACKBONES=FOLDER python benchmarks/own_data.py [--only kin,trec] [--sizes 360]
+        [--seeds 1,2,3] [--set KEY=VALUE …]
+
+A cell is a corpus, a number of texts and a seed, which draws the texts, and of these the validation texts; the test
+texts are the corpus's own, at most 1,000. The backbone is multilingual-e5-small, `e5-small` below TOKMASK_BACKBONES.
+`--set` changes keys of the recipe and makes an arm of its own. Cells that are in `results/own_data.json` already are not
+run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tokmask_peft import train
+from tokmask_peft.console import quiet_libraries
+from tokmask_peft.data.corpus import load_corpus
+from tokmask_peft.recipe.loading import load_recipe
+from tokmask_peft.recipe.schema import DataConfig
+from tokmask_peft.tasks import Example, get_task
+from tokmask_peft.training.environment import environment
+
+RESULT = Path(__file__).parent / "results" / "own_data.json"
+BACKBONE = Path(__file__).parent.parent / "recipes" / "_backbones" / "e5-small.yaml"
+CORPORA: dict[str, dict[str, Any]] = {
+    **{name: {"task": "sequence", "path": f"afrisenti/{name}"} for name in ("kin", "swa", "tso", "twi")},
+    "sentimix": {"task": "sequence", "path": "sentimix_spanglish", "format": "tsv", "validation": 0.1, "test": "dev"},
+    "mesent": {"task": "sequence", "path": "mesent_mar_eng_sentiment"},
+    "trec": {"task": "sequence", "path": "trec6", "validation": 0.1},
+    "melid": {"task": "token", "path": "melid_mar_eng"},
+    "sagt-lid": {"task": "token", "path": "ud_tur_deu_sagt"},
+    "lince-lid": {"task": "token", "path": "lince_lid_spaeng", "validation": 0.1, "test": "validation"},
+}
+SIZES, MOST, TESTED = (360, 1000, 5000), 5000, 1000
+
+
+def write_file(path: Path, examples: Sequence[Example], task: str) -> None:
+    """Write texts as JSON lines."""
+    text, label = get_task(task).text_columns[0], get_task(task).label_columns[0]
+    rows = ({text: example.text, label: example.label} for example in examples)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def run_cell(corpus: str, size: int, seed: int, changes: Sequence[str], folder: Path) -> dict[str, Any]:
+    """Train on a file of `size` texts as a newcomer would; return the scores."""
+    found = CORPORA[corpus]
+    task, path = found["task"], str(Path(os.environ["TOKMASK_DATA"]) / found["path"])
+    read = load_corpus(DataConfig(**found | {"path": path, "hygiene": "report"}), 0)
+    own, scored = [*read.train, *read.validation], list(read.test or ())
+    draw = random.Random(seed)
+    write_file(folder / "train.jsonl", draw.sample(own, min(size, len(own))), task)
+    write_file(folder / "test.jsonl", random.Random(0).sample(scored, min(TESTED, len(scored))), task)
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(
+        f"base: {BACKBONE}\nname: run\noutput_dir: {folder}\nseed: {seed}\n"
+        f"model: {{backbone_path: {os.environ['TOKMASK_BACKBONES']}/e5-small}}\n"
+        f"data: {{task: {task}, path: {folder}, validation: 0.15, test: test}}\n",
+        encoding="utf-8",
+    )
+    start, cpu = time.perf_counter(), time.process_time()
+    result = train(load_recipe(recipe, list(changes)), quiet=True).result
+    baseline, probe = result.baseline or {}, result.probe or {}
+    return {
+        "texts": len(own) if size > len(own) else size,
+        "f1_macro": result.scored["f1_macro"],
+        "floor": baseline["f1_macro"],
+        "interval": baseline["interval"],
+        "verdict": baseline["verdict"],
+        "probe": probe.get("f1_macro"),
+        "constant": any(warning["code"] == "one-label" for warning in result.warnings),
+        "warnings": [warning["code"] for warning in result.warnings],
+        "decided": {one["what"]: one["choice"] for one in result.decisions},
+        "steps": result.steps,
+        "best_step": result.best_step,
+        "seconds": round(time.perf_counter() - start, 1),
+        "cpu_seconds": round(time.process_time() - cpu, 1),
+    }
+
+
+def table(cells: Sequence[dict[str, Any]]) -> str:
+    """Return the cells of each arm, corpus and size as Markdown, the mean over seeds."""
+    head = "| arm | corpus | texts | seeds | adapter | n-grams | gain | frozen | verdicts | constant | CPU seconds |"
+    lines = [head, "|" + "---|" * 11]
+    order = lambda cell: (cell["arm"], [*CORPORA].index(cell["corpus"]), cell["size"])  # noqa: E731
+    for (arm, _, size), group in itertools.groupby(sorted(cells, key=order), key=order):
+        rows = list(group)
+        score, floor, cpu = (statistics.mean(row[key] for row in rows) for key in ("f1_macro", "floor", "cpu_seconds"))
+        probes = [row["probe"] for row in rows if row["probe"] is not None]
+        frozen = f"{statistics.mean(probes):.3f}" if probes else ""
+        verdicts = ", ".join(row["verdict"] for row in rows)
+        constant = sum(row["constant"] for row in rows)
+        lines.append(
+            f"| {arm or 'default'} | {rows[0]['corpus']} | {size:,} | {len(rows)} | {score:.3f} | {floor:.3f} | "
+            f"{score - floor:+.3f} | {frozen} | {verdicts} | {constant} | {cpu:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run the cells that are missing, and print all."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--only", default=",".join(CORPORA), help="corpora")
+    options.add_argument("--sizes", default=",".join(map(str, SIZES)))
+    options.add_argument("--seeds", default="1,2,3")
+    options.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="keys of an arm of its own")
+    options.add_argument("--out", type=Path, default=RESULT)
+    given = options.parse_args()
+    quiet_libraries()
+    sizes, seeds = ([int(part) for part in text.split(",")] for text in (given.sizes, given.seeds))
+    for seed, size, corpus in itertools.product(seeds, sizes, given.only.split(",")):
+        done = json.loads(given.out.read_text(encoding="utf-8")) if given.out.is_file() else {"cells": []}
+        cell = {"arm": " ".join(sorted(given.set)), "corpus": corpus, "size": size, "seed": seed}
+        if any(cell.items() <= other.items() for other in done["cells"]):
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            cell |= run_cell(corpus, size, seed, given.set, Path(folder))
+        import torch
+
+        done = {"cells": [*done["cells"], cell], "environment": environment(torch.device("cpu"))}
+        given.out.write_text(json.dumps(done, indent=1) + "\n", encoding="utf-8")
+        print(f"{cell['arm']} {corpus} {size} {seed}: {cell['f1_macro']:.3f}, floor {cell['floor']:.3f}", flush=True)
+    print(table(json.loads(given.out.read_text(encoding="utf-8"))["cells"]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""`model.pooling` in whole runs: packed as padded, saved, loaded with stock PEFT by the card's lines, not exported."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import TEXTS, build, encode
+
+from tokmask_peft import Recipe, load, train
+from tokmask_peft.data.batches import PackedCollator
+from tokmask_peft.errors import ModelError, RecipeError
+from tokmask_peft.inference.export import export_merged
+from tokmask_peft.model.layers import pool_texts, pooled
+from tokmask_peft.model.packed import enable_padding_free
+from tokmask_peft.recipe.loading import load_recipe
+
+
+@pytest.mark.parametrize("how", ["mean", "max"])
+@pytest.mark.parametrize("family", ["bert", "xlm-r", "distilbert", "modernbert", "qwen2", "gemma3"])
+def test_the_head_reads_all_states_packed_or_padded_alone_or_not(family, how):
+    model, tokenizer = build(family, task="sequence", labels=3)
+    before = model(**encode(tokenizer, TEXTS)).logits
+    pool_texts(model, how)
+    alone = torch.cat([model(**encode(tokenizer, [text])).logits for text in TEXTS])
+    together = model(**encode(tokenizer, TEXTS)).logits
+    torch.testing.assert_close(together, alone, atol=2e-5, rtol=1e-4)
+    assert (together - before).abs().max() > 1e-3
+    if family not in ("modernbert", "gemma3"):
+        enable_padding_free(model)
+        rows = [{"input_ids": tokenizer(text)["input_ids"], "labels": 0} for text in TEXTS]
+        packed = model(**PackedCollator("sequence")(rows)).logits
+        torch.testing.assert_close(packed, alone, atol=2e-5, rtol=1e-4)
+
+
+def test_padding_is_left_out():
+    states, mask = torch.randn(2, 5, 3), torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
+    torch.testing.assert_close(pooled(states, mask, "mean")[1, 0], states[1, :2].mean(0))
+    torch.testing.assert_close(pooled(states, mask, "max")[1, 0], states[1, :2].amax(0))
+
+
+@pytest.mark.parametrize(("family", "how"), [("bert", "mean"), ("xlm-r", "max")])
+def test_a_run_is_saved_and_loads_with_stock_peft_and_the_lines_of_its_card(write_recipe, tmp_path, family, how):
+    run = train(Recipe.load(write_recipe(family), [f"model.pooling={how}", "training.max_steps=4"]), quiet=True)
+    adapter = run.folder.adapter
+    assert json.loads((adapter / "tokmask.json").read_text())["loading"]["pooling"] == how
+    moved = adapter.rename(tmp_path / "moved")  # without the run's recipe
+    classifier = load(moved, backbone=run.recipe.model.backbone)
+    expected = [list(one.probabilities.values()) for one in classifier.predict(TEXTS)]
+    code = (
+        (moved / "README.md").read_text().split("```python\n")[1].split("```")[0].replace("PATH_OR_HUB_ID", str(moved))
+    )
+    code = code.replace('["This phone is bien bonito"]', repr(TEXTS)) + "\nprint(probabilities.tolist())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    stock = np.log(json.loads(done.stdout.splitlines()[-1])) / classifier.temperature
+    stock = np.exp(stock) / np.exp(stock).sum(-1, keepdims=True)
+    np.testing.assert_allclose(stock, expected, atol=1e-4)
+    with pytest.raises(ModelError) as caught:
+        export_merged(moved, tmp_path / "merged", backbone=run.recipe.model.backbone)
+    assert caught.value.code == "pooling-not-exportable"
+
+
+def test_what_does_not_fit_is_refused(write_recipe):
+    with pytest.raises(RecipeError, match=r"model\.pooling"):
+        load_recipe(write_recipe("bert", "token"), ["model.pooling=mean"])
+    model, _ = build("qwen2", task="sequence", labels=3)
+    with pytest.raises(ModelError) as caught:
+        pool_texts(model, "cls")
+    assert caught.value.code == "pooling"

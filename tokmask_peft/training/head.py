@@ -1,0 +1,134 @@
+"""The head that starts from a linear probe on the frozen backbone (LP-FT: Kumar et al. 2022, arXiv:2202.10054).
+
+Fine-tuning from a random head first bends the features towards its random directions. Here the head's last layer
+starts as the logistic regression that fits the features as they are, so that not even the first steps answer one
+label for every text, and its score says what the backbone knows without an adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import numpy as np
+import torch
+from accelerate.utils import parse_flag_from_env
+from numpy.typing import NDArray
+from torch import nn
+
+from tokmask_peft.console import Decision
+from tokmask_peft.tasks import IGNORED
+from tokmask_peft.training.metrics import Predictions, scores
+from tokmask_peft.training.trainer import OrderedEvalTrainer, Split
+
+STRENGTHS = (0.001, 0.01, 0.1, 1.0)
+"""Values of C that validation chooses from; features have a variance of 1."""
+
+MOST = 20_000
+"""Texts or words that the probe learns from: more take memory (31 MB for 384 features) and change little."""
+
+
+def _last_layer(model: nn.Module, classes: int) -> tuple[nn.Module, str] | None:
+    """Return the module that holds the head's last layer, and the layer's name in it, or None if it is not linear."""
+    layers = (
+        name
+        for name, part in model.named_modules()
+        if isinstance(part, nn.Linear) and part.out_features == classes and part.weight.requires_grad
+    )
+    name = next((found for found in reversed([*layers]) if "lora_" not in found), None)
+    if name is None:
+        return None
+    parent, _, own = name.rpartition(".")
+    return model.get_submodule(parent), own
+
+
+def choose_head(wanted: str, model: nn.Module, classes: int) -> Decision:
+    """Choose where the head starts, as `training.head` says, or at random if there can be no probe.
+
+    A head with a dense layer before its last one (XLM-R, DistilBERT, a BERT's pooler) keeps that layer as it is: the
+    features are what the last layer gets.
+    """
+    if wanted == "probe":
+        if classes < 2:
+            return Decision("head", "random", "a probe needs two classes or more")
+        if _last_layer(model, classes) is None:
+            return Decision("head", "random", "the last layer of this head is not linear, so no probe can start it")
+        if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+            return Decision("head", "random", "a probe needs whole weights, which FSDP shards")
+    return Decision("head", wanted, "logistic regression on the frozen backbone's features")
+
+
+def start_head(trainer: OrderedEvalTrainer, splits: Mapping[str, Split], seed: int) -> tuple[str, Predictions]:
+    """Put a linear probe into the head of a model whose adapter has not learned yet. For all processes.
+
+    Validation chooses the strength of the regularization; the class weights are those of the run.
+
+    Returns:
+        A line on what was done, and the probe's predictions for test or, without one, validation.
+    """
+    labels, loss = splits["train"].labels, trainer.compute_loss_func
+    parent, name = cast("tuple[nn.Module, str]", _last_layer(trainer.model, trainer.model.config.num_labels))
+    layer: Any = getattr(parent, name)
+    parent.add_module(name, nn.Identity())  # the model then puts out what the layer gets
+    trainer.compute_loss_func = lambda outputs, *_, **__: outputs.logits.new_zeros(())
+    try:
+        features, gold = trainer.answers(_some(splits["train"].encoded.dataset, seed))
+        unseen, unseen_gold = trainer.answers(splits["validation"].dataset)
+    finally:
+        parent.add_module(name, layer)
+        trainer.compute_loss_func = loss
+    tried = []
+    for strength in STRENGTHS:
+        weight, bias = probe(features, gold, strength, layer.out_features, layer.bias is not None, loss.weights)
+        predicted = (unseen @ weight.T + bias).argmax(-1)
+        tried.append((scores(unseen_gold, predicted, labels)["f1_macro"], strength, weight, bias))
+    score, strength, weight, bias = max(tried, key=lambda one: one[0])
+    with torch.no_grad():
+        layer.weight.copy_(torch.from_numpy(weight))
+        if layer.bias is not None:
+            layer.bias.copy_(torch.from_numpy(bias))
+    predictions, *_ = trainer.predict_windows(splits.get("test", splits["validation"]))
+    # an evaluation wraps `forward` for autocast, and so will the training
+    trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    line = f"The head starts from a linear probe: {score:.4f} macro-F1 on validation (C = {strength:g})."
+    return line, predictions
+
+
+def _some(dataset: Any, seed: int) -> Any:
+    """Return the texts that the probe learns from: all, or as many, drawn at random, as have `MOST` labels."""
+    counts = np.array([int((np.asarray(row) != IGNORED).sum()) for row in dataset["labels"]])
+    order = np.random.default_rng([seed, 0x9E0B]).permutation(len(dataset))
+    return dataset.select(np.sort(order[counts[order].cumsum() <= max(MOST, counts.max())]))
+
+
+def probe(
+    features: NDArray[Any], gold: NDArray[Any], strength: float, classes: int, with_bias: bool, weights: Any = None
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Fit logistic regression with C = `strength`; return the weights, `[classes, features]`, and biases, `[classes]`.
+
+    They are for features as they are: what standardised them is folded in. A layer without a bias gets features that
+    are scaled only. A class that no item has is never the answer, if the layer has a bias.
+
+    Args:
+        features: `[items, features]`.
+        gold: `[items]` label ids.
+        strength: of the fit; a small one keeps the weights small.
+        classes: outputs of the layer.
+        with_bias: whether the layer has a bias.
+        weights: of the classes, `[classes]`, None for equal ones.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    features = features.astype(np.float64)
+    mean, scale = features.mean(0) * with_bias, features.std(0) + 1e-6
+    by_item = None if weights is None else np.asarray(weights, dtype=np.float64)[gold]
+    fitted = LogisticRegression(C=strength, fit_intercept=with_bias, max_iter=300, tol=3e-4)
+    fitted.fit((features - mean) / scale, gold, sample_weight=by_item)
+    coefficients, intercepts = fitted.coef_ / scale, np.broadcast_to(fitted.intercept_, len(fitted.coef_))
+    if len(coefficients) == 1:  # one row of log odds for two classes
+        coefficients, intercepts = np.vstack([-coefficients, coefficients]) / 2, np.array([-1, 1]) * intercepts / 2
+    intercepts = intercepts - coefficients @ mean
+    weight = np.zeros((classes, features.shape[1]))
+    bias = np.full(classes, intercepts.min() - 10.0 if with_bias else 0.0)
+    weight[fitted.classes_], bias[fitted.classes_] = coefficients, intercepts
+    return weight.astype(np.float32), bias.astype(np.float32)
