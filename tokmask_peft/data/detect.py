@@ -109,9 +109,9 @@ def find_splits(paths: Sequence[Path], ask: Ask = likeliest) -> dict[str, Path]:
         remedy = "give one file, or name them train, dev (or validation) and test"
         raise DataError(f"{problem}: {remedy}", code="no-train", files=tuple(map(str, files)))
     named = [group for group in sets if _role(group["train"])[0]] or sets
-    names = [str(group["train"].name) for group in named]
-    chosen = names[0] if len(named) == 1 else ask("FILE", "Several sets of files are there. Which is train?", names)
-    return named[names.index(chosen)]
+    trains = [str(group["train"].name) for group in named]
+    chosen = trains[0] if len(named) == 1 else ask("FILE", "Several sets of files are there. Which is train?", trains)
+    return named[trains.index(chosen)]
 
 
 def _data_files(folder: Path) -> list[Path]:

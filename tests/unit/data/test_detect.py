@@ -5,34 +5,52 @@ import json
 import pytest
 
 from tokmask_peft.data.corpus import load_corpus
-from tokmask_peft.data.detect import detect, find_splits, looks_english, merges, scripts
-from tokmask_peft.errors import DataError
+from tokmask_peft.data.detect import detect
 from tokmask_peft.recipe.schema import DataConfig
 
-WORDS = "casa phone hoy really bueno work amigo very malo sad luz river papa green voy went".split()
+WORDS = [
+    "casa",
+    "phone",
+    "hoy",
+    "really",
+    "bueno",
+    "work",
+    "amigo",
+    "very",
+    "malo",
+    "sad",
+    "luz",
+    "river",
+    "papa",
+    "green",
+    "voy",
+    "went",
+]
 TEXTS = [" ".join(WORDS[(at * step) % 16] for step in range(1, 4 + at % 5)) + f" n{at}" for at in range(40)]
-MOOD = [("pos", "neg")[at % 2] for at in range(40)]
+MOODS = [("pos", "neg")[at % 2] for at in range(40)]
+PAIRS = list(zip(TEXTS, MOODS, strict=True))
 TAGS = [["es" if word in WORDS[::2] else "en" for word in text.split()] for text in TEXTS]
+TAGGED = [(text.split(), tags) for text, tags in zip(TEXTS, TAGS, strict=True)]
 
 
 def rows(separator, header="", quote=""):
     lines = [header] if header else []
-    lines += [f"{quote}{text}{quote}{separator}{label}" for text, label in zip(TEXTS, MOOD, strict=True)]
+    lines += [f"{quote}{text}{quote}{separator}{label}" for text, label in PAIRS]
     return "\n".join(lines) + "\n"
 
 
 def blocks(line, before="", end="\n"):
     """Return a word a line; `line` and `before` are formats with {text}, {word} and {tag}."""
     texts = []
-    for at, text in enumerate(TEXTS):
-        pairs = zip(text.split(), TAGS[at], strict=True)
-        body = "".join(line.format(at=at, word=word, tag=tag, n=n) + "\n" for n, (word, tag) in enumerate(pairs, 1))
-        texts.append(before.format(at=at, mood=MOOD[at]) + body)
+    for at, (words, tags) in enumerate(TAGGED):
+        pairs = enumerate(zip(words, tags, strict=True), 1)
+        body = "".join(line.format(at=at, word=word, tag=tag, n=n) + "\n" for n, (word, tag) in pairs)
+        texts.append(before.format(at=at, mood=MOODS[at]) + body)
     return end.join(texts)
 
 
 def listed(shape):
-    pairs = [(shape(text.split()), shape(tags)) for text, tags in zip(TEXTS, TAGS, strict=True)]
+    pairs = [(shape(words), shape(tags)) for words, tags in TAGGED]
     return "words,lid\n" + "".join(f'"{words}","{tags}"\n' for words, tags in pairs)
 
 
@@ -42,7 +60,7 @@ KINDS = {
     "usual names": ("a.tsv", rows("\t", "text\tlabel"), SEQUENCE | NAMED),
     "own names": (
         "a.tsv",
-        "id\tSentence\tcategory\n" + "".join(f"{at}\t{t}\t{m} \n" for at, (t, m) in enumerate(zip(TEXTS, MOOD))),
+        "id\tSentence\tcategory\n" + "".join(f"{at}\t{t}\t{m} \n" for at, (t, m) in enumerate(PAIRS)),
         SEQUENCE | {"text_column": "Sentence", "label_column": "category"},
     ),
     "semicolons": ("a.csv", rows(";", "tweet;sentiment").replace("hoy", "1,5"), SEQUENCE | {"text_column": "tweet"}),
@@ -74,23 +92,25 @@ KINDS = {
         "a.csv",
         "".join(
             ("" if n else f'"T: {at}"') + f",{word},{tag}\n"
-            for at, text in enumerate(TEXTS)
-            for n, (word, tag) in enumerate(zip(text.split(), TAGS[at]))
+            for at, (words, tags) in enumerate(TAGGED)
+            for n, (word, tag) in enumerate(zip(words, tags, strict=True))
         ),
         TOKEN | {"text_column": 1, "label_column": 2, "group_column": 0},
     ),
-    "json lists in cells": ("a.csv", listed(lambda row: json.dumps(row).replace('"', '""')), TOKEN | {"label_column": "lid"}),
+    "json lists in cells": (
+        "a.csv", listed(lambda row: json.dumps(row).replace('"', '""')), TOKEN | {"label_column": "lid"}
+    ),
     "python lists in cells": ("a.csv", listed(repr), TOKEN | {"text_column": "words"}),
     "numpy lists in cells": ("a.csv", listed(lambda row: repr(row).replace(",", "")), TOKEN | {"label_column": "lid"}),
     "numbers as labels": ("a.tsv", rows("\t", "text\tlabel").replace("pos", "1.0").replace("neg", "0"), SEQUENCE),
     "json lines": (
         "a.jsonl",
-        "".join(json.dumps({"id": at, "tweet": t, "class": m}) + "\n" for at, (t, m) in enumerate(zip(TEXTS, MOOD))),
+        "".join(json.dumps({"id": at, "tweet": t, "class": m}) + "\n" for at, (t, m) in enumerate(PAIRS)),
         SEQUENCE | {"text_column": "tweet", "label_column": "class"},
     ),
     "words as strings": (
         "a.csv",
-        "text,langs\n" + "".join(f"{text},{' '.join(tags)}\n" for text, tags in zip(TEXTS, TAGS)),
+        "text,langs\n" + "".join(f"{' '.join(words)},{' '.join(tags)}\n" for words, tags in TAGGED),
         TOKEN | {"text_column": "text", "label_column": "langs"},
     ),
 }  # fmt: skip
