@@ -293,7 +293,7 @@ def _settings(content: dict[str, Any], corpus: Corpus, cost: _Cost | None) -> It
     if "epochs" not in training:
         training["epochs"] = min(max(3, -(-LEAST_STEPS // steps)), 30)
         total = training["epochs"] * steps
-        reason = f"{total:,} steps of {training['batch_size']} texts: few texts need more passes"
+        reason = f"{total:,} optimizer steps with {training['batch_size']} texts each"
         yield Decision("training.epochs", str(training["epochs"]), reason)
 
 

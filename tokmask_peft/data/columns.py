@@ -68,9 +68,7 @@ def written(value: Any) -> str:
         return ", ".join(f"{old} -> {new}" for old, new in value.items())
     if isinstance(value, list | tuple):
         return ", ".join(repr(one) for one in value)
-    return str(
-        {None: "null", True: "true", False: "false"}.get(value, value) if value in (None, True, False) else value
-    )
+    return {"None": "null", "True": "true", "False": "false"}.get(str(value), str(value))
 
 
 def some(values: Iterable[str] | Counter[str]) -> str:
@@ -192,11 +190,11 @@ class Table:
         names = [column.name for column in likely]
         chosen = likely[names.index(self.found.pick(f"data.{key}", question, names))]
         value = self.columns.index(chosen) if self.headless else chosen.name
-        many = (
-            f"{len(chosen.values):,} values: {some(chosen.values)}" if key == "label_column" else some(chosen.strings)
-        )
+        shown = f"{len(chosen.values):,} values: {some(chosen.values)}"
+        if key == "text_column":
+            shown = f"such as “{' '.join(chosen.strings[0].split())[:60]}”"
         others = f"; or is it {' or '.join(name for name in names if name != chosen.name)}?" if len(names) > 1 else ""
-        self.found.decide(key, value, many + others)
+        self.found.decide(key, value, shown + others)
         return chosen
 
     def _texts(self) -> list[_Column]:

@@ -63,7 +63,7 @@ def detect(
         DataError: there is nothing to learn from; says what was found and what to do.
     """
     found = Findings(dict(given), ask)
-    splits = find_splits(paths, ask)
+    splits = find_splits(paths, found)
     find_form(splits["train"], found)
     _place_splits(splits, found)
     return found, _read_whole(found, seed)
@@ -72,7 +72,7 @@ def detect(
 # -- which file is which split --
 
 
-def find_splits(paths: Sequence[Path], ask: Ask = likeliest) -> dict[str, Path]:
+def find_splits(paths: Sequence[Path], found: Findings) -> dict[str, Path]:
     """Return the file of each split by the names of the files; `train` is always there.
 
     A folder, or files; next to a single file that is named as a split, those of its other splits are looked for.
@@ -110,7 +110,10 @@ def find_splits(paths: Sequence[Path], ask: Ask = likeliest) -> dict[str, Path]:
         raise DataError(f"{problem}: {remedy}", code="no-train", files=tuple(map(str, files)))
     named = [group for group in sets if _role(group["train"])[0]] or sets
     trains = [str(group["train"].name) for group in named]
-    chosen = trains[0] if len(named) == 1 else ask("FILE", "Several sets of files are there. Which is train?", trains)
+    chosen = found.pick("FILE", "Several sets of files are there. Which is train?", trains)
+    if len(trains) > 1:
+        others = ", ".join(name for name in trains if name != chosen)
+        found.decisions.append(Decision("FILE", chosen, f"or is it {others}? Then give that file"))
     return named[trains.index(chosen)]
 
 
@@ -313,11 +316,6 @@ def _read_whole(found: Findings, seed: int) -> Corpus:
         if not merged or "label_map" in data:
             break
         found.decide("label_map", merged, "the labels differ in case, blanks or one letter")
-    report = corpus.report
-    for name, split in report.splits.items():
-        labels = ", ".join(f"{label} {count:,}" for label, count in list(split.labels.items())[:8])
-        more = f" and {len(split.labels) - 8} more labels" if len(split.labels) > 8 else ""
-        found.decisions.append(Decision(f"data.{name}", f"{split.texts:,} texts", f"{labels}{more}"))
     return corpus
 
 
