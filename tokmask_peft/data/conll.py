@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 from tokmask_peft.console import Decision
 from tokmask_peft.errors import DataError, nearest
-from tokmask_peft.tasks import Example, Task, Unreadable
+from tokmask_peft.tasks import TASKS, Example, Task, Unreadable
 
 Row = tuple[str, dict[str, Any]] | Unreadable
 """The place of a row (`file:line`) and its cells by column, or why it has none."""
@@ -32,8 +32,11 @@ Word = tuple[str, str, str | None]
 BLANK = "blank-row"
 """The code of a blank line in a table: it has no text, but may end one."""
 _TEXT_ENDS = {"<eos>", "</s>"}
+_USUAL = {"id", "word", "token", "tag", "sent", "sent_id", "sentence_id", "sentence #", "tweet_id", "category", "class"}
+_USUAL |= {"language", "lang"} | {name for task in TASKS.values() for name in (*task.text_columns, *task.label_columns)}
 CONLLU_COLUMNS = ("id", "form", "lemma", "upos", "xpos", "feats", "head", "deprel", "deps", "misc")
 SNIFFED_LINES = 5000
+_EMPTY_WORD = 'Fill it in, remove the line, or leave out such texts with data.missing=[""]'
 
 _KEY_VALUE = re.compile(r"#[ ]+(?P<key>[A-Za-z_][\w.\-]*(?:\[\w+\]|[ ]id)?)[ ]*=(?P<value>.*)")
 _KEY_COLON = re.compile(r"#[ ]+(?P<key>[A-Za-z_][\w.\-]*):[ ](?P<value>[^\t]*)$")
@@ -44,9 +47,14 @@ _SPACING = {"SpaceAfter", "SpacesAfter", "SpacesBefore"}
 _RANGE_OR_EMPTY_NODE = re.compile(r"\d+[-.]\d+$")
 
 
-def _split(line: str) -> list[str]:
-    """Split at spaces and tabs only: a word may be any other white space, such as a no-break space."""
-    return re.split(r"[ \t]+", line.strip(" \t"))
+def split_columns(line: str, most: int = 0) -> list[str]:
+    """Split at spaces and tabs only, `most` times: a word may be any other white space, such as a no-break space."""
+    return re.split(r"[ \t]+", line.strip(" \t"), maxsplit=most)
+
+
+def _is_meta(line: str) -> bool:
+    """Return whether a line is the header of a text in SentiMix: `meta`, a number, the label of the text."""
+    return line.startswith("meta") and len(line.split()) == 3
 
 
 def _comment(line: str) -> re.Match[str] | None:
@@ -64,7 +72,29 @@ class Columns:
     labelled: bool = True  # whether to read labels; prediction does not
     header: bool | Literal["auto"] = "auto"  # whether the first row of a table names its columns
     group: str | int | None = None  # in a table with a word in each row, the column that names its text
+    separator: str = "auto"  # what separates columns, or a word from its tag, or a label from its text
     decisions: list[Decision] = field(default_factory=list)  # takes what was decided from what is in the file
+
+    @property
+    def named(self) -> bool:
+        """Whether a column was asked for by a name, so that the file has a header."""
+        asked = [str(name) for name in (self.text, self.label, self.group) if name is not None]
+        return not all(re.fullmatch(r"(?:column )?-?\d+", name) for name in asked)
+
+    @property
+    def mark(self) -> str | None:
+        """The separator that was asked for, if any."""
+        return {"auto": None, "tab": "\t"}.get(self.separator, self.separator)
+
+
+def is_usual(cell: str) -> bool:
+    """Return whether a cell is the usual name of a column."""
+    return cell.strip().lower() in _USUAL
+
+
+def blank_row(where: str) -> Unreadable:
+    """Return what stands for a blank line."""
+    return Unreadable(where, "the row is blank", BLANK)
 
 
 def is_blank(row: object) -> bool:
@@ -161,13 +191,68 @@ def join_words(
             words.append(one[1])
             tags.append(one[2])
         elif task.words_given:
-            bad = bad or Unreadable(one[0], "the word is empty: fill it in, or remove the line", "empty-word")
+            bad = bad or Unreadable(one[0], f"the word is empty. {_EMPTY_WORD}", "empty-word")
         else:
             empty += 1
     if empty:
         columns.decisions.append(
             Decision(f"empty words of {Path(name).name}", "left out", f"{empty:,} lines have none")
         )
+
+
+def readable(found: Iterable[Example | Unreadable]) -> list[Example]:
+    """Return the examples; blank rows of a table are passed over.
+
+    Raises:
+        DataError: some cannot be read; gives the first problem, and the places of others.
+    """
+    examples: list[Example] = []
+    bad: list[Unreadable] = []
+    for one in found:
+        if isinstance(one, Example):
+            examples.append(one)
+        elif one.code != BLANK:
+            bad.append(one)
+    if bad:
+        first, places = bad[0], ", ".join(one.where for one in bad[1:5])
+        more = f" There are {len(bad):,} such rows, the next at {places}." if places else ""
+        raise DataError(f"{first.where}: {first.problem}{more}", code=first.code, where=first.where, rows=len(bad))
+    return examples
+
+
+def looks_like_conll(lines: Iterable[str], columns: Columns) -> bool:
+    """Return whether a file is a column file, whatever its ending, from its first lines.
+
+    It is if blocks of lines, between blank lines or below comments, have the same columns without white space in them,
+    and its first line is not the header of a table. Without labels tabs must separate them: prose has spaces.
+    """
+    found, heads, blocks, begins = list[str](), list[str](), 0, True
+    for line in islice(lines, SNIFFED_LINES):
+        if not line.strip(" \t"):
+            begins = True
+        elif begins and (
+            line.startswith("-DOCSTART-") or _is_meta(line) or _comment(line) or (line[:1] == "#" and "\t" not in line)
+        ):
+            heads.append(line)
+        else:
+            blocks, begins = blocks + begins, False
+            found.append(line.rstrip(" "))
+    tabs = any("\t" in line for line in found)
+    rows = [line.split("\t") if tabs else split_columns(line) for line in found]
+    widths = [len(row) for row in rows] or [0]
+    width = max(set(widths), key=widths.count)
+    conllu = tabs and width == len(CONLLU_COLUMNS)
+    same = [row for row in rows if len(row) == width and (conllu or not any(" " in cell.strip() for cell in row))]
+    words = columns.task.words_given and columns.labelled
+    least = 1 if heads or (words and begins) else 2
+    if width < 2 or not (tabs or columns.labelled) or not least <= blocks < len(rows) or len(same) < 0.9 * len(rows):
+        return False
+    if columns.labelled and not words and not any(map(_label_of, heads)):
+        return False
+    if columns.header is True or columns.group is not None or columns.mark not in (None, "\t", " "):
+        return False
+    recurring = any(row[at : at + 1] == [cell] for row in rows[1:] for at, cell in enumerate(rows[0]))
+    return conllu or (not columns.named and (recurring or not any(map(is_usual, rows[0]))))
 
 
 class ConllReader:
@@ -202,9 +287,13 @@ class ConllReader:
 
     def _sniff(self, lines: Iterable[str]) -> None:
         """Guess from the first lines what separates columns, how many there are, and which labels occur."""
-        rows = [line for line in (line.rstrip(" ") for line in lines) if line.strip(" \t") and not _comment(line)]
+        rows = [
+            line
+            for line in (line.rstrip(" ") for line in lines)
+            if line.strip(" \t") and not (_comment(line) or _is_meta(line))
+        ]
         tabbed = [line.split("\t") for line in rows if "\t" in line]
-        fields = tabbed or [_split(line) for line in rows]
+        fields = tabbed or [split_columns(line) for line in rows]
         widths = [len(row) for row in fields] or [0]
         self._tabs, self._width = bool(tabbed), max(set(widths), key=widths.count)
         self._conllu = self._tabs and self._width == len(CONLLU_COLUMNS)
@@ -271,8 +360,8 @@ class ConllReader:
         """Distinguish a comment from a word that begins with '#'."""
         if line.startswith("-DOCSTART-") and not inside:  # CoNLL 2003: a document begins
             return True
-        if line.startswith("meta") and self._width == 2 and not inside:
-            return len(line.split()) == 3
+        if _is_meta(line) and not inside:  # a word of that name has as many columns as others
+            return self._width != 3 or line.split()[1].isdecimal()
         if not line.startswith("#"):
             return False
         keyed = _comment(line) is not None
@@ -285,14 +374,14 @@ class ConllReader:
 
     def _repaired(self, line: str) -> list[str] | None:
         """Return the columns of a word line that has spaces in place of its tabs, or none if it is not one."""
-        columns = _split(line)
+        columns = split_columns(line)
         fits = self._tabs and len(columns) == self._width and columns[-1] in self._labels
         return columns if fits else None
 
     def _columns(self, line: str) -> list[str] | None:
         """Return the columns of a word line; none for a CoNLL-U range or empty node."""
         tabs, width = self._tabs, self._width
-        columns = [column.strip(" ") for column in line.split("\t")] if tabs else _split(line)
+        columns = [column.strip(" ") for column in line.split("\t")] if tabs else split_columns(line)
         if len(columns) == 1:
             columns = self._repaired(line) or columns
         if self._conllu and _RANGE_OR_EMPTY_NODE.fullmatch(columns[0]):
@@ -304,6 +393,8 @@ class ConllReader:
             return columns
         found = f"{len(columns)} column{'s' if len(columns) != 1 else ''} separated by {'tabs' if tabs else 'spaces'}"
         wanted = f"the other lines have {width}" if exact else f"the word and its label need {least}"
+        if exact and self._tagged and width > 2 and tabs:
+            wanted += " (data.label_column=1 counts from the left, and needs no further column)"
         if self._tagged and width < least:
             wanted = f"a word and its label need {least}"
         raise DataError(f"{found}, but {wanted}: {line!r}", code="column-count")

@@ -8,9 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tokmask_peft.data.conll import Columns, Row
+from tokmask_peft.data.conll import Columns, Row, readable
+from tokmask_peft.data.opening import DataFile
 from tokmask_peft.data.split import NAME_A_SPLIT, aliases
-from tokmask_peft.data.tables import DataFile, class_names, examples, name_classes, parquet_rows, readable
+from tokmask_peft.data.tables import class_names, examples, name_classes, parquet_rows
 from tokmask_peft.errors import DataError, nearest
 from tokmask_peft.recipe.schema import SourceConfig
 from tokmask_peft.tasks import Example

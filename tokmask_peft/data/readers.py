@@ -13,18 +13,16 @@ from typing import Any, Literal
 
 from tokmask_peft.console import Decision
 from tokmask_peft.data import tables
-from tokmask_peft.data.conll import BLANK, Columns, ConllReader, Row
+from tokmask_peft.data.conll import Columns, ConllReader, Row, blank_row, looks_like_conll, readable, split_columns
+from tokmask_peft.data.opening import PACKED, DataFile, unicode_problem
 from tokmask_peft.data.split import NAME_A_SPLIT, aliases, canonical
-from tokmask_peft.data.tables import DataFile, readable, unicode_problem
+from tokmask_peft.data.tables import SNIFFED, is_quoted, separator_of
 from tokmask_peft.errors import DataError, TokmaskError, first_line, nearest
 from tokmask_peft.recipe.schema import SourceConfig
 from tokmask_peft.tasks import Example, Unreadable, get_task
 
 SHOWN = 5
 _PLACEHOLDERS = {"", "-", "_", "?", "-1", "none", "null"}
-_PACKED = {".xlsx", ".xls", ".ods", ".zip", ".gz", ".bz2", ".xz", ".zst", ".7z"}
-_QUOTED = r'"(?:[^"]++|"")*+"'
-_CELL = rf'(?:{_QUOTED}|[^"\t\n]*+)'
 _SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 
 Reader = Callable[[DataFile, Columns], Iterable[Example | Unreadable]]
@@ -41,50 +39,29 @@ def read_conll(file: DataFile, columns: Columns) -> Iterable[Example | Unreadabl
     return ConllReader(file.lines(), file.name, columns)
 
 
-def separator_of(file: DataFile) -> str:
-    """Return what separates the columns of a CSV file: what gives all rows the same number of columns, or a comma."""
-    for separator in ",;\t|":
-        rows = islice(tables.records(file.again().lines(keep_ends=True), separator), tables.SNIFFED)
-        if len(widths := {len(cells) for _, cells in rows if cells and cells != [""]}) == 1 and widths != {1}:
-            return separator
-    return ","
-
-
-def is_quoted(file: DataFile) -> bool:
-    """Return whether the quotes of a TSV file are those of pandas or Excel: every one belongs to a quoted cell.
-
-    At least one of these cells must have needed it, or all cells be quoted: a post may be a quotation.
-    """
-    needed, every = False, True
-    for taken, cells in tables.records(file.again().lines(keep_ends=True), "\t"):
-        row = "".join(taken).removesuffix("\n").removesuffix("\r")
-        if '"' in row:
-            if cells is None or not re.fullmatch(rf"{_CELL}(?:\t{_CELL})*", row):
-                return False
-            needed = needed or any(re.search('["\t\n]', cell) for cell in cells)
-        every = every and (not row or re.fullmatch(rf"{_QUOTED}(?:\t{_QUOTED})*", row) is not None)
-    return needed or every
-
-
 def read_csv(file: DataFile, columns: Columns) -> Iterable[Example | Unreadable]:
-    """Read CSV; its separator may also be a semicolon, a tab or a vertical bar."""
-    if (separator := separator_of(file)) != ",":
-        why = "it gives all rows the same columns, a comma does not"
+    """Read CSV; its separator may also be a semicolon, a tab or a vertical bar, or what the recipe says."""
+    separator = columns.mark or separator_of(file)
+    if columns.mark is None and separator != ",":
+        why = "it gives most rows as many columns as the first, a comma does not; data.separator changes it"
         columns.decisions.append(Decision(f"separator of {file.path.name}", repr(separator), why))
-    return _separated(file, columns, separator, quoted=True)
+    rows = tables.named(tables.cells_of(file, separator), file, columns, separator)
+    return tables.examples(rows, file.name, columns)
 
 
 def read_tsv(file: DataFile, columns: Columns) -> Iterable[Example | Unreadable]:
     """Read TSV, with its quotes as part of the texts unless all are those of a program that writes tables."""
-    if quoted := is_quoted(file):
+    separator = columns.mark or "\t"
+    if quoted := is_quoted(file, separator):
         why = "all of them enclose cells, as pandas and Excel write them"
         columns.decisions.append(Decision(f"quotes of {file.path.name}", "removed", why))
-    return _separated(file, columns, "\t", quoted)
+    rows = tables.named(tables.cells_of(file, separator, quoted), file, columns, separator)
+    return tables.examples(rows, file.name, columns)
 
 
-def _separated(file: DataFile, columns: Columns, separator: str, quoted: bool) -> Iterable[Example | Unreadable]:
-    rows = tables.cells_of(file, separator, quoted)
-    return tables.examples(tables.named(rows, file, columns, separator), file.name, columns)
+def read_workbook(file: DataFile, columns: Columns) -> Iterable[Example | Unreadable]:
+    """Read the only sheet of an Excel workbook."""
+    return tables.examples(tables.named(tables.sheet_cells(file), file, columns), file.name, columns)
 
 
 def read_txt(file: DataFile, columns: Columns) -> Iterable[Example | Unreadable]:
@@ -93,6 +70,58 @@ def read_txt(file: DataFile, columns: Columns) -> Iterable[Example | Unreadable]
         return read_conll(file, columns)
     lines = enumerate(file.lines(), start=1)
     return (columns.task.example(line, None, f"{file.name}:{number}") for number, line in lines)
+
+
+def read_tagged(file: DataFile, columns: Columns) -> Iterator[Example | Unreadable]:
+    """Read a text per line whose words have tags, `ami/bn busy/en` or `ami_bn`; the last separator of a word counts."""
+    _check_task("tagged", columns, columns.task.words_given)
+    mark = columns.mark or _mark_of_tags(file)
+    for number, line in enumerate(file.lines(), start=1):
+        where = f"{file.name}:{number}"
+        words, tags = [], []
+        for word in split_columns(line):
+            before, _, tag = word.rpartition(mark)
+            words.append(before if tag and mark in word else word)
+            tags.append(tag if mark in word else "")
+        if not line.strip(" \t"):
+            yield blank_row(where)
+        elif columns.labelled and "" in tags:
+            problem = f"'{words[tags.index('')]}' has no tag: expected word{mark}tag, or another data.separator"
+            yield Unreadable(where, problem, "no-tag")
+        else:
+            yield columns.task.example(words, tuple(tags) if columns.labelled else None, where)
+
+
+def _mark_of_tags(file: DataFile) -> str:
+    """Return what separates words from tags, a slash or an underscore: what most words have, and gives fewer tags."""
+    words = [word for line in islice(file.again().lines(), SNIFFED) for word in split_columns(line) if word]
+    tags = {mark: [word.rpartition(mark)[2] for word in words if mark in word[1:-1]] for mark in "/_"}
+    return max(tags, key=lambda mark: (len(tags[mark]), -len(set(tags[mark]))))
+
+
+def read_labelled(file: DataFile, columns: Columns) -> Iterator[Example | Unreadable]:
+    """Read a text per line behind its label, `1 a moving film`; a tab or a space is between them."""
+    _check_task("labelled", columns, not columns.task.words_given)
+    mark = columns.mark
+    if mark is None and all("\t" in line for line in islice(file.again().lines(), SNIFFED) if line.strip()):
+        mark = "\t"
+    for number, line in enumerate(file.lines(), start=1):
+        where = f"{file.name}:{number}"
+        label, *rest = split_columns(line, 1) if mark is None else line.split(mark, 1)
+        if not (text := "".join(rest).strip(" \t")):
+            problem = "no text behind the label; if something else is between them, set data.separator"
+            yield Unreadable(where, problem, "empty-text") if line.strip(" \t") else blank_row(where)
+            continue
+        try:
+            yield columns.task.from_cells(text, label if columns.labelled else None, where, ("text", "label"))
+        except DataError as error:
+            yield Unreadable(where, str(error), error.code)
+
+
+def _check_task(format: str, columns: Columns, fits: bool) -> None:
+    if not fits:
+        problem = f"data.format={format} does not fit data.task, which has {columns.task.description}"
+        raise DataError(problem, code="format", field="format", format=format)
 
 
 _JSON_FORM = (
@@ -111,7 +140,7 @@ def jsonl_rows(file: DataFile) -> Iterator[Row]:
     for start, first in lines:
         if first.strip():
             break
-        yield Unreadable(f"{file.name}:{start}", "the row is blank", BLANK)
+        yield blank_row(f"{file.name}:{start}")
     if first.lstrip().startswith("["):
         rest = [line for _, line in lines]
         whole = _json("\n".join([first, *rest]), file.name, start)
@@ -123,8 +152,7 @@ def jsonl_rows(file: DataFile) -> Iterator[Row]:
         lines = enumerate(rest, start=start + 1)
     for number, line in chain([(start, first)] if first.strip() else [], lines):
         where = f"{file.name}:{number}"
-        blank = Unreadable(where, "the row is blank", BLANK)
-        yield _json_row(_json(line, file.name, number), where) if line.strip() else blank
+        yield _json_row(_json(line, file.name, number), where) if line.strip() else blank_row(where)
 
 
 def _json(text: str, name: str, number: int) -> Any:
@@ -160,6 +188,9 @@ READERS: dict[str, Reader] = {
     ".jsonl": table(jsonl_rows),
     ".parquet": table(tables.parquet_rows),
     ".txt": read_txt,
+    ".tagged": read_tagged,
+    ".labelled": read_labelled,
+    ".xlsx": read_workbook,
 }
 """By ending; the name of a format in `data.format` is its ending without the dot.
 
@@ -177,12 +208,47 @@ def reader_of(path: Path, asked: str = "auto") -> Reader:
     ending = path.suffix.lower() if asked == "auto" else f".{asked}"
     if ending in READERS:
         return READERS[ending]
-    if path.is_file():
-        tables.text_form(path)  # says what a workbook or an archive is
     formats = ["auto", *(known.removeprefix(".") for known in READERS)]
     guess = "" if asked == "auto" else nearest(asked, formats)
     problem = f"no reader for the format '{ending[1:]}'.{guess} Set data.format to one of {', '.join(formats)}."
     raise DataError(f"{path}: {problem}", code="unknown-format", format=ending[1:])
+
+
+def _recognised(file: DataFile, columns: Columns) -> Reader | None:
+    """Return the reader of what is in a file if its ending says nothing else, or none.
+
+    Raises:
+        DataError: another format would read it.
+    """
+    by_ending = READERS.get(file.inner.suffix.lower())
+    if file.workbook:
+        return READERS[".xlsx"]
+    if by_ending not in (read_csv, read_tsv, read_txt, None):
+        return None
+    if looks_like_conll(file.again().lines(), columns):
+        if by_ending is not read_txt or not columns.labelled:  # otherwise that is what txt means
+            why = "blocks of lines have the same columns; data.format changes it"
+            columns.decisions.append(Decision(f"format of {file.path.name}", "conll", why))
+        return read_conll
+    if columns.labelled and by_ending in (read_txt, None) and (better := _better_format(file, columns)):
+        problem = f"{file.name} looks like {better}: set data.format={better}, or to what it is, such as conll"
+        raise DataError(problem, code="format", field="format", format=better)
+    return None
+
+
+def _better_format(file: DataFile, columns: Columns) -> str | None:
+    """Return the format that a file seems to have which is no column file, or none."""
+    lines = [line for line in islice(file.again().lines(), SNIFFED) if line.strip(" \t")]
+    names = {name.strip().lower() for name in re.split(r"[\t,;|]", lines[0])} if lines else set()
+    if names & {*columns.task.text_columns} and names & {*columns.task.label_columns}:
+        return "tsv" if "\t" in lines[0] else "csv"
+    words = [split_columns(line) for line in lines]
+    if columns.task.words_given:
+        marks = [mark for mark in "/_" if all(mark in word[1:-1] for line in words for word in line)]
+        return "tagged" if lines and marks else None
+    labels, sizes = {line[0] for line in words}, {len(line) for line in words}
+    likely = 1 < len(labels) <= min(50, 0.7 * len(lines)) and len(sizes) > 1 and 1 not in sizes
+    return "labelled" if likely else None
 
 
 def find_files(path: str, split: str, asked: str = "auto") -> list[Path]:
@@ -205,19 +271,21 @@ def find_files(path: str, split: str, asked: str = "auto") -> list[Path]:
         root = root.parent
     if (literal := root / split).is_file():
         return [literal]
-    files = sorted(file for file in root.iterdir() if file.is_file() and file.suffix.lower() in READERS)
-    fitting = [file for file in files if _SHARD.sub("", file.stem).lower() in aliases(split)]
+    there = sorted(file for file in root.iterdir() if file.is_file())
+    inner = {file: file.with_suffix("") if file.suffix.lower() in PACKED else file for file in there}
+    files = [file for file in there if inner[file] != file or file.suffix.lower() in READERS]
+    stems = {file: inner[file].stem if inner[file].suffix.lower() in READERS else inner[file].name for file in files}
+    fitting = [file for file in files if _SHARD.sub("", stems[file]).lower() in aliases(split)]
     if not fitting:  # reading it says what it is, and what to do
-        fitting = [file for file in root.iterdir() if file.name.partition(".")[0].lower() in aliases(split)]
-        fitting = [file for file in fitting if file.suffix.lower() in _PACKED]
+        fitting = [file for file in there if file.name.partition(".")[0].lower() in aliases(split)]
     if asked != "auto":
-        wanted = {reader_of(root, asked)} | ({read_txt} if asked == "conll" else set())
-        fitting = [file for file in fitting if reader_of(file) in wanted] or fitting
+        wanted = {reader_of(root, asked)} | ({read_txt} if asked in ("conll", "tagged", "labelled") else set())
+        fitting = [file for file in fitting if READERS.get(inner[file].suffix.lower()) in wanted] or fitting
     if fitting and (len(fitting) == 1 or all(_SHARD.search(file.stem) for file in fitting)):
         return fitting
     names = tuple(file.name for file in fitting or files)
     listing = ", ".join(names) or "no data file"
-    guess = nearest(split, [*names, *(file.stem for file in files)])
+    guess = nearest(split, [*names, *stems.values()])
     problem = f"no file for the split '{split}'. The folder contains {listing}.{guess} {NAME_A_SPLIT}"
     if fitting:
         problem = f"several files fit the split '{split}': {listing}. Name one of them instead, or set data.format."
@@ -255,12 +323,17 @@ def read_split(source: SourceConfig, split: str, task: str, decisions: list[Deci
     Raises:
         DataError: the split is missing, empty, unlabelled or malformed.
     """
-    columns = Columns(get_task(task), source.text_column, source.label_column)
-    columns = replace(columns, header=source.header, group=source.group_column)
+    columns = Columns(get_task(task), source.text_column, source.label_column, header=source.header)
+    columns = replace(columns, group=source.group_column, separator=source.separator)
+    left_out = {*(source.missing or ())}
     if source.path is not None:
         files = find_files(source.path, split, source.format)
         name = ", ".join(str(file) for file in files)
-        examples = readable(one for file in files for one in _read(DataFile(file), columns, source.format))
+        opened = (DataFile(file, encoding=source.encoding, decisions=columns.decisions) for file in files)
+        found = (one for file in opened for one in _read(file, columns, source.format))
+        if "" in left_out:
+            found = (Example("", None, one.where) if getattr(one, "code", "") == "empty-word" else one for one in found)
+        examples = readable(found)
     elif source.hub is not None:
         from tokmask_peft.data.hub import read_hub
 
@@ -271,7 +344,7 @@ def read_split(source: SourceConfig, split: str, task: str, decisions: list[Deci
         examples = builtin_examples(task, split)
     if decisions is not None:
         decisions += columns.decisions
-    missing = {id(found) for found in examples if {found.string, *(found.tags or ("",))} & {*(source.missing or ())}}
+    missing = {id(found) for found in examples if {found.string, *(found.tags or ("",))} & left_out}
     _check_complete([found for found in examples if id(found) not in missing], name, task)
     return [replace(found, label=None) if id(found) in missing else found for found in examples]
 
@@ -283,7 +356,8 @@ def _read(file: DataFile, columns: Columns, format: str) -> Iterator[Example | U
         DataError: the file as a whole cannot be read.
     """
     try:
-        for found in reader_of(file.path, format)(file, columns):
+        reader = _recognised(file, columns) if format == "auto" else None
+        for found in (reader or reader_of(file.inner, format))(file, columns):
             problem = unicode_problem(" ".join([found.string, *found.tags])) if isinstance(found, Example) else None
             yield found if problem is None else Unreadable(found.where, problem, "not-unicode")
     except (TokmaskError, MemoryError):
@@ -324,8 +398,9 @@ def _check_complete(examples: list[Example], name: str, task: str) -> None:
 class TextFile(DataFile):
     """The texts of one file for prediction, in order and streamed; one that cannot be read is an `Unreadable`.
 
-    The format is txt (a text per line) or another ending of `READERS`; auto goes by the file's own ending. Every row of
-    the file is in the result: a blank line too, and a text of several lines or rows once.
+    The format is txt (a text per line) or another ending of `READERS`; auto goes by the file's own ending, and by what
+    is in it. The other arguments are as in `data.`. Every row of the file is in the result: a blank line too, and a
+    text of several lines or rows once.
 
     Raises:
         DataError: the file is missing, its format is not known, no column fits, or the file as a whole is not what its
@@ -339,12 +414,15 @@ class TextFile(DataFile):
         format: str = "auto",
         text_column: str | int | None = None,
         header: bool | Literal["auto"] = "auto",
+        separator: str = "auto",
+        encoding: str = "auto",
+        group_column: str | int | None = None,
     ) -> None:
         if not Path(path).is_file():
             raise DataError(f"{path}: there is no such file", code="no-path", path=str(path))
-        super().__init__(Path(path), tolerant=True)
         self._format = format
-        self._columns = Columns(get_task(task), text_column, labelled=False, header=header)
+        self._columns = Columns(get_task(task), text_column, None, False, header, group_column, separator)
+        super().__init__(Path(path), None, True, encoding, self._columns.decisions)
         next(iter(self), None)  # a mistake in the file as a whole shows here, before a model is loaded
         self.done = 0
         self.decisions = tuple(self._columns.decisions)

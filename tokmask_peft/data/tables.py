@@ -1,4 +1,4 @@
-"""A local file that is being read, and the tables in it: CSV, TSV, JSON lines and parquet, a text or a word in a row.
+"""Tables: CSV, TSV, workbooks, JSON lines and parquet, with a text or a word in a row.
 
 Every physical row comes out once: as cells, or as an `Unreadable` in its place.
 """
@@ -6,21 +6,30 @@ Every physical row comes out once: as cells, or as an `Unreadable` in its place.
 from __future__ import annotations
 
 import ast
-import codecs
 import csv
 import json
 import re
+import warnings
+import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from itertools import chain, islice
-from pathlib import Path
 from typing import Any
 
 from tokmask_peft.console import Decision
-from tokmask_peft.data.conll import BLANK, Columns, Row, grouping, is_blank, join_words, words_of_rows
-from tokmask_peft.errors import DataError, first_line, nearest
-from tokmask_peft.tasks import TASKS, Example, Task, Unreadable
+from tokmask_peft.data.conll import (
+    Columns,
+    Row,
+    blank_row,
+    grouping,
+    is_blank,
+    is_usual,
+    join_words,
+    words_of_rows,
+)
+from tokmask_peft.data.opening import DataFile, check_growth, unicode_problem
+from tokmask_peft.errors import DataError, TokmaskError, first_line, nearest, require
+from tokmask_peft.tasks import Example, Task, Unreadable
 
 Cells = tuple[str, list[str]] | Unreadable
 """The same before columns have names."""
@@ -29,124 +38,7 @@ SNIFFED = 1000
 """Rows from which separator, header and grouping are decided."""
 LONGEST = 20_000_000
 """Characters in a row of several lines: a quote that is not closed within them is a stray one."""
-_BOMS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF32_LE: "utf-32-le", codecs.BOM_UTF32_BE: "utf-32-be"}
-_BOMS |= {codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
-_UNPACK = "Unpack it, and name the text file"
-_MAGIC = {
-    b"PK\x03\x04": ("a zip archive", _UNPACK),
-    b"\xd0\xcf\x11\xe0": ("an Excel workbook (xls)", "In Excel, save the sheet as 'CSV UTF-8'"),
-    b"\x1f\x8b": ("compressed by gzip", _UNPACK),
-    b"BZh91AY&SY": ("compressed by bzip2", _UNPACK),
-    b"\xfd7zXZ": ("compressed by xz", _UNPACK),
-    b"\x28\xb5\x2f\xfd": ("compressed by zstd", _UNPACK),
-    b"7z\xbc\xaf": ("a 7z archive", _UNPACK),
-    b"PAR1\x15": ("a parquet file", "Set the format to parquet"),
-    b"%PDF-": ("a PDF document", "Export its table as CSV"),
-}
-_NAMES = {"id", "word", "token", "tag", "sent", "sent_id", "sentence_id", "sentence #", "tweet_id", "category", "class"}
-_NAMES |= {"language", "lang"} | {name for task in TASKS.values() for name in (*task.text_columns, *task.label_columns)}
-
-
-class DataFile:
-    """A file to read from.
-
-    Args:
-        path: the file.
-        name: for places such as `name:line`; default: the path.
-        tolerant: keep bytes that are not UTF-8 as lone surrogates, for `unicode_problem` to find in the text.
-
-    Attributes:
-        total: its size in bytes.
-        done: bytes read so far.
-    """
-
-    def __init__(self, path: Path, name: str | None = None, tolerant: bool = False) -> None:
-        self.path, self.name, self._tolerant = path, name or str(path), tolerant
-        self.total, self.done = path.stat().st_size, 0
-
-    def lines(self, keep_ends: bool = False) -> Iterator[str]:
-        """Read the lines of a text in UTF-8, or in the encoding that its byte-order mark or its zero bytes show.
-
-        Only line feeds end a line (or carriage returns, if there are no line feeds): a post may contain other
-        characters that Unicode counts as line ends. CSV needs them inside quotes (`keep_ends`).
-
-        Raises:
-            DataError: the file is not a text, or a line is not in the encoding (unless `tolerant`); names it.
-        """
-        encoding, end = text_form(self.path)
-        errors = "surrogateescape" if encoding == "utf-8" else "surrogatepass"
-        number = 0
-        try:
-            with self.path.open(encoding=encoding, errors=errors, newline=end) as file:
-                for number, text in enumerate(file, start=1):
-                    self.done += len(text.encode(encoding, errors))
-                    line = text.removeprefix("\ufeff") if number == 1 else text
-                    if not self._tolerant and (problem := unicode_problem(line)):
-                        where = f"{self.name}:{number}"
-                        raise DataError(f"{where}: {problem}", code="not-utf8", where=where)
-                    bare = line.removesuffix(end).removesuffix("\r")
-                    yield (line if end == "\n" or bare == line else bare + "\n") if keep_ends else bare
-        except UnicodeDecodeError as error:
-            where = f"{self.name}:{number + 1}"
-            raise DataError(f"{where}: not {encoding}, as the file begins", code="not-utf8", where=where) from error
-
-    def again(self) -> DataFile:
-        """Return the file from its beginning, to look ahead in it."""
-        return DataFile(self.path, self.name, tolerant=True)
-
-
-def text_form(path: Path) -> tuple[str, str]:
-    """Return the encoding of a text file and what ends its lines, from how it begins.
-
-    Raises:
-        DataError: it is a workbook, an archive or the like.
-    """
-    with path.open("rb") as file:
-        head = file.read(65536)
-    for magic, (what, remedy) in _MAGIC.items():
-        if head.startswith(magic):
-            if b"[Content_Types].xml" in head or b"xl/" in head:
-                what, remedy = "an Excel workbook or another Office document", "Save the sheet as 'CSV UTF-8'"
-            raise DataError(f"{path}: not a text file, but {what}. {remedy}.", code="not-text", kind=what)
-    encoding = next((name for bom, name in _BOMS.items() if head.startswith(bom)), None)
-    if encoding is None:
-        even, odd = head[::2].count(0) / (len(head) + 1), head[1::2].count(0) / (len(head) + 1)
-        encoding = "utf-16-le" if odd > max(0.2, 2 * even) else "utf-16-be" if even > max(0.2, 2 * odd) else "utf-8"
-    text = head.decode(encoding, "replace").rstrip("\r")
-    return encoding, "\r" if "\r" in text and "\n" not in text else "\n"
-
-
-def readable(found: Iterable[Example | Unreadable]) -> list[Example]:
-    """Return the examples; blank rows of a table are passed over.
-
-    Raises:
-        DataError: some cannot be read; gives the first problem, and the places of others.
-    """
-    examples: list[Example] = []
-    bad: list[Unreadable] = []
-    for one in found:
-        if isinstance(one, Example):
-            examples.append(one)
-        elif one.code != BLANK:
-            bad.append(one)
-    if bad:
-        first, places = bad[0], ", ".join(one.where for one in bad[1:5])
-        more = f" There are {len(bad):,} such rows, the next at {places}." if places else ""
-        raise DataError(f"{first.where}: {first.problem}{more}", code=first.code, where=first.where, rows=len(bad))
-    return examples
-
-
-def unicode_problem(text: str) -> str | None:
-    """Return why a text is not valid Unicode, or none: no tokenizer takes it, and JSON lines may contain it."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        with suppress(UnicodeError):  # not bytes, but half a character that JSON wrote as an escape
-            shown = text[error.start : error.end].encode("ascii", "surrogateescape").decode("cp1252")
-            problem = f"character {error.start + 1} is not UTF-8; as Windows-1252 it is '{shown}'"
-            return f"{problem}. If that is right, convert the file: iconv -f cp1252 -t utf-8 FILE > NEW"
-        return f"character {error.start + 1} is not valid Unicode, or the file is not UTF-8"
-    return None
+_QUOTED = r'"(?:[^"]++|"")*+"'
 
 
 def records(lines: Iterator[str], separator: str, quoted: bool = True) -> Iterator[tuple[list[str], list[str] | None]]:
@@ -194,6 +86,36 @@ def _quoted_cells(lines: Iterable[str], separator: str) -> list[str] | None:
         csv.field_size_limit(limit)
 
 
+def separator_of(file: DataFile) -> str:
+    """Return what separates the columns of a CSV file: what gives most rows the columns of the first, or a comma."""
+    best, most = ",", 0.0
+    for separator in ",;\t|":
+        rows = islice(records(file.again().lines(keep_ends=True), separator), SNIFFED)
+        widths = [len(cells or ()) for _, cells in rows if cells != [""]]
+        share = widths.count(widths[0]) / len(widths) if widths and widths[0] > 1 else 0.0
+        if share == 1.0:
+            return separator
+        best, most = (separator, share) if share > most else (best, most)
+    return best
+
+
+def is_quoted(file: DataFile, separator: str) -> bool:
+    """Return whether the quotes of a TSV file are those of pandas or Excel: every one belongs to a quoted cell.
+
+    At least one of these cells must have needed it, or all cells be quoted: a post may be a quotation.
+    """
+    needed, every, mark = False, True, re.escape(separator)
+    cell = rf'(?:{_QUOTED}|[^"{mark}\n]*+)'
+    for taken, cells in records(file.again().lines(keep_ends=True), separator):
+        row = "".join(taken).removesuffix("\n").removesuffix("\r")
+        if '"' in row:
+            if cells is None or not re.fullmatch(rf"{cell}(?:{mark}{cell})*", row):
+                return False
+            needed = needed or any(re.search(rf'["{mark}\n]', cell) for cell in cells)
+        every = every and (not row or re.fullmatch(rf"{_QUOTED}(?:{mark}{_QUOTED})*", row) is not None)
+    return needed or every
+
+
 def cells_of(file: DataFile, separator: str, quoted: bool = True) -> Iterator[Cells]:
     """Yield the rows of a CSV or TSV file."""
     number = 1
@@ -205,12 +127,75 @@ def cells_of(file: DataFile, separator: str, quoted: bool = True) -> Iterator[Ce
             remedy = "Double the quotes inside a quoted cell. If tabs separate the columns, set data.format=tsv."
             yield Unreadable(where, f"{problem}. {remedy}", "not-csv")
         elif cells == [""] and '"' not in taken[0]:
-            yield Unreadable(where, "the row is blank", BLANK)
+            yield blank_row(where)
         else:
             yield where, cells
 
 
-def named(rows: Iterator[Cells], file: DataFile, columns: Columns, separator: str) -> Iterator[Row]:
+def sheet_cells(file: DataFile) -> Iterator[Cells]:
+    """Yield the rows of a workbook that has one sheet, with the values of its cells as text.
+
+    Raises:
+        ExtraError: openpyxl is not installed.
+        DataError: the workbook is damaged, or several sheets have something in them.
+    """
+    require("openpyxl", "excel", f"reading {file.name}")
+    import openpyxl
+
+    try:
+        with file.whole() as stream, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what openpyxl leaves out, such as styles
+            with zipfile.ZipFile(stream) as archive:
+                check_growth(file.path, sum(one.file_size for one in archive.infolist()))
+            book = openpyxl.load_workbook(stream, read_only=True, data_only=True)
+            sheets = [sheet for sheet in book.worksheets if sheet.sheet_state == "visible" and _first_cell(sheet)]
+            if len(sheets) > 1:
+                names = tuple(sheet.title for sheet in sheets)
+                remedy = "Remove or hide all but one, or save the right one as 'CSV UTF-8'."
+                problem = f"{file.name}: several sheets have cells: {', '.join(names)}. {remedy}"
+                raise DataError(problem, code="workbook", sheets=names)
+            rows = ((number, row) for sheet in sheets for number, row in enumerate(sheet.values, start=1))
+            yield from _sheet_rows(((number, [*map(_shown, row)]) for number, row in rows), file.name)
+    except TokmaskError:
+        raise
+    except Exception as error:  # a damaged file fails in many places, with many classes of error
+        problem = f"{file.name}: cannot be read as an Excel workbook (xlsx): {first_line(error)}"
+        raise DataError(problem, code="workbook", file=file.name) from error
+    file.done = file.total
+
+
+def _first_cell(sheet: Any) -> bool:
+    """Return whether something is in the first rows of a sheet; from now on it goes by its cells, not what it says."""
+    sheet.reset_dimensions()
+    return any(cell is not None for row in islice(sheet.values, SNIFFED) for cell in row)
+
+
+def _sheet_rows(rows: Iterator[tuple[int, list[str]]], name: str) -> Iterator[Cells]:
+    """Yield rows of equal width, without the blank ones at the end."""
+    head = list(islice(rows, SNIFFED))
+    width = max((at + 1 for _, cells in head for at, cell in enumerate(cells) if cell), default=0)
+    blank: list[Cells] = []
+    for number, cells in chain(head, rows):
+        where = f"{name}:{number}"
+        if not any(cells):
+            blank.append(blank_row(where))
+            continue
+        yield from blank
+        blank = []
+        filled = len(cells) if any(cells[width:]) else width
+        yield where, (cells + [""] * filled)[:filled]
+
+
+def _shown(value: Any) -> str:
+    """Return the value of a workbook's cell as text: a whole number without `.0`."""
+    if value is None or isinstance(value, str):
+        return value or ""
+    if isinstance(value, bool):
+        return str(value).upper()
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+def named(rows: Iterator[Cells], file: DataFile, columns: Columns, separator: str | None = None) -> Iterator[Row]:
     """Name the columns of a CSV or TSV file by its header; without one they are `column 0` and so on.
 
     Raises:
@@ -221,6 +206,11 @@ def named(rows: Iterator[Cells], file: DataFile, columns: Columns, separator: st
     if start < len(head) and isinstance(first := head[start], Unreadable):
         raise DataError(f"{first.where}: {first.problem}", code=first.code, where=first.where)
     valid = [row for row in head if isinstance(row, tuple)]
+    if columns.header == "auto" and len(valid) > 1 and _is_title([cells for _, cells in valid], columns):
+        why = f"{valid[0][0]} has one cell, the next row usual names"
+        columns.decisions.append(Decision(f"title of {file.path.name}", "left out", f"{why}; data.header changes it"))
+        start = head.index(valid[1])
+        valid = valid[1:]
     names: list[str] = []
     if valid:
         is_header, why = _is_header([cells for _, cells in valid], columns)
@@ -241,14 +231,20 @@ def _is_header(cells: Sequence[list[str]], columns: Columns) -> tuple[bool, str]
     if columns.header != "auto":
         return columns.header, ""
     again = [any(row[at : at + 1] == [cell] for row in cells[1:]) for at, cell in enumerate(cells[0])]
-    usual = any(cell.strip().lower() in _NAMES for cell, recurs in zip(cells[0], again, strict=True) if not recurs)
-    asked = [str(name) for name in (columns.text, columns.label, columns.group) if name is not None]
-    if usual or not all(re.fullmatch(r"(?:column )?-?\d+", name) for name in asked):
+    usual = any(is_usual(cell) for cell, recurs in zip(cells[0], again, strict=True) if not recurs)
+    if usual or columns.named:
         return True, ""
     for cell, recurs in zip(cells[0], again, strict=True):
         if cell.strip() and (recurs or re.fullmatch(r"[-+]?\d+(?:[.,]\d+)?", cell.strip())):
             return False, f"'{_short(cell)}' in the first row is " + ("also in a later one" if recurs else "a number")
     return True, "no cell of the first row is a number or in a later row"
+
+
+def _is_title(cells: Sequence[list[str]], columns: Columns) -> bool:
+    """Return whether the first row has the only cell of a title, and the second one the names of columns."""
+    first = [cell for cell in cells[0] if cell.strip()]
+    wanted = {columns.text, columns.label, columns.group} - {None}
+    return len(first) == 1 and not is_usual(first[0]) and any(is_usual(cell) or cell in wanted for cell in cells[1])
 
 
 def _short(text: str) -> str:
@@ -269,11 +265,12 @@ def unique_names(names: Sequence[str], place: str = "") -> list[str]:
     return [name or f"column {number}" for number, name in enumerate(names)]
 
 
-def _by_name(header: Sequence[str], fields: Sequence[str], where: str, separator: str) -> Row:
+def _by_name(header: Sequence[str], fields: Sequence[str], where: str, separator: str | None) -> Row:
     if len(fields) == len(header):
         return where, dict(zip(header, fields, strict=True))
     names = ", ".join(header)
-    problem = f"{len(fields)} columns separated by {separator!r}, but the header has {len(header)} ({names})"
+    by = f" separated by {separator!r}" if separator else ""
+    problem = f"{len(fields)} columns{by}, but the header has {len(header)} ({names})"
     return Unreadable(where, problem, "column-count")
 
 
@@ -282,7 +279,7 @@ def parquet_rows(file: DataFile) -> Iterator[Row]:
     import pyarrow.parquet as pq
 
     try:
-        table = pq.ParquetFile(file.path)
+        table = pq.ParquetFile(file.whole())  # closes the stream
         unique_names(table.schema_arrow.names, f"{file.name}: ")
         classes: dict[str, list[str]] = {}
         if b"huggingface" in (table.schema_arrow.metadata or {}):
@@ -416,7 +413,10 @@ def _choose(columns: Sequence[str], asked: str | int | None, known: Sequence[str
     """Find the column of the text or the label: as the recipe asks, or by a usual name."""
     field, found = f"data.{what}_column", f"Columns of {name}: {', '.join(columns)}."
     if columns[:1] == ["column 0"]:
-        found += " They have no names, as the file has no header; if it has one, set data.header=true."
+        found += " They have no names, as the file has no header; if it has one, set data.header=true. Otherwise set "
+        found += "data.text_column and data.label_column to numbers, from 0."
+    if len(columns) == 1 and not name.endswith(("jsonl", "parquet")):
+        found += " If there are more, set data.separator to what separates them."
     if isinstance(asked, str) and asked not in columns and re.fullmatch(r"-?\d{1,9}", asked):
         asked = int(asked)
     if isinstance(asked, int):

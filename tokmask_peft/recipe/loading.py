@@ -270,6 +270,7 @@ def _set(content: dict[str, Any], keys: list[str], text: str, problems: list[str
             problems.append(f"{override}: '{key}' is a single value, with no keys below it")
             return
     try:
-        content[keys[-1]] = yaml.load(text, Loader=_Loader) if text.strip() else ""  # noqa: S506 (a safe loader)
+        plain = text.strip() in ("", "|", ">")  # YAML takes the marks for the beginning of an empty block
+        content[keys[-1]] = text.strip() if plain else yaml.load(text, Loader=_Loader)  # noqa: S506 (a safe loader)
     except (yaml.YAMLError, ValueError):
         content[keys[-1]] = text

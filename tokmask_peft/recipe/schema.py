@@ -6,14 +6,15 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from encodings.aliases import aliases
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, Field, StrictBool, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, StrictBool, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
-from tokmask_peft.errors import RecipeError
+from tokmask_peft.errors import RecipeError, nearest
 from tokmask_peft.masking.config import NameIn, Rate, Section, Share, TokenMaskConfig
 from tokmask_peft.tasks import TASKS, get_task
 
@@ -27,6 +28,22 @@ class Regularizer:
     usual: float  # the strength of an arm that gives none
 
 
+def _separator(value: str) -> str:
+    if value in ("\t", "\\t"):
+        return "tab"
+    if value not in ("auto", "tab") and (len(value) != 1 or value in '"\r\n'):
+        raise ValueError("expected auto, tab or one character; in YAML, | is in quotes: '|'")
+    return value
+
+
+def _encoding(value: str) -> str:
+    try:
+        "".encode("utf-8" if value == "auto" else value)
+    except (LookupError, ValueError) as error:
+        raise ValueError(f"expected auto or a codec of Python.{nearest(value, aliases.values())}") from error
+    return value
+
+
 Task = Annotated[str, NameIn(TASKS)]
 Batching = Literal["grouped", "padding_free", "padded"]
 
@@ -38,6 +55,8 @@ Modules = Annotated[tuple[str, ...], Field(min_length=1, title="a list of module
 LayerCount = Annotated[int, Field(ge=1, title="a number of layers, for example 6")]
 ShareOfLayers = Annotated[float, Field(gt=0.0, lt=1.0, title="a share of the layers between 0 and 1, for example 0.5")]
 MissingValue = Annotated[str, BeforeValidator(lambda value: "" if value is None else str(value))]
+Separator = Annotated[str, AfterValidator(_separator)]
+Encoding = Annotated[str, AfterValidator(_encoding)]
 Weight = Annotated[float, Field(ge=0.0)]
 Weights = Annotated[dict[str, Weight], Field(title="a weight per label, as {en: 1.0, es: 2.0}")]
 
@@ -50,7 +69,21 @@ class SourceConfig(Section):
     hub_config: str | None = Field(None, description="configuration of the Hub dataset")
     hub_revision: str | None = Field(None, description="revision of the Hub dataset, for example refs/convert/parquet")
     builtin: StrictBool = Field(False, description="the built-in Spanish-English corpus, made up to try things out")
-    format: str = Field("auto", description="auto goes by the file's ending; or conll, csv, tsv, jsonl, parquet")
+    format: str = Field(
+        "auto",
+        description="auto: by the file's ending and content; or conll, conllu, csv, tsv, jsonl, parquet, txt, xlsx, "
+        "tagged (a text a line, word/tag or word_tag), labelled (a text a line, behind its label)",
+    )
+    encoding: Encoding = Field(
+        "auto",
+        description="of text files; auto: by the byte-order mark, UTF-8, or cp1252 if the text clearly is; or the name "
+        "of a codec, such as cp1251 or utf-16",
+    )
+    separator: Separator = Field(
+        "auto",
+        description="one character, or tab: between columns of CSV (auto finds , ; | and tabs) and TSV, between word "
+        "and tag in tagged, between label and text in labelled files",
+    )
     text_column: str | int | None = Field(
         None, description="column of the text, or of the words in token tasks; in CoNLL files a number, from 0"
     )
@@ -65,10 +98,14 @@ class SourceConfig(Section):
         "counted; [] if labels that look like it are classes",
     )
     header: Literal["auto"] | StrictBool = Field(
-        "auto", description="CSV and TSV: whether the first row names the columns; auto decides from the cells"
+        "auto",
+        description="CSV, TSV and xlsx: whether the first row names the columns, which otherwise have numbers from 0; "
+        "auto decides from the cells, and passes over a title above them",
     )
     group_column: str | int | None = Field(
-        None, description="token tasks, tables with a word in each row: column that says to which text the word belongs"
+        None,
+        description="token tasks, tables with a word in each row: column that says to which text the word belongs, in "
+        "each row or at the first word only; blank and <EOS> rows end a text without it",
     )
     name: str | None = Field(None, description="name of the corpus (for the model card)")
     language: tuple[LanguageCode, ...] = Field(

@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokmask_peft.data.conll import ConllReader
+from tokmask_peft.data.conll import Columns, ConllReader, readable
+from tokmask_peft.data.opening import DataFile
 from tokmask_peft.data.readers import TextFile, read_split, reader_of
-from tokmask_peft.data.tables import Columns, DataFile, readable
 from tokmask_peft.errors import DataError
 from tokmask_peft.recipe.schema import SourceConfig
 from tokmask_peft.tasks import get_task
