@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -37,6 +38,8 @@ ABOUT = {
     MBERT["backbone"]: "104 languages, 178M parameters",
     QWEN["backbone"]: "29 languages, 494M parameters",
 }
+WIDTH = 110
+"""Characters in a line of a recipe with its reason."""
 COUNTED = 500
 """Texts whose sub-tokens are counted for each backbone."""
 
@@ -73,7 +76,7 @@ def init(
         draft.content["name"] = _free_name(draft.recipe.name)
     target = out or Path(f"{draft.recipe.name}.yaml")
     command = f"tokmask train {shlex.quote(str(target))}"
-    write_new(target, draft.text(target, command, " ".join(map(shlex.quote, ["tokmask init", *data]))))
+    write_new(target, draft.text(target, shlex.join(["tokmask", "init", *data])))
     draft.show(*_memory(draft.recipe))
     echo(f"{target} is yours to edit. Next: {command}")
 
@@ -115,20 +118,26 @@ class Draft(NamedTuple):
         print_decisions(console, [*self.decisions, *more])
         print_lines(console, "Data", self.corpus.report.lines())
 
-    def text(self, target: Path, command: str, made_by: str) -> str:
+    def text(self, target: Path, made_by: str) -> str:
         """Return the file: each key with its reason."""
-        reasons = {decision.what: decision.reason for decision in self.decisions}
-        content = self.content | {"data": dict(self.content["data"])}
-        path, folder = Path(content["data"]["path"]).absolute(), target.absolute().parent
-        content["data"]["path"] = str(path.relative_to(folder) if path.is_relative_to(folder) else path)
-        lines = [f"# Written by {made_by}. Change what is wrong; `tokmask recipes fields` lists all keys."]
-        lines += [f"#   {command}", f"#   tokmask validate {shlex.quote(str(target))} --data"]
-        for key, value in content.items():
-            section = value if isinstance(value, dict) else {}
-            lines.append(f"{key}:" if section else f"{key}: {_inline(value)}")
-            for name, one in section.items():
-                reason = reasons.get(f"{key}.{name}", "")
-                lines.append(f"  {name}: {_inline(one)}" + (f"  # {' '.join(reason.split())}" if reason else ""))
+        reasons = {decision.what: " ".join(decision.reason.split()) for decision in self.decisions}
+        path, folder = Path(self.content["data"]["path"]).absolute(), target.absolute().parent
+        here = str(path.relative_to(folder)) if path.is_relative_to(folder) else str(path)
+        name = shlex.quote(str(target))
+        lines = [f"# Written by: {made_by}", f"#   tokmask train {name}", f"#   tokmask validate {name} --data"]
+        lines.append("# Change what is wrong; `tokmask recipes fields` lists all keys.")
+        for key, value in (self.content | {"data": {"path": here} | self.content["data"] | {"path": here}}).items():
+            if not isinstance(value, dict):
+                lines.append(f"{key}: {_inline(value)}")
+                continue
+            lines += [f"{key}:"] if value else []
+            for name, one in value.items():
+                line, reason = f"  {name}: {_inline(one)}", reasons.get(f"{key}.{name}", "")
+                if reason and len(line) + len(reason) < WIDTH - 3:
+                    line += f"  # {reason}"
+                elif reason:
+                    lines += textwrap.wrap(reason, WIDTH, initial_indent="  # ", subsequent_indent="  # ")
+                lines.append(line)
         return "\n".join(lines) + "\n"
 
 
@@ -280,7 +289,7 @@ def _settings(content: dict[str, Any], corpus: Corpus, cost: _Cost | None) -> It
         yield Decision("data.max_length", str(data["max_length"]), reason)
     if "p" not in content["masking"]:
         content["masking"]["p"] = 0.0
-        reason = "masking lowered scores in our measurements; tokmask sweep RECIPE --p 0,0.1 compares"
+        reason = "off: it lowered most scores that we measured; tokmask sweep RECIPE --p 0,0.1 compares"
         yield Decision("masking.p", "0", reason)
     with contextlib.suppress(ValueError):
         TrainingConfig.model_validate({"epochs": "auto", "batch_size": "auto"})

@@ -5,23 +5,23 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from tokmask_peft.console import Decision
 from tokmask_peft.data import tables
 from tokmask_peft.data.conll import Columns, grouping
-from tokmask_peft.data.readers import is_quoted, jsonl_rows, separator_of
+from tokmask_peft.data.opening import DataFile
+from tokmask_peft.data.readers import jsonl_rows
 from tokmask_peft.data.split import canonical
-from tokmask_peft.data.tables import DataFile
 from tokmask_peft.errors import DataError, nearest
 from tokmask_peft.tasks import TASKS, Unreadable, get_task
 
 SAMPLED = 2000
 """Lines or rows from which the form of a file is decided."""
-MOST_LABELS = 200
+MOST_LABELS, MOST_NUMBERS = 200, 20
+"""Different values of a column of labels; of numbers there are fewer, as they may be counts."""
 SPLITS = ("train", "validation", "test")
 TASK_QUESTION = "What has a label: each text (sequence), or each word (token)?"
 TEXT_NAMES = (
@@ -88,17 +88,20 @@ class _Column:
         self.filled = len(self.strings) / max(len(cells), 1)
         self.words = sum(len(text.split()) for text in self.strings) / max(len(self.strings), 1)
         self.length = sum(map(len, self.strings)) / max(len(self.strings), 1)
+        self.is_number = all(map(_NUMBER.fullmatch, self.strings))
         self.lists = [_items(cell) for cell in cells]
         self.is_list = self.lists.count(None) < 0.1 * len(cells)
 
     def may_be_text(self) -> bool:
         """Whether most cells differ, and are neither lists nor numbers."""
-        numbers = all(map(_NUMBER.fullmatch, self.strings))
-        return not self.is_list and not numbers and self.filled > 0.5 and len(self.values) > 0.3 * len(self.cells)
+        return (
+            not self.is_list and not self.is_number and self.filled > 0.5 and len(self.values) > 0.3 * len(self.cells)
+        )
 
     def may_be_label(self) -> bool:
         """Whether a few short values recur; names of splits are not labels."""
-        few = 1 < len(self.values) <= min(MOST_LABELS, max(2, len(self.strings) // 2))
+        most = MOST_NUMBERS if self.is_number else MOST_LABELS
+        few = 1 < len(self.values) <= min(most, max(2, len(self.strings) // 2))
         return few and not self.is_list and self.words <= 4 and not {canonical(one) for one in self.values} <= {*SPLITS}
 
     def rank(self, names: Sequence[str]) -> int:
@@ -119,23 +122,25 @@ def _items(cell: Any) -> list[Any] | None:
 class Table:
     """Finds the columns of a table with a text, or a word, in each row."""
 
-    def __init__(self, path: Path, found: Findings) -> None:
-        self.path, self.found, file = path, found, DataFile(path, tolerant=True)
-        format = found.data.get("format", path.suffix.lower().removeprefix("."))
-        if format == "parquet":
+    def __init__(self, file: DataFile, format: str, found: Findings) -> None:
+        self.path, self.found = file.path, found
+        wanted = Columns(TASKS["sequence"], header=found.data.get("header", "auto"))
+        wanted = replace(wanted, separator=found.data.get("separator", "auto"))
+        if file.workbook:
+            rows = tables.named(tables.sheet_cells(file), file, wanted)
+        elif format == "parquet":
             rows = tables.parquet_rows(file)
         elif format in ("json", "jsonl", "ndjson"):
             rows = jsonl_rows(file)
         else:
-            separator = "\t" if format == "tsv" else separator_of(file)
-            header = Columns(TASKS["sequence"], header=found.data.get("header", "auto"))
-            cells = tables.cells_of(file, separator, quoted=format != "tsv" or is_quoted(file))
-            rows = tables.named(cells, file, header, separator)
+            separator = wanted.mark or ("\t" if format == "tsv" else tables.separator_of(file))
+            quoted = format != "tsv" or tables.is_quoted(file, separator)
+            rows = tables.named(tables.cells_of(file, separator, quoted), file, wanted, separator)
         self.rows = list(islice(rows, SAMPLED))
         read = [row[1] for row in self.rows if isinstance(row, tuple)]
         if not read:
             problem = next((row.problem for row in self.rows if isinstance(row, Unreadable)), "it has no rows")
-            raise DataError(f"{path}: {problem}", code="no-texts", source=str(path))
+            raise DataError(f"{file.name}: {problem}", code="no-texts", source=file.name)
         names = list(dict.fromkeys(name for row in read for name in row))
         self.columns = [_Column(name, [row.get(name) for row in read]) for name in names]
         self.headless = names[0] == "column 0"
@@ -218,7 +223,7 @@ class Table:
             pairs = {pair for one in best for pair in zip(one.cells, column.cells, strict=True)}
             if len(best) != 1 or len(pairs) != len(column.values) or len(pairs) != len(best[0].values):
                 best.append(column)
-            elif all(map(_NUMBER.fullmatch, best[0].strings)):
+            elif best[0].is_number:
                 best = [column]
         return best
 
@@ -249,7 +254,7 @@ class Table:
         """Look for a word in each row, and what says which words make a text."""
         single = [column for column in self.columns if 0 < column.words < 1.05 and column.filled > 0.5]
         running = any(column.words >= 2 and column.may_be_text() for column in self.columns)
-        words = [column for column in single if not all(map(_NUMBER.fullmatch, column.strings))]
+        words = [column for column in single if not column.is_number]
         words.sort(key=lambda column: (column.rank(TEXT_NAMES), -len(column.values)))
         word = self._named("text_column") or (words[0] if words else None)
         if word is None or running:
@@ -268,6 +273,7 @@ class Table:
             raise
         if not joined and "group_column" not in self.found.data:
             return False
+        labels = [column for column in labels if column.name != group and not column.is_number]
         self.found.decide("task", "token", "a word and its label in each row")
         self._pick("text_column", "Which column has the words?", [word])
         self._pick("label_column", "Which column has the labels of the words?", labels or [label])

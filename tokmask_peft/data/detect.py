@@ -19,23 +19,22 @@ from typing import Any
 from tokmask_peft.console import Decision
 from tokmask_peft.data import tables
 from tokmask_peft.data.columns import (
-    LABEL_NAMES,
     MOST_LABELS,
     SAMPLED,
     SPLITS,
     TASK_QUESTION,
-    TEXT_NAMES,
     Ask,
     Findings,
     Table,
     likeliest,
     some,
 )
-from tokmask_peft.data.conll import CONLLU_COLUMNS, Columns, ConllReader
+from tokmask_peft.data.conll import CONLLU_COLUMNS, Columns, ConllReader, looks_like_conll, split_columns
 from tokmask_peft.data.corpus import Corpus, count_labels, load_corpus, respelled
-from tokmask_peft.data.readers import READERS, read_split, separator_of
+from tokmask_peft.data.opening import PACKED, DataFile
+from tokmask_peft.data.readers import READERS, read_split
 from tokmask_peft.data.split import canonical
-from tokmask_peft.data.tables import DataFile
+from tokmask_peft.data.tables import separator_of
 from tokmask_peft.errors import DataError
 from tokmask_peft.recipe.schema import DataConfig, SourceConfig
 from tokmask_peft.tasks import TASKS, Example, get_task
@@ -45,6 +44,7 @@ ENGLISH = 0.15
 _ENGLISH = set(
     "the and of that with this you for is it was are what have not they from but on when how which your there".split()  # noqa: SIM905
 )
+_NOT_DATA = re.compile("(?i)readme|licen[cs]e|source")
 _COMMENT = re.compile(r"# ?[A-Za-z_][\w.\-]*(?:\[\w+\])? ?[=:]|# newdoc|# newpar|-DOCSTART-|meta[ \t]\S+[ \t]\S+$")
 
 
@@ -114,30 +114,33 @@ def find_splits(paths: Sequence[Path], found: Findings) -> dict[str, Path]:
     if len(trains) > 1:
         others = ", ".join(name for name in trains if name != chosen)
         found.decisions.append(Decision("FILE", chosen, f"or is it {others}? Then give that file"))
-    return named[trains.index(chosen)]
+    group = named[trains.index(chosen)]
+    return {split: group[split] for split in SPLITS if split in group}
 
 
 def _data_files(folder: Path) -> list[Path]:
     files = sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
-    known = [file for file in files if file.suffix.lower() in READERS and file.name.lower() != "readme.txt"]
+    endings = {*READERS, *PACKED}
+    known = [
+        file for file in files if file.suffix.lower() in endings and not re.match("(?i)(readme|licen[cs]e)", file.name)
+    ]
     if known:
         return known
     folders = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_dir())[:10])
     more = f" It has the folders {folders}: give one of them." if folders else ""
     listing = ", ".join(file.name for file in files[:10]) or "no file"
-    endings = ", ".join(READERS)
-    problem = f"{folder}: the folder contains {listing}; data files end in {endings}.{more}"
+    problem = f"{folder}: the folder contains {listing}; data files end in {', '.join(sorted(endings))}.{more}"
     raise DataError(problem, code="no-data-file", path=str(folder))
 
 
 def _role(file: Path) -> tuple[str | None, str]:
     """Return the split that a file's name says, and the rest of the name; none if it says none."""
-    parts = re.split(r"([^A-Za-z]+)", file.name.lower().removesuffix(file.suffix.lower()))
+    parts = re.split(r"([^A-Za-z]+)", file.name.lower())
     roles = [(at, canonical(part)) for at, part in enumerate(parts) if canonical(part) in SPLITS]
     if len(roles) != 1:
         return None, file.name
     at, role = roles[0]
-    return role, str(file.parent / "".join([*parts[:at], "*", *parts[at + 1 :], file.suffix]))
+    return role, str(file.parent / "".join([*parts[:at], "*", *parts[at + 1 :]]))
 
 
 def _place_splits(splits: Mapping[str, Path], found: Findings) -> None:
@@ -187,75 +190,91 @@ def _place_splits(splits: Mapping[str, Path], found: Findings) -> None:
 
 
 def find_form(path: Path, found: Findings) -> None:
-    """Set the keys that read a file: task, format, header and columns."""
-    ending = path.suffix.lower()
-    if ending in (".parquet", ".json", ".jsonl", ".ndjson"):
-        Table(path, found).find()
+    """Set the keys that read a file: task, format, separator, header and columns.
+
+    Raises:
+        DataError: it has no texts, or no labels.
+    """
+    file = DataFile(path, tolerant=True, encoding=found.data.get("encoding", "auto"))
+    asked = found.data.get("format")
+    ending = f".{asked}" if asked else file.inner.suffix.lower()
+    if file.workbook or ending in (".parquet", ".json", ".jsonl", ".ndjson", ".xlsx"):
+        Table(file, ending.removeprefix("."), found).find()
         return
-    lines = _sample(path)
-    column_file = _split_columns(lines)
-    if ending in (".conll", ".conllu") or (column_file and not _has_header(column_file)):
-        if ending not in (".conll", ".conllu"):
+    lines = _sample(file)
+    named = ending in (".conll", ".conllu")
+    if named or (not asked and any(looks_like_conll(lines, Columns(TASKS[task])) for task in ("sequence", "token"))):
+        if not named:
             found.decide("format", "conll", "a word a line, a blank line between texts")
-        _find_tags(path, lines, column_file or [], found)
+        _find_tags(path, lines, found)
         return
-    if ending not in (".csv", ".tsv"):
-        separator = separator_of(DataFile(path, tolerant=True))
-        widths = {len(cells) for _, cells in tables.records(iter([f"{line}\n" for line in lines]), separator) if cells}
-        if widths == {1} or len(widths) > 1:
-            _refuse_plain(path, lines)
-        found.decide("format", "tsv" if separator == "\t" else "csv", f"columns separated by {separator!r}")
-    Table(path, found).find()
+    separator = "\t" if ending == ".tsv" else separator_of(file)
+    rows = [cells for _, cells in tables.records(iter([f"{line}\n" for line in lines]), separator) if cells != [""]]
+    width, fitting = Counter(len(cells or ()) for cells in rows).most_common(1)[0]
+    if ending in (".csv", ".tsv") or (width > 1 and fitting > 0.9 * len(rows) and ending not in _LINES):
+        if ending not in (".csv", ".tsv"):
+            ending = ".tsv" if separator == "\t" else ".csv"
+            found.decide("format", ending[1:], f"{width} columns separated by {separator!r}")
+        if ending == ".csv" and separator != ",":
+            shown = "tab" if separator == "\t" else separator
+            found.decide("separator", shown, f"it gives {width} columns, a comma does not")
+        Table(file, ending[1:], found).find()
+        return
+    _find_labels_in_lines(path, lines, ending, found)
 
 
-def _sample(path: Path) -> list[str]:
+_LINES = (".tagged", ".labelled")
+
+
+def _sample(file: DataFile) -> list[str]:
     """Return the first lines of a text file.
 
     Raises:
         DataError: the file is empty, or not a text.
     """
-    with path.open("rb") as file:
-        head = file.read(65536)
-    lines = list(islice(DataFile(path, tolerant=True).lines(), SAMPLED))  # says what a workbook or an archive is
+    lines = list(islice(file.lines(), SAMPLED))  # says what a workbook or an archive is
     odd = sum(
-        unicodedata.category(char) == "Cc" and char not in "\t\r\n\x0b\x0c\x85" for line in lines for char in line
+        unicodedata.category(char) in ("Cc", "Cs") and char not in "\t\r\x0b\x0c" for line in lines for char in line
     )
-    if odd > 0.02 * sum(map(len, lines)) and b"\x00" in head:
-        problem = f"{path}: not a text file, and not in a format that is known ({', '.join(READERS)})"
-        raise DataError(problem, code="not-text", kind="unknown")
+    if odd > 0.1 * sum(map(len, lines)):
+        problem = f"{file.name}: not a text file, and not in a format that is known ({', '.join(READERS)})"
+        raise DataError(f"{problem}. If it is a text, set data.encoding.", code="not-text", kind="unknown")
     if not any(line.strip() for line in lines):
-        raise DataError(f"{path}: the file is empty", code="no-texts", source=str(path))
+        raise DataError(f"{file.name}: the file is empty", code="no-texts", source=file.name)
     return lines
 
 
-def _refuse_plain(path: Path, lines: Sequence[str]) -> None:
-    example = next(line for line in lines if line.strip())[:60]
-    problem = f"{path}: there are texts, but no labels were found (a line is “{example}”)"
-    remedy = "Needed: a table with a column of texts and one of labels, or a word and its label in each line"
-    raise DataError(f"{problem}. {remedy}.", code="no-labels", source=str(path))
+def _find_labels_in_lines(path: Path, lines: Sequence[str], ending: str, found: Findings) -> None:
+    """Set the format of a file with a text in each line, in which the words have tags or the first word is a label."""
+    texts = [split_columns(line) for line in lines if line.strip(" \t")]
+    for mark in "/_":
+        tags = Counter(word.rpartition(mark)[2] for words in texts for word in words if mark in word[1:-1])
+        if tags.total() == sum(map(len, texts)) and 1 < len(tags) <= MOST_LABELS:
+            found.decide("format", "tagged", f"each word has a tag behind {mark!r}: {some(tags)}")
+            found.decide("separator", mark, "it stands between word and tag")
+            found.decide("task", "token", "each word has a label")
+            return
+    labels = Counter(words[0] for words in texts if len(words) > 1)
+    few = 1 < len(labels) <= min(MOST_LABELS, len(texts) / 3) and min(labels.values()) > 1
+    if ending == ".labelled" or (few and labels.total() == len(texts)):
+        found.decide("format", "labelled", f"each line begins with one of a few words: {some(labels)}")
+        found.decide("task", "sequence", "each text has a label")
+        return
+    problem = f"{path}: there are texts, but no labels were found (a line is “{' '.join(texts[0])[:60]}”)"
+    remedy = (
+        "a table with a column of texts and one of labels, a label before each text, or a word a line with its label"
+    )
+    raise DataError(f"{problem}. Needed: {remedy}.", code="no-labels", source=str(path))
 
 
-def _split_columns(lines: Sequence[str]) -> list[list[str]] | None:
-    """Return the rows of a column file: a word in each line, blank lines between texts; none if it is not one."""
-    body = [line for line in lines if line.strip() and not _COMMENT.match(line)]
-    tabs = any("\t" in line for line in body)
-    rows = [line.split("\t") if tabs else line.split() for line in body]
-    width, fitting = Counter(map(len, rows)).most_common(1)[0] if rows else (0, 0)
-    texts = sum(bool(line.strip()) and not before.strip() for before, line in zip(["", *lines], lines, strict=False))
-    rows = [row for row in rows if len(row) == width]
-    single = sum(" " not in row[1 if width == len(CONLLU_COLUMNS) else 0].strip() for row in rows)
-    fits = width > 1 and fitting > 0.9 * len(body) and single > 0.95 * fitting
-    return rows if fits and texts > 1 and len(body) > 1.5 * texts else None
-
-
-def _has_header(rows: Sequence[Sequence[str]]) -> bool:
-    again = {row[-1] for row in rows[1:]}
-    return rows[0][-1] not in again and any(cell.strip().lower() in (*TEXT_NAMES, *LABEL_NAMES) for cell in rows[0])
-
-
-def _find_tags(path: Path, lines: Sequence[str], rows: Sequence[Sequence[str]], found: Findings) -> None:
+def _find_tags(path: Path, lines: Sequence[str], found: Findings) -> None:
     """Set task and label column of a column file."""
     answers: dict[str, str] = {}
+    body = [line for line in lines if line.strip() and not _COMMENT.match(line)]
+    tabs = any("\t" in line for line in body)
+    rows = [line.split("\t") if tabs else split_columns(line) for line in body]
+    width = Counter(map(len, rows)).most_common(1)[0][0] if rows else 0
+    rows = [row for row in rows if len(row) == width]
     texts = list(ConllReader(iter(lines), path.name, Columns(TASKS["sequence"])))
     labels = count_labels(one for one in texts if isinstance(one, Example))
     if len(labels) > 1 and labels.total() > 0.9 * len(texts):
