@@ -73,7 +73,7 @@ def init(
     from tokmask_peft.recipe.loading import write_new
 
     if not any(one.startswith("name=") for one in overrides):
-        draft.content["name"] = _free_name(draft.recipe.name)
+        draft.content["name"] = _free_name(draft.recipe)
     target = out or Path(f"{draft.recipe.name}.yaml")
     command = f"tokmask train {shlex.quote(str(target))}"
     write_new(target, draft.text(target, shlex.join(["tokmask", "init", *data])))
@@ -122,11 +122,12 @@ class Draft(NamedTuple):
         """Return the file: each key with its reason."""
         reasons = {decision.what: " ".join(decision.reason.split()) for decision in self.decisions}
         path, folder = Path(self.content["data"]["path"]).absolute(), target.absolute().parent
-        here = str(path.relative_to(folder)) if path.is_relative_to(folder) else str(path)
+        here = (path.relative_to(folder) if path.is_relative_to(folder) else path).as_posix()
         name = shlex.quote(str(target))
         lines = [f"# Written by: {made_by}", f"#   tokmask train {name}", f"#   tokmask validate {name} --data"]
         lines.append("# Change what is wrong; `tokmask recipes fields` lists all keys.")
-        for key, value in (self.content | {"data": {"path": here} | self.content["data"] | {"path": here}}).items():
+        data = {"path": here} | {name: value for name, value in self.content["data"].items() if name != "path"}
+        for key, value in (self.content | {"data": data}).items():
             if not isinstance(value, dict):
                 lines.append(f"{key}: {_inline(value)}")
                 continue
@@ -155,33 +156,39 @@ def make_draft(paths: Sequence[Path], overrides: Sequence[str], backbones: Seque
     """
     from tokmask_peft.recipe.loading import check, override
 
-    given: dict[str, Any] = {}
+    given: dict[str, Any] = {"model": {}, "masking": {}, "data": {}, "training": {}}
     problems = override(given, overrides)
-    sections = {key: dict(given.get(key) or {}) for key in ("model", "masking", "data", "training")}
-    if problems:
-        raise RecipeError(problems, "init")
+    stand_in: dict[str, Any] = {
+        "name": "none",
+        "model": {"backbone": "none"},
+        "data": {"task": "sequence", "path": "."},
+    }
+    for key, value in given.items():
+        stand_in[key] = stand_in.get(key, {}) | value if isinstance(value, dict) else value
+    check(stand_in, problems, "init")  # before anything is read
     quiet_libraries()
-    from tokmask_peft.data.detect import detect, likeliest, looks_english, scripts
+    from tokmask_peft.data.columns import SPLITS, likeliest
+    from tokmask_peft.data.detect import detect, looks_english, scripts
+    from tokmask_peft.data.split import canonical
     from tokmask_peft.tasks import get_task
 
-    asks = not yes and sys.stdin.isatty() and sys.stdout.isatty()
-    found, corpus = detect(paths, sections["data"], _ask if asks else likeliest, given.get("seed", 42))
+    ask = _ask if not yes and is_terminal() else likeliest
+    found, corpus = detect(paths, given["data"], ask, given.get("seed", 42))
     texts, words_given = [example.string for example in corpus.train], get_task(corpus.task).words_given
-    model, cost, why = _choose_backbone(sections["model"], backbones, looks_english(texts), words_given, texts)
+    model, cost, why = _choose_backbone(given["model"], backbones, looks_english(texts), words_given, texts)
     root = Path(found.data["path"]).absolute()
-    name = re.sub(r"[^\w.-]+", "-", root.name if root.is_dir() else root.name.partition(".")[0])
-    content = {
-        "name": name,
-        **{key: value for key, value in given.items() if key not in sections},
-        "model": model,
-        "masking": sections["masking"],
-        "data": found.data,
-        "training": sections["training"],
-    }
+    named = root if root.is_dir() or canonical(root.stem) not in SPLITS else root.parent
+    name = re.sub(r"[^\w.-]+", "-", named.name if named.is_dir() else named.name.partition(".")[0]) or "data"
+    content = {"name": name} | given | {"model": model, "data": {**found.data, "path": str(root)}}
     letters = ", ".join(f"{script} {share:.0%}" for script, share in scripts(texts).items()) or "none"
     language = Decision("data.language", "not set", f"for the model card, such as [sw, en]; scripts: {letters}")
     decisions = [*corpus.report.decisions, *found.decisions, language, why, *_settings(content, corpus, cost)]
     return Draft(content, check(content, source="init"), decisions, corpus)
+
+
+def is_terminal() -> bool:
+    """Return whether a person can be asked."""
+    return sys.stdin.isatty() and sys.stdout.isatty()
 
 
 def _ask(key: str, question: str, answers: Sequence[str]) -> str:
@@ -195,10 +202,10 @@ def _ask(key: str, question: str, answers: Sequence[str]) -> str:
     return answers[IntPrompt.ask("Number", choices=numbers, default=1) - 1]
 
 
-def _free_name(name: str) -> str:
+def _free_name(recipe: Recipe) -> str:
     """Return a name for the run that no run has yet."""
-    taken = (f"{name}-{number}" if number > 1 else name for number in itertools.count(1))
-    return next(one for one in taken if not (Path("runs") / one).exists())
+    names = itertools.chain([recipe.name], (f"{recipe.name}-{number}" for number in itertools.count(2)))
+    return next(name for name in names if not (Path(recipe.output_dir) / name).exists())
 
 
 class _Cost(NamedTuple):
@@ -327,12 +334,11 @@ def recipe_of(given: str, more: Sequence[str], *, resume: bool, quiet: bool, yes
         return checked(given, list(more))
     paths, overrides = _split_arguments([given, *more])
     draft = make_draft(paths, overrides, [], yes or resume)
-    draft.content["data"]["path"] = str(Path(draft.content["data"]["path"]).absolute())
+    if resume and (started := draft.recipe.run_dir / "recipe.yaml").is_file():
+        return checked(str(started), overrides)
     if not quiet and os.environ.get("RANK", "0") == "0":
         print_decisions(make_console(), draft.decisions)
-    from tokmask_peft.recipe.loading import check
-
-    return check(draft.content)
+    return draft.recipe
 
 
 def print_data(recipe: Recipe) -> None:

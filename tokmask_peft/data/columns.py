@@ -196,6 +196,8 @@ class Table:
         chosen = likely[names.index(self.found.pick(f"data.{key}", question, names))]
         value = self.columns.index(chosen) if self.headless else chosen.name
         shown = f"{len(chosen.values):,} values: {some(chosen.values)}"
+        if key == "label_column" and chosen.is_number:
+            shown += '; data.label_map={"' + next(iter(chosen.values)) + '": "NAME"} names them'
         if key == "text_column":
             shown = f"such as “{' '.join(chosen.strings[0].split())[:60]}”"
         others = f"; or is it {' or '.join(name for name in names if name != chosen.name)}?" if len(names) > 1 else ""

@@ -326,10 +326,11 @@ def _read_whole(found: Findings, seed: int) -> Corpus:
         try:
             corpus = load_corpus(DataConfig(**data), seed)
         except DataError as error:
-            if error.code not in ("empty-label", "empty-text") or "missing" in data:
+            if error.code not in ("empty-label", "empty-text", "empty-word") or "missing" in data:
                 raise
+            places = error.fields.get("places", (error.fields.get("where"),))
             what = error.code.removeprefix("empty-")
-            found.decide("missing", [""], f"rows without a {what} are left out (first at {error.fields['places'][0]})")
+            found.decide("missing", [""], f"texts with an empty {what} are left out (first at {places[0]})")
             continue
         merged = merges(count_labels([*corpus.train, *corpus.validation, *corpus.test]))
         if not merged or "label_map" in data:

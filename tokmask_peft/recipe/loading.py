@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import os
@@ -35,10 +36,12 @@ def find_recipe(recipe: str | Path) -> Path:
     path = Path(recipe)
     if path.is_file():
         return path
-    name = path.as_posix().removeprefix("recipes/").removesuffix(".yaml")
+    name, there = path.as_posix().removeprefix("recipes/").removesuffix(".yaml"), list[str]()
     if name in shipped_recipes():
         return SHIPPED / f"{name}.yaml"
-    guess = nearest(name, shipped_recipes())
+    with contextlib.suppress(OSError):
+        there = [file.name for file in path.parent.iterdir()]
+    guess = nearest(name, shipped_recipes()) or nearest(path.name, there)
     problem = f"no such file, and no shipped recipe of that name.{guess} See `tokmask recipes`."
     raise RecipeError([problem], str(recipe), code="no-such-recipe", recipe=name)
 
