@@ -91,6 +91,8 @@ class _Column:
         self.is_number = all(map(_NUMBER.fullmatch, self.strings))
         self.lists = [_items(cell) for cell in cells]
         self.is_list = self.lists.count(None) < 0.1 * len(cells)
+        if self.is_list:
+            self.values = Counter(str(item) for row in self.lists for item in row or ())
 
     def may_be_text(self) -> bool:
         """Whether most cells differ, and are neither lists nor numbers."""
@@ -143,7 +145,7 @@ class Table:
             raise DataError(f"{file.name}: {problem}", code="no-texts", source=file.name)
         names = list(dict.fromkeys(name for row in read for name in row))
         self.columns = [_Column(name, [row.get(name) for row in read]) for name in names]
-        self.headless = names[0] == "column 0"
+        self.headless = names == [f"column {number}" for number in range(len(names))]
         if self.headless:
             found.decide("header", False, "the first row is data: it does not name the columns")
 
@@ -164,8 +166,8 @@ class Table:
         if not labels:
             why = f"'{text.name}' has texts, but no other column has labels: a few values that recur"
             self._refuse("label_column", why)
-        label = self._pick("label_column", "Which column has the labels?", labels)
-        self.found.decide("task", "sequence", f"a text and one label in each row, such as {some(label.values)}")
+        self._pick("label_column", "Which column has the labels?", labels)
+        self.found.decide("task", "sequence", "a text and its label in each row")
 
     def _refuse(self, key: str, problem: str) -> None:
         shown = "; ".join(

@@ -106,6 +106,10 @@ KINDS = {
     "json lists in cells": (
         "a.csv", listed(lambda row: json.dumps(row).replace('"', '""')), TOKEN | {"label_column": "lid"}
     ),
+    "a column without a name": (
+        "a.csv", ",post,tone\n" + "".join(f"{at},{t},{m}\n" for at, (t, m) in enumerate(PAIRS)),
+        SEQUENCE | {"text_column": "post", "label_column": "tone", "header": None},
+    ),
     "python lists in cells": ("a.csv", listed(repr), TOKEN | {"text_column": "words"}),
     "numpy lists in cells": ("a.csv", listed(lambda row: repr(row).replace(",", "")), TOKEN | {"label_column": "lid"}),
     "numbers as labels": ("a.tsv", rows("\t", "text\tlabel").replace("pos", "1.0").replace("neg", "0"), SEQUENCE),
@@ -142,7 +146,7 @@ def test_each_kind_is_read_with_the_keys_that_are_found(tmp_path, kind, encoding
     file = tmp_path / name
     file.write_text(content, encoding=encoding)
     found, corpus = detect([file], {})
-    assert found.data.items() >= (expected | {"path": str(file), "test": None}).items()
+    assert {"header": None, **found.data}.items() >= (expected | {"path": str(file), "test": None}).items()
     assert len(corpus.train) + len(corpus.validation) == 40
     assert len(corpus.labels) == (8 if kind == "several columns" else 2)
     assert {example.string for example in corpus.train} <= {*TEXTS, *(f"{text}." for text in TEXTS)} or "1,5" in content
