@@ -30,6 +30,7 @@ from tokmask_peft.cli.app import (
     own_flags,
     with_flags,
 )
+from tokmask_peft.cli.start import print_data, recipe_of
 from tokmask_peft.console import SafeConsole, echo, make_console, quiet_libraries
 from tokmask_peft.errors import write_whole
 from tokmask_peft.tasks import get_task
@@ -42,6 +43,9 @@ ARMS = (
     "drop, random, own, unk, trained, anneal, share, overfit, with a strength as drop:0.1; and combinations such as "
     "mask+neftune, separated by commas"
 )
+RecipeOrData = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="a YAML file, the name of a shipped recipe, or a data file or folder")
+]
 GPU = (
     "memory of a GPU, for example 6GB; it is assumed to have bf16 (for T4, V100, GTX 16 and RTX 20 add "
     "model.precision=fp16, for GTX 10 fp32); default: this machine"
@@ -50,13 +54,14 @@ GPU = (
 
 @app.command(rich_help_panel=TRAIN)
 def train(
-    recipe: RecipeArgument,
+    recipe: RecipeOrData,
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="With data files: never ask.")] = False,
 ) -> None:
-    """Train an adapter as RECIPE says; the run is saved in runs/NAME."""
-    whole = checked(recipe, overrides)
+    """Train an adapter as RECIPE says, or as `init` would for data files; the run is saved in runs/NAME."""
+    whole = recipe_of(recipe, overrides or [], resume=resume, quiet=quiet, yes=yes)
     quiet_libraries()
     from tokmask_peft.training import train as run
 
@@ -104,12 +109,18 @@ def sweep(
 
 
 @app.command(rich_help_panel=TRAIN)
-def validate(recipe: RecipeArgument, overrides: Overrides = None) -> None:
-    """Check RECIPE and print every problem at once, without loading the backbone or the data."""
+def validate(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    data: Annotated[bool, typer.Option("--data", help="Read the data, too: paths, columns, labels, lengths.")] = False,
+) -> None:
+    """Check RECIPE and print every problem at once, without loading the backbone."""
     from tokmask_peft.model.location import check_length, config_at_hand
 
     whole = checked(recipe, overrides)
     check_length(whole, config_at_hand(whole.model))
+    if data:
+        print_data(whole)
     echo(f"{recipe} is valid: {whole.data.task} task on {whole.model.backbone}, run {whole.run_dir}")
 
 

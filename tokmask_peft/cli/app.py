@@ -140,12 +140,14 @@ def show_recipe(
 
 @recipes_app.command("copy")
 def copy_recipe(
-    name: RecipeArgument, target: Annotated[Path, typer.Argument(help="the file to write; never overwritten")]
+    name: RecipeArgument,
+    target: Annotated[Path, typer.Argument(help="the file to write; never overwritten")],
+    overrides: Overrides = None,
 ) -> None:
-    """Copy a recipe, with its bases merged in, as a starting point for your own."""
+    """Copy a recipe, with its bases merged in and KEYs set, as a starting point for your own."""
     from tokmask_peft.recipe.loading import copy_recipe as copy
 
-    copy(name, target)
+    copy(name, target, overrides or [])
     echo(f"{target} is yours to edit; run it with: tokmask train {shlex.quote(str(target))}")
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
+import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -34,42 +36,63 @@ def find_recipe(recipe: str | Path) -> Path:
     path = Path(recipe)
     if path.is_file():
         return path
-    name = path.as_posix().removeprefix("recipes/").removesuffix(".yaml")
+    name, there = path.as_posix().removeprefix("recipes/").removesuffix(".yaml"), list[str]()
     if name in shipped_recipes():
         return SHIPPED / f"{name}.yaml"
-    guess = nearest(name, shipped_recipes())
+    with contextlib.suppress(OSError):
+        there = [file.name for file in path.parent.iterdir()]
+    guess = nearest(name, shipped_recipes()) or nearest(path.name, there)
     problem = f"no such file, and no shipped recipe of that name.{guess} See `tokmask recipes`."
     raise RecipeError([problem], str(recipe), code="no-such-recipe", recipe=name)
 
 
 def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read, merge, override and check a recipe; see `Recipe.load`."""
+    """Read, merge, override and check a recipe; see `Recipe.load`.
+
+    A relative `data.path` that does not exist from here, but from the recipe's folder, is taken from there.
+    """
     with boundary(f"reading the recipe {recipe}"):
-        return _overridden(_read_merged(find_recipe(recipe)), overrides, str(recipe))
+        path = find_recipe(recipe)
+        content = _read_merged(path)
+        sources: list[Any] = [content.get("data")]
+        sources += [sources[0].get("test_source")] if isinstance(sources[0], dict) else []
+        for source in (one for one in sources if isinstance(one, dict) and isinstance(one.get("path"), str)):
+            at = path.parent / source["path"]
+            if not os.path.exists(source["path"]) and os.path.exists(at):  # noqa: PTH110 (Path.exists fails at long names)
+                source["path"] = str(at.absolute())
+        return check(content, override(content, overrides), str(recipe))
 
 
 def with_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
     """Return a checked copy of a recipe with `dotted.key=value` overrides; RecipeError with every problem found."""
-    return _overridden(recipe.model_dump(mode="json"), overrides, recipe.name)
+    content = recipe.model_dump(mode="json")
+    return check(content, override(content, overrides), recipe.name)
 
 
-def _overridden(content: dict[str, Any], overrides: Sequence[str], source: str) -> Recipe:
+def override(content: dict[str, Any], overrides: Sequence[str]) -> list[str]:
+    """Set `dotted.key=value` overrides in the content of a recipe; return what is wrong with them."""
     problems: list[str] = []
-    for override in overrides:
-        key, sign, value = override.partition("=")
+    for given in overrides:
+        key, sign, value = given.partition("=")
         keys = key.strip().split(".")
         if not sign or not all(keys):
-            problems.append(f"{override}: expected dotted.key=value, for example training.epochs=3")
+            problems.append(f"{given}: expected dotted.key=value, for example training.epochs=3")
         elif keys[0] == "base":
-            problems.append(f"{override}: a base can only be named in the recipe file")
+            problems.append(f"{given}: a base can only be named in the recipe file")
         else:
-            _set(content, keys, value, problems, override)
+            _set(content, keys, value, problems, given)
+    return problems
+
+
+def check(content: Mapping[str, Any], problems: Sequence[str] = (), source: str = "recipe") -> Recipe:
+    """Return the recipe of a file's content; RecipeError with every problem, after those that were found before."""
+    found = list(problems)
     try:
         checked = Recipe.model_validate(content)
     except ValidationError as error:
-        problems.extend(explain(error))
-    if problems:
-        raise RecipeError(problems, source)
+        found.extend(explain(error))
+    if found:
+        raise RecipeError(found, source)
     return checked
 
 
@@ -78,23 +101,31 @@ def to_yaml(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def copy_recipe(recipe: str | Path, target: Path) -> None:
+def copy_recipe(recipe: str | Path, target: Path, overrides: Sequence[str] = ()) -> None:
     """Write a recipe with its bases merged in, keeping the comments at its head, with the command for the new file."""
     path = find_recipe(recipe)
-    body = yaml.safe_dump(_read_merged(path), sort_keys=False, allow_unicode=True)
+    content = _read_merged(path)
+    if overrides:
+        check(content, override(content, overrides), str(recipe))
+    body = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
     lines = path.read_text(encoding="utf-8").splitlines()
     head = "".join(f"{line}\n" for line in itertools.takewhile(lambda line: line.startswith("#"), lines))
     head = re.sub(r"(tokmask train) \S+", lambda found: f"{found[1]} {shlex.quote(str(target))}", head)
+    write_new(target, head + body)
+
+
+def write_new(target: Path, text: str) -> None:
+    """Write the file of a recipe, with its folder; a RecipeError if there is one already, or it cannot be written."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.exists():
             raise FileExistsError(errno.EEXIST, "File exists", str(target))
-        write_whole(target, head + body)
+        write_whole(target, text)
     except OSError as error:
         code, problem = "recipe-unwritable", f"{target} cannot be written: {error.strerror}"
         if isinstance(error, FileExistsError):
             code, problem = "recipe-exists", f"{error.filename} exists; choose another name or remove it"
-        raise RecipeError([problem], str(recipe), code=code, file=error.filename or str(target)) from error
+        raise RecipeError([problem], str(target), code=code, file=error.filename or str(target)) from error
 
 
 def field_help(wanted: str = "") -> list[str]:

@@ -36,7 +36,7 @@ HEAVY = ("torch", "transformers", "peft", "datasets", "sklearn", "numpy")
     "arguments",
     ["--help", "train --help", "recipes list", "validate quickstart", "evaluate nope", "report nope",
      "sweep quickstart --p 0,2", "sweep quickstart --p 0,0.1 --dry-run", "diagnose quickstart --p 0",
-     "robustness nope", "faithfulness nope"],
+     "robustness nope", "faithfulness nope", "init nope", "init --help", "train nope.csv"],
 )  # fmt: skip
 def test_nothing_heavy_is_imported_for_a_quick_answer(arguments):
     code = (

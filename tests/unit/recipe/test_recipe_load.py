@@ -28,6 +28,18 @@ def problems(call, *args):
     return caught.value.problems
 
 
+def test_a_path_that_is_not_here_is_looked_for_next_to_the_recipe(tmp_path, monkeypatch):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "texts").mkdir()
+    monkeypatch.chdir(tmp_path)
+    sources = {"path": "texts", "test_source": {"path": "texts"}}
+    recipe = minimal(tmp_path / "there", data={"task": "sequence", **sources})
+    assert recipe.data.path == recipe.data.test_source.path == str(tmp_path / "there" / "texts")
+    (tmp_path / "texts").mkdir()
+    assert load_recipe("there/mine.yaml").data.path == "texts"
+    assert load_recipe("there/mine.yaml", ["data.path=nowhere"]).data.path == "nowhere"
+
+
 class TestBases:
     def test_one_base_gives_what_the_recipe_leaves_out(self, tmp_path):
         write(tmp_path, "below/base.yaml", {"training": {"epochs": 3, "batch_size": 8}, "seed": 5})

@@ -1,0 +1,160 @@
+"""`tokmask init`, `tokmask train FILE`, `validate --data`: what is decided, asked, written and refused."""
+
+import itertools
+
+import pytest
+import yaml
+from test_cli import mistake, run
+from tiny_models import build
+
+from tokmask_peft.cli import start
+from tokmask_peft.recipe.loading import load_recipe
+
+MOODS = {"positive": "bueno lindo great nice", "negative": "malo feo bad sad", "neutral": "ok meh today hoy"}
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory):
+    model, tokenizer = build("bert")
+    folder = tmp_path_factory.mktemp("tiny")
+    model.base_model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def posts(tmp_path, monkeypatch):
+    """60 posts, in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    words = [(label, word) for label, text in MOODS.items() for word in text.split()]
+    rows = [
+        f"{at};la casa {word} number {at} qué;{label}" for at, (label, word) in zip(range(60), itertools.cycle(words))
+    ]
+    (tmp_path / "posts.csv").write_text("\n".join(["id;tweet;mood", *rows]) + "\n", encoding="utf-8")
+    return tmp_path / "posts.csv"
+
+
+@pytest.fixture
+def without_memory(monkeypatch):
+    """Leave out the estimate, which takes seconds."""
+    monkeypatch.setattr(start, "_memory", lambda recipe: ())
+
+
+def init(*arguments, backbone):
+    return run("init", *arguments, "--backbone", backbone, "--yes")
+
+
+class TestInit:
+    def test_the_recipe_gives_reasons_and_works_from_any_folder(self, posts, backbone, monkeypatch):
+        found = init("posts.csv", "data.label_map={neutral: other}", "training.patience=3", backbone=backbone)
+        assert found.exit_code == 0, found.output
+        assert found.stdout.endswith("posts.yaml is yours to edit. Next: tokmask train posts.yaml\n")
+        for decided in (
+            "data.text_column",
+            "data.label_column",
+            "data.validation",
+            "model.backbone",
+            "training.epochs",
+        ):
+            assert decided in found.stdout
+        text = (posts.parent / "posts.yaml").read_text(encoding="utf-8")
+        assert "path: posts.csv\n" in text
+        assert all(
+            "  # " in text.split(key)[0].splitlines()[-1] + text.split(key)[1].splitlines()[0]
+            for key in ("\n  text_column:", "\n  label_column:", "\n  validation:")
+        )
+        monkeypatch.chdir("/")
+        recipe = load_recipe(posts.parent / "posts.yaml")
+        assert recipe.data.path == str(posts)
+        assert (recipe.data.task, recipe.data.text_column, recipe.data.label_column) == ("sequence", "tweet", "mood")
+        assert (recipe.data.separator, recipe.data.validation, recipe.data.test) == (";", 0.2, None)
+        assert (recipe.data.label_map, recipe.training.patience) == ({"neutral": "other"}, 3)
+        assert recipe.model.backbone == str(backbone)
+
+    @pytest.mark.usefixtures("without_memory")
+    def test_it_is_never_overwritten_and_no_run_s_name_is_taken(self, posts, backbone):
+        (posts.parent / "runs" / "posts").mkdir(parents=True)
+        assert init("posts.csv", backbone=backbone).exit_code == 0
+        assert yaml.safe_load((posts.parent / "posts.yaml").read_text())["name"] == "posts-2"
+        assert "posts.yaml exists" in mistake("init", "posts.csv", "--backbone", backbone, "--yes")
+        assert init("posts.csv", "--out", "there/mine.yaml", backbone=backbone).exit_code == 0
+        assert load_recipe(posts.parent / "there" / "mine.yaml").data.path == str(posts)
+
+    @pytest.mark.parametrize(
+        ("arguments", "said"),
+        [
+            (["nope.csv"], "'nope.csv' does not exist"),
+            (["posts.csv", "data.text_colum=tweet", "adapter.r=0"], "2 problems"),
+            (["posts.csv", "data=3"], "data"),
+            (["posts.csv", "data.text_column=twet"], "Did you mean 'tweet'?"),
+            (["empty.csv"], "empty"),
+            (["folder"], "no file"),
+            (["posts.csv", "folder"], "not both"),
+            (["data.task=token"], "name a data file"),
+            (["posts.csv", "--out", "posts.csv"], "exists"),
+        ],
+    )
+    def test_mistakes(self, posts, arguments, said):
+        (posts.parent / "empty.csv").touch()
+        (posts.parent / "folder").mkdir()
+        assert said in mistake("init", *arguments, "--yes")
+        assert not list(posts.parent.glob("*.yaml"))
+
+    @pytest.mark.usefixtures("without_memory")
+    def test_a_person_is_asked_only_if_one_is_there_and_it_is_not_sure(self, posts, backbone, monkeypatch):
+        text = posts.read_text(encoding="utf-8").replace("e\n", "e;a\n").replace("l\n", "l;b\n")
+        posts.write_text(text.replace("mood", "first;second"), encoding="utf-8")
+        asked = []
+        monkeypatch.setattr(start, "_ask", lambda key, question, answers: asked.append(key) or answers[-1])
+        assert run("init", "posts.csv", "--backbone", backbone, "--out", "no-terminal.yaml").exit_code == 0
+        monkeypatch.setattr(start, "is_terminal", lambda: True)
+        assert init("posts.csv", "--out", "yes.yaml", backbone=backbone).exit_code == 0
+        assert asked == []
+        assert run("init", "posts.csv", "--backbone", backbone, "--out", "asked.yaml").exit_code == 0
+        assert asked == ["data.label_column"]
+        columns = [load_recipe(f"{name}.yaml").data.label_column for name in ("no-terminal", "yes", "asked")]
+        assert columns == ["second", "second", "first"]
+
+    def test_the_answer_is_a_number(self, monkeypatch, capsys):
+        answers = iter(["7", "2"])
+        monkeypatch.setattr("rich.prompt.Prompt.get_input", lambda *_, **__: next(answers))
+        monkeypatch.setattr("builtins.input", lambda *_: next(answers))
+        assert start._ask("data.label_column", "Which?", ["mood", "tone"]) == "tone"
+        assert "2  tone" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("gpu", "english", "words_given", "expected"),
+    [
+        (False, True, False, start.MINILM),
+        (False, False, False, start.E5),
+        (False, False, True, start.E5),
+        (True, True, False, start.QWEN),
+        (True, False, True, start.MBERT),
+    ],
+)
+def test_the_backbone_suits_language_and_hardware(monkeypatch, gpu, english, words_given, expected):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(start, "_at_hand", lambda config: False)
+    model, cost, decision = start._choose_backbone({}, [], english, words_given, ["la casa"])
+    assert (model, cost, decision.choice) == (expected, None, expected["backbone"])
+    assert "downloads" in decision.reason
+
+
+class TestValidate:
+    def test_data_are_read_if_asked(self, posts, backbone):
+        init("posts.csv", backbone=backbone)
+        found = run("validate", "posts.yaml", "--data", "data.max_length=6")
+        assert found.exit_code == 0, found.output
+        assert "train: 48 texts" in found.stdout
+        assert "train: 48 texts are longer than 6 sub-tokens" in found.stdout
+        assert "'moods'" in mistake("validate", "posts.yaml", "--data", "data.label_column=moods")
+
+
+def test_copy_takes_overrides(tmp_path):
+    target = tmp_path / "mine.yaml"
+    assert run("recipes", "copy", "quickstart", target, "name=mine", "data.path=posts.csv").exit_code == 0
+    assert load_recipe(target) == load_recipe("quickstart", ["name=mine", "data.path=posts.csv"])
+    assert "1 problem" in mistake("recipes", "copy", "quickstart", tmp_path / "other.yaml", "nmae=mine")
+    assert not (tmp_path / "other.yaml").exists()

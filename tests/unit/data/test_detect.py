@@ -1,0 +1,323 @@
+"""Files that nobody described: the keys that read each kind in which corpora of this field come."""
+
+import gzip
+import importlib.util
+import json
+import re
+import zipfile
+
+import pytest
+
+from tokmask_peft.data.columns import Findings
+from tokmask_peft.data.corpus import load_corpus
+from tokmask_peft.data.detect import detect, find_splits, looks_english, merges, scripts
+from tokmask_peft.errors import DataError
+from tokmask_peft.recipe.schema import DataConfig
+
+WORDS = [
+    "casa",
+    "phone",
+    "hoy",
+    "really",
+    "bueno",
+    "work",
+    "amigo",
+    "very",
+    "malo",
+    "sad",
+    "luz",
+    "river",
+    "papa",
+    "green",
+    "voy",
+    "went",
+]
+TEXTS = [" ".join(WORDS[(at * step) % 16] for step in range(1, 4 + at % 5)) + f" n{at}" for at in range(40)]
+MOODS = [("pos", "neg")[at % 2] for at in range(40)]
+PAIRS = list(zip(TEXTS, MOODS, strict=True))
+TAGS = [["es" if word in WORDS[::2] else "en" for word in text.split()] for text in TEXTS]
+TAGGED = [(text.split(), tags) for text, tags in zip(TEXTS, TAGS, strict=True)]
+
+
+def rows(separator, header="", quote=""):
+    lines = [header] if header else []
+    lines += [f"{quote}{text}{quote}{separator}{label}" for text, label in PAIRS]
+    return "\n".join(lines) + "\n"
+
+
+def blocks(line, before="", end="\n"):
+    """Return a word a line; `line` and `before` are formats with {text}, {word} and {tag}."""
+    texts = []
+    for at, (words, tags) in enumerate(TAGGED):
+        pairs = enumerate(zip(words, tags, strict=True), 1)
+        body = "".join(line.format(at=at, word=word, tag=tag, n=n) + "\n" for n, (word, tag) in pairs)
+        texts.append(before.format(at=at, mood=MOODS[at]) + body)
+    return end.join(texts)
+
+
+def listed(shape):
+    pairs = [(shape(words), shape(tags)) for words, tags in TAGGED]
+    return "words,lid\n" + "".join(f'"{words}","{tags}"\n' for words, tags in pairs)
+
+
+SEQUENCE, TOKEN = {"task": "sequence"}, {"task": "token"}
+NAMED = {"text_column": "text", "label_column": "label"}
+KINDS = {
+    "usual names": ("a.tsv", rows("\t", "text\tlabel"), SEQUENCE | NAMED),
+    "own names": (
+        "a.tsv",
+        "id\tSentence\tcategory\n" + "".join(f"{at}\t{t}\t{m} \n" for at, (t, m) in enumerate(PAIRS)),
+        SEQUENCE | {"text_column": "Sentence", "label_column": "category"},
+    ),
+    "semicolons": ("a.csv", rows(";", "tweet;sentiment").replace("hoy", "1,5"), SEQUENCE | {"text_column": "tweet"}),
+    "bars without an ending": ("a", rows("|", "text|label"), SEQUENCE | NAMED | {"format": "csv"}),
+    "tabs in a txt": ("a.txt", rows("\t", "text\tlabel"), SEQUENCE | NAMED | {"format": "tsv"}),
+    "no header, more columns": (
+        "a.tsv",
+        "".join(f"src{at % 9:02}\t{at % 2}\t{'*' * (at % 2)}\t{t}.\n" for at, t in enumerate(TEXTS)),
+        SEQUENCE | {"header": False, "text_column": 3, "label_column": 1},
+    ),
+    "conll as tsv": ("a.tsv", blocks("{word}\t{tag}"), TOKEN | {"format": "conll", "label_column": 1}),
+    "conll with blanks in a txt": ("a.txt", blocks("{word} {tag}"), TOKEN | {"format": "conll", "label_column": 1}),
+    "conll without an ending": ("a", blocks("{word}\t{tag}"), TOKEN | {"format": "conll", "label_column": 1}),
+    "labels of texts in meta lines": ("a.conll", blocks("{word}\t{tag}", "meta\t{at}\t{mood}\n"), SEQUENCE),
+    "several columns": ("a.conll", blocks("{word}\t{tag}\tX{n}"), TOKEN | {"label_column": 2}),
+    "conllu": (
+        "a.conllu",
+        blocks("{n}\t{word}\t_\tNOUN\t_\t_\t0\troot\t_\tAdpType=Prep|Lang={tag}", "# sent_id = {at}\n"),
+        TOKEN | {"label_column": "misc.Lang"},
+    ),
+    "a row a word with ids": (
+        "a.csv",
+        "sent,word,tag\n" + blocks("{at},{word},{tag}", end=""),
+        TOKEN | {"text_column": "word", "label_column": "tag", "group_column": "sent"},
+    ),
+    "a row a word, EOS": ("a.csv", blocks("{word},{tag}", end="<EOS>,<EOS>\n"), TOKEN | {"header": False}),
+    "a row a word, blank rows": ("a.csv", "word,tag\n" + blocks("{word},{tag}"), TOKEN | {"label_column": "tag"}),
+    "the text's start at its first word": (
+        "a.csv",
+        "".join(
+            ("" if n else f'"T: {at}"') + f",{word},{tag}\n"
+            for at, (words, tags) in enumerate(TAGGED)
+            for n, (word, tag) in enumerate(zip(words, tags, strict=True))
+        ),
+        TOKEN | {"text_column": 1, "label_column": 2, "group_column": 0},
+    ),
+    "json lists in cells": (
+        "a.csv", listed(lambda row: json.dumps(row).replace('"', '""')), TOKEN | {"label_column": "lid"}
+    ),
+    "a column without a name": (
+        "a.csv", ",post,tone\n" + "".join(f"{at},{t},{m}\n" for at, (t, m) in enumerate(PAIRS)),
+        SEQUENCE | {"text_column": "post", "label_column": "tone", "header": None},
+    ),
+    "python lists in cells": ("a.csv", listed(repr), TOKEN | {"text_column": "words"}),
+    "numpy lists in cells": ("a.csv", listed(lambda row: repr(row).replace(",", "")), TOKEN | {"label_column": "lid"}),
+    "numbers as labels": ("a.tsv", rows("\t", "text\tlabel").replace("pos", "1.0").replace("neg", "0"), SEQUENCE),
+    "json lines": (
+        "a.jsonl",
+        "".join(json.dumps({"id": at, "tweet": t, "class": m}) + "\n" for at, (t, m) in enumerate(PAIRS)),
+        SEQUENCE | {"text_column": "tweet", "label_column": "class"},
+    ),
+    "tags behind a slash": (
+        "a.txt",
+        "".join(" ".join(f"{w}/{t}" for w, t in zip(*pair, strict=True)) + "\n" for pair in TAGGED),
+        TOKEN | {"format": "tagged", "separator": "/"},
+    ),
+    "tags behind an underscore": (
+        "a",
+        "".join(" ".join(f"{w}_{t}" for w, t in zip(*pair, strict=True)) + "\n" for pair in TAGGED),
+        TOKEN | {"format": "tagged", "separator": "_"},
+    ),
+    "labels before texts": (
+        "a.txt", "".join(f"{mood} {text}\n" for text, mood in PAIRS), SEQUENCE | {"format": "labelled"}
+    ),
+    "words as strings": (
+        "a.csv",
+        "text,langs\n" + "".join(f"{' '.join(words)},{' '.join(tags)}\n" for words, tags in TAGGED),
+        TOKEN | {"text_column": "text", "label_column": "langs"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_each_kind_is_read_with_the_keys_that_are_found(tmp_path, kind, encoding):
+    name, content, expected = KINDS[kind]
+    file = tmp_path / name
+    file.write_text(content, encoding=encoding)
+    found, corpus = detect([file], {})
+    assert {"header": None, **found.data}.items() >= (expected | {"path": str(file), "test": None}).items()
+    assert len(corpus.train) + len(corpus.validation) == 40
+    assert len(corpus.labels) == (8 if kind == "several columns" else 2)
+    assert {example.string for example in corpus.train} <= {*TEXTS, *(f"{text}." for text in TEXTS)} or "1,5" in content
+    assert load_corpus(DataConfig(**found.data), 42).fingerprint() == corpus.fingerprint()
+
+
+@pytest.mark.parametrize("ending", ["gz", "zip"])
+def test_packed_and_in_windows_1252(tmp_path, ending):
+    content = rows(",", "tweet,category").replace("casa", "señor").encode("cp1252")
+    if ending == "gz":
+        (file := tmp_path / "a.csv.gz").write_bytes(gzip.compress(content))
+    else:
+        with zipfile.ZipFile(file := tmp_path / "a.zip", "w") as archive:
+            archive.writestr("inside.csv", content)
+    found, corpus = detect([file], {})
+    assert found.data["text_column"] == "tweet"
+    assert any("señor" in example.words for example in corpus.train)
+
+
+WORKBOOK = pytest.mark.skipif(importlib.util.find_spec("openpyxl") is None, reason="openpyxl is not installed")
+
+
+@WORKBOOK
+def test_a_workbook(tmp_path):
+    import openpyxl
+
+    book = openpyxl.Workbook()
+    for row in [("id", "Tweet", "Class"), *((at, *pair) for at, pair in enumerate(PAIRS))]:
+        book.active.append(row)
+    book.save(tmp_path / "a.xlsx")
+    found, corpus = detect([tmp_path / "a.xlsx"], {})
+    assert found.data.items() >= {"text_column": "Tweet", "label_column": "Class"}.items()
+    assert corpus.labels == ("neg", "pos")
+
+
+class TestWhatCannotBeRead:
+    @pytest.mark.parametrize(
+        ("content", "code"),
+        [
+            (b"", "no-texts"),
+            (b"\n\n", "no-texts"),
+            (bytes(range(256)) * 40, "not-text"),
+            (b"\x89PNG\r\n\x1a\n" + bytes(100) + bytes(range(255, 0, -1)), "not-text"),
+            ("\n".join(TEXTS).encode(), "no-labels"),
+            (("text,id\n" + "".join(f"{text},{at}\n" for at, text in enumerate(TEXTS))).encode(), "no-labels"),
+            (("text,label\n" + "".join(f"{text},pos\n" for text in TEXTS)).encode(), "no-labels"),
+            (("a,b\n" + "".join(f"{at},{at % 3}\n" for at in range(40))).encode(), "column"),
+            (b"text,label\n", "no-texts"),
+        ],
+    )
+    @pytest.mark.parametrize("ending", ["csv", "txt"])
+    def test_it_is_said_with_a_code(self, tmp_path, content, code, ending):
+        (tmp_path / f"a.{ending}").write_bytes(content)
+        with pytest.raises(DataError) as caught:
+            detect([tmp_path / f"a.{ending}"], {})
+        assert caught.value.code == code
+
+    def test_a_column_that_is_asked_for_and_is_not_there(self, tmp_path):
+        (tmp_path / "a.csv").write_text(rows(",", "text,label"))
+        with pytest.raises(DataError, match="'label'") as caught:
+            detect([tmp_path / "a.csv"], {"label_column": "labl"})
+        assert (caught.value.code, caught.value.fields["field"]) == ("column", "label_column")
+
+
+class TestSplits:
+    def found(self, folder, *names, given=None):
+        for name in names:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(rows("\t", "text\tlabel"))
+        return find_splits([folder / name for name in given] if given else [folder], Findings({}))
+
+    @pytest.mark.parametrize(
+        ("names", "given", "expected"),
+        [
+            (["train.tsv", "dev.tsv", "test.tsv"], None, ["train.tsv", "dev.tsv", "test.tsv"]),
+            (["my-train_v2.tsv", "my-dev_v2.tsv", "README.txt"], None, ["my-train_v2.tsv", "my-dev_v2.tsv"]),
+            (["train.tsv", "test.tsv", "other.tsv"], ["train.tsv"], ["train.tsv", "test.tsv"]),
+            (["posts.tsv", "test.tsv"], ["posts.tsv"], ["posts.tsv"]),
+            (["posts.tsv", "held_test.tsv"], ["posts.tsv", "held_test.tsv"], ["posts.tsv", "held_test.tsv"]),
+            (["posts.tsv", "notes.md"], None, ["posts.tsv"]),
+            (["a/train.tsv", "b/test.tsv"], ["a/train.tsv", "b/test.tsv"], ["a/train.tsv", "b/test.tsv"]),
+        ],
+    )
+    def test_by_the_names_of_the_files(self, tmp_path, names, given, expected):
+        found = self.found(tmp_path, *names, given=given)
+        assert [str(path.relative_to(tmp_path)) for path in found.values()] == expected
+        assert next(iter(found)) == "train"
+
+    @pytest.mark.parametrize(
+        ("names", "code"), [(["one.tsv", "two.tsv"], "no-train"), (["notes.md"], "no-data-file"), ([], "no-data-file")]
+    )
+    def test_a_folder_that_does_not_say(self, tmp_path, names, code):
+        with pytest.raises(DataError) as caught:
+            self.found(tmp_path, *names)
+        assert caught.value.code == code
+
+    def test_the_one_of_two_sets_is_asked_for(self, tmp_path):
+        self.found(tmp_path, "train.tsv", "test.tsv", "train.lid.tsv")
+        asked = []
+        found = find_splits([tmp_path], Findings({}, lambda *question: asked.append(question) or "train.lid.tsv"))
+        assert {name: path.name for name, path in found.items()} == {"train": "train.lid.tsv"}
+        assert asked[0][2] == ["train.tsv", "train.lid.tsv"]
+
+    @pytest.mark.parametrize(
+        ("names", "validation", "test"),
+        [
+            (["train", "dev", "test"], "dev.tsv", "test.tsv"),
+            (["train", "test"], 0.2, "test.tsv"),
+            (["train", "dev"], 0.2, "dev.tsv"),
+            (["train", "dev", "unlabelled test"], 0.2, "dev.tsv"),
+        ],
+    )
+    def test_what_selects_does_not_score(self, tmp_path, names, validation, test):
+        for at, name in enumerate(names):
+            content = rows("\t", "text\tlabel").replace(" n", f" {name[:3]}{at}n")
+            if name.startswith("unlabelled"):
+                content = re.sub("\t(pos|neg)", "\t", content)
+            (tmp_path / f"{name.split()[-1]}.tsv").write_text(content)
+        found, corpus = detect([tmp_path], {"hygiene": "report"})
+        assert (found.data["train"], found.data["validation"], found.data["test"]) == ("train.tsv", validation, test)
+        assert corpus.test
+
+
+class TestLabels:
+    @pytest.mark.parametrize(
+        ("labels", "expected"),
+        [
+            ({"Pos": 3, "pos": 40, "neg ": 2, "neg": 40}, {"Pos": "pos", "neg ": "neg"}),
+            ({"positve": 1, "Positve": 1, "positive": 90}, {"positve": "positive", "Positve": "positive"}),
+            ({"negaitve": 2, "negative": 300}, {"negaitve": "negative"}),
+            ({"lang1": 1, "lang2": 100}, {}),
+            ({"B-LOC": 1, "I-LOC": 100}, {}),
+            ({"positve": 30, "positive": 90}, {}),
+            ({"PART": 1, "PARK": 100}, {}),
+            ({"typical": 100, "atypical": 1}, {}),
+        ],
+    )
+    def test_another_spelling_or_a_rare_typo_is_merged(self, labels, expected):
+        assert merges(labels) == expected
+
+    def test_missing_ones_are_left_out_and_the_user_s_map_stays(self, tmp_path):
+        content = rows(",", "text,label").replace("pos\n", "Pos\n", 1).replace("neg\n", "\n", 2)
+        (tmp_path / "a.csv").write_text(content)
+        found, corpus = detect([tmp_path / "a.csv"], {})
+        assert (found.data["missing"], found.data["label_map"]) == ([""], {"Pos": "pos"})
+        assert len(corpus.train) + len(corpus.validation) == 38
+        found, _ = detect([tmp_path / "a.csv"], {"label_map": {"Pos": "Pos"}})
+        assert found.data["label_map"] == {"Pos": "Pos"}
+
+
+def test_what_is_not_sure_is_asked_and_reported(tmp_path):
+    lines = [f"{text},{text.upper()},{mood},{'ab'[len(text) % 2]}" for text, mood in PAIRS]
+    (tmp_path / "a.csv").write_text("first,second,one,two\n" + "\n".join(lines) + "\n")
+    asked = []
+
+    def last(key, question, answers):
+        asked.append((key, list(answers)))
+        return answers[-1]
+
+    found, _ = detect([tmp_path / "a.csv"], {}, last)
+    assert asked == [("data.text_column", ["first", "second"]), ("data.label_column", ["one", "two"])]
+    assert (found.data["text_column"], found.data["label_column"]) == ("second", "two")
+    reasons = {decision.what: decision.reason for decision in found.decisions}
+    assert "or is it first" in reasons["data.text_column"]
+    found, _ = detect([tmp_path / "a.csv"], {"text_column": 0, "label_column": "two"}, last)
+    assert len(asked) == 2
+    assert found.data["text_column"] == 0
+
+
+def test_scripts_and_english():
+    assert list(scripts(["नमस्ते दुनिया hello", "123 😀"])) == ["Devanagari", "Latin"]
+    assert looks_english(["what is the name of the river that was there", "how are you"])
+    assert not looks_english(["la neta this weather está muy hot para mi", "qué cool que viniste my friend"])
+    assert not looks_english([])

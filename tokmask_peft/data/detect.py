@@ -1,0 +1,379 @@
+"""Files that nobody described: which keys of `data` read them, and why.
+
+The form (which file is which split, columns, task) is decided from a sample. What is counted is counted in the whole
+data, read and cleaned as a training would.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import SequenceMatcher
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from tokmask_peft.console import Decision
+from tokmask_peft.data import tables
+from tokmask_peft.data.columns import (
+    MOST_LABELS,
+    SAMPLED,
+    SPLITS,
+    TASK_QUESTION,
+    Ask,
+    Findings,
+    Table,
+    likeliest,
+    some,
+)
+from tokmask_peft.data.conll import CONLLU_COLUMNS, Columns, ConllReader, looks_like_conll, split_columns
+from tokmask_peft.data.corpus import Corpus, count_labels, load_corpus, respelled
+from tokmask_peft.data.opening import PACKED, DataFile
+from tokmask_peft.data.readers import READERS, read_split
+from tokmask_peft.data.split import canonical
+from tokmask_peft.data.tables import separator_of
+from tokmask_peft.errors import DataError
+from tokmask_peft.recipe.schema import DataConfig, SourceConfig
+from tokmask_peft.tasks import TASKS, Example, get_task
+
+ENGLISH = 0.15
+"""Share of function words above which texts are taken for English; code-switched texts have less."""
+_ENGLISH = set(
+    "the and of that with this you for is it was are what have not they from but on when how which your there".split()  # noqa: SIM905
+)
+_NOT_DATA = re.compile("(?i)readme|licen[cs]e|source")
+_COMMENT = re.compile(r"# ?[A-Za-z_][\w.\-]*(?:\[\w+\])? ?[=:]|# newdoc|# newpar|-DOCSTART-|meta[ \t]\S+[ \t]\S+$")
+
+
+def detect(
+    paths: Sequence[Path], given: Mapping[str, Any], ask: Ask = likeliest, seed: int = 42
+) -> tuple[Findings, Corpus]:
+    """Find the keys of `data` that read files, and read them.
+
+    Args:
+        paths: files, or one folder.
+        given: keys of `data` that are set already, and stay.
+        ask: decides what is not sure.
+        seed: of the share that is set aside for validation.
+
+    Raises:
+        DataError: there is nothing to learn from; says what was found and what to do.
+    """
+    found = Findings(dict(given), ask)
+    splits = find_splits(paths, found)
+    find_form(splits["train"], found)
+    _place_splits(splits, found)
+    return found, _read_whole(found, seed)
+
+
+# -- which file is which split --
+
+
+def find_splits(paths: Sequence[Path], found: Findings) -> dict[str, Path]:
+    """Return the file of each split by the names of the files; `train` is always there.
+
+    A folder, or files; next to a single file that is named as a split, those of its other splits are looked for.
+    """
+    for path in paths:
+        if not path.exists():
+            problem = f"'{path}' does not exist (seen from {Path.cwd()})"
+            raise DataError(f"{problem}. Give a file, several, or a folder.", code="no-path", path=str(path))
+    files = [path for path in paths if path.is_file()]
+    if len(paths) == 1 and not files:
+        files = _data_files(paths[0])
+    elif len(files) < len(paths):
+        raise DataError("give one folder, or files, but not both", code="files-and-folders")
+    elif len(files) == 1:
+        role, rest = _role(files[0])
+        alike = [file for file in _data_files(files[0].parent) if _role(file)[1] == rest] if role else []
+        files = [*files, *(file for file in alike if role != _role(file)[0])]
+    groups: dict[str, dict[str, Path]] = defaultdict(dict)
+    for file in files:
+        role, rest = _role(file)
+        if role is None:
+            groups[str(file)] = {"train": file}
+        elif (other := groups[rest].setdefault(role, file)) != file:
+            problem = f"{other} and {file} both look like {role}"
+            raise DataError(f"{problem}: give the files that belong together", code="several-files", split=role)
+    if len(paths) > 1 and len(groups) > 1:  # files of one corpus, whatever else is in their names
+        parts = [(role or "train", file) for file in files for role, _ in [_role(file)]]
+        if len({role for role, _ in parts}) == len(parts):
+            groups = defaultdict(dict, {"": dict(parts)})
+    sets = sorted((group for group in groups.values() if "train" in group), key=lambda group: -len(group))
+    if not sets or (len(sets) > 1 and not any(_role(group["train"])[0] for group in sets)):
+        names = ", ".join(sorted(file.name for file in files))
+        problem = f"no name says which of {names} is the training data"
+        remedy = "give one file, or name them train, dev (or validation) and test"
+        raise DataError(f"{problem}: {remedy}", code="no-train", files=tuple(map(str, files)))
+    named = [group for group in sets if _role(group["train"])[0]] or sets
+    trains = [str(group["train"].name) for group in named]
+    chosen = found.pick("FILE", "Several sets of files are there. Which is train?", trains)
+    if len(trains) > 1:
+        others = ", ".join(name for name in trains if name != chosen)
+        found.decisions.append(Decision("FILE", chosen, f"or is it {others}? Then give that file"))
+    group = named[trains.index(chosen)]
+    return {split: group[split] for split in SPLITS if split in group}
+
+
+def _data_files(folder: Path) -> list[Path]:
+    files = sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
+    endings = {*READERS, *PACKED}
+    known = [
+        file for file in files if file.suffix.lower() in endings and not re.match("(?i)(readme|licen[cs]e)", file.name)
+    ]
+    if known:
+        return known
+    folders = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_dir())[:10])
+    more = f" It has the folders {folders}: give one of them." if folders else ""
+    listing = ", ".join(file.name for file in files[:10]) or "no file"
+    problem = f"{folder}: the folder contains {listing}; data files end in {', '.join(sorted(endings))}.{more}"
+    raise DataError(problem, code="no-data-file", path=str(folder))
+
+
+def _role(file: Path) -> tuple[str | None, str]:
+    """Return the split that a file's name says, and the rest of the name; none if it says none."""
+    parts = re.split(r"([^A-Za-z]+)", file.name.lower())
+    roles = [(at, canonical(part)) for at, part in enumerate(parts) if canonical(part) in SPLITS]
+    if len(roles) != 1:
+        return None, file.name
+    at, role = roles[0]
+    return role, str(file.parent / "".join([*parts[:at], "*", *parts[at + 1 :]]))
+
+
+def _place_splits(splits: Mapping[str, Path], found: Findings) -> None:
+    """Set `path`, `train`, `validation` and `test`."""
+    train, data = splits["train"], found.data
+    root = train if len(splits) == 1 else train.parent
+    data["path"] = str(root)
+
+    def count(split: str) -> int:
+        """Return the texts of a split; 0 if no text has a label, as in the test set of a shared task."""
+        keys = {key: value for key, value in data.items() if key in SourceConfig.model_fields}
+        try:
+            return len(
+                read_split(SourceConfig(**{**keys, "path": str(splits[split])}), splits[split].name, data["task"])
+            )
+        except DataError as error:
+            if error.code.startswith("empty-"):
+                return 1
+            if error.code != "no-labels" or split == "train":
+                raise
+            found.decisions.append(
+                Decision(f"data.{split}", "not used", f"no text in {splits[split].name} has a label")
+            )
+            return 0
+
+    size = count("train")
+    here = {split: os.path.relpath(splits[split], root) for split in splits if split != "train" and count(split)}
+    if len(splits) > 1:
+        found.decide("train", train.name, "its name says so")
+    share = 0.2 if size < 1000 else 0.1 if size < 20_000 else 0.05
+    kept_together = f"{share:.0%} of train are set aside: stratified, near-duplicates on one side"
+    if "validation" in here and "test" in here:
+        found.decide("validation", here["validation"], "its name says so; it chooses the checkpoint")
+        found.decide("test", here["test"], "its name says so; it scores what was chosen")
+    elif "test" in here:
+        found.decide("validation", share, kept_together)
+        found.decide("test", here["test"], "its name says so; it scores what was chosen")
+    elif "validation" in here:
+        found.decide("validation", share, f"{kept_together}; they choose the checkpoint")
+        found.decide("test", here["validation"], "scored on what did not choose the checkpoint")
+    else:
+        found.decide("validation", share, kept_together)
+        found.decide("test", None, "there is no test file: the score is of validation, which also chose the checkpoint")
+
+
+# -- the form of a file --
+
+
+def find_form(path: Path, found: Findings) -> None:
+    """Set the keys that read a file: task, format, separator, header and columns.
+
+    Raises:
+        DataError: it has no texts, or no labels.
+    """
+    file = DataFile(path, tolerant=True, encoding=found.data.get("encoding", "auto"))
+    asked = found.data.get("format")
+    ending = f".{asked}" if asked else file.inner.suffix.lower()
+    if file.workbook or ending in (".parquet", ".json", ".jsonl", ".ndjson", ".xlsx"):
+        Table(file, ending.removeprefix("."), found).find()
+        return
+    lines = _sample(file)
+    named = ending in (".conll", ".conllu")
+    if named or (not asked and any(looks_like_conll(lines, Columns(TASKS[task])) for task in ("sequence", "token"))):
+        if not named:
+            found.decide("format", "conll", "a word a line, a blank line between texts")
+        _find_tags(path, lines, found)
+        return
+    separator = "\t" if ending == ".tsv" else separator_of(file)
+    rows = [cells for _, cells in tables.records(iter([f"{line}\n" for line in lines]), separator) if cells != [""]]
+    width, fitting = Counter(len(cells or ()) for cells in rows).most_common(1)[0]
+    if ending in (".csv", ".tsv") or (width > 1 and fitting > 0.9 * len(rows) and ending not in _LINES):
+        if ending not in (".csv", ".tsv"):
+            ending = ".tsv" if separator == "\t" else ".csv"
+            found.decide("format", ending[1:], f"{width} columns separated by {separator!r}")
+        if ending == ".csv" and separator != ",":
+            shown = "tab" if separator == "\t" else separator
+            found.decide("separator", shown, f"it gives {width} columns, a comma does not")
+        Table(file, ending[1:], found).find()
+        return
+    _find_labels_in_lines(path, lines, ending, found)
+
+
+_LINES = (".tagged", ".labelled")
+
+
+def _sample(file: DataFile) -> list[str]:
+    """Return the first lines of a text file.
+
+    Raises:
+        DataError: the file is empty, or not a text.
+    """
+    lines = list(islice(file.lines(), SAMPLED))  # says what a workbook or an archive is
+    odd = sum(
+        unicodedata.category(char) in ("Cc", "Cs") and char not in "\t\r\x0b\x0c" for line in lines for char in line
+    )
+    if odd > 0.1 * sum(map(len, lines)):
+        problem = f"{file.name}: not a text file, and not in a format that is known ({', '.join(READERS)})"
+        raise DataError(f"{problem}. If it is a text, set data.encoding.", code="not-text", kind="unknown")
+    if not any(line.strip() for line in lines):
+        raise DataError(f"{file.name}: the file is empty", code="no-texts", source=file.name)
+    return lines
+
+
+def _find_labels_in_lines(path: Path, lines: Sequence[str], ending: str, found: Findings) -> None:
+    """Set the format of a file with a text in each line, in which the words have tags or the first word is a label."""
+    texts = [split_columns(line) for line in lines if line.strip(" \t")]
+    for mark in "/_":
+        tags = Counter(word.rpartition(mark)[2] for words in texts for word in words if mark in word[1:-1])
+        if tags.total() == sum(map(len, texts)) and 1 < len(tags) <= MOST_LABELS:
+            found.decide("format", "tagged", f"each word has a tag behind {mark!r}: {some(tags)}")
+            found.decide("separator", mark, "it stands between word and tag")
+            found.decide("task", "token", "each word has a label")
+            return
+    labels = Counter(words[0] for words in texts if len(words) > 1)
+    few = 1 < len(labels) <= min(MOST_LABELS, len(texts) / 3) and min(labels.values()) > 1
+    if ending == ".labelled" or (few and labels.total() == len(texts)):
+        found.decide("format", "labelled", f"each line begins with one of a few words: {some(labels)}")
+        found.decide("task", "sequence", "each text has a label")
+        return
+    problem = f"{path}: there are texts, but no labels were found (a line is “{' '.join(texts[0])[:60]}”)"
+    remedy = (
+        "a table with a column of texts and one of labels, a label before each text, or a word a line with its label"
+    )
+    raise DataError(f"{problem}. Needed: {remedy}.", code="no-labels", source=str(path))
+
+
+def _find_tags(path: Path, lines: Sequence[str], found: Findings) -> None:
+    """Set task and label column of a column file."""
+    answers: dict[str, str] = {}
+    body = [line for line in lines if line.strip() and not _COMMENT.match(line)]
+    tabs = any("\t" in line for line in body)
+    rows = [line.split("\t") if tabs else split_columns(line) for line in body]
+    width = Counter(map(len, rows)).most_common(1)[0][0] if rows else 0
+    rows = [row for row in rows if len(row) == width]
+    texts = list(ConllReader(iter(lines), path.name, Columns(TASKS["sequence"])))
+    labels = count_labels(one for one in texts if isinstance(one, Example))
+    if len(labels) > 1 and labels.total() > 0.9 * len(texts):
+        answers["sequence"] = f"a comment before each text has its label ({some(labels)})"
+    tags = _tag_columns(rows)
+    if tags:
+        answers["token"] = f"each word has a label ({some(next(iter(tags.values())))})"
+    if not answers:
+        problem = f"{path}: no column has labels that recur, and no comment has the label of a text"
+        raise DataError(f"{problem}. Name the column in data.label_column.", code="no-labels", source=str(path))
+    if "task" not in found.data:
+        task = found.pick("data.task", TASK_QUESTION, list(answers))
+        other = "".join(f"; or {name}: {why}" for name, why in answers.items() if name != task)
+        found.decide("task", task, answers[task] + other)
+    if get_task(found.data["task"]).words_given and "label_column" not in found.data and tags:
+        column = found.pick("data.label_column", "Which column has the labels of the words?", list(tags))
+        others = "".join(f"; or {name}: {some(values)}" for name, values in tags.items() if name != column)
+        number = int(column) if column.isdecimal() else column
+        found.decide("label_column", number, some(tags[column]) + others)
+
+
+def _tag_columns(rows: Sequence[Sequence[str]]) -> dict[str, Counter[str]]:
+    """Return what may be the labels of words, the likeliest first: column -> labels."""
+    if not rows:
+        return {}
+    if len(rows[0]) == len(CONLLU_COLUMNS):
+        found: dict[str, Counter[str]] = defaultdict(Counter)
+        for row in rows:
+            for pair in row[9].split("|"):
+                key, sign, value = pair.partition("=")
+                if sign and not key.startswith("Space"):
+                    found[f"misc.{key}"][value] += 1
+        found["upos"] = Counter(row[3] for row in rows)
+        found = {name: values for name, values in found.items() if 1 < len(values) <= MOST_LABELS}
+        return dict(
+            sorted(found.items(), key=lambda pair: (not pair[0].lower().startswith("misc.lang"), -pair[1].total()))
+        )
+    columns = {str(at): Counter(row[at].strip() for row in rows) for at in range(len(rows[0]) - 1, 0, -1)}
+    return {at: tags for at, tags in columns.items() if 1 < len({*tags} - {"_", ""}) <= min(MOST_LABELS, len(rows) / 2)}
+
+
+# -- the whole data --
+
+
+def _read_whole(found: Findings, seed: int) -> Corpus:
+    """Read the data as a training would, and set what only shows there: missing values and labels to merge."""
+    data = found.data
+    while True:
+        try:
+            corpus = load_corpus(DataConfig(**data), seed)
+        except DataError as error:
+            if error.code not in ("empty-label", "empty-text", "empty-word") or "missing" in data:
+                raise
+            places = error.fields.get("places", (error.fields.get("where"),))
+            what = error.code.removeprefix("empty-")
+            found.decide("missing", [""], f"texts with an empty {what} are left out (first at {places[0]})")
+            continue
+        merged = merges(count_labels([*corpus.train, *corpus.validation, *corpus.test]))
+        if not merged or "label_map" in data:
+            break
+        found.decide("label_map", merged, "the labels differ in case, blanks or one letter")
+    return corpus
+
+
+def merges(labels: Mapping[str, int]) -> dict[str, str]:
+    """Map labels to the one that they are likely to be: another spelling of it, or a rare typo."""
+    found = respelled(labels)
+    for label, count in labels.items():
+        others = [other for other, often in labels.items() if often > 50 * count and other not in found]
+        for other in others if label not in found and count <= 5 else ():
+            if _is_typo(label.casefold(), other.casefold()):
+                found[label] = other
+    return {old: found.get(new, new) for old, new in found.items()}
+
+
+def _is_typo(one: str, other: str) -> bool:
+    """Return whether two words of letters differ by one letter, or two that are swapped, after the first."""
+    if min(len(one), len(other)) < 5 or one[0] != other[0] or not (one + other).isalpha():
+        return False
+    changes = [
+        change for change in SequenceMatcher(None, one, other, autojunk=False).get_opcodes() if change[0] != "equal"
+    ]
+    edits = sum(max(end - start, last - first) for _, start, end, first, last in changes)
+    return edits == 1 or (edits == 2 and sorted(one) == sorted(other))
+
+
+# -- languages --
+
+
+def scripts(texts: Iterable[str]) -> dict[str, float]:
+    """Return the share of letters in each script that has at least 1%, the most frequent first."""
+    letters = Counter(char for text in texts for char in text if char.isalpha())
+    counts: Counter[str] = Counter()
+    for char, count in letters.items():
+        counts[unicodedata.name(char, "unknown").split()[0].split("-")[0].capitalize()] += count
+    return {name: count / letters.total() for name, count in counts.most_common() if count >= 0.01 * letters.total()}
+
+
+def looks_english(texts: Sequence[str]) -> bool:
+    """Return whether enough of the words are function words that only English has."""
+    words = [word for text in texts for word in text.lower().split() if word.isalpha()]
+    return sum(word in _ENGLISH for word in words) > ENGLISH * max(len(words), 1)
