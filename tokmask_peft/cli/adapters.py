@@ -208,6 +208,8 @@ def predict(
         str | None, typer.Option(help="in a table with a word in each row: the column that names the text")
     ] = None,
     header: Annotated[str, typer.Option(help="of a CSV or TSV file: true, false, or auto by its cells")] = "auto",
+    separator: Annotated[str, typer.Option(help="one character, or tab; auto: what gives all rows the same")] = "auto",
+    encoding: Annotated[str, typer.Option(help="for example cp1252; auto: by the bytes")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON line for each text.")] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="texts per forward pass")] = 32,
     device: DeviceOption = None,
@@ -236,6 +238,7 @@ def predict(
     # before the libraries are loaded, which takes seconds
     saved = find_saved(model, backbone, trust_remote_code=trust_remote_code)
     flags = {"text_column": "--column", "group_column": "--group-column", "format": "--format", "header": "--header"}
+    flags |= {"separator": "--separator", "encoding": "--encoding"}
     with contextlib.ExitStack() as stack:
         stack.enter_context(own_flags(flags))
         source = None
@@ -248,7 +251,9 @@ def predict(
                 path = _saved_input(stack.enter_context(TemporaryDirectory()), file, format)
                 if not path.stat().st_size:
                     raise typer.BadParameter(f"{name} is empty: give texts, or --file", param_hint="TEXT")
-            source = TextFile(path, saved.task, format, column, headers[header], group_column, name)
+            source = TextFile(
+                path, saved.task, format, column, headers[header], separator, encoding, group_column, name
+            )
             reasons = [replace(one, reason=with_flags(one.reason, flags)) for one in source.decisions]
             source.decisions = tuple(reasons)
         if out is not None:
