@@ -1,11 +1,9 @@
 """Write `docs/recipe.md` from the schema of recipes: `python .ci/recipe_reference.py`."""
 
 import sys
-from itertools import groupby
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
+from tokmask_peft.recipe.errors import choices
 from tokmask_peft.recipe.loading import shown
 from tokmask_peft.recipe.schema import all_fields
 
@@ -19,33 +17,23 @@ from another recipe. This page is written from the schema; `tokmask recipes fiel
 """
 
 
-def choices(annotation: Any, metadata: list[Any]) -> str:
-    """Return the values that a field takes, or nothing if any value of its type will do."""
-    for mark in metadata:
-        if names := getattr(mark, "registry", None):
-            return " \\| ".join(f"`{name}`" for name in names)
-    if get_origin(annotation) is Annotated:
-        inner, *marks = get_args(annotation)
-        return choices(inner, marks)
-    if get_origin(annotation) is Literal:
-        return " \\| ".join(f"`{value}`" for value in get_args(annotation))
-    if get_origin(annotation) in {Union, UnionType}:
-        return " \\| ".join(
-            found for part in get_args(annotation) if part is not NoneType and (found := choices(part, []))
-        )
-    return ""
-
-
 def page() -> str:
-    """Return the page."""
+    """Return the page: a table for each section."""
+    tables: dict[str, list[str]] = {}
+    for path, field in all_fields():
+        section = path.partition(".")[0] if "." in path else "The run"
+        if path.startswith("data.test_source."):
+            if path.endswith(".path"):
+                row = "| `data.test_source` | `null` | a section | other source of the test texts, with the keys above |"
+                tables["data"].append(row)
+            continue
+        default = "required" if field.is_required() else f"`{shown(field.get_default(call_default_factory=True))}`"
+        cells = (f"`{path}`", default, choices(field), field.description or "")
+        row = " | ".join(cell.replace("|", "\\|") for cell in cells)
+        tables.setdefault(section, []).append(f"| {row} |")
     parts = [HEAD]
-    for section, fields in groupby(all_fields(), lambda item: item[0].rpartition(".")[0]):
-        parts.append(f"\n## {section or 'The run'}\n\n| key | default | meaning |\n|---|---|---|\n")
-        for path, field in fields:
-            default = "required" if field.is_required() else f"`{shown(field.get_default(call_default_factory=True))}`"
-            values = choices(field.annotation, field.metadata)
-            text = (field.description or "").replace("|", "\\|")
-            parts.append(f"| `{path}` | {default} | {f'{values}. ' if values else ''}{text} |\n")
+    for section, rows in tables.items():
+        parts += [f"\n## {section}\n\n| key | default | takes | meaning |\n|---|---|---|---|\n", *(f"{row}\n" for row in rows)]
     return "".join(parts)
 
 
