@@ -24,17 +24,15 @@ def page() -> str:
         section = path.partition(".")[0] if "." in path else "The run"
         if path.startswith("data.test_source."):
             if path.endswith(".path"):
-                row = "| `data.test_source` | `null` | a section | other source of the test texts, with the keys above |"
-                tables["data"].append(row)
+                meaning = "other source of the test texts, with the keys above"
+                tables["data"].append(f"| `data.test_source` | `null` | a section | {meaning} |")
             continue
         default = "required" if field.is_required() else f"`{shown(field.get_default(call_default_factory=True))}`"
         cells = (f"`{path}`", default, choices(field), field.description or "")
         row = " | ".join(cell.replace("|", "\\|") for cell in cells)
         tables.setdefault(section, []).append(f"| {row} |")
-    parts = [HEAD]
-    for section, rows in tables.items():
-        parts += [f"\n## {section}\n\n| key | default | takes | meaning |\n|---|---|---|---|\n", *(f"{row}\n" for row in rows)]
-    return "".join(parts)
+    head = "| key | default | takes | meaning |\n|---|---|---|---|"
+    return HEAD + "".join("\n".join([f"\n## {name}\n", head, *rows, ""]) for name, rows in tables.items())
 
 
 if __name__ == "__main__":
