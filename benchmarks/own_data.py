@@ -1,4 +1,4 @@
-"""What a file of one's own gets with nothing set: the adapter compared with character n-grams, on ten corpora.
+"""What a user's own file gets with nothing set: the adapter compared with character n-grams, on ten corpora.
 
     TOKMASK_DATA=FOLDER TOKMASK_BACKBONES=FOLDER python benchmarks/own_data.py [--only kin,trec] [--sizes 360]
         [--seeds 1,2,3] [--set KEY=VALUE …]

@@ -1,4 +1,4 @@
-"""Files that nobody described: which keys of `data` read them, and why.
+"""Data files without a recipe: which keys of `data` read them, and why.
 
 The form (which file is which split, columns, task) is decided from a sample. What is counted is counted in the whole
 data, read and cleaned as a training would.

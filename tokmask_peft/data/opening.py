@@ -78,7 +78,7 @@ class _Unpacked(io.RawIOBase):
 
 
 def check_growth(path: Path, unpacked: int) -> None:
-    """Refuse an archive that unpacks to so many bytes that it cannot be text."""
+    """Refuse an archive that unpacks to more bytes than a text of its size can have."""
     if unpacked > max(FREE, MOST_GROWTH * path.stat().st_size):
         raise _archive_error(path, f"unpacks to more than {MOST_GROWTH} times its size, as no text does")
 

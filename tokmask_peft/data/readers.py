@@ -101,7 +101,7 @@ def _mark_of_tags(file: DataFile) -> str:
 
 
 def read_labelled(file: DataFile, columns: Columns) -> Iterator[Example | Unreadable]:
-    """Read a text per line behind its label, `1 a moving film`; a tab or a space is between them."""
+    """Read a text per line after its label, `1 a moving film`; a tab or a space is between them."""
     _check_task("labelled", columns, not columns.task.words_given)
     mark = columns.mark
     if mark is None and all("\t" in line for line in islice(file.again().lines(), SNIFFED) if line.strip()):

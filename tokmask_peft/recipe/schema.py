@@ -76,7 +76,7 @@ class SourceConfig(Section):
     format: str = Field(
         "auto",
         description="auto: by the file's ending and content; or conll, conllu, csv, tsv, jsonl, parquet, txt, xlsx, "
-        "tagged (a text a line, word/tag or word_tag), labelled (a text a line, behind its label)",
+        "tagged (a text a line, word/tag or word_tag), labelled (a text a line, after its label)",
     )
     encoding: Encoding = Field(
         "auto",
