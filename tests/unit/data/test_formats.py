@@ -252,6 +252,14 @@ def test_an_empty_word_is_left_out_with_its_text_if_asked(write):
     path = write("a.txt", "meta\t4\tneg\n\tO\nyaar\tHin\n\nmeta\t5\tpos\nok\tEng\n")
     assert read(path, "token", missing=[""])[0] == [("", None), (("ok",), ("Eng",))]
     assert predicted(path, "token", format="conll") == [(2, "empty-word"), (6, ("ok",))]
+    for name, content in (
+        ("b.txt", "/x a/y\nok/Eng\n"),
+        ("c.jsonl", '{"words": ["", "a"], "tags": ["x", "y"]}\n{"words": ["ok"], "tags": ["Eng"]}\n'),
+    ):
+        path = write(name, content)
+        options = {"format": "tagged"} if name == "b.txt" else {}
+        assert refused(path, "token", **options).code == "empty-word"
+        assert [label for _, label in read(path, "token", missing=[""], **options)[0]] == [None, ("Eng",)]
 
 
 def test_a_folder_of_packed_files_has_its_splits(tmp_path):
