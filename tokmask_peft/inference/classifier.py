@@ -21,7 +21,7 @@ from tokmask_peft.inference.explain import Explanation, explain
 from tokmask_peft.inference.forward import Forward, loading_memory_errors
 from tokmask_peft.masking.config import TokenMaskConfig
 from tokmask_peft.masking.embedding import Occlusion
-from tokmask_peft.model.adapter import load_adapter, merge_if_harmless
+from tokmask_peft.model.adapter import load_adapter, load_merged
 from tokmask_peft.model.backbone import load_backbone
 from tokmask_peft.model.decisions import gpu_problem, kernels_problem, plan_loading
 from tokmask_peft.model.location import position_limit
@@ -169,12 +169,15 @@ def load(
         plan = plan_loading(saved.model, place, quantization, precision)
         loaded = load_backbone(plan.model, saved.task, saved.labels, place)
         batching = _choose_batching(loaded.model, place)
-        module = load_adapter(loaded, saved.folder, **saved.trained)
         present = "a GPU is there" if place.type == "cuda" else gpu_problem() or "no GPU was found"
         decisions = [Decision("device", str(place), present if device is None else "as asked")]
         if loaded.quantization == "none":
-            module, decision = merge_if_harmless(module.to(place))
+            loaded.model.to(place)
+            module, decision = load_merged(loaded, saved.folder, **saved.trained)
+            module.to(place)
             decisions.append(decision)
+        else:
+            module = load_adapter(loaded, saved.folder, **saved.trained)
         for made in loaded.decisions:
             if made.what != "device":
                 decisions.append(replace(made, reason=plan.reasons.get(made.what, made.reason)))

@@ -1,17 +1,19 @@
-"""The adapter: added to a backbone, saved, loaded, and merged for prediction if that loses nothing."""
+"""The adapter: added to a backbone, saved, loaded, and merged for prediction if that loses nothing.
+
+PEFT is imported where it is needed: it imports bitsandbytes, and that torch's compiler, which takes seconds.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, get_peft_model, get_peft_model_state_dict
-from peft.tuners.lora import Linear, LoraLayer
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -23,6 +25,16 @@ from tokmask_peft.model.decisions import PRECISIONS
 from tokmask_peft.model.layers import is_quantized
 from tokmask_peft.recipe.schema import AdapterConfig
 from tokmask_peft.tasks import get_task
+
+WEIGHTS = "adapter_model.safetensors"
+"""PEFT's name for the file of an adapter's weights."""
+
+_PLAIN = (
+    *("peft_type", "task_type", "bias", "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules"),
+    *("exclude_modules", "modules_to_save", "init_lora_weights", "base_model_name_or_path", "revision"),
+    *("inference_mode", "peft_version", "megatron_core", "qalora_group_size"),
+)
+"""Keys of an `adapter_config.json` with which merging needs no PEFT; any other that is set takes it."""
 
 MOST_ROUNDED = 0.3
 """Largest share of an adapter's change to a bf16 weight matrix that rounding may take if it is to be merged.
@@ -92,6 +104,8 @@ def add_adapter(
     `trained_token` is the id of the mask token if its embedding row is to be trained. A ModelError says that a target
     does not exist, or that the head did not become trainable.
     """
+    from peft import LoraConfig, get_peft_model
+
     new = backbone.new_modules
     targets, layers = target_names(backbone.model, config, new), adapted_layers(backbone.model, config.layers)
     backbone.model.requires_grad_(False)
@@ -185,31 +199,57 @@ def load_adapter(
 
     `weights`, from `weight_hashes`, and `scaling` are those of the training; they are compared if they are known.
     """
-    for name in ("adapter_config.json", SAFETENSORS_WEIGHTS_NAME):
-        if not (folder / name).is_file():
-            raise ModelError(f"{folder} has no adapter ({name} is missing)", code="no-adapter", folder=folder)
+    check_files_of_adapter(folder)
     doing = f"using the adapter in {folder} with this backbone and these labels"
     with boundary(doing, ModelError, "adapter-does-not-fit", folder=folder):
+        from peft import PeftConfig, get_peft_model
+        from peft.tuners.lora import LoraLayer
+
         config: Any = PeftConfig.from_pretrained(str(folder))
         config.inference_mode, config.base_model_name_or_path = True, None  # PEFT warns if the backbone's name differs
-        with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, "pt") as file:
+        with safe_open(folder / WEIGHTS, "pt") as file:
             saved = max((max(file.get_slice(name).get_shape(), default=0) for name in file.keys()), default=0)  # noqa: SIM118
         if (rank := max([config.r, *config.rank_pattern.values()])) > max(saved, 1024):  # before it takes memory
             message = f"adapter_config.json in {folder} says rank {rank}, which its weights do not have"
             raise ModelError(message, code="adapter-does-not-fit", folder=folder, rank=rank)
         model = get_peft_model(backbone.model, config)
         check_fit(model, backbone.tokenizer, folder)
-        if other := [kind for kind, seen in (weights or {}).items() if backbone.weights.get(kind, seen) != seen]:
-            message = f"the backbone's weights are not those that the adapter in {folder} was trained on. Use that "
-            message += "backbone; if its repository has changed since, its earlier revision"
-            raise ModelError(message, code="another-backbone", folder=folder, weights=other)
         found = {scale for part in model.modules() if isinstance(part, LoraLayer) for scale in part.scaling.values()}
-        if scaling is not None and any(not math.isclose(scale, scaling) for scale in found):
-            message = f"adapter_config.json in {folder} scales the adapter by {sorted(found)}, but it was trained with "
-            message += f"{scaling:g}: restore lora_alpha, r, use_rslora and alpha_pattern"
-            raise ModelError(message, code="another-scaling", folder=folder, scaling=sorted(found))
+        _check_trained_on(backbone, folder, weights, found, scaling)
         model.load_adapter(str(folder), "default")
     return model.eval()
+
+
+def check_files_of_adapter(folder: Path) -> None:
+    """Raise a ModelError if a folder has no adapter, or something that is neither a file nor a folder."""
+    for name in ("adapter_config.json", WEIGHTS):
+        if not (folder / name).is_file():
+            raise ModelError(f"{folder} has no adapter ({name} is missing)", code="no-adapter", folder=folder)
+    _check_no_pipes(folder)
+
+
+def _check_no_pipes(folder: Path) -> None:
+    if odd := sorted(path.name for path in folder.iterdir() if not (path.is_file() or path.is_dir())):
+        message = f"{', '.join(odd)} in {folder}: neither a file nor a folder, so reading may never end"
+        raise ModelError(message, code="not-a-file", folder=folder, files=odd)
+
+
+def _check_trained_on(
+    backbone: Backbone, folder: Path, weights: Mapping[str, str] | None, found: set[float], scaling: float | None
+) -> None:
+    """Compare the backbone's weights and the scaling that was `found` with those of the training, if these are known.
+
+    Raises:
+        ModelError: they differ.
+    """
+    if other := [kind for kind, seen in (weights or {}).items() if backbone.weights.get(kind, seen) != seen]:
+        message = f"the backbone's weights are not those that the adapter in {folder} was trained on. Use that "
+        message += "backbone; if its repository has changed since, its earlier revision"
+        raise ModelError(message, code="another-backbone", folder=folder, weights=other)
+    if scaling is not None and any(not math.isclose(scale, scaling) for scale in found):
+        message = f"adapter_config.json in {folder} scales the adapter by {sorted(found)}, but it was trained with "
+        message += f"{scaling:g}: restore lora_alpha, r, use_rslora and alpha_pattern"
+        raise ModelError(message, code="another-scaling", folder=folder, scaling=sorted(found))
 
 
 def check_fit(model: Any, tokenizer: Any, folder: Path) -> None:
@@ -220,12 +260,12 @@ def check_fit(model: Any, tokenizer: Any, folder: Path) -> None:
     Raises:
         ModelError: weights are missing, unexpected or of another shape, or the tokenizer is another one.
     """
-    if odd := sorted(path.name for path in folder.iterdir() if not (path.is_file() or path.is_dir())):
-        message = f"{', '.join(odd)} in {folder}: neither a file nor a folder, so reading may never end"
-        raise ModelError(message, code="not-a-file", folder=folder, files=odd)
+    from peft import get_peft_model_state_dict
+
+    _check_no_pipes(folder)
     weights = get_peft_model_state_dict(model, save_embedding_layers=False)
     wanted = {name: list(value.shape) for name, value in weights.items()}
-    with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, "pt") as file:
+    with safe_open(folder / WEIGHTS, "pt") as file:
         saved = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
     found = {
         "missing": sorted(wanted.keys() - saved.keys()),
@@ -243,6 +283,11 @@ def check_fit(model: Any, tokenizer: Any, folder: Path) -> None:
             folder=folder,
             **found,
         )
+    check_tokenizer(tokenizer, folder)
+
+
+def check_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Raise a ModelError if the tokenizer in a folder, if it has one, is another than `tokenizer`."""
     if not (folder / "tokenizer_config.json").is_file():
         return
     trained = type(tokenizer).from_pretrained(str(folder))
@@ -259,35 +304,129 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
 
 
-def merge_if_harmless(model: Any) -> tuple[Any, Decision]:
-    """Merge an adapter into its unquantized backbone, which saves its extra products, unless rounding would spoil it.
+def load_merged(
+    backbone: Backbone, folder: Path, weights: Mapping[str, str] | None = None, scaling: float | None = None
+) -> tuple[Any, Decision]:
+    """Load a saved adapter for prediction and merge it into its unquantized backbone, unless rounding would spoil it.
 
-    bf16 weights hold three digits, fp16 ones four. A change that is small compared with them would be lost, so that
-    such an adapter is kept apart. Returned are the merged model, made of the PEFT model, or `model`; and which of
-    them, with the reason.
+    Plain LoRA is merged here; all else, and what does not fit, is left to PEFT. `weights` and `scaling` are as in
+    `load_adapter`. Merging saves the products of the adapter. But bf16 weights hold three digits, fp16 ones four: a
+    change that is small compared with them would be lost, so that such an adapter is kept apart. Returned are the
+    merged model or the PEFT model, and which of them, with the reason. A ModelError says that `folder` has no adapter
+    that fits.
     """
+    check_files_of_adapter(folder)
+    changes = _plain_changes(backbone, folder)
+    if changes is None:
+        return merge_if_harmless(load_adapter(backbone, folder, weights, scaling))
+    check_tokenizer(backbone.tokenizer, folder)
+    _check_trained_on(backbone, folder, weights, {changes.scaling}, scaling)
+    rounded, dtype = 0.0, torch.float32
+    for part, (upper, lower) in changes.linear:
+        if part.weight.dtype != torch.float32:
+            share = _rounded_share(part.weight, [(upper, lower, changes.scaling)])
+            rounded, dtype = max(rounded, share), part.weight.dtype
+    decision = _decide_merging(rounded, dtype)
+    if decision.choice != "merged":
+        return load_adapter(backbone, folder, weights, scaling), decision
+    with torch.no_grad():
+        for part, (upper, lower) in changes.linear:
+            part.weight += (upper @ lower) * changes.scaling
+        for parameter, value in changes.whole:
+            parameter.copy_(value)
+    return backbone.model.requires_grad_(False).eval(), decision
+
+
+@dataclass(frozen=True, slots=True)
+class _PlainChanges:
+    """What a plain LoRA adapter changes: linear layers by products, [out, r] and [r, in], and whole parameters."""
+
+    scaling: float
+    linear: list[tuple[nn.Linear, tuple[Tensor, Tensor]]]
+    whole: list[tuple[Tensor, Tensor]]
+
+
+def _plain_changes(backbone: Backbone, folder: Path) -> _PlainChanges | None:
+    """Read an adapter that is plain LoRA and fits in every name and shape; None if PEFT is needed."""
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        rank, alpha, targets = config["r"], config["lora_alpha"], config["target_modules"]
+        new, excluded = config.get("modules_to_save") or [], config.get("exclude_modules") or []
+        scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        plain = config["peft_type"] == "LORA" and config.get("bias", "none") == "none"
+        plain &= not any(value for key, value in config.items() if key not in _PLAIN)
+        plain &= all(isinstance(names, list) for names in (targets, new, excluded))
+        with safe_open(folder / WEIGHTS, "pt") as file:
+            saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except Exception:  # PEFT says what is wrong with it
+        return None
+    linear, whole = [], []
+    for name, part in backbone.model.named_modules() if plain else ():
+        at = f"base_model.model.{name}"
+        if _ends_in(name, new):
+            whole += [(value, saved.pop(f"{at}.{key}", None)) for key, value in part.state_dict(keep_vars=True).items()]
+        elif any(_ends_in(name[:dot], new) for dot in range(len(name)) if name[dot] == "."):
+            continue  # part of such a module
+        elif _ends_in(name, targets) and not _ends_in(name, excluded):
+            pair = tuple(saved.pop(f"{at}.{factor}.weight", None) for factor in ("lora_B", "lora_A"))
+            linear.append((part, pair))
+    fits = (
+        bool(linear)
+        and not saved
+        and all(
+            type(part) is nn.Linear
+            and None not in (upper, lower)
+            and (upper.shape, lower.shape) == ((part.out_features, rank), (rank, part.in_features))
+            for part, (upper, lower) in linear
+        )
+    )
+    if not fits or any(value is None or value.shape != parameter.shape for parameter, value in whole):
+        return None
+    device = backbone.model.device
+    pairs = [(part, (upper.to(device).float(), lower.to(device).float())) for part, (upper, lower) in linear]
+    return _PlainChanges(scaling, pairs, whole)
+
+
+def _ends_in(name: str, endings: list[str]) -> bool:
+    return name in endings or name.endswith(tuple(f".{ending}" for ending in endings))
+
+
+def merge_if_harmless(model: Any) -> tuple[Any, Decision]:
+    """Do what `load_merged` does for an adapter that PEFT has loaded."""
+    from peft.tuners.lora import Linear, LoraLayer
+
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     low: list[Any] = [layer for layer in layers if layer.get_base_layer().weight.dtype != torch.float32]
     if not all(type(layer) is Linear and not layer.fan_in_fan_out and not layer.lora_variant for layer in low):
         return model, Decision("adapter", "kept apart", "the effect of rounding is known for plain LoRA only")
-    rounded = max(map(_rounded_share, low), default=0.0)
-    kind = PRECISIONS[low[0].get_base_layer().weight.dtype] if low else "fp32"
+    rounded, dtype = 0.0, torch.float32
+    for layer in low:
+        weight, names = layer.get_base_layer().weight, layer.active_adapters
+        parts = [(layer.lora_B[name].weight, layer.lora_A[name].weight, layer.scaling[name]) for name in names]
+        rounded, dtype = max(rounded, _rounded_share(weight, parts)), weight.dtype
+    decision = _decide_merging(rounded, dtype)
+    return (model.merge_and_unload() if decision.choice == "merged" else model), decision
+
+
+def _decide_merging(rounded: float, dtype: torch.dtype) -> Decision:
     if not rounded <= MOST_ROUNDED:
-        reason = f"rounding to {kind} would take up to {rounded:.0%} of its change to a matrix"
-        return model, Decision("adapter", "kept apart", reason)
-    loss = f"; rounding to {kind} takes up to {rounded:.1%} of its change to a matrix" if low else ""
-    return model.merge_and_unload(), Decision("adapter", "merged", f"the same function with fewer products{loss}")
+        reason = f"rounding to {PRECISIONS[dtype]} would take up to {rounded:.0%} of its change to a matrix"
+        return Decision("adapter", "kept apart", reason)
+    taken = f"; rounding to {PRECISIONS[dtype]} takes up to {rounded:.1%} of its change to a matrix"
+    loss = "" if dtype == torch.float32 else taken
+    return Decision("adapter", "merged", f"the same function with fewer products{loss}")
 
 
 @torch.no_grad()
-def _rounded_share(layer: Any) -> float:
-    """Return the norm of what rounding takes from a layer's change, as a share of the change's, over some rows."""
-    weight = layer.get_base_layer().weight
+def _rounded_share(weight: Tensor, parts: list[tuple[Tensor, Tensor, float]]) -> float:
+    """Return the norm of what rounding takes from a matrix's change, as a share of the change's, over some rows.
+
+    The change is a sum of products, [out, r] and [r, in], each with its scaling.
+    """
     some = slice(None, None, -(-weight.shape[0] // SAMPLED))
     change = torch.zeros_like(weight[some], dtype=torch.float32)
-    for name in layer.active_adapters:
-        upper, lower = layer.lora_B[name].weight[some].float(), layer.lora_A[name].weight.float()
-        change.addmm_(upper, lower, alpha=layer.scaling[name])
+    for upper, lower, scaling in parts:
+        change.addmm_(upper[some].float(), lower.float(), alpha=scaling)
     exact = weight[some].float() + change
     taken = (exact.to(weight.dtype).float() - exact).norm()
     return float(taken / change.norm().clamp_min(torch.finfo(torch.float32).tiny))

@@ -7,12 +7,12 @@ MiB), and a batch needs a few hundred of its rows.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, Self, cast
 
 import torch
 import torch.nn.functional as F
-from bitsandbytes.nn import Embedding8bit, Int8Params
 from torch import Tensor, nn
 
 from tokmask_peft.console import Decision
@@ -84,39 +84,46 @@ def is_quantized(module: nn.Module) -> bool:
     return type(module).__module__.startswith("bitsandbytes.")
 
 
-class Int8Embedding(Embedding8bit):
-    """bitsandbytes' 8-bit lookup, with what a masker and a Trainer need in addition.
+@functools.cache
+def int8_embedding() -> Any:
+    """Return the class of 8-bit embeddings; made when it is asked for, since importing bitsandbytes takes seconds."""
+    from bitsandbytes.nn import Embedding8bit, Int8Params
 
-    bitsandbytes quantizes a matrix when it leaves the host, loses its scales when a module that contains it is moved,
-    and refuses to be part of a state dict (seen with 0.50.2).
-    """
+    class Int8Embedding(Embedding8bit):
+        """bitsandbytes' 8-bit lookup, with what a masker and a Trainer need in addition.
 
-    def __init__(self, weight: Tensor, device: torch.device) -> None:
-        """Quantize a matrix, [rows, hidden], and put it on `device`."""
-        super().__init__(*weight.shape, device="meta", dtype=weight.dtype)
-        on_host = Int8Params(weight.detach().to("cpu"), requires_grad=False, has_fp16_weights=False)
-        self.weight: Any = on_host.to(device)
+        bitsandbytes quantizes a matrix when it leaves the host, loses its scales when a module that contains it is
+        moved, and refuses to be part of a state dict (seen with 0.50.2).
+        """
 
-    def read_rows(self, first: int, last: int) -> Tensor:
-        """Return the rows from `first` to before `last` as they are looked up, [rows, hidden]."""
-        return cast(Tensor, self.forward(torch.arange(first, last, device=self.weight.device)))
+        def __init__(self, weight: Tensor, device: torch.device) -> None:
+            """Quantize a matrix, [rows, hidden], and put it on `device`."""
+            super().__init__(*weight.shape, device="meta", dtype=weight.dtype)
+            on_host = Int8Params(weight.detach().to("cpu"), requires_grad=False, has_fp16_weights=False)
+            self.weight: Any = on_host.to(device)
 
-    def write_row(self, index: int, row: Tensor) -> None:
-        """Quantize a row, [hidden], in place of another."""
-        row = row.to(self.weight.device, torch.float32)
-        scale = row.abs().max()
-        self.weight.SCB[index] = scale
-        self.weight.data[index] = (row * (127.0 / scale.clamp(min=1e-12))).round().to(torch.int8)
+        def read_rows(self, first: int, last: int) -> Tensor:
+            """Return the rows from `first` to before `last` as they are looked up, [rows, hidden]."""
+            return cast(Tensor, self.forward(torch.arange(first, last, device=self.weight.device)))
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        before = self.weight
-        super()._apply(fn, recurse)
-        self.weight.SCB = before.SCB.to(self.weight.device)
-        self.weight.CB = self.weight.data
-        return self
+        def write_row(self, index: int, row: Tensor) -> None:
+            """Quantize a row, [hidden], in place of another."""
+            row = row.to(self.weight.device, torch.float32)
+            scale = row.abs().max()
+            self.weight.SCB[index] = scale
+            self.weight.data[index] = (row * (127.0 / scale.clamp(min=1e-12))).round().to(torch.int8)
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
+        def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+            before = self.weight
+            super()._apply(fn, recurse)
+            self.weight.SCB = before.SCB.to(self.weight.device)
+            self.weight.CB = self.weight.data
+            return self
+
+        def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+            nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
+
+    return Int8Embedding
 
 
 class HostEmbedding(nn.Module):
@@ -186,7 +193,7 @@ def place_embedding(model: Any, wanted: str, device: torch.device) -> tuple[Deci
         if problem := bitsandbytes_problem(device.type):
             message = f"model.embedding is 8bit, but {problem}. Set model.embedding=resident, or offload."
             raise ModelError(message, code="quantization-unavailable", quantization="8bit", device=device.type)
-        placed = Int8Embedding(weight, device)
+        placed = int8_embedding()(weight, device)
         now = (weight.numel() + 4 * weight.shape[0]) / 2**20
         reason = f"{now:.0f} MiB, not {full:.0f}; values are off by up to 0.4% of their row's largest"
     model.set_input_embeddings(placed.train(embedding.training))

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils.memory import clear_device_cache
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from rich.console import Console
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback
@@ -39,7 +38,7 @@ from tokmask_peft.hub.card import write_card
 from tokmask_peft.masking.callback import TokenMaskCallback
 from tokmask_peft.masking.embedding import embedding_weight, find_embedding, find_mask_token, prepare_mask_row
 from tokmask_peft.masking.replacement import MaskToken
-from tokmask_peft.model.adapter import add_adapter, check_fit, gathered_weights, save_adapter
+from tokmask_peft.model.adapter import WEIGHTS, add_adapter, check_fit, gathered_weights, save_adapter
 from tokmask_peft.model.backbone import Backbone, load_backbone
 from tokmask_peft.model.decisions import PRECISIONS, enable_checkpointing, in_short, out_of_memory
 from tokmask_peft.model.layers import placement_problem
@@ -337,7 +336,7 @@ def _attempt(prepared: Prepared, asked: Recipe, run: RunFolder, clock: StepClock
         say("There is no whole checkpoint: starting from the beginning.")
     step = f"the training in {run.root}" if checkpoint is None else f"the training from {checkpoint}"
     with boundary(step, RunError), stop, contextlib.closing(display):
-        if checkpoint is not None and (checkpoint / SAFETENSORS_WEIGHTS_NAME).is_file():  # FSDP may save shards instead
+        if checkpoint is not None and (checkpoint / WEIGHTS).is_file():  # FSDP may save shards instead
             check_fit(prepared.model, prepared.backbone.tokenizer, checkpoint)
         if checkpoint is None and prepared.recipe.training.head == "probe":
             line, probed = start_head(trainer, prepared.splits, prepared.recipe.seed)

@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import shutil
+import subprocess
 import sys
 
 import pytest
@@ -105,6 +106,16 @@ def test_an_adapter_of_fp16_answers_in_fp32_where_there_is_no_fp16(saved_adapter
     with pytest.raises(ModelError) as caught:
         load(saved_adapter(), precision="fp16")
     assert caught.value.code == "no-fp16"
+
+
+def test_predict_imports_neither_peft_nor_what_only_training_needs(saved_adapter):
+    needless = ["peft", "bitsandbytes", "torch._inductor.compile_fx", "datasets", "pandas", "sklearn", "optuna"]
+    report = f"print([name for name in {needless} if name in sys.modules])"
+    code = f"import sys; from tokmask_peft.cli import main\ntry:\n main()\nfinally:\n {report}"
+    command = [sys.executable, "-c", code, "predict", str(saved_adapter()), "hola boss"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.rstrip().endswith("[]")
 
 
 def test_bf16_and_4_bit_give_nearly_the_same(saved_adapter):

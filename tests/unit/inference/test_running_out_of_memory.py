@@ -43,7 +43,7 @@ def test_fewer_texts_are_suggested_and_help(classifier, monkeypatch, what, packe
     assert "batch" not in str(caught.value)
 
 
-@pytest.mark.parametrize("part", ["load_backbone", "load_adapter", "merge_if_harmless"])
+@pytest.mark.parametrize("part", ["load_backbone", "load_merged"])
 def test_an_adapter_that_does_not_fit(saved_adapter, monkeypatch, part):
     monkeypatch.setattr(classifier_module, part, refuse)
     with pytest.raises(ModelError, match=r"out of memory while the model was loaded \(CUDA .*other programs closed"):

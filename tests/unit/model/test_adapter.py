@@ -237,7 +237,7 @@ def test_running_out_of_memory_is_not_taken_for_another_adapter(model_config, sa
     def refuse(*_, **__):
         raise error
 
-    monkeypatch.setattr("tokmask_peft.model.adapter.get_peft_model", refuse)
+    monkeypatch.setattr("peft.get_peft_model", refuse)
     with pytest.raises(type(error), match="out of memory"):
         load_adapter(load_backbone(model_config("bert"), "sequence", LABELS, CPU), saved)
 

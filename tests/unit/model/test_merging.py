@@ -2,10 +2,21 @@ import re
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from tiny_models import build, encode
 
-from tokmask_peft.model.adapter import MOST_ROUNDED, merge_if_harmless
+from tokmask_peft.model.adapter import (
+    MOST_ROUNDED,
+    _plain_changes,
+    add_adapter,
+    load_adapter,
+    load_merged,
+    merge_if_harmless,
+    save_adapter,
+)
+from tokmask_peft.model.backbone import load_backbone
+from tokmask_peft.recipe.schema import AdapterConfig, ModelConfig
 
 
 def adapted(size, dtype=torch.bfloat16, **options):
@@ -90,3 +101,61 @@ def test_some_rows_stand_for_all(monkeypatch):
         monkeypatch.setattr("tokmask_peft.model.adapter.SAMPLED", rows)
         shares.append(float(re.search(r"up to ([\d.]+)%", merge_if_harmless(adapted(0.05)[0])[1].reason)[1]))
     assert shares[0] == pytest.approx(shares[1], rel=0.2)
+
+
+def saved(folder, family, config, trained_row=None):
+    """Save an adapter with random weights on a tiny backbone; return its folder and what loads that backbone."""
+    model, tokenizer = build(family)
+    model.base_model.save_pretrained(folder / "backbone")
+    tokenizer.save_pretrained(folder / "backbone")
+
+    def backbone(precision="fp32"):
+        torch.manual_seed(0)
+        wanted = ModelConfig(backbone=str(folder / "backbone"), quantization="none", precision=precision)
+        return load_backbone(wanted, "sequence", ("a", "b"), torch.device("cpu"))
+
+    wrapped, _ = add_adapter(backbone(), config, "sequence", trained_row)
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    save_adapter(wrapped, folder / "adapter", str(folder / "backbone"))
+    return folder / "adapter", backbone
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("family", "options"), [("bert", {}), ("qwen2", {"rslora": True}), ("xlm-r", {"r": 4}), ("llama", {"r": 3})]
+)
+def test_plain_lora_is_merged_without_peft_bit_for_bit(family, options, precision, tmp_path, monkeypatch):
+    folder, backbone = saved(tmp_path, family, AdapterConfig(**options))
+    theirs, reason = merge_if_harmless(load_adapter(backbone(precision), folder))
+    monkeypatch.setattr("peft.get_peft_model", None)
+    ours, decision = load_merged(backbone(precision), folder)
+    assert decision == reason
+    assert decision.choice == "merged"
+    expected, found = theirs.state_dict(), ours.state_dict()
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(value, found[name]) for name, value in expected.items())
+    assert not ours.training
+    assert not any(parameter.requires_grad for parameter in ours.parameters())
+
+
+@pytest.mark.parametrize(
+    ("options", "row"), [({"dora": True}, None), ({"layers": 1}, None), ({}, 7)], ids=["dora", "layers", "row"]
+)
+def test_all_else_is_left_to_peft(options, row, tmp_path):
+    folder, backbone = saved(tmp_path, "qwen2", AdapterConfig(**options), row)
+    assert _plain_changes(backbone(), folder) is None
+    ours, _ = load_merged(backbone(), folder)
+    theirs, _ = merge_if_harmless(load_adapter(backbone(), folder))
+    ids = torch.tensor([[5, 6, 7]])
+    torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, atol=0.0, rtol=0.0)
+
+
+def test_an_adapter_that_rounding_would_spoil_is_kept_apart_by_peft(tmp_path):
+    folder, backbone = saved(tmp_path, "bert", AdapterConfig())
+    path = folder / "adapter_model.safetensors"
+    save_file({name: value * 1e-3 for name, value in load_file(path).items()}, path)
+    model, decision = load_merged(backbone("bf16"), folder)
+    assert decision.choice == "kept apart"
+    assert isinstance(model, PeftModel)
