@@ -19,6 +19,8 @@ WAYS = {
     "gap": ("schedule=gap", "share=0.5", "score_masked=false", "p_start=0.4"),
 }
 
+READY = {f"{name}_{label}" for name in ("level", "accuracy") for label in range(2)}
+
 
 def masks(recipe, monkeypatch, *options):
     """Train, and return the run and which sub-tokens were masked in each training forward."""
@@ -65,16 +67,20 @@ def test_precision_changes_no_mask(write_recipe, monkeypatch, way, family, task,
 
 
 @pytest.mark.parametrize(
-    ("task", "options"),
+    ("task", "options", "logged"),
     [
-        ("sequence", ("masking.schedule=overfit", "masking.share=0.5", "masking.target=0.6")),
-        ("sequence", ("masking.schedule=ready", "training.views=2", "training.batching=grouped")),
-        ("token", ("masking.schedule=gap", "masking.share=0.5", "masking.score_masked=false")),
-        ("token", ("masking.replace=drop", "masking.per_text=uniform", "training.views=2", "training.batching=padded")),
-        ("sequence", ("masking.replace=random", "masking.unit=continuation", "masking.trainable_mask=true")),
+        ("sequence", ("masking.schedule=overfit", "masking.share=0.5", "masking.target=0.6"), {"accuracy"}),
+        ("sequence", ("masking.schedule=ready", "training.views=2", "training.batching=grouped"), READY),
+        ("token", ("masking.schedule=gap", "masking.share=0.5", "masking.score_masked=false"), {"clean", "masked"}),
+        (
+            "token",
+            ("masking.replace=drop", "masking.per_text=uniform", "training.views=2", "training.batching=padded"),
+            (),
+        ),
+        ("sequence", ("masking.replace=random", "masking.unit=continuation", "masking.trainable_mask=true"), ()),
     ],
 )
-def test_a_resumed_run_has_the_bytes_of_an_uninterrupted_one(write_recipe, tmp_path, task, options):
+def test_a_resumed_run_has_the_bytes_of_an_uninterrupted_one(write_recipe, tmp_path, task, options, logged):
     options = (*options, "masking.p=0.4", "training.epochs=2", "training.baseline=false", "training.logging_steps=5")
     recipe = Recipe.load(write_recipe(task=task), options)
     run = RunFolder(tmp_path / "runs" / "tiny")
@@ -89,6 +95,10 @@ def test_a_resumed_run_has_the_bytes_of_an_uninterrupted_one(write_recipe, tmp_p
     train(recipe, resume=True, quiet=True)
     assert [file.read_bytes() for file in files] == expected
     again = [json.loads(line) for line in run.log.read_text().splitlines()]
-    assert [line["masking_rate"] for line in again if "loss" in line] == [
-        line["masking_rate"] for line in log if "loss" in line
+    names = {f"masking_{name}" for name in ("rate", *logged)}
+    ours = [
+        [{key: line[key] for key in line if key.startswith("masking_")} for line in lines] for lines in (log, again)
     ]
+    assert ours[0] == ours[1]
+    assert all(line.keys() == names for line in ours[0] if line)
+    assert sum(map(bool, ours[0])) == 5

@@ -32,7 +32,8 @@ class TokenMaskCallback(TrainerCallback, ExportableState):
     Masking is on within optimizer steps only, and there in the forwards that `TokenMasker` calls training forwards:
     evaluation, generation and reference passes are not masked, whatever the model's mode. The positions depend on the
     optimizer step, and the schedule's state is saved in each checkpoint's `trainer_state.json`, so a resumed run masks
-    as an uninterrupted one. The rate is logged as `masking_rate`, and each checkpoint holds a `tokmask_config.json`.
+    as an uninterrupted one. The rate is logged as `masking_rate`, with the statistics of a schedule that reacts
+    (`masking_accuracy`), and each checkpoint holds a `tokmask_config.json`.
 
     A Trainer calls no event when training raises. The hook that is left goes with the trainer, or the next training
     replaces it. Call `detach()` if you go on with a loop of your own while the trainer is still there.
@@ -142,14 +143,15 @@ class TokenMaskCallback(TrainerCallback, ExportableState):
         self._seen = answers if self._seen is None else self._seen + answers
 
     def on_log(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
-        """Show the logged values to the schedule, and add the masking rate to those of training."""
+        """Show the logged values to the schedule; add the masking rate, and what it follows, to those of training."""
         logs = kwargs.get("logs")
         if self.masker is None or logs is None:
             return
         self._schedule.observe(dict(logs))
         if "loss" in logs:
-            logs["masking_rate"] = self.masker.rate
-            state.log_history[-1]["masking_rate"] = self.masker.rate  # a copy of logs, made before this call
+            found = {f"masking_{name.replace(' ', '_')}": value for name, value in self._schedule.statistics().items()}
+            for line in (logs, state.log_history[-1]):  # the latter is a copy of logs, made before this call
+                line.update({"masking_rate": self.masker.rate} | found)
 
     def on_save(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
         """Write the config, with the mask token's id, into the checkpoint."""

@@ -68,6 +68,10 @@ class Schedule:
         """Return what the rate is multiplied with in texts of each class, by label id; None for 1."""
         return None
 
+    def statistics(self) -> dict[str, float]:
+        """Return what the rate follows, by name, for the log."""
+        return {}
+
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed training needs, in types that JSON has; it is saved in every checkpoint."""
         return {}
@@ -158,6 +162,10 @@ class Controller(Schedule):
         if count > 0:
             mean, before = total / count, self.state.get(name)
             self.state[name] = mean if before is None else before + (mean - before) / self.MEMORY
+
+    def statistics(self) -> dict[str, float]:
+        """Return the averages and, by label id, the levels."""
+        return {name: value for name, value in self.state.items() if name not in ("rate", "progress")}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the rate and the averages."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tokmask_peft.artifacts import Result, RunFolder
+from tokmask_peft.artifacts import Result, RunFolder, read_log
 from tokmask_peft.errors import SweepError, read_json
 from tokmask_peft.study import statistics
 from tokmask_peft.study.plan import AS_RECIPE, NONE, SWEEP_FILE, Arm
@@ -142,11 +144,47 @@ def analyse(results: SweepResults) -> dict[str, Any]:
         "rows": list(rows.values()),
         "chosen_by_validation": _choice(results),
         "paper": _paper(results.task, list(rows.values())),
+        "signs": _signs(results, rows),
         "baseline": {name: float(np.mean([floor[name] for floor in floors])) for name in METRICS} if floors else None,
         "missing": list(results.missing),
         "versions": {package: sorted(found) for package, found in versions.items()},
         "methods": MEANINGS["sweep"],
     }
+
+
+def _signs(results: SweepResults, rows: dict[Row, dict[str, Any]]) -> dict[str, Any]:
+    """Return what the paper says a failure of masking looks like, where the sweep shows it (arXiv 2505.11746).
+
+    `falling`: arms whose mean macro-F1 falls with every rate, of three at least. `stuck`: arms whose training loss in
+    the last tenth of the run is at least .95 of that in the first, on average over seeds. `unshown`: settings in which
+    no difference is established, with the differences that the seeds could have shown.
+    """
+    found: dict[str, Any] = {"falling": [], "stuck": [], "unshown": []}
+    for setting in dict.fromkeys(row.setting for row in rows):
+        mine = {row: about for row, about in rows.items() if row.setting == setting}
+        for kind in dict.fromkeys(row.regularizers for row in mine):
+            by_rate = sorted((row for row in mine if row.regularizers == kind), key=lambda row: row.p)
+            scores = [mine[row]["f1_macro"]["mean"] for row in by_rate]
+            if len(scores) > 2 and by_rate[0].p == 0 and all(a > b for a, b in itertools.pairwise(scores)):
+                rates = [row.p for row in by_rate]
+                found["falling"].append({"label": by_rate[-1].label, "rates": rates, "f1_macro": scores})
+        differences = (about.get("difference", {}).get("f1_macro") for about in mine.values())
+        shown = [one for one in differences if one]
+        sds = [one["sd"] for one in shown if one["sd"]]
+        if sds and all(one["p_holm"] > 0.05 for one in shown):
+            seeds = min(one["n"] for one in shown if one["sd"])
+            gains = [statistics.smallest_gain(sd, seeds) for sd in (min(sds), max(sds))]
+            found["unshown"].append({"setting": dict(setting), "seeds": seeds, "gains": gains})
+    for row, runs in results.runs.items():
+        shares = []
+        for seed in () if row.is_reference else runs:
+            losses = [line["loss"] for line in read_log(results.folders[row, seed].log) if line.get("loss") is not None]
+            tenth = math.ceil(len(losses) / 10)
+            if len(losses) >= 5 and (first := float(np.mean(losses[:tenth]))) > 0:
+                shares.append(float(np.mean(losses[-tenth:])) / first)
+        if shares and np.mean(shares) >= 0.95:
+            found["stuck"].append({"label": row.label, "share": float(np.mean(shares))})
+    return found
 
 
 def _difference(results: SweepResults, reference: Row, row: Row) -> dict[str, Any]:

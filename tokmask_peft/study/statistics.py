@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import yaml
 from numpy.typing import NDArray
-from scipy import special, stats
+from scipy import optimize, special, stats
 
 from tokmask_peft.training.metrics import LEVEL
 
@@ -103,6 +103,11 @@ def seeds_needed(gain: float, sd: float, power: float = 0.8, alpha: float = 0.05
     counts = range(2, _MOST_SEEDS + 1)
     place = bisect.bisect_left(counts, power, key=lambda seeds: paired_power(abs(gain) / sd, seeds, alpha))
     return counts[place] if place < len(counts) else None
+
+
+def smallest_gain(sd: float, seeds: int, power: float = 0.8) -> float:
+    """Return the mean difference that a paired t-test detects with `power`: what `seeds_needed` turns around."""
+    return sd * float(optimize.brentq(lambda effect: paired_power(effect, seeds) - power, 1e-6, 1e3))
 
 
 def sd_interval(sd: float, n: int) -> tuple[float, float]:

@@ -7,6 +7,7 @@ from scipy import stats
 
 from tokmask_peft.errors import SweepError
 from tokmask_peft.study.report import LATEX, markdown, sweep_report
+from tokmask_peft.study.statistics import seeds_needed
 
 pytest.importorskip("matplotlib")
 
@@ -88,6 +89,33 @@ def test_arms_are_compared_with_none_and_their_cost_is_shown(made_up_sweep):
     for expected in ("differences from", "Gain over", "macro-F1 against"):
         assert f"{expected} no regularizer" in text
     assert "its arms pad the same batches" in text
+
+
+def test_signs_of_failure_are_named_where_they_are_seen(made_up_sweep):
+    folder = made_up_sweep({"p0.1": -0.1, "p0.2": -0.2}, p="0,0.1,0.2", seeds="8")
+    report = sweep_report(folder)
+    signs = statistics(report)["signs"]
+    assert [one["rates"] for one in signs["falling"]] == [[0, 0.1, 0.2]]
+    assert (signs["stuck"], signs["unshown"]) == ([], [])
+    assert report.markdown.read_text().count("Sign of failure") == report.summary.count("Sign of failure") == 1
+
+    folder = made_up_sweep({"p0.2": 0.05}, p="0,0.1,0.2", seeds="3", name="other")
+    for arm, last in (("p0", 0.2), ("p0.1", 0.9), ("p0.2", 0.97)):
+        for seed in (1, 2, 3):
+            losses = [1.0, *[0.8] * 18, last]
+            lines = [json.dumps({"step": step, "loss": loss}) for step, loss in enumerate(losses)]
+            (folder / f"{arm}-seed{seed}" / "log.jsonl").write_text("\n".join(lines))
+    report = sweep_report(folder)
+    signs = statistics(report)["signs"]
+    assert signs["falling"] == []
+    assert [one["label"] for one in signs["stuck"]] == ["p = 0.2"]  # means of two steps at each end: 0.9 and 0.885
+    assert signs["stuck"][0]["share"] == pytest.approx(0.885 / 0.9)
+    (unshown,) = signs["unshown"]
+    assert unshown["seeds"] == 3
+    sds = [row["difference"]["f1_macro"]["sd"] for row in statistics(report)["rows"] if "difference" in row]
+    for gain, sd in zip(unshown["gains"], sorted(sds), strict=True):
+        assert (seeds_needed(gain * 1.001, sd), seeds_needed(gain * 0.999, sd)) == (3, 4)
+    assert "they are too few" in report.summary
 
 
 RATES, UP = {"p": "0,0.1"}, {"p0.1": 0.3}
