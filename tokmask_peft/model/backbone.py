@@ -14,7 +14,7 @@ from accelerate.utils import parse_flag_from_env
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig
 
-from tokmask_peft.console import Decision
+from tokmask_peft.console import Decision, quiet_loading
 from tokmask_peft.errors import ModelError, first_line
 from tokmask_peft.model.decisions import choose_precision, choose_quantization, out_of_memory
 from tokmask_peft.model.layers import Float32Linear, is_quantized, place_embedding
@@ -51,6 +51,7 @@ class Backbone:
     weights: dict[str, str] = field(default_factory=dict)  # see `weight_hashes`
 
 
+@quiet_loading()
 def load_backbone(
     config: ModelConfig, task: str, labels: tuple[str, ...], device: torch.device, location: str | None = None
 ) -> Backbone:
