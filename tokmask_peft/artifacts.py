@@ -19,7 +19,8 @@ from typing import Any, Literal, Self
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
-from tokmask_peft.errors import ModelError, RunError, first_line, read_json, write_json, write_whole
+from tokmask_peft.errors import ModelError, RunError, first_line, read_json, read_log, write_json, write_whole
+from tokmask_peft.html import InNotebooks
 from tokmask_peft.masking.config import TokenMaskConfig
 from tokmask_peft.model.location import check_files
 from tokmask_peft.recipe.loading import differences, load_recipe
@@ -33,15 +34,6 @@ LOADED_FILES = (
     *("labels.json", "calibration.json", "tokmask_config.json"),  # before format 2 of tokmask.json
 )
 """Names of the files that loading needs: what is fetched from the Hub and pushed there, and no pickled weights."""
-
-
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of `log.jsonl`; a line that a killed run left half-written is skipped."""
-    found = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
-        with contextlib.suppress(ValueError, RecursionError):
-            found.append(json.loads(line))
-    return [row for row in found if isinstance(row, dict) and isinstance(row.get("step"), int)]
 
 
 @dataclass
@@ -209,8 +201,8 @@ def open_finished(folder: str | Path, *, scored: bool = False) -> RunFolder:
     return run
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Result:
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class Result(InNotebooks):
     """What `result.json` of a finished run holds; its fields are the file's keys, in the file's order."""
 
     name: str = ""
@@ -240,6 +232,9 @@ class Result:
         """The scores of that split."""
         return self.test or self.validation
 
+    def __repr__(self) -> str:
+        return f"Result({self.name!r}, macro-F1 on {self.scored_split} {self.scored['f1_macro']:.4f})"
+
     def to_dict(self) -> dict[str, Any]:
         """Return what the file holds; scores that a run does not have are left out."""
         found = {entry.name: getattr(self, entry.name) for entry in fields(self)}
@@ -263,7 +258,7 @@ class Result:
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class Run(InNotebooks):
     """A finished run, with its resolved recipe and what `result.json` holds."""
 
     folder: RunFolder
@@ -345,9 +340,8 @@ class AdapterInfo(_Part):
         found = _read_json(path) if path.is_file() or not old.is_file() else {}
         if "format" not in found:  # four files; this one held how to load
             found = {**_read_json(old), "loading": found or None}
-            for key, name in (("calibration", "calibration.json"), ("masking", "tokmask_config.json")):
-                if (adapter / name).is_file():
-                    found[key] = _read_json(adapter / name)
+            parts = {"calibration": "calibration.json", "masking": "tokmask_config.json"}
+            found |= {key: _read_json(adapter / name) for key, name in parts.items() if (adapter / name).is_file()}
         try:
             return cls.model_validate_json(json.dumps(found))
         except ValidationError as error:
@@ -428,9 +422,8 @@ def find_saved(
     length = loading.max_length if loading else recipe.data.max_length if recipe else None
     config = ModelConfig(**settings | {"trust_remote_code": trust_remote_code})
     trained = loading.model_dump(include={"weights", "scaling"}) if loading else {}
-    temperature = info.calibration.temperature
-    found = (str(model), folder, info.task, tuple(info.labels), config, length, temperature, info.masking, trained)
-    return SavedAdapter(*found)
+    more = (config, length, info.calibration.temperature, info.masking, trained)
+    return SavedAdapter(str(model), folder, info.task, tuple(info.labels), *more)
 
 
 def _download(hub_id: str) -> Path:

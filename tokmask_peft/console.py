@@ -73,6 +73,38 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", module=r"(torch|transformers|peft|bitsandbytes|accelerate)(\..*)?$")
 
 
+@contextlib.contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Silence what is said of a model while it is loaded, and no more than that; also a decorator.
+
+    transformers reports the weights of a head, which is new by design, as missing, and draws a bar for a fraction of a
+    second; PEFT calls what transformers renamed (`is_gradient_checkpointing`; remove when PEFT has followed).
+    """
+    import transformers
+    from huggingface_hub import utils as hub
+
+    logger, bars = logging.getLogger("transformers.modeling_utils"), transformers.utils.logging
+    had_bars, had_downloads = bars.is_progress_bar_enabled(), not hub.are_progress_bars_disabled()
+    bars.disable_progress_bar()  # those of downloads, too
+    if had_downloads:
+        hub.enable_progress_bars()
+    logger.addFilter(_no_load_report)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            yield
+    finally:
+        logger.removeFilter(_no_load_report)
+        if had_bars:
+            bars.enable_progress_bar()
+            if not had_downloads:
+                hub.disable_progress_bars()
+
+
+def _no_load_report(record: logging.LogRecord) -> bool:
+    return "LOAD REPORT" not in record.getMessage()
+
+
 MOST_CLASSES = 40  # in a terminal
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 

@@ -203,6 +203,15 @@ def read_json(path: Path, kind: type[TokmaskError], code: str) -> dict[str, Any]
     return found
 
 
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of `log.jsonl`; a line that a killed run left half-written is skipped."""
+    found = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+        with contextlib.suppress(ValueError, RecursionError):
+            found.append(json.loads(line))
+    return [row for row in found if isinstance(row, dict) and isinstance(row.get("step"), int)]
+
+
 def nearest(name: str, candidates: Iterable[str]) -> str:
     """Return ` Did you mean 'x'?` for the closest candidate or the one that `name` begins, or an empty string."""
     if len(name) > LONGEST_GUESSED:  # difflib takes quadratic time

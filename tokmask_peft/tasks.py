@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from tokmask_peft.errors import DataError, nearest
+from tokmask_peft.html import InNotebooks
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 Label = str | tuple[str, ...] | None
 IGNORED = -100
 """The label id of positions that carry none: later sub-tokens, special tokens, padding."""
+MOST_SHOWN = 8
+"""Words in the short form of an answer."""
 NO_PREDICTION = -1
 """The predicted id of an item that was cut away: never right."""
 WrongLabel = tuple[str, str, float, float, int | None]
@@ -64,8 +67,8 @@ class Unreadable:
 LabelIds = Mapping[str, int]
 
 
-@dataclass(frozen=True, slots=True)
-class Prediction:
+@dataclass(frozen=True, slots=True, repr=False)
+class Prediction(InNotebooks):
     """The answer for a text with one label."""
 
     label: str  # the most probable one
@@ -77,9 +80,12 @@ class Prediction:
         """The calibrated probability of the label."""
         return self.probabilities[self.label]
 
+    def __repr__(self) -> str:
+        return f"Prediction({self.label!r}, {self.confidence:.3f})"
 
-@dataclass(frozen=True, slots=True)
-class WordPredictions:
+
+@dataclass(frozen=True, slots=True, repr=False)
+class WordPredictions(InNotebooks):
     """The answer for a text with a label per word; see `Prediction`."""
 
     words: tuple[str, ...]  # as they were given or split at white space
@@ -91,6 +97,10 @@ class WordPredictions:
     def confidence(self) -> tuple[float, ...]:
         """The calibrated probability of each word's label."""
         return tuple(row[label] for row, label in zip(self.probabilities, self.labels, strict=True))
+
+    def __repr__(self) -> str:
+        pairs = [f"{word}/{label}" for word, label in zip(self.words, self.labels, strict=True)]
+        return f"WordPredictions({' '.join(pairs[:MOST_SHOWN])}{' …' if len(pairs) > MOST_SHOWN else ''})"
 
 
 def _is_missing(cell: Any) -> bool:

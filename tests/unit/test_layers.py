@@ -12,6 +12,7 @@ PACKAGE = Path(tokmask_peft.__file__).parent
 LAYERS = (
     ("errors",),
     ("console",),
+    ("html",),
     ("masking",),
     ("tasks",),
     ("recipe",),

@@ -106,6 +106,10 @@ class Classifier:
         """Return how much each word speaks for the predicted label; see `inference.explain`."""
         return explain(self, texts, word=word, batch_size=batch_size)
 
+    def __repr__(self) -> str:
+        shown = ", ".join(self.labels[:8]) + (", …" if len(self.labels) > 8 else "")
+        return f"Classifier({get_task(self.task).description}: {shown}; on {self.device})"
+
     @functools.cached_property
     def occlusion(self) -> Occlusion:
         """Masks words as the training of this model did.

@@ -4,32 +4,23 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, astuple
 from itertools import chain
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from tokmask_peft.console import SafeConsole, echo, printable
 from tokmask_peft.data.readers import TextFile
+from tokmask_peft.html import FAINTEST, environment, strength_of
 from tokmask_peft.inference.classifier import Answer, Classifier
 from tokmask_peft.inference.explain import Explanation
 from tokmask_peft.inference.files import Columns, FileReport, answer_record, answered, predict_file
 from tokmask_peft.tasks import Unreadable, WordPredictions, get_task
 
-HUES = 8
-"""Colours for labels that the style sheet has; further labels begin again with the first."""
-
-FULL_COLOUR = 2.0
-"""Nats from which a text's strongest word has the full colour; weaker texts stay pale, so that noise does too."""
-
-_FAINTEST = 0.04  # of the strongest influence: below, a word stays plain
-_STRONGEST = 0.6  # opacity of the strongest; more would cost contrast
 _FOR, _AGAINST = (33, 102, 172), (214, 96, 77)  # blue and orange-red, which colour-blind readers can distinguish
 
 
@@ -113,20 +104,20 @@ def print_explanations(explanations: Sequence[Explanation], console: Console) ->
 
 def _print_coloured(explanation: Explanation, console: Console) -> None:
     line = Text()
-    colours = strengths(explanation.influences, FULL_COLOUR)
+    colours = map(strength_of, explanation.influences)
     for index, (word, strength) in enumerate(zip(explanation.words, colours, strict=True)):
         line.append(printable(word), style=_style(strength) + (" underline" if index == explanation.word else ""))
         if explanation.labels and explanation.word is None:
             line.append(printable(f"/{explanation.labels[index]}"), style="dim")
         line.append(" ")
-    console.print(Text(printable(headline(explanation)), style="bold"))
+    console.print(Text(printable(explanation.headline), style="bold"))
     console.print(line)
 
 
 def _style(strength: float) -> str:
     """Mix a colour with white, under black letters, whatever the terminal's own colours are."""
     share = 0.75 * abs(strength)
-    if share < 0.04:
+    if abs(strength) < FAINTEST:
         return ""
     red, green, blue = (round(255 + (part - 255) * share) for part in (_FOR if strength >= 0 else _AGAINST))
     return f"rgb(0,0,0) on rgb({red},{green},{blue})"
@@ -134,91 +125,14 @@ def _style(strength: float) -> str:
 
 def _print_plain(explanation: Explanation, console: Console) -> None:
     labels = [f"\t{label}" for label in explanation.labels] or [""] * len(explanation.words)
-    echo(headline(explanation))
+    echo(explanation.headline)
     echo("word" + ("\tlabel" if explanation.labels else "") + "\tinfluence\tprobability without it")
     for index, (word, label) in enumerate(zip(explanation.words, labels, strict=True)):
         numbers = f"{explanation.influences[index]:+.2f}\t{explanation.without[index]:.3f}"
         echo(f"{word}{label}\t" + ("cannot be masked" if index in explanation.unmasked else numbers))
 
 
-def headline(explanation: Explanation) -> str:
-    """Return in a line what is explained."""
-    if not explanation.label:
-        return "each word's label, by the word itself"
-    answer = f"{explanation.label} ({explanation.probability:.3f})"
-    return answer if explanation.word is None else f"'{explanation.words[explanation.word]}': {answer}"
-
-
 def explanations_page(model: str, explanations: Sequence[Explanation], note: str) -> str:
     """Return the page as HTML: a name for the model, a section per text, and in a sentence how words were masked."""
-    items = []
-    for one in explanations:
-        tags = one.labels if one.word is None else ()
-        words = influence_words(one.words, one.influences, one.word, full=FULL_COLOUR, unmasked=one.unmasked, tags=tags)
-        items.append({"of": one, "headline": headline(one), "words": words})
-    loader = PackageLoader("tokmask_peft", "inference")
-    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    return environment.get_template("explain_page.html").render(model=model, note=note, items=items)
-
-
-def strengths(influences: Sequence[float], full: float = 0.0) -> list[float]:
-    """Return how strong each word's colour is, from -1 (against the answer) to 1 (for it), given its nats.
-
-    A text's strongest word has the full colour if its influence is at least `full`; weaker texts stay pale.
-    """
-    strongest = max(full, *map(abs, influences)) if influences else 0.0
-    return [influence / strongest if strongest else 0.0 for influence in influences]
-
-
-def influence_words(
-    words: Sequence[str],
-    influences: Sequence[float],
-    focus: int | None = None,
-    *,
-    full: float = 0.0,
-    unmasked: Collection[int] = (),
-    tags: Sequence[str] = (),
-) -> Markup:
-    """Return a text whose words are tinted by their influence, relative to the strongest in the text; see `strengths`.
-
-    Influences are positive if a word speaks for the answer, and empty if not known. `focus` is the index of the word
-    that the answer is about, `unmasked` are those of words that cannot be masked; `tags` follow words in small print.
-    """
-    known = list(influences) or [0.0] * len(words)
-    spans = []
-    for place, (word, influence, strength) in enumerate(zip(words, known, strengths(known, full), strict=True)):
-        shown = Markup("<strong>{}</strong>").format(word) if place == focus else word
-        if place in unmasked:
-            span = Markup('<span title="cannot be masked">{}</span>').format(shown)
-        elif abs(strength) < _FAINTEST:
-            span = Markup("<span>{}</span>").format(shown)
-        else:
-            side, opacity = "for" if influence > 0 else "against", _STRONGEST * abs(strength)
-            tinted = Markup('<span class="{}" style="--w:{:.2f}" title="{:+.2f}">{}</span>')
-            span = tinted.format(side, opacity, influence, shown)
-        if tags:
-            span = Markup('<span class="pair">{}<span class="tag">{}</span></span>').format(span, tags[place])
-        spans.append(span)
-    return Markup(" ").join(spans)
-
-
-def strongest_words(words: Sequence[str], influences: Sequence[float], count: int = 3) -> list[tuple[str, float]]:
-    """Return the words of greatest influence with it, for readers who do not see the colours."""
-    pairs = sorted(zip(words, influences, strict=True), key=lambda pair: -abs(pair[1]))
-    return [(word, influence) for word, influence in pairs[:count] if influence]
-
-
-def label_words(words: Sequence[str], labels: Sequence[str], order: Sequence[str], sure: Sequence[float]) -> Markup:
-    """Return a text whose words are tinted by their label: `order` lists all labels, `sure` their probabilities."""
-    span = Markup('<span class="label hue-{}" title="{}, {:.3f}">{}</span>')
-    return Markup(" ").join(
-        span.format(order.index(label) % HUES, label, chance, word)
-        for word, label, chance in zip(words, labels, sure, strict=True)
-    )
-
-
-def label_legend(order: Sequence[str]) -> Markup:
-    """Return the colours of the labels, in their order."""
-    swatch = Markup('<li class="label hue-{}">{}</li>')
-    entries = Markup("").join(swatch.format(place % HUES, label) for place, label in enumerate(order))
-    return Markup('<ul class="legend" aria-label="labels">{}</ul>').format(entries)
+    template = environment().get_template("explain_page.html")
+    return template.render(model=model, note=note, items=explanations)

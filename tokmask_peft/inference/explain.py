@@ -16,9 +16,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from markupsafe import Markup
 from numpy.typing import NDArray
 
 from tokmask_peft.errors import DataError, nearest
+from tokmask_peft.html import InNotebooks, influence_words, strongest_words
 from tokmask_peft.tasks import get_task
 
 if TYPE_CHECKING:
@@ -107,8 +109,8 @@ class Occluded:
         return rows
 
 
-@dataclass(frozen=True, slots=True)
-class Explanation:
+@dataclass(frozen=True, slots=True, repr=False)
+class Explanation(InNotebooks):
     """The influence of each word on a label.
 
     In token tasks each word's own label is explained by masking the word itself: how much the label rests on the word
@@ -137,6 +139,24 @@ class Explanation:
     labels: tuple[str, ...] = ()
     probabilities: tuple[float, ...] = ()
     unmasked: tuple[int, ...] = ()
+
+    @property
+    def headline(self) -> str:
+        """What is explained, in a line."""
+        if not self.label:
+            return "each word's label, by the word itself"
+        answer = f"{self.label} ({self.probability:.3f})"
+        return answer if self.word is None else f"'{self.words[self.word]}': {answer}"
+
+    @property
+    def html(self) -> Markup:
+        """The words, coloured by their influence."""
+        tags = self.labels if self.word is None else ()
+        return influence_words(self.words, self.influences, self.word, unmasked=self.unmasked, tags=tags)
+
+    def __repr__(self) -> str:
+        strongest = ", ".join(f"{word} {value:+.2f}" for word, value in strongest_words(self.words, self.influences))
+        return f"Explanation({self.headline}; strongest: {strongest or 'none'})"
 
 
 def explain(

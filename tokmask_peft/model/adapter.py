@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from tokmask_peft.console import Decision
+from tokmask_peft.console import Decision, quiet_loading
 from tokmask_peft.errors import ModelError, boundary, nearest
 from tokmask_peft.masking.embedding import find_embedding, is_sharded, whole
 from tokmask_peft.model.backbone import Backbone
@@ -96,6 +96,7 @@ def adapted_layers(model: nn.Module, wanted: str | int | float) -> list[int] | N
     return list(range(total - count, total))
 
 
+@quiet_loading()
 def add_adapter(
     backbone: Backbone, config: AdapterConfig, task: str, trained_token: int | None = None
 ) -> tuple[Any, tuple[Decision, ...]]:
@@ -192,6 +193,7 @@ def save_adapter(model: Any, folder: Path, backbone_id: str, weights: dict[str, 
         config.base_model_name_or_path = loaded_from
 
 
+@quiet_loading()
 def load_adapter(
     backbone: Backbone, folder: Path, weights: Mapping[str, str] | None = None, scaling: float | None = None
 ) -> Any:

@@ -14,7 +14,7 @@ from accelerate.utils import parse_flag_from_env
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig
 
-from tokmask_peft.console import Decision
+from tokmask_peft.console import Decision, quiet_loading
 from tokmask_peft.errors import ModelError, first_line
 from tokmask_peft.masking.embedding import find_decoder_embedding, find_embedding
 from tokmask_peft.model.decisions import DTYPES, choose_precision, choose_quantization, gpu_problem, out_of_memory
@@ -52,6 +52,7 @@ class Backbone:
     weights: dict[str, str] = field(default_factory=dict)  # see `weight_hashes`
 
 
+@quiet_loading()
 def load_backbone(
     config: ModelConfig, task: str, labels: tuple[str, ...], device: torch.device, location: str | None = None
 ) -> Backbone:

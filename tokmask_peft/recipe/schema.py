@@ -368,6 +368,9 @@ class Recipe(Section):
     data: DataConfig
     training: TrainingConfig = Field(default_factory=lambda: TrainingConfig())
 
+    def __repr__(self) -> str:
+        return f"Recipe({self.name!r}, task {self.data.task} on {self.model.backbone})"
+
     @field_validator("name")
     @classmethod
     def _name_is_a_folder_name(cls, value: str) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 from markupsafe import Markup
 
 from tokmask_peft.errors import MaskTokenError, ModelError, TokmaskError
+from tokmask_peft.html import environment, influence_words, label_legend, label_words
 from tokmask_peft.hub.card import plain
 from tokmask_peft.tasks import get_task
 
@@ -47,7 +48,6 @@ def answer(classifier: Any, text: str) -> tuple[dict[str, float] | None, Markup]
 
     The words are coloured; if the text cannot be classified, the HTML says why.
     """
-    from tokmask_peft.inference.display import influence_words, label_legend, label_words
     from tokmask_peft.inference.explain import explain
 
     if len(text) > _MOST_CHARACTERS:
@@ -75,8 +75,6 @@ def answer(classifier: Any, text: str) -> tuple[dict[str, float] | None, Markup]
 
 
 def _page(rows: Sequence[Any] = (), problem: str = "", **values: Any) -> Markup:
-    from tokmask_peft.report.page import environment
-
     template = environment().get_template("demo.html.j2")
     return Markup(template.render(rows=rows, problem=problem, **values))  # noqa: S704 - the template escapes
 
@@ -140,7 +138,7 @@ def launch(app: Any, host: str = HOST, port: int | None = None, *, share: bool =
     import gradio
     from starlette.middleware import Middleware
 
-    styles = files("tokmask_peft.inference") / "words.css", files("tokmask_peft.report") / "templates/demo.css"
+    styles = (files("tokmask_peft.report") / "templates" / name for name in ("words.css", "demo.css"))
     return app.launch(
         server_name=host,
         server_port=port,

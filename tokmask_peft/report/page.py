@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import shlex
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import TYPE_CHECKING
-
-from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
 from tokmask_peft import __version__
 from tokmask_peft.artifacts import Run, open_run
 from tokmask_peft.console import baseline_verdict, calibration_line
 from tokmask_peft.data.corpus import merged_labels
 from tokmask_peft.errors import ModelError, RunError, TokmaskError, boundary, require, write_whole
+from tokmask_peft.html import environment
 from tokmask_peft.hub.card import hub_id, limits, loading_snippet, training_facts
 from tokmask_peft.report.pictures import mixing_picture, reliability_picture, training_curves
 from tokmask_peft.tasks import get_task
@@ -122,35 +121,3 @@ def _words_are_spaced(run: Run) -> bool:
         return words_need_a_space(load_tokenizer(no_code, str(adapter)))
     except ModelError:  # the snippet cannot load it either
         return False
-
-
-def environment() -> Environment:
-    """Return the templates of the package; every value is escaped, and a missing one is an error."""
-    from tokmask_peft.inference.display import influence_words, strongest_words
-
-    styles = PackageLoader("tokmask_peft", "inference")
-    found = Environment(
-        loader=ChoiceLoader([PackageLoader("tokmask_peft.report", "templates"), styles]),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    found.filters |= {
-        "score": "{:.4f}".format,
-        "count": "{:,}".format,
-        "number": "{:g}".format,
-        "chance": lambda value: "above 99.9%" if 0.9995 <= value < 1 else f"{100 * value:.1f}%",
-        "file_name": file_name,
-        "tinted": lambda mistake: influence_words(mistake.words, mistake.influences, mistake.word),
-        "strongest": lambda mistake: strongest_words(mistake.words, mistake.influences),
-    }
-    return found
-
-
-def file_name(source: str) -> str:
-    """Return the source of a split without the folders of the machine that it was on."""
-    for kind in (PurePosixPath, PureWindowsPath):
-        if (path := kind(source)).is_absolute():
-            return path.name
-    return source

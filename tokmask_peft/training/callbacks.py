@@ -19,9 +19,8 @@ from rich.progress import BarColumn, Progress, TextColumn
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import ExportableState
 
-from tokmask_peft.artifacts import read_log
 from tokmask_peft.console import stop_signals
-from tokmask_peft.errors import RunError, write_whole
+from tokmask_peft.errors import RunError, read_log, write_whole
 from tokmask_peft.training.environment import peak_memory
 
 

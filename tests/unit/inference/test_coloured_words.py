@@ -1,12 +1,14 @@
-"""Coloured words: escaped, relative to the strongest, and readable without the colours."""
+"""Coloured words: escaped, on one scale for all texts, and readable without the colours."""
 
-from tokmask_peft.inference.display import influence_words, label_legend, label_words, strengths, strongest_words
+import pytest
+
+from tokmask_peft.html import influence_words, label_legend, label_words, strength_of, strongest_words
 
 
-def test_influences_are_relative_to_the_strongest():
-    html = influence_words(["a", "<b>", "c", "d"], [2.0, -1.0, 0.01, 0.0])
-    assert '<span class="for" style="--w:0.60" title="+2.00">a</span>' in html
-    assert '<span class="against" style="--w:0.30" title="-1.00">&lt;b&gt;</span>' in html
+def test_influences_are_tinted_by_their_size():
+    html = influence_words(["a", "<b>", "c", "d"], [2.0, -1.0, 0.09, 0.0])
+    assert '<span class="for" style="--w:0.46" title="+2.00">a</span>' in html
+    assert '<span class="against" style="--w:0.28" title="-1.00">&lt;b&gt;</span>' in html
     assert "<span>c</span> <span>d</span>" in html
 
 
@@ -30,12 +32,15 @@ def test_labels_keep_their_colour_and_are_in_the_legend():
     assert "<x>" not in legend
 
 
-def test_colours_are_relative_to_the_strongest_word_but_noise_stays_pale():
-    assert strengths([0.5, 3.0, -4.0])[2] == -1.0
-    assert strengths([1.0, -0.2], full=2.0) == [0.5, -0.1]
-    assert strengths([1.0, -0.2]) == [1.0, -0.2]
-    assert strengths([0.0]) == [0.0]
-    assert strengths([], full=2.0) == []
+def test_noise_stays_pale_also_if_no_word_of_the_text_is_stronger():
+    noise, strong = influence_words(["a", "b"], [0.05, -0.08]), influence_words(["a", "b"], [0.05, 6.0])
+    assert noise == "<span>a</span> <span>b</span>"
+    assert strong.startswith("<span>a</span> "), "a stronger word does not change the colour of another"
+
+
+@pytest.mark.parametrize(("nats", "after"), [(0.0, 0.5), (0.4, 0.5987), (2.0, 0.8808), (-2.0, 0.1192), (50.0, 1.0)])
+def test_strength_is_how_far_an_undecided_answer_moves(nats, after):
+    assert 0.5 + strength_of(nats) / 2 == pytest.approx(after, abs=1e-4)
 
 
 def test_a_word_that_cannot_be_masked_says_so_and_labels_stand_behind_their_words():

@@ -1,4 +1,5 @@
 import functools
+import logging
 import shutil
 
 import pytest
@@ -6,6 +7,7 @@ import torch
 from tiny_models import families
 from torch import nn
 from transformers import AutoModel, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from tokmask_peft.errors import ModelError
 from tokmask_peft.model.adapter import add_adapter
@@ -129,3 +131,23 @@ def test_a_missing_backbone_is_one_clear_error(tmp_path, tiny_folder, what):
     with pytest.raises(ModelError, match="Hub id or a folder") as caught:
         load(config)
     assert (caught.value.code, caught.value.fields) == (f"{what}-not-loaded", {"location": config.backbone})
+
+
+def test_loading_says_nothing_of_the_new_head_and_leaves_all_settings(model_config, capfd, caplog):
+    caplog.set_level(logging.WARNING, "transformers.modeling_utils")  # the command line of other tests set another
+    had_bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.enable_progress_bar()
+    said = logging.Handler()
+    said.emit = lambda record: said.__dict__.setdefault("lines", []).append(record.getMessage())
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addHandler(said)
+    try:
+        backbone = load_backbone(model_config("bert"), "sequence", LABELS, CPU)
+        assert not hasattr(said, "lines")
+        assert "Loading weights" not in capfd.readouterr().err
+        assert transformers_logging.is_progress_bar_enabled()
+        type(backbone.model).from_pretrained(model_config("bert").backbone)
+        assert "LOAD REPORT" in said.lines[0], "other code still hears of it"
+    finally:
+        logger.removeHandler(said)
+        (transformers_logging.enable_progress_bar if had_bars else transformers_logging.disable_progress_bar)()

@@ -1,0 +1,127 @@
+"""HTML of which pages, the demo and notebooks are made: the templates, coloured words, and what notebooks show.
+
+One scale of colours holds for all texts of all models: a word is tinted by the size of its effect, not relative to the
+strongest word of its text, so that where no word matters all stay pale.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Collection, Sequence
+from pathlib import PurePosixPath, PureWindowsPath
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from tokmask_peft.console import baseline_verdict
+
+HUES = 8
+"""Colours for labels that the style sheet has; further labels begin again with the first."""
+
+FAINTEST = 0.05
+"""Strength below which a word stays plain: a tenth of a nat."""
+_STRONGEST = 0.6  # opacity of the full colour; more would cost contrast
+
+
+@functools.cache
+def environment() -> Environment:
+    """Return the templates of the package; every value is escaped, and a missing one is an error."""
+    found = Environment(
+        loader=PackageLoader("tokmask_peft", "report/templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    found.filters |= {
+        "score": "{:.4f}".format,
+        "count": "{:,}".format,
+        "number": "{:g}".format,
+        "chance": lambda value: "above 99.9%" if 0.9995 <= value < 1 else f"{100 * value:.1f}%",
+        "file_name": file_name,
+        "verdict": lambda result: baseline_verdict(result.scored, result.baseline),
+        "tinted": lambda one: influence_words(one.words, one.influences, one.word),
+        "strongest": lambda one: strongest_words(one.words, one.influences),
+    }
+    found.globals |= {"label_words": label_words, "label_legend": label_legend}
+    return found
+
+
+class InNotebooks:
+    """Base of what notebooks show as an HTML fragment with its style, from the template `notebook.html.j2`."""
+
+    __slots__ = ()
+
+    def _repr_html_(self) -> str:
+        return environment().get_template("notebook.html.j2").render(it=self, kind=type(self).__name__)
+
+
+def file_name(source: str) -> str:
+    """Return the source of a split without the folders of the machine that it was on."""
+    for kind in (PurePosixPath, PureWindowsPath):
+        if (path := kind(source)).is_absolute():
+            return path.name
+    return source
+
+
+def strength_of(influence: float) -> float:
+    """Return how strong a word's colour is, from -1 (against the answer) to 1 (for it), given its nats.
+
+    It is how far the word moves an answer that is undecided without it: from a probability of .5 to .5 + strength / 2.
+    """
+    return math.tanh(influence / 2)
+
+
+def influence_words(
+    words: Sequence[str],
+    influences: Sequence[float],
+    focus: int | None = None,
+    *,
+    unmasked: Collection[int] = (),
+    tags: Sequence[str] = (),
+) -> Markup:
+    """Return a text whose words are tinted by their influence; see `strength_of`.
+
+    Influences are positive if a word speaks for the answer, and empty if not known. `focus` is the index of the word
+    that the answer is about, `unmasked` are those of words that cannot be masked; `tags` follow words in small print.
+    """
+    known = list(influences) or [0.0] * len(words)
+    spans = []
+    for place, (word, influence) in enumerate(zip(words, known, strict=True)):
+        strength = strength_of(influence)
+        shown = Markup("<strong>{}</strong>").format(word) if place == focus else word
+        if place in unmasked:
+            span = Markup('<span title="cannot be masked">{}</span>').format(shown)
+        elif abs(strength) < FAINTEST:
+            span = Markup("<span>{}</span>").format(shown)
+        else:
+            side, opacity = "for" if influence > 0 else "against", _STRONGEST * abs(strength)
+            tinted = Markup('<span class="{}" style="--w:{:.2f}" title="{:+.2f}">{}</span>')
+            span = tinted.format(side, opacity, influence, shown)
+        if tags:
+            span = Markup('<span class="pair">{}<span class="tag">{}</span></span>').format(span, tags[place])
+        spans.append(span)
+    return Markup(" ").join(spans)
+
+
+def strongest_words(words: Sequence[str], influences: Sequence[float], count: int = 3) -> list[tuple[str, float]]:
+    """Return the words of greatest influence with it, for readers who do not see the colours."""
+    pairs = sorted(zip(words, influences, strict=True), key=lambda pair: -abs(pair[1]))
+    return [(word, influence) for word, influence in pairs[:count] if influence]
+
+
+def label_words(words: Sequence[str], labels: Sequence[str], order: Sequence[str], sure: Sequence[float]) -> Markup:
+    """Return a text whose words are tinted by their label: `order` lists all labels, `sure` their probabilities."""
+    span = Markup('<span class="label hue-{}" title="{}, {:.3f}">{}</span>')
+    return Markup(" ").join(
+        span.format(order.index(label) % HUES, label, chance, word)
+        for word, label, chance in zip(words, labels, sure, strict=True)
+    )
+
+
+def label_legend(order: Sequence[str]) -> Markup:
+    """Return the colours of the labels, in their order."""
+    swatch = Markup('<li class="label hue-{}">{}</li>')
+    entries = Markup("").join(swatch.format(place % HUES, label) for place, label in enumerate(order))
+    return Markup('<ul class="legend" aria-label="labels">{}</ul>').format(entries)
