@@ -122,8 +122,8 @@ class Task:
     def encode_label(self, example: Example, starts: Sequence[tuple[int, int]], length: int, ids: LabelIds) -> Any:
         """Return what the model should learn from an example, for the column `labels`.
 
-        `starts` are, if words are given, `(word, position)` of each sub-token with a label that was kept; `length` counts
-        the sub-tokens of the encoded text, special tokens included; `ids` maps labels to outputs.
+        `starts` are, if words are given, `(word, position)` of each sub-token that carries a label; `length` counts the
+        sub-tokens of the encoded text, special tokens included; `ids` maps labels to outputs.
         """
         raise NotImplementedError
 
