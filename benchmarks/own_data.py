@@ -5,8 +5,8 @@
 
 A cell is a corpus, a number of texts and a seed, which draws the texts, and of these the validation texts; the test
 texts are the corpus's own, at most 1,000. The backbone is multilingual-e5-small, `e5-small` below TOKMASK_BACKBONES.
-`--set` changes keys of the recipe and makes an arm of its own. Cells that are in `results/own_data.json` already are
-not run again.
+`--set` changes keys of the recipe and makes an arm of its own. Cells that are in `results/own_data.json` are not
+run again.
 """
 
 from __future__ import annotations

@@ -294,6 +294,7 @@ class Loading(_Part):
     embedding: str = Field("resident", pattern="^(resident|offload|8bit)$")
     weights: dict[str, str] = Field(default_factory=dict)  # of the backbone, from `weight_hashes`
     pooling: str = Field("auto", pattern="^(auto|cls|mean|max)$")
+    label_on: str = Field("first", pattern="^(first|last)$")
     scaling: float | None = Field(None, gt=0)  # of the LoRA update; None if not known
 
     @field_validator("package")
@@ -371,6 +372,7 @@ class SavedAdapter:
     temperature: float  # divides the logits; 1 without a calibration
     masking: TokenMaskConfig | None = None
     trained: Mapping[str, Any] = field(default_factory=dict)  # weights of the backbone and scaling, for `load_adapter`
+    label_on: str = "first"  # which sub-token of a word carries its label
 
 
 def find_saved(
@@ -423,7 +425,8 @@ def find_saved(
     config = ModelConfig(**settings | {"trust_remote_code": trust_remote_code})
     trained = loading.model_dump(include={"weights", "scaling"}) if loading else {}
     more = (config, length, info.calibration.temperature, info.masking, trained)
-    return SavedAdapter(str(model), folder, info.task, tuple(info.labels), *more)
+    label_on = loading.label_on if loading else recipe.data.label_on if recipe else "first"
+    return SavedAdapter(str(model), folder, info.task, tuple(info.labels), *more, label_on=label_on)
 
 
 def _download(hub_id: str) -> Path:

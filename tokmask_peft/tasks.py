@@ -144,7 +144,7 @@ class Task:
     def encode_label(self, example: Example, starts: Sequence[tuple[int, int]], length: int, ids: LabelIds) -> Any:
         """Return what the model should learn from an example, for the column `labels`.
 
-        `starts` are, if words are given, `(word, position)` of each first sub-token that was kept; `length` counts the
+        `starts` are, if words are given, `(word, position)` of each sub-token that carries a label; `length` counts the
         sub-tokens of the encoded text, special tokens included; `ids` maps labels to outputs.
         """
         raise NotImplementedError
@@ -264,7 +264,7 @@ print(classify(["This phone is bien bonito"]))"""
 
 
 class TokenTask(Task):
-    """One label for each word; its first sub-token carries it."""
+    """One label for each word; its first or last sub-token carries it (`data.label_on`)."""
 
     name = "token"
     description = "one label per word"
@@ -298,7 +298,7 @@ class TokenTask(Task):
     def encode_label(
         self, example: Example, starts: Sequence[tuple[int, int]], length: int, ids: LabelIds
     ) -> list[int]:
-        """Return a label index per sub-token, `IGNORED` for all but the first one of each word."""
+        """Return a label index per sub-token, `IGNORED` for all but the one of each word."""
         row = [IGNORED] * length
         for word, position in starts:
             row[position] = label_id(example.tags[word], ids, example.where)
@@ -319,7 +319,7 @@ class TokenTask(Task):
     def decode(
         self, example: Example, ids: Mapping[str, int], kept: Sequence[int], gold: Any, predicted: Any
     ) -> tuple[list[int], list[int]]:
-        """Return an id for each word; those of the model are at first sub-tokens."""
+        """Return an id for each word; those of the model are where the labels are."""
         found = [NO_PREDICTION] * len(example.tags)
         for word, value in zip(kept, predicted[gold != IGNORED].tolist(), strict=True):
             found[word] = value

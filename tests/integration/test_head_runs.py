@@ -1,11 +1,12 @@
 """Runs whose head starts from a linear probe."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 import tokmask_peft.training.train as training
-from tokmask_peft import Recipe, train
+from tokmask_peft import Recipe, evaluate, load, train
 from tokmask_peft.errors import RunInterruptedError
 from tokmask_peft.training.callbacks import StopOnSignal
 
@@ -39,6 +40,25 @@ def test_the_head_starts_as_the_probe_and_its_score_is_a_floor(write_recipe, mon
         assert run.result.probe["f1_macro"] > 0.55  # the label depends on one word
     assert "not-above-floor" in {one["code"] for one in run.result.warnings}
     assert json.loads(run.folder.probe.read_text()) == started[0].to_dict()
+
+
+def test_a_run_decides_what_is_auto_and_its_scores_are_repeated(write_recipe, tmp_path):
+    """By `evaluate`, and by a prediction from the adapter's folder, with the label on a word's last sub-token."""
+    auto = [f"training.{key}=auto" for key in ("epochs", "batch_size", "patience")]
+    run = train(
+        Recipe.load(write_recipe("bert", "token"), [*auto, "training.max_steps=3", "data.label_on=last"]), quiet=True
+    )
+    chosen = {one["what"]: one["choice"] for one in run.result.decisions}
+    assert (chosen["epochs"], chosen["batch size"], chosen["patience"]) == ("34", "8", "17")
+    assert "batches of 8 texts" in (run.folder.adapter / "README.md").read_text()
+    assert evaluate(run.folder.root)["confusion"] == run.result.test["confusion"]
+    moved = run.folder.adapter.rename(tmp_path / "moved")
+    assert "last = [" in (moved / "README.md").read_text()
+    classifier = load(moved, backbone=run.recipe.model.backbone)
+    test = [block.split("\n") for block in Path(run.recipe.data.path, "test.conll").read_text().strip().split("\n\n")]
+    answers = classifier.predict([[line.split("\t")[0] for line in lines] for lines in test])
+    labels, predicted = run.result.labels, json.loads(run.folder.predictions.read_text())["test"]["predicted"]
+    assert [[labels[at] for at in row] for row in predicted] == [list(one.labels) for one in answers]
 
 
 def test_a_resumed_run_takes_the_head_from_its_checkpoint(write_recipe, monkeypatch):

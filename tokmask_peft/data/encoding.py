@@ -67,7 +67,7 @@ class Window:
     ids: list[int]  # special tokens included
     size: int  # sub-tokens of the text in it
     words: NDArray[np.int64]  # if words are given, those that take their label from this window; otherwise empty
-    positions: NDArray[np.int64]  # of the first sub-token of each of these words, in `ids`
+    positions: NDArray[np.int64]  # of the sub-token of each of these words that carries its label, in `ids`
     owners: NDArray[np.int64] | None = None  # if asked for, the word of each id, -1 for none: [ids]
 
 
@@ -81,18 +81,19 @@ class Encoder:
         tokenizer: a fast tokenizer.
         task: name of the task.
         max_length: sub-tokens per text or window, special tokens included.
+        label_on: which sub-token of a word carries its label, `first` or `last`; of a word that is cut, the last kept.
 
     Raises:
         DataError: the tokenizer is not a fast one.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, task: str, max_length: int) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, task: str, max_length: int, label_on: str = "first") -> None:
         if not getattr(tokenizer, "is_fast", False):
             problem = f"{type(tokenizer).__name__} is not a fast tokenizer (one with a tokenizer.json), which is needed"
             raise DataError(f"{problem} to find the words of sub-tokens", code="slow-tokenizer")
         self._tokenizer, self._task, self._max_length = tokenizer, get_task(task), max_length
         self._lead = self._task.words_given and words_need_a_space(tokenizer)
-        self._unknown = tokenizer.unk_token or "?"
+        self._unknown, self._last = tokenizer.unk_token or "?", label_on == "last"
 
     def cut(self, examples: Sequence[Example], labels: Sequence[str]) -> Encoded:
         """Encode examples one row each; what is longer than `max_length` is cut at the end.
@@ -264,7 +265,9 @@ class Encoder:
     def _words(self, texts: Sequence[Sequence[str]], cut: bool = False, later: bool = False) -> list[_Tokens]:
         """Tokenize lists of words; a word without a sub-token is replaced by the unknown token."""
         encodings = self._tokenize(texts, cut, later)
-        starts = [_label_positions(encoding, len(words)) for words, encoding in zip(texts, encodings, strict=True)]
+        starts = [
+            _label_positions(encoding, len(words), self._last) for words, encoding in zip(texts, encodings, strict=True)
+        ]
         replaced = [int((positions < 0).sum()) for positions in starts]
         lacking = np.flatnonzero(replaced).tolist()
         filled = [
@@ -272,7 +275,7 @@ class Encoder:
             for number in lacking
         ]
         for number, encoding in zip(lacking, self._tokenize(filled, cut, later), strict=True):
-            encodings[number], starts[number] = encoding, _label_positions(encoding, len(texts[number]))
+            encodings[number], starts[number] = encoding, _label_positions(encoding, len(texts[number]), self._last)
         return list(zip(encodings, starts, replaced, strict=True))
 
     def _tokenize(self, texts: Sequence[Any], cut: bool = False, later: bool = False) -> list[Any]:
@@ -286,12 +289,12 @@ class Encoder:
         return self._tokenizer(texts, **how).encodings
 
 
-def _label_positions(encoding: Any, words: int) -> NDArray[np.int64]:
-    """Return the position of each word's first sub-token, -1 if it has none, the number of ids if it is cut away."""
+def _label_positions(encoding: Any, words: int, last: bool) -> NDArray[np.int64]:
+    """Return the position of each word's first or last sub-token, -1 if it has none, that of the cut if it is away."""
     starts = np.full(words, -1, dtype=np.int64)
     for part in encoding.overflowing:
         starts[[word for word in part.word_ids if word is not None]] = len(encoding.ids)
-    for position, word in reversed(list(enumerate(encoding.word_ids))):
+    for position, word in sorted(enumerate(encoding.word_ids), reverse=not last):
         if word is not None:
             starts[word] = position
     return starts

@@ -19,7 +19,7 @@ from tokmask_peft.artifacts import Result
 from tokmask_peft.console import baseline_verdict, printable
 from tokmask_peft.errors import write_whole
 from tokmask_peft.recipe.schema import Recipe, SourceConfig
-from tokmask_peft.tasks import Task, get_task
+from tokmask_peft.tasks import get_task
 
 PLACEHOLDER = "PATH_OR_HUB_ID"
 """Stands for the location of the model in the snippet of a card, until a push knows it."""
@@ -62,9 +62,14 @@ class Card:
         recipe, result, task = self.recipe, self.result, get_task(self.recipe.data.task)
         trained, tested = (public_source(source) for source in (recipe.data, recipe.data.test_source or recipe.data))
         confusion = result.scored.get("confusion")
-        snippet = loading_snippet(task, result.labels, PLACEHOLDER, self.spaced_words, recipe.model.pooling)
+        snippet = loading_snippet(recipe, result.labels, PLACEHOLDER, self.spaced_words)
         if self.merged:
             use = task.pipeline_snippet.replace("MODEL", f'"{PLACEHOLDER}"')
+            if recipe.data.label_on == "last":
+                use = use.replace(
+                    "# adjacent words with the same label are joined", "# a word has its last row's label"
+                )
+                use = use.replace('"first"', '"none"').replace('"entity_group"', '"entity"')
             snippet = f"from transformers import pipeline\n\n{use}"
         card = ModelCard.from_template(
             self._head(trained, tested),
@@ -149,16 +154,18 @@ def public_source(source: SourceConfig) -> SourceConfig:
     return source.model_copy(update=facts)
 
 
-def loading_snippet(
-    task: Task, labels: Sequence[str], folder: str, spaced_words: bool = False, pooling: str = "auto"
-) -> str:
+def loading_snippet(recipe: Recipe, labels: Sequence[str], folder: str, spaced_words: bool = False) -> str:
     """Return Python that loads the adapter in `folder` with PEFT only and predicts, labels and pooling included."""
+    task = get_task(recipe.data.task)
     auto, use = task.auto_class.replace("AutoModel", "AutoPeftModel"), task.snippet
     if spaced_words:  # only a task whose texts are words tokenizes `words`
         spaced = 'spaced = [words[0], *(f" {word}" for word in words[1:])]  # as in running text'
         use = use.replace("inputs = tokenizer(words,", f"{spaced}\ninputs = tokenizer(spaced,")
+    if recipe.data.label_on == "last":
+        use = use.replace("first = [", "last = [").replace("word_ids[:i]]", "word_ids[i + 1 :]]")
+        use = use.replace("for i in first]", "for i in last]")
     return Template(_read("snippet.py.j2")).render(
-        auto=auto, folder=folder, labels=repr(list(labels)), use=use, pooling=pooling
+        auto=auto, folder=folder, labels=repr(list(labels)), use=use, pooling=recipe.model.pooling
     )
 
 

@@ -48,12 +48,13 @@ class Classifier:
     temperature: float = 1.0  # divides the logits before the softmax; changes no label
     dtype: torch.dtype = torch.float32  # bfloat16 or float16 for autocast
     decisions: tuple[Decision, ...] = ()  # device, precision, quantization, batching and the like, with reasons
+    label_on: str = "first"  # which sub-token of a word carries its label
     masking: TokenMaskConfig | None = None  # how tokens were masked in training, if known
 
     def __post_init__(self) -> None:
         self.model, self.labels = self.model.eval(), tuple(self.labels)
         self.device = next(self.model.parameters()).device
-        self.encoder = Encoder(self.tokenizer, self.task, self.max_length)
+        self.encoder = Encoder(self.tokenizer, self.task, self.max_length, self.label_on)
         pad_id, side = self.tokenizer.pad_token_id, self.tokenizer.padding_side
         self.forward = Forward(self.model, pad_id, self.task, self.dtype, side)
 
@@ -199,6 +200,7 @@ def load(
             temperature=saved.temperature,
             dtype=loaded.dtype,
             decisions=tuple(decisions),
+            label_on=saved.label_on,
             masking=saved.masking,
         )
 

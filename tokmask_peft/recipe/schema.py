@@ -168,6 +168,9 @@ class DataConfig(SourceConfig):
     language_labels: tuple[str, ...] = Field(
         (), description="labels (after label_map) that are languages; scores are then also given by code-mixing index"
     )
+    label_on: Literal["first", "last"] = Field(
+        "first", description="one label per word: which of its sub-tokens carries the label"
+    )
     max_length: int = Field(128, ge=4, description="sub-tokens per text; longer texts are truncated and reported")
     hygiene: Literal["remove", "report"] = Field(
         "remove",

@@ -231,7 +231,7 @@ def prepare(recipe: Recipe, device: torch.device, console: Console) -> Prepared:
     recipe = changed(recipe, {"training.batching": batching.choice, "training.head": head.choice})
     parts = {"train": corpus.train, "validation": corpus.validation, "test": corpus.test}
     splits = {
-        name: Split(examples, backbone.tokenizer, data.task, corpus.all_labels, data.max_length)
+        name: Split(examples, backbone.tokenizer, data.task, corpus.all_labels, data.max_length, data.label_on)
         for name, examples in parts.items()
         if examples
     }
@@ -370,6 +370,7 @@ def save_adapter_folder(
             precision=PRECISIONS[backbone.dtype],
             embedding=recipe.model.embedding,
             pooling=recipe.model.pooling,
+            label_on=recipe.data.label_on,
             weights=backbone.weights,
             scaling=recipe.adapter.scaling,
         ),

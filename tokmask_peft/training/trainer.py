@@ -40,11 +40,17 @@ class Split:
     """
 
     def __init__(
-        self, examples: Sequence[Example], tokenizer: Any, task: str, labels: Sequence[str], max_length: int
+        self,
+        examples: Sequence[Example],
+        tokenizer: Any,
+        task: str,
+        labels: Sequence[str],
+        max_length: int,
+        label_on: str = "first",
     ) -> None:
         """`labels` are in the order of the classifier's outputs, followed by those that it cannot give."""
         self.examples, self.labels, self.task = examples, labels, get_task(task)
-        self._encoder = Encoder(tokenizer, task, max_length)
+        self._encoder = Encoder(tokenizer, task, max_length, label_on)
         self._ids = {label: number for number, label in enumerate(labels)}
 
     @cached_property
@@ -346,7 +352,7 @@ def training_arguments(
         run_name=recipe.name,
         seed=recipe.seed,
         data_seed=recipe.seed,
-        num_train_epochs=float(training.epochs),
+        num_train_epochs=1.0 if training.epochs == "auto" else training.epochs,  # decided if this is for training
         max_steps=training.max_steps or -1,
         per_device_train_batch_size=training.micro_batch,
         per_device_eval_batch_size=training.eval_batch_size,

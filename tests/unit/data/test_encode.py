@@ -90,6 +90,17 @@ def test_the_first_sub_token_carries_the_label(bert):
     assert encoded.kept == [[0, 1, 2]]
 
 
+def test_the_last_sub_token_carries_the_label_or_the_last_one_kept(bert):
+    texts = [
+        tagged(("me", "es"), ("fiesta", "es"), ("very", "en")),
+        tagged(("me", "es"), ("me", "en"), ("fiesta", "es")),
+    ]
+    encoded = Encoder(bert, "token", 5, "last").cut(texts, ("en", "es"))
+    assert encoded.dataset["labels"][:] == [[IGNORED, 1, IGNORED, 1, IGNORED], [IGNORED, 1, 0, 1, IGNORED]]
+    assert encoded.kept == [[0, 1], [0, 1, 2]]
+    assert encoded.truncation.words_cut == 1
+
+
 def test_words_look_as_they_do_in_running_text(bpe):
     words = ("me", "gusta", "la", "fiesta")
     running = bpe("me gusta la fiesta")["input_ids"]

@@ -23,14 +23,15 @@ def test_a_text_that_fits_is_encoded_as_in_training(family):
     assert [window.ids for window in found] == list(expected.dataset["input_ids"])
 
 
+@pytest.mark.parametrize("label_on", ["first", "last"])
 @pytest.mark.parametrize("family", token_families)
-def test_words_that_fit_are_encoded_as_in_training(family):
+def test_words_that_fit_are_encoded_as_in_training(family, label_on):
     tokenizer = tiny_tokenizer(FAMILIES[family].tokenizer)
     # \u200b: dropped by some tokenizers, so that the unknown token stands in
     texts = [tuple(text.split()) for text in TEXTS] + [("hoy", "\u200b", "casa"), ("\u200b",)]
     labelled = [Example(words, ("b",) * len(words), "x") for words in texts]
-    expected = Encoder(tokenizer, "token", 200).cut(labelled, LABELS)
-    found = list(Encoder(tokenizer, "token", 200).windows(texts))
+    expected = Encoder(tokenizer, "token", 200, label_on).cut(labelled, LABELS)
+    found = list(Encoder(tokenizer, "token", 200, label_on).windows(texts))
     assert [window.ids for window in found] == list(expected.dataset["input_ids"])
     for window, labels, words in zip(found, expected.dataset["labels"], texts, strict=True):
         assert window.positions.tolist() == [at for at, label in enumerate(labels) if label != -100]
@@ -41,12 +42,15 @@ def test_words_that_fit_are_encoded_as_in_training(family):
     st.lists(st.sampled_from([*WORDS, "\u200b", "sinpapeleríasobrenatural" * 6]), min_size=1, max_size=80),
     st.integers(6, 30),
     st.sampled_from(["bert", "xlm-r", "qwen2", "llama"]),
+    st.sampled_from(["first", "last"]),
 )
-@settings(max_examples=40, deadline=None)
-def test_every_word_belongs_to_one_window_and_starts_there(words, max_length, family):
+@settings(max_examples=60, deadline=None)
+def test_every_word_belongs_to_one_window_and_has_its_sub_token_there(words, max_length, family, label_on):
     tokenizer = tiny_tokenizer(FAMILIES[family].tokenizer)
-    (whole,) = Encoder(tokenizer, "token", 100_000).windows([words])
-    windows = list(Encoder(tokenizer, "token", max_length).windows([words]))
+    (whole,) = Encoder(tokenizer, "token", 100_000, label_on).windows([words], owners=True)
+    windows = list(Encoder(tokenizer, "token", max_length, label_on).windows([words]))
+    owned = [np.flatnonzero(whole.owners == word) for word in range(len(words))]
+    assert whole.positions.tolist() == [ids[0 if label_on == "first" else -1] for ids in owned]
     assert sorted(word for window in windows for word in window.words.tolist()) == list(range(len(words)))
     for window in windows:
         assert len(window.ids) <= max_length

@@ -9,7 +9,6 @@ from huggingface_hub import ModelCard
 from tokmask_peft.artifacts import Result
 from tokmask_peft.hub.card import PICTURE, Card, draw_confusion, loading_snippet, training_facts, write_card
 from tokmask_peft.recipe.schema import Recipe
-from tokmask_peft.tasks import get_task
 
 LABELS = ["año 'x'", 'say "y"', "{z}"]
 
@@ -187,4 +186,4 @@ def test_the_snippet_is_python_that_holds_the_labels(task, spaced):
     assert found["labels"] == LABELS
     assert found.get("spaced") == (["no", " me", " gusta"] if spaced and task == "token" else None)
     assert "tokmask" not in snippet
-    assert snippet.strip() == loading_snippet(get_task(task), LABELS, "PATH_OR_HUB_ID", spaced)
+    assert snippet.strip() == loading_snippet(make_recipe(task), LABELS, "PATH_OR_HUB_ID", spaced)
