@@ -97,7 +97,9 @@ def _split_arguments(given: Sequence[str]) -> tuple[list[Path], list[str]]:
 def is_data(given: str) -> bool:
     """Return whether an argument names data rather than a recipe."""
     path = Path(given)
-    return path.is_dir() or (path.is_file() and path.suffix.lower() in DATA_ENDINGS)
+    if path.is_dir():
+        return not (path / "recipe.yaml").is_file()  # of a run
+    return path.is_file() and path.suffix.lower() in DATA_ENDINGS
 
 
 DATA_ENDINGS = {".csv", ".tsv", ".txt", ".conll", ".conllu", ".jsonl", ".ndjson", ".parquet", ".xlsx", ".zip", ".gz"}

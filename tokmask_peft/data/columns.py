@@ -101,10 +101,15 @@ class _Column:
         )
 
     def may_be_label(self) -> bool:
-        """Whether a few short values recur; names of splits are not labels."""
+        """Whether a few short values recur."""
         most = MOST_NUMBERS if self.is_number else MOST_LABELS
         few = 1 < len(self.values) <= min(most, max(2, len(self.strings) // 2))
-        return few and not self.is_list and self.words <= 4 and not {canonical(one) for one in self.values} <= {*SPLITS}
+        return few and not self.is_list and self.words <= 4 and not self.names_splits
+
+    @property
+    def names_splits(self) -> bool:
+        """Whether the cells say which rows are train, validation and test."""
+        return len(self.values) > 1 and {canonical(value) for value in self.values} <= {*SPLITS}
 
     def rank(self, names: Sequence[str]) -> int:
         """Return the place of the column's name, or of a part of it, among usual ones; their number if it has none."""
@@ -155,6 +160,12 @@ class Table:
         Raises:
             DataError: no column fits; lists them, with what is in them.
         """
+        for column in self.columns:
+            if column.names_splits:
+                reason = (
+                    f"column '{column.name}' says which are {some(column.values)}, but splits are files: save them so"
+                )
+                self.found.decisions.append(Decision("data.train", "all rows", reason))
         task = self.found.data.get("task")
         if (task is None or get_task(task).words_given) and (self._find_lists() or self._find_words()):
             return

@@ -44,6 +44,7 @@ ENGLISH = 0.15
 _ENGLISH = set(
     "the and of that with this you for is it was are what have not they from but on when how which your there".split()  # noqa: SIM905
 )
+_SHARD = re.compile(r"-\d{5}-of-\d{5}(?=\.)")
 _NOT_DATA = re.compile("(?i)readme|licen[cs]e|source")
 _COMMENT = re.compile(r"# ?[A-Za-z_][\w.\-]*(?:\[\w+\])? ?[=:]|# newdoc|# newpar|-DOCSTART-|meta[ \t]\S+[ \t]\S+$")
 
@@ -95,7 +96,7 @@ def find_splits(paths: Sequence[Path], found: Findings) -> dict[str, Path]:
         role, rest = _role(file)
         if role is None:
             groups[str(file)] = {"train": file}
-        elif (other := groups[rest].setdefault(role, file)) != file:
+        elif (other := groups[rest].setdefault(role, file)) != file and not _SHARD.search(file.name):
             problem = f"{other} and {file} both look like {role}"
             raise DataError(f"{problem}: give the files that belong together", code="several-files", split=role)
     if len(paths) > 1 and len(groups) > 1:  # files of one corpus, whatever else is in their names
@@ -135,7 +136,7 @@ def _data_files(folder: Path) -> list[Path]:
 
 def _role(file: Path) -> tuple[str | None, str]:
     """Return the split that a file's name says, and the rest of the name; none if it says none."""
-    parts = re.split(r"([^A-Za-z]+)", file.name.lower())
+    parts = re.split(r"([^A-Za-z]+)", _SHARD.sub("", file.name.lower()))
     roles = [(at, canonical(part)) for at, part in enumerate(parts) if canonical(part) in SPLITS]
     if len(roles) != 1:
         return None, file.name
@@ -146,7 +147,7 @@ def _role(file: Path) -> tuple[str | None, str]:
 def _place_splits(splits: Mapping[str, Path], found: Findings) -> None:
     """Set `path`, `train`, `validation` and `test`."""
     train, data = splits["train"], found.data
-    root = train if len(splits) == 1 else train.parent
+    root = train if len(splits) == 1 and not _SHARD.search(train.name) else train.parent
     data["path"] = str(root)
 
     def count(split: str) -> int:
@@ -167,9 +168,11 @@ def _place_splits(splits: Mapping[str, Path], found: Findings) -> None:
             return 0
 
     size = count("train")
-    here = {split: os.path.relpath(splits[split], root) for split in splits if split != "train" and count(split)}
-    if len(splits) > 1:
-        found.decide("train", train.name, "its name says so")
+    sharded = _SHARD.search(train.name)
+    names = {split: split if sharded else os.path.relpath(file, root) for split, file in splits.items()}
+    here = {split: names[split] for split in splits if split != "train" and count(split)}
+    if len(splits) > 1 or sharded:
+        found.decide("train", names["train"], "its name says so")
     share = 0.2 if size < 1000 else 0.1 if size < 20_000 else 0.05
     kept_together = f"{share:.0%} of train are set aside: stratified, near-duplicates on one side"
     if "validation" in here and "test" in here:
