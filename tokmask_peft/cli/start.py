@@ -9,7 +9,7 @@ import re
 import shlex
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -193,15 +193,15 @@ def is_terminal() -> bool:
     return sys.stdin.isatty() and sys.stdout.isatty()
 
 
-def _ask(key: str, question: str, answers: Sequence[str]) -> str:
+def _ask(key: str, question: str, answers: Mapping[str, str]) -> str:
     """Ask the person at the terminal; Enter takes the first answer."""
     from rich.prompt import IntPrompt
 
     echo(f"{question} ({key})")
-    for number, answer in enumerate(answers, start=1):
-        echo(f"  {number}  {answer}")
+    for number, (answer, about) in enumerate(answers.items(), start=1):
+        echo(f"  {number}  {answer}" + (f": {about}" if about else ""))
     numbers = [str(number) for number in range(1, len(answers) + 1)]
-    return answers[IntPrompt.ask("Number", choices=numbers, default=1) - 1]
+    return list(answers)[IntPrompt.ask("Number", choices=numbers, default=1) - 1]
 
 
 def _free_name(recipe: Recipe) -> str:

@@ -111,7 +111,7 @@ def find_splits(paths: Sequence[Path], found: Findings) -> dict[str, Path]:
         raise DataError(f"{problem}: {remedy}", code="no-train", files=tuple(map(str, files)))
     named = [group for group in sets if _role(group["train"])[0]] or sets
     trains = [str(group["train"].name) for group in named]
-    chosen = found.pick("FILE", "Several sets of files are there. Which is train?", trains)
+    chosen = found.pick("FILE", "Several sets of files are there. Which is train?", dict.fromkeys(trains, ""))
     if len(trains) > 1:
         others = ", ".join(name for name in trains if name != chosen)
         found.decisions.append(Decision("FILE", chosen, f"or is it {others}? Then give that file"))
@@ -289,14 +289,15 @@ def _find_tags(path: Path, lines: Sequence[str], found: Findings) -> None:
         problem = f"{path}: no column has labels that recur, and no comment has the label of a text"
         raise DataError(f"{problem}. Name the column in data.label_column.", code="no-labels", source=str(path))
     if "task" not in found.data:
-        task = found.pick("data.task", TASK_QUESTION, list(answers))
+        task = found.pick("data.task", TASK_QUESTION, answers)
         other = "".join(f"; or {name}: {why}" for name, why in answers.items() if name != task)
         found.decide("task", task, answers[task] + other)
     if get_task(found.data["task"]).words_given and "label_column" not in found.data and tags:
-        column = found.pick("data.label_column", "Which column has the labels of the words?", list(tags))
-        others = "".join(f"; or {name}: {some(values)}" for name, values in tags.items() if name != column)
+        shown = {name: some(values) for name, values in tags.items()}
+        column = found.pick("data.label_column", "Which column has the labels of the words?", shown)
+        others = "".join(f"; or {name}: {values}" for name, values in shown.items() if name != column)
         number = int(column) if column.isdecimal() else column
-        found.decide("label_column", number, some(tags[column]) + others)
+        found.decide("label_column", number, shown[column] + others)
 
 
 def _tag_columns(rows: Sequence[Sequence[str]]) -> dict[str, Counter[str]]:

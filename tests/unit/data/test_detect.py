@@ -251,7 +251,7 @@ class TestSplits:
         asked = []
         found = find_splits([tmp_path], Findings({}, lambda *question: asked.append(question) or "train.lid.tsv"))
         assert {name: path.name for name, path in found.items()} == {"train": "train.lid.tsv"}
-        assert asked[0][2] == ["train.tsv", "train.lid.tsv"]
+        assert list(asked[0][2]) == ["train.tsv", "train.lid.tsv"]
 
     @pytest.mark.parametrize(
         ("names", "validation", "test"),
@@ -322,7 +322,7 @@ def test_what_is_not_sure_is_asked_and_reported(tmp_path):
 
     def last(key, question, answers):
         asked.append((key, list(answers)))
-        return answers[-1]
+        return list(answers)[-1]
 
     found, _ = detect([tmp_path / "a.csv"], {}, last)
     assert asked == [("data.text_column", ["first", "second"]), ("data.label_column", ["one", "two"])]
