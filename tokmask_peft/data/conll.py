@@ -227,12 +227,10 @@ def looks_like_conll(lines: Iterable[str], columns: Columns) -> bool:
     and its first line is not the header of a table. Without labels tabs must separate them: prose has spaces.
     """
     found, heads, blocks, begins = list[str](), list[str](), 0, True
-    for line in islice(lines, SNIFFED_LINES):
+    for line in islice(lines, SNIFFED_LINES // 4):  # of most files, which are no column files, they are kept in vain
         if not line.strip(" \t"):
             begins = True
-        elif begins and (
-            line.startswith("-DOCSTART-") or _is_meta(line) or _comment(line) or (line[:1] == "#" and "\t" not in line)
-        ):
+        elif begins and (_is_meta(line) or _comment(line) or re.match(r"-DOCSTART-|#[^\t]*$", line)):
             heads.append(line)
         else:
             blocks, begins = blocks + begins, False
@@ -245,7 +243,7 @@ def looks_like_conll(lines: Iterable[str], columns: Columns) -> bool:
     same = [row for row in rows if len(row) == width and (conllu or not any(" " in cell.strip() for cell in row))]
     words = columns.task.words_given and columns.labelled
     least = 1 if heads or (words and begins) else 2
-    if width < 2 or not (tabs or columns.labelled) or not least <= blocks < len(rows) or len(same) < 0.9 * len(rows):
+    if width < 2 or not (tabs or columns.labelled) or not least <= blocks < len(rows) or len(same) < 0.8 * len(rows):
         return False
     if columns.labelled and not words and not any(map(_label_of, heads)):
         return False
@@ -273,6 +271,7 @@ class ConllReader:
         first = list(islice(stream, SNIFFED_LINES))
         self._lines = chain(first, stream)
         self._name, self._wanted = name, columns
+        self._mark = "\t" if columns.mark in (None, " ") else columns.mark
         self._tagged = columns.labelled and columns.task.words_given
         self._sniff(first)
         self._text = self._index(columns.text, 1 if self._conllu else 0, "text_column")
@@ -292,7 +291,7 @@ class ConllReader:
             for line in (line.rstrip(" ") for line in lines)
             if line.strip(" \t") and not (_comment(line) or _is_meta(line))
         ]
-        tabbed = [line.split("\t") for line in rows if "\t" in line]
+        tabbed = [line.split(self._mark) for line in rows if self._mark in line]
         fields = tabbed or [split_columns(line) for line in rows]
         widths = [len(row) for row in fields] or [0]
         self._tabs, self._width = bool(tabbed), max(set(widths), key=widths.count)
@@ -370,7 +369,7 @@ class ConllReader:
             raise DataError(problem, code="comment-inside")
         if keyed or inside:
             return keyed
-        return self._tabs and "\t" not in line and self._repaired(line) is None
+        return self._tabs and self._mark not in line and self._repaired(line) is None
 
     def _repaired(self, line: str) -> list[str] | None:
         """Return the columns of a word line that has spaces in place of its tabs, or none if it is not one."""
@@ -381,7 +380,7 @@ class ConllReader:
     def _columns(self, line: str) -> list[str] | None:
         """Return the columns of a word line; none for a CoNLL-U range or empty node."""
         tabs, width = self._tabs, self._width
-        columns = [column.strip(" ") for column in line.split("\t")] if tabs else split_columns(line)
+        columns = [column.strip(" ") for column in line.split(self._mark)] if tabs else split_columns(line)
         if len(columns) == 1:
             columns = self._repaired(line) or columns
         if self._conllu and _RANGE_OR_EMPTY_NODE.fullmatch(columns[0]):
@@ -391,7 +390,8 @@ class ConllReader:
         exact = not tabs or min(needed) < 0
         if len(columns) >= least and (not exact or len(columns) == width):
             return columns
-        found = f"{len(columns)} column{'s' if len(columns) != 1 else ''} separated by {'tabs' if tabs else 'spaces'}"
+        by = "tabs" if self._mark == "\t" else repr(self._mark)
+        found = f"{len(columns)} column{'s' if len(columns) != 1 else ''} separated by {by if tabs else 'spaces'}"
         wanted = f"the other lines have {width}" if exact else f"the word and its label need {least}"
         if exact and self._tagged and width > 2 and tabs:
             wanted += " (data.label_column=1 counts from the left, and needs no further column)"

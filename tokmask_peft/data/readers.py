@@ -102,9 +102,8 @@ def _mark_of_tags(file: DataFile) -> str:
 def read_labelled(file: DataFile, columns: Columns) -> Iterator[Example | Unreadable]:
     """Read a text per line behind its label, `1 a moving film`; a tab or a space is between them."""
     _check_task("labelled", columns, not columns.task.words_given)
-    mark = columns.mark
-    if mark is None and all("\t" in line for line in islice(file.again().lines(), SNIFFED) if line.strip()):
-        mark = "\t"
+    tabs = all("\t" in line for line in islice(file.again().lines(), SNIFFED) if line.strip())
+    mark = columns.mark or ("\t" if tabs else None)
     for number, line in enumerate(file.lines(), start=1):
         where = f"{file.name}:{number}"
         label, *rest = split_columns(line, 1) if mark is None else line.split(mark, 1)
@@ -345,6 +344,7 @@ def read_split(source: SourceConfig, split: str, task: str, decisions: list[Deci
     if decisions is not None:
         decisions += columns.decisions
     missing = {id(found) for found in examples if {found.string, *(found.tags or ("",))} & left_out}
+    missing |= {id(found) for found in examples if "" in left_out and "" in found.words}
     _check_complete([found for found in examples if id(found) not in missing], name, task)
     return [replace(found, label=None) if id(found) in missing else found for found in examples]
 

@@ -222,6 +222,10 @@ def named(rows: Iterator[Cells], file: DataFile, columns: Columns, separator: st
         else:
             widths = Counter(len(cells) for _, cells in valid)
             names = [f"column {number}" for number in range(widths.most_common(1)[0][0])]
+    if columns.labelled and len(names) == 1 and separator:
+        problem = f"{file.name} has one column, '{_short(names[0])}', but a text and its label need two"
+        remedy = f"Set data.separator to what separates them (now {separator!r}), or data.format to labelled or tagged"
+        raise DataError(f"{problem}. {remedy}.", code="column", field="separator", columns=tuple(names))
     for row in chain(head, rows):
         yield row if isinstance(row, Unreadable) else _by_name(names, row[1], row[0], separator)
 
@@ -230,21 +234,29 @@ def _is_header(cells: Sequence[list[str]], columns: Columns) -> tuple[bool, str]
     """Return whether the first row is a header, and the reason if that was decided from the cells."""
     if columns.header != "auto":
         return columns.header, ""
-    again = [any(row[at : at + 1] == [cell] for row in cells[1:]) for at, cell in enumerate(cells[0])]
-    usual = any(is_usual(cell) for cell, recurs in zip(cells[0], again, strict=True) if not recurs)
-    if usual or columns.named:
+    if columns.named or _has_usual_names(cells):
         return True, ""
-    for cell, recurs in zip(cells[0], again, strict=True):
+    for at, cell in enumerate(cells[0]):
+        recurs = _recurs(cells, at)
         if cell.strip() and (recurs or re.fullmatch(r"[-+]?\d+(?:[.,]\d+)?", cell.strip())):
             return False, f"'{_short(cell)}' in the first row is " + ("also in a later one" if recurs else "a number")
     return True, "no cell of the first row is a number or in a later row"
 
 
+def _recurs(cells: Sequence[list[str]], at: int) -> bool:
+    """Return whether a cell of the first row is in the same column of a later one, as no name would be."""
+    return any(row[at : at + 1] == [cells[0][at]] for row in cells[1:])
+
+
+def _has_usual_names(cells: Sequence[list[str]]) -> bool:
+    return any(is_usual(cell) and not _recurs(cells, at) for at, cell in enumerate(cells[0]))
+
+
 def _is_title(cells: Sequence[list[str]], columns: Columns) -> bool:
     """Return whether the first row has the only cell of a title, and the second one the names of columns."""
     first = [cell for cell in cells[0] if cell.strip()]
-    wanted = {columns.text, columns.label, columns.group} - {None}
-    return len(first) == 1 and not is_usual(first[0]) and any(is_usual(cell) or cell in wanted for cell in cells[1])
+    asked = {columns.text, columns.label, columns.group} & {*cells[1]}
+    return len(first) == 1 < len(cells[1]) and not is_usual(first[0]) and bool(asked or _has_usual_names(cells[1:]))
 
 
 def _short(text: str) -> str:
@@ -412,11 +424,12 @@ def _parse_list(text: str) -> list[str | float] | None:
 def _choose(columns: Sequence[str], asked: str | int | None, known: Sequence[str], what: str, name: str) -> str:
     """Find the column of the text or the label: as the recipe asks, or by a usual name."""
     field, found = f"data.{what}_column", f"Columns of {name}: {', '.join(columns)}."
+    how = f"Set {field} to one of them, or to its number (from 0)."
     if columns[:1] == ["column 0"]:
-        found += " They have no names, as the file has no header; if it has one, set data.header=true. Otherwise set "
-        found += "data.text_column and data.label_column to numbers, from 0."
-    if len(columns) == 1 and not name.endswith(("jsonl", "parquet")):
-        found += " If there are more, set data.separator to what separates them."
+        found += " They have no names, as the file has no header; if it has one, set data.header=true."
+        how = "Otherwise set data.text_column, and for training data.label_column, to their numbers (from 0)."
+    if len(columns) == 1 and re.search(r"[,;|\t]", columns[0]):
+        found += " If that is more than one, set data.separator to what separates them."
     if isinstance(asked, str) and asked not in columns and re.fullmatch(r"-?\d{1,9}", asked):
         asked = int(asked)
     if isinstance(asked, int):
@@ -432,5 +445,5 @@ def _choose(columns: Sequence[str], asked: str | int | None, known: Sequence[str
         if len(matches) == 1:
             return matches[0]
         why = f"several columns fit ({', '.join(matches)})" if matches else "no column has a usual name"
-        problem = f"{field} is not set, and {why}. {found} Set {field} to one of them, or to its number (from 0)."
+        problem = f"{field} is not set, and {why}. {found} {how}"
     raise DataError(problem, code="column", field=f"{what}_column", columns=tuple(columns))

@@ -85,17 +85,19 @@ class SourceConfig(Section):
         "and tag in tagged, between label and text in labelled files",
     )
     text_column: str | int | None = Field(
-        None, description="column of the text, or of the words in token tasks; in CoNLL files a number, from 0"
+        None,
+        description="column of the text, or of the words in token tasks; a number, from 0, in CoNLL files and in "
+        "tables without a header",
     )
     label_column: str | int | None = Field(
         None,
-        description="column of the label, or of the tags in token tasks; in CoNLL files a number, from 0; in CoNLL-U "
-        "also a name such as upos, misc.Lang or feats.Case",
+        description="column of the label, or of the tags in token tasks; a number as above; in CoNLL-U also a name "
+        "such as upos, misc.Lang or feats.Case",
     )
     missing: tuple[MissingValue, ...] | None = Field(
         None,
         description="labels or texts that stand for a missing one, such as [none, -1]: those texts are left out, and "
-        "counted; [] if labels that look like it are classes",
+        "counted ('' also stands for a missing word); [] if labels that look like it are classes",
     )
     header: Literal["auto"] | StrictBool = Field(
         "auto",

@@ -1,13 +1,18 @@
 """The seventeen kinds of file in which corpora come: read as they are, or refused with the one key that reads them."""
 
+import ast
 import contextlib
 import csv
+import functools
 import gzip
 import io
+import itertools
 import zipfile
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from tokmask_peft.data import opening
@@ -129,10 +134,10 @@ AS_IT_IS = {
     ),
     "8 several columns, one row short": (
         "a.txt",
-        "nenu\tte\tPRP\nok\ten\n\nvachanu\tte\tVB\n\n",
+        "nenu\tte\tPRP\nok\ten\n\n" + "vachanu\tte\tVB\n" * 9,
         "token",
         {"label_column": 1},
-        [(("nenu", "ok"), ("te", "en")), (("vachanu",), ("te",))],
+        [(("nenu", "ok"), ("te", "en")), (("vachanu",) * 9, ("te",) * 9)],
     ),
     "9 word/tag": (
         "a.txt",
@@ -153,10 +158,10 @@ AS_IT_IS = {
     "11 an empty row": ("a.csv", "word,tag\naku,ID\nsuka,ID\ncoffee,EN\n,\nok,EN\n", "token", {}, WORDS),
     "12 the start at the first word": (
         "a.csv",
-        '"T: 12",aku,ID\n,suka,ID\n,coffee,EN\n"T: 13",ok,EN\n',
+        '"T: 12",aku,ID\n,suka,ID\n,coffee,EN\n"T: 13",ok,EN\n"T: 14",mau,ID\n',
         "token",
         {"text_column": 1, "label_column": 2, "header": False},
-        WORDS,
+        [*WORDS, (("mau",), ("ID",))],
     ),
     **{f"13 CoNLL-U as {name}": (name, UD, "token", {"label_column": "MISC.Lang"}, TREES) for name in ("a.conllu", "a.tsv", "a")},
     "16 JSON in cells": ("a.csv", 'words,tags\n"[""aku""]","[""ID""]"\n', "token", {}, [(("aku",), ("ID",))]),
@@ -176,6 +181,22 @@ AS_IT_IS = {
 def test_a_kind_is_read_as_it_is(write, kind):
     name, content, task, options, expected = AS_IT_IS[kind]
     assert read(write(name, content), task, **options)[0] == expected
+
+
+@pytest.mark.parametrize("kind", AS_IT_IS)
+def test_a_kind_has_the_same_rows_in_every_encoding_and_in_predictions(write, kind):
+    name, content, task, options, expected = AS_IT_IS[kind]
+    odd = {"mass": "नम\u200dस्ते", "coffee": "ka\u200bva👩\u200d💻", "ok": "שלום", "busy": "l’été"}
+    for plain, word in odd.items():
+        content = content.replace(plain, word)
+        expected = ast.literal_eval(repr(expected).replace(plain, word))
+    unlabelled = {key: value for key, value in options.items() if key != "label_column"}
+    if "with blanks" in kind:  # which, without labels, may be prose
+        unlabelled["format"] = "conll"
+    for encoding, end in itertools.product(["utf-8-sig", "utf-16", "utf-16-le"], ["\n", "\r\n", "\r"]):
+        path = write(name, content.replace("\n", end), encoding)
+        assert read(path, task, **options)[0] == expected
+        assert [text for _, text in predicted(path, task, **unlabelled)] == [text for text, _ in expected]
 
 
 TABLE = 'text,label\npadam mass,Positive\n"mokka, da",Negative\n'
@@ -205,7 +226,9 @@ def test_kinds_14_and_15_workbooks_and_archives(write, name, pack):
     ("name", "content", "task", "code", "key"),
     [
         ("a.csv", "Tweet,Verdict\npadam,Positive\n", "sequence", "column", {"field": "label_column"}),
-        ("a.csv", "Beitrag~label\npadam~Positive\n", "sequence", "column", {"field": "text_column"}),
+        ("a.csv", "Beitrag~label\npadam~Positive\n", "sequence", "column", {"field": "separator"}),
+        ("a.tsv", "text,label\npadam,Positive\n", "sequence", "column", {"field": "separator"}),
+        ("a.csv", "1 a moving film\n0 nothing\n", "sequence", "column", {"field": "separator"}),
         ("a.tsv", "s\t1\t\tone two\ns\t0\t*\ttwo one\n", "sequence", "column", {"field": "text_column"}),
         ("a.txt", "1 a moving film\n0 nothing here\n1 it moves me\n", "sequence", "format", {"format": "labelled"}),
         ("a", "pos\tso good\nneg\tso bad\npos\tfine\n", "sequence", "format", {"format": "labelled"}),
@@ -229,6 +252,35 @@ def test_an_empty_word_is_left_out_with_its_text_if_asked(write):
     path = write("a.txt", "meta\t4\tneg\n\tO\nyaar\tHin\n\nmeta\t5\tpos\nok\tEng\n")
     assert read(path, "token", missing=[""])[0] == [("", None), (("ok",), ("Eng",))]
     assert predicted(path, "token", format="conll") == [(2, "empty-word"), (6, ("ok",))]
+    for name, content in (
+        ("b.txt", "/x a/y\nok/Eng\n"),
+        ("c.jsonl", '{"words": ["", "a"], "tags": ["x", "y"]}\n{"words": ["ok"], "tags": ["Eng"]}\n'),
+    ):
+        path = write(name, content)
+        options = {"format": "tagged"} if name == "b.txt" else {}
+        assert refused(path, "token", **options).code == "empty-word"
+        assert [label for _, label in read(path, "token", missing=[""], **options)[0]] == [None, ("Eng",)]
+
+
+def test_a_folder_of_packed_files_has_its_splits(tmp_path):
+    files = {
+        "train.jsonl.gz": b'{"text": "a", "label": "x"}\n',
+        "dev.zip": b"text,label\nb,x\n",
+        "test.parquet.gz": None,
+        "more": b"c\tx\n",
+    }
+    pq.write_table(pa.table({"text": ["c"], "label": ["x"]}), sink := io.BytesIO())
+    for name, content in files.items():
+        content = sink.getvalue() if content is None else content
+        pack = {".gz": gzip.compress, ".zip": lambda content: zipped(posts__csv=content)}.get(
+            name[name.rfind(".") :], bytes
+        )
+        (tmp_path / name).write_bytes(pack(content))
+    assert [read(tmp_path, split=split)[0][0][0] for split in ("train", "validation", "test")] == ["a", "b", "c"]
+    (tmp_path / "sub").mkdir()
+    for split in ("train", "dev"):
+        (tmp_path / "sub" / split).write_text(CONLL)
+    assert read(tmp_path / "sub", "token", split="validation")[0] == WORDS
 
 
 # -- formats of lines --
@@ -264,8 +316,8 @@ def test_lists_of_posts_stay_lists_of_posts(write):
     for content in ("1 hola amigo\n2 que tal\n\n3 bien gracias\n", "hola amigo\nque tal\n\nbien gracias\n"):
         path = write("a.txt", content)
         assert [text for _, text in predicted(path)] == [line or "unreadable" for line in content.splitlines()]
-    path = write("a.txt", CONLL)
-    assert [text for _, text in predicted(path)] == ["aku suka coffee", "ok"]
+    assert [text for _, text in predicted(write("a.txt", CONLL))] == ["aku suka coffee", "ok"]
+    assert [text for _, text in predicted(write("a.txt", META), "token")] == [("@", "yaar"), ("no",)]
     assert read(write("b.tsv", "hola\tx\nadios\ty\n\nok\tx\n"), text_column=0, label_column=1)[0][1] == ("adios", "y")
 
 
@@ -294,6 +346,12 @@ def test_a_separator_that_is_given_is_used(write, name, options, separator):
     found, decided = read(path, **options)
     assert found == [tuple(row) for row in rows[1:]]
     assert decided == {}
+
+
+def test_a_column_file_may_have_another_separator(write):
+    path = write("a.csv", "# id = 1\naku,ID\n#suka,ID\ncoffee,EN\n\n# id = 2\nok,EN\n")
+    expected = [(tuple(word.replace("suka", "#suka") for word in words), tags) for words, tags in WORDS]
+    assert read(path, "token", format="conll", separator=",")[0] == expected
 
 
 def test_the_separator_of_the_header_wins_over_a_damaged_row(write):
@@ -349,6 +407,12 @@ def test_other_encodings_are_refused_with_the_key_and_read_with_it(write, text, 
     assert predicted(path, encoding=encoding)[0] == (2, text)
 
 
+def test_a_few_odd_words_do_not_make_another_encoding(write):
+    rows = "".join(f"señor número {n}\tx\n" for n in range(60))
+    assert read(write("a.tsv", f"text\tlabel\n{rows}Škoda\ty\n", "cp1252"))[1]["encoding"] == "cp1252"
+    assert refused(write("b.tsv", f"text\tlabel\n{rows}{'Škoda ' * 9}\ty\n", "cp1252")).code == "not-utf8"
+
+
 def test_one_foreign_line_in_utf8_is_that_line_only(write):
     path = write("a.tsv", "text\tlabel\nmañana\tx\n".encode() + "qué\ty\n".encode("cp1252"))
     assert refused(path).fields["where"] == f"{path}:3"
@@ -383,6 +447,12 @@ def test_bytes_that_the_given_encoding_lacks_are_one_row(write):
         ("a.xlsx", lambda: workbook([]), "no-texts"),
         ("a.xlsx", lambda: workbook([["text", "label"], ["a", "x"]])[:-300], "archive"),
         ("a.xlsx", lambda: TABLE.encode(), "workbook"),
+        (
+            "a.ods",
+            lambda: zipped(mimetype="application/vnd.oasis.opendocument.spreadsheet", content__xml=""),
+            "not-text",
+        ),
+        ("a.xls", lambda: b"\xd0\xcf\x11\xe0" + bytes(60), "not-text"),
         ("a.docx", lambda: zipped(**{"[Content_Types]__xml": "", "word/document__xml": ""}), "not-text"),
     ],
 )
@@ -415,6 +485,17 @@ def test_cells_of_a_workbook_become_what_the_sheet_shows(write):
     assert read(path, missing=[""])[0] == [("00017", "1"), ("3.5", "TRUE"), ("a\nb", None)]
     numbers = write("b.xlsx", workbook([["so good", 1], ["so bad", 0]]))
     assert read(numbers, text_column=0, label_column=1, header=False)[0] == [("so good", "1"), ("so bad", "0")]
+
+
+def test_a_title_above_the_header_is_left_out_and_nothing_else(write):
+    assert read(write("a.csv", "A corpus,\ntext,label\na,x\n")) == ([("a", "x")], {"title": "left out"})
+    assert read(write("b.csv", "Ein Korpus\nBeitrag,label\na,x\n"), text_column="Beitrag")[0] == [("a", "x")]
+    tags = TextFile(write("c.csv", "one,\naku,ID\nsuka,ID\n"), "token", text_column=0)
+    assert [decision.what for decision in tags.decisions if "title" in decision.what] == []
+    assert read(write("d.csv", "text,\nid,label\n"), header=False, text_column=0, label_column=0)[0][0] == (
+        "text",
+        "text",
+    )
 
 
 def test_without_openpyxl_the_error_names_the_extra(write, monkeypatch):
@@ -489,6 +570,27 @@ def test_conll_round_trips_under_any_name(tmp_path_factory, posts, name, separat
     found, _ = read(path, "token", label_column=-1)
     assert found == [(tuple(row[0] for row in post), tuple(row[2] for row in post)) for post in posts]
     assert [text for _, text in predicted(path, "token", format="conll")] == [text for text, _ in found]
+
+
+PACKS = {
+    "a.csv.gz": lambda: gzip.compress(TABLE.encode()),
+    "a.zip": lambda: zipped(a__csv=TABLE),
+    "a.xlsx": functools.cache(lambda: workbook([["text", "label"], *map(list, POSTS)])),
+}
+
+
+@pytest.mark.parametrize("name", PACKS)
+@settings(deadline=None)
+@given(place=st.integers(0, 10**4), odd=st.binary(max_size=6), cut=st.booleans())
+def test_a_damaged_archive_is_read_whole_or_refused(tmp_path_factory, name, place, odd, cut):
+    content = PACKS[name]()
+    place %= len(content)
+    content = content[:place] + odd + (b"" if cut else content[place + len(odd) :])
+    path = tmp_path_factory.mktemp("damaged") / name
+    path.write_bytes(content)
+    with contextlib.suppress(TokmaskError):
+        found = read(path)[0]
+        assert name == "a.xlsx" or found == POSTS  # XML that is damaged may be another workbook
 
 
 @given(content=st.binary(max_size=120), name=st.sampled_from(["a.csv.gz", "a.zip", "a.xlsx", "a", "a.txt"]), magic=st.sampled_from([b"", b"PK\x03\x04", b"PK\x05\x06", b"\x1f\x8b\x08"]), format=st.sampled_from(["auto", "tagged", "labelled", "xlsx"]))  # fmt: skip
