@@ -9,7 +9,7 @@ import re
 import shlex
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -97,7 +97,9 @@ def _split_arguments(given: Sequence[str]) -> tuple[list[Path], list[str]]:
 def is_data(given: str) -> bool:
     """Return whether an argument names data rather than a recipe."""
     path = Path(given)
-    return path.is_dir() or (path.is_file() and path.suffix.lower() in DATA_ENDINGS)
+    if path.is_dir():
+        return not (path / "recipe.yaml").is_file()  # of a run
+    return path.is_file() and path.suffix.lower() in DATA_ENDINGS
 
 
 DATA_ENDINGS = {".csv", ".tsv", ".txt", ".conll", ".conllu", ".jsonl", ".ndjson", ".parquet", ".xlsx", ".zip", ".gz"}
@@ -191,15 +193,15 @@ def is_terminal() -> bool:
     return sys.stdin.isatty() and sys.stdout.isatty()
 
 
-def _ask(key: str, question: str, answers: Sequence[str]) -> str:
+def _ask(key: str, question: str, answers: Mapping[str, str]) -> str:
     """Ask the person at the terminal; Enter takes the first answer."""
     from rich.prompt import IntPrompt
 
     echo(f"{question} ({key})")
-    for number, answer in enumerate(answers, start=1):
-        echo(f"  {number}  {answer}")
+    for number, (answer, about) in enumerate(answers.items(), start=1):
+        echo(f"  {number}  {answer}" + (f": {about}" if about else ""))
     numbers = [str(number) for number in range(1, len(answers) + 1)]
-    return answers[IntPrompt.ask("Number", choices=numbers, default=1) - 1]
+    return list(answers)[IntPrompt.ask("Number", choices=numbers, default=1) - 1]
 
 
 def _free_name(recipe: Recipe) -> str:

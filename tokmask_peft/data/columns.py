@@ -34,13 +34,16 @@ LABEL_NAMES = (
 )
 _NUMBER = re.compile(r"[-+]?\d+(?:[.,]\d+)?")
 
-Ask = Callable[[str, str, Sequence[str]], str]
-"""Called with a key, a question and its possible answers, of which the first is the likeliest; returns one of them."""
+Ask = Callable[[str, str, Mapping[str, str]], str]
+"""Called with a key, a question, and its possible answers with what is known of each; returns one of them.
+
+The first answer is the likeliest.
+"""
 
 
-def likeliest(key: str, question: str, answers: Sequence[str]) -> str:
+def likeliest(key: str, question: str, answers: Mapping[str, str]) -> str:
     """Answer a question if nobody can be asked."""
-    return answers[0]
+    return next(iter(answers))
 
 
 @dataclass
@@ -57,9 +60,9 @@ class Findings:
             self.data[key] = value
             self.decisions.append(Decision(f"data.{key}", written(value), reason))
 
-    def pick(self, key: str, question: str, answers: Sequence[str]) -> str:
+    def pick(self, key: str, question: str, answers: Mapping[str, str]) -> str:
         """Return the only answer, or the one that the user gives."""
-        return answers[0] if len(answers) == 1 else self.ask(key, question, answers)
+        return (likeliest if len(answers) == 1 else self.ask)(key, question, answers)
 
 
 def written(value: Any) -> str:
@@ -101,10 +104,15 @@ class _Column:
         )
 
     def may_be_label(self) -> bool:
-        """Whether a few short values recur; names of splits are not labels."""
+        """Whether a few short values recur."""
         most = MOST_NUMBERS if self.is_number else MOST_LABELS
         few = 1 < len(self.values) <= min(most, max(2, len(self.strings) // 2))
-        return few and not self.is_list and self.words <= 4 and not {canonical(one) for one in self.values} <= {*SPLITS}
+        return few and not self.is_list and self.words <= 4 and not self.names_splits
+
+    @property
+    def names_splits(self) -> bool:
+        """Whether the cells say which rows are train, validation and test."""
+        return len(self.values) > 1 and {canonical(value) for value in self.values} <= {*SPLITS}
 
     def rank(self, names: Sequence[str]) -> int:
         """Return the place of the column's name, or of a part of it, among usual ones; their number if it has none."""
@@ -155,6 +163,12 @@ class Table:
         Raises:
             DataError: no column fits; lists them, with what is in them.
         """
+        for column in self.columns:
+            if column.names_splits:
+                reason = (
+                    f"column '{column.name}' says which are {some(column.values)}, but splits are files: save them so"
+                )
+                self.found.decisions.append(Decision("data.train", "all rows", reason))
         task = self.found.data.get("task")
         if (task is None or get_task(task).words_given) and (self._find_lists() or self._find_words()):
             return
@@ -194,16 +208,15 @@ class Table:
         """Return the column that is named, the only one that is likely, or the one that the user chooses."""
         if (named := self._named(key)) is not None:
             return named
-        names = [column.name for column in likely]
-        chosen = likely[names.index(self.found.pick(f"data.{key}", question, names))]
-        value = self.columns.index(chosen) if self.headless else chosen.name
-        shown = f"{len(chosen.values):,} values: {some(chosen.values)}"
-        if key == "label_column" and chosen.is_number:
-            shown += '; data.label_map={"' + next(iter(chosen.values)) + '": "NAME"} names them'
+        shown = {column.name: f"{len(column.values):,} values: {some(column.values)}" for column in likely}
         if key == "text_column":
-            shown = f"such as “{' '.join(chosen.strings[0].split())[:60]}”"
-        others = f"; or is it {' or '.join(name for name in names if name != chosen.name)}?" if len(names) > 1 else ""
-        self.found.decide(key, value, shown + others)
+            shown = {column.name: f"such as “{' '.join(column.strings[0].split())[:60]}”" for column in likely}
+        name = self.found.pick(f"data.{key}", question, shown)
+        chosen = next(column for column in likely if column.name == name)
+        more = f"; or is it {' or '.join(other for other in shown if other != name)}?" if len(shown) > 1 else ""
+        if key == "label_column" and chosen.is_number:
+            more = '; data.label_map={"' + next(iter(chosen.values)) + '": "NAME"} names them' + more
+        self.found.decide(key, self.columns.index(chosen) if self.headless else name, shown[name] + more)
         return chosen
 
     def _texts(self) -> list[_Column]:
@@ -244,8 +257,10 @@ class Table:
         texts = sorted(pairs, key=lambda column: (column.rank(TEXT_NAMES), -len(column.values)))
         labels = sorted(pairs[texts[0]], key=lambda column: column.rank(LABEL_NAMES))
         single = [one for one in self._labels(texts[0]) if one.rank(LABEL_NAMES) < len(LABEL_NAMES) and not one.is_list]
-        answers = ["sequence", "token"] if single and single[0] not in labels else ["token"]
         why = f"'{texts[0].name}' and '{labels[0].name}' have the same number of items in each row"
+        answers = {"token": why}
+        if single and single[0] not in labels:
+            answers = {"sequence": f"'{single[0].name}' has one label in each row", **answers}
         if "task" not in self.found.data:
             if self.found.pick("data.task", TASK_QUESTION, answers) != "token":
                 return False

@@ -44,6 +44,7 @@ ENGLISH = 0.15
 _ENGLISH = set(
     "the and of that with this you for is it was are what have not they from but on when how which your there".split()  # noqa: SIM905
 )
+_SHARD = re.compile(r"-\d{5}-of-\d{5}(?=\.)")
 _NOT_DATA = re.compile("(?i)readme|licen[cs]e|source")
 _COMMENT = re.compile(r"# ?[A-Za-z_][\w.\-]*(?:\[\w+\])? ?[=:]|# newdoc|# newpar|-DOCSTART-|meta[ \t]\S+[ \t]\S+$")
 
@@ -95,7 +96,7 @@ def find_splits(paths: Sequence[Path], found: Findings) -> dict[str, Path]:
         role, rest = _role(file)
         if role is None:
             groups[str(file)] = {"train": file}
-        elif (other := groups[rest].setdefault(role, file)) != file:
+        elif (other := groups[rest].setdefault(role, file)) != file and not _SHARD.search(file.name):
             problem = f"{other} and {file} both look like {role}"
             raise DataError(f"{problem}: give the files that belong together", code="several-files", split=role)
     if len(paths) > 1 and len(groups) > 1:  # files of one corpus, whatever else is in their names
@@ -110,7 +111,7 @@ def find_splits(paths: Sequence[Path], found: Findings) -> dict[str, Path]:
         raise DataError(f"{problem}: {remedy}", code="no-train", files=tuple(map(str, files)))
     named = [group for group in sets if _role(group["train"])[0]] or sets
     trains = [str(group["train"].name) for group in named]
-    chosen = found.pick("FILE", "Several sets of files are there. Which is train?", trains)
+    chosen = found.pick("FILE", "Several sets of files are there. Which is train?", dict.fromkeys(trains, ""))
     if len(trains) > 1:
         others = ", ".join(name for name in trains if name != chosen)
         found.decisions.append(Decision("FILE", chosen, f"or is it {others}? Then give that file"))
@@ -135,7 +136,7 @@ def _data_files(folder: Path) -> list[Path]:
 
 def _role(file: Path) -> tuple[str | None, str]:
     """Return the split that a file's name says, and the rest of the name; none if it says none."""
-    parts = re.split(r"([^A-Za-z]+)", file.name.lower())
+    parts = re.split(r"([^A-Za-z]+)", _SHARD.sub("", file.name.lower()))
     roles = [(at, canonical(part)) for at, part in enumerate(parts) if canonical(part) in SPLITS]
     if len(roles) != 1:
         return None, file.name
@@ -146,7 +147,7 @@ def _role(file: Path) -> tuple[str | None, str]:
 def _place_splits(splits: Mapping[str, Path], found: Findings) -> None:
     """Set `path`, `train`, `validation` and `test`."""
     train, data = splits["train"], found.data
-    root = train if len(splits) == 1 else train.parent
+    root = train if len(splits) == 1 and not _SHARD.search(train.name) else train.parent
     data["path"] = str(root)
 
     def count(split: str) -> int:
@@ -167,9 +168,11 @@ def _place_splits(splits: Mapping[str, Path], found: Findings) -> None:
             return 0
 
     size = count("train")
-    here = {split: os.path.relpath(splits[split], root) for split in splits if split != "train" and count(split)}
-    if len(splits) > 1:
-        found.decide("train", train.name, "its name says so")
+    sharded = _SHARD.search(train.name)
+    names = {split: split if sharded else os.path.relpath(file, root) for split, file in splits.items()}
+    here = {split: names[split] for split in splits if split != "train" and count(split)}
+    if len(splits) > 1 or sharded:
+        found.decide("train", names["train"], "its name says so")
     share = 0.2 if size < 1000 else 0.1 if size < 20_000 else 0.05
     kept_together = f"{share:.0%} of train are set aside: stratified, near-duplicates on one side"
     if "validation" in here and "test" in here:
@@ -286,14 +289,15 @@ def _find_tags(path: Path, lines: Sequence[str], found: Findings) -> None:
         problem = f"{path}: no column has labels that recur, and no comment has the label of a text"
         raise DataError(f"{problem}. Name the column in data.label_column.", code="no-labels", source=str(path))
     if "task" not in found.data:
-        task = found.pick("data.task", TASK_QUESTION, list(answers))
+        task = found.pick("data.task", TASK_QUESTION, answers)
         other = "".join(f"; or {name}: {why}" for name, why in answers.items() if name != task)
         found.decide("task", task, answers[task] + other)
     if get_task(found.data["task"]).words_given and "label_column" not in found.data and tags:
-        column = found.pick("data.label_column", "Which column has the labels of the words?", list(tags))
-        others = "".join(f"; or {name}: {some(values)}" for name, values in tags.items() if name != column)
+        shown = {name: some(values) for name, values in tags.items()}
+        column = found.pick("data.label_column", "Which column has the labels of the words?", shown)
+        others = "".join(f"; or {name}: {values}" for name, values in shown.items() if name != column)
         number = int(column) if column.isdecimal() else column
-        found.decide("label_column", number, some(tags[column]) + others)
+        found.decide("label_column", number, shown[column] + others)
 
 
 def _tag_columns(rows: Sequence[Sequence[str]]) -> dict[str, Counter[str]]:

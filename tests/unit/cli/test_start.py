@@ -105,7 +105,7 @@ class TestInit:
         text = posts.read_text(encoding="utf-8").replace("e\n", "e;a\n").replace("l\n", "l;b\n")
         posts.write_text(text.replace("mood", "first;second"), encoding="utf-8")
         asked = []
-        monkeypatch.setattr(start, "_ask", lambda key, question, answers: asked.append(key) or answers[-1])
+        monkeypatch.setattr(start, "_ask", lambda key, question, answers: asked.append(key) or list(answers)[-1])
         assert run("init", "posts.csv", "--backbone", backbone, "--out", "no-terminal.yaml").exit_code == 0
         monkeypatch.setattr(start, "is_terminal", lambda: True)
         assert init("posts.csv", "--out", "yes.yaml", backbone=backbone).exit_code == 0
@@ -119,8 +119,8 @@ class TestInit:
         answers = iter(["7", "2"])
         monkeypatch.setattr("rich.prompt.Prompt.get_input", lambda *_, **__: next(answers))
         monkeypatch.setattr("builtins.input", lambda *_: next(answers))
-        assert start._ask("data.label_column", "Which?", ["mood", "tone"]) == "tone"
-        assert "2  tone" in capsys.readouterr().out
+        assert start._ask("data.label_column", "Which?", {"mood": "good, bad", "tone": "high"}) == "tone"
+        assert "2  tone: high" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Files that nobody described: the keys that read each kind in which corpora of this field come."""
 
+import contextlib
 import gzip
 import importlib.util
 import json
@@ -7,6 +8,8 @@ import re
 import zipfile
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from tokmask_peft.data.columns import Findings
 from tokmask_peft.data.corpus import load_corpus
@@ -248,7 +251,7 @@ class TestSplits:
         asked = []
         found = find_splits([tmp_path], Findings({}, lambda *question: asked.append(question) or "train.lid.tsv"))
         assert {name: path.name for name, path in found.items()} == {"train": "train.lid.tsv"}
-        assert asked[0][2] == ["train.tsv", "train.lid.tsv"]
+        assert list(asked[0][2]) == ["train.tsv", "train.lid.tsv"]
 
     @pytest.mark.parametrize(
         ("names", "validation", "test"),
@@ -268,6 +271,21 @@ class TestSplits:
         found, corpus = detect([tmp_path], {"hygiene": "report"})
         assert (found.data["train"], found.data["validation"], found.data["test"]) == ("train.tsv", validation, test)
         assert corpus.test
+
+
+def test_shards_and_a_column_of_splits(tmp_path):
+    for split, at in (("train", 0), ("train", 1), ("test", 0)):
+        content = rows(",", "text,label").replace("\n", f",{['train', 'dev'][at]}\n").replace(" n", f" n{split}{at}")
+        (tmp_path / f"{split}-0000{at}-of-00002.csv").write_text(content.replace(",train", ",fold", 1))
+    found, corpus = detect([tmp_path], {"hygiene": "report"})
+    assert (found.data["train"], found.data["test"]) == ("train", "test")
+    assert len(corpus.train) + len(corpus.validation) == 80
+    (tmp_path / "a.csv").write_text(
+        "text,label,set\n" + "".join(f"{t},{m},{'dev' if t[-1] == '1' else 'train'}\n" for t, m in PAIRS)
+    )
+    found, _ = detect([tmp_path / "a.csv"], {})
+    assert found.data["label_column"] == "label"
+    assert any("'set'" in decision.reason for decision in found.decisions)
 
 
 class TestLabels:
@@ -304,7 +322,7 @@ def test_what_is_not_sure_is_asked_and_reported(tmp_path):
 
     def last(key, question, answers):
         asked.append((key, list(answers)))
-        return answers[-1]
+        return list(answers)[-1]
 
     found, _ = detect([tmp_path / "a.csv"], {}, last)
     assert asked == [("data.text_column", ["first", "second"]), ("data.label_column", ["one", "two"])]
@@ -321,3 +339,22 @@ def test_scripts_and_english():
     assert looks_english(["what is the name of the river that was there", "how are you"])
     assert not looks_english(["la neta this weather está muy hot para mi", "qué cool que viniste my friend"])
     assert not looks_english([])
+
+
+CELLS = st.sampled_from(
+    ["", "a", "hola amigo", "la casa", "1", "2.0", "pos", "neg", "['a']", "x/en", '"', "# a = b", "<EOS>", "é"]
+)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    table=st.lists(st.lists(CELLS, min_size=1, max_size=4), max_size=12),
+    separator=st.sampled_from(["\t", ",", ";", " "]),
+    ending=st.sampled_from(["csv", "tsv", "txt", "conll", "jsonl", "x"]),
+)
+def test_whatever_is_in_a_file_it_is_read_or_refused(tmp_path, table, separator, ending):
+    file = tmp_path / f"a.{ending}"
+    file.write_text("\n".join(separator.join(row) for row in table), encoding="utf-8")
+    with contextlib.suppress(DataError):
+        found, corpus = detect([file], {})
+        assert load_corpus(DataConfig(**found.data), 42).fingerprint() == corpus.fingerprint()
