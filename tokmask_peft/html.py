@@ -1,4 +1,4 @@
-"""HTML of which pages, the demo and notebooks are made: the templates, coloured words, and what notebooks show.
+"""HTML of which pages, the demo and notebooks are made: templates, coloured words, pictures, and what notebooks show.
 
 One scale of colours holds for all texts of all models: a word is tinted by the size of its effect, not relative to the
 strongest word of its text, so that where no word matters all stay pale.
@@ -7,15 +7,23 @@ strongest word of its text, so that where no word matters all stay pale.
 from __future__ import annotations
 
 import functools
+import io
 import math
-from collections.abc import Collection, Sequence
-from pathlib import PurePosixPath, PureWindowsPath
+import re
+import warnings
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from tokmask_peft.console import baseline_verdict
+from tokmask_peft.errors import RunError
 
+MARK = "<!-- tokmask report -->"
+"""Is in the head of every page, so that a page is replaced but never another file."""
 HUES = 8
 """Colours for labels that the style sheet has; further labels begin again with the first."""
 
@@ -46,6 +54,16 @@ def environment() -> Environment:
     }
     found.globals |= {"label_words": label_words, "label_legend": label_legend}
     return found
+
+
+def check_page(path: Path) -> Path:
+    """Return the file of a page to write; a RunError if it cannot be written, or is there and is not a report."""
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        problem = "it is a folder" if path.is_dir() else "its folder is missing"
+        raise RunError(f"{path} cannot be written: {problem}", code="bad-output", path=path)
+    if path.is_file() and MARK not in path.read_text(encoding="utf-8", errors="replace")[:200]:
+        raise RunError(f"{path} exists and is not a report; give another file with --out", code="taken", path=path)
+    return path
 
 
 class InNotebooks:
@@ -125,3 +143,61 @@ def label_legend(order: Sequence[str]) -> Markup:
     swatch = Markup('<li class="label hue-{}">{}</li>')
     entries = Markup("").join(swatch.format(place % HUES, label) for place, label in enumerate(order))
     return Markup('<ul class="legend" aria-label="labels">{}</ul>').format(entries)
+
+
+INK, MUTED, GRID = "#010101", "#020202", "#030303"
+FIRST, SECOND = "#040404", "#050505"
+_VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--line", FIRST: "--first", SECOND: "--second"}
+
+_STYLE = {
+    **dict.fromkeys(("text.parse_math", "axes.spines.top", "axes.spines.right", "legend.frameon"), False),
+    **dict.fromkeys(("axes.edgecolor", "grid.color", "xtick.color", "ytick.color"), GRID),
+    **dict.fromkeys(("axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), MUTED),
+    "svg.fonttype": "none",  # letters of any script, searchable, in the fonts of the page
+    "font.size": 10,
+    "legend.fontsize": 9,
+    "text.color": INK,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.linewidth": 0.6,
+}
+
+
+def draw(name: str, alt: str, paint: Callable[[Any], None], size: tuple[float, float] = (3.6, 2.5)) -> Markup:
+    """Return one picture as an `<svg>` element, in the colours of the page and with ids that occur nowhere else.
+
+    Args:
+        name: unique on the page; the ids inside begin with it.
+        alt: what the picture shows, for readers who cannot see it.
+        paint: draws on the axes passed to it.
+        size: width and height in inches.
+    """
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context({**_STYLE, "svg.hashsalt": name}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # the browser has the letters
+        figure = Figure(figsize=size, layout="constrained")
+        paint(figure.subplots())
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    head = re.search(r'<svg [^>]*?viewBox="(?P<box>[^"]+)"[^>]*>', text)
+    if head is None:
+        raise ValueError("matplotlib wrote an <svg> without a viewBox")
+    body = re.sub(r"<metadata>.*?</metadata>", "", text[head.end() :], flags=re.DOTALL)
+    body = re.sub(r'\b(id="|xlink:href="#|url\(#)', rf"\g<1>{name}-", body)
+    for colour, variable in _VARIABLES.items():
+        body = body.replace(colour, f"var({variable})")
+    label = escape(alt)
+    start = f'<svg xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="{head["box"]}" role="img" aria-label="{label}">'
+    # made of matplotlib's own markup, which escapes its texts, and of an escaped label
+    return Markup(start + body)  # noqa: S704
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A picture, an `<svg>` element, and the line below it."""
+
+    svg: Markup
+    caption: str

@@ -186,15 +186,17 @@ def report(
 ) -> None:
     """Write one HTML page about RUN: scores, curves, calibration, mistakes, data. The page loads nothing.
 
-    For a sweep: compare its arms, with tables, a plot and statistics in RUN/report.
+    For a sweep: compare its arms, on a page, and with tables, a plot and statistics in RUN/report.
     """
     from tokmask_peft.artifacts import is_run
 
     if (Path(run) / "sweep.json").is_file():
         from tokmask_peft.study.report import sweep_report
 
-        paths = sweep_report(Path(run))
-        echo(f"{paths.summary}\nReport: {paths.markdown}")
+        paths = sweep_report(Path(run), out)
+        echo(f"{paths.summary}\nReport: {paths.markdown}\nPage: {paths.page}")
+        if show:
+            typer.launch(str(paths.page))
         return
     if not is_run(run):
         problem = "is neither a run (recipe.yaml is missing) nor a sweep (sweep.json is missing)"

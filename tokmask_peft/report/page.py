@@ -11,16 +11,13 @@ from tokmask_peft.artifacts import Run, open_run
 from tokmask_peft.console import baseline_verdict, calibration_line
 from tokmask_peft.data.corpus import merged_labels
 from tokmask_peft.errors import ModelError, RunError, TokmaskError, boundary, require, write_whole
-from tokmask_peft.html import environment
+from tokmask_peft.html import check_page, environment
 from tokmask_peft.hub.card import hub_id, limits, loading_snippet, training_facts
 from tokmask_peft.report.pictures import mixing_picture, reliability_picture, training_curves
 from tokmask_peft.tasks import get_task
 
 if TYPE_CHECKING:
     from tokmask_peft.report.examples import Mistakes
-
-MARK = "<!-- tokmask report -->"
-"""Is in the head of every page, so that a page is replaced but never another file."""
 
 
 def prepare(run: str | Path, out: str | Path | None = None) -> tuple[Run, Path]:
@@ -31,12 +28,7 @@ def prepare(run: str | Path, out: str | Path | None = None) -> tuple[Run, Path]:
         ExtraError: matplotlib is not installed.
     """
     found = open_run(run)
-    path = Path(out) if out is not None else found.folder.root / "report.html"
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        problem = "it is a folder" if path.is_dir() else "its folder is missing"
-        raise RunError(f"{path} cannot be written: {problem}", code="bad-output", path=path)
-    if path.is_file() and MARK not in path.read_text(encoding="utf-8", errors="replace")[:200]:
-        raise RunError(f"{path} exists and is not a report; give another file with --out", code="taken", path=path)
+    path = check_page(Path(out) if out is not None else found.folder.root / "report.html")
     require("matplotlib", "plots", "a report")
     return found, path
 

@@ -2,75 +2,15 @@
 
 from __future__ import annotations
 
-import io
-import re
-import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
-INK, MUTED, GRID = "#010101", "#020202", "#030303"
-FIRST, SECOND = "#040404", "#050505"
-_VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--line", FIRST: "--first", SECOND: "--second"}
-
-_STYLE = {
-    **dict.fromkeys(("text.parse_math", "axes.spines.top", "axes.spines.right", "legend.frameon"), False),
-    **dict.fromkeys(("axes.edgecolor", "grid.color", "xtick.color", "ytick.color"), GRID),
-    **dict.fromkeys(("axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), MUTED),
-    "svg.fonttype": "none",  # letters of any script, searchable, in the fonts of the page
-    "font.size": 10,
-    "legend.fontsize": 9,
-    "text.color": INK,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.linewidth": 0.6,
-}
-
-
-def draw(name: str, alt: str, paint: Callable[[Any], None], size: tuple[float, float] = (3.6, 2.5)) -> Markup:
-    """Return one picture as an `<svg>` element, in the colours of the page and with ids that occur nowhere else.
-
-    Args:
-        name: unique on the page; the ids inside begin with it.
-        alt: what the picture shows, for readers who cannot see it.
-        paint: draws on the axes passed to it.
-        size: width and height in inches.
-    """
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    with rc_context({**_STYLE, "svg.hashsalt": name}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # the browser has the letters
-        figure = Figure(figsize=size, layout="constrained")
-        paint(figure.subplots())
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    text = buffer.getvalue()
-    head = re.search(r'<svg [^>]*?viewBox="(?P<box>[^"]+)"[^>]*>', text)
-    if head is None:
-        raise ValueError("matplotlib wrote an <svg> without a viewBox")
-    body = re.sub(r"<metadata>.*?</metadata>", "", text[head.end() :], flags=re.DOTALL)
-    body = re.sub(r'\b(id="|xlink:href="#|url\(#)', rf"\g<1>{name}-", body)
-    for colour, variable in _VARIABLES.items():
-        body = body.replace(colour, f"var({variable})")
-    label = escape(alt)
-    start = f'<svg xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="{head["box"]}" role="img" aria-label="{label}">'
-    # made of matplotlib's own markup, which escapes its texts, and of an escaped label
-    return Markup(start + body)  # noqa: S704
-
+from tokmask_peft.html import FIRST, GRID, INK, MUTED, SECOND, Picture, draw
 
 Points = list[tuple[float, float]]
 Log = Sequence[Mapping[str, Any]]
-
-
-@dataclass(frozen=True, slots=True)
-class Picture:
-    """A picture, an `<svg>` element, and the line below it."""
-
-    svg: Markup
-    caption: str
 
 
 def training_curves(log: Log, best_step: int | None) -> list[Picture]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import textwrap
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,15 +12,22 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
+from tokmask_peft import __version__, html
 from tokmask_peft.errors import ExtraError, SweepError, boundary, whole, write_json, write_whole
+from tokmask_peft.html import FIRST, MUTED, SECOND, Picture
 from tokmask_peft.study.results import analyse, read_sweep
 from tokmask_peft.study.statistics import seeds_to_reach, smallest_p
+from tokmask_peft.tasks import get_task
 
 _SIGNS = {"\\": r"\textbackslash{}", "±": r"$\pm$", "−": "$-$", "×": r"$\times$"}
 LATEX = str.maketrans(_SIGNS | {sign: f"\\{sign}" for sign in "_%&#"})
 NAMES = {"f1_macro": "macro-F1", "f1_weighted": "weighted F1"}
 
+ALPHA = 0.05
+Compared = Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]
+"""Rows that are compared with a reference, and their differences."""
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 """Head and rows."""
 
@@ -33,6 +41,7 @@ class Report:
     plots: tuple[Path, ...]
     summary: str
     latex: Path | None = None
+    page: Path | None = None
 
 
 def signed(value: float) -> str:
@@ -214,8 +223,75 @@ def plot_f1(analysis: dict[str, Any], folder: Path) -> tuple[Path, Path]:
     return save(figure, title, folder, "f1_against_p")
 
 
-def sweep_report(sweep: str | Path) -> Report:
-    """Compare the arms of a sweep and write `SWEEP/report`.
+def verdict(compared: Compared, reference: str, analysis: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return sentences on whether an arm differs from the reference, and beats n-grams, each with its kind."""
+    clear = [(row, one) for row, one in compared if one["p_holm"] <= ALPHA]
+    kind, sentence = "", "There is nothing to compare: the sweep has no reference, or no other arm."
+    if compared:
+        row, one = max(clear or compared, key=lambda pair: abs(pair[1]["mean"]))
+        found = f"macro-F1 {signed(one['mean'])} on average over {one['n']} seeds"
+        found += f", 95% interval {interval(one['interval'])}" if one["interval"] else ""
+        found += f", p = {one['p_holm']:.3g} after Holm's correction."
+        sentence = f"The seeds establish no difference from {reference}. The largest is that of {row['label']}: {found}"
+    if clear:
+        kind = "good" if one["mean"] > 0 else "bad"
+        more = f" So do {len(clear) - 1} more of {len(compared)} arms." if len(clear) > 1 else ""
+        sentence = f"{row['label']} differs from {reference}: {found}{more}"
+    sentences = [(sentence, kind)]
+    if floor := analysis["baseline"]:
+        best = max(analysis["rows"], key=lambda row: row["f1_macro"]["mean"])
+        gain = best["f1_macro"]["mean"] - floor["f1_macro"]
+        place = "above character n-grams" if gain > 0 else "not above character n-grams: use these, or train otherwise"
+        sentence = f"The best arm, {best['label']}, is {place} (macro-F1 {signed(gain)} on average)."
+        sentences.append((sentence, "" if gain > 0 else "bad"))
+    return sentences
+
+
+def forest(name: str, rows: Sequence[tuple[str, Mapping[str, Any]]], line: float | None, what: str) -> Markup:
+    """Draw for each arm the seeds, their mean and its 95% interval, on one axis, with a dashed line at a value."""
+    labels = ["\n".join(textwrap.wrap(label, 18)) for label, _ in rows]
+    seeds = [value for _, one in rows for value in one["by_seed"]] + ([line] if line is not None else [])
+    margin = max(0.35 * (max(seeds) - min(seeds)), 0.002)
+    scale = min(seeds) - margin, max(seeds) + margin
+
+    def paint(axes: Any) -> None:
+        if line is not None:
+            axes.axvline(line, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
+        for place, (_, one) in enumerate(rows):
+            axes.plot(one["by_seed"], [place] * len(one["by_seed"]), "|", color=SECOND, markersize=9)
+            if one["interval"] is not None:
+                low, high = max(one["interval"][0], scale[0]), min(one["interval"][1], scale[1])
+                axes.plot([low, high], [place, place], color=FIRST, linewidth=1.6)
+            axes.plot([one["mean"]], [place], "o", color=FIRST, markersize=6)
+        axes.set_yticks(range(len(rows)), labels)
+        axes.set(xlim=scale, ylim=(len(rows) - 0.5, -0.5), xlabel=what)
+        axes.locator_params(axis="x", nbins=5)
+        axes.tick_params(length=0)
+        axes.grid(visible=False, axis="y")
+
+    listed = "; ".join(f"{label} {one['mean']:+.4f}" for label, one in rows)
+    return html.draw(name, f"{what} by arm: {listed}.", paint, (4.2, 0.9 + 0.42 * len(rows)))
+
+
+def sweep_page(about: Mapping[str, Any]) -> str:
+    """Return the page of a sweep as HTML, from what its other texts are made of: the verdict first."""
+    compared, split = about["compared"], about["split"]
+    floor, against = about["baseline"] and about["baseline"]["f1_macro"], about["reference"]
+    note = "Marks are seeds, points their means, bars 95% intervals of the mean (Student's t), cut where the axis ends."
+    means = [(row["label"], row["f1_macro"]) for row in about["rows"]]
+    svg = forest("means", means, floor, f"macro-F1 on {split}")
+    pictures = [Picture(svg, note + (" The dashed line is the score of character n-grams." if floor else ""))]
+    if compared:
+        svg = forest("gains", [(row["label"], one) for row, one in compared], 0.0, f"difference in macro-F1 ({split})")
+        note = f"Differences from {against}, seed by seed. A bar that crosses 0 shows no difference."
+        pictures.append(Picture(svg, note))
+    given = {**about, "task": get_task(about["task"]), "version": __version__, "signed": signed, "pictures": pictures}
+    sentences = verdict(compared, f"the reference ({against})", about)
+    return html.environment().get_template("sweep.html.j2").render(**given, verdict=sentences)
+
+
+def sweep_report(sweep: str | Path, page: str | Path | None = None) -> Report:
+    """Compare the arms of a sweep and write `SWEEP/report`; its page is `report.html` there, or `page`.
 
     Raises:
         SweepError: the folder is not the sweep of a grid, has no finished run, or cannot be written.
@@ -241,10 +317,12 @@ def sweep_report(sweep: str | Path) -> Report:
     about |= {name: dict.fromkeys(render(name, **about).splitlines()) for name in ("findings", "cautions")}
     folder = Path(sweep) / "report"
     report, tex, statistics = folder / "report.md", folder / "table.tex", folder / "statistics.json"
+    shown = folder / "report.html" if page is None else html.check_page(Path(page))
     with boundary(f"writing the report to {folder}", SweepError):
         folder.mkdir(exist_ok=True)
         plots = plot_f1(analysis, folder)
         write_json(statistics, analysis)
         write_whole(report, render("report.md", **about))
         write_whole(tex, render("table.tex", **about))
-    return Report(report, statistics, plots, render("summary.txt", **about), tex)
+        write_whole(shown, sweep_page(about))
+    return Report(report, statistics, plots, render("summary.txt", **about), tex, shown)

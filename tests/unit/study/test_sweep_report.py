@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from tokmask_peft.errors import SweepError
+from tokmask_peft.errors import RunError, SweepError
 from tokmask_peft.study.report import LATEX, markdown, sweep_report
 from tokmask_peft.study.statistics import seeds_needed
 
@@ -188,7 +188,7 @@ def test_without_predictions_or_with_other_texts_there_is_no_bootstrap_and_a_rea
 
 def test_files(made_up_sweep):
     report = sweep_report(made_up_sweep(p="0,0.1"))
-    names = {"report.md", "table.tex", "f1_against_p.png", "f1_against_p.svg", "statistics.json"}
+    names = {"report.md", "table.tex", "f1_against_p.png", "f1_against_p.svg", "statistics.json", "report.html"}
     assert {path.name for path in report.markdown.parent.iterdir()} == names
     png, svg = report.plots
     assert png.read_bytes().startswith(b"\x89PNG")
@@ -222,3 +222,44 @@ def test_what_cannot_be_reported(made_up_sweep, tmp_path, sweep, code):
     with pytest.raises(SweepError) as caught:
         sweep_report(folder)
     assert caught.value.code == code
+
+
+class TestPage:
+    def test_the_verdict_comes_first_and_every_arm_is_there(self, made_up_sweep):
+        folder = made_up_sweep({"p0.2": 0.2}, p="0,0.1,0.2", seeds="8")
+        report = sweep_report(folder)
+        page = report.page.read_text()
+        assert report.page == folder / "report" / "report.html"
+        first = re.search(r'<p class="verdict (\w*)">(.*?)</p>', page)
+        assert first[1] == "good"
+        assert first[2].startswith("p = 0.2 differs from the reference (p = 0): macro-F1 +0.")
+        assert page.index(first[0]) < page.index("<svg") < page.index("<table")
+        assert page.count("<svg") == 2
+        for loads in ("http:", "src=", "@import", "url(h"):
+            assert loads not in page.replace("http://www.w3.org/1999/xlink", "")
+        for row in statistics(report)["rows"]:
+            assert f'<th scope="row">{row["label"]}</th>' in page
+            assert f"{row['f1_macro']['mean']:.4f}" in page
+
+    @pytest.mark.parametrize(
+        ("seeds", "rates", "words"), [("2", "0,0.1", "no difference"), ("3", "0", "nothing to compare")]
+    )
+    def test_what_the_seeds_do_not_show_is_not_claimed(self, made_up_sweep, seeds, rates, words):
+        page = sweep_report(made_up_sweep({"p0.1": 0.2}, p=rates, seeds=seeds)).page.read_text()
+        assert re.search(r'<p class="verdict ">(.*?)</p>', page)[1].count(words) == 1
+
+    def test_below_the_floor_is_said(self, made_up_sweep):
+        folder = made_up_sweep(p="0,0.1", seeds="3")
+        for file in folder.glob("*/result.json"):
+            floor = {"baseline": {"f1_macro": 0.9, "f1_weighted": 0.9}}
+            file.write_text(json.dumps(json.loads(file.read_text()) | floor))
+        page = sweep_report(folder).page.read_text()
+        assert "not above character n-grams" in re.search(r'<p class="verdict bad">(.*?)</p>', page)[1]
+
+    def test_another_file_is_not_replaced(self, made_up_sweep, tmp_path):
+        folder, mine = made_up_sweep(p="0,0.1", seeds="2"), tmp_path / "mine.html"
+        mine.write_text("notes")
+        with pytest.raises(RunError) as caught:
+            sweep_report(folder, mine)
+        assert (caught.value.code, mine.read_text()) == ("taken", "notes")
+        assert sweep_report(folder, tmp_path / "new.html").page.is_file()
