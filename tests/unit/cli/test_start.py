@@ -138,8 +138,20 @@ def test_the_backbone_suits_language_and_hardware(monkeypatch, gpu, english, wor
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr(start, "_at_hand", lambda config: False)
     model, cost, decision = start._choose_backbone({}, [], english, words_given, ["la casa"])
-    assert (model, cost, decision.choice) == (expected, None, expected["backbone"])
+    assert (model["backbone"], cost, decision.choice) == (expected, None, expected)
     assert "downloads" in decision.reason
+
+
+def test_of_the_named_backbones_the_one_with_the_fewest_sub_tokens(monkeypatch, backbone):
+    costs = {
+        "many": start._Cost(3.0, 0.0, [9]),
+        "unknown": start._Cost(1.0, 0.5, [9]),
+        "few": start._Cost(2.0, 0.0, [9]),
+    }
+    monkeypatch.setattr(start, "_cost", lambda config, texts: costs[config.backbone])
+    model, cost, decision = start._choose_backbone({"precision": "fp32"}, list(costs), True, False, [])
+    assert (model, str(cost)) == ({"backbone": "few", "precision": "fp32"}, "2.00")
+    assert "unknown 1.00 (50% unknown)" in decision.reason
 
 
 class TestValidate:
