@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import re
 from collections import deque
@@ -14,9 +13,18 @@ from typing import Any, Literal
 
 from tokmask_peft.console import Decision
 from tokmask_peft.data import tables
-from tokmask_peft.data.conll import Columns, ConllReader, Row, blank_row, looks_like_conll, readable, split_columns
+from tokmask_peft.data.conll import (
+    Columns,
+    ConllReader,
+    Row,
+    blank_row,
+    builtin_examples,
+    looks_like_conll,
+    readable,
+    split_columns,
+)
 from tokmask_peft.data.opening import PACKED, DataFile, unicode_problem
-from tokmask_peft.data.split import NAME_A_SPLIT, aliases, canonical
+from tokmask_peft.data.split import NAME_A_SPLIT, aliases
 from tokmask_peft.data.tables import SNIFFED, is_quoted, separator_of
 from tokmask_peft.errors import DataError, TokmaskError, first_line, nearest
 from tokmask_peft.recipe.schema import SourceConfig
@@ -109,7 +117,7 @@ def read_labelled(file: DataFile, columns: Columns) -> Iterator[Example | Unread
         where = f"{file.name}:{number}"
         label, *rest = split_columns(line, 1) if mark is None else line.split(mark, 1)
         if not (text := "".join(rest).strip(" \t")):
-            problem = "no text behind the label; if something else is between them, set data.separator"
+            problem = "no text after the label; if something else is between them, set data.separator"
             yield Unreadable(where, problem, "empty-text") if line.strip(" \t") else blank_row(where)
             continue
         try:
@@ -294,28 +302,6 @@ def find_files(path: str, split: str, asked: str = "auto") -> list[Path]:
     raise DataError(f"{root}: {problem}", code="several-files" if fitting else "no-split", split=split, files=names)
 
 
-def builtin_examples(task: str, split: str) -> list[Example]:
-    """Return a split of the built-in corpus: 4,500 made-up Spanish-English posts, to try things out with.
-
-    The posts have a sentiment; their words are tagged lang1 (English), lang2 (Spanish), ne or other. It is not a
-    benchmark, but hard in the ways that matter here: sentiment depends on negation, contrast, questions, other people's
-    opinions and sarcasm rather than on one word; emoji, hashtags and names agree with the label in train more than in
-    test; every fifth word and some patterns occur in test only; 6% of the training sentiments are wrong. Many words are
-    spelled alike in both languages (`pan`, `red`, `no`, `come`), and English stems take Spanish endings.
-
-    Raises:
-        DataError: there is no such split.
-    """
-    name, splits = canonical(split), ("train", "validation", "test")
-    if name not in splits:
-        problem = f"the built-in corpus has no split '{split}': {', '.join(splits)}.{nearest(split, splits)}"
-        raise DataError(problem, code="no-split", split=split)
-    path = Path(__file__).with_name("builtin") / f"{name}.conll.gz"
-    with gzip.open(path, "rt", encoding="utf-8", newline="\n") as file:
-        found = readable(ConllReader((line.removesuffix("\n") for line in file), name, Columns(get_task(task))))
-        return [replace(example, where=f"built-in {name}[{index}]") for index, example in enumerate(found)]
-
-
 def read_split(source: SourceConfig, split: str, task: str, decisions: list[Decision] | None = None) -> list[Example]:
     """Read a labelled split, or a file, from a local path, the Hub or the built-in corpus: the first that is set.
 
@@ -404,7 +390,7 @@ class TextFile(DataFile):
     The format is txt (a text per line) or another ending of `READERS`; auto goes by the file's own ending, and by what
     is in it. The other arguments are as in `data.`. Every row of the file is in the result: a blank line too, and a
     text of several lines or rows once. `rows` takes the rows of a table, with all their cells, as the texts are read
-    from them; whoever wants them removes them.
+    from them; remove those that you have used.
 
     Raises:
         DataError: the file is missing, its format is not known, no column fits, or the file as a whole is not what its
