@@ -1,19 +1,25 @@
-"""How fast `predict` is compared with `transformers.pipeline`.
+"""How fast `predict` is compared with `transformers.pipeline`, and how long its first answer takes.
 
-    OMP_NUM_THREADS=1 python benchmarks/predict.py [RUN]
+    OMP_NUM_THREADS=1 python benchmarks/predict.py [RUN]           both
+    OMP_NUM_THREADS=1 python benchmarks/predict.py --first [RUN]   the first answer
 
 RUN is a run of a sequence task; the texts are those it was trained on, in random order. Without it MiniLM is trained
 for a minute, on TREC if TOKMASK_DATA is set, otherwise on the built-in posts, so that its adapter is large enough to be
 merged in bf16 as well, as those of real runs are; whether it was is in the JSON. Classifier and pipeline have the same
 adapter, the pipeline merged into the backbone, each in fp32 and, if the run was trained in it, in bf16; the pipeline at
 the best batch size of several, found first. They take turns in every round.
+
+The first answer is that of a new process, `tokmask predict RUN TEXT`, in CPU seconds; it takes turns with processes that
+only import torch and the class of the backbone, without which no answer is possible, and with a pipeline's first answer.
 """
 
 from __future__ import annotations
 
 import os
 import random
+import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -88,6 +94,34 @@ def batch_effect(classify: Callable[..., Any], texts: list[str]) -> float:
     return max(abs(one - other) for one, other in changes)
 
 
+def child_seconds(*command: str) -> float:
+    """Return the CPU seconds of a Python process."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, "-W", "ignore", *command], check=True, capture_output=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def first_answer(run: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the CPU seconds to the first answer and of what it is compared with, and the rows of the table."""
+    text = texts_of(run)[0]
+    with tempfile.TemporaryDirectory() as folder:
+        merged = str(export_merged(run, Path(folder) / "merged").folder)
+        backbone = type(pipeline("text-classification", model=merged, device="cpu").model).__name__
+        answer = f"pipeline('text-classification', model={merged!r}, device='cpu')({text!r})"
+        ways = {
+            "tokmask predict": ("-m", "tokmask_peft", "predict", run, text),
+            "pipeline": ("-c", f"from transformers import pipeline; {answer}"),
+            "imports alone": ("-c", f"import torch; from transformers import AutoTokenizer, {backbone}"),
+        }
+        found = interleaved({name: partial(child_seconds, *way) for name, way in ways.items()}, ROUNDS)
+    rows: dict[str, Any] = {f"{name}, CPU seconds": (values, "") for name, values in found.items()}
+    rows["tokmask predict, CPU seconds"] = (found["tokmask predict"], "4")
+    for other in ("pipeline", "imports alone"):
+        rows[f"tokmask predict to {other}"] = (ratio(found, "tokmask predict", other), "")
+    return {"cpu_seconds": found}, rows
+
+
 def measure(run: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the rates of all in every round and how many labels agree, and the rows of the table."""
     texts = texts_of(run)
@@ -119,6 +153,8 @@ def measure(run: str) -> tuple[dict[str, Any], dict[str, Any]]:
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
-        run = sys.argv[1] if len(sys.argv) > 1 else short_run(folder)
-        result, rows = measure(run)
-    report("predict", {"run": Path(run).name, **result}, rows)
+        only_first, given = "--first" in sys.argv, [name for name in sys.argv[1:] if name != "--first"]
+        run = given[0] if given else short_run(folder)
+        found = {"first_answer": first_answer(run), **({} if only_first else {"predict": measure(run)})}
+    for name, (result, rows) in found.items():
+        report(name, {"run": Path(run).name, **result}, rows)
