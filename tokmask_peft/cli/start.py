@@ -61,8 +61,8 @@ def init(
 ) -> None:
     """Look at data FILEs, and write a commented recipe for them.
 
-    It reads CSV, TSV, JSON lines, parquet and CoNLL files. What was decided is printed with the reason and the key that
-    changes it; what is not sure is asked, if this is a terminal.
+    It reads tables (CSV, TSV, Excel, JSON lines, parquet), CoNLL files, and lines with labels, also in .zip and .gz.
+    What was decided is printed with the reason and the key that changes it; what is not sure is asked in a terminal.
     """
     paths, overrides = _split_arguments(data)
     if out is not None and out.exists():

@@ -45,7 +45,9 @@ _ENGLISH = set(
     "the and of that with this you for is it was are what have not they from but on when how which your there".split()  # noqa: SIM905
 )
 _SHARD = re.compile(r"-\d{5}-of-\d{5}(?=\.)")
-_NOT_DATA = re.compile("(?i)readme|licen[cs]e|source")
+_NOT_DATA = re.compile("(?i)readme|licen[cs]e")
+_LINES = (".tagged", ".labelled")
+"""Formats with a text in each line."""
 _COMMENT = re.compile(r"# ?[A-Za-z_][\w.\-]*(?:\[\w+\])? ?[=:]|# newdoc|# newpar|-DOCSTART-|meta[ \t]\S+[ \t]\S+$")
 
 
@@ -122,10 +124,7 @@ def find_splits(paths: Sequence[Path], found: Findings) -> dict[str, Path]:
 def _data_files(folder: Path) -> list[Path]:
     files = sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
     endings = {*READERS, *PACKED}
-    known = [
-        file for file in files if file.suffix.lower() in endings and not re.match("(?i)(readme|licen[cs]e)", file.name)
-    ]
-    if known:
+    if known := [file for file in files if file.suffix.lower() in endings and not _NOT_DATA.match(file.name)]:
         return known
     folders = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_dir())[:10])
     more = f" It has the folders {folders}: give one of them." if folders else ""
@@ -145,48 +144,39 @@ def _role(file: Path) -> tuple[str | None, str]:
 
 
 def _place_splits(splits: Mapping[str, Path], found: Findings) -> None:
-    """Set `path`, `train`, `validation` and `test`."""
+    """Set `path`, `train`, `validation` and `test`, so that what chooses the checkpoint does not score it."""
     train, data = splits["train"], found.data
-    root = train if len(splits) == 1 and not _SHARD.search(train.name) else train.parent
+    sharded = _SHARD.search(train.name)
+    root = train if len(splits) == 1 and not sharded else train.parent
     data["path"] = str(root)
 
     def count(split: str) -> int:
         """Return the texts of a split; 0 if no text has a label, as in the test set of a shared task."""
-        keys = {key: value for key, value in data.items() if key in SourceConfig.model_fields}
+        file, keys = splits[split], {key: value for key, value in data.items() if key in SourceConfig.model_fields}
         try:
-            return len(
-                read_split(SourceConfig(**{**keys, "path": str(splits[split])}), splits[split].name, data["task"])
-            )
+            return len(read_split(SourceConfig(**keys | {"path": str(file)}), file.name, data["task"]))
         except DataError as error:
-            if error.code.startswith("empty-"):
+            if error.code.startswith("empty-"):  # which can be left out
                 return 1
             if error.code != "no-labels" or split == "train":
                 raise
-            found.decisions.append(
-                Decision(f"data.{split}", "not used", f"no text in {splits[split].name} has a label")
-            )
+            found.decisions.append(Decision(f"data.{split}", "not used", f"no text in {file.name} has a label"))
             return 0
 
     size = count("train")
-    sharded = _SHARD.search(train.name)
     names = {split: split if sharded else os.path.relpath(file, root) for split, file in splits.items()}
     here = {split: names[split] for split in splits if split != "train" and count(split)}
     if len(splits) > 1 or sharded:
         found.decide("train", names["train"], "its name says so")
-    share = 0.2 if size < 1000 else 0.1 if size < 20_000 else 0.05
-    kept_together = f"{share:.0%} of train are set aside: stratified, near-duplicates on one side"
-    if "validation" in here and "test" in here:
+    if len(here) == 2:
         found.decide("validation", here["validation"], "its name says so; it chooses the checkpoint")
-        found.decide("test", here["test"], "its name says so; it scores what was chosen")
-    elif "test" in here:
-        found.decide("validation", share, kept_together)
-        found.decide("test", here["test"], "its name says so; it scores what was chosen")
-    elif "validation" in here:
-        found.decide("validation", share, f"{kept_together}; they choose the checkpoint")
-        found.decide("test", here["validation"], "scored on what did not choose the checkpoint")
-    else:
-        found.decide("validation", share, kept_together)
-        found.decide("test", None, "there is no test file: the score is of validation, which also chose the checkpoint")
+    share = 0.2 if size < 1000 else 0.1 if size < 20_000 else 0.05
+    why = f"{share:.0%} of train are set aside to choose the checkpoint: stratified, near-duplicates on one side"
+    found.decide("validation", share, why)
+    rest = [name for name in (here.get("test"), here.get("validation")) if name and name != data["validation"]]
+    if rest:
+        found.decide("test", rest[0], "its name says so; it scores what was chosen")
+    found.decide("test", None, "there is no test file: the score is of validation, which also chose the checkpoint")
 
 
 # -- the form of a file --
@@ -226,9 +216,6 @@ def find_form(path: Path, found: Findings) -> None:
     _find_labels_in_lines(path, lines, ending, found)
 
 
-_LINES = (".tagged", ".labelled")
-
-
 def _sample(file: DataFile) -> list[str]:
     """Return the first lines of a text file.
 
@@ -236,10 +223,9 @@ def _sample(file: DataFile) -> list[str]:
         DataError: the file is empty, or not a text.
     """
     lines = list(islice(file.lines(), SAMPLED))  # says what a workbook or an archive is
-    odd = sum(
-        unicodedata.category(char) in ("Cc", "Cs") and char not in "\t\r\x0b\x0c" for line in lines for char in line
-    )
-    if odd > 0.1 * sum(map(len, lines)):
+    characters = Counter("".join(lines))
+    odd = sum(count for one, count in characters.items() if unicodedata.category(one) in ("Cc", "Cs") and one != "\t")
+    if odd > 0.1 * characters.total():
         problem = f"{file.name}: not a text file, and not in a format that is known ({', '.join(READERS)})"
         raise DataError(f"{problem}. If it is a text, set data.encoding.", code="not-text", kind="unknown")
     if not any(line.strip() for line in lines):
@@ -264,9 +250,7 @@ def _find_labels_in_lines(path: Path, lines: Sequence[str], ending: str, found: 
         found.decide("task", "sequence", "each text has a label")
         return
     problem = f"{path}: there are texts, but no labels were found (a line is “{' '.join(texts[0])[:60]}”)"
-    remedy = (
-        "a table with a column of texts and one of labels, a label before each text, or a word a line with its label"
-    )
+    remedy = "a column of texts and one of labels, a label before each text, or a label for each word"
     raise DataError(f"{problem}. Needed: {remedy}.", code="no-labels", source=str(path))
 
 
@@ -347,7 +331,7 @@ def merges(labels: Mapping[str, int]) -> dict[str, str]:
     """Map labels to the one that they are likely to be: another spelling of it, or a rare typo."""
     found = respelled(labels)
     for label, count in labels.items():
-        others = [other for other, often in labels.items() if often > 50 * count and other not in found]
+        others = [other for other, often in labels.items() if often > 20 * count and other not in found]
         for other in others if label not in found and count <= 5 else ():
             if _is_typo(label.casefold(), other.casefold()):
                 found[label] = other

@@ -297,7 +297,7 @@ class TestLabels:
             ({"negaitve": 2, "negative": 300}, {"negaitve": "negative"}),
             ({"lang1": 1, "lang2": 100}, {}),
             ({"B-LOC": 1, "I-LOC": 100}, {}),
-            ({"positve": 30, "positive": 90}, {}),
+            ({"positve": 5, "positive": 90}, {}),
             ({"PART": 1, "PARK": 100}, {}),
             ({"typical": 100, "atypical": 1}, {}),
         ],
