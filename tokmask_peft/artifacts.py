@@ -412,15 +412,14 @@ def find_saved(
     # which backbone, and from where: the user's word first, then the run's recipe, then the adapter
     settings: dict[str, Any] = recipe.model.model_dump() if recipe else {"backbone": named, "quantization": "none"}
     if recipe is None and loading is not None:
-        settings |= {"backbone_path": loading.package, "revision": loading.revision}
-        settings |= {"embedding": loading.embedding, "pooling": loading.pooling}
+        settings |= {"backbone_path": loading.package, "revision": loading.revision, "embedding": loading.embedding}
     if backbone is not None:
         local = backbone.startswith("package:") or Path(backbone).is_dir()
         settings |= {"backbone_path": backbone} if local else {"backbone": backbone, "backbone_path": None}
         settings["revision"] = None
     if loading is not None:  # bf16 if the hardware has it
         precision = "auto" if loading.precision == "bf16" else loading.precision
-        settings |= {"quantization": loading.quantization, "precision": precision}
+        settings |= {"quantization": loading.quantization, "precision": precision, "pooling": loading.pooling}
     length = loading.max_length if loading else recipe.data.max_length if recipe else None
     config = ModelConfig(**settings | {"trust_remote_code": trust_remote_code})
     trained = loading.model_dump(include={"weights", "scaling"}) if loading else {}

@@ -46,14 +46,19 @@ def test_a_run_decides_what_is_auto_and_its_scores_are_repeated(write_recipe, tm
     """By `evaluate`, and by a prediction from the adapter's folder, with the label on a word's last sub-token."""
     auto = [f"training.{key}=auto" for key in ("epochs", "batch_size", "patience")]
     run = train(
-        Recipe.load(write_recipe("bert", "token"), [*auto, "training.max_steps=3", "data.label_on=last"]), quiet=True
+        Recipe.load(
+            write_recipe("bert", "token"), [*auto, "training.max_steps=3", "data.label_on=last", "model.pooling=mean"]
+        ),
+        quiet=True,
     )
     chosen = {one["what"]: one["choice"] for one in run.result.decisions}
     assert (chosen["epochs"], chosen["batch size"], chosen["patience"]) == ("34", "8", "17")
     assert "batches of 8 texts" in (run.folder.adapter / "README.md").read_text()
     assert evaluate(run.folder.root)["confusion"] == run.result.test["confusion"]
     moved = run.folder.adapter.rename(tmp_path / "moved")
-    assert "last = [" in (moved / "README.md").read_text()
+    card = (moved / "README.md").read_text()
+    assert "last = [" in card
+    assert "pool(" not in card  # words are not pooled
     classifier = load(moved, backbone=run.recipe.model.backbone)
     test = [block.split("\n") for block in Path(run.recipe.data.path, "test.conll").read_text().strip().split("\n\n")]
     answers = classifier.predict([[line.split("\t")[0] for line in lines] for lines in test])

@@ -11,11 +11,11 @@ from tiny_models import TEXTS, build, encode
 
 from tokmask_peft import Recipe, load, train
 from tokmask_peft.data.batches import PackedCollator
-from tokmask_peft.errors import ModelError, RecipeError
+from tokmask_peft.errors import ModelError
 from tokmask_peft.inference.export import export_merged
+from tokmask_peft.model.backbone import load_backbone
 from tokmask_peft.model.layers import pool_texts, pooled
 from tokmask_peft.model.packed import enable_padding_free
-from tokmask_peft.recipe.loading import load_recipe
 
 
 @pytest.mark.parametrize("how", ["mean", "max"])
@@ -63,9 +63,11 @@ def test_a_run_is_saved_and_loads_with_stock_peft_and_the_lines_of_its_card(writ
     assert caught.value.code == "pooling-not-exportable"
 
 
-def test_what_does_not_fit_is_refused(write_recipe):
-    with pytest.raises(RecipeError, match=r"model\.pooling"):
-        load_recipe(write_recipe("bert", "token"), ["model.pooling=mean"])
+def test_words_are_not_pooled_and_what_does_not_fit_is_refused(write_recipe):
+    recipe = Recipe.load(write_recipe("bert", "token"), ["model.pooling=mean"])
+    loaded = load_backbone(recipe.model, "token", ("a", "b"), torch.device("cpu"))
+    assert not hasattr(loaded.model, "text_pooling")
+    assert "pooling" not in {one.what for one in loaded.decisions}
     model, _ = build("qwen2", task="sequence", labels=3)
     with pytest.raises(ModelError) as caught:
         pool_texts(model, "cls")

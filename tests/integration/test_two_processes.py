@@ -58,16 +58,18 @@ def logged(run, key="loss"):
 
 
 @pytest.mark.parametrize(
-    ("launcher", "family", "task", "batching"),
+    ("launcher", "family", "task", "batching", "head"),
     [
-        (TORCHRUN, "bert", "token", "padding_free"),
-        (TORCHRUN, "bert", "sequence", "grouped"),
-        (ACCELERATE, "qwen2", "sequence", "padded"),
+        (TORCHRUN, "bert", "token", "padding_free", "random"),
+        (TORCHRUN, "bert", "sequence", "grouped", "probe"),
+        (ACCELERATE, "qwen2", "sequence", "padded", "random"),
     ],
 )
-def test_two_processes_are_one_with_the_same_global_batch(write_recipe, tmp_path, launcher, family, task, batching):
+def test_two_processes_are_one_with_the_same_global_batch(
+    write_recipe, tmp_path, launcher, family, task, batching, head
+):
     recipe = write_recipe(family, task)
-    options = (*EXACT, f"training.batching={batching}")
+    options = (*EXACT, f"training.batching={batching}", f"training.head={head}")
     one, two = (RunFolder(tmp_path / "runs" / name) for name in ("one", "two"))
     train(Recipe.load(recipe, [*options, "name=one", "training.batch_size=8"]), quiet=True)
     said, _ = launch(launcher, recipe, *options, "name=two", "training.batch_size=4")
@@ -81,6 +83,8 @@ def test_two_processes_are_one_with_the_same_global_batch(write_recipe, tmp_path
     results = [json.loads(run.result.read_text()) for run in (one, two)]
     for part in ("validation", "test"):
         assert results[1][part]["confusion"] == results[0][part]["confusion"]
+    assert results[1].get("probe") == results[0].get("probe")
+    assert ("probe" in results[1]) == (head == "probe")
 
 
 def test_a_signal_to_one_process_stops_all_at_the_same_step(write_recipe, tmp_path):

@@ -165,7 +165,11 @@ def loading_snippet(recipe: Recipe, labels: Sequence[str], folder: str, spaced_w
         use = use.replace("first = [", "last = [").replace("word_ids[:i]]", "word_ids[i + 1 :]]")
         use = use.replace("for i in first]", "for i in last]")
     return Template(_read("snippet.py.j2")).render(
-        auto=auto, folder=folder, labels=repr(list(labels)), use=use, pooling=recipe.model.pooling
+        auto=auto,
+        folder=folder,
+        labels=repr(list(labels)),
+        use=use,
+        pooling=None if task.words_given else recipe.model.pooling,
     )
 
 

@@ -111,7 +111,8 @@ def load_backbone(
     new_modules = _new_modules(model, info)
     weights = weight_hashes(model, new_modules)
     hold_in_fp32(model, new_modules)
-    pool_texts(model, config.pooling)
+    pooling = "auto" if get_task(task).words_given else config.pooling
+    pool_texts(model, pooling)
     keep_gradients_after_eval(model)
     expand_heads_if_needed(model, device, dtype)
     tokenizer.padding_side = padding_side(model, tokenizer, dtype)
@@ -119,8 +120,8 @@ def load_backbone(
     decisions = [Decision("device", str(device), unused or "set by accelerate"), precision, quantization]
     if tokenizer.padding_side == "left":
         decisions.append(Decision("padding", "left", f"{type(model).__name__} reads its answer at the last position"))
-    if config.pooling != "auto":
-        decisions.append(Decision("pooling", config.pooling, "set in the recipe"))
+    if pooling != "auto":
+        decisions.append(Decision("pooling", pooling, "set in the recipe"))
     decisions += place_embedding(model, config.embedding, device)
     if dtype == torch.float16:
         hold_stream_in_fp32(model)

@@ -213,9 +213,8 @@ class ModelConfig(Section):
     )
     pooling: Literal["auto", "cls", "mean", "max"] = Field(
         "auto",
-        description="one label per text: which states the head reads; auto as transformers has it ([CLS], or the last "
-        "sub-token of a decoder); mean or max of the text's sub-tokens, for which stock PEFT needs the lines in the "
-        "model card",
+        description="which states the head reads, if a text has one label: auto, as transformers has it ([CLS], or the "
+        "last sub-token of a decoder); cls; mean or max of all, for which stock PEFT needs the lines in the model card",
     )
     gradient_checkpointing: Literal["auto"] | StrictBool = Field(
         "auto", description="save memory at the cost of time: recompute activations; auto does if memory would run out"
@@ -395,8 +394,6 @@ class Recipe(Section):
         if self.masking.where != "all" or self.masking.decoder_p > 0:
             why = "masking.where and masking.decoder_p are for models that generate, in trainers of your own"
             raise ValueError(f"{why}: set masking.where=all and masking.decoder_p=0")
-        if self.model.pooling != "auto" and get_task(self.data.task).words_given:
-            raise ValueError("model.pooling: with a label for each word no text is pooled: set it to auto")
         if self.training.auto_batch and self.training.tokens_per_batch is not None:
             why = "training.auto_batch changes batch_size, which training.tokens_per_batch replaces"
             raise ValueError(f"{why}: set training.auto_batch=false, or training.tokens_per_batch=null")

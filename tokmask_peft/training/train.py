@@ -355,11 +355,12 @@ def save_adapter_folder(
 ) -> None:
     """Write an adapter folder: weights (from `gathered_weights`), tokenizer, `tokmask.json` and the model card."""
     recipe, backbone, mask = prepared.recipe, prepared.backbone, prepared.mask
+    task = get_task(recipe.data.task)
     save_adapter(prepared.model, folder, recipe.model.backbone, weights)
     backbone.tokenizer.save_pretrained(str(folder))
     place = recipe.model.backbone_path
     AdapterInfo(
-        task=recipe.data.task,
+        task=task.name,
         labels=result.labels,
         calibration=Calibration(**result.calibration),
         loading=Loading(
@@ -369,14 +370,14 @@ def save_adapter_folder(
             quantization=backbone.quantization,
             precision=PRECISIONS[backbone.dtype],
             embedding=recipe.model.embedding,
-            pooling=recipe.model.pooling,
+            pooling="auto" if task.words_given else recipe.model.pooling,
             label_on=recipe.data.label_on,
             weights=backbone.weights,
             scaling=recipe.adapter.scaling,
         ),
         masking=recipe.masking if mask is None else recipe.masking.model_copy(update={"mask_token": mask.id}),
     ).write(folder)
-    spaced_words = get_task(recipe.data.task).words_given and words_need_a_space(backbone.tokenizer)
+    spaced_words = task.words_given and words_need_a_space(backbone.tokenizer)
     write_card(folder, recipe, result, spaced_words=spaced_words)
 
 
