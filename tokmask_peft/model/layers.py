@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tokmask_peft.console import Decision
 from tokmask_peft.errors import MaskTokenError, ModelError
-from tokmask_peft.masking.embedding import find_embedding
+from tokmask_peft.masking.embedding import find_decoder_embedding, find_embedding
 from tokmask_peft.model.decisions import bitsandbytes_problem
 
 _STEPS = 1 << 16
@@ -163,6 +163,8 @@ def placement_problem(model: Any) -> str | None:
         return str(error)
     if type(embedding) is not nn.Embedding:
         return f"this one is a {type(embedding).__name__}"
+    if find_decoder_embedding(model) is not None:
+        return "this one is shared with the decoder"
     return None if model.get_output_embeddings() is None else "this one is shared with the output"
 
 

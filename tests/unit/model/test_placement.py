@@ -107,9 +107,10 @@ def test_the_adapter_holds_no_embedding_and_loads_with_stock_peft(model_config, 
     assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == 4
 
 
-def test_a_scaled_lookup_stays_where_it_is():
-    model, _ = build("gemma3")
-    with pytest.raises(ModelError, match=r"ScaledWordEmbedding: use resident") as caught:
+@pytest.mark.parametrize(("family", "why"), [("gemma3", "ScaledWordEmbedding"), ("t5", "shared with the decoder")])
+def test_a_scaled_or_shared_lookup_stays_where_it_is(family, why):
+    model, _ = build(family)
+    with pytest.raises(ModelError, match=rf"{why}: use resident") as caught:
         place_embedding(model, "offload", CPU)
     assert (caught.value.code, caught.value.fields) == ("embedding-not-movable", {"wanted": "offload"})
 
