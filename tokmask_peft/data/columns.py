@@ -12,7 +12,7 @@ from typing import Any
 from tokmask_peft.console import Decision
 from tokmask_peft.data import tables
 from tokmask_peft.data.conll import Columns, grouping
-from tokmask_peft.data.opening import DataFile
+from tokmask_peft.data.opening import DataFile, sheet_cells
 from tokmask_peft.data.readers import jsonl_rows
 from tokmask_peft.data.split import canonical
 from tokmask_peft.errors import DataError, nearest
@@ -137,7 +137,7 @@ class Table:
         wanted = Columns(TASKS["sequence"], header=found.data.get("header", "auto"))
         wanted = replace(wanted, separator=found.data.get("separator", "auto"))
         if file.workbook:
-            rows = tables.named(tables.sheet_cells(file), file, wanted)
+            rows = tables.named(sheet_cells(file), file, wanted)
         elif format == "parquet":
             rows = tables.parquet_rows(file)
         elif format in ("json", "jsonl", "ndjson"):

@@ -29,6 +29,8 @@ from tokmask_peft.tasks import TASKS, Example, Task, Unreadable, get_task
 
 Row = tuple[str, dict[str, Any]] | Unreadable
 """The place of a row (`file:line`) and its cells by column, or why it has none."""
+Cells = tuple[str, list[str]] | Unreadable
+"""The same before columns have names."""
 Word = tuple[str, str, str | None]
 """A word with its place and its tag or its text's label."""
 

@@ -1,4 +1,4 @@
-"""A local file that is being read: the archive around it, its encoding, and its lines."""
+"""A local file that is being read: the archive around it, its encoding, and its lines, or the cells of its sheet."""
 
 from __future__ import annotations
 
@@ -7,19 +7,24 @@ import copy
 import gzip
 import io
 import re
+import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import cached_property
+from itertools import chain, islice
 from pathlib import Path, PurePosixPath
-from typing import IO, cast
+from typing import IO, Any, cast
 
 from tokmask_peft.console import Decision
-from tokmask_peft.errors import DataError, as_ours, first_line
+from tokmask_peft.data.conll import Cells, blank_row
+from tokmask_peft.errors import DataError, TokmaskError, as_ours, first_line, require
 
 FREE, MOST_GROWTH = 64 * 2**20, 200
 """An archive may unpack to this many bytes, or to this many times its size: text shrinks to a third or a tenth."""
+FIRST_ROWS = 1000
+"""Rows of a sheet from which its width is decided."""
 PACKED = (".gz", ".zip")
 _BOMS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF32_LE: "utf-32-le", codecs.BOM_UTF32_BE: "utf-32-be"}
 _BOMS |= {codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
@@ -275,3 +280,66 @@ def unicode_problem(text: str) -> str | None:
             return f"{problem}. {remedy}: iconv -f cp1252 -t utf-8 FILE > NEW"
         return f"{place} valid Unicode, or the file is not UTF-8: data.encoding says which encoding it is in"
     return None
+
+
+def sheet_cells(file: DataFile) -> Iterator[Cells]:
+    """Yield the rows of a workbook that has one sheet, with the values of its cells as text.
+
+    Raises:
+        ExtraError: openpyxl is not installed.
+        DataError: the workbook is damaged, or several sheets have something in them.
+    """
+    require("openpyxl", "excel", f"reading {file.name}")
+    import openpyxl
+
+    try:
+        with file.whole() as stream, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what openpyxl leaves out, such as styles
+            with zipfile.ZipFile(stream) as archive:
+                check_growth(file.path, sum(one.file_size for one in archive.infolist()))
+            book = openpyxl.load_workbook(stream, read_only=True, data_only=True)
+            sheets = [sheet for sheet in book.worksheets if sheet.sheet_state == "visible" and _first_cell(sheet)]
+            if len(sheets) > 1:
+                names = tuple(sheet.title for sheet in sheets)
+                remedy = "Remove or hide all but one, or save the right one as 'CSV UTF-8'."
+                problem = f"{file.name}: several sheets have cells: {', '.join(names)}. {remedy}"
+                raise DataError(problem, code="workbook", sheets=names)
+            rows = ((number, row) for sheet in sheets for number, row in enumerate(sheet.values, start=1))
+            yield from _sheet_rows(((number, [*map(_shown, row)]) for number, row in rows), file.name)
+    except TokmaskError:
+        raise
+    except Exception as error:  # a damaged file fails in many places, with many classes of error
+        problem = f"{file.name}: cannot be read as an Excel workbook (xlsx): {first_line(error)}"
+        raise DataError(problem, code="workbook", file=file.name) from error
+    file.done = file.total
+
+
+def _first_cell(sheet: Any) -> bool:
+    """Return whether something is in the first rows of a sheet; from now on it goes by its cells, not what it says."""
+    sheet.reset_dimensions()
+    return any(cell is not None for row in islice(sheet.values, FIRST_ROWS) for cell in row)
+
+
+def _sheet_rows(rows: Iterator[tuple[int, list[str]]], name: str) -> Iterator[Cells]:
+    """Yield rows of equal width, without the blank ones at the end."""
+    head = list(islice(rows, FIRST_ROWS))
+    width = max((at + 1 for _, cells in head for at, cell in enumerate(cells) if cell), default=0)
+    blank: list[Cells] = []
+    for number, cells in chain(head, rows):
+        where = f"{name}:{number}"
+        if not any(cells):
+            blank.append(blank_row(where))
+            continue
+        yield from blank
+        blank = []
+        filled = len(cells) if any(cells[width:]) else width
+        yield where, (cells + [""] * filled)[:filled]
+
+
+def _shown(value: Any) -> str:
+    """Return the value of a workbook's cell as text: a whole number without `.0`."""
+    if value is None or isinstance(value, str):
+        return value or ""
+    if isinstance(value, bool):
+        return str(value).upper()
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)

@@ -23,7 +23,7 @@ from tokmask_peft.data.conll import (
     readable,
     split_columns,
 )
-from tokmask_peft.data.opening import PACKED, DataFile, unicode_problem
+from tokmask_peft.data.opening import PACKED, DataFile, sheet_cells, unicode_problem
 from tokmask_peft.data.split import NAME_A_SPLIT, aliases
 from tokmask_peft.data.tables import SNIFFED, is_quoted, separator_of
 from tokmask_peft.errors import DataError, TokmaskError, first_line, nearest
@@ -70,7 +70,7 @@ def read_tsv(file: DataFile, columns: Columns) -> Iterable[Example | Unreadable]
 
 def read_workbook(file: DataFile, columns: Columns) -> Iterable[Example | Unreadable]:
     """Read the only sheet of an Excel workbook."""
-    return tables.examples(tables.named(tables.sheet_cells(file), file, columns), file.name, columns)
+    return tables.examples(tables.named(sheet_cells(file), file, columns), file.name, columns)
 
 
 def read_txt(file: DataFile, columns: Columns) -> Iterable[Example | Unreadable]:

@@ -9,8 +9,6 @@ import ast
 import csv
 import json
 import re
-import warnings
-import zipfile
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
@@ -18,6 +16,7 @@ from typing import Any
 
 from tokmask_peft.console import Decision
 from tokmask_peft.data.conll import (
+    Cells,
     Columns,
     Row,
     blank_row,
@@ -27,12 +26,9 @@ from tokmask_peft.data.conll import (
     join_words,
     words_of_rows,
 )
-from tokmask_peft.data.opening import DataFile, check_growth, unicode_problem
-from tokmask_peft.errors import DataError, TokmaskError, first_line, nearest, require
+from tokmask_peft.data.opening import DataFile, unicode_problem
+from tokmask_peft.errors import DataError, first_line, nearest
 from tokmask_peft.tasks import Example, Task, Unreadable
-
-Cells = tuple[str, list[str]] | Unreadable
-"""The same before columns have names."""
 
 SNIFFED = 1000
 """Rows from which separator, header and grouping are decided."""
@@ -130,69 +126,6 @@ def cells_of(file: DataFile, separator: str, quoted: bool = True) -> Iterator[Ce
             yield blank_row(where)
         else:
             yield where, cells
-
-
-def sheet_cells(file: DataFile) -> Iterator[Cells]:
-    """Yield the rows of a workbook that has one sheet, with the values of its cells as text.
-
-    Raises:
-        ExtraError: openpyxl is not installed.
-        DataError: the workbook is damaged, or several sheets have something in them.
-    """
-    require("openpyxl", "excel", f"reading {file.name}")
-    import openpyxl
-
-    try:
-        with file.whole() as stream, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what openpyxl leaves out, such as styles
-            with zipfile.ZipFile(stream) as archive:
-                check_growth(file.path, sum(one.file_size for one in archive.infolist()))
-            book = openpyxl.load_workbook(stream, read_only=True, data_only=True)
-            sheets = [sheet for sheet in book.worksheets if sheet.sheet_state == "visible" and _first_cell(sheet)]
-            if len(sheets) > 1:
-                names = tuple(sheet.title for sheet in sheets)
-                remedy = "Remove or hide all but one, or save the right one as 'CSV UTF-8'."
-                problem = f"{file.name}: several sheets have cells: {', '.join(names)}. {remedy}"
-                raise DataError(problem, code="workbook", sheets=names)
-            rows = ((number, row) for sheet in sheets for number, row in enumerate(sheet.values, start=1))
-            yield from _sheet_rows(((number, [*map(_shown, row)]) for number, row in rows), file.name)
-    except TokmaskError:
-        raise
-    except Exception as error:  # a damaged file fails in many places, with many classes of error
-        problem = f"{file.name}: cannot be read as an Excel workbook (xlsx): {first_line(error)}"
-        raise DataError(problem, code="workbook", file=file.name) from error
-    file.done = file.total
-
-
-def _first_cell(sheet: Any) -> bool:
-    """Return whether something is in the first rows of a sheet; from now on it goes by its cells, not what it says."""
-    sheet.reset_dimensions()
-    return any(cell is not None for row in islice(sheet.values, SNIFFED) for cell in row)
-
-
-def _sheet_rows(rows: Iterator[tuple[int, list[str]]], name: str) -> Iterator[Cells]:
-    """Yield rows of equal width, without the blank ones at the end."""
-    head = list(islice(rows, SNIFFED))
-    width = max((at + 1 for _, cells in head for at, cell in enumerate(cells) if cell), default=0)
-    blank: list[Cells] = []
-    for number, cells in chain(head, rows):
-        where = f"{name}:{number}"
-        if not any(cells):
-            blank.append(blank_row(where))
-            continue
-        yield from blank
-        blank = []
-        filled = len(cells) if any(cells[width:]) else width
-        yield where, (cells + [""] * filled)[:filled]
-
-
-def _shown(value: Any) -> str:
-    """Return the value of a workbook's cell as text: a whole number without `.0`."""
-    if value is None or isinstance(value, str):
-        return value or ""
-    if isinstance(value, bool):
-        return str(value).upper()
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def named(rows: Iterator[Cells], file: DataFile, columns: Columns, separator: str | None = None) -> Iterator[Row]:

@@ -15,7 +15,7 @@ from torch import nn
 from tokmask_peft.artifacts import SavedAdapter, find_saved
 from tokmask_peft.console import Decision
 from tokmask_peft.data.encoding import Encoder, Window
-from tokmask_peft.data.tables import unicode_problem
+from tokmask_peft.data.opening import unicode_problem
 from tokmask_peft.errors import DataError, ModelError, boundary, first_line
 from tokmask_peft.inference.explain import Explanation, explain
 from tokmask_peft.inference.forward import Forward, loading_memory_errors

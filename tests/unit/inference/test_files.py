@@ -157,7 +157,7 @@ def predicted(tmp_path, name, content, out, task="sequence", **options):
     return table(tmp_path / out) if Path(out).suffix != ".jsonl" else lines(tmp_path / out), report
 
 
-BAD_ROWS = 'id,text,more\n1,"two\nlines",x\n\n2,a,b,c,d\n3,"bad" q\n4,"say ""hi"", =1+1",\n5,,y\n6,ca\udce9a,z\n'
+BAD_ROWS = 'id,text,more\n1,"two\nlines",x\n\n2,a,b,c,d\n3,"bad" q\n4,"say ""hi"", =1+1",\n5,,y\n6,ca\udc81a,z\n'
 ROWS = [
     ["1", "two\nlines", "x", "two", "0.333333", ""],
     ["", "", "", "", "", "the row is blank"],
@@ -165,7 +165,7 @@ ROWS = [
     ['3,"bad" q', "", "", "", "", "not valid CSV"],
     ["4", 'say "hi", =1+1', "", "say", "0.333333", ""],
     ["5", "", "y", "", "", "the text is empty"],
-    ["6", "ca\\udce9a", "z", "", "", "not UTF-8"],
+    ["6", "ca\\udc81a", "z", "", "", "not UTF-8"],
 ]
 
 

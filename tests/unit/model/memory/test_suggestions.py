@@ -36,7 +36,8 @@ def by_batch(recipe):
 
 
 def test_single_changes_come_first_and_then_what_fits_together():
-    recipe = make_recipe("x", model={"quantization": "nf4", "gradient_checkpointing": False})
+    model = {"quantization": "nf4", "gradient_checkpointing": False}
+    recipe = make_recipe("x", model=model, training={"batch_size": 32})
     found = suggestions(run(recipe), by_batch, Memory(3 * GIB, "a GPU"))
     assert [one.text for one in found if one.fits] == [
         "training.batch_size=8 training.gradient_accumulation=4 training.eval_batch_size=32",
