@@ -404,10 +404,9 @@ def find_saved(
         raise ModelError(f"{model} {problem}; {expected}", code="no-adapter", path=path)
     else:
         folder = _download(str(model))
-    named = _read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    named = _read_json(place := folder / "adapter_config.json").get("base_model_name_or_path")
     if not isinstance(named, str) or not named:
-        message = f"{folder / 'adapter_config.json'} names no base model; give one with --backbone"
-        raise ModelError(message, code="no-base-model", path=folder)
+        raise ModelError(f"{place} names no base model; give one with --backbone", code="no-base-model", path=folder)
     loading = (info := AdapterInfo.read(folder)).loading
     # which backbone, and from where: the user's word first, then the run's recipe, then the adapter
     settings: dict[str, Any] = recipe.model.model_dump() if recipe else {"backbone": named, "quantization": "none"}

@@ -389,8 +389,7 @@ def _varlen_attention(
     sides = (-1 if window is None else window - 1, 0) if causal else (-1, -1)
     query, key, value = (tensor.contiguous() for tensor in _equal_heads(rows))
     ends, longest = packing.cu_seqlens, packing.max_length
-    found = varlen_attn(query, key, value, ends, ends, longest, longest, scale=scaling, window_size=sides)
-    return cast(Tensor, found)
+    return cast(Tensor, varlen_attn(query, key, value, ends, ends, longest, longest, scale=scaling, window_size=sides))
 
 
 def attend_in_buckets(
