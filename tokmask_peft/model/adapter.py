@@ -377,7 +377,8 @@ def _plain_changes(backbone: Backbone, folder: Path) -> _PlainChanges | None:
         and not saved
         and all(
             type(part) is nn.Linear
-            and None not in (upper, lower)
+            and upper is not None
+            and lower is not None
             and (upper.shape, lower.shape) == ((part.out_features, rank), (rank, part.in_features))
             for part, (upper, lower) in linear
         )

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig
 
 from tokmask_peft.console import Decision, quiet_loading
-from tokmask_peft.errors import ModelError, first_line
+from tokmask_peft.errors import MaskTokenError, ModelError, first_line
 from tokmask_peft.masking.embedding import find_decoder_embedding, find_embedding
 from tokmask_peft.model.decisions import DTYPES, choose_precision, choose_quantization, gpu_problem, out_of_memory
 from tokmask_peft.model.layers import Float32Linear, is_quantized, place_embedding, pool_texts
@@ -276,7 +276,8 @@ def hold_stream_in_fp32(model: nn.Module) -> None:
     for module in model.modules():
         if "Norm" in type(module).__name__:
             module.float()
-    find_embedding(model).register_forward_hook(lambda module, inputs, output: output.float())
+    with contextlib.suppress(MaskTokenError):  # CANINE has none to hook, and sums in fp32 from its first norm on
+        find_embedding(model).register_forward_hook(lambda module, inputs, output: output.float())
 
 
 def hold_in_fp32(model: nn.Module, new_modules: tuple[str, ...]) -> None:

@@ -82,6 +82,8 @@ def gpu_problem() -> str | None:
         found = run.stdout.partition("\n")[0].strip()
     except (OSError, ValueError, subprocess.SubprocessError):
         return None
+    if not found:
+        return None
     if torch.version.cuda is None:
         remedy = f"{PRE_TURING} (RTX 50 series: cu128 instead of cu126)"
         return f"this torch ({torch.__version__}) was built without CUDA, and cannot use the {found}: {remedy}"
@@ -155,6 +157,16 @@ def _precision_of_gpu(device: torch.device) -> tuple[str, str]:
 
 
 @cache
+def rows_kernel() -> Callable[..., Any] | None:
+    """Return torch's attention over packed rows, or None if this torch has none that takes a scale and a window."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn if {"scale", "window_size"} <= set(inspect.signature(varlen_attn).parameters) else None
+
+
+@cache
 def rows_problem(device: torch.device, dtype: torch.dtype, size: int) -> str | None:
     """Try flash attention over packed rows with heads of a `size`, and its gradient; return why it fails, or None.
 
@@ -162,18 +174,14 @@ def rows_problem(device: torch.device, dtype: torch.dtype, size: int) -> str | N
     """
     if dtype == torch.float32:
         return "there is no kernel for packed rows in fp32"
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return f"torch {torch.__version__} has no attention for packed rows"
-    if not {"scale", "window_size"} <= set(inspect.signature(varlen_attn).parameters):
-        return f"the attention for packed rows of torch {torch.__version__} takes no scale or no window"
+    kernel = rows_kernel()
+    if kernel is None:
+        return f"torch {torch.__version__} has no attention over packed rows that takes a scale and a window"
 
     def attempt() -> None:
         row = torch.ones(8, 1, size, device=device, dtype=dtype, requires_grad=True)
         bounds = torch.tensor([0, 3, 8], dtype=torch.int32, device=device)
-        found: Any = varlen_attn(row, row, row, bounds, bounds, 5, 5, scale=1.0, window_size=(-1, 0))
-        found.sum().backward()
+        kernel(row, row, row, bounds, bounds, 5, 5, scale=1.0, window_size=(-1, 0)).sum().backward()
         torch.cuda.synchronize(device)
 
     return _kernel_failure(attempt, device)

@@ -24,7 +24,7 @@ from tokmask_peft.console import Decision
 from tokmask_peft.errors import ModelError
 from tokmask_peft.masking.embedding import find_embedding
 from tokmask_peft.masking.masker import TokenMasker
-from tokmask_peft.model.decisions import flash_problem, rows_problem
+from tokmask_peft.model.decisions import flash_problem, rows_kernel, rows_problem
 from tokmask_peft.model.layers import dropout as dropped
 from tokmask_peft.recipe.schema import Batching
 from tokmask_peft.tasks import IGNORED
@@ -351,7 +351,7 @@ def packed_attention(
             rows = [F.pad(tensor, (0, missing)) for tensor in rows]
             scaling = size**-0.5 if scaling is None else scaling
     if device == "cuda" and dropout == 0.0 and rows_problem(query.device, rows[0].dtype, rows[0].shape[-1]) is None:
-        found = _varlen_attention(rows, packing, causal, window, scaling)
+        found = _varlen_attention(cast(Kernel, rows_kernel()), rows, packing, causal, window, scaling)
     else:
         if device == "cpu":  # whose kernels are slow in bf16: four buckets take 26.6 ms, and 6.8 in fp32 (see `WORTH`)
             rows = [tensor.float() for tensor in rows]
@@ -380,16 +380,13 @@ def _computed_in(tensor: Tensor) -> torch.dtype:
 
 
 def _varlen_attention(
-    rows: list[Tensor], packing: Packing, causal: bool, window: int | None, scaling: float | None
+    kernel: Kernel, rows: list[Tensor], packing: Packing, causal: bool, window: int | None, scaling: float | None
 ) -> Tensor:
-    """Attend with torch's kernel for packed rows; query, key and value as [total, heads, head], and so the result."""
-    from torch.nn.attention.varlen import varlen_attn
-
+    """Attend with a kernel for packed rows; query, key and value as [total, heads, head], and so the result."""
     # the kernel counts the sub-tokens before the current one, transformers counts that one too
     sides = (-1 if window is None else window - 1, 0) if causal else (-1, -1)
-    query, key, value = (tensor.contiguous() for tensor in _equal_heads(rows))
-    ends, longest = packing.cu_seqlens, packing.max_length
-    return cast(Tensor, varlen_attn(query, key, value, ends, ends, longest, longest, scale=scaling, window_size=sides))
+    bounds = (packing.cu_seqlens, packing.cu_seqlens, packing.max_length, packing.max_length)
+    return kernel(*(tensor.contiguous() for tensor in _equal_heads(rows)), *bounds, scale=scaling, window_size=sides)
 
 
 def attend_in_buckets(

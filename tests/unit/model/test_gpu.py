@@ -119,6 +119,7 @@ def nvidia_smi(monkeypatch, answer):
         ("NVIDIA GeForce RTX 3060\n", None, "", None),
         ("NVIDIA GeForce RTX 3060\n", None, "-1", None),
         (None, None, None, None),
+        ("\n", None, None, None),
     ],
 )
 def test_a_gpu_that_this_torch_cannot_use_is_named(gpu, monkeypatch, smi, built_for, hidden, said):
@@ -150,7 +151,7 @@ def test_a_kernel_for_packed_rows_that_fails_is_not_used_and_the_table_says_why(
     def fails(*_, **__):
         raise RuntimeError(said)
 
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", fails_like_varlen(fails))
+    monkeypatch.setattr(decisions, "rows_kernel", lambda: fails)
     model, _ = build("qwen2")
     monkeypatch.setattr(torch, "ones", lambda *_, **__: None)
     monkeypatch.setattr(torch, "tensor", lambda *_, **__: None)
@@ -160,13 +161,6 @@ def test_a_kernel_for_packed_rows_that_fails_is_not_used_and_the_table_says_why(
     assert decisions.rows_problem(GPU, torch.float32, 64) == "there is no kernel for packed rows in fp32"
     on_cpu = packed.choose_batching("padding_free", model, device=CPU, dtype=torch.bfloat16)
     assert on_cpu.reason == "a batch is one row, with attention per text"
-
-
-def fails_like_varlen(call):
-    def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
-        return call(query, key, value, scale=scale)
-
-    return varlen_attn
 
 
 @pytest.mark.parametrize("kernel", [True, False])
@@ -179,7 +173,7 @@ def test_odd_heads_are_padded_for_the_kernels_of_a_gpu(monkeypatch, size, kernel
         return query
 
     monkeypatch.setattr(packed, "rows_problem", lambda *_: None if kernel else NOT_BUILT)
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", fails_like_varlen(record))
+    monkeypatch.setattr(packed, "rows_kernel", lambda: record)
     monkeypatch.setattr(packed.F, "scaled_dot_product_attention", record)
     with FakeTensorMode(), torch.no_grad():
         bounds = torch.empty(3, dtype=torch.int32, device="cuda")
