@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, cast
 
 from tokmask_peft.console import Decision
-from tokmask_peft.errors import DataError, first_line
+from tokmask_peft.errors import DataError, as_ours, first_line
 
 FREE, MOST_GROWTH = 64 * 2**20, 200
 """An archive may unpack to this many bytes, or to this many times its size: text shrinks to a third or a tenth."""
@@ -104,7 +104,7 @@ class DataFile:
         done: bytes read so far.
 
     Raises:
-        DataError: an archive is damaged, or does not hold exactly one table.
+        DataError: the file cannot be opened; an archive is damaged, or does not hold exactly one table.
     """
 
     def __init__(
@@ -119,12 +119,16 @@ class DataFile:
         self.inner, self.total, self.done, self.workbook = path, path.stat().st_size, 0, False
         self._notes = [] if decisions is None else decisions
         self._member: zipfile.ZipInfo | None = None
-        with path.open("rb") as file:
-            head = file.read(8)
-            self._gzipped = head.startswith(_GZIP)
-            if self._gzipped:
+        try:
+            with path.open("rb") as file:
+                head = file.read(8)
                 file.seek(-min(4, self.total), io.SEEK_END)
-                self.total = max(self.total, int.from_bytes(file.read(4), "little"))
+                size = int.from_bytes(file.read(4), "little")  # unpacked, if it is compressed by gzip
+        except OSError as error:
+            raise as_ours(error, f"reading {path}", DataError, "unreadable-file", file=str(path)) from error
+        self._gzipped = head.startswith(_GZIP)
+        if self._gzipped:
+            self.total = max(self.total, size)
         if head.startswith(_ZIP):
             self._look_into_zip()
         elif self._gzipped and path.suffix.lower() in PACKED:

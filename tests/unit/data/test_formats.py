@@ -463,6 +463,12 @@ def test_damaged_and_ambiguous_archives_are_one_error(write, name, pack, code):
     assert str(path) in str(error)
 
 
+def test_a_file_that_cannot_be_opened_is_one_error(tmp_path):
+    with pytest.raises(TokmaskError) as caught:
+        opening.DataFile(tmp_path)
+    assert caught.value.fields["file"] == str(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["a.csv.gz", "a.zip", "a.xlsx"])
 def test_archives_that_grow_too_much_are_refused_before_they_are_read(write, monkeypatch, name):
     monkeypatch.setattr(opening, "FREE", 1000)
