@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
-import yaml
 
 from tokmask_peft.cli.app import TRAIN, app, checked
 from tokmask_peft.console import Decision, echo, make_console, print_decisions, print_lines, quiet_libraries
@@ -144,7 +143,9 @@ class Draft(NamedTuple):
 
 def _inline(value: Any) -> str:
     """Return a value as YAML in one line."""
-    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=sys.maxsize, sort_keys=False)
+    from tokmask_peft.recipe.loading import as_yaml
+
+    text = as_yaml(value, default_flow_style=True, width=sys.maxsize)
     return text.removesuffix("\n").removesuffix("\n...")
 
 
@@ -358,8 +359,8 @@ def print_data(recipe: Recipe) -> None:
         most = recipe.data.max_length
         for name in corpus.report.splits:
             lengths = _cost(recipe.model, [example.string for example in getattr(corpus, name)], None).lengths
-            long = sum(length > most for length in lengths)
-            lines.append(f"{name}: {long:,} texts are longer than {most} sub-tokens; the longest has {lengths[-1]:,}")
+            long, longest = sum(length > most for length in lengths), max(lengths, default=0)
+            lines.append(f"{name}: {long:,} texts are longer than {most} sub-tokens; the longest has {longest:,}")
     else:
         lines.append(f"lengths are not known: the tokenizer of {recipe.model.backbone} is not on this machine")
     if corpus.report.decisions:

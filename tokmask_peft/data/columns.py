@@ -178,7 +178,7 @@ class Table:
         text = self._pick("text_column", "Which column has the texts?", texts)
         labels = self._labels(text)
         if not labels:
-            why = f"'{text.name}' has texts, but no other column has labels: a few values that recur"
+            why = f"'{text.name}' has texts, but no other column has labels: two or more values that recur"
             self._refuse("label_column", why)
         self._pick("label_column", "Which column has the labels?", labels)
         self.found.decide("task", "sequence", "a text and its label in each row")

@@ -98,7 +98,13 @@ def check(content: Mapping[str, Any], problems: Sequence[str] = (), source: str 
 
 def to_yaml(recipe: Recipe) -> str:
     """Return the recipe as YAML, every field written out."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return as_yaml(recipe.model_dump(mode="json"))
+
+
+def as_yaml(value: Any, **options: Any) -> str:
+    """Return a value as YAML that is read as the same: PyYAML takes Unicode's line ends in quotes for blanks."""
+    text = yaml.safe_dump(value, sort_keys=False, allow_unicode=True, **options)
+    return yaml.safe_dump(value, sort_keys=False, **options) if {*"\x85\u2028\u2029"} & {*text} else text
 
 
 def copy_recipe(recipe: str | Path, target: Path, overrides: Sequence[str] = ()) -> None:
@@ -107,7 +113,7 @@ def copy_recipe(recipe: str | Path, target: Path, overrides: Sequence[str] = ())
     content = _read_merged(path)
     if overrides:
         check(content, override(content, overrides), str(recipe))
-    body = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    body = as_yaml(content)
     lines = path.read_text(encoding="utf-8").splitlines()
     head = "".join(f"{line}\n" for line in itertools.takewhile(lambda line: line.startswith("#"), lines))
     head = re.sub(r"(tokmask train) \S+", lambda found: f"{found[1]} {shlex.quote(str(target))}", head)

@@ -4,11 +4,13 @@ import itertools
 
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_cli import mistake, run
 from tiny_models import build
 
 from tokmask_peft.cli import start
-from tokmask_peft.recipe.loading import load_recipe
+from tokmask_peft.recipe.loading import load_recipe, override
 
 MOODS = {"positive": "bueno lindo great nice", "negative": "malo feo bad sad", "neutral": "ok meh today hoy"}
 
@@ -170,3 +172,12 @@ def test_copy_takes_overrides(tmp_path):
     assert load_recipe(target) == load_recipe("quickstart", ["name=mine", "data.path=posts.csv"])
     assert "1 problem" in mistake("recipes", "copy", "quickstart", tmp_path / "other.yaml", "nmae=mine")
     assert not (tmp_path / "other.yaml").exists()
+
+
+@given(
+    st.text() | st.dictionaries(st.text(), st.text()) | st.sampled_from(["no", "1", "=", "2024-01-01", "\x85", " #"])
+)
+@settings(max_examples=50, deadline=None)
+def test_whatever_a_label_or_a_path_is_the_recipe_holds_it(value):
+    assert override(content := {}, [f"x={start._inline({'y': value})}"]) == []
+    assert content == {"x": {"y": value}}
