@@ -225,7 +225,7 @@ def demo(
 ) -> None:
     """Try MODEL in the browser: text in, label and coloured words out (needs the extra demo)."""
     from tokmask_peft.artifacts import find_saved
-    from tokmask_peft.report.demo import build, check_address, launch
+    from tokmask_peft.report.demo import build, check_address, launch, of_run
 
     require("gradio", "demo", "the demo")
     check_address(host, port)
@@ -233,7 +233,7 @@ def demo(
     quiet_libraries()
     from tokmask_peft.inference.classifier import load
 
-    app = build(load(saved, device), Path(model).name)
+    app = build(load(saved, device), Path(model).name, *of_run(model))
     _, url, public = launch(app, host, port, share=share)
     echo(f"The demo runs at {public or url} (Ctrl-C stops it)")
     app.block_thread()

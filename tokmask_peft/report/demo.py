@@ -5,6 +5,7 @@ It contacts no other server: no analytics, no version check, no fonts or scripts
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from collections.abc import Sequence
@@ -13,6 +14,8 @@ from typing import Any
 
 from markupsafe import Markup
 
+from tokmask_peft.artifacts import is_run, open_run
+from tokmask_peft.console import baseline_verdict
 from tokmask_peft.errors import MaskTokenError, ModelError, TokmaskError
 from tokmask_peft.html import environment, influence_words, label_legend, label_words
 from tokmask_peft.hub.card import plain
@@ -23,6 +26,8 @@ _MOST_WORDS = 300  # explained: each word costs a forward pass
 _MOST_CHARACTERS = 10_000  # of a text
 _MOST_BYTES = 200_000  # of a request: such a text in JSON, where a letter may take twelve
 _MOST_WAITING = 16  # texts of all visitors; one is answered at a time
+_MOST_CLASSES = 8
+_MOST_EXAMPLES, _LONGEST_EXAMPLE = 4, 200
 _FONTS = ("system-ui", "Segoe UI", "Roboto", "Noto Sans", "sans-serif")
 
 
@@ -79,8 +84,29 @@ def _page(rows: Sequence[Any] = (), problem: str = "", **values: Any) -> Markup:
     return Markup(template.render(rows=rows, problem=problem, **values))  # noqa: S704 - the template escapes
 
 
-def build(classifier: Any, name: str) -> Any:
-    """Return the app, a `gradio.Blocks`; the model's name is its title."""
+def of_run(model: str) -> tuple[str, list[str]]:
+    """Return what is known of a run: a sentence on its scores, and texts of its data, one for each of some labels.
+
+    Both are empty if `model` is no run of this machine; the texts are left out if its data cannot be read.
+    """
+    if not is_run(model):
+        return "", []
+    run = open_run(model)
+    result = run.result
+    sentence = f"Macro-F1 on {result.scored_split}: {result.scored['f1_macro']:.4f}. "
+    sentence += baseline_verdict(result.scored, result.baseline) or "No baseline was scored."
+    texts: dict[str, str] = {}
+    from tokmask_peft.training.evaluate import split_examples
+
+    with contextlib.suppress(TokmaskError):
+        for example in split_examples(run.recipe, result.scored_split, None, run.folder.adapter)[0]:
+            if len(example.string) <= _LONGEST_EXAMPLE:
+                texts.setdefault(example.tags[0], example.string)
+    return sentence, list(texts.values())[:_MOST_EXAMPLES]
+
+
+def build(classifier: Any, name: str, about: str = "", examples: Sequence[str] = ()) -> Any:
+    """Return the app, a `gradio.Blocks`: the model's name is its title, `about` a sentence, `examples` are texts."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     import gradio
 
@@ -92,7 +118,7 @@ def build(classifier: Any, name: str) -> Any:
         return str(page) if task.words_given else (chances, str(page))
 
     with gradio.Blocks(title=f"{name}: demo", analytics_enabled=False) as app:
-        gradio.Markdown(f"# {plain(name)}\n{task.description.capitalize()}. {calibrated}")
+        gradio.Markdown(f"# {plain(name)}\n{task.description.capitalize()}. {calibrated}\n\n{plain(about)}")
         text = gradio.Textbox(
             label="Text",
             lines=3,
@@ -102,10 +128,15 @@ def build(classifier: Any, name: str) -> Any:
             autofocus=True,
         )
         button = gradio.Button("Classify", variant="primary")
+        if examples:
+            gradio.Examples([[one] for one in examples], text, label="Texts of its data", cache_examples=False)
         outputs = []
         if not task.words_given:
-            outputs.append(gradio.Label(label="Label", num_top_classes=min(len(classifier.labels), 8), elem_id="label"))
-        outputs.append(gradio.HTML(label="Words", elem_id="words"))
+            count = min(len(classifier.labels), _MOST_CLASSES)
+            # room for the answer, so that nothing moves when it comes
+            gradio.HTML(f"<style>#label {{ min-height: {6.8 + 2.1 * count:.1f}rem }}</style>", padding=False)
+            outputs.append(gradio.Label(label="Label", num_top_classes=count, elem_id="label"))
+        outputs.append(gradio.HTML("<p class='note'>The answer appears here.</p>", label="Words", elem_id="words"))
         gradio.on([button.click, text.submit], respond, inputs=text, outputs=outputs)
     app.queue(max_size=_MOST_WAITING, default_concurrency_limit=1, api_open=False)
     return app

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tokmask_peft import __version__
-from tokmask_peft.artifacts import Run, open_run
+from tokmask_peft.artifacts import Result, Run, open_run
 from tokmask_peft.console import baseline_verdict, calibration_line
 from tokmask_peft.data.corpus import merged_labels
 from tokmask_peft.errors import ModelError, RunError, TokmaskError, boundary, require, write_whole
@@ -85,6 +85,7 @@ def render(run: Run, mistakes: Mistakes | None, no_mistakes: str = "") -> str:
         scores=scores,
         backbone=hub_id(recipe.model.backbone) or f"{Path(recipe.model.backbone).name} (a local folder)",
         verdict=baseline_verdict(scores, result.baseline),
+        alerts=alerts(result),
         mixing_picture=mixing_picture(mixing, scores["f1_macro"]) if mixing else None,
         calibration_line=calibration_line(calibration) if calibration else "",
         reliability_picture=reliability,
@@ -98,6 +99,19 @@ def render(run: Run, mistakes: Mistakes | None, no_mistakes: str = "") -> str:
         snippet=loading_snippet(run.recipe, result.labels, str(adapter), _words_are_spaced(run)),
         version=__version__,
     )
+
+
+def alerts(result: Result) -> list[str]:
+    """Return what a reader must know before the scores: warnings of the run, and leaks that were left in."""
+    found = [warning["message"] for warning in getattr(result, "warnings", ())] + result.data.get("warnings", [])
+    cleaning, split = result.data.get("hygiene", {}), result.scored_split
+    keys = ("test_shared", "validation_in_test") if split == "test" else ("validation_shared",)
+    if cleaning.get("mode") != "remove" and (shared := sum(cleaning.get(key, 0) for key in keys)):
+        problem = f"{shared:,} texts are both in {split} and in another split, and were not removed"
+        found.append(f"{problem}: the scores are too high (data.hygiene=remove)")
+    if cut := result.scored.get("without_prediction"):
+        found.append(f"{cut:,} words of {split} have no prediction and count as errors")
+    return found
 
 
 def _words_are_spaced(run: Run) -> bool:

@@ -4,6 +4,7 @@ import socket
 
 import httpx
 import pytest
+from run_files import write_run
 from tiny_models import build
 from typer.testing import CliRunner
 
@@ -11,6 +12,7 @@ from tokmask_peft.cli import app
 from tokmask_peft.errors import ModelError
 from tokmask_peft.inference.classifier import Classifier
 from tokmask_peft.report import demo
+from tokmask_peft.tasks import Example
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +87,16 @@ def test_the_server_takes_no_uploads_and_no_large_requests(classifier):
             assert client.post("/gradio_api/queue/join", json=text).status_code == 200
     finally:
         served.close(verbose=False)
+
+
+def test_what_is_known_of_a_run(tmp_path, monkeypatch):
+    assert demo.of_run("user/name") == ("", [])
+    folder = write_run(tmp_path / "run")
+    sentence, texts = demo.of_run(str(folder))
+    assert ("0.6100" in sentence, "beats the character n-gram baseline" in sentence, texts) == (True, True, [])
+    given = [Example(f"text {n}", ("good", "bad")[n % 2], "f:1") for n in range(6)] + [Example("a" * 300, "c", "f:7")]
+    monkeypatch.setattr("tokmask_peft.training.evaluate.split_examples", lambda *_: (given, ()))
+    assert demo.of_run(str(folder))[1] == ["text 0", "text 1"]
 
 
 def test_a_taken_port_and_a_foreign_host_are_reported_before_loading():

@@ -208,3 +208,17 @@ class TestCommand:
         assert found.exit_code == 0, found.output
         assert "Note: the page shows no mistakes" in found.stderr
         assert "Left out" in (tmp_path / "run/report.html").read_text()
+
+
+def test_warnings_that_matter_come_before_the_scores(tmp_path):
+    found = result()
+    found["data"]["hygiene"] |= {"mode": "report", "test_shared": 17, "validation_in_test": 3}
+    found["test"]["without_prediction"] = 5
+    text = page(tmp_path, found)
+    shown = Outline(text).text
+    for words in ("a warning <script>", "20 texts are both in test", "5 words of test"):
+        assert shown.index(words) < shown.index("macro-F1 weighted F1 accuracy")
+    assert text.count("a warning &lt;script&gt;") == 1
+    quiet = result()
+    quiet["data"]["warnings"] = []
+    assert 'class="alerts"' not in page(tmp_path / "other", quiet)
