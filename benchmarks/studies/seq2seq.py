@@ -3,9 +3,10 @@
     TOKMASK_DATA=FOLDER OMP_NUM_THREADS=1 python benchmarks/studies/seq2seq.py
 
 LinCE, language identification, Spanish-English: 2,000 posts to train on. No pretrained encoder-decoder model is at hand
-offline, so a small T5 is trained from random weights, in full, with sub-tokens of those posts, by `Seq2SeqTrainer` with `TokenMaskCallback`: the
-encoder's input is masked at p = 0 and p = 0.1, with the same three seeds. A tag that is missing or has no word counts
-as wrong. The result says something about masking in small models that begin from nothing, and no more.
+offline, so a small T5 is trained from random weights, in full, with sub-tokens of those posts, by `Seq2SeqTrainer` with
+`TokenMaskCallback`: the encoder's input is masked at p = 0 and p = 0.1, with the same three seeds. A tag that is
+missing or has no word counts as wrong. The result says something about masking in small models that begin from nothing,
+and no more.
 """
 
 from __future__ import annotations
