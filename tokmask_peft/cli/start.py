@@ -40,9 +40,6 @@ WIDTH = 110
 COUNTED = 500
 """Texts whose sub-tokens are counted for each backbone."""
 
-LEAST_STEPS = 400
-"""Optimizer steps that a training on few texts takes."""
-
 DataArgument = Annotated[
     list[str],
     typer.Argument(metavar="FILE… [KEY=VALUE]…", help="data files, or one folder; and keys of the recipe to set"),
@@ -289,7 +286,7 @@ def _choose_backbone(
 def _settings(content: dict[str, Any], corpus: Corpus, cost: _Cost | None) -> Iterator[Decision]:
     """Set lengths, steps and batches that are not set, and give the reasons."""
     from tokmask_peft.model.location import config_at_hand, position_limit
-    from tokmask_peft.recipe.schema import ModelConfig, TrainingConfig
+    from tokmask_peft.recipe.schema import ModelConfig
 
     data, training, count = content["data"], content["training"], len(corpus.train)
     if "max_length" not in data and cost is not None:
@@ -305,19 +302,9 @@ def _settings(content: dict[str, Any], corpus: Corpus, cost: _Cost | None) -> It
         content["masking"]["p"] = 0.0
         reason = "off: it lowered most scores that we measured; tokmask sweep RECIPE --p 0,0.1 compares"
         yield Decision("masking.p", "0", reason)
-    with contextlib.suppress(ValueError):
-        TrainingConfig.model_validate({"epochs": "auto", "batch_size": "auto"})
-        for key in ("epochs", "batch_size"):
-            training.setdefault(key, "auto")
-        yield Decision("training.epochs", "auto", f"chosen at the start of training for {count:,} texts")
-        return
-    training.setdefault("batch_size", 8 if count < 1000 else 16 if count < 5000 else 32)
-    steps = -(-count // training["batch_size"])
-    if "epochs" not in training:
-        training["epochs"] = min(max(3, -(-LEAST_STEPS // steps)), 30)
-        total = training["epochs"] * steps
-        reason = f"{total:,} optimizer steps with {training['batch_size']} texts each"
-        yield Decision("training.epochs", str(training["epochs"]), reason)
+    for key in ("epochs", "batch_size"):
+        training.setdefault(key, "auto")
+    yield Decision("training.epochs", str(training["epochs"]), f"auto goes by the number of texts, here {count:,}")
 
 
 def _memory(recipe: Recipe) -> Iterator[Decision]:
