@@ -247,6 +247,7 @@ def _model(backbone: str) -> dict[str, Any]:
     keys: dict[str, Any] = {"backbone": backbone}
     if backbone == MINILM and importlib.util.find_spec(PACKAGE) is not None:
         keys["backbone_path"] = f"package:{PACKAGE}/model"
+    keys |= {"pooling": "mean"} if backbone == E5 else {}  # as it was trained
     return keys | ({"quantization": "none"} if backbone in (MINILM, E5) else {})  # small ones gain nothing from 4 bits
 
 
@@ -298,6 +299,9 @@ def _settings(content: dict[str, Any], corpus: Corpus, cost: _Cost | None) -> It
     if content["model"]["backbone"] == QWEN and "learning_rate" not in training:
         training["learning_rate"] = 2e-4
         yield Decision("training.learning_rate", "2e-4", "larger backbones need a lower one")
+    if content["model"]["backbone"] == E5 and "head" not in training:
+        training["head"] = "probe"
+        yield Decision("training.head", "probe", "from a random head, 360 tweets scored less (recipes/_backbones)")
     if "p" not in content["masking"]:
         content["masking"]["p"] = 0.0
         reason = "off: it lowered most scores that we measured; tokmask sweep RECIPE --p 0,0.1 compares"
