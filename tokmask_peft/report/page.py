@@ -103,7 +103,7 @@ def render(run: Run, mistakes: Mistakes | None, no_mistakes: str = "") -> str:
 
 def alerts(result: Result) -> list[str]:
     """Return what a reader must know before the scores: warnings of the run, and leaks that were left in."""
-    found = [warning["message"] for warning in getattr(result, "warnings", ())] + result.data.get("warnings", [])
+    found = [warning["message"] for warning in result.warnings] + result.data.get("warnings", [])
     cleaning, split = result.data.get("hygiene", {}), result.scored_split
     keys = ("test_shared", "validation_in_test") if split == "test" else ("validation_shared",)
     if cleaning.get("mode") != "remove" and (shared := sum(cleaning.get(key, 0) for key in keys)):
