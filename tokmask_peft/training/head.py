@@ -91,7 +91,7 @@ def start_head(trainer: OrderedEvalTrainer, splits: Mapping[str, Split], seed: i
     # An evaluation wraps `forward` for autocast and marks the model as prepared; left like that, the training would
     # neither be in autocast nor, in several processes, share its gradients.
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-    vars(trainer.model).pop("_is_accelerate_prepared", None)
+    trainer.model.__dict__.pop("_is_accelerate_prepared", None)
     line = f"The head starts from a linear probe: {score:.4f} macro-F1 on validation (C = {strength:g})."
     return line, predictions
 
