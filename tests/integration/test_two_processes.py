@@ -69,7 +69,9 @@ def test_two_processes_are_one_with_the_same_global_batch(
     write_recipe, tmp_path, launcher, family, task, batching, head
 ):
     recipe = write_recipe(family, task)
-    options = (*EXACT, f"training.batching={batching}", f"training.head={head}")
+    options = [*EXACT, f"training.batching={batching}", f"training.head={head}"]
+    if head == "probe":  # of nearly constant features: large steps would magnify what rounding changes in its weights
+        options.append("training.learning_rate=1e-6")
     one, two = (RunFolder(tmp_path / "runs" / name) for name in ("one", "two"))
     train(Recipe.load(recipe, [*options, "name=one", "training.batch_size=8"]), quiet=True)
     said, _ = launch(launcher, recipe, *options, "name=two", "training.batch_size=4")

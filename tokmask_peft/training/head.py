@@ -88,8 +88,10 @@ def start_head(trainer: OrderedEvalTrainer, splits: Mapping[str, Split], seed: i
         if layer.bias is not None:
             layer.bias.copy_(torch.from_numpy(bias))
     predictions, *_ = trainer.predict_windows(splits.get("test", splits["validation"]))
-    # an evaluation wraps `forward` for autocast, and so will the training
+    # An evaluation wraps `forward` for autocast and marks the model as prepared; left like that, the training would
+    # neither be in autocast nor, in several processes, share its gradients.
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    trainer.model.__dict__.pop("_is_accelerate_prepared", None)
     line = f"The head starts from a linear probe: {score:.4f} macro-F1 on validation (C = {strength:g})."
     return line, predictions
 
