@@ -9,8 +9,9 @@ merged in bf16 as well, as those of real runs are; whether it was is in the JSON
 adapter, the pipeline merged into the backbone, each in fp32 and, if the run was trained in it, in bf16; the pipeline at
 the best batch size of several, found first. They take turns in every round.
 
-The first answer is that of a new process, `tokmask predict RUN TEXT`, in CPU seconds; it takes turns with processes that
-only import torch and the class of the backbone, without which no answer is possible, and with a pipeline's first answer.
+The first answer is that of a new process, `tokmask predict RUN TEXT`, in CPU seconds; it takes turns with processes
+that only import torch and the class of the backbone, without which no answer is possible, and with a pipeline's first
+answer.
 """
 
 from __future__ import annotations
