@@ -266,7 +266,7 @@ def test_the_command_reads_no_weights(write_recipe, tokmask, tiny_backbone, tmp_
     found = json.loads(tokmask("estimate", path, f"model.backbone={without}", "--gpu", "0.5GB", "--json").stdout)
     assert found["fits"] is False
     assert found["shapes"]["from_texts"] is True
-    parts = ("weights", "embedding", "adapter", "optimizer", "overhead")
+    parts = ("weights", "embedding", "adapter", "optimizer", "cublas", "overhead")
     largest = found["largest"]
     step = max(largest["activations"] + largest["workspace"], largest["evaluation"])
     assert largest["total"] == sum(largest[part] for part in parts) + step
