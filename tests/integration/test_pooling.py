@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -33,6 +34,23 @@ def test_the_head_reads_all_states_packed_or_padded_alone_or_not(family, how):
         rows = [{"input_ids": tokenizer(text)["input_ids"], "labels": 0} for text in TEXTS]
         packed = model(**PackedCollator("sequence")(rows)).logits
         torch.testing.assert_close(packed, alone, atol=2e-5, rtol=1e-4)
+
+
+def test_threads_do_not_pool_with_each_others_padding():
+    model, tokenizer = build("distilbert", task="sequence", labels=3)
+    pool_texts(model.eval(), "mean")
+    batches = [encode(tokenizer, TEXTS[:4]), encode(tokenizer, TEXTS[4:])]
+    with torch.no_grad():
+        expected = [model(**batch).logits for batch in batches]
+        before = sys.getswitchinterval()
+        sys.setswitchinterval(1e-5)
+        try:
+            with ThreadPoolExecutor(2) as pool:
+                found = list(pool.map(lambda at: model(**batches[at % 2]).logits, range(80)))
+        finally:
+            sys.setswitchinterval(before)
+    for at, logits in enumerate(found):
+        torch.testing.assert_close(logits, expected[at % 2])
 
 
 def test_padding_is_left_out():

@@ -6,8 +6,10 @@ from test_padding_free import adapted, assert_same, pack, texts_of
 from tiny_models import build, encode
 from transformers import TrainingArguments
 
+from tokmask_peft.errors import MaskTokenError
 from tokmask_peft.masking.callback import TokenMaskCallback
 from tokmask_peft.masking.masker import TokenMasker
+from tokmask_peft.model.layers import pool_texts
 from tokmask_peft.model.packed import enable_padding_free
 from tokmask_peft.recipe import TokenMaskConfig
 
@@ -51,9 +53,18 @@ def test_packed_is_what_is_left_of_each_text_by_itself(family, task):
     assert_same(logits, model, rest_alone(reference, family, ids, gone), reference)
 
 
-@pytest.mark.parametrize(("family", "task"), [*CASES, ("distilbert", "sequence")])
-def test_padded_is_packed(family, task):
+@pytest.mark.parametrize(
+    ("family", "task", "pooling"),
+    [
+        *((*case, "auto") for case in CASES),
+        ("distilbert", "sequence", "auto"),
+        ("bert", "sequence", "mean"),
+        ("qwen2", "sequence", "max"),
+    ],
+)
+def test_padded_is_packed(family, task, pooling):
     model, tokenizer = build(family, task=task)
+    pool_texts(model, pooling)
     enable_padding_free(model)
     model, ids, batch = adapted(model, task), texts_of(tokenizer), encode(tokenizer)
     with TokenMasker.attach(model, tokenizer, DROP) as masker:
@@ -67,6 +78,15 @@ def test_padded_is_packed(family, task):
         kept = ~torch.cat(gone)
         padded, packed = real[kept], packed[0, kept]
     torch.testing.assert_close(packed, padded, atol=1e-5, rtol=0)
+
+
+def test_a_head_that_would_pool_what_is_dropped_is_refused():
+    model, tokenizer = build("modernbert", classifier_pooling="mean")
+    with pytest.raises(MaskTokenError) as caught:
+        TokenMasker.attach(model, tokenizer, DROP)
+    assert caught.value.code == "cannot-drop"
+    pool_texts(model, "mean")  # ours leaves them out
+    TokenMasker.attach(model, tokenizer, DROP).detach()
 
 
 @pytest.mark.parametrize("family", ["bert", "qwen2"])

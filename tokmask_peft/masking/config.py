@@ -98,7 +98,7 @@ class TokenMaskConfig(Section):
         0.0, description="encoder-decoder models that generate: masking rate of the decoder's input; labels stay"
     )
     score_masked: StrictBool = Field(
-        True, description="whether words whose first sub-token is masked count in the loss; dropped ones never do"
+        True, description="whether words whose labelled sub-token is masked count in the loss; dropped ones never do"
     )
     mask_token: Literal["auto", "mask", "spare", "unk"] | TokenId = Field(
         "auto",
@@ -112,8 +112,8 @@ class TokenMaskConfig(Section):
     @model_validator(mode="after")
     def _makes_a_schedule(self) -> Self:
         self.make_schedule()
-        if self.per_text == "uniform" and max(self.p, self.p_start) > 0.5:
-            raise ValueError("per_text: uniform draws rates up to twice the rate, so p and p_start must be at most 0.5")
+        if self.per_text == "uniform" and max(self.p, self.p_start, self.decoder_p) > 0.5:
+            raise ValueError("per_text: uniform draws up to twice the rate, so p, p_start and decoder_p end at 0.5")
         if self.schedule in ("overfit", "gap") and self.share == 1.0:
             raise ValueError(f"schedule: {self.schedule} compares masked texts with unmasked ones: set share below 1")
         return self

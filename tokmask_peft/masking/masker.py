@@ -132,6 +132,11 @@ class TokenMasker:
         if rank is None:
             distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
             rank = torch.distributed.get_rank() if distributed else 0
+        whole: Any = rows_of.unwrap(model)
+        head = "SequenceClassification" in type(whole).__name__ and not hasattr(whole, "text_pooling")
+        if head and REPLACEMENTS[config.replace].removes and getattr(whole.config, "classifier_pooling", "") == "mean":
+            why = f"the head of {type(whole).__name__} pools all tokens, dropped ones too"
+            raise MaskTokenError(f"{why}: set model.pooling to mean, or use replace: token", code="cannot-drop")
         masker = cls(model, tokenizer, config, mask_token)
         masker.seed, masker.rank = config.seed if config.seed is not None else (seed or 0), rank
         if other is not None:
@@ -145,9 +150,10 @@ class TokenMasker:
         if config.where != "all":
             masker._handles.append(model.register_forward_pre_hook(masker._note, with_kwargs=True))
         if masker._replacement.removes:
-            inner: Any = rows_of.unwrap(model)
-            inner = getattr(inner, "base_model", inner)  # transformers calls it as a module, and PEFT not the outer one
-            masker._handles.append(inner.register_forward_pre_hook(masker._hide, with_kwargs=True))
+            inner = getattr(whole, "base_model", whole)  # transformers calls it as a module, and PEFT not the outer one
+            # before the hook of model.pooling, which must not see what is hidden
+            hide = inner.register_forward_pre_hook(masker._hide, with_kwargs=True, prepend=True)
+            masker._handles.append(hide)
         masker.attached, masker.replaceable = True, replaceable
         # A compiled model silently ignores a hook that is added after its first call: dynamo does not guard on hooks.
         if "torch._dynamo" in sys.modules:

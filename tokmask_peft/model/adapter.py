@@ -357,6 +357,7 @@ def _plain_changes(backbone: Backbone, folder: Path) -> _PlainChanges | None:
         scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         plain = config["peft_type"] == "LORA" and config.get("bias", "none") == "none"
         plain &= not any(value for key, value in config.items() if key not in _PLAIN)
+        plain &= config.get("init_lora_weights", True) in (True, False, "gaussian")  # others change the backbone
         plain &= all(isinstance(names, list) for names in (targets, new, excluded))
         with safe_open(folder / WEIGHTS, "pt") as file:
             saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, Self, cast
 
@@ -233,14 +234,14 @@ def pool_texts(model: Any, how: str) -> None:
         model.config.classifier_pooling = "cls"
     if how == "cls":
         return
-    base, mask = model.base_model, dict[str, Any]()
+    base, mask = model.base_model, threading.local()
     model.text_pooling = how
 
     def remember(_: Any, args: Any, given: Any) -> None:
-        mask.update(packed=given.get("packing") is not None, of=given.get("attention_mask"))
+        mask.packed, mask.of = given.get("packing") is not None, given.get("attention_mask")
 
     def expanded(states: Tensor) -> Tensor:
-        return states if mask["packed"] else pooled(states, mask["of"], how).expand_as(states)
+        return states if mask.packed else pooled(states, mask.of, how).expand_as(states)
 
     def pool_output(_: Any, args: Any, output: Any) -> None:
         output.last_hidden_state = expanded(output.last_hidden_state)

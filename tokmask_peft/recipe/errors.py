@@ -25,7 +25,8 @@ MOST_LISTED = 100
 _MEANT = {
     **dict.fromkeys(("4", "4bit", "int4", "fp4", "qlora"), "nf4"),
     **dict.fromkeys(("8", "8bit", "int8", "llmint8"), "int8 8bit"),
-    **dict.fromkeys(("bfloat16", "fp16", "float16", "half", "16"), "bf16"),
+    **dict.fromkeys(("bfloat16",), "bf16"),
+    **dict.fromkeys(("float16", "half", "16"), "fp16"),
     **dict.fromkeys(("float32", "full", "32"), "fp32"),
     **dict.fromkeys(("false", "no", "off", "null"), "none"),
     **dict.fromkeys(("text", "textclassification", "sentiment", "seqcls"), "sequence"),

@@ -100,7 +100,8 @@ def _some(dataset: Any, seed: int) -> Any:
     """Return the texts that the probe learns from: all, or as many, drawn at random, as have `MOST` labels."""
     counts = np.array([int((np.asarray(row) != IGNORED).sum()) for row in dataset["labels"]])
     order = np.random.default_rng([seed, 0x9E0B]).permutation(len(dataset))
-    return dataset.select(np.sort(order[counts[order].cumsum() <= max(MOST, counts.max())]))
+    chosen = order[counts[order].cumsum() <= max(MOST, counts.max())]
+    return dataset.select(chosen[np.argsort(np.asarray(dataset["length"])[chosen], kind="stable")])  # little padding
 
 
 def probe(

@@ -195,6 +195,9 @@ def without_training(recipe: Recipe, gpu: str | None = None) -> Forecast:
     here = torch.cuda.is_available() and decisions.gpu_problem() is None
     device = torch.device("cuda" if gpu or here else "cpu")
     labels, lengths = _texts(recipe)
+    if lengths is not None:
+        numbers = recipe.training.decided(len(lengths.train), sum(lengths.train))
+        recipe = changed(recipe, {f"training.{key}": value for key, value in numbers.items()})
     location = backbone_location(wanted)
     loading = {"revision": wanted.revision, "trust_remote_code": wanted.trust_remote_code, "num_labels": labels}
     try:

@@ -67,7 +67,7 @@ def test_a_wrong_value_makes_one_line(override):
         ("model.quantization=false", "none"),
         ("model.quantization=8-bit", "int8"),
         ("model.embedding=int8", "8bit"),
-        ("model.precision=float16", "bf16"),
+        ("model.precision=float16", "fp16"),
         ("training.class_weights=balanced", "inverse"),
         ("data.task=NER", "token"),
     ],
