@@ -277,7 +277,9 @@ def hold_stream_in_fp32(model: nn.Module) -> None:
         if "Norm" in type(module).__name__:
             module.float()
     with contextlib.suppress(MaskTokenError):  # CANINE has none to hook, and sums in fp32 from its first norm on
-        find_embedding(model).register_forward_hook(lambda module, inputs, output: output.float())
+        for embedding in {find_embedding(model), find_decoder_embedding(model)}:
+            if embedding is not None:
+                embedding.register_forward_hook(lambda module, inputs, output: output.float())
 
 
 def hold_in_fp32(model: nn.Module, new_modules: tuple[str, ...]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -112,7 +113,7 @@ def split_examples(
     """
     labels, given = tuple(AdapterInfo.read(adapter).labels), {k: v for k, v in reading.items() if v is not None}
     if data is not None:
-        path, before = Path(data).expanduser(), Path(recipe.data.path or data)
+        path, before = Path(data).expanduser(), Path(os.path.expandvars(recipe.data.path or data)).expanduser()
         endings = {part.suffix.lower() for part in (before.iterdir() if before.is_dir() else [before])}
         if path.suffix.lower() in READERS and path.suffix.lower() not in {*endings, ".txt"}:
             given.setdefault("format", "auto")
