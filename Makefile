@@ -31,14 +31,19 @@ quickstart: $(VENV)/.quickstart
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
+# Both build on the environment of the tests: what they install comes before what is there.
+PACKAGES = "import sysconfig; print(sysconfig.get_path('purelib'))"
+OTHER_TESTS ?= tests/unit tests/invariant
 test-oldest: PINS = $(PYTHON) .ci/floors.py
 test-newest: PINS = grep ^torch== constraints.txt
-test-oldest test-newest:
+test-oldest test-newest: $(VENV)/.dev
 	$(PYTHON) -m venv $(VENV)/$@
+	echo "import site; site.addsitedir('$$($(BIN)/python -c $(PACKAGES))')" \
+		> $$($(VENV)/$@/bin/python -c $(PACKAGES))/tests.pth
 	$(PINS) > $(VENV)/$@/pins.txt
 	$(VENV)/$@/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager \
-		-c $(VENV)/$@/pins.txt -e '.[test]'
-	OMP_NUM_THREADS=1 $(VENV)/$@/bin/python -m pytest -n 2 --dist worksteal tests/unit tests/invariant
+		-c $(VENV)/$@/pins.txt $$($(PYTHON) .ci/floors.py | sed 's/==.*//')
+	OMP_NUM_THREADS=1 $(VENV)/$@/bin/python -m pytest -n 2 --dist worksteal $(OTHER_TESTS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
