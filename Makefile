@@ -32,17 +32,18 @@ test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 # Both build on the environment of the tests: what they install comes before what is there.
-PACKAGES = "import sysconfig; print(sysconfig.get_path('purelib'))"
+FOLDER = "import sysconfig; print(sysconfig.get_path('purelib'))"
+OTHER_PACKAGES ?= $$($(PYTHON) .ci/floors.py | sed 's/==.*//')
 OTHER_TESTS ?= tests/unit tests/invariant
 test-oldest: PINS = $(PYTHON) .ci/floors.py
 test-newest: PINS = grep ^torch== constraints.txt
 test-oldest test-newest: $(VENV)/.dev
 	$(PYTHON) -m venv $(VENV)/$@
-	echo "import site; site.addsitedir('$$($(BIN)/python -c $(PACKAGES))')" \
-		> $$($(VENV)/$@/bin/python -c $(PACKAGES))/tests.pth
+	echo "import site; site.addsitedir('$$($(BIN)/python -c $(FOLDER))')" \
+		> $$($(VENV)/$@/bin/python -c $(FOLDER))/tests.pth
 	$(PINS) > $(VENV)/$@/pins.txt
 	$(VENV)/$@/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager \
-		-c $(VENV)/$@/pins.txt $$($(PYTHON) .ci/floors.py | sed 's/==.*//')
+		-c $(VENV)/$@/pins.txt $(OTHER_PACKAGES)
 	OMP_NUM_THREADS=1 $(VENV)/$@/bin/python -m pytest -n 2 --dist worksteal $(OTHER_TESTS)
 
 lint: $(VENV)/.dev
