@@ -5,6 +5,7 @@ import importlib.util
 import json
 from pathlib import Path
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -219,6 +220,31 @@ def test_columns_of_json_lines_and_of_parquet_keep_order_and_type(tmp_path):
     assert again.select(["when", "text", "tags"]).equals(source)
     predict_file(Namer(), TextFile(tmp_path / "in.parquet", "sequence"), tmp_path / "again.jsonl")
     assert lines(tmp_path / "again.jsonl")[0]["when"].startswith("1970-01-01")
+
+
+def test_names_of_classes_and_large_numbers_are_texts_in_parquet(tmp_path):
+    tags = datasets.ClassLabel(names=["en", "es"])
+    features = {"text": datasets.Value("string"), "tags": datasets.List(tags), "class": tags}
+    rows = [{"text": "a", "tags": [0, 1], "class": 1}, {"text": "b", "tags": [], "class": 0}]
+    source = datasets.Dataset.from_list(rows, datasets.Features(features))
+    source.to_parquet(tmp_path / "in.parquet")
+    predict_file(Namer(), TextFile(tmp_path / "in.parquet", "sequence"), tmp_path / "out.parquet")
+    found = pq.read_table(tmp_path / "out.parquet").to_pylist()
+    assert [(row["tags"], row["class"]) for row in found] == [(["en", "es"], "es"), ([], "en")]
+    content = f'{{"text": "a", "n": {2**53 + 1}, "m": 1}}\n{{"text": "b", "n": 0.5, "m": 0.5}}\n'
+    (head, *rows), _ = predicted(tmp_path, "in.jsonl", content, "out.parquet")
+    assert [row[1:3] for row in rows] == [["9007199254740993", 1.0], ["0.5", 0.5]]
+
+
+def test_what_parquet_cannot_hold_is_an_error(tmp_path, monkeypatch):
+    (tmp_path / "in.txt").write_text("a\n")
+    model = Namer()
+    model.predict = lambda texts, batch_size: [Prediction(1, {1: 1 / 3})]
+    monkeypatch.setattr(files, "_as_text", lambda cell: cell)
+    with pytest.raises(DataError) as caught:
+        predict_file(model, TextFile(tmp_path / "in.txt", "sequence"), tmp_path / "out.parquet")
+    assert caught.value.code == "parquet-limit"
+    assert not (tmp_path / "out.parquet").exists()
 
 
 def test_words_in_rows_of_their_own_are_answered_row_by_row(tmp_path):
