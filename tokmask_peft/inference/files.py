@@ -135,7 +135,7 @@ class Columns:
         for found in source:
             if isinstance(found, Unreadable):
                 self.errors = True
-            elif found.places:
+            elif isinstance(found.text, tuple) and found.places:
                 in_rows = True
             elif isinstance(found.text, tuple):
                 self.confidence = str  # of all words together

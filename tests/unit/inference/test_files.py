@@ -232,7 +232,7 @@ def test_names_of_classes_and_large_numbers_are_texts_in_parquet(tmp_path):
     found = pq.read_table(tmp_path / "out.parquet").to_pylist()
     assert [(row["tags"], row["class"]) for row in found] == [(["en", "es"], "es"), ([], "en")]
     content = f'{{"text": "a", "n": {2**53 + 1}, "m": 1}}\n{{"text": "b", "n": 0.5, "m": 0.5}}\n'
-    (head, *rows), _ = predicted(tmp_path, "in.jsonl", content, "out.parquet")
+    (_, *rows), _ = predicted(tmp_path, "in.jsonl", content, "out.parquet")
     assert [row[1:3] for row in rows] == [["9007199254740993", 1.0], ["0.5", 0.5]]
 
 
@@ -264,6 +264,8 @@ def test_words_in_rows_of_their_own_are_answered_row_by_row(tmp_path):
     found, _ = predicted(tmp_path, "in.conll", "hoy\tx\ngreat\ty\n\nel\tx\n", "out.csv", "token")
     assert found[0] == ["text", "word", "label", "confidence"]
     assert [row[:3] for row in found[1:]] == [["1", "hoy", "hoy"], ["1", "great", "great"], ["2", "el", "el"]]
+    found, _ = predicted(tmp_path, "in.conll", "hoy\tx\ngreat\ty\n\nel\tx\n", "out.csv")
+    assert found == [["text", "label", "confidence"], ["hoy great", "hoy", "0.333333"], ["el", "el", "0.333333"]]
     found, _ = predicted(tmp_path, "in.txt", "a b\n\nc\n", "out.tsv")
     assert found == [["text", "label", "confidence", "error"], ["a b", "a", "0.333333", ""],
                      ["", "", "", "the text is empty"], ["c", "c", "0.333333", ""]]  # fmt: skip
