@@ -158,10 +158,10 @@ def grouping(head: Sequence[Row], text: str, label: str | None, columns: Columns
 
 
 def words_of_rows(
-    rows: Iterable[Row], text: str, label: str | None, group: str | None
+    rows: Iterable[Row], text: str, label: str | None, group: str | None, name: str, columns: Columns
 ) -> Iterator[Word | Unreadable | None]:
     """Yield the words of a table with a word in each row, none where a text ends; an empty `group` cell is as above."""
-    key = ""
+    key, seen, returned = "", set[str](), set[str]()
     for found in rows:
         if isinstance(found, Unreadable) or _ends_text(found, text):
             yield found if isinstance(found, Unreadable) and found.code != BLANK else None
@@ -170,9 +170,14 @@ def words_of_rows(
         now = key if group is None or row[group] in ("", None) else str(row[group])
         if now != key:
             yield None
+            returned |= {now} & seen
+            seen.add(now)
         key = now
         word, tag = ("" if column is None or row[column] is None else str(row[column]) for column in (text, label))
         yield where, word.strip(), None if label is None else tag.strip()
+    if returned:
+        why = f"values that return later: {len(returned):,}; if these are parts of one text, sort the file by '{group}'"
+        columns.decisions.append(Decision(f"'{group}' in {Path(name).name}", "each change begins a text", why))
 
 
 def join_words(

@@ -416,6 +416,7 @@ class TextFile(DataFile):
             get_task(task), text_column, None, False, header, group_column, separator, rows=self.rows
         )
         super().__init__(Path(path), name, True, encoding, self._columns.decisions)
+        self.decisions: tuple[Decision, ...] = ()
         next(iter(self), None)  # a mistake in the file as a whole shows here, before a model is loaded
         self.done = 0
         self.decisions = tuple(self._columns.decisions)
@@ -427,6 +428,8 @@ class TextFile(DataFile):
         for found in _read(self, self._columns, self._format):
             problem = _problem(found) if isinstance(found, Example) else None
             yield found if problem is None else Unreadable(found.where, problem)
+        known = {one.what for one in self.decisions}  # others show at the end of the file
+        self.decisions += tuple({one.what: one for one in self._columns.decisions if one.what not in known}.values())
 
 
 def _problem(example: Example) -> str | None:

@@ -298,7 +298,7 @@ def examples(rows: Iterable[Row], name: str, columns: Columns) -> Iterator[Examp
             raise DataError(problem, code="column", field="group_column")
     complete = (_complete(row, text, label, group) for row in chain(head, stream))
     if joined:
-        yield from join_words(words_of_rows(complete, text, label, group), name, columns)
+        yield from join_words(words_of_rows(complete, text, label, group, name, columns), name, columns)
         return
     for found in complete:
         if isinstance(found, Unreadable):
