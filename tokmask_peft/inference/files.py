@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -242,7 +243,7 @@ Form = Callable[[Path, Columns], AbstractContextManager[Write]]
 @contextmanager
 def _json_lines(path: Path, columns: Columns) -> Iterator[Write]:
     with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
-        yield lambda record: file.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
+        yield lambda record: file.write(json_text(record) + "\n")
 
 
 @contextmanager
@@ -265,7 +266,20 @@ def _as_text(cell: Any) -> str:
     """Return a cell as valid text: what was not UTF-8 is written as an escape."""
     if cell is None or isinstance(cell, str):
         return (cell or "").encode("utf-8", "backslashreplace").decode()
-    return json.dumps(cell, ensure_ascii=False, default=str) if isinstance(cell, list | dict | bool) else str(cell)
+    return json_text(cell) if isinstance(cell, list | dict | bool) else str(cell)
+
+
+def json_text(value: Any) -> str:
+    """Return valid JSON: a number that is not finite is null."""
+    return json.dumps(_finite(value), ensure_ascii=False, default=str)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextmanager

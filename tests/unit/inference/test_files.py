@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from tokmask_peft.data.readers import TextFile
 from tokmask_peft.errors import DataError, ExtraError, ModelError
 from tokmask_peft.inference import files
+from tokmask_peft.inference.display import print_file
 from tokmask_peft.inference.export import check_folder, check_output
 from tokmask_peft.inference.files import predict_file
 from tokmask_peft.tasks import Prediction, WordPredictions
@@ -234,6 +235,17 @@ def test_names_of_classes_and_large_numbers_are_texts_in_parquet(tmp_path):
     content = f'{{"text": "a", "n": {2**53 + 1}, "m": 1}}\n{{"text": "b", "n": 0.5, "m": 0.5}}\n'
     (_, *rows), _ = predicted(tmp_path, "in.jsonl", content, "out.parquet")
     assert [row[1:3] for row in rows] == [["9007199254740993", 1.0], ["0.5", 0.5]]
+
+
+def test_numbers_that_are_not_finite_are_null_in_json(tmp_path, capsys):
+    content = '{"text": "a", "n": NaN, "list": [1, {"m": -Infinity}]}\n'
+    predicted(tmp_path, "in.jsonl", content, "out.jsonl")
+    print_file(Namer(), TextFile(tmp_path / "in.jsonl", "sequence"), True, 32)
+    for text in ((tmp_path / "out.jsonl").read_text(), capsys.readouterr().out):
+        row = json.loads(text, parse_constant=pytest.fail)
+        assert (row["n"], row["list"]) == (None, [1, {"m": None}])
+    (_, row), _ = predicted(tmp_path, "in.jsonl", content, "out.csv")
+    assert row[2] == '[1, {"m": null}]'
 
 
 def test_what_parquet_cannot_hold_is_an_error(tmp_path, monkeypatch):
