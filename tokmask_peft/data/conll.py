@@ -41,7 +41,7 @@ _USUAL = {"id", "word", "token", "tag", "sent", "sent_id", "sentence_id", "sente
 _USUAL |= {"language", "lang"} | {name for task in TASKS.values() for name in (*task.text_columns, *task.label_columns)}
 CONLLU_COLUMNS = ("id", "form", "lemma", "upos", "xpos", "feats", "head", "deprel", "deps", "misc")
 SNIFFED_LINES = 5000
-_EMPTY_WORD = 'Fill it in, remove the line, or leave out such texts with data.missing=[""]'
+_EMPTY_WORD = "Fill it in or remove the line", ', or leave out such texts with data.missing=[""]'
 
 _KEY_VALUE = re.compile(r"#[ ]+(?P<key>[A-Za-z_][\w.\-]*(?:\[\w+\]|[ ]id)?)[ ]*=(?P<value>.*)")
 _KEY_COLON = re.compile(r"#[ ]+(?P<key>[A-Za-z_][\w.\-]*):[ ](?P<value>[^\t]*)$")
@@ -203,7 +203,8 @@ def join_words(
             words.append(one[1])
             tags.append(one[2])
         elif task.words_given:
-            bad = bad or Unreadable(one[0], f"the word is empty. {_EMPTY_WORD}", "empty-word")
+            remedy = "".join(_EMPTY_WORD[: 1 + columns.labelled])
+            bad = bad or Unreadable(one[0], f"the word is empty. {remedy}", "empty-word")
         else:
             empty += 1
     if empty:

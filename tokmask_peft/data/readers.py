@@ -417,6 +417,7 @@ class TextFile(DataFile):
         )
         super().__init__(Path(path), name, True, encoding, self._columns.decisions)
         self.decisions: tuple[Decision, ...] = ()
+        self.worded: Callable[[str], str] = str  # of a problem, such as with the options of a command
         next(iter(self), None)  # a mistake in the file as a whole shows here, before a model is loaded
         self.done = 0
         self.decisions = tuple(self._columns.decisions)
@@ -427,7 +428,8 @@ class TextFile(DataFile):
         self.rows.clear()
         for found in _read(self, self._columns, self._format):
             problem = _problem(found) if isinstance(found, Example) else None
-            yield found if problem is None else Unreadable(found.where, problem)
+            found = found if problem is None else Unreadable(found.where, problem)
+            yield replace(found, problem=self.worded(found.problem)) if isinstance(found, Unreadable) else found
         known = {one.what for one in self.decisions}  # others show at the end of the file
         self.decisions += tuple({one.what: one for one in self._columns.decisions if one.what not in known}.values())
 
