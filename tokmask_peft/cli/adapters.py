@@ -191,7 +191,10 @@ def predict(
     texts: Annotated[
         list[str] | None, typer.Argument(metavar="TEXT", help="texts to classify; - or a pipe: standard input")
     ] = None,
-    file: Annotated[Path | None, typer.Option(help="classify a file: txt, csv, tsv, jsonl, parquet or conll")] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(help="a file to classify: txt, csv, tsv, xlsx, jsonl, parquet, conll; or one in a zip or gz"),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(help="the file to write: a csv, tsv, parquet or xlsx with all columns of the input, or jsonl"),
@@ -254,6 +257,7 @@ def predict(
             source = TextFile(
                 path, saved.task, format, column, headers[header], separator, encoding, group_column, name
             )
+            source.worded = functools.partial(with_flags, flags=flags)
             reasons = [replace(one, reason=with_flags(one.reason, flags)) for one in source.decisions]
             source.decisions = tuple(reasons)
         if out is not None:

@@ -41,7 +41,7 @@ _USUAL = {"id", "word", "token", "tag", "sent", "sent_id", "sentence_id", "sente
 _USUAL |= {"language", "lang"} | {name for task in TASKS.values() for name in (*task.text_columns, *task.label_columns)}
 CONLLU_COLUMNS = ("id", "form", "lemma", "upos", "xpos", "feats", "head", "deprel", "deps", "misc")
 SNIFFED_LINES = 5000
-_EMPTY_WORD = 'Fill it in, remove the line, or leave out such texts with data.missing=[""]'
+_EMPTY_WORD = "Fill it in or remove the line", ', or leave out such texts with data.missing=[""]'
 
 _KEY_VALUE = re.compile(r"#[ ]+(?P<key>[A-Za-z_][\w.\-]*(?:\[\w+\]|[ ]id)?)[ ]*=(?P<value>.*)")
 _KEY_COLON = re.compile(r"#[ ]+(?P<key>[A-Za-z_][\w.\-]*):[ ](?P<value>[^\t]*)$")
@@ -158,10 +158,10 @@ def grouping(head: Sequence[Row], text: str, label: str | None, columns: Columns
 
 
 def words_of_rows(
-    rows: Iterable[Row], text: str, label: str | None, group: str | None
+    rows: Iterable[Row], text: str, label: str | None, group: str | None, name: str, columns: Columns
 ) -> Iterator[Word | Unreadable | None]:
     """Yield the words of a table with a word in each row, none where a text ends; an empty `group` cell is as above."""
-    key = ""
+    key, seen, returned = "", set[str](), set[str]()
     for found in rows:
         if isinstance(found, Unreadable) or _ends_text(found, text):
             yield found if isinstance(found, Unreadable) and found.code != BLANK else None
@@ -170,9 +170,14 @@ def words_of_rows(
         now = key if group is None or row[group] in ("", None) else str(row[group])
         if now != key:
             yield None
+            returned |= {now} & seen
+            seen.add(now)
         key = now
         word, tag = ("" if column is None or row[column] is None else str(row[column]) for column in (text, label))
         yield where, word.strip(), None if label is None else tag.strip()
+    if returned:
+        why = f"values that return later: {len(returned):,}; if these are parts of one text, sort the file by '{group}'"
+        columns.decisions.append(Decision(f"'{group}' in {Path(name).name}", "each change begins a text", why))
 
 
 def join_words(
@@ -198,7 +203,8 @@ def join_words(
             words.append(one[1])
             tags.append(one[2])
         elif task.words_given:
-            bad = bad or Unreadable(one[0], f"the word is empty. {_EMPTY_WORD}", "empty-word")
+            remedy = "".join(_EMPTY_WORD[: 1 + columns.labelled])
+            bad = bad or Unreadable(one[0], f"the word is empty. {remedy}", "empty-word")
         else:
             empty += 1
     if empty:

@@ -12,6 +12,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import suppress
+from encodings.aliases import aliases
 from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path, PurePosixPath
@@ -19,7 +20,7 @@ from typing import IO, Any, cast
 
 from tokmask_peft.console import Decision
 from tokmask_peft.data.conll import Cells, blank_row
-from tokmask_peft.errors import DataError, TokmaskError, as_ours, first_line, require
+from tokmask_peft.errors import DataError, TokmaskError, as_ours, first_line, nearest, require
 
 FREE, MOST_GROWTH = 64 * 2**20, 200
 """An archive may unpack to this many bytes, or to this many times its size: text shrinks to a third or a tenth."""
@@ -124,6 +125,13 @@ class DataFile:
         self.inner, self.total, self.done, self.workbook = path, path.stat().st_size, 0, False
         self._notes = [] if decisions is None else decisions
         self._member: zipfile.ZipInfo | None = None
+        try:
+            "".encode("utf-8" if encoding == "auto" else encoding)
+        except (LookupError, ValueError) as error:
+            problem = f"data.encoding: expected auto or a codec of Python, not '{encoding}'"
+            raise DataError(
+                f"{problem}.{nearest(encoding, aliases.values())}", code="encoding", field="encoding"
+            ) from error
         try:
             with path.open("rb") as file:
                 head = file.read(8)

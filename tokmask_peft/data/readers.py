@@ -24,7 +24,7 @@ from tokmask_peft.data.conll import (
     split_columns,
 )
 from tokmask_peft.data.opening import PACKED, DataFile, sheet_cells, unicode_problem
-from tokmask_peft.data.split import NAME_A_SPLIT, aliases
+from tokmask_peft.data.split import NAME_A_SPLIT, SHARD, aliases, check_shards
 from tokmask_peft.data.tables import SNIFFED, is_quoted, separator_of
 from tokmask_peft.errors import DataError, TokmaskError, first_line, nearest
 from tokmask_peft.recipe.schema import SourceConfig
@@ -32,7 +32,6 @@ from tokmask_peft.tasks import Example, Unreadable, get_task
 
 SHOWN = 5
 _PLACEHOLDERS = {"", "-", "_", "?", "-1", "none", "null"}
-_SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 
 Reader = Callable[[DataFile, Columns], Iterable[Example | Unreadable]]
 """Reads the texts of a file in order, with an `Unreadable` in place of each that cannot be read."""
@@ -285,13 +284,14 @@ def find_files(path: str, split: str, asked: str = "auto") -> list[Path]:
     inner = {file: file.with_suffix("") if file.suffix.lower() in PACKED else file for file in there}
     files = [file for file in there if inner[file] != file or file.suffix.lower() in READERS]
     stems = {file: inner[file].stem if inner[file].suffix.lower() in READERS else inner[file].name for file in files}
-    fitting = [file for file in files if _SHARD.sub("", stems[file]).lower() in aliases(split)]
+    fitting = [file for file in files if SHARD.sub("", stems[file]).lower() in aliases(split)]
     if not fitting:  # reading it says what it is, and what to do
         fitting = [file for file in there if file.name.partition(".")[0].lower() in aliases(split)]
     if asked != "auto":
         wanted = {reader_of(root, asked)} | ({read_txt} if asked in ("conll", "tagged", "labelled") else set())
         fitting = [file for file in fitting if READERS.get(inner[file].suffix.lower()) in wanted] or fitting
-    if fitting and (len(fitting) == 1 or all(_SHARD.search(file.stem) for file in fitting)):
+    if fitting and (len(fitting) == 1 or all(SHARD.search(file.stem) for file in fitting)):
+        check_shards([file.stem for file in fitting], str(root))
         return fitting
     names = tuple(file.name for file in fitting or files)
     listing = ", ".join(names) or "no data file"
@@ -416,6 +416,8 @@ class TextFile(DataFile):
             get_task(task), text_column, None, False, header, group_column, separator, rows=self.rows
         )
         super().__init__(Path(path), name, True, encoding, self._columns.decisions)
+        self.decisions: tuple[Decision, ...] = ()
+        self.worded: Callable[[str], str] = str  # of a problem, such as with the options of a command
         next(iter(self), None)  # a mistake in the file as a whole shows here, before a model is loaded
         self.done = 0
         self.decisions = tuple(self._columns.decisions)
@@ -426,7 +428,10 @@ class TextFile(DataFile):
         self.rows.clear()
         for found in _read(self, self._columns, self._format):
             problem = _problem(found) if isinstance(found, Example) else None
-            yield found if problem is None else Unreadable(found.where, problem)
+            found = found if problem is None else Unreadable(found.where, problem)
+            yield replace(found, problem=self.worded(found.problem)) if isinstance(found, Unreadable) else found
+        known = {one.what for one in self.decisions}  # others show at the end of the file
+        self.decisions += tuple({one.what: one for one in self._columns.decisions if one.what not in known}.values())
 
 
 def _problem(example: Example) -> str | None:

@@ -227,11 +227,7 @@ def parquet_rows(file: DataFile) -> Iterator[Row]:
     try:
         table = pq.ParquetFile(file.whole())  # closes the stream
         unique_names(table.schema_arrow.names, f"{file.name}: ")
-        classes: dict[str, list[str]] = {}
-        if b"huggingface" in (table.schema_arrow.metadata or {}):
-            from datasets import Features
-
-            classes = class_names(Features.from_arrow_schema(table.schema_arrow))
+        classes = classes_of(table.schema_arrow)
         rows = (row for batch in table.iter_batches(batch_size=2048) for row in batch.to_pylist())
         index, count = -1, table.metadata.num_rows
         for index, row in enumerate(rows):
@@ -245,6 +241,15 @@ def parquet_rows(file: DataFile) -> Iterator[Row]:
     except Exception as error:  # a damaged file fails in many places, with many classes of error
         problem = f"{file.name}: cannot be read as parquet: {first_line(error)}"
         raise DataError(problem, code="not-parquet", file=file.name) from error
+
+
+def classes_of(schema: Any) -> dict[str, list[str]]:
+    """Return the names of each class-label column that `datasets` stored in the schema of a parquet file."""
+    if b"huggingface" not in (schema.metadata or {}):
+        return {}
+    from datasets import Features
+
+    return class_names(Features.from_arrow_schema(schema))
 
 
 def class_names(features: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -293,7 +298,7 @@ def examples(rows: Iterable[Row], name: str, columns: Columns) -> Iterator[Examp
             raise DataError(problem, code="column", field="group_column")
     complete = (_complete(row, text, label, group) for row in chain(head, stream))
     if joined:
-        yield from join_words(words_of_rows(complete, text, label, group), name, columns)
+        yield from join_words(words_of_rows(complete, text, label, group, name, columns), name, columns)
         return
     for found in complete:
         if isinstance(found, Unreadable):

@@ -18,7 +18,7 @@ from tokmask_peft.data.readers import TextFile
 from tokmask_peft.html import FAINTEST, environment, strength_of
 from tokmask_peft.inference.classifier import Answer, Classifier
 from tokmask_peft.inference.explain import Explanation
-from tokmask_peft.inference.files import Columns, FileReport, answer_record, answered, predict_file
+from tokmask_peft.inference.files import Columns, FileReport, answer_record, answered, json_text, predict_file
 from tokmask_peft.tasks import Unreadable, WordPredictions, get_task
 
 _FOR, _AGAINST = (33, 102, 172), (214, 96, 77)  # blue and orange-red, which colour-blind readers can distinguish
@@ -43,7 +43,7 @@ def print_file(classifier: Classifier, source: TextFile, as_json: bool, batch_si
     report, columns = FileReport(), Columns(source) if as_json else None
     for found, answer in chain.from_iterable(answered(classifier, source, batch_size)):
         if columns is not None:
-            echo(json.dumps(columns.record(found, answer), ensure_ascii=False, default=str))
+            echo(json_text(columns.record(found, answer)))
         elif isinstance(found, Unreadable) or answer is None:
             echo("" if get_task(classifier.task).words_given else "\t\t")
         else:
@@ -51,7 +51,8 @@ def print_file(classifier: Classifier, source: TextFile, as_json: bool, batch_si
                 echo()
             print_answers([" ".join(found.string.split())], [answer], as_json=False)
         report.count(found)
-        source.rows.clear() if columns is None else None
+        if columns is None:
+            source.rows.clear()
     _print_problems(report, source, SafeConsole(stderr=True, highlight=False, soft_wrap=True))
     return report
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -19,7 +20,8 @@ from typing import Any
 
 from tokmask_peft.data.conll import Row
 from tokmask_peft.data.readers import TextFile, line_number
-from tokmask_peft.errors import DataError, require, whole
+from tokmask_peft.data.tables import classes_of
+from tokmask_peft.errors import DataError, first_line, require, whole
 from tokmask_peft.inference.classifier import BATCH_SIZE, Answer, Classifier
 from tokmask_peft.inference.export import check_output
 from tokmask_peft.tasks import Example, Unreadable, WordPredictions
@@ -122,17 +124,19 @@ class Columns:
 
     Attributes:
         kinds: the types of the cells in each column of the file; if it has no columns, its texts get one.
+        inexact: the columns with a whole number that a float may round.
         errors: whether a row has no answer.
     """
 
     def __init__(self, source: TextFile) -> None:
         self.source, self.kinds, self.errors = source, dict[str, set[type]](), False
         self.confidence: type = float  # of its cells
+        self.inexact = set[str]()
         self._texts, in_rows = 0, False
         for found in source:
             if isinstance(found, Unreadable):
                 self.errors = True
-            elif found.places:
+            elif isinstance(found.text, tuple) and found.places:
                 in_rows = True
             elif isinstance(found.text, tuple):
                 self.confidence = str  # of all words together
@@ -140,6 +144,7 @@ class Columns:
                 for name, cell in row[1].items() if isinstance(row, tuple) else ():
                     is_long = isinstance(cell, int) and not -(2**63) <= cell < 2**63
                     self.kinds.setdefault(name, set()).add(str if is_long else type(cell))
+                    self.inexact |= {name} if isinstance(cell, int) and abs(cell) > 2**53 else set()
             source.rows.clear()
         self._given = set(self.kinds)
         if not self.kinds:
@@ -238,7 +243,7 @@ Form = Callable[[Path, Columns], AbstractContextManager[Write]]
 @contextmanager
 def _json_lines(path: Path, columns: Columns) -> Iterator[Write]:
     with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
-        yield lambda record: file.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
+        yield lambda record: file.write(json_text(record) + "\n")
 
 
 @contextmanager
@@ -261,7 +266,20 @@ def _as_text(cell: Any) -> str:
     """Return a cell as valid text: what was not UTF-8 is written as an escape."""
     if cell is None or isinstance(cell, str):
         return (cell or "").encode("utf-8", "backslashreplace").decode()
-    return json.dumps(cell, ensure_ascii=False, default=str) if isinstance(cell, list | dict | bool) else str(cell)
+    return json_text(cell) if isinstance(cell, list | dict | bool) else str(cell)
+
+
+def json_text(value: Any) -> str:
+    """Return valid JSON: a number that is not finite is null."""
+    return json.dumps(_finite(value), ensure_ascii=False, default=str)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextmanager
@@ -272,12 +290,15 @@ def _parquet(path: Path, columns: Columns) -> Iterator[Write]:
 
     source, types = columns.source.path, {bool: pa.bool_(), int: pa.int64(), float: pa.float64(), str: pa.string()}
     known = pq.read_schema(source) if source.suffix.lower() == ".parquet" else pa.schema([])
+    named = classes_of(known)
     kinds = dict.fromkeys(columns.names, types[str]) | {columns.added("confidence"): types[columns.confidence]}
     for name, found in columns.kinds.items():
         cells = found - {type(None)}
-        if name in known.names and not (cells == {str} and pa.types.is_integer(known.field(name).type)):
-            kinds[name] = known.field(name).type  # otherwise they are numbers that became the names of classes
-        elif cells == {int, float} or len(cells) == 1:
+        if name in named:  # its numbers became the names of classes
+            kinds[name] = pa.list_(types[str]) if list in cells else types[str]
+        elif name in known.names:
+            kinds[name] = known.field(name).type
+        elif len(cells) == 1 or (cells == {int, float} and name not in columns.inexact):
             kinds[name] = types.get(float if len(cells) == 2 else next(iter(cells)), types[str])
     texts, rows = [kind == types[str] for kind in kinds.values()], list[list[Any]]()
 
@@ -292,10 +313,14 @@ def _parquet(path: Path, columns: Columns) -> Iterator[Write]:
         if len(rows) == BATCH_ROWS:
             flush()
 
-    with pq.ParquetWriter(path, pa.schema(kinds.items())) as writer:
-        yield write
-        if rows:
-            flush()
+    try:
+        with pq.ParquetWriter(path, pa.schema(kinds.items())) as writer:
+            yield write
+            if rows:
+                flush()
+    except pa.ArrowException as error:
+        problem = f"parquet cannot hold the answers: {first_line(error)}; give --out a .csv or .jsonl file"
+        raise DataError(problem, code="parquet-limit") from error
 
 
 @contextmanager

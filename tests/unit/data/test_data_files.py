@@ -61,6 +61,14 @@ def test_parquet_shards_are_one_split(folder):
     assert found(path, "test") == ["test-00000-of-00001.parquet"]
 
 
+def test_missing_shards_are_named(folder):
+    path = folder("train-00000-of-00003.parquet", "train-00002-of-00003.parquet", "test-00001-of-00002.parquet")
+    assert refused(path, "train") == ("missing-shards", {"missing": ("00001-of-00003",), "totals": (3,)})
+    assert refused(path, "test") == ("missing-shards", {"missing": ("00000-of-00002",), "totals": (2,)})
+    folder("train-00001-of-00003.parquet", "train-00000-of-00001.parquet")
+    assert refused(path, "train") == ("missing-shards", {"missing": (), "totals": (1, 3)})
+
+
 def test_one_file_is_train_and_others_lie_beside_it(folder):
     path = folder("posts.csv", "more.csv", "dev.csv")
     assert found(f"{path}/posts.csv", "train") == ["posts.csv"]

@@ -276,7 +276,9 @@ class TestSplits:
 def test_shards_and_a_column_of_splits(tmp_path):
     for split, at in (("train", 0), ("train", 1), ("test", 0)):
         content = rows(",", "text,label").replace("\n", f",{['train', 'dev'][at]}\n").replace(" n", f" n{split}{at}")
-        (tmp_path / f"{split}-0000{at}-of-00002.csv").write_text(content.replace(",train", ",fold", 1))
+        (tmp_path / f"{split}-0000{at}-of-0000{1 + (split == 'train')}.csv").write_text(
+            content.replace(",train", ",fold", 1)
+        )
     found, corpus = detect([tmp_path], {"hygiene": "report"})
     assert (found.data["train"], found.data["test"]) == ("train", "test")
     assert len(corpus.train) + len(corpus.validation) == 80

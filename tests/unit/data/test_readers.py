@@ -231,6 +231,19 @@ def test_words_without_their_texts_are_refused_with_the_key(write):
     assert pairs(write("c.csv", 'words,tags\n"[""hola""]",x\n"[""ok""]",y\n'), "token")[0] == (("hola",), ("x",))
 
 
+def test_rows_of_a_text_that_are_apart_are_counted(write):
+    for name, keys, count in (("a.csv", "1212", 2), ("b.csv", "1121", 1), ("c.csv", "1122", 0)):
+        path = write(name, "id,words,tags\n" + "".join(f"{key},a,x\n" for key in keys))
+        decisions = []
+        read_split(SourceConfig(path=str(path), group_column="id"), "train", "token", decisions)
+        source = TextFile(path, "token", group_column="id")
+        assert list(source) == list(source)
+        for found in (decisions, source.decisions):
+            reasons = [one.reason for one in found if one.what == f"'id' in {name}"]
+            assert len(reasons) == (count > 0)
+            assert all(f": {count};" in one and "sort the file by 'id'" in one for one in reasons)
+
+
 def test_an_empty_word_is_named_at_its_line(write):
     for name, content in (("a.conll", "yes\tx\n\tO\nno\tx\n\n"), ("b.csv", "id,word,tag\n1,yes,x\n1,,O\n2,no,x\n")):
         error = refused(path := write(name, content), "token")

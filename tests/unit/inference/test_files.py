@@ -5,6 +5,7 @@ import importlib.util
 import json
 from pathlib import Path
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from tokmask_peft.data.readers import TextFile
 from tokmask_peft.errors import DataError, ExtraError, ModelError
 from tokmask_peft.inference import files
+from tokmask_peft.inference.display import print_file
 from tokmask_peft.inference.export import check_folder, check_output
 from tokmask_peft.inference.files import predict_file
 from tokmask_peft.tasks import Prediction, WordPredictions
@@ -221,6 +223,42 @@ def test_columns_of_json_lines_and_of_parquet_keep_order_and_type(tmp_path):
     assert lines(tmp_path / "again.jsonl")[0]["when"].startswith("1970-01-01")
 
 
+def test_names_of_classes_and_large_numbers_are_texts_in_parquet(tmp_path):
+    tags = datasets.ClassLabel(names=["en", "es"])
+    features = {"text": datasets.Value("string"), "tags": datasets.List(tags), "class": tags}
+    rows = [{"text": "a", "tags": [0, 1], "class": 1}, {"text": "b", "tags": [], "class": 0}]
+    source = datasets.Dataset.from_list(rows, datasets.Features(features))
+    source.to_parquet(tmp_path / "in.parquet")
+    predict_file(Namer(), TextFile(tmp_path / "in.parquet", "sequence"), tmp_path / "out.parquet")
+    found = pq.read_table(tmp_path / "out.parquet").to_pylist()
+    assert [(row["tags"], row["class"]) for row in found] == [(["en", "es"], "es"), ([], "en")]
+    content = f'{{"text": "a", "n": {2**53 + 1}, "m": 1}}\n{{"text": "b", "n": 0.5, "m": 0.5}}\n'
+    (_, *rows), _ = predicted(tmp_path, "in.jsonl", content, "out.parquet")
+    assert [row[1:3] for row in rows] == [["9007199254740993", 1.0], ["0.5", 0.5]]
+
+
+def test_numbers_that_are_not_finite_are_null_in_json(tmp_path, capsys):
+    content = '{"text": "a", "n": NaN, "list": [1, {"m": -Infinity}]}\n'
+    predicted(tmp_path, "in.jsonl", content, "out.jsonl")
+    print_file(Namer(), TextFile(tmp_path / "in.jsonl", "sequence"), True, 32)
+    for text in ((tmp_path / "out.jsonl").read_text(), capsys.readouterr().out):
+        row = json.loads(text, parse_constant=pytest.fail)
+        assert (row["n"], row["list"]) == (None, [1, {"m": None}])
+    (_, row), _ = predicted(tmp_path, "in.jsonl", content, "out.csv")
+    assert row[2] == '[1, {"m": null}]'
+
+
+def test_what_parquet_cannot_hold_is_an_error(tmp_path, monkeypatch):
+    (tmp_path / "in.txt").write_text("a\n")
+    model = Namer()
+    model.predict = lambda texts, batch_size: [Prediction(1, {1: 1 / 3})]
+    monkeypatch.setattr(files, "_as_text", lambda cell: cell)
+    with pytest.raises(DataError) as caught:
+        predict_file(model, TextFile(tmp_path / "in.txt", "sequence"), tmp_path / "out.parquet")
+    assert caught.value.code == "parquet-limit"
+    assert not (tmp_path / "out.parquet").exists()
+
+
 def test_words_in_rows_of_their_own_are_answered_row_by_row(tmp_path):
     content = "word,tag,n\nhoy,x,1\ngreat,y,2\n\nel,x,3\n<EOS>,,\n"
     found, report = predicted(tmp_path, "in.csv", content, "out.csv", "token")
@@ -238,6 +276,8 @@ def test_words_in_rows_of_their_own_are_answered_row_by_row(tmp_path):
     found, _ = predicted(tmp_path, "in.conll", "hoy\tx\ngreat\ty\n\nel\tx\n", "out.csv", "token")
     assert found[0] == ["text", "word", "label", "confidence"]
     assert [row[:3] for row in found[1:]] == [["1", "hoy", "hoy"], ["1", "great", "great"], ["2", "el", "el"]]
+    found, _ = predicted(tmp_path, "in.conll", "hoy\tx\ngreat\ty\n\nel\tx\n", "out.csv")
+    assert found == [["text", "label", "confidence"], ["hoy great", "hoy", "0.333333"], ["el", "el", "0.333333"]]
     found, _ = predicted(tmp_path, "in.txt", "a b\n\nc\n", "out.tsv")
     assert found == [["text", "label", "confidence", "error"], ["a b", "a", "0.333333", ""],
                      ["", "", "", "the text is empty"], ["c", "c", "0.333333", ""]]  # fmt: skip

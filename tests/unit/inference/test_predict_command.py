@@ -63,6 +63,7 @@ def test_a_named_pipe_is_read_as_a_file(saved_adapter, tmp_path):
         ("a,b\nx,y\n", (), "Set --column"),
         ("a\tb\n", ("--format", "cvs"), "Set --format"),
         ("1,2\n3,4\n", ("--column", "words"), "set --header=true"),
+        ("a\n", ("--encoding", "utf-99"), "--encoding: expected auto or a codec of Python"),
     ],
 )
 def test_hints_name_the_options_of_the_command(saved_adapter, tmp_path, content, options, flag):
@@ -86,3 +87,15 @@ def test_wrong_usage_is_found_before_a_model_is_loaded(saved_adapter, tmp_path):
         done = predict(folder, *options)
         assert (done.exit_code, words in done.stderr) == (2, True), done.output
     assert not (tmp_path / "out.csv").exists()
+
+
+def test_cells_with_errors_name_the_options_of_the_command(saved_adapter, tmp_path):
+    (tmp_path / "in.csv").write_text('id,text\n1,"a" b\n2,c\n')
+    done = predict(saved_adapter(), "--file", tmp_path / "in.csv", "--json")
+    assert done.exit_code == 0, done.output
+    assert "--format=tsv" in done.stdout
+    assert "data." not in done.output
+    (tmp_path / "in.csv").write_text("id,word,tag\n1,yes,x\n1,,O\n2,no,x\n")
+    done = predict(saved_adapter(task="token"), "--file", tmp_path / "in.csv", "--group-column", "id", "--json")
+    assert "the word is empty" in done.stdout
+    assert "data." not in done.output
