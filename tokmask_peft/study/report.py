@@ -235,7 +235,8 @@ def verdict(compared: Compared, reference: str, analysis: Mapping[str, Any]) -> 
         sentence = f"The seeds establish no difference from {reference}. The largest is that of {row['label']}: {found}"
     if clear:
         kind = "good" if one["mean"] > 0 else "bad"
-        more = f" So do {len(clear) - 1} more of {len(compared)} arms." if len(clear) > 1 else ""
+        others = len(clear) - 1
+        more = f" {others} more of {len(compared)} arms differ{'s' * (others == 1)}, too." if others else ""
         sentence = f"{row['label']} differs from {reference}: {found}{more}"
     sentences = [(sentence, kind)]
     if floor := analysis["baseline"]:
@@ -283,7 +284,7 @@ def sweep_page(about: Mapping[str, Any]) -> str:
     pictures = [Picture(svg, note + (" The dashed line is the score of character n-grams." if floor else ""))]
     if compared:
         svg = forest("gains", [(row["label"], one) for row, one in compared], 0.0, f"difference in macro-F1 ({split})")
-        note = f"Differences from {against}, seed by seed. A bar that crosses 0 shows no difference."
+        note = f"Differences from {against}, seed by seed. A bar that crosses 0 does not establish a difference."
         pictures.append(Picture(svg, note))
     given = {**about, "task": get_task(about["task"]), "version": __version__, "signed": signed, "pictures": pictures}
     sentences = verdict(compared, f"the reference ({against})", about)

@@ -6,7 +6,7 @@ import pytest
 from scipy import stats
 
 from tokmask_peft.errors import RunError, SweepError
-from tokmask_peft.study.report import LATEX, markdown, sweep_report
+from tokmask_peft.study.report import LATEX, markdown, sweep_report, verdict
 from tokmask_peft.study.statistics import seeds_needed
 
 pytest.importorskip("matplotlib")
@@ -263,3 +263,15 @@ class TestPage:
             sweep_report(folder, mine)
         assert (caught.value.code, mine.read_text()) == ("taken", "notes")
         assert sweep_report(folder, tmp_path / "new.html").page.is_file()
+
+
+def test_the_verdict_counts_the_other_arms_that_differ():
+    one = {"p_holm": 0.01, "mean": 0.1, "n": 5, "interval": None}
+    for others, words in (
+        (0, "correction."),
+        (1, " 1 more of 3 arms differs, too."),
+        (2, " 2 more of 3 arms differ, too."),
+    ):
+        rest = [one | {"p_holm": 0.9}] * (2 - others)
+        compared = [({"label": "mask"}, found) for found in [one] * (1 + others) + rest]
+        assert verdict(compared, "none", {"baseline": None})[0][0].endswith(words)
