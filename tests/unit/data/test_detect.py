@@ -246,6 +246,12 @@ class TestSplits:
             self.found(tmp_path, *names)
         assert caught.value.code == code
 
+    @pytest.mark.parametrize("extra", ["extra.tsv", "train.lid.tsv", "dev_a.tsv"])
+    def test_a_named_file_is_never_left_out_in_silence(self, tmp_path, extra):
+        with pytest.raises(DataError, match=f"{extra} would not be used") as caught:
+            self.found(tmp_path, "train.tsv", "test.tsv", extra, given=["train.tsv", "test.tsv", extra])
+        assert caught.value.code == "several-files"
+
     def test_the_one_of_two_sets_is_asked_for(self, tmp_path):
         self.found(tmp_path, "train.tsv", "test.tsv", "train.lid.tsv")
         asked = []
