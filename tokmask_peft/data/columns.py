@@ -1,4 +1,4 @@
-"""Which columns of a table have the texts and the labels, as its first rows show it."""
+"""Which columns of a table have the texts and the labels, as a sample of its rows shows it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from tokmask_peft.console import Decision
 from tokmask_peft.data import tables
-from tokmask_peft.data.conll import Columns, grouping
+from tokmask_peft.data.conll import Columns, Row, grouping
 from tokmask_peft.data.opening import DataFile, sheet_cells
 from tokmask_peft.data.readers import jsonl_rows
 from tokmask_peft.data.split import canonical
@@ -78,6 +78,18 @@ def some(values: Iterable[str] | Counter[str]) -> str:
     """Return a few labels to show."""
     names = [name for name, _ in values.most_common()] if isinstance(values, Counter) else list(values)
     return ", ".join(name[:20] for name in names[:4]) + (", …" if len(names) > 4 else "")
+
+
+def spread(rows: Iterable[Row]) -> list[Row]:
+    """Return some of the rows, at most `SAMPLED`, at equal distances."""
+    kept: list[Row] = []
+    step = 1
+    for at, row in enumerate(rows):
+        if at % step == 0:
+            kept.append(row)
+        if len(kept) > SAMPLED:
+            kept, step = kept[::2], 2 * step
+    return kept
 
 
 class _Column:
@@ -147,15 +159,20 @@ class Table:
             quoted = format != "tsv" or tables.is_quoted(file, separator)
             rows = tables.named(tables.cells_of(file, separator, quoted), file, wanted, separator)
         self.rows = list(islice(rows, SAMPLED))
-        read = [row[1] for row in self.rows if isinstance(row, tuple)]
-        if not read:
-            problem = next((row.problem for row in self.rows if isinstance(row, Unreadable)), "it has no rows")
-            raise DataError(f"{file.name}: {problem}", code="no-texts", source=file.name)
-        names = list(dict.fromkeys(name for row in read for name in row))
-        self.columns = [_Column(name, [row.get(name) for row in read]) for name in names]
-        self.headless = names == [f"column {number}" for number in range(len(names))]
+        self.further = spread(rows)
+        self.columns = self._look(self.rows)
+        self.headless = [column.name for column in self.columns] == [f"column {at}" for at in range(len(self.columns))]
         if self.headless:
             found.decide("header", False, "the first row is data: it does not name the columns")
+
+    def _look(self, rows: Sequence[Row]) -> list[_Column]:
+        """Return the columns that rows have."""
+        read = [row[1] for row in rows if isinstance(row, tuple)]
+        if not read:
+            problem = next((row.problem for row in rows if isinstance(row, Unreadable)), "it has no rows")
+            raise DataError(f"{self.path}: {problem}", code="no-texts", source=str(self.path))
+        names = list(dict.fromkeys(name for row in read for name in row))
+        return [_Column(name, [row.get(name) for row in read]) for name in names]
 
     def find(self) -> None:
         """Set task and columns.
@@ -163,15 +180,16 @@ class Table:
         Raises:
             DataError: no column fits; lists them, with what is in them.
         """
-        for column in self.columns:
+        sample = self._look([*self.rows, *self.further])  # the first rows may all have one label
+        for column in sample:
             if column.names_splits:
-                reason = (
-                    f"column '{column.name}' says which are {some(column.values)}, but splits are files: save them so"
-                )
+                reason = f"column '{column.name}' says which are {some(column.values)}, "
+                reason += "but each split must be a file of its own: save them separately"
                 self.found.decisions.append(Decision("data.train", "all rows", reason))
         task = self.found.data.get("task")
         if (task is None or get_task(task).words_given) and (self._find_lists() or self._find_words()):
             return
+        self.columns = sample
         texts = self._texts()
         if not texts:
             self._refuse("text_column", "no column has texts: most cells must differ, and not be numbers")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tokmask_peft.data.columns import Findings
 from tokmask_peft.data.corpus import load_corpus
-from tokmask_peft.data.detect import detect, find_splits, looks_english, merges, scripts
+from tokmask_peft.data.detect import detect, find_form, find_splits, looks_english, merges, scripts
 from tokmask_peft.errors import DataError
 from tokmask_peft.recipe.schema import DataConfig
 
@@ -246,7 +246,7 @@ class TestSplits:
             self.found(tmp_path, *names)
         assert caught.value.code == code
 
-    @pytest.mark.parametrize("extra", ["extra.tsv", "train.lid.tsv", "dev_a.tsv"])
+    @pytest.mark.parametrize("extra", ["extra.tsv", "train.lid.tsv", "test_a.tsv"])
     def test_a_named_file_is_never_left_out_in_silence(self, tmp_path, extra):
         with pytest.raises(DataError, match=f"{extra} would not be used") as caught:
             self.found(tmp_path, "train.tsv", "test.tsv", extra, given=["train.tsv", "test.tsv", extra])
@@ -292,6 +292,14 @@ def test_shards_and_a_column_of_splits(tmp_path):
     found, _ = detect([tmp_path / "a.csv"], {})
     assert found.data["label_column"] == "label"
     assert any("'set'" in decision.reason for decision in found.decisions)
+
+
+def test_a_table_that_is_sorted_by_label(tmp_path):
+    lines = [f"la casa {at} azul,{('pos', 'neg')[at // 3000]},{2000 + at % 3}\n" for at in range(6000)]
+    (tmp_path / "a.csv").write_text("text,label,year\n" + "".join(lines))
+    found = Findings({})
+    find_form(tmp_path / "a.csv", found)
+    assert (found.data["text_column"], found.data["label_column"]) == ("text", "label")
 
 
 class TestLabels:
