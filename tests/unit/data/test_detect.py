@@ -302,6 +302,32 @@ def test_a_table_that_is_sorted_by_label(tmp_path):
     assert (found.data["text_column"], found.data["label_column"]) == ("text", "label")
 
 
+@pytest.mark.parametrize(
+    ("names", "cells", "asked", "chosen", "others"),
+    [
+        ("review,stars,language", "{text},{n},{mood}", [], ("review", "stars"), "or is it language"),
+        (
+            "post_title,body,label",
+            "la {text},el {text},{mood}",
+            ["text_column"],
+            ("body", "label"),
+            "or is it post_title",
+        ),
+        ("text,lang,mine", "{text},{n},{mood}", ["label_column"], ("text", "lang"), "or is it mine"),
+        ("text,label,label_text", "{text},{at},{mood}", [], ("text", "label_text"), ""),
+        ("text,year,overall_sentiment", "{text},{n},{mood}", [], ("text", "overall_sentiment"), "or is it year"),
+    ],
+)
+def test_other_columns_that_may_be_meant_are_shown(tmp_path, names, cells, asked, chosen, others):
+    lines = [cells.format(text=t, mood=m, n=at % 3, at=at % 2) for at, (t, m) in enumerate(PAIRS)]
+    (tmp_path / "a.csv").write_text("\n".join([names, *lines]) + "\n")
+    questions = []
+    found = Findings({}, lambda key, question, answers: questions.append(key[5:]) or next(iter(answers)))
+    find_form(tmp_path / "a.csv", found)
+    assert (questions, (found.data["text_column"], found.data["label_column"])) == (asked, chosen)
+    assert others in " ".join(decision.reason for decision in found.decisions)
+
+
 class TestLabels:
     @pytest.mark.parametrize(
         ("labels", "expected"),
