@@ -1,4 +1,4 @@
-"""Which columns of a table have the texts and the labels, as its first rows show it."""
+"""Which columns of a table have the texts and the labels, as a sample of its rows shows it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from tokmask_peft.console import Decision
 from tokmask_peft.data import tables
-from tokmask_peft.data.conll import Columns, grouping
+from tokmask_peft.data.conll import Columns, Row, grouping
 from tokmask_peft.data.opening import DataFile, sheet_cells
 from tokmask_peft.data.readers import jsonl_rows
 from tokmask_peft.data.split import canonical
@@ -25,13 +25,17 @@ MOST_LABELS, MOST_NUMBERS = 200, 20
 SPLITS = ("train", "validation", "test")
 TASK_QUESTION = "What has a label: each text (sequence), or each word (token)?"
 TEXT_NAMES = (
-    *("text", "sentence", "tweet", "content", "post", "comment", "review", "utterance", "message", "question"),
+    *("text", "sentence", "tweet", "content", "body", "post", "comment", "review", "utterance", "message", "question"),
     *("words", "tokens", "word", "token", "form"),
 )
 LABEL_NAMES = (
     *("label", "labels", "tags", "lid", "sentiment", "sa", "class", "category", "target", "tag", "intent", "emotion"),
-    *("topic", "stance", "language", "lang", "dialect", "polarity", "gold", "pos", "ner"),
+    *("topic", "stance", "polarity", "stars", "rating", "score", "hate", "offensive", "irony", "gold", "pos", "ner"),
 )
+LANGUAGE_NAMES = ("language", "lang", "dialect")
+"""Names of labels if nothing else in the table is one."""
+TAG_NAMES = ("label", "labels", "tags", "lid", *LANGUAGE_NAMES, *LABEL_NAMES)
+"""Names of the labels of words."""
 _NUMBER = re.compile(r"[-+]?\d+(?:[.,]\d+)?")
 
 Ask = Callable[[str, str, Mapping[str, str]], str]
@@ -80,6 +84,18 @@ def some(values: Iterable[str] | Counter[str]) -> str:
     return ", ".join(name[:20] for name in names[:4]) + (", …" if len(names) > 4 else "")
 
 
+def spread(rows: Iterable[Row]) -> list[Row]:
+    """Return some of the rows, at most `SAMPLED`, at equal distances."""
+    kept: list[Row] = []
+    step = 1
+    for at, row in enumerate(rows):
+        if at % step == 0:
+            kept.append(row)
+        if len(kept) > SAMPLED:
+            kept, step = kept[::2], 2 * step
+    return kept
+
+
 class _Column:
     """A column of a table, as its sample shows it."""
 
@@ -115,9 +131,14 @@ class _Column:
         return len(self.values) > 1 and {canonical(value) for value in self.values} <= {*SPLITS}
 
     def rank(self, names: Sequence[str]) -> int:
-        """Return the place of the column's name, or of a part of it, among usual ones; their number if it has none."""
-        parts = [self.name.strip().lower(), *re.split(r"[^a-z]+", self.name.strip().lower())]
-        return min((names.index(part) for part in parts if part in names), default=len(names))
+        """Return the place of the column's name among usual ones; those of which it is a part follow."""
+        name, most = self.name.strip().lower(), len(names)
+        parts = [most + names.index(part) for part in re.split(r"[^a-z]+", name) if part in names]
+        return names.index(name) if name in names else min(parts, default=2 * most)
+
+    def has_name(self, names: Sequence[str]) -> bool:
+        """Whether its name, or a part of it, is a usual one."""
+        return self.rank(names) < 2 * len(names)
 
 
 def _items(cell: Any) -> list[Any] | None:
@@ -147,15 +168,20 @@ class Table:
             quoted = format != "tsv" or tables.is_quoted(file, separator)
             rows = tables.named(tables.cells_of(file, separator, quoted), file, wanted, separator)
         self.rows = list(islice(rows, SAMPLED))
-        read = [row[1] for row in self.rows if isinstance(row, tuple)]
-        if not read:
-            problem = next((row.problem for row in self.rows if isinstance(row, Unreadable)), "it has no rows")
-            raise DataError(f"{file.name}: {problem}", code="no-texts", source=file.name)
-        names = list(dict.fromkeys(name for row in read for name in row))
-        self.columns = [_Column(name, [row.get(name) for row in read]) for name in names]
-        self.headless = names == [f"column {number}" for number in range(len(names))]
+        self.further = spread(rows)
+        self.columns = self._look(self.rows)
+        self.headless = [column.name for column in self.columns] == [f"column {at}" for at in range(len(self.columns))]
         if self.headless:
             found.decide("header", False, "the first row is data: it does not name the columns")
+
+    def _look(self, rows: Sequence[Row]) -> list[_Column]:
+        """Return the columns that rows have."""
+        read = [row[1] for row in rows if isinstance(row, tuple)]
+        if not read:
+            problem = next((row.problem for row in rows if isinstance(row, Unreadable)), "it has no rows")
+            raise DataError(f"{self.path}: {problem}", code="no-texts", source=str(self.path))
+        names = list(dict.fromkeys(name for row in read for name in row))
+        return [_Column(name, [row.get(name) for row in read]) for name in names]
 
     def find(self) -> None:
         """Set task and columns.
@@ -163,24 +189,25 @@ class Table:
         Raises:
             DataError: no column fits; lists them, with what is in them.
         """
-        for column in self.columns:
+        sample = self._look([*self.rows, *self.further])  # the first rows may all have one label
+        for column in sample:
             if column.names_splits:
-                reason = (
-                    f"column '{column.name}' says which are {some(column.values)}, but splits are files: save them so"
-                )
+                reason = f"column '{column.name}' says which are {some(column.values)}, "
+                reason += "but each split must be a file of its own: save them separately"
                 self.found.decisions.append(Decision("data.train", "all rows", reason))
         task = self.found.data.get("task")
         if (task is None or get_task(task).words_given) and (self._find_lists() or self._find_words()):
             return
+        self.columns = sample
         texts = self._texts()
         if not texts:
             self._refuse("text_column", "no column has texts: most cells must differ, and not be numbers")
-        text = self._pick("text_column", "Which column has the texts?", texts)
+        text = self._pick("text_column", "Which column has the texts?", texts, TEXT_NAMES)
         labels = self._labels(text)
         if not labels:
             why = f"'{text.name}' has texts, but no other column has labels: two or more values that recur"
             self._refuse("label_column", why)
-        self._pick("label_column", "Which column has the labels?", labels)
+        self._pick("label_column", "Which column has the labels?", labels, LABEL_NAMES)
         self.found.decide("task", "sequence", "a text and its label in each row")
 
     def _refuse(self, key: str, problem: str) -> None:
@@ -204,44 +231,43 @@ class Table:
         problem = f"data.{key}: {self.path.name} has no column '{asked}'. It has {', '.join(names)}."
         raise DataError(problem + nearest(str(asked), names), code="column", field=key, columns=tuple(names))
 
-    def _pick(self, key: str, question: str, likely: Sequence[_Column]) -> _Column:
-        """Return the column that is named, the only one that is likely, or the one that the user chooses."""
+    def _pick(self, key: str, question: str, likely: Sequence[_Column], names: Sequence[str] = ()) -> _Column:
+        """Return the column that the user names; or of the likely ones the only one with a usual name; or ask."""
         if (named := self._named(key)) is not None:
             return named
         shown = {column.name: f"{len(column.values):,} values: {some(column.values)}" for column in likely}
         if key == "text_column":
             shown = {column.name: f"such as “{' '.join(column.strings[0].split())[:60]}”" for column in likely}
-        name = self.found.pick(f"data.{key}", question, shown)
+        usual = [column.name for column in likely if column.has_name(names)]
+        name = usual[0] if len(usual) == 1 else self.found.pick(f"data.{key}", question, shown)
         chosen = next(column for column in likely if column.name == name)
-        more = f"; or is it {' or '.join(other for other in shown if other != name)}?" if len(shown) > 1 else ""
+        others = [other for other in shown if other != name][:4]
+        more = f"; or is it {' or '.join(others)}?" if others else ""
         if key == "label_column" and chosen.is_number:
             more = '; data.label_map={"' + next(iter(chosen.values)) + '": "NAME"} names them' + more
         self.found.decide(key, self.columns.index(chosen) if self.headless else name, shown[name] + more)
         return chosen
 
     def _texts(self) -> list[_Column]:
-        """Return the columns that may hold texts, the likeliest first; one if its name or its length says so."""
+        """Return the columns that may hold texts, the likeliest first."""
         found = [column for column in self.columns if column.may_be_text()]
         found = [column for column in found if column.words >= 2] or found
         found.sort(key=lambda column: (column.rank(TEXT_NAMES), -column.length))
-        usual = [column for column in found if column.rank(TEXT_NAMES) < len(TEXT_NAMES)]
-        if len(usual) == 1:
-            return usual
         longest = max((column.length for column in found), default=0)
-        return [column for column in found if column in usual or column.length > longest / 2]
+        return [column for column in found if column.has_name(TEXT_NAMES) or column.length > longest / 2]
 
     def _labels(self, text: _Column) -> list[_Column]:
-        """Return the columns that may hold labels, the likeliest first; one if its name says so."""
+        """Return the columns that may hold labels, the likeliest first."""
         found = [column for column in self.columns if column is not text and column.may_be_label()]
-        found.sort(key=lambda column: (column.rank(LABEL_NAMES), -round(column.filled, 1), len(column.values)))
-        usual = [column for column in found if column.rank(LABEL_NAMES) < len(LABEL_NAMES)]
+        found.sort(key=lambda column: (-round(column.filled, 1), len(column.values)))
+        found.sort(key=lambda column: (column.rank(LABEL_NAMES), column.rank(LANGUAGE_NAMES)))
         best: list[_Column] = []
-        for column in usual or found:  # of a name and its number, the name is enough
-            pairs = {pair for one in best for pair in zip(one.cells, column.cells, strict=True)}
-            if len(best) != 1 or len(pairs) != len(column.values) or len(pairs) != len(best[0].values):
+        for column in found:  # of a name and its number, the name is enough
+            twin = next((one for one in best if _same(one, column)), None)
+            if twin is None:
                 best.append(column)
-            elif best[0].is_number:
-                best = [column]
+            elif twin.is_number and not column.is_number:
+                best[best.index(twin)] = column
         return best
 
     def _find_lists(self) -> bool:
@@ -255,8 +281,8 @@ class Table:
         if not pairs:
             return False
         texts = sorted(pairs, key=lambda column: (column.rank(TEXT_NAMES), -len(column.values)))
-        labels = sorted(pairs[texts[0]], key=lambda column: column.rank(LABEL_NAMES))
-        single = [one for one in self._labels(texts[0]) if one.rank(LABEL_NAMES) < len(LABEL_NAMES) and not one.is_list]
+        labels = sorted(pairs[texts[0]], key=lambda column: column.rank(TAG_NAMES))
+        single = [one for one in self._labels(texts[0]) if one.has_name((*LABEL_NAMES, *LANGUAGE_NAMES))]
         why = f"'{texts[0].name}' and '{labels[0].name}' have the same number of items in each row"
         answers = {"token": why}
         if single and single[0] not in labels:
@@ -279,7 +305,7 @@ class Table:
         if word is None or running:
             return False
         labels = [column for column in single if column is not word and column.may_be_label()]
-        labels.sort(key=lambda column: (column.rank(LABEL_NAMES), len(column.values)))
+        labels.sort(key=lambda column: (column.rank(TAG_NAMES), len(column.values)))
         label = self._named("label_column") or (labels[0] if labels else None)
         if label is None:
             return False
@@ -300,6 +326,12 @@ class Table:
             at = next(at for at, column in enumerate(self.columns) if column.name == group)
             self.found.decide("group_column", at if self.headless else group, "its values say which words make a text")
         return True
+
+
+def _same(one: _Column, other: _Column) -> bool:
+    """Return whether each value of a column goes with one value of another."""
+    pairs = {(str(first), str(second)) for first, second in zip(one.cells, other.cells, strict=True)}
+    return len(pairs) == len(one.values) == len(other.values)
 
 
 def _go_together(text: _Column, label: _Column) -> bool:

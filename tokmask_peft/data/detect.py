@@ -112,6 +112,11 @@ def find_splits(paths: Sequence[Path], found: Findings) -> dict[str, Path]:
         remedy = "give one file, or name them train, dev (or validation) and test"
         raise DataError(f"{problem}: {remedy}", code="no-train", files=tuple(map(str, files)))
     named = [group for group in sets if _role(group["train"])[0]] or sets
+    if len(paths) > 1 and len(groups) > 1:
+        spare = ", ".join(file.name for group in groups.values() if group is not named[0] for file in group.values())
+        problem = f"{spare} would not be used: no name says how it belongs to {named[0]['train'].name}"
+        remedy = "leave it out, or name the files alike, with train, dev (or validation) and test"
+        raise DataError(f"{problem}; {remedy}", code="several-files", files=tuple(map(str, files)))
     trains = [str(group["train"].name) for group in named]
     chosen = found.pick("FILE", "Several sets of files are there. Which is train?", dict.fromkeys(trains, ""))
     if len(trains) > 1:

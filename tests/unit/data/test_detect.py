@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tokmask_peft.data.columns import Findings
 from tokmask_peft.data.corpus import load_corpus
-from tokmask_peft.data.detect import detect, find_splits, looks_english, merges, scripts
+from tokmask_peft.data.detect import detect, find_form, find_splits, looks_english, merges, scripts
 from tokmask_peft.errors import DataError
 from tokmask_peft.recipe.schema import DataConfig
 
@@ -246,6 +246,12 @@ class TestSplits:
             self.found(tmp_path, *names)
         assert caught.value.code == code
 
+    @pytest.mark.parametrize("extra", ["extra.tsv", "train.lid.tsv", "test_a.tsv"])
+    def test_a_named_file_is_never_left_out_in_silence(self, tmp_path, extra):
+        with pytest.raises(DataError, match=f"{extra} would not be used") as caught:
+            self.found(tmp_path, "train.tsv", "test.tsv", extra, given=["train.tsv", "test.tsv", extra])
+        assert caught.value.code == "several-files"
+
     def test_the_one_of_two_sets_is_asked_for(self, tmp_path):
         self.found(tmp_path, "train.tsv", "test.tsv", "train.lid.tsv")
         asked = []
@@ -288,6 +294,40 @@ def test_shards_and_a_column_of_splits(tmp_path):
     found, _ = detect([tmp_path / "a.csv"], {})
     assert found.data["label_column"] == "label"
     assert any("'set'" in decision.reason for decision in found.decisions)
+
+
+def test_a_table_that_is_sorted_by_label(tmp_path):
+    lines = [f"la casa {at} azul,{('pos', 'neg')[at // 3000]},{2000 + at % 3}\n" for at in range(6000)]
+    (tmp_path / "a.csv").write_text("text,label,year\n" + "".join(lines))
+    found = Findings({})
+    find_form(tmp_path / "a.csv", found)
+    assert (found.data["text_column"], found.data["label_column"]) == ("text", "label")
+
+
+@pytest.mark.parametrize(
+    ("names", "cells", "asked", "chosen", "others"),
+    [
+        ("review,stars,language", "{text},{n},{mood}", [], ("review", "stars"), "or is it language"),
+        (
+            "post_title,body,label",
+            "la {text},el {text},{mood}",
+            ["text_column"],
+            ("body", "label"),
+            "or is it post_title",
+        ),
+        ("text,lang,mine", "{text},{n},{mood}", ["label_column"], ("text", "lang"), "or is it mine"),
+        ("text,label,label_text", "{text},{at},{mood}", [], ("text", "label_text"), ""),
+        ("text,year,overall_sentiment", "{text},{n},{mood}", [], ("text", "overall_sentiment"), "or is it year"),
+    ],
+)
+def test_other_columns_that_may_be_meant_are_shown(tmp_path, names, cells, asked, chosen, others):
+    lines = [cells.format(text=t, mood=m, n=at % 3, at=at % 2) for at, (t, m) in enumerate(PAIRS)]
+    (tmp_path / "a.csv").write_text("\n".join([names, *lines]) + "\n")
+    questions = []
+    found = Findings({}, lambda key, question, answers: questions.append(key[5:]) or next(iter(answers)))
+    find_form(tmp_path / "a.csv", found)
+    assert (questions, (found.data["text_column"], found.data["label_column"])) == (asked, chosen)
+    assert others in " ".join(decision.reason for decision in found.decisions)
 
 
 class TestLabels:
