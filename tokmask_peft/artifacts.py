@@ -386,7 +386,7 @@ def find_saved(
         trust_remote_code: run the backbone's own code. The run's recipe cannot ask for it: it may be a stranger's.
 
     Raises:
-        ModelError: there is no adapter of this package, with what to do.
+        ModelError: no adapter of this package was found; says what to do.
         RunError: the run has no adapter yet.
     """
     if isinstance(model, SavedAdapter):

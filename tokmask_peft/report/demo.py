@@ -87,7 +87,7 @@ def _page(rows: Sequence[Any] = (), problem: str = "", **values: Any) -> Markup:
 def of_run(model: str) -> tuple[str, list[str]]:
     """Return what is known of a run: a sentence on its scores, and texts of its data, one for each of some labels.
 
-    Both are empty if `model` is no run of this machine; the texts are left out if its data cannot be read.
+    Both are empty if `model` is not a run on this machine; the texts are left out if its data cannot be read.
     """
     if not is_run(model):
         return "", []

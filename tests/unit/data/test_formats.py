@@ -14,12 +14,12 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from test_readers import predicted
 
 from tokmask_peft.data import opening
-from tokmask_peft.data.readers import TextFile, line_number, read_split
+from tokmask_peft.data.readers import TextFile, read_split
 from tokmask_peft.errors import TokmaskError
 from tokmask_peft.recipe.schema import SourceConfig
-from tokmask_peft.tasks import Example
 
 
 @pytest.fixture
@@ -44,12 +44,6 @@ def refused(path, task="sequence", **source):
     with pytest.raises(TokmaskError) as caught:
         read(path, task, **source)
     return caught.value
-
-
-def predicted(path, task="sequence", **options):
-    """Return (line, text or code) of each row that prediction sees."""
-    found = TextFile(path, task, **options)
-    return [(line_number(one.where), one.text if isinstance(one, Example) else one.code) for one in found]
 
 
 def workbook(rows, *, sheets=("Sheet1",)):
