@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tokmask_peft.errors import TokmaskError
+    from tokmask_peft.examples import Prediction, WordPredictions
     from tokmask_peft.inference.classifier import Classifier, load
     from tokmask_peft.inference.explain import Explanation, explain
     from tokmask_peft.inference.export import push
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from tokmask_peft.masking.config import TokenMaskConfig
     from tokmask_peft.masking.masker import TokenMasker
     from tokmask_peft.recipe.schema import Recipe
-    from tokmask_peft.tasks import Prediction, WordPredictions
     from tokmask_peft.training.evaluate import evaluate
     from tokmask_peft.training.train import train
 

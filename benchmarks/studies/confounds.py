@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from page import write
 
 from tokmask_peft.artifacts import write_json
+from tokmask_peft.examples import NO_PREDICTION
 from tokmask_peft.study.statistics import spread
-from tokmask_peft.tasks import NO_PREDICTION
 from tokmask_peft.training.environment import environment
 from tokmask_peft.training.metrics import bootstrap_differences, percentile_interval, text_counts
 

@@ -29,6 +29,7 @@ from tokmask_peft.data.batches import PackedCollator
 from tokmask_peft.data.corpus import Corpus, count_labels, load_corpus
 from tokmask_peft.data.encoding import Encoder
 from tokmask_peft.data.split import subset
+from tokmask_peft.examples import IGNORED, NO_PREDICTION, Example
 from tokmask_peft.masking.config import TokenMaskConfig
 from tokmask_peft.masking.embedding import read_rows, write_row
 from tokmask_peft.masking.masker import TokenMasker
@@ -37,7 +38,6 @@ from tokmask_peft.masking.replacement import MaskToken
 from tokmask_peft.model.backbone import load_backbone
 from tokmask_peft.model.packed import enable_padding_free
 from tokmask_peft.recipe.schema import Recipe
-from tokmask_peft.tasks import IGNORED, NO_PREDICTION, Example
 from tokmask_peft.training.losses import ClassificationLoss, class_weights
 from tokmask_peft.training.metrics import scores
 

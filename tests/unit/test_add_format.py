@@ -5,7 +5,7 @@ import pytest
 from tokmask_peft import Recipe
 from tokmask_peft.data.corpus import load_corpus
 from tokmask_peft.data.readers import READERS, TextFile
-from tokmask_peft.tasks import Unreadable
+from tokmask_peft.examples import Unreadable
 
 
 # -- the example of CONTRIBUTING --

@@ -22,9 +22,9 @@ from tokmask_peft.console import (
     print_result,
     print_scores,
 )
+from tokmask_peft.examples import Prediction, WordPredictions
 from tokmask_peft.inference.display import print_answers, print_explanations
 from tokmask_peft.inference.explain import Explanation
-from tokmask_peft.tasks import Prediction, WordPredictions
 
 
 @pytest.fixture

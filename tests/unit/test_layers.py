@@ -14,6 +14,7 @@ LAYERS = (
     ("console",),
     ("html",),
     ("masking",),
+    ("examples",),
     ("tasks",),
     ("recipe",),
     ("data",),

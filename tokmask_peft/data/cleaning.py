@@ -21,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from tokmask_peft.tasks import Example, Label
+from tokmask_peft.examples import Example, Label
 
 EXAMPLES_SHOWN = 3
 WIDTH = 60

@@ -16,7 +16,8 @@ from tokmask_peft.data.opening import DataFile, sheet_cells
 from tokmask_peft.data.readers import jsonl_rows
 from tokmask_peft.data.split import canonical
 from tokmask_peft.errors import DataError, nearest
-from tokmask_peft.tasks import TASKS, Unreadable, get_task
+from tokmask_peft.examples import Unreadable
+from tokmask_peft.tasks import TASKS, get_task
 
 SAMPLED = 2000
 """Lines or rows from which the form of a file is decided."""

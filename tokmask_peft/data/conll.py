@@ -25,7 +25,8 @@ from typing import Any, Literal
 from tokmask_peft.console import Decision
 from tokmask_peft.data.split import canonical
 from tokmask_peft.errors import DataError, nearest
-from tokmask_peft.tasks import TASKS, Example, Task, Unreadable, get_task
+from tokmask_peft.examples import Example, Unreadable
+from tokmask_peft.tasks import TASKS, Task, get_task
 
 Row = tuple[str, dict[str, Any]] | Unreadable
 """The place of a row (`file:line`) and its cells by column, or why it has none."""

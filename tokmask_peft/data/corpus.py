@@ -18,8 +18,8 @@ from tokmask_peft.data.cleaning import CleaningReport, clean, clean_share
 from tokmask_peft.data.readers import find_files, read_split
 from tokmask_peft.data.split import canonical, carve, subset
 from tokmask_peft.errors import DataError, nearest
+from tokmask_peft.examples import Example, Label
 from tokmask_peft.recipe.schema import DataConfig, SourceConfig
-from tokmask_peft.tasks import Example, Label
 
 OTHERS = "*"
 MANY_LABELS, SHOWN = 50, 10

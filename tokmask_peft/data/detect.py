@@ -36,8 +36,9 @@ from tokmask_peft.data.readers import READERS, read_split
 from tokmask_peft.data.split import canonical
 from tokmask_peft.data.tables import separator_of
 from tokmask_peft.errors import DataError
+from tokmask_peft.examples import Example
 from tokmask_peft.recipe.schema import DataConfig, SourceConfig
-from tokmask_peft.tasks import TASKS, Example, get_task
+from tokmask_peft.tasks import TASKS, get_task
 
 ENGLISH = 0.15
 """Share of function words above which texts are taken for English; code-switched texts have less."""

@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokmask_peft.errors import DataError
-from tokmask_peft.tasks import Example, get_task
+from tokmask_peft.examples import Example
+from tokmask_peft.tasks import get_task
 
 if TYPE_CHECKING:
     from datasets import Dataset

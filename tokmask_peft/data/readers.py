@@ -27,8 +27,9 @@ from tokmask_peft.data.opening import PACKED, DataFile, sheet_cells, unicode_pro
 from tokmask_peft.data.split import NAME_A_SPLIT, SHARD, aliases, check_shards
 from tokmask_peft.data.tables import SNIFFED, is_quoted, separator_of
 from tokmask_peft.errors import DataError, TokmaskError, first_line, nearest
+from tokmask_peft.examples import Example, Unreadable
 from tokmask_peft.recipe.schema import SourceConfig
-from tokmask_peft.tasks import Example, Unreadable, get_task
+from tokmask_peft.tasks import get_task
 
 SHOWN = 5
 _PLACEHOLDERS = {"", "-", "_", "?", "-1", "none", "null"}

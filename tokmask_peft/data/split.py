@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from tokmask_peft.data.cleaning import normalise
 from tokmask_peft.errors import DataError
-from tokmask_peft.tasks import Example
+from tokmask_peft.examples import Example
 
 _ALIASES = {"train": {"training"}, "validation": {"dev", "valid", "val", "development"}, "test": {"testing"}}
 SHARD = re.compile(r"-(\d{5})-of-(\d{5})$")

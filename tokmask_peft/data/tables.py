@@ -28,7 +28,8 @@ from tokmask_peft.data.conll import (
 )
 from tokmask_peft.data.opening import DataFile, unicode_problem
 from tokmask_peft.errors import DataError, first_line, nearest
-from tokmask_peft.tasks import Example, Task, Unreadable
+from tokmask_peft.examples import Example, Unreadable
+from tokmask_peft.tasks import Task
 
 SNIFFED = 1000
 """Rows from which separator, header and grouping are decided."""

@@ -17,6 +17,7 @@ from tokmask_peft.console import Decision
 from tokmask_peft.data.encoding import Encoder, Window
 from tokmask_peft.data.opening import unicode_problem
 from tokmask_peft.errors import DataError, ModelError, boundary, first_line
+from tokmask_peft.examples import Prediction, WordPredictions
 from tokmask_peft.inference.explain import Explanation, explain
 from tokmask_peft.inference.forward import Forward, loading_memory_errors
 from tokmask_peft.masking.config import TokenMaskConfig
@@ -26,7 +27,7 @@ from tokmask_peft.model.backbone import load_backbone
 from tokmask_peft.model.decisions import gpu_problem, kernels_problem, plan_loading
 from tokmask_peft.model.location import position_limit
 from tokmask_peft.model.packed import choose_batching, enable_padding_free
-from tokmask_peft.tasks import Prediction, WordPredictions, get_task
+from tokmask_peft.tasks import get_task
 from tokmask_peft.training.metrics import probabilities
 
 BATCH_SIZE = 32

@@ -15,11 +15,12 @@ from rich.text import Text
 
 from tokmask_peft.console import SafeConsole, echo, printable
 from tokmask_peft.data.readers import TextFile
+from tokmask_peft.examples import Unreadable, WordPredictions
 from tokmask_peft.html import FAINTEST, environment, strength_of
 from tokmask_peft.inference.classifier import Answer, Classifier
 from tokmask_peft.inference.explain import Explanation
 from tokmask_peft.inference.files import Columns, FileReport, answer_record, answered, json_text, predict_file
-from tokmask_peft.tasks import Unreadable, WordPredictions, get_task
+from tokmask_peft.tasks import get_task
 
 _FOR, _AGAINST = (33, 102, 172), (214, 96, 77)  # blue and orange-red, which colour-blind readers can distinguish
 

@@ -22,9 +22,9 @@ from tokmask_peft.data.conll import Row
 from tokmask_peft.data.readers import TextFile, line_number
 from tokmask_peft.data.tables import classes_of
 from tokmask_peft.errors import DataError, first_line, require, whole
+from tokmask_peft.examples import Example, Unreadable, WordPredictions
 from tokmask_peft.inference.classifier import BATCH_SIZE, Answer, Classifier
 from tokmask_peft.inference.export import check_output
-from tokmask_peft.tasks import Example, Unreadable, WordPredictions
 
 CHUNK_BATCHES, CHUNK_CHARACTERS = 32, 2_000_000
 SHOWN_PROBLEMS = 5

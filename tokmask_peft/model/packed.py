@@ -22,12 +22,12 @@ from transformers.modeling_outputs import SequenceClassifierOutput, TokenClassif
 
 from tokmask_peft.console import Decision
 from tokmask_peft.errors import ModelError
+from tokmask_peft.examples import IGNORED
 from tokmask_peft.masking.embedding import find_embedding
 from tokmask_peft.masking.masker import TokenMasker
 from tokmask_peft.model.decisions import flash_problem, rows_kernel, rows_problem
 from tokmask_peft.model.layers import dropout as dropped
 from tokmask_peft.recipe.schema import Batching
-from tokmask_peft.tasks import IGNORED
 
 Kernel = Callable[..., Tensor]
 NAME = "tokmask_packed"

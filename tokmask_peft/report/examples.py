@@ -10,9 +10,10 @@ from typing import Any
 
 from tokmask_peft.artifacts import Run, find_saved
 from tokmask_peft.errors import MaskTokenError
+from tokmask_peft.examples import Example
 from tokmask_peft.inference.classifier import Classifier, load
 from tokmask_peft.inference.explain import explain
-from tokmask_peft.tasks import Example, Task, get_task
+from tokmask_peft.tasks import Task, get_task
 from tokmask_peft.training.evaluate import split_examples
 
 SHOWN = 10

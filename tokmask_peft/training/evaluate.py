@@ -16,12 +16,13 @@ from tokmask_peft.artifacts import AdapterInfo, find_saved, open_finished
 from tokmask_peft.data.corpus import apply_label_map, check_known, load_corpus, with_unseen
 from tokmask_peft.data.readers import READERS, read_split
 from tokmask_peft.errors import DataError, boundary
+from tokmask_peft.examples import Example
 from tokmask_peft.model.adapter import load_adapter
 from tokmask_peft.model.backbone import load_backbone
 from tokmask_peft.model.decisions import plan_loading
 from tokmask_peft.model.memory.suggestions import Situation, changed, memory_errors
 from tokmask_peft.recipe.schema import Recipe
-from tokmask_peft.tasks import Example, get_task
+from tokmask_peft.tasks import get_task
 from tokmask_peft.training.environment import processes
 from tokmask_peft.training.scoring import scores_of
 from tokmask_peft.training.trainer import OrderedEvalTrainer, Split, training_arguments

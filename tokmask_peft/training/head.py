@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from tokmask_peft.console import Decision
-from tokmask_peft.tasks import IGNORED
+from tokmask_peft.examples import IGNORED
 from tokmask_peft.training.metrics import Predictions, scores
 from tokmask_peft.training.trainer import OrderedEvalTrainer, Split
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokmask_peft.errors import RecipeError, nearest
-from tokmask_peft.tasks import IGNORED
+from tokmask_peft.examples import IGNORED
 
 
 def class_weights(wanted: str | Mapping[str, float], counts: Mapping[str, int]) -> list[float] | None:

@@ -18,7 +18,7 @@ from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, softmax
 
 from tokmask_peft.errors import RunError, read_json
-from tokmask_peft.tasks import NO_PREDICTION
+from tokmask_peft.examples import NO_PREDICTION
 
 METRICS = ("f1_macro", "f1_weighted")
 LEVEL = 0.95

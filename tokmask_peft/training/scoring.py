@@ -13,8 +13,9 @@ import numpy as np
 from tokmask_peft.artifacts import Result
 from tokmask_peft.data.corpus import Corpus
 from tokmask_peft.errors import RunError
+from tokmask_peft.examples import Example
 from tokmask_peft.recipe.schema import Recipe
-from tokmask_peft.tasks import Example, get_task
+from tokmask_peft.tasks import get_task
 from tokmask_peft.training.metrics import Predictions, calibrate, compared, scores, scores_by_mixing
 from tokmask_peft.training.trainer import OrderedEvalTrainer, Split
 

@@ -25,11 +25,12 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from tokmask_peft.data.batches import TokenBudgetSampler, token_budget_loader
 from tokmask_peft.data.encoding import Encoded, Encoder, Window
 from tokmask_peft.errors import RecipeError, RunError, nearest
+from tokmask_peft.examples import IGNORED, NO_PREDICTION, Example
 from tokmask_peft.masking.callback import TokenMaskCallback
 from tokmask_peft.model.adapter import inputs_as_they_come
 from tokmask_peft.model.layers import quick_dropout
 from tokmask_peft.recipe.schema import Recipe
-from tokmask_peft.tasks import IGNORED, NO_PREDICTION, Example, get_task
+from tokmask_peft.tasks import get_task
 from tokmask_peft.training.metrics import Predictions, scores
 
 

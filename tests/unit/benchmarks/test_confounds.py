@@ -23,9 +23,9 @@ from confounds_training import (
 from tiny_models import build, encode, seen_ids
 
 from tokmask_peft.artifacts import write_json
+from tokmask_peft.examples import Example
 from tokmask_peft.masking.config import TokenMaskConfig
 from tokmask_peft.masking.masker import TokenMasker
-from tokmask_peft.tasks import Example
 from tokmask_peft.training.metrics import scores
 
 SMALL = replace(SETTINGS["causal"], epochs=3, batch_size=8, patience=9)

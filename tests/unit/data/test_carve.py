@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokmask_peft.data.cleaning import normalise
 from tokmask_peft.data.split import carve, subset
 from tokmask_peft.errors import DataError
-from tokmask_peft.tasks import Example
+from tokmask_peft.examples import Example
 
 
 def posts(count=200, labels=("a", "b", "c"), weights=(6, 3, 1)):

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from tokmask_peft.data.cleaning import clean, clean_share, normalise
-from tokmask_peft.tasks import Example
+from tokmask_peft.examples import Example
 
 
 def texts(*pairs):

@@ -8,8 +8,8 @@ import yaml
 from tokmask_peft.data.corpus import count_labels, load_corpus
 from tokmask_peft.data.readers import read_split
 from tokmask_peft.errors import DataError
+from tokmask_peft.examples import Example
 from tokmask_peft.recipe.schema import DataConfig, SourceConfig
-from tokmask_peft.tasks import Example
 
 
 @pytest.fixture

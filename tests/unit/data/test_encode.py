@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tokmask_peft.data.encoding import Encoder
 from tokmask_peft.errors import DataError
-from tokmask_peft.tasks import IGNORED, Example
+from tokmask_peft.examples import IGNORED, Example
 
 WORDPIECES = [
     "[PAD]",

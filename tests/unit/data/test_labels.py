@@ -4,7 +4,7 @@ import pytest
 
 from tokmask_peft.data.corpus import apply_label_map, check_known, collect_labels, count_labels, merged_labels
 from tokmask_peft.errors import DataError
-from tokmask_peft.tasks import Example
+from tokmask_peft.examples import Example
 
 
 def tagged(*labels):

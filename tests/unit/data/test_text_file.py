@@ -8,7 +8,7 @@ import pytest
 
 from tokmask_peft.data.readers import TextFile, line_number
 from tokmask_peft.errors import DataError
-from tokmask_peft.tasks import Example, Unreadable
+from tokmask_peft.examples import Example, Unreadable
 
 
 def read(path, task="sequence", **options):

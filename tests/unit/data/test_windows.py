@@ -9,7 +9,7 @@ from tiny_models import FAMILIES, TEXTS, families, tiny_tokenizer, token_familie
 from tokmask_peft.data import encoding
 from tokmask_peft.data.encoding import Encoder
 from tokmask_peft.errors import DataError
-from tokmask_peft.tasks import Example
+from tokmask_peft.examples import Example
 
 WORDS = [word for text in TEXTS for word in text.split()]
 LABELS = ("a", "b")

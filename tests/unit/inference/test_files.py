@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 
 from tokmask_peft.data.readers import TextFile
 from tokmask_peft.errors import DataError, ExtraError, ModelError
+from tokmask_peft.examples import Prediction, WordPredictions
 from tokmask_peft.inference import files
 from tokmask_peft.inference.display import print_file
 from tokmask_peft.inference.export import check_folder, check_output
 from tokmask_peft.inference.files import predict_file
-from tokmask_peft.tasks import Prediction, WordPredictions
 
 
 class Echo:

@@ -10,9 +10,9 @@ from typer.testing import CliRunner
 
 from tokmask_peft.cli import app
 from tokmask_peft.errors import ModelError
+from tokmask_peft.examples import Example
 from tokmask_peft.inference.classifier import Classifier
 from tokmask_peft.report import demo
-from tokmask_peft.tasks import Example
 
 
 @pytest.fixture(scope="module")

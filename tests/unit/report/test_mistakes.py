@@ -4,9 +4,10 @@ import pytest
 from tiny_models import build
 
 from tokmask_peft import Prediction, WordPredictions
+from tokmask_peft.examples import Example
 from tokmask_peft.inference.classifier import Classifier
 from tokmask_peft.report.examples import Mistake, explained, mistakes_of, most_confident
-from tokmask_peft.tasks import Example, get_task
+from tokmask_peft.tasks import get_task
 
 SEQUENCE, TOKEN = get_task("sequence"), get_task("token")
 

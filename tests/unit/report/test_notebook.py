@@ -6,8 +6,8 @@ import pytest
 from run_files import NASTY, write_run
 
 from tokmask_peft.artifacts import open_run
+from tokmask_peft.examples import Prediction, WordPredictions
 from tokmask_peft.inference.explain import Explanation
-from tokmask_peft.tasks import Prediction, WordPredictions
 
 
 class Balanced(HTMLParser):

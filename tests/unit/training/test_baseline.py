@@ -8,7 +8,7 @@ from sklearn.linear_model import LogisticRegression
 
 from tokmask_peft.data.cleaning import CleaningReport
 from tokmask_peft.data.corpus import Corpus, DataReport, collect_labels
-from tokmask_peft.tasks import Example
+from tokmask_peft.examples import Example
 from tokmask_peft.training.metrics import Predictions, compared, scores
 from tokmask_peft.training.scoring import baseline_scores
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokmask_peft.errors import RecipeError
-from tokmask_peft.tasks import IGNORED
+from tokmask_peft.examples import IGNORED
 from tokmask_peft.training.losses import ClassificationLoss, class_weights
 
 COUNTS = st.dictionaries(st.sampled_from("abcdefgh"), st.integers(1, 10**6), min_size=1)

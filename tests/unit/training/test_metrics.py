@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, f1_score
 
-from tokmask_peft.tasks import NO_PREDICTION
+from tokmask_peft.examples import NO_PREDICTION
 from tokmask_peft.training.metrics import (
     MIXING_BINS,
     Predictions,

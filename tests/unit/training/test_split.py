@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from tiny_models import tiny_tokenizer
 
-from tokmask_peft.tasks import IGNORED, NO_PREDICTION, Example
+from tokmask_peft.examples import IGNORED, NO_PREDICTION, Example
 from tokmask_peft.training.trainer import Split
 
 LABELS = ("en", "es", "other")

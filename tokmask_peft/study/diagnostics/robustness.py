@@ -20,6 +20,7 @@ from tokmask_peft.console import make_console
 from tokmask_peft.data.corpus import load_corpus, with_unseen
 from tokmask_peft.data.encoding import Window
 from tokmask_peft.errors import RunError, read_json, write_json
+from tokmask_peft.examples import Example
 from tokmask_peft.inference.classifier import Classifier, load
 from tokmask_peft.masking.config import TokenMaskConfig
 from tokmask_peft.masking.pattern import maskable_table, masked_positions, word_start_table
@@ -28,7 +29,7 @@ from tokmask_peft.study.diagnostics.plans import Member, Perturbations
 from tokmask_peft.study.diagnostics.reports import make_folder, robustness_report
 from tokmask_peft.study.report import Report
 from tokmask_peft.study.statistics import spread
-from tokmask_peft.tasks import Example, get_task
+from tokmask_peft.tasks import get_task
 from tokmask_peft.training.environment import versions
 from tokmask_peft.training.metrics import Predictions, scores
 

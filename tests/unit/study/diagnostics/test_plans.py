@@ -11,13 +11,13 @@ from typer.testing import CliRunner
 
 from tokmask_peft.cli import app
 from tokmask_peft.errors import DataError, RunError
+from tokmask_peft.examples import Example
 from tokmask_peft.study.diagnostics import robustness
 from tokmask_peft.study.diagnostics.gradients import draw_batches
 from tokmask_peft.study.diagnostics.plans import Perturbations, find_members
 from tokmask_peft.study.diagnostics.reports import robustness_report, robustness_table
 from tokmask_peft.study.diagnostics.robustness import analyse, by_unseen
 from tokmask_peft.study.statistics import spread
-from tokmask_peft.tasks import Example
 
 
 def mistake(*arguments: object) -> str:

@@ -1,0 +1,94 @@
+"""A text as it was read, with its labels, and the answer to it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from tokmask_peft.html import InNotebooks
+
+Label = str | tuple[str, ...] | None
+IGNORED = -100
+"""The label id of positions that carry none: later sub-tokens, special tokens, padding."""
+MOST_SHOWN = 8
+"""Words in the short form of an answer."""
+NO_PREDICTION = -1
+"""The predicted id of an item that was cut away: never right."""
+WrongLabel = tuple[str, str, float, float, int | None]
+"""Label of the data, label of the classifier, the probability of each, and the index of the word, if a word has it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A text as read, before tokenization."""
+
+    text: str | tuple[str, ...]  # the text, or its words if they have labels
+    label: Label  # the label, or one tag per word; none if the source gives no label
+    where: str  # `file:line` or `split[row]`, for error messages
+    places: tuple[str, ...] = ()  # the same of each word, if words have rows of their own; for prediction only
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """The words: as given, or the text split at white space."""
+        return tuple(self.text.split()) if isinstance(self.text, str) else self.text
+
+    @property
+    def string(self) -> str:
+        """The text as one string, words joined by a space."""
+        return self.text if isinstance(self.text, str) else " ".join(self.text)
+
+    @property
+    def tags(self) -> tuple[str, ...]:
+        """The labels as a tuple: one per word, or the only one; empty without a label."""
+        if self.label is None:
+            return ()
+        return (self.label,) if isinstance(self.label, str) else self.label
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """A row or text that cannot be read, in its place among those that can."""
+
+    where: str  # `file:line` or `file[row]`
+    problem: str
+    code: str = "unreadable"  # of the error that it becomes if every text is needed
+    cells: tuple[str, ...] = ()  # what stands there, as far as it was split into cells
+
+
+LabelIds = Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Prediction(InNotebooks):
+    """The answer for a text with one label."""
+
+    label: str  # the most probable one
+    probabilities: dict[str, float]  # label -> calibrated probability, in the order of the classifier's labels
+    windows: int = 1  # windows that the text was read in; more than 1 if it is longer than those of training
+
+    @property
+    def confidence(self) -> float:
+        """The calibrated probability of the label."""
+        return self.probabilities[self.label]
+
+    def __repr__(self) -> str:
+        return f"Prediction({self.label!r}, {self.confidence:.3f})"
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class WordPredictions(InNotebooks):
+    """The answer for a text with a label per word; see `Prediction`."""
+
+    words: tuple[str, ...]  # as they were given or split at white space
+    labels: tuple[str, ...]  # the most probable label of each word
+    probabilities: tuple[dict[str, float], ...]  # one for each word
+    windows: int = 1
+
+    @property
+    def confidence(self) -> tuple[float, ...]:
+        """The calibrated probability of each word's label."""
+        return tuple(row[label] for row, label in zip(self.probabilities, self.labels, strict=True))
+
+    def __repr__(self) -> str:
+        pairs = [f"{word}/{label}" for word, label in zip(self.words, self.labels, strict=True)]
+        return f"WordPredictions({' '.join(pairs[:MOST_SHOWN])}{' …' if len(pairs) > MOST_SHOWN else ''})"
