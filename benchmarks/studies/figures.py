@@ -1,9 +1,9 @@
-"""The figures of the masking study, read from `benchmarks/results/masking/*.json`."""
+"""The figures of the masking studies, read from `benchmarks/results/masking*/*.json`."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,11 @@ def read(name: str) -> Any:
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
+def sweep_files() -> list[Path]:
+    """Return the files of the sweeps of both studies."""
+    return sorted(RESULTS.glob("masking*/*.json"))
+
+
 @dataclass(frozen=True, slots=True)
 class Study:
     """What was collected: the content of the JSON files by the names of the sweeps."""
@@ -45,7 +50,7 @@ class Study:
     @classmethod
     def read(cls) -> Study:
         """Read the sweeps that have run."""
-        found = {file.stem: read(f"masking/{file.stem}") for file in sorted((RESULTS / "masking").glob("*.json"))}
+        found = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in sweep_files()}
         return cls({name: content for name, content in found.items() if "analysis" in content})
 
     @property
@@ -90,6 +95,14 @@ class Study:
             return None
         gaps = [a - b for a, b in zip(first, second, strict=True)]
         return {**spread(gaps), "one": float(np.mean(first)), "other": float(np.mean(second))}
+
+    def arm_contrast(self, name: str, arms: Sequence[str], other: str) -> dict[str, Any]:
+        """Return spread and values of the mean of some arms' macro-F1 minus that of another arm, seed by seed."""
+        rows = {row["label"]: row for row in self.analysis(name)["rows"]}
+        scores = [dict(zip(row["seeds"], row["f1_macro"]["by_seed"], strict=True)) for row in map(rows.get, (*arms, other))]
+        *found, plain = _of_all_seeds(scores)
+        values = (np.mean(found, axis=0) - plain).tolist()
+        return {**spread(values), "by_seed": values}
 
     def together(self, p: float, names: list[str], metric: str = "f1_macro") -> dict[str, Any] | None:
         """Return spread and sign-flip p-value of the mean difference over tasks, one value per seed.

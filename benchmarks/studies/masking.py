@@ -4,8 +4,8 @@
     TOKMASK_DATA=FOLDER python benchmarks/studies/masking.py --all           # hours
     python benchmarks/studies/masking.py --list                              # the commands, to run them elsewhere
 
-The command of a sweep is in `benchmarks/results/masking/NAME.json`, and its figures go there; for a new sweep write a
-file with a `command` alone. A finished run is not trained again, and an interrupted sweep is continued.
+The command of a sweep is in `benchmarks/results/masking/NAME.json` or, if it belongs to the second study (`PLAN.md`), in
+`masking2/NAME.json`, and its figures go there; for a new sweep write a file with a `command` alone. A finished run is not trained again, and an interrupted sweep is continued.
 """
 
 from __future__ import annotations
@@ -19,11 +19,24 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from figures import RESULTS
+from figures import sweep_files
 from page import write
 
-from tokmask_peft.artifacts import write_json
+from tokmask_peft.artifacts import Result, write_json
 from tokmask_peft.study.results import SweepResults, analyse, read_sweep
+from tokmask_peft.training.metrics import METRICS
+
+
+def single(run: Result) -> dict[str, Any]:
+    """Return the figures of one run; the log-loss is that of the uncalibrated probabilities."""
+    scores = {split: getattr(run, split) for split in ("validation", "test")}
+    return {
+        **{split: {metric: found[metric] for metric in METRICS} for split, found in scores.items() if found},
+        "log_loss": {split: run.calibration[split]["before"]["nll"] for split in scores if split in run.calibration},
+        "best_step": run.best_step,
+        "precision": next(one["choice"] for one in run.decisions if one["what"] == "precision"),
+        "mask_token": next((one["choice"] for one in run.decisions if one["what"] == "mask token"), None),
+    }
 
 
 def collected(command: str, results: SweepResults) -> dict[str, Any]:
@@ -40,6 +53,11 @@ def collected(command: str, results: SweepResults) -> dict[str, Any]:
         "texts": {name: split["texts"] for name, split in splits.items()},
         "words": {name: split["words"] for name, split in splits.items()},
         "labels": len(runs[0].labels),
+        "runs": [
+            {"arm": row.label, "seed": seed, **single(run)}
+            for row, by_seed in results.runs.items()
+            for seed, run in by_seed.items()
+        ],
         "steps": runs[0].steps,
         "best_at_end": {
             row.label: statistics.mean(run.best_step == run.steps for run in by_seed.values())
@@ -52,7 +70,7 @@ def collected(command: str, results: SweepResults) -> dict[str, Any]:
 
 def main() -> None:
     """Run the command line of this file."""
-    files = {file.stem: file for file in sorted((RESULTS / "masking").glob("*.json"))}
+    files = {file.stem: file for file in sweep_files()}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help=f"of {', '.join(files)}")
     parser.add_argument("--all", action="store_true", help="every sweep, which takes hours")

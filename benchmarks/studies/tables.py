@@ -9,6 +9,7 @@ from typing import Any
 from figures import TITLES, Study, paired, read
 
 from tokmask_peft.study.report import Table, difference_table, interval, mean_sd, score_table, signed
+from tokmask_peft.study.statistics import holm, sign_flip_p, spread
 
 CONTRASTS = (
     ("ud_tur_deu_pos", "ud_tur_deu_lid"),
@@ -19,6 +20,7 @@ CONTRASTS = (
     ("ud_tur_deu_pos-tuned", "ud_tur_deu_pos"),
 )
 """Sweeps whose differences from p = 0 are compared with each other."""
+STAGE_0 = {"stage0-trec": "TREC, 500 training texts", "stage0-twi": "AfriSenti Twi, 500 training texts"}
 FAITHFULNESS = {
     "least_minus_most": "area, least minus most influential first",
     "random_minus_most": "area, random minus most influential first",
@@ -143,6 +145,34 @@ def summary(study: Study) -> Table:
     return ("task", "character n-grams", "p = 0", "p = 0.1", "difference", "higher in"), body
 
 
+def second(name: str, study: Study) -> Table:
+    """Return the arms of a sweep of the second study: scores, differences from none seed by seed, log-loss."""
+    losses: dict[str, dict[int, float]] = {}
+    for run in study.sweeps[name]["runs"]:
+        losses.setdefault(run["arm"], {})[run["seed"]] = run["log_loss"]["test"]
+    body = []
+    for row in study.analysis(name)["rows"]:
+        cells = [row["label"], mean_sd(row["f1_macro"]), ""]
+        if found := row.get("difference", {}).get("f1_macro"):
+            cells[-1] = f"{_mean(found)}; {_up(found, '/')}; p = {found['p_holm']:.3g}"
+        mine = losses[row["label"]]
+        cells += [mean_sd(row["f1_weighted"]), mean_sd(spread(list(mine.values())))]
+        body.append(cells)
+    return ("arm", "macro-F1", "difference", "weighted F1", "log-loss"), body
+
+
+def token_contrast(study: Study) -> Table:
+    """Return stage 0's contrast: a healthy place, `unk` and `drop` averaged, minus the model's own token, at p = .3."""
+    names = [name for name in STAGE_0 if name in study.sweeps]
+    found = [study.arm_contrast(name, ("unk:0.3", "drop:0.3"), "own:0.3") for name in names]
+    tests = [float(sign_flip_p(one["by_seed"])) for one in found]
+    body = [
+        [STAGE_0[name], str(one["n"]), _mean(one), _up(one, " of "), f"{p:.3g}", f"{adjusted:.3g}"]
+        for name, one, p, adjusted in zip(names, found, tests, holm(tests), strict=True)
+    ]
+    return ("data", "seeds", "difference", "higher in", "p", "p, Holm"), body
+
+
 def confounds(name: str, _: Study) -> Table:
     """Return the arms of a group of the study of confounds; bold if both intervals exclude 0."""
     found = read("confounds")
@@ -240,6 +270,8 @@ TABLES: dict[str, Callable[[Study], Table]] = {
     "defaults": partial(compared, columns=DEFAULTS, p=0.1),
     "grouped": partial(compared, columns=GROUPED, p=0.0),
     **{f"confounds {name}": partial(confounds, name) for name in GROUPS},
+    **{name: partial(second, name) for name in STAGE_0},
+    "token contrast": token_contrast,
     "quickstart": quickstart,
     "mixing": mixing,
     "gradients": gradients,
