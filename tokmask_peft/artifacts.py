@@ -321,13 +321,14 @@ class AdapterInfo(_Part):
     format: Literal[2] = 2  # before 2, the parts were four files
     task: Task
     labels: list[str]  # in the order of the classifier's outputs
+    pair: tuple[str, str] | None = None  # columns of the two texts, if the texts are pairs
     calibration: Calibration = Field(default_factory=lambda: Calibration())
     loading: Loading | None = None  # None if not known, as `masking`
     masking: TokenMaskConfig | None = None
 
     def write(self, adapter: Path) -> None:
         """Write the file into an adapter folder."""
-        write_json(adapter / ADAPTER_FILE, self.model_dump(mode="json"))
+        write_json(adapter / ADAPTER_FILE, self.model_dump(mode="json", exclude=None if self.pair else {"pair"}))
 
     @classmethod
     def read(cls, adapter: Path) -> Self:
@@ -373,6 +374,7 @@ class SavedAdapter:
     masking: TokenMaskConfig | None = None
     trained: Mapping[str, Any] = field(default_factory=dict)  # weights of the backbone and scaling, for `load_adapter`
     label_on: str = "first"  # which sub-token of a word carries its label
+    pair: tuple[str, str] | None = None  # columns of the two texts, if the texts are pairs
 
 
 def find_saved(
@@ -395,8 +397,7 @@ def find_saved(
     if (path / "adapter_config.json").is_file():
         folder = path
     elif is_run(path):
-        folder = open_finished(path).adapter
-        recipe = load_recipe(path / "recipe.yaml")
+        folder, recipe = open_finished(path).adapter, load_recipe(path / "recipe.yaml")
     elif path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
         problem = "is neither a run (recipe.yaml) nor an adapter (adapter_config.json)"
         problem = problem if path.exists() else "does not exist"
@@ -424,7 +425,7 @@ def find_saved(
     trained = loading.model_dump(include={"weights", "scaling"}) if loading else {}
     more = (config, length, info.calibration.temperature, info.masking, trained)
     label_on = loading.label_on if loading else recipe.data.label_on if recipe else "first"
-    return SavedAdapter(str(model), folder, info.task, tuple(info.labels), *more, label_on=label_on)
+    return SavedAdapter(str(model), folder, info.task, tuple(info.labels), *more, label_on=label_on, pair=info.pair)
 
 
 def _download(hub_id: str) -> Path:

@@ -24,6 +24,8 @@ from tokmask_peft.tasks import get_task
 PLACEHOLDER = "PATH_OR_HUB_ID"
 """Stands for the location of the model in the snippet of a card, until a push knows it."""
 PICTURE = "confusion_matrix.png"
+TEXT, PAIR = '"This phone is bien bonito"', ('"A man plays a guitar"', '"Someone makes music"')
+"""The text in the snippets of the tasks, and what a model of pairs reads instead."""
 _METRICS: dict[str, tuple[str, str, dict[str, Any] | None]] = {
     "f1_macro": ("f1", "macro-F1", {"average": "macro"}),
     "f1_weighted": ("f1", "weighted F1", {"average": "weighted"}),
@@ -65,6 +67,8 @@ class Card:
         snippet = loading_snippet(recipe, result.labels, PLACEHOLDER, self.spaced_words)
         if self.merged:
             use = task.pipeline_snippet.replace("MODEL", f'"{PLACEHOLDER}"')
+            if recipe.data.pair:
+                use = use.replace(f"[{TEXT}]", f'{{"text": {PAIR[0]}, "text_pair": {PAIR[1]}}}')
             if recipe.data.label_on == "last":
                 use = use.replace(
                     "# adjacent words with the same label are joined", "# a word has its last row's label"
@@ -161,6 +165,8 @@ def loading_snippet(recipe: Recipe, labels: Sequence[str], folder: str, spaced_w
     if spaced_words:  # only a task whose texts are words tokenizes `words`
         spaced = 'spaced = [words[0], *(f" {word}" for word in words[1:])]  # as in running text'
         use = use.replace("inputs = tokenizer(words,", f"{spaced}\ninputs = tokenizer(spaced,")
+    if recipe.data.pair:
+        use = use.replace(f"[{TEXT}]", f"[{PAIR[0]}], [{PAIR[1]}]")
     if recipe.data.label_on == "last":
         use = use.replace("first = [", "last = [").replace("word_ids[:i]]", "word_ids[i + 1 :]]")
         use = use.replace("for i in first]", "for i in last]")
@@ -217,7 +223,9 @@ def limits(recipe: Recipe, result: Result) -> list[str]:
         f"It assigns labels from the list above to any {item}, whatever its language or domain. The scores apply to "
         "texts like the training texts; expect lower scores on other platforms, dialects, spellings and periods.",
         f"In training, texts were cut at {recipe.data.max_length} sub-tokens; for the scores, longer ones were read in "
-        "windows of that length.",
+        "windows of that length."
+        if recipe.data.pair is None
+        else f"Pairs were cut at {recipe.data.max_length} sub-tokens, the longer text first, for the scores too.",
     ]
     rare = [label for label, found in result.scored.get("per_class", {}).items() if found["support"] < _FEW]
     if rare:

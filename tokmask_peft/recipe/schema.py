@@ -51,13 +51,12 @@ Batching = Literal["grouped", "padding_free", "padded"]
 # If a field takes more than one kind of value, an error describes each kind by its title.
 SplitName = Annotated[str, Field(min_length=1, title="a split or file name")]
 ShareOfTrain = Annotated[float, Field(gt=0.0, lt=1.0, title="a share of train between 0 and 1, for example 0.1")]
-ColumnName = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, int) else value)]
-TwoColumns = Annotated[tuple[ColumnName, ColumnName], Field(title="a list of two columns, as [premise, hypothesis]")]
 LanguageCode = Annotated[str, Field(pattern=r"^([a-z]{2,3}|multilingual)$", title="an ISO 639 code such as es or swa")]
 Modules = Annotated[tuple[str, ...], Field(min_length=1, title="a list of module names, for example [q_proj, v_proj]")]
 LayerCount = Annotated[int, Field(ge=1, title="a number of layers, for example 6")]
 ShareOfLayers = Annotated[float, Field(gt=0.0, lt=1.0, title="a share of the layers between 0 and 1, for example 0.5")]
-MissingValue = Annotated[str, BeforeValidator(lambda value: "" if value is None else str(value))]
+AsText = Annotated[str, BeforeValidator(lambda value: "" if value is None else str(value))]
+TwoColumns = Annotated[tuple[AsText, AsText], Field(title="a list of two columns, as [premise, hypothesis]")]
 Separator = Annotated[str, AfterValidator(_separator)]
 Encoding = Annotated[str, AfterValidator(_encoding)]
 Weight = Annotated[float, Field(ge=0.0)]
@@ -100,7 +99,7 @@ class SourceConfig(Section):
         description="column of the label, or of the tags in token tasks; a number as above; in CoNLL-U also a name "
         "such as upos, misc.Lang or feats.Case",
     )
-    missing: tuple[MissingValue, ...] | None = Field(
+    missing: tuple[AsText, ...] | None = Field(
         None,
         description="labels or texts that stand for a missing one, such as [none, -1]: those texts are left out, and "
         "counted ('' also stands for a missing word); [] if labels that look like it are classes",
@@ -195,12 +194,11 @@ class DataConfig(SourceConfig):
 
     @model_validator(mode="after")
     def _pairs_fit(self) -> Self:
-        what, words = "text_column names two columns, for pairs of texts", get_task(self.task).words_given
-        if self.pair is not None and (words or self.path is self.hub is None):
-            why = f"task '{self.task}' labels the words of one" if words else "the built-in corpus has none"
-            raise ValueError(f"{what}, but {why}: name one column, or change task or path")
-        if self.test_source is not None and (self.pair is None) != (self.test_source.pair is None):
-            raise ValueError(f"{what}, in only one of data and test_source: set both, or neither")
+        pairs, other = self.pair is not None, self.test_source or self
+        if pairs and get_task(self.task).words_given:
+            raise ValueError(f"text_column names two columns, for pairs, but task '{self.task}' labels words: name one")
+        if pairs != (other.pair is not None) or (pairs and self.path is self.hub is None):
+            raise ValueError("text_column must name two columns, for pairs, in test_source too; builtin has no pairs")
         return self
 
 

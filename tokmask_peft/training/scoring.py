@@ -13,7 +13,7 @@ import numpy as np
 from tokmask_peft.artifacts import Result
 from tokmask_peft.data.corpus import Corpus
 from tokmask_peft.errors import RunError
-from tokmask_peft.examples import Example
+from tokmask_peft.examples import BETWEEN, Example, Pair
 from tokmask_peft.recipe.schema import Recipe
 from tokmask_peft.tasks import get_task
 from tokmask_peft.training.metrics import Predictions, calibrate, compared, scores, scores_by_mixing
@@ -24,6 +24,8 @@ def baseline_scores(corpus: Corpus, weights: Any, adapter: Predictions) -> dict[
     """Fit logistic regression over character n-grams, and compare it with the adapter on the scored split.
 
     Validation chooses lower-cased or cased texts, then the class weights, balanced or those of the run, and C.
+
+    The n-grams of a pair's texts are told apart, and those that both texts have are features of their own.
 
     In token tasks each word is classified without its context. Equal items with equal labels are one row, weighted by
     their number: the same fit as on repeated rows, in less time. (The document frequency of an n-gram counts those
@@ -64,8 +66,14 @@ def baseline_scores(corpus: Corpus, weights: Any, adapter: Predictions) -> dict[
         chosen = f"{'lower-cased' if lowercase else 'cased'}, class weights {kind}, C = {c:g}"
         tried.append((scores(*answer(corpus.validation).flat(), labels)["f1_macro"], lowercase, chosen, answer))
 
-    usual = {"analyzer": "char_wb", "ngram_range": (1, 5), "min_df": 2, "sublinear_tf": True}
-    vectorizers = {lowercase: TfidfVectorizer(lowercase=lowercase, **usual) for lowercase in (True, False)}
+    usual = {"min_df": 2, "sublinear_tf": True}
+    grams = {"analyzer": "char_wb", "ngram_range": (1, 5)}
+    vectorizers = {lowercase: TfidfVectorizer(lowercase=lowercase, **grams, **usual) for lowercase in (True, False)}
+    of_pairs = isinstance(corpus.train[0].text, Pair)
+    if of_pairs:
+        analyzers = {lowercase: plain.build_analyzer() for lowercase, plain in vectorizers.items()}
+        whole = {lowercase: functools.partial(pair_grams, grams=grams) for lowercase, grams in analyzers.items()}
+        vectorizers = {lowercase: TfidfVectorizer(analyzer=grams, **usual) for lowercase, grams in whole.items()}
     texts = [text for text, _ in counted]
     features = {lowercase: vectorizer.fit_transform(texts) for lowercase, vectorizer in vectorizers.items()}
     for lowercase in (True, False):
@@ -77,10 +85,17 @@ def baseline_scores(corpus: Corpus, weights: Any, adapter: Predictions) -> dict[
     found = answer(corpus.test or corpus.validation)
     return {
         **scores(*found.flat(), labels),
-        "method": f"character 1- to 5-grams within words (tf-idf), logistic regression ({chosen}, by validation)",
+        "method": f"character 1- to 5-grams within words {'of each text and of both ' if of_pairs else ''}(tf-idf), "
+        f"logistic regression ({chosen}, by validation)",
         "seconds": round(time.perf_counter() - start, 1),
         **compared(adapter, found, len(labels)),
     }
+
+
+def pair_grams(text: str, grams: Callable[[str], list[str]]) -> list[str]:
+    """Return the n-grams of a pair, given as `Example.string`: those of each text, and once more those of both."""
+    first, second = map(grams, text.split(f" {BETWEEN} ", 1))
+    return [*first, *(f"second {gram}" for gram in second), *(f"both {gram}" for gram in {*first} & {*second})]
 
 
 def scores_of(recipe: Recipe, found: Predictions, labels: Sequence[str], by_mixing: bool = True) -> dict[str, Any]:

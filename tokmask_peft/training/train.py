@@ -362,6 +362,7 @@ def save_adapter_folder(
     AdapterInfo(
         task=task.name,
         labels=result.labels,
+        pair=recipe.data.pair,
         calibration=Calibration(**result.calibration),
         loading=Loading(
             max_length=recipe.data.max_length,
@@ -412,6 +413,8 @@ def _cut_lines(prepared: Prepared) -> list[str]:
         words = f"; {cut.words_cut} words are cut away" if cut.words_cut else ""
         lines.append(f"train: {cut.texts_cut} texts are cut at {at}{words}")
     for name in list(prepared.splits)[1:]:
+        if prepared.recipe.data.pair and (count := prepared.splits[name].encoded.truncation.texts_cut):
+            lines.append(f"{name}: {count} pairs are longer than {at} and are cut, as in predict")
         long = sum(count > 1 for count in Counter(window.text for window in prepared.splits[name].windows).values())
         choice = "; to choose the checkpoint they are cut" if name == "validation" else ""
         if long:
