@@ -18,9 +18,10 @@ from tokmask_peft.console import Decision, quiet_loading
 from tokmask_peft.errors import MaskTokenError, ModelError, first_line
 from tokmask_peft.masking.embedding import find_decoder_embedding, find_embedding
 from tokmask_peft.model.decisions import DTYPES, choose_precision, choose_quantization, gpu_problem, out_of_memory
+from tokmask_peft.model.families import family_of
 from tokmask_peft.model.layers import Float32Linear, is_quantized, place_embedding, pool_texts
 from tokmask_peft.model.location import backbone_location
-from tokmask_peft.model.packed import expand_heads_if_needed, family_of
+from tokmask_peft.model.packed import expand_heads_if_needed
 from tokmask_peft.recipe.schema import ModelConfig
 from tokmask_peft.tasks import get_task
 
