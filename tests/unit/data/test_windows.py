@@ -83,7 +83,7 @@ def test_a_text_without_spaces_is_cut_into_pieces_too(family, apart, monkeypatch
     monkeypatch.setattr(Encoder, "_tokenize", lambda self, texts: sizes.extend(map(len, texts)) or whole(self, texts))
     text = apart.join(["casa", "fiesta", "wow"] * 20) + "  bien casa"
     windows = list(encoder.windows([text], owners=True))
-    assert sum(sizes) == len(text)
+    assert len(text) - 2 <= sum(sizes) <= len(text)  # without the spaces that it is cut at
     assert max(sizes) <= 40
     owners = [owner for window in windows for owner in window.owners.tolist() if owner >= 0]
     assert owners == sorted(owners)
