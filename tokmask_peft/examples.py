@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from tokmask_peft.html import InNotebooks
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 Label = str | tuple[str, ...] | None
 IGNORED = -100
@@ -58,6 +62,41 @@ class Unreadable:
 LabelIds = Mapping[str, int]
 
 
+class Probabilities(Sequence[dict[str, float]]):
+    """Reads as a tuple of dicts, label -> probability; kept as an array, for a dict per word takes ten times as much.
+
+    Args:
+        labels: of the classifier, in its order.
+        rows: [words, labels].
+    """
+
+    __slots__ = ("_labels", "_rows")
+
+    def __init__(self, labels: Sequence[str], rows: NDArray[Any]) -> None:
+        self._labels, self._rows = labels, rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, at: Any) -> Any:
+        rows = self._rows[at]
+        return tuple(map(self._row, rows)) if isinstance(at, slice) else self._row(rows)
+
+    def __iter__(self) -> Iterator[dict[str, float]]:
+        return map(self._row, self._rows)
+
+    def _row(self, row: NDArray[Any]) -> dict[str, float]:
+        return dict(zip(self._labels, row.tolist(), strict=True))
+
+    def __eq__(self, other: object) -> bool:
+        return tuple(self) == tuple(other) if isinstance(other, Probabilities | tuple) else NotImplemented
+
+    __hash__ = None  # type: ignore[assignment]  # as for a tuple of dicts
+
+    def __repr__(self) -> str:
+        return repr(tuple(self))
+
+
 @dataclass(frozen=True, slots=True, repr=False)
 class Prediction(InNotebooks):
     """The answer for a text with one label."""
@@ -81,7 +120,7 @@ class WordPredictions(InNotebooks):
 
     words: tuple[str, ...]  # as they were given or split at white space
     labels: tuple[str, ...]  # the most probable label of each word
-    probabilities: tuple[dict[str, float], ...]  # one for each word
+    probabilities: Sequence[dict[str, float]]  # one for each word: a tuple, or `Probabilities`
     windows: int = 1
 
     @property
