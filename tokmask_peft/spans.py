@@ -1,9 +1,9 @@
 """Entities that labels of words mark: `B-PER I-PER` is a person of two words.
 
-**Reading.** Any sequence of labels is read as the default mode of seqeval reads it, and conlleval before that (Tjong Kim
-Sang and Buchholz 2000): a word is in the entity of the word before it if both have the same type, the word before it
-does not end one, and its own label does not begin one. So `I-PER` without a beginning begins an entity. That reads BIO
-(IOB2), IOB1 and BIOES; BILOU is BIOES with L for E and U for S.
+**Reading.** Any sequence of labels is read as the default mode of seqeval reads it, and conlleval before that (Tjong
+Kim Sang and Buchholz 2000): a word is in the entity of the word before it if both have the same type, the word before
+it does not end one, and its own label does not begin one. So `I-PER` without a beginning begins an entity. That reads
+BIO (IOB2), IOB1 and BIOES; BILOU is BIOES with L for E and U for S.
 
 **Repair.** A classifier labels each word by itself, and may give a sequence that its scheme does not allow. It is read
 as above, and the entities found are written again in the scheme: `O I-PER I-PER` becomes `O B-PER I-PER`. This rule
@@ -45,6 +45,12 @@ def split_label(label: str) -> tuple[str, str]:
     """Return the letter of a label, with E for L and S for U, and its type; O and no type if it marks no entity."""
     found = _LABEL.fullmatch(label)
     return ("O", "") if found is None else (_SAME.get(found[1], found[1]), found[2] or "")
+
+
+def mark_of(label: str) -> str:
+    """Return the type that a label marks, `entity` if it has none, or O."""
+    letter, kind = split_label(label)
+    return "O" if letter == "O" else kind or "entity"
 
 
 def read(labels: Iterable[str]) -> list[Span]:
@@ -104,9 +110,7 @@ class Spans:
     def repaired_ids(self, ids: Sequence[int]) -> list[int]:
         """Return the same of label ids; a negative one, which stands for no answer, is outside, and stays."""
         labels = self.repaired([self.labels[number] if number >= 0 else "O" for number in ids])
-        return [
-            self.labels.index(label) if number >= 0 else number for number, label in zip(ids, labels, strict=True)
-        ]
+        return [self.labels.index(label) if number >= 0 else number for number, label in zip(ids, labels, strict=True)]
 
 
 def find_scheme(labels: Sequence[str], texts: Iterable[Sequence[str]]) -> tuple[str, str]:

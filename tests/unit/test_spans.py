@@ -166,7 +166,7 @@ def test_sequences_tell_iob1_from_bio(texts, scheme):
 
 
 def test_a_scheme_that_the_labels_do_not_have_is_refused():
-    with pytest.raises(DataError, match="data.spans") as caught:
+    with pytest.raises(DataError, match=r"data\.spans") as caught:
         Spans("bio", ("O", "B-x", "E-x", "lang1"))
     assert (caught.value.code, caught.value.fields["labels"]) == ("span-labels", ("E-x", "lang1"))
     assert Spans("iob1", ("O", "I-x")).repaired(("I-x", "O")) == ("I-x", "O")
