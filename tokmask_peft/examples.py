@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tokmask_peft.html import InNotebooks
+from tokmask_peft.spans import NO_SPANS, Entity, mark_of, read
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -122,11 +123,36 @@ class WordPredictions(InNotebooks):
     labels: tuple[str, ...]  # the most probable label of each word
     probabilities: Sequence[dict[str, float]]  # one for each word: a tuple, or `Probabilities`
     windows: int = 1
+    spans: str = NO_SPANS  # how the labels mark entities, as in `spans.SCHEMES`
 
     @property
     def confidence(self) -> tuple[float, ...]:
         """The calibrated probability of each word's label."""
         return tuple(row[label] for row, label in zip(self.probabilities, self.labels, strict=True))
+
+    @property
+    def entities(self) -> tuple[Entity, ...]:
+        """The entities, from left to right; none if the labels mark none."""
+
+        def confidence(kind: str, row: dict[str, float]) -> float:
+            return min(sum(chance for label, chance in row.items() if mark_of(label) == (kind or "entity")), 1.0)
+
+        return tuple(
+            Entity(kind, first, last, " ".join(self.words[first : last + 1]),
+                   min(confidence(kind, row) for row in self.probabilities[first : last + 1]))
+            for kind, first, last in (read(self.labels) if self.spans != NO_SPANS else ())
+        )  # fmt: skip
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """What the colour of each word shows: its label or, if labels mark entities, the type of its entity."""
+        return tuple(mark_of(label) for label in self.labels) if self.spans != NO_SPANS else self.labels
+
+    @property
+    def all_marks(self) -> tuple[str, ...]:
+        """The same of all labels of the classifier, each once."""
+        labels = next(iter(self.probabilities), {})
+        return tuple(dict.fromkeys(map(mark_of, labels) if self.spans != NO_SPANS else labels))
 
     def __repr__(self) -> str:
         pairs = [f"{word}/{label}" for word, label in zip(self.words, self.labels, strict=True)]
