@@ -19,15 +19,35 @@ MOST_SHOWN = 8
 """Words in the short form of an answer."""
 NO_PREDICTION = -1
 """The predicted id of an item that was cut away: never right."""
+BETWEEN = "‖"
+"""Shown between the two texts of a pair."""
 WrongLabel = tuple[str, str, float, float, int | None]
 """Label of the data, label of the classifier, the probability of each, and the index of the word, if a word has it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two texts that are read together and have one label, such as premise and hypothesis."""
+
+    first: str
+    second: str
+
+    def split(self) -> list[str]:
+        """Return the words of both as they are shown, with `BETWEEN` after those of the first."""
+        return [*self.first.split(), BETWEEN, *self.second.split()]
+
+    def __iter__(self) -> Iterator[str]:
+        yield from (self.first, self.second)
+
+    def __str__(self) -> str:
+        return f"{self.first} {BETWEEN} {self.second}"
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
     """A text as read, before tokenization."""
 
-    text: str | tuple[str, ...]  # the text, or its words if they have labels
+    text: str | Pair | tuple[str, ...]  # the text, two of them, or its words if they have labels
     label: Label  # the label, or one tag per word; none if the source gives no label
     where: str  # `file:line` or `split[row]`, for error messages
     places: tuple[str, ...] = ()  # the same of each word, if words have rows of their own; for prediction only
@@ -35,12 +55,22 @@ class Example:
     @property
     def words(self) -> tuple[str, ...]:
         """The words: as given, or the text split at white space."""
-        return tuple(self.text.split()) if isinstance(self.text, str) else self.text
+        return self.text if isinstance(self.text, tuple) else tuple(" ".join(self.parts).split())
 
     @property
     def string(self) -> str:
-        """The text as one string, words joined by a space."""
-        return self.text if isinstance(self.text, str) else " ".join(self.text)
+        """The text as one string, words joined by a space, and a pair by `BETWEEN`."""
+        return " ".join(self.text) if isinstance(self.text, tuple) else str(self.text)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The text, or the two of a pair, as strings."""
+        return tuple(self.text) if isinstance(self.text, Pair) else (self.string,)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is no word in the text, or in one of a pair."""
+        return not (all(map(str.split, self.parts)) if isinstance(self.text, Pair) else any(self.words))
 
     @property
     def tags(self) -> tuple[str, ...]:
