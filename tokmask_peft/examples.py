@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from tokmask_peft.html import InNotebooks
+from tokmask_peft.spans import NO_SPANS, Entity, mark_of, read
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 Label = str | tuple[str, ...] | None
 IGNORED = -100
@@ -88,6 +93,41 @@ class Unreadable:
 LabelIds = Mapping[str, int]
 
 
+class Probabilities(Sequence[dict[str, float]]):
+    """Reads as a tuple of dicts, label -> probability; kept as an array, for a dict per word takes ten times as much.
+
+    Args:
+        labels: of the classifier, in its order.
+        rows: [words, labels].
+    """
+
+    __slots__ = ("_labels", "_rows")
+
+    def __init__(self, labels: Sequence[str], rows: NDArray[Any]) -> None:
+        self._labels, self._rows = labels, rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, at: Any) -> Any:
+        rows = self._rows[at]
+        return tuple(map(self._row, rows)) if isinstance(at, slice) else self._row(rows)
+
+    def __iter__(self) -> Iterator[dict[str, float]]:
+        return map(self._row, self._rows)
+
+    def _row(self, row: NDArray[Any]) -> dict[str, float]:
+        return dict(zip(self._labels, row.tolist(), strict=True))
+
+    def __eq__(self, other: object) -> bool:
+        return tuple(self) == tuple(other) if isinstance(other, Probabilities | tuple) else NotImplemented
+
+    __hash__ = None  # type: ignore[assignment]  # as for a tuple of dicts
+
+    def __repr__(self) -> str:
+        return repr(tuple(self))
+
+
 @dataclass(frozen=True, slots=True, repr=False)
 class Prediction(InNotebooks):
     """The answer for a text with one label."""
@@ -111,13 +151,38 @@ class WordPredictions(InNotebooks):
 
     words: tuple[str, ...]  # as they were given or split at white space
     labels: tuple[str, ...]  # the most probable label of each word
-    probabilities: tuple[dict[str, float], ...]  # one for each word
+    probabilities: Sequence[dict[str, float]]  # one for each word: a tuple, or `Probabilities`
     windows: int = 1
+    spans: str = NO_SPANS  # how the labels mark entities, as in `spans.SCHEMES`
 
     @property
     def confidence(self) -> tuple[float, ...]:
         """The calibrated probability of each word's label."""
         return tuple(row[label] for row, label in zip(self.probabilities, self.labels, strict=True))
+
+    @property
+    def entities(self) -> tuple[Entity, ...]:
+        """The entities, from left to right; none if the labels mark none."""
+
+        def confidence(kind: str, row: dict[str, float]) -> float:
+            return min(sum(chance for label, chance in row.items() if mark_of(label) == (kind or "entity")), 1.0)
+
+        return tuple(
+            Entity(kind, first, last, " ".join(self.words[first : last + 1]),
+                   min(confidence(kind, row) for row in self.probabilities[first : last + 1]))
+            for kind, first, last in (read(self.labels) if self.spans != NO_SPANS else ())
+        )  # fmt: skip
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """What the colour of each word shows: its label or, if labels mark entities, the type of its entity."""
+        return tuple(mark_of(label) for label in self.labels) if self.spans != NO_SPANS else self.labels
+
+    @property
+    def all_marks(self) -> tuple[str, ...]:
+        """The same of all labels of the classifier, each once."""
+        labels = next(iter(self.probabilities), {})
+        return tuple(dict.fromkeys(map(mark_of, labels) if self.spans != NO_SPANS else labels))
 
     def __repr__(self) -> str:
         pairs = [f"{word}/{label}" for word, label in zip(self.words, self.labels, strict=True)]

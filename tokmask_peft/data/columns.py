@@ -165,7 +165,7 @@ class Table:
         self.path, self.found = file.path, found
         wanted = Columns(TASKS["sequence"], header=found.data.get("header", "auto"))
         wanted = replace(wanted, separator=found.data.get("separator", "auto"))
-        if file.workbook:
+        if file.workbook or format == "xlsx":
             rows = tables.named(sheet_cells(file), file, wanted)
         elif format == "parquet":
             rows = tables.parquet_rows(file)
@@ -214,7 +214,8 @@ class Table:
             if not texts:
                 self._refuse("text_column", "no column has texts: most cells must differ, and not be numbers")
             chosen = [self._pick("text_column", "Which column has the texts?", texts, TEXT_NAMES)]
-        labels = self._labels(chosen)
+        named = [column for column in self.columns if column.has_name(LABEL_NAMES) and len(column.values) == 1]
+        labels = self._labels(chosen) or named  # the rest of the file may have other labels
         if not labels:
             names = "' and '".join(column.name for column in chosen)
             why = f"'{names}' has texts, but no other column has labels: two or more values that recur"

@@ -207,11 +207,11 @@ class Encoder:
 
         A text longer than `PIECE` comes alone, and is tokenized a piece at a time, since encodings take much memory.
         """
-        pieces = self._pieces(texts[0]) if len(texts) == 1 else iter([texts])
+        pieces = self._pieces(texts[0]) if len(texts) == 1 else iter([(texts, False)])
         found: list[tuple[_Ints, _Ints, _Ints | None]] = []
         size = words = 0
-        for number, batch in enumerate(pieces):
-            later = number > 0
+        for number, (batch, within) in enumerate(pieces):
+            later, words = number > 0, words - within
             encoded = (
                 self._words(batch, later=later)
                 if self._task.words_given
@@ -237,17 +237,28 @@ class Encoder:
             found = [(np.concatenate(ids), np.concatenate(firsts), np.concatenate(of_ids) if owners else None)]
         yield from found
 
-    def _pieces(self, text: Any) -> Iterator[list[Any]]:
-        """Cut a text where its tokens stay the same: between words, if the tokenizer's ids show that it may be."""
-        start = 0
+    def _pieces(self, text: Any) -> Iterator[tuple[list[Any], bool]]:
+        """Cut a long text into pieces; yield each, and whether it begins within a word.
+
+        A string is cut between words, where its tokens stay the same, if the tokenizer's ids show that it may be. If
+        there is no such place in `PIECE` characters (Chinese, base64), it is cut there: the next tokens may differ.
+        """
+        start, within = 0, False
         if self._task.words_given:
             for start in range(0, len(text), PIECE):
-                yield [text[start : start + PIECE]]
+                yield [text[start : start + PIECE]], False
             return
-        while self._gap is not None and (cut := _BETWEEN_WORDS.search(text, start + PIECE)):
-            yield [text[start : cut.start()]]
-            start = cut.start() + self._gap
-        yield [text[start:]]
+        while len(text) > start + PIECE:
+            stop, gap = start + 2 * PIECE, self._gap
+            found = None if gap is None else _BETWEEN_WORDS.search(text, start + PIECE, stop)
+            if found is None and len(text) <= stop:
+                break
+            if found is not None:
+                stop = found.start()
+            yield [text[start:stop]], within
+            within = found is None and not (text[stop - 1].isspace() or text[stop].isspace())
+            start = stop + (gap or 0 if found else 0)
+        yield [text[start:]], within
 
     @cached_property
     def _gap(self) -> int | None:

@@ -177,6 +177,12 @@ class DataConfig(SourceConfig):
     label_on: Literal["first", "last"] = Field(
         "first", description="one label per word: which of its sub-tokens carries the label"
     )
+    spans: Literal["auto", "none", "bio", "iob1", "bioes", "bilou"] = Field(
+        "auto",
+        description="one label per word: whether the labels mark entities, which are then scored and listed, too: bio "
+        "(B-TYPE, I-TYPE and O, also called IOB2), iob1 (B- only where two of a type meet), bioes or bilou; auto: by "
+        "the labels",
+    )
     max_length: int = Field(128, ge=4, description="sub-tokens per text; longer texts are truncated and reported")
     hygiene: Literal["remove", "report"] = Field(
         "remove",
@@ -335,9 +341,12 @@ class TrainingConfig(Section):
     neftune_alpha: Annotated[float | None, Regularizer("neftune", off=None, usual=5)] = Field(
         None, gt=0, description="NEFTune noise (Jain et al. 2023); null is off"
     )
+    best_metric: Literal["f1_macro", "f1_weighted", "accuracy", "f1_entities"] = Field(
+        "f1_macro", description="validation score that chooses the checkpoint; f1_entities needs data.spans"
+    )
     patience: Literal["auto"] | Evaluations | None = Field(
         "auto",
-        description="stop after this many evaluations without a better F1; auto: half the epochs if these are auto, "
+        description="stop after this many evaluations without a better score; auto: half the epochs if these are auto, "
         "otherwise null, which never stops",
     )
     eval_batch_size: int = Field(128, ge=1, description="texts per forward pass and device in evaluation")
@@ -406,6 +415,12 @@ class Recipe(Section):
             raise ValueError(f"{why}: set model.embedding=resident, or masking.trainable_mask=false")
         if self.masking.schedule == "ready" and get_task(self.data.task).words_given:
             raise ValueError("masking.schedule: ready masks by the label of a text: take a task with one label a text")
+        if self.data.spans not in ("auto", "none") and not get_task(self.data.task).words_given:
+            raise ValueError("data.spans: entities are marked by labels of words: take a task with one label per word")
+        per_word = get_task(self.data.task).words_given
+        if self.training.best_metric == "f1_entities" and (self.data.spans == "none" or not per_word):
+            why = "training.best_metric is f1_entities, but the labels mark no entities (data.spans is none or auto)"
+            raise ValueError(f"{why}: set data.spans to the scheme of the labels, or training.best_metric=f1_macro")
         if self.masking.where != "all" or self.masking.decoder_p > 0:
             why = "masking.where and masking.decoder_p are for models that generate, in trainers of your own"
             raise ValueError(f"{why}: set masking.where=all and masking.decoder_p=0")
