@@ -232,11 +232,12 @@ def print_result(console: Console, result: Any, adapter: Path) -> None:
 def calibration_line(calibration: Mapping[str, Any]) -> str:
     """Return a sentence on what the temperature does to the probabilities of the test (or validation) texts."""
     split = "test" if "test" in calibration else "validation"
-    error = f"expected calibration error on {split} {calibration[split]['before']['ece']:.4f}"
-    after = calibration[split]["after"]["ece"]
+    before, after = (calibration[split][when]["ece"] for when in ("before", "after"))
+    error = f"expected calibration error on {split} {before:.4f}"
     if reason := calibration.get("left_out"):
         return f"Calibration: no temperature is used, because {reason} ({error} without, {after:.4f} with it)."
-    return f"Temperature {calibration['temperature']:.3f}, fitted on validation: {error} before, {after:.4f} after."
+    found = f"Temperature {calibration['temperature']:.3f}, fitted on validation: {error} before, {after:.4f} after."
+    return f"{found} It did not help on {split}." if after > before else found
 
 
 def baseline_verdict(scores: Mapping[str, Any], baseline: Mapping[str, Any] | None) -> str:

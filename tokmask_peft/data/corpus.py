@@ -118,7 +118,7 @@ def _like_missing(labels: Mapping[str, int], named: bool) -> list[str]:
     return [label for label in labels if label in odd or label.startswith("-100") or label.casefold() in words]
 
 
-def _shown(label_map: Mapping[str, str]) -> str:
+def shown_map(label_map: Mapping[str, str]) -> str:
     """Return a label map to copy, with escapes if labels may look alike in print."""
     alike = any(unicodedata.normalize("NFKC", label) != label for label in [*label_map, *label_map.values()])
     return json.dumps(label_map, ensure_ascii=alike)
@@ -153,7 +153,7 @@ def check_known(examples: Iterable[Example], labels: Sequence[str], split: str) 
     respelling = respelled(dict.fromkeys(unseen, 0) | dict.fromkeys(labels, 1))
     merge = {old: new for old, new in respelling.items() if old in unseen and new in labels}
     merge = merge or ({} if marked else {next(iter(unseen)): labels[-1]})
-    remedy = f"Merge them with data.label_map, such as {_shown(merge)}; its key '*' is every other label."
+    remedy = f"Merge them with data.label_map, such as {shown_map(merge)}; its key '*' is every other label."
     remedy = remedy if merge else "Add training texts that have them."
     if len(unseen) == len(places):
         problem = f"{split}: no label is one of those in training ({', '.join(labels)}): {found} {remedy}"
@@ -342,7 +342,7 @@ def _warnings(
         variants = ", ".join(
             f"'{old}' ({labels[old]:,}) and '{label}' ({labels[label]:,})" for old, label in new.items()
         )
-        label_map = _shown({old: new.get(label, label) for old, label in (config.label_map or {}).items()} | new)
+        label_map = shown_map({old: new.get(label, label) for old, label in (config.label_map or {}).items()} | new)
         problem = f"labels that differ only in spelling: {variants}"
         warnings.append(f"{problem}; if they are the same, set data.label_map={label_map}")
     for name, split in splits.items():

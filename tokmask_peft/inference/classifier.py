@@ -17,7 +17,7 @@ from tokmask_peft.console import Decision
 from tokmask_peft.data.encoding import Encoder, Window
 from tokmask_peft.data.opening import unicode_problem
 from tokmask_peft.errors import DataError, ModelError, boundary, first_line
-from tokmask_peft.examples import Prediction, WordPredictions
+from tokmask_peft.examples import Prediction, Probabilities, WordPredictions
 from tokmask_peft.inference.explain import Explanation, explain
 from tokmask_peft.inference.forward import Forward, loading_memory_errors
 from tokmask_peft.masking.config import TokenMaskConfig
@@ -96,9 +96,7 @@ class Classifier:
         answers = []
         for text, pairs in zip(given, found, strict=True):
             rows = task.join([window for window, _ in pairs], [logits for _, logits in pairs])
-            chances = [
-                dict(zip(self.labels, row.tolist(), strict=True)) for row in probabilities(rows, self.temperature)
-            ]
+            chances = Probabilities(self.labels, probabilities(rows, self.temperature))
             answer = task.answer(text, rows, chances, len(pairs))
             if self.legal is not None:
                 answer = replace(answer, labels=self.legal.repaired(answer.labels), spans=self.spans)

@@ -259,9 +259,9 @@ def calibrate(parts: dict[str, tuple[NDArray[Any], NDArray[Any]]]) -> dict[str, 
     """Fit the temperature on validation; return it with what it changes on each part, JSON-able.
 
     `parts` are `validation` and whatever else to report on: logits `[items, classes]` and gold ids `[items]`, of which
-    those that the model cannot give are left out. A temperature at its bounds, or with which the negative log
-    likelihood or the calibration error of a part does not fall, is not used: `temperature` is 1, `fitted` the one that
-    `after` reports on, and `left_out` the reason.
+    those that the model cannot give are left out. Only validation decides: a temperature at its bounds, or with which
+    its negative log likelihood or its calibration error does not fall, is not used. Then `temperature` is 1, `fitted`
+    is the one that `after` reports on, and `left_out` the reason.
 
     Raises:
         RunError: a logit is not finite.
@@ -275,7 +275,6 @@ def calibrate(parts: dict[str, tuple[NDArray[Any], NDArray[Any]]]) -> dict[str, 
     fitted = fit_temperature(*parts["validation"])
     method = "one temperature, fitted on validation (Guo et al. 2017)"
     report: dict[str, Any] = {"temperature": fitted, "method": method, "bins": BINS}
-    worse = []
     for name, (logits, gold) in parts.items():
         report[name] = {"items": len(gold)}
         for when, divisor in (("before", 1.0), ("after", fitted)):
@@ -285,9 +284,9 @@ def calibrate(parts: dict[str, tuple[NDArray[Any], NDArray[Any]]]) -> dict[str, 
                 "ece": expected_calibration_error(probability, gold),
                 "reliability": reliability_bins(probability, gold),
             }
-        before, after = report[name]["before"], report[name]["after"]
-        worse += [name] if after["nll"] >= before["nll"] or after["ece"] >= before["ece"] else []
-    reason = f"the one fitted on validation, {fitted:.3f}, does not help on {' and '.join(worse)}" if worse else None
+    before, after = report["validation"]["before"], report["validation"]["after"]
+    worse = after["nll"] >= before["nll"] or after["ece"] >= before["ece"]
+    reason = f"the one fitted on validation, {fitted:.3f}, does not help on validation" if worse else None
     if fitted == 1.0:
         reason = "validation gives no reason for one"
     elif not LOWEST * 1.001 < fitted < HIGHEST / 1.001:
