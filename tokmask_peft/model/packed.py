@@ -363,6 +363,8 @@ def packed_attention(
 
 def seen(module: nn.Module, is_causal: bool | None, window: int | None, longest: int) -> tuple[bool, int | None]:
     """Return whether a layer is causal, and its window, if it is narrower than the longest text."""
+    if is_causal is False and window is not None:  # by `is_causal` in the config, where masks count the bound in
+        window += 1
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     return causal, None if window is not None and window >= longest else window
 
@@ -384,9 +386,9 @@ def _varlen_attention(
 ) -> Tensor:
     """Attend with a kernel for packed rows; query, key and value as [total, heads, head], and so the result."""
     # the kernel counts the sub-tokens before the current one, transformers counts that one too
-    sides = (-1 if window is None else window - 1, 0) if causal else (-1, -1)
+    far = -1 if window is None else window - 1
     bounds = (packing.cu_seqlens, packing.cu_seqlens, packing.max_length, packing.max_length)
-    return kernel(*(tensor.contiguous() for tensor in _equal_heads(rows)), *bounds, scale=scaling, window_size=sides)
+    return kernel(*(tensor.contiguous() for tensor in _equal_heads(rows)), *bounds, scale=scaling, window_size=(far, 0 if causal else far))
 
 
 def attend_in_buckets(
@@ -400,8 +402,10 @@ def attend_in_buckets(
         query, key, value = (part.unflatten(0, (texts, length)).transpose(1, 2) for part in parts)
         # the padding is on the right, where no real sub-token of a causal layer sees it
         mask = None if causal else within
-        if causal and window is not None:
-            mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril().triu(1 - window)
+        if window is not None:
+            near = torch.ones(length, length, dtype=torch.bool, device=query.device).triu(1 - window)
+            near = near.tril(0 if causal else window - 1)
+            mask = near if mask is None else mask & near
         found = using(query, key, value, mask, p, is_causal=causal and mask is None, scale=scale)
         outputs.append(found.transpose(1, 2).flatten(0, 1))
     return cast(Tensor, _Take.apply(torch.cat(outputs), packing.back))

@@ -80,7 +80,7 @@ def evaluate(
     with memory_errors(loading):
         backbone = load_backbone(plan.model, task, labels, device)
         model = load_adapter(backbone, folder.adapter, **saved.trained)
-    texts = Split(examples, backbone.tokenizer, task, scored, recipe.data.max_length, recipe.data.label_on)
+    texts = Split(examples, backbone.tokenizer, task, scored, recipe.data.max_length, saved.label_on)
     with tempfile.TemporaryDirectory() as scratch:  # the Trainer creates its folder, and the run may be read-only
         batch = min(recipe.training.eval_batch_size, len(texts.windows))
         evaluating = replace(loading, phase="evaluation", texts=batch)

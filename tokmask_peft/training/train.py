@@ -41,7 +41,7 @@ from tokmask_peft.masking.replacement import MaskToken
 from tokmask_peft.model.adapter import WEIGHTS, add_adapter, check_fit, gathered_weights, save_adapter
 from tokmask_peft.model.backbone import Backbone, load_backbone
 from tokmask_peft.model.decisions import PRECISIONS, enable_checkpointing, in_short, out_of_memory
-from tokmask_peft.model.layers import placement_problem
+from tokmask_peft.model.layers import choose_label_on, placement_problem
 from tokmask_peft.model.location import check_length
 from tokmask_peft.model.memory.suggestions import Phase, Situation, changed, memory_error, memory_errors, smaller_batch
 from tokmask_peft.model.packed import choose_batching, enable_padding_free
@@ -228,10 +228,12 @@ def prepare(recipe: Recipe, device: torch.device, console: Console) -> Prepared:
         model, adapter_decisions = add_adapter(backbone, recipe.adapter, data.task, trained_row)
 
     head = choose_head(training.head, model, len(corpus.labels))
-    recipe = changed(recipe, {"training.batching": batching.choice, "training.head": head.choice})
+    carrier = choose_label_on(data.label_on, loaded)
+    made = {"training.batching": batching.choice, "training.head": head.choice, "data.label_on": carrier.choice}
+    recipe = changed(recipe, made)
     parts = {"train": corpus.train, "validation": corpus.validation, "test": corpus.test}
     splits = {
-        name: Split(examples, backbone.tokenizer, data.task, corpus.all_labels, data.max_length, data.label_on)
+        name: Split(examples, backbone.tokenizer, data.task, corpus.all_labels, data.max_length, carrier.choice)
         for name, examples in parts.items()
         if examples
     }
@@ -254,6 +256,7 @@ def prepare(recipe: Recipe, device: torch.device, console: Console) -> Prepared:
             for key, value in numbers.items()
             if key != "patience" or value is not None
         ),
+        *([carrier] if carrier.choice == "last" and get_task(data.task).words_given else []),
         batching,
         memory_decision,
         mask_decision,
@@ -370,6 +373,7 @@ def save_adapter_folder(
             quantization=backbone.quantization,
             precision=PRECISIONS[backbone.dtype],
             embedding=recipe.model.embedding,
+            attention=recipe.model.attention,
             pooling="auto" if task.words_given else recipe.model.pooling,
             label_on=recipe.data.label_on,
             weights=backbone.weights,
