@@ -8,8 +8,9 @@ from tiny_models import build, causal_families, encode
 from tokmask_peft.errors import ModelError
 from tokmask_peft.masking.masker import TokenMasker
 from tokmask_peft.model import packed
+from tokmask_peft.model.families import family_of
 from tokmask_peft.model.layers import choose_label_on, see_both_ways
-from tokmask_peft.model.packed import enable_padding_free, family_of
+from tokmask_peft.model.packed import enable_padding_free
 from tokmask_peft.recipe import TokenMaskConfig
 
 _QWEN = {"sliding_window": 3, "use_sliding_window": True, "max_window_layers": 0}

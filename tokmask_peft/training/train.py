@@ -47,6 +47,7 @@ from tokmask_peft.model.memory.suggestions import Phase, Situation, changed, mem
 from tokmask_peft.model.packed import choose_batching, enable_padding_free
 from tokmask_peft.recipe.loading import to_yaml
 from tokmask_peft.recipe.schema import Recipe, TrainingConfig
+from tokmask_peft.spans import NO_SPANS
 from tokmask_peft.tasks import get_task
 from tokmask_peft.training.callbacks import (
     AdapterMoves,
@@ -157,7 +158,8 @@ def _train(recipe: Recipe, folder: RunFolder, process: PartialState, resume: boo
             with whole(folder.adapter) as adapter:
                 save_adapter_folder(adapter, prepared, result, weights)
             parts = {name: found.to_dict() for name, found in predictions.items()}
-            write_json(folder.predictions, {"labels": prepared.corpus.all_labels, **parts}, indent=None)
+            spans = {"spans": prepared.recipe.data.spans} if prepared.corpus.spans else {}
+            write_json(folder.predictions, {"labels": prepared.corpus.all_labels, **spans, **parts}, indent=None)
             write_json(folder.result, result.to_dict())  # last: it says that the run is finished
             print_result(console, result, folder.adapter)
     return Run(folder, recipe, result)
@@ -211,14 +213,14 @@ def prepare(recipe: Recipe, device: torch.device, console: Console) -> Prepared:
     """Load data and backbone, choose the mask token, add the adapter, and see whether memory suffices."""
     data, training = recipe.data, recipe.training
     corpus = load_corpus(data.expanded(), recipe.seed)
+    recipe = changed(recipe, {"data.spans": corpus.spans.scheme if corpus.spans else NO_SPANS})
 
     set_seed(recipe.seed)  # before the head is drawn
     with memory_errors(Situation("loading", recipe)):
         backbone = load_backbone(recipe.model, data.task, corpus.labels, device)
     loaded: Any = backbone.model
     check_length(recipe, loaded.config.to_dict())
-    noisy = training.neftune_alpha is not None
-    batching = choose_batching(training.batching, backbone.model, noisy, device, backbone.dtype)
+    batching = choose_batching(training.batching, loaded, training.neftune_alpha is not None, device, backbone.dtype)
     if batching.choice == "padding_free":
         enable_padding_free(backbone.model)
 
@@ -232,14 +234,14 @@ def prepare(recipe: Recipe, device: torch.device, console: Console) -> Prepared:
     made = {"training.batching": batching.choice, "training.head": head.choice, "data.label_on": carrier.choice}
     recipe = changed(recipe, made)
     parts = {"train": corpus.train, "validation": corpus.validation, "test": corpus.test}
+    encoding = data.max_length, carrier.choice, corpus.spans
     splits = {
-        name: Split(examples, backbone.tokenizer, data.task, corpus.all_labels, data.max_length, carrier.choice)
+        name: Split(examples, backbone.tokenizer, data.task, corpus.all_labels, *encoding)
         for name, examples in parts.items()
         if examples
     }
     trained, *evaluated = splits.values()
-    windows = tuple([len(window.ids) for window in split.windows] for split in evaluated)
-    lengths = Lengths(trained.lengths, windows)
+    lengths = Lengths(trained.lengths, tuple([len(window.ids) for window in split.windows] for split in evaluated))
     numbers = training.decided(len(trained.lengths), sum(trained.lengths), processes().num_processes)
     recipe = changed(recipe, {f"training.{key}": value for key, value in numbers.items()})
     recipe, memory_decision, warning = before_training(recipe, backbone, batching.choice, lengths, device)
@@ -376,6 +378,7 @@ def save_adapter_folder(
             attention=recipe.model.attention,
             pooling="auto" if task.words_given else recipe.model.pooling,
             label_on=recipe.data.label_on,
+            spans=recipe.data.spans,
             weights=backbone.weights,
             scaling=recipe.adapter.scaling,
         ),
