@@ -294,7 +294,8 @@ class Loading(_Part):
     precision: str = Field("fp32", pattern="^(bf16|fp16|fp32)$")
     embedding: str = Field("resident", pattern="^(resident|offload|8bit)$")
     weights: dict[str, str] = Field(default_factory=dict)  # of the backbone, from `weight_hashes`
-    pooling: str = Field("auto", pattern="^(auto|cls|mean|max)$")
+    attention: str = Field("causal", pattern="^(causal|bidirectional)$")
+    pooling: str = Field("auto", pattern="^(auto|cls|last|mean|max)$")
     label_on: str = Field("first", pattern="^(first|last)$")
     spans: str = Field(NO_SPANS, pattern=f"^({'|'.join([NO_SPANS, *SCHEMES])})$")
     scaling: float | None = Field(None, gt=0)  # of the LoRA update; None if not known
@@ -425,14 +426,14 @@ def find_saved(
         settings["revision"] = None
     if loading is not None:  # bf16 if the hardware has it
         precision = "auto" if loading.precision == "bf16" else loading.precision
-        settings |= {"quantization": loading.quantization, "precision": precision, "pooling": loading.pooling}
+        settings |= loading.model_dump(include={"quantization", "pooling", "attention"}) | {"precision": precision}
     length = loading.max_length if loading else recipe.data.max_length if recipe else None
     config = ModelConfig(**settings | {"trust_remote_code": trust_remote_code})
     trained = loading.model_dump(include={"weights", "scaling"}) if loading else {}
-    more = (config, length, info.calibration.temperature, info.masking, trained)
-    label_on = loading.label_on if loading else recipe.data.label_on if recipe else "first"
+    label_on = loading.label_on if loading else "first"  # the only one when adapters did not say how to load them
+    more = (config, length, info.calibration.temperature, info.masking, trained, label_on)
     spans = loading.spans if loading else NO_SPANS
-    return SavedAdapter(str(model), folder, info.task, tuple(info.labels), *more, label_on, spans, info.pair)
+    return SavedAdapter(str(model), folder, info.task, tuple(info.labels), *more, spans, info.pair)
 
 
 def _download(hub_id: str) -> Path:

@@ -20,7 +20,7 @@ from tokmask_peft.errors import MaskTokenError, ModelError, first_line
 from tokmask_peft.masking.embedding import find_decoder_embedding, find_embedding
 from tokmask_peft.model.decisions import DTYPES, choose_precision, choose_quantization, gpu_problem, out_of_memory
 from tokmask_peft.model.families import family_of
-from tokmask_peft.model.layers import Float32Linear, is_quantized, place_embedding, pool_texts
+from tokmask_peft.model.layers import Float32Linear, is_quantized, place_embedding, pool_texts, see_both_ways
 from tokmask_peft.model.location import backbone_location
 from tokmask_peft.model.packed import expand_heads_if_needed
 from tokmask_peft.recipe.schema import ModelConfig
@@ -113,6 +113,8 @@ def load_backbone(
         names = [name for name in tokenizer.model_input_names if name != types]
         tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names  # which are saved, too
     model.config.pad_token_id, model.config.use_cache = tokenizer.pad_token_id, False
+    if config.attention == "bidirectional":
+        see_both_ways(model)
     if find_decoder_embedding(model) is not None:
         model.register_forward_pre_hook(functools.partial(_one_end, tokenizer.unk_token_id), with_kwargs=True)
     new_modules = _new_modules(model, info)
@@ -127,6 +129,10 @@ def load_backbone(
     decisions = [Decision("device", str(device), unused or "set by accelerate"), precision, quantization]
     if tokenizer.padding_side == "left":
         decisions.append(Decision("padding", "left", f"{type(model).__name__} reads its answer at the last position"))
+    if config.attention != "causal":
+        decisions.append(
+            Decision("attention", config.attention, "set in the recipe; it was trained causally")
+        )
     if pooling != "auto":
         decisions.append(Decision("pooling", pooling, "set in the recipe"))
     decisions += place_embedding(model, config.embedding, device)

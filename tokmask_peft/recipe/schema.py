@@ -174,8 +174,10 @@ class DataConfig(SourceConfig):
     language_labels: tuple[str, ...] = Field(
         (), description="labels (after label_map) that are languages; scores are then also given by code-mixing index"
     )
-    label_on: Literal["first", "last"] = Field(
-        "first", description="one label per word: which of its sub-tokens carries the label"
+    label_on: Literal["auto", "first", "last"] = Field(
+        "auto",
+        description="one label per word: which of its sub-tokens carries the label; auto: the last for decoders, whose "
+        "first one has not seen the rest of the word, otherwise the first",
     )
     spans: Literal["auto", "none", "bio", "iob1", "bioes", "bilou"] = Field(
         "auto",
@@ -232,10 +234,16 @@ class ModelConfig(Section):
         description="the frozen input embedding: resident on the device; offload keeps it in host memory and sends the "
         "rows of each batch; 8bit holds it on the device through bitsandbytes, with slightly different values",
     )
-    pooling: Literal["auto", "cls", "mean", "max"] = Field(
+    attention: Literal["causal", "bidirectional"] = Field(
+        "causal",
+        description="what a sub-token of a decoder sees: causal, those before it; bidirectional, the whole text, for "
+        "Gemma 3, Llama, Mistral, Qwen2 and Qwen3. Encoders see the whole text anyway: leave it at causal",
+    )
+    pooling: Literal["auto", "cls", "last", "mean", "max"] = Field(
         "auto",
         description="which states the head reads, if a text has one label: auto, as transformers has it ([CLS], or the "
-        "last sub-token of a decoder); cls; mean or max of all, for which stock PEFT needs the lines in the model card",
+        "last sub-token of a decoder); cls; last; mean or max of all, for which stock PEFT needs the lines in the "
+        "model card",
     )
     gradient_checkpointing: Literal["auto"] | StrictBool = Field(
         "auto", description="save memory at the cost of time: recompute activations; auto does if memory would run out"

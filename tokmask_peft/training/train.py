@@ -41,7 +41,7 @@ from tokmask_peft.masking.replacement import MaskToken
 from tokmask_peft.model.adapter import WEIGHTS, add_adapter, check_fit, gathered_weights, save_adapter
 from tokmask_peft.model.backbone import Backbone, load_backbone
 from tokmask_peft.model.decisions import PRECISIONS, enable_checkpointing, in_short, out_of_memory
-from tokmask_peft.model.layers import placement_problem
+from tokmask_peft.model.layers import choose_label_on, placement_problem
 from tokmask_peft.model.location import check_length
 from tokmask_peft.model.memory.suggestions import Phase, Situation, changed, memory_error, memory_errors, smaller_batch
 from tokmask_peft.model.packed import choose_batching, enable_padding_free
@@ -220,8 +220,7 @@ def prepare(recipe: Recipe, device: torch.device, console: Console) -> Prepared:
         backbone = load_backbone(recipe.model, data.task, corpus.labels, device)
     loaded: Any = backbone.model
     check_length(recipe, loaded.config.to_dict())
-    noisy = training.neftune_alpha is not None
-    batching = choose_batching(training.batching, backbone.model, noisy, device, backbone.dtype)
+    batching = choose_batching(training.batching, loaded, training.neftune_alpha is not None, device, backbone.dtype)
     if batching.choice == "padding_free":
         enable_padding_free(backbone.model)
 
@@ -231,17 +230,18 @@ def prepare(recipe: Recipe, device: torch.device, console: Console) -> Prepared:
         model, adapter_decisions = add_adapter(backbone, recipe.adapter, data.task, trained_row)
 
     head = choose_head(training.head, model, len(corpus.labels))
-    recipe = changed(recipe, {"training.batching": batching.choice, "training.head": head.choice})
+    carrier = choose_label_on(data.label_on, loaded)
+    made = {"training.batching": batching.choice, "training.head": head.choice, "data.label_on": carrier.choice}
+    recipe = changed(recipe, made)
     parts = {"train": corpus.train, "validation": corpus.validation, "test": corpus.test}
-    encoding = data.max_length, data.label_on, corpus.spans
+    encoding = data.max_length, carrier.choice, corpus.spans
     splits = {
         name: Split(examples, backbone.tokenizer, data.task, corpus.all_labels, *encoding)
         for name, examples in parts.items()
         if examples
     }
     trained, *evaluated = splits.values()
-    windows = tuple([len(window.ids) for window in split.windows] for split in evaluated)
-    lengths = Lengths(trained.lengths, windows)
+    lengths = Lengths(trained.lengths, tuple([len(window.ids) for window in split.windows] for split in evaluated))
     numbers = training.decided(len(trained.lengths), sum(trained.lengths), processes().num_processes)
     recipe = changed(recipe, {f"training.{key}": value for key, value in numbers.items()})
     recipe, memory_decision, warning = before_training(recipe, backbone, batching.choice, lengths, device)
@@ -258,6 +258,7 @@ def prepare(recipe: Recipe, device: torch.device, console: Console) -> Prepared:
             for key, value in numbers.items()
             if key != "patience" or value is not None
         ),
+        *([carrier] if carrier.choice == "last" and get_task(data.task).words_given else []),
         batching,
         memory_decision,
         mask_decision,
@@ -375,6 +376,7 @@ def save_adapter_folder(
             quantization=backbone.quantization,
             precision=PRECISIONS[backbone.dtype],
             embedding=recipe.model.embedding,
+            attention=recipe.model.attention,
             pooling="auto" if task.words_given else recipe.model.pooling,
             label_on=recipe.data.label_on,
             spans=recipe.data.spans,
