@@ -7,7 +7,7 @@ has no probability.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -19,6 +19,7 @@ from scipy.special import log_softmax, softmax
 
 from tokmask_peft.errors import RunError, read_json
 from tokmask_peft.examples import NO_PREDICTION
+from tokmask_peft.spans import Span, read
 
 METRICS = ("f1_macro", "f1_weighted")
 LEVEL = 0.95
@@ -170,9 +171,54 @@ def bootstrap_differences(
     return {arm: dict(zip(METRICS, found, strict=True)) for arm, found in others.items()}
 
 
+def entity_counts(found: Predictions, labels: Sequence[str]) -> NDArray[np.float64]:
+    """Count each text's entities, `[3, texts, 1]`: found correctly, in the data, predicted; see `text_counts`."""
+    rows = [(len(gold & given), len(gold), len(given)) for gold, given in _entities(found, labels)]
+    return np.array(rows, dtype=np.float64).reshape(-1, 3).T[:, :, None]
+
+
+def _entities(found: Predictions, labels: Sequence[str]) -> Iterator[tuple[set[Span], set[Span]]]:
+    """Yield the entities of each text in the data and in the predictions; a word without a prediction is outside."""
+    for pair in zip(found.gold, found.predicted, strict=True):
+        gold, given = ({*read(labels[i] if i >= 0 else "O" for i in ids.tolist())} for ids in pair)
+        yield gold, given
+
+
+def entity_scores(found: Predictions, labels: Sequence[str]) -> dict[str, Any]:
+    """Return `f1_entities` and, in `entities`, precision, recall and counts, over all types and for each, JSON-able.
+
+    An entity is right if type, first and last word are: micro scores in seqeval's default mode (see `spans`).
+    `interval` is the 95% bootstrap interval of F1 over texts.
+    """
+    counts: dict[str, list[int]] = {}
+    for gold, given in _entities(found, labels):
+        for place, entities in enumerate((gold & given, gold, given)):
+            for kind, _, _ in entities:
+                counts.setdefault(kind, [0, 0, 0])[place] += 1
+
+    def figures(right: int, gold: int, given: int) -> dict[str, Any]:
+        shares = {"precision": right / max(given, 1), "recall": right / max(gold, 1)}
+        return {**shares, "f1": 2 * right / max(gold + given, 1), "support": gold, "predicted": given}
+
+    total = figures(*(sum(row[part] for row in counts.values()) for part in range(3)))
+    part = entity_counts(found, labels)
+    drawn = bootstrap_differences({"none": [np.zeros_like(part)], "all": [part]}, "none")["all"]["f1_macro"]
+    by_type = {kind: figures(*counts[kind]) for kind in sorted(counts)}
+    return {
+        "f1_entities": total["f1"],
+        "entities": {**total, "interval": percentile_interval(drawn), "per_type": by_type},
+    }
+
+
 def percentile_interval(values: NDArray[np.float64]) -> list[float]:
     """Return the 95% percentile interval of bootstrap replicates."""
     return [float(bound) for bound in np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])]
+
+
+def entity_gain(ours: Predictions, theirs: Predictions, labels: Sequence[str]) -> list[float]:
+    """Return the 95% interval of a gain in F1 of entities on the same texts (paired bootstrap)."""
+    arms = {name: [entity_counts(arm, labels)] for name, arm in enumerate((theirs, ours))}
+    return percentile_interval(bootstrap_differences(arms, 0)[1]["f1_macro"])
 
 
 def compared(ours: Predictions, theirs: Predictions, classes: int) -> dict[str, Any]:
