@@ -156,9 +156,7 @@ def start_run(run: RunFolder, recipe_text: str, fingerprint: Mapping[str, str]) 
 
 @contextlib.contextmanager
 def locked(run: RunFolder) -> Iterator[None]:
-    """Hold the lock of a run, in its folder, which is created, and removed if nothing was written.
-
-    The lock ends with the process that holds it, also if that is killed.
+    """Hold the lock of a run, in its folder, which is created, and removed if nothing was written; a kill ends it.
 
     Raises:
         RunError: another process trains the run, or the folder cannot be created or written.
@@ -167,7 +165,8 @@ def locked(run: RunFolder) -> Iterator[None]:
     lock = FileLock(run.lock, timeout=0)
     try:
         run.root.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
+        while lock.acquire() and not run.lock.exists():  # an older filelock takes a file that was removed just before
+            lock.release()
     except Timeout as error:
         remedy = "wait until it ends, or choose another name (name=…)"
         raise RunError(f"another process is training the run {run.root}; {remedy}", code="run-in-use") from error
@@ -178,7 +177,7 @@ def locked(run: RunFolder) -> Iterator[None]:
         yield
     finally:
         with contextlib.suppress(OSError):
-            run.lock.unlink()
+            run.lock.unlink()  # before it is released, or it could be another process's
         lock.release()
         with contextlib.suppress(OSError):  # of one that is not empty
             for folder in created:
