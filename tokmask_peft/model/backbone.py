@@ -19,7 +19,7 @@ from tokmask_peft.errors import MaskTokenError, ModelError, first_line
 from tokmask_peft.masking.embedding import find_decoder_embedding, find_embedding
 from tokmask_peft.model.decisions import DTYPES, choose_precision, choose_quantization, gpu_problem, out_of_memory
 from tokmask_peft.model.families import family_of
-from tokmask_peft.model.layers import Float32Linear, is_quantized, place_embedding, pool_texts
+from tokmask_peft.model.layers import LINEAR, Float32Linear, is_quantized, place_embedding, pool_texts
 from tokmask_peft.model.location import backbone_location
 from tokmask_peft.model.packed import expand_heads_if_needed
 from tokmask_peft.recipe.schema import ModelConfig
@@ -232,7 +232,7 @@ def weight_hashes(model: nn.Module, new_modules: tuple[str, ...]) -> dict[str, s
         if f"{name}.".startswith(tuple(f"{new}." for new in new_modules)):
             continue
         for key, value in part.named_parameters(recurse=False):
-            kind = "linear" if isinstance(part, nn.Linear) and key == "weight" else "others"
+            kind = "linear" if isinstance(part, LINEAR) and key == "weight" else "others"
             if value.is_meta or (kind == "linear" and is_quantized(part)):
                 hashes.pop(kind, None)
             elif kind in hashes:
