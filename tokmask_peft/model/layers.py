@@ -15,11 +15,15 @@ from typing import Any, Self, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from tokmask_peft.console import Decision
 from tokmask_peft.errors import MaskTokenError, ModelError
 from tokmask_peft.masking.embedding import find_decoder_embedding, find_embedding
 from tokmask_peft.model.decisions import bitsandbytes_problem
+
+LINEAR = (nn.Linear, Conv1D)
+"""Classes of layers that are a product with a matrix; GPT-2's, `Conv1D`, keeps it transposed, [in, out]."""
 
 _STEPS = 1 << 16
 """Probabilities that `dropout` can tell apart on a CPU."""

@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
+from transformers.pytorch_utils import Conv1D
 
 from tokmask_peft.masking.embedding import unwrap
 from tokmask_peft.model.adapter import add_adapter, inputs_as_they_come
@@ -123,6 +124,9 @@ def bare_model(config: Any, task: str, dtype: torch.dtype) -> nn.Module:
         config.pad_token_id = 0
     with torch.device("meta"):
         model: nn.Module = get_task(task).auto_model().from_config(config, dtype=dtype)
+        for name, part in list(model.named_modules()):
+            if isinstance(part, Conv1D):  # the same product, of GPT-2
+                model.set_submodule(name, nn.Linear(part.nx, part.nf, dtype=dtype))
     return model
 
 
