@@ -105,16 +105,19 @@ def is_data(given: str) -> bool:
 
 
 class Draft(NamedTuple):
-    """A recipe, the decisions that it comes from, and what was read."""
+    """A recipe, the decisions that it comes from, what was read, and what must be known before a training."""
 
     content: dict[str, Any]
     recipe: Recipe
     decisions: list[Decision]
     corpus: Corpus
+    warnings: list[str]
 
     def show(self, *more: Decision) -> None:
-        """Print decisions and data."""
+        """Print warnings, decisions and data."""
         console = make_console()
+        for warning in self.warnings:
+            console.print(f"Warning: {warning}\n", markup=False)
         print_decisions(console, [*self.decisions, *more])
         print_lines(console, "Data", self.corpus.report.lines())
 
@@ -126,6 +129,8 @@ class Draft(NamedTuple):
         name = shlex.quote(str(target))
         lines = [f"# Written by: {made_by}", f"#   tokmask train {name}", f"#   tokmask validate {name} --data"]
         lines.append("# Change what is wrong; `tokmask recipes fields` lists all keys.")
+        for warning in self.warnings:
+            lines += textwrap.wrap(f"Warning: {warning}", WIDTH, initial_indent="# ", subsequent_indent="# ")
         data = {"path": here} | {name: value for name, value in self.content["data"].items() if name != "path"}
         for key, value in (self.content | {"data": data}).items():
             if not isinstance(value, dict):
@@ -173,6 +178,7 @@ def make_draft(paths: Sequence[Path], overrides: Sequence[str], backbones: Seque
     from tokmask_peft.data.detect import detect, looks_english, scripts
     from tokmask_peft.data.split import canonical
     from tokmask_peft.tasks import get_task
+    from tokmask_peft.training.scoring import language_warnings
 
     ask = _ask if not yes and is_terminal() else likeliest
     found, corpus = detect(paths, given["data"], ask, given.get("seed", 42))
@@ -185,7 +191,8 @@ def make_draft(paths: Sequence[Path], overrides: Sequence[str], backbones: Seque
     letters = ", ".join(f"{script} {share:.0%}" for script, share in scripts(texts).items()) or "none"
     language = Decision("data.language", "not set", f"for the model card, such as [sw, en]; scripts: {letters}")
     decisions = [*corpus.report.decisions, *found.decisions, language, why, *_settings(content, corpus, cost)]
-    return Draft(content, check(content, source="init"), decisions, corpus)
+    warnings = [one["message"] for one in language_warnings(model["backbone"], cost and cost.foreign)]
+    return Draft(content, check(content, source="init"), decisions, corpus, warnings)
 
 
 def is_terminal() -> bool:
@@ -216,6 +223,7 @@ class _Cost(NamedTuple):
     per_word: float  # sub-tokens
     unknown: float  # share of the sub-tokens that stand for what it does not know
     lengths: list[int]  # sub-tokens of each text, special tokens included, in order of size
+    foreign: str | None = None  # what shows that it was made for another language
 
     def __str__(self) -> str:
         return f"{self.per_word:.2f}" + (f" ({self.unknown:.0%} unknown)" if self.unknown >= 0.01 else "")
@@ -223,6 +231,7 @@ class _Cost(NamedTuple):
 
 def _cost(config: ModelConfig, texts: Sequence[str], most: int | None = COUNTED) -> _Cost:
     """Tokenize the first `most` texts."""
+    from tokmask_peft.data.encoding import foreign_words
     from tokmask_peft.model.backbone import load_tokenizer
 
     tokenizer, texts = load_tokenizer(config), texts[:most]
@@ -230,7 +239,8 @@ def _cost(config: ModelConfig, texts: Sequence[str], most: int | None = COUNTED)
     total = sum(map(len, rows)) - tokenizer.num_special_tokens_to_add() * len(rows)
     unknown = sum(row.count(tokenizer.unk_token_id) for row in rows) if tokenizer.unk_token_id is not None else 0
     words = sum(len(text.split()) for text in texts)
-    return _Cost(total / max(words, 1), unknown / max(total, 1), sorted(map(len, rows)))
+    foreign = foreign_words(tokenizer, texts)
+    return _Cost(total / max(words, 1), unknown / max(total, 1), sorted(map(len, rows)), foreign)
 
 
 def _at_hand(config: ModelConfig) -> bool:
@@ -281,7 +291,8 @@ def _choose_backbone(
         why += "a GPU is here" if gpu else "no GPU is here"
         if not here[0] and constants.HF_HUB_OFFLINE and any(here):
             best = here.index(True)
-            why = f"{suits} would suit better, but it is not on this machine, and HF_HUB_OFFLINE is set"
+            why = f"{suits} would suit better, but it is not on this machine, and HF_HUB_OFFLINE is set: set "
+            why += "model.backbone_path to a folder with it, or to null with a network"
     counted = [f"{one['backbone']} {cost}" for one, cost in zip(choices, costs, strict=True) if cost is not None]
     why += f". Sub-tokens a word: {', '.join(counted)}" if counted else ""
     why += "" if here[best] else ". Training downloads it"

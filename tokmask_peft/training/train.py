@@ -32,7 +32,7 @@ from tokmask_peft.artifacts import (
 from tokmask_peft.console import Decision, make_console, print_decisions, print_lines, print_result
 from tokmask_peft.data.batches import PackedCollator, TokenBudgetSampler
 from tokmask_peft.data.corpus import Corpus, count_labels, load_corpus
-from tokmask_peft.data.encoding import words_need_a_space
+from tokmask_peft.data.encoding import foreign_words, words_need_a_space
 from tokmask_peft.errors import RecipeError, RunError, RunInterruptedError, boundary, whole, write_json
 from tokmask_peft.hub.card import write_card
 from tokmask_peft.masking.callback import TokenMaskCallback
@@ -62,7 +62,7 @@ from tokmask_peft.training.head import choose_head, start_head
 from tokmask_peft.training.losses import ClassificationLoss, class_weights
 from tokmask_peft.training.memory import Lengths, before_training
 from tokmask_peft.training.metrics import Predictions
-from tokmask_peft.training.scoring import check_best, score_best, warnings_of
+from tokmask_peft.training.scoring import check_best, language_warnings, score_best, warnings_of
 from tokmask_peft.training.trainer import OrderedEvalTrainer, Split, check_trackers, training_arguments
 
 
@@ -125,6 +125,10 @@ def _train(recipe: Recipe, folder: RunFolder, process: PartialState, resume: boo
     process.wait_for_everyone()
 
     prepared = prepare(recipe, process.device, console)
+    foreign = foreign_words(prepared.backbone.tokenizer, (one.string for one in prepared.corpus.train))
+    before = language_warnings(recipe.model.backbone, foreign)
+    for warning in before:
+        console.print(f"Warning: {warning['message']}\n", markup=False)
     print_lines(console, "Data", [*prepared.corpus.report.lines(), *_cut_lines(prepared)])
 
     first = prepared.recipe.training
@@ -150,7 +154,7 @@ def _train(recipe: Recipe, folder: RunFolder, process: PartialState, resume: boo
         result, predictions = score_best(trainer, prepared.recipe, prepared.corpus, prepared.splits, probed)
         decisions = [asdict(decision) for decision in prepared.decisions]
         result = replace(result, decisions=decisions, speed=_speed(prepared, clock, trainer))
-        result = replace(result, warnings=warnings_of(result))
+        result = replace(result, warnings=[*before, *warnings_of(result, trainer.state.log_history)])
         check_best(trainer, result, prepared.splits["validation"])  # before anything says that the run is finished
         weights = gathered_weights(prepared.model)
         if trainer.is_world_process_zero():
