@@ -177,6 +177,7 @@ def make_draft(paths: Sequence[Path], overrides: Sequence[str], backbones: Seque
     from tokmask_peft.data.columns import SPLITS, likeliest
     from tokmask_peft.data.detect import detect, looks_english, scripts
     from tokmask_peft.data.split import canonical
+    from tokmask_peft.model.backbone import load_tokenizer
     from tokmask_peft.tasks import get_task
     from tokmask_peft.training.scoring import language_warnings
 
@@ -191,8 +192,11 @@ def make_draft(paths: Sequence[Path], overrides: Sequence[str], backbones: Seque
     letters = ", ".join(f"{script} {share:.0%}" for script, share in scripts(texts).items()) or "none"
     language = Decision("data.language", "not set", f"for the model card, such as [sw, en]; scripts: {letters}")
     decisions = [*corpus.report.decisions, *found.decisions, language, why, *_settings(content, corpus, cost)]
-    warnings = [one["message"] for one in language_warnings(model["backbone"], cost and cost.foreign)]
-    return Draft(content, check(content, source="init"), decisions, corpus, warnings)
+    recipe, warnings = check(content, source="init"), []
+    if cost is not None:  # its tokenizer is here
+        found_odd = language_warnings(recipe.model.backbone, load_tokenizer(recipe.model), corpus.train)
+        warnings = [one["message"] for one in found_odd]
+    return Draft(content, recipe, decisions, corpus, warnings)
 
 
 def is_terminal() -> bool:
@@ -223,7 +227,6 @@ class _Cost(NamedTuple):
     per_word: float  # sub-tokens
     unknown: float  # share of the sub-tokens that stand for what it does not know
     lengths: list[int]  # sub-tokens of each text, special tokens included, in order of size
-    foreign: str | None = None  # what shows that it was made for another language
 
     def __str__(self) -> str:
         return f"{self.per_word:.2f}" + (f" ({self.unknown:.0%} unknown)" if self.unknown >= 0.01 else "")
@@ -231,7 +234,6 @@ class _Cost(NamedTuple):
 
 def _cost(config: ModelConfig, texts: Sequence[str], most: int | None = COUNTED) -> _Cost:
     """Tokenize the first `most` texts."""
-    from tokmask_peft.data.encoding import foreign_words
     from tokmask_peft.model.backbone import load_tokenizer
 
     tokenizer, texts = load_tokenizer(config), texts[:most]
@@ -239,8 +241,7 @@ def _cost(config: ModelConfig, texts: Sequence[str], most: int | None = COUNTED)
     total = sum(map(len, rows)) - tokenizer.num_special_tokens_to_add() * len(rows)
     unknown = sum(row.count(tokenizer.unk_token_id) for row in rows) if tokenizer.unk_token_id is not None else 0
     words = sum(len(text.split()) for text in texts)
-    foreign = foreign_words(tokenizer, texts)
-    return _Cost(total / max(words, 1), unknown / max(total, 1), sorted(map(len, rows)), foreign)
+    return _Cost(total / max(words, 1), unknown / max(total, 1), sorted(map(len, rows)))
 
 
 def _at_hand(config: ModelConfig) -> bool:
@@ -349,8 +350,8 @@ def recipe_of(given: str, more: Sequence[str], *, resume: bool, quiet: bool, yes
     draft = make_draft(paths, overrides, [], yes or resume)
     if resume and (started := draft.recipe.run_dir / "recipe.yaml").is_file():
         return checked(str(started), overrides)
-    if not quiet and os.environ.get("RANK", "0") == "0":
-        print_decisions(make_console(), draft.decisions)
+    if not quiet and os.environ.get("RANK", "0") == "0":  # the training prints what was decided while reading
+        print_decisions(make_console(), [one for one in draft.decisions if one not in draft.corpus.report.decisions])
     return draft.recipe
 
 

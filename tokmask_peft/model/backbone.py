@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import inspect
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,9 +19,10 @@ from tokmask_peft.console import Decision, quiet_loading
 from tokmask_peft.errors import MaskTokenError, ModelError, first_line
 from tokmask_peft.masking.embedding import find_decoder_embedding, find_embedding
 from tokmask_peft.model.decisions import DTYPES, choose_precision, choose_quantization, gpu_problem, out_of_memory
+from tokmask_peft.model.families import family_of
 from tokmask_peft.model.layers import Float32Linear, is_quantized, place_embedding, pool_texts
 from tokmask_peft.model.location import backbone_location
-from tokmask_peft.model.packed import expand_heads_if_needed, family_of
+from tokmask_peft.model.packed import expand_heads_if_needed
 from tokmask_peft.recipe.schema import ModelConfig
 from tokmask_peft.tasks import get_task
 
@@ -105,6 +107,9 @@ def load_backbone(
         problem = f"the tokenizer of {location} has ids up to {largest}, but the embedding has {rows} rows"
         remedy = "save the backbone again after model.resize_token_embeddings, or with the tokenizer it came with"
         raise ModelError(f"{problem}: {remedy}", code="tokenizer-too-large", largest=largest, rows=rows)
+    takes_types = "token_type_ids" in inspect.signature(model.forward).parameters
+    if "token_type_ids" in tokenizer.model_input_names and not (takes_types and getattr(model.config, "type_vocab_size", 2) != 1):
+        tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
     model.config.pad_token_id, model.config.use_cache = tokenizer.pad_token_id, False
     if find_decoder_embedding(model) is not None:
         model.register_forward_pre_hook(functools.partial(_one_end, tokenizer.unk_token_id), with_kwargs=True)
