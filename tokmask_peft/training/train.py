@@ -63,7 +63,7 @@ from tokmask_peft.training.head import choose_head, start_head
 from tokmask_peft.training.losses import ClassificationLoss, class_weights
 from tokmask_peft.training.memory import Lengths, before_training
 from tokmask_peft.training.metrics import Predictions
-from tokmask_peft.training.scoring import check_best, score_best, warnings_of
+from tokmask_peft.training.scoring import check_best, language_warnings, score_best, warnings_of
 from tokmask_peft.training.trainer import OrderedEvalTrainer, Split, check_trackers, training_arguments
 
 
@@ -126,7 +126,9 @@ def _train(recipe: Recipe, folder: RunFolder, process: PartialState, resume: boo
     process.wait_for_everyone()
 
     prepared = prepare(recipe, process.device, console)
-    print_lines(console, "Data", [*prepared.corpus.report.lines(), *_cut_lines(prepared)])
+    before = language_warnings(recipe.model.backbone, prepared.backbone.tokenizer, prepared.corpus.train)
+    said = [f"warning: {warning['message']}" for warning in before]
+    print_lines(console, "Data", [*said, *prepared.corpus.report.lines(), *_cut_lines(prepared)])
 
     first = prepared.recipe.training
     clock, parameters = StepClock(), _trained(prepared.model) if recipe.training.auto_batch else {}
@@ -151,7 +153,7 @@ def _train(recipe: Recipe, folder: RunFolder, process: PartialState, resume: boo
         result, predictions = score_best(trainer, prepared.recipe, prepared.corpus, prepared.splits, probed)
         decisions = [asdict(decision) for decision in prepared.decisions]
         result = replace(result, decisions=decisions, speed=_speed(prepared, clock, trainer))
-        result = replace(result, warnings=warnings_of(result))
+        result = replace(result, warnings=[*before, *warnings_of(result, trainer.state.log_history)])
         check_best(trainer, result, prepared.splits["validation"])  # before anything says that the run is finished
         weights = gathered_weights(prepared.model)
         if trainer.is_world_process_zero():
