@@ -33,10 +33,8 @@ def backbone_location(config: ModelConfig) -> str:
         return config.backbone
     if not wanted.startswith("package:"):
         if not (Path(wanted).is_dir() or (wanted.endswith(GGUF) and Path(wanted).is_file())):
-            message = (
-                f"model.backbone_path is {wanted}, which is neither a folder nor a {GGUF} file."
-            message += " Remove it to use the Hub."
-            )
+            problem = f"model.backbone_path is {wanted}, which is neither a folder nor a {GGUF} file"
+            message = f"{problem}. Remove it to use the Hub."
             raise ModelError(message, code="backbone-folder-missing", path=wanted)
         check_files(wanted)
         return wanted
