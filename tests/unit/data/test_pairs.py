@@ -164,6 +164,6 @@ def test_columns_of_usual_pairs_are_found(tmp_path, names):
 
 def test_a_label_is_not_half_of_a_pair(tmp_path):
     rows = [f"{n},is the place {n} here,{'of course' if n % 3 else 'not yet'}" for n in range(60)]
-    for given in ({}, {"label_column": "answer"}):
-        found, _ = detect([write(tmp_path, "id,question,answer", *rows)], given)
+    for keys in ({}, {"label_column": "answer"}):
+        found, _ = detect([write(tmp_path, "id,question,answer", *rows)], keys)
         assert (found.data["text_column"], found.data["label_column"]) == ("question", "answer")
