@@ -129,7 +129,7 @@ def build(classifier: Any, name: str, about: str = "", examples: Sequence[str] =
         )
         button = gradio.Button("Classify", variant="primary")
         if examples:
-            gradio.Examples([[one] for one in examples], text, label="Texts of its data", cache_examples=False)
+            gradio.Examples([[one] for one in examples], text, label="Examples from the data", cache_examples=False)
         outputs = []
         if not task.words_given:
             count = min(len(classifier.labels), _MOST_CLASSES)
