@@ -25,6 +25,7 @@ from tokmask_peft.masking.config import TokenMaskConfig
 from tokmask_peft.model.location import check_files
 from tokmask_peft.recipe.loading import differences, load_recipe
 from tokmask_peft.recipe.schema import ModelConfig, Recipe, Task
+from tokmask_peft.spans import NO_SPANS, SCHEMES
 
 ADAPTER_FILE = "tokmask.json"
 LOADED_FILES = (
@@ -295,6 +296,7 @@ class Loading(_Part):
     weights: dict[str, str] = Field(default_factory=dict)  # of the backbone, from `weight_hashes`
     pooling: str = Field("auto", pattern="^(auto|cls|mean|max)$")
     label_on: str = Field("first", pattern="^(first|last)$")
+    spans: str = Field(NO_SPANS, pattern=f"^({'|'.join([NO_SPANS, *SCHEMES])})$")
     scaling: float | None = Field(None, gt=0)  # of the LoRA update; None if not known
 
     @field_validator("package")
@@ -327,7 +329,10 @@ class AdapterInfo(_Part):
 
     def write(self, adapter: Path) -> None:
         """Write the file into an adapter folder."""
-        write_json(adapter / ADAPTER_FILE, self.model_dump(mode="json"))
+        found = self.model_dump(mode="json")
+        if self.loading is not None and self.loading.spans == NO_SPANS:
+            del found["loading"]["spans"]
+        write_json(adapter / ADAPTER_FILE, found)
 
     @classmethod
     def read(cls, adapter: Path) -> Self:
@@ -373,6 +378,7 @@ class SavedAdapter:
     masking: TokenMaskConfig | None = None
     trained: Mapping[str, Any] = field(default_factory=dict)  # weights of the backbone and scaling, for `load_adapter`
     label_on: str = "first"  # which sub-token of a word carries its label
+    spans: str = NO_SPANS  # how the labels mark entities, as in `spans.SCHEMES`
 
 
 def find_saved(
@@ -424,7 +430,9 @@ def find_saved(
     trained = loading.model_dump(include={"weights", "scaling"}) if loading else {}
     more = (config, length, info.calibration.temperature, info.masking, trained)
     label_on = loading.label_on if loading else recipe.data.label_on if recipe else "first"
-    return SavedAdapter(str(model), folder, info.task, tuple(info.labels), *more, label_on=label_on)
+    return SavedAdapter(
+        str(model), folder, info.task, tuple(info.labels), *more, label_on, loading.spans if loading else NO_SPANS
+    )
 
 
 def _download(hub_id: str) -> Path:

@@ -90,14 +90,18 @@ def _split_arguments(given: Sequence[str]) -> tuple[list[Path], list[str]]:
 
 def is_data(given: str) -> bool:
     """Return whether an argument names data rather than a recipe."""
+    from tokmask_peft.data.readers import PACKED, READERS
+    from tokmask_peft.recipe.loading import shipped_recipes
+
     path = Path(given)
-    if path.is_dir():
-        return not (path / "recipe.yaml").is_file()  # of a run
-    return path.is_file() and path.suffix.lower() in DATA_ENDINGS
-
-
-DATA_ENDINGS = {".csv", ".tsv", ".txt", ".conll", ".conllu", ".jsonl", ".ndjson", ".parquet", ".xlsx", ".zip", ".gz"}
-"""Endings that no recipe has."""
+    if path.is_dir():  # of a run, or hidden by a recipe of that name; `./NAME` is the folder
+        return not (path / "recipe.yaml").is_file() and given not in shipped_recipes()
+    if not path.is_file() or path.suffix.lower() in (".yaml", ".yml"):
+        return False
+    if path.suffix.lower() in {*READERS, *PACKED}:
+        return True
+    with path.open("rb") as file:
+        return re.search(rb"(?m)^(base|name|model|data) *:", file.read(2**16)) is None
 
 
 class Draft(NamedTuple):

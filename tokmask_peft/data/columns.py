@@ -158,7 +158,7 @@ class Table:
         self.path, self.found = file.path, found
         wanted = Columns(TASKS["sequence"], header=found.data.get("header", "auto"))
         wanted = replace(wanted, separator=found.data.get("separator", "auto"))
-        if file.workbook:
+        if file.workbook or format == "xlsx":
             rows = tables.named(sheet_cells(file), file, wanted)
         elif format == "parquet":
             rows = tables.parquet_rows(file)
@@ -204,7 +204,8 @@ class Table:
         if not texts:
             self._refuse("text_column", "no column has texts: most cells must differ, and not be numbers")
         text = self._pick("text_column", "Which column has the texts?", texts, TEXT_NAMES)
-        labels = self._labels(text)
+        named = [column for column in self.columns if column.has_name(LABEL_NAMES) and len(column.values) == 1]
+        labels = self._labels(text) or named  # the rest of the file may have other labels
         if not labels:
             why = f"'{text.name}' has texts, but no other column has labels: two or more values that recur"
             self._refuse("label_column", why)

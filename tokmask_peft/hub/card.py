@@ -28,6 +28,7 @@ _METRICS: dict[str, tuple[str, str, dict[str, Any] | None]] = {
     "f1_macro": ("f1", "macro-F1", {"average": "macro"}),
     "f1_weighted": ("f1", "weighted F1", {"average": "weighted"}),
     "accuracy": ("accuracy", "accuracy", None),
+    "f1_entities": ("f1", "F1 of entities", {"average": "micro"}),
 }
 _TABLE_LABELS = 12  # a wider table is unreadable
 _NUMBERED_LABELS = 24  # with more labels, the cells of the picture are too small for numbers
@@ -108,6 +109,7 @@ class Card:
                     metric_value=round(self.result.test[key], 4),
                 )
                 for key, (kind, metric, arguments) in _METRICS.items()
+                if key in self.result.test
             ]
         return ModelCardData(
             language=list(dict.fromkeys([*trained.language, *tested.language])) or None,
@@ -223,6 +225,9 @@ def limits(recipe: Recipe, result: Result) -> list[str]:
     if rare:
         head = f"Classes with fewer than {_FEW} items in the scored split, so that their F1 is unreliable"
         lines.append(f"{head}: {', '.join(rare)}.")
+    if "entities" in result.scored:
+        head = "The labels are scored as tokmask_peft gives them, which writes illegal sequences again"
+        lines.append(f"{head} (I-PER without a beginning becomes B-PER); the lines above show them as they come.")
     lines.append("The scores come from one run with one seed: differences of a point or two may be chance.")
     if not result.test:
         lines.append("There was no test split: the validation scores selected the checkpoint and are optimistic.")

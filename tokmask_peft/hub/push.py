@@ -184,7 +184,7 @@ def _send(folder: Path, repo_id: str, private: bool, token: str, console: SafeCo
                 repo_id=repo_id,
                 folder_path=folder,
                 allow_patterns=sorted(sent),
-                delete_patterns=gone or None,
+                delete_patterns=removed or None,
                 commit_message=f"{'Update' if mark in there else 'Add'} the {what}",
             )
         except (HTTPError, OSError, RuntimeError, ValueError, LookupError) as error:

@@ -17,7 +17,7 @@ from tokmask_peft.console import Decision
 from tokmask_peft.data.encoding import Encoder, Window
 from tokmask_peft.data.opening import unicode_problem
 from tokmask_peft.errors import DataError, ModelError, boundary, first_line
-from tokmask_peft.examples import Prediction, WordPredictions
+from tokmask_peft.examples import Prediction, Probabilities, WordPredictions
 from tokmask_peft.inference.explain import Explanation, explain
 from tokmask_peft.inference.forward import Forward, loading_memory_errors
 from tokmask_peft.masking.config import TokenMaskConfig
@@ -27,6 +27,7 @@ from tokmask_peft.model.backbone import load_backbone
 from tokmask_peft.model.decisions import gpu_problem, kernels_problem, plan_loading
 from tokmask_peft.model.location import position_limit
 from tokmask_peft.model.packed import choose_batching, enable_padding_free
+from tokmask_peft.spans import NO_SPANS, Spans
 from tokmask_peft.tasks import get_task
 from tokmask_peft.training.metrics import probabilities
 
@@ -51,12 +52,14 @@ class Classifier:
     decisions: tuple[Decision, ...] = ()  # device, precision, quantization, batching and the like, with reasons
     label_on: str = "first"  # which sub-token of a word carries its label
     masking: TokenMaskConfig | None = None  # how tokens were masked in training, if known
+    spans: str = NO_SPANS  # how the labels mark entities, as in `spans.SCHEMES`
 
     def __post_init__(self) -> None:
         self.model, self.labels = self.model.eval(), tuple(self.labels)
         self.device = next(self.model.parameters()).device
         self.encoder = Encoder(self.tokenizer, self.task, self.max_length, self.label_on)
         pad_id, side = self.tokenizer.pad_token_id, self.tokenizer.padding_side
+        self.legal = None if self.spans == NO_SPANS else Spans(self.spans, self.labels)
         self.forward = Forward(self.model, pad_id, self.task, self.dtype, side)
 
     @boundary("the prediction")
@@ -68,7 +71,8 @@ class Classifier:
 
         A text longer than `max_length` sub-tokens is read in windows. With one label per text, their logits are
         averaged, weighted by their sub-tokens; so the temperature changes no label there either. With one label per
-        word, the windows overlap, and every word gets one label.
+        word, the windows overlap, and every word gets one label; if the labels mark entities, the sequence is made
+        legal as `spans` says.
 
         Args:
             texts: strings; in token tasks they are split at white space, or lists of words, taken as they are.
@@ -92,10 +96,11 @@ class Classifier:
         answers = []
         for text, pairs in zip(given, found, strict=True):
             rows = task.join([window for window, _ in pairs], [logits for _, logits in pairs])
-            chances = [
-                dict(zip(self.labels, row.tolist(), strict=True)) for row in probabilities(rows, self.temperature)
-            ]
-            answers.append(task.answer(text, rows, chances, len(pairs)))
+            chances = Probabilities(self.labels, probabilities(rows, self.temperature))
+            answer = task.answer(text, rows, chances, len(pairs))
+            if self.legal is not None:
+                answer = replace(answer, labels=self.legal.repaired(answer.labels), spans=self.spans)
+            answers.append(answer)
         return answers
 
     def explain(
@@ -203,6 +208,7 @@ def load(
             decisions=tuple(decisions),
             label_on=saved.label_on,
             masking=saved.masking,
+            spans=saved.spans,
         )
 
 

@@ -26,7 +26,10 @@ _FOR, _AGAINST = (33, 102, 172), (214, 96, 77)  # blue and orange-red, which col
 
 
 def print_answers(texts: Sequence[str], answers: Sequence[Answer], as_json: bool) -> None:
-    """Print label, probability and text per answer, between tabs; in token tasks word, label and probability."""
+    """Print label, probability and text per answer, between tabs; in token tasks word, label and probability.
+
+    Entities follow the words of their text: a line each that begins with #.
+    """
     for number, (text, answer) in enumerate(zip(texts, answers, strict=True)):
         if as_json:
             echo(json.dumps(answer_record(text, answer), ensure_ascii=False))
@@ -35,6 +38,8 @@ def print_answers(texts: Sequence[str], answers: Sequence[Answer], as_json: bool
                 echo()
             for word, label, row in zip(answer.words, answer.labels, answer.probabilities, strict=True):
                 echo(f"{word}\t{label}\t{row[label]:.4f}")
+            for entity in answer.entities:
+                echo(f"# {entity.type}\t{entity.text}\t{entity.confidence:.4f}")
         else:
             echo(f"{answer.label}\t{answer.probabilities[answer.label]:.4f}\t{text}")
 

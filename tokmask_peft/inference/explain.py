@@ -216,6 +216,7 @@ def _explain(
     for text, (row, target) in enumerate(zip(words, targets, strict=True)):
         before, after = next(parts), next(parts)
         best = before.argmax(-1).tolist()
+        best = classifier.legal.repaired_ids(best) if per_word and classifier.legal else best
         odds = np.array([log_odds(one, label, temperature) for one, label in zip(before, best, strict=True)])
         probabilities = _probability(odds)
         own, at = per_word and target is None, target or 0

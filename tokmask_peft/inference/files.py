@@ -14,7 +14,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from tokmask_peft.errors import DataError, first_line, require, whole
 from tokmask_peft.examples import Example, Unreadable, WordPredictions
 from tokmask_peft.inference.classifier import BATCH_SIZE, Answer, Classifier
 from tokmask_peft.inference.export import check_output
+from tokmask_peft.spans import NO_SPANS
 
 CHUNK_BATCHES, CHUNK_CHARACTERS = 32, 2_000_000
 SHOWN_PROBLEMS = 5
@@ -219,6 +220,8 @@ def answer_record(text: str, answer: Answer) -> dict[str, Any]:
 
     if isinstance(answer, WordPredictions):
         found = {"words": list(answer.words), "labels": list(answer.labels), "confidence": _rounded(answer.confidence)}
+        if answer.spans != NO_SPANS:
+            found["entities"] = [asdict(one) | {"confidence": round(one.confidence, 6)} for one in answer.entities]
         return found | {"probabilities": [rounded(row) for row in answer.probabilities]}
     found = {"text": text, "label": answer.label, "confidence": round(answer.confidence, 6)}
     return found | {"probabilities": rounded(answer.probabilities)}

@@ -51,6 +51,8 @@ Batching = Literal["grouped", "padding_free", "padded"]
 # If a field takes more than one kind of value, an error describes each kind by its title.
 SplitName = Annotated[str, Field(min_length=1, title="a split or file name")]
 ShareOfTrain = Annotated[float, Field(gt=0.0, lt=1.0, title="a share of train between 0 and 1, for example 0.1")]
+ColumnName = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, int) else value)]
+TwoColumns = Annotated[tuple[ColumnName, ColumnName], Field(title="a list of two columns, as [premise, hypothesis]")]
 LanguageCode = Annotated[str, Field(pattern=r"^([a-z]{2,3}|multilingual)$", title="an ISO 639 code such as es or swa")]
 Modules = Annotated[tuple[str, ...], Field(min_length=1, title="a list of module names, for example [q_proj, v_proj]")]
 LayerCount = Annotated[int, Field(ge=1, title="a number of layers, for example 6")]
@@ -88,10 +90,10 @@ class SourceConfig(Section):
         description="one character, or tab: between columns of CSV (auto finds , ; | and tabs) and TSV, between word "
         "and tag in tagged, between label and text in labelled files",
     )
-    text_column: str | int | None = Field(
+    text_column: str | int | TwoColumns | None = Field(
         None,
         description="column of the text, or of the words in token tasks; a number, from 0, in CoNLL files and in "
-        "tables without a header",
+        "tables without a header; [premise, hypothesis]: two columns of a table, whose texts are read as a pair",
     )
     label_column: str | int | None = Field(
         None,
@@ -126,6 +128,11 @@ class SourceConfig(Section):
             remedy = "set path to a local folder or file, hub to a dataset id, or builtin to true in this section"
             raise ValueError(f"no data: {remedy}")
         return self
+
+    @property
+    def pair(self) -> tuple[str, str] | None:
+        """The two columns of `text_column`, if the texts are pairs."""
+        return self.text_column if isinstance(self.text_column, tuple) else None
 
     def expanded(self, at: str = "data") -> Self:
         """Return a copy with `${NAME}` and `~` in paths replaced; `at` is the section's dotted path.
@@ -171,6 +178,12 @@ class DataConfig(SourceConfig):
     label_on: Literal["first", "last"] = Field(
         "first", description="one label per word: which of its sub-tokens carries the label"
     )
+    spans: Literal["auto", "none", "bio", "iob1", "bioes", "bilou"] = Field(
+        "auto",
+        description="one label per word: whether the labels mark entities, which are then scored and listed, too: bio "
+        "(B-TYPE, I-TYPE and O, also called IOB2), iob1 (B- only where two of a type meet), bioes or bilou; auto: by "
+        "the labels",
+    )
     max_length: int = Field(128, ge=4, description="sub-tokens per text; longer texts are truncated and reported")
     hygiene: Literal["remove", "report"] = Field(
         "remove",
@@ -185,6 +198,16 @@ class DataConfig(SourceConfig):
         if isinstance(value, str) and re.fullmatch(r"[-+]?\d*\.?\d+(e[-+]?\d+)?", value.strip(), re.IGNORECASE):
             return float(value)
         return value
+
+    @model_validator(mode="after")
+    def _pairs_fit(self) -> Self:
+        what, words = "text_column names two columns, for pairs of texts", get_task(self.task).words_given
+        if self.pair is not None and (words or self.path is self.hub is None):
+            why = f"task '{self.task}' labels the words of one" if words else "the built-in corpus has none"
+            raise ValueError(f"{what}, but {why}: name one column, or change task or path")
+        if self.test_source is not None and (self.pair is None) != (self.test_source.pair is None):
+            raise ValueError(f"{what}, in only one of data and test_source: set both, or neither")
+        return self
 
 
 class ModelConfig(Section):
@@ -322,9 +345,12 @@ class TrainingConfig(Section):
     neftune_alpha: Annotated[float | None, Regularizer("neftune", off=None, usual=5)] = Field(
         None, gt=0, description="NEFTune noise (Jain et al. 2023); null is off"
     )
+    best_metric: Literal["f1_macro", "f1_weighted", "accuracy", "f1_entities"] = Field(
+        "f1_macro", description="validation score that chooses the checkpoint; f1_entities needs data.spans"
+    )
     patience: Literal["auto"] | Evaluations | None = Field(
         "auto",
-        description="stop after this many evaluations without a better F1; auto: half the epochs if these are auto, "
+        description="stop after this many evaluations without a better score; auto: half the epochs if these are auto, "
         "otherwise null, which never stops",
     )
     eval_batch_size: int = Field(128, ge=1, description="texts per forward pass and device in evaluation")
@@ -393,6 +419,12 @@ class Recipe(Section):
             raise ValueError(f"{why}: set model.embedding=resident, or masking.trainable_mask=false")
         if self.masking.schedule == "ready" and get_task(self.data.task).words_given:
             raise ValueError("masking.schedule: ready masks by the label of a text: take a task with one label a text")
+        if self.data.spans not in ("auto", "none") and not get_task(self.data.task).words_given:
+            raise ValueError("data.spans: entities are marked by labels of words: take a task with one label per word")
+        per_word = get_task(self.data.task).words_given
+        if self.training.best_metric == "f1_entities" and (self.data.spans == "none" or not per_word):
+            why = "training.best_metric is f1_entities, but the labels mark no entities (data.spans is none or auto)"
+            raise ValueError(f"{why}: set data.spans to the scheme of the labels, or training.best_metric=f1_macro")
         if self.masking.where != "all" or self.masking.decoder_p > 0:
             why = "masking.where and masking.decoder_p are for models that generate, in trainers of your own"
             raise ValueError(f"{why}: set masking.where=all and masking.decoder_p=0")

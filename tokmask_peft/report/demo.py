@@ -62,9 +62,9 @@ def answer(classifier: Any, text: str) -> tuple[dict[str, float] | None, Markup]
         (found,) = classifier.predict([text])
         if get_task(classifier.task).words_given:
             sure = [row[label] for row, label in zip(found.probabilities, found.labels, strict=True)]
-            tinted = label_words(found.words, found.labels, classifier.labels, sure)
-            rows = list(zip(found.words, found.labels, sure, strict=True))
-            return None, _page(rows=rows, words=tinted, legend=label_legend(classifier.labels))
+            tinted = label_words(found.words, found.marks, found.all_marks, sure)
+            rows, legend = list(zip(found.words, found.labels, sure, strict=True)), label_legend(found.all_marks)
+            return None, _page(rows=rows, words=tinted, legend=legend, entities=found.entities)
         words, explanation, note = text.split(), None, ""
         if len(words) > _MOST_WORDS:
             note = f"Without colours: the text has {len(words):,} words, and only up to {_MOST_WORDS} are coloured."
@@ -79,9 +79,9 @@ def answer(classifier: Any, text: str) -> tuple[dict[str, float] | None, Markup]
         return None, _page(problem=str(error).replace("texts[0]", "the text"))
 
 
-def _page(rows: Sequence[Any] = (), problem: str = "", **values: Any) -> Markup:
+def _page(rows: Sequence[Any] = (), problem: str = "", entities: Sequence[Any] = (), **values: Any) -> Markup:
     template = environment().get_template("demo.html.j2")
-    return Markup(template.render(rows=rows, problem=problem, **values))  # noqa: S704 - the template escapes
+    return Markup(template.render(rows=rows, problem=problem, entities=entities, **values))  # noqa: S704 - the template escapes
 
 
 def of_run(model: str) -> tuple[str, list[str]]:

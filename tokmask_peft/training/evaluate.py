@@ -22,6 +22,7 @@ from tokmask_peft.model.backbone import load_backbone
 from tokmask_peft.model.decisions import plan_loading
 from tokmask_peft.model.memory.suggestions import Situation, changed, memory_errors
 from tokmask_peft.recipe.schema import Recipe
+from tokmask_peft.spans import NO_SPANS, Spans
 from tokmask_peft.tasks import get_task
 from tokmask_peft.training.environment import processes
 from tokmask_peft.training.scoring import scores_of
@@ -80,7 +81,9 @@ def evaluate(
     with memory_errors(loading):
         backbone = load_backbone(plan.model, task, labels, device)
         model = load_adapter(backbone, folder.adapter, **saved.trained)
-    texts = Split(examples, backbone.tokenizer, task, scored, recipe.data.max_length, recipe.data.label_on)
+    spans = None if saved.spans == NO_SPANS else Spans(saved.spans, labels)
+    recipe = changed(recipe, {"data.spans": saved.spans})
+    texts = Split(examples, backbone.tokenizer, task, scored, recipe.data.max_length, recipe.data.label_on, spans)
     with tempfile.TemporaryDirectory() as scratch:  # the Trainer creates its folder, and the run may be read-only
         batch = min(recipe.training.eval_batch_size, len(texts.windows))
         evaluating = replace(loading, phase="evaluation", texts=batch)

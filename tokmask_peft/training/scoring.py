@@ -15,8 +15,17 @@ from tokmask_peft.data.corpus import Corpus
 from tokmask_peft.errors import RunError
 from tokmask_peft.examples import Example
 from tokmask_peft.recipe.schema import Recipe
+from tokmask_peft.spans import SCHEMES
 from tokmask_peft.tasks import get_task
-from tokmask_peft.training.metrics import Predictions, calibrate, compared, scores, scores_by_mixing
+from tokmask_peft.training.metrics import (
+    Predictions,
+    calibrate,
+    compared,
+    entity_gain,
+    entity_scores,
+    scores,
+    scores_by_mixing,
+)
 from tokmask_peft.training.trainer import OrderedEvalTrainer, Split
 
 
@@ -74,9 +83,15 @@ def baseline_scores(corpus: Corpus, weights: Any, adapter: Predictions) -> dict[
     for kind, c in (("balanced", 10.0), ("of the run", 1.0), ("of the run", 10.0)):
         fit(lowercase, kind, c)
     _, _, chosen, answer = max(tried, key=lambda one: one[0])
-    found = answer(corpus.test or corpus.validation)
+    found, spans = answer(corpus.test or corpus.validation), corpus.spans
+    by_entity: dict[str, Any] = {}
+    if spans is not None:
+        legal = [np.array(spans.repaired_ids(row.tolist()), np.int64) for row in found.predicted]
+        found = Predictions(found.gold, legal)
+        by_entity = entity_scores(found, labels) | {"gain_entities": entity_gain(adapter, found, labels)}
     return {
         **scores(*found.flat(), labels),
+        **by_entity,
         "method": f"character 1- to 5-grams within words (tf-idf), logistic regression ({chosen}; by validation)",
         "seconds": round(time.perf_counter() - start, 1),
         **compared(adapter, found, len(labels)),
@@ -87,6 +102,8 @@ def scores_of(recipe: Recipe, found: Predictions, labels: Sequence[str], by_mixi
     """Return the scores of a split, with those of its task, and `by_mixing` if the recipe names language labels."""
     task, languages = get_task(recipe.data.task), recipe.data.language_labels
     result = scores(*found.flat(), labels) | task.more_scores(*found.flat(), labels)
+    if recipe.data.spans in SCHEMES:
+        result |= entity_scores(found, labels)
     if by_mixing and languages and task.words_given:
         result["by_mixing"] = scores_by_mixing(found, labels, languages)
     return result
@@ -174,12 +191,13 @@ def check_best(trainer: OrderedEvalTrainer, result: Result, validation: Split) -
     Raises:
         RunError: it is another one.
     """
-    found, best = result.validation["f1_macro"], trainer.state.best_metric
+    name = str(trainer.args.metric_for_best_model)
+    found, best = result.validation[name], trainer.state.best_metric
     if validation.encoded.truncation.texts_cut:
-        found = trainer.predict(validation.dataset).metrics["test_f1_macro"]
+        found = trainer.predict(validation.dataset).metrics[f"test_{name}"]
     if best is not None and abs(found - best) > 0.005:
         raise RunError(
-            f"the best checkpoint scored {best:.4f} macro-F1 on validation, but loaded again it scores {found:.4f}: "
+            f"the best checkpoint has {name} {best:.4f} on validation, but loaded again it has {found:.4f}: "
             "no adapter is saved. Please report this with log.jsonl.",
             code="not-the-best",
         )

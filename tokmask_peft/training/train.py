@@ -47,6 +47,7 @@ from tokmask_peft.model.memory.suggestions import Phase, Situation, changed, mem
 from tokmask_peft.model.packed import choose_batching, enable_padding_free
 from tokmask_peft.recipe.loading import to_yaml
 from tokmask_peft.recipe.schema import Recipe, TrainingConfig
+from tokmask_peft.spans import NO_SPANS
 from tokmask_peft.tasks import get_task
 from tokmask_peft.training.callbacks import (
     AdapterMoves,
@@ -157,7 +158,8 @@ def _train(recipe: Recipe, folder: RunFolder, process: PartialState, resume: boo
             with whole(folder.adapter) as adapter:
                 save_adapter_folder(adapter, prepared, result, weights)
             parts = {name: found.to_dict() for name, found in predictions.items()}
-            write_json(folder.predictions, {"labels": prepared.corpus.all_labels, **parts}, indent=None)
+            spans = {"spans": prepared.recipe.data.spans} if prepared.corpus.spans else {}
+            write_json(folder.predictions, {"labels": prepared.corpus.all_labels, **spans, **parts}, indent=None)
             write_json(folder.result, result.to_dict())  # last: it says that the run is finished
             print_result(console, result, folder.adapter)
     return Run(folder, recipe, result)
@@ -211,6 +213,7 @@ def prepare(recipe: Recipe, device: torch.device, console: Console) -> Prepared:
     """Load data and backbone, choose the mask token, add the adapter, and see whether memory suffices."""
     data, training = recipe.data, recipe.training
     corpus = load_corpus(data.expanded(), recipe.seed)
+    recipe = changed(recipe, {"data.spans": corpus.spans.scheme if corpus.spans else NO_SPANS})
 
     set_seed(recipe.seed)  # before the head is drawn
     with memory_errors(Situation("loading", recipe)):
@@ -230,8 +233,9 @@ def prepare(recipe: Recipe, device: torch.device, console: Console) -> Prepared:
     head = choose_head(training.head, model, len(corpus.labels))
     recipe = changed(recipe, {"training.batching": batching.choice, "training.head": head.choice})
     parts = {"train": corpus.train, "validation": corpus.validation, "test": corpus.test}
+    encoding = data.max_length, data.label_on, corpus.spans
     splits = {
-        name: Split(examples, backbone.tokenizer, data.task, corpus.all_labels, data.max_length, data.label_on)
+        name: Split(examples, backbone.tokenizer, data.task, corpus.all_labels, *encoding)
         for name, examples in parts.items()
         if examples
     }
@@ -372,6 +376,7 @@ def save_adapter_folder(
             embedding=recipe.model.embedding,
             pooling="auto" if task.words_given else recipe.model.pooling,
             label_on=recipe.data.label_on,
+            spans=recipe.data.spans,
             weights=backbone.weights,
             scaling=recipe.adapter.scaling,
         ),

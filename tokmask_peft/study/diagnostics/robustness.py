@@ -119,7 +119,8 @@ def predicted(classifier: Classifier, windows: Sequence[Window], batch_size: int
     for number, window in enumerate(windows):
         of_text.setdefault(window.text, []).append(number)
     join, parts = get_task(classifier.task).join, [of_text[text] for text in sorted(of_text)]
-    return [join([windows[n] for n in own], [logits[n] for n in own]).argmax(-1) for own in parts]
+    found = [join([windows[n] for n in own], [logits[n] for n in own]).argmax(-1) for own in parts]
+    return [np.array(classifier.legal.repaired_ids(row.tolist())) for row in found] if classifier.legal else found
 
 
 def robustness(
