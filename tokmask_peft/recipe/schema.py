@@ -51,13 +51,12 @@ Batching = Literal["grouped", "padding_free", "padded"]
 # If a field takes more than one kind of value, an error describes each kind by its title.
 SplitName = Annotated[str, Field(min_length=1, title="a split or file name")]
 ShareOfTrain = Annotated[float, Field(gt=0.0, lt=1.0, title="a share of train between 0 and 1, for example 0.1")]
-ColumnName = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, int) else value)]
-TwoColumns = Annotated[tuple[ColumnName, ColumnName], Field(title="a list of two columns, as [premise, hypothesis]")]
 LanguageCode = Annotated[str, Field(pattern=r"^([a-z]{2,3}|multilingual)$", title="an ISO 639 code such as es or swa")]
 Modules = Annotated[tuple[str, ...], Field(min_length=1, title="a list of module names, for example [q_proj, v_proj]")]
 LayerCount = Annotated[int, Field(ge=1, title="a number of layers, for example 6")]
 ShareOfLayers = Annotated[float, Field(gt=0.0, lt=1.0, title="a share of the layers between 0 and 1, for example 0.5")]
-MissingValue = Annotated[str, BeforeValidator(lambda value: "" if value is None else str(value))]
+AsText = Annotated[str, BeforeValidator(lambda value: "" if value is None else str(value))]
+TwoColumns = Annotated[tuple[AsText, AsText], Field(title="a list of two columns, as [premise, hypothesis]")]
 Separator = Annotated[str, AfterValidator(_separator)]
 Encoding = Annotated[str, AfterValidator(_encoding)]
 Weight = Annotated[float, Field(ge=0.0)]
@@ -100,7 +99,7 @@ class SourceConfig(Section):
         description="column of the label, or of the tags in token tasks; a number as above; in CoNLL-U also a name "
         "such as upos, misc.Lang or feats.Case",
     )
-    missing: tuple[MissingValue, ...] | None = Field(
+    missing: tuple[AsText, ...] | None = Field(
         None,
         description="values that stand for a missing label or text, such as [none, -1]: such texts are left out, and "
         "counted ('' also stands for a missing word); []: labels that look like missing values are classes",
@@ -175,8 +174,10 @@ class DataConfig(SourceConfig):
     language_labels: tuple[str, ...] = Field(
         (), description="labels (after label_map) that are languages; scores are then also given by code-mixing index"
     )
-    label_on: Literal["first", "last"] = Field(
-        "first", description="one label per word: which of its sub-tokens carries the label"
+    label_on: Literal["auto", "first", "last"] = Field(
+        "auto",
+        description="one label per word: which of its sub-tokens carries the label; auto: the last for decoders, whose "
+        "first one has not seen the rest of the word, otherwise the first",
     )
     spans: Literal["auto", "none", "bio", "iob1", "bioes", "bilou"] = Field(
         "auto",
@@ -201,19 +202,21 @@ class DataConfig(SourceConfig):
 
     @model_validator(mode="after")
     def _pairs_fit(self) -> Self:
-        what, words = "text_column names two columns, for pairs of texts", get_task(self.task).words_given
-        if self.pair is not None and (words or self.path is self.hub is None):
-            why = f"task '{self.task}' labels the words of one" if words else "the built-in corpus has none"
-            raise ValueError(f"{what}, but {why}: name one column, or change task or path")
-        if self.test_source is not None and (self.pair is None) != (self.test_source.pair is None):
-            raise ValueError(f"{what}, in only one of data and test_source: set both, or neither")
+        pairs, other = self.pair is not None, self.test_source or self
+        if pairs and get_task(self.task).words_given:
+            raise ValueError(f"text_column names two columns, for pairs, but task '{self.task}' labels words: name one")
+        if pairs != (other.pair is not None) or (pairs and self.path is self.hub is None):
+            raise ValueError("text_column must name two columns, for pairs, in test_source too; builtin has no pairs")
         return self
 
 
 class ModelConfig(Section):
     """The frozen backbone: which one, and in which precision it is held."""
 
-    backbone: str = Field(description="model id on the Hugging Face Hub, or a local folder")
+    backbone: str = Field(
+        description="model id on the Hugging Face Hub, a folder, or a .gguf file: here, or "
+        "OWNER/REPOSITORY/FILE.gguf on the Hub"
+    )
     backbone_path: str | None = Field(
         None, description="load the backbone from here instead: a folder, or package:NAME/FOLDER of a Python package"
     )
@@ -234,10 +237,16 @@ class ModelConfig(Section):
         description="the frozen input embedding: resident on the device; offload keeps it in host memory and sends the "
         "rows of each batch; 8bit holds it on the device through bitsandbytes, with slightly different values",
     )
-    pooling: Literal["auto", "cls", "mean", "max"] = Field(
+    attention: Literal["causal", "bidirectional"] = Field(
+        "causal",
+        description="what a sub-token of a decoder sees: causal, those before it; bidirectional, the whole text, for "
+        "Gemma 3, Llama, Mistral, Qwen2 and Qwen3. Encoders see the whole text anyway: leave it at causal",
+    )
+    pooling: Literal["auto", "cls", "last", "mean", "max"] = Field(
         "auto",
         description="which states the head reads, if a text has one label: auto: those that transformers reads ([CLS], "
-        "or a decoder's last sub-token); cls; mean or max of all: stock PEFT then needs the lines in the model card",
+        "or a decoder's last sub-token); cls; last; mean or max of all: stock PEFT then needs the lines in the model "
+        "card",
     )
     gradient_checkpointing: Literal["auto"] | StrictBool = Field(
         "auto", description="save memory at the cost of time: recompute activations; auto does if memory would run out"
@@ -254,8 +263,8 @@ class ModelConfig(Section):
             return given
         key = "backbone" if given.get("backbone_path") is None else "backbone_path"
         folder = given.get(key)
-        # os.path, as Path.is_dir raises if a name is too long
-        if isinstance(folder, str) and os.path.isdir(folder) and not Path(folder).is_absolute():  # noqa: PTH112
+        # os.path, as Path.is_dir raises if a name is too long; a file is a .gguf file
+        if isinstance(folder, str) and os.path.exists(folder) and not Path(folder).is_absolute():  # noqa: PTH110
             return {**given, key: str(Path(folder).absolute())}
         return given
 
@@ -308,7 +317,7 @@ class TrainingConfig(Section):
     batching: Batching = Field(
         "padding_free",
         description="padding_free: random batches without padding, as one row with attention per text (BERT, XLM-R, "
-        "DistilBERT, Llama, Mistral, Qwen2 and Qwen3; others, and NEFTune, use padded); padded: the same batches, "
+        "ModernBERT, Llama, Qwen, Gemma 3 and others; the rest, and NEFTune, use padded); padded: the same batches, "
         "padded to their longest text; grouped: random batches of similar length; if a label depends on length, it "
         "then comes in clumps, and some runs learned nothing",
     )

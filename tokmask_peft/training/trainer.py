@@ -82,7 +82,7 @@ class Split:
     @cached_property
     def windows(self) -> list[Window]:
         """The texts whole, in windows as `predict` reads them, the shortest window first."""
-        texts = [example.words if self.task.words_given else example.string for example in self.examples]
+        texts: list[Any] = [example.text for example in self.examples]
         return sorted(self._encoder.windows(texts, strict=False), key=lambda window: len(window.ids))
 
     @cached_property
@@ -92,7 +92,9 @@ class Split:
         for window in self.windows:
             marks = np.full(len(window.ids), IGNORED)
             marks[window.positions] = 0
-            rows.append({"input_ids": window.ids, "labels": marks.tolist() if self.task.words_given else 0})
+            types = {} if window.types is None else {"token_type_ids": window.types}
+            labels = marks.tolist() if self.task.words_given else 0
+            rows.append({"input_ids": window.ids, "labels": labels, **types})
         return Dataset.from_list(rows)
 
     def joined(self, logits: NDArray[np.float32]) -> tuple[Predictions, NDArray[np.float64], NDArray[np.int64]]:

@@ -54,7 +54,7 @@ def score_perturbed(
     ids = {label: number for number, label in enumerate(labels)}
     gold = [np.array([ids[tag] for tag in example.tags], dtype=np.int64) for example in texts]
     words_given = get_task(classifier.task).words_given
-    given: list[Any] = [list(example.words) if words_given else example.string for example in texts]
+    given: list[Any] = [example.text for example in texts]
     windows = list(classifier.encoder.windows(given))
     plain = predicted(classifier, windows, batch_size)
 
