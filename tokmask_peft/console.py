@@ -207,7 +207,7 @@ def print_classes(console: Console, split: str, scores: Mapping[str, Any]) -> No
     if classes:
         console.print(table)
     if left_out:
-        console.print(f"and {left_out:,} classes of higher F1 (all are in the report, and with --json)", markup=False)
+        console.print(f"and {left_out:,} classes with a higher F1 (the report and --json show all)", markup=False)
     if entities := scores.get("entities"):
         print_classes(console, f"{split}: entities", {"per_class": {"all types": entities, **entities["per_type"]}})
         low, high = entities["interval"]
@@ -254,7 +254,8 @@ def baseline_verdict(scores: Mapping[str, Any], baseline: Mapping[str, Any] | No
     sentences = {
         "beats": f"The adapter beats the character n-gram baseline ({gain}).",
         "does not beat": f"The adapter does NOT beat the character n-gram baseline ({gain}): "
-        "use the baseline, or train longer, with another learning rate or a larger backbone.",
-        "cannot tell": f"The texts cannot tell whether the adapter beats the character n-gram baseline ({gain}).",
+        "use the baseline, or train longer, or with another learning rate or a larger backbone.",
+        "cannot tell": "These texts are not enough to tell whether the adapter beats the character n-gram baseline "
+        f"({gain}).",
     }
     return sentences[baseline.get("verdict", "cannot tell")]

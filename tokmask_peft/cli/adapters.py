@@ -75,9 +75,10 @@ def sweep(
     recipe: RecipeArgument,
     overrides: Overrides = None,
     p: Annotated[str | None, typer.Option("--p", help="masking rates, for example 0,0.1,0.2")] = None,
-    seeds: Annotated[str, typer.Option(help="how many (5 means seeds 1 to 5), or which: 11,12,13")] = "5",
+    seeds: Annotated[str, typer.Option(help="how many seeds (5 means 1 to 5), or which: 11,12,13")] = "5",
     grid: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=VALUES", help="an axis, as training.epochs=3,6; repeatable")
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUES", help="a key and its values, for example training.epochs=3,6; repeatable"),
     ] = None,
     arms: Annotated[str | None, typer.Option(help=ARMS)] = None,
     name: Annotated[str | None, typer.Option(help="name of the sweep; its folder is runs/NAME")] = None,
@@ -86,9 +87,13 @@ def sweep(
     ] = None,
     sampler: Annotated[str, typer.Option(help="grid, random or tpe")] = "grid",
     trials: Annotated[int | None, typer.Option(help="number of runs, with random and tpe")] = None,
-    prune: Annotated[bool, typer.Option("--prune", help="Stop runs below the median; biases a grid's report.")] = False,
+    prune: Annotated[
+        bool, typer.Option("--prune", help="Stop runs that are below the median; this biases the report of a grid.")
+    ] = False,
     workers: Annotated[int, typer.Option(min=1, help="number of runs at once on this machine")] = 1,
-    keep_checkpoints: Annotated[bool, typer.Option("--keep-checkpoints", help="Keep those of finished runs.")] = False,
+    keep_checkpoints: Annotated[
+        bool, typer.Option("--keep-checkpoints", help="Keep the checkpoints of finished runs.")
+    ] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run failed trials again.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs without starting any.")] = False,
 ) -> None:
@@ -178,9 +183,9 @@ def print_forecast(found: Forecast) -> None:
         say(f"The memory of this {setting.device_type} is unknown.")
         return
     verdict = "It fits" if found.fits else "It does NOT fit"
-    console.print(f"[bold]{verdict}[/bold]: {escape(str(memory))}, of which {USABLE:.0%} are counted on.")
+    console.print(f"[bold]{verdict}[/bold]: {escape(str(memory))}, of which a run can use {USABLE:.0%}.")
     if found.suggestions:
-        say("What would take less, with its total:")
+        say("What would take less memory, with the new total:")
     for one in found.suggestions:
         say(f"  {one}")
     if not found.fits and not any(one.fits for one in found.suggestions):
@@ -191,7 +196,8 @@ def print_forecast(found: Forecast) -> None:
 def predict(
     model: ModelArgument,
     texts: Annotated[
-        list[str] | None, typer.Argument(metavar="TEXT", help="texts to classify; - or a pipe: standard input")
+        list[str] | None,
+        typer.Argument(metavar="TEXT", help="texts to classify; - reads standard input, as does a pipe"),
     ] = None,
     file: Annotated[
         Path | None,
@@ -203,23 +209,27 @@ def predict(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
     format: Annotated[
-        str, typer.Option(help="format of the file; auto chooses by its ending, and txt for standard input")
+        str, typer.Option(help="format of the file; auto: by its ending, and txt for standard input")
     ] = "auto",
     column: Annotated[
         list[str] | None,
         typer.Option(
             "--column",
             "--text-column",
-            help="name or number of the text's column, or of the words'; give it twice for pairs if the columns are "
+            help="name or number of the column of the text, or of the words; give it twice for pairs if the columns are "
             "not those of training",
         ),
     ] = None,
     group_column: Annotated[
-        str | None, typer.Option(help="in a table with a word in each row: the column that names the text")
+        str | None, typer.Option(help="for a table with a word in each row: the column that says which text it is in")
     ] = None,
-    header: Annotated[str, typer.Option(help="of a CSV or TSV file: true, false, or auto by its cells")] = "auto",
-    separator: Annotated[str, typer.Option(help="one character, or tab; auto: what gives all rows the same")] = "auto",
-    encoding: Annotated[str, typer.Option(help="for example cp1252; auto: by the bytes")] = "auto",
+    header: Annotated[
+        str, typer.Option(help="whether a CSV or TSV file has a header: true, false, or auto (from its cells)")
+    ] = "auto",
+    separator: Annotated[
+        str, typer.Option(help="of the columns: one character, or tab; auto: what fits most rows")
+    ] = "auto",
+    encoding: Annotated[str, typer.Option(help="of a text file, for example cp1252; auto: from its bytes")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON line for each text.")] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="texts per forward pass")] = 32,
     device: DeviceOption = None,
@@ -377,7 +387,9 @@ def export(
     model: ModelArgument,
     merged: Annotated[Path, typer.Option(help="the folder to make")],
     precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16, of the saved weights")] = "fp32",
-    onnx: Annotated[bool, typer.Option("--onnx", help="Also write model.onnx (extra onnx) and compare it.")] = False,
+    onnx: Annotated[
+        bool, typer.Option("--onnx", help="Also write model.onnx and check its logits (needs the extra onnx).")
+    ] = False,
     backbone: BackboneOption = None,
     trust_remote_code: TrustOption = False,
 ) -> None:

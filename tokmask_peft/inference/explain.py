@@ -144,7 +144,7 @@ class Explanation(InNotebooks):
     def headline(self) -> str:
         """What is explained, in a line."""
         if not self.label:
-            return "each word's label, by the word itself"
+            return "how far each word supports its own label"
         answer = f"{self.label} ({self.probability:.3f})"
         return answer if self.word is None else f"'{self.words[self.word]}': {answer}"
 
@@ -170,7 +170,8 @@ def explain(
 
     Words are masked by the token that training used (see `Classifier.occlusion`, whose `note` names it), one at a time,
     all their sub-tokens together. In token tasks, `word` is the one whose label is to be explained by all words: its
-    index from 0, from the end if negative, or itself; by default each word's label is explained by the word itself.
+    index from 0, from the end if negative, or itself; by default
+    each word is explained on its own: how far it supports its own label.
 
     Raises:
         DataError: a text is empty or invalid, or has no such word; `word` is given in a sequence task.

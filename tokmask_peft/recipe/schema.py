@@ -81,8 +81,8 @@ class SourceConfig(Section):
     )
     encoding: Encoding = Field(
         "auto",
-        description="of text files; auto: by the byte-order mark, UTF-8, or cp1252 if the text clearly is; or the name "
-        "of a codec, such as cp1251 or utf-16",
+        description="encoding of text files: auto (by the byte-order mark; otherwise UTF-8, or cp1252 if the text "
+        "clearly is), or the name of a codec, such as cp1251 or utf-16",
     )
     separator: Separator = Field(
         "auto",
@@ -101,18 +101,18 @@ class SourceConfig(Section):
     )
     missing: tuple[AsText, ...] | None = Field(
         None,
-        description="labels or texts that stand for a missing one, such as [none, -1]: those texts are left out, and "
-        "counted ('' also stands for a missing word); [] if labels that look like it are classes",
+        description="values that stand for a missing label or text, such as [none, -1]: such texts are left out, and "
+        "counted ('' also stands for a missing word); []: labels that look like missing values are classes",
     )
     header: Literal["auto"] | StrictBool = Field(
         "auto",
-        description="CSV, TSV and xlsx: whether the first row names the columns, which otherwise have numbers from 0; "
-        "auto decides from the cells, and passes over a title above them",
+        description="CSV, TSV and xlsx: whether the first row names the columns; without a header they have numbers "
+        "from 0; auto decides from the cells, and skips a title above the header",
     )
     group_column: str | int | None = Field(
         None,
-        description="token tasks, tables with a word in each row: column that says to which text the word belongs, in "
-        "each row or at the first word only; blank and <EOS> rows end a text without it",
+        description="token tasks, tables with a word in each row: the column that says which text a word is in, on "
+        "every row or on the text's first only; without it, blank and <EOS> rows end a text",
     )
     name: str | None = Field(None, description="name of the corpus (for the model card)")
     language: tuple[LanguageCode, ...] = Field(
@@ -244,14 +244,16 @@ class ModelConfig(Section):
     )
     pooling: Literal["auto", "cls", "last", "mean", "max"] = Field(
         "auto",
-        description="which states the head reads, if a text has one label: auto, as transformers has it ([CLS], or the "
-        "last sub-token of a decoder); cls; last; mean or max of all, for which stock PEFT needs the lines in the "
-        "model card",
+        description="which states the head reads, if a text has one label: auto: those that transformers reads ([CLS], "
+        "or a decoder's last sub-token); cls; last; mean or max of all: stock PEFT then needs the lines in the model "
+        "card",
     )
     gradient_checkpointing: Literal["auto"] | StrictBool = Field(
         "auto", description="save memory at the cost of time: recompute activations; auto does if memory would run out"
     )
-    trust_remote_code: StrictBool = Field(False, description="run the backbone's own code; only if you trust it")
+    trust_remote_code: StrictBool = Field(
+        False, description="run the backbone's own code; set it only if you trust that code"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -294,13 +296,13 @@ class TrainingConfig(Section):
 
     epochs: Literal["auto"] | Epochs = Field(
         "auto",
-        description="passes over the training texts; auto: as many as give 400 optimizer steps for up to 300 texts, "
-        "650 for 1,000 and 2,500 for 30,000, but from 2 to 40",
+        description="passes over the training texts; auto: enough for 400 optimizer steps with up to 300 texts, 650 "
+        "with 1,000 and 2,500 with 30,000, but at least 2 and at most 40",
     )
     max_steps: int | None = Field(None, ge=1, description="stop after this many optimizer steps; overrides epochs")
     batch_size: Literal["auto"] | Texts = Field(
         "auto",
-        description="texts per forward pass and device; auto: 8, from 4,000 training texts on 16, from 20,000 on 32, "
+        description="texts per forward pass and device; auto: 8 (16 from 4,000 training texts on, 32 from 20,000 on), "
         "divided among the devices and accumulated passes of an optimizer step",
     )
     gradient_accumulation: int = Field(1, ge=1, description="forward passes per optimizer step")
@@ -316,13 +318,13 @@ class TrainingConfig(Section):
         "padding_free",
         description="padding_free: random batches without padding, as one row with attention per text (BERT, XLM-R, "
         "ModernBERT, Llama, Qwen, Gemma 3 and others; the rest, and NEFTune, use padded); padded: the same batches, "
-        "padded to their longest text; grouped: random batches of similar length, in which a label that correlates "
-        "with length comes in clumps, which has kept runs from learning anything",
+        "padded to their longest text; grouped: random batches of similar length; if a label depends on length, it "
+        "then comes in clumps, and some runs learned nothing",
     )
     head: Literal["probe", "random"] = Field(
         "random",
-        description="where the head starts: random; probe is logistic regression on the frozen backbone's features, "
-        "which costs one forward pass over the texts and gives a second floor to compare with (Kumar et al. 2022)",
+        description="where the head starts: random; or probe, logistic regression on the frozen backbone's features, "
+        "which costs one forward pass over the texts and gives a second baseline (Kumar et al. 2022)",
     )
     learning_rate: float = Field(5e-4, gt=0, description="peak learning rate of AdamW, for adapter and head")
     scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
@@ -337,17 +339,17 @@ class TrainingConfig(Section):
         0.0, description="share of the target that is spread over all classes; 0 is off"
     )
     views: Annotated[int, Regularizer("views", off=1, usual=2)] = Field(
-        1, ge=1, le=2, description="2: each text goes in twice, and differing answers cost `consistency`"
+        1, ge=1, le=2, description="2: each text is read twice, and `consistency` penalises differing answers"
     )
     views_masked: Literal["one", "both", "none"] = Field(
-        "one", description="which of two views are masked; none, and only dropout differs, is R-Drop (Wu et al. 2021)"
+        "one", description="which of two views are masked; with none only dropout differs: R-Drop (Wu et al. 2021)"
     )
     consistency: float = Field(
         1.0, ge=0, description="weight of the symmetric KL divergence between the answers to two views"
     )
     class_weights: Literal["none", "inverse", "sqrt_inverse"] | Weights = Field(
         "sqrt_inverse",
-        description="loss weight per class: sqrt_inverse is sqrt(N / (K n_c)), scaled to sum to K; or label -> weight",
+        description="loss weight per class: sqrt_inverse is sqrt(N / (K n_c)), scaled to sum to K; or label: weight",
     )
     neftune_alpha: Annotated[float | None, Regularizer("neftune", off=None, usual=5)] = Field(
         None, gt=0, description="NEFTune noise (Jain et al. 2023); null is off"

@@ -140,7 +140,7 @@ def build(classifier: Any, name: str, about: str = "", examples: Sequence[str | 
         button = gradio.Button("Classify", variant="primary")
         if examples:
             rows = [list(one) if isinstance(one, Pair) else [one] for one in examples]
-            gradio.Examples(rows, boxes, label="Texts of its data", cache_examples=False)
+            gradio.Examples(rows, boxes, label="Examples from the data", cache_examples=False)
         outputs = []
         if not task.words_given:
             count = min(len(classifier.labels), _MOST_CLASSES)

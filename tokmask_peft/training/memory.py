@@ -123,7 +123,7 @@ def forecast(
     elif memory is None:
         reason = f"the memory of this {setting.device_type} is unknown"
     elif memory.fits(found.total):
-        reason = f"{shown(found.total)} at the most, without it; {memory}"
+        reason = f"at most {shown(found.total)} without it; {memory}"
     elif not bare.supports_gradient_checkpointing:
         reason = f"{shown(found.total)} without it; {memory}, but {type(bare).__name__} cannot do it"
     else:

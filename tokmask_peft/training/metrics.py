@@ -290,7 +290,7 @@ def calibrate(parts: dict[str, tuple[NDArray[Any], NDArray[Any]]]) -> dict[str, 
     if fitted == 1.0:
         reason = "validation gives no reason for one"
     elif not LOWEST * 1.001 < fitted < HIGHEST / 1.001:
-        reason = f"the best one on validation is not between {LOWEST:g} and {HIGHEST:g}, which means too few texts"
+        reason = f"the best one on validation is not between {LOWEST:g} and {HIGHEST:g}, a sign of too few texts"
     return report if reason is None else report | {"temperature": 1.0, "fitted": fitted, "left_out": reason}
 
 

@@ -111,7 +111,7 @@ def baseline_scores(corpus: Corpus, weights: Any, adapter: Predictions) -> dict[
         **scores(*found.flat(), labels),
         **by_entity,
         "method": f"character 1- to 5-grams within words {'of each text and of both ' if of_pairs else ''}(tf-idf), "
-        f"logistic regression ({chosen}, by validation)",
+        f"logistic regression ({chosen}; by validation)",
         "seconds": round(time.perf_counter() - start, 1),
         **compared(adapter, found, len(labels)),
     }
@@ -210,7 +210,7 @@ def warnings_of(result: Result, log: Sequence[Mapping[str, Any]] = ()) -> list[d
             continue
         gain = scored["f1_macro"] - floor["f1_macro"]
         interval = f"{gain:+.3f} macro-F1, 95% interval {floor['interval'][0]:+.3f} to {floor['interval'][1]:+.3f}"
-        how = "is below" if floor["verdict"] == "does not beat" else "cannot be told from"
+        how = "is below" if floor["verdict"] == "does not beat" else "cannot be distinguished from"
         remedy = "a backbone that knows these languages (model.backbone), more texts or more steps (training.epochs)"
         says = f"the score on {where} {how} that of {name} ({interval}): {remedy} may help"
         found.append(("not-above-floor", says, "model.backbone"))

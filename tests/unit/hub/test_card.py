@@ -109,7 +109,7 @@ def test_what_was_not_measured_is_not_shown():
 def test_the_card_has_the_verdict_on_the_baseline():
     assert "The adapter beats the character n-gram baseline" in card_of()
     unclear = run_files.part(LABELS, 0.62, method="n-grams", interval=[-0.1, 0.1], verdict="cannot tell")
-    assert "cannot tell whether" in card_of(result=make_result(baseline=unclear))
+    assert "not enough to tell whether" in card_of(result=make_result(baseline=unclear))
 
 
 def test_a_run_without_masking_does_not_claim_it():
