@@ -117,7 +117,7 @@ class Explanation(InNotebooks):
     rather than on its context. Given a word, the label of that word is explained by every word.
 
     Attributes:
-        words: the words, split at white space or as given.
+        words: the words, split at white space or as given; those of a pair have `examples.BETWEEN` between them.
         influences: per word, by how many nats the log-odds of the label drop when it is masked; negative for a word
             that speaks against the label; 0 if nothing can be masked (`unmasked`).
         label: of the text, or of the chosen word; empty in token tasks without a chosen word.
@@ -144,7 +144,7 @@ class Explanation(InNotebooks):
     def headline(self) -> str:
         """What is explained, in a line."""
         if not self.label:
-            return "each word's label, by the word itself"
+            return "how far each word supports its own label"
         answer = f"{self.label} ({self.probability:.3f})"
         return answer if self.word is None else f"'{self.words[self.word]}': {answer}"
 
@@ -170,7 +170,8 @@ def explain(
 
     Words are masked by the token that training used (see `Classifier.occlusion`, whose `note` names it), one at a time,
     all their sub-tokens together. In token tasks, `word` is the one whose label is to be explained by all words: its
-    index from 0, from the end if negative, or itself; by default each word's label is explained by the word itself.
+    index from 0, from the end if negative, or itself; by default
+    each word is explained on its own: how far it supports its own label.
 
     Raises:
         DataError: a text is empty or invalid, or has no such word; `word` is given in a sequence task.
@@ -180,7 +181,7 @@ def explain(
     if word is not None and not get_task(classifier.task).words_given:
         message = "word is for models with a label per word; this one gives one per text, which every word explains"
         raise DataError(message, code="word-not-applicable")
-    words = [tuple(text.split() if isinstance(text, str) else text) for text in given]
+    words = [tuple(text if isinstance(text, list) else text.split()) for text in given]
     targets = [None if word is None else find_word(row, word, f"texts[{n}]") for n, row in enumerate(words)]
     starts, asked = [], _QUESTIONS  # of texts that together ask a limited number of questions
     for number, row in enumerate(words):
@@ -215,6 +216,7 @@ def _explain(
     for text, (row, target) in enumerate(zip(words, targets, strict=True)):
         before, after = next(parts), next(parts)
         best = before.argmax(-1).tolist()
+        best = classifier.legal.repaired_ids(best) if per_word and classifier.legal else best
         odds = np.array([log_odds(one, label, temperature) for one, label in zip(before, best, strict=True)])
         probabilities = _probability(odds)
         own, at = per_word and target is None, target or 0

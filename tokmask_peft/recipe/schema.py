@@ -55,7 +55,8 @@ LanguageCode = Annotated[str, Field(pattern=r"^([a-z]{2,3}|multilingual)$", titl
 Modules = Annotated[tuple[str, ...], Field(min_length=1, title="a list of module names, for example [q_proj, v_proj]")]
 LayerCount = Annotated[int, Field(ge=1, title="a number of layers, for example 6")]
 ShareOfLayers = Annotated[float, Field(gt=0.0, lt=1.0, title="a share of the layers between 0 and 1, for example 0.5")]
-MissingValue = Annotated[str, BeforeValidator(lambda value: "" if value is None else str(value))]
+AsText = Annotated[str, BeforeValidator(lambda value: "" if value is None else str(value))]
+TwoColumns = Annotated[tuple[AsText, AsText], Field(title="a list of two columns, as [premise, hypothesis]")]
 Separator = Annotated[str, AfterValidator(_separator)]
 Encoding = Annotated[str, AfterValidator(_encoding)]
 Weight = Annotated[float, Field(ge=0.0)]
@@ -80,38 +81,38 @@ class SourceConfig(Section):
     )
     encoding: Encoding = Field(
         "auto",
-        description="of text files; auto: by the byte-order mark, UTF-8, or cp1252 if the text clearly is; or the name "
-        "of a codec, such as cp1251 or utf-16",
+        description="encoding of text files: auto (by the byte-order mark; otherwise UTF-8, or cp1252 if the text "
+        "clearly is), or the name of a codec, such as cp1251 or utf-16",
     )
     separator: Separator = Field(
         "auto",
         description="one character, or tab: between columns of CSV (auto finds , ; | and tabs) and TSV, between word "
         "and tag in tagged, between label and text in labelled files",
     )
-    text_column: str | int | None = Field(
+    text_column: str | int | TwoColumns | None = Field(
         None,
         description="column of the text, or of the words in token tasks; a number, from 0, in CoNLL files and in "
-        "tables without a header",
+        "tables without a header; [premise, hypothesis]: two columns of a table, whose texts are read as a pair",
     )
     label_column: str | int | None = Field(
         None,
         description="column of the label, or of the tags in token tasks; a number as above; in CoNLL-U also a name "
         "such as upos, misc.Lang or feats.Case",
     )
-    missing: tuple[MissingValue, ...] | None = Field(
+    missing: tuple[AsText, ...] | None = Field(
         None,
-        description="labels or texts that stand for a missing one, such as [none, -1]: those texts are left out, and "
-        "counted ('' also stands for a missing word); [] if labels that look like it are classes",
+        description="values that stand for a missing label or text, such as [none, -1]: such texts are left out, and "
+        "counted ('' also stands for a missing word); []: labels that look like missing values are classes",
     )
     header: Literal["auto"] | StrictBool = Field(
         "auto",
-        description="CSV, TSV and xlsx: whether the first row names the columns, which otherwise have numbers from 0; "
-        "auto decides from the cells, and passes over a title above them",
+        description="CSV, TSV and xlsx: whether the first row names the columns; without a header they have numbers "
+        "from 0; auto decides from the cells, and skips a title above the header",
     )
     group_column: str | int | None = Field(
         None,
-        description="token tasks, tables with a word in each row: column that says to which text the word belongs, in "
-        "each row or at the first word only; blank and <EOS> rows end a text without it",
+        description="token tasks, tables with a word in each row: the column that says which text a word is in, on "
+        "every row or on the text's first only; without it, blank and <EOS> rows end a text",
     )
     name: str | None = Field(None, description="name of the corpus (for the model card)")
     language: tuple[LanguageCode, ...] = Field(
@@ -126,6 +127,11 @@ class SourceConfig(Section):
             remedy = "set path to a local folder or file, hub to a dataset id, or builtin to true in this section"
             raise ValueError(f"no data: {remedy}")
         return self
+
+    @property
+    def pair(self) -> tuple[str, str] | None:
+        """The two columns of `text_column`, if the texts are pairs."""
+        return self.text_column if isinstance(self.text_column, tuple) else None
 
     def expanded(self, at: str = "data") -> Self:
         """Return a copy with `${NAME}` and `~` in paths replaced; `at` is the section's dotted path.
@@ -168,8 +174,16 @@ class DataConfig(SourceConfig):
     language_labels: tuple[str, ...] = Field(
         (), description="labels (after label_map) that are languages; scores are then also given by code-mixing index"
     )
-    label_on: Literal["first", "last"] = Field(
-        "first", description="one label per word: which of its sub-tokens carries the label"
+    label_on: Literal["auto", "first", "last"] = Field(
+        "auto",
+        description="one label per word: which of its sub-tokens carries the label; auto: the last for decoders, whose "
+        "first one has not seen the rest of the word, otherwise the first",
+    )
+    spans: Literal["auto", "none", "bio", "iob1", "bioes", "bilou"] = Field(
+        "auto",
+        description="one label per word: whether the labels mark entities, which are then scored and listed, too: bio "
+        "(B-TYPE, I-TYPE and O, also called IOB2), iob1 (B- only where two of a type meet), bioes or bilou; auto: by "
+        "the labels",
     )
     max_length: int = Field(128, ge=4, description="sub-tokens per text; longer texts are truncated and reported")
     hygiene: Literal["remove", "report"] = Field(
@@ -186,11 +200,23 @@ class DataConfig(SourceConfig):
             return float(value)
         return value
 
+    @model_validator(mode="after")
+    def _pairs_fit(self) -> Self:
+        pairs, other = self.pair is not None, self.test_source or self
+        if pairs and get_task(self.task).words_given:
+            raise ValueError(f"text_column names two columns, for pairs, but task '{self.task}' labels words: name one")
+        if pairs != (other.pair is not None) or (pairs and self.path is self.hub is None):
+            raise ValueError("text_column must name two columns, for pairs, in test_source too; builtin has no pairs")
+        return self
+
 
 class ModelConfig(Section):
     """The frozen backbone: which one, and in which precision it is held."""
 
-    backbone: str = Field(description="model id on the Hugging Face Hub, or a local folder")
+    backbone: str = Field(
+        description="model id on the Hugging Face Hub, a folder, or a .gguf file: here, or "
+        "OWNER/REPOSITORY/FILE.gguf on the Hub"
+    )
     backbone_path: str | None = Field(
         None, description="load the backbone from here instead: a folder, or package:NAME/FOLDER of a Python package"
     )
@@ -211,15 +237,23 @@ class ModelConfig(Section):
         description="the frozen input embedding: resident on the device; offload keeps it in host memory and sends the "
         "rows of each batch; 8bit holds it on the device through bitsandbytes, with slightly different values",
     )
-    pooling: Literal["auto", "cls", "mean", "max"] = Field(
+    attention: Literal["causal", "bidirectional"] = Field(
+        "causal",
+        description="what a sub-token of a decoder sees: causal, those before it; bidirectional, the whole text, for "
+        "Gemma 3, Llama, Mistral, Qwen2 and Qwen3. Encoders see the whole text anyway: leave it at causal",
+    )
+    pooling: Literal["auto", "cls", "last", "mean", "max"] = Field(
         "auto",
-        description="which states the head reads, if a text has one label: auto, as transformers has it ([CLS], or the "
-        "last sub-token of a decoder); cls; mean or max of all, for which stock PEFT needs the lines in the model card",
+        description="which states the head reads, if a text has one label: auto: those that transformers reads ([CLS], "
+        "or a decoder's last sub-token); cls; last; mean or max of all: stock PEFT then needs the lines in the model "
+        "card",
     )
     gradient_checkpointing: Literal["auto"] | StrictBool = Field(
         "auto", description="save memory at the cost of time: recompute activations; auto does if memory would run out"
     )
-    trust_remote_code: StrictBool = Field(False, description="run the backbone's own code; only if you trust it")
+    trust_remote_code: StrictBool = Field(
+        False, description="run the backbone's own code; set it only if you trust that code"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -229,8 +263,8 @@ class ModelConfig(Section):
             return given
         key = "backbone" if given.get("backbone_path") is None else "backbone_path"
         folder = given.get(key)
-        # os.path, as Path.is_dir raises if a name is too long
-        if isinstance(folder, str) and os.path.isdir(folder) and not Path(folder).is_absolute():  # noqa: PTH112
+        # os.path, as Path.is_dir raises if a name is too long; a file is a .gguf file
+        if isinstance(folder, str) and os.path.exists(folder) and not Path(folder).is_absolute():  # noqa: PTH110
             return {**given, key: str(Path(folder).absolute())}
         return given
 
@@ -262,13 +296,13 @@ class TrainingConfig(Section):
 
     epochs: Literal["auto"] | Epochs = Field(
         "auto",
-        description="passes over the training texts; auto: as many as give 400 optimizer steps for up to 300 texts, "
-        "650 for 1,000 and 2,500 for 30,000, but from 2 to 40",
+        description="passes over the training texts; auto: enough for 400 optimizer steps with up to 300 texts, 650 "
+        "with 1,000 and 2,500 with 30,000, but at least 2 and at most 40",
     )
     max_steps: int | None = Field(None, ge=1, description="stop after this many optimizer steps; overrides epochs")
     batch_size: Literal["auto"] | Texts = Field(
         "auto",
-        description="texts per forward pass and device; auto: 8, from 4,000 training texts on 16, from 20,000 on 32, "
+        description="texts per forward pass and device; auto: 8 (16 from 4,000 training texts on, 32 from 20,000 on), "
         "divided among the devices and accumulated passes of an optimizer step",
     )
     gradient_accumulation: int = Field(1, ge=1, description="forward passes per optimizer step")
@@ -283,14 +317,14 @@ class TrainingConfig(Section):
     batching: Batching = Field(
         "padding_free",
         description="padding_free: random batches without padding, as one row with attention per text (BERT, XLM-R, "
-        "DistilBERT, Llama, Mistral, Qwen2 and Qwen3; others, and NEFTune, use padded); padded: the same batches, "
-        "padded to their longest text; grouped: random batches of similar length, in which a label that correlates "
-        "with length comes in clumps, which has kept runs from learning anything",
+        "ModernBERT, Llama, Qwen, Gemma 3 and others; the rest, and NEFTune, use padded); padded: the same batches, "
+        "padded to their longest text; grouped: random batches of similar length; if a label depends on length, it "
+        "then comes in clumps, and some runs learned nothing",
     )
     head: Literal["probe", "random"] = Field(
         "random",
-        description="where the head starts: random; probe is logistic regression on the frozen backbone's features, "
-        "which costs one forward pass over the texts and gives a second floor to compare with (Kumar et al. 2022)",
+        description="where the head starts: random; or probe, logistic regression on the frozen backbone's features, "
+        "which costs one forward pass over the texts and gives a second baseline (Kumar et al. 2022)",
     )
     learning_rate: float = Field(5e-4, gt=0, description="peak learning rate of AdamW, for adapter and head")
     scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
@@ -305,24 +339,27 @@ class TrainingConfig(Section):
         0.0, description="share of the target that is spread over all classes; 0 is off"
     )
     views: Annotated[int, Regularizer("views", off=1, usual=2)] = Field(
-        1, ge=1, le=2, description="2: each text goes in twice, and differing answers cost `consistency`"
+        1, ge=1, le=2, description="2: each text is read twice, and `consistency` penalises differing answers"
     )
     views_masked: Literal["one", "both", "none"] = Field(
-        "one", description="which of two views are masked; none, and only dropout differs, is R-Drop (Wu et al. 2021)"
+        "one", description="which of two views are masked; with none only dropout differs: R-Drop (Wu et al. 2021)"
     )
     consistency: float = Field(
         1.0, ge=0, description="weight of the symmetric KL divergence between the answers to two views"
     )
     class_weights: Literal["none", "inverse", "sqrt_inverse"] | Weights = Field(
         "sqrt_inverse",
-        description="loss weight per class: sqrt_inverse is sqrt(N / (K n_c)), scaled to sum to K; or label -> weight",
+        description="loss weight per class: sqrt_inverse is sqrt(N / (K n_c)), scaled to sum to K; or label: weight",
     )
     neftune_alpha: Annotated[float | None, Regularizer("neftune", off=None, usual=5)] = Field(
         None, gt=0, description="NEFTune noise (Jain et al. 2023); null is off"
     )
+    best_metric: Literal["f1_macro", "f1_weighted", "accuracy", "f1_entities"] = Field(
+        "f1_macro", description="validation score that chooses the checkpoint; f1_entities needs data.spans"
+    )
     patience: Literal["auto"] | Evaluations | None = Field(
         "auto",
-        description="stop after this many evaluations without a better F1; auto: half the epochs if these are auto, "
+        description="stop after this many evaluations without a better score; auto: half the epochs if these are auto, "
         "otherwise null, which never stops",
     )
     eval_batch_size: int = Field(128, ge=1, description="texts per forward pass and device in evaluation")
@@ -391,6 +428,12 @@ class Recipe(Section):
             raise ValueError(f"{why}: set model.embedding=resident, or masking.trainable_mask=false")
         if self.masking.schedule == "ready" and get_task(self.data.task).words_given:
             raise ValueError("masking.schedule: ready masks by the label of a text: take a task with one label a text")
+        if self.data.spans not in ("auto", "none") and not get_task(self.data.task).words_given:
+            raise ValueError("data.spans: entities are marked by labels of words: take a task with one label per word")
+        per_word = get_task(self.data.task).words_given
+        if self.training.best_metric == "f1_entities" and (self.data.spans == "none" or not per_word):
+            why = "training.best_metric is f1_entities, but the labels mark no entities (data.spans is none or auto)"
+            raise ValueError(f"{why}: set data.spans to the scheme of the labels, or training.best_metric=f1_macro")
         if self.masking.where != "all" or self.masking.decoder_p > 0:
             why = "masking.where and masking.decoder_p are for models that generate, in trainers of your own"
             raise ValueError(f"{why}: set masking.where=all and masking.decoder_p=0")
