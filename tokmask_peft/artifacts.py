@@ -369,7 +369,7 @@ class SavedAdapter:
     labels: tuple[str, ...]
     model: ModelConfig  # with `quantization`, `precision` and `embedding` as trained
     max_length: int | None  # sub-tokens per text in training; None if not known
-    temperature: float  # divides the logits; 1 without a calibration
+    calibration: Calibration  # the temperature, which is 1 without one, and thresholds if there are any
     masking: TokenMaskConfig | None = None
     trained: Mapping[str, Any] = field(default_factory=dict)  # weights of the backbone and scaling, for `load_adapter`
     label_on: str = "first"  # which sub-token of a word carries its label
@@ -422,7 +422,7 @@ def find_saved(
     length = loading.max_length if loading else recipe.data.max_length if recipe else None
     config = ModelConfig(**settings | {"trust_remote_code": trust_remote_code})
     trained = loading.model_dump(include={"weights", "scaling"}) if loading else {}
-    more = (config, length, info.calibration.temperature, info.masking, trained)
+    more = (config, length, info.calibration, info.masking, trained)
     label_on = loading.label_on if loading else recipe.data.label_on if recipe else "first"
     return SavedAdapter(str(model), folder, info.task, tuple(info.labels), *more, label_on=label_on)
 

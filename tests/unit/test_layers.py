@@ -15,6 +15,7 @@ LAYERS = (
     ("html",),
     ("masking",),
     ("examples",),
+    ("multilabel",),
     ("tasks",),
     ("recipe",),
     ("data",),

@@ -28,6 +28,8 @@ _METRICS: dict[str, tuple[str, str, dict[str, Any] | None]] = {
     "f1_macro": ("f1", "macro-F1", {"average": "macro"}),
     "f1_weighted": ("f1", "weighted F1", {"average": "weighted"}),
     "accuracy": ("accuracy", "accuracy", None),
+    "f1_micro": ("f1", "micro-F1", {"average": "micro"}),
+    "f1_samples": ("f1", "F1 by text", {"average": "samples"}),
 }
 _TABLE_LABELS = 12  # a wider table is unreadable
 _NUMBERED_LABELS = 24  # with more labels, the cells of the picture are too small for numbers
@@ -62,9 +64,10 @@ class Card:
         recipe, result, task = self.recipe, self.result, get_task(self.recipe.data.task)
         trained, tested = (public_source(source) for source in (recipe.data, recipe.data.test_source or recipe.data))
         confusion = result.scored.get("confusion")
-        snippet = loading_snippet(recipe, result.labels, PLACEHOLDER, self.spaced_words)
+        snippet = loading_snippet(recipe, result.labels, PLACEHOLDER, self.spaced_words, result.calibration)
         if self.merged:
-            use = task.pipeline_snippet.replace("MODEL", f'"{PLACEHOLDER}"')
+            use = task.use(task.pipeline_snippet, result.labels, result.calibration)
+            use = use.replace("MODEL", f'"{PLACEHOLDER}"')
             if recipe.data.label_on == "last":
                 use = use.replace(
                     "# adjacent words with the same label are joined", "# a word has its last row's label"
@@ -108,6 +111,7 @@ class Card:
                     metric_value=round(self.result.test[key], 4),
                 )
                 for key, (kind, metric, arguments) in _METRICS.items()
+                if key in self.result.test
             ]
         return ModelCardData(
             language=list(dict.fromkeys([*trained.language, *tested.language])) or None,
@@ -154,10 +158,16 @@ def public_source(source: SourceConfig) -> SourceConfig:
     return source.model_copy(update=facts)
 
 
-def loading_snippet(recipe: Recipe, labels: Sequence[str], folder: str, spaced_words: bool = False) -> str:
+def loading_snippet(
+    recipe: Recipe,
+    labels: Sequence[str],
+    folder: str,
+    spaced_words: bool = False,
+    calibration: Mapping[str, Any] | None = None,
+) -> str:
     """Return Python that loads the adapter in `folder` with PEFT only and predicts, labels and pooling included."""
     task = get_task(recipe.data.task)
-    auto, use = task.auto_class.replace("AutoModel", "AutoPeftModel"), task.snippet
+    auto, use = task.auto_class.replace("AutoModel", "AutoPeftModel"), task.use(task.snippet, labels, calibration or {})
     if spaced_words:  # only a task whose texts are words tokenizes `words`
         spaced = 'spaced = [words[0], *(f" {word}" for word in words[1:])]  # as in running text'
         use = use.replace("inputs = tokenizer(words,", f"{spaced}\ninputs = tokenizer(spaced,")
@@ -170,6 +180,7 @@ def loading_snippet(recipe: Recipe, labels: Sequence[str], folder: str, spaced_w
         labels=repr(list(labels)),
         use=use,
         pooling=None if task.words_given else recipe.model.pooling,
+        problem_type=task.problem_type,
     )
 
 

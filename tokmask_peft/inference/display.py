@@ -36,7 +36,7 @@ def print_answers(texts: Sequence[str], answers: Sequence[Answer], as_json: bool
             for word, label, row in zip(answer.words, answer.labels, answer.probabilities, strict=True):
                 echo(f"{word}\t{label}\t{row[label]:.4f}")
         else:
-            echo(f"{answer.label}\t{answer.probabilities[answer.label]:.4f}\t{text}")
+            echo(f"{answer.label}\t{answer.confidence:.4f}\t{text}")
 
 
 def print_file(classifier: Classifier, source: TextFile, as_json: bool, batch_size: int) -> FileReport:

@@ -155,9 +155,16 @@ def export_merged(
     ]
     if precision != "fp32":
         notes.append(f"the weights are rounded to {precision}, which moves logits by up to {rounding:.2g}")
-    if saved.temperature != 1.0:
+    if saved.calibration.temperature != 1.0:
         effect = "is not part of the model: its probabilities are uncalibrated, its labels the same"
-        notes.append(f"the temperature of the calibration ({saved.temperature:.3f}) {effect}")
+        notes.append(f"the temperature of the calibration ({saved.calibration.temperature:.3f}) {effect}")
+    if cuts := get_task(saved.task).cuts_of(saved.labels, saved.calibration.model_dump()):
+        listed = ", ".join(
+            f"{label} {1 / (1 + math.exp(-cut)):.3f}" for label, cut in zip(saved.labels, cuts, strict=True)
+        )
+        notes.append(
+            f"the thresholds of the labels are not part of the model: without the temperature they are {listed}"
+        )
     return Export(target, difference, rounding, tuple(notes), measured)
 
 

@@ -22,7 +22,7 @@ from tokmask_peft.data.conll import Row
 from tokmask_peft.data.readers import TextFile, line_number
 from tokmask_peft.data.tables import classes_of
 from tokmask_peft.errors import DataError, first_line, require, whole
-from tokmask_peft.examples import Example, Unreadable, WordPredictions
+from tokmask_peft.examples import Example, LabelPredictions, Unreadable, WordPredictions
 from tokmask_peft.inference.classifier import BATCH_SIZE, Answer, Classifier
 from tokmask_peft.inference.export import check_output
 
@@ -221,6 +221,8 @@ def answer_record(text: str, answer: Answer) -> dict[str, Any]:
         found = {"words": list(answer.words), "labels": list(answer.labels), "confidence": _rounded(answer.confidence)}
         return found | {"probabilities": [rounded(row) for row in answer.probabilities]}
     found = {"text": text, "label": answer.label, "confidence": round(answer.confidence, 6)}
+    if isinstance(answer, LabelPredictions):
+        found = {"text": text, "labels": list(answer.labels), "confidence": round(answer.confidence, 6)}
     return found | {"probabilities": rounded(answer.probabilities)}
 
 

@@ -101,7 +101,7 @@ def of_run(model: str) -> tuple[str, list[str]]:
     with contextlib.suppress(TokmaskError):
         for example in split_examples(run.recipe, result.scored_split, None, run.folder.adapter)[0]:
             if len(example.string) <= _LONGEST_EXAMPLE:
-                texts.setdefault(example.tags[0], example.string)
+                texts.setdefault(", ".join(example.tags), example.string)
     return sentence, list(texts.values())[:_MOST_EXAMPLES]
 
 
