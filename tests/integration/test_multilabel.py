@@ -22,7 +22,6 @@ from tokmask_peft.report.demo import answer, of_run
 from tokmask_peft.report.examples import find_mistakes
 from tokmask_peft.study.diagnostics.plans import Perturbations
 from tokmask_peft.study.diagnostics.robustness import score_perturbed
-from tokmask_peft.training.metrics import Predictions
 
 WORDS = {"joy": ["great", "lindo", "happy"], "anger": ["awful", "malo", "bad"], "fear": ["scary", "miedo"]}
 FILLER = ["today", "hoy", "casa", "work", "amigo", "the", "la", "very", "phone"]
@@ -52,7 +51,7 @@ def folder(tmp_path_factory):
 
 
 def recipe(folder, root, backbone, **training):
-    given = {"epochs": 6, "batch_size": 8, "learning_rate": 5e-3, "head": "probe", **training}
+    given = {"epochs": 6, "batch_size": 8, "learning_rate": 5e-3, **training}
     return Recipe.model_validate(
         {
             "name": "sets",
@@ -67,7 +66,8 @@ def recipe(folder, root, backbone, **training):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, folder, tiny_backbone):
-    return train(recipe(folder, tmp_path_factory.mktemp("runs"), tiny_backbone("bert-wide")), quiet=True)
+    place, backbone = tmp_path_factory.mktemp("runs"), tiny_backbone("bert-wide")
+    return train(recipe(folder, place, backbone, head="probe"), quiet=True)
 
 
 @pytest.fixture
@@ -92,8 +92,6 @@ def test_the_scores_are_of_sets_and_the_thresholds_are_saved(run, folder):
     saved = json.loads((run.folder.adapter / "tokmask.json").read_text())
     assert saved["calibration"]["thresholds"] == result.calibration["thresholds"]
     assert [*result.calibration["thresholds"]] == result.labels
-    stored = Predictions.read_from if hasattr(Predictions, "read_from") else None
-    assert stored is None
     assert "one-label" not in {one["code"] for one in result.warnings}
 
 
@@ -128,24 +126,21 @@ def test_predict_writes_sets_in_every_form(run, tmp_path, folder):
 
 def test_a_row_without_an_answer_differs_from_an_answer_without_a_label(run, tmp_path):
     (tmp_path / "in.csv").write_text('text\nthe casa la phone\n""\n', encoding="utf-8")
-    CliRunner().invoke(
-        app, ["predict", str(run.folder.root), "--file", str(tmp_path / "in.csv"), "--out", str(tmp_path / "o.csv")]
-    )
+    arguments = ["predict", run.folder.root, "--file", tmp_path / "in.csv", "--out", tmp_path / "o.csv"]
+    CliRunner().invoke(app, [*map(str, arguments)])
     answered, empty = csv.DictReader((tmp_path / "o.csv").open())
-    assert answered["confidence"] and not answered["error"]
-    assert not empty["confidence"] and empty["error"]
+    assert (bool(answered["confidence"]), bool(answered["error"])) == (True, False)
+    assert (bool(empty["confidence"]), bool(empty["error"])) == (False, True)
 
 
 def test_an_explanation_is_of_the_likeliest_label_or_of_one_asked_for(run, classifier):
-    (found,) = classifier.explain(["today great la casa scary"])
-    (joy,), (fear,) = (classifier.explain(["today great la casa scary"], label=label) for label in ("joy", "fear"))
+    text = "today great la casa scary"
+    (found,) = classifier.explain([text])
+    (joy,), (fear,) = (classifier.explain([text], label=label) for label in ("joy", "fear"))
     assert found.label in run.result.labels
     assert (joy.label, fear.label) == ("joy", "fear")
-    plain, masked = (
-        classifier.predict([text])[0].probabilities["joy"] for text in ("today great la casa scary", "casa")
-    )
-    assert joy.probability == pytest.approx(plain, abs=1e-5)
-    assert masked != plain
+    assert joy.probability == pytest.approx(classifier.predict([text])[0].probabilities["joy"], abs=1e-5)
+    assert joy.influences != fear.influences
     record = json.loads(invoke("explain", run.folder.root, TEXTS[0], "--label", "fear", "--json"))
     assert record["label"] == "fear"
     refused = CliRunner().invoke(app, ["explain", str(run.folder.root), TEXTS[0], "--label", "joyy"])
@@ -182,10 +177,8 @@ def test_the_snippet_of_the_card_gives_the_same_labels_in_plain_peft(run, classi
     environment = {"HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
     lines = done.stdout.strip().splitlines()
-    found = (
-        [sorted(ast.literal_eval(line)) for line in lines] if merged else [*map(sorted, ast.literal_eval(lines[-1]))]
-    )
-    assert found == [sorted(one.labels) for one in classifier.predict(TEXTS)]
+    found = [*map(ast.literal_eval, lines)] if merged else ast.literal_eval(lines[-1])
+    assert [*map(sorted, found)] == [sorted(one.labels) for one in classifier.predict(TEXTS)]
     if merged:
         plain = pipeline("text-classification", model=str(model), top_k=None)(TEXTS)
         assert any(sum(one["score"] for one in row) > 1.05 or sum(one["score"] for one in row) < 0.95 for row in plain)
@@ -193,26 +186,25 @@ def test_the_snippet_of_the_card_gives_the_same_labels_in_plain_peft(run, classi
 
 def test_scores_on_perturbed_texts(run, classifier):
     test = load_corpus(run.recipe.data, run.recipe.seed).test
-    found = score_perturbed(
-        classifier, test, {"the"}, Perturbations(rates=(0.5,), noise=(0.2,), draws=1, limit=None, seed=0)
-    )
+    found = score_perturbed(classifier, test, {"the"}, Perturbations((0.5,), (0.2,), 1))
     assert found["clean"]["accuracy"] == pytest.approx(run.result.test["accuracy"])
     assert found["words"]["seen"]["items"] + found["words"]["unseen"]["items"] == 60
 
 
 @pytest.mark.parametrize("batching", ["padded", "padding_free"])
-def test_two_views_train_and_a_sweep_compares_arms(run, folder, tiny_backbone, tmp_path, batching):
-    short = recipe(folder, tmp_path, tiny_backbone("bert-wide"), max_steps=4, views=2, batching=batching, head="random")
+def test_two_views_train_in_packed_rows_and_padded(folder, tiny_backbone, tmp_path, batching):
+    short = recipe(
+        folder, tmp_path, tiny_backbone("bert-wide"), max_steps=4, views=2, batching=batching, baseline=False
+    )
     assert train(short, quiet=True).result.steps == 4
 
 
-def test_a_sweep_compares_rates(run, folder, tiny_backbone, tmp_path):
+def test_a_sweep_compares_rates(folder, tiny_backbone, tmp_path):
     from tokmask_peft.recipe.loading import to_yaml
 
     path = tmp_path / "recipe.yaml"
-    path.write_text(
-        to_yaml(recipe(folder, tmp_path / "runs", tiny_backbone("bert-wide"), max_steps=4)), encoding="utf-8"
-    )
+    short = recipe(folder, tmp_path / "runs", tiny_backbone("bert-wide"), max_steps=2, baseline=False)
+    path.write_text(to_yaml(short), encoding="utf-8")
     invoke("sweep", path, "--p", "0,0.1", "--seeds", "1,2")
     assert open_run(next((tmp_path / "runs").rglob("result.json")).parent).result.task == "multilabel"
 

@@ -13,6 +13,7 @@ from sklearn.metrics import accuracy_score, f1_score, log_loss
 
 from tokmask_peft import Recipe
 from tokmask_peft.data.corpus import apply_label_map, load_corpus
+from tokmask_peft.data.detect import detect
 from tokmask_peft.data.readers import TextFile, read_split
 from tokmask_peft.data.split import carve, subset
 from tokmask_peft.errors import DataError, ModelError, RecipeError
@@ -111,7 +112,7 @@ def test_a_label_map_joins_and_drops_labels():
     assert repr(both.label) == "('bad',)"  # the fingerprint of the data depends on it
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(st.lists(st.sets(st.sampled_from("abcd")), min_size=12, max_size=40), st.integers(0, 5))
 def test_splits_keep_every_label_and_every_text(sets, seed):
     texts = examples([*sets, *[tuple("abcd")] * 2])
@@ -191,7 +192,7 @@ def test_scores_are_those_of_scikit_learn_and_of_counts():
     assert task_scores(TASK, Predictions([], []), ["a", "b"])["f1_samples"] == 0.0
 
 
-@settings(max_examples=20)
+@settings(max_examples=20, deadline=None)
 @given(st.integers(0, 10_000))
 def test_a_cut_gives_the_best_f1_and_too_few_texts_keep_a_half(seed):
     random = np.random.default_rng(seed)
@@ -246,3 +247,30 @@ def test_schedules_that_count_right_answers_are_refused():
     Recipe.model_validate(given | {"masking": {"schedule": "linear"}})
     with pytest.raises((RecipeError, ValueError), match="linear"):
         Recipe.model_validate(given | {"masking": {"schedule": "gap", "share": 0.5}})
+
+
+# -- init --
+
+EMOTIONS = [("joy",), ("anger", "fear"), (), ("joy", "fear"), ("anger",)]
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        (lambda labels: {"labels": [*labels]}, {"label_column": "labels"}),
+        (lambda labels: {"labels": "; ".join(labels)}, {"label_column": "labels", "label_separator": ";"}),
+        (
+            lambda labels: {one: int(one in labels) for one in ("joy", "anger", "fear")},
+            {"label_column": ["joy", "anger", "fear"]},
+        ),
+        (lambda labels: {"label": labels[0] if labels else "none", "likes": len(labels) % 2}, {"task": "sequence"}),
+        (lambda labels: {"label": len(labels) % 2, "a": 0, "b": 1, "c": len(labels) % 2}, {"task": "sequence"}),
+    ],
+)
+def test_init_finds_several_labels_per_text(tmp_path, row, expected):
+    texts = [f"we saw {word} number {at} in the old house" for at, word in enumerate(["cats", "dogs", "birds"] * 10)]
+    lines = [{"text": text, **row(EMOTIONS[at % 5])} for at, text in enumerate(texts)]
+    (tmp_path / "posts.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    found, corpus = detect([tmp_path / "posts.jsonl"], {})
+    assert found.data.items() >= ({"task": "multilabel"} | expected).items()
+    assert corpus.task == found.data["task"]

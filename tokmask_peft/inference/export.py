@@ -159,11 +159,10 @@ def export_merged(
         effect = "is not part of the model: its probabilities are uncalibrated, its labels the same"
         notes.append(f"the temperature of the calibration ({saved.calibration.temperature:.3f}) {effect}")
     if cuts := get_task(saved.task).cuts_of(saved.labels, saved.calibration.model_dump()):
-        listed = ", ".join(
-            f"{label} {1 / (1 + math.exp(-cut)):.3f}" for label, cut in zip(saved.labels, cuts, strict=True)
-        )
+        chances = zip(saved.labels, (1 / (1 + math.exp(-cut)) for cut in cuts), strict=True)
+        listed = ", ".join(f"{label} {chance:.4f}" for label, chance in chances)
         notes.append(
-            f"the thresholds of the labels are not part of the model: without the temperature they are {listed}"
+            f"the thresholds of the labels are not part of the model: of its own probabilities they are {listed}"
         )
     return Export(target, difference, rounding, tuple(notes), measured)
 

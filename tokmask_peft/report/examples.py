@@ -95,9 +95,9 @@ def explained(classifier: Classifier, mistakes: list[Mistake]) -> tuple[tuple[Mi
         text = list(mistake.words) if get_task(classifier.task).words_given else " ".join(mistake.words)
         there = mistake.predicted in classifier.labels  # otherwise it says that the label of the data is not there
         about, sign = (mistake.predicted, 1) if there else (mistake.gold, -1)
-        about = None if mistake.word is not None else about
+        label = about if mistake.word is None else None
         try:
-            (explanation,) = explain(classifier, [text], word=mistake.word, label=about)
+            (explanation,) = explain(classifier, [text], word=mistake.word, label=label)
         except MaskTokenError as error:
             return tuple(mistakes), str(error)
         found.append(replace(mistake, influences=tuple(sign * value for value in explanation.influences)))
