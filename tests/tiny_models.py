@@ -68,6 +68,8 @@ _HEAD_DIM = {**_CAUSAL, "head_dim": 8}
 _ENCODER = {**_SHAPE, "max_position_embeddings": 64}
 _DISTIL = {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48, "max_position_embeddings": 64}
 _T5 = {"d_model": 32, "num_layers": 2, "num_heads": 4, "d_kv": 8, "d_ff": 48, "decoder_start_token_id": 1}
+_GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 48, "n_positions": 64}
+_DISENTANGLED = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 8}
 _PARTS = {"layers": 2, "attention_heads": 4, "ffn_dim": 48}
 _BART = {f"{part}_{name}": value for part in ("encoder", "decoder") for name, value in _PARTS.items()}
 _BART |= {"d_model": 32, "max_position_embeddings": 64, "decoder_start_token_id": 2}
@@ -88,6 +90,16 @@ encoder_decoders = {
     "mt5": Family("MT5", "unigram", settings=_T5),
     "bart": Family("Bart", "unigram", settings=_BART),
 }
+more_families = {  # for tests of what differs between architectures; those of all `families` have enough without
+    "electra": Family("Electra", "wordpiece", settings={**_ENCODER, "embedding_size": 16}),
+    "roberta": Family("Roberta", "unigram", settings=_ENCODER),
+    "phi3": Family("Phi3", "metaspace", causal=True, settings=_CAUSAL),
+    "olmo": Family("Olmo", "metaspace", causal=True, settings=_CAUSAL),
+    "olmo2": Family("Olmo2", "metaspace", causal=True, settings=_CAUSAL),
+    "smollm3": Family("SmolLM3", "metaspace", causal=True, settings={**_CAUSAL, "no_rope_layers": [1, 0]}),
+    "gpt2": Family("GPT2", "bytelevel", spare_rows=16, causal=True, settings=_GPT2),
+    "deberta-v3": Family("DebertaV2", "unigram", settings={**_ENCODER, **_DISENTANGLED}),
+}
 families = list(FAMILIES)
 token_families = [name for name in families if name != "gemma3"]  # transformers has no token head for Gemma 3 text
 causal_families = [name for name, family in FAMILIES.items() if family.causal]
@@ -97,7 +109,7 @@ def build(
     family: str, task: str = "sequence", labels: int = 3, seed: int = 0, dropout: float = 0.0, **settings: Any
 ) -> tuple[Any, Any]:
     """Return a model with random weights, in eval mode as `from_pretrained` leaves it, and its tokenizer."""
-    kind = (FAMILIES | encoder_decoders)[family]
+    kind = (FAMILIES | more_families | encoder_decoders)[family]
     tokenizer = tiny_tokenizer(kind.tokenizer)
     heads = {"sequence": "SequenceClassification", "token": "TokenClassification"}
     head = {**heads, "text": "ConditionalGeneration"}[task]
@@ -115,7 +127,8 @@ def build(
             **settings,
         }
     )
-    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout", "dropout_rate"):
+    names = ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout", "dropout_rate")
+    for name in (*names, "attn_pdrop", "embd_pdrop", "resid_pdrop"):
         if hasattr(config, name):
             setattr(config, name, dropout)
     config.classifier_dropout = dropout  # where a config lacks it, some heads fall back to 0.1
@@ -192,8 +205,10 @@ def _made(kind: str) -> tuple[str, dict[str, str]]:
         last = specials["eos"]
     if first is not None:
         template = f"{first} $A {last}" if last else f"{first} $A"
+        between = f"{last}:0 {last}:0 $B:1 {last}:1" if kind == "unigram" else f"{last}:0 $B:1 {last}:1"
+        pair = f"{first}:0 $A:0 {between}" if last else f"{first}:0 $A:0 {first}:1 $B:1"
         used = [(token, backend.token_to_id(token)) for token in (first, last) if token]
-        backend.post_processor = processors.TemplateProcessing(single=template, special_tokens=used)
+        backend.post_processor = processors.TemplateProcessing(single=template, pair=pair, special_tokens=used)
     return backend.to_str(), {f"{role}_token": token for role, token in specials.items()}
 
 

@@ -75,7 +75,7 @@ class YesOrNo:
         return list(np.where(given | ~given.any(-1, keepdims=True), logits, -np.inf).argmax(-1).tolist())
 
     def answer(
-        self, text: Any, chosen: NDArray[np.int64], probabilities: list[dict[str, float]], windows: int
+        self, text: Any, chosen: NDArray[np.int64], probabilities: Sequence[dict[str, float]], windows: int
     ) -> LabelPredictions:
         """Return the labels with a yes."""
         (row,) = probabilities

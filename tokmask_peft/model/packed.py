@@ -1,7 +1,7 @@
 """The padding-free forward: a batch as one packed row, attention per text, and the head on each text's own state.
 
 A packed row spends nothing on padding. Padded batches still take the model's own forward, so that a model can be
-trained packed and evaluated padded. A backbone family is an entry of `FAMILIES`.
+trained packed and evaluated padded. What this has to know of an architecture is in `families.FAMILIES`.
 """
 
 from __future__ import annotations
@@ -26,67 +26,11 @@ from tokmask_peft.examples import IGNORED
 from tokmask_peft.masking.embedding import find_embedding
 from tokmask_peft.masking.masker import TokenMasker
 from tokmask_peft.model.decisions import flash_problem, rows_kernel, rows_problem
+from tokmask_peft.model.families import NAME, Family, family_of, padding_free_problem
 from tokmask_peft.model.layers import dropout as dropped
 from tokmask_peft.recipe.schema import Batching
 
 Kernel = Callable[..., Tensor]
-NAME = "tokmask_packed"
-"""Of the attention function, in the models' configs."""
-
-
-@dataclass(frozen=True, slots=True)
-class Family:
-    """What the packed forward has to know of an architecture.
-
-    Attributes:
-        head: for an answer per text: from the model and the pooled states, [texts, 1, hidden], to [texts, classes].
-        last_layer: for an answer per sub-token: the name of the layer after the dropout.
-        causal: whether a text is pooled at its last sub-token, and not at its first.
-        positions: from the model, the ids and their layout to position ids, [1, total].
-        package: of the classes; the same name in another package is another architecture.
-    """
-
-    head: Callable[[Any, Tensor], Tensor]
-    last_layer: str = "classifier"
-    causal: bool = False
-    positions: Callable[[Any, Tensor, Packing], Tensor] = lambda model, input_ids, packing: packing.positions
-    package: str = "transformers.models."
-
-
-def _positions_after_padding(model: Any, input_ids: Tensor, packing: Packing) -> Tensor:
-    """Count as RoBERTa does: from the padding token's id on, skipping padding tokens inside a text."""
-    real = (input_ids != (pad_id := model.config.pad_token_id)).long()
-    counted = real.cumsum(dim=1)
-    before = (counted - real)[0, packing.cu_seqlens[:-1].long()][packing.rows]
-    return (counted - before) * real + pad_id
-
-
-_BERT = Family(lambda model, first: model.classifier(model.dropout(model.base_model.pooler(first))))
-_DISTIL = Family(lambda model, first: model.classifier(model.dropout(F.relu(model.pre_classifier(first[:, 0])))))
-_ROBERTA = Family(lambda model, first: model.classifier(first), positions=_positions_after_padding)
-_DECODER = Family(lambda model, last: model.score(last[:, 0]), last_layer="score", causal=True)
-FAMILIES: dict[str, Family] = {"Bert": _BERT, "DistilBert": _DISTIL, "Roberta": _ROBERTA, "XLMRoberta": _ROBERTA}
-FAMILIES |= dict.fromkeys(("Llama", "Mistral", "Qwen2", "Qwen3"), _DECODER)
-"""By the part of a class name before `ForSequenceClassification` or `ForTokenClassification`. Others may be added."""
-
-
-def family_of(model: nn.Module) -> Family | None:
-    """Return the family of a classification model whose texts can be packed, or None."""
-    name, _, head = type(model).__name__.partition("For")
-    family = FAMILIES.get(name)
-    known = family is not None and type(model).__module__.startswith(family.package)
-    return family if known and head in ("SequenceClassification", "TokenClassification") else None
-
-
-def padding_free_problem(model: nn.Module) -> str | None:
-    """Return why a classification model, without an adapter, cannot take packed rows, or None if it can."""
-    family, name = family_of(model), type(model).__name__
-    if family is None:
-        return f"{name} has no padding-free forward; {', '.join(FAMILIES)} have"
-    if not family.causal and getattr(model.config, "is_decoder", False):
-        return f"{name} is set up as a decoder"
-    attention = getattr(model.config, "_attn_implementation", None)
-    return None if attention in ("sdpa", NAME) else f"its attention is {attention}, not sdpa"
 
 
 def choose_batching(
@@ -239,31 +183,33 @@ class PackedRows(nn.Module):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         labels: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         max_length: int | None = None,
         **kwargs: Any,
     ) -> Any:
         """Return an output of transformers with `logits`, [texts, classes] or [1, total, classes], and maybe `loss`.
 
-        `input_ids` are packed, [1, total], or padded, [batch, seq], and so are the labels of models with an answer per
-        sub-token; other labels are [texts]. `cu_seqlens`, int32 [texts + 1], holds the start of each packed text and
-        the end of the last; `max_length` is that of the longest packed text. `attention_mask` and `position_ids` are
-        for padded batches: in a packed row they follow from `cu_seqlens`.
+        `input_ids` are packed, [1, total], or padded, [batch, seq], and so are `token_type_ids`, and the labels of
+        models with an answer per sub-token; other labels are [texts]. `cu_seqlens`, int32 [texts + 1], holds the start
+        of each packed text and the end of the last; `max_length` is that of the longest packed text. `attention_mask`
+        and `position_ids` are for padded batches: in a packed row they follow from `cu_seqlens`.
         """
+        types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
         if cu_seqlens is None:
             rest = {"attention_mask": attention_mask, "position_ids": position_ids, "labels": labels}
-            kwargs |= {name: value for name, value in rest.items() if value is not None}
+            kwargs |= types | {name: value for name, value in rest.items() if value is not None}
             return super().forward(input_ids=input_ids, **kwargs)
         if input_ids is None or max_length is None:
             raise ModelError("a packed batch needs input_ids, cu_seqlens and max_length", code="incomplete-batch")
         packing = Packing.make(cu_seqlens, input_ids.shape[1], max_length)
-        position_ids = self.family.positions(self, input_ids, packing)
+        places = {"position_ids": self.family.positions(self, input_ids, packing)} | types
         masker = TokenMasker.of(find_embedding(self))
         removed = None if masker is None else masker.removed(self, input_ids, packing.rows, packing.positions)
         ids, kept = input_ids, None
         if removed is not None:
             kept = (~removed[0]).nonzero().flatten()
-            ids, position_ids = ids[:, kept], position_ids[:, kept]
+            ids, places = ids[:, kept], {name: row[:, kept] for name, row in places.items()}
             lengths = torch.bincount(packing.rows[0, kept], minlength=len(cu_seqlens) - 1)
             cu_seqlens, max_length = F.pad(lengths.cumsum(0), (1, 0)).to(cu_seqlens.dtype), int(lengths.max())
             packing = Packing.make(cu_seqlens, len(kept), max_length)
@@ -274,8 +220,8 @@ class PackedRows(nn.Module):
             longer_ids = F.pad(ids, (0, sum(extra)), value=pad_id)  # type: ignore[arg-type]
             bounds = torch.cat((cu_seqlens, cu_seqlens.new_tensor([total + end for end in accumulate(extra)])))
             longer = Packing.make(bounds, longer_ids.shape[1], max_length)
-            position_ids = torch.cat((position_ids, longer.positions[:, total:]), dim=1)
-        logits = packed_logits(self, packed_hidden(self, longer_ids, longer, position_ids)[:, :total], ids, packing)
+            places = {name: F.pad(row, (0, sum(extra))) for name, row in places.items()}
+        logits = packed_logits(self, packed_hidden(self, longer_ids, longer, **places)[:, :total], ids, packing)
         if kept is not None and self.per_token:  # back to the places of all sub-tokens
             logits = logits.new_zeros(1, input_ids.shape[1], logits.shape[-1]).index_copy(1, kept, logits)
         labels = (
@@ -285,17 +231,18 @@ class PackedRows(nn.Module):
         return (TokenClassifierOutput if logits.dim() == 3 else SequenceClassifierOutput)(loss=loss, logits=logits)
 
 
-def packed_hidden(model: Any, input_ids: Tensor, packing: Packing, position_ids: Tensor | None = None) -> Tensor:
-    """Return the last hidden states of a packed row, [1, total, hidden]; its own `position_ids` are the default."""
+def packed_hidden(model: Any, input_ids: Tensor, packing: Packing, **places: Tensor) -> Tensor:
+    """Return the last hidden states of a packed row, [1, total, hidden]; `places` are position ids and token types."""
+    places = places or {"position_ids": model.family.positions(model, input_ids, packing)}
     masker = TokenMasker.of(find_embedding(model))
     with contextlib.nullcontext() if masker is None else masker.layout(packing.rows, packing.positions):
         hidden: Tensor = model.base_model(
             input_ids=input_ids,
             # transformers leaves a mask of four dimensions as it is; without one it would build its own
             attention_mask=input_ids.new_zeros(1, 1, 1, 1),
-            position_ids=model.family.positions(model, input_ids, packing) if position_ids is None else position_ids,
             packing=packing,
             **({"use_cache": False} if model.family.causal else {}),
+            **places,
         ).last_hidden_state
     return hidden
 
@@ -304,8 +251,9 @@ def packed_logits(model: Any, hidden: Tensor, input_ids: Tensor, packing: Packin
     """Apply the model's head: pooled as for padded batches, [texts, classes], or per sub-token, [1, total, classes]."""
     family: Family = model.family
     if model.per_token:
-        return cast(Tensor, getattr(model, family.last_layer)(model.dropout(hidden)))
-    if (how := getattr(model, "text_pooling", "cls")) != "cls":
+        return family.token_head(model, hidden)
+    # ModernBERT's own pooling is in its config
+    if (how := getattr(model, "text_pooling", getattr(model.config, "classifier_pooling", "cls"))) != "cls":
         states = torch.segment_reduce(hidden[0].float(), how, lengths=packing.cu_seqlens.diff().long(), axis=0)
         return family.head(model, states.to(hidden.dtype).unsqueeze(1))
     at = packing.cu_seqlens[:-1].long()
@@ -335,8 +283,8 @@ def packed_attention(
     keeps all attention weights; given a mask that hides nothing more, transformers gives each head its own keys.
 
     `query`, `key` and `value` are [1, heads, total, head], the latter two maybe with fewer heads. `attention_mask` is
-    ignored if there is a `packing`. `sliding_window` is the number of sub-tokens that a causal layer sees, itself
-    included; whether a layer is causal it says itself by default.
+    ignored if there is a `packing`. `sliding_window` is the number of sub-tokens that a layer sees on its left, itself
+    included, and if it is not causal, on its right as well; whether it is causal it says itself by default.
     """
     if packing is None:
         options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal}
@@ -366,6 +314,8 @@ def packed_attention(
 
 def seen(module: nn.Module, is_causal: bool | None, window: int | None, longest: int) -> tuple[bool, int | None]:
     """Return whether a layer is causal, and its window, if it is narrower than the longest text."""
+    if is_causal is False and window is not None:  # by `is_causal` in the config, where masks count the bound in
+        window += 1
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     return causal, None if window is not None and window >= longest else window
 
@@ -387,7 +337,8 @@ def _varlen_attention(
 ) -> Tensor:
     """Attend with a kernel for packed rows; query, key and value as [total, heads, head], and so the result."""
     # the kernel counts the sub-tokens before the current one, transformers counts that one too
-    sides = (-1 if window is None else window - 1, 0) if causal else (-1, -1)
+    side = -1 if window is None else window - 1
+    sides = (side, 0 if causal else side)
     bounds = (packing.cu_seqlens, packing.cu_seqlens, packing.max_length, packing.max_length)
     return kernel(*(tensor.contiguous() for tensor in _equal_heads(rows)), *bounds, scale=scaling, window_size=sides)
 
@@ -403,8 +354,11 @@ def attend_in_buckets(
         query, key, value = (part.unflatten(0, (texts, length)).transpose(1, 2) for part in parts)
         # the padding is on the right, where no real sub-token of a causal layer sees it
         mask = None if causal else within
-        if causal and window is not None:
-            mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril().triu(1 - window)
+        if window is not None:
+            near = torch.ones(length, length, dtype=torch.bool, device=query.device).triu(1 - window)
+            near = near.tril(0 if causal else window - 1)
+            # padding sees itself: a row that sees nothing would be NaN
+            mask = near if mask is None else near & (mask | torch.eye(length, dtype=torch.bool, device=query.device))
         found = using(query, key, value, mask, p, is_causal=causal and mask is None, scale=scale)
         outputs.append(found.transpose(1, 2).flatten(0, 1))
     return cast(Tensor, _Take.apply(torch.cat(outputs), packing.back))

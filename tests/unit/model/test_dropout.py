@@ -83,7 +83,7 @@ def test_only_plain_dropout_is_changed_and_only_for_the_time_being(monkeypatch):
     assert not any(isinstance(module, QuickDropout) for module in model.modules())
 
 
-@pytest.mark.parametrize(("causal", "window"), [(False, None), (True, None), (True, 2)])
+@pytest.mark.parametrize(("causal", "window"), [(False, None), (False, 2), (True, None), (True, 2)])
 @pytest.mark.parametrize("scaling", [None, 0.3])
 def test_attention_with_dropout_is_torchs_where_nothing_is_dropped(monkeypatch, causal, window, scaling):
     """The weights that stay are divided by 1 - p, so without draws the result is that of torch's kernel over 1 - p."""

@@ -54,7 +54,7 @@ def score_perturbed(
     ids = {label: number for number, label in enumerate(labels)}
     task = get_task(classifier.task)
     gold, words_given = [np.array(task.gold_ids(one, ids), dtype=np.int64) for one in texts], task.words_given
-    given: list[Any] = [list(example.words) if words_given else example.string for example in texts]
+    given: list[Any] = [example.text for example in texts]
     windows = list(classifier.encoder.windows(given))
     plain = predicted(classifier, windows, batch_size)
 
@@ -120,7 +120,8 @@ def predicted(classifier: Classifier, windows: Sequence[Window], batch_size: int
         of_text.setdefault(window.text, []).append(number)
     task, parts = get_task(classifier.task), [of_text[text] for text in sorted(of_text)]
     rows = (task.join([windows[n] for n in own], [logits[n] for n in own]) for own in parts)
-    return [task.choose(row, classifier.cuts) for row in rows]
+    found = [task.choose(row, classifier.cuts) for row in rows]
+    return [np.array(classifier.legal.repaired_ids(row.tolist())) for row in found] if classifier.legal else found
 
 
 def robustness(
