@@ -375,7 +375,7 @@ class SavedAdapter:
     labels: tuple[str, ...]
     model: ModelConfig  # with `quantization`, `precision` and `embedding` as trained
     max_length: int | None  # sub-tokens per text in training; None if not known
-    temperature: float  # divides the logits; 1 without a calibration
+    calibration: Calibration  # the temperature, which is 1 without one, and thresholds if there are any
     masking: TokenMaskConfig | None = None
     trained: Mapping[str, Any] = field(default_factory=dict)  # weights of the backbone and scaling, for `load_adapter`
     label_on: str = "first"  # which sub-token of a word carries its label
@@ -430,7 +430,7 @@ def find_saved(
     config = ModelConfig(**settings | {"trust_remote_code": trust_remote_code})
     trained = loading.model_dump(include={"weights", "scaling"}) if loading else {}
     label_on = loading.label_on if loading else "first"  # the only one when adapters did not say how to load them
-    more = (config, length, info.calibration.temperature, info.masking, trained, label_on)
+    more = (config, length, info.calibration, info.masking, trained, label_on)
     spans = loading.spans if loading else NO_SPANS
     return SavedAdapter(str(model), folder, info.task, tuple(info.labels), *more, spans, info.pair)
 

@@ -216,7 +216,7 @@ def predict(
         typer.Option(
             "--column",
             "--text-column",
-            help="name or number of the column of the text, or of the words; give it twice for pairs if the columns are "
+            help="name or number of the column of the text, or of the words; twice for pairs, if the columns are "
             "not those of training",
         ),
     ] = None,
@@ -333,6 +333,7 @@ def explain(
     model: ModelArgument,
     texts: Annotated[list[str], typer.Argument(metavar="TEXT", help="texts to explain")],
     word: Annotated[str | None, typer.Option(help="token tasks: the word to explain, or its number")] = None,
+    label: Annotated[str | None, typer.Option(help="other tasks: the label to explain, if not the likeliest")] = None,
     html: Annotated[Path | None, typer.Option(help="write a page that can be shared")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the page if it exists.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON line per TEXT.")] = False,
@@ -369,7 +370,7 @@ def explain(
     from tokmask_peft.inference.classifier import load
 
     classifier = load(saved, device, quantization, precision)
-    explanations = classifier.explain(given, word=chosen, batch_size=batch_size)
+    explanations = classifier.explain(given, word=chosen, label=label, batch_size=batch_size)
     note = classifier.occlusion.note
     if as_json:
         show.print_json(explanations)

@@ -81,6 +81,7 @@ def load_backbone(
         num_labels=len(labels),
         id2label=dict(enumerate(labels)),
         label2id={label: index for index, label in enumerate(labels)},
+        **({} if get_task(task).problem_type is None else {"problem_type": get_task(task).problem_type}),
         ignore_mismatched_sizes=True,
         dtype=dtype,
         output_loading_info=True,

@@ -58,6 +58,9 @@ ShareOfLayers = Annotated[float, Field(gt=0.0, lt=1.0, title="a share of the lay
 AsText = Annotated[str, BeforeValidator(lambda value: "" if value is None else str(value))]
 TwoColumns = Annotated[tuple[AsText, AsText], Field(title="a list of two columns, as [premise, hypothesis]")]
 Separator = Annotated[str, AfterValidator(_separator)]
+LabelColumns = Annotated[
+    tuple[str, ...], Field(min_length=2, title="a list of columns with 0 or 1, one per label, as [joy, anger]")
+]
 Encoding = Annotated[str, AfterValidator(_encoding)]
 Weight = Annotated[float, Field(ge=0.0)]
 Epochs = Annotated[float, Field(gt=0, title="a number of epochs, for example 6")]
@@ -94,10 +97,16 @@ class SourceConfig(Section):
         description="column of the text, or of the words in token tasks; a number, from 0, in CoNLL files and in "
         "tables without a header; [premise, hypothesis]: two columns of a table, whose texts are read as a pair",
     )
-    label_column: str | int | None = Field(
+    label_column: str | int | LabelColumns | None = Field(
         None,
         description="column of the label, or of the tags in token tasks; a number as above; in CoNLL-U also a name "
-        "such as upos, misc.Lang or feats.Case",
+        "such as upos, misc.Lang or feats.Case; for several labels per text also a list of columns that have 0 or 1, "
+        "one per label",
+    )
+    label_separator: Separator = Field(
+        "auto",
+        description="several labels per text: one character, or tab, between the labels in a cell; auto: | ; or a "
+        "comma, whichever is in the cells; a list, as in JSON lines and parquet, needs none",
     )
     missing: tuple[AsText, ...] | None = Field(
         None,
@@ -428,6 +437,9 @@ class Recipe(Section):
             raise ValueError(f"{why}: set model.embedding=resident, or masking.trainable_mask=false")
         if self.masking.schedule == "ready" and get_task(self.data.task).words_given:
             raise ValueError("masking.schedule: ready masks by the label of a text: take a task with one label a text")
+        if get_task(self.data.task).several and self.masking.make_schedule().reacts:
+            why = f"masking.schedule: {self.masking.schedule} counts right answers, of which each text has one"
+            raise ValueError(f"{why}: take constant, linear, cosine or warmup for several labels per text")
         if self.data.spans not in ("auto", "none") and not get_task(self.data.task).words_given:
             raise ValueError("data.spans: entities are marked by labels of words: take a task with one label per word")
         per_word = get_task(self.data.task).words_given

@@ -318,6 +318,7 @@ def make_trainer(prepared: Prepared, run: RunFolder, callbacks: list[TrainerCall
             views=training.views,
             views_masked=training.views_masked,
             consistency=training.consistency,
+            task=task,
             callbacks=[*callbacks, LogFile(run.log, arguments.world_size), *patience],
         )
     if prepared.mask is not None:
