@@ -30,8 +30,8 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3PreTrainedModel
 from tokmask_peft import train
 from tokmask_peft.console import quiet_libraries
 from tokmask_peft.data.corpus import load_corpus
+from tokmask_peft.recipe.data import DataConfig
 from tokmask_peft.recipe.loading import load_recipe
-from tokmask_peft.recipe.schema import DataConfig
 from tokmask_peft.training.environment import environment
 
 RESULT = Path(__file__).parent / "results" / "decoders.json"

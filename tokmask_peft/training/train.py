@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -58,7 +58,14 @@ from tokmask_peft.training.callbacks import (
     StepClock,
     StopOnSignal,
 )
-from tokmask_peft.training.environment import check_sharding, environment, peak_memory, processes, versions
+from tokmask_peft.training.environment import (
+    check_sharding,
+    environment,
+    peak_memory,
+    processes,
+    tokens_per_step,
+    versions,
+)
 from tokmask_peft.training.head import choose_head, start_head
 from tokmask_peft.training.losses import ClassificationLoss, class_weights
 from tokmask_peft.training.memory import Lengths, before_training
@@ -444,13 +451,3 @@ def _speed(prepared: Prepared, clock: StepClock, trainer: OrderedEvalTrainer) ->
         "peak_memory": peak_memory(prepared.device, clock.loading),
         "environment": environment(prepared.device),
     }
-
-
-def tokens_per_step(training: TrainingConfig, lengths: Sequence[int], batches: int | None, processes: int) -> float:
-    """Return the sub-tokens that an optimizer step takes on average, in all processes together, without padding.
-
-    `lengths` are those of the texts to train on; `batches` counts those of one process in an epoch, if a budget of
-    sub-tokens makes them.
-    """
-    texts = training.micro_batch * processes if batches is None else len(lengths) / max(batches, 1)
-    return texts * training.views * training.gradient_accumulation * sum(lengths) / max(len(lengths), 1)
