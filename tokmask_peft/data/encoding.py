@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeGuard, cast
@@ -27,6 +28,12 @@ BATCH = 1000
 """Texts tokenized at a time."""
 PIECE = 50_000
 """Characters or words of a longer text that are tokenized at a time."""
+COUNTED = 500
+"""Texts whose sub-tokens show whether a tokenizer knows their language."""
+MOST_PIECES, MOST_UNKNOWN = 1.5, 0.1
+"""Sub-tokens a word, and share of unknown ones, above which it does not."""
+ONE_LANGUAGE = range(10_000, 60_000)
+"""Sub-tokens in a vocabulary of one language; those of many languages are larger, and those of tests smaller."""
 _BETWEEN_WORDS = re.compile(r"(?<=\w) (?=[^\W\d_])")
 _Ints = NDArray[np.int64]
 _NONE: _Ints = np.zeros(0, dtype=np.int64)
@@ -378,6 +385,27 @@ def words_need_a_space(tokenizer: PreTrainedTokenizerFast) -> bool:
         return False
     given = tokenizer(spaced(words), is_split_into_words=True, add_special_tokens=False)["input_ids"]
     return bool(given == running)
+
+
+def foreign_words(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> str | None:
+    """Return what shows that a tokenizer was made for another language than that of texts, or none.
+
+    Words are runs of letters without names of users, hashtags and links. An English word takes 1.2 sub-tokens of an
+    English vocabulary, one of Spanish-English posts 1.4 to 1.6, and one of Swahili, Turkish or Marathi 2.0 to 2.4.
+    Vocabularies of many languages need as many for some of them, and are good for them all the same.
+    """
+    found = (word for text in itertools.islice(texts, COUNTED) for word in text.split())
+    plain = (word for word in found if word[0] not in "@#" and "://" not in word)
+    letters = ("".join(one if unicodedata.category(one)[0] in "LM" else " " for one in word) for word in plain)
+    words = " ".join(letters).split()
+    ids = tokenizer(" ".join(words), add_special_tokens=False, verbose=False).input_ids
+    unknown = ids.count(tokenizer.unk_token_id) / max(len(ids), 1)
+    if unknown > MOST_UNKNOWN:
+        return f"does not know {unknown:.0%} of what it cuts the words of these texts into"
+    pieces = len(ids) / max(len(words), 1)
+    if pieces > MOST_PIECES and len(tokenizer) in ONE_LANGUAGE:
+        return f"cuts a word of these texts into {pieces:.1f} pieces on average (an English one into 1.2)"
+    return None
 
 
 def spaced(words: Sequence[str], first_too: bool = False) -> list[str]:

@@ -65,12 +65,12 @@ class Card:
         recipe, result, task = self.recipe, self.result, get_task(self.recipe.data.task)
         trained, tested = (public_source(source) for source in (recipe.data, recipe.data.test_source or recipe.data))
         confusion = result.scored.get("confusion")
-        snippet = loading_snippet(recipe, result.labels, PLACEHOLDER, self.spaced_words)
+        snippet = loading_snippet(recipe, result, PLACEHOLDER, self.spaced_words)
         if self.merged:
             use = task.pipeline_snippet.replace("MODEL", f'"{PLACEHOLDER}"')
             if recipe.data.pair:
                 use = use.replace(f"[{TEXT}]", f'{{"text": {PAIR[0]}, "text_pair": {PAIR[1]}}}')
-            if recipe.data.label_on == "last":
+            if label_on(recipe, result) == "last":
                 use = use.replace(
                     "# adjacent words with the same label are joined", "# a word has its last row's label"
                 )
@@ -160,7 +160,13 @@ def public_source(source: SourceConfig) -> SourceConfig:
     return source.model_copy(update=facts)
 
 
-def loading_snippet(recipe: Recipe, labels: Sequence[str], folder: str, spaced_words: bool = False) -> str:
+def label_on(recipe: Recipe, result: Result) -> str:
+    """Return which sub-token of a word carries its label, `first` or `last`, as the run decided."""
+    chosen = {decision["what"]: decision["choice"] for decision in result.decisions}
+    return chosen.get("label on", "first") if recipe.data.label_on == "auto" else recipe.data.label_on
+
+
+def loading_snippet(recipe: Recipe, result: Result, folder: str, spaced_words: bool = False) -> str:
     """Return Python that loads the adapter in `folder` with PEFT only and predicts, labels and pooling included."""
     task = get_task(recipe.data.task)
     auto, use = task.auto_class.replace("AutoModel", "AutoPeftModel"), task.snippet
@@ -169,14 +175,15 @@ def loading_snippet(recipe: Recipe, labels: Sequence[str], folder: str, spaced_w
         use = use.replace("inputs = tokenizer(words,", f"{spaced}\ninputs = tokenizer(spaced,")
     if recipe.data.pair:
         use = use.replace(f"[{TEXT}]", f"[{PAIR[0]}], [{PAIR[1]}]")
-    if recipe.data.label_on == "last":
+    if label_on(recipe, result) == "last":
         use = use.replace("first = [", "last = [").replace("word_ids[:i]]", "word_ids[i + 1 :]]")
         use = use.replace("for i in first]", "for i in last]")
     return Template(_read("snippet.py.j2")).render(
         auto=auto,
         folder=folder,
-        labels=repr(list(labels)),
+        labels=repr(list(result.labels)),
         use=use,
+        attention=recipe.model.attention,
         pooling=None if task.words_given else recipe.model.pooling,
     )
 
@@ -207,6 +214,8 @@ def training_facts(recipe: Recipe, result: Result) -> list[tuple[str, str]]:
     length = f"{training.max_steps:,} steps" if training.max_steps else f"{epochs} epochs"
     weights = "given per label" if isinstance(training.class_weights, dict) else training.class_weights
     method = f"{'DoRA' if adapter.dora else 'LoRA'}, r = {adapter.r}, alpha = {adapter.alpha:g}"
+    if recipe.model.attention == "bidirectional":
+        method += ", the backbone sees the whole text"
     quantization = chosen.get("quantization", recipe.model.quantization)
     speed = f"learning rate {training.learning_rate:g} ({training.scheduler})"
     version = environment.get("versions", {}).get("tokmask-peft", "unknown")

@@ -155,6 +155,9 @@ def export_merged(
     ]
     if precision != "fp32":
         notes.append(f"the weights are rounded to {precision}, which moves logits by up to {rounding:.2g}")
+    if saved.model.attention == "bidirectional":
+        other = "other programs may read the text from left to right only, and answer otherwise"
+        notes.append(f"its config says is_causal: false, which transformers obeys; {other}")
     if saved.temperature != 1.0:
         effect = "is not part of the model: its probabilities are uncalibrated, its labels the same"
         notes.append(f"the temperature of the calibration ({saved.temperature:.3f}) {effect}")

@@ -311,6 +311,8 @@ def packed_attention(
 
 def seen(module: nn.Module, is_causal: bool | None, window: int | None, longest: int) -> tuple[bool, int | None]:
     """Return whether a layer is causal, and its window, if it is narrower than the longest text."""
+    if is_causal is False and window is not None:  # by `is_causal` in the config, where masks count the bound in
+        window += 1
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     return causal, None if window is not None and window >= longest else window
 

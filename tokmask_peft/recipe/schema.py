@@ -174,8 +174,10 @@ class DataConfig(SourceConfig):
     language_labels: tuple[str, ...] = Field(
         (), description="labels (after label_map) that are languages; scores are then also given by code-mixing index"
     )
-    label_on: Literal["first", "last"] = Field(
-        "first", description="one label per word: which of its sub-tokens carries the label"
+    label_on: Literal["auto", "first", "last"] = Field(
+        "auto",
+        description="one label per word: which of its sub-tokens carries the label; auto: the last for decoders, whose "
+        "first one has not seen the rest of the word, otherwise the first",
     )
     spans: Literal["auto", "none", "bio", "iob1", "bioes", "bilou"] = Field(
         "auto",
@@ -211,7 +213,10 @@ class DataConfig(SourceConfig):
 class ModelConfig(Section):
     """The frozen backbone: which one, and in which precision it is held."""
 
-    backbone: str = Field(description="model id on the Hugging Face Hub, or a local folder")
+    backbone: str = Field(
+        description="model id on the Hugging Face Hub, a folder, or a .gguf file: here, or "
+        "OWNER/REPOSITORY/FILE.gguf on the Hub"
+    )
     backbone_path: str | None = Field(
         None, description="load the backbone from here instead: a folder, or package:NAME/FOLDER of a Python package"
     )
@@ -232,10 +237,16 @@ class ModelConfig(Section):
         description="the frozen input embedding: resident on the device; offload keeps it in host memory and sends the "
         "rows of each batch; 8bit holds it on the device through bitsandbytes, with slightly different values",
     )
-    pooling: Literal["auto", "cls", "mean", "max"] = Field(
+    attention: Literal["causal", "bidirectional"] = Field(
+        "causal",
+        description="what a sub-token of a decoder sees: causal, those before it; bidirectional, the whole text, for "
+        "Gemma 3, Llama, Mistral, Qwen2 and Qwen3. Encoders see the whole text anyway: leave it at causal",
+    )
+    pooling: Literal["auto", "cls", "last", "mean", "max"] = Field(
         "auto",
         description="which states the head reads, if a text has one label: auto, as transformers has it ([CLS], or the "
-        "last sub-token of a decoder); cls; mean or max of all, for which stock PEFT needs the lines in the model card",
+        "last sub-token of a decoder); cls; last; mean or max of all, for which stock PEFT needs the lines in the "
+        "model card",
     )
     gradient_checkpointing: Literal["auto"] | StrictBool = Field(
         "auto", description="save memory at the cost of time: recompute activations; auto does if memory would run out"
@@ -250,8 +261,8 @@ class ModelConfig(Section):
             return given
         key = "backbone" if given.get("backbone_path") is None else "backbone_path"
         folder = given.get(key)
-        # os.path, as Path.is_dir raises if a name is too long
-        if isinstance(folder, str) and os.path.isdir(folder) and not Path(folder).is_absolute():  # noqa: PTH112
+        # os.path, as Path.is_dir raises if a name is too long; a file is a .gguf file
+        if isinstance(folder, str) and os.path.exists(folder) and not Path(folder).is_absolute():  # noqa: PTH110
             return {**given, key: str(Path(folder).absolute())}
         return given
 
@@ -304,7 +315,7 @@ class TrainingConfig(Section):
     batching: Batching = Field(
         "padding_free",
         description="padding_free: random batches without padding, as one row with attention per text (BERT, XLM-R, "
-        "DistilBERT, Llama, Mistral, Qwen2 and Qwen3; others, and NEFTune, use padded); padded: the same batches, "
+        "ModernBERT, Llama, Qwen, Gemma 3 and others; the rest, and NEFTune, use padded); padded: the same batches, "
         "padded to their longest text; grouped: random batches of similar length, in which a label that correlates "
         "with length comes in clumps, which has kept runs from learning anything",
     )

@@ -83,7 +83,7 @@ def evaluate(
         model = load_adapter(backbone, folder.adapter, **saved.trained)
     spans = None if saved.spans == NO_SPANS else Spans(saved.spans, labels)
     recipe = changed(recipe, {"data.spans": saved.spans})
-    texts = Split(examples, backbone.tokenizer, task, scored, recipe.data.max_length, recipe.data.label_on, spans)
+    texts = Split(examples, backbone.tokenizer, task, scored, recipe.data.max_length, saved.label_on, spans)
     with tempfile.TemporaryDirectory() as scratch:  # the Trainer creates its folder, and the run may be read-only
         batch = min(recipe.training.eval_batch_size, len(texts.windows))
         evaluating = replace(loading, phase="evaluation", texts=batch)

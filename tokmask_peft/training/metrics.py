@@ -45,7 +45,11 @@ class Predictions:
     @classmethod
     def read(cls, path: Path) -> Self:
         """Read what `to_dict` returned from a file; a RunError if it cannot be read."""
-        found = read_json(path, RunError, "bad-predictions")
+        return cls.from_dict(read_json(path, RunError, "bad-predictions"))
+
+    @classmethod
+    def from_dict(cls, found: Mapping[str, Any]) -> Self:
+        """Read what `to_dict` returned."""
         return cls(*([np.array(row, dtype=np.int64) for row in found[part]] for part in ("gold", "predicted")))
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from tokmask_peft.artifacts import Result
 from tokmask_peft.data.corpus import Corpus
+from tokmask_peft.data.encoding import foreign_words
 from tokmask_peft.errors import RunError
 from tokmask_peft.examples import BETWEEN, Example, Pair
 from tokmask_peft.recipe.schema import Recipe
@@ -27,6 +28,15 @@ from tokmask_peft.training.metrics import (
     scores_by_mixing,
 )
 from tokmask_peft.training.trainer import OrderedEvalTrainer, Split
+
+MULTILINGUAL = "intfloat/multilingual-e5-small"
+DOWNLOAD = (
+    f"Set model.backbone={MULTILINGUAL} model.pooling=mean and model.backbone_path=null. If there is no network here, "
+    f"download it elsewhere (hf download {MULTILINGUAL} --local-dir e5-small), and set model.backbone_path=e5-small."
+)
+"""How to train with a backbone of many languages."""
+RISEN = 1.5
+"""Times the least loss on validation above which that of the checkpoint is a warning."""
 
 
 def baseline_scores(corpus: Corpus, weights: Any, adapter: Predictions) -> dict[str, Any]:
@@ -164,8 +174,19 @@ def score_best(
     return result, predictions
 
 
-def warnings_of(result: Result) -> list[dict[str, str]]:
-    """Return what a user must know before trusting a run's scores: a code, a sentence, and the key to change."""
+def language_warnings(backbone: str, tokenizer: Any, train: Sequence[Example]) -> list[dict[str, str]]:
+    """Return a warning if the tokenizer of a backbone was made for another language than that of the texts."""
+    if backbone == MULTILINGUAL or (foreign := foreign_words(tokenizer, (one.string for one in train))) is None:
+        return []
+    says = f"{backbone} was made for another language: its tokenizer {foreign}. Its scores may be below n-grams"
+    return [{"code": "another-language", "message": f"{says}. {DOWNLOAD}", "key": "model.backbone"}]
+
+
+def warnings_of(result: Result, log: Sequence[Mapping[str, Any]] = ()) -> list[dict[str, str]]:
+    """Return what a user must know before trusting a run's scores: a code, a sentence, and the key to change.
+
+    `log` is what the trainer logged, with a loss for each evaluation.
+    """
     scored, where, item = result.scored, result.scored_split, get_task(result.task).item
     counts = dict(zip(scored["confusion"]["labels"], np.sum(scored["confusion"]["matrix"], axis=0), strict=True))
     given = [label for label in result.labels if counts.get(label)]
@@ -193,6 +214,13 @@ def warnings_of(result: Result) -> list[dict[str, str]]:
         remedy = "a backbone that knows these languages (model.backbone), more texts or more steps (training.epochs)"
         says = f"the score on {where} {how} that of {name} ({interval}): {remedy} may help"
         found.append(("not-above-floor", says, "model.backbone"))
+    losses = {row["step"]: (row["eval_loss"], row["epoch"]) for row in log if "eval_loss" in row}
+    kept, least = losses.get(result.best_step), min(losses.values(), default=None)
+    if kept and least and kept[0] > RISEN * least[0] and kept[1] > least[1]:
+        says = f"the loss on validation rose after epoch {least[1]:g}, from {least[0]:.2f} to {kept[0]:.2f} at epoch "
+        says += f"{kept[1]:g}, which is kept for its F1: the adapter is too sure of wrong answers"
+        remedy = "training.label_smoothing=0.1, adapter.dropout=0.1, fewer epochs (training.epochs) or more texts"
+        found.append(("loss-rose", f"{says}; {remedy} may help", "training.epochs"))
     return [{"code": code, "message": f"{says}.", "key": key} for code, says, key in found]
 
 
