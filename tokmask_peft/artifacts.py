@@ -150,8 +150,8 @@ def start_run(run: RunFolder, recipe_text: str, fingerprint: Mapping[str, str]) 
     if changed := [key for key, value in fingerprint.items() if before.get(key, value) != value]:
         values = f" ({before['labels']} before, {fingerprint['labels']} now)" if "labels" in changed else ""
         problem = f"was started with other data or another backbone; what has changed: {', '.join(changed)}{values}"
-        remedy = "Restore it, or start another run (name=…)"
-        raise RunError(f"the run {run.root} {problem}. {remedy}", code="other-data", changed=changed)
+        problem = f"the run {run.root} {problem}. Restore it, or start another run (name=…)"
+        raise RunError(problem, code="other-data", changed=changed)
 
 
 @contextlib.contextmanager
@@ -329,10 +329,8 @@ class AdapterInfo(_Part):
 
     def write(self, adapter: Path) -> None:
         """Write the file into an adapter folder."""
-        found = self.model_dump(mode="json")
-        if self.loading is not None and self.loading.spans == NO_SPANS:
-            del found["loading"]["spans"]
-        write_json(adapter / ADAPTER_FILE, found)
+        exclude = {"loading": {"spans"}} if self.loading is not None and self.loading.spans == NO_SPANS else None
+        write_json(adapter / ADAPTER_FILE, self.model_dump(mode="json", exclude=exclude))
 
     @classmethod
     def read(cls, adapter: Path) -> Self:
@@ -430,9 +428,8 @@ def find_saved(
     trained = loading.model_dump(include={"weights", "scaling"}) if loading else {}
     more = (config, length, info.calibration.temperature, info.masking, trained)
     label_on = loading.label_on if loading else recipe.data.label_on if recipe else "first"
-    return SavedAdapter(
-        str(model), folder, info.task, tuple(info.labels), *more, label_on, loading.spans if loading else NO_SPANS
-    )
+    spans = loading.spans if loading else NO_SPANS
+    return SavedAdapter(str(model), folder, info.task, tuple(info.labels), *more, label_on, spans)
 
 
 def _download(hub_id: str) -> Path:

@@ -180,9 +180,8 @@ class DataConfig(SourceConfig):
     )
     spans: Literal["auto", "none", "bio", "iob1", "bioes", "bilou"] = Field(
         "auto",
-        description="one label per word: whether the labels mark entities, which are then scored and listed, too: bio "
-        "(B-TYPE, I-TYPE and O, also called IOB2), iob1 (B- only where two of a type meet), bioes or bilou; auto: by "
-        "the labels",
+        description="one label per word: how the labels mark entities, which are then scored and listed, too: bio (or "
+        "IOB2), iob1 (B- only where two of a type meet), bioes or bilou; none: they do not; auto: by the labels",
     )
     max_length: int = Field(128, ge=4, description="sub-tokens per text; longer texts are truncated and reported")
     hygiene: Literal["remove", "report"] = Field(
@@ -417,11 +416,11 @@ class Recipe(Section):
             raise ValueError(f"{why}: set model.embedding=resident, or masking.trainable_mask=false")
         if self.masking.schedule == "ready" and get_task(self.data.task).words_given:
             raise ValueError("masking.schedule: ready masks by the label of a text: take a task with one label a text")
-        if self.data.spans not in ("auto", "none") and not get_task(self.data.task).words_given:
+        spans = self.data.spans if get_task(self.data.task).words_given else "none"
+        if self.data.spans not in ("auto", spans):
             raise ValueError("data.spans: entities are marked by labels of words: take a task with one label per word")
-        per_word = get_task(self.data.task).words_given
-        if self.training.best_metric == "f1_entities" and (self.data.spans == "none" or not per_word):
-            why = "training.best_metric is f1_entities, but the labels mark no entities (data.spans is none or auto)"
+        if self.training.best_metric == "f1_entities" and spans == "none":
+            why = "training.best_metric is f1_entities, but the labels mark no entities (data.spans)"
             raise ValueError(f"{why}: set data.spans to the scheme of the labels, or training.best_metric=f1_macro")
         if self.masking.where != "all" or self.masking.decoder_p > 0:
             why = "masking.where and masking.decoder_p are for models that generate, in trainers of your own"
