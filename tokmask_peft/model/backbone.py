@@ -128,9 +128,7 @@ def load_backbone(
     if tokenizer.padding_side == "left":
         decisions.append(Decision("padding", "left", f"{type(model).__name__} reads its answer at the last position"))
     if config.attention != "causal":
-        decisions.append(
-            Decision("attention", config.attention, "set in the recipe; it was trained causally")
-        )
+        decisions.append(Decision("attention", config.attention, "set in the recipe; it was trained causally"))
     if pooling != "auto":
         decisions.append(Decision("pooling", pooling, "set in the recipe"))
     decisions += place_embedding(model, config.embedding, device)
