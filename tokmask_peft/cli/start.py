@@ -239,7 +239,7 @@ def _at_hand(config: ModelConfig) -> bool:
         location = backbone_location(config)
     except TokmaskError:
         return False
-    return Path(location).is_dir() or isinstance(try_to_load_from_cache(location, "model.safetensors"), str)
+    return Path(location).exists() or isinstance(try_to_load_from_cache(location, "model.safetensors"), str)
 
 
 def _model(backbone: str) -> dict[str, Any]:

@@ -190,7 +190,10 @@ class DataConfig(SourceConfig):
 class ModelConfig(Section):
     """The frozen backbone: which one, and in which precision it is held."""
 
-    backbone: str = Field(description="model id on the Hugging Face Hub, or a local folder")
+    backbone: str = Field(
+        description="model id on the Hugging Face Hub, a folder, or a .gguf file: here, or "
+        "OWNER/REPOSITORY/FILE.gguf on the Hub"
+    )
     backbone_path: str | None = Field(
         None, description="load the backbone from here instead: a folder, or package:NAME/FOLDER of a Python package"
     )
@@ -229,8 +232,8 @@ class ModelConfig(Section):
             return given
         key = "backbone" if given.get("backbone_path") is None else "backbone_path"
         folder = given.get(key)
-        # os.path, as Path.is_dir raises if a name is too long
-        if isinstance(folder, str) and os.path.isdir(folder) and not Path(folder).is_absolute():  # noqa: PTH112
+        # os.path, as Path.is_dir raises if a name is too long; a file is a .gguf file
+        if isinstance(folder, str) and os.path.exists(folder) and not Path(folder).is_absolute():  # noqa: PTH110
             return {**given, key: str(Path(folder).absolute())}
         return given
 
@@ -283,7 +286,7 @@ class TrainingConfig(Section):
     batching: Batching = Field(
         "padding_free",
         description="padding_free: random batches without padding, as one row with attention per text (BERT, XLM-R, "
-        "DistilBERT, Llama, Mistral, Qwen2 and Qwen3; others, and NEFTune, use padded); padded: the same batches, "
+        "ModernBERT, Llama, Qwen, Gemma 3 and others; the rest, and NEFTune, use padded); padded: the same batches, "
         "padded to their longest text; grouped: random batches of similar length, in which a label that correlates "
         "with length comes in clumps, which has kept runs from learning anything",
     )
