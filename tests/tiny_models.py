@@ -205,8 +205,10 @@ def _made(kind: str) -> tuple[str, dict[str, str]]:
         last = specials["eos"]
     if first is not None:
         template = f"{first} $A {last}" if last else f"{first} $A"
+        between = f"{last}:0 {last}:0 $B:1 {last}:1" if kind == "unigram" else f"{last}:0 $B:1 {last}:1"
+        pair = f"{first}:0 $A:0 {between}" if last else f"{first}:0 $A:0 {first}:1 $B:1"
         used = [(token, backend.token_to_id(token)) for token in (first, last) if token]
-        backend.post_processor = processors.TemplateProcessing(single=template, special_tokens=used)
+        backend.post_processor = processors.TemplateProcessing(single=template, pair=pair, special_tokens=used)
     return backend.to_str(), {f"{role}_token": token for role, token in specials.items()}
 
 

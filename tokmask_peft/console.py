@@ -179,10 +179,11 @@ def print_lines(console: Console, title: str, lines: Sequence[str]) -> None:
 def print_scores(console: Console, parts: Mapping[str, Mapping[str, Any]]) -> None:
     """Print a row of scores for each named part."""
     table = _table("Scores")
-    for column in ("split", "macro-F1", "weighted F1", "accuracy", "items"):
+    entities = ["f1_entities"] if any("f1_entities" in part for part in parts.values()) else []
+    for column in ("split", "macro-F1", "weighted F1", "accuracy", *(["entity F1"] if entities else []), "items"):
         table.add_column(column, justify="left" if column == "split" else "right")
     for name, part in parts.items():
-        row = [f"{part[score]:.4f}" for score in ("f1_macro", "f1_weighted", "accuracy")]
+        row = [f"{part[score]:.4f}" for score in ("f1_macro", "f1_weighted", "accuracy", *entities)]
         table.add_row(escape(name), *row, f"{part['items']:,}")
     console.print(table)
     for name, part in parts.items():
@@ -207,6 +208,10 @@ def print_classes(console: Console, split: str, scores: Mapping[str, Any]) -> No
         console.print(table)
     if left_out:
         console.print(f"and {left_out:,} classes of higher F1 (all are in the report, and with --json)", markup=False)
+    if entities := scores.get("entities"):
+        print_classes(console, f"{split}: entities", {"per_class": {"all types": entities, **entities["per_type"]}})
+        low, high = entities["interval"]
+        console.print(f"95% interval of their F1, over texts: {low:.4f} to {high:.4f}", markup=False)
 
 
 def print_result(console: Console, result: Any, adapter: Path) -> None:
@@ -227,11 +232,12 @@ def print_result(console: Console, result: Any, adapter: Path) -> None:
 def calibration_line(calibration: Mapping[str, Any]) -> str:
     """Return a sentence on what the temperature does to the probabilities of the test (or validation) texts."""
     split = "test" if "test" in calibration else "validation"
-    error = f"expected calibration error on {split} {calibration[split]['before']['ece']:.4f}"
-    after = calibration[split]["after"]["ece"]
+    before, after = (calibration[split][when]["ece"] for when in ("before", "after"))
+    error = f"expected calibration error on {split} {before:.4f}"
     if reason := calibration.get("left_out"):
         return f"Calibration: no temperature is used, because {reason} ({error} without, {after:.4f} with it)."
-    return f"Temperature {calibration['temperature']:.3f}, fitted on validation: {error} before, {after:.4f} after."
+    found = f"Temperature {calibration['temperature']:.3f}, fitted on validation: {error} before, {after:.4f} after."
+    return f"{found} It did not help on {split}." if after > before else found
 
 
 def baseline_verdict(scores: Mapping[str, Any], baseline: Mapping[str, Any] | None) -> str:
@@ -242,6 +248,9 @@ def baseline_verdict(scores: Mapping[str, Any], baseline: Mapping[str, Any] | No
     if "interval" in baseline:  # which older runs do not have
         low, high = baseline["interval"]
         gain += f", 95% interval {low:+.4f} to {high:+.4f}"
+    if "gain_entities" in baseline:
+        low, high = baseline["gain_entities"]
+        gain += f"; entity F1 {scores['f1_entities'] - baseline['f1_entities']:+.4f}, {low:+.4f} to {high:+.4f}"
     sentences = {
         "beats": f"The adapter beats the character n-gram baseline ({gain}).",
         "does not beat": f"The adapter does NOT beat the character n-gram baseline ({gain}): "

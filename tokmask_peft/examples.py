@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from tokmask_peft.html import InNotebooks
+from tokmask_peft.spans import NO_SPANS, Entity, mark_of, read
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 Label = str | tuple[str, ...] | None
 IGNORED = -100
@@ -14,15 +19,35 @@ MOST_SHOWN = 8
 """Words in the short form of an answer."""
 NO_PREDICTION = -1
 """The predicted id of an item that was cut away: never right."""
+BETWEEN = "‖"
+"""Shown between the two texts of a pair."""
 WrongLabel = tuple[str, str, float, float, int | None]
 """Label of the data, label of the classifier, the probability of each, and the index of the word, if a word has it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two texts that are read together and have one label, such as premise and hypothesis."""
+
+    first: str
+    second: str
+
+    def split(self) -> list[str]:
+        """Return the words of both as they are shown, with `BETWEEN` after those of the first."""
+        return [*self.first.split(), BETWEEN, *self.second.split()]
+
+    def __iter__(self) -> Iterator[str]:
+        yield from (self.first, self.second)
+
+    def __str__(self) -> str:
+        return f"{self.first} {BETWEEN} {self.second}"
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
     """A text as read, before tokenization."""
 
-    text: str | tuple[str, ...]  # the text, or its words if they have labels
+    text: str | Pair | tuple[str, ...]  # the text, two of them, or its words if they have labels
     label: Label  # the label, or one tag per word; none if the source gives no label
     where: str  # `file:line` or `split[row]`, for error messages
     places: tuple[str, ...] = ()  # the same of each word, if words have rows of their own; for prediction only
@@ -30,12 +55,22 @@ class Example:
     @property
     def words(self) -> tuple[str, ...]:
         """The words: as given, or the text split at white space."""
-        return tuple(self.text.split()) if isinstance(self.text, str) else self.text
+        return self.text if isinstance(self.text, tuple) else tuple(" ".join(self.parts).split())
 
     @property
     def string(self) -> str:
-        """The text as one string, words joined by a space."""
-        return self.text if isinstance(self.text, str) else " ".join(self.text)
+        """The text as one string, words joined by a space, and a pair by `BETWEEN`."""
+        return " ".join(self.text) if isinstance(self.text, tuple) else str(self.text)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The text, or the two of a pair, as strings."""
+        return tuple(self.text) if isinstance(self.text, Pair) else (self.string,)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is no word in the text, or in one of a pair."""
+        return not (all(map(str.split, self.parts)) if isinstance(self.text, Pair) else any(self.words))
 
     @property
     def tags(self) -> tuple[str, ...]:
@@ -56,6 +91,41 @@ class Unreadable:
 
 
 LabelIds = Mapping[str, int]
+
+
+class Probabilities(Sequence[dict[str, float]]):
+    """Reads as a tuple of dicts, label -> probability; kept as an array, for a dict per word takes ten times as much.
+
+    Args:
+        labels: of the classifier, in its order.
+        rows: [words, labels].
+    """
+
+    __slots__ = ("_labels", "_rows")
+
+    def __init__(self, labels: Sequence[str], rows: NDArray[Any]) -> None:
+        self._labels, self._rows = labels, rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, at: Any) -> Any:
+        rows = self._rows[at]
+        return tuple(map(self._row, rows)) if isinstance(at, slice) else self._row(rows)
+
+    def __iter__(self) -> Iterator[dict[str, float]]:
+        return map(self._row, self._rows)
+
+    def _row(self, row: NDArray[Any]) -> dict[str, float]:
+        return dict(zip(self._labels, row.tolist(), strict=True))
+
+    def __eq__(self, other: object) -> bool:
+        return tuple(self) == tuple(other) if isinstance(other, Probabilities | tuple) else NotImplemented
+
+    __hash__ = None  # type: ignore[assignment]  # as for a tuple of dicts
+
+    def __repr__(self) -> str:
+        return repr(tuple(self))
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -81,13 +151,38 @@ class WordPredictions(InNotebooks):
 
     words: tuple[str, ...]  # as they were given or split at white space
     labels: tuple[str, ...]  # the most probable label of each word
-    probabilities: tuple[dict[str, float], ...]  # one for each word
+    probabilities: Sequence[dict[str, float]]  # one for each word: a tuple, or `Probabilities`
     windows: int = 1
+    spans: str = NO_SPANS  # how the labels mark entities, as in `spans.SCHEMES`
 
     @property
     def confidence(self) -> tuple[float, ...]:
         """The calibrated probability of each word's label."""
         return tuple(row[label] for row, label in zip(self.probabilities, self.labels, strict=True))
+
+    @property
+    def entities(self) -> tuple[Entity, ...]:
+        """The entities, from left to right; none if the labels mark none."""
+
+        def confidence(kind: str, row: dict[str, float]) -> float:
+            return min(sum(chance for label, chance in row.items() if mark_of(label) == (kind or "entity")), 1.0)
+
+        return tuple(
+            Entity(kind, first, last, " ".join(self.words[first : last + 1]),
+                   min(confidence(kind, row) for row in self.probabilities[first : last + 1]))
+            for kind, first, last in (read(self.labels) if self.spans != NO_SPANS else ())
+        )  # fmt: skip
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """What the colour of each word shows: its label or, if labels mark entities, the type of its entity."""
+        return tuple(mark_of(label) for label in self.labels) if self.spans != NO_SPANS else self.labels
+
+    @property
+    def all_marks(self) -> tuple[str, ...]:
+        """The same of all labels of the classifier, each once."""
+        labels = next(iter(self.probabilities), {})
+        return tuple(dict.fromkeys(map(mark_of, labels) if self.spans != NO_SPANS else labels))
 
     def __repr__(self) -> str:
         pairs = [f"{word}/{label}" for word, label in zip(self.words, self.labels, strict=True)]

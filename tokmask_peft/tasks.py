@@ -124,7 +124,7 @@ class Task:
         sizes = np.array([window.size for window in windows], dtype=np.float64)
         return np.asarray((np.concatenate(logits) * sizes[:, None]).sum(0, keepdims=True) / sizes.sum())
 
-    def answer(self, text: Any, logits: NDArray[Any], probabilities: list[dict[str, float]], windows: int) -> Any:
+    def answer(self, text: Any, logits: NDArray[Any], probabilities: Sequence[dict[str, float]], windows: int) -> Any:
         """Return the answer for a text: from `join`'s logits, and label -> probability for each of their rows."""
         return Prediction(list(probabilities[0])[int(logits[0].argmax())], probabilities[0], windows)
 
@@ -256,10 +256,10 @@ class TokenTask(Task):
         order = np.argsort(np.concatenate([window.words for window in windows]))
         return np.asarray(np.concatenate(logits)[order], dtype=np.float64)
 
-    def answer(self, text: Any, logits: NDArray[Any], probabilities: list[dict[str, float]], windows: int) -> Any:
+    def answer(self, text: Any, logits: NDArray[Any], probabilities: Sequence[dict[str, float]], windows: int) -> Any:
         """Return the labels of the words."""
         labels = tuple(list(row)[best] for row, best in zip(probabilities, logits.argmax(-1).tolist(), strict=True))
-        return WordPredictions(tuple(text), labels, tuple(probabilities), windows)
+        return WordPredictions(tuple(text), labels, probabilities, windows)
 
     # -- report, card and study --
 

@@ -7,9 +7,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tiny_models import TEXTS, build, encode, encoder_decoders, families, more_families, seen_ids
 from torch.nn.parallel import DistributedDataParallel
+from transformers import DataCollatorWithPadding
 
 from tokmask_peft.data.batches import PackedCollator
+from tokmask_peft.data.encoding import Encoder
 from tokmask_peft.errors import ModelError
+from tokmask_peft.examples import Example, Pair
 from tokmask_peft.masking.masker import TokenMasker
 from tokmask_peft.model import packed
 from tokmask_peft.model.adapter import add_adapter
@@ -347,3 +350,36 @@ def test_a_family_can_be_added_from_outside(monkeypatch):
     ids = texts_of(tokenizer)
     model, reference = adapted(prepared("llama")), adapted(reference)
     assert_same(model(**pack(ids)).logits, model, alone(reference, ids), reference)
+
+
+@pytest.mark.parametrize("replace", ["token", "drop"])
+@pytest.mark.parametrize("family", ["bert", "xlm-r", "distilbert", "qwen2", "llama"])
+def test_pairs_with_token_types_are_the_same_packed_and_padded(family, replace):
+    """BERT's second text has another segment; nothing that separates the texts is masked."""
+    pairs = [Pair(first, second) for first, second in zip(TEXTS, [*TEXTS[3:], "ok", "ok", TEXTS[1]], strict=True)]
+    model, tokenizer = build(family)
+    reference, typed = adapted(build(family)[0]), family == "bert"
+    if typed:
+        tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    enable_padding_free(model)
+    model = adapted(model)
+    examples = [Example(pair, "a", f"x:{number}") for number, pair in enumerate(pairs)]
+    rows = list(Encoder(tokenizer, "sequence", 60).cut(examples, ("a",)).dataset.remove_columns(["length", "labels"]))
+    padded = DataCollatorWithPadding(tokenizer)(rows)
+    assert {0, 1} == {*padded["token_type_ids"].flatten().tolist()} if typed else "token_type_ids" not in padded
+    masking = TokenMaskConfig(p=0.5, replace=replace)
+    with TokenMasker.attach(reference, tokenizer, masking) as masker, seen_ids(reference.get_base_model()) as seen:
+        expected = reference(**padded).logits
+        if replace == "token":
+            special = torch.isin(padded["input_ids"], torch.tensor(tokenizer.all_special_ids))
+            changed = seen[0] != padded["input_ids"]
+            assert not (changed & special).any()
+            second = torch.zeros_like(special)
+            for row, (first, _) in zip(second, pairs, strict=True):
+                row[len(tokenizer(first)["input_ids"]) :] = True
+            assert all(part.any() for part in (changed & second, changed & ~second))
+        counted = masker.observed_rate
+    with TokenMasker.attach(model, tokenizer, masking) as masker:
+        logits = model(**PackedCollator("sequence")(rows)).logits
+        assert masker.observed_rate == counted > 0.2
+    assert_same(logits, model, expected, reference)

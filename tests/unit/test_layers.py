@@ -14,6 +14,7 @@ LAYERS = (
     ("console",),
     ("html",),
     ("masking",),
+    ("spans",),
     ("examples",),
     ("tasks",),
     ("recipe",),

@@ -10,7 +10,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -33,9 +33,11 @@ from tokmask_peft.cli.app import (
 from tokmask_peft.cli.start import print_data, recipe_of
 from tokmask_peft.console import SafeConsole, echo, make_console, quiet_libraries
 from tokmask_peft.errors import write_whole
+from tokmask_peft.examples import Pair
 from tokmask_peft.tasks import get_task
 
 if TYPE_CHECKING:
+    from tokmask_peft.artifacts import SavedAdapter
     from tokmask_peft.training.memory import Forecast
 
 ARMS = (
@@ -204,8 +206,13 @@ def predict(
         str, typer.Option(help="format of the file; auto chooses by its ending, and txt for standard input")
     ] = "auto",
     column: Annotated[
-        str | None,
-        typer.Option("--column", "--text-column", help="name or number of the text's column, or of the words'"),
+        list[str] | None,
+        typer.Option(
+            "--column",
+            "--text-column",
+            help="name or number of the text's column, or of the words'; give it twice for pairs if the columns are "
+            "not those of training",
+        ),
     ] = None,
     group_column: Annotated[
         str | None, typer.Option(help="in a table with a word in each row: the column that names the text")
@@ -222,6 +229,8 @@ def predict(
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Classify TEXTs, the texts of a file, or those of standard input, with MODEL.
+
+    A model of pairs takes two TEXTs for each answer, or a file with two columns of texts.
 
     MODEL is a run folder, an adapter folder, or the id of an adapter on the Hub. A table has a row for each row of the
     input: its columns, then label and confidence; a column of that name in the input stays, and the new one is called
@@ -240,6 +249,7 @@ def predict(
         raise typer.BadParameter(f"'{header}' is not one of {', '.join(headers)}", param_hint="--header")
     # before the libraries are loaded, which takes seconds
     saved = find_saved(model, backbone, trust_remote_code=trust_remote_code)
+    given = as_given(texts or [], saved)
     flags = {"text_column": "--column", "group_column": "--group-column", "format": "--format", "header": "--header"}
     flags |= {"separator": "--separator", "encoding": "--encoding"}
     with contextlib.ExitStack() as stack:
@@ -254,8 +264,9 @@ def predict(
                 path = _saved_input(stack.enter_context(TemporaryDirectory()), file, format)
                 if not path.stat().st_size:
                     raise typer.BadParameter(f"{name} is empty: give texts, or --file", param_hint="TEXT")
+            columns = read_columns(column, saved.pair)
             source = TextFile(
-                path, saved.task, format, column, headers[header], separator, encoding, group_column, name
+                path, saved.task, format, columns, headers[header], separator, encoding, group_column, name
             )
             source.worded = functools.partial(with_flags, flags=flags)
             reasons = [replace(one, reason=with_flags(one.reason, flags)) for one in source.decisions]
@@ -272,11 +283,31 @@ def predict(
 
         classifier = load(saved, device, quantization, precision)
         if source is None:
-            show.print_answers(texts or [], classifier.predict(texts or [], batch_size), as_json)
+            show.print_answers(given, classifier.predict(given, batch_size), as_json)
         elif out is None:
             show.print_file(classifier, source, as_json, batch_size)
         else:
             show.predict_with_bar(classifier, source, out, force, batch_size)
+
+
+def as_given(texts: list[str], saved: SavedAdapter) -> list[Any]:
+    """Return the TEXTs of a command as the classifier takes them: as they are, or two by two."""
+    if saved.pair is None:
+        return list(texts)
+    if len(texts) % 2:
+        problem = f"{saved.name} reads pairs ({' and '.join(saved.pair)}): give two texts for each answer"
+        raise typer.BadParameter(problem, param_hint="TEXT")
+    return [Pair(first, second) for first, second in zip(texts[::2], texts[1::2], strict=True)]
+
+
+def read_columns(given: list[str] | None, pair: tuple[str, str] | None) -> str | tuple[str, str] | None:
+    """Return the column of the texts that options name, or the two columns of pairs; by default those of training."""
+    if not given:
+        return pair
+    if len(given) != (1 if pair is None else 2):
+        reads = "one text, so name one column" if pair is None else f"pairs ({' and '.join(pair)}), so name two columns"
+        raise typer.BadParameter(f"this model reads {reads}", param_hint="--column")
+    return given[0] if pair is None else (given[0], given[1])
 
 
 def _saved_input(folder: str, file: Path, format: str) -> Path:
@@ -322,12 +353,13 @@ def explain(
             find_word(text.split(), chosen, f"text {number}")
     if html is not None:
         check_output(html, None, force)
+    given = as_given(texts, saved)
     quiet_libraries()
     from tokmask_peft.inference import display as show
     from tokmask_peft.inference.classifier import load
 
     classifier = load(saved, device, quantization, precision)
-    explanations = classifier.explain(texts, word=chosen, batch_size=batch_size)
+    explanations = classifier.explain(given, word=chosen, batch_size=batch_size)
     note = classifier.occlusion.note
     if as_json:
         show.print_json(explanations)

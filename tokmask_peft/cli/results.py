@@ -136,7 +136,9 @@ def evaluate(
     format: Annotated[
         str | None, typer.Option(help="of DATA, if neither its ending nor the run says it, for example tsv")
     ] = None,
-    text_column: Annotated[str | None, typer.Option(help="of DATA: a name, or a number from 0")] = None,
+    text_column: Annotated[
+        list[str] | None, typer.Option(help="of DATA: a name, or a number from 0; twice for pairs")
+    ] = None,
     label_column: Annotated[str | None, typer.Option(help="of DATA: a name, or a number from 0")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the scores as JSON.")] = False,
     batch_size: Annotated[int | None, typer.Option(min=1, help="texts per forward pass; as in training")] = None,
@@ -156,7 +158,7 @@ def evaluate(
             split=split,
             data=data,
             format=format,
-            text_column=_column(text_column),
+            text_column=_columns(text_column or []),
             label_column=_column(label_column),
             batch_size=batch_size,
             trust_remote_code=trust_remote_code,
@@ -169,6 +171,12 @@ def evaluate(
         print_classes(console, name, result)
         for reason in (*result.get("warnings", ()), *result.get("not_as_trained", ())):
             console.print(f"Caution: {reason}", markup=False)
+
+
+def _columns(given: list[str]) -> str | int | tuple[str, str] | None:
+    if len(given) > 2:
+        raise typer.BadParameter("name one column, or the two of pairs", param_hint="--text-column")
+    return (given[0], given[1]) if len(given) == 2 else _column(next(iter(given), None))
 
 
 def _column(given: str | None) -> str | int | None:

@@ -21,11 +21,12 @@ class PackedCollator:
         self._task = get_task(task)
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Build the batch; other columns than `input_ids` and `labels` are dropped.
+        """Build the batch; other columns than `input_ids`, `token_type_ids` and `labels` are dropped.
 
         Returns:
             `input_ids` [1, total]; `cu_seqlens` int32 [texts + 1], where each text begins and the last one ends;
-            `max_length`, of the longest text; and, if given, `labels` as `Task.pack_labels` returns them.
+            `max_length`, of the longest text; and, if given, `token_type_ids` [1, total], and `labels` as
+            `Task.pack_labels` returns them.
         """
         import torch
 
@@ -36,6 +37,8 @@ class PackedCollator:
             "cu_seqlens": torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
             "max_length": max(lengths),
         }
+        if "token_type_ids" in rows[0]:
+            batch["token_type_ids"] = torch.cat([torch.as_tensor(row["token_type_ids"]) for row in rows]).unsqueeze(0)
         if "labels" in rows[0]:
             batch["labels"] = self._task.pack_labels([row["labels"] for row in rows])
         return batch

@@ -81,11 +81,12 @@ class Columns:
     separator: str = "auto"  # what separates columns, or a word from its tag, or a label from its text
     decisions: list[Decision] = field(default_factory=list)  # takes what was decided from what is in the file
     rows: deque[Row] | None = None  # takes the rows of a table as they are read, for who wants all their cells
+    second: str | None = None  # column of the second text of a pair, if texts are pairs
 
     @property
     def named(self) -> bool:
         """Whether a column was asked for by a name, so that the file has a header."""
-        asked = [str(name) for name in (self.text, self.label, self.group) if name is not None]
+        asked = [str(name) for name in (self.text, self.second, self.label, self.group) if name is not None]
         return not all(re.fullmatch(r"(?:column )?-?\d+", name) for name in asked)
 
     @property

@@ -20,6 +20,8 @@ from tokmask_peft.data.split import canonical, carve, subset
 from tokmask_peft.errors import DataError, nearest
 from tokmask_peft.examples import Example, Label
 from tokmask_peft.recipe.schema import DataConfig, SourceConfig
+from tokmask_peft.spans import NO_SPANS, Spans, find_scheme
+from tokmask_peft.tasks import get_task
 
 OTHERS = "*"
 MANY_LABELS, SHOWN = 50, 10
@@ -116,7 +118,7 @@ def _like_missing(labels: Mapping[str, int], named: bool) -> list[str]:
     return [label for label in labels if label in odd or label.startswith("-100") or label.casefold() in words]
 
 
-def _shown(label_map: Mapping[str, str]) -> str:
+def shown_map(label_map: Mapping[str, str]) -> str:
     """Return a label map to copy, with escapes if labels may look alike in print."""
     alike = any(unicodedata.normalize("NFKC", label) != label for label in [*label_map, *label_map.values()])
     return json.dumps(label_map, ensure_ascii=alike)
@@ -140,15 +142,19 @@ def check_known(examples: Iterable[Example], labels: Sequence[str], split: str) 
     unseen = {tag: where for tag, where in sorted(places.items()) if tag not in labels}
     if not unseen:
         return []
+    marked = find_scheme(labels, ())[0] != NO_SPANS  # then B-X is never I-X, however near it is
     shown = [
-        f"'{tag}': {len(where)} times, first at {where[0]}.{nearest(tag, labels)}" for tag, where in unseen.items()
+        f"'{tag}': {len(where)} times, first at {where[0]}."
+        + nearest(tag, [label for label in labels if not marked or label[:2] == tag[:2]])
+        for tag, where in unseen.items()
     ]
     more = [f"and {len(shown) - SHOWN:,} more."] if len(shown) > SHOWN else []
     found = "; ".join([*shown[:SHOWN], *more])
     respelling = respelled(dict.fromkeys(unseen, 0) | dict.fromkeys(labels, 1))
     merge = {old: new for old, new in respelling.items() if old in unseen and new in labels}
-    merge = merge or {next(iter(unseen)): labels[-1]}
-    remedy = f"Merge them with data.label_map, such as {_shown(merge)}; its key '*' is every other label."
+    merge = merge or ({} if marked else {next(iter(unseen)): labels[-1]})
+    remedy = f"Merge them with data.label_map, such as {shown_map(merge)}; its key '*' is every other label."
+    remedy = remedy if merge else "Add training texts that have them."
     if len(unseen) == len(places):
         problem = f"{split}: no label is one of those in training ({', '.join(labels)}): {found} {remedy}"
         raise DataError(problem, code="unknown-labels", split=split, labels=tuple(unseen))
@@ -212,6 +218,7 @@ class Corpus:
     test: list[Example]  # these score it; may be empty
     labels: tuple[str, ...]  # in the order of the classifier's outputs
     report: DataReport  # what was read, merged, removed and set aside
+    spans: Spans | None = None  # how the labels mark entities; None if they do not
 
     @property
     def all_labels(self) -> tuple[str, ...]:
@@ -270,9 +277,16 @@ def load_corpus(config: DataConfig, seed: int) -> Corpus:
         missing = size - len(mapped[name][0]) if name in mapped else 0
         splits[name] = SplitCounts(sources[name], size, len(examples), words, dict(count_labels(examples)), missing)
     found_labels = count_labels(chain.from_iterable(examples for examples, _ in mapped.values()))
-    warnings = (*unknown, *_warnings(config, merges, splits, found_labels))
+    strings = Counter(example.string for example in chain.from_iterable(examples for examples, _ in mapped.values()))
+    warnings = (*unknown, *_warnings(config, merges, splits, found_labels, strings))
+    scheme: str = config.spans
+    if scheme == "auto":
+        per_word, texts = get_task(config.task).words_given, (example.tags for example in train)
+        scheme, reason = find_scheme(labels, texts) if per_word else (NO_SPANS, "")
+        decisions += [Decision("spans", scheme, reason)] if reason else []
+    spans = None if scheme == NO_SPANS else Spans(scheme, labels)
     report = DataReport(config.task, labels, splits, cleaning, merges, warnings, tuple(decisions))
-    return Corpus(config.task, train, validation, parts["test"], labels, report)
+    return Corpus(config.task, train, validation, parts["test"], labels, report, spans)
 
 
 def _test_of(config: DataConfig) -> tuple[SourceConfig, str] | None:
@@ -315,21 +329,28 @@ def _warnings(
     merges: Mapping[str, Sequence[Merge]],
     splits: Mapping[str, SplitCounts],
     labels: Mapping[str, int],
+    texts: Mapping[str, int],
 ) -> list[str]:
     """List what looks like a mistake but may be intended."""
     matched = {merge.old for found in merges.values() for merge in found} | {OTHERS}
     unmatched = [key for key in config.label_map or {} if key not in matched]
     warnings = [f"data.label_map: no label '{key}' in the data; the key has no effect" for key in unmatched]
-    absent = [] if config.missing is not None else _like_missing(labels, named="." in str(config.label_column))
-    if absent:
-        found = ", ".join(f"'{label}' ({labels[label]:,})" for label in absent)
-        remedy = f"if so, set data.missing={json.dumps(absent)} to leave these texts out, otherwise data.missing=[]"
-        warnings.append(f"labels that look like a missing value: {found}; {remedy}")
+    if config.missing in (None, ("",)):  # which is set for a file with empty cells
+        odd = {
+            "labels": {one: labels[one] for one in _like_missing(labels, named="." in str(config.label_column))},
+            "texts": {one: count for one, count in texts.items() if one.casefold() in _LIKE_MISSING},
+        }
+        known = config.missing or ()
+        remedy = f"set data.missing={json.dumps([*dict.fromkeys([*known, *odd['labels'], *odd['texts']])])}"
+        remedy += " to leave these texts out, otherwise " + ("leave it as it is" if known else "data.missing=[]")
+        for what, counts in odd.items():
+            if found := ", ".join(f"'{one}' ({count:,})" for one, count in counts.items()):
+                warnings.append(f"{what} that look like a missing value: {found}; if so, {remedy}")
     if new := respelled(labels):
         variants = ", ".join(
             f"'{old}' ({labels[old]:,}) and '{label}' ({labels[label]:,})" for old, label in new.items()
         )
-        label_map = _shown({old: new.get(label, label) for old, label in (config.label_map or {}).items()} | new)
+        label_map = shown_map({old: new.get(label, label) for old, label in (config.label_map or {}).items()} | new)
         problem = f"labels that differ only in spelling: {variants}"
         warnings.append(f"{problem}; if they are the same, set data.label_map={label_map}")
     for name, split in splits.items():

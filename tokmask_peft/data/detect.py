@@ -30,7 +30,7 @@ from tokmask_peft.data.columns import (
     some,
 )
 from tokmask_peft.data.conll import CONLLU_COLUMNS, Columns, ConllReader, looks_like_conll, split_columns
-from tokmask_peft.data.corpus import Corpus, count_labels, load_corpus, respelled
+from tokmask_peft.data.corpus import Corpus, count_labels, load_corpus, respelled, shown_map
 from tokmask_peft.data.opening import PACKED, DataFile
 from tokmask_peft.data.readers import READERS, read_split
 from tokmask_peft.data.split import canonical
@@ -92,8 +92,8 @@ def find_splits(paths: Sequence[Path], found: Findings) -> dict[str, Path]:
         raise DataError("give one folder, or files, but not both", code="files-and-folders")
     elif len(files) == 1:
         role, rest = _role(files[0])
-        alike = [file for file in _data_files(files[0].parent) if _role(file)[1] == rest] if role else []
-        files = [*files, *(file for file in alike if role != _role(file)[0])]
+        there = sorted(file for file in files[0].parent.iterdir() if file.is_file()) if role else []
+        files += [file for file in there if _role(file)[1] == rest and _role(file)[0] != role]
     groups: dict[str, dict[str, Path]] = defaultdict(dict)
     for file in files:
         role, rest = _role(file)
@@ -106,6 +106,11 @@ def find_splits(paths: Sequence[Path], found: Findings) -> dict[str, Path]:
         parts = [(role or "train", file) for file in files for role, _ in [_role(file)]]
         if len({role for role, _ in parts}) == len(parts):
             groups = defaultdict(dict, {"": dict(parts)})
+    alone = len(files) == 1 or (len(paths) == 1 and paths[0].is_file())
+    if alone and not any("train" in group for group in groups.values()):
+        groups = {"": {"train": files[0]}}
+        why = f"its name says {_role(files[0])[0]}, but no file here is train: all of it is used"
+        found.decisions.append(Decision("FILE", files[0].name, why))
     sets = sorted((group for group in groups.values() if "train" in group), key=lambda group: -len(group))
     if not sets or (len(sets) > 1 and not any(_role(group["train"])[0] for group in sets)):
         names = ", ".join(sorted(file.name for file in files))
@@ -157,13 +162,19 @@ def _place_splits(splits: Mapping[str, Path], found: Findings) -> None:
     data["path"] = str(root)
 
     def count(split: str) -> int:
-        """Return the texts of a split; 0 if no text has a label, as in the test set of a shared task."""
+        """Return the texts of a split that have labels; none may have one in the test set of a shared task."""
         file, keys = splits[split], {key: value for key, value in data.items() if key in SourceConfig.model_fields}
+        keys["path"] = str(file)
         try:
-            return len(read_split(SourceConfig(**keys | {"path": str(file)}), file.name, data["task"]))
+            try:
+                texts = read_split(SourceConfig(**keys), file.name, data["task"])
+            except DataError as error:
+                if not error.code.startswith("empty-"):  # which can be left out
+                    raise
+                keys["missing"] = [*(data.get("missing") or ()), ""]
+                texts = read_split(SourceConfig(**keys), file.name, data["task"])
+            return sum(one.label is not None for one in texts)
         except DataError as error:
-            if error.code.startswith("empty-"):  # which can be left out
-                return 1
             if error.code != "no-labels" or split == "train":
                 raise
             found.decisions.append(Decision(f"data.{split}", "not used", f"no text in {file.name} has a label"))
@@ -181,7 +192,8 @@ def _place_splits(splits: Mapping[str, Path], found: Findings) -> None:
     found.decide("validation", share, why)
     rest = [name for name in (here.get("test"), here.get("validation")) if name and name != data["validation"]]
     if rest:
-        found.decide("test", rest[0], "its name says so; it scores what was chosen")
+        why = "its name says so" if rest[0] == here.get("test") else "the only other file with labels"
+        found.decide("test", rest[0], f"{why}; it scores what was chosen")
     found.decide("test", None, "there is no test file: the score is of validation, which also chose the checkpoint")
 
 
@@ -326,22 +338,41 @@ def _read_whole(found: Findings, seed: int) -> Corpus:
             what = error.code.removeprefix("empty-")
             found.decide("missing", [""], f"texts with an empty {what} are left out (first at {places[0]})")
             continue
-        merged = merges(count_labels([*corpus.train, *corpus.validation, *corpus.test]))
-        if not merged or "label_map" in data:
-            break
-        found.decide("label_map", merged, "the labels differ in case, blanks or one letter")
-    return corpus
+        counts = count_labels([*corpus.train, *corpus.validation, *corpus.test])
+        if "label_map" in data or not _merge(counts, found):
+            return corpus
 
 
-def merges(labels: Mapping[str, int]) -> dict[str, str]:
-    """Map labels to the one that they are likely to be: another spelling of it, or a rare typo."""
-    found = respelled(labels)
-    for label, count in labels.items():
-        others = [other for other, often in labels.items() if often > 20 * count and other not in found]
-        for other in others if label not in found and count <= 5 else ():
-            if _is_typo(label.casefold(), other.casefold()):
-                found[label] = other
-    return {old: found.get(new, new) for old, new in found.items()}
+def _merge(counts: Mapping[str, int], found: Findings) -> bool:
+    """Set `label_map` to other spellings of labels, and to typos if a person says so; return whether it is set."""
+    merged = respelled(counts)
+    labels: Counter[str] = Counter()
+    for label, count in counts.items():
+        labels[merged.get(label, label)] += count
+    why = "the labels differ only in case, blanks, Unicode form or a trailing .0" if merged else ""
+    if rare := typos(labels):
+        whole = {old: rare.get(new, new) for old, new in (merged | rare).items()}
+        shown = ", ".join(f"'{old}' ({labels[old]:,}) of '{new}' ({labels[new]:,})" for old, new in rare.items())
+        answers = {"keep": "they are labels of their own", "merge": f"data.label_map={shown_map(whole)}"}
+        if found.pick("data.label_map", f"Rare labels may be typos: {shown}. Merge them?", answers) == "merge":
+            merged, why = whole, "; ".join([*filter(None, [why]), "the others are rare typos, as you say"])
+        else:
+            why = "; ".join([*filter(None, [why]), f"rare labels may be typos: {shown}. If so, set {answers['merge']}"])
+    if merged:
+        found.decide("label_map", merged, why)
+    elif why:
+        found.decisions.append(Decision("data.label_map", "not set", why))
+    return bool(merged)
+
+
+def typos(labels: Mapping[str, int]) -> dict[str, str]:
+    """Map rare labels to the frequent one that they may be a typo of."""
+    return {
+        label: other
+        for label, count in labels.items()
+        for other, often in labels.items()
+        if count <= 5 and often > 20 * count and _is_typo(label.casefold(), other.casefold())
+    }
 
 
 def _is_typo(one: str, other: str) -> bool:

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tokmask_peft.errors import DataError
-from tokmask_peft.examples import Example
+from tokmask_peft.examples import Example, Pair
 from tokmask_peft.tasks import get_task
 
 if TYPE_CHECKING:
@@ -27,6 +28,12 @@ BATCH = 1000
 """Texts tokenized at a time."""
 PIECE = 50_000
 """Characters or words of a longer text that are tokenized at a time."""
+COUNTED = 500
+"""Texts whose sub-tokens show whether a tokenizer knows their language."""
+MOST_PIECES, MOST_UNKNOWN = 1.5, 0.1
+"""Sub-tokens a word, and share of unknown ones, above which it does not."""
+ONE_LANGUAGE = range(10_000, 60_000)
+"""Sub-tokens in a vocabulary of one language; those of many languages are larger, and those of tests smaller."""
 _BETWEEN_WORDS = re.compile(r"(?<=\w) (?=[^\W\d_])")
 _Ints = NDArray[np.int64]
 _NONE: _Ints = np.zeros(0, dtype=np.int64)
@@ -55,7 +62,7 @@ class Truncation:
 class Encoded:
     """Examples ready for the model."""
 
-    dataset: Dataset  # columns `input_ids`, `length` and, for labelled examples, `labels`
+    dataset: Dataset  # columns `input_ids`, `length`; `labels` if there are, `token_type_ids` of pairs
     kept: list[list[int]] | None  # if words are given, per text the indices of those that have a position, in order
     truncation: Truncation
 
@@ -70,6 +77,7 @@ class Window:
     words: NDArray[np.int64]  # if words are given, those that take their label from this window; otherwise empty
     positions: NDArray[np.int64]  # of the sub-token of each of these words that carries its label, in `ids`
     owners: NDArray[np.int64] | None = None  # if asked for, the word of each id, -1 for none: [ids]
+    types: list[int] | None = None  # of a pair, if the tokenizer gives them: 0 and 1 for its two texts: [ids]
 
 
 class Encoder:
@@ -77,6 +85,9 @@ class Encoder:
 
     If the task gives words, each is tokenized as it would be in running text. A word that the tokenizer drops
     (zero-width or control characters) is encoded as the unknown token, so that it keeps its label.
+
+    A pair of texts is encoded as `tokenizer(first, second)` does it. A longer one is cut sub-token by sub-token at the
+    end of whichever text is longer, in prediction too: there are no windows of a pair.
 
     Args:
         tokenizer: a fast tokenizer.
@@ -112,6 +123,7 @@ class Encoder:
             raise DataError(problem, code="some-labels", places=tuple(without))
         ids = {label: number for number, label in enumerate(labels)}
         columns: dict[str, list[Any]] = {"input_ids": [], "length": []} | ({} if without else {"labels": []})
+        columns |= {"token_type_ids": []} if self._has_types([example.text for example in examples]) else {}
         kept: list[list[int]] = []
         counts = np.zeros(len(fields(Truncation)), dtype=np.int64)
         batches = (examples[start : start + BATCH] for start in range(0, len(examples), BATCH))
@@ -119,6 +131,8 @@ class Encoder:
             size = len(encoding.ids)
             columns["input_ids"].append(encoding.ids)
             columns["length"].append(size)
+            if "token_type_ids" in columns:
+                columns["token_type_ids"].append(encoding.type_ids)
             if not without:
                 columns["labels"].append(self._task.encode_label(example, starts, size, ids))
             kept.append([word for word, _ in starts])
@@ -135,33 +149,39 @@ class Encoder:
                 kept = [(word, at) for word, at in enumerate(starts.tolist()) if 0 <= at < size]
                 yield example, encoding, kept, [int((starts == size).sum()), replaced, int((starts < 0).sum())]
             return
-        for example, encoding in zip(batch, self._tokenize([one.string for one in batch], cut=True), strict=True):
-            end = max((stop for _, stop in encoding.offsets), default=0)
-            lost = _whole_words_after(example.string, end) if encoding.overflowing else 0
+        for example, encoding in zip(batch, self._tokenize([one.text for one in batch], cut=True), strict=True):
+            lost = 0
+            for number, text in enumerate(example.parts if encoding.overflowing else ()):
+                places = zip(encoding.offsets, encoding.sequence_ids, strict=True)
+                lost += _whole_words_after(text, max((stop for (_, stop), part in places if part == number), default=0))
             yield example, encoding, [], [lost, 0, 0]
 
     def windows(
-        self, texts: Sequence[str] | Sequence[Sequence[str]], owners: bool = False, strict: bool = True
+        self, texts: Sequence[str] | Sequence[Sequence[str]] | Sequence[Pair], owners: bool = False, strict: bool = True
     ) -> Iterator[Window]:
         """Encode texts, in their order, in as many windows as they need, each framed by special tokens as in `cut`.
 
         A text that fits is one window. If words are given, neighbouring windows of a longer text share a quarter of
         their sub-tokens, and a word takes its label from the window in which it is farther from the edge, so that it
-        has context on both sides. Otherwise a longer text is cut into even parts.
+        has context on both sides. Otherwise a longer text is cut into even parts. A pair is always one window, see
+        `Encoder`.
 
         Args:
-            texts: strings, or lists of words if the task gives words; at least one word each.
+            texts: strings, all pairs, or lists of words if the task gives words; at least one word each.
             owners: also return which word each id belongs to; in strings, words are separated by white space.
             strict: refuse a word that gets no sub-token; otherwise it takes its label from no window.
 
         Raises:
             DataError: `max_length` leaves no room, or a word gets no sub-token.
         """
+        if _are_pairs(texts):
+            yield from self._pairs(texts, owners)
+            return
         if self._room < 2:
             problem = f"windows of {self._max_length} sub-tokens leave no room next to the special tokens"
             raise DataError(problem, code="no-room", max_length=self._max_length)
         cut = self._even_parts if not self._task.words_given else self._overlapping
-        start = 0
+        start, texts = 0, cast("Sequence[Sequence[str]]", texts)
         for stop in range(1, len(texts) + 1):
             long = stop < len(texts) and len(texts[stop]) > PIECE
             if stop - start >= BATCH or stop == len(texts) or long or len(texts[start]) > PIECE:
@@ -169,16 +189,36 @@ class Encoder:
                     yield from cut(index, *tokens)
                 start = stop
 
+    def _pairs(self, pairs: Sequence[Any], owners: bool) -> Iterator[Window]:
+        """Encode pairs; in `owners`, words are numbered as in `Pair.split`."""
+        typed = self._has_types(pairs)
+        for start in range(0, len(pairs), BATCH):
+            batch = pairs[start : start + BATCH]
+            for index, (pair, encoding) in enumerate(zip(batch, self._tokenize(batch, cut=True), strict=True), start):
+                of, parts = np.full(len(encoding.ids), -1, dtype=np.int64), encoding.sequence_ids
+                before = 0
+                for number, text in enumerate(pair if owners else ()):
+                    at = [place for place, part in enumerate(parts) if part == number]
+                    words = words_of(text, [encoding.offsets[place] for place in at])
+                    of[at] = np.where(words < 0, -1, words + before)
+                    before += len(text.split()) + 1
+                size, types = sum(part is not None for part in parts), encoding.type_ids if typed else None
+                yield Window(index, encoding.ids, size, _NONE, _NONE, of if owners else None, types)
+
+    def _has_types(self, texts: Sequence[Any]) -> bool:
+        """Return whether the model gets token types: of pairs, if the tokenizer gives them."""
+        return _are_pairs(texts) and "token_type_ids" in self._tokenizer.model_input_names
+
     def _whole(self, texts: Sequence[Any], owners: bool, strict: bool) -> Iterator[tuple[_Ints, _Ints, _Ints | None]]:
         """Yield the ids of each text, the first of each word if words are given, and the word of each id if asked for.
 
         A text longer than `PIECE` comes alone, and is tokenized a piece at a time, since encodings take much memory.
         """
-        pieces = self._pieces(texts[0]) if len(texts) == 1 else iter([texts])
+        pieces = self._pieces(texts[0]) if len(texts) == 1 else iter([(texts, False)])
         found: list[tuple[_Ints, _Ints, _Ints | None]] = []
         size = words = 0
-        for number, batch in enumerate(pieces):
-            later = number > 0
+        for number, (batch, within) in enumerate(pieces):
+            later, words = number > 0, words - within
             encoded = (
                 self._words(batch, later=later)
                 if self._task.words_given
@@ -204,17 +244,28 @@ class Encoder:
             found = [(np.concatenate(ids), np.concatenate(firsts), np.concatenate(of_ids) if owners else None)]
         yield from found
 
-    def _pieces(self, text: Any) -> Iterator[list[Any]]:
-        """Cut a text where its tokens stay the same: between words, if the tokenizer's ids show that it may be."""
-        start = 0
+    def _pieces(self, text: Any) -> Iterator[tuple[list[Any], bool]]:
+        """Cut a long text into pieces; yield each, and whether it begins within a word.
+
+        A string is cut between words, where its tokens stay the same, if the tokenizer's ids show that it may be. If
+        there is no such place in `PIECE` characters (Chinese, base64), it is cut there: the next tokens may differ.
+        """
+        start, within = 0, False
         if self._task.words_given:
             for start in range(0, len(text), PIECE):
-                yield [text[start : start + PIECE]]
+                yield [text[start : start + PIECE]], False
             return
-        while self._gap is not None and (cut := _BETWEEN_WORDS.search(text, start + PIECE)):
-            yield [text[start : cut.start()]]
-            start = cut.start() + self._gap
-        yield [text[start:]]
+        while len(text) > start + PIECE:
+            stop, gap = start + 2 * PIECE, self._gap
+            found = None if gap is None else _BETWEEN_WORDS.search(text, start + PIECE, stop)
+            if found is None and len(text) <= stop:
+                break
+            if found is not None:
+                stop = found.start()
+            yield [text[start:stop]], within
+            within = found is None and not (text[stop - 1].isspace() or text[stop].isspace())
+            start = stop + (gap or 0 if found else 0)
+        yield [text[start:]], within
 
     @cached_property
     def _gap(self) -> int | None:
@@ -284,10 +335,23 @@ class Encoder:
         if not texts:
             return []
         given = self._task.words_given
-        texts = [spaced(words, later) if self._lead else list(words) for words in texts] if given else list(texts)
+        texts = [spaced(words, later) if self._lead else list(words) for words in texts] if given else texts
+        needed = 2 + self._tokenizer.num_special_tokens_to_add(pair=True)
+        if cut and _are_pairs(texts) and self._max_length < needed:
+            problem = f"a pair needs {needed} sub-tokens or more, and max_length is {self._max_length}"
+            raise DataError(problem, code="no-room", max_length=self._max_length)
         how = {"truncation": True, "max_length": self._max_length} if cut else {"add_special_tokens": False}
         how |= {"is_split_into_words": given, "return_attention_mask": False, "verbose": False}
-        return self._tokenizer(texts, **how).encodings
+        return self._tokenizer(*batch_of(texts), **how).encodings
+
+
+def batch_of(texts: Sequence[Any]) -> list[list[Any]]:
+    """Return texts as a tokenizer takes a batch of them: in one list, or pairs in two."""
+    return [list(part) for part in zip(*texts, strict=True)] if _are_pairs(texts) else [list(texts)]
+
+
+def _are_pairs(texts: Sequence[Any]) -> TypeGuard[Sequence[Pair]]:
+    return bool(texts) and isinstance(texts[0], Pair)
 
 
 def _label_positions(encoding: Any, words: int, last: bool) -> NDArray[np.int64]:
@@ -321,6 +385,27 @@ def words_need_a_space(tokenizer: PreTrainedTokenizerFast) -> bool:
         return False
     given = tokenizer(spaced(words), is_split_into_words=True, add_special_tokens=False)["input_ids"]
     return bool(given == running)
+
+
+def foreign_words(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> str | None:
+    """Return what shows that a tokenizer was made for another language than that of texts, or none.
+
+    Words are runs of letters without names of users, hashtags and links. An English word takes 1.2 sub-tokens of an
+    English vocabulary, one of Spanish-English posts 1.4 to 1.6, and one of Swahili, Turkish or Marathi 2.0 to 2.4.
+    Vocabularies of many languages need as many for some of them, and are good for them all the same.
+    """
+    found = (word for text in itertools.islice(texts, COUNTED) for word in text.split())
+    plain = (word for word in found if word[0] not in "@#" and "://" not in word)
+    letters = ("".join(one if unicodedata.category(one)[0] in "LM" else " " for one in word) for word in plain)
+    words = " ".join(letters).split()
+    ids = tokenizer(" ".join(words), add_special_tokens=False, verbose=False).input_ids
+    unknown = ids.count(tokenizer.unk_token_id) / max(len(ids), 1)
+    if unknown > MOST_UNKNOWN:
+        return f"does not know {unknown:.0%} of what it cuts the words of these texts into"
+    pieces = len(ids) / max(len(words), 1)
+    if pieces > MOST_PIECES and len(tokenizer) in ONE_LANGUAGE:
+        return f"cuts a word of these texts into {pieces:.1f} pieces on average (an English one into 1.2)"
+    return None
 
 
 def spaced(words: Sequence[str], first_too: bool = False) -> list[str]:

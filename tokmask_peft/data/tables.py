@@ -11,6 +11,7 @@ import json
 import re
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain, islice
 from typing import Any
 
@@ -28,7 +29,7 @@ from tokmask_peft.data.conll import (
 )
 from tokmask_peft.data.opening import DataFile, unicode_problem
 from tokmask_peft.errors import DataError, first_line, nearest
-from tokmask_peft.examples import Example, Unreadable
+from tokmask_peft.examples import Example, Pair, Unreadable
 from tokmask_peft.tasks import Task
 
 SNIFFED = 1000
@@ -189,7 +190,7 @@ def _has_usual_names(cells: Sequence[list[str]]) -> bool:
 def _is_title(cells: Sequence[list[str]], columns: Columns) -> bool:
     """Return whether the first row has the only cell of a title, and the second one the names of columns."""
     first = [cell for cell in cells[0] if cell.strip()]
-    asked = {columns.text, columns.label, columns.group} & {*cells[1]}
+    asked = {columns.text, columns.second, columns.label, columns.group} & {*cells[1]}
     return len(first) == 1 < len(cells[1]) and not is_usual(first[0]) and bool(asked or _has_usual_names(cells[1:]))
 
 
@@ -284,9 +285,12 @@ def examples(rows: Iterable[Row], name: str, columns: Columns) -> Iterator[Examp
         head += more
     names = next((list(row[1]) for row in head if isinstance(row, tuple)), [])
     plain = names[:1] == ["column 0"] and len(names) == 1 + task.words_given
-    text, label, group, joined = "", None, None, False
+    text, second, label, group, joined = "", None, None, None, False
     if names:
         text = _choose(names, 0 if plain and columns.text is None else columns.text, task.text_columns, "text", name)
+        if columns.second is not None and (second := _choose(names, columns.second, (), "text", name)) == text:
+            problem = f"data.text_column: the two texts of a pair are both of column '{text}' of {name}"
+            raise DataError(f"{problem}: name two columns", code="column", field="text_column", columns=tuple(names))
         if columns.labelled:
             asked = 1 if plain and columns.label is None else columns.label
             label = _choose(names, asked, task.label_columns, "label", name)
@@ -297,7 +301,7 @@ def examples(rows: Iterable[Row], name: str, columns: Columns) -> Iterator[Examp
         else:
             problem = f"data.group_column joins words that have labels, but this task has {task.description}"
             raise DataError(problem, code="column", field="group_column")
-    complete = (_complete(row, text, label, group) for row in chain(head, stream))
+    complete = (_complete(row, text, second, label, group) for row in chain(head, stream))
     if joined:
         yield from join_words(words_of_rows(complete, text, label, group, name, columns), name, columns)
         return
@@ -309,7 +313,11 @@ def examples(rows: Iterable[Row], name: str, columns: Columns) -> Iterator[Examp
         try:
             words = listed(row[text], text, task)
             tags = None if label is None else listed(row[label], label, task, label=True)
-            yield task.from_cells(words, tags, where, (text, label))
+            example = task.from_cells(words, tags, where, (text, label))
+            if second is not None:
+                other = task.from_cells(listed(row[second], second, task), tags, where, (second, label))
+                example = replace(example, text=Pair(example.string, other.string))
+            yield example
         except DataError as error:
             yield Unreadable(where, str(error), error.code)
 

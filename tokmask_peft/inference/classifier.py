@@ -17,7 +17,7 @@ from tokmask_peft.console import Decision
 from tokmask_peft.data.encoding import Encoder, Window
 from tokmask_peft.data.opening import unicode_problem
 from tokmask_peft.errors import DataError, ModelError, boundary, first_line
-from tokmask_peft.examples import Prediction, WordPredictions
+from tokmask_peft.examples import Pair, Prediction, Probabilities, WordPredictions
 from tokmask_peft.inference.explain import Explanation, explain
 from tokmask_peft.inference.forward import Forward, loading_memory_errors
 from tokmask_peft.masking.config import TokenMaskConfig
@@ -27,6 +27,7 @@ from tokmask_peft.model.backbone import load_backbone
 from tokmask_peft.model.decisions import gpu_problem, kernels_problem, plan_loading
 from tokmask_peft.model.location import position_limit
 from tokmask_peft.model.packed import choose_batching, enable_padding_free
+from tokmask_peft.spans import NO_SPANS, Spans
 from tokmask_peft.tasks import get_task
 from tokmask_peft.training.metrics import probabilities
 
@@ -51,12 +52,15 @@ class Classifier:
     decisions: tuple[Decision, ...] = ()  # device, precision, quantization, batching and the like, with reasons
     label_on: str = "first"  # which sub-token of a word carries its label
     masking: TokenMaskConfig | None = None  # how tokens were masked in training, if known
+    spans: str = NO_SPANS  # how the labels mark entities, as in `spans.SCHEMES`
+    pair: tuple[str, str] | None = None  # the columns of the two texts in training, if it reads pairs
 
     def __post_init__(self) -> None:
         self.model, self.labels = self.model.eval(), tuple(self.labels)
         self.device = next(self.model.parameters()).device
         self.encoder = Encoder(self.tokenizer, self.task, self.max_length, self.label_on)
         pad_id, side = self.tokenizer.pad_token_id, self.tokenizer.padding_side
+        self.legal = None if self.spans == NO_SPANS else Spans(self.spans, self.labels)
         self.forward = Forward(self.model, pad_id, self.task, self.dtype, side)
 
     @boundary("the prediction")
@@ -68,17 +72,19 @@ class Classifier:
 
         A text longer than `max_length` sub-tokens is read in windows. With one label per text, their logits are
         averaged, weighted by their sub-tokens; so the temperature changes no label there either. With one label per
-        word, the windows overlap, and every word gets one label.
+        word, the windows overlap, and every word gets one label; if the labels mark entities, the sequence is made
+        legal as `spans` says. A longer pair is cut, see `encoding.Encoder`.
 
         Args:
-            texts: strings; in token tasks they are split at white space, or lists of words, taken as they are.
+            texts: strings; in token tasks they are split at white space, or lists of words, taken as they are; for a
+                model of pairs, `(first, second)` each.
             batch_size: windows per forward pass; windows of similar length go together.
 
         Returns:
             An answer per text, in their order: `WordPredictions` in token tasks, otherwise `Prediction`.
 
         Raises:
-            DataError: a text has no words, or is not valid Unicode; `texts` is one string.
+            DataError: a text has no words, or is not valid Unicode; `texts` is one string; a text is not a pair.
             ModelError: the model gives a logit that is not finite, or memory runs out.
         """
         if batch_size < 1:
@@ -92,10 +98,11 @@ class Classifier:
         answers = []
         for text, pairs in zip(given, found, strict=True):
             rows = task.join([window for window, _ in pairs], [logits for _, logits in pairs])
-            chances = [
-                dict(zip(self.labels, row.tolist(), strict=True)) for row in probabilities(rows, self.temperature)
-            ]
-            answers.append(task.answer(text, rows, chances, len(pairs)))
+            chances = Probabilities(self.labels, probabilities(rows, self.temperature))
+            answer = task.answer(text, rows, chances, len(pairs))
+            if self.legal is not None:
+                answer = replace(answer, labels=self.legal.repaired(answer.labels), spans=self.spans)
+            answers.append(answer)
         return answers
 
     def explain(
@@ -122,7 +129,7 @@ class Classifier:
         return Occlusion(self.model, self.tokenizer, self.masking)
 
     def checked(self, texts: Sequence[str] | Sequence[Sequence[str]]) -> list[Any]:
-        """Return texts as the task needs them: strings, or lists of words.
+        """Return texts as the task needs them: strings, pairs, or lists of words.
 
         Raises:
             DataError: as `predict` says.
@@ -132,6 +139,9 @@ class Classifier:
         found: list[Any] = []
         given_words = get_task(self.task).words_given
         for index, text in enumerate(texts):
+            if self.pair is not None:
+                found.append(_checked_pair(text, f"texts[{index}]", index, self.pair))
+                continue
             words = text.split(None, -1 if given_words else 1) if isinstance(text, str) else text
             if not isinstance(words, list | tuple) or not all(isinstance(word, str) for word in words):
                 raise DataError(f"texts[{index}] is not a string or a list of words", code="not-a-text", index=index)
@@ -144,6 +154,19 @@ class Classifier:
                 raise DataError(f"texts[{index}]: {problem}", code="invalid-unicode", index=index)
             found.append(list(words) if given_words else running)
         return found
+
+
+def _checked_pair(given: Any, name: str, index: int, columns: tuple[str, str]) -> Pair:
+    parts = tuple(given) if isinstance(given, Pair | list | tuple) else ()
+    if len(parts) != 2 or not all(isinstance(part, str) for part in parts):
+        expected = f"this model reads pairs, ({', '.join(columns)})"
+        raise DataError(f"{name} is not a pair of strings: {expected}", code="not-a-pair", index=index)
+    for part, column in zip(parts, columns, strict=True):
+        if not part.strip():
+            raise DataError(f"{name} is empty in '{column}': it has no words", code="empty-text", index=index)
+        if problem := unicode_problem(part):
+            raise DataError(f"{name}: {problem}", code="invalid-unicode", index=index)
+    return Pair(*parts)
 
 
 @boundary("loading the model")
@@ -203,6 +226,8 @@ def load(
             decisions=tuple(decisions),
             label_on=saved.label_on,
             masking=saved.masking,
+            spans=saved.spans,
+            pair=saved.pair,
         )
 
 

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from tokmask_peft.console import SafeConsole, echo, printable
 from tokmask_peft.data.readers import TextFile
-from tokmask_peft.examples import Unreadable, WordPredictions
+from tokmask_peft.examples import Pair, Unreadable, WordPredictions
 from tokmask_peft.html import FAINTEST, environment, strength_of
 from tokmask_peft.inference.classifier import Answer, Classifier
 from tokmask_peft.inference.explain import Explanation
@@ -25,8 +25,11 @@ from tokmask_peft.tasks import get_task
 _FOR, _AGAINST = (33, 102, 172), (214, 96, 77)  # blue and orange-red, which colour-blind readers can distinguish
 
 
-def print_answers(texts: Sequence[str], answers: Sequence[Answer], as_json: bool) -> None:
-    """Print label, probability and text per answer, between tabs; in token tasks word, label and probability."""
+def print_answers(texts: Sequence[str | Pair], answers: Sequence[Answer], as_json: bool) -> None:
+    """Print label, probability and text per answer, between tabs; in token tasks word, label and probability.
+
+    Entities follow the words of their text: a line each that begins with #.
+    """
     for number, (text, answer) in enumerate(zip(texts, answers, strict=True)):
         if as_json:
             echo(json.dumps(answer_record(text, answer), ensure_ascii=False))
@@ -35,6 +38,8 @@ def print_answers(texts: Sequence[str], answers: Sequence[Answer], as_json: bool
                 echo()
             for word, label, row in zip(answer.words, answer.labels, answer.probabilities, strict=True):
                 echo(f"{word}\t{label}\t{row[label]:.4f}")
+            for entity in answer.entities:
+                echo(f"# {entity.type}\t{entity.text}\t{entity.confidence:.4f}")
         else:
             echo(f"{answer.label}\t{answer.probabilities[answer.label]:.4f}\t{text}")
 

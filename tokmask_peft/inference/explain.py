@@ -117,7 +117,7 @@ class Explanation(InNotebooks):
     rather than on its context. Given a word, the label of that word is explained by every word.
 
     Attributes:
-        words: the words, split at white space or as given.
+        words: the words, split at white space or as given; those of a pair have `examples.BETWEEN` between them.
         influences: per word, by how many nats the log-odds of the label drop when it is masked; negative for a word
             that speaks against the label; 0 if nothing can be masked (`unmasked`).
         label: of the text, or of the chosen word; empty in token tasks without a chosen word.
@@ -180,7 +180,7 @@ def explain(
     if word is not None and not get_task(classifier.task).words_given:
         message = "word is for models with a label per word; this one gives one per text, which every word explains"
         raise DataError(message, code="word-not-applicable")
-    words = [tuple(text.split() if isinstance(text, str) else text) for text in given]
+    words = [tuple(text if isinstance(text, list) else text.split()) for text in given]
     targets = [None if word is None else find_word(row, word, f"texts[{n}]") for n, row in enumerate(words)]
     starts, asked = [], _QUESTIONS  # of texts that together ask a limited number of questions
     for number, row in enumerate(words):
@@ -215,6 +215,7 @@ def _explain(
     for text, (row, target) in enumerate(zip(words, targets, strict=True)):
         before, after = next(parts), next(parts)
         best = before.argmax(-1).tolist()
+        best = classifier.legal.repaired_ids(best) if per_word and classifier.legal else best
         odds = np.array([log_odds(one, label, temperature) for one, label in zip(before, best, strict=True)])
         probabilities = _probability(odds)
         own, at = per_word and target is None, target or 0

@@ -14,17 +14,19 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tokmask_peft.data.conll import Row
-from tokmask_peft.data.readers import TextFile, line_number
+from tokmask_peft.data.opening import line_number
+from tokmask_peft.data.readers import TextFile
 from tokmask_peft.data.tables import classes_of
 from tokmask_peft.errors import DataError, first_line, require, whole
-from tokmask_peft.examples import Example, Unreadable, WordPredictions
+from tokmask_peft.examples import Example, Pair, Unreadable, WordPredictions
 from tokmask_peft.inference.classifier import BATCH_SIZE, Answer, Classifier
 from tokmask_peft.inference.export import check_output
+from tokmask_peft.spans import NO_SPANS
 
 CHUNK_BATCHES, CHUNK_CHARACTERS = 32, 2_000_000
 SHOWN_PROBLEMS = 5
@@ -206,12 +208,14 @@ class Columns:
         for key, value in answer_record(found.string, answer).items():
             if key not in ("text", "words"):
                 record[self.added(key)] = value
+            elif isinstance(found.text, Pair):  # which is in the columns of its row
+                continue
             elif key not in record or str(record[key]).split() == value:  # words in one string
                 record[key] = value
         return record
 
 
-def answer_record(text: str, answer: Answer) -> dict[str, Any]:
+def answer_record(text: str | Pair, answer: Answer) -> dict[str, Any]:
     """Return the JSON form of an answer, with probabilities to 6 digits."""
 
     def rounded(row: dict[str, float]) -> dict[str, float]:
@@ -219,8 +223,11 @@ def answer_record(text: str, answer: Answer) -> dict[str, Any]:
 
     if isinstance(answer, WordPredictions):
         found = {"words": list(answer.words), "labels": list(answer.labels), "confidence": _rounded(answer.confidence)}
+        if answer.spans != NO_SPANS:
+            found["entities"] = [asdict(one) | {"confidence": round(one.confidence, 6)} for one in answer.entities]
         return found | {"probabilities": [rounded(row) for row in answer.probabilities]}
-    found = {"text": text, "label": answer.label, "confidence": round(answer.confidence, 6)}
+    given = list(text) if isinstance(text, Pair) else text
+    found = {"text": given, "label": answer.label, "confidence": round(answer.confidence, 6)}
     return found | {"probabilities": rounded(answer.probabilities)}
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+import warnings
 import weakref
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers import TrainerControl as Control
 from transformers import TrainerState as State
@@ -26,6 +28,55 @@ _TRL = ("SFTConfig", "RewardConfig", "PRMConfig", "CPOConfig", "ORPOConfig")
 """TRL's trainers, by their arguments, of which each loss comes from one forward: one pattern masks all it compares."""
 
 
+class _Passes:
+    """Finds training forwards that do not belong to the current step: it ended in an exception, and no event said so.
+
+    In a micro-batch, forwards come before the backward pass, and an event comes after it. A forward after the backward
+    pass began, or after a forward that raised, therefore comes from elsewhere, unless a trainer makes several backward
+    passes a batch. It is masked only if no micro-batch has shown yet that this trainer makes one; either way, the first
+    is reported. Under torch.compile nothing is found.
+    """
+
+    def __init__(self, model: nn.Module, masker: TokenMasker) -> None:
+        self.masker, self.single, self.late, self.warned = masker, False, False, False
+        self.running, self.over = False, False  # a forward began and did not return; its backward pass began
+        before = model.register_forward_pre_hook(self._before, prepend=True)
+        masker._handles += [before, model.register_forward_hook(self._after)]
+
+    def begin(self, *, ended: bool = False) -> None:
+        """Let a micro-batch begin; `ended`: another one of the same step came to its end."""
+        if ended:
+            self.single = not self.late and (self.single or self.over)
+        self.masker.enabled, self.running, self.over = True, False, False
+
+    def _counts(self, module: nn.Module) -> bool:
+        return not torch.compiler.is_compiling() and self.masker._trains(module)
+
+    def _before(self, module: nn.Module, args: Any) -> None:
+        if not self._counts(module):
+            return
+        if self.over or self.running:
+            self.late, self.masker.enabled = True, not self.single
+            if not self.warned and not self.masker.config.is_off:
+                what = "A training forward came after the backward pass of a step, or after a forward that raised"
+                done = "It is not masked" if self.single else "It is masked"
+                remedy = "If training has failed, call detach() of its TokenMaskCallback"
+                warnings.warn(f"{what}. {done}. {remedy}.", stacklevel=2)
+                self.warned = True
+        self.running, self.over = True, False
+
+    def _after(self, module: nn.Module, args: Any, result: Any) -> None:
+        if self._counts(module):
+            self.running = False
+            parts = result.values() if isinstance(result, dict) else result if isinstance(result, tuple) else (result,)
+            for part in parts:
+                if isinstance(part, Tensor) and part.requires_grad:
+                    part.register_hook(self._in_backward)
+
+    def _in_backward(self, gradient: Tensor) -> None:
+        self.over = True
+
+
 class TokenMaskCallback(TrainerCallback, ExportableState):
     """Attaches a masker when training begins, drives its schedule, and detaches it when training ends.
 
@@ -36,7 +87,8 @@ class TokenMaskCallback(TrainerCallback, ExportableState):
     (`masking_accuracy`), and each checkpoint holds a `tokmask_config.json`.
 
     A Trainer calls no event when training raises. The hook that is left goes with the trainer, or the next training
-    replaces it. Call `detach()` if you go on with a loop of your own while the trainer is still there.
+    replaces it. Call `detach()` if you go on with a loop of your own while the trainer is still there: otherwise one
+    training forward may still be masked, and the next one warns and is not.
 
     Args:
         config: how to mask; its seed defaults to that of the `TrainingArguments`.
@@ -59,6 +111,7 @@ class TokenMaskCallback(TrainerCallback, ExportableState):
             False  # a trainer that leaves masked words out of its loss sets this (`TokenMasker.pattern_of`)
         )
         self.masker: TokenMasker | None = None  # of the current training
+        self._passes: _Passes | None = None
         self._schedule = self.config.make_schedule()
         self._steps = 0
         self._seen: Tensor | None = None
@@ -102,7 +155,14 @@ class TokenMaskCallback(TrainerCallback, ExportableState):
             message = "another masker was attached during training: give the Trainer one TokenMaskCallback only"
             raise MaskTokenError(message, code="masker-replaced")
         masker.rate, masker.step = self.upcoming(args, state)
-        masker.enabled, self._seen = True, None
+        self._seen = None
+        if self._passes is not None:
+            self._passes.begin()
+
+    def on_substep_end(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
+        """Note that a micro-batch came to its end, and that another one of this step follows."""
+        if self._passes is not None:
+            self._passes.begin(ended=True)
 
     def upcoming(self, args: Arguments, state: State) -> tuple[float, int]:
         """Return the rate of the coming optimizer step and the number of its first training forward."""
@@ -122,8 +182,9 @@ class TokenMaskCallback(TrainerCallback, ExportableState):
                 reacts to answers, and this trainer reports none (`observe`).
         """
         self._steps += 1
-        if self.masker is None:
+        if self.masker is None or self._passes is None:
             return
+        self._passes.begin(ended=True)
         self.masker.enabled = False
         before = (state.global_step - 1) * args.gradient_accumulation_steps
         if self._steps == 1 and not self.config.is_off and self.masker.step == before:  # read once: it waits for a GPU
@@ -170,7 +231,7 @@ class TokenMaskCallback(TrainerCallback, ExportableState):
         """Remove the masker from the model; needed only after a training that raised. May be called again."""
         if self.masker is not None:
             self.masker.detach()
-            self.masker = None
+            self.masker = self._passes = None
 
     def _attach(self, args: Arguments, state: State, kwargs: dict[str, Any]) -> TokenMasker:
         trl = next((kind for kind in type(args).__mro__ if kind.__module__.startswith("trl.")), None)
@@ -202,6 +263,6 @@ class TokenMaskCallback(TrainerCallback, ExportableState):
         options: dict[str, Any] = {"rank": args.process_index, "mask_token": self.mask_token, "seed": args.seed}
         options |= {"resumed": state.global_step > 0, "replaceable": True}
         self.masker = TokenMasker.attach(kwargs["model"], tokenizer, self.config, **options)
-        self.masker.enabled = False
+        self.masker.enabled, self._passes = False, _Passes(kwargs["model"], self.masker)
         weakref.finalize(self, self.masker.detach).atexit = False  # with its trainer, after a training that raised
         return self.masker

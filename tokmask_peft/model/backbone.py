@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import inspect
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +21,7 @@ from tokmask_peft.errors import MaskTokenError, ModelError, first_line
 from tokmask_peft.masking.embedding import find_decoder_embedding, find_embedding
 from tokmask_peft.model.decisions import DTYPES, choose_precision, choose_quantization, gpu_problem, out_of_memory
 from tokmask_peft.model.families import family_of
-from tokmask_peft.model.layers import LINEAR, Float32Linear, is_quantized, place_embedding, pool_texts
+from tokmask_peft.model.layers import LINEAR, Float32Linear, is_quantized, place_embedding, pool_texts, see_both_ways
 from tokmask_peft.model.location import backbone_location, loading_source
 from tokmask_peft.model.packed import expand_heads_if_needed
 from tokmask_peft.recipe.schema import ModelConfig
@@ -109,7 +110,14 @@ def load_backbone(
         problem = f"the tokenizer of {location} has ids up to {largest}, but the embedding has {rows} rows"
         remedy = "save the backbone again after model.resize_token_embeddings, or with the tokenizer it came with"
         raise ModelError(f"{problem}: {remedy}", code="tokenizer-too-large", largest=largest, rows=rows)
+    types, kinds = "token_type_ids", getattr(model.config, "type_vocab_size", 2)
+    takes_types = types in inspect.signature(model.forward).parameters and kinds != 1
+    if types in tokenizer.model_input_names and not takes_types:
+        names = [name for name in tokenizer.model_input_names if name != types]
+        tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names  # which are saved, too
     model.config.pad_token_id, model.config.use_cache = tokenizer.pad_token_id, False
+    if config.attention == "bidirectional":
+        see_both_ways(model)
     if find_decoder_embedding(model) is not None:
         model.register_forward_pre_hook(functools.partial(_one_end, tokenizer.unk_token_id), with_kwargs=True)
     new_modules = _new_modules(model, info)
@@ -127,6 +135,8 @@ def load_backbone(
         decisions.append(Decision("weights", how["gguf_file"], f"unpacked to {precision.choice}{again}"))
     if tokenizer.padding_side == "left":
         decisions.append(Decision("padding", "left", f"{type(model).__name__} reads its answer at the last position"))
+    if config.attention != "causal":
+        decisions.append(Decision("attention", config.attention, "set in the recipe; it was trained causally"))
     if pooling != "auto":
         decisions.append(Decision("pooling", pooling, "set in the recipe"))
     decisions += place_embedding(model, config.embedding, device)

@@ -183,31 +183,33 @@ class PackedRows(nn.Module):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         labels: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         max_length: int | None = None,
         **kwargs: Any,
     ) -> Any:
         """Return an output of transformers with `logits`, [texts, classes] or [1, total, classes], and maybe `loss`.
 
-        `input_ids` are packed, [1, total], or padded, [batch, seq], and so are the labels of models with an answer per
-        sub-token; other labels are [texts]. `cu_seqlens`, int32 [texts + 1], holds the start of each packed text and
-        the end of the last; `max_length` is that of the longest packed text. `attention_mask` and `position_ids` are
-        for padded batches: in a packed row they follow from `cu_seqlens`.
+        `input_ids` are packed, [1, total], or padded, [batch, seq], and so are `token_type_ids`, and the labels of
+        models with an answer per sub-token; other labels are [texts]. `cu_seqlens`, int32 [texts + 1], holds the start
+        of each packed text and the end of the last; `max_length` is that of the longest packed text. `attention_mask`
+        and `position_ids` are for padded batches: in a packed row they follow from `cu_seqlens`.
         """
+        types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
         if cu_seqlens is None:
             rest = {"attention_mask": attention_mask, "position_ids": position_ids, "labels": labels}
-            kwargs |= {name: value for name, value in rest.items() if value is not None}
+            kwargs |= types | {name: value for name, value in rest.items() if value is not None}
             return super().forward(input_ids=input_ids, **kwargs)
         if input_ids is None or max_length is None:
             raise ModelError("a packed batch needs input_ids, cu_seqlens and max_length", code="incomplete-batch")
         packing = Packing.make(cu_seqlens, input_ids.shape[1], max_length)
-        position_ids = self.family.positions(self, input_ids, packing)
+        places = {"position_ids": self.family.positions(self, input_ids, packing)} | types
         masker = TokenMasker.of(find_embedding(self))
         removed = None if masker is None else masker.removed(self, input_ids, packing.rows, packing.positions)
         ids, kept = input_ids, None
         if removed is not None:
             kept = (~removed[0]).nonzero().flatten()
-            ids, position_ids = ids[:, kept], position_ids[:, kept]
+            ids, places = ids[:, kept], {name: row[:, kept] for name, row in places.items()}
             lengths = torch.bincount(packing.rows[0, kept], minlength=len(cu_seqlens) - 1)
             cu_seqlens, max_length = F.pad(lengths.cumsum(0), (1, 0)).to(cu_seqlens.dtype), int(lengths.max())
             packing = Packing.make(cu_seqlens, len(kept), max_length)
@@ -218,25 +220,26 @@ class PackedRows(nn.Module):
             longer_ids = F.pad(ids, (0, sum(extra)), value=pad_id)  # type: ignore[arg-type]
             bounds = torch.cat((cu_seqlens, cu_seqlens.new_tensor([total + end for end in accumulate(extra)])))
             longer = Packing.make(bounds, longer_ids.shape[1], max_length)
-            position_ids = torch.cat((position_ids, longer.positions[:, total:]), dim=1)
-        logits = packed_logits(self, packed_hidden(self, longer_ids, longer, position_ids)[:, :total], ids, packing)
+            places = {name: F.pad(row, (0, sum(extra))) for name, row in places.items()}
+        logits = packed_logits(self, packed_hidden(self, longer_ids, longer, **places)[:, :total], ids, packing)
         if kept is not None and self.per_token:  # back to the places of all sub-tokens
             logits = logits.new_zeros(1, input_ids.shape[1], logits.shape[-1]).index_copy(1, kept, logits)
         loss = None if labels is None else F.cross_entropy(logits.flatten(0, -2).float(), labels.reshape(-1))
         return (TokenClassifierOutput if logits.dim() == 3 else SequenceClassifierOutput)(loss=loss, logits=logits)
 
 
-def packed_hidden(model: Any, input_ids: Tensor, packing: Packing, position_ids: Tensor | None = None) -> Tensor:
-    """Return the last hidden states of a packed row, [1, total, hidden]; its own `position_ids` are the default."""
+def packed_hidden(model: Any, input_ids: Tensor, packing: Packing, **places: Tensor) -> Tensor:
+    """Return the last hidden states of a packed row, [1, total, hidden]; `places` are position ids and token types."""
+    places = places or {"position_ids": model.family.positions(model, input_ids, packing)}
     masker = TokenMasker.of(find_embedding(model))
     with contextlib.nullcontext() if masker is None else masker.layout(packing.rows, packing.positions):
         hidden: Tensor = model.base_model(
             input_ids=input_ids,
             # transformers leaves a mask of four dimensions as it is; without one it would build its own
             attention_mask=input_ids.new_zeros(1, 1, 1, 1),
-            position_ids=model.family.positions(model, input_ids, packing) if position_ids is None else position_ids,
             packing=packing,
             **({"use_cache": False} if model.family.causal else {}),
+            **places,
         ).last_hidden_state
     return hidden
 
@@ -308,6 +311,8 @@ def packed_attention(
 
 def seen(module: nn.Module, is_causal: bool | None, window: int | None, longest: int) -> tuple[bool, int | None]:
     """Return whether a layer is causal, and its window, if it is narrower than the longest text."""
+    if is_causal is False and window is not None:  # by `is_causal` in the config, where masks count the bound in
+        window += 1
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     return causal, None if window is not None and window >= longest else window
 

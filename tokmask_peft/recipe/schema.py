@@ -55,7 +55,8 @@ LanguageCode = Annotated[str, Field(pattern=r"^([a-z]{2,3}|multilingual)$", titl
 Modules = Annotated[tuple[str, ...], Field(min_length=1, title="a list of module names, for example [q_proj, v_proj]")]
 LayerCount = Annotated[int, Field(ge=1, title="a number of layers, for example 6")]
 ShareOfLayers = Annotated[float, Field(gt=0.0, lt=1.0, title="a share of the layers between 0 and 1, for example 0.5")]
-MissingValue = Annotated[str, BeforeValidator(lambda value: "" if value is None else str(value))]
+AsText = Annotated[str, BeforeValidator(lambda value: "" if value is None else str(value))]
+TwoColumns = Annotated[tuple[AsText, AsText], Field(title="a list of two columns, as [premise, hypothesis]")]
 Separator = Annotated[str, AfterValidator(_separator)]
 Encoding = Annotated[str, AfterValidator(_encoding)]
 Weight = Annotated[float, Field(ge=0.0)]
@@ -88,17 +89,17 @@ class SourceConfig(Section):
         description="one character, or tab: between columns of CSV (auto finds , ; | and tabs) and TSV, between word "
         "and tag in tagged, between label and text in labelled files",
     )
-    text_column: str | int | None = Field(
+    text_column: str | int | TwoColumns | None = Field(
         None,
         description="column of the text, or of the words in token tasks; a number, from 0, in CoNLL files and in "
-        "tables without a header",
+        "tables without a header; [premise, hypothesis]: two columns of a table, whose texts are read as a pair",
     )
     label_column: str | int | None = Field(
         None,
         description="column of the label, or of the tags in token tasks; a number as above; in CoNLL-U also a name "
         "such as upos, misc.Lang or feats.Case",
     )
-    missing: tuple[MissingValue, ...] | None = Field(
+    missing: tuple[AsText, ...] | None = Field(
         None,
         description="labels or texts that stand for a missing one, such as [none, -1]: those texts are left out, and "
         "counted ('' also stands for a missing word); [] if labels that look like it are classes",
@@ -126,6 +127,11 @@ class SourceConfig(Section):
             remedy = "set path to a local folder or file, hub to a dataset id, or builtin to true in this section"
             raise ValueError(f"no data: {remedy}")
         return self
+
+    @property
+    def pair(self) -> tuple[str, str] | None:
+        """The two columns of `text_column`, if the texts are pairs."""
+        return self.text_column if isinstance(self.text_column, tuple) else None
 
     def expanded(self, at: str = "data") -> Self:
         """Return a copy with `${NAME}` and `~` in paths replaced; `at` is the section's dotted path.
@@ -168,8 +174,16 @@ class DataConfig(SourceConfig):
     language_labels: tuple[str, ...] = Field(
         (), description="labels (after label_map) that are languages; scores are then also given by code-mixing index"
     )
-    label_on: Literal["first", "last"] = Field(
-        "first", description="one label per word: which of its sub-tokens carries the label"
+    label_on: Literal["auto", "first", "last"] = Field(
+        "auto",
+        description="one label per word: which of its sub-tokens carries the label; auto: the last for decoders, whose "
+        "first one has not seen the rest of the word, otherwise the first",
+    )
+    spans: Literal["auto", "none", "bio", "iob1", "bioes", "bilou"] = Field(
+        "auto",
+        description="one label per word: whether the labels mark entities, which are then scored and listed, too: bio "
+        "(B-TYPE, I-TYPE and O, also called IOB2), iob1 (B- only where two of a type meet), bioes or bilou; auto: by "
+        "the labels",
     )
     max_length: int = Field(128, ge=4, description="sub-tokens per text; longer texts are truncated and reported")
     hygiene: Literal["remove", "report"] = Field(
@@ -185,6 +199,15 @@ class DataConfig(SourceConfig):
         if isinstance(value, str) and re.fullmatch(r"[-+]?\d*\.?\d+(e[-+]?\d+)?", value.strip(), re.IGNORECASE):
             return float(value)
         return value
+
+    @model_validator(mode="after")
+    def _pairs_fit(self) -> Self:
+        pairs, other = self.pair is not None, self.test_source or self
+        if pairs and get_task(self.task).words_given:
+            raise ValueError(f"text_column names two columns, for pairs, but task '{self.task}' labels words: name one")
+        if pairs != (other.pair is not None) or (pairs and self.path is self.hub is None):
+            raise ValueError("text_column must name two columns, for pairs, in test_source too; builtin has no pairs")
+        return self
 
 
 class ModelConfig(Section):
@@ -214,10 +237,16 @@ class ModelConfig(Section):
         description="the frozen input embedding: resident on the device; offload keeps it in host memory and sends the "
         "rows of each batch; 8bit holds it on the device through bitsandbytes, with slightly different values",
     )
-    pooling: Literal["auto", "cls", "mean", "max"] = Field(
+    attention: Literal["causal", "bidirectional"] = Field(
+        "causal",
+        description="what a sub-token of a decoder sees: causal, those before it; bidirectional, the whole text, for "
+        "Gemma 3, Llama, Mistral, Qwen2 and Qwen3. Encoders see the whole text anyway: leave it at causal",
+    )
+    pooling: Literal["auto", "cls", "last", "mean", "max"] = Field(
         "auto",
         description="which states the head reads, if a text has one label: auto, as transformers has it ([CLS], or the "
-        "last sub-token of a decoder); cls; mean or max of all, for which stock PEFT needs the lines in the model card",
+        "last sub-token of a decoder); cls; last; mean or max of all, for which stock PEFT needs the lines in the "
+        "model card",
     )
     gradient_checkpointing: Literal["auto"] | StrictBool = Field(
         "auto", description="save memory at the cost of time: recompute activations; auto does if memory would run out"
@@ -323,9 +352,12 @@ class TrainingConfig(Section):
     neftune_alpha: Annotated[float | None, Regularizer("neftune", off=None, usual=5)] = Field(
         None, gt=0, description="NEFTune noise (Jain et al. 2023); null is off"
     )
+    best_metric: Literal["f1_macro", "f1_weighted", "accuracy", "f1_entities"] = Field(
+        "f1_macro", description="validation score that chooses the checkpoint; f1_entities needs data.spans"
+    )
     patience: Literal["auto"] | Evaluations | None = Field(
         "auto",
-        description="stop after this many evaluations without a better F1; auto: half the epochs if these are auto, "
+        description="stop after this many evaluations without a better score; auto: half the epochs if these are auto, "
         "otherwise null, which never stops",
     )
     eval_batch_size: int = Field(128, ge=1, description="texts per forward pass and device in evaluation")
@@ -394,6 +426,12 @@ class Recipe(Section):
             raise ValueError(f"{why}: set model.embedding=resident, or masking.trainable_mask=false")
         if self.masking.schedule == "ready" and get_task(self.data.task).words_given:
             raise ValueError("masking.schedule: ready masks by the label of a text: take a task with one label a text")
+        if self.data.spans not in ("auto", "none") and not get_task(self.data.task).words_given:
+            raise ValueError("data.spans: entities are marked by labels of words: take a task with one label per word")
+        per_word = get_task(self.data.task).words_given
+        if self.training.best_metric == "f1_entities" and (self.data.spans == "none" or not per_word):
+            why = "training.best_metric is f1_entities, but the labels mark no entities (data.spans is none or auto)"
+            raise ValueError(f"{why}: set data.spans to the scheme of the labels, or training.best_metric=f1_macro")
         if self.masking.where != "all" or self.masking.decoder_p > 0:
             why = "masking.where and masking.decoder_p are for models that generate, in trainers of your own"
             raise ValueError(f"{why}: set masking.where=all and masking.decoder_p=0")

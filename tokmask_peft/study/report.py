@@ -161,13 +161,16 @@ def save(figure: Any, title: str, folder: Path, name: str) -> tuple[Path, Path]:
 
 def score_table(analysis: dict[str, Any]) -> Table:
     """Return mean, deviation and interval of each arm."""
-    head = ("arm", "seeds", "macro-F1", "95% interval", "weighted F1", "95% interval", "validation macro-F1", "cost")
-    body = []
+    head: tuple[str, ...] = ("arm", "seeds", "macro-F1", "95% interval", "weighted F1", "95% interval")
+    head, body = (*head, "validation macro-F1", "cost"), []
+    entities = "f1_entities" in analysis["rows"][0]
+    head = (*head, "entity F1", "95% interval") if entities else head
     for row in analysis["rows"]:
         cost = "1" if row["is_reference"] else ("" if row.get("cost") is None else f"{row['cost']:.2f}")
         macro, weighted = row["f1_macro"], row["f1_weighted"]
         cells = [row["label"], str(len(row["seeds"])), mean_sd(macro), level(macro), mean_sd(weighted), level(weighted)]
-        body.append([*cells, mean_sd(row["validation_f1_macro"]), cost])
+        more = [mean_sd(row["f1_entities"]), level(row["f1_entities"])] if entities else []
+        body.append([*cells, mean_sd(row["validation_f1_macro"]), cost, *more])
     return head, body
 
 
@@ -302,6 +305,7 @@ def sweep_report(sweep: str | Path, page: str | Path | None = None) -> Report:
     with boundary(f"comparing the runs of {sweep}, by its sweep.json and their result.json,", SweepError, "bad-sweep"):
         analysis = analyse(read_sweep(Path(sweep)))
     rows, compared = analysis["rows"], _compared(analysis, "f1_macro")
+    names = NAMES | ({"f1_entities": "entity F1"} if "f1_entities" in rows[0] else {})
     as_recipe = any(row["is_reference"] and row["regularizers"] == "recipe" for row in rows)
     by_setting = itertools.groupby(compared, key=lambda pair: pair[0]["setting"])
     about = {
@@ -313,7 +317,8 @@ def sweep_report(sweep: str | Path, page: str | Path | None = None) -> Report:
         "compared": compared,
         "seeds_by_setting": [[found["n"] for _, found in pairs] for _, pairs in by_setting],
         "scores": score_table(analysis),
-        "differences": {metric: difference_table(analysis, metric) for metric in NAMES},
+        "differences": {metric: difference_table(analysis, metric) for metric in names},
+        "names": names,
     }
     about |= {name: dict.fromkeys(render(name, **about).splitlines()) for name in ("findings", "cautions")}
     folder = Path(sweep) / "report"

@@ -201,7 +201,13 @@ class AdapterMoves(TrainerCallback):
 class ProgressDisplay(TrainerCallback):
     """Show the step, the time left, and as many of loss, validation F1 and masking rate as fit the line."""
 
-    NAMES: ClassVar = {"loss": "loss", "eval_f1_macro": "val F1", "masking_rate": "p", "eval_loss": "val loss"}
+    NAMES: ClassVar = {
+        "loss": "loss",
+        "eval_f1_macro": "val F1",
+        "eval_f1_entities": "entity F1",
+        "masking_rate": "p",
+        "eval_loss": "val loss",
+    }
 
     def __init__(self, console: Console) -> None:
         self.console = console

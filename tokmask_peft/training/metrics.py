@@ -7,7 +7,7 @@ has no probability.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -19,6 +19,7 @@ from scipy.special import log_softmax, softmax
 
 from tokmask_peft.errors import RunError, read_json
 from tokmask_peft.examples import NO_PREDICTION
+from tokmask_peft.spans import Span, read
 
 METRICS = ("f1_macro", "f1_weighted")
 LEVEL = 0.95
@@ -44,7 +45,11 @@ class Predictions:
     @classmethod
     def read(cls, path: Path) -> Self:
         """Read what `to_dict` returned from a file; a RunError if it cannot be read."""
-        found = read_json(path, RunError, "bad-predictions")
+        return cls.from_dict(read_json(path, RunError, "bad-predictions"))
+
+    @classmethod
+    def from_dict(cls, found: Mapping[str, Any]) -> Self:
+        """Read what `to_dict` returned."""
         return cls(*([np.array(row, dtype=np.int64) for row in found[part]] for part in ("gold", "predicted")))
 
 
@@ -170,9 +175,54 @@ def bootstrap_differences(
     return {arm: dict(zip(METRICS, found, strict=True)) for arm, found in others.items()}
 
 
+def entity_counts(found: Predictions, labels: Sequence[str]) -> NDArray[np.float64]:
+    """Count each text's entities, `[3, texts, 1]`: found correctly, in the data, predicted; see `text_counts`."""
+    rows = [(len(gold & given), len(gold), len(given)) for gold, given in _entities(found, labels)]
+    return np.array(rows, dtype=np.float64).reshape(-1, 3).T[:, :, None]
+
+
+def _entities(found: Predictions, labels: Sequence[str]) -> Iterator[tuple[set[Span], set[Span]]]:
+    """Yield the entities of each text in the data and in the predictions; a word without a prediction is outside."""
+    for pair in zip(found.gold, found.predicted, strict=True):
+        gold, given = ({*read(labels[i] if i >= 0 else "O" for i in ids.tolist())} for ids in pair)
+        yield gold, given
+
+
+def entity_scores(found: Predictions, labels: Sequence[str]) -> dict[str, Any]:
+    """Return `f1_entities` and, in `entities`, precision, recall and counts, over all types and for each, JSON-able.
+
+    An entity is right if type, first and last word are: micro scores in seqeval's default mode (see `spans`).
+    `interval` is the 95% bootstrap interval of F1 over texts.
+    """
+    counts: dict[str, list[int]] = {}
+    for gold, given in _entities(found, labels):
+        for place, entities in enumerate((gold & given, gold, given)):
+            for kind, _, _ in entities:
+                counts.setdefault(kind, [0, 0, 0])[place] += 1
+
+    def figures(right: int, gold: int, given: int) -> dict[str, Any]:
+        shares = {"precision": right / max(given, 1), "recall": right / max(gold, 1)}
+        return {**shares, "f1": 2 * right / max(gold + given, 1), "support": gold, "predicted": given}
+
+    total = figures(*(sum(row[part] for row in counts.values()) for part in range(3)))
+    part = entity_counts(found, labels)
+    drawn = bootstrap_differences({"none": [np.zeros_like(part)], "all": [part]}, "none")["all"]["f1_macro"]
+    by_type = {kind: figures(*counts[kind]) for kind in sorted(counts)}
+    return {
+        "f1_entities": total["f1"],
+        "entities": {**total, "interval": percentile_interval(drawn), "per_type": by_type},
+    }
+
+
 def percentile_interval(values: NDArray[np.float64]) -> list[float]:
     """Return the 95% percentile interval of bootstrap replicates."""
     return [float(bound) for bound in np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])]
+
+
+def entity_gain(ours: Predictions, theirs: Predictions, labels: Sequence[str]) -> list[float]:
+    """Return the 95% interval of a gain in F1 of entities on the same texts (paired bootstrap)."""
+    arms = {name: [entity_counts(arm, labels)] for name, arm in enumerate((theirs, ours))}
+    return percentile_interval(bootstrap_differences(arms, 0)[1]["f1_macro"])
 
 
 def compared(ours: Predictions, theirs: Predictions, classes: int) -> dict[str, Any]:
@@ -209,9 +259,9 @@ def calibrate(parts: dict[str, tuple[NDArray[Any], NDArray[Any]]]) -> dict[str, 
     """Fit the temperature on validation; return it with what it changes on each part, JSON-able.
 
     `parts` are `validation` and whatever else to report on: logits `[items, classes]` and gold ids `[items]`, of which
-    those that the model cannot give are left out. A temperature at its bounds, or with which the negative log
-    likelihood or the calibration error of a part does not fall, is not used: `temperature` is 1, `fitted` the one that
-    `after` reports on, and `left_out` the reason.
+    those that the model cannot give are left out. Only validation decides: a temperature at its bounds, or with which
+    its negative log likelihood or its calibration error does not fall, is not used. Then `temperature` is 1, `fitted`
+    is the one that `after` reports on, and `left_out` the reason.
 
     Raises:
         RunError: a logit is not finite.
@@ -225,7 +275,6 @@ def calibrate(parts: dict[str, tuple[NDArray[Any], NDArray[Any]]]) -> dict[str, 
     fitted = fit_temperature(*parts["validation"])
     method = "one temperature, fitted on validation (Guo et al. 2017)"
     report: dict[str, Any] = {"temperature": fitted, "method": method, "bins": BINS}
-    worse = []
     for name, (logits, gold) in parts.items():
         report[name] = {"items": len(gold)}
         for when, divisor in (("before", 1.0), ("after", fitted)):
@@ -235,9 +284,9 @@ def calibrate(parts: dict[str, tuple[NDArray[Any], NDArray[Any]]]) -> dict[str, 
                 "ece": expected_calibration_error(probability, gold),
                 "reliability": reliability_bins(probability, gold),
             }
-        before, after = report[name]["before"], report[name]["after"]
-        worse += [name] if after["nll"] >= before["nll"] or after["ece"] >= before["ece"] else []
-    reason = f"the one fitted on validation, {fitted:.3f}, does not help on {' and '.join(worse)}" if worse else None
+    before, after = report["validation"]["before"], report["validation"]["after"]
+    worse = after["nll"] >= before["nll"] or after["ece"] >= before["ece"]
+    reason = f"the one fitted on validation, {fitted:.3f}, does not help on validation" if worse else None
     if fitted == 1.0:
         reason = "validation gives no reason for one"
     elif not LOWEST * 1.001 < fitted < HIGHEST / 1.001:

@@ -12,18 +12,39 @@ import numpy as np
 
 from tokmask_peft.artifacts import Result
 from tokmask_peft.data.corpus import Corpus
+from tokmask_peft.data.encoding import foreign_words
 from tokmask_peft.errors import RunError
-from tokmask_peft.examples import Example
+from tokmask_peft.examples import BETWEEN, Example, Pair
 from tokmask_peft.recipe.schema import Recipe
+from tokmask_peft.spans import SCHEMES
 from tokmask_peft.tasks import get_task
-from tokmask_peft.training.metrics import Predictions, calibrate, compared, scores, scores_by_mixing
+from tokmask_peft.training.metrics import (
+    Predictions,
+    calibrate,
+    compared,
+    entity_gain,
+    entity_scores,
+    scores,
+    scores_by_mixing,
+)
 from tokmask_peft.training.trainer import OrderedEvalTrainer, Split
+
+MULTILINGUAL = "intfloat/multilingual-e5-small"
+DOWNLOAD = (
+    f"Set model.backbone={MULTILINGUAL} model.pooling=mean and model.backbone_path=null. If there is no network here, "
+    f"download it elsewhere (hf download {MULTILINGUAL} --local-dir e5-small), and set model.backbone_path=e5-small."
+)
+"""How to train with a backbone of many languages."""
+RISEN = 1.5
+"""Times the least loss on validation above which that of the checkpoint is a warning."""
 
 
 def baseline_scores(corpus: Corpus, weights: Any, adapter: Predictions) -> dict[str, Any]:
     """Fit logistic regression over character n-grams, and compare it with the adapter on the scored split.
 
     Validation chooses lower-cased or cased texts, then the class weights, balanced or those of the run, and C.
+
+    The n-grams of a pair's texts are told apart, and those that both texts have are features of their own.
 
     In token tasks each word is classified without its context. Equal items with equal labels are one row, weighted by
     their number: the same fit as on repeated rows, in less time. (The document frequency of an n-gram counts those
@@ -64,8 +85,14 @@ def baseline_scores(corpus: Corpus, weights: Any, adapter: Predictions) -> dict[
         chosen = f"{'lower-cased' if lowercase else 'cased'}, class weights {kind}, C = {c:g}"
         tried.append((scores(*answer(corpus.validation).flat(), labels)["f1_macro"], lowercase, chosen, answer))
 
-    usual = {"analyzer": "char_wb", "ngram_range": (1, 5), "min_df": 2, "sublinear_tf": True}
-    vectorizers = {lowercase: TfidfVectorizer(lowercase=lowercase, **usual) for lowercase in (True, False)}
+    usual = {"min_df": 2, "sublinear_tf": True}
+    grams = {"analyzer": "char_wb", "ngram_range": (1, 5)}
+    vectorizers = {lowercase: TfidfVectorizer(lowercase=lowercase, **grams, **usual) for lowercase in (True, False)}
+    of_pairs = isinstance(corpus.train[0].text, Pair)
+    if of_pairs:
+        analyzers = {lowercase: plain.build_analyzer() for lowercase, plain in vectorizers.items()}
+        whole = {lowercase: functools.partial(pair_grams, grams=grams) for lowercase, grams in analyzers.items()}
+        vectorizers = {lowercase: TfidfVectorizer(analyzer=grams, **usual) for lowercase, grams in whole.items()}
     texts = [text for text, _ in counted]
     features = {lowercase: vectorizer.fit_transform(texts) for lowercase, vectorizer in vectorizers.items()}
     for lowercase in (True, False):
@@ -74,19 +101,34 @@ def baseline_scores(corpus: Corpus, weights: Any, adapter: Predictions) -> dict[
     for kind, c in (("balanced", 10.0), ("of the run", 1.0), ("of the run", 10.0)):
         fit(lowercase, kind, c)
     _, _, chosen, answer = max(tried, key=lambda one: one[0])
-    found = answer(corpus.test or corpus.validation)
+    found, spans = answer(corpus.test or corpus.validation), corpus.spans
+    by_entity: dict[str, Any] = {}
+    if spans is not None:
+        legal = [np.array(spans.repaired_ids(row.tolist()), np.int64) for row in found.predicted]
+        found = Predictions(found.gold, legal)
+        by_entity = entity_scores(found, labels) | {"gain_entities": entity_gain(adapter, found, labels)}
     return {
         **scores(*found.flat(), labels),
-        "method": f"character 1- to 5-grams within words (tf-idf), logistic regression ({chosen}, by validation)",
+        **by_entity,
+        "method": f"character 1- to 5-grams within words {'of each text and of both ' if of_pairs else ''}(tf-idf), "
+        f"logistic regression ({chosen}, by validation)",
         "seconds": round(time.perf_counter() - start, 1),
         **compared(adapter, found, len(labels)),
     }
+
+
+def pair_grams(text: str, grams: Callable[[str], list[str]]) -> list[str]:
+    """Return the n-grams of a pair, given as `Example.string`: those of each text, and once more those of both."""
+    first, second = map(grams, text.split(f" {BETWEEN} ", 1))
+    return [*first, *(f"second {gram}" for gram in second), *(f"both {gram}" for gram in {*first} & {*second})]
 
 
 def scores_of(recipe: Recipe, found: Predictions, labels: Sequence[str], by_mixing: bool = True) -> dict[str, Any]:
     """Return the scores of a split, with those of its task, and `by_mixing` if the recipe names language labels."""
     task, languages = get_task(recipe.data.task), recipe.data.language_labels
     result = scores(*found.flat(), labels) | task.more_scores(*found.flat(), labels)
+    if recipe.data.spans in SCHEMES:
+        result |= entity_scores(found, labels)
     if by_mixing and languages and task.words_given:
         result["by_mixing"] = scores_by_mixing(found, labels, languages)
     return result
@@ -132,8 +174,19 @@ def score_best(
     return result, predictions
 
 
-def warnings_of(result: Result) -> list[dict[str, str]]:
-    """Return what a user must know before trusting a run's scores: a code, a sentence, and the key to change."""
+def language_warnings(backbone: str, tokenizer: Any, train: Sequence[Example]) -> list[dict[str, str]]:
+    """Return a warning if the tokenizer of a backbone was made for another language than that of the texts."""
+    if backbone == MULTILINGUAL or (foreign := foreign_words(tokenizer, (one.string for one in train))) is None:
+        return []
+    says = f"{backbone} was made for another language: its tokenizer {foreign}. Its scores may be below n-grams"
+    return [{"code": "another-language", "message": f"{says}. {DOWNLOAD}", "key": "model.backbone"}]
+
+
+def warnings_of(result: Result, log: Sequence[Mapping[str, Any]] = ()) -> list[dict[str, str]]:
+    """Return what a user must know before trusting a run's scores: a code, a sentence, and the key to change.
+
+    `log` is what the trainer logged, with a loss for each evaluation.
+    """
     scored, where, item = result.scored, result.scored_split, get_task(result.task).item
     counts = dict(zip(scored["confusion"]["labels"], np.sum(scored["confusion"]["matrix"], axis=0), strict=True))
     given = [label for label in result.labels if counts.get(label)]
@@ -161,6 +214,13 @@ def warnings_of(result: Result) -> list[dict[str, str]]:
         remedy = "a backbone that knows these languages (model.backbone), more texts or more steps (training.epochs)"
         says = f"the score on {where} {how} that of {name} ({interval}): {remedy} may help"
         found.append(("not-above-floor", says, "model.backbone"))
+    losses = {row["step"]: (row["eval_loss"], row["epoch"]) for row in log if "eval_loss" in row}
+    kept, least = losses.get(result.best_step), min(losses.values(), default=None)
+    if kept and least and kept[0] > RISEN * least[0] and kept[1] > least[1]:
+        says = f"the loss on validation rose after epoch {least[1]:g}, from {least[0]:.2f} to {kept[0]:.2f} at epoch "
+        says += f"{kept[1]:g}, which is kept for its F1: the adapter is too sure of wrong answers"
+        remedy = "training.label_smoothing=0.1, adapter.dropout=0.1, fewer epochs (training.epochs) or more texts"
+        found.append(("loss-rose", f"{says}; {remedy} may help", "training.epochs"))
     return [{"code": code, "message": f"{says}.", "key": key} for code, says, key in found]
 
 
@@ -174,12 +234,13 @@ def check_best(trainer: OrderedEvalTrainer, result: Result, validation: Split) -
     Raises:
         RunError: it is another one.
     """
-    found, best = result.validation["f1_macro"], trainer.state.best_metric
+    name = str(trainer.args.metric_for_best_model)
+    found, best = result.validation[name], trainer.state.best_metric
     if validation.encoded.truncation.texts_cut:
-        found = trainer.predict(validation.dataset).metrics["test_f1_macro"]
+        found = trainer.predict(validation.dataset).metrics[f"test_{name}"]
     if best is not None and abs(found - best) > 0.005:
         raise RunError(
-            f"the best checkpoint scored {best:.4f} macro-F1 on validation, but loaded again it scores {found:.4f}: "
+            f"the best checkpoint has {name} {best:.4f} on validation, but loaded again it has {found:.4f}: "
             "no adapter is saved. Please report this with log.jsonl.",
             code="not-the-best",
         )

@@ -41,12 +41,13 @@ from tokmask_peft.masking.replacement import MaskToken
 from tokmask_peft.model.adapter import WEIGHTS, add_adapter, check_fit, gathered_weights, save_adapter
 from tokmask_peft.model.backbone import Backbone, load_backbone
 from tokmask_peft.model.decisions import PRECISIONS, enable_checkpointing, in_short, out_of_memory
-from tokmask_peft.model.layers import placement_problem
+from tokmask_peft.model.layers import choose_label_on, placement_problem
 from tokmask_peft.model.location import check_length
 from tokmask_peft.model.memory.suggestions import Phase, Situation, changed, memory_error, memory_errors, smaller_batch
 from tokmask_peft.model.packed import choose_batching, enable_padding_free
 from tokmask_peft.recipe.loading import to_yaml
 from tokmask_peft.recipe.schema import Recipe, TrainingConfig
+from tokmask_peft.spans import NO_SPANS
 from tokmask_peft.tasks import get_task
 from tokmask_peft.training.callbacks import (
     AdapterMoves,
@@ -62,7 +63,7 @@ from tokmask_peft.training.head import choose_head, start_head
 from tokmask_peft.training.losses import ClassificationLoss, class_weights
 from tokmask_peft.training.memory import Lengths, before_training
 from tokmask_peft.training.metrics import Predictions
-from tokmask_peft.training.scoring import check_best, score_best, warnings_of
+from tokmask_peft.training.scoring import check_best, language_warnings, score_best, warnings_of
 from tokmask_peft.training.trainer import OrderedEvalTrainer, Split, check_trackers, training_arguments
 
 
@@ -125,7 +126,9 @@ def _train(recipe: Recipe, folder: RunFolder, process: PartialState, resume: boo
     process.wait_for_everyone()
 
     prepared = prepare(recipe, process.device, console)
-    print_lines(console, "Data", [*prepared.corpus.report.lines(), *_cut_lines(prepared)])
+    before = language_warnings(recipe.model.backbone, prepared.backbone.tokenizer, prepared.corpus.train)
+    said = [f"warning: {warning['message']}" for warning in before]
+    print_lines(console, "Data", [*said, *prepared.corpus.report.lines(), *_cut_lines(prepared)])
 
     first = prepared.recipe.training
     clock, parameters = StepClock(), _trained(prepared.model) if recipe.training.auto_batch else {}
@@ -150,14 +153,15 @@ def _train(recipe: Recipe, folder: RunFolder, process: PartialState, resume: boo
         result, predictions = score_best(trainer, prepared.recipe, prepared.corpus, prepared.splits, probed)
         decisions = [asdict(decision) for decision in prepared.decisions]
         result = replace(result, decisions=decisions, speed=_speed(prepared, clock, trainer))
-        result = replace(result, warnings=warnings_of(result))
+        result = replace(result, warnings=[*before, *warnings_of(result, trainer.state.log_history)])
         check_best(trainer, result, prepared.splits["validation"])  # before anything says that the run is finished
         weights = gathered_weights(prepared.model)
         if trainer.is_world_process_zero():
             with whole(folder.adapter) as adapter:
                 save_adapter_folder(adapter, prepared, result, weights)
             parts = {name: found.to_dict() for name, found in predictions.items()}
-            write_json(folder.predictions, {"labels": prepared.corpus.all_labels, **parts}, indent=None)
+            spans = {"spans": prepared.recipe.data.spans} if prepared.corpus.spans else {}
+            write_json(folder.predictions, {"labels": prepared.corpus.all_labels, **spans, **parts}, indent=None)
             write_json(folder.result, result.to_dict())  # last: it says that the run is finished
             print_result(console, result, folder.adapter)
     return Run(folder, recipe, result)
@@ -211,14 +215,14 @@ def prepare(recipe: Recipe, device: torch.device, console: Console) -> Prepared:
     """Load data and backbone, choose the mask token, add the adapter, and see whether memory suffices."""
     data, training = recipe.data, recipe.training
     corpus = load_corpus(data.expanded(), recipe.seed)
+    recipe = changed(recipe, {"data.spans": corpus.spans.scheme if corpus.spans else NO_SPANS})
 
     set_seed(recipe.seed)  # before the head is drawn
     with memory_errors(Situation("loading", recipe)):
         backbone = load_backbone(recipe.model, data.task, corpus.labels, device)
     loaded: Any = backbone.model
     check_length(recipe, loaded.config.to_dict())
-    noisy = training.neftune_alpha is not None
-    batching = choose_batching(training.batching, backbone.model, noisy, device, backbone.dtype)
+    batching = choose_batching(training.batching, loaded, training.neftune_alpha is not None, device, backbone.dtype)
     if batching.choice == "padding_free":
         enable_padding_free(backbone.model)
 
@@ -228,16 +232,18 @@ def prepare(recipe: Recipe, device: torch.device, console: Console) -> Prepared:
         model, adapter_decisions = add_adapter(backbone, recipe.adapter, data.task, trained_row)
 
     head = choose_head(training.head, model, len(corpus.labels))
-    recipe = changed(recipe, {"training.batching": batching.choice, "training.head": head.choice})
+    carrier = choose_label_on(data.label_on, loaded)
+    made = {"training.batching": batching.choice, "training.head": head.choice, "data.label_on": carrier.choice}
+    recipe = changed(recipe, made)
     parts = {"train": corpus.train, "validation": corpus.validation, "test": corpus.test}
+    encoding = data.max_length, carrier.choice, corpus.spans
     splits = {
-        name: Split(examples, backbone.tokenizer, data.task, corpus.all_labels, data.max_length, data.label_on)
+        name: Split(examples, backbone.tokenizer, data.task, corpus.all_labels, *encoding)
         for name, examples in parts.items()
         if examples
     }
     trained, *evaluated = splits.values()
-    windows = tuple([len(window.ids) for window in split.windows] for split in evaluated)
-    lengths = Lengths(trained.lengths, windows)
+    lengths = Lengths(trained.lengths, tuple([len(window.ids) for window in split.windows] for split in evaluated))
     numbers = training.decided(len(trained.lengths), sum(trained.lengths), processes().num_processes)
     recipe = changed(recipe, {f"training.{key}": value for key, value in numbers.items()})
     recipe, memory_decision, warning = before_training(recipe, backbone, batching.choice, lengths, device)
@@ -254,6 +260,7 @@ def prepare(recipe: Recipe, device: torch.device, console: Console) -> Prepared:
             for key, value in numbers.items()
             if key != "patience" or value is not None
         ),
+        *([carrier] if carrier.choice == "last" and get_task(data.task).words_given else []),
         batching,
         memory_decision,
         mask_decision,
@@ -362,6 +369,7 @@ def save_adapter_folder(
     AdapterInfo(
         task=task.name,
         labels=result.labels,
+        pair=recipe.data.pair,
         calibration=Calibration(**result.calibration),
         loading=Loading(
             max_length=recipe.data.max_length,
@@ -370,8 +378,10 @@ def save_adapter_folder(
             quantization=backbone.quantization,
             precision=PRECISIONS[backbone.dtype],
             embedding=recipe.model.embedding,
+            attention=recipe.model.attention,
             pooling="auto" if task.words_given else recipe.model.pooling,
             label_on=recipe.data.label_on,
+            spans=recipe.data.spans,
             weights=backbone.weights,
             scaling=recipe.adapter.scaling,
         ),
@@ -412,6 +422,8 @@ def _cut_lines(prepared: Prepared) -> list[str]:
         words = f"; {cut.words_cut} words are cut away" if cut.words_cut else ""
         lines.append(f"train: {cut.texts_cut} texts are cut at {at}{words}")
     for name in list(prepared.splits)[1:]:
+        if prepared.recipe.data.pair and (count := prepared.splits[name].encoded.truncation.texts_cut):
+            lines.append(f"{name}: {count} pairs are longer than {at} and are cut, as in predict")
         long = sum(count > 1 for count in Counter(window.text for window in prepared.splits[name].windows).values())
         choice = "; to choose the checkpoint they are cut" if name == "validation" else ""
         if long:

@@ -30,8 +30,9 @@ from tokmask_peft.masking.callback import TokenMaskCallback
 from tokmask_peft.model.adapter import inputs_as_they_come
 from tokmask_peft.model.layers import quick_dropout
 from tokmask_peft.recipe.schema import Recipe
+from tokmask_peft.spans import Spans
 from tokmask_peft.tasks import get_task
-from tokmask_peft.training.metrics import Predictions, scores
+from tokmask_peft.training.metrics import Predictions, entity_counts, f1_of, scores
 
 
 class Split:
@@ -48,9 +49,13 @@ class Split:
         labels: Sequence[str],
         max_length: int,
         label_on: str = "first",
+        spans: Spans | None = None,
     ) -> None:
-        """`labels` are in the order of the classifier's outputs, followed by those that it cannot give."""
-        self.examples, self.labels, self.task = examples, labels, get_task(task)
+        """`labels` are in the order of the classifier's outputs, followed by those that it cannot give.
+
+        With `spans`, predictions are repaired as those of `predict` are.
+        """
+        self.examples, self.labels, self.task, self.spans = examples, labels, get_task(task), spans
         self._encoder = Encoder(tokenizer, task, max_length, label_on)
         self._ids = {label: number for number, label in enumerate(labels)}
 
@@ -77,7 +82,7 @@ class Split:
     @cached_property
     def windows(self) -> list[Window]:
         """The texts whole, in windows as `predict` reads them, the shortest window first."""
-        texts = [example.words if self.task.words_given else example.string for example in self.examples]
+        texts: list[Any] = [example.text for example in self.examples]
         return sorted(self._encoder.windows(texts, strict=False), key=lambda window: len(window.ids))
 
     @cached_property
@@ -87,7 +92,9 @@ class Split:
         for window in self.windows:
             marks = np.full(len(window.ids), IGNORED)
             marks[window.positions] = 0
-            rows.append({"input_ids": window.ids, "labels": marks.tolist() if self.task.words_given else 0})
+            types = {} if window.types is None else {"token_type_ids": window.types}
+            labels = marks.tolist() if self.task.words_given else 0
+            rows.append({"input_ids": window.ids, "labels": labels, **types})
         return Dataset.from_list(rows)
 
     def joined(self, logits: NDArray[np.float32]) -> tuple[Predictions, NDArray[np.float64], NDArray[np.int64]]:
@@ -110,7 +117,7 @@ class Split:
                 golds.append(gold[kept])
                 predicted[kept] = answers[-1].argmax(-1)
             found.gold.append(gold)
-            found.predicted.append(predicted)
+            found.predicted.append(self._legal(predicted))
         return found, np.concatenate(answers), np.concatenate(golds)
 
     def cut_predictions(self, predicted: NDArray[np.int64], gold: NDArray[np.int64]) -> Predictions:
@@ -125,12 +132,20 @@ class Split:
             kept = self.encoded.kept[text] if self.encoded.kept is not None else ()
             decoded = self.task.decode(self.examples[text], self._ids, kept, gold[row], predicted[row])
             found.gold[text], found.predicted[text] = (np.array(items, dtype=np.int64) for items in decoded)
+            found.predicted[text] = self._legal(found.predicted[text])
         return found
 
+    def _legal(self, predicted: NDArray[np.int64]) -> NDArray[np.int64]:
+        return predicted if self.spans is None else np.array(self.spans.repaired_ids(predicted.tolist()), np.int64)
+
     def metrics(self, output: Any) -> dict[str, float]:
-        """Return macro and weighted F1 and accuracy on the cut texts, as the Trainer's `compute_metrics`."""
-        found = scores(*self.cut_predictions(output.predictions, output.label_ids).flat(), self.labels)
-        return {key: found[key] for key in ("f1_macro", "f1_weighted", "accuracy")}
+        """Return macro and weighted F1, accuracy and F1 of entities on the cut texts, for the Trainer."""
+        predictions = self.cut_predictions(output.predictions, output.label_ids)
+        found = scores(*predictions.flat(), self.labels)
+        values = {key: found[key] for key in ("f1_macro", "f1_weighted", "accuracy")}
+        if self.spans is not None:
+            values["f1_entities"] = float(f1_of(entity_counts(predictions, self.labels).sum(1))["f1_macro"])
+        return values
 
 
 class SeededLengthGrouping(LengthGroupedSampler):
@@ -376,7 +391,7 @@ def training_arguments(
         # with 1 the Trainer ends by removing all but the best, also the checkpoint that Ctrl-C left to continue from
         save_total_limit=2,
         load_best_model_at_end=True,
-        metric_for_best_model="f1_macro",
+        metric_for_best_model=training.best_metric,
         greater_is_better=True,
         # PEFT hides the model's signature; without this there is no eval loss and no metric (transformers#33420)
         label_names=["labels"],

@@ -126,6 +126,36 @@ class TestInit:
 
 
 @pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.json", '[{"text": "a", "label": "b"}]', True),
+        ("a.tagged", "la/es house/en\n", True),
+        ("a.labelled", "1 la casa\n", True),
+        ("a.csv.gz", "", True),
+        ("train.dat", "text\tlabel\nla casa\tname: x\n", True),
+        ("posts", "la\tes\nhouse\ten\n", True),
+        ("a.yaml", "text,label\n", False),
+        ("mine", "# A recipe.\nbase: ../b.yaml\nname: mine\n", False),
+        ("nothing.csv/recipe.yaml", "name: a\n", False),
+    ],
+)
+def test_what_is_data_and_what_a_recipe(tmp_path, name, content, expected):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(content)
+    assert start.is_data(str(path)) is expected
+    assert start.is_data(str(path.parent)) is ("/" not in name)
+    assert not start.is_data(str(tmp_path / "nope.csv"))
+
+
+def test_a_folder_does_not_hide_a_shipped_recipe(tmp_path, monkeypatch):
+    (tmp_path / "quickstart").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert not start.is_data("quickstart")
+    assert start.is_data("./quickstart")
+
+
+@pytest.mark.parametrize(
     ("gpu", "english", "words_given", "expected"),
     [
         (False, True, False, start.MINILM),

@@ -218,6 +218,18 @@ def test_labels_that_look_like_a_missing_value_are_a_warning_with_the_key_that_l
         assert f"left out as missing: {60 // len(labels)}" in corpus.report.lines()[0]
 
 
+def test_texts_that_look_like_a_missing_value_are_a_warning_too(tmp_path):
+    rows = [(f"la casa {at} azul", "xy"[at % 2]) for at in range(40)] + [("nan", "x"), ("NaN", "y"), ("nan", "y")]
+    lines = "".join(f"{text},{label}\n" for text, label in [("text", "label"), *rows])
+    (tmp_path / "train.csv").write_text(lines + "la casa 40 azul,\n")
+    given = {"validation": 0.25, "test": None}
+    (warning,) = load_corpus(config(tmp_path, missing=[""], **given), 1).report.warnings
+    assert "'nan' (2), 'NaN' (1)" in warning
+    assert 'data.missing=["", "nan", "NaN"]' in warning
+    corpus = load_corpus(config(tmp_path, missing=["", "nan", "NaN"], **given), 1)
+    assert (corpus.report.splits["train"].missing, corpus.report.warnings) == (4, ())
+
+
 def test_a_text_is_left_out_if_it_or_one_of_its_tags_is_missing(tmp_path):
     rows = [{"words": ["a", "b"], "tags": ["x", "y"]}] * 2 + [{"words": ["c", "d"], "tags": ["x", None]}]
     (tmp_path / "train.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))

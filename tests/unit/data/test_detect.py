@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tokmask_peft.data.columns import Findings
 from tokmask_peft.data.corpus import load_corpus
-from tokmask_peft.data.detect import detect, find_form, find_splits, looks_english, merges, scripts
+from tokmask_peft.data.detect import detect, find_form, find_splits, looks_english, scripts, typos
 from tokmask_peft.errors import DataError
 from tokmask_peft.recipe.schema import DataConfig
 
@@ -180,6 +180,9 @@ def test_a_workbook(tmp_path):
     for row in [("id", "Tweet", "Class"), *((at, *pair) for at, pair in enumerate(PAIRS))]:
         book.active.append(row)
     book.save(tmp_path / "a.xlsx")
+    with zipfile.ZipFile(tmp_path / "b.xlsx.zip", "w") as archive:
+        archive.write(tmp_path / "a.xlsx", "a.xlsx")
+    assert detect([tmp_path / "b.xlsx.zip"], {})[1].labels == ("neg", "pos")
     found, corpus = detect([tmp_path / "a.xlsx"], {})
     assert found.data.items() >= {"text_column": "Tweet", "label_column": "Class"}.items()
     assert corpus.labels == ("neg", "pos")
@@ -195,7 +198,8 @@ class TestWhatCannotBeRead:
             (b"\x89PNG\r\n\x1a\n" + bytes(100) + bytes(range(255, 0, -1)), "not-text"),
             ("\n".join(TEXTS).encode(), "no-labels"),
             (("text,id\n" + "".join(f"{text},{at}\n" for at, text in enumerate(TEXTS))).encode(), "no-labels"),
-            (("text,label\n" + "".join(f"{text},pos\n" for text in TEXTS)).encode(), "no-labels"),
+            (("text,label\n" + "".join(f"{text},pos\n" for text in TEXTS)).encode(), "one-label"),
+            (("text,mine\n" + "".join(f"{text},pos\n" for text in TEXTS)).encode(), "no-labels"),
             (("a,b\n" + "".join(f"{at},{at % 3}\n" for at in range(40))).encode(), "column"),
             (b"text,label\n", "no-texts"),
         ],
@@ -230,6 +234,11 @@ class TestSplits:
             (["posts.tsv", "test.tsv"], ["posts.tsv"], ["posts.tsv"]),
             (["posts.tsv", "held_test.tsv"], ["posts.tsv", "held_test.tsv"], ["posts.tsv", "held_test.tsv"]),
             (["posts.tsv", "notes.md"], None, ["posts.tsv"]),
+            (["test.tsv"], ["test.tsv"], ["test.tsv"]),
+            (["test.tsv"], None, ["test.tsv"]),
+            (["dev.tsv", "test.tsv"], ["dev.tsv"], ["dev.tsv"]),
+            (["train.dat"], ["train.dat"], ["train.dat"]),
+            (["train.dat", "test.dat", "test.csv"], ["train.dat"], ["train.dat", "test.dat"]),
             (["a/train.tsv", "b/test.tsv"], ["a/train.tsv", "b/test.tsv"], ["a/train.tsv", "b/test.tsv"]),
         ],
     )
@@ -277,6 +286,8 @@ class TestSplits:
         found, corpus = detect([tmp_path], {"hygiene": "report"})
         assert (found.data["train"], found.data["validation"], found.data["test"]) == ("train.tsv", validation, test)
         assert corpus.test
+        reasons = {decision.what: decision.reason for decision in found.decisions}
+        assert ("name" in reasons["data.test"]) is (test == "test.tsv")
 
 
 def test_shards_and_a_column_of_splits(tmp_path):
@@ -330,11 +341,17 @@ def test_other_columns_that_may_be_meant_are_shown(tmp_path, names, cells, asked
     assert others in " ".join(decision.reason for decision in found.decisions)
 
 
+def test_an_empty_label_does_not_change_the_share(tmp_path):
+    lines = [f"la casa {at} azul,{('pos', 'neg')[at % 2] if at else ''}\n" for at in range(1200)]
+    (tmp_path / "a.csv").write_text("text,label\n" + "".join(lines))
+    found, _ = detect([tmp_path / "a.csv"], {"hygiene": "report"})
+    assert (found.data["validation"], found.data["missing"]) == (0.1, [""])
+
+
 class TestLabels:
     @pytest.mark.parametrize(
         ("labels", "expected"),
         [
-            ({"Pos": 3, "pos": 40, "neg ": 2, "neg": 40}, {"Pos": "pos", "neg ": "neg"}),
             ({"positve": 1, "Positve": 1, "positive": 90}, {"positve": "positive", "Positve": "positive"}),
             ({"negaitve": 2, "negative": 300}, {"negaitve": "negative"}),
             ({"lang1": 1, "lang2": 100}, {}),
@@ -344,8 +361,26 @@ class TestLabels:
             ({"typical": 100, "atypical": 1}, {}),
         ],
     )
-    def test_another_spelling_or_a_rare_typo_is_merged(self, labels, expected):
-        assert merges(labels) == expected
+    def test_what_may_be_a_typo(self, labels, expected):
+        assert typos(labels) == expected
+
+    @pytest.mark.parametrize(("answer", "merged"), [(0, False), (1, True)])
+    def test_typos_are_merged_only_if_a_person_says_so(self, tmp_path, answer, merged):
+        content = "text,label\n" + "".join(f"la casa {at} azul,{('good', 'awful')[at % 2]}\n" for at in range(200))
+        content = content.replace("good\n", "Good\n", 3).replace("awful\n", "awfull\n", 2)
+        (tmp_path / "a.csv").write_text(content)
+        asked = []
+
+        def ask(key, question, answers):
+            asked.append(key)
+            return list(answers)[answer]
+
+        found, corpus = detect([tmp_path / "a.csv"], {"hygiene": "report"}, ask)
+        typo = {"awfull": "awful"} if merged else {}
+        assert (asked, found.data["label_map"]) == (["data.label_map"], {"Good": "good"} | typo)
+        assert corpus.labels == (("awful", "good") if merged else ("awful", "awfull", "good"))
+        ready = 'data.label_map={"Good": "good", "awfull": "awful"}'
+        assert any(ready in decision.reason for decision in found.decisions) is not merged
 
     def test_missing_ones_are_left_out_and_the_user_s_map_stays(self, tmp_path):
         content = rows(",", "text,label").replace("pos\n", "Pos\n", 1).replace("neg\n", "\n", 2)

@@ -2,7 +2,15 @@
 
 import pytest
 
-from tokmask_peft.data.corpus import apply_label_map, check_known, collect_labels, count_labels, merged_labels
+from tokmask_peft.data.corpus import (
+    apply_label_map,
+    check_known,
+    collect_labels,
+    count_labels,
+    merged_labels,
+    respelled,
+)
+from tokmask_peft.data.detect import merges
 from tokmask_peft.errors import DataError
 from tokmask_peft.examples import Example
 
@@ -59,3 +67,15 @@ def test_labels_that_training_never_saw():
     with pytest.raises(DataError) as caught:
         check_known(tagged("possitive"), known, "test")
     assert (caught.value.code, caught.value.fields["labels"]) == ("unknown-labels", ("possitive",))
+
+
+def test_the_beginning_of_an_entity_is_never_taken_for_its_inside():
+    known = ("B-LOC", "I-LOC", "I-PER", "O")
+    (text,) = check_known(tagged("B-PER", "O", "B-MISC", "b-loc"), known, "test")
+    assert "Did you mean 'I-PER'" not in text
+    assert '"B-PER": ' not in text
+    assert 'data.label_map, such as {"b-loc": "B-LOC"}' in text
+    (text,) = check_known(tagged("B-PER", "O"), known, "test")
+    assert "data.label_map" not in text
+    assert respelled({"B-PER": 3, "I-PER": 2, "b-PER": 1}) == {"b-PER": "B-PER"}
+    assert merges({"B-PERSON": 300, "I-PERSON": 2}) == {}

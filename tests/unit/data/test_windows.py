@@ -74,6 +74,22 @@ def test_pieces_of_a_text_make_the_same_windows(family, monkeypatch):
                 assert np.array_equal(getattr(before, field), getattr(after, field)), field
 
 
+@pytest.mark.parametrize("family", families)
+@pytest.mark.parametrize("apart", ["", "\n", "。"])
+def test_a_text_without_spaces_is_cut_into_pieces_too(family, apart, monkeypatch):
+    monkeypatch.setattr(encoding, "PIECE", 20)
+    encoder, sizes = Encoder(tiny_tokenizer(FAMILIES[family].tokenizer), "sequence", 20), []
+    whole = Encoder._tokenize
+    monkeypatch.setattr(Encoder, "_tokenize", lambda self, texts: sizes.extend(map(len, texts)) or whole(self, texts))
+    text = apart.join(["casa", "fiesta", "wow"] * 20) + "  bien casa"
+    windows = list(encoder.windows([text], owners=True))
+    assert len(text) - 2 <= sum(sizes) <= len(text)  # without the spaces that it is cut at
+    assert max(sizes) <= 40
+    owners = [owner for window in windows for owner in window.owners.tolist() if owner >= 0]
+    assert owners == sorted(owners)
+    assert set(owners) == set(range(len(text.split())))
+
+
 def test_words_have_context_on_both_sides_in_long_texts():
     tokenizer = tiny_tokenizer("wordpiece")
     words = ["hoy"] * 200

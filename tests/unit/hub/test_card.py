@@ -186,4 +186,4 @@ def test_the_snippet_is_python_that_holds_the_labels(task, spaced):
     assert found["labels"] == LABELS
     assert found.get("spaced") == (["no", " me", " gusta"] if spaced and task == "token" else None)
     assert "tokmask" not in snippet
-    assert snippet.strip() == loading_snippet(make_recipe(task), LABELS, "PATH_OR_HUB_ID", spaced)
+    assert snippet.strip() == loading_snippet(make_recipe(task), make_result(), "PATH_OR_HUB_ID", spaced)

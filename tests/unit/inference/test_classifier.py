@@ -1,8 +1,11 @@
 """Predicting: the same answers in any company, nothing lost, mistakes said."""
 
 import itertools
+import json
 import math
+import pickle
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,7 +21,7 @@ LONG = " ".join(TEXTS * 4)
 
 
 def close(one, other):
-    rows = zip(one, other, strict=True) if isinstance(one, tuple) else [(one, other)]
+    rows = [(one, other)] if isinstance(one, dict) else zip(one, other, strict=True)
     return all(abs(mine[label] - yours[label]) < 1e-5 for mine, yours in rows for label in mine)
 
 
@@ -110,6 +113,28 @@ def test_no_word_of_a_long_text_is_lost(classifier):
     assert len(answer.labels) == len(answer.probabilities) == len(words)
     assert all(sum(row.values()) == pytest.approx(1) for row in answer.probabilities)
     assert answer.windows > 5
+
+
+def test_probabilities_of_words_are_an_array_that_reads_as_a_tuple_of_dicts(classifier):
+    one, other = classifier(task="token").predict(["wow great fiesta", "hoy"])
+    rows = tuple(one.probabilities)
+    assert [list(row) for row in rows] == [list(classifier(task="token").labels)] * 3
+    assert one.probabilities == rows
+    assert rows == one.probabilities
+    assert one.probabilities != other.probabilities
+    assert one.probabilities != list(rows)
+    assert one.probabilities[-1] == rows[-1]
+    assert one.probabilities[1:] == rows[1:]
+    assert rows[1] in one.probabilities
+    assert repr(one.probabilities) == repr(rows)
+    assert len(pickle.dumps(one.probabilities)) < 500
+    assert pickle.loads(pickle.dumps(one)) == one == replace(one, probabilities=rows)
+    assert replace(one, probabilities=rows[::-1]) != one
+    for use in (hash, json.dumps):
+        with pytest.raises(TypeError):
+            use(one.probabilities)
+    with pytest.raises(IndexError):
+        one.probabilities[3]
 
 
 @pytest.mark.parametrize("task", ["sequence", "token"])

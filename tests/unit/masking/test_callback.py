@@ -174,6 +174,72 @@ def test_after_a_failed_run_nothing_is_masked_and_the_next_run_is(tmp_path, wher
     assert torch.equal(embedding.weight[-1], before)
 
 
+class Interrupted(Trainer):
+    """Fails in the third step: before, in or after a forward, in the backward pass, or in the optimizer."""
+
+    where = ""
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        fails = self.state.global_step == 2
+        if fails and self.where == "forward":
+            inputs = {**inputs, "input_ids": inputs["input_ids"].reshape(-1)}
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        if fails and self.where == "loss":
+            raise ValueError("bad loss")
+        if fails and self.where == "backward":
+            self.handle = model.score.weight.register_hook(self.interrupt)
+        return loss
+
+    def interrupt(self, gradient):
+        self.handle.remove()
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("where", ["forward", "loss", "backward", "on_pre_optimizer_step"])
+def test_a_failed_trainer_that_is_kept_soon_stops_masking_and_says_so(tmp_path, where):
+    callback = TokenMaskCallback(TokenMaskConfig(p=0.5), announce=False)
+    others = [FailingLater(where)] if where.startswith("on_") else []
+    made = trainer(tmp_path, [*others, callback], cls=Interrupted, max_steps=4)
+    made.where = where
+    with pytest.raises((ValueError, IndexError, KeyboardInterrupt)):
+        made.train()
+    again = Recorder(callback)
+    with pytest.warns(UserWarning, match="detach") as warned:  # another training of the same model, without masking
+        trainer(tmp_path, [again], model=made.model, max_steps=3).train()
+    assert len(warned) == 1
+    masked = [(ids == 347).any().item() for ids in again.ids]
+    assert masked == [where == "loss", False, False]  # that failure shows in the next backward pass only
+
+
+class FailingLater(TrainerCallback):
+    def __init__(self, event):
+        setattr(self, event, self.fail)
+
+    def fail(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            raise ValueError("bad")
+
+
+class Twice(Trainer):
+    """Makes a backward pass of its own before that of the Trainer, as sharpness-aware training does."""
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        model.train()
+        self.compute_loss(model, {**inputs}).backward()
+        return super().training_step(model, inputs, *args, **kwargs)
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_a_trainer_of_two_backward_passes_is_masked_in_both(tmp_path, accumulated):
+    recorder = Recorder(callback := TokenMaskCallback(TokenMaskConfig(p=0.5), announce=False))
+    made = trainer(tmp_path, [callback, recorder], cls=Twice, max_steps=3, gradient_accumulation_steps=accumulated)
+    with pytest.warns(UserWarning, match="It is masked") as warned:
+        made.train()
+    assert len(warned) == 1
+    assert len(recorder.ids) == 6 * accumulated
+    assert all((ids == 347).any() for ids in recorder.ids)
+
+
 def test_a_failed_training_masks_nothing_once_its_trainer_is_gone(tmp_path):
     model = build("qwen2")[0].requires_grad_(False)
     weight = model.get_input_embeddings().weight.clone()

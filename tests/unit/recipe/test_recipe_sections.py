@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from tokmask_peft.errors import RecipeError
 from tokmask_peft.masking.config import TokenMaskConfig
-from tokmask_peft.recipe.schema import DataConfig, ModelConfig, SourceConfig
+from tokmask_peft.recipe.schema import DataConfig, ModelConfig, Recipe, SourceConfig
 
 SHARES = st.floats(0.0, 1.0)
 RATES = st.floats(0.0, 1.0, exclude_max=True)
@@ -127,3 +127,24 @@ def test_a_backbone_elsewhere_stays_as_given(tmp_path, monkeypatch, folder):
     assert config.backbone_path == folder
     assert config.backbone == ("user/name" if folder else str(tmp_path / "user" / "name"))
     assert ModelConfig(backbone="").backbone == ""
+
+
+@pytest.mark.parametrize(
+    ("task", "spans", "metric", "problem"),
+    [
+        ("sequence", "bio", "f1_macro", "data.spans"),
+        ("sequence", "auto", "f1_entities", "training.best_metric"),
+        ("token", "none", "f1_entities", "training.best_metric"),
+        ("token", "auto", "f1_entities", None),
+        ("token", "bilou", "f1_entities", None),
+        ("sequence", "auto", "accuracy", None),
+    ],
+)
+def test_entities_need_labels_of_words(task, spans, metric, problem):
+    given = {"data": {"task": task, "spans": spans, "builtin": True}, "training": {"best_metric": metric}}
+    given |= {"name": "x", "model": {"backbone": "a/b"}}
+    if problem is None:
+        assert Recipe.model_validate(given).training.best_metric == metric
+    else:
+        with pytest.raises(ValidationError, match=problem):
+            Recipe.model_validate(given)

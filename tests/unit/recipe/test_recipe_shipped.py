@@ -23,7 +23,9 @@ BACKBONES = {
     "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B",
     "tinyllama-1.1b": "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
 }
+NER = ["ner_spaeng", "ner_hineng", "ner_msaea"]
 TASKS = {"lid_spaeng": "token", "lid_nepeng": "token", "lid_hineng": "token", "sa_spaeng": "sequence"}
+TASKS |= dict.fromkeys(NER, "token")
 OFFLINE = ["lid_spaeng", "sa_spaeng", "melid_mareng", "mesent_mareng", "trec"]
 OFFLINE += [f"afrisenti_{language}" for language in ("twi", "tso", "swa", "kin")]
 ALL = [path.relative_to(SHIPPED).with_suffix("").as_posix() for path in sorted(SHIPPED.rglob("[!_]*.yaml"))]
@@ -38,6 +40,7 @@ def head(name):
 def test_every_backbone_has_every_task_and_minilm_runs_offline():
     assert shipped_recipes() == sorted(ALL)
     wanted = {f"{task}/{backbone}" for task in TASKS for backbone in BACKBONES} | {f"{task}/minilm" for task in OFFLINE}
+    wanted |= {f"{task}/e5-small" for task in NER}
     others = {"quickstart", "sa_spaeng/mt5-small", "lid_spaeng/mt5-small", "trec/bart-base"}
     assert wanted | others <= set(ALL)
     assert load_recipe("trec/bart-base").model.backbone == "facebook/bart-base"
@@ -88,6 +91,13 @@ def test_hub_ids_and_tasks(backbone, task):
         assert (config, other.hub_config, other.hub_revision) == ("lid_spaeng", task, "refs/convert/parquet")
     else:
         assert (config, other) == (task, None)
+
+
+@pytest.mark.parametrize("task", NER)
+def test_entities_choose_the_checkpoint_and_are_not_among_languages(task):
+    recipe = load_recipe(f"{task}/e5-small")
+    assert (recipe.data.spans, recipe.training.best_metric) == ("bio", "f1_entities")
+    assert (recipe.data.label_column, recipe.data.label_map, recipe.data.language_labels) == ("ner", None, ())
 
 
 class TestFind:

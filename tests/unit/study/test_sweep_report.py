@@ -53,6 +53,21 @@ def test_figures_are_those_of_the_runs(made_up_sweep):
     assert "reports, on sentiment, Spanish-English" in report.markdown.read_text()
 
 
+def test_entities_are_a_third_score(made_up_sweep):
+    folder = made_up_sweep({"p0.1": 0.2}, p="0,0.1", seeds="6", labels=("B-x", "I-x", "O"))
+    report = sweep_report(folder)
+    row = rows_by_arm(report)["p = 0.1"]
+    read = [json.loads((folder / f"p0.1-seed{seed}/result.json").read_text())["test"] for seed in range(1, 7)]
+    assert row["f1_entities"]["by_seed"] == [one["f1_entities"] for one in read]
+    found = row["difference"]["f1_entities"]
+    assert 0 < found["bootstrap"][0] < found["mean"] < found["bootstrap"][1]
+    assert found["p_holm"] == pytest.approx(2 / 2**6)
+    assert statistics(report)["chosen_by_validation"]["overall"]["f1_entities"]["mean"] == row["f1_entities"]["mean"]
+    for text in (report.markdown.read_text(), report.page.read_text(), report.latex.read_text(), report.summary):
+        assert f"{found['mean']:+.4f}" in text.replace("$", "")
+    assert "entity F1" in report.summary
+
+
 def test_holm_runs_over_the_rates_of_one_setting(made_up_sweep):
     folder = made_up_sweep({"p0.1": 0.2}, p="0,0.1,0.2", seeds="6", grid=["adapter.r=4,8"])
     rows = statistics(sweep_report(folder))["rows"]

@@ -7,7 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
 
+from tokmask_peft.console import calibration_line
 from tokmask_peft.errors import RunError
+from tokmask_peft.training import metrics
 from tokmask_peft.training.metrics import (
     HIGHEST,
     LOWEST,
@@ -89,7 +91,7 @@ def test_the_report_is_of_every_part_and_refuses_nan():
 
 
 @pytest.mark.parametrize(
-    ("scales", "left_out"), [((2, 2), None), ((2, 0.5), "on test"), ((30, 30), "between"), ((0.02, 0.02), "between")]
+    ("scales", "left_out"), [((2, 2), None), ((2, 0.5), None), ((30, 30), "between"), ((0.02, 0.02), "between")]
 )
 def test_a_temperature_that_does_not_help_or_cannot_be_trusted_is_left_out(scales, left_out):
     validation, test = (drawn(2000, 3, scale, seed=seed) for seed, scale in enumerate(scales))
@@ -100,6 +102,19 @@ def test_a_temperature_that_does_not_help_or_cannot_be_trusted_is_left_out(scale
     else:
         assert (report["temperature"], left_out in report["left_out"]) == (1.0, True)
         assert report["fitted"] == fit_temperature(*validation) != 1.0
+    # test decides nothing, and the sentence on it says what the temperature did there
+    decided = {key: value for key, value in report.items() if key != "test"}
+    assert decided == calibrate({"validation": validation})
+    worse = report["test"]["after"]["ece"] > report["test"]["before"]["ece"]
+    assert worse == (scales == (2, 0.5))
+    assert ("did not help on test" in calibration_line(report)) == worse
+
+
+def test_a_temperature_that_makes_the_error_on_validation_larger_is_left_out(monkeypatch):
+    validation = drawn(2000, 3, 1.0, seed=1)
+    monkeypatch.setattr(metrics, "fit_temperature", lambda *_: 1.5)
+    report = calibrate({"validation": validation, "test": drawn(2000, 3, 2, seed=2)})
+    assert (report["temperature"], "does not help on validation" in report["left_out"]) == (1.0, True)
 
 
 def test_items_whose_label_the_model_cannot_give_are_left_out():

@@ -14,6 +14,8 @@ from tokmask_peft.training.metrics import (
     MIXING_BINS,
     Predictions,
     code_mixing_index,
+    entity_gain,
+    entity_scores,
     scores,
     scores_by_mixing,
 )
@@ -146,3 +148,40 @@ class TestScoresByMixing:
         both = scores(np.concatenate([pure, pure]), np.array([0, 0, 2, 2, 2, 0]), LABELS)
         assert rows["0"]["f1_macro"] == both["f1_macro"] < 1.0
         assert rows["0"]["f1_weighted"] == both["f1_weighted"]
+
+
+class TestEntities:
+    LABELS = ("O", "B-x", "I-x", "B-y", "I-y")
+    GOLD, FOUND = ["Bx Ix O By", "O O", "Bx Bx Iy"], ["Bx O O By", "Bx O", "Bx Bx By"]
+
+    def ids(self, texts):
+        names = {"O": 0, "Bx": 1, "Ix": 2, "By": 3, "Iy": 4, "-": NO_PREDICTION}
+        return [np.array([names[word] for word in text.split()]) for text in texts]
+
+    def scored(self, gold, predicted):
+        return entity_scores(Predictions(self.ids(gold), self.ids(predicted)), self.LABELS)
+
+    def test_by_hand(self):
+        found = self.scored(self.GOLD, self.FOUND)
+        part = found["entities"]["per_type"]  # x: 0-1, 0-0 and 1-1 in the data; 0-0, 0-0, 0-0 and 1-1 found
+        assert (part["x"]["precision"], part["x"]["recall"]) == (2 / 4, 2 / 3)
+        assert (part["y"]["precision"], part["y"]["recall"], part["y"]["support"]) == (1.0, 1.0, 2)
+        assert found["f1_entities"] == found["entities"]["f1"] == 2 * 4 / (5 + 6)
+        low, high = found["entities"]["interval"]
+        assert 0 <= low < found["f1_entities"] < high <= 1
+        assert json.loads(json.dumps(found, allow_nan=False)) == found
+
+    @pytest.mark.parametrize(
+        ("gold", "predicted", "f1"),
+        [(["O"], ["O"], 0.0), (["Bx"], ["O"], 0.0), (["O"], ["Bx"], 0.0), (["Bx Ix"], ["Bx -"], 0.0),
+         (["Bx O"], ["Bx -"], 1.0), (["Bx", "Ix"], ["Bx", "Ix"], 1.0)],
+    )  # fmt: skip
+    def test_words_without_a_prediction_are_outside_and_texts_do_not_run_into_each_other(self, gold, predicted, f1):
+        assert self.scored(gold, predicted)["f1_entities"] == f1
+
+    def test_a_gain_is_paired(self):
+        gold, other = self.ids(self.GOLD * 20), self.ids(self.FOUND * 20)
+        better, worse = Predictions(gold, gold), Predictions(gold, other)
+        low, high = entity_gain(better, worse, self.LABELS)
+        assert 0 < low < 1 - 8 / 11 < high
+        assert entity_gain(worse, worse, self.LABELS) == [0.0, 0.0]

@@ -5,6 +5,7 @@ import pytest
 from tiny_models import tiny_tokenizer
 
 from tokmask_peft.examples import IGNORED, NO_PREDICTION, Example
+from tokmask_peft.spans import Spans
 from tokmask_peft.training.trainer import Split
 
 LABELS = ("en", "es", "other")
@@ -95,3 +96,30 @@ def test_the_trainers_metric_counts_words_beyond_the_cut_as_errors():
     assert whole.metrics(Output(whole)) == {"f1_macro": 1.0, "f1_weighted": 1.0, "accuracy": 1.0}
     words = sum(len(text.split()) for text in TEXTS)
     assert cut.metrics(Output(cut))["accuracy"] == pytest.approx(1 - cut.encoded.truncation.words_cut / words)
+
+
+def test_entities_go_on_over_windows_and_are_legal_for_the_trainer_too():
+    spans = Spans("bio", ("O", "B-x", "I-x"))
+    words = ("tengo", "canción", "mañana") * 6
+    split = Split(
+        [Example(words, ("B-x",) + ("I-x",) * 17, "")],
+        tiny_tokenizer("wordpiece"),
+        "token",
+        spans.labels,
+        24,
+        "first",
+        spans,
+    )
+    assert len(split.windows) > 1
+    count = sum(len(window.words) for window in split.windows)
+    logits = np.tile(np.float32([0, 0, 1]), (count, 1))  # every word is I-x, in every window
+    found = split.joined(logits)[0]
+    assert found.predicted[0].tolist() == found.gold[0].tolist() == [1] + [2] * 17
+
+    class Output:
+        predictions, label_ids = padded(split, value=2)
+
+    cut = split.cut_predictions(Output.predictions, Output.label_ids).predicted[0].tolist()
+    kept = len(split.encoded.kept[0])
+    assert cut == [1] + [2] * (kept - 1) + [NO_PREDICTION] * (18 - kept)
+    assert split.metrics(Output)["f1_entities"] == 0.0  # the entity is cut

@@ -30,7 +30,7 @@ from tokmask_peft.masking.embedding import unwrap
 from tokmask_peft.model.adapter import add_adapter, inputs_as_they_come
 from tokmask_peft.model.backbone import HEAD_NAMES, Backbone, head_modules, hold_in_fp32, hold_stream_in_fp32
 from tokmask_peft.model.decisions import enable_checkpointing
-from tokmask_peft.model.layers import quick_dropout
+from tokmask_peft.model.layers import quick_dropout, see_both_ways
 from tokmask_peft.model.packed import (
     Packing,
     attend_in_buckets,
@@ -281,6 +281,8 @@ def count_step(
     """
     gpu, low = setting.device_type != "cpu", setting.dtype != torch.float32
     bare: Any = bare_model(with_layers(setting.config, layers + below), recipe.data.task, setting.dtype)
+    if recipe.model.attention == "bidirectional":
+        see_both_ways(bare)
     new_modules = head_modules(bare)
     kept_whole = tuple(f"{name}." for name in (*HEAD_NAMES, *new_modules))
     for name, module in bare.named_modules() if setting.quantization != "none" else ():

@@ -54,7 +54,7 @@ def score_perturbed(
     ids = {label: number for number, label in enumerate(labels)}
     gold = [np.array([ids[tag] for tag in example.tags], dtype=np.int64) for example in texts]
     words_given = get_task(classifier.task).words_given
-    given: list[Any] = [list(example.words) if words_given else example.string for example in texts]
+    given: list[Any] = [example.text for example in texts]
     windows = list(classifier.encoder.windows(given))
     plain = predicted(classifier, windows, batch_size)
 
@@ -119,7 +119,8 @@ def predicted(classifier: Classifier, windows: Sequence[Window], batch_size: int
     for number, window in enumerate(windows):
         of_text.setdefault(window.text, []).append(number)
     join, parts = get_task(classifier.task).join, [of_text[text] for text in sorted(of_text)]
-    return [join([windows[n] for n in own], [logits[n] for n in own]).argmax(-1) for own in parts]
+    found = [join([windows[n] for n in own], [logits[n] for n in own]).argmax(-1) for own in parts]
+    return [np.array(classifier.legal.repaired_ids(row.tolist())) for row in found] if classifier.legal else found
 
 
 def robustness(
