@@ -134,8 +134,8 @@ def start_run(run: RunFolder, recipe_text: str, fingerprint: Mapping[str, str]) 
     if changed := [key for key, value in fingerprint.items() if before.get(key, value) != value]:
         values = f" ({before['labels']} before, {fingerprint['labels']} now)" if "labels" in changed else ""
         problem = f"was started with other data or another backbone; what has changed: {', '.join(changed)}{values}"
-        remedy = "Restore it, or start another run (name=…)"
-        raise RunError(f"the run {run.root} {problem}. {remedy}", code="other-data", changed=changed)
+        problem = f"the run {run.root} {problem}. Restore it, or start another run (name=…)"
+        raise RunError(problem, code="other-data", changed=changed)
 
 
 @contextlib.contextmanager
@@ -314,10 +314,10 @@ class AdapterInfo(_Part):
 
     def write(self, adapter: Path) -> None:
         """Write the file into an adapter folder."""
-        found = self.model_dump(mode="json", exclude=None if self.pair else {"pair"})
+        exclude: dict[str, Any] = {} if self.pair else {"pair": True}
         if self.loading is not None and self.loading.spans == NO_SPANS:
-            del found["loading"]["spans"]
-        write_json(adapter / ADAPTER_FILE, found)
+            exclude["loading"] = {"spans"}
+        write_json(adapter / ADAPTER_FILE, self.model_dump(mode="json", exclude=exclude))
 
     @classmethod
     def read(cls, adapter: Path) -> Self:

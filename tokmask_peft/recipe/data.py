@@ -165,9 +165,8 @@ class DataConfig(SourceConfig):
     )
     spans: Literal["auto", "none", "bio", "iob1", "bioes", "bilou"] = Field(
         "auto",
-        description="one label per word: whether the labels mark entities, which are then scored and listed, too: bio "
-        "(B-TYPE, I-TYPE and O, also called IOB2), iob1 (B- only where two of a type meet), bioes or bilou; auto: by "
-        "the labels",
+        description="one label per word: how the labels mark entities, which are then scored and listed, too: bio (or "
+        "IOB2), iob1 (B- only where two of a type meet), bioes or bilou; none: they do not; auto: by the labels",
     )
     max_length: int = Field(128, ge=4, description="sub-tokens per text; longer texts are truncated and reported")
     hygiene: Literal["remove", "report"] = Field(

@@ -261,11 +261,11 @@ class Recipe(Section):
         if get_task(self.data.task).several and self.masking.make_schedule().reacts:
             why = f"masking.schedule: {self.masking.schedule} counts right answers, of which each text has one"
             raise ValueError(f"{why}: take constant, linear, cosine or warmup for several labels per text")
-        if self.data.spans not in ("auto", "none") and not get_task(self.data.task).words_given:
+        spans = self.data.spans if get_task(self.data.task).words_given else "none"
+        if self.data.spans not in ("auto", spans):
             raise ValueError("data.spans: entities are marked by labels of words: take a task with one label per word")
-        per_word = get_task(self.data.task).words_given
-        if self.training.best_metric == "f1_entities" and (self.data.spans == "none" or not per_word):
-            why = "training.best_metric is f1_entities, but the labels mark no entities (data.spans is none or auto)"
+        if self.training.best_metric == "f1_entities" and spans == "none":
+            why = "training.best_metric is f1_entities, but the labels mark no entities (data.spans)"
             raise ValueError(f"{why}: set data.spans to the scheme of the labels, or training.best_metric=f1_macro")
         if self.masking.where != "all" or self.masking.decoder_p > 0:
             why = "masking.where and masking.decoder_p are for models that generate, in trainers of your own"
