@@ -153,9 +153,9 @@ def copy_recipe(
 
 @recipes_app.command("fields")
 def list_fields(
-    about: Annotated[str, typer.Argument(metavar="FILTER", help="only keys with this in their names")] = "",
+    about: Annotated[str, typer.Argument(metavar="FILTER", help="only keys with this text in their names")] = "",
 ) -> None:
-    """Explain the keys that a recipe may hold, with their defaults and what they take."""
+    """List the keys of a recipe, with their meanings, defaults and possible values."""
     from tokmask_peft.recipe.loading import field_help
 
     echo("\n".join(field_help(about)))

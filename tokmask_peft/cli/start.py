@@ -19,6 +19,7 @@ import typer
 from tokmask_peft.cli.app import TRAIN, app, checked
 from tokmask_peft.console import Decision, echo, make_console, print_decisions, print_lines, quiet_libraries
 from tokmask_peft.errors import RecipeError, TokmaskError
+from tokmask_peft.examples import Example, Pair
 
 if TYPE_CHECKING:
     from tokmask_peft.data.corpus import Corpus
@@ -105,16 +106,19 @@ def is_data(given: str) -> bool:
 
 
 class Draft(NamedTuple):
-    """A recipe, the decisions that it comes from, and what was read."""
+    """A recipe, the decisions that it comes from, what was read, and what must be known before a training."""
 
     content: dict[str, Any]
     recipe: Recipe
     decisions: list[Decision]
     corpus: Corpus
+    warnings: list[str]
 
     def show(self, *more: Decision) -> None:
-        """Print decisions and data."""
+        """Print warnings, decisions and data."""
         console = make_console()
+        for warning in self.warnings:
+            console.print(f"Warning: {warning}\n", markup=False)
         print_decisions(console, [*self.decisions, *more])
         print_lines(console, "Data", self.corpus.report.lines())
 
@@ -126,6 +130,8 @@ class Draft(NamedTuple):
         name = shlex.quote(str(target))
         lines = [f"# Written by: {made_by}", f"#   tokmask train {name}", f"#   tokmask validate {name} --data"]
         lines.append("# Change what is wrong; `tokmask recipes fields` lists all keys.")
+        for warning in self.warnings:
+            lines += textwrap.wrap(f"Warning: {warning}", WIDTH, initial_indent="# ", subsequent_indent="# ")
         data = {"path": here} | {name: value for name, value in self.content["data"].items() if name != "path"}
         for key, value in (self.content | {"data": data}).items():
             if not isinstance(value, dict):
@@ -172,12 +178,15 @@ def make_draft(paths: Sequence[Path], overrides: Sequence[str], backbones: Seque
     from tokmask_peft.data.columns import SPLITS, likeliest
     from tokmask_peft.data.detect import detect, looks_english, scripts
     from tokmask_peft.data.split import canonical
+    from tokmask_peft.model.backbone import load_tokenizer
     from tokmask_peft.tasks import get_task
+    from tokmask_peft.training.scoring import language_warnings
 
     ask = _ask if not yes and is_terminal() else likeliest
     found, corpus = detect(paths, given["data"], ask, given.get("seed", 42))
     texts, words_given = [example.string for example in corpus.train], get_task(corpus.task).words_given
-    model, cost, why = _choose_backbone(given["model"], backbones, looks_english(texts), words_given, texts)
+    english = looks_english(texts)
+    model, cost, why = _choose_backbone(given["model"], backbones, english, words_given, _running(corpus.train))
     root = Path(found.data["path"]).absolute()
     named = root if root.is_dir() or canonical(root.stem) not in SPLITS else root.parent
     name = re.sub(r"[^\w.-]+", "-", named.name if named.is_dir() else named.name.partition(".")[0]) or "data"
@@ -185,7 +194,11 @@ def make_draft(paths: Sequence[Path], overrides: Sequence[str], backbones: Seque
     letters = ", ".join(f"{script} {share:.0%}" for script, share in scripts(texts).items()) or "none"
     language = Decision("data.language", "not set", f"for the model card, such as [sw, en]; scripts: {letters}")
     decisions = [*corpus.report.decisions, *found.decisions, language, why, *_settings(content, corpus, cost)]
-    return Draft(content, check(content, source="init"), decisions, corpus)
+    recipe, warnings = check(content, source="init"), []
+    if cost is not None:  # its tokenizer is here
+        found_odd = language_warnings(recipe.model.backbone, load_tokenizer(recipe.model), corpus.train)
+        warnings = [one["message"] for one in found_odd]
+    return Draft(content, recipe, decisions, corpus, warnings)
 
 
 def is_terminal() -> bool:
@@ -221,13 +234,19 @@ class _Cost(NamedTuple):
         return f"{self.per_word:.2f}" + (f" ({self.unknown:.0%} unknown)" if self.unknown >= 0.01 else "")
 
 
-def _cost(config: ModelConfig, texts: Sequence[str], most: int | None = COUNTED) -> _Cost:
+def _running(examples: Sequence[Example]) -> list[Any]:
+    """Return texts as strings, or as pairs."""
+    return [example.text if isinstance(example.text, Pair) else example.string for example in examples]
+
+
+def _cost(config: ModelConfig, texts: Sequence[Any], most: int | None = COUNTED) -> _Cost:
     """Tokenize the first `most` texts."""
+    from tokmask_peft.data.encoding import batch_of
     from tokmask_peft.model.backbone import load_tokenizer
 
     tokenizer, texts = load_tokenizer(config), texts[:most]
-    rows = tokenizer(list(texts), add_special_tokens=True, verbose=False).input_ids
-    total = sum(map(len, rows)) - tokenizer.num_special_tokens_to_add() * len(rows)
+    rows = tokenizer(*batch_of(texts), add_special_tokens=True, verbose=False).input_ids
+    total = sum(map(len, rows)) - tokenizer.num_special_tokens_to_add(isinstance(texts[0], Pair)) * len(rows)
     unknown = sum(row.count(tokenizer.unk_token_id) for row in rows) if tokenizer.unk_token_id is not None else 0
     words = sum(len(text.split()) for text in texts)
     return _Cost(total / max(words, 1), unknown / max(total, 1), sorted(map(len, rows)))
@@ -243,7 +262,7 @@ def _at_hand(config: ModelConfig) -> bool:
         location = backbone_location(config)
     except TokmaskError:
         return False
-    return Path(location).is_dir() or isinstance(try_to_load_from_cache(location, "model.safetensors"), str)
+    return Path(location).exists() or isinstance(try_to_load_from_cache(location, "model.safetensors"), str)
 
 
 def _model(backbone: str) -> dict[str, Any]:
@@ -256,7 +275,7 @@ def _model(backbone: str) -> dict[str, Any]:
 
 
 def _choose_backbone(
-    given: dict[str, Any], named: Sequence[str], english: bool, words_given: bool, texts: Sequence[str]
+    given: dict[str, Any], named: Sequence[str], english: bool, words_given: bool, texts: Sequence[Any]
 ) -> tuple[dict[str, Any], _Cost | None, Decision]:
     """Return the keys of `model` with what they cost and why: as the user says, or what suits language and hardware."""
     import torch
@@ -281,7 +300,8 @@ def _choose_backbone(
         why += "a GPU is here" if gpu else "no GPU is here"
         if not here[0] and constants.HF_HUB_OFFLINE and any(here):
             best = here.index(True)
-            why = f"{suits} would suit better, but it is not on this machine, and HF_HUB_OFFLINE is set"
+            why = f"{suits} would suit better, but it is not on this machine, and HF_HUB_OFFLINE is set: set "
+            why += "model.backbone_path to a folder with it, or to null with a network"
     counted = [f"{one['backbone']} {cost}" for one, cost in zip(choices, costs, strict=True) if cost is not None]
     why += f". Sub-tokens a word: {', '.join(counted)}" if counted else ""
     why += "" if here[best] else ". Training downloads it"
@@ -338,8 +358,8 @@ def recipe_of(given: str, more: Sequence[str], *, resume: bool, quiet: bool, yes
     draft = make_draft(paths, overrides, [], yes or resume)
     if resume and (started := draft.recipe.run_dir / "recipe.yaml").is_file():
         return checked(str(started), overrides)
-    if not quiet and os.environ.get("RANK", "0") == "0":
-        print_decisions(make_console(), draft.decisions)
+    if not quiet and os.environ.get("RANK", "0") == "0":  # the training prints what was decided while reading
+        print_decisions(make_console(), [one for one in draft.decisions if one not in draft.corpus.report.decisions])
     return draft.recipe
 
 
@@ -353,7 +373,7 @@ def print_data(recipe: Recipe) -> None:
     if _at_hand(recipe.model):
         most = recipe.data.max_length
         for name in corpus.report.splits:
-            lengths = _cost(recipe.model, [example.string for example in getattr(corpus, name)], None).lengths
+            lengths = _cost(recipe.model, _running(getattr(corpus, name)), None).lengths
             long, longest = sum(length > most for length in lengths), max(lengths, default=0)
             lines.append(f"{name}: {long:,} texts are longer than {most} sub-tokens; the longest has {longest:,}")
     else:

@@ -19,7 +19,7 @@ from tokmask_peft.data.readers import find_files, read_split
 from tokmask_peft.data.split import canonical, carve, subset
 from tokmask_peft.errors import DataError, nearest
 from tokmask_peft.examples import Example, Label
-from tokmask_peft.recipe.schema import DataConfig, SourceConfig
+from tokmask_peft.recipe.data import DataConfig, SourceConfig
 from tokmask_peft.spans import NO_SPANS, Spans, find_scheme
 from tokmask_peft.tasks import get_task
 
@@ -51,7 +51,7 @@ def apply_label_map(
     merges = tuple(Merge(tag, new[tag], n) for tag, n in seen.items() if new[tag] != tag or tag in label_map)
 
     def mapped(label: Label) -> Label:
-        return new[label] if isinstance(label, str) else tuple(new[tag] for tag in label or ())
+        return new[label] if isinstance(label, str) else type(label or ())(new[tag] for tag in label or ())
 
     return [replace(example, label=mapped(example.label)) for example in examples], merges
 
@@ -277,7 +277,8 @@ def load_corpus(config: DataConfig, seed: int) -> Corpus:
         missing = size - len(mapped[name][0]) if name in mapped else 0
         splits[name] = SplitCounts(sources[name], size, len(examples), words, dict(count_labels(examples)), missing)
     found_labels = count_labels(chain.from_iterable(examples for examples, _ in mapped.values()))
-    warnings = (*unknown, *_warnings(config, merges, splits, found_labels))
+    strings = Counter(example.string for example in chain.from_iterable(examples for examples, _ in mapped.values()))
+    warnings = (*unknown, *_warnings(config, merges, splits, found_labels, strings))
     scheme: str = config.spans
     if scheme == "auto":
         per_word, texts = get_task(config.task).words_given, (example.tags for example in train)
@@ -328,16 +329,23 @@ def _warnings(
     merges: Mapping[str, Sequence[Merge]],
     splits: Mapping[str, SplitCounts],
     labels: Mapping[str, int],
+    texts: Mapping[str, int],
 ) -> list[str]:
     """List what looks like a mistake but may be intended."""
     matched = {merge.old for found in merges.values() for merge in found} | {OTHERS}
     unmatched = [key for key in config.label_map or {} if key not in matched]
     warnings = [f"data.label_map: no label '{key}' in the data; the key has no effect" for key in unmatched]
-    absent = [] if config.missing is not None else _like_missing(labels, named="." in str(config.label_column))
-    if absent:
-        found = ", ".join(f"'{label}' ({labels[label]:,})" for label in absent)
-        remedy = f"if so, set data.missing={json.dumps(absent)} to leave these texts out, otherwise data.missing=[]"
-        warnings.append(f"labels that look like a missing value: {found}; {remedy}")
+    if config.missing in (None, ("",)):  # which is set for a file with empty cells
+        odd = {
+            "labels": {one: labels[one] for one in _like_missing(labels, named="." in str(config.label_column))},
+            "texts": {one: count for one, count in texts.items() if one.casefold() in _LIKE_MISSING},
+        }
+        known = config.missing or ()
+        remedy = f"set data.missing={json.dumps([*dict.fromkeys([*known, *odd['labels'], *odd['texts']])])}"
+        remedy += " to leave these texts out, otherwise " + ("leave it as it is" if known else "data.missing=[]")
+        for what, counts in odd.items():
+            if found := ", ".join(f"'{one}' ({count:,})" for one, count in counts.items()):
+                warnings.append(f"{what} that look like a missing value: {found}; if so, {remedy}")
     if new := respelled(labels):
         variants = ", ".join(
             f"'{old}' ({labels[old]:,}) and '{label}' ({labels[label]:,})" for old, label in new.items()

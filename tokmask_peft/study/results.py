@@ -177,14 +177,14 @@ def _signs(results: SweepResults, rows: dict[Row, dict[str, Any]]) -> dict[str, 
     """
     found: dict[str, Any] = {"falling": [], "stuck": [], "unshown": []}
     for setting in dict.fromkeys(row.setting for row in rows):
-        mine = {row: about for row, about in rows.items() if row.setting == setting}
-        for kind in dict.fromkeys(row.regularizers for row in mine):
-            by_rate = sorted((row for row in mine if row.regularizers == kind), key=lambda row: row.p)
-            scores = [mine[row]["f1_macro"]["mean"] for row in by_rate]
+        of_setting = {row: about for row, about in rows.items() if row.setting == setting}
+        for kind in dict.fromkeys(row.regularizers for row in of_setting):
+            by_rate = sorted((row for row in of_setting if row.regularizers == kind), key=lambda row: row.p)
+            scores = [of_setting[row]["f1_macro"]["mean"] for row in by_rate]
             if len(scores) > 2 and by_rate[0].p == 0 and all(a > b for a, b in itertools.pairwise(scores)):
                 rates = [row.p for row in by_rate]
                 found["falling"].append({"label": by_rate[-1].label, "rates": rates, "f1_macro": scores})
-        differences = (about.get("difference", {}).get("f1_macro") for about in mine.values())
+        differences = (about.get("difference", {}).get("f1_macro") for about in of_setting.values())
         shown = [one for one in differences if one]
         sds = [one["sd"] for one in shown if one["sd"]]
         if sds and all(one["p_holm"] > 0.05 for one in shown):

@@ -9,7 +9,7 @@ from tokmask_peft.data.corpus import count_labels, load_corpus
 from tokmask_peft.data.readers import read_split
 from tokmask_peft.errors import DataError
 from tokmask_peft.examples import Example
-from tokmask_peft.recipe.schema import DataConfig, SourceConfig
+from tokmask_peft.recipe.data import DataConfig, SourceConfig
 
 
 @pytest.fixture
@@ -216,6 +216,18 @@ def test_labels_that_look_like_a_missing_value_are_a_warning_with_the_key_that_l
         assert set(corpus.labels) == set(labels) - set(found)
         assert corpus.report.splits["train"].missing == 60 // len(labels)
         assert f"left out as missing: {60 // len(labels)}" in corpus.report.lines()[0]
+
+
+def test_texts_that_look_like_a_missing_value_are_a_warning_too(tmp_path):
+    rows = [(f"la casa {at} azul", "xy"[at % 2]) for at in range(40)] + [("nan", "x"), ("NaN", "y"), ("nan", "y")]
+    lines = "".join(f"{text},{label}\n" for text, label in [("text", "label"), *rows])
+    (tmp_path / "train.csv").write_text(lines + "la casa 40 azul,\n")
+    given = {"validation": 0.25, "test": None}
+    (warning,) = load_corpus(config(tmp_path, missing=[""], **given), 1).report.warnings
+    assert "'nan' (2), 'NaN' (1)" in warning
+    assert 'data.missing=["", "nan", "NaN"]' in warning
+    corpus = load_corpus(config(tmp_path, missing=["", "nan", "NaN"], **given), 1)
+    assert (corpus.report.splits["train"].missing, corpus.report.warnings) == (4, ())
 
 
 def test_a_text_is_left_out_if_it_or_one_of_its_tags_is_missing(tmp_path):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from tokmask_peft.data.encoding import Encoder
+from tokmask_peft.data.encoding import Encoder, foreign_words
 from tokmask_peft.errors import DataError
 from tokmask_peft.examples import IGNORED, Example
 
@@ -40,6 +40,27 @@ def bert(tmp_path_factory):
     path = tmp_path_factory.mktemp("bert") / "vocab.txt"
     path.write_text("\n".join(WORDPIECES) + "\n")
     return BertTokenizer(vocab={word: number for number, word in enumerate(WORDPIECES)})
+
+
+@pytest.mark.parametrize(
+    ("text", "size", "found"),
+    [
+        ("me gusta la fiesta! @baaabbb #abab https://ab.ab/abba 2 2 2", 12_000, None),
+        ("abba baab", 12_000, "4.0 pieces"),
+        ("abba baab", 100_000, None),  # of many languages
+        ("abba baab", 20, None),  # of a test
+        ("ab ab gusta ሰላም", 100_000, "does not know 17%"),
+        ("😀 12", 12_000, None),
+        ("", 12_000, None),
+    ],
+)
+def test_words_of_another_language(text, size, found):
+    from transformers import BertTokenizer
+
+    words = [*WORDPIECES, "##a", "##b", *(f"unused{at}" for at in range(size - len(WORDPIECES) - 2))]
+    tokenizer = BertTokenizer(vocab={word: number for number, word in enumerate(words)})
+    why = foreign_words(tokenizer, [text] * 3)
+    assert (why is None) if found is None else (found in why)
 
 
 @pytest.fixture(scope="module")

@@ -130,7 +130,7 @@ def test_signs_of_failure_are_named_where_they_are_seen(made_up_sweep):
     sds = [row["difference"]["f1_macro"]["sd"] for row in statistics(report)["rows"] if "difference" in row]
     for gain, sd in zip(unshown["gains"], sorted(sds), strict=True):
         assert (seeds_needed(gain * 1.001, sd), seeds_needed(gain * 0.999, sd)) == (3, 4)
-    assert "they are too few" in report.summary
+    assert "true differences are smaller" in report.summary
 
 
 RATES, UP = {"p": "0,0.1"}, {"p0.1": 0.3}
@@ -140,27 +140,32 @@ LACKING = {"p": "0,0.1,0.3", "seeds": "8", "leave_out": [f"p0.3-seed{seed}" for 
 @pytest.mark.parametrize(
     ("gains", "sweep", "expected", "absent"),
     [
-        ({}, {**RATES, "seeds": "1"}, ["With 1 seed the sign-flip test", "(p = 1, after Holm 1)"], "With 1 seeds"),
+        (
+            {},
+            {**RATES, "seeds": "1"},
+            ["With 1 seed the sign-flip test", "(p = 1, 1 after Holm's correction)"],
+            "With 1 seeds",
+        ),
         (
             UP,
             {**RATES, "seeds": "3"},
-            ["cannot give a p-value below 0.25", "At least 6 seeds are needed"],
+            ["cannot give a p-value below 0.25", "It takes at least 6 seeds"],
             "a single arm",
         ),
-        (UP, {**RATES, "seeds": "3"}, ["not a difference that the seeds establish (p = 0.25"], "0 of 3 seeds"),
+        (UP, {**RATES, "seeds": "3"}, ["not established by these seeds (p = 0.25"], "0 of 3 seeds"),
         (
             UP,
             {**RATES, "seeds": "8"},
-            ["8 of 8 seeds), a difference that the seeds establish (p = 0.00781"],
+            ["8 of 8 seeds), established by these seeds (p = 0.00781"],
             "cannot give",
         ),
         # an arm that lacks seeds does not speak for the others
-        (UP, LACKING, ["p = 0.1: macro-F1 higher", "seeds), a difference that the seeds establish"], "With 8 seeds"),
+        (UP, LACKING, ["p = 0.1: macro-F1 higher", "seeds), established by these seeds"], "With 8 seeds"),
         (UP, LACKING, ["With 2 seeds the sign-flip", "no difference can be established for p = 0.3."], "for p = 0.1"),
         (
             UP,
             LACKING,
-            ["6 runs have no result and are left out", "If --prune stopped them, they are the worse"],
+            ["6 runs have no result and are left out", "If --prune stopped them, they were the worse"],
             "add 0",
         ),
         ({}, {**RATES, "seeds": "6"}, [], "single arm"),
@@ -257,7 +262,7 @@ class TestPage:
             assert f"{row['f1_macro']['mean']:.4f}" in page
 
     @pytest.mark.parametrize(
-        ("seeds", "rates", "words"), [("2", "0,0.1", "no difference"), ("3", "0", "nothing to compare")]
+        ("seeds", "rates", "words"), [("2", "0,0.1", "No difference"), ("3", "0", "nothing to compare")]
     )
     def test_what_the_seeds_do_not_show_is_not_claimed(self, made_up_sweep, seeds, rates, words):
         page = sweep_report(made_up_sweep({"p0.1": 0.2}, p=rates, seeds=seeds)).page.read_text()
@@ -284,8 +289,8 @@ def test_the_verdict_counts_the_other_arms_that_differ():
     one = {"p_holm": 0.01, "mean": 0.1, "n": 5, "interval": None}
     for others, words in (
         (0, "correction."),
-        (1, " 1 more of 3 arms differs, too."),
-        (2, " 2 more of 3 arms differ, too."),
+        (1, " So does 1 more of the 3 arms."),
+        (2, " So do 2 more of the 3 arms."),
     ):
         rest = [one | {"p_holm": 0.9}] * (2 - others)
         compared = [({"label": "mask"}, found) for found in [one] * (1 + others) + rest]

@@ -5,7 +5,7 @@ import pytest
 
 from tokmask_peft.artifacts import Result
 from tokmask_peft.training.metrics import scores
-from tokmask_peft.training.scoring import warnings_of
+from tokmask_peft.training.scoring import language_warnings, warnings_of
 
 LABELS = ["no", "unsure", "yes"]
 GOLD = np.array([0, 0, 1, 1, 2, 2, 2, 2])
@@ -39,6 +39,31 @@ def test_each_fault_is_said_with_the_key_to_change(given, expected):
     for one in found:
         assert one["key"] in one["message"]
     assert Result.from_dict(made.to_dict()) == made
+
+
+@pytest.mark.parametrize(
+    ("losses", "best", "warned"),
+    [
+        ([1.0, 1.4, 2.8], 3, True),
+        ([1.0, 1.4, 2.8], 2, False),
+        ([2.8, 1.0], 1, False),
+        ([1.0, 1.2], 2, False),
+        ([], 2, 0),
+    ],
+)
+def test_a_loss_that_rose_before_the_checkpoint(losses, best, warned):
+    log = [{"step": at, "epoch": at / 2, "eval_loss": loss} for at, loss in enumerate(losses, 1)] + [{"step": 9}]
+    found = warnings_of(result(best_step=best), log)
+    assert [(one["code"], one["key"]) for one in found] == ([("loss-rose", "training.epochs")] if warned else [])
+    assert not found or "after epoch 0.5, from 1.00 to 2.80 at epoch 1.5" in found[0]["message"]
+
+
+def test_a_backbone_of_another_language(monkeypatch):
+    monkeypatch.setattr("tokmask_peft.training.scoring.foreign_words", lambda tokenizer, texts: tokenizer)
+    assert language_warnings("a", None, []) == language_warnings("intfloat/multilingual-e5-small", "cuts", []) == []
+    (found,) = language_warnings("a/b", "cuts a word into 2.7 pieces", [])
+    assert (found["code"], found["key"]) == ("another-language", "model.backbone")
+    assert "model.backbone_path=e5-small" in found["message"]
 
 
 def test_the_labels_are_named():

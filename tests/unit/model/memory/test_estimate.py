@@ -92,6 +92,17 @@ def test_fp16(family, shape, tmp_path, monkeypatch):
     near(found.weights + found.embedding + found.adapter, static, 0.01)
 
 
+@pytest.mark.parametrize("shape", [PADDED, PACKED])
+def test_a_decoder_that_sees_both_ways(shape, tmp_path):
+    model, tokenizer = build("qwen2", num_key_value_heads=4)
+    save_random(model.base_model.config, tokenizer, tmp_path, torch.float32)
+    settings = {"quantization": "none", "precision": "fp32", "attention": "bidirectional"}
+    config = AutoConfig.from_pretrained(tmp_path, num_labels=len(LABELS))
+    found, (saved, peak, _) = both(config, make_recipe(tmp_path, model=settings), shape)
+    near(found.activations, saved, 0.02)
+    near(found.activations + found.workspace, peak, 0.05)
+
+
 CHECKPOINTED = {"gradient_checkpointing": True}
 
 
