@@ -64,9 +64,12 @@ def test_real_shapes(name, layers, shape, quantization, precision, adapter, tmp_
         near(found.evaluation, measure_forward(recipe, LARGE), 0.02)
 
 
-@pytest.mark.parametrize(("family", "task"), [*((name, "sequence") for name in FAMILIES), ("bert", "token")])
+@pytest.mark.parametrize(
+    ("family", "task"),
+    [*((name, "sequence") for name in (*FAMILIES, "electra", "phi3", "gpt2", "deberta-v3")), ("bert", "token")],
+)
 def test_every_family(family, task, tmp_path):
-    depth = "n_layers" if family == "distilbert" else "num_hidden_layers"
+    depth = {"distilbert": "n_layers", "gpt2": "n_layer"}.get(family, "num_hidden_layers")
     model, tokenizer = build(family, task, **{depth: 6})
     save_random(model.base_model.config, tokenizer, tmp_path, torch.float32)
     recipe = make_recipe(tmp_path, task, model={"quantization": "none", "precision": "fp32"})
