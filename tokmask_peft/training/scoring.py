@@ -265,7 +265,7 @@ def warnings_of(result: Result, log: Sequence[Mapping[str, Any]] = ()) -> list[d
     lacking = [label for label in result.labels if not result.validation["per_class"][label]["support"]]
     if lacking:
         says = f"no {item} of validation has the label {_listed(lacking)}, so it had no part in choosing the checkpoint"
-        remedy = f"set aside more texts (data.validation=0.2){join.format('labels')}"
+        remedy = f"set aside a larger share (data.validation){join.format('labels')}"
         found.append(("label-not-in-validation", f"{says}: {remedy}", "data.validation"))
     floors = {"character n-grams": result.baseline, "a linear probe on the frozen backbone": result.probe}
     for name, floor in floors.items():
