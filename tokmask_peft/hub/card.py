@@ -173,10 +173,8 @@ def label_on(recipe: Recipe, result: Result) -> str:
 def loading_snippet(recipe: Recipe, result: Result, folder: str, spaced_words: bool = False) -> str:
     """Return Python that loads the adapter in `folder` with PEFT only and predicts, labels and pooling included."""
     task = get_task(recipe.data.task)
-    auto, use = (
-        task.auto_class.replace("AutoModel", "AutoPeftModel"),
-        task.use(task.snippet, result.labels, result.calibration),
-    )
+    auto = task.auto_class.replace("AutoModel", "AutoPeftModel")
+    use = task.use(task.snippet, result.labels, result.calibration)
     if spaced_words:  # only a task whose texts are words tokenizes `words`
         spaced = 'spaced = [words[0], *(f" {word}" for word in words[1:])]  # as in running text'
         use = use.replace("inputs = tokenizer(words,", f"{spaced}\ninputs = tokenizer(spaced,")
