@@ -18,7 +18,7 @@ from tokmask_peft.data.readers import TextFile, read_split
 from tokmask_peft.data.split import carve, subset
 from tokmask_peft.errors import DataError, ModelError, RecipeError
 from tokmask_peft.examples import Example, LabelSet
-from tokmask_peft.recipe.schema import DataConfig, SourceConfig
+from tokmask_peft.recipe.data import DataConfig, SourceConfig
 from tokmask_peft.tasks import get_task
 from tokmask_peft.training.head import probe
 from tokmask_peft.training.losses import ClassificationLoss

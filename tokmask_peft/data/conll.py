@@ -1,7 +1,6 @@
 """Texts with a word in each row: the rows of a table that make a text, and column files (CoNLL).
 
 In a column file there is a word per line, its tags in further columns, a blank line between texts.
-
 LinCE, CALCS, SentiMix and Universal Dependencies differ in comments, separators and columns. What looks like a comment
 may be a word of a tweet, so these are the rules:
 

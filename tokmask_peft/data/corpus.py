@@ -19,7 +19,7 @@ from tokmask_peft.data.readers import find_files, read_split
 from tokmask_peft.data.split import canonical, carve, subset
 from tokmask_peft.errors import DataError, nearest
 from tokmask_peft.examples import Example, Label
-from tokmask_peft.recipe.schema import DataConfig, SourceConfig
+from tokmask_peft.recipe.data import DataConfig, SourceConfig
 from tokmask_peft.spans import NO_SPANS, Spans, find_scheme
 from tokmask_peft.tasks import get_task
 

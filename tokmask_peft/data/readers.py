@@ -28,7 +28,7 @@ from tokmask_peft.data.split import NAME_A_SPLIT, SHARD, aliases, check_shards
 from tokmask_peft.data.tables import SNIFFED, is_quoted, separator_of
 from tokmask_peft.errors import DataError, TokmaskError, first_line, nearest
 from tokmask_peft.examples import Example, Pair, Unreadable
-from tokmask_peft.recipe.schema import SourceConfig
+from tokmask_peft.recipe.data import SourceConfig
 from tokmask_peft.tasks import get_task
 
 SHOWN = 5

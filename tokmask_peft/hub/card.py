@@ -18,7 +18,8 @@ from jinja2 import Template
 from tokmask_peft.artifacts import Result
 from tokmask_peft.console import baseline_verdict, printable
 from tokmask_peft.errors import write_whole
-from tokmask_peft.recipe.schema import Recipe, SourceConfig
+from tokmask_peft.recipe.data import SourceConfig
+from tokmask_peft.recipe.schema import Recipe
 from tokmask_peft.tasks import get_task
 
 PLACEHOLDER = "PATH_OR_HUB_ID"

@@ -253,18 +253,19 @@ def warnings_of(result: Result, log: Sequence[Mapping[str, Any]] = ()) -> list[d
     counts = get_task(result.task).counts_given(scored)
     given = [label for label in result.labels if counts.get(label)]
     found: list[tuple[str, str, str]] = []
+    join = "" if "entities" in scored else ", or join {} (data.label_map)"  # B-X is never joined with I-X
     if len(given) == 1 < len(result.labels):
         says = f"every {item} of {where} gets the label '{given[0]}', so nothing was learned"
         remedy = "train for more steps (training.epochs, training.batch_size), start with training.head=probe"
         found.append(("one-label", f"{says}: {remedy}, or try another training.learning_rate", "training.epochs"))
     elif never := [label for label in result.labels if label not in given and scored["per_class"][label]["support"]]:
-        remedy = "give rare labels more weight (training.class_weights=inverse), or join them (data.label_map)"
+        remedy = f"give rare labels more weight (training.class_weights=inverse){join.format('them')}"
         says = f"no {item} of {where} gets the label {_listed(never)}, although some have it: {remedy}"
         found.append(("label-never-predicted", says, "training.class_weights"))
     lacking = [label for label in result.labels if not result.validation["per_class"][label]["support"]]
     if lacking:
         says = f"no {item} of validation has the label {_listed(lacking)}, so it had no part in choosing the checkpoint"
-        remedy = "set aside more texts (data.validation=0.2), or join labels (data.label_map)"
+        remedy = f"set aside more texts (data.validation=0.2){join.format('labels')}"
         found.append(("label-not-in-validation", f"{says}: {remedy}", "data.validation"))
     floors = {"character n-grams": result.baseline, "a linear probe on the frozen backbone": result.probe}
     for name, floor in floors.items():

@@ -155,7 +155,8 @@ def test_descriptions_help_with_what_is_missing(tmp_path):
     path = tmp_path / "bad.yaml"
     path.write_text("name: x\nmodel: {}\ndata: {path: y}\n")
     assert problems(recipe=path) == [
-        "model.backbone: is missing; expected text (model id on the Hugging Face Hub, or a local folder)",
+        "model.backbone: is missing; expected text (model id on the Hugging Face Hub, a folder, or a .gguf file: here, "
+        "or OWNER/REPOSITORY/FILE.gguf on the Hub)",
         "data.task: is missing; expected 'sequence' or 'token' (sequence: one label per text; token: one label per "
         "word)",
     ]
