@@ -2,10 +2,10 @@
 
     TOKMASK_DATA=FOLDER TOKMASK_BACKBONES=FOLDER python benchmarks/decoders.py [--only lince-lid] [--seeds 1,2,3]
 
-A cell is a corpus, a seed and an arm. The seed draws 500 texts, 75 of them for validation; the test texts are 400 of the
-corpus's own. Three epochs, to be affordable on a CPU; all else is as in recipes/_backbones/gemma3-270m.yaml. The backbone
-is `gemma-270m` below TOKMASK_BACKBONES. transformers has no head for words on Gemma 3: this file makes one, as for its
-other decoders. Cells that are in `results/decoders.json` are not run again.
+A cell is a corpus, a seed and an arm. The seed draws 500 texts, 75 of them for validation; the test texts are 400 of
+the corpus's own. Three epochs, to be affordable on a CPU; all else is as in recipes/_backbones/gemma3-270m.yaml. The
+backbone is `gemma-270m` below TOKMASK_BACKBONES. transformers has no head for words on Gemma 3: this file makes one,
+as for its other decoders. Cells that are in `results/decoders.json` are not run again.
 """
 
 from __future__ import annotations
