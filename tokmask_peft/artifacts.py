@@ -9,7 +9,6 @@ import contextlib
 import itertools
 import json
 import re
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from os import PathLike
@@ -19,12 +18,13 @@ from typing import Any, Literal, Self
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
-from tokmask_peft.errors import ModelError, RunError, first_line, read_json, read_log, write_json, write_whole
+from tokmask_peft.errors import ModelError, RunError, first_line, is_whole, read_json, read_log, write_json, write_whole
 from tokmask_peft.html import InNotebooks
 from tokmask_peft.masking.config import TokenMaskConfig
 from tokmask_peft.model.location import check_files
+from tokmask_peft.recipe.data import Task
 from tokmask_peft.recipe.loading import differences, load_recipe
-from tokmask_peft.recipe.schema import ModelConfig, Recipe, Task
+from tokmask_peft.recipe.schema import ModelConfig, Recipe
 from tokmask_peft.spans import NO_SPANS, SCHEMES
 
 ADAPTER_FILE = "tokmask.json"
@@ -94,25 +94,9 @@ def _damaged_part(checkpoint: Path) -> str | None:
     parts = itertools.chain(_PARTS, ((name,) for name in states))
     for folder, names in itertools.chain([(best, _WEIGHTS)], ((checkpoint, names) for names in parts)):
         found = [path for name in names for path in folder.glob(name)]
-        if not found or not all(map(_is_whole, found)):
+        if not found or not all(map(is_whole, found)):
             return names[0] if folder == checkpoint else f"its best checkpoint, {folder.name},"
     return None
-
-
-def _is_whole(path: Path) -> bool:
-    """Return whether a file of weights or states is as long as it says, and a folder of shards is not empty."""
-    from safetensors import safe_open
-
-    try:
-        if not path.is_file():  # or a pipe
-            return path.is_dir() and any(path.iterdir())
-        if path.suffix == ".safetensors":
-            with safe_open(path, "numpy"):
-                return True
-        with zipfile.ZipFile(path) as states:  # as torch saves them, with checksums
-            return states.testzip() is None
-    except Exception:  # of whatever kind: it cannot be read
-        return False
 
 
 def is_run(folder: str | Path) -> bool:
@@ -150,8 +134,8 @@ def start_run(run: RunFolder, recipe_text: str, fingerprint: Mapping[str, str]) 
     if changed := [key for key, value in fingerprint.items() if before.get(key, value) != value]:
         values = f" ({before['labels']} before, {fingerprint['labels']} now)" if "labels" in changed else ""
         problem = f"was started with other data or another backbone; what has changed: {', '.join(changed)}{values}"
-        remedy = "Restore it, or start another run (name=…)"
-        raise RunError(f"the run {run.root} {problem}. {remedy}", code="other-data", changed=changed)
+        problem = f"the run {run.root} {problem}. Restore it, or start another run (name=…)"
+        raise RunError(problem, code="other-data", changed=changed)
 
 
 @contextlib.contextmanager
@@ -330,10 +314,10 @@ class AdapterInfo(_Part):
 
     def write(self, adapter: Path) -> None:
         """Write the file into an adapter folder."""
-        found = self.model_dump(mode="json", exclude=None if self.pair else {"pair"})
+        exclude: dict[str, Any] = {} if self.pair else {"pair": True}
         if self.loading is not None and self.loading.spans == NO_SPANS:
-            del found["loading"]["spans"]
-        write_json(adapter / ADAPTER_FILE, found)
+            exclude["loading"] = {"spans"}
+        write_json(adapter / ADAPTER_FILE, self.model_dump(mode="json", exclude=exclude))
 
     @classmethod
     def read(cls, adapter: Path) -> Self:
@@ -375,7 +359,7 @@ class SavedAdapter:
     labels: tuple[str, ...]
     model: ModelConfig  # with `quantization`, `precision` and `embedding` as trained
     max_length: int | None  # sub-tokens per text in training; None if not known
-    temperature: float  # divides the logits; 1 without a calibration
+    calibration: Calibration  # the temperature, which is 1 without one, and thresholds if there are any
     masking: TokenMaskConfig | None = None
     trained: Mapping[str, Any] = field(default_factory=dict)  # weights of the backbone and scaling, for `load_adapter`
     label_on: str = "first"  # which sub-token of a word carries its label
@@ -430,7 +414,7 @@ def find_saved(
     config = ModelConfig(**settings | {"trust_remote_code": trust_remote_code})
     trained = loading.model_dump(include={"weights", "scaling"}) if loading else {}
     label_on = loading.label_on if loading else "first"  # the only one when adapters did not say how to load them
-    more = (config, length, info.calibration.temperature, info.masking, trained, label_on)
+    more = (config, length, info.calibration, info.masking, trained, label_on)
     spans = loading.spans if loading else NO_SPANS
     return SavedAdapter(str(model), folder, info.task, tuple(info.labels), *more, spans, info.pair)
 

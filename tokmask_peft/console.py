@@ -189,6 +189,9 @@ def print_scores(console: Console, parts: Mapping[str, Mapping[str, Any]]) -> No
     for name, part in parts.items():
         if cut := part.get("without_prediction"):
             console.print(f"{name}: {cut:,} words have no prediction and count as errors", markup=False)
+        if "f1_samples" in part:
+            more = f"micro-F1 {part['f1_micro']:.4f}, F1 by text {part['f1_samples']:.4f}"
+            console.print(f"{name}: {more}; accuracy is the share of texts with all labels right", markup=False)
         for row in part.get("by_mixing") or ():
             console.print(f"  code-mixing index {row['cmi']}: macro-F1 {row['f1_macro']:.4f} ({row['posts']:,} posts)")
 
@@ -224,6 +227,9 @@ def print_result(console: Console, result: Any, adapter: Path) -> None:
     console.print(baseline_verdict(result.scored, result.baseline))
     if result.calibration:
         console.print(calibration_line(result.calibration))
+    if thresholds := result.calibration.get("thresholds"):
+        listed = ", ".join(f"{label} {value:.3f}" for label, value in thresholds.items())
+        console.print(f"Thresholds of the labels, fitted on validation: {listed}.", markup=False)
     for warning in result.warnings:
         console.print(f"Warning: {warning['message']}", markup=False)
     console.print(f"\nAdapter: [bold]{escape(str(adapter))}[/bold]", soft_wrap=True)

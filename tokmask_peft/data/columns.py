@@ -25,6 +25,7 @@ MOST_LABELS, MOST_NUMBERS = 200, 20
 """Different values of a column of labels; of numbers there are fewer, as they may be counts."""
 SPLITS = ("train", "validation", "test")
 TASK_QUESTION = "What has a label: each text (sequence), or each word (token)?"
+SETS_QUESTION = "How many labels has a text: one (sequence), or several (multilabel)?"
 TEXT_NAMES = (
     *("text", "sentence", "tweet", "content", "body", "post", "comment", "review", "utterance", "message", "question"),
     *("words", "tokens", "word", "token", "form"),
@@ -214,6 +215,8 @@ class Table:
             if not texts:
                 self._refuse("text_column", "no column has texts: most cells must differ, and not be numbers")
             chosen = [self._pick("text_column", "Which column has the texts?", texts, TEXT_NAMES)]
+        if self._find_sets(chosen):
+            return
         named = [column for column in self.columns if column.has_name(LABEL_NAMES) and len(column.values) == 1]
         labels = self._labels(chosen) or named  # the rest of the file may have other labels
         if not labels:
@@ -327,6 +330,41 @@ class Table:
         self._pick("label_column", "Which column has the labels of the words?", labels)
         return True
 
+    def _find_sets(self, texts: Sequence[_Column]) -> bool:
+        """Look for several labels for each text: in a list, between marks in a cell, or in columns of 0 and 1."""
+        task = self.found.data.get("task")
+        asked = task is not None and get_task(task).several
+        if not (asked or task is None):
+            return False
+        others = [column for column in self.columns if column not in texts]
+        named = self._named("label_column") if isinstance(self.found.data.get("label_column"), str | int) else None
+        likely = [named] if named else [column for column in others if column.has_name(LABEL_NAMES)]
+        sets = {column: mark for column in likely if (mark := _mark_of_sets(column)) is not None}
+        flags = [column for column in others if column.is_number and {*column.values} <= {"0", "1", "0.0", "1.0"}]
+        single = [column for column in self._labels(texts) if column.has_name(LABEL_NAMES) and column not in sets]
+        if sets:
+            label, mark = min(sets.items(), key=lambda pair: pair[0].rank(LABEL_NAMES))
+            why = f"'{label.name}' has lists of labels" + (f" between {mark!r}" if mark else "")
+        elif not named and not self.headless and len(flags) >= (2 if asked else 3) and (asked or not single):
+            mark, why = "", f"{', '.join(column.name for column in flags[:4])}, … have 0 or 1"
+        else:
+            return False
+        answers = {"multilabel": why}
+        if single and not asked:
+            answers = {"sequence": f"'{single[0].name}' has one label in each row", **answers}
+        if not asked and self.found.pick("data.task", SETS_QUESTION, answers) != "multilabel":
+            return False
+        self.found.decide("task", "multilabel", f"{why}; a text may have several, or none")
+        if sets:
+            self._pick("label_column", "Which column has the labels?", [label])
+        else:
+            self.found.decide(
+                "label_column", [column.name for column in flags], "each has 0 or 1: whether a text has it"
+            )
+        if mark:
+            self.found.decide("label_separator", mark, f"it is in cells of '{label.name}'")
+        return True
+
     def _find_words(self) -> bool:
         """Look for a word in each row, and what says which words make a text."""
         single = [column for column in self.columns if 0 < column.words < 1.05 and column.filled > 0.5]
@@ -358,6 +396,17 @@ class Table:
             at = next(at for at, column in enumerate(self.columns) if column.name == group)
             self.found.decide("group_column", at if self.headless else group, "its values say which words make a text")
         return True
+
+
+def _mark_of_sets(column: _Column) -> str | None:
+    """Return what separates the labels in cells of a column, nothing in lists; none if a cell has one label at most."""
+    few = 1 < len(column.values) <= MOST_LABELS
+    if column.is_list:
+        return "" if few and any(len(row or ()) > 1 for row in column.lists) else None
+    marks = [mark for mark in "|;," if any(mark in text for text in column.strings)]
+    parts = Counter(part.strip() for text in column.strings for part in text.split(marks[0])) if len(marks) == 1 else {}
+    few = 1 < len(parts) <= min(MOST_LABELS, len(column.strings) // 2) and len(parts) < len(column.values)
+    return marks[0] if few and all(len(part.split()) <= 4 for part in parts) else None
 
 
 def _same(one: _Column, other: _Column) -> bool:

@@ -28,7 +28,7 @@ from tokmask_peft.data.split import NAME_A_SPLIT, SHARD, aliases, check_shards
 from tokmask_peft.data.tables import SNIFFED, is_quoted, separator_of
 from tokmask_peft.errors import DataError, TokmaskError, first_line, nearest
 from tokmask_peft.examples import Example, Pair, Unreadable
-from tokmask_peft.recipe.schema import SourceConfig
+from tokmask_peft.recipe.data import SourceConfig
 from tokmask_peft.tasks import get_task
 
 SHOWN = 5
@@ -317,7 +317,7 @@ def read_split(source: SourceConfig, split: str, task: str, decisions: list[Deci
     """
     text, second = source.text_column if isinstance(source.text_column, tuple) else (source.text_column, None)
     columns = Columns(get_task(task), text, source.label_column, header=source.header, second=second)
-    columns = replace(columns, group=source.group_column, separator=source.separator)
+    columns = replace(columns, group=source.group_column, separator=source.separator, labels=source.label_separator)
     left_out = {*(source.missing or ())}
     if source.path is not None:
         files = find_files(source.path, split, source.format)
@@ -337,7 +337,7 @@ def read_split(source: SourceConfig, split: str, task: str, decisions: list[Deci
         examples = builtin_examples(task, split)
     if decisions is not None:
         decisions += columns.decisions
-    missing = {id(found) for found in examples if {*found.parts, *(found.tags or ("",))} & left_out}
+    missing = {id(found) for found in examples if {*found.parts, *found.given} & left_out}
     missing |= {id(found) for found in examples if "" in left_out and "" in found.words}
     _check_complete([found for found in examples if id(found) not in missing], name, task)
     return [replace(found, label=None) if id(found) in missing else found for found in examples]
@@ -379,7 +379,7 @@ def _check_complete(examples: list[Example], name: str, task: str) -> None:
     lacking = {
         "text": [example.where for example in examples if example.is_empty],
         "word": [example.where for example in examples if not example.is_empty and "" in example.words],
-        "label": [example.where for example in examples if not example.tags or "" in example.tags],
+        "label": [example.where for example in examples if "" in example.given],
     }
     for what, places in lacking.items():
         if places:

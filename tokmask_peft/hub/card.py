@@ -18,7 +18,8 @@ from jinja2 import Template
 from tokmask_peft.artifacts import Result
 from tokmask_peft.console import baseline_verdict, printable
 from tokmask_peft.errors import write_whole
-from tokmask_peft.recipe.schema import Recipe, SourceConfig
+from tokmask_peft.recipe.data import SourceConfig
+from tokmask_peft.recipe.schema import Recipe
 from tokmask_peft.tasks import get_task
 
 PLACEHOLDER = "PATH_OR_HUB_ID"
@@ -30,6 +31,8 @@ _METRICS: dict[str, tuple[str, str, dict[str, Any] | None]] = {
     "f1_macro": ("f1", "macro-F1", {"average": "macro"}),
     "f1_weighted": ("f1", "weighted F1", {"average": "weighted"}),
     "accuracy": ("accuracy", "accuracy", None),
+    "f1_micro": ("f1", "micro-F1", {"average": "micro"}),
+    "f1_samples": ("f1", "F1 by text", {"average": "samples"}),
     "f1_entities": ("f1", "F1 of entities", {"average": "micro"}),
 }
 _TABLE_LABELS = 12  # a wider table is unreadable
@@ -67,7 +70,8 @@ class Card:
         confusion = result.scored.get("confusion")
         snippet = loading_snippet(recipe, result, PLACEHOLDER, self.spaced_words)
         if self.merged:
-            use = task.pipeline_snippet.replace("MODEL", f'"{PLACEHOLDER}"')
+            use = task.use(task.pipeline_snippet, result.labels, result.calibration)
+            use = use.replace("MODEL", f'"{PLACEHOLDER}"')
             if recipe.data.pair:
                 use = use.replace(f"[{TEXT}]", f'{{"text": {PAIR[0]}, "text_pair": {PAIR[1]}}}')
             if label_on(recipe, result) == "last":
@@ -169,7 +173,8 @@ def label_on(recipe: Recipe, result: Result) -> str:
 def loading_snippet(recipe: Recipe, result: Result, folder: str, spaced_words: bool = False) -> str:
     """Return Python that loads the adapter in `folder` with PEFT only and predicts, labels and pooling included."""
     task = get_task(recipe.data.task)
-    auto, use = task.auto_class.replace("AutoModel", "AutoPeftModel"), task.snippet
+    auto = task.auto_class.replace("AutoModel", "AutoPeftModel")
+    use = task.use(task.snippet, result.labels, result.calibration)
     if spaced_words:  # only a task whose texts are words tokenizes `words`
         spaced = 'spaced = [words[0], *(f" {word}" for word in words[1:])]  # as in running text'
         use = use.replace("inputs = tokenizer(words,", f"{spaced}\ninputs = tokenizer(spaced,")
@@ -185,6 +190,7 @@ def loading_snippet(recipe: Recipe, result: Result, folder: str, spaced_words: b
         use=use,
         attention=recipe.model.attention,
         pooling=None if task.words_given else recipe.model.pooling,
+        problem_type=task.problem_type,
     )
 
 

@@ -17,7 +17,7 @@ from tokmask_peft.console import Decision
 from tokmask_peft.data.encoding import Encoder, Window
 from tokmask_peft.data.opening import unicode_problem
 from tokmask_peft.errors import DataError, ModelError, boundary, first_line
-from tokmask_peft.examples import Pair, Prediction, Probabilities, WordPredictions
+from tokmask_peft.examples import LabelPredictions, Pair, Prediction, Probabilities, WordPredictions
 from tokmask_peft.inference.explain import Explanation, explain
 from tokmask_peft.inference.forward import Forward, loading_memory_errors
 from tokmask_peft.masking.config import TokenMaskConfig
@@ -29,10 +29,9 @@ from tokmask_peft.model.location import position_limit
 from tokmask_peft.model.packed import choose_batching, enable_padding_free
 from tokmask_peft.spans import NO_SPANS, Spans
 from tokmask_peft.tasks import get_task
-from tokmask_peft.training.metrics import probabilities
 
 BATCH_SIZE = 32
-Answer = Prediction | WordPredictions
+Answer = Prediction | WordPredictions | LabelPredictions
 _WINDOWS = 8192  # encoded and answered at a time, so that memory does not grow with a text's length
 _LONGEST = 512  # sub-tokens per window if neither the run nor the model sets a limit
 
@@ -51,6 +50,7 @@ class Classifier:
     dtype: torch.dtype = torch.float32  # bfloat16 or float16 for autocast
     decisions: tuple[Decision, ...] = ()  # device, precision, quantization, batching and the like, with reasons
     label_on: str = "first"  # which sub-token of a word carries its label
+    cuts: Sequence[float] = ()  # the logit above which each label is given, if a text may have several
     masking: TokenMaskConfig | None = None  # how tokens were masked in training, if known
     spans: str = NO_SPANS  # how the labels mark entities, as in `spans.SCHEMES`
     pair: tuple[str, str] | None = None  # the columns of the two texts in training, if it reads pairs
@@ -81,7 +81,8 @@ class Classifier:
             batch_size: windows per forward pass; windows of similar length go together.
 
         Returns:
-            An answer per text, in their order: `WordPredictions` in token tasks, otherwise `Prediction`.
+            An answer per text, in their order: `WordPredictions` in token tasks, `LabelPredictions` if a text may
+            have several labels, otherwise `Prediction`.
 
         Raises:
             DataError: a text has no words, or is not valid Unicode; `texts` is one string; a text is not a pair.
@@ -98,8 +99,8 @@ class Classifier:
         answers = []
         for text, pairs in zip(given, found, strict=True):
             rows = task.join([window for window, _ in pairs], [logits for _, logits in pairs])
-            chances = Probabilities(self.labels, probabilities(rows, self.temperature))
-            answer = task.answer(text, rows, chances, len(pairs))
+            chances = Probabilities(self.labels, task.probabilities(rows, self.temperature))
+            answer = task.answer(text, task.choose(rows, self.cuts), chances, len(pairs))
             if self.legal is not None:
                 answer = replace(answer, labels=self.legal.repaired(answer.labels), spans=self.spans)
             answers.append(answer)
@@ -110,10 +111,11 @@ class Classifier:
         texts: Sequence[str] | Sequence[Sequence[str]],
         *,
         word: int | str | None = None,
+        label: str | Sequence[str] | None = None,
         batch_size: int = BATCH_SIZE,
     ) -> list[Explanation]:
         """Return how much each word speaks for the predicted label; see `inference.explain`."""
-        return explain(self, texts, word=word, batch_size=batch_size)
+        return explain(self, texts, word=word, label=label, batch_size=batch_size)
 
     def __repr__(self) -> str:
         shown = ", ".join(self.labels[:8]) + (", …" if len(self.labels) > 8 else "")
@@ -221,10 +223,11 @@ def load(
             saved.task,
             saved.labels,
             max_length=min(longest, position_limit(module.config.to_dict()) or longest),
-            temperature=saved.temperature,
+            temperature=saved.calibration.temperature,
             dtype=loaded.dtype,
             decisions=tuple(decisions),
             label_on=saved.label_on,
+            cuts=get_task(saved.task).cuts_of(saved.labels, saved.calibration.model_dump()),
             masking=saved.masking,
             spans=saved.spans,
             pair=saved.pair,

@@ -41,7 +41,7 @@ def print_answers(texts: Sequence[str | Pair], answers: Sequence[Answer], as_jso
             for entity in answer.entities:
                 echo(f"# {entity.type}\t{entity.text}\t{entity.confidence:.4f}")
         else:
-            echo(f"{answer.label}\t{answer.probabilities[answer.label]:.4f}\t{text}")
+            echo(f"{answer.label}\t{answer.confidence:.4f}\t{text}")
 
 
 def print_file(classifier: Classifier, source: TextFile, as_json: bool, batch_size: int) -> FileReport:

@@ -158,9 +158,15 @@ def export_merged(
     if saved.model.attention == "bidirectional":
         other = "other programs may read the text from left to right only, and answer otherwise"
         notes.append(f"its config says is_causal: false, which transformers obeys; {other}")
-    if saved.temperature != 1.0:
+    if saved.calibration.temperature != 1.0:
         effect = "is not part of the model: its probabilities are uncalibrated, its labels the same"
-        notes.append(f"the temperature of the calibration ({saved.temperature:.3f}) {effect}")
+        notes.append(f"the temperature of the calibration ({saved.calibration.temperature:.3f}) {effect}")
+    if cuts := get_task(saved.task).cuts_of(saved.labels, saved.calibration.model_dump()):
+        chances = zip(saved.labels, (1 / (1 + math.exp(-cut)) for cut in cuts), strict=True)
+        listed = ", ".join(f"{label} {chance:.4f}" for label, chance in chances)
+        notes.append(
+            f"the thresholds of the labels are not part of the model: of its own probabilities they are {listed}"
+        )
     return Export(target, difference, rounding, tuple(notes), measured)
 
 

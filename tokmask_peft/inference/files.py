@@ -23,7 +23,7 @@ from tokmask_peft.data.opening import line_number
 from tokmask_peft.data.readers import TextFile
 from tokmask_peft.data.tables import classes_of
 from tokmask_peft.errors import DataError, first_line, require, whole
-from tokmask_peft.examples import Example, Pair, Unreadable, WordPredictions
+from tokmask_peft.examples import Example, LabelPredictions, Pair, Unreadable, WordPredictions
 from tokmask_peft.inference.classifier import BATCH_SIZE, Answer, Classifier
 from tokmask_peft.inference.export import check_output
 from tokmask_peft.spans import NO_SPANS
@@ -227,7 +227,8 @@ def answer_record(text: str | Pair, answer: Answer) -> dict[str, Any]:
             found["entities"] = [asdict(one) | {"confidence": round(one.confidence, 6)} for one in answer.entities]
         return found | {"probabilities": [rounded(row) for row in answer.probabilities]}
     given = list(text) if isinstance(text, Pair) else text
-    found = {"text": given, "label": answer.label, "confidence": round(answer.confidence, 6)}
+    several = {"labels": list(answer.labels)} if isinstance(answer, LabelPredictions) else {"label": answer.label}
+    found = {"text": given, **several, "confidence": round(answer.confidence, 6)}
     return found | {"probabilities": rounded(answer.probabilities)}
 
 

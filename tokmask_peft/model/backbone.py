@@ -14,7 +14,7 @@ import torch
 import transformers
 from accelerate.utils import parse_flag_from_env
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerFast
 
 from tokmask_peft.console import Decision, quiet_loading
 from tokmask_peft.errors import MaskTokenError, ModelError, first_line
@@ -81,6 +81,7 @@ def load_backbone(
         num_labels=len(labels),
         id2label=dict(enumerate(labels)),
         label2id={label: index for index, label in enumerate(labels)},
+        **({} if get_task(task).problem_type is None else {"problem_type": get_task(task).problem_type}),
         ignore_mismatched_sizes=True,
         dtype=dtype,
         output_loading_info=True,
@@ -179,6 +180,9 @@ def load_tokenizer(config: ModelConfig, location: str | None = None) -> Any:
     source, how = loading_source(config, location)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **how)
+        if "gguf_file" in how:  # its class would not read back from tokenizer.json what it has made of the file
+            backend = tokenizer.backend_tokenizer
+            tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **tokenizer.special_tokens_map)
     except Exception as error:  # tokenizers raises just that
         raise load_error("tokenizer", location, error) from error
     if tokenizer.pad_token_id is None:

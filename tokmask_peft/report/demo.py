@@ -104,7 +104,7 @@ def of_run(model: str) -> tuple[str, list[str | Pair]]:
         for example in split_examples(run.recipe, result.scored_split, None, run.folder.adapter)[0]:
             if len(example.string) <= _LONGEST_EXAMPLE:
                 text = example.text if isinstance(example.text, Pair) else example.string
-                texts.setdefault(example.tags[0], text)
+                texts.setdefault(", ".join(example.tags), text)
     return sentence, list(texts.values())[:_MOST_EXAMPLES]
 
 

@@ -70,8 +70,8 @@ def find_mistakes(run: Run, backbone: str | None = None, trust_remote_code: bool
         split=split,
         texts=len(chosen),
         of=len(examples),
-        items=sum(len(example.tags) for example in chosen),
-        wrong=sum(map(len, wrong)),
+        items=sum(len(example.tags) for example in chosen) if task.words_given else len(chosen),
+        wrong=sum(map(len if task.words_given else bool, wrong)),
         shown=shown,
         unexplained=unexplained,
     )
@@ -98,9 +98,12 @@ def explained(classifier: Classifier, mistakes: list[Mistake]) -> tuple[tuple[Mi
     for mistake in mistakes:
         given = list(mistake.words) if get_task(classifier.task).words_given else " ".join(mistake.words)
         text: Any = mistake.pair or given
+        there = mistake.predicted in classifier.labels  # otherwise it says that the label of the data is not there
+        about, sign = (mistake.predicted, 1) if there else (mistake.gold, -1)
+        label = about if mistake.word is None else None
         try:
-            (explanation,) = explain(classifier, [text], word=mistake.word)
+            (explanation,) = explain(classifier, [text], word=mistake.word, label=label)
         except MaskTokenError as error:
             return tuple(mistakes), str(error)
-        found.append(replace(mistake, influences=explanation.influences))
+        found.append(replace(mistake, influences=tuple(sign * value for value in explanation.influences)))
     return tuple(found), ""

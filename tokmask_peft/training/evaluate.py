@@ -25,6 +25,7 @@ from tokmask_peft.recipe.schema import Recipe
 from tokmask_peft.spans import NO_SPANS, Spans
 from tokmask_peft.tasks import get_task
 from tokmask_peft.training.environment import processes
+from tokmask_peft.training.losses import ClassificationLoss
 from tokmask_peft.training.scoring import scores_of
 from tokmask_peft.training.trainer import OrderedEvalTrainer, Split, training_arguments
 
@@ -94,8 +95,10 @@ def evaluate(
                 eval_dataset=texts.window_dataset,
                 data_collator=get_task(task).collator(backbone.tokenizer),
                 memory_errors=functools.partial(memory_errors, evaluating),
+                compute_loss_func=ClassificationLoss(),  # a model's own may not fit the labels
+                task=get_task(task),
             )
-        found, _, _ = trainer.predict_windows(texts)
+        found, _, _ = trainer.predict_windows(texts, get_task(task).cuts_of(labels, saved.calibration.model_dump()))
     result, deviations = scores_of(recipe, found, scored), list(plan.deviations)
     trained = AdapterInfo.read(folder.adapter).loading
     if trained is not None and trained.precision == "bf16" and backbone.dtype != torch.bfloat16:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -58,7 +58,14 @@ from tokmask_peft.training.callbacks import (
     StepClock,
     StopOnSignal,
 )
-from tokmask_peft.training.environment import check_sharding, environment, peak_memory, processes, versions
+from tokmask_peft.training.environment import (
+    check_sharding,
+    environment,
+    peak_memory,
+    processes,
+    tokens_per_step,
+    versions,
+)
 from tokmask_peft.training.head import choose_head, start_head
 from tokmask_peft.training.losses import ClassificationLoss, class_weights
 from tokmask_peft.training.memory import Lengths, before_training
@@ -151,9 +158,9 @@ def _train(recipe: Recipe, folder: RunFolder, process: PartialState, resume: boo
 
         probed = Predictions.read(folder.probe) if folder.probe.is_file() else None
         result, predictions = score_best(trainer, prepared.recipe, prepared.corpus, prepared.splits, probed)
-        decisions = [asdict(decision) for decision in prepared.decisions]
-        result = replace(result, decisions=decisions, speed=_speed(prepared, clock, trainer))
-        result = replace(result, warnings=[*before, *warnings_of(result, trainer.state.log_history)])
+        decisions, speed = [asdict(one) for one in prepared.decisions], _speed(prepared, clock, trainer)
+        warnings = [*before, *warnings_of(result, trainer.state.log_history)]
+        result = replace(result, decisions=decisions, speed=speed, warnings=warnings)
         check_best(trainer, result, prepared.splits["validation"])  # before anything says that the run is finished
         weights = gathered_weights(prepared.model)
         if trainer.is_world_process_zero():
@@ -318,6 +325,7 @@ def make_trainer(prepared: Prepared, run: RunFolder, callbacks: list[TrainerCall
             views=training.views,
             views_masked=training.views_masked,
             consistency=training.consistency,
+            task=task,
             callbacks=[*callbacks, LogFile(run.log, arguments.world_size), *patience],
         )
     if prepared.mask is not None:
@@ -361,11 +369,10 @@ def save_adapter_folder(
     folder: Path, prepared: Prepared, result: Result, weights: dict[str, torch.Tensor] | None
 ) -> None:
     """Write an adapter folder: weights (from `gathered_weights`), tokenizer, `tokmask.json` and the model card."""
-    recipe, backbone, mask = prepared.recipe, prepared.backbone, prepared.mask
-    task = get_task(recipe.data.task)
+    recipe, backbone, task = prepared.recipe, prepared.backbone, get_task(prepared.recipe.data.task)
     save_adapter(prepared.model, folder, recipe.model.backbone, weights)
     backbone.tokenizer.save_pretrained(str(folder))
-    place = recipe.model.backbone_path
+    place = recipe.model.backbone_path or ""
     AdapterInfo(
         task=task.name,
         labels=result.labels,
@@ -373,7 +380,7 @@ def save_adapter_folder(
         calibration=Calibration(**result.calibration),
         loading=Loading(
             max_length=recipe.data.max_length,
-            package=place if place is not None and place.startswith("package:") else None,
+            package=place if place.startswith("package:") else None,
             revision=recipe.model.revision,
             quantization=backbone.quantization,
             precision=PRECISIONS[backbone.dtype],
@@ -385,10 +392,9 @@ def save_adapter_folder(
             weights=backbone.weights,
             scaling=recipe.adapter.scaling,
         ),
-        masking=recipe.masking if mask is None else recipe.masking.model_copy(update={"mask_token": mask.id}),
+        masking=recipe.masking.model_copy(update={"mask_token": prepared.mask.id} if prepared.mask else {}),
     ).write(folder)
-    spaced_words = task.words_given and words_need_a_space(backbone.tokenizer)
-    write_card(folder, recipe, result, spaced_words=spaced_words)
+    write_card(folder, recipe, result, spaced_words=task.words_given and words_need_a_space(backbone.tokenizer))
 
 
 def _trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
@@ -425,16 +431,15 @@ def _cut_lines(prepared: Prepared) -> list[str]:
         if prepared.recipe.data.pair and (count := prepared.splits[name].encoded.truncation.texts_cut):
             lines.append(f"{name}: {count} pairs are longer than {at} and are cut, as in predict")
         long = sum(count > 1 for count in Counter(window.text for window in prepared.splits[name].windows).values())
-        choice = "; to choose the checkpoint they are cut" if name == "validation" else ""
         if long:
+            choice = "; to choose the checkpoint they are cut" if name == "validation" else ""
             lines.append(f"{name}: {long} texts are longer than {at} and are scored in windows, as in predict{choice}")
     return lines
 
 
 def _speed(prepared: Prepared, clock: StepClock, trainer: OrderedEvalTrainer) -> dict[str, Any]:
     """Return what `result.json` holds of time and memory, of all processes together."""
-    batches = None if trainer.batches is None else len(trainer.batches)
-    lengths = prepared.splits["train"].lengths
+    lengths, batches = prepared.splits["train"].lengths, None if trainer.batches is None else len(trainer.batches)
     per_step = tokens_per_step(prepared.recipe.training, lengths, batches, trainer.args.world_size)
     return {
         "step_seconds": round(clock.seconds, 2),
@@ -443,13 +448,3 @@ def _speed(prepared: Prepared, clock: StepClock, trainer: OrderedEvalTrainer) ->
         "peak_memory": peak_memory(prepared.device, clock.loading),
         "environment": environment(prepared.device),
     }
-
-
-def tokens_per_step(training: TrainingConfig, lengths: Sequence[int], batches: int | None, processes: int) -> float:
-    """Return the sub-tokens that an optimizer step takes on average, in all processes together, without padding.
-
-    `lengths` are those of the texts to train on; `batches` counts those of one process in an epoch, if a budget of
-    sub-tokens makes them.
-    """
-    texts = training.micro_batch * processes if batches is None else len(lengths) / max(batches, 1)
-    return texts * training.views * training.gradient_accumulation * sum(lengths) / max(len(lengths), 1)

@@ -13,8 +13,8 @@ from tokmask_peft.data.encoding import Encoder
 from tokmask_peft.data.readers import read_split
 from tokmask_peft.errors import DataError, RecipeError
 from tokmask_peft.examples import BETWEEN, Example, Pair
+from tokmask_peft.recipe.data import SourceConfig
 from tokmask_peft.recipe.loading import check
-from tokmask_peft.recipe.schema import SourceConfig
 from tokmask_peft.training.scoring import pair_grams
 
 WORDS = [word for text in TEXTS for word in text.split()]

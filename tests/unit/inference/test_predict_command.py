@@ -10,6 +10,9 @@ import pytest
 from typer.testing import CliRunner
 
 from tokmask_peft.cli import app
+from tokmask_peft.cli.adapters import _open_texts
+from tokmask_peft.data.readers import TextFile
+from tokmask_peft.errors import DataError
 
 
 def predict(folder, *arguments, given=None):
@@ -44,6 +47,37 @@ def test_standard_input_is_a_text_per_line(saved_adapter, arguments):
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert [(row["line"], row.get("text")) for row in found] == [(1, "hoy great"), (2, None), (3, "mañana")]
     assert "unreadable: stdin:2: the text is empty" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("data", "task", "name", "content", "texts"),
+    [
+        ("text_column: post", "sequence", "in.csv", "text,post\na,la casa\nb,azul\n", ["la casa", "azul"]),
+        ("text_column: post", "sequence", "in.csv", "id,text\n1,la casa\n", ["la casa"]),
+        ("header: false, text_column: 1", "sequence", "in.tsv", "s1\tla casa\ts\ns2\tazul\tt\ns3\tazul 2\tt\n", ["la casa", "azul", "azul 2"]),
+        ("text_column: 2", "sequence", "in.csv", "text,a,b\nla casa,1,2\n", ["la casa"]),
+        ("format: conll", "token", "in.tsv", "la\ncasa\n\nazul\n", ["la casa", "azul"]),
+        ("text_column: word", "token", "in.csv", "s,word,text\n1,la,x\n1,casa,y\n2,azul,z\n", ["la casa", "azul"]),
+        ("format: tagged", "token", "in.txt", "and/or la\n", ["and/or la"]),
+    ],
+)  # fmt: skip
+def test_what_the_command_leaves_open_is_as_in_the_run_s_data(tmp_path, data, task, name, content, texts):
+    run = f"name: a\nmodel: {{backbone: b}}\ndata: {{path: ., task: {task}, {data}}}\n"
+    (tmp_path / "recipe.yaml").write_text(run)
+    (tmp_path / name).write_text(content)
+    source = _open_texts(str(tmp_path), ("auto", None, "auto"), lambda *form: TextFile(tmp_path / name, task, *form))
+    assert [one.string for one in source] == texts
+
+
+def test_if_neither_fits_the_error_is_about_the_file(tmp_path):
+    run = "name: a\nmodel: {backbone: b}\ndata: {path: ., task: sequence, text_column: post}\n"
+    (tmp_path / "recipe.yaml").write_text(run)
+    (tmp_path / "in.csv").write_text("a,b\nx,y\n")
+    with pytest.raises(DataError, match="has a usual name|no column has") as caught:
+        _open_texts(
+            str(tmp_path), ("auto", None, "auto"), lambda *form: TextFile(tmp_path / "in.csv", "sequence", *form)
+        )
+    assert caught.value.code == "column"
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")

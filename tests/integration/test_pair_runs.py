@@ -1,6 +1,7 @@
 """Pairs of texts: trained once on a small made-up file, then through every command."""
 
 import csv
+import importlib.util
 import json
 import random
 import re
@@ -199,8 +200,14 @@ def test_diagnostics_perturb_both_texts(run, classifier, data):
 
 
 def test_the_merged_model_answers_in_a_pipeline(run, classifier, tmp_path):
-    done = command("export", run.folder.root, "--merged", tmp_path / "merged")
+    onnx = ["--onnx"] if all(map(importlib.util.find_spec, ("onnx", "onnxscript", "onnxruntime"))) else []
+    done = command("export", run.folder.root, "--merged", tmp_path / "merged", *onnx)
     assert done.exit_code == 0, done.output
+    if onnx:
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(tmp_path / "merged" / "model.onnx")
+        assert "token_type_ids" in [given.name for given in session.get_inputs()]
     classify = pipeline("text-classification", model=str(tmp_path / "merged"))
     found = classify({"text": "the phone is in la casa", "text_pair": "la casa, phone"})
     (expected,) = classifier.predict([("the phone is in la casa", "la casa, phone")])
