@@ -288,7 +288,8 @@ def examples(rows: Iterable[Row], name: str, columns: Columns) -> Iterator[Examp
     text, second, label, group, joined, mark = "", None, None, None, False, None
     flags: list[str] = []
     if names:
-        text = _choose(names, 0 if plain and columns.text is None else columns.text, task.text_columns, "text", name)
+        usual = task.text_columns if columns.labelled else (*task.text_columns, "text", "sentence", "tweet")
+        text = _choose(names, 0 if plain and columns.text is None else columns.text, usual, "text", name)
         if columns.second is not None and (second := _choose(names, columns.second, (), "text", name)) == text:
             problem = f"data.text_column: the two texts of a pair are both of column '{text}' of {name}"
             raise DataError(f"{problem}: name two columns", code="column", field="text_column", columns=tuple(names))

@@ -80,6 +80,13 @@ def test_if_neither_fits_the_error_is_about_the_file(tmp_path):
     assert caught.value.code == "column"
 
 
+def test_a_model_that_labels_words_reads_the_column_of_whole_texts(saved_adapter, tmp_path):
+    (tmp_path / "in.csv").write_text("id,text\n1,hoy great\n2,muy malo\n")
+    done = predict(saved_adapter(task="token"), "--file", tmp_path / "in.csv", "--json")
+    assert done.exit_code == 0, done.output
+    assert [json.loads(line)["words"] for line in done.stdout.splitlines()] == [["hoy", "great"], ["muy", "malo"]]
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
 def test_a_named_pipe_is_read_as_a_file(saved_adapter, tmp_path):
     pipe = tmp_path / "pipe"
