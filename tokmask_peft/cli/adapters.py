@@ -48,7 +48,7 @@ ARMS = (
 RecipeOrData = Annotated[
     str, typer.Argument(metavar="RECIPE", help="a YAML file, the name of a shipped recipe, or a data file or folder")
 ]
-_Form = tuple[str, str | int | None, bool | Literal["auto"]]
+_Form = tuple[str, Any, Any]
 """Format of a file, column of its texts, and whether it has a header."""
 GPU = (
     "memory of a GPU, for example 6GB; it is assumed to have bf16 (for T4, V100, GTX 16 and RTX 20 add "
@@ -258,9 +258,9 @@ def predict(
                 path = _saved_input(stack.enter_context(TemporaryDirectory()), file, format)
                 if not path.stat().st_size:
                     raise typer.BadParameter(f"{name} is empty: give texts, or --file", param_hint="TEXT")
-            more = (separator, encoding, group_column, name)
-            form = (format, column, headers[header])
-            source = _open_texts(model, form, lambda *form: TextFile(path, saved.task, *form, *more))
+            more: dict[str, Any] = {"separator": separator, "encoding": encoding, "group_column": group_column}
+            read = functools.partial(TextFile, path, saved.task, **more, name=name)
+            source = _open_texts(model, (format, column, headers[header]), read)
             source.worded = functools.partial(with_flags, flags=flags)
             reasons = [replace(one, reason=with_flags(one.reason, flags)) for one in source.decisions]
             source.decisions = tuple(reasons)
@@ -310,10 +310,8 @@ def _open_texts(model: str, asked: _Form, read: Callable[[str, Any, Any], TextFi
             continue
         if way is not asked and way != asked:
             choice = f"column {way[1] or 0}" + (" of conll" if way[0] != format else "")
-            note = Decision(
-                f"texts of {source.path.name}", choice, "as in the data of the run; data.text_column sets it"
-            )
-            source.decisions = (*source.decisions, note)
+            why = "as in the data of the run; data.text_column sets it"
+            source.decisions = (*source.decisions, Decision(f"texts of {source.path.name}", choice, why))
         return source
     raise problems[0]
 
