@@ -27,8 +27,8 @@ from tokmask_peft import train
 from tokmask_peft.console import quiet_libraries
 from tokmask_peft.data.corpus import load_corpus
 from tokmask_peft.examples import Example
+from tokmask_peft.recipe.data import DataConfig
 from tokmask_peft.recipe.loading import load_recipe
-from tokmask_peft.recipe.schema import DataConfig
 from tokmask_peft.tasks import get_task
 from tokmask_peft.training.environment import environment
 

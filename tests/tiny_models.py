@@ -68,6 +68,7 @@ _HEAD_DIM = {**_CAUSAL, "head_dim": 8}
 _ENCODER = {**_SHAPE, "max_position_embeddings": 64}
 _DISTIL = {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48, "max_position_embeddings": 64}
 _T5 = {"d_model": 32, "num_layers": 2, "num_heads": 4, "d_kv": 8, "d_ff": 48, "decoder_start_token_id": 1}
+_GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 48, "n_positions": 64}
 _DISENTANGLED = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 8}
 _PARTS = {"layers": 2, "attention_heads": 4, "ffn_dim": 48}
 _BART = {f"{part}_{name}": value for part in ("encoder", "decoder") for name, value in _PARTS.items()}
@@ -96,6 +97,7 @@ more_families = {  # for tests of what differs between architectures; those of a
     "olmo": Family("Olmo", "metaspace", causal=True, settings=_CAUSAL),
     "olmo2": Family("Olmo2", "metaspace", causal=True, settings=_CAUSAL),
     "smollm3": Family("SmolLM3", "metaspace", causal=True, settings={**_CAUSAL, "no_rope_layers": [1, 0]}),
+    "gpt2": Family("GPT2", "bytelevel", spare_rows=16, causal=True, settings=_GPT2),
     "deberta-v3": Family("DebertaV2", "unigram", settings={**_ENCODER, **_DISENTANGLED}),
 }
 families = list(FAMILIES)
@@ -125,7 +127,8 @@ def build(
             **settings,
         }
     )
-    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout", "dropout_rate"):
+    names = ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout", "dropout_rate")
+    for name in (*names, "attn_pdrop", "embd_pdrop", "resid_pdrop"):
         if hasattr(config, name):
             setattr(config, name, dropout)
     config.classifier_dropout = dropout  # where a config lacks it, some heads fall back to 0.1

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tokmask_peft.errors import TokmaskError
-    from tokmask_peft.examples import Prediction, WordPredictions
+    from tokmask_peft.examples import LabelPredictions, Prediction, WordPredictions
     from tokmask_peft.inference.classifier import Classifier, load
     from tokmask_peft.inference.explain import Explanation, explain
     from tokmask_peft.inference.export import push
@@ -25,6 +25,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Classifier",
     "Explanation",
+    "LabelPredictions",
     "Prediction",
     "Recipe",
     "TokenMaskCallback",
@@ -43,6 +44,7 @@ __all__ = [
 _HOMES = {
     "Classifier": "inference.classifier",
     "Explanation": "inference.explain",
+    "LabelPredictions": "examples",
     "Prediction": "tasks",
     "Recipe": "recipe.schema",
     "TokenMaskCallback": "masking.callback",

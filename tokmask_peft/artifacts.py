@@ -9,7 +9,6 @@ import contextlib
 import itertools
 import json
 import re
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from os import PathLike
@@ -19,12 +18,13 @@ from typing import Any, Literal, Self
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
-from tokmask_peft.errors import ModelError, RunError, first_line, read_json, read_log, write_json, write_whole
+from tokmask_peft.errors import ModelError, RunError, first_line, is_whole, read_json, read_log, write_json, write_whole
 from tokmask_peft.html import InNotebooks
 from tokmask_peft.masking.config import TokenMaskConfig
 from tokmask_peft.model.location import check_files
+from tokmask_peft.recipe.data import Task
 from tokmask_peft.recipe.loading import differences, load_recipe
-from tokmask_peft.recipe.schema import ModelConfig, Recipe, Task
+from tokmask_peft.recipe.schema import ModelConfig, Recipe
 from tokmask_peft.spans import NO_SPANS, SCHEMES
 
 ADAPTER_FILE = "tokmask.json"
@@ -94,25 +94,9 @@ def _damaged_part(checkpoint: Path) -> str | None:
     parts = itertools.chain(_PARTS, ((name,) for name in states))
     for folder, names in itertools.chain([(best, _WEIGHTS)], ((checkpoint, names) for names in parts)):
         found = [path for name in names for path in folder.glob(name)]
-        if not found or not all(map(_is_whole, found)):
+        if not found or not all(map(is_whole, found)):
             return names[0] if folder == checkpoint else f"its best checkpoint, {folder.name},"
     return None
-
-
-def _is_whole(path: Path) -> bool:
-    """Return whether a file of weights or states is as long as it says, and a folder of shards is not empty."""
-    from safetensors import safe_open
-
-    try:
-        if not path.is_file():  # or a pipe
-            return path.is_dir() and any(path.iterdir())
-        if path.suffix == ".safetensors":
-            with safe_open(path, "numpy"):
-                return True
-        with zipfile.ZipFile(path) as states:  # as torch saves them, with checksums
-            return states.testzip() is None
-    except Exception:  # of whatever kind: it cannot be read
-        return False
 
 
 def is_run(folder: str | Path) -> bool:
@@ -150,15 +134,13 @@ def start_run(run: RunFolder, recipe_text: str, fingerprint: Mapping[str, str]) 
     if changed := [key for key, value in fingerprint.items() if before.get(key, value) != value]:
         values = f" ({before['labels']} before, {fingerprint['labels']} now)" if "labels" in changed else ""
         problem = f"was started with other data or another backbone; what has changed: {', '.join(changed)}{values}"
-        remedy = "Restore it, or start another run (name=…)"
-        raise RunError(f"the run {run.root} {problem}. {remedy}", code="other-data", changed=changed)
+        problem = f"the run {run.root} {problem}. Restore it, or start another run (name=…)"
+        raise RunError(problem, code="other-data", changed=changed)
 
 
 @contextlib.contextmanager
 def locked(run: RunFolder) -> Iterator[None]:
-    """Hold the lock of a run, in its folder, which is created, and removed if nothing was written.
-
-    The lock ends with the process that holds it, also if that is killed.
+    """Hold the lock of a run, in its folder, which is created, and removed if nothing was written; a kill ends it.
 
     Raises:
         RunError: another process trains the run, or the folder cannot be created or written.
@@ -167,7 +149,8 @@ def locked(run: RunFolder) -> Iterator[None]:
     lock = FileLock(run.lock, timeout=0)
     try:
         run.root.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
+        while lock.acquire() and not run.lock.exists():  # an older filelock takes a file that was removed just before
+            lock.release()
     except Timeout as error:
         remedy = "wait until it ends, or choose another name (name=…)"
         raise RunError(f"another process is training the run {run.root}; {remedy}", code="run-in-use") from error
@@ -178,7 +161,7 @@ def locked(run: RunFolder) -> Iterator[None]:
         yield
     finally:
         with contextlib.suppress(OSError):
-            run.lock.unlink()
+            run.lock.unlink()  # before it is released, or it could be another process's
         lock.release()
         with contextlib.suppress(OSError):  # of one that is not empty
             for folder in created:
@@ -294,7 +277,8 @@ class Loading(_Part):
     precision: str = Field("fp32", pattern="^(bf16|fp16|fp32)$")
     embedding: str = Field("resident", pattern="^(resident|offload|8bit)$")
     weights: dict[str, str] = Field(default_factory=dict)  # of the backbone, from `weight_hashes`
-    pooling: str = Field("auto", pattern="^(auto|cls|mean|max)$")
+    attention: str = Field("causal", pattern="^(causal|bidirectional)$")
+    pooling: str = Field("auto", pattern="^(auto|cls|last|mean|max)$")
     label_on: str = Field("first", pattern="^(first|last)$")
     spans: str = Field(NO_SPANS, pattern=f"^({'|'.join([NO_SPANS, *SCHEMES])})$")
     scaling: float | None = Field(None, gt=0)  # of the LoRA update; None if not known
@@ -323,16 +307,17 @@ class AdapterInfo(_Part):
     format: Literal[2] = 2  # before 2, the parts were four files
     task: Task
     labels: list[str]  # in the order of the classifier's outputs
+    pair: tuple[str, str] | None = None  # columns of the two texts, if the texts are pairs
     calibration: Calibration = Field(default_factory=lambda: Calibration())
     loading: Loading | None = None  # None if not known, as `masking`
     masking: TokenMaskConfig | None = None
 
     def write(self, adapter: Path) -> None:
         """Write the file into an adapter folder."""
-        found = self.model_dump(mode="json")
+        exclude: dict[str, Any] = {} if self.pair else {"pair": True}
         if self.loading is not None and self.loading.spans == NO_SPANS:
-            del found["loading"]["spans"]
-        write_json(adapter / ADAPTER_FILE, found)
+            exclude["loading"] = {"spans"}
+        write_json(adapter / ADAPTER_FILE, self.model_dump(mode="json", exclude=exclude))
 
     @classmethod
     def read(cls, adapter: Path) -> Self:
@@ -374,11 +359,12 @@ class SavedAdapter:
     labels: tuple[str, ...]
     model: ModelConfig  # with `quantization`, `precision` and `embedding` as trained
     max_length: int | None  # sub-tokens per text in training; None if not known
-    temperature: float  # divides the logits; 1 without a calibration
+    calibration: Calibration  # the temperature, which is 1 without one, and thresholds if there are any
     masking: TokenMaskConfig | None = None
     trained: Mapping[str, Any] = field(default_factory=dict)  # weights of the backbone and scaling, for `load_adapter`
     label_on: str = "first"  # which sub-token of a word carries its label
     spans: str = NO_SPANS  # how the labels mark entities, as in `spans.SCHEMES`
+    pair: tuple[str, str] | None = None  # columns of the two texts, if the texts are pairs
 
 
 def find_saved(
@@ -401,8 +387,7 @@ def find_saved(
     if (path / "adapter_config.json").is_file():
         folder = path
     elif is_run(path):
-        folder = open_finished(path).adapter
-        recipe = load_recipe(path / "recipe.yaml")
+        folder, recipe = open_finished(path).adapter, load_recipe(path / "recipe.yaml")
     elif path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
         problem = "is neither a run (recipe.yaml) nor an adapter (adapter_config.json)"
         problem = problem if path.exists() else "does not exist"
@@ -424,15 +409,14 @@ def find_saved(
         settings["revision"] = None
     if loading is not None:  # bf16 if the hardware has it
         precision = "auto" if loading.precision == "bf16" else loading.precision
-        settings |= {"quantization": loading.quantization, "precision": precision, "pooling": loading.pooling}
+        settings |= loading.model_dump(include={"quantization", "pooling", "attention"}) | {"precision": precision}
     length = loading.max_length if loading else recipe.data.max_length if recipe else None
     config = ModelConfig(**settings | {"trust_remote_code": trust_remote_code})
     trained = loading.model_dump(include={"weights", "scaling"}) if loading else {}
-    more = (config, length, info.calibration.temperature, info.masking, trained)
-    label_on = loading.label_on if loading else recipe.data.label_on if recipe else "first"
-    return SavedAdapter(
-        str(model), folder, info.task, tuple(info.labels), *more, label_on, loading.spans if loading else NO_SPANS
-    )
+    label_on = loading.label_on if loading else "first"  # the only one when adapters did not say how to load them
+    more = (config, length, info.calibration, info.masking, trained, label_on)
+    spans = loading.spans if loading else NO_SPANS
+    return SavedAdapter(str(model), folder, info.task, tuple(info.labels), *more, spans, info.pair)
 
 
 def _download(hub_id: str) -> Path:

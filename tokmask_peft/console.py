@@ -189,6 +189,9 @@ def print_scores(console: Console, parts: Mapping[str, Mapping[str, Any]]) -> No
     for name, part in parts.items():
         if cut := part.get("without_prediction"):
             console.print(f"{name}: {cut:,} words have no prediction and count as errors", markup=False)
+        if "f1_samples" in part:
+            more = f"micro-F1 {part['f1_micro']:.4f}, F1 by text {part['f1_samples']:.4f}"
+            console.print(f"{name}: {more}; accuracy is the share of texts with all labels right", markup=False)
         for row in part.get("by_mixing") or ():
             console.print(f"  code-mixing index {row['cmi']}: macro-F1 {row['f1_macro']:.4f} ({row['posts']:,} posts)")
 
@@ -207,7 +210,7 @@ def print_classes(console: Console, split: str, scores: Mapping[str, Any]) -> No
     if classes:
         console.print(table)
     if left_out:
-        console.print(f"and {left_out:,} classes of higher F1 (all are in the report, and with --json)", markup=False)
+        console.print(f"and {left_out:,} classes with a higher F1 (the report and --json show all)", markup=False)
     if entities := scores.get("entities"):
         print_classes(console, f"{split}: entities", {"per_class": {"all types": entities, **entities["per_type"]}})
         low, high = entities["interval"]
@@ -224,6 +227,9 @@ def print_result(console: Console, result: Any, adapter: Path) -> None:
     console.print(baseline_verdict(result.scored, result.baseline))
     if result.calibration:
         console.print(calibration_line(result.calibration))
+    if thresholds := result.calibration.get("thresholds"):
+        listed = ", ".join(f"{label} {value:.3f}" for label, value in thresholds.items())
+        console.print(f"Thresholds of the labels, fitted on validation: {listed}.", markup=False)
     for warning in result.warnings:
         console.print(f"Warning: {warning['message']}", markup=False)
     console.print(f"\nAdapter: [bold]{escape(str(adapter))}[/bold]", soft_wrap=True)
@@ -254,7 +260,8 @@ def baseline_verdict(scores: Mapping[str, Any], baseline: Mapping[str, Any] | No
     sentences = {
         "beats": f"The adapter beats the character n-gram baseline ({gain}).",
         "does not beat": f"The adapter does NOT beat the character n-gram baseline ({gain}): "
-        "use the baseline, or train longer, with another learning rate or a larger backbone.",
-        "cannot tell": f"The texts cannot tell whether the adapter beats the character n-gram baseline ({gain}).",
+        "use the baseline, or train longer, or with another learning rate or a larger backbone.",
+        "cannot tell": "These texts are not enough to tell whether the adapter beats the character n-gram baseline "
+        f"({gain}).",
     }
     return sentences[baseline.get("verdict", "cannot tell")]

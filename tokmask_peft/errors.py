@@ -16,6 +16,7 @@ import json
 import os
 import re
 import shutil
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -235,3 +236,19 @@ def require(module: str, extra: str, what: str) -> None:
     """
     if importlib.util.find_spec(module) is None:
         raise ExtraError(f"{what} needs {module}: pip install 'tokmask-peft[{extra}]'", extra=extra)
+
+
+def is_whole(path: Path) -> bool:
+    """Return whether a file of weights or states is as long as it says, and a folder of shards is not empty."""
+    from safetensors import safe_open
+
+    try:
+        if not path.is_file():  # or a pipe
+            return path.is_dir() and any(path.iterdir())
+        if path.suffix == ".safetensors":
+            with safe_open(path, "numpy"):
+                return True
+        with zipfile.ZipFile(path) as states:  # as torch saves them, with checksums
+            return states.testzip() is None
+    except Exception:  # of whatever kind: it cannot be read
+        return False

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from tokmask_peft.html import InNotebooks
 from tokmask_peft.spans import NO_SPANS, Entity, mark_of, read
@@ -23,6 +24,16 @@ BETWEEN = "‖"
 """Shown between the two texts of a pair."""
 WrongLabel = tuple[str, str, float, float, int | None]
 """Label of the data, label of the classifier, the probability of each, and the index of the word, if a word has it."""
+
+
+class LabelSet(tuple[str, ...]):
+    """The labels of a text that may have several, or none: each once, in the order of the alphabet."""
+
+    __slots__ = ()
+
+    def __new__(cls, labels: Iterable[str] = ()) -> Self:
+        """Make a set of labels; empty strings are none."""
+        return super().__new__(cls, sorted({*labels} - {""}))
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +59,7 @@ class Example:
     """A text as read, before tokenization."""
 
     text: str | Pair | tuple[str, ...]  # the text, two of them, or its words if they have labels
-    label: Label  # the label, or one tag per word; none if the source gives no label
+    label: Label  # the label, one tag per word, or a `LabelSet`; none if the source gives no label
     where: str  # `file:line` or `split[row]`, for error messages
     places: tuple[str, ...] = ()  # the same of each word, if words have rows of their own; for prediction only
 
@@ -74,10 +85,15 @@ class Example:
 
     @property
     def tags(self) -> tuple[str, ...]:
-        """The labels as a tuple: one per word, or the only one; empty without a label."""
+        """The labels as a tuple: one per word, or those of the text; empty without a label."""
         if self.label is None:
             return ()
         return (self.label,) if isinstance(self.label, str) else self.label
+
+    @property
+    def given(self) -> tuple[str, ...]:
+        """The tags, with an empty one for a label that is missing; a set of labels may be empty."""
+        return self.tags if self.tags or isinstance(self.label, LabelSet) else ("",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,3 +203,29 @@ class WordPredictions(InNotebooks):
     def __repr__(self) -> str:
         pairs = [f"{word}/{label}" for word, label in zip(self.words, self.labels, strict=True)]
         return f"WordPredictions({' '.join(pairs[:MOST_SHOWN])}{' …' if len(pairs) > MOST_SHOWN else ''})"
+
+
+MARK = "|"
+"""Separates the labels of a text in one cell, if nothing else is known."""
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class LabelPredictions(InNotebooks):
+    """The answer for a text that may have several labels, or none; see `Prediction`."""
+
+    labels: tuple[str, ...]  # those whose probability is above their threshold
+    probabilities: dict[str, float]  # label -> calibrated probability; each is a yes or no of its own
+    windows: int = 1
+
+    @property
+    def label(self) -> str:
+        """The labels in one string, for a cell of a table; empty for none."""
+        return MARK.join(self.labels)
+
+    @property
+    def confidence(self) -> float:
+        """The probability that all labels are right, those left out too, if labels were independent."""
+        return math.prod(p if label in self.labels else 1 - p for label, p in self.probabilities.items())
+
+    def __repr__(self) -> str:
+        return f"LabelPredictions({self.label!r}, {self.confidence:.3f})"

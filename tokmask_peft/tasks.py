@@ -7,21 +7,26 @@ Everything outside this file asks the task, `get_task(name)`, instead of compari
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from tokmask_peft.errors import DataError, nearest
 from tokmask_peft.examples import (
     IGNORED,
+    MARK,
     NO_PREDICTION,
     Example,
     Label,
     LabelIds,
+    LabelSet,
     Prediction,
     WordPredictions,
     WrongLabel,
 )
+from tokmask_peft.multilabel import YesOrNo
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
 
 
@@ -31,12 +36,14 @@ def _is_missing(cell: Any) -> bool:
 
 
 class Task:
-    """What depends on the kind of label; `sequence` and `token` below are the two that come with the package."""
+    """What depends on the kind of label; those below come with the package."""
 
     name: ClassVar[str]  # as in `data.task`
     description: ClassVar[str]  # one line for `tokmask recipes fields`
     item: ClassVar[str]  # what carries a label, for sentences: text or word
     words_given: ClassVar[bool]  # whether a text is a list of words, for the tokenizer too
+    several: ClassVar[bool] = False  # whether a text may have several labels, or none: a yes or no for each
+    problem_type: ClassVar[str | None] = None  # in the config of transformers' model, if it must be set
     text_columns: ClassVar[tuple[str, ...]]  # names under which tables hold the text, the likeliest first
     label_columns: ClassVar[tuple[str, ...]]  # names under which tables hold the labels
     auto_class: ClassVar[str]  # transformers' class that loads backbone and head
@@ -75,6 +82,14 @@ class Task:
         """Return the labels of a batch as the tensor that goes with one packed row of its texts."""
         raise NotImplementedError
 
+    def mark(self, labels: int) -> Any:
+        """Return what stands in the column `labels` of a text that is only to be answered; `labels` counts them."""
+        return 0
+
+    def wanted(self, labels: Any) -> Any:
+        """Return where in the labels of a batch, an array or a tensor, an answer is wanted."""
+        return labels != IGNORED
+
     # -- model --
 
     def auto_model(self) -> Any:
@@ -83,7 +98,59 @@ class Task:
 
         return getattr(transformers, self.auto_class)
 
+    # -- answers --
+
+    def probabilities(self, logits: NDArray[Any], temperature: float) -> NDArray[np.float64]:
+        """Return the probability of each label, of the shape of the logits, in double precision."""
+        import numpy as np
+        from scipy.special import softmax
+
+        return np.asarray(softmax(logits.astype(np.float64) / temperature, axis=-1))
+
+    def competing(self, logits: NDArray[Any], label: int) -> tuple[NDArray[Any], int]:
+        """Return the logits that share the probability with a label, and the label's place among them."""
+        return logits, label
+
+    def choose(self, logits: NDArray[Any], cuts: Sequence[float] = (), labels: int = 0) -> NDArray[np.int64]:
+        """Return the label ids of answers, `[answers, classes]`, in the form of `gold_ids`.
+
+        `cuts` are those of `fit_cuts`; `labels` counts the labels of the data, also those that no output stands for.
+        """
+        return logits.argmax(-1)
+
+    def likeliest(self, logits: NDArray[Any], cuts: Sequence[float]) -> list[int]:
+        """Return the label to explain of each answer, `[answers, classes]`."""
+        return list(self.choose(logits, cuts).tolist())
+
     # -- training and scores --
+
+    def gold_ids(self, example: Example, ids: LabelIds) -> list[int]:
+        """Return the label ids of a text's items, for scores."""
+        return [ids[tag] for tag in example.tags]
+
+    def ids_of(self, labels: NDArray[Any]) -> NDArray[np.int64]:
+        """Return the label ids, for scores, of labels as the model saw them."""
+        return labels
+
+    def kept(self, logits: Any) -> Any:
+        """Return what an evaluation in training keeps of a batch's logits, a tensor `[batch, …, classes]`."""
+        return logits.argmax(dim=-1)
+
+    def decided(self, kept: NDArray[Any], labels: NDArray[Any]) -> NDArray[np.int64]:
+        """Return the predictions for `decode` from what was `kept` of all texts, and their labels."""
+        return kept
+
+    def fit_cuts(self, logits: NDArray[Any], gold: NDArray[np.int64]) -> list[float]:
+        """Return the logit above which each label is given, fitted on answers and label ids; none if one label is."""
+        return []
+
+    def cuts_of(self, labels: Sequence[str], calibration: Mapping[str, Any]) -> list[float]:
+        """Return the same from what an adapter folder says of its probabilities; a ModelError if it makes no sense."""
+        return []
+
+    def calibrated(self, logits: NDArray[Any], gold: NDArray[np.int64]) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        """Return logits and label ids of the choices whose probabilities are to be calibrated."""
+        return logits, gold
 
     def collator(self, tokenizer: Any) -> Any:
         """Return what pads a batch: on the right to the longest text, rounded up to a multiple of 8.
@@ -106,11 +173,16 @@ class Task:
         `kept` are indices of the words that have a position, none unless each word carries a label; `gold`, what the
         model saw, is a number or [seq], and so is `predicted`, its answers.
         """
-        return [ids[example.tags[0]]], [int(predicted)]
+        return self.gold_ids(example, ids), [int(predicted)]
 
     def more_scores(self, gold: Any, predicted: Any, labels: Sequence[str]) -> dict[str, Any]:
         """Return scores in addition to those of every task, from label ids `[items]`; they go into `result.json`."""
         return {}
+
+    def counts_given(self, scores: Mapping[str, Any]) -> dict[str, int]:
+        """Return how often each label is given, from the scores of a split."""
+        labels, matrix = scores["confusion"]["labels"], scores["confusion"]["matrix"]
+        return {label: sum(row[at] for row in matrix) for at, label in enumerate(labels)}
 
     # -- inference --
 
@@ -124,11 +196,17 @@ class Task:
         sizes = np.array([window.size for window in windows], dtype=np.float64)
         return np.asarray((np.concatenate(logits) * sizes[:, None]).sum(0, keepdims=True) / sizes.sum())
 
-    def answer(self, text: Any, logits: NDArray[Any], probabilities: Sequence[dict[str, float]], windows: int) -> Any:
-        """Return the answer for a text: from `join`'s logits, and label -> probability for each of their rows."""
-        return Prediction(list(probabilities[0])[int(logits[0].argmax())], probabilities[0], windows)
+    def answer(
+        self, text: Any, chosen: NDArray[np.int64], probabilities: Sequence[dict[str, float]], windows: int
+    ) -> Any:
+        """Return the answer for a text: from what was chosen, and label -> probability for each of `join`'s rows."""
+        return Prediction(list(probabilities[0])[int(chosen[0])], probabilities[0], windows)
 
     # -- report, card and study --
+
+    def use(self, snippet: str, labels: Sequence[str], calibration: Mapping[str, Any]) -> str:
+        """Return `snippet` or `pipeline_snippet`, with what it needs of a model's calibration."""
+        return snippet
 
     def mistakes(self, tags: tuple[str, ...], answer: Any) -> Iterator[WrongLabel]:
         """Yield what is wrong in a classifier's answer to a text whose labels are `tags`; here it has one label."""
@@ -147,7 +225,7 @@ class SequenceTask(Task):
     peft_type = "SEQ_CLS"
     pipeline_tag = "text-classification"
     text_columns = ("text", "sentence", "tweet", "content", "words", "tokens")
-    label_columns = ("label", "sentiment", "sa")
+    label_columns: ClassVar[tuple[str, ...]] = ("label", "sentiment", "sa")
     words_given = False
 
     # -- data --
@@ -245,7 +323,7 @@ class TokenTask(Task):
         found = [NO_PREDICTION] * len(example.tags)
         for word, value in zip(kept, predicted[gold != IGNORED].tolist(), strict=True):
             found[word] = value
-        return [ids[tag] for tag in example.tags], found
+        return self.gold_ids(example, ids), found
 
     # -- inference --
 
@@ -256,9 +334,11 @@ class TokenTask(Task):
         order = np.argsort(np.concatenate([window.words for window in windows]))
         return np.asarray(np.concatenate(logits)[order], dtype=np.float64)
 
-    def answer(self, text: Any, logits: NDArray[Any], probabilities: Sequence[dict[str, float]], windows: int) -> Any:
+    def answer(
+        self, text: Any, chosen: NDArray[np.int64], probabilities: Sequence[dict[str, float]], windows: int
+    ) -> Any:
         """Return the labels of the words."""
-        labels = tuple(list(row)[best] for row, best in zip(probabilities, logits.argmax(-1).tolist(), strict=True))
+        labels = tuple(list(row)[best] for row, best in zip(probabilities, chosen.tolist(), strict=True))
         return WordPredictions(tuple(text), labels, probabilities, windows)
 
     # -- report, card and study --
@@ -284,7 +364,32 @@ print([(part["word"], part["entity_group"]) for part in tag("This phone is bien 
                 yield gold, label, row[label], row.get(gold, 0.0), word
 
 
-TASKS: dict[str, Task] = {task.name: task for task in (SequenceTask(), TokenTask())}
+class MultiLabelTask(YesOrNo, SequenceTask):
+    """Several labels for each text, or none."""
+
+    name = "multilabel"
+    description = "several labels per text, or none"
+    label_columns = ("labels", "label")
+
+    def example(self, text: str | Sequence[str], label: Label, where: str) -> Example:
+        """Return an example with a set of labels; in a string they are separated by vertical bars."""
+        parts = [part.strip() for part in label.split(MARK)] if isinstance(label, str) else label
+        return super().example(text, None if parts is None else LabelSet(parts), where)
+
+    def from_cells(self, text: Any, label: Any, where: str, columns: tuple[str, str | None]) -> Example:
+        """See `Task`; labels are a list, or a string as `example` takes it. Nothing in either means no label."""
+        if not isinstance(label, list) or any(isinstance(one, list | dict) for one in label):
+            return super().from_cells(text, label, where, columns)
+        found = LabelSet(str(one).strip() for one in label if not _is_missing(one))
+        return replace(super().from_cells(text, None, where, columns), label=found)
+
+    def encode_label(self, example: Example, starts: Sequence[tuple[int, int]], length: int, ids: LabelIds) -> Any:
+        """Return 1 for each label that the text has, otherwise 0: [labels]."""
+        given = {label_id(tag, ids, example.where) for tag in example.tags}
+        return [float(number in given) for number in ids.values()]
+
+
+TASKS: dict[str, Task] = {task.name: task for task in (SequenceTask(), TokenTask(), MultiLabelTask())}
 """By name. A task of somebody else's is added here: `TASKS["mine"] = MyTask()`."""
 
 

@@ -85,5 +85,7 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--part"]:
         run_part(sys.argv[2])
     else:
+        if unknown := [name for name in sys.argv[1:] if name not in PARTS]:
+            sys.exit(f"There is no part {', '.join(unknown)}; the parts are {', '.join(PARTS)}")
         OUT.mkdir(parents=True, exist_ok=True)
-        run([name for name in sys.argv[1:] if name in PARTS] or list(PARTS))
+        run(sys.argv[1:] or list(PARTS))

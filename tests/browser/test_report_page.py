@@ -45,6 +45,10 @@ def test_wide_tables_scroll_inside_themselves(address, open_page):
     page, _ = open_page(address, 390)
     wide = page.evaluate("[...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth).length")
     assert wide >= 1
+    sentences = page.locator(".scroll:has(td.wide)")
+    assert sentences.count() == 2  # duplicates and decisions: their long texts wrap
+    for number in range(2):
+        assert sentences.nth(number).evaluate("e => e.scrollWidth - e.clientWidth") <= 0
 
 
 def test_words_are_tinted_by_their_strength(address, open_page, background):
@@ -53,3 +57,6 @@ def test_words_are_tinted_by_their_strength(address, open_page, background):
     weak = page.locator(".mistakes .for").first
     assert background(strong) > background(weak) > 0
     assert page.locator(".mistakes .against").count() > 5
+    dots = "e => Number(getComputedStyle(e).borderBottomColor.match(/[\\d.]+\\)/)?.[0].slice(0, -1))"
+    faint = page.locator(".mistakes .against").last.evaluate(dots)
+    assert 0 < faint < page.locator(".key .against").evaluate(dots), "noise looks like noise without colours, too"

@@ -18,7 +18,7 @@ def test_every_cell_runs(tmp_path, monkeypatch, capfd):
     for cell in cells:
         if cell["cell_type"] != "code":
             continue
-        code = "".join(cell["source"]).replace("training.max_steps=60", "training.max_steps=2")
+        code = "".join(cell["source"]).replace("training.max_steps=150", "training.max_steps=2")
         *body, last = ast.parse(code).body
         exec(compile(ast.Module(body, []), "cell", "exec"), names)
         if isinstance(last, ast.Expr):

@@ -11,7 +11,7 @@ import pytest
 
 from tokmask_peft.data.corpus import load_corpus
 from tokmask_peft.data.readers import read_split
-from tokmask_peft.recipe.schema import DataConfig, SourceConfig
+from tokmask_peft.recipe.data import DataConfig, SourceConfig
 
 LID = {"lang1": "lang1", "lang2": "lang2", "*": "other"}
 

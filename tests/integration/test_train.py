@@ -43,7 +43,8 @@ TEXTS = ["hoy great phone", "muy malo :("]
 
 
 @pytest.mark.parametrize(
-    ("family", "task"), [("bert", "sequence"), ("bert", "token"), ("qwen2", "sequence"), ("llama", "token")]
+    ("family", "task"),
+    [("bert", "sequence"), ("bert", "token"), ("qwen2", "sequence"), ("llama", "token"), ("gpt2", "sequence")],
 )
 def test_recipe_in_adapter_out(write_recipe, tokmask, tmp_path, family, task):
     recipe = write_recipe(family, task)

@@ -10,9 +10,11 @@ from typing import ClassVar
 
 import pytest
 import torch
+from filelock import FileLock
 from run_files import log, result, write_run
 from safetensors.torch import save_file
 
+from tokmask_peft import artifacts
 from tokmask_peft.artifacts import (
     AdapterInfo,
     Calibration,
@@ -111,6 +113,20 @@ class TestLocked:
         with locked(run):
             write_json(run.result, {})
         assert list(run.root.iterdir()) == [run.result]
+
+    def test_a_lock_whose_file_was_removed_just_before_is_not_held(self, recipe, monkeypatch):
+        run, removed = RunFolder(recipe.run_dir), []
+
+        class Late(FileLock):
+            def acquire(self, *args, **kwargs):
+                found = super().acquire(*args, **kwargs)
+                if not removed:
+                    removed.append(run.lock.unlink())
+                return found
+
+        monkeypatch.setattr(artifacts, "FileLock", Late)
+        with locked(run):
+            assert self.refused(run).code == "run-in-use"
 
     def test_a_killed_process_holds_no_lock(self, recipe):
         run = RunFolder(recipe.run_dir)

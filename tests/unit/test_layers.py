@@ -16,6 +16,7 @@ LAYERS = (
     ("masking",),
     ("spans",),
     ("examples",),
+    ("multilabel",),
     ("tasks",),
     ("recipe",),
     ("data",),

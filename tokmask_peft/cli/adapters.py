@@ -7,7 +7,6 @@ import functools
 import json
 import shutil
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,16 +27,18 @@ from tokmask_peft.cli.app import (
     TrustOption,
     app,
     checked,
+    open_texts,
     own_flags,
     with_flags,
 )
 from tokmask_peft.cli.start import print_data, recipe_of
-from tokmask_peft.console import Decision, SafeConsole, echo, make_console, quiet_libraries
-from tokmask_peft.errors import DataError, write_whole
+from tokmask_peft.console import SafeConsole, echo, make_console, quiet_libraries
+from tokmask_peft.errors import write_whole
+from tokmask_peft.examples import Pair
 from tokmask_peft.tasks import get_task
 
 if TYPE_CHECKING:
-    from tokmask_peft.data.readers import TextFile
+    from tokmask_peft.artifacts import SavedAdapter
     from tokmask_peft.training.memory import Forecast
 
 ARMS = (
@@ -48,8 +49,6 @@ ARMS = (
 RecipeOrData = Annotated[
     str, typer.Argument(metavar="RECIPE", help="a YAML file, the name of a shipped recipe, or a data file or folder")
 ]
-_Form = tuple[str, Any, Any]
-"""Format of a file, column of its texts, and whether it has a header."""
 GPU = (
     "memory of a GPU, for example 6GB; it is assumed to have bf16 (for T4, V100, GTX 16 and RTX 20 add "
     "model.precision=fp16, for GTX 10 fp32); default: this machine"
@@ -77,9 +76,10 @@ def sweep(
     recipe: RecipeArgument,
     overrides: Overrides = None,
     p: Annotated[str | None, typer.Option("--p", help="masking rates, for example 0,0.1,0.2")] = None,
-    seeds: Annotated[str, typer.Option(help="how many (5 means seeds 1 to 5), or which: 11,12,13")] = "5",
+    seeds: Annotated[str, typer.Option(help="how many seeds (5 means 1 to 5), or which: 11,12,13")] = "5",
     grid: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=VALUES", help="an axis, as training.epochs=3,6; repeatable")
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUES", help="a key and its values, for example training.epochs=3,6; repeatable"),
     ] = None,
     arms: Annotated[str | None, typer.Option(help=ARMS)] = None,
     name: Annotated[str | None, typer.Option(help="name of the sweep; its folder is runs/NAME")] = None,
@@ -88,9 +88,13 @@ def sweep(
     ] = None,
     sampler: Annotated[str, typer.Option(help="grid, random or tpe")] = "grid",
     trials: Annotated[int | None, typer.Option(help="number of runs, with random and tpe")] = None,
-    prune: Annotated[bool, typer.Option("--prune", help="Stop runs below the median; biases a grid's report.")] = False,
+    prune: Annotated[
+        bool, typer.Option("--prune", help="Stop runs that are below the median; this biases the report of a grid.")
+    ] = False,
     workers: Annotated[int, typer.Option(min=1, help="number of runs at once on this machine")] = 1,
-    keep_checkpoints: Annotated[bool, typer.Option("--keep-checkpoints", help="Keep those of finished runs.")] = False,
+    keep_checkpoints: Annotated[
+        bool, typer.Option("--keep-checkpoints", help="Keep the checkpoints of finished runs.")
+    ] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run failed trials again.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs without starting any.")] = False,
 ) -> None:
@@ -180,9 +184,9 @@ def print_forecast(found: Forecast) -> None:
         say(f"The memory of this {setting.device_type} is unknown.")
         return
     verdict = "It fits" if found.fits else "It does NOT fit"
-    console.print(f"[bold]{verdict}[/bold]: {escape(str(memory))}, of which {USABLE:.0%} are counted on.")
+    console.print(f"[bold]{verdict}[/bold]: {escape(str(memory))}, of which a run can use {USABLE:.0%}.")
     if found.suggestions:
-        say("What would take less, with its total:")
+        say("What would take less memory, with the new total:")
     for one in found.suggestions:
         say(f"  {one}")
     if not found.fits and not any(one.fits for one in found.suggestions):
@@ -193,7 +197,8 @@ def print_forecast(found: Forecast) -> None:
 def predict(
     model: ModelArgument,
     texts: Annotated[
-        list[str] | None, typer.Argument(metavar="TEXT", help="texts to classify; - or a pipe: standard input")
+        list[str] | None,
+        typer.Argument(metavar="TEXT", help="texts to classify; - reads standard input, as does a pipe"),
     ] = None,
     file: Annotated[
         Path | None,
@@ -205,18 +210,27 @@ def predict(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
     format: Annotated[
-        str, typer.Option(help="format of the file; auto chooses by its ending, and txt for standard input")
+        str, typer.Option(help="format of the file; auto: by its ending, and txt for standard input")
     ] = "auto",
     column: Annotated[
-        str | None,
-        typer.Option("--column", "--text-column", help="name or number of the text's column, or of the words'"),
+        list[str] | None,
+        typer.Option(
+            "--column",
+            "--text-column",
+            help="name or number of the column of the text, or of the words; twice for pairs, if the columns are "
+            "not those of training",
+        ),
     ] = None,
     group_column: Annotated[
-        str | None, typer.Option(help="in a table with a word in each row: the column that names the text")
+        str | None, typer.Option(help="for a table with a word in each row: the column that says which text it is in")
     ] = None,
-    header: Annotated[str, typer.Option(help="of a CSV or TSV file: true, false, or auto by its cells")] = "auto",
-    separator: Annotated[str, typer.Option(help="one character, or tab; auto: what gives all rows the same")] = "auto",
-    encoding: Annotated[str, typer.Option(help="for example cp1252; auto: by the bytes")] = "auto",
+    header: Annotated[
+        str, typer.Option(help="whether a CSV or TSV file has a header: true, false, or auto (from its cells)")
+    ] = "auto",
+    separator: Annotated[
+        str, typer.Option(help="of the columns: one character, or tab; auto: what fits most rows")
+    ] = "auto",
+    encoding: Annotated[str, typer.Option(help="of a text file, for example cp1252; auto: from its bytes")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON line for each text.")] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="texts per forward pass")] = 32,
     device: DeviceOption = None,
@@ -226,6 +240,8 @@ def predict(
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Classify TEXTs, the texts of a file, or those of standard input, with MODEL.
+
+    A model of pairs takes two TEXTs for each answer, or a file with two columns of texts.
 
     MODEL is a run folder, an adapter folder, or the id of an adapter on the Hub. A table has a row for each row of the
     input: its columns, then label and confidence; a column of that name in the input stays, and the new one is called
@@ -244,6 +260,7 @@ def predict(
         raise typer.BadParameter(f"'{header}' is not one of {', '.join(headers)}", param_hint="--header")
     # before the libraries are loaded, which takes seconds
     saved = find_saved(model, backbone, trust_remote_code=trust_remote_code)
+    given = as_given(texts or [], saved)
     flags = {"text_column": "--column", "group_column": "--group-column", "format": "--format", "header": "--header"}
     flags |= {"separator": "--separator", "encoding": "--encoding"}
     with contextlib.ExitStack() as stack:
@@ -260,7 +277,7 @@ def predict(
                     raise typer.BadParameter(f"{name} is empty: give texts, or --file", param_hint="TEXT")
             more: dict[str, Any] = {"separator": separator, "encoding": encoding, "group_column": group_column}
             read = functools.partial(TextFile, path, saved.task, **more, name=name)
-            source = _open_texts(model, (format, column, headers[header]), read)
+            source = open_texts(model, (format, read_columns(column, saved.pair), headers[header]), read)
             source.worded = functools.partial(with_flags, flags=flags)
             reasons = [replace(one, reason=with_flags(one.reason, flags)) for one in source.decisions]
             source.decisions = tuple(reasons)
@@ -276,44 +293,31 @@ def predict(
 
         classifier = load(saved, device, quantization, precision)
         if source is None:
-            show.print_answers(texts or [], classifier.predict(texts or [], batch_size), as_json)
+            show.print_answers(given, classifier.predict(given, batch_size), as_json)
         elif out is None:
             show.print_file(classifier, source, as_json, batch_size)
         else:
             show.predict_with_bar(classifier, source, out, force, batch_size)
 
 
-def _open_texts(model: str, asked: _Form, read: Callable[[str, Any, Any], TextFile]) -> TextFile:
-    """Open a file; if no column is named, the text's is that of the run's data: first by name, last by number.
+def as_given(texts: list[str], saved: SavedAdapter) -> list[Any]:
+    """Return the TEXTs of a command as the classifier takes them: as they are, or two by two."""
+    if saved.pair is None:
+        return list(texts)
+    if len(texts) % 2:
+        problem = f"{saved.name} reads pairs ({' and '.join(saved.pair)}): give two texts for each answer"
+        raise typer.BadParameter(problem, param_hint="TEXT")
+    return [Pair(first, second) for first, second in zip(texts[::2], texts[1::2], strict=True)]
 
-    A file that nothing else reads is read as CoNLL if the run's data are, and has a header if they do.
 
-    Raises:
-        DataError: neither way fits; that of the command alone.
-    """
-    from tokmask_peft.artifacts import is_run
-    from tokmask_peft.recipe.loading import load_recipe
-
-    ways, (format, column, header) = [asked], asked
-    if column is None and is_run(model):
-        data = load_recipe(Path(model) / "recipe.yaml").data
-        conll = (format, data.format) == ("auto", "conll")
-        in_run = ("conll" if conll else format, data.text_column, data.header if header == "auto" else header)
-        by_name = isinstance(data.text_column, str) and not data.text_column.removeprefix("-").isdecimal()
-        ways = [in_run, asked] if by_name and not conll else [asked, in_run]
-    problems: list[DataError] = []
-    for way in ways:
-        try:
-            source = read(*way)
-        except DataError as error:
-            problems.insert(0 if way is asked else 1, error)
-            continue
-        if way is not asked and way != asked:
-            choice = f"column {way[1] or 0}" + (" of conll" if way[0] != format else "")
-            why = "as in the data of the run; data.text_column sets it"
-            source.decisions = (*source.decisions, Decision(f"texts of {source.path.name}", choice, why))
-        return source
-    raise problems[0]
+def read_columns(given: list[str] | None, pair: tuple[str, str] | None) -> str | tuple[str, str] | None:
+    """Return the column of the texts that options name, or the two columns of pairs; by default those of training."""
+    if not given:
+        return pair
+    if len(given) != (1 if pair is None else 2):
+        reads = "one text, so name one column" if pair is None else f"pairs ({' and '.join(pair)}), so name two columns"
+        raise typer.BadParameter(f"this model reads {reads}", param_hint="--column")
+    return given[0] if pair is None else (given[0], given[1])
 
 
 def _saved_input(folder: str, file: Path, format: str) -> Path:
@@ -329,6 +333,7 @@ def explain(
     model: ModelArgument,
     texts: Annotated[list[str], typer.Argument(metavar="TEXT", help="texts to explain")],
     word: Annotated[str | None, typer.Option(help="token tasks: the word to explain, or its number")] = None,
+    label: Annotated[str | None, typer.Option(help="other tasks: the label to explain, if not the likeliest")] = None,
     html: Annotated[Path | None, typer.Option(help="write a page that can be shared")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the page if it exists.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON line per TEXT.")] = False,
@@ -359,12 +364,13 @@ def explain(
             find_word(text.split(), chosen, f"text {number}")
     if html is not None:
         check_output(html, None, force)
+    given = as_given(texts, saved)
     quiet_libraries()
     from tokmask_peft.inference import display as show
     from tokmask_peft.inference.classifier import load
 
     classifier = load(saved, device, quantization, precision)
-    explanations = classifier.explain(texts, word=chosen, batch_size=batch_size)
+    explanations = classifier.explain(given, word=chosen, label=label, batch_size=batch_size)
     note = classifier.occlusion.note
     if as_json:
         show.print_json(explanations)
@@ -382,7 +388,9 @@ def export(
     model: ModelArgument,
     merged: Annotated[Path, typer.Option(help="the folder to make")],
     precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16, of the saved weights")] = "fp32",
-    onnx: Annotated[bool, typer.Option("--onnx", help="Also write model.onnx (extra onnx) and compare it.")] = False,
+    onnx: Annotated[
+        bool, typer.Option("--onnx", help="Also write model.onnx and check its logits (needs the extra onnx).")
+    ] = False,
     backbone: BackboneOption = None,
     trust_remote_code: TrustOption = False,
 ) -> None:

@@ -33,7 +33,7 @@ def diagnose(
     draws: Annotated[int, typer.Option(help="mask draws per batch")] = 16,
     batches: Annotated[int, typer.Option(help="batches of training texts")] = 8,
     at: Annotated[str, typer.Option(help="shares of the training at which to measure")] = "0,0.5,1",
-    out: Annotated[Path | None, typer.Option(help="folder to write to; runs/NAME-diagnose if not given")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder to write to; default: runs/NAME-diagnose")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> None:
     """Train RECIPE and measure what masking does to its gradients: variance, agreement, shift of the mean.
@@ -61,16 +61,17 @@ def robustness(
     noise: Annotated[str, typer.Option(help="shares of words to misspell")] = "0,0.1,0.2,0.4",
     draws: Annotated[int, typer.Option(min=1, help="random draws of each; scores are their means")] = 4,
     limit: Annotated[int | None, typer.Option(min=1, help="score at most this many texts, drawn at random")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="of masks, misspellings and the choice of texts")] = 0,
-    out: Annotated[Path | None, typer.Option(help="folder; RUN/robustness if left out, with one RUN")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="seed of masks, misspellings and the choice of texts")] = 0,
+    out: Annotated[Path | None, typer.Option(help="folder to write to; default with one RUN: RUN/robustness")] = None,
     device: DeviceOption = None,
     backbone: BackboneOption = None,
     trust_remote_code: TrustOption = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> None:
-    """Score RUNs on masked and misspelt test texts and on unseen words, by their masking rate in training.
+    """Score RUNs on masked and misspelt test texts and on unseen words, and compare them by masking rate.
 
-    Runs that differ only by their seed are one line, with an interval; a run is not scored twice in the same way.
+    Runs that differ only in their seed share a line, with an interval. A run that was scored in the same way before is
+    not scored again.
     """
     from tokmask_peft.study.diagnostics.plans import Perturbations, find_members, folder_of
 
@@ -91,14 +92,14 @@ def robustness(
 
 @app.command(rich_help_panel=LOOK)
 def faithfulness(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="a run folder, such as runs/quickstart")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="a run folder, for example runs/quickstart")],
     against: Annotated[str | None, typer.Option(help="a run of the same recipe with p = 0, to compare with")] = None,
     split: Annotated[
         str | None, typer.Option(help="train, validation or test (the default); with --data, a split or file there")
     ] = None,
     data: Annotated[str | None, typer.Option(help="folder or file with other texts")] = None,
     limit: Annotated[int, typer.Option(min=2, help="number of texts, drawn at random")] = 200,
-    seed: Annotated[int, typer.Option(min=0, help="of texts, orders and bootstrap")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="seed of the choice of texts, random orders and bootstrap")] = 0,
     batch_size: Annotated[int | None, typer.Option(min=1, help="masked texts per forward pass")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
     trust_remote_code: TrustOption = False,
@@ -134,10 +135,12 @@ def evaluate(
     ] = None,
     data: Annotated[str | None, typer.Option(help="a file with other labelled texts, or a folder")] = None,
     format: Annotated[
-        str | None, typer.Option(help="of DATA, if neither its ending nor the run says it, for example tsv")
+        str | None, typer.Option(help="format of DATA, if neither its ending nor the run says it, for example tsv")
     ] = None,
-    text_column: Annotated[str | None, typer.Option(help="of DATA: a name, or a number from 0")] = None,
-    label_column: Annotated[str | None, typer.Option(help="of DATA: a name, or a number from 0")] = None,
+    text_column: Annotated[
+        list[str] | None, typer.Option(help="text column of DATA: a name, or a number from 0; twice for pairs")
+    ] = None,
+    label_column: Annotated[str | None, typer.Option(help="label column of DATA: a name, or a number from 0")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the scores as JSON.")] = False,
     batch_size: Annotated[int | None, typer.Option(min=1, help="texts per forward pass; as in training")] = None,
     trust_remote_code: TrustOption = False,
@@ -156,7 +159,7 @@ def evaluate(
             split=split,
             data=data,
             format=format,
-            text_column=_column(text_column),
+            text_column=_columns(text_column or []),
             label_column=_column(label_column),
             batch_size=batch_size,
             trust_remote_code=trust_remote_code,
@@ -171,13 +174,21 @@ def evaluate(
             console.print(f"Caution: {reason}", markup=False)
 
 
+def _columns(given: list[str]) -> str | int | tuple[str, str] | None:
+    if len(given) > 2:
+        raise typer.BadParameter("name one column, or the two of pairs", param_hint="--text-column")
+    return (given[0], given[1]) if len(given) == 2 else _column(next(iter(given), None))
+
+
 def _column(given: str | None) -> str | int | None:
     return int(given) if given is not None and given.removeprefix("-").isdecimal() else given
 
 
 @app.command(rich_help_panel=LOOK)
 def report(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="the folder of a run or a sweep, as runs/quickstart")],
+    run: Annotated[
+        str, typer.Argument(metavar="RUN", help="the folder of a run or a sweep, for example runs/quickstart")
+    ],
     out: Annotated[Path | None, typer.Option(help="the page to write; default: report.html in the run folder")] = None,
     show: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
     examples: Annotated[bool, typer.Option(help="show the worst mistakes; needs the data and the backbone")] = True,

@@ -19,6 +19,7 @@ import typer
 from tokmask_peft.cli.app import TRAIN, app, checked
 from tokmask_peft.console import Decision, echo, make_console, print_decisions, print_lines, quiet_libraries
 from tokmask_peft.errors import RecipeError, TokmaskError
+from tokmask_peft.examples import Example, Pair
 
 if TYPE_CHECKING:
     from tokmask_peft.data.corpus import Corpus
@@ -184,7 +185,8 @@ def make_draft(paths: Sequence[Path], overrides: Sequence[str], backbones: Seque
     ask = _ask if not yes and is_terminal() else likeliest
     found, corpus = detect(paths, given["data"], ask, given.get("seed", 42))
     texts, words_given = [example.string for example in corpus.train], get_task(corpus.task).words_given
-    model, cost, why = _choose_backbone(given["model"], backbones, looks_english(texts), words_given, texts)
+    english = looks_english(texts)
+    model, cost, why = _choose_backbone(given["model"], backbones, english, words_given, _running(corpus.train))
     root = Path(found.data["path"]).absolute()
     named = root if root.is_dir() or canonical(root.stem) not in SPLITS else root.parent
     name = re.sub(r"[^\w.-]+", "-", named.name if named.is_dir() else named.name.partition(".")[0]) or "data"
@@ -232,13 +234,19 @@ class _Cost(NamedTuple):
         return f"{self.per_word:.2f}" + (f" ({self.unknown:.0%} unknown)" if self.unknown >= 0.01 else "")
 
 
-def _cost(config: ModelConfig, texts: Sequence[str], most: int | None = COUNTED) -> _Cost:
+def _running(examples: Sequence[Example]) -> list[Any]:
+    """Return texts as strings, or as pairs."""
+    return [example.text if isinstance(example.text, Pair) else example.string for example in examples]
+
+
+def _cost(config: ModelConfig, texts: Sequence[Any], most: int | None = COUNTED) -> _Cost:
     """Tokenize the first `most` texts."""
+    from tokmask_peft.data.encoding import batch_of
     from tokmask_peft.model.backbone import load_tokenizer
 
     tokenizer, texts = load_tokenizer(config), texts[:most]
-    rows = tokenizer(list(texts), add_special_tokens=True, verbose=False).input_ids
-    total = sum(map(len, rows)) - tokenizer.num_special_tokens_to_add() * len(rows)
+    rows = tokenizer(*batch_of(texts), add_special_tokens=True, verbose=False).input_ids
+    total = sum(map(len, rows)) - tokenizer.num_special_tokens_to_add(isinstance(texts[0], Pair)) * len(rows)
     unknown = sum(row.count(tokenizer.unk_token_id) for row in rows) if tokenizer.unk_token_id is not None else 0
     words = sum(len(text.split()) for text in texts)
     return _Cost(total / max(words, 1), unknown / max(total, 1), sorted(map(len, rows)))
@@ -254,7 +262,7 @@ def _at_hand(config: ModelConfig) -> bool:
         location = backbone_location(config)
     except TokmaskError:
         return False
-    return Path(location).is_dir() or isinstance(try_to_load_from_cache(location, "model.safetensors"), str)
+    return Path(location).exists() or isinstance(try_to_load_from_cache(location, "model.safetensors"), str)
 
 
 def _model(backbone: str) -> dict[str, Any]:
@@ -267,7 +275,7 @@ def _model(backbone: str) -> dict[str, Any]:
 
 
 def _choose_backbone(
-    given: dict[str, Any], named: Sequence[str], english: bool, words_given: bool, texts: Sequence[str]
+    given: dict[str, Any], named: Sequence[str], english: bool, words_given: bool, texts: Sequence[Any]
 ) -> tuple[dict[str, Any], _Cost | None, Decision]:
     """Return the keys of `model` with what they cost and why: as the user says, or what suits language and hardware."""
     import torch
@@ -365,7 +373,7 @@ def print_data(recipe: Recipe) -> None:
     if _at_hand(recipe.model):
         most = recipe.data.max_length
         for name in corpus.report.splits:
-            lengths = _cost(recipe.model, [example.string for example in getattr(corpus, name)], None).lengths
+            lengths = _cost(recipe.model, _running(getattr(corpus, name)), None).lengths
             long, longest = sum(length > most for length in lengths), max(lengths, default=0)
             lines.append(f"{name}: {long:,} texts are longer than {most} sub-tokens; the longest has {longest:,}")
     else:

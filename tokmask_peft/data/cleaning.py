@@ -6,7 +6,8 @@ Two texts of different splits are nearly the same if they agree once users (`@na
 neither a letter nor a number (punctuation, emoji, white space), and case are set aside; or if what remains is at least
 `SHORTEST` characters long, and of their distinct pieces of `PIECE` characters more than `SHARED` are common to both.
 The first kind is always found. The second is looked for with MinHash (Broder 1997), which finds 95% of those that
-share .80 to .85 of their pieces, and 99% of those that share more.
+share .80 to .85 of their pieces, and 99% of those that share more. Two pairs are the same, or nearly the same, if both
+of their texts are.
 """
 
 from __future__ import annotations
@@ -63,14 +64,13 @@ class _Texts:
 
     def __init__(self, examples: Sequence[Example]) -> None:
         self.keys = [normalise(example.string) for example in examples]
-        folded = (unicodedata.normalize("NFKC", key).casefold() for key in self.keys)
-        self.plain = [_ADDRESS.sub(" ", text).translate(_KEPT) for text in folded]
+        self.plain = ["\0".join(map(_plain, example.parts)) for example in examples]
         chunks = [_bands(self.plain[at : at + CHUNK]) for at in range(0, len(examples), CHUNK)]
         self.bands = np.concatenate([np.empty((0, BANDS), np.uint64), *chunks])
 
     def near(self, other: _Texts) -> set[int]:
         """Return the index of each text that is nearly the same as one of `other`, but the same as none."""
-        same, exact = set(other.plain) - {""}, set(other.keys)
+        same, exact = {text for text in other.plain if all(text.split("\0"))}, set(other.keys)
         found = {index for index, text in enumerate(self.plain) if text in same}
         tried: set[tuple[int, int]] = set()
         for band in range(BANDS if other.keys else 0):
@@ -85,7 +85,17 @@ class _Texts:
         return {index for index in found if self.keys[index] not in exact}
 
 
+def _plain(text: str) -> str:
+    folded = unicodedata.normalize("NFKC", normalise(text)).casefold()
+    return _ADDRESS.sub(" ", folded).translate(_KEPT)
+
+
 def _similar(one: str, other: str) -> bool:
+    parts = zip(one.split("\0"), other.split("\0"), strict=True)  # of pairs, two each
+    return all((first and first == second) or _alike(first, second) for first, second in parts)
+
+
+def _alike(one: str, other: str) -> bool:
     if min(len(one), len(other)) < SHORTEST:
         return False
     first, second = ({text[at : at + PIECE] for at in range(len(text) - PIECE + 1)} for text in (one, other))

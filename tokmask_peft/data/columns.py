@@ -25,10 +25,18 @@ MOST_LABELS, MOST_NUMBERS = 200, 20
 """Different values of a column of labels; of numbers there are fewer, as they may be counts."""
 SPLITS = ("train", "validation", "test")
 TASK_QUESTION = "What has a label: each text (sequence), or each word (token)?"
+SETS_QUESTION = "How many labels has a text: one (sequence), or several (multilabel)?"
 TEXT_NAMES = (
     *("text", "sentence", "tweet", "content", "body", "post", "comment", "review", "utterance", "message", "question"),
     *("words", "tokens", "word", "token", "form"),
 )
+PAIRS = (
+    *(("premise", "hypothesis"), ("sentence1", "sentence2"), ("sentence_a", "sentence_b"), ("text1", "text2")),
+    *(("text_a", "text_b"), ("question1", "question2"), ("question", "sentence"), ("question", "answer")),
+    *(("question", "passage"), ("question", "context"), ("query", "passage"), ("query", "document")),
+    *(("claim", "evidence"), ("headline", "body")),
+)
+"""Names of two columns of texts that are read as a pair."""
 LABEL_NAMES = (
     *("label", "labels", "tags", "lid", "sentiment", "sa", "class", "category", "target", "tag", "intent", "emotion"),
     *("topic", "stance", "polarity", "stars", "rating", "score", "hate", "offensive", "irony", "gold", "pos", "ner"),
@@ -197,17 +205,23 @@ class Table:
                 reason += "but each split must be a file of its own: save them separately"
                 self.found.decisions.append(Decision("data.train", "all rows", reason))
         task = self.found.data.get("task")
-        if (task is None or get_task(task).words_given) and (self._find_lists() or self._find_words()):
+        one = not isinstance(self.found.data.get("text_column"), list | tuple)
+        if one and (task is None or get_task(task).words_given) and (self._find_lists() or self._find_words()):
             return
         self.columns = sample
-        texts = self._texts()
-        if not texts:
-            self._refuse("text_column", "no column has texts: most cells must differ, and not be numbers")
-        text = self._pick("text_column", "Which column has the texts?", texts, TEXT_NAMES)
+        chosen = self._pair()
+        if not chosen:
+            texts = self._texts()
+            if not texts:
+                self._refuse("text_column", "no column has texts: most cells must differ, and not be numbers")
+            chosen = [self._pick("text_column", "Which column has the texts?", texts, TEXT_NAMES)]
+        if self._find_sets(chosen):
+            return
         named = [column for column in self.columns if column.has_name(LABEL_NAMES) and len(column.values) == 1]
-        labels = self._labels(text) or named  # the rest of the file may have other labels
+        labels = self._labels(chosen) or named  # the rest of the file may have other labels
         if not labels:
-            why = f"'{text.name}' has texts, but no other column has labels: two or more values that recur"
+            names = "' and '".join(column.name for column in chosen)
+            why = f"'{names}' has texts, but no other column has labels: two or more values that recur"
             self._refuse("label_column", why)
         self._pick("label_column", "Which column has the labels?", labels, LABEL_NAMES)
         self.found.decide("task", "sequence", "a text and its label in each row")
@@ -221,10 +235,29 @@ class Table:
         code = "no-labels" if key == "label_column" else "column"
         raise DataError(f"{self.path}: {problem}. Columns: {shown}. {remedy}.", code=code, field=key, columns=names)
 
+    def _pair(self) -> list[_Column]:
+        """Return the two columns of pairs of texts, as the user names them or by usual names; none if there are none.
+
+        Unlike a text, one of a pair may recur: a premise has several hypotheses. Another column must have labels.
+        """
+        if isinstance(asked := self.found.data.get("text_column"), list | tuple):
+            return [self._column(one, "text_column") for one in asked]
+        by_name = {column.name.strip().lower(): column for column in self.columns}
+        for names in PAIRS if asked is None else ():
+            pair = [by_name[name] for name in names if name in by_name]
+            running = len(pair) == 2 and all(not one.is_list and one.words >= 2 for one in pair)
+            if running and self._named("label_column") not in pair and self._labels(pair):
+                value = [self.columns.index(one) if self.headless else one.name for one in pair]
+                self.found.decide("text_column", value, "two texts in each row, which are read as a pair")
+                return pair
+        return []
+
     def _named(self, key: str) -> _Column | None:
         """Return the column that the user names; none if no name is given."""
-        if (asked := self.found.data.get(key)) is None:
-            return None
+        asked = self.found.data.get(key)
+        return None if asked is None else self._column(asked, key)
+
+    def _column(self, asked: Any, key: str) -> _Column:
         names = [column.name for column in self.columns]
         if str(asked) in names:
             return self.columns[names.index(str(asked))]
@@ -258,9 +291,9 @@ class Table:
         longest = max((column.length for column in found), default=0)
         return [column for column in found if column.has_name(TEXT_NAMES) or column.length > longest / 2]
 
-    def _labels(self, text: _Column) -> list[_Column]:
+    def _labels(self, texts: Sequence[_Column]) -> list[_Column]:
         """Return the columns that may hold labels, the likeliest first."""
-        found = [column for column in self.columns if column is not text and column.may_be_label()]
+        found = [column for column in self.columns if column not in texts and column.may_be_label()]
         found.sort(key=lambda column: (-round(column.filled, 1), len(column.values)))
         found.sort(key=lambda column: (column.rank(LABEL_NAMES), column.rank(LANGUAGE_NAMES)))
         best: list[_Column] = []
@@ -284,7 +317,7 @@ class Table:
             return False
         texts = sorted(pairs, key=lambda column: (column.rank(TEXT_NAMES), -len(column.values)))
         labels = sorted(pairs[texts[0]], key=lambda column: column.rank(TAG_NAMES))
-        single = [one for one in self._labels(texts[0]) if one.has_name((*LABEL_NAMES, *LANGUAGE_NAMES))]
+        single = [one for one in self._labels(texts[:1]) if one.has_name((*LABEL_NAMES, *LANGUAGE_NAMES))]
         why = f"'{texts[0].name}' and '{labels[0].name}' have the same number of items in each row"
         answers = {"token": why}
         if single and single[0] not in labels:
@@ -295,6 +328,41 @@ class Table:
             self.found.decide("task", "token", why)
         self._pick("text_column", "Which column has the words?", texts[:1])
         self._pick("label_column", "Which column has the labels of the words?", labels)
+        return True
+
+    def _find_sets(self, texts: Sequence[_Column]) -> bool:
+        """Look for several labels for each text: in a list, between marks in a cell, or in columns of 0 and 1."""
+        task = self.found.data.get("task")
+        asked = task is not None and get_task(task).several
+        if not (asked or task is None):
+            return False
+        others = [column for column in self.columns if column not in texts]
+        named = self._named("label_column") if isinstance(self.found.data.get("label_column"), str | int) else None
+        likely = [named] if named else [column for column in others if column.has_name(LABEL_NAMES)]
+        sets = {column: mark for column in likely if (mark := _mark_of_sets(column)) is not None}
+        flags = [column for column in others if column.is_number and {*column.values} <= {"0", "1", "0.0", "1.0"}]
+        single = [column for column in self._labels(texts) if column.has_name(LABEL_NAMES) and column not in sets]
+        if sets:
+            label, mark = min(sets.items(), key=lambda pair: pair[0].rank(LABEL_NAMES))
+            why = f"'{label.name}' has lists of labels" + (f" between {mark!r}" if mark else "")
+        elif not named and not self.headless and len(flags) >= (2 if asked else 3) and (asked or not single):
+            mark, why = "", f"{', '.join(column.name for column in flags[:4])}, … have 0 or 1"
+        else:
+            return False
+        answers = {"multilabel": why}
+        if single and not asked:
+            answers = {"sequence": f"'{single[0].name}' has one label in each row", **answers}
+        if not asked and self.found.pick("data.task", SETS_QUESTION, answers) != "multilabel":
+            return False
+        self.found.decide("task", "multilabel", f"{why}; a text may have several, or none")
+        if sets:
+            self._pick("label_column", "Which column has the labels?", [label])
+        else:
+            self.found.decide(
+                "label_column", [column.name for column in flags], "each has 0 or 1: whether a text has it"
+            )
+        if mark:
+            self.found.decide("label_separator", mark, f"it is in cells of '{label.name}'")
         return True
 
     def _find_words(self) -> bool:
@@ -328,6 +396,17 @@ class Table:
             at = next(at for at, column in enumerate(self.columns) if column.name == group)
             self.found.decide("group_column", at if self.headless else group, "its values say which words make a text")
         return True
+
+
+def _mark_of_sets(column: _Column) -> str | None:
+    """Return what separates the labels in cells of a column, nothing in lists; none if a cell has one label at most."""
+    few = 1 < len(column.values) <= MOST_LABELS
+    if column.is_list:
+        return "" if few and any(len(row or ()) > 1 for row in column.lists) else None
+    marks = [mark for mark in "|;," if any(mark in text for text in column.strings)]
+    parts = Counter(part.strip() for text in column.strings for part in text.split(marks[0])) if len(marks) == 1 else {}
+    few = 1 < len(parts) <= min(MOST_LABELS, len(column.strings) // 2) and len(parts) < len(column.values)
+    return marks[0] if few and all(len(part.split()) <= 4 for part in parts) else None
 
 
 def _same(one: _Column, other: _Column) -> bool:

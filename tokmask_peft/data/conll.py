@@ -1,7 +1,6 @@
 """Texts with a word in each row: the rows of a table that make a text, and column files (CoNLL).
 
 In a column file there is a word per line, its tags in further columns, a blank line between texts.
-
 LinCE, CALCS, SentiMix and Universal Dependencies differ in comments, separators and columns. What looks like a comment
 may be a word of a tweet, so these are the rules:
 
@@ -74,18 +73,20 @@ class Columns:
 
     task: Task  # what an example must look like
     text: str | int | None = None  # column of the text, or of the words
-    label: str | int | None = None  # column of the label, or of the tags
+    label: Any = None  # column of the label, or of the tags; or a tuple of columns, one for each of several labels
     labelled: bool = True  # whether to read labels; prediction does not
     header: bool | Literal["auto"] = "auto"  # whether the first row of a table names its columns
     group: str | int | None = None  # in a table with a word in each row, the column that names its text
     separator: str = "auto"  # what separates columns, or a word from its tag, or a label from its text
     decisions: list[Decision] = field(default_factory=list)  # takes what was decided from what is in the file
+    labels: str = "auto"  # what separates the labels in a cell, if a text may have several
     rows: deque[Row] | None = None  # takes the rows of a table as they are read, for who wants all their cells
+    second: str | None = None  # column of the second text of a pair, if texts are pairs
 
     @property
     def named(self) -> bool:
         """Whether a column was asked for by a name, so that the file has a header."""
-        asked = [str(name) for name in (self.text, self.label, self.group) if name is not None]
+        asked = [str(name) for name in (self.text, self.second, self.label, self.group) if name is not None]
         return not all(re.fullmatch(r"(?:column )?-?\d+", name) for name in asked)
 
     @property

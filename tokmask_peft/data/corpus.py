@@ -19,7 +19,7 @@ from tokmask_peft.data.readers import find_files, read_split
 from tokmask_peft.data.split import canonical, carve, subset
 from tokmask_peft.errors import DataError, nearest
 from tokmask_peft.examples import Example, Label
-from tokmask_peft.recipe.schema import DataConfig, SourceConfig
+from tokmask_peft.recipe.data import DataConfig, SourceConfig
 from tokmask_peft.spans import NO_SPANS, Spans, find_scheme
 from tokmask_peft.tasks import get_task
 
@@ -51,7 +51,7 @@ def apply_label_map(
     merges = tuple(Merge(tag, new[tag], n) for tag, n in seen.items() if new[tag] != tag or tag in label_map)
 
     def mapped(label: Label) -> Label:
-        return new[label] if isinstance(label, str) else tuple(new[tag] for tag in label or ())
+        return new[label] if isinstance(label, str) else type(label or ())(new[tag] for tag in label or ())
 
     return [replace(example, label=mapped(example.label)) for example in examples], merges
 

@@ -37,7 +37,7 @@ from tokmask_peft.data.split import canonical
 from tokmask_peft.data.tables import separator_of
 from tokmask_peft.errors import DataError
 from tokmask_peft.examples import Example
-from tokmask_peft.recipe.schema import DataConfig, SourceConfig
+from tokmask_peft.recipe.data import DataConfig, SourceConfig
 from tokmask_peft.tasks import TASKS, get_task
 
 ENGLISH = 0.15

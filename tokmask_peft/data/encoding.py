@@ -11,7 +11,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -157,7 +157,7 @@ class Encoder:
             yield example, encoding, [], [lost, 0, 0]
 
     def windows(
-        self, texts: Sequence[str | Pair] | Sequence[Sequence[str]], owners: bool = False, strict: bool = True
+        self, texts: Sequence[str] | Sequence[Sequence[str]] | Sequence[Pair], owners: bool = False, strict: bool = True
     ) -> Iterator[Window]:
         """Encode texts, in their order, in as many windows as they need, each framed by special tokens as in `cut`.
 
@@ -174,14 +174,14 @@ class Encoder:
         Raises:
             DataError: `max_length` leaves no room, or a word gets no sub-token.
         """
-        if texts and isinstance(texts[0], Pair):
+        if _are_pairs(texts):
             yield from self._pairs(texts, owners)
             return
         if self._room < 2:
             problem = f"windows of {self._max_length} sub-tokens leave no room next to the special tokens"
             raise DataError(problem, code="no-room", max_length=self._max_length)
         cut = self._even_parts if not self._task.words_given else self._overlapping
-        start = 0
+        start, texts = 0, cast("Sequence[Sequence[str]]", texts)
         for stop in range(1, len(texts) + 1):
             long = stop < len(texts) and len(texts[stop]) > PIECE
             if stop - start >= BATCH or stop == len(texts) or long or len(texts[start]) > PIECE:
@@ -207,7 +207,7 @@ class Encoder:
 
     def _has_types(self, texts: Sequence[Any]) -> bool:
         """Return whether the model gets token types: of pairs, if the tokenizer gives them."""
-        return bool(texts) and isinstance(texts[0], Pair) and "token_type_ids" in self._tokenizer.model_input_names
+        return _are_pairs(texts) and "token_type_ids" in self._tokenizer.model_input_names
 
     def _whole(self, texts: Sequence[Any], owners: bool, strict: bool) -> Iterator[tuple[_Ints, _Ints, _Ints | None]]:
         """Yield the ids of each text, the first of each word if words are given, and the word of each id if asked for.
@@ -336,7 +336,8 @@ class Encoder:
             return []
         given = self._task.words_given
         texts = [spaced(words, later) if self._lead else list(words) for words in texts] if given else texts
-        if isinstance(texts[0], Pair) and self._max_length < (needed := 2 + self._tokenizer.num_special_tokens_to_add(True)):
+        needed = 2 + self._tokenizer.num_special_tokens_to_add(pair=True)
+        if cut and _are_pairs(texts) and self._max_length < needed:
             problem = f"a pair needs {needed} sub-tokens or more, and max_length is {self._max_length}"
             raise DataError(problem, code="no-room", max_length=self._max_length)
         how = {"truncation": True, "max_length": self._max_length} if cut else {"add_special_tokens": False}
@@ -346,7 +347,11 @@ class Encoder:
 
 def batch_of(texts: Sequence[Any]) -> list[list[Any]]:
     """Return texts as a tokenizer takes a batch of them: in one list, or pairs in two."""
-    return [list(part) for part in zip(*texts, strict=True)] if texts and isinstance(texts[0], Pair) else [list(texts)]
+    return [list(part) for part in zip(*texts, strict=True)] if _are_pairs(texts) else [list(texts)]
+
+
+def _are_pairs(texts: Sequence[Any]) -> TypeGuard[Sequence[Pair]]:
+    return bool(texts) and isinstance(texts[0], Pair)
 
 
 def _label_positions(encoding: Any, words: int, last: bool) -> NDArray[np.int64]:

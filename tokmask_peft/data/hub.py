@@ -14,7 +14,7 @@ from tokmask_peft.data.split import NAME_A_SPLIT, aliases
 from tokmask_peft.data.tables import class_names, examples, name_classes, parquet_rows
 from tokmask_peft.errors import DataError, nearest
 from tokmask_peft.examples import Example
-from tokmask_peft.recipe.schema import SourceConfig
+from tokmask_peft.recipe.data import SourceConfig
 
 PARQUET_BRANCH = "refs/convert/parquet"
 _FLAT_SPLIT = re.compile(r"(?:.*-)?(?P<split>train|validation|dev|test)(?:-\d{5}-of-\d{5})?$")

@@ -351,3 +351,11 @@ def _shown(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).upper()
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+def line_number(where: str) -> int | None:
+    """Return n of `file:n`, or n + 1 of row n in `file[n]`: numbers count from 1."""
+    match = re.search(r":(?P<line>\d+)$|\[(?P<row>\d+)\]$", where)
+    if match is None:
+        return None
+    return int(match["line"]) if match["line"] else int(match["row"]) + 1

@@ -27,8 +27,8 @@ from tokmask_peft.data.opening import PACKED, DataFile, sheet_cells, unicode_pro
 from tokmask_peft.data.split import NAME_A_SPLIT, SHARD, aliases, check_shards
 from tokmask_peft.data.tables import SNIFFED, is_quoted, separator_of
 from tokmask_peft.errors import DataError, TokmaskError, first_line, nearest
-from tokmask_peft.examples import Example, Unreadable
-from tokmask_peft.recipe.schema import SourceConfig
+from tokmask_peft.examples import Example, Pair, Unreadable
+from tokmask_peft.recipe.data import SourceConfig
 from tokmask_peft.tasks import get_task
 
 SHOWN = 5
@@ -45,6 +45,7 @@ def table(rows: Callable[[DataFile], Iterator[Row]]) -> Reader:
 
 def read_conll(file: DataFile, columns: Columns) -> Iterable[Example | Unreadable]:
     """Read a column file; see `data.conll`."""
+    _check_task("conll", columns)
     return ConllReader(file.lines(), file.name, columns)
 
 
@@ -77,6 +78,7 @@ def read_txt(file: DataFile, columns: Columns) -> Iterable[Example | Unreadable]
     """Read a text per line if no labels are needed; labelled texts in a .txt file are in CoNLL format."""
     if columns.labelled:
         return read_conll(file, columns)
+    _check_task("txt", columns)
     lines = enumerate(file.lines(), start=1)
     return (columns.task.example(line, None, f"{file.name}:{number}") for number, line in lines)
 
@@ -126,10 +128,11 @@ def read_labelled(file: DataFile, columns: Columns) -> Iterator[Example | Unread
             yield Unreadable(where, str(error), error.code)
 
 
-def _check_task(format: str, columns: Columns, fits: bool) -> None:
-    if not fits:
-        problem = f"data.format={format} does not fit data.task, which has {columns.task.description}"
-        raise DataError(problem, code="format", field="format", format=format)
+def _check_task(format: str, columns: Columns, fits: bool = True) -> None:
+    if not fits or columns.second is not None:
+        why = "data.text_column: a pair is in two columns of a table, such as csv, tsv, jsonl, parquet or xlsx"
+        why = why if fits else f"data.task, which has {columns.task.description}"
+        raise DataError(f"data.format={format} does not fit {why}", code="format", field="format", format=format)
 
 
 _JSON_FORM = (
@@ -312,8 +315,9 @@ def read_split(source: SourceConfig, split: str, task: str, decisions: list[Deci
     Raises:
         DataError: the split is missing, empty, unlabelled or malformed.
     """
-    columns = Columns(get_task(task), source.text_column, source.label_column, header=source.header)
-    columns = replace(columns, group=source.group_column, separator=source.separator)
+    text, second = source.text_column if isinstance(source.text_column, tuple) else (source.text_column, None)
+    columns = Columns(get_task(task), text, source.label_column, header=source.header, second=second)
+    columns = replace(columns, group=source.group_column, separator=source.separator, labels=source.label_separator)
     left_out = {*(source.missing or ())}
     if source.path is not None:
         files = find_files(source.path, split, source.format)
@@ -333,7 +337,7 @@ def read_split(source: SourceConfig, split: str, task: str, decisions: list[Deci
         examples = builtin_examples(task, split)
     if decisions is not None:
         decisions += columns.decisions
-    missing = {id(found) for found in examples if {found.string, *(found.tags or ("",))} & left_out}
+    missing = {id(found) for found in examples if {*found.parts, *found.given} & left_out}
     missing |= {id(found) for found in examples if "" in left_out and "" in found.words}
     _check_complete([found for found in examples if id(found) not in missing], name, task)
     return [replace(found, label=None) if id(found) in missing else found for found in examples]
@@ -373,9 +377,9 @@ def _check_complete(examples: list[Example], name: str, task: str) -> None:
         )
         raise DataError(problem, code="no-labels", source=name)
     lacking = {
-        "text": [example.where for example in examples if not any(example.words)],
-        "word": [example.where for example in examples if any(example.words) and "" in example.words],
-        "label": [example.where for example in examples if not example.tags or "" in example.tags],
+        "text": [example.where for example in examples if example.is_empty],
+        "word": [example.where for example in examples if not example.is_empty and "" in example.words],
+        "label": [example.where for example in examples if "" in example.given],
     }
     for what, places in lacking.items():
         if places:
@@ -403,7 +407,7 @@ class TextFile(DataFile):
         path: str | Path,
         task: str,
         format: str = "auto",
-        text_column: str | int | None = None,
+        text_column: str | int | tuple[str, str] | None = None,
         header: bool | Literal["auto"] = "auto",
         separator: str = "auto",
         encoding: str = "auto",
@@ -413,9 +417,9 @@ class TextFile(DataFile):
         if not Path(path).is_file():
             raise DataError(f"{path}: there is no such file", code="no-path", path=str(path))
         self._format, self.rows = format, deque[Row]()
-        self._columns = Columns(
-            get_task(task), text_column, None, False, header, group_column, separator, rows=self.rows
-        )
+        text, second = text_column if isinstance(text_column, tuple) else (text_column, None)
+        asked = (text, None, False, header, group_column, separator)
+        self._columns = Columns(get_task(task), *asked, rows=self.rows, second=second)
         super().__init__(Path(path), name, True, encoding, self._columns.decisions)
         self.decisions: tuple[Decision, ...] = ()
         self.worded: Callable[[str], str] = str  # of a problem, such as with the options of a command
@@ -437,14 +441,6 @@ class TextFile(DataFile):
 
 def _problem(example: Example) -> str | None:
     """Return why a text cannot be classified, or none."""
-    if not example.string.strip():
-        return "the text is empty"
+    if not all(map(str.strip, example.parts)):
+        return "a text of the pair is empty" if isinstance(example.text, Pair) else "the text is empty"
     return "a word is empty" if "" in example.words else None
-
-
-def line_number(where: str) -> int | None:
-    """Return n of `file:n`, or n + 1 of row n in `file[n]`: numbers count from 1."""
-    match = re.search(r":(?P<line>\d+)$|\[(?P<row>\d+)\]$", where)
-    if match is None:
-        return None
-    return int(match["line"]) if match["line"] else int(match["row"]) + 1

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from tokmask_peft.data.cleaning import normalise
 from tokmask_peft.errors import DataError
-from tokmask_peft.examples import Example
+from tokmask_peft.examples import Example, LabelSet
 
 _ALIASES = {"train": {"training"}, "validation": {"dev", "valid", "val", "development"}, "test": {"testing"}}
 SHARD = re.compile(r"-(\d{5})-of-(\d{5})$")
@@ -106,7 +106,7 @@ def subset(train: Sequence[Example], count: int, seed: int) -> list[Example]:
             listed = ", ".join(sorted(labels))
             problem = f"data.max_train: {count} texts cannot include all {len(labels)} labels ({listed})"
             raise DataError(problem, code="max-train", count=count, labels=len(labels))
-        old = max(spare, key=lambda key: min(counts[tag] for tag in _tags(groups[key])))
+        old = max(spare, key=lambda key: min((counts[tag] for tag in _tags(groups[key])), default=count))
         chosen.remove(old)
         chosen.add(new)
         counts.subtract(_tags(groups[old]))
@@ -134,10 +134,17 @@ def _draw(groups: dict[str, list[Example]], count: int, seed: int) -> set[str]:
 def _strata(examples: Sequence[Example], least: int) -> list[str]:
     """Name a stratum for each text: its label, or the set of its tags.
 
-    A stratum with fewer than `least` texts is merged by majority tag, and then into a common rest.
+    A stratum with fewer than `least` texts is merged by majority tag, or rarest label, and then into a common rest.
     """
     joint = ["+".join(sorted(set(example.tags))) for example in examples]
-    majority = ["majority " + Counter(sorted(example.tags)).most_common(1)[0][0] for example in examples]
+    counts = Counter(tag for example in examples for tag in example.tags)
+
+    def coarser(example: Example) -> str:
+        if not isinstance(example.label, LabelSet):
+            return "majority " + Counter(sorted(example.tags)).most_common(1)[0][0]
+        return "rarest " + min(example.label, key=lambda tag: (counts[tag], tag), default="")
+
+    majority = [coarser(example) for example in examples]
     strata = joint
     for fallback in (majority, ["rest"] * len(examples)):
         sizes = Counter(strata)

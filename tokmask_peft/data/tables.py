@@ -11,6 +11,7 @@ import json
 import re
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain, islice
 from typing import Any
 
@@ -28,7 +29,7 @@ from tokmask_peft.data.conll import (
 )
 from tokmask_peft.data.opening import DataFile, unicode_problem
 from tokmask_peft.errors import DataError, first_line, nearest
-from tokmask_peft.examples import Example, Unreadable
+from tokmask_peft.examples import Example, Pair, Unreadable
 from tokmask_peft.tasks import Task
 
 SNIFFED = 1000
@@ -189,7 +190,7 @@ def _has_usual_names(cells: Sequence[list[str]]) -> bool:
 def _is_title(cells: Sequence[list[str]], columns: Columns) -> bool:
     """Return whether the first row has the only cell of a title, and the second one the names of columns."""
     first = [cell for cell in cells[0] if cell.strip()]
-    asked = {columns.text, columns.label, columns.group} & {*cells[1]}
+    asked = {columns.text, columns.second, columns.label, columns.group} & {*cells[1]}
     return len(first) == 1 < len(cells[1]) and not is_usual(first[0]) and bool(asked or _has_usual_names(cells[1:]))
 
 
@@ -284,12 +285,23 @@ def examples(rows: Iterable[Row], name: str, columns: Columns) -> Iterator[Examp
         head += more
     names = next((list(row[1]) for row in head if isinstance(row, tuple)), [])
     plain = names[:1] == ["column 0"] and len(names) == 1 + task.words_given
-    text, label, group, joined = "", None, None, False
+    text, second, label, group, joined, mark = "", None, None, None, False, None
+    flags: list[str] = []
     if names:
         text = _choose(names, 0 if plain and columns.text is None else columns.text, task.text_columns, "text", name)
+        if columns.second is not None and (second := _choose(names, columns.second, (), "text", name)) == text:
+            problem = f"data.text_column: the two texts of a pair are both of column '{text}' of {name}"
+            raise DataError(f"{problem}: name two columns", code="column", field="text_column", columns=tuple(names))
         if columns.labelled:
             asked = 1 if plain and columns.label is None else columns.label
-            label = _choose(names, asked, task.label_columns, "label", name)
+            if isinstance(asked, tuple):
+                flags = [_choose(names, one, (), "label", name) for one in asked]
+                if not task.several:
+                    problem = f"data.label_column is a list, but this task has {task.description}"
+                    raise DataError(f"{problem}: name one column", code="column", field="label_column")
+            else:
+                label = _choose(names, asked, task.label_columns, "label", name)
+                mark = _mark_of_labels(head, label, columns, name) if task.several else None
         if columns.group is None:
             joined, group = grouping(head, text, label, columns, name)
         elif task.words_given:
@@ -297,7 +309,7 @@ def examples(rows: Iterable[Row], name: str, columns: Columns) -> Iterator[Examp
         else:
             problem = f"data.group_column joins words that have labels, but this task has {task.description}"
             raise DataError(problem, code="column", field="group_column")
-    complete = (_complete(row, text, label, group) for row in chain(head, stream))
+    complete = (_complete(row, text, second, label, group, *flags) for row in chain(head, stream))
     if joined:
         yield from join_words(words_of_rows(complete, text, label, group, name, columns), name, columns)
         return
@@ -309,9 +321,51 @@ def examples(rows: Iterable[Row], name: str, columns: Columns) -> Iterator[Examp
         try:
             words = listed(row[text], text, task)
             tags = None if label is None else listed(row[label], label, task, label=True)
-            yield task.from_cells(words, tags, where, (text, label))
+            if mark is not None and isinstance(tags, str):
+                tags = tags.split(mark)
+            tags = _flagged(row, flags) if flags else tags
+            example = task.from_cells(words, tags, where, (text, label))
+            if second is not None:
+                other = task.from_cells(listed(row[second], second, task), tags, where, (second, label))
+                example = replace(example, text=Pair(example.string, other.string))
+            yield example
         except DataError as error:
             yield Unreadable(where, str(error), error.code)
+
+
+def _mark_of_labels(head: Sequence[Row], label: str, columns: Columns, name: str) -> str | None:
+    """Return what separates the labels in the cells of a column, as asked for or as the first rows show it.
+
+    Raises:
+        DataError: it may be one or another.
+    """
+    if columns.labels != "auto":
+        return "\t" if columns.labels == "tab" else columns.labels
+    cells = [row[1].get(label) for row in head if isinstance(row, tuple)]
+    texts = [cell for cell in cells if isinstance(cell, str) and not cell.lstrip().startswith("[")]
+    marks = [mark for mark in "|;," if any(mark in text for text in texts)]
+    if len(marks) > 1:
+        shown = next(text for text in texts if marks[0] in text)
+        problem = f"{name}: {' and '.join(map(repr, marks))} are both in column '{label}', such as “{_short(shown)}”"
+        raise DataError(f"{problem}. Set data.label_separator to what separates labels.", code="label-separator")
+    if marks:
+        why = f"it is in cells of '{label}'; data.label_separator changes it"
+        columns.decisions.append(Decision(f"separator of the labels in {name}", repr(marks[0]), why))
+    return marks[0] if marks else None
+
+
+_FLAGS = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
+
+
+def _flagged(row: Mapping[str, Any], names: Sequence[str]) -> list[str] | None:
+    """Return the columns of a row that have a 1; none if all are empty. DataError for what is neither 0 nor 1."""
+    cells = {name: "" if (cell := row[name]) is None or cell != cell else str(cell).strip() for name in names}
+    if not any(cells.values()):
+        return None
+    for name, cell in cells.items():
+        if cell.lower() not in _FLAGS:
+            raise DataError(f"column '{name}' has {_short(cell)!r}, expected 0 or 1", code="label-flag")
+    return [name for name, cell in cells.items() if _FLAGS[cell.lower()]]
 
 
 def _noted(rows: Iterable[Row], into: deque[Row]) -> Iterator[Row]:

@@ -18,16 +18,21 @@ from jinja2 import Template
 from tokmask_peft.artifacts import Result
 from tokmask_peft.console import baseline_verdict, printable
 from tokmask_peft.errors import write_whole
-from tokmask_peft.recipe.schema import Recipe, SourceConfig
+from tokmask_peft.recipe.data import SourceConfig
+from tokmask_peft.recipe.schema import Recipe
 from tokmask_peft.tasks import get_task
 
 PLACEHOLDER = "PATH_OR_HUB_ID"
 """Stands for the location of the model in the snippet of a card, until a push knows it."""
 PICTURE = "confusion_matrix.png"
+TEXT, PAIR = '"This phone is bien bonito"', ('"A man plays a guitar"', '"Someone makes music"')
+"""The text in the snippets of the tasks, and what a model of pairs reads instead."""
 _METRICS: dict[str, tuple[str, str, dict[str, Any] | None]] = {
     "f1_macro": ("f1", "macro-F1", {"average": "macro"}),
     "f1_weighted": ("f1", "weighted F1", {"average": "weighted"}),
     "accuracy": ("accuracy", "accuracy", None),
+    "f1_micro": ("f1", "micro-F1", {"average": "micro"}),
+    "f1_samples": ("f1", "F1 by text", {"average": "samples"}),
     "f1_entities": ("f1", "F1 of entities", {"average": "micro"}),
 }
 _TABLE_LABELS = 12  # a wider table is unreadable
@@ -63,10 +68,13 @@ class Card:
         recipe, result, task = self.recipe, self.result, get_task(self.recipe.data.task)
         trained, tested = (public_source(source) for source in (recipe.data, recipe.data.test_source or recipe.data))
         confusion = result.scored.get("confusion")
-        snippet = loading_snippet(recipe, result.labels, PLACEHOLDER, self.spaced_words)
+        snippet = loading_snippet(recipe, result, PLACEHOLDER, self.spaced_words)
         if self.merged:
-            use = task.pipeline_snippet.replace("MODEL", f'"{PLACEHOLDER}"')
-            if recipe.data.label_on == "last":
+            use = task.use(task.pipeline_snippet, result.labels, result.calibration)
+            use = use.replace("MODEL", f'"{PLACEHOLDER}"')
+            if recipe.data.pair:
+                use = use.replace(f"[{TEXT}]", f'{{"text": {PAIR[0]}, "text_pair": {PAIR[1]}}}')
+            if label_on(recipe, result) == "last":
                 use = use.replace(
                     "# adjacent words with the same label are joined", "# a word has its last row's label"
                 )
@@ -156,22 +164,33 @@ def public_source(source: SourceConfig) -> SourceConfig:
     return source.model_copy(update=facts)
 
 
-def loading_snippet(recipe: Recipe, labels: Sequence[str], folder: str, spaced_words: bool = False) -> str:
+def label_on(recipe: Recipe, result: Result) -> str:
+    """Return which sub-token of a word carries its label, `first` or `last`, as the run decided."""
+    chosen = {decision["what"]: decision["choice"] for decision in result.decisions}
+    return chosen.get("label on", "first") if recipe.data.label_on == "auto" else recipe.data.label_on
+
+
+def loading_snippet(recipe: Recipe, result: Result, folder: str, spaced_words: bool = False) -> str:
     """Return Python that loads the adapter in `folder` with PEFT only and predicts, labels and pooling included."""
     task = get_task(recipe.data.task)
-    auto, use = task.auto_class.replace("AutoModel", "AutoPeftModel"), task.snippet
+    auto = task.auto_class.replace("AutoModel", "AutoPeftModel")
+    use = task.use(task.snippet, result.labels, result.calibration)
     if spaced_words:  # only a task whose texts are words tokenizes `words`
         spaced = 'spaced = [words[0], *(f" {word}" for word in words[1:])]  # as in running text'
         use = use.replace("inputs = tokenizer(words,", f"{spaced}\ninputs = tokenizer(spaced,")
-    if recipe.data.label_on == "last":
+    if recipe.data.pair:
+        use = use.replace(f"[{TEXT}]", f"[{PAIR[0]}], [{PAIR[1]}]")
+    if label_on(recipe, result) == "last":
         use = use.replace("first = [", "last = [").replace("word_ids[:i]]", "word_ids[i + 1 :]]")
         use = use.replace("for i in first]", "for i in last]")
     return Template(_read("snippet.py.j2")).render(
         auto=auto,
         folder=folder,
-        labels=repr(list(labels)),
+        labels=repr(list(result.labels)),
         use=use,
+        attention=recipe.model.attention,
         pooling=None if task.words_given else recipe.model.pooling,
+        problem_type=task.problem_type,
     )
 
 
@@ -201,6 +220,8 @@ def training_facts(recipe: Recipe, result: Result) -> list[tuple[str, str]]:
     length = f"{training.max_steps:,} steps" if training.max_steps else f"{epochs} epochs"
     weights = "given per label" if isinstance(training.class_weights, dict) else training.class_weights
     method = f"{'DoRA' if adapter.dora else 'LoRA'}, r = {adapter.r}, alpha = {adapter.alpha:g}"
+    if recipe.model.attention == "bidirectional":
+        method += ", the backbone sees the whole text"
     quantization = chosen.get("quantization", recipe.model.quantization)
     speed = f"learning rate {training.learning_rate:g} ({training.scheduler})"
     version = environment.get("versions", {}).get("tokmask-peft", "unknown")
@@ -219,7 +240,9 @@ def limits(recipe: Recipe, result: Result) -> list[str]:
         f"It assigns labels from the list above to any {item}, whatever its language or domain. The scores apply to "
         "texts like the training texts; expect lower scores on other platforms, dialects, spellings and periods.",
         f"In training, texts were cut at {recipe.data.max_length} sub-tokens; for the scores, longer ones were read in "
-        "windows of that length.",
+        "windows of that length."
+        if recipe.data.pair is None
+        else f"Pairs were cut at {recipe.data.max_length} sub-tokens, the longer text first, for the scores too.",
     ]
     rare = [label for label, found in result.scored.get("per_class", {}).items() if found["support"] < _FEW]
     if rare:

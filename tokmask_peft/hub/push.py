@@ -76,9 +76,9 @@ def push_model(
     `notes` are printed: sentences without a full stop, for example on how the model differs from the run.
     """
     _, token = check_push(run.root, repo_id)
-    said = [f"Note: {note}." for note in notes]
+    remarks = [f"Note: {note}." for note in notes]
     what = f"the merged model of {run.root.name}"
-    return _push(_matching_files(folder, ("*",)), what, said, repo_id, private, token, quiet, merged=True)
+    return _push(_matching_files(folder, ("*",)), what, remarks, repo_id, private, token, quiet, merged=True)
 
 
 def check_push(run: str | Path, repo_id: str) -> tuple[RunFolder, str]:
@@ -178,13 +178,13 @@ def _send(folder: Path, repo_id: str, private: bool, token: str, console: SafeCo
             if other in there:
                 problem = f"{repo_id} holds {kind} ({other}), and a repository cannot hold both: transformers would "
                 raise HubError(f"{problem}load the two together. Push to another name", code="mixed-repo", repo=repo_id)
-            if gone := sorted(name for name in there - sent if any(fnmatch(name, pattern) for pattern in ours)):
-                console.print(f"Removed from the repository, as this run does not have them: {', '.join(gone)}")
+            if removed := sorted(name for name in there - sent if any(fnmatch(name, pattern) for pattern in ours)):
+                console.print(f"Removed from the repository, as this run does not have them: {', '.join(removed)}")
             commit = api.upload_folder(
                 repo_id=repo_id,
                 folder_path=folder,
                 allow_patterns=sorted(sent),
-                delete_patterns=gone or None,
+                delete_patterns=removed or None,
                 commit_message=f"{'Update' if mark in there else 'Add'} the {what}",
             )
         except (HTTPError, OSError, RuntimeError, ValueError, LookupError) as error:

@@ -17,7 +17,7 @@ from tokmask_peft.console import Decision
 from tokmask_peft.data.encoding import Encoder, Window
 from tokmask_peft.data.opening import unicode_problem
 from tokmask_peft.errors import DataError, ModelError, boundary, first_line
-from tokmask_peft.examples import Prediction, Probabilities, WordPredictions
+from tokmask_peft.examples import LabelPredictions, Pair, Prediction, Probabilities, WordPredictions
 from tokmask_peft.inference.explain import Explanation, explain
 from tokmask_peft.inference.forward import Forward, loading_memory_errors
 from tokmask_peft.masking.config import TokenMaskConfig
@@ -29,10 +29,9 @@ from tokmask_peft.model.location import position_limit
 from tokmask_peft.model.packed import choose_batching, enable_padding_free
 from tokmask_peft.spans import NO_SPANS, Spans
 from tokmask_peft.tasks import get_task
-from tokmask_peft.training.metrics import probabilities
 
 BATCH_SIZE = 32
-Answer = Prediction | WordPredictions
+Answer = Prediction | WordPredictions | LabelPredictions
 _WINDOWS = 8192  # encoded and answered at a time, so that memory does not grow with a text's length
 _LONGEST = 512  # sub-tokens per window if neither the run nor the model sets a limit
 
@@ -51,8 +50,10 @@ class Classifier:
     dtype: torch.dtype = torch.float32  # bfloat16 or float16 for autocast
     decisions: tuple[Decision, ...] = ()  # device, precision, quantization, batching and the like, with reasons
     label_on: str = "first"  # which sub-token of a word carries its label
+    cuts: Sequence[float] = ()  # the logit above which each label is given, if a text may have several
     masking: TokenMaskConfig | None = None  # how tokens were masked in training, if known
     spans: str = NO_SPANS  # how the labels mark entities, as in `spans.SCHEMES`
+    pair: tuple[str, str] | None = None  # the columns of the two texts in training, if it reads pairs
 
     def __post_init__(self) -> None:
         self.model, self.labels = self.model.eval(), tuple(self.labels)
@@ -72,17 +73,19 @@ class Classifier:
         A text longer than `max_length` sub-tokens is read in windows. With one label per text, their logits are
         averaged, weighted by their sub-tokens; so the temperature changes no label there either. With one label per
         word, the windows overlap, and every word gets one label; if the labels mark entities, the sequence is made
-        legal as `spans` says.
+        legal as `spans` says. A longer pair is cut, see `encoding.Encoder`.
 
         Args:
-            texts: strings; in token tasks they are split at white space, or lists of words, taken as they are.
+            texts: strings; in token tasks they are split at white space, or lists of words, taken as they are; for a
+                model of pairs, `(first, second)` each.
             batch_size: windows per forward pass; windows of similar length go together.
 
         Returns:
-            An answer per text, in their order: `WordPredictions` in token tasks, otherwise `Prediction`.
+            An answer per text, in their order: `WordPredictions` in token tasks, `LabelPredictions` if a text may
+            have several labels, otherwise `Prediction`.
 
         Raises:
-            DataError: a text has no words, or is not valid Unicode; `texts` is one string.
+            DataError: a text has no words, or is not valid Unicode; `texts` is one string; a text is not a pair.
             ModelError: the model gives a logit that is not finite, or memory runs out.
         """
         if batch_size < 1:
@@ -96,8 +99,8 @@ class Classifier:
         answers = []
         for text, pairs in zip(given, found, strict=True):
             rows = task.join([window for window, _ in pairs], [logits for _, logits in pairs])
-            chances = Probabilities(self.labels, probabilities(rows, self.temperature))
-            answer = task.answer(text, rows, chances, len(pairs))
+            chances = Probabilities(self.labels, task.probabilities(rows, self.temperature))
+            answer = task.answer(text, task.choose(rows, self.cuts), chances, len(pairs))
             if self.legal is not None:
                 answer = replace(answer, labels=self.legal.repaired(answer.labels), spans=self.spans)
             answers.append(answer)
@@ -108,10 +111,11 @@ class Classifier:
         texts: Sequence[str] | Sequence[Sequence[str]],
         *,
         word: int | str | None = None,
+        label: str | Sequence[str] | None = None,
         batch_size: int = BATCH_SIZE,
     ) -> list[Explanation]:
         """Return how much each word speaks for the predicted label; see `inference.explain`."""
-        return explain(self, texts, word=word, batch_size=batch_size)
+        return explain(self, texts, word=word, label=label, batch_size=batch_size)
 
     def __repr__(self) -> str:
         shown = ", ".join(self.labels[:8]) + (", …" if len(self.labels) > 8 else "")
@@ -127,7 +131,7 @@ class Classifier:
         return Occlusion(self.model, self.tokenizer, self.masking)
 
     def checked(self, texts: Sequence[str] | Sequence[Sequence[str]]) -> list[Any]:
-        """Return texts as the task needs them: strings, or lists of words.
+        """Return texts as the task needs them: strings, pairs, or lists of words.
 
         Raises:
             DataError: as `predict` says.
@@ -137,6 +141,9 @@ class Classifier:
         found: list[Any] = []
         given_words = get_task(self.task).words_given
         for index, text in enumerate(texts):
+            if self.pair is not None:
+                found.append(_checked_pair(text, f"texts[{index}]", index, self.pair))
+                continue
             words = text.split(None, -1 if given_words else 1) if isinstance(text, str) else text
             if not isinstance(words, list | tuple) or not all(isinstance(word, str) for word in words):
                 raise DataError(f"texts[{index}] is not a string or a list of words", code="not-a-text", index=index)
@@ -149,6 +156,19 @@ class Classifier:
                 raise DataError(f"texts[{index}]: {problem}", code="invalid-unicode", index=index)
             found.append(list(words) if given_words else running)
         return found
+
+
+def _checked_pair(given: Any, name: str, index: int, columns: tuple[str, str]) -> Pair:
+    parts = tuple(given) if isinstance(given, Pair | list | tuple) else ()
+    if len(parts) != 2 or not all(isinstance(part, str) for part in parts):
+        expected = f"this model reads pairs, ({', '.join(columns)})"
+        raise DataError(f"{name} is not a pair of strings: {expected}", code="not-a-pair", index=index)
+    for part, column in zip(parts, columns, strict=True):
+        if not part.strip():
+            raise DataError(f"{name} is empty in '{column}': it has no words", code="empty-text", index=index)
+        if problem := unicode_problem(part):
+            raise DataError(f"{name}: {problem}", code="invalid-unicode", index=index)
+    return Pair(*parts)
 
 
 @boundary("loading the model")
@@ -203,12 +223,14 @@ def load(
             saved.task,
             saved.labels,
             max_length=min(longest, position_limit(module.config.to_dict()) or longest),
-            temperature=saved.temperature,
+            temperature=saved.calibration.temperature,
             dtype=loaded.dtype,
             decisions=tuple(decisions),
             label_on=saved.label_on,
+            cuts=get_task(saved.task).cuts_of(saved.labels, saved.calibration.model_dump()),
             masking=saved.masking,
             spans=saved.spans,
+            pair=saved.pair,
         )
 
 

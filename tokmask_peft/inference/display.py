@@ -15,7 +15,7 @@ from rich.text import Text
 
 from tokmask_peft.console import SafeConsole, echo, printable
 from tokmask_peft.data.readers import TextFile
-from tokmask_peft.examples import Unreadable, WordPredictions
+from tokmask_peft.examples import Pair, Unreadable, WordPredictions
 from tokmask_peft.html import FAINTEST, environment, strength_of
 from tokmask_peft.inference.classifier import Answer, Classifier
 from tokmask_peft.inference.explain import Explanation
@@ -25,7 +25,7 @@ from tokmask_peft.tasks import get_task
 _FOR, _AGAINST = (33, 102, 172), (214, 96, 77)  # blue and orange-red, which colour-blind readers can distinguish
 
 
-def print_answers(texts: Sequence[str], answers: Sequence[Answer], as_json: bool) -> None:
+def print_answers(texts: Sequence[str | Pair], answers: Sequence[Answer], as_json: bool) -> None:
     """Print label, probability and text per answer, between tabs; in token tasks word, label and probability.
 
     Entities follow the words of their text: a line each that begins with #.
@@ -41,7 +41,7 @@ def print_answers(texts: Sequence[str], answers: Sequence[Answer], as_json: bool
             for entity in answer.entities:
                 echo(f"# {entity.type}\t{entity.text}\t{entity.confidence:.4f}")
         else:
-            echo(f"{answer.label}\t{answer.probabilities[answer.label]:.4f}\t{text}")
+            echo(f"{answer.label}\t{answer.confidence:.4f}\t{text}")
 
 
 def print_file(classifier: Classifier, source: TextFile, as_json: bool, batch_size: int) -> FileReport:

@@ -117,10 +117,11 @@ class Explanation(InNotebooks):
     rather than on its context. Given a word, the label of that word is explained by every word.
 
     Attributes:
-        words: the words, split at white space or as given.
+        words: the words, split at white space or as given; those of a pair have `examples.BETWEEN` between them.
         influences: per word, by how many nats the log-odds of the label drop when it is masked; negative for a word
             that speaks against the label; 0 if nothing can be masked (`unmasked`).
-        label: of the text, or of the chosen word; empty in token tasks without a chosen word.
+        label: of the text, or of the chosen word; empty in token tasks without a chosen word. Of several labels, the
+            likeliest that is given, or the likeliest of all if none is, unless another was asked for.
         probability: of that label, calibrated; without a chosen word the mean over the words' labels.
         without: per word, the probability of the label with the word masked.
         word: token tasks: index of the word whose label is explained; otherwise none.
@@ -144,7 +145,7 @@ class Explanation(InNotebooks):
     def headline(self) -> str:
         """What is explained, in a line."""
         if not self.label:
-            return "each word's label, by the word itself"
+            return "how far each word supports its own label"
         answer = f"{self.label} ({self.probability:.3f})"
         return answer if self.word is None else f"'{self.words[self.word]}': {answer}"
 
@@ -164,23 +165,34 @@ def explain(
     texts: Sequence[str] | Sequence[Sequence[str]],
     *,
     word: int | str | None = None,
+    label: str | Sequence[str] | None = None,
     batch_size: int = 32,
 ) -> list[Explanation]:
     """Return the influence of each word of each text on what the classifier predicts.
 
     Words are masked by the token that training used (see `Classifier.occlusion`, whose `note` names it), one at a time,
     all their sub-tokens together. In token tasks, `word` is the one whose label is to be explained by all words: its
-    index from 0, from the end if negative, or itself; by default each word's label is explained by the word itself.
+    index from 0, from the end if negative, or itself; by default each word is explained on its own: how far it supports
+    its own label. In other tasks, `label` is the one to explain in place of the predicted one: for all texts, or one
+    for each.
 
     Raises:
-        DataError: a text is empty or invalid, or has no such word; `word` is given in a sequence task.
+        DataError: a text is empty or invalid, or has no such word; there is no such label; `word` is given in a
+            sequence task, or `label` in a token task.
         MaskTokenError: there is no token to mask with.
     """
     given = classifier.checked(texts)
     if word is not None and not get_task(classifier.task).words_given:
         message = "word is for models with a label per word; this one gives one per text, which every word explains"
         raise DataError(message, code="word-not-applicable")
-    words = [tuple(text.split() if isinstance(text, str) else text) for text in given]
+    if label is not None and get_task(classifier.task).words_given:
+        message = "label is for models with labels per text; with a label per word, give the word"
+        raise DataError(message, code="label-not-applicable")
+    about = [None] * len(given) if label is None else [label] * len(given) if isinstance(label, str) else [*label]
+    for name in {*about} - {None, *classifier.labels}:
+        known = f"It has {', '.join(classifier.labels)}."
+        raise DataError(f"the model has no label '{name}'. {known}", code="unknown-label", label=name)
+    words = [tuple(text if isinstance(text, list) else text.split()) for text in given]
     targets = [None if word is None else find_word(row, word, f"texts[{n}]") for n, row in enumerate(words)]
     starts, asked = [], _QUESTIONS  # of texts that together ask a limited number of questions
     for number, row in enumerate(words):
@@ -191,7 +203,7 @@ def explain(
     found: list[Explanation] = []
     for start, stop in itertools.pairwise([*starts, len(words)]):
         part = slice(start, stop)
-        found.extend(_explain(classifier, given[part], words[part], targets[part], batch_size))
+        found.extend(_explain(classifier, given[part], words[part], targets[part], about[part], batch_size))
     return found
 
 
@@ -200,9 +212,11 @@ def _explain(
     texts: Sequence[Any],
     words: Sequence[tuple[str, ...]],
     targets: Sequence[int | None],
+    about: Sequence[str | None],
     batch_size: int,
 ) -> Iterator[Explanation]:
-    per_word, occluded = get_task(classifier.task).words_given, Occluded(classifier, texts)
+    task, occluded = get_task(classifier.task), Occluded(classifier, texts)
+    per_word = task.words_given
     names, temperature = classifier.labels, classifier.temperature
     questions, counts = list[Question](), list[int]()  # of each text as it is, and with each word masked
     for text, (row, target) in enumerate(zip(words, targets, strict=True)):
@@ -214,13 +228,17 @@ def _explain(
     parts = iter(np.split(occluded.logits(questions, batch_size), np.cumsum(counts)))
     for text, (row, target) in enumerate(zip(words, targets, strict=True)):
         before, after = next(parts), next(parts)
-        best = before.argmax(-1).tolist()
+        best = [names.index(name)] if (name := about[text]) else task.likeliest(before, classifier.cuts)
         best = classifier.legal.repaired_ids(best) if per_word and classifier.legal else best
-        odds = np.array([log_odds(one, label, temperature) for one, label in zip(before, best, strict=True)])
+        odds = np.array(
+            [log_odds(*task.competing(one, label), temperature) for one, label in zip(before, best, strict=True)]
+        )
         probabilities = _probability(odds)
         own, at = per_word and target is None, target or 0
         labels = best if own else [best[at]] * len(row)
-        left = np.array([log_odds(one, label, temperature) for one, label in zip(after, labels, strict=True)])
+        left = np.array(
+            [log_odds(*task.competing(one, label), temperature) for one, label in zip(after, labels, strict=True)]
+        )
         maskable = occluded.maskable_words(text)
         yield Explanation(
             words=row,

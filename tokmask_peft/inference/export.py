@@ -123,7 +123,7 @@ def export_merged(
     device, measured = torch.device("cpu"), None
     with loading_memory_errors(device, "while the model was merged"):
         loaded = load_backbone(plain, saved.task, saved.labels, device)
-        probes = ordinary_batch(8, 24, loaded.tokenizer)
+        probes = ordinary_batch(8, 24, loaded.tokenizer, saved.pair is not None)
         adapted = load_adapter(loaded, saved.folder, **saved.trained)
         expected = _logits(adapted, probes)
         allowed = TOLERANCE * max(1.0, float(expected.abs().max()))
@@ -144,7 +144,7 @@ def export_merged(
             if precision == "fp32":
                 _check_equal("the logits of the saved model and the adapter", rounding, allowed)
             if onnx:
-                measured = export_onnx(again, loaded.tokenizer, temporary)
+                measured = export_onnx(again, loaded.tokenizer, temporary, saved.pair is not None)
     kind, placement = saved.model.quantization, saved.model.embedding
     inexact = [f"{kind} backbone"] if kind not in ("none", "auto") else []
     inexact += ["8-bit embedding"] if placement == "8bit" else []
@@ -155,9 +155,18 @@ def export_merged(
     ]
     if precision != "fp32":
         notes.append(f"the weights are rounded to {precision}, which moves logits by up to {rounding:.2g}")
-    if saved.temperature != 1.0:
+    if saved.model.attention == "bidirectional":
+        other = "other programs may read the text from left to right only, and answer otherwise"
+        notes.append(f"its config says is_causal: false, which transformers obeys; {other}")
+    if saved.calibration.temperature != 1.0:
         effect = "is not part of the model: its probabilities are uncalibrated, its labels the same"
-        notes.append(f"the temperature of the calibration ({saved.temperature:.3f}) {effect}")
+        notes.append(f"the temperature of the calibration ({saved.calibration.temperature:.3f}) {effect}")
+    if cuts := get_task(saved.task).cuts_of(saved.labels, saved.calibration.model_dump()):
+        chances = zip(saved.labels, (1 / (1 + math.exp(-cut)) for cut in cuts), strict=True)
+        listed = ", ".join(f"{label} {chance:.4f}" for label, chance in chances)
+        notes.append(
+            f"the thresholds of the labels are not part of the model: of its own probabilities they are {listed}"
+        )
     return Export(target, difference, rounding, tuple(notes), measured)
 
 
@@ -199,8 +208,11 @@ def _reloaded(folder: Path, saved: SavedAdapter, merged: Any) -> Any:
     return model
 
 
-def ordinary_batch(texts: int, length: int, tokenizer: Any) -> dict[str, Tensor]:
-    """Return a batch of random ordinary tokens, of texts of different lengths up to `length`, padded on the right."""
+def ordinary_batch(texts: int, length: int, tokenizer: Any, pairs: bool = False) -> dict[str, Tensor]:
+    """Return a batch of random ordinary tokens, of texts of different lengths up to `length`, padded on the right.
+
+    Texts of `pairs` have token types, if the tokenizer gives them.
+    """
     import torch
 
     draw = torch.Generator().manual_seed(length)  # the global random state stays as it is
@@ -209,14 +221,17 @@ def ordinary_batch(texts: int, length: int, tokenizer: Any) -> dict[str, Tensor]
     ids = ordinary[torch.randint(len(ordinary), (texts, length), generator=draw)]
     lengths = torch.linspace(length, max(1, length // 8), texts).long()
     mask = (torch.arange(length) < lengths[:, None]).long()
-    return {"input_ids": ids.masked_fill(mask == 0, tokenizer.pad_token_id), "attention_mask": mask}
+    typed = pairs and "token_type_ids" in tokenizer.model_input_names
+    types = {"token_type_ids": (torch.arange(length) >= lengths[:, None] // 2) * mask} if typed else {}
+    return {"input_ids": ids.masked_fill(mask == 0, tokenizer.pad_token_id), "attention_mask": mask, **types}
 
 
-def export_onnx(model: Any, tokenizer: Any, folder: Path) -> float:
+def export_onnx(model: Any, tokenizer: Any, folder: Path, pairs: bool = False) -> float:
     """Write `model.onnx` with free batch and sequence axes, and compare its logits with the model's.
 
     The model is a classification model of transformers in fp32, without an adapter. Weights beyond 2 GB are saved in a
-    second file. Returned is the largest difference of a logit over `ONNX_SHAPES`.
+    second file. A model of `pairs` also takes token types, if its tokenizer gives them. Returned is the largest
+    difference of a logit over `ONNX_SHAPES`.
 
     Raises:
         ModelError: the exporter does not support this model, or onnxruntime's logits differ.
@@ -224,18 +239,19 @@ def export_onnx(model: Any, tokenizer: Any, folder: Path) -> float:
     import torch
 
     class Logits(torch.nn.Module):
-        """The model as a function of ids and mask only, returning logits only."""
+        """The model as a function of ids, mask and maybe token types, returning logits only."""
 
         inner: Any
 
-        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
-            return self.inner(input_ids=input_ids, attention_mask=attention_mask).logits
+        def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Any:
+            types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+            return self.inner(input_ids=input_ids, attention_mask=attention_mask, **types).logits
 
     model.eval().config.use_cache = False
     wrapped = Logits()
     wrapped.inner = model
     any_size = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
-    example = ordinary_batch(2, 11, tokenizer)
+    example = ordinary_batch(2, 11, tokenizer, pairs)
     chatter = logging.getLogger("torch.onnx")
     before = chatter.level
     chatter.setLevel(logging.ERROR)
@@ -259,10 +275,10 @@ def export_onnx(model: Any, tokenizer: Any, folder: Path) -> float:
         raise ModelError(message, code="onnx-export-failed", model=type(model).__name__) from error
     finally:
         chatter.setLevel(before)
-    return compare_onnx(model, tokenizer, folder / ONNX_FILE)
+    return compare_onnx(model, tokenizer, folder / ONNX_FILE, pairs)
 
 
-def compare_onnx(model: Any, tokenizer: Any, path: Path) -> float:
+def compare_onnx(model: Any, tokenizer: Any, path: Path, pairs: bool = False) -> float:
     """Return the largest difference between the logits of a file and of its model; see `export_onnx`."""
     import numpy as np
     import onnxruntime
@@ -272,7 +288,7 @@ def compare_onnx(model: Any, tokenizer: Any, path: Path) -> float:
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
         worst = 0.0
         for texts, length in ONNX_SHAPES:
-            batch = ordinary_batch(texts, length, tokenizer)
+            batch = ordinary_batch(texts, length, tokenizer, pairs)
             (found,) = session.run(["logits"], {name: values.numpy() for name, values in batch.items()})
             with torch.inference_mode():
                 expected = model(**batch).logits.numpy()

@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from tokmask_peft.data.conll import Row
-from tokmask_peft.data.readers import TextFile, line_number
+from tokmask_peft.data.opening import line_number
+from tokmask_peft.data.readers import TextFile
 from tokmask_peft.data.tables import classes_of
 from tokmask_peft.errors import DataError, first_line, require, whole
-from tokmask_peft.examples import Example, Unreadable, WordPredictions
+from tokmask_peft.examples import Example, LabelPredictions, Pair, Unreadable, WordPredictions
 from tokmask_peft.inference.classifier import BATCH_SIZE, Answer, Classifier
 from tokmask_peft.inference.export import check_output
 from tokmask_peft.spans import NO_SPANS
@@ -207,12 +208,14 @@ class Columns:
         for key, value in answer_record(found.string, answer).items():
             if key not in ("text", "words"):
                 record[self.added(key)] = value
+            elif isinstance(found.text, Pair):  # which is in the columns of its row
+                continue
             elif key not in record or str(record[key]).split() == value:  # words in one string
                 record[key] = value
         return record
 
 
-def answer_record(text: str, answer: Answer) -> dict[str, Any]:
+def answer_record(text: str | Pair, answer: Answer) -> dict[str, Any]:
     """Return the JSON form of an answer, with probabilities to 6 digits."""
 
     def rounded(row: dict[str, float]) -> dict[str, float]:
@@ -223,7 +226,9 @@ def answer_record(text: str, answer: Answer) -> dict[str, Any]:
         if answer.spans != NO_SPANS:
             found["entities"] = [asdict(one) | {"confidence": round(one.confidence, 6)} for one in answer.entities]
         return found | {"probabilities": [rounded(row) for row in answer.probabilities]}
-    found = {"text": text, "label": answer.label, "confidence": round(answer.confidence, 6)}
+    given = list(text) if isinstance(text, Pair) else text
+    several = {"labels": list(answer.labels)} if isinstance(answer, LabelPredictions) else {"label": answer.label}
+    found = {"text": given, **several, "confidence": round(answer.confidence, 6)}
     return found | {"probabilities": rounded(answer.probabilities)}
 
 

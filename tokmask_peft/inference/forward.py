@@ -69,8 +69,8 @@ class Forward:
     def _batch(self, batch: list[Window]) -> list[NDArray[np.float32]]:
         inputs: dict[str, Any]
         if self._pack is not None:
-            rows = [{"input_ids": window.ids} for window in batch]
-            inputs = self._pack([row | {"token_type_ids": one.types} if one.types else row for row, one in zip(rows, batch, strict=True)])
+            rows = [{"input_ids": window.ids, "token_type_ids": window.types} for window in batch]
+            inputs = self._pack([{name: part for name, part in row.items() if part is not None} for row in rows])
         else:
             ids = [torch.tensor(window.ids) for window in batch]
             inputs = {

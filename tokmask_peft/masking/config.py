@@ -71,8 +71,8 @@ class TokenMaskConfig(Section):
     target: float | None = Field(
         None,
         gt=0,
-        description="what a controller aims at: overfit, accuracy on unmasked texts (default 0.9); gap, how much "
-        "higher the loss of masked texts is, as a share (0.25); ready, accuracy on masked texts of a class (0.6)",
+        description="what a schedule that reacts aims at: overfit: this accuracy on unmasked texts (default 0.9); gap: "
+        "a loss of masked texts higher by this share (0.25); ready: this accuracy on a class's masked texts (0.6)",
     )
     share: Share = Field(1.0, gt=0, description="share of the texts that are masked at all; the others stay whole")
     per_text: Literal["fixed", "uniform"] = Field(
@@ -86,13 +86,13 @@ class TokenMaskConfig(Section):
     span_length: int = Field(3, ge=1, description="words in a span (unit: span)")
     replace: Annotated[str, NameIn(REPLACEMENTS)] = Field(
         "token",
-        description="what happens to a masked token: token, it becomes the mask token; random, another token of the "
-        "vocabulary; drop, it leaves the text, and the others keep their positions",
+        description="what happens to a masked token: token: it becomes the mask token; random: it becomes another "
+        "token of the vocabulary; drop: it leaves the text, and the others keep their positions",
     )
     where: Literal["all", "prompt", "completion"] = Field(
         "all",
-        description="language models: what may be masked, by the labels that go into the forward: all; the prompt, "
-        "whose labels are -100; or the completion. The input of an encoder that has a decoder is all prompt",
+        description="language models: which tokens may be masked: all; prompt: those with the label -100; completion: "
+        "the others. In an encoder-decoder model the whole input of the encoder is prompt",
     )
     decoder_p: Rate = Field(
         0.0, description="encoder-decoder models that generate: masking rate of the decoder's input; labels stay"
@@ -102,8 +102,8 @@ class TokenMaskConfig(Section):
     )
     mask_token: Literal["auto", "mask", "spare", "unk"] | TokenId = Field(
         "auto",
-        description="auto takes the tokenizer's mask token if its embedding row was trained; otherwise the unknown "
-        "token, likewise; otherwise a spare embedding row. Or name one of these, or give a token id",
+        description="auto: the tokenizer's mask token if its embedding row was trained; otherwise the unknown token, "
+        "on the same condition; otherwise a spare embedding row. mask, unk and spare choose one of these",
     )
     trainable_mask: StrictBool = Field(False, description="train the mask token's embedding row (saved in the adapter)")
     protect: tuple[TokenId, ...] = Field((), description="further token ids that are never masked")

@@ -191,12 +191,13 @@ class UsedRows:
             distances.append((rows - mean).norm(dim=1))
         return cls(mean, torch.cat(norms), torch.cat(distances))
 
-    def illness(self, token_id: int) -> str | None:
+    def why_untrained(self, token_id: int) -> str | None:
         """Return why a row was probably never trained, or None.
 
-        Training moves rows away from where they began, near 0. A row is ill if less than 1% of the used rows have a
-        smaller norm, and less than 1% are nearer to the mean row. Such a row is not a neutral input: MiniLM's [MASK]
-        has the smallest norm of all 30,522 rows, and moves the encoder's output more than a random word does.
+        Training moves rows away from where they began, near 0. A row counts as untrained if less than 1% of the
+        used rows have a smaller norm, and less than 1% are nearer to the mean row. Such a row is not a neutral input:
+        MiniLM's [MASK] has the smallest norm of all 30,522 rows, and moves the encoder's output more than a random
+        word does.
         """
         smaller, nearer = ((of < of[token_id]).float().mean().item() for of in (self.norms, self.distances))
         if smaller >= 0.01 or nearer >= 0.01:
@@ -210,7 +211,7 @@ class UsedRows:
 
 
 def find_mask_token(embedding: nn.Module, tokenizer: Any, wanted: Any = "auto", *, trained: bool = False) -> MaskToken:
-    """Choose the mask token as `choose_mask_token` does; `auto` passes over ill rows unless they will be `trained`.
+    """Choose the mask token as `choose_mask_token` does; `auto` skips untrained rows unless they will be `trained`.
 
     Raises:
         MaskTokenError: there is no usable mask token.
@@ -218,10 +219,10 @@ def find_mask_token(embedding: nn.Module, tokenizer: Any, wanted: Any = "auto", 
     weight = embedding_weight(embedding)
     whole_here = weight.dim() == 2 and weight.shape[0] >= used_rows(tokenizer)  # not in ZeRO-3 and FSDP 1
 
-    def illness(token_id: int) -> str | None:
-        return UsedRows.of(embedding, tokenizer).illness(token_id) if whole_here and not trained else None
+    def why_untrained(token_id: int) -> str | None:
+        return UsedRows.of(embedding, tokenizer).why_untrained(token_id) if whole_here and not trained else None
 
-    return choose_mask_token(tokenizer, weight.shape[0], wanted, illness)
+    return choose_mask_token(tokenizer, weight.shape[0], wanted, why_untrained)
 
 
 @torch.no_grad()
@@ -230,8 +231,8 @@ def prepare_mask_row(
 ) -> Tensor | None:
     """Give the row of the mask token the mean direction and the median norm of the used rows, if it needs it.
 
-    A spare row does, and so does one that is going to be trained but starts ill (`UsedRows.illness`). Nothing is
-    written if the adapter has its own copy of the row, so call this before PEFT wraps the embedding for
+    A spare row does, and so does one that is going to be trained but starts untrained (`UsedRows.why_untrained`).
+    Nothing is written if the adapter has its own copy of the row, so call this before PEFT wraps the embedding for
     `trainable_token_indices`, which copies the row at that moment. Returns the row as it was, [hidden], to be restored
     with `write_row`, or None if nothing was written.
 
@@ -246,7 +247,7 @@ def prepare_mask_row(
         remedy = "attach before the model is sharded, or choose mask_token: unk"
         raise MaskTokenError(f"{problem}: {remedy}", code="mask-row-sharded")
     used = UsedRows.of(embedding, tokenizer)
-    if mask_token.kind != "spare" and used.illness(mask_token.id) is None:
+    if mask_token.kind != "spare" and used.why_untrained(mask_token.id) is None:
         return None
     original = read_rows(embedding, mask_token.id, mask_token.id + 1)[0].clone()
     write_row(embedding, mask_token.id, used.typical())
@@ -306,13 +307,17 @@ class Occlusion:
             return given.masked_fill(padded.to(given.device), self.mask_token.id)
 
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            mine = threading.get_ident() == thread  # a server may predict in one thread and explain in another
-            return swap(args, kwargs, hide, self._transposed) if mine else None
+            same_thread = threading.get_ident() == thread  # a server may predict in one thread and explain in another
+            return swap(args, kwargs, hide, self._transposed) if same_thread else None
 
         def again(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             later = F.pad(positions, (1, 0))
-            mine = threading.get_ident() == thread
-            return swap(args, kwargs, lambda given: hide(given, later[:, : given.shape[1]]), False) if mine else None
+            same_thread = threading.get_ident() == thread
+            return (
+                swap(args, kwargs, lambda given: hide(given, later[:, : given.shape[1]]), False)
+                if same_thread
+                else None
+            )
 
         handles = [self._embedding.register_forward_pre_hook(hook, with_kwargs=True)]
         if self._decoder is not None:

@@ -416,11 +416,11 @@ class TokenMasker:
         Raises:
             MaskTokenError: seed, mask token or config differ, so the run would not mask as before.
         """
-        mine = self.state_dict()
+        current = self.state_dict()
         defaults = TokenMaskConfig().model_dump(mode="json")  # for keys that are newer than the saved state
         saved = {**state, "config": {**defaults, **state["config"]}}
-        if differing := [key for key in ("seed", "mask_token_id", "config") if saved[key] != mine[key]]:
-            pairs = "; ".join(f"{key} was {saved[key]!r}, is {mine[key]!r}" for key in differing)
+        if differing := [key for key in ("seed", "mask_token_id", "config") if saved[key] != current[key]]:
+            pairs = "; ".join(f"{key} was {saved[key]!r}, is {current[key]!r}" for key in differing)
             message = f"masking cannot be resumed with other settings: {pairs}"
             raise MaskTokenError(message, code="resume-differs", differing=differing)
         self.step, self.rate = state["step"], state["rate"]

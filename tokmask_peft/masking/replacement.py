@@ -34,7 +34,7 @@ def choose_mask_token(
     tokenizer: Any,
     embedding_rows: int,
     wanted: Literal["auto", "mask", "spare", "unk"] | int = "auto",
-    illness: Callable[[int], str | None] = lambda token_id: None,
+    why_untrained: Callable[[int], str | None] = lambda token_id: None,
 ) -> MaskToken:
     """Choose the mask token.
 
@@ -46,7 +46,7 @@ def choose_mask_token(
         tokenizer: that of the model.
         embedding_rows: rows of its embedding matrix.
         wanted: as `masking.mask_token`.
-        illness: says why a row was probably never trained, or None (`masking.embedding.illness`).
+        why_untrained: says why a row was probably never trained, or None (`masking.embedding.why_untrained`).
 
     Raises:
         MaskTokenError: the choice is impossible, or `auto` finds none. Id 0 is never taken as a last resort.
@@ -54,19 +54,19 @@ def choose_mask_token(
     if isinstance(wanted, int):
         return _explicit(tokenizer, embedding_rows, wanted)
     problems: list[str] = []
-    ill: list[tuple[MaskToken, str]] = []
+    untrained: list[tuple[MaskToken, str]] = []
     for source in ("mask", "unk", "spare") if wanted == "auto" else (wanted,):
         found = _find(tokenizer, embedding_rows, source)
         if isinstance(found, str):
             problems.append(found)
             continue
-        why = None if source == "spare" or wanted != "auto" else illness(found.id)
+        why = None if source == "spare" or wanted != "auto" else why_untrained(found.id)
         if why is None:
-            reason = "; ".join([*(f"{other.reason}, but {why}" for other, why in ill), found.reason])
+            reason = "; ".join([found.reason, *(f"not {other.reason}: {why}" for other, why in untrained)])
             return replace(found, reason=reason)
-        ill.append((found, why))
-    if ill:
-        found, why = ill[0]
+        untrained.append((found, why))
+    if untrained:
+        found, why = untrained[0]
         better = "masking.trainable_mask: true trains a new row, and masking.replace: drop needs none"
         return replace(found, reason=f"{found.reason}; {why}; {better}")
     remedy = "set masking.mask_token to a token id, ideally of a token that your texts never use"

@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from tokmask_peft.console import Decision, quiet_loading
 from tokmask_peft.errors import ModelError, boundary, nearest
 from tokmask_peft.masking.embedding import find_embedding, is_sharded, whole
 from tokmask_peft.model.backbone import Backbone
 from tokmask_peft.model.decisions import PRECISIONS
-from tokmask_peft.model.layers import is_quantized
+from tokmask_peft.model.layers import LINEAR, is_quantized
 from tokmask_peft.recipe.schema import AdapterConfig
 from tokmask_peft.tasks import get_task
 
@@ -54,10 +55,10 @@ _PROBE = "  Mañana I'll go to Zürich… @user #Tag 3,14 ÇA\u0301 ﬁn 今日�
 def linear_layers(model: nn.Module, outside: tuple[str, ...]) -> list[str]:
     """Return the full names of the backbone's linear layers, quantized ones too, except those of the modules `outside`.
 
-    PEFT's "all-linear" does not do this: it takes GPT-2's convolutions as well, leaves out one head at most and only in
+    GPT-2's `Conv1D` is one, too. PEFT's "all-linear" does not do this: it leaves out one head at most and only in
     sequence tasks (not the pooler of a BERT that lacks one), and writes full names into `adapter_config.json`.
     """
-    linear = [name for name, part in model.named_modules() if isinstance(part, nn.Linear) or is_quantized(part)]
+    linear = [name for name, part in model.named_modules() if isinstance(part, LINEAR) or is_quantized(part)]
     return [name for name in linear if not any(f"{name}.".startswith(f"{other}.") for other in outside)]
 
 
@@ -65,7 +66,7 @@ def target_names(model: nn.Module, config: AdapterConfig, outside: tuple[str, ..
     """Return the last parts of the names of the layers to adapt; a ModelError if there are none, or not as named."""
     found = sorted({name.rsplit(".", 1)[-1] for name in linear_layers(model, outside)})
     if not found:
-        problem = f"{type(model).__name__} has no linear layers to adapt (transformers writes GPT-2's as convolutions)"
+        problem = f"{type(model).__name__} has no linear layers to adapt"
         raise ModelError(f"{problem}: use another backbone, as in `tokmask recipes`", code="no-linear-layers")
     if config.targets == "auto":
         return found
@@ -118,6 +119,7 @@ def add_adapter(
             for name, part in backbone.model.named_modules()
             if part is embedding
         }
+    model_parts = backbone.model.modules()
     lora = LoraConfig(
         task_type=get_task(task).peft_type,  # without it the head would silently stay frozen
         r=config.r,
@@ -131,6 +133,8 @@ def add_adapter(
         trainable_token_indices=rows,
         use_rslora=config.rslora,
         use_dora=config.dora,
+        # in 4 or 8 bits GPT-2's layers are not transposed, but the adapter must fit others, too
+        fan_in_fan_out=any(issubclass(getattr(part, "source_cls", type(part)), Conv1D) for part in model_parts),
     )
     model = get_peft_model(backbone.model, lora, autocast_adapter_dtype=True)
     # PEFT adds its usual head names to modules_to_save; those that this backbone lacks would only confuse a reader
@@ -401,11 +405,12 @@ def merge_if_harmless(model: Any) -> tuple[Any, Decision]:
 
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     low: list[Any] = [layer for layer in layers if layer.get_base_layer().weight.dtype != torch.float32]
-    if not all(type(layer) is Linear and not layer.fan_in_fan_out and not layer.lora_variant for layer in low):
+    if not all(type(layer) is Linear and not layer.lora_variant for layer in low):
         return model, Decision("adapter", "kept apart", "the effect of rounding is known for plain LoRA only")
     rounded, dtype = 0.0, torch.float32
     for layer in low:
         weight, names = layer.get_base_layer().weight, layer.active_adapters
+        weight = weight.T if layer.fan_in_fan_out else weight
         parts = [(layer.lora_B[name].weight, layer.lora_A[name].weight, layer.scaling[name]) for name in names]
         rounded, dtype = max(rounded, _rounded_share(weight, parts)), weight.dtype
     decision = _decide_merging(rounded, dtype)

@@ -11,17 +11,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import transformers
 from accelerate.utils import parse_flag_from_env
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerFast
 
 from tokmask_peft.console import Decision, quiet_loading
 from tokmask_peft.errors import MaskTokenError, ModelError, first_line
 from tokmask_peft.masking.embedding import find_decoder_embedding, find_embedding
 from tokmask_peft.model.decisions import DTYPES, choose_precision, choose_quantization, gpu_problem, out_of_memory
 from tokmask_peft.model.families import family_of
-from tokmask_peft.model.layers import Float32Linear, is_quantized, place_embedding, pool_texts
-from tokmask_peft.model.location import backbone_location
+from tokmask_peft.model.layers import LINEAR, Float32Linear, is_quantized, place_embedding, pool_texts, see_both_ways
+from tokmask_peft.model.location import backbone_location, loading_source
 from tokmask_peft.model.packed import expand_heads_if_needed
 from tokmask_peft.recipe.schema import ModelConfig
 from tokmask_peft.tasks import get_task
@@ -72,14 +73,15 @@ def load_backbone(
     precision, quantization = choose_precision(config, device), choose_quantization(config, device)
     tokenizer = load_tokenizer(config, location)
     dtype = DTYPES[precision.choice]
-    source = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    source, how = loading_source(config, location)
     load = functools.partial(
         get_task(task).auto_model().from_pretrained,
-        location,
-        **source,
+        source,
+        **how,
         num_labels=len(labels),
         id2label=dict(enumerate(labels)),
         label2id={label: index for index, label in enumerate(labels)},
+        **({} if get_task(task).problem_type is None else {"problem_type": get_task(task).problem_type}),
         ignore_mismatched_sizes=True,
         dtype=dtype,
         output_loading_info=True,
@@ -87,8 +89,10 @@ def load_backbone(
     extra: dict[str, Any] = {}
     try:
         if config.attention_dropout is not None:
-            name = attention_dropout_name(location, AutoConfig.from_pretrained(location, **source))
+            name = attention_dropout_name(location, AutoConfig.from_pretrained(source, **how))
             extra[name] = config.attention_dropout
+        if "gguf_file" in how:
+            load, extra = _unpacked(functools.partial(load, **extra)), {}
         if quantization.choice != "none":
             # a pooler that the checkpoint lacks must not be quantized either; this finds it without loading any weights
             with torch.random.fork_rng(devices=()):
@@ -107,10 +111,14 @@ def load_backbone(
         problem = f"the tokenizer of {location} has ids up to {largest}, but the embedding has {rows} rows"
         remedy = "save the backbone again after model.resize_token_embeddings, or with the tokenizer it came with"
         raise ModelError(f"{problem}: {remedy}", code="tokenizer-too-large", largest=largest, rows=rows)
-    takes_types = "token_type_ids" in inspect.signature(model.forward).parameters
-    if "token_type_ids" in tokenizer.model_input_names and not (takes_types and getattr(model.config, "type_vocab_size", 2) != 1):
-        tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
+    types, kinds = "token_type_ids", getattr(model.config, "type_vocab_size", 2)
+    takes_types = types in inspect.signature(model.forward).parameters and kinds != 1
+    if types in tokenizer.model_input_names and not takes_types:
+        names = [name for name in tokenizer.model_input_names if name != types]
+        tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names  # which are saved, too
     model.config.pad_token_id, model.config.use_cache = tokenizer.pad_token_id, False
+    if config.attention == "bidirectional":
+        see_both_ways(model)
     if find_decoder_embedding(model) is not None:
         model.register_forward_pre_hook(functools.partial(_one_end, tokenizer.unk_token_id), with_kwargs=True)
     new_modules = _new_modules(model, info)
@@ -123,14 +131,37 @@ def load_backbone(
     tokenizer.padding_side = padding_side(model, tokenizer, dtype)
     unused = gpu_problem() if device.type == "cpu" else None
     decisions = [Decision("device", str(device), unused or "set by accelerate"), precision, quantization]
+    if "gguf_file" in how:
+        again = "" if quantization.choice == "none" else f", and rounded once more, to {quantization.choice}"
+        decisions.append(Decision("weights", how["gguf_file"], f"unpacked to {precision.choice}{again}"))
     if tokenizer.padding_side == "left":
         decisions.append(Decision("padding", "left", f"{type(model).__name__} reads its answer at the last position"))
+    if config.attention != "causal":
+        decisions.append(Decision("attention", config.attention, "set in the recipe; it was trained causally"))
     if pooling != "auto":
         decisions.append(Decision("pooling", pooling, "set in the recipe"))
     decisions += place_embedding(model, config.embedding, device)
     if dtype == torch.float16:
         hold_stream_in_fp32(model)
     return Backbone(model, tokenizer, new_modules, tuple(decisions), dtype, quantization.choice, weights)
+
+
+def _unpacked(load: functools.partial[Any]) -> functools.partial[Any]:
+    """Read a GGUF file with `load`, and return what loads a model with these values, and takes a quantization.
+
+    transformers does not quantize what it reads from such a file, and calls that not trainable.
+    """
+    # transformers 5.17, the oldest supported version, lacks it and unpacks everything
+    kept_packed = hasattr(transformers, "GgufConfig")
+    with torch.random.fork_rng(devices=()):  # the head is drawn when the values are loaded into a model
+        model, info = load(**({"quantization_config": transformers.GgufConfig(dequantize=True)} if kept_packed else {}))
+    values = {name: value for name, value in model.state_dict().items() if name not in info["missing_keys"]}
+    config, dtype = model.config, model.dtype
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return functools.partial(
+        type(model).from_pretrained, None, config=config, state_dict=values, dtype=dtype, output_loading_info=True
+    )
 
 
 def _one_end(unknown: int, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -146,9 +177,12 @@ def _one_end(unknown: int, model: Any, args: tuple[Any, ...], kwargs: dict[str, 
 def load_tokenizer(config: ModelConfig, location: str | None = None) -> Any:
     """Load the backbone's tokenizer, with a pad token, padding and truncating on the right, or raise a ModelError."""
     location = location or backbone_location(config)
-    source = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    source, how = loading_source(config, location)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(location, **source)
+        tokenizer = AutoTokenizer.from_pretrained(source, **how)
+        if "gguf_file" in how:  # its class would not read back from tokenizer.json what it has made of the file
+            backend = tokenizer.backend_tokenizer
+            tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **tokenizer.special_tokens_map)
     except Exception as error:  # tokenizers raises just that
         raise load_error("tokenizer", location, error) from error
     if tokenizer.pad_token_id is None:
@@ -236,7 +270,7 @@ def weight_hashes(model: nn.Module, new_modules: tuple[str, ...]) -> dict[str, s
         if f"{name}.".startswith(tuple(f"{new}." for new in new_modules)):
             continue
         for key, value in part.named_parameters(recurse=False):
-            kind = "linear" if isinstance(part, nn.Linear) and key == "weight" else "others"
+            kind = "linear" if isinstance(part, LINEAR) and key == "weight" else "others"
             if value.is_meta or (kind == "linear" and is_quantized(part)):
                 hashes.pop(kind, None)
             elif kind in hashes:

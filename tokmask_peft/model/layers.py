@@ -15,11 +15,15 @@ from typing import Any, Self, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from tokmask_peft.console import Decision
 from tokmask_peft.errors import MaskTokenError, ModelError
 from tokmask_peft.masking.embedding import find_decoder_embedding, find_embedding
 from tokmask_peft.model.decisions import bitsandbytes_problem
+
+LINEAR = (nn.Linear, Conv1D)
+"""Classes of layers that are a product with a matrix; GPT-2's, `Conv1D`, keeps it transposed, [in, out]."""
 
 _STEPS = 1 << 16
 """Probabilities that `dropout` can tell apart on a CPU."""
@@ -203,6 +207,38 @@ def place_embedding(model: Any, wanted: str, device: torch.device) -> tuple[Deci
     return (Decision("embedding", wanted, reason),)
 
 
+def choose_label_on(wanted: str, model: nn.Module) -> Decision:
+    """Choose which sub-token of a word carries its label: as `data.label_on` says, or the last in a decoder."""
+    if wanted != "auto":
+        return Decision("label on", wanted, "set in the recipe")
+    if any(getattr(part, "is_causal", False) for part in model.modules()):  # so built, however it reads now
+        why = "a decoder, trained to read from left to right, has seen the whole of a word there only"
+        return Decision("label on", "last", why)
+    return Decision("label on", "first", "an encoder sees the whole of a word anyway")
+
+
+BOTH_WAYS = {"gemma3_text": "Gemma 3", "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+"""Decoders that can see the whole text, by `model_type`; each is tested, with sliding windows too."""
+
+
+def see_both_ways(model: Any) -> None:
+    """Let the sub-tokens of a decoder, without an adapter, see those after them, too, as far as a sliding window goes.
+
+    `is_causal` in the config is transformers' own switch (since 5.17 at least): masks and attention follow it, packed
+    rows too, and a saved config has it.
+
+    Raises:
+        ModelError: the model is none of `BOTH_WAYS`.
+    """
+    ours = type(model.base_model).__module__.startswith("transformers.models.")
+    if not ours or model.config.model_type not in BOTH_WAYS:
+        name, known = type(model).__name__, ", ".join(BOTH_WAYS.values())
+        problem = f"model.attention=bidirectional is for decoders ({known}), and this backbone is a {name}"
+        remedy = "set it to causal, which changes nothing in an encoder"
+        raise ModelError(f"{problem}: {remedy}", code="attention", model=name)
+    model.config.is_causal = False
+
+
 def pooled(states: Tensor, mask: Tensor | None, how: str) -> Tensor:
     """Return the mean or maximum of each text's states, `[texts, 1, hidden]`.
 
@@ -226,13 +262,15 @@ def pool_texts(model: Any, how: str) -> None:
     """
     if how == "auto":
         return
-    name, decoder = type(model).__name__, getattr(model.config, "is_encoder_decoder", False)
-    if decoder or (how == "cls" and hasattr(model, "score")):  # what transformers calls the head of a decoder
+    name, both = type(model).__name__, getattr(model.config, "is_encoder_decoder", False)
+    decoder = hasattr(model, "score")  # what transformers calls the head of a decoder
+    if both or (decoder and how == "cls") or (not decoder and how == "last"):
         problem = f"model.pooling={how} does not fit {name}"
-        raise ModelError(f"{problem}, which has no [CLS] of its own: set it to auto", code="pooling", model=name)
+        where = "which is no decoder" if how == "last" else "which has no [CLS] of its own"
+        raise ModelError(f"{problem}, {where}: set it to auto", code="pooling", model=name)
     if hasattr(model.config, "classifier_pooling"):  # ModernBERT's own
         model.config.classifier_pooling = "cls"
-    if how == "cls":
+    if how in ("cls", "last"):
         return
     base, mask = model.base_model, threading.local()
     model.text_pooling = how

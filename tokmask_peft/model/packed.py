@@ -224,6 +224,9 @@ class PackedRows(nn.Module):
         logits = packed_logits(self, packed_hidden(self, longer_ids, longer, **places)[:, :total], ids, packing)
         if kept is not None and self.per_token:  # back to the places of all sub-tokens
             logits = logits.new_zeros(1, input_ids.shape[1], logits.shape[-1]).index_copy(1, kept, logits)
+        labels = (
+            None if labels is None or labels.is_floating_point() else labels
+        )  # several a text: `ClassificationLoss`
         loss = None if labels is None else F.cross_entropy(logits.flatten(0, -2).float(), labels.reshape(-1))
         return (TokenClassifierOutput if logits.dim() == 3 else SequenceClassifierOutput)(loss=loss, logits=logits)
 
@@ -311,6 +314,8 @@ def packed_attention(
 
 def seen(module: nn.Module, is_causal: bool | None, window: int | None, longest: int) -> tuple[bool, int | None]:
     """Return whether a layer is causal, and its window, if it is narrower than the longest text."""
+    if is_causal is False and window is not None:  # by `is_causal` in the config, where masks count the bound in
+        window += 1
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     return causal, None if window is not None and window >= longest else window
 

@@ -4,6 +4,7 @@ Field descriptions are the documentation: `tokmask recipes fields` prints them.
 """
 
 from tokmask_peft.masking.config import TokenMaskConfig
-from tokmask_peft.recipe.schema import AdapterConfig, DataConfig, ModelConfig, Recipe, SourceConfig, TrainingConfig
+from tokmask_peft.recipe.data import DataConfig, SourceConfig
+from tokmask_peft.recipe.schema import AdapterConfig, ModelConfig, Recipe, TrainingConfig
 
 __all__ = ["AdapterConfig", "DataConfig", "ModelConfig", "Recipe", "SourceConfig", "TokenMaskConfig", "TrainingConfig"]

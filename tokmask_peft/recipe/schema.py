@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from encodings.aliases import aliases
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, StrictBool, field_validator, model_validator
+from pydantic import BaseModel, Field, StrictBool, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
-from tokmask_peft.errors import RecipeError, nearest
-from tokmask_peft.masking.config import NameIn, Rate, Section, Share, TokenMaskConfig
-from tokmask_peft.tasks import TASKS, get_task
+from tokmask_peft.masking.config import Rate, Section, Share, TokenMaskConfig
+from tokmask_peft.recipe.data import DataConfig
+from tokmask_peft.tasks import get_task
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,37 +27,12 @@ class Regularizer:
     usual: float  # the strength of an arm that gives none
 
 
-def _separator(value: str) -> str:
-    if value in ("\t", "\\t"):
-        return "tab"
-    if value not in ("auto", "tab") and (len(value) != 1 or value in '"\r\n'):
-        raise ValueError("expected auto, tab or one character; in YAML, | is in quotes: '|'")
-    return value
-
-
-def _encoding(value: str) -> str:
-    try:
-        "".encode("utf-8" if value == "auto" else value)
-    except (LookupError, ValueError) as error:
-        raise ValueError(f"expected auto or a codec of Python.{nearest(value, aliases.values())}") from error
-    return value
-
-
-Task = Annotated[str, NameIn(TASKS)]
 Batching = Literal["grouped", "padding_free", "padded"]
 
 # If a field takes more than one kind of value, an error describes each kind by its title.
-SplitName = Annotated[str, Field(min_length=1, title="a split or file name")]
-ShareOfTrain = Annotated[float, Field(gt=0.0, lt=1.0, title="a share of train between 0 and 1, for example 0.1")]
-ColumnName = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, int) else value)]
-TwoColumns = Annotated[tuple[ColumnName, ColumnName], Field(title="a list of two columns, as [premise, hypothesis]")]
-LanguageCode = Annotated[str, Field(pattern=r"^([a-z]{2,3}|multilingual)$", title="an ISO 639 code such as es or swa")]
 Modules = Annotated[tuple[str, ...], Field(min_length=1, title="a list of module names, for example [q_proj, v_proj]")]
 LayerCount = Annotated[int, Field(ge=1, title="a number of layers, for example 6")]
 ShareOfLayers = Annotated[float, Field(gt=0.0, lt=1.0, title="a share of the layers between 0 and 1, for example 0.5")]
-MissingValue = Annotated[str, BeforeValidator(lambda value: "" if value is None else str(value))]
-Separator = Annotated[str, AfterValidator(_separator)]
-Encoding = Annotated[str, AfterValidator(_encoding)]
 Weight = Annotated[float, Field(ge=0.0)]
 Epochs = Annotated[float, Field(gt=0, title="a number of epochs, for example 6")]
 Texts = Annotated[int, Field(ge=1, title="a number of texts, for example 16")]
@@ -67,153 +40,13 @@ Evaluations = Annotated[int, Field(ge=1, title="a number of evaluations, for exa
 Weights = Annotated[dict[str, Weight], Field(title="a weight per label, as {en: 1.0, es: 2.0}")]
 
 
-class SourceConfig(Section):
-    """Where texts come from: local files, a dataset on the Hugging Face Hub, or the built-in corpus."""
-
-    path: str | None = Field(None, description="a local folder or file; takes precedence over `hub` and `builtin`")
-    hub: str | None = Field(None, description="dataset id on the Hugging Face Hub")
-    hub_config: str | None = Field(None, description="configuration of the Hub dataset")
-    hub_revision: str | None = Field(None, description="revision of the Hub dataset, for example refs/convert/parquet")
-    builtin: StrictBool = Field(False, description="the built-in Spanish-English corpus, made up to try things out")
-    format: str = Field(
-        "auto",
-        description="auto: by the file's ending and content; or conll, conllu, csv, tsv, jsonl, parquet, txt, xlsx, "
-        "tagged (a text a line, word/tag or word_tag), labelled (a text a line, after its label)",
-    )
-    encoding: Encoding = Field(
-        "auto",
-        description="of text files; auto: by the byte-order mark, UTF-8, or cp1252 if the text clearly is; or the name "
-        "of a codec, such as cp1251 or utf-16",
-    )
-    separator: Separator = Field(
-        "auto",
-        description="one character, or tab: between columns of CSV (auto finds , ; | and tabs) and TSV, between word "
-        "and tag in tagged, between label and text in labelled files",
-    )
-    text_column: str | int | TwoColumns | None = Field(
-        None,
-        description="column of the text, or of the words in token tasks; a number, from 0, in CoNLL files and in "
-        "tables without a header; [premise, hypothesis]: two columns of a table, whose texts are read as a pair",
-    )
-    label_column: str | int | None = Field(
-        None,
-        description="column of the label, or of the tags in token tasks; a number as above; in CoNLL-U also a name "
-        "such as upos, misc.Lang or feats.Case",
-    )
-    missing: tuple[MissingValue, ...] | None = Field(
-        None,
-        description="labels or texts that stand for a missing one, such as [none, -1]: those texts are left out, and "
-        "counted ('' also stands for a missing word); [] if labels that look like it are classes",
-    )
-    header: Literal["auto"] | StrictBool = Field(
-        "auto",
-        description="CSV, TSV and xlsx: whether the first row names the columns, which otherwise have numbers from 0; "
-        "auto decides from the cells, and passes over a title above them",
-    )
-    group_column: str | int | None = Field(
-        None,
-        description="token tasks, tables with a word in each row: column that says to which text the word belongs, in "
-        "each row or at the first word only; blank and <EOS> rows end a text without it",
-    )
-    name: str | None = Field(None, description="name of the corpus (for the model card)")
-    language: tuple[LanguageCode, ...] = Field(
-        (), description="languages of the texts as ISO 639 codes, for example [es, en] (for the model card)"
-    )
-    license: str | None = Field(None, description="licence of the texts, as their source has it (for the model card)")
-    citation: str | None = Field(None, description="what to cite for the corpus (for the model card)")
-
-    @model_validator(mode="after")
-    def _has_a_source(self) -> Self:
-        if self.path is None and self.hub is None and not self.builtin:
-            remedy = "set path to a local folder or file, hub to a dataset id, or builtin to true in this section"
-            raise ValueError(f"no data: {remedy}")
-        return self
-
-    @property
-    def pair(self) -> tuple[str, str] | None:
-        """The two columns of `text_column`, if the texts are pairs."""
-        return self.text_column if isinstance(self.text_column, tuple) else None
-
-    def expanded(self, at: str = "data") -> Self:
-        """Return a copy with `${NAME}` and `~` in paths replaced; `at` is the section's dotted path.
-
-        Raises:
-            RecipeError: an environment variable is not set.
-        """
-        update: dict[str, Any] = {}
-        problems: list[str] = []
-        if self.path is not None:
-            remedy = f"set it to the folder of your data, or give {at}.path=FOLDER"
-            for name in re.findall(r"\$\{(\w+)\}", self.path):
-                if not os.environ.get(name):
-                    problem = f"is {self.path}, but the environment variable {name} is not set or empty"
-                    problems.append(f"{at}.path: {problem}; {remedy}")
-            update["path"] = str(Path(os.path.expandvars(self.path)).expanduser())
-        if (other := getattr(self, "test_source", None)) is not None:
-            try:
-                update["test_source"] = other.expanded(f"{at}.test_source")
-            except RecipeError as error:
-                problems += error.problems
-        if problems:
-            raise RecipeError(problems, code="variable-not-set")
-        return self.model_copy(update=update)
-
-
-class DataConfig(SourceConfig):
-    """Which texts a run learns from, and how they are split, cleaned and labelled."""
-
-    task: Task = Field(description="; ".join(f"{task.name}: {task.description}" for task in TASKS.values()))
-    train: str = Field("train", description="split or file name of the training texts")
-    validation: SplitName | ShareOfTrain = Field(
-        "validation", description="split or file name, or the share of train to set aside"
-    )
-    test: str | None = Field("test", description="split or file name of the test texts; null if there are none")
-    test_source: SourceConfig | None = Field(None, description="other source of the test texts (zero-shot transfer)")
-    label_map: dict[str, str] | None = Field(
-        None, description="label in the file -> label to learn; the key '*' stands for every other label"
-    )
-    language_labels: tuple[str, ...] = Field(
-        (), description="labels (after label_map) that are languages; scores are then also given by code-mixing index"
-    )
-    label_on: Literal["first", "last"] = Field(
-        "first", description="one label per word: which of its sub-tokens carries the label"
-    )
-    spans: Literal["auto", "none", "bio", "iob1", "bioes", "bilou"] = Field(
-        "auto",
-        description="one label per word: whether the labels mark entities, which are then scored and listed, too: bio "
-        "(B-TYPE, I-TYPE and O, also called IOB2), iob1 (B- only where two of a type meet), bioes or bilou; auto: by "
-        "the labels",
-    )
-    max_length: int = Field(128, ge=4, description="sub-tokens per text; longer texts are truncated and reported")
-    hygiene: Literal["remove", "report"] = Field(
-        "remove",
-        description="duplicate, conflicting and leaked texts, near-duplicates too: remove from train, or only report",
-    )
-    max_train: int | None = Field(None, ge=1, description="use at most this many training texts (seeded, stratified)")
-
-    @field_validator("validation", mode="before")
-    @classmethod
-    def _number_is_a_share(cls, value: Any) -> Any:
-        # YAML 1.1 reads 5e-2 as text, and no split has a number as its name
-        if isinstance(value, str) and re.fullmatch(r"[-+]?\d*\.?\d+(e[-+]?\d+)?", value.strip(), re.IGNORECASE):
-            return float(value)
-        return value
-
-    @model_validator(mode="after")
-    def _pairs_fit(self) -> Self:
-        what, words = "text_column names two columns, for pairs of texts", get_task(self.task).words_given
-        if self.pair is not None and (words or self.path is self.hub is None):
-            why = f"task '{self.task}' labels the words of one" if words else "the built-in corpus has none"
-            raise ValueError(f"{what}, but {why}: name one column, or change task or path")
-        if self.test_source is not None and (self.pair is None) != (self.test_source.pair is None):
-            raise ValueError(f"{what}, in only one of data and test_source: set both, or neither")
-        return self
-
-
 class ModelConfig(Section):
     """The frozen backbone: which one, and in which precision it is held."""
 
-    backbone: str = Field(description="model id on the Hugging Face Hub, or a local folder")
+    backbone: str = Field(
+        description="model id on the Hugging Face Hub, a folder, or a .gguf file: here, or "
+        "OWNER/REPOSITORY/FILE.gguf on the Hub"
+    )
     backbone_path: str | None = Field(
         None, description="load the backbone from here instead: a folder, or package:NAME/FOLDER of a Python package"
     )
@@ -234,15 +67,23 @@ class ModelConfig(Section):
         description="the frozen input embedding: resident on the device; offload keeps it in host memory and sends the "
         "rows of each batch; 8bit holds it on the device through bitsandbytes, with slightly different values",
     )
-    pooling: Literal["auto", "cls", "mean", "max"] = Field(
+    attention: Literal["causal", "bidirectional"] = Field(
+        "causal",
+        description="what a sub-token of a decoder sees: causal, those before it; bidirectional, the whole text, for "
+        "Gemma 3, Llama, Mistral, Qwen2 and Qwen3. Encoders see the whole text anyway: leave it at causal",
+    )
+    pooling: Literal["auto", "cls", "last", "mean", "max"] = Field(
         "auto",
-        description="which states the head reads, if a text has one label: auto, as transformers has it ([CLS], or the "
-        "last sub-token of a decoder); cls; mean or max of all, for which stock PEFT needs the lines in the model card",
+        description="which states the head reads, if a text has one label: auto: those that transformers reads ([CLS], "
+        "or a decoder's last sub-token); cls; last; mean or max of all: stock PEFT then needs the lines in the model "
+        "card",
     )
     gradient_checkpointing: Literal["auto"] | StrictBool = Field(
         "auto", description="save memory at the cost of time: recompute activations; auto does if memory would run out"
     )
-    trust_remote_code: StrictBool = Field(False, description="run the backbone's own code; only if you trust it")
+    trust_remote_code: StrictBool = Field(
+        False, description="run the backbone's own code; set it only if you trust that code"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -252,8 +93,8 @@ class ModelConfig(Section):
             return given
         key = "backbone" if given.get("backbone_path") is None else "backbone_path"
         folder = given.get(key)
-        # os.path, as Path.is_dir raises if a name is too long
-        if isinstance(folder, str) and os.path.isdir(folder) and not Path(folder).is_absolute():  # noqa: PTH112
+        # os.path, as Path.is_dir raises if a name is too long; a file is a .gguf file
+        if isinstance(folder, str) and os.path.exists(folder) and not Path(folder).is_absolute():  # noqa: PTH110
             return {**given, key: str(Path(folder).absolute())}
         return given
 
@@ -285,13 +126,13 @@ class TrainingConfig(Section):
 
     epochs: Literal["auto"] | Epochs = Field(
         "auto",
-        description="passes over the training texts; auto: as many as give 400 optimizer steps for up to 300 texts, "
-        "650 for 1,000 and 2,500 for 30,000, but from 2 to 40",
+        description="passes over the training texts; auto: enough for 400 optimizer steps with up to 300 texts, 650 "
+        "with 1,000 and 2,500 with 30,000, but at least 2 and at most 40",
     )
     max_steps: int | None = Field(None, ge=1, description="stop after this many optimizer steps; overrides epochs")
     batch_size: Literal["auto"] | Texts = Field(
         "auto",
-        description="texts per forward pass and device; auto: 8, from 4,000 training texts on 16, from 20,000 on 32, "
+        description="texts per forward pass and device; auto: 8 (16 from 4,000 training texts on, 32 from 20,000 on), "
         "divided among the devices and accumulated passes of an optimizer step",
     )
     gradient_accumulation: int = Field(1, ge=1, description="forward passes per optimizer step")
@@ -306,14 +147,14 @@ class TrainingConfig(Section):
     batching: Batching = Field(
         "padding_free",
         description="padding_free: random batches without padding, as one row with attention per text (BERT, XLM-R, "
-        "DistilBERT, Llama, Mistral, Qwen2 and Qwen3; others, and NEFTune, use padded); padded: the same batches, "
-        "padded to their longest text; grouped: random batches of similar length, in which a label that correlates "
-        "with length comes in clumps, which has kept runs from learning anything",
+        "ModernBERT, Llama, Qwen, Gemma 3 and others; the rest, and NEFTune, use padded); padded: the same batches, "
+        "padded to their longest text; grouped: random batches of similar length; if a label depends on length, it "
+        "then comes in clumps, and some runs learned nothing",
     )
     head: Literal["probe", "random"] = Field(
         "random",
-        description="where the head starts: random; probe is logistic regression on the frozen backbone's features, "
-        "which costs one forward pass over the texts and gives a second floor to compare with (Kumar et al. 2022)",
+        description="where the head starts: random; or probe, logistic regression on the frozen backbone's features, "
+        "which costs one forward pass over the texts and gives a second baseline (Kumar et al. 2022)",
     )
     learning_rate: float = Field(5e-4, gt=0, description="peak learning rate of AdamW, for adapter and head")
     scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
@@ -328,17 +169,17 @@ class TrainingConfig(Section):
         0.0, description="share of the target that is spread over all classes; 0 is off"
     )
     views: Annotated[int, Regularizer("views", off=1, usual=2)] = Field(
-        1, ge=1, le=2, description="2: each text goes in twice, and differing answers cost `consistency`"
+        1, ge=1, le=2, description="2: each text is read twice, and `consistency` penalises differing answers"
     )
     views_masked: Literal["one", "both", "none"] = Field(
-        "one", description="which of two views are masked; none, and only dropout differs, is R-Drop (Wu et al. 2021)"
+        "one", description="which of two views are masked; with none only dropout differs: R-Drop (Wu et al. 2021)"
     )
     consistency: float = Field(
         1.0, ge=0, description="weight of the symmetric KL divergence between the answers to two views"
     )
     class_weights: Literal["none", "inverse", "sqrt_inverse"] | Weights = Field(
         "sqrt_inverse",
-        description="loss weight per class: sqrt_inverse is sqrt(N / (K n_c)), scaled to sum to K; or label -> weight",
+        description="loss weight per class: sqrt_inverse is sqrt(N / (K n_c)), scaled to sum to K; or label: weight",
     )
     neftune_alpha: Annotated[float | None, Regularizer("neftune", off=None, usual=5)] = Field(
         None, gt=0, description="NEFTune noise (Jain et al. 2023); null is off"
@@ -417,11 +258,14 @@ class Recipe(Section):
             raise ValueError(f"{why}: set model.embedding=resident, or masking.trainable_mask=false")
         if self.masking.schedule == "ready" and get_task(self.data.task).words_given:
             raise ValueError("masking.schedule: ready masks by the label of a text: take a task with one label a text")
-        if self.data.spans not in ("auto", "none") and not get_task(self.data.task).words_given:
+        if get_task(self.data.task).several and self.masking.make_schedule().reacts:
+            why = f"masking.schedule: {self.masking.schedule} counts right answers, of which each text has one"
+            raise ValueError(f"{why}: take constant, linear, cosine or warmup for several labels per text")
+        spans = self.data.spans if get_task(self.data.task).words_given else "none"
+        if self.data.spans not in ("auto", spans):
             raise ValueError("data.spans: entities are marked by labels of words: take a task with one label per word")
-        per_word = get_task(self.data.task).words_given
-        if self.training.best_metric == "f1_entities" and (self.data.spans == "none" or not per_word):
-            why = "training.best_metric is f1_entities, but the labels mark no entities (data.spans is none or auto)"
+        if self.training.best_metric == "f1_entities" and spans == "none":
+            why = "training.best_metric is f1_entities, but the labels mark no entities (data.spans)"
             raise ValueError(f"{why}: set data.spans to the scheme of the labels, or training.best_metric=f1_macro")
         if self.masking.where != "all" or self.masking.decoder_p > 0:
             why = "masking.where and masking.decoder_p are for models that generate, in trainers of your own"

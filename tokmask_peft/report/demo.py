@@ -17,6 +17,7 @@ from markupsafe import Markup
 from tokmask_peft.artifacts import is_run, open_run
 from tokmask_peft.console import baseline_verdict
 from tokmask_peft.errors import MaskTokenError, ModelError, TokmaskError
+from tokmask_peft.examples import Pair
 from tokmask_peft.html import environment, influence_words, label_legend, label_words
 from tokmask_peft.hub.card import plain
 from tokmask_peft.tasks import get_task
@@ -48,15 +49,16 @@ def check_address(host: str, port: int | None) -> None:
         raise ModelError(problem, code="bad-address") from None
 
 
-def answer(classifier: Any, text: str) -> tuple[dict[str, float] | None, Markup]:
+def answer(classifier: Any, text: Any) -> tuple[dict[str, float] | None, Markup]:
     """Return calibrated probabilities of the labels, or none if each word has one, and a text's words as HTML.
 
+    `text` is a string, or a `Pair` for a model of pairs.
     The words are coloured; if the text cannot be classified, the HTML says why.
     """
     from tokmask_peft.inference.explain import explain
 
-    if len(text) > _MOST_CHARACTERS:
-        problem = f"the text has {len(text):,} characters, and only up to {_MOST_CHARACTERS:,} are answered here"
+    if (length := len(str(text))) > _MOST_CHARACTERS:
+        problem = f"the text has {length:,} characters, and only up to {_MOST_CHARACTERS:,} are answered here"
         return None, _page(problem=f"{problem}; for longer ones use: tokmask predict")
     try:
         (found,) = classifier.predict([text])
@@ -84,7 +86,7 @@ def _page(rows: Sequence[Any] = (), problem: str = "", entities: Sequence[Any] =
     return Markup(template.render(rows=rows, problem=problem, entities=entities, **values))  # noqa: S704 - the template escapes
 
 
-def of_run(model: str) -> tuple[str, list[str]]:
+def of_run(model: str) -> tuple[str, list[str | Pair]]:
     """Return what is known of a run: a sentence on its scores, and texts of its data, one for each of some labels.
 
     Both are empty if `model` is not a run on this machine; the texts are left out if its data cannot be read.
@@ -95,41 +97,50 @@ def of_run(model: str) -> tuple[str, list[str]]:
     result = run.result
     sentence = f"Macro-F1 on {result.scored_split}: {result.scored['f1_macro']:.4f}. "
     sentence += baseline_verdict(result.scored, result.baseline) or "No baseline was scored."
-    texts: dict[str, str] = {}
+    texts: dict[str, str | Pair] = {}
     from tokmask_peft.training.evaluate import split_examples
 
     with contextlib.suppress(TokmaskError):
         for example in split_examples(run.recipe, result.scored_split, None, run.folder.adapter)[0]:
             if len(example.string) <= _LONGEST_EXAMPLE:
-                texts.setdefault(example.tags[0], example.string)
+                text = example.text if isinstance(example.text, Pair) else example.string
+                texts.setdefault(", ".join(example.tags), text)
     return sentence, list(texts.values())[:_MOST_EXAMPLES]
 
 
-def build(classifier: Any, name: str, about: str = "", examples: Sequence[str] = ()) -> Any:
-    """Return the app, a `gradio.Blocks`: the model's name is its title, `about` a sentence, `examples` are texts."""
+def build(classifier: Any, name: str, about: str = "", examples: Sequence[str | Pair] = ()) -> Any:
+    """Return the app, a `gradio.Blocks`: the model's name is its title, `about` a sentence, `examples` are texts.
+
+    A model of pairs has two boxes, with the names of its columns.
+    """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     import gradio
 
     task = get_task(classifier.task)
     calibrated = "" if classifier.temperature == 1 else "Probabilities are calibrated on validation texts."
 
-    def respond(text: str) -> Any:
-        chances, page = answer(classifier, text or "")
+    def respond(*given: str) -> Any:
+        first, *second = (text or "" for text in given)
+        chances, page = answer(classifier, Pair(first, *second) if second else first)
         return str(page) if task.words_given else (chances, str(page))
 
     with gradio.Blocks(title=f"{name}: demo", analytics_enabled=False) as app:
         gradio.Markdown(f"# {plain(name)}\n{task.description.capitalize()}. {calibrated}\n\n{plain(about)}")
-        text = gradio.Textbox(
-            label="Text",
-            lines=3,
-            max_lines=12,
-            max_length=_MOST_CHARACTERS,
-            placeholder="Type or paste a text",
-            autofocus=True,
-        )
+        boxes = [
+            gradio.Textbox(
+                label=label,
+                lines=3,
+                max_lines=12,
+                max_length=_MOST_CHARACTERS,
+                placeholder="Type or paste a text",
+                autofocus=number == 0,
+            )
+            for number, label in enumerate(classifier.pair or ["Text"])
+        ]
         button = gradio.Button("Classify", variant="primary")
         if examples:
-            gradio.Examples([[one] for one in examples], text, label="Texts of its data", cache_examples=False)
+            rows = [list(one) if isinstance(one, Pair) else [one] for one in examples]
+            gradio.Examples(rows, boxes, label="Examples from the data", cache_examples=False)
         outputs = []
         if not task.words_given:
             count = min(len(classifier.labels), _MOST_CLASSES)
@@ -137,7 +148,7 @@ def build(classifier: Any, name: str, about: str = "", examples: Sequence[str] =
             gradio.HTML(f"<style>#label {{ min-height: {6.8 + 2.1 * count:.1f}rem }}</style>", padding=False)
             outputs.append(gradio.Label(label="Label", num_top_classes=count, elem_id="label"))
         outputs.append(gradio.HTML("<p class='note'>The answer appears here.</p>", label="Words", elem_id="words"))
-        gradio.on([button.click, text.submit], respond, inputs=text, outputs=outputs)
+        gradio.on([button.click, *(box.submit for box in boxes)], respond, inputs=boxes, outputs=outputs)
     app.queue(max_size=_MOST_WAITING, default_concurrency_limit=1, api_open=False)
     return app
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from tokmask_peft.artifacts import Run, find_saved
 from tokmask_peft.errors import MaskTokenError
-from tokmask_peft.examples import Example
+from tokmask_peft.examples import Example, Pair
 from tokmask_peft.inference.classifier import Classifier, load
 from tokmask_peft.inference.explain import explain
 from tokmask_peft.tasks import Task, get_task
@@ -32,6 +32,7 @@ class Mistake:
     where: str  # `file:line`, with the file's name only
     word: int | None = None  # index of the word that has the label; none if the text has it
     influences: tuple[float, ...] = ()  # by how much masking each word lowers the predicted label's log-odds, if known
+    pair: Pair | None = None  # the text, if it is one
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,15 +62,16 @@ def find_mistakes(run: Run, backbone: str | None = None, trust_remote_code: bool
     if len(examples) > MOST_TEXTS:
         chosen = random.Random(0).sample(examples, MOST_TEXTS)  # noqa: S311 - a sample, not a secret
     classifier = load(saved)
-    answers = classifier.predict([example.text for example in chosen])
+    texts: list[Any] = [example.text for example in chosen]
+    answers = classifier.predict(texts)
     wrong = [list(mistakes_of(task, *pair)) for pair in zip(chosen, answers, strict=True)]
     shown, unexplained = explained(classifier, most_confident(wrong))
     return Mistakes(
         split=split,
         texts=len(chosen),
         of=len(examples),
-        items=sum(len(example.tags) for example in chosen),
-        wrong=sum(map(len, wrong)),
+        items=sum(len(example.tags) for example in chosen) if task.words_given else len(chosen),
+        wrong=sum(map(len if task.words_given else bool, wrong)),
         shown=shown,
         unexplained=unexplained,
     )
@@ -79,7 +81,9 @@ def mistakes_of(task: Task, example: Example, answer: Any) -> Iterator[Mistake]:
     """Yield what is wrong in a classifier's answer to an example."""
     where = example.where.replace("\\", "/").rpartition("/")[2]
     for gold, predicted, probability, gold_probability, word in task.mistakes(example.tags, answer):
-        yield Mistake(example.words, gold, predicted, probability, gold_probability, where, word)
+        pair = example.text if isinstance(example.text, Pair) else None
+        words = tuple(pair.split()) if pair else example.words
+        yield Mistake(words, gold, predicted, probability, gold_probability, where, word, pair=pair)
 
 
 def most_confident(wrong: Iterable[list[Mistake]], count: int = SHOWN) -> list[Mistake]:
@@ -92,10 +96,14 @@ def explained(classifier: Classifier, mistakes: list[Mistake]) -> tuple[tuple[Mi
     """Add the influence of each word on the wrong label; without a mask token, return a reason instead."""
     found = []
     for mistake in mistakes:
-        text = list(mistake.words) if get_task(classifier.task).words_given else " ".join(mistake.words)
+        given = list(mistake.words) if get_task(classifier.task).words_given else " ".join(mistake.words)
+        text: Any = mistake.pair or given
+        there = mistake.predicted in classifier.labels  # otherwise it says that the label of the data is not there
+        about, sign = (mistake.predicted, 1) if there else (mistake.gold, -1)
+        label = about if mistake.word is None else None
         try:
-            (explanation,) = explain(classifier, [text], word=mistake.word)
+            (explanation,) = explain(classifier, [text], word=mistake.word, label=label)
         except MaskTokenError as error:
             return tuple(mistakes), str(error)
-        found.append(replace(mistake, influences=explanation.influences))
+        found.append(replace(mistake, influences=tuple(sign * value for value in explanation.influences)))
     return tuple(found), ""

@@ -96,7 +96,7 @@ def render(run: Run, mistakes: Mistakes | None, no_mistakes: str = "") -> str:
         no_mistakes=no_mistakes,
         merged=merged_labels(result.data.get("label_map", {})),
         run=shlex.quote(str(run.folder.root)),
-        snippet=loading_snippet(run.recipe, result.labels, str(adapter), _words_are_spaced(run)),
+        snippet=loading_snippet(run.recipe, result, str(adapter), _words_are_spaced(run)),
         version=__version__,
     )
 

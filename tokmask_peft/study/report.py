@@ -161,13 +161,16 @@ def save(figure: Any, title: str, folder: Path, name: str) -> tuple[Path, Path]:
 
 def score_table(analysis: dict[str, Any]) -> Table:
     """Return mean, deviation and interval of each arm."""
-    head = ("arm", "seeds", "macro-F1", "95% interval", "weighted F1", "95% interval", "validation macro-F1", "cost")
-    body = []
+    head: tuple[str, ...] = ("arm", "seeds", "macro-F1", "95% interval", "weighted F1", "95% interval")
+    head, body = (*head, "validation macro-F1", "cost"), []
+    entities = "f1_entities" in analysis["rows"][0]
+    head = (*head, "entity F1", "95% interval") if entities else head
     for row in analysis["rows"]:
         cost = "1" if row["is_reference"] else ("" if row.get("cost") is None else f"{row['cost']:.2f}")
         macro, weighted = row["f1_macro"], row["f1_weighted"]
         cells = [row["label"], str(len(row["seeds"])), mean_sd(macro), level(macro), mean_sd(weighted), level(weighted)]
-        body.append([*cells, mean_sd(row["validation_f1_macro"]), cost])
+        more = [mean_sd(row["f1_entities"]), level(row["f1_entities"])] if entities else []
+        body.append([*cells, mean_sd(row["validation_f1_macro"]), cost, *more])
     return head, body
 
 
@@ -226,23 +229,23 @@ def plot_f1(analysis: dict[str, Any], folder: Path) -> tuple[Path, Path]:
 def verdict(compared: Compared, reference: str, analysis: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return sentences on whether an arm differs from the reference, and beats n-grams, each with its kind."""
     clear = [(row, one) for row, one in compared if one["p_holm"] <= ALPHA]
-    kind, sentence = "", "There is nothing to compare: the sweep has no reference, or no other arm."
+    kind, sentence = "", "There is nothing to compare: the sweep has no reference, or only that."
     if compared:
         row, one = max(clear or compared, key=lambda pair: abs(pair[1]["mean"]))
         found = f"macro-F1 {signed(one['mean'])} on average over {one['n']} seeds"
         found += f", 95% interval {interval(one['interval'])}" if one["interval"] else ""
         found += f", p = {one['p_holm']:.3g} after Holm's correction."
-        sentence = f"The seeds establish no difference from {reference}. The largest is that of {row['label']}: {found}"
+        sentence = f"No difference from {reference} is established. The largest is {row['label']}: {found}"
     if clear:
         kind = "good" if one["mean"] > 0 else "bad"
         others = len(clear) - 1
-        more = f" {others} more of {len(compared)} arms differ{'s' * (others == 1)}, too." if others else ""
+        more = f" So do{'es' * (others == 1)} {others} more of the {len(compared)} arms." if others else ""
         sentence = f"{row['label']} differs from {reference}: {found}{more}"
     sentences = [(sentence, kind)]
     if floor := analysis["baseline"]:
         best = max(analysis["rows"], key=lambda row: row["f1_macro"]["mean"])
         gain = best["f1_macro"]["mean"] - floor["f1_macro"]
-        place = "above character n-grams" if gain > 0 else "not above character n-grams: use these, or train otherwise"
+        place = "above character n-grams" if gain > 0 else "not above character n-grams: use these, or other settings"
         sentence = f"The best arm, {best['label']}, is {place} (macro-F1 {signed(gain)} on average)."
         sentences.append((sentence, "" if gain > 0 else "bad"))
     return sentences
@@ -278,7 +281,7 @@ def sweep_page(about: Mapping[str, Any]) -> str:
     """Return the page of a sweep as HTML, from what its other texts are made of: the verdict first."""
     compared, split = about["compared"], about["split"]
     floor, against = about["baseline"] and about["baseline"]["f1_macro"], about["reference"]
-    note = "Marks are seeds, points their means, bars 95% intervals of the mean (Student's t), cut where the axis ends."
+    note = "Marks are seeds, points means; bars are 95% intervals of the mean (Student's t), cut where the axis ends."
     means = [(row["label"], row["f1_macro"]) for row in about["rows"]]
     svg = forest("means", means, floor, f"macro-F1 on {split}")
     pictures = [Picture(svg, note + (" The dashed line is the score of character n-grams." if floor else ""))]
@@ -302,6 +305,7 @@ def sweep_report(sweep: str | Path, page: str | Path | None = None) -> Report:
     with boundary(f"comparing the runs of {sweep}, by its sweep.json and their result.json,", SweepError, "bad-sweep"):
         analysis = analyse(read_sweep(Path(sweep)))
     rows, compared = analysis["rows"], _compared(analysis, "f1_macro")
+    names = NAMES | ({"f1_entities": "entity F1"} if "f1_entities" in rows[0] else {})
     as_recipe = any(row["is_reference"] and row["regularizers"] == "recipe" for row in rows)
     by_setting = itertools.groupby(compared, key=lambda pair: pair[0]["setting"])
     about = {
@@ -313,7 +317,8 @@ def sweep_report(sweep: str | Path, page: str | Path | None = None) -> Report:
         "compared": compared,
         "seeds_by_setting": [[found["n"] for _, found in pairs] for _, pairs in by_setting],
         "scores": score_table(analysis),
-        "differences": {metric: difference_table(analysis, metric) for metric in NAMES},
+        "differences": {metric: difference_table(analysis, metric) for metric in names},
+        "names": names,
     }
     about |= {name: dict.fromkeys(render(name, **about).splitlines()) for name in ("findings", "cautions")}
     folder = Path(sweep) / "report"

@@ -15,7 +15,14 @@ from tokmask_peft.errors import SweepError, read_json
 from tokmask_peft.study import statistics
 from tokmask_peft.study.plan import AS_RECIPE, NONE, SWEEP_FILE, Arm
 from tokmask_peft.study.statistics import MEANINGS, spread
-from tokmask_peft.training.metrics import METRICS, bootstrap_differences, percentile_interval, text_counts
+from tokmask_peft.training.metrics import (
+    METRICS,
+    Predictions,
+    bootstrap_differences,
+    entity_counts,
+    percentile_interval,
+    text_counts,
+)
 
 REPLICATES = 2000
 
@@ -54,6 +61,12 @@ class SweepResults:
     def all_runs(self) -> list[Result]:
         """The results of all rows and seeds."""
         return [run for runs in self.runs.values() for run in runs.values()]
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """What arms are compared by: F1 of entities, too, if all runs were scored by it."""
+        found = all("f1_entities" in part for run in self.all_runs for part in (run.scored, run.validation))
+        return (*METRICS, "f1_entities") if found else METRICS
 
     @property
     def split(self) -> str:
@@ -107,7 +120,8 @@ def analyse(results: SweepResults) -> dict[str, Any]:
     for row, runs in results.runs.items():
         speeds = [run.speed for run in runs.values() if run.speed.get("steps")]
         seconds = [speed["step_seconds"] / speed["steps"] for speed in speeds]  # a resumed run timed its last steps
-        parts = [*((metric, metric, None) for metric in METRICS), ("validation_f1_macro", "f1_macro", "validation")]
+        parts: list[tuple[str, str, str | None]] = [(metric, metric, None) for metric in results.metrics]
+        parts.append(("validation_f1_macro", "f1_macro", "validation"))
         by_seed = {name: list(results.scores(row, metric, split).values()) for name, metric, split in parts}
         rows[row] = {
             "arm": Arm(row.regularizers, str(row.p)).name,
@@ -127,7 +141,7 @@ def analyse(results: SweepResults) -> dict[str, Any]:
             rows[row]["difference"] = _difference(results, reference, row)
             part, whole = rows[row]["seconds_per_step"], rows[reference]["seconds_per_step"]
             rows[row]["cost"] = part / whole if part and whole else None
-        for metric in METRICS:
+        for metric in results.metrics:
             tested = [found[metric] for row in others if metric in (found := rows[row]["difference"])]
             for one, adjusted in zip(tested, statistics.holm([one["p_value"] for one in tested]), strict=True):
                 one["p_holm"] = adjusted
@@ -145,7 +159,9 @@ def analyse(results: SweepResults) -> dict[str, Any]:
         "chosen_by_validation": _choice(results),
         "paper": _paper(results.task, list(rows.values())),
         "signs": _signs(results, rows),
-        "baseline": {name: float(np.mean([floor[name] for floor in floors])) for name in METRICS} if floors else None,
+        "baseline": {name: float(np.mean([floor[name] for floor in floors])) for name in results.metrics}
+        if floors
+        else None,
         "missing": list(results.missing),
         "versions": {package: sorted(found) for package, found in versions.items()},
         "methods": MEANINGS["sweep"],
@@ -161,14 +177,14 @@ def _signs(results: SweepResults, rows: dict[Row, dict[str, Any]]) -> dict[str, 
     """
     found: dict[str, Any] = {"falling": [], "stuck": [], "unshown": []}
     for setting in dict.fromkeys(row.setting for row in rows):
-        mine = {row: about for row, about in rows.items() if row.setting == setting}
-        for kind in dict.fromkeys(row.regularizers for row in mine):
-            by_rate = sorted((row for row in mine if row.regularizers == kind), key=lambda row: row.p)
-            scores = [mine[row]["f1_macro"]["mean"] for row in by_rate]
+        of_setting = {row: about for row, about in rows.items() if row.setting == setting}
+        for kind in dict.fromkeys(row.regularizers for row in of_setting):
+            by_rate = sorted((row for row in of_setting if row.regularizers == kind), key=lambda row: row.p)
+            scores = [of_setting[row]["f1_macro"]["mean"] for row in by_rate]
             if len(scores) > 2 and by_rate[0].p == 0 and all(a > b for a, b in itertools.pairwise(scores)):
                 rates = [row.p for row in by_rate]
                 found["falling"].append({"label": by_rate[-1].label, "rates": rates, "f1_macro": scores})
-        differences = (about.get("difference", {}).get("f1_macro") for about in mine.values())
+        differences = (about.get("difference", {}).get("f1_macro") for about in of_setting.values())
         shown = [one for one in differences if one]
         sds = [one["sd"] for one in shown if one["sd"]]
         if sds and all(one["p_holm"] > 0.05 for one in shown):
@@ -193,8 +209,9 @@ def _difference(results: SweepResults, reference: Row, row: Row) -> dict[str, An
     if not seeds:
         return {"seeds": seeds}
     counts: dict[Row, list[Any]] = {reference: [], row: []}
+    entities: dict[Row, list[Any]] = {reference: [], row: []}
     gold, problem, replicates = None, None, None
-    for folder, into in ((results.folders[one, seed], counts[one]) for one in counts for seed in seeds):
+    for one, folder in ((one, results.folders[one, seed]) for one in counts for seed in seeds):
         file = folder.predictions
         saved = read_json(file, SweepError, "bad-predictions") if file.is_file() else {}
         found = saved.get(results.split, {"gold": gold, "predicted": None})
@@ -204,11 +221,16 @@ def _difference(results: SweepResults, reference: Row, row: Row) -> dict[str, An
         elif found["gold"] != gold:
             problem = problem or f"the {results.split} texts differ between seeds"
         else:
-            into.append(text_counts(found["gold"], found["predicted"], len(saved["labels"])))
+            counts[one].append(text_counts(found["gold"], found["predicted"], len(saved["labels"])))
+            if "f1_entities" in results.metrics:
+                entities[one].append(entity_counts(Predictions.from_dict(found), saved["labels"]))
     if problem is None:
         replicates = bootstrap_differences(counts, reference, REPLICATES)[row]
+        if "f1_entities" in results.metrics:  # the same draws, since the seed is the same
+            drawn = bootstrap_differences(entities, reference, REPLICATES)[row]
+            replicates["f1_entities"] = drawn["f1_macro"]
     differences: dict[str, Any] = {"seeds": seeds, "bootstrap_problem": problem}
-    for metric in METRICS:
+    for metric in results.metrics:
         before, after = results.scores(reference, metric), results.scores(row, metric)
         values = [after[seed] - before[seed] for seed in seeds]
         differences[metric] = {
@@ -228,21 +250,21 @@ def _choice(results: SweepResults) -> dict[str, Any]:
     seeds = sorted({seed for scores in validation.values() for seed in scores})
     whole = [seed for seed in seeds if all(seed in scores for scores in validation.values())]
     references = [row for row in results.runs if row.is_reference]
-    scored = {metric: {row: results.scores(row, metric) for row in results.runs} for metric in METRICS}
+    scored = {metric: {row: results.scores(row, metric) for row in results.runs} for metric in results.metrics}
     per_seed: list[dict[str, Any]] = []
     for seed in whole:  # of equals the first, which is the one with less masking
         chosen = max(results.runs, key=lambda row: validation[row][seed])
-        scores = {metric: scored[metric][chosen][seed] for metric in METRICS}
+        scores = {metric: scored[metric][chosen][seed] for metric in results.metrics}
         per_seed.append({"seed": seed, "label": chosen.label, "p": chosen.p, **scores})
         if references:
             plain = max(references, key=lambda row: validation[row][seed])
             per_seed[-1]["gain"] = scores["f1_macro"] - scored["f1_macro"][plain][seed]
     found: dict[str, Any] = {"per_seed": per_seed, "seeds_left_out": sorted(set(seeds) - set(whole))}
     if whole:
-        for metric in (*METRICS, *(["gain"] if references else [])):
+        for metric in (*results.metrics, *(["gain"] if references else [])):
             found[metric] = spread([one[metric] for one in per_seed])
         best = max(results.runs, key=lambda row: np.mean([validation[row][seed] for seed in whole]))
-        overall = {metric: spread([scored[metric][best][seed] for seed in whole]) for metric in METRICS}
+        overall = {metric: spread([scored[metric][best][seed] for seed in whole]) for metric in results.metrics}
         found["overall"] = {"label": best.label, "p": best.p, **overall}
     return found
 

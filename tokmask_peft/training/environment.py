@@ -1,4 +1,4 @@
-"""What a run runs on: processes, versions, hardware, peak memory."""
+"""What a run runs on, processes, versions and hardware, and what it takes of them: peak memory, sub-tokens a step."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import platform
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from accelerate.utils import parse_flag_from_env
 import tokmask_peft
 from tokmask_peft.errors import RunError
 from tokmask_peft.model.decisions import gpu_problem
+from tokmask_peft.recipe.schema import TrainingConfig
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "scikit-learn")
 
@@ -92,3 +94,13 @@ def peak_memory(device: torch.device, loading: int | None = None) -> dict[str, A
         return {"bytes": peak, "of": of}
     training = peak if device.type == "cuda" or peak > loading else None
     return {"bytes": max(peak, loading), "of": of, "loading": loading, "training": training}
+
+
+def tokens_per_step(training: TrainingConfig, lengths: Sequence[int], batches: int | None, processes: int) -> float:
+    """Return the sub-tokens that an optimizer step takes on average, in all processes together, without padding.
+
+    `lengths` are those of the texts to train on; `batches` counts those of one process in an epoch, if a budget of
+    sub-tokens makes them.
+    """
+    texts = training.micro_batch * processes if batches is None else len(lengths) / max(batches, 1)
+    return texts * training.views * training.gradient_accumulation * sum(lengths) / max(len(lengths), 1)

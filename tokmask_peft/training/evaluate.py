@@ -25,6 +25,7 @@ from tokmask_peft.recipe.schema import Recipe
 from tokmask_peft.spans import NO_SPANS, Spans
 from tokmask_peft.tasks import get_task
 from tokmask_peft.training.environment import processes
+from tokmask_peft.training.losses import ClassificationLoss
 from tokmask_peft.training.scoring import scores_of
 from tokmask_peft.training.trainer import OrderedEvalTrainer, Split, training_arguments
 
@@ -36,7 +37,7 @@ def evaluate(
     split: str | None = None,
     data: str | None = None,
     format: str | None = None,
-    text_column: str | int | None = None,
+    text_column: str | int | tuple[str, str] | None = None,
     label_column: str | int | None = None,
     batch_size: int | None = None,
     trust_remote_code: bool = False,
@@ -50,7 +51,7 @@ def evaluate(
         data: a file with other labelled texts, whatever its name, or a folder.
         format: of `data`, as `data.format` in a recipe; default: by its ending if the run's data have another one,
             otherwise that of the run, as of the columns.
-        text_column: of `data`, as `data.text_column`.
+        text_column: of `data`, as `data.text_column`; two columns for a run on pairs.
         label_column: of `data`, as `data.label_column`.
         batch_size: texts per forward pass, in place of the run's `training.eval_batch_size`.
         trust_remote_code: run the backbone's own code; whatever the run's recipe says, only you can allow it.
@@ -70,7 +71,7 @@ def evaluate(
     if batch_size is not None:
         recipe = changed(recipe, {"training.eval_batch_size": batch_size})
     task = recipe.data.task
-    reading = {"format": format, "text_column": text_column, "label_column": label_column}
+    reading: dict[str, Any] = {"format": format, "text_column": text_column, "label_column": label_column}
     examples, labels = split_examples(recipe, split, data, folder.adapter, **reading)
     warnings = check_known(examples, labels, split or "test" if data is None else data)
     scored = with_unseen(labels, examples)
@@ -83,7 +84,7 @@ def evaluate(
         model = load_adapter(backbone, folder.adapter, **saved.trained)
     spans = None if saved.spans == NO_SPANS else Spans(saved.spans, labels)
     recipe = changed(recipe, {"data.spans": saved.spans})
-    texts = Split(examples, backbone.tokenizer, task, scored, recipe.data.max_length, recipe.data.label_on, spans)
+    texts = Split(examples, backbone.tokenizer, task, scored, recipe.data.max_length, saved.label_on, spans)
     with tempfile.TemporaryDirectory() as scratch:  # the Trainer creates its folder, and the run may be read-only
         batch = min(recipe.training.eval_batch_size, len(texts.windows))
         evaluating = replace(loading, phase="evaluation", texts=batch)
@@ -94,8 +95,10 @@ def evaluate(
                 eval_dataset=texts.window_dataset,
                 data_collator=get_task(task).collator(backbone.tokenizer),
                 memory_errors=functools.partial(memory_errors, evaluating),
+                compute_loss_func=ClassificationLoss(),  # a model's own may not fit the labels
+                task=get_task(task),
             )
-        found, _, _ = trainer.predict_windows(texts)
+        found, _, _ = trainer.predict_windows(texts, get_task(task).cuts_of(labels, saved.calibration.model_dump()))
     result, deviations = scores_of(recipe, found, scored), list(plan.deviations)
     trained = AdapterInfo.read(folder.adapter).loading
     if trained is not None and trained.precision == "bf16" and backbone.dtype != torch.bfloat16:
@@ -116,6 +119,9 @@ def split_examples(
         DataError: there is no such split, or it cannot be read.
     """
     labels, given = tuple(AdapterInfo.read(adapter).labels), {k: v for k, v in reading.items() if v is not None}
+    if isinstance(columns := given.get("text_column", recipe.data.pair), tuple) != (recipe.data.pair is not None):
+        wanted = "two columns, of a pair" if recipe.data.pair else "one column, not those of a pair"
+        raise DataError(f"text_column is {columns!r}, but the run reads {wanted}", code="pair-columns", given=columns)
     if data is not None:
         path, before = Path(data).expanduser(), Path(os.path.expandvars(recipe.data.path or data)).expanduser()
         endings = {part.suffix.lower() for part in (before.iterdir() if before.is_dir() else [before])}

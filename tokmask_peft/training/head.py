@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from tokmask_peft.console import Decision
-from tokmask_peft.examples import IGNORED
-from tokmask_peft.training.metrics import Predictions, scores
+from tokmask_peft.tasks import Task
+from tokmask_peft.training.metrics import Predictions, task_scores
 from tokmask_peft.training.trainer import OrderedEvalTrainer, Split
 
 STRENGTHS = (0.001, 0.01, 0.1, 1.0)
@@ -66,13 +66,13 @@ def start_head(trainer: OrderedEvalTrainer, splits: Mapping[str, Split], seed: i
     Returns:
         A line on what was done, and the probe's predictions for test or, without one, validation.
     """
-    labels, loss = splits["train"].labels, trainer.compute_loss_func
+    labels, loss, task = splits["train"].labels, trainer.compute_loss_func, trainer.task
     parent, name = cast("tuple[nn.Module, str]", _last_layer(trainer.model, trainer.model.config.num_labels))
     layer: Any = getattr(parent, name)
     parent.add_module(name, nn.Identity())  # the model then puts out what the layer gets
     trainer.compute_loss_func = lambda outputs, *_, **__: outputs.logits.new_zeros(())
     try:
-        features, gold = trainer.answers(_some(splits["train"].encoded.dataset, seed))
+        features, gold = trainer.answers(_some(splits["train"].encoded.dataset, seed, task))
         unseen, unseen_gold = trainer.answers(splits["validation"].dataset)
     finally:
         parent.add_module(name, layer)
@@ -80,14 +80,16 @@ def start_head(trainer: OrderedEvalTrainer, splits: Mapping[str, Split], seed: i
     tried = []
     for strength in STRENGTHS:
         weight, bias = probe(features, gold, strength, layer.out_features, layer.bias is not None, loss.weights)
-        predicted = (unseen @ weight.T + bias).argmax(-1)
-        tried.append((scores(unseen_gold, predicted, labels)["f1_macro"], strength, weight, bias))
-    score, strength, weight, bias = max(tried, key=lambda one: one[0])
+        logits = unseen @ weight.T + bias
+        cuts = task.fit_cuts(logits, ids := task.ids_of(unseen_gold))
+        found = Predictions([ids], [task.choose(logits, cuts, len(labels))])
+        tried.append((task_scores(task, found, labels)["f1_macro"], strength, weight, bias, cuts))
+    score, strength, weight, bias, cuts = max(tried, key=lambda one: one[0])
     with torch.no_grad():
         layer.weight.copy_(torch.from_numpy(weight))
         if layer.bias is not None:
             layer.bias.copy_(torch.from_numpy(bias))
-    predictions, *_ = trainer.predict_windows(splits.get("test", splits["validation"]))
+    predictions, *_ = trainer.predict_windows(splits.get("test", splits["validation"]), cuts)
     # An evaluation wraps `forward` for autocast and marks the model as prepared; left like that, the training would
     # neither be in autocast nor, in several processes, share its gradients.
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
@@ -96,9 +98,9 @@ def start_head(trainer: OrderedEvalTrainer, splits: Mapping[str, Split], seed: i
     return line, predictions
 
 
-def _some(dataset: Any, seed: int) -> Any:
+def _some(dataset: Any, seed: int, task: Task) -> Any:
     """Return the texts that the probe learns from: all, or as many, drawn at random, as have `MOST` labels."""
-    counts = np.array([int((np.asarray(row) != IGNORED).sum()) for row in dataset["labels"]])
+    counts = np.array([int(task.wanted(np.asarray(row)).sum()) for row in dataset["labels"]])
     order = np.random.default_rng([seed, 0x9E0B]).permutation(len(dataset))
     chosen = order[counts[order].cumsum() <= max(MOST, counts.max())]
     return dataset.select(chosen[np.argsort(np.asarray(dataset["length"])[chosen], kind="stable")])  # little padding
@@ -114,7 +116,7 @@ def probe(
 
     Args:
         features: `[items, features]`.
-        gold: `[items]` label ids.
+        gold: `[items]` label ids, or 1.0 or 0.0 for each label, `[items, labels]`: then each has a fit of its own.
         strength: of the fit; a small one keeps the weights small.
         classes: outputs of the layer.
         with_bias: whether the layer has a bias.
@@ -122,6 +124,13 @@ def probe(
     """
     from sklearn.linear_model import LogisticRegression
 
+    if gold.ndim > 1:
+        rows, biases = np.zeros((classes, features.shape[1])), np.zeros(classes)
+        for label, yes in enumerate(gold.T[:classes] > 0.5):
+            if yes.any() and not yes.all():
+                pair, ends = probe(features, yes.astype(np.int64), strength, 2, with_bias)
+                rows[label], biases[label] = pair[1] - pair[0], ends[1] - ends[0]
+        return rows.astype(np.float32), biases.astype(np.float32)
     features = features.astype(np.float64)
     mean, scale = features.mean(0) * with_bias, features.std(0) + 1e-6
     by_item = None if weights is None else np.asarray(weights, dtype=np.float64)[gold]

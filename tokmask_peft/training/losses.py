@@ -65,11 +65,14 @@ class ClassificationLoss:
 
         Args:
             outputs: of the model; `logits` of shape `[batch, classes]` or `[batch, seq, classes]`.
-            labels: `[batch]` or `[batch, seq]`, -100 for none.
+            labels: `[batch]` or `[batch, seq]`, -100 for none; or, if a text may have several, 1.0 or 0.0 for each
+                label, float `[batch, labels]`: then the loss is the mean of the labels' binary cross entropies.
             num_items_in_batch: items in the whole accumulated batch, over all devices; from the Trainer. Dividing
                 by it makes the gradient the same however the batch is split.
         """
         logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs.logits
+        if labels.is_floating_point():
+            return self._of_sets(logits.float(), labels.to(logits.device), num_items_in_batch)
         logits = logits.reshape(-1, logits.shape[-1]).float()
         labels = labels.reshape(-1).to(logits.device)
         labels = labels.masked_fill(labels >= logits.shape[-1], IGNORED)  # of validation: no output stands for them
@@ -91,3 +94,23 @@ class ClassificationLoss:
         differing = ((first.exp() - second.exp()) * (first - second)).sum(dim=-1) / 2
         both = both if self.seen is None else both & self.seen
         return loss + self.consistency * (differing * both).sum() / (items / 2).clamp(min=1)
+
+    def _of_sets(self, logits: Tensor, labels: Tensor, items: Tensor | int | None) -> Tensor:
+        """Return the mean binary cross entropy, in which a label's weight is the same for its yes and its no.
+
+        So the weights move no probability, and the temperature is enough to calibrate it.
+        """
+        targets = labels[:, : logits.shape[-1]].float()  # of validation: no output stands for further labels
+        weights = None if self.weights is None else self.weights.to(logits.device)
+        smooth = targets * (1.0 - self.smoothing) + self.smoothing / 2
+        losses = F.binary_cross_entropy_with_logits(logits, smooth, weight=weights, reduction="none")
+        if self.gamma > 0:
+            p_true = (logits * (2.0 * targets - 1.0)).sigmoid()
+            losses = losses * (1.0 - p_true).clamp(min=1e-7).pow(self.gamma)
+        texts = len(labels) if items is None else torch.as_tensor(items, device=losses.device) / labels.shape[-1]
+        decisions = torch.as_tensor(texts * logits.shape[-1], dtype=losses.dtype, device=losses.device).clamp(min=1)
+        if self.consistency is None:
+            return losses.sum() / decisions
+        first, second = logits.chunk(2)
+        differing = (first.sigmoid() - second.sigmoid()) * (first - second) / 2
+        return losses.sum() / decisions + self.consistency * differing.sum() / (decisions / 2)

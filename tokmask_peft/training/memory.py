@@ -17,7 +17,7 @@ from tokmask_peft.model import decisions
 from tokmask_peft.model.backbone import attention_dropout_name, load_error, load_tokenizer
 from tokmask_peft.model.decisions import rows_problem
 from tokmask_peft.model.layers import placement_problem
-from tokmask_peft.model.location import backbone_location, check_length
+from tokmask_peft.model.location import backbone_location, check_length, loading_source
 from tokmask_peft.model.memory.estimate import (
     MARGIN,
     Estimate,
@@ -123,7 +123,7 @@ def forecast(
     elif memory is None:
         reason = f"the memory of this {setting.device_type} is unknown"
     elif memory.fits(found.total):
-        reason = f"{shown(found.total)} at the most, without it; {memory}"
+        reason = f"at most {shown(found.total)} without it; {memory}"
     elif not bare.supports_gradient_checkpointing:
         reason = f"{shown(found.total)} without it; {memory}, but {type(bare).__name__} cannot do it"
     else:
@@ -199,9 +199,9 @@ def without_training(recipe: Recipe, gpu: str | None = None) -> Forecast:
         numbers = recipe.training.decided(len(lengths.train), sum(lengths.train))
         recipe = changed(recipe, {f"training.{key}": value for key, value in numbers.items()})
     location = backbone_location(wanted)
-    loading = {"revision": wanted.revision, "trust_remote_code": wanted.trust_remote_code, "num_labels": labels}
+    source, how = loading_source(wanted, location)
     try:
-        config = AutoConfig.from_pretrained(location, **loading)
+        config = AutoConfig.from_pretrained(source, **how, num_labels=labels)
     except (OSError, ValueError) as error:
         raise load_error("backbone", location, error) from error
     check_length(recipe, config.to_dict())

@@ -15,11 +15,12 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
-from scipy.special import log_softmax, softmax
+from scipy.special import expit, log_softmax, softmax
 
 from tokmask_peft.errors import RunError, read_json
 from tokmask_peft.examples import NO_PREDICTION
 from tokmask_peft.spans import Span, read
+from tokmask_peft.tasks import Task
 
 METRICS = ("f1_macro", "f1_weighted")
 LEVEL = 0.95
@@ -45,7 +46,11 @@ class Predictions:
     @classmethod
     def read(cls, path: Path) -> Self:
         """Read what `to_dict` returned from a file; a RunError if it cannot be read."""
-        found = read_json(path, RunError, "bad-predictions")
+        return cls.from_dict(read_json(path, RunError, "bad-predictions"))
+
+    @classmethod
+    def from_dict(cls, found: Mapping[str, Any]) -> Self:
+        """Read what `to_dict` returned."""
         return cls(*([np.array(row, dtype=np.int64) for row in found[part]] for part in ("gold", "predicted")))
 
 
@@ -53,24 +58,24 @@ def scores(gold: NDArray[np.int64], predicted: NDArray[np.int64], labels: Sequen
     """Return accuracy, macro and weighted F1, per-class figures and the confusion matrix.
 
     Macro-F1 is the mean over the classes that occur among the gold or the predicted labels, as in scikit-learn. `gold`
-    and `predicted` are label ids, `[items]`, `NO_PREDICTION` for none. What is returned is JSON-able; `confusion` has a
-    row for each gold label and a column for each predicted one, and a last column for items without a prediction.
+    and `predicted` are label ids, `[items]`, `NO_PREDICTION` for none, which gold ones are only if a text has an item
+    per label. What is returned is JSON-able; `confusion` has a row for each gold label and a column for each predicted
+    one, and a last column for items without a prediction.
     """
-    from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+    from sklearn.metrics import precision_recall_fscore_support
 
-    classes = len(labels)
-    if len(gold):
+    classes, counts, labelled = len(labels), np.zeros((len(labels), len(labels) + 1), dtype=np.int64), gold >= 0
+    column = np.where(predicted == NO_PREDICTION, classes, predicted)
+    np.add.at(counts, (gold[labelled], column[labelled]), 1)
+    found = np.zeros((4, classes))
+    if len(gold):  # scikit-learn refuses to count nothing
         found = precision_recall_fscore_support(gold, predicted, labels=range(classes), zero_division=0.0)
-        column = np.where(predicted == NO_PREDICTION, classes, predicted)
-        counts = confusion_matrix(gold, column, labels=range(classes + 1))[:classes]
-    else:  # scikit-learn refuses to count nothing
-        found, counts = np.zeros((4, classes)), np.zeros((classes, classes + 1), dtype=np.int64)
     f1, support, missing = found[2], found[3], int(counts[:, classes].sum())
-    occurring, items = counts[:, :classes].sum(axis=0) + support > 0, max(len(gold), 1)
+    occurring = np.bincount(column, minlength=classes + 1)[:classes] + support > 0
     return {
         "f1_macro": float(f1[occurring].mean()) if occurring.any() else 0.0,
-        "f1_weighted": float(np.dot(f1, support) / items),
-        "accuracy": float(counts.trace() / items),
+        "f1_weighted": float(np.dot(f1, support) / max(labelled.sum(), 1)),
+        "accuracy": float(counts.trace() / max(len(gold), 1)),
         "items": len(gold),
         "without_prediction": missing,
         "per_class": {
@@ -82,6 +87,11 @@ def scores(gold: NDArray[np.int64], predicted: NDArray[np.int64], labels: Sequen
             "matrix": counts[:, : classes + bool(missing)].tolist(),
         },
     }
+
+
+def task_scores(task: Task, found: Predictions, labels: Sequence[str]) -> dict[str, Any]:
+    """Return the scores of predictions, with those of the task."""
+    return scores(*found.flat(), labels) | task.more_scores(*found.flat(), labels)
 
 
 def code_mixing_index(tags: Sequence[str], languages: Sequence[str]) -> float:
@@ -120,8 +130,8 @@ def text_counts(gold: Sequence[Sequence[int]], predicted: Sequence[Sequence[int]
     """
     text = np.repeat(np.arange(len(gold)), [len(row) for row in gold])
     true, found = (np.concatenate([np.asarray(row, dtype=np.int64) for row in rows]) for rows in (gold, predicted))
-    counts = np.zeros((3, len(gold), classes))
-    for part, label, chosen in zip(counts, (true, true, found), (true == found, true >= 0, found >= 0), strict=True):
+    counts, right = np.zeros((3, len(gold), classes)), (true == found) & (true >= 0)
+    for part, label, chosen in zip(counts, (true, true, found), (right, true >= 0, found >= 0), strict=True):
         np.add.at(part, (text[chosen], label[chosen]), 1)
     return counts
 
@@ -286,13 +296,18 @@ def calibrate(parts: dict[str, tuple[NDArray[Any], NDArray[Any]]]) -> dict[str, 
     if fitted == 1.0:
         reason = "validation gives no reason for one"
     elif not LOWEST * 1.001 < fitted < HIGHEST / 1.001:
-        reason = f"the best one on validation is not between {LOWEST:g} and {HIGHEST:g}, which means too few texts"
+        reason = f"the best one on validation is not between {LOWEST:g} and {HIGHEST:g}, a sign of too few texts"
     return report if reason is None else report | {"temperature": 1.0, "fitted": fitted, "left_out": reason}
 
 
 def probabilities(logits: NDArray[Any], temperature: float = 1.0) -> NDArray[np.float64]:
     """Return softmax(logits / temperature) along the last axis, in double precision."""
     return np.asarray(softmax(logits.astype(np.float64) / temperature, axis=-1))
+
+
+def thresholds_of(cuts: Sequence[float], labels: Sequence[str], temperature: float) -> dict[str, float]:
+    """Return the calibrated probability above which each label is given, from the cuts of `Task.fit_cuts`."""
+    return dict(zip(labels, expit(np.asarray(cuts) / temperature).tolist(), strict=True))
 
 
 def negative_log_likelihood(logits: NDArray[Any], gold: NDArray[Any], temperature: float = 1.0) -> float:

@@ -14,7 +14,7 @@ from tokmask_peft.artifacts import Result
 from tokmask_peft.data.corpus import Corpus
 from tokmask_peft.data.encoding import foreign_words
 from tokmask_peft.errors import RunError
-from tokmask_peft.examples import Example
+from tokmask_peft.examples import BETWEEN, Example, Pair
 from tokmask_peft.recipe.schema import Recipe
 from tokmask_peft.spans import SCHEMES
 from tokmask_peft.tasks import get_task
@@ -24,8 +24,9 @@ from tokmask_peft.training.metrics import (
     compared,
     entity_gain,
     entity_scores,
-    scores,
     scores_by_mixing,
+    task_scores,
+    thresholds_of,
 )
 from tokmask_peft.training.trainer import OrderedEvalTrainer, Split
 
@@ -44,7 +45,10 @@ def baseline_scores(corpus: Corpus, weights: Any, adapter: Predictions) -> dict[
 
     Validation chooses lower-cased or cased texts, then the class weights, balanced or those of the run, and C.
 
-    In token tasks each word is classified without its context. Equal items with equal labels are one row, weighted by
+    The n-grams of a pair's texts are told apart, and those that both texts have are features of their own.
+
+    In token tasks each word is classified without its context; if a text may have several labels, each label is fitted
+    on its own. Equal items with equal labels are one row, weighted by
     their number: the same fit as on repeated rows, in less time. (The document frequency of an n-gram counts those
     rows.)
 
@@ -56,10 +60,83 @@ def baseline_scores(corpus: Corpus, weights: Any, adapter: Predictions) -> dict[
     Returns:
         The scores of `metrics.scores`, with `method`, `seconds`, and what `metrics.compared` returns.
     """
+    start, task, labels = time.perf_counter(), get_task(corpus.task), corpus.all_labels
+    found, chosen = (_label_by_label if task.several else _item_by_item)(corpus, weights)
+    spans = corpus.spans
+    by_entity: dict[str, Any] = {}
+    if spans is not None:
+        legal = [np.array(spans.repaired_ids(row.tolist()), np.int64) for row in found.predicted]
+        found = Predictions(found.gold, legal)
+        by_entity = entity_scores(found, labels) | {"gain_entities": entity_gain(adapter, found, labels)}
+    of_pairs = isinstance(corpus.train[0].text, Pair)
+    return {
+        **task_scores(task, found, labels),
+        **by_entity,
+        "method": f"character 1- to 5-grams within words {'of each text and of both ' if of_pairs else ''}(tf-idf), "
+        f"logistic regression ({chosen}; by validation)",
+        "seconds": round(time.perf_counter() - start, 1),
+        **compared(adapter, found, len(labels)),
+    }
+
+
+def _vectorizers(corpus: Corpus) -> dict[bool, Any]:
+    """Return what makes features of texts, lower-cased (True) and cased."""
     from sklearn.feature_extraction.text import TfidfVectorizer
+
+    usual = {"min_df": 2, "sublinear_tf": True}
+    grams = {"analyzer": "char_wb", "ngram_range": (1, 5)}
+    vectorizers = {lowercase: TfidfVectorizer(lowercase=lowercase, **grams, **usual) for lowercase in (True, False)}
+    if isinstance(corpus.train[0].text, Pair):
+        analyzers = {lowercase: plain.build_analyzer() for lowercase, plain in vectorizers.items()}
+        whole = {lowercase: functools.partial(pair_grams, grams=grams) for lowercase, grams in analyzers.items()}
+        vectorizers = {lowercase: TfidfVectorizer(analyzer=grams, **usual) for lowercase, grams in whole.items()}
+    return vectorizers
+
+
+def _label_by_label(corpus: Corpus, weights: Any) -> tuple[Predictions, str]:
+    """Return the answers of a fit for each label, with thresholds fitted on validation, and what was chosen."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.multiclass import OneVsRestClassifier
+
+    task, labels = get_task(corpus.task), corpus.all_labels
+    ids = {label: number for number, label in enumerate(labels)}
+    learned = np.array([[label in example.tags for label in corpus.labels] for example in corpus.train], dtype=np.int64)
+    parts = (corpus.train, corpus.validation, corpus.test or corpus.validation)
+    validation, scored = ([np.array(task.gold_ids(one, ids)) for one in part] for part in parts[1:])
+    tried: list[tuple[float, bool, str, Predictions]] = []
+
+    def fit(lowercase: bool, balance: str | None, c: float) -> None:
+        one = LogisticRegression(C=c, max_iter=300, tol=3e-4, class_weight=balance)
+        model = OneVsRestClassifier(one).fit(features[lowercase][0], learned)
+        seen, new = (np.asarray(model.decision_function(rows)) for rows in features[lowercase][1:])
+        cuts = task.fit_cuts(seen, np.concatenate(validation))
+        found, answers = (
+            Predictions(gold, [task.choose(row[None], cuts, len(labels)) for row in logits])
+            for gold, logits in ((validation, seen), (scored, new))
+        )
+        chosen = f"{'lower-cased' if lowercase else 'cased'}, class weights {balance or 'none'}, C = {c:g}"
+        tried.append((task_scores(task, found, labels)["f1_macro"], lowercase, f"label by label, {chosen}", answers))
+
+    vectorizers = _vectorizers(corpus)
+    features = {
+        lowercase: [one.fit_transform(texts) if at == 0 else one.transform(texts) for at, texts in enumerate(strings)]
+        for lowercase, one in vectorizers.items()
+        for strings in [[[example.string for example in part] for part in parts]]
+    }
+    for lowercase in (True, False):
+        fit(lowercase, "balanced", 1.0)
+    lowercase = max(tried, key=lambda one: one[0])[1]
+    for balance, c in (("balanced", 10.0), (None, 1.0), (None, 10.0)):
+        fit(lowercase, balance, c)
+    _, _, chosen, answers = max(tried, key=lambda one: one[0])
+    return answers, chosen
+
+
+def _item_by_item(corpus: Corpus, weights: Any) -> tuple[Predictions, str]:
+    """Return the answers of one fit of all items, and what was chosen."""
     from sklearn.linear_model import LogisticRegression
 
-    start, task, labels = time.perf_counter(), get_task(corpus.task), corpus.all_labels
+    task, labels = get_task(corpus.task), corpus.all_labels
     ids = {label: number for number, label in enumerate(labels)}
     counted = Counter(item for example in corpus.train for item in task.items(example))
     gold, times = np.array([ids[label] for _, label in counted]), np.array(list(counted.values()), dtype=np.float64)
@@ -81,10 +158,9 @@ def baseline_scores(corpus: Corpus, weights: Any, adapter: Predictions) -> dict[
         model.fit(features[lowercase], gold, sample_weight=weight * times.sum() / weight.sum())
         answer = functools.partial(answers, model, vectorizers[lowercase])
         chosen = f"{'lower-cased' if lowercase else 'cased'}, class weights {kind}, C = {c:g}"
-        tried.append((scores(*answer(corpus.validation).flat(), labels)["f1_macro"], lowercase, chosen, answer))
+        tried.append((task_scores(task, answer(corpus.validation), labels)["f1_macro"], lowercase, chosen, answer))
 
-    usual = {"analyzer": "char_wb", "ngram_range": (1, 5), "min_df": 2, "sublinear_tf": True}
-    vectorizers = {lowercase: TfidfVectorizer(lowercase=lowercase, **usual) for lowercase in (True, False)}
+    vectorizers = _vectorizers(corpus)
     texts = [text for text, _ in counted]
     features = {lowercase: vectorizer.fit_transform(texts) for lowercase, vectorizer in vectorizers.items()}
     for lowercase in (True, False):
@@ -93,25 +169,19 @@ def baseline_scores(corpus: Corpus, weights: Any, adapter: Predictions) -> dict[
     for kind, c in (("balanced", 10.0), ("of the run", 1.0), ("of the run", 10.0)):
         fit(lowercase, kind, c)
     _, _, chosen, answer = max(tried, key=lambda one: one[0])
-    found, spans = answer(corpus.test or corpus.validation), corpus.spans
-    by_entity: dict[str, Any] = {}
-    if spans is not None:
-        legal = [np.array(spans.repaired_ids(row.tolist()), np.int64) for row in found.predicted]
-        found = Predictions(found.gold, legal)
-        by_entity = entity_scores(found, labels) | {"gain_entities": entity_gain(adapter, found, labels)}
-    return {
-        **scores(*found.flat(), labels),
-        **by_entity,
-        "method": f"character 1- to 5-grams within words (tf-idf), logistic regression ({chosen}, by validation)",
-        "seconds": round(time.perf_counter() - start, 1),
-        **compared(adapter, found, len(labels)),
-    }
+    return answer(corpus.test or corpus.validation), chosen
+
+
+def pair_grams(text: str, grams: Callable[[str], list[str]]) -> list[str]:
+    """Return the n-grams of a pair, given as `Example.string`: those of each text, and once more those of both."""
+    first, second = map(grams, text.split(f" {BETWEEN} ", 1))
+    return [*first, *(f"second {gram}" for gram in second), *(f"both {gram}" for gram in {*first} & {*second})]
 
 
 def scores_of(recipe: Recipe, found: Predictions, labels: Sequence[str], by_mixing: bool = True) -> dict[str, Any]:
     """Return the scores of a split, with those of its task, and `by_mixing` if the recipe names language labels."""
     task, languages = get_task(recipe.data.task), recipe.data.language_labels
-    result = scores(*found.flat(), labels) | task.more_scores(*found.flat(), labels)
+    result = task_scores(task, found, labels)
     if recipe.data.spans in SCHEMES:
         result |= entity_scores(found, labels)
     if by_mixing and languages and task.words_given:
@@ -130,13 +200,20 @@ def score_best(
 
     Returns what `result.json` will hold, except for decisions and speed, and the predictions for each split.
     """
-    labels, predictions, logits = corpus.labels, dict[str, Predictions](), dict[str, Any]()
+    task, labels, predictions, logits = get_task(corpus.task), corpus.labels, dict[str, Predictions](), dict[str, Any]()
+    cuts: list[float] = []
     for name in ("validation", "test"):
         if name in splits:
-            predictions[name], *logits[name] = trainer.predict_windows(splits[name])
+            predictions[name], *logits[name] = trainer.predict_windows(splits[name], cuts)
+        if name == "validation" and (cuts := task.fit_cuts(*logits[name])):
+            chosen = [task.choose(row[None], cuts, len(corpus.all_labels)) for row in logits[name][0]]
+            predictions[name] = Predictions(predictions[name].gold, chosen)
     baseline, scored = None, predictions["test" if corpus.test else "validation"]
     if recipe.training.baseline and trainer.is_world_process_zero():
         baseline = baseline_scores(corpus, trainer.compute_loss_func.weights, scored)
+    calibration = calibrate({name: task.calibrated(*found) for name, found in logits.items()})
+    if cuts:
+        calibration["thresholds"] = thresholds_of(cuts, labels, calibration["temperature"])
     truncation = {name: splits[name].encoded.truncation.to_dict() for name in ("train", "validation")}
     result = Result(
         name=recipe.name,
@@ -148,7 +225,7 @@ def score_best(
         best_step=trainer.state.best_global_step,
         steps=trainer.state.global_step,
         test=scores_of(recipe, predictions["test"], corpus.all_labels) if "test" in predictions else None,
-        calibration=calibrate(logits),
+        calibration=calibration,
         baseline=baseline,
         probe=None
         if probed is None
@@ -173,21 +250,22 @@ def warnings_of(result: Result, log: Sequence[Mapping[str, Any]] = ()) -> list[d
     `log` is what the trainer logged, with a loss for each evaluation.
     """
     scored, where, item = result.scored, result.scored_split, get_task(result.task).item
-    counts = dict(zip(scored["confusion"]["labels"], np.sum(scored["confusion"]["matrix"], axis=0), strict=True))
+    counts = get_task(result.task).counts_given(scored)
     given = [label for label in result.labels if counts.get(label)]
     found: list[tuple[str, str, str]] = []
+    join = "" if "entities" in scored else ", or join {} (data.label_map)"  # B-X is never joined with I-X
     if len(given) == 1 < len(result.labels):
         says = f"every {item} of {where} gets the label '{given[0]}', so nothing was learned"
         remedy = "train for more steps (training.epochs, training.batch_size), start with training.head=probe"
         found.append(("one-label", f"{says}: {remedy}, or try another training.learning_rate", "training.epochs"))
     elif never := [label for label in result.labels if label not in given and scored["per_class"][label]["support"]]:
-        remedy = "give rare labels more weight (training.class_weights=inverse), or join them (data.label_map)"
+        remedy = f"give rare labels more weight (training.class_weights=inverse){join.format('them')}"
         says = f"no {item} of {where} gets the label {_listed(never)}, although some have it: {remedy}"
         found.append(("label-never-predicted", says, "training.class_weights"))
     lacking = [label for label in result.labels if not result.validation["per_class"][label]["support"]]
     if lacking:
         says = f"no {item} of validation has the label {_listed(lacking)}, so it had no part in choosing the checkpoint"
-        remedy = "set aside a larger share (data.validation), or join labels (data.label_map)"
+        remedy = f"set aside a larger share (data.validation){join.format('labels')}"
         found.append(("label-not-in-validation", f"{says}: {remedy}", "data.validation"))
     floors = {"character n-grams": result.baseline, "a linear probe on the frozen backbone": result.probe}
     for name, floor in floors.items():
@@ -195,7 +273,7 @@ def warnings_of(result: Result, log: Sequence[Mapping[str, Any]] = ()) -> list[d
             continue
         gain = scored["f1_macro"] - floor["f1_macro"]
         interval = f"{gain:+.3f} macro-F1, 95% interval {floor['interval'][0]:+.3f} to {floor['interval'][1]:+.3f}"
-        how = "is below" if floor["verdict"] == "does not beat" else "cannot be told from"
+        how = "is below" if floor["verdict"] == "does not beat" else "cannot be distinguished from"
         remedy = "a backbone that knows these languages (model.backbone), more texts or more steps (training.epochs)"
         says = f"the score on {where} {how} that of {name} ({interval}): {remedy} may help"
         found.append(("not-above-floor", says, "model.backbone"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -41,7 +41,7 @@ from tokmask_peft.masking.replacement import MaskToken
 from tokmask_peft.model.adapter import WEIGHTS, add_adapter, check_fit, gathered_weights, save_adapter
 from tokmask_peft.model.backbone import Backbone, load_backbone
 from tokmask_peft.model.decisions import PRECISIONS, enable_checkpointing, in_short, out_of_memory
-from tokmask_peft.model.layers import placement_problem
+from tokmask_peft.model.layers import choose_label_on, placement_problem
 from tokmask_peft.model.location import check_length
 from tokmask_peft.model.memory.suggestions import Phase, Situation, changed, memory_error, memory_errors, smaller_batch
 from tokmask_peft.model.packed import choose_batching, enable_padding_free
@@ -58,7 +58,14 @@ from tokmask_peft.training.callbacks import (
     StepClock,
     StopOnSignal,
 )
-from tokmask_peft.training.environment import check_sharding, environment, peak_memory, processes, versions
+from tokmask_peft.training.environment import (
+    check_sharding,
+    environment,
+    peak_memory,
+    processes,
+    tokens_per_step,
+    versions,
+)
 from tokmask_peft.training.head import choose_head, start_head
 from tokmask_peft.training.losses import ClassificationLoss, class_weights
 from tokmask_peft.training.memory import Lengths, before_training
@@ -151,9 +158,9 @@ def _train(recipe: Recipe, folder: RunFolder, process: PartialState, resume: boo
 
         probed = Predictions.read(folder.probe) if folder.probe.is_file() else None
         result, predictions = score_best(trainer, prepared.recipe, prepared.corpus, prepared.splits, probed)
-        decisions = [asdict(decision) for decision in prepared.decisions]
-        result = replace(result, decisions=decisions, speed=_speed(prepared, clock, trainer))
-        result = replace(result, warnings=[*before, *warnings_of(result, trainer.state.log_history)])
+        decisions, speed = [asdict(one) for one in prepared.decisions], _speed(prepared, clock, trainer)
+        warnings = [*before, *warnings_of(result, trainer.state.log_history)]
+        result = replace(result, decisions=decisions, speed=speed, warnings=warnings)
         check_best(trainer, result, prepared.splits["validation"])  # before anything says that the run is finished
         weights = gathered_weights(prepared.model)
         if trainer.is_world_process_zero():
@@ -222,8 +229,7 @@ def prepare(recipe: Recipe, device: torch.device, console: Console) -> Prepared:
         backbone = load_backbone(recipe.model, data.task, corpus.labels, device)
     loaded: Any = backbone.model
     check_length(recipe, loaded.config.to_dict())
-    noisy = training.neftune_alpha is not None
-    batching = choose_batching(training.batching, backbone.model, noisy, device, backbone.dtype)
+    batching = choose_batching(training.batching, loaded, training.neftune_alpha is not None, device, backbone.dtype)
     if batching.choice == "padding_free":
         enable_padding_free(backbone.model)
 
@@ -233,17 +239,18 @@ def prepare(recipe: Recipe, device: torch.device, console: Console) -> Prepared:
         model, adapter_decisions = add_adapter(backbone, recipe.adapter, data.task, trained_row)
 
     head = choose_head(training.head, model, len(corpus.labels))
-    recipe = changed(recipe, {"training.batching": batching.choice, "training.head": head.choice})
+    carrier = choose_label_on(data.label_on, loaded)
+    made = {"training.batching": batching.choice, "training.head": head.choice, "data.label_on": carrier.choice}
+    recipe = changed(recipe, made)
     parts = {"train": corpus.train, "validation": corpus.validation, "test": corpus.test}
-    encoding = data.max_length, data.label_on, corpus.spans
+    encoding = data.max_length, carrier.choice, corpus.spans
     splits = {
         name: Split(examples, backbone.tokenizer, data.task, corpus.all_labels, *encoding)
         for name, examples in parts.items()
         if examples
     }
     trained, *evaluated = splits.values()
-    windows = tuple([len(window.ids) for window in split.windows] for split in evaluated)
-    lengths = Lengths(trained.lengths, windows)
+    lengths = Lengths(trained.lengths, tuple([len(window.ids) for window in split.windows] for split in evaluated))
     numbers = training.decided(len(trained.lengths), sum(trained.lengths), processes().num_processes)
     recipe = changed(recipe, {f"training.{key}": value for key, value in numbers.items()})
     recipe, memory_decision, warning = before_training(recipe, backbone, batching.choice, lengths, device)
@@ -260,6 +267,7 @@ def prepare(recipe: Recipe, device: torch.device, console: Console) -> Prepared:
             for key, value in numbers.items()
             if key != "patience" or value is not None
         ),
+        *([carrier] if carrier.choice == "last" and get_task(data.task).words_given else []),
         batching,
         memory_decision,
         mask_decision,
@@ -317,6 +325,7 @@ def make_trainer(prepared: Prepared, run: RunFolder, callbacks: list[TrainerCall
             views=training.views,
             views_masked=training.views_masked,
             consistency=training.consistency,
+            task=task,
             callbacks=[*callbacks, LogFile(run.log, arguments.world_size), *patience],
         )
     if prepared.mask is not None:
@@ -360,32 +369,32 @@ def save_adapter_folder(
     folder: Path, prepared: Prepared, result: Result, weights: dict[str, torch.Tensor] | None
 ) -> None:
     """Write an adapter folder: weights (from `gathered_weights`), tokenizer, `tokmask.json` and the model card."""
-    recipe, backbone, mask = prepared.recipe, prepared.backbone, prepared.mask
-    task = get_task(recipe.data.task)
+    recipe, backbone, task = prepared.recipe, prepared.backbone, get_task(prepared.recipe.data.task)
     save_adapter(prepared.model, folder, recipe.model.backbone, weights)
     backbone.tokenizer.save_pretrained(str(folder))
-    place = recipe.model.backbone_path
+    place = recipe.model.backbone_path or ""
     AdapterInfo(
         task=task.name,
         labels=result.labels,
+        pair=recipe.data.pair,
         calibration=Calibration(**result.calibration),
         loading=Loading(
             max_length=recipe.data.max_length,
-            package=place if place is not None and place.startswith("package:") else None,
+            package=place if place.startswith("package:") else None,
             revision=recipe.model.revision,
             quantization=backbone.quantization,
             precision=PRECISIONS[backbone.dtype],
             embedding=recipe.model.embedding,
+            attention=recipe.model.attention,
             pooling="auto" if task.words_given else recipe.model.pooling,
             label_on=recipe.data.label_on,
             spans=recipe.data.spans,
             weights=backbone.weights,
             scaling=recipe.adapter.scaling,
         ),
-        masking=recipe.masking if mask is None else recipe.masking.model_copy(update={"mask_token": mask.id}),
+        masking=recipe.masking.model_copy(update={"mask_token": prepared.mask.id} if prepared.mask else {}),
     ).write(folder)
-    spaced_words = task.words_given and words_need_a_space(backbone.tokenizer)
-    write_card(folder, recipe, result, spaced_words=spaced_words)
+    write_card(folder, recipe, result, spaced_words=task.words_given and words_need_a_space(backbone.tokenizer))
 
 
 def _trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
@@ -419,17 +428,18 @@ def _cut_lines(prepared: Prepared) -> list[str]:
         words = f"; {cut.words_cut} words are cut away" if cut.words_cut else ""
         lines.append(f"train: {cut.texts_cut} texts are cut at {at}{words}")
     for name in list(prepared.splits)[1:]:
+        if prepared.recipe.data.pair and (count := prepared.splits[name].encoded.truncation.texts_cut):
+            lines.append(f"{name}: {count} pairs are longer than {at} and are cut, as in predict")
         long = sum(count > 1 for count in Counter(window.text for window in prepared.splits[name].windows).values())
-        choice = "; to choose the checkpoint they are cut" if name == "validation" else ""
         if long:
+            choice = "; to choose the checkpoint they are cut" if name == "validation" else ""
             lines.append(f"{name}: {long} texts are longer than {at} and are scored in windows, as in predict{choice}")
     return lines
 
 
 def _speed(prepared: Prepared, clock: StepClock, trainer: OrderedEvalTrainer) -> dict[str, Any]:
     """Return what `result.json` holds of time and memory, of all processes together."""
-    batches = None if trainer.batches is None else len(trainer.batches)
-    lengths = prepared.splits["train"].lengths
+    lengths, batches = prepared.splits["train"].lengths, None if trainer.batches is None else len(trainer.batches)
     per_step = tokens_per_step(prepared.recipe.training, lengths, batches, trainer.args.world_size)
     return {
         "step_seconds": round(clock.seconds, 2),
@@ -438,13 +448,3 @@ def _speed(prepared: Prepared, clock: StepClock, trainer: OrderedEvalTrainer) ->
         "peak_memory": peak_memory(prepared.device, clock.loading),
         "environment": environment(prepared.device),
     }
-
-
-def tokens_per_step(training: TrainingConfig, lengths: Sequence[int], batches: int | None, processes: int) -> float:
-    """Return the sub-tokens that an optimizer step takes on average, in all processes together, without padding.
-
-    `lengths` are those of the texts to train on; `batches` counts those of one process in an epoch, if a budget of
-    sub-tokens makes them.
-    """
-    texts = training.micro_batch * processes if batches is None else len(lengths) / max(batches, 1)
-    return texts * training.views * training.gradient_accumulation * sum(lengths) / max(len(lengths), 1)

@@ -31,8 +31,8 @@ from tokmask_peft.model.adapter import inputs_as_they_come
 from tokmask_peft.model.layers import quick_dropout
 from tokmask_peft.recipe.schema import Recipe
 from tokmask_peft.spans import Spans
-from tokmask_peft.tasks import get_task
-from tokmask_peft.training.metrics import Predictions, entity_counts, f1_of, scores
+from tokmask_peft.tasks import Task, get_task
+from tokmask_peft.training.metrics import Predictions, entity_counts, f1_of, task_scores
 
 
 class Split:
@@ -82,7 +82,7 @@ class Split:
     @cached_property
     def windows(self) -> list[Window]:
         """The texts whole, in windows as `predict` reads them, the shortest window first."""
-        texts = [example.words if self.task.words_given else example.string for example in self.examples]
+        texts: list[Any] = [example.text for example in self.examples]
         return sorted(self._encoder.windows(texts, strict=False), key=lambda window: len(window.ids))
 
     @cached_property
@@ -92,13 +92,18 @@ class Split:
         for window in self.windows:
             marks = np.full(len(window.ids), IGNORED)
             marks[window.positions] = 0
-            rows.append({"input_ids": window.ids, "labels": marks.tolist() if self.task.words_given else 0})
+            types = {} if window.types is None else {"token_type_ids": window.types}
+            labels = marks.tolist() if self.task.words_given else self.task.mark(len(self.labels))
+            rows.append({"input_ids": window.ids, "labels": labels, **types})
         return Dataset.from_list(rows)
 
-    def joined(self, logits: NDArray[np.float32]) -> tuple[Predictions, NDArray[np.float64], NDArray[np.int64]]:
+    def joined(
+        self, logits: NDArray[np.float32], cuts: Sequence[float] = ()
+    ) -> tuple[Predictions, NDArray[np.float64], NDArray[np.int64]]:
         """Return the predictions for each text, logits `[items, classes]`, and gold label ids `[items]`.
 
-        `logits` are those of the wanted answers in the order of `windows`. A word without a sub-token has none.
+        `logits` are those of the wanted answers in the order of `windows`; `cuts` those of `Task.fit_cuts`. A word
+        without a sub-token has none. If a text has an item per label, its logits are one row.
         """
         ends = np.cumsum([max(len(window.words), 1) for window in self.windows])
         parts: list[list[tuple[Window, NDArray[np.float32]]]] = [[] for _ in self.examples]
@@ -106,14 +111,16 @@ class Split:
             parts[window.text].append((window, rows))
         found, answers, golds = Predictions([], []), [], []
         for example, pairs in zip(self.examples, parts, strict=True):
-            gold = np.array([self._ids[tag] for tag in example.tags], dtype=np.int64)
+            gold = np.array(self.task.gold_ids(example, self._ids), dtype=np.int64)
             predicted = np.full(len(gold), NO_PREDICTION)
             if pairs:
                 own = [window for window, _ in pairs]
-                kept = np.sort(np.concatenate([window.words for window in own])) if self.task.words_given else [0]
+                kept = np.arange(len(gold))
+                if self.task.words_given:
+                    kept = np.sort(np.concatenate([window.words for window in own]))
                 answers.append(self.task.join(own, [rows for _, rows in pairs]))
                 golds.append(gold[kept])
-                predicted[kept] = answers[-1].argmax(-1)
+                predicted[kept] = self.task.choose(answers[-1], cuts, len(self.labels))
             found.gold.append(gold)
             found.predicted.append(self._legal(predicted))
         return found, np.concatenate(answers), np.concatenate(golds)
@@ -122,8 +129,8 @@ class Split:
         """Return predictions for the cut texts, in the order of the texts.
 
         Args:
-            predicted: `[texts]` or `[texts, seq]` label ids in the order of `dataset`.
-            gold: the label ids that the model saw, of the same shape; -100 for none.
+            predicted: `[texts]`, `[texts, seq]` or `[texts, labels]` label ids in the order of `dataset`.
+            gold: the labels that the model saw, of the same shape; -100 for none.
         """
         found = Predictions([None] * len(self.order), [None] * len(self.order))  # type: ignore[list-item]
         for row, text in enumerate(self.order):
@@ -138,8 +145,9 @@ class Split:
 
     def metrics(self, output: Any) -> dict[str, float]:
         """Return macro and weighted F1, accuracy and F1 of entities on the cut texts, for the Trainer."""
-        predictions = self.cut_predictions(output.predictions, output.label_ids)
-        found = scores(*predictions.flat(), self.labels)
+        kept = self.task.decided(output.predictions, output.label_ids)
+        predictions = self.cut_predictions(kept, output.label_ids)
+        found = task_scores(self.task, predictions, self.labels)
         values = {key: found[key] for key in ("f1_macro", "f1_weighted", "accuracy")}
         if self.spans is not None:
             values["f1_entities"] = float(f1_of(entity_counts(predictions, self.labels).sum(1))["f1_macro"])
@@ -179,14 +187,17 @@ class OrderedEvalTrainer(Trainer):
         views: int = 1,
         views_masked: str = "one",
         consistency: float = 1.0,
+        task: Task | None = None,
         **kwargs: Any,
     ) -> None:
         """Create the trainer; further arguments are the Trainer's.
 
         `train_collator` makes the training batches, if they differ from those of evaluations, and `batches` chooses
         them, if they are not of `per_device_train_batch_size` texts. Evaluations run inside of `memory_errors()`.
-        Each training batch holds its texts `views` times; what two views mean is said in the recipe.
+        Each training batch holds its texts `views` times; what two views mean is said in the recipe. Without a `task`,
+        an item has one label.
         """
+        self.task = task or Task()
         super().__init__(*args, preprocess_logits_for_metrics=self._label_ids, **kwargs)
         collate = train_collator or self.data_collator
         self.train_collator = collate if views == 1 else lambda rows: collate([*rows] * views)
@@ -288,12 +299,14 @@ class OrderedEvalTrainer(Trainer):
     def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | None:
         return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
 
-    def predict_windows(self, split: Split) -> tuple[Predictions, NDArray[np.float64], NDArray[np.int64]]:
+    def predict_windows(
+        self, split: Split, cuts: Sequence[float] = ()
+    ) -> tuple[Predictions, NDArray[np.float64], NDArray[np.int64]]:
         """Return what `Split.joined` does of the model's answers to a split's windows."""
-        return split.joined(self.answers(split.window_dataset)[0])
+        return split.joined(self.answers(split.window_dataset)[0], cuts)
 
     def answers(self, dataset: Dataset) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Return what the model puts out where an item is labelled, `[items, outputs]`, and the labels, `[items]`.
+        """Return what the model puts out where an answer is wanted, `[answers, outputs]`, and `[answers, …]` labels.
 
         Raises:
             RunError: the outputs are not in the order of the texts.
@@ -305,28 +318,30 @@ class OrderedEvalTrainer(Trainer):
             shares = gather_object([self._logits])
         finally:
             self._logits, self.compute_metrics = None, compute
-        labelled = output.label_ids != IGNORED
+        labelled = self.task.wanted(output.label_ids)
         predicted = output.predictions[labelled]
         logits = in_order(shares, len(predicted))
-        of_predicted = np.take_along_axis(logits, predicted[:, None], axis=-1)[:, 0]
-        if not np.array_equal(of_predicted, logits.max(-1), equal_nan=True):
+        expected, of_predicted = logits, predicted
+        if predicted.ndim < logits.ndim:
+            expected, of_predicted = logits.max(-1), np.take_along_axis(logits, predicted[:, None], axis=-1)[:, 0]
+        if not np.array_equal(of_predicted, expected, equal_nan=True):
             problem = "the logits of the final evaluation are not in the order of its texts; please report this"
             raise RunError(problem, code="wrong-order")
         return logits, output.label_ids[labelled]
 
     def _label_ids(self, logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:
-        """Return the predicted label ids of a batch, `[batch, …]`; the logits of labelled positions are kept if asked.
+        """Return what the task keeps of the logits of a batch; those of labelled positions are stored if asked.
 
         Padded logits of all positions would take the longest text's length times the classes for every text.
         """
         first = logits[0] if isinstance(logits, tuple) else logits  # models with further outputs give a tuple
         if self._logits is not None:
-            self._logits.append(first[labels != IGNORED].float().cpu().numpy())
-        return first.argmax(dim=-1)
+            self._logits.append(first[self.task.wanted(labels)].float().cpu().numpy())
+        return self.task.kept(first)
 
 
 def _labels_words(batch: Mapping[str, Any]) -> bool:
-    return batch["labels"].shape == batch["input_ids"].shape
+    return batch["labels"].shape == batch["input_ids"].shape and not batch["labels"].is_floating_point()
 
 
 @torch.no_grad()

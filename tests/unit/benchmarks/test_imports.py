@@ -2,6 +2,9 @@
 
 import ast
 import importlib
+import os
+import subprocess
+import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -44,3 +47,23 @@ def test_what_the_benchmarks_import_of_the_package_is_there():
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tokmask_peft"):
                 module = importlib.import_module(node.module)
                 assert [one.name for one in node.names if not hasattr(module, one.name)] == [], path
+
+
+def test_each_part_of_the_gpu_measurement_is_a_function_of_a_module_that_can_be_imported(monkeypatch):
+    for folder in ("benchmarks", "benchmarks/gpu"):
+        monkeypatch.syspath_prepend(str(ROOT / folder))
+    monkeypatch.setenv("DRY", "1")
+    parts = {}
+    for name in ("checks", "trainings", "steps", "compare"):
+        parts |= getattr(importlib.import_module(name), "PARTS", {})
+    assert {*importlib.import_module("measure").PARTS, "prepare"} == {*parts}
+
+
+def test_a_part_of_the_gpu_measurement_that_is_not_known_is_refused(tmp_path):
+    command = [sys.executable, str(ROOT / "benchmarks/gpu/measure.py"), "attenton", "env"]
+    environment = {**os.environ, "OUT": str(tmp_path / "out")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "attenton" in done.stderr
+    assert "attention" in done.stderr
+    assert not (tmp_path / "out").exists()

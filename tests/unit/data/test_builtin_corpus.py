@@ -9,7 +9,7 @@ from tokmask_peft.data.cleaning import normalise
 from tokmask_peft.data.conll import builtin_examples
 from tokmask_peft.data.corpus import load_corpus
 from tokmask_peft.errors import DataError
-from tokmask_peft.recipe.schema import DataConfig
+from tokmask_peft.recipe.data import DataConfig
 
 SPLITS = {"train": 3000, "validation": 500, "test": 1000}
 

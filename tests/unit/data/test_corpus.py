@@ -9,7 +9,7 @@ from tokmask_peft.data.corpus import count_labels, load_corpus
 from tokmask_peft.data.readers import read_split
 from tokmask_peft.errors import DataError
 from tokmask_peft.examples import Example
-from tokmask_peft.recipe.schema import DataConfig, SourceConfig
+from tokmask_peft.recipe.data import DataConfig, SourceConfig
 
 
 @pytest.fixture

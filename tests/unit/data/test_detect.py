@@ -15,7 +15,7 @@ from tokmask_peft.data.columns import Findings
 from tokmask_peft.data.corpus import load_corpus
 from tokmask_peft.data.detect import detect, find_form, find_splits, looks_english, scripts, typos
 from tokmask_peft.errors import DataError
-from tokmask_peft.recipe.schema import DataConfig
+from tokmask_peft.recipe.data import DataConfig
 
 WORDS = [
     "casa",

@@ -19,7 +19,7 @@ from test_readers import predicted
 from tokmask_peft.data import opening
 from tokmask_peft.data.readers import TextFile, read_split
 from tokmask_peft.errors import TokmaskError
-from tokmask_peft.recipe.schema import SourceConfig
+from tokmask_peft.recipe.data import SourceConfig
 
 
 @pytest.fixture

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 
 from tokmask_peft.data import tables
 from tokmask_peft.data.corpus import load_corpus
-from tokmask_peft.data.readers import TextFile, line_number, read_split
+from tokmask_peft.data.opening import line_number
+from tokmask_peft.data.readers import TextFile, read_split
 from tokmask_peft.errors import DataError, TokmaskError
 from tokmask_peft.examples import Example, Unreadable
-from tokmask_peft.recipe.schema import DataConfig, SourceConfig
+from tokmask_peft.recipe.data import DataConfig, SourceConfig
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from tokmask_peft.data.conll import Columns, readable
 from tokmask_peft.data.opening import DataFile
 from tokmask_peft.data.readers import TextFile, read_split, reader_of
 from tokmask_peft.errors import DataError
-from tokmask_peft.recipe.schema import SourceConfig
+from tokmask_peft.recipe.data import SourceConfig
 from tokmask_peft.tasks import get_task
 
 

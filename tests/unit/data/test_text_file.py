@@ -6,7 +6,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tokmask_peft.data.readers import TextFile, line_number
+from tokmask_peft.data.opening import line_number
+from tokmask_peft.data.readers import TextFile
 from tokmask_peft.errors import DataError
 from tokmask_peft.examples import Example, Unreadable
 

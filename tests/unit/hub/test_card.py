@@ -109,7 +109,7 @@ def test_what_was_not_measured_is_not_shown():
 def test_the_card_has_the_verdict_on_the_baseline():
     assert "The adapter beats the character n-gram baseline" in card_of()
     unclear = run_files.part(LABELS, 0.62, method="n-grams", interval=[-0.1, 0.1], verdict="cannot tell")
-    assert "cannot tell whether" in card_of(result=make_result(baseline=unclear))
+    assert "not enough to tell whether" in card_of(result=make_result(baseline=unclear))
 
 
 def test_a_run_without_masking_does_not_claim_it():
@@ -186,4 +186,4 @@ def test_the_snippet_is_python_that_holds_the_labels(task, spaced):
     assert found["labels"] == LABELS
     assert found.get("spaced") == (["no", " me", " gusta"] if spaced and task == "token" else None)
     assert "tokmask" not in snippet
-    assert snippet.strip() == loading_snippet(make_recipe(task), LABELS, "PATH_OR_HUB_ID", spaced)
+    assert snippet.strip() == loading_snippet(make_recipe(task), make_result(), "PATH_OR_HUB_ID", spaced)

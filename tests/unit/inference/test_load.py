@@ -158,7 +158,8 @@ def test_the_embedding_of_training_is_taken_where_it_runs(saved_adapter, monkeyp
 def test_a_run_s_own_recipe_says_where_the_embedding_lay(saved_adapter, tmp_path):
     adapter = shutil.copytree(saved_adapter(), tmp_path / "run" / "adapter")
     loading = json.loads((adapter / "tokmask.json").read_text())
-    del loading["loading"]["embedding"]  # as runs were saved before it was
+    for key in ("embedding", "attention", "label_on"):  # as runs were saved before they were
+        del loading["loading"][key]
     (adapter / "tokmask.json").write_text(json.dumps(loading))
     named = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
     model = {"backbone": named, "embedding": "8bit"}
@@ -166,6 +167,8 @@ def test_a_run_s_own_recipe_says_where_the_embedding_lay(saved_adapter, tmp_path
     (tmp_path / "run" / "recipe.yaml").write_text(json.dumps(recipe))
     assert find_saved(tmp_path / "run").model.embedding == "8bit"
     assert find_saved(adapter).model.embedding == "resident"
+    for saved in (find_saved(adapter), find_saved(tmp_path / "run")):
+        assert (saved.label_on, saved.model.attention) == ("first", "causal")
 
 
 def test_an_embedding_on_the_host_is_an_ordinary_one_on_a_cpu(saved_adapter):

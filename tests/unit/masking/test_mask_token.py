@@ -59,12 +59,12 @@ def test_auto_passes_over_a_row_that_was_never_trained():
 
 
 def test_a_trained_row_starts_typical_if_it_was_never_trained():
-    tokenizer, healthy, ill = tiny_tokenizer("wordpiece"), rows_with({}), rows_with({4: 0.2})
+    tokenizer, usual, untrained = tiny_tokenizer("wordpiece"), rows_with({}), rows_with({4: 0.2})
     token = MaskToken(4, "mask", "")
-    assert prepare_mask_row(healthy, token, tokenizer, trained=True) is None
-    assert prepare_mask_row(ill, token, tokenizer) is None
-    assert prepare_mask_row(ill, token, tokenizer, trained=True).norm().item() == pytest.approx(0.2, abs=1e-4)
-    assert ill.weight[4].norm().item() == pytest.approx(1.0, abs=1e-4)
+    assert prepare_mask_row(usual, token, tokenizer, trained=True) is None
+    assert prepare_mask_row(untrained, token, tokenizer) is None
+    assert prepare_mask_row(untrained, token, tokenizer, trained=True).norm().item() == pytest.approx(0.2, abs=1e-4)
+    assert untrained.weight[4].norm().item() == pytest.approx(1.0, abs=1e-4)
 
 
 def test_no_token_is_an_error_that_asks_for_an_id_and_never_id_0():

@@ -2,13 +2,15 @@ import json
 import os
 import re
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tiny_models import build, families
-from transformers import GPT2Config, GPT2ForSequenceClassification
+from transformers import AutoModelForSequenceClassification
 
 from tokmask_peft.artifacts import AdapterInfo
 from tokmask_peft.errors import ModelError
@@ -20,6 +22,7 @@ from tokmask_peft.model.adapter import (
     inputs_as_they_come,
     linear_layers,
     load_adapter,
+    load_merged,
     save_adapter,
     target_names,
 )
@@ -78,6 +81,38 @@ def test_saved_adapter_gives_the_same_logits_on_a_fresh_backbone(model_config, f
         after = again(**batch).logits
     assert before.abs().max() > 0.01
     torch.testing.assert_close(after, before, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("quantization", ["none", pytest.param("nf4", marks=needs_bitsandbytes)])
+def test_layers_of_gpt2_are_trained_saved_loaded_by_peft_alone_and_merged(
+    model_config, quantization, precision, tmp_path
+):
+    """They keep their matrices transposed, but not in 4 bits, in whatever form the adapter is trained or used."""
+    config = model_config("gpt2", quantization=quantization, precision=precision)
+    backbone = load_backbone(config, "sequence", LABELS, CPU)
+    warnings.filterwarnings("error", "fan_in_fan_out")  # until the test ends
+    model, _ = add_adapter(backbone, AdapterConfig(r=2), "sequence")
+    batch = backbone.tokenizer(TEXTS, return_tensors="pt", padding=True)
+    found = gradients(model, batch)
+    assert len(found) == 2 * 4 * 2 + 1
+    assert all(gradient.any() for name, gradient in found.items() if "lora_A" not in name)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(torch.randn_like(parameter) * 0.1)
+    save_adapter(model, tmp_path, "any/name")
+    plain = model_config("gpt2", precision="fp32")
+    stock = AutoModelForSequenceClassification.from_pretrained(plain.backbone, num_labels=3)
+    stock.config.pad_token_id = backbone.tokenizer.pad_token_id
+    with torch.no_grad():
+        expected = PeftModel.from_pretrained(stock, str(tmp_path)).eval()(**batch).logits
+        for settings, tolerance in (({}, 1e-5), ({"precision": "bf16"}, 0.1)):
+            backbone_here = load_backbone(plain.model_copy(update=settings), "sequence", LABELS, CPU)
+            merged, decision = load_merged(backbone_here, tmp_path, backbone.weights, 16.0)
+            assert decision.choice == "merged"
+            assert not any("lora_" in name for name, _ in merged.named_parameters())
+            with torch.autocast("cpu", torch.bfloat16, enabled=bool(settings)):
+                torch.testing.assert_close(merged(**batch).logits.float(), expected, atol=tolerance, rtol=tolerance)
 
 
 @pytest.fixture
@@ -397,7 +432,7 @@ def test_dora_keeps_its_fp32_norms_and_a_trained_mask_row_has_no_cast(model_conf
 
 
 def test_a_backbone_without_linear_layers_is_refused():
-    model = GPT2ForSequenceClassification(GPT2Config(vocab_size=40, n_positions=16, n_embd=8, n_layer=1, n_head=1))
+    model, _ = build("llama", num_hidden_layers=0)
     with pytest.raises(ModelError, match="use another backbone") as caught:
         target_names(model, AdapterConfig(), ("score",))
     assert caught.value.code == "no-linear-layers"

@@ -37,7 +37,8 @@ ONE_LINE = {
     "data.validation=0.0": f"is 0.0; {SPLIT}",
     "data.validation=true": f"is true; {SPLIT}",
     "data.task=seq": "is 'seq'; expected 'sequence' or 'token'. Did you mean 'sequence'?",
-    "data.text_column=1.5": "is 1.5; expected text, a whole number or null",
+    "data.text_column=1.5": "is 1.5; expected text, a whole number, a list of two columns, as [premise, hypothesis] or "
+    "null",
     "data.test_source=foo": "is 'foo'; expected a section with keys such as path, hub, hub_config, hub_revision",
     "adapter.r=8.5": f"is 8.5; {LEAST_1}",
     "adapter.r=true": f"is true; {LEAST_1}",
@@ -155,7 +156,8 @@ def test_descriptions_help_with_what_is_missing(tmp_path):
     path = tmp_path / "bad.yaml"
     path.write_text("name: x\nmodel: {}\ndata: {path: y}\n")
     assert problems(recipe=path) == [
-        "model.backbone: is missing; expected text (model id on the Hugging Face Hub, or a local folder)",
+        "model.backbone: is missing; expected text (model id on the Hugging Face Hub, a folder, or a .gguf file: here, "
+        "or OWNER/REPOSITORY/FILE.gguf on the Hub)",
         "data.task: is missing; expected 'sequence' or 'token' (sequence: one label per text; token: one label per "
         "word)",
     ]

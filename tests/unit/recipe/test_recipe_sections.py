@@ -7,7 +7,8 @@ from pydantic import ValidationError
 
 from tokmask_peft.errors import RecipeError
 from tokmask_peft.masking.config import TokenMaskConfig
-from tokmask_peft.recipe.schema import DataConfig, ModelConfig, Recipe, SourceConfig
+from tokmask_peft.recipe.data import DataConfig, SourceConfig
+from tokmask_peft.recipe.schema import ModelConfig, Recipe
 
 SHARES = st.floats(0.0, 1.0)
 RATES = st.floats(0.0, 1.0, exclude_max=True)

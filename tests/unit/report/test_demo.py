@@ -50,7 +50,7 @@ def test_words_get_the_colour_of_their_label(classifier):
 def test_what_the_classifier_refuses_is_answered_in_words(classifier, task, text):
     chances, html = demo.answer(classifier(task), text)
     assert chances is None
-    assert html.startswith('<p class="message" role="alert">the text')
+    assert html.startswith('<p class="message" role="alert">The text')
 
 
 def test_long_texts_are_classified_without_colours(classifier):

@@ -66,7 +66,7 @@ def test_it_holds_what_was_measured(tmp_path, task):
     for expected in (
         "made-up", "someone/tiny-bert", "p = 0.1", "beats the character n-gram baseline", "test 0.6100 0.6200 0.6300",
         "validation 0.7100 0.7200 0.7300", "n-gram baseline 0.5100 0.5200 0.5300", "Temperature 1.250",
-        "test 0.0789 0.0123 0.4321 0.4321", "in train and in test 926", "Merged in reading: so-so → bad (12).",
+        "test 0.0789 0.0123 0.4321 0.4321", "in train and in test 926", "Merged on reading: so-so → bad (12).",
         "Removed: 87 from train.", "train train.tsv 1,234 5,678 17 29", "61 s in 30 steps", "1.00 GiB",
         "texts are cut at 99 sub-tokens. For the scores, longer ones are read in windows", "595 sub-tokens per second",
         "tokmask predict", "1 of 126", "above 99.9%", "AutoPeftModelFor",
@@ -216,9 +216,9 @@ def test_warnings_that_matter_come_before_the_scores(tmp_path):
     found["test"]["without_prediction"] = 5
     text = page(tmp_path, found)
     shown = Outline(text).text
-    for words in ("a warning <script>", "20 texts are both in test", "5 words of test"):
+    for words in ("A warning <script>", "20 texts are both in test", "5 words of test"):
         assert shown.index(words) < shown.index("macro-F1 weighted F1 accuracy")
-    assert text.count("a warning &lt;script&gt;") == 1
+    assert text.count("A warning &lt;script&gt;") == 1
     quiet = result()
     quiet["data"]["warnings"] = []
     assert 'class="alerts"' not in page(tmp_path / "other", quiet)

@@ -53,6 +53,21 @@ def test_figures_are_those_of_the_runs(made_up_sweep):
     assert "reports, on sentiment, Spanish-English" in report.markdown.read_text()
 
 
+def test_entities_are_a_third_score(made_up_sweep):
+    folder = made_up_sweep({"p0.1": 0.2}, p="0,0.1", seeds="6", labels=("B-x", "I-x", "O"))
+    report = sweep_report(folder)
+    row = rows_by_arm(report)["p = 0.1"]
+    read = [json.loads((folder / f"p0.1-seed{seed}/result.json").read_text())["test"] for seed in range(1, 7)]
+    assert row["f1_entities"]["by_seed"] == [one["f1_entities"] for one in read]
+    found = row["difference"]["f1_entities"]
+    assert 0 < found["bootstrap"][0] < found["mean"] < found["bootstrap"][1]
+    assert found["p_holm"] == pytest.approx(2 / 2**6)
+    assert statistics(report)["chosen_by_validation"]["overall"]["f1_entities"]["mean"] == row["f1_entities"]["mean"]
+    for text in (report.markdown.read_text(), report.page.read_text(), report.latex.read_text(), report.summary):
+        assert f"{found['mean']:+.4f}" in text.replace("$", "")
+    assert "entity F1" in report.summary
+
+
 def test_holm_runs_over_the_rates_of_one_setting(made_up_sweep):
     folder = made_up_sweep({"p0.1": 0.2}, p="0,0.1,0.2", seeds="6", grid=["adapter.r=4,8"])
     rows = statistics(sweep_report(folder))["rows"]
@@ -115,7 +130,7 @@ def test_signs_of_failure_are_named_where_they_are_seen(made_up_sweep):
     sds = [row["difference"]["f1_macro"]["sd"] for row in statistics(report)["rows"] if "difference" in row]
     for gain, sd in zip(unshown["gains"], sorted(sds), strict=True):
         assert (seeds_needed(gain * 1.001, sd), seeds_needed(gain * 0.999, sd)) == (3, 4)
-    assert "they are too few" in report.summary
+    assert "true differences are smaller" in report.summary
 
 
 RATES, UP = {"p": "0,0.1"}, {"p0.1": 0.3}
@@ -125,27 +140,32 @@ LACKING = {"p": "0,0.1,0.3", "seeds": "8", "leave_out": [f"p0.3-seed{seed}" for 
 @pytest.mark.parametrize(
     ("gains", "sweep", "expected", "absent"),
     [
-        ({}, {**RATES, "seeds": "1"}, ["With 1 seed the sign-flip test", "(p = 1, after Holm 1)"], "With 1 seeds"),
+        (
+            {},
+            {**RATES, "seeds": "1"},
+            ["With 1 seed the sign-flip test", "(p = 1, 1 after Holm's correction)"],
+            "With 1 seeds",
+        ),
         (
             UP,
             {**RATES, "seeds": "3"},
-            ["cannot give a p-value below 0.25", "At least 6 seeds are needed"],
+            ["cannot give a p-value below 0.25", "It takes at least 6 seeds"],
             "a single arm",
         ),
-        (UP, {**RATES, "seeds": "3"}, ["not a difference that the seeds establish (p = 0.25"], "0 of 3 seeds"),
+        (UP, {**RATES, "seeds": "3"}, ["not established by these seeds (p = 0.25"], "0 of 3 seeds"),
         (
             UP,
             {**RATES, "seeds": "8"},
-            ["8 of 8 seeds), a difference that the seeds establish (p = 0.00781"],
+            ["8 of 8 seeds), established by these seeds (p = 0.00781"],
             "cannot give",
         ),
         # an arm that lacks seeds does not speak for the others
-        (UP, LACKING, ["p = 0.1: macro-F1 higher", "seeds), a difference that the seeds establish"], "With 8 seeds"),
+        (UP, LACKING, ["p = 0.1: macro-F1 higher", "seeds), established by these seeds"], "With 8 seeds"),
         (UP, LACKING, ["With 2 seeds the sign-flip", "no difference can be established for p = 0.3."], "for p = 0.1"),
         (
             UP,
             LACKING,
-            ["6 runs have no result and are left out", "If --prune stopped them, they are the worse"],
+            ["6 runs have no result and are left out", "If --prune stopped them, they were the worse"],
             "add 0",
         ),
         ({}, {**RATES, "seeds": "6"}, [], "single arm"),
@@ -242,7 +262,7 @@ class TestPage:
             assert f"{row['f1_macro']['mean']:.4f}" in page
 
     @pytest.mark.parametrize(
-        ("seeds", "rates", "words"), [("2", "0,0.1", "no difference"), ("3", "0", "nothing to compare")]
+        ("seeds", "rates", "words"), [("2", "0,0.1", "No difference"), ("3", "0", "nothing to compare")]
     )
     def test_what_the_seeds_do_not_show_is_not_claimed(self, made_up_sweep, seeds, rates, words):
         page = sweep_report(made_up_sweep({"p0.1": 0.2}, p=rates, seeds=seeds)).page.read_text()
@@ -269,8 +289,8 @@ def test_the_verdict_counts_the_other_arms_that_differ():
     one = {"p_holm": 0.01, "mean": 0.1, "n": 5, "interval": None}
     for others, words in (
         (0, "correction."),
-        (1, " 1 more of 3 arms differs, too."),
-        (2, " 2 more of 3 arms differ, too."),
+        (1, " So does 1 more of the 3 arms."),
+        (2, " So do 2 more of the 3 arms."),
     ):
         rest = [one | {"p_holm": 0.9}] * (2 - others)
         compared = [({"label": "mask"}, found) for found in [one] * (1 + others) + rest]

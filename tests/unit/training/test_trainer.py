@@ -11,7 +11,7 @@ from tokmask_peft.model.decisions import DTYPES
 from tokmask_peft.model.layers import QuickDropout
 from tokmask_peft.recipe.schema import Recipe, TrainingConfig
 from tokmask_peft.tasks import get_task
-from tokmask_peft.training.train import tokens_per_step
+from tokmask_peft.training.environment import tokens_per_step
 from tokmask_peft.training.trainer import OrderedEvalTrainer, check_trackers, training_arguments
 
 

@@ -70,3 +70,11 @@ def test_the_labels_are_named():
     (never,) = warnings_of(result([0, 0, 2, 2, 2, 2, 2, 2]))
     assert "'unsure'" in never["message"]
     assert "'yes'" not in never["message"]
+
+
+def test_labels_that_mark_entities_are_not_to_be_joined():
+    for given in ({"predicted": [0, 0, 2, 2, 2, 2, 2, 2]}, {"validation": np.array([0, 2])}):
+        made = result(**given)
+        assert "data.label_map" in warnings_of(made)[0]["message"]
+        made.test["entities"] = {}
+        assert "data.label_map" not in warnings_of(made)[0]["message"]

@@ -76,7 +76,7 @@ class Memory:
         return total <= USABLE * self.bytes
 
     def __str__(self) -> str:
-        return f"{self.name} has {shown(self.bytes)}"
+        return f"{self.name} has {shown(self.bytes)} free"
 
 
 def gpu_memory(size: str) -> Memory:
@@ -99,8 +99,8 @@ def device_memory(device: torch.device) -> Memory | None:
     import psutil
 
     available = min([psutil.virtual_memory().available, *_rest_of_container()])
-    mine: int = psutil.Process().memory_info().rss
-    return Memory(available // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) + mine, "this machine's free memory")
+    resident: int = psutil.Process().memory_info().rss
+    return Memory(available // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) + resident, "this machine")
 
 
 def _rest_of_container() -> list[int]:

@@ -24,12 +24,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
+from transformers.pytorch_utils import Conv1D
 
 from tokmask_peft.masking.embedding import unwrap
 from tokmask_peft.model.adapter import add_adapter, inputs_as_they_come
 from tokmask_peft.model.backbone import HEAD_NAMES, Backbone, head_modules, hold_in_fp32, hold_stream_in_fp32
 from tokmask_peft.model.decisions import enable_checkpointing
-from tokmask_peft.model.layers import quick_dropout
+from tokmask_peft.model.layers import quick_dropout, see_both_ways
 from tokmask_peft.model.packed import (
     Packing,
     attend_in_buckets,
@@ -123,6 +124,9 @@ def bare_model(config: Any, task: str, dtype: torch.dtype) -> nn.Module:
         config.pad_token_id = 0
     with torch.device("meta"):
         model: nn.Module = get_task(task).auto_model().from_config(config, dtype=dtype)
+        for name, part in list(model.named_modules()):
+            if isinstance(part, Conv1D):  # the same product, of GPT-2
+                model.set_submodule(name, nn.Linear(part.nx, part.nf, dtype=dtype))
     return model
 
 
@@ -277,6 +281,8 @@ def count_step(
     """
     gpu, low = setting.device_type != "cpu", setting.dtype != torch.float32
     bare: Any = bare_model(with_layers(setting.config, layers + below), recipe.data.task, setting.dtype)
+    if recipe.model.attention == "bidirectional":
+        see_both_ways(bare)
     new_modules = head_modules(bare)
     kept_whole = tuple(f"{name}." for name in (*HEAD_NAMES, *new_modules))
     for name, module in bare.named_modules() if setting.quantization != "none" else ():

@@ -180,13 +180,13 @@ def _actions(situation: Situation) -> list[Suggestion]:
     return found
 
 
-def memory_error(situation: Situation, what: str, said: str, kind: type[TokmaskError]) -> TokmaskError:
+def memory_error(situation: Situation, what: str, reason: str, kind: type[TokmaskError]) -> TokmaskError:
     """Return the error for memory that ran out while `what` was done, with fields `phase` and `suggestions`.
 
-    `said` is the allocator's message.
+    `reason` is the allocator's message.
     """
     found = [str(one) for one in suggestions(situation)]
-    message = f"out of memory {what} ({said}). Any of these may help: {'; '.join(found)}."
+    message = f"out of memory {what} ({reason}). Any of these may help: {'; '.join(found)}."
     if situation.recipe is not None:
         message += " `tokmask estimate` with the same recipe reports how much it takes."
     return kind(message, code="out-of-memory", phase=situation.phase, suggestions=found)

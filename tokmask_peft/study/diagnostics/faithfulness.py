@@ -71,7 +71,8 @@ def masking_curves(
         for text, counts in steps.items():
             own, logits = np.split(logits, [len(counts) * (2 + RANDOM_ORDERS)])
             label = classifier.labels.index(explained[text].label)
-            values = probabilities(own, classifier.temperature)[:, label].reshape(-1, len(counts))
+            shares, at = get_task(classifier.task).competing(own, label)
+            values = probabilities(shares, classifier.temperature)[:, at].reshape(-1, len(counts))
             curves = np.stack([np.interp(SHARES, counts / counts[-1], row) for row in values])
             found[start + text] = np.concatenate([curves[:2], curves[2:].mean(0, keepdims=True)])
     return found

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from tokmask_peft.examples import Pair
+
 Alphabet = dict[str, tuple[str, ...]]
 
 
@@ -35,8 +37,10 @@ def misspell(words: Sequence[str], share: float, seed: Sequence[int], letters: A
     ]
 
 
-def misspell_text(text: str, share: float, seed: Sequence[int], letters: Alphabet) -> str:
-    """Return a running text of which about `share` of the words are misspelt; white space stays."""
+def misspell_text(text: str | Pair, share: float, seed: Sequence[int], letters: Alphabet) -> str | Pair:
+    """Return a running text, or a pair, of which about `share` of the words are misspelt; white space stays."""
+    if isinstance(text, Pair):
+        return Pair(*(str(misspell_text(part, share, (*seed, at), letters)) for at, part in enumerate(text)))
     changed = iter(misspell(text.split(), share, seed, letters))
     return re.sub(r"\S+", lambda _: next(changed), text)
 

@@ -29,9 +29,9 @@ from tokmask_peft.study.diagnostics.plans import Member, Perturbations
 from tokmask_peft.study.diagnostics.reports import make_folder, robustness_report
 from tokmask_peft.study.report import Report
 from tokmask_peft.study.statistics import spread
-from tokmask_peft.tasks import get_task
+from tokmask_peft.tasks import Task, get_task
 from tokmask_peft.training.environment import versions
-from tokmask_peft.training.metrics import Predictions, scores
+from tokmask_peft.training.metrics import Predictions, task_scores
 
 METRICS = ("f1_macro", "f1_weighted", "accuracy")
 _FILE = "robustness.json"
@@ -52,14 +52,14 @@ def score_perturbed(
         texts = [texts[index] for index in sorted(chosen)]
     labels = with_unseen(classifier.labels, texts)
     ids = {label: number for number, label in enumerate(labels)}
-    gold = [np.array([ids[tag] for tag in example.tags], dtype=np.int64) for example in texts]
-    words_given = get_task(classifier.task).words_given
-    given: list[Any] = [list(example.words) if words_given else example.string for example in texts]
+    task = get_task(classifier.task)
+    gold, words_given = [np.array(task.gold_ids(one, ids), dtype=np.int64) for one in texts], task.words_given
+    given: list[Any] = [example.text for example in texts]
     windows = list(classifier.encoder.windows(given))
     plain = predicted(classifier, windows, batch_size)
 
     def mean(rounds: Sequence[Labels]) -> dict[str, Any]:
-        found = [scores(*Predictions(gold, one).flat(), labels) for one in rounds]
+        found = [task_scores(task, Predictions(gold, one), labels) for one in rounds]
         means = {metric: float(np.mean([one[metric] for one in found])) for metric in METRICS}
         return {**means, "f1_macro_by_draw": [one["f1_macro"] for one in found]}
 
@@ -93,21 +93,21 @@ def score_perturbed(
         "clean": mean([plain]),
         "mask": masked,
         "noise": rows(what.noise, misspelt),
-        "words": by_unseen(texts, gold, plain, known, labels),
+        "words": by_unseen(texts, gold, plain, known, labels, task),
     }
 
 
 def by_unseen(
-    texts: Sequence[Example], gold: Labels, predicted: Labels, known: set[str], labels: Sequence[str]
+    texts: Sequence[Example], gold: Labels, predicted: Labels, known: set[str], labels: Sequence[str], task: Task
 ) -> dict[str, Any]:
     """Score texts with and without unseen words separately; in token tasks seen and unseen words."""
     parts: dict[str, Any] = {}
     unseen = [unseen_words(example.words, known) for example in texts]
     for name, wanted in (("seen", False), ("unseen", True)):
         flagged = zip(unseen, gold, strict=True)
-        chosen = [np.array(flags if len(one) == len(flags) else [any(flags)]) == wanted for flags, one in flagged]
+        chosen = [np.array(flags if task.words_given else [any(flags)] * len(one)) == wanted for flags, one in flagged]
         both = ([row[part] for row, part in zip(rows, chosen, strict=True)] for rows in (gold, predicted))
-        found = scores(*Predictions(*both).flat(), labels)
+        found = task_scores(task, Predictions(*both), labels)
         parts[name] = {**{metric: found[metric] for metric in METRICS}, "items": found["items"]}
     return parts
 
@@ -118,8 +118,9 @@ def predicted(classifier: Classifier, windows: Sequence[Window], batch_size: int
     of_text: dict[int, list[int]] = {}
     for number, window in enumerate(windows):
         of_text.setdefault(window.text, []).append(number)
-    join, parts = get_task(classifier.task).join, [of_text[text] for text in sorted(of_text)]
-    found = [join([windows[n] for n in own], [logits[n] for n in own]).argmax(-1) for own in parts]
+    task, parts = get_task(classifier.task), [of_text[text] for text in sorted(of_text)]
+    rows = (task.join([windows[n] for n in own], [logits[n] for n in own]) for own in parts)
+    found = [task.choose(row, classifier.cuts) for row in rows]
     return [np.array(classifier.legal.repaired_ids(row.tolist())) for row in found] if classifier.legal else found
 
 

@@ -9,6 +9,7 @@ from tiny_models import FAMILIES, build
 from transformers import AutoConfig
 
 from tokmask_peft.console import Decision
+from tokmask_peft.errors import ModelError
 from tokmask_peft.model.backbone import load_backbone
 from tokmask_peft.model.decisions import bitsandbytes_problem, choose_precision
 from tokmask_peft.model.memory.estimate import estimate
@@ -63,9 +64,12 @@ def test_real_shapes(name, layers, shape, quantization, precision, adapter, tmp_
         near(found.evaluation, measure_forward(recipe, LARGE), 0.02)
 
 
-@pytest.mark.parametrize(("family", "task"), [*((name, "sequence") for name in FAMILIES), ("bert", "token")])
+@pytest.mark.parametrize(
+    ("family", "task"),
+    [*((name, "sequence") for name in (*FAMILIES, "electra", "phi3", "gpt2", "deberta-v3")), ("bert", "token")],
+)
 def test_every_family(family, task, tmp_path):
-    depth = "n_layers" if family == "distilbert" else "num_hidden_layers"
+    depth = {"distilbert": "n_layers", "gpt2": "n_layer"}.get(family, "num_hidden_layers")
     model, tokenizer = build(family, task, **{depth: 6})
     save_random(model.base_model.config, tokenizer, tmp_path, torch.float32)
     recipe = make_recipe(tmp_path, task, model={"quantization": "none", "precision": "fp32"})
@@ -90,6 +94,21 @@ def test_fp16(family, shape, tmp_path, monkeypatch):
     near(found.activations, saved, 0.02)
     near(found.activations + found.workspace, peak, 0.05)
     near(found.weights + found.embedding + found.adapter, static, 0.01)
+
+
+@pytest.mark.parametrize("shape", [PADDED, PACKED])
+def test_a_decoder_that_sees_both_ways(shape, tmp_path):
+    model, tokenizer = build("qwen2", num_key_value_heads=4)
+    save_random(model.base_model.config, tokenizer, tmp_path, torch.float32)
+    settings = {"quantization": "none", "precision": "fp32", "attention": "bidirectional"}
+    config = AutoConfig.from_pretrained(tmp_path, num_labels=len(LABELS))
+    recipe = make_recipe(tmp_path, model=settings)
+    found, (saved, peak, _) = both(config, recipe, shape)
+    near(found.activations, saved, 0.02)
+    near(found.activations + found.workspace, peak, 0.05)
+    with pytest.raises(ModelError) as caught:
+        estimate(recipe, Setting(build("bert")[0].config, "cpu", "none", torch.float32), shape, shape)
+    assert caught.value.code == "attention"
 
 
 CHECKPOINTED = {"gradient_checkpointing": True}

@@ -18,6 +18,7 @@ from tokmask_peft.study.diagnostics.plans import Perturbations, find_members
 from tokmask_peft.study.diagnostics.reports import robustness_report, robustness_table
 from tokmask_peft.study.diagnostics.robustness import analyse, by_unseen
 from tokmask_peft.study.statistics import spread
+from tokmask_peft.tasks import get_task
 
 
 def mistake(*arguments: object) -> str:
@@ -84,16 +85,17 @@ def changed(run, **sections):
 
 
 @pytest.mark.parametrize(
-    ("texts", "gold", "predicted", "seen"),
+    ("task", "texts", "gold", "predicted", "seen"),
     [
-        ([("a b", "x"), ("a zzz", "y"), ("b", "y")], [[0], [1], [1]], [[0], [0], [1]], (2, 1.0)),
-        ([(("a", "zzz", "b"), ("x", "y", "y"))], [[0, 1, 1]], [[0, 0, 0]], (2, 0.5)),
+        ("sequence", [("a b", "x"), ("a zzz", "y"), ("b", "y")], [[0], [1], [1]], [[0], [0], [1]], (2, 1.0)),
+        ("token", [(("a", "zzz", "b"), ("x", "y", "y"))], [[0, 1, 1]], [[0, 0, 0]], (2, 0.5)),
+        ("multilabel", [("a b", ("x",)), ("a zzz", ("y",))], [[0, -1], [-1, 1]], [[0, -1], [0, 1]], (1, 1.0)),
     ],
 )
-def test_texts_or_words_by_whether_they_are_unseen(texts, gold, predicted, seen):
+def test_texts_or_words_by_whether_they_are_unseen(task, texts, gold, predicted, seen):
     examples = [Example(words, tags, "here") for words, tags in texts]
     gold, predicted = ([np.array(row) for row in rows] for rows in (gold, predicted))
-    found = by_unseen(examples, gold, predicted, {"a", "b"}, ("x", "y"))
+    found = by_unseen(examples, gold, predicted, {"a", "b"}, ("x", "y"), get_task(task))
     assert (found["seen"]["items"], found["seen"]["accuracy"]) == seen
     assert (found["unseen"]["items"], found["unseen"]["accuracy"]) == (1, 0.0)
 
