@@ -288,7 +288,9 @@ def examples(rows: Iterable[Row], name: str, columns: Columns) -> Iterator[Examp
     text, second, label, group, joined, mark = "", None, None, None, False, None
     flags: list[str] = []
     if names:
-        usual = task.text_columns if columns.labelled else (*task.text_columns, "text", "sentence", "tweet")
+        usual = task.text_columns
+        if not columns.labelled and not {column.lower().strip() for column in names} & {*usual}:
+            usual = tuple(dict.fromkeys((*usual, "text", "sentence", "tweet")))  # words are split from whole texts
         text = _choose(names, 0 if plain and columns.text is None else columns.text, usual, "text", name)
         if columns.second is not None and (second := _choose(names, columns.second, (), "text", name)) == text:
             problem = f"data.text_column: the two texts of a pair are both of column '{text}' of {name}"
