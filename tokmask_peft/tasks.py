@@ -237,8 +237,9 @@ class SequenceTask(Task):
             found = f"column '{columns[0]}' has {type(text).__name__}"
             raise DataError(f"{found}, but a text is a string or a list of words", code="cell-type")
         if isinstance(label, list | dict):
-            found = f"column '{columns[1]}' has {type(label).__name__}, but task '{self.name}' needs one label per text"
-            raise DataError(f"{found}. For one label per word set data.task to token.", code="cell-type")
+            found = f"column '{columns[1]}' has {type(label).__name__}, but task '{self.name}' has {self.description}"
+            remedy = "For one label per word set data.task to token, for several per text to multilabel."
+            raise DataError(f"{found}. {remedy}", code="cell-type")
         return self.example(words, None if _is_missing(label) else str(label).strip(), where)
 
     def encode_label(self, example: Example, starts: Sequence[tuple[int, int]], length: int, ids: LabelIds) -> int:

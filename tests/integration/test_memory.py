@@ -179,7 +179,7 @@ def forecast_of_a_run(monkeypatch, recipe):
 
 
 def test_a_run_that_will_not_fit_is_reported_before_it_starts(write_recipe, monkeypatch, capsys):
-    monkeypatch.setattr(fits, "device_memory", lambda device: Memory(700 * 2**20, "this machine's free memory"))
+    monkeypatch.setattr(fits, "device_memory", lambda device: Memory(700 * 2**20, "this machine"))
     forecast_of_a_run(monkeypatch, load_recipe(write_recipe(), SHORT))
     said = capsys.readouterr().out
     assert "Warning: the largest batch would take" in said
@@ -247,7 +247,7 @@ def test_checkpointing_that_memory_asks_for_changes_no_weight(write_recipe, monk
     path = write_recipe("qwen2", extra="")
     settings = ["adapter.dropout=0", "training.eval_batch_size=2"]
     plain = train(path, "plain", *settings)
-    sizes = iter([Memory(700 * 2**20 + 2**18, "this machine's free memory")])
+    sizes = iter([Memory(700 * 2**20 + 2**18, "this machine")])
     monkeypatch.setattr(fits, "device_memory", lambda device: next(sizes))
     tight = train(path, "tight", *settings)
     chosen = {decision["what"]: decision["choice"] for decision in tight.result.decisions}

@@ -52,7 +52,7 @@ def test_the_process_with_the_least_room_decides_for_all(tmp_path):
     assert first == second
     on, choice, reason, warning = first
     assert (on, choice) == (True, "on")
-    assert reason.endswith("a full GPU has 0 MiB (process 1)")
+    assert reason.endswith("a full GPU has 0 MiB free (process 1)")
     assert "It may run out of memory" in warning, "the first process prints what the second finds"
 
 
@@ -67,8 +67,8 @@ def test_of_equals_the_first_decides():
 @pytest.mark.parametrize(
     ("room", "sharded", "asked", "reason", "warns"),
     [
-        ("none", False, "auto", "a full GPU has 0 MiB", True),
-        ("plenty", False, "auto", "a big GPU has 1024.0 GiB", False),
+        ("none", False, "auto", "a full GPU has 0 MiB free", True),
+        ("plenty", False, "auto", "a big GPU has 1024.0 GiB free", False),
         ("none", True, "auto", "; shards are not counted", False),
         ("none", True, True, "set in the recipe", False),
     ],

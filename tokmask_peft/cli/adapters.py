@@ -7,7 +7,6 @@ import functools
 import json
 import shutil
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,18 +27,18 @@ from tokmask_peft.cli.app import (
     TrustOption,
     app,
     checked,
+    open_texts,
     own_flags,
     with_flags,
 )
 from tokmask_peft.cli.start import print_data, recipe_of
-from tokmask_peft.console import Decision, SafeConsole, echo, make_console, quiet_libraries
-from tokmask_peft.errors import DataError, write_whole
+from tokmask_peft.console import SafeConsole, echo, make_console, quiet_libraries
+from tokmask_peft.errors import write_whole
 from tokmask_peft.examples import Pair
 from tokmask_peft.tasks import get_task
 
 if TYPE_CHECKING:
     from tokmask_peft.artifacts import SavedAdapter
-    from tokmask_peft.data.readers import TextFile
     from tokmask_peft.training.memory import Forecast
 
 ARMS = (
@@ -50,8 +49,6 @@ ARMS = (
 RecipeOrData = Annotated[
     str, typer.Argument(metavar="RECIPE", help="a YAML file, the name of a shipped recipe, or a data file or folder")
 ]
-_Form = tuple[str, str | int | None, bool | Literal["auto"]]
-"""Format of a file, column of its texts, and whether it has a header."""
 GPU = (
     "memory of a GPU, for example 6GB; it is assumed to have bf16 (for T4, V100, GTX 16 and RTX 20 add "
     "model.precision=fp16, for GTX 10 fp32); default: this machine"
@@ -278,9 +275,9 @@ def predict(
                 path = _saved_input(stack.enter_context(TemporaryDirectory()), file, format)
                 if not path.stat().st_size:
                     raise typer.BadParameter(f"{name} is empty: give texts, or --file", param_hint="TEXT")
-            more = (separator, encoding, group_column, name)
-            form = (format, read_columns(column, saved.pair), headers[header])
-            source = _open_texts(model, form, lambda *form: TextFile(path, saved.task, *form, *more))
+            more: dict[str, Any] = {"separator": separator, "encoding": encoding, "group_column": group_column}
+            read = functools.partial(TextFile, path, saved.task, **more, name=name)
+            source = open_texts(model, (format, read_columns(column, saved.pair), headers[header]), read)
             source.worded = functools.partial(with_flags, flags=flags)
             reasons = [replace(one, reason=with_flags(one.reason, flags)) for one in source.decisions]
             source.decisions = tuple(reasons)
@@ -321,41 +318,6 @@ def read_columns(given: list[str] | None, pair: tuple[str, str] | None) -> str |
         reads = "one text, so name one column" if pair is None else f"pairs ({' and '.join(pair)}), so name two columns"
         raise typer.BadParameter(f"this model reads {reads}", param_hint="--column")
     return given[0] if pair is None else (given[0], given[1])
-
-
-def _open_texts(model: str, asked: _Form, read: Callable[[str, Any, Any], TextFile]) -> TextFile:
-    """Open a file; if no column is named, the text's is that of the run's data: first by name, last by number.
-
-    A file that nothing else reads is read as CoNLL if the run's data are, and has a header if they do.
-
-    Raises:
-        DataError: neither way fits; that of the command alone.
-    """
-    from tokmask_peft.artifacts import is_run
-    from tokmask_peft.recipe.loading import load_recipe
-
-    ways, (format, column, header) = [asked], asked
-    if column is None and is_run(model):
-        data = load_recipe(Path(model) / "recipe.yaml").data
-        conll = (format, data.format) == ("auto", "conll")
-        in_run = ("conll" if conll else format, data.text_column, data.header if header == "auto" else header)
-        by_name = isinstance(data.text_column, str) and not data.text_column.removeprefix("-").isdecimal()
-        ways = [in_run, asked] if by_name and not conll else [asked, in_run]
-    problems: list[DataError] = []
-    for way in ways:
-        try:
-            source = read(*way)
-        except DataError as error:
-            problems.insert(0 if way is asked else 1, error)
-            continue
-        if way is not asked and way != asked:
-            choice = f"column {way[1] or 0}" + (" of conll" if way[0] != format else "")
-            note = Decision(
-                f"texts of {source.path.name}", choice, "as in the data of the run; data.text_column sets it"
-            )
-            source.decisions = (*source.decisions, note)
-        return source
-    raise problems[0]
 
 
 def _saved_input(folder: str, file: Path, format: str) -> Path:

@@ -7,7 +7,7 @@ import re
 import shlex
 import signal
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,10 +16,11 @@ import typer
 from typer.core import TyperGroup
 
 from tokmask_peft import __version__
-from tokmask_peft.console import echo, mute, stop_signals
-from tokmask_peft.errors import RunInterruptedError, TokmaskError, as_ours
+from tokmask_peft.console import Decision, echo, mute, stop_signals
+from tokmask_peft.errors import DataError, RunInterruptedError, TokmaskError, as_ours
 
 if TYPE_CHECKING:
+    from tokmask_peft.data.readers import TextFile
     from tokmask_peft.recipe.schema import Recipe
 
 
@@ -100,6 +101,41 @@ def checked(recipe: str, overrides: list[str] | None) -> Recipe:
     from tokmask_peft.recipe.schema import Recipe
 
     return Recipe.load(recipe, overrides or [])
+
+
+def open_texts(model: str, asked: tuple[str, Any, Any], read: Callable[[str, Any, Any], TextFile]) -> TextFile:
+    """Open a file; if no column is named, the text's is that of the run's data: first by name, last by number.
+
+    `asked` and the arguments of `read` are a format, a column, and whether there is a header.
+
+    A file that nothing else reads is read as CoNLL if the run's data are, and has a header if they do.
+
+    Raises:
+        DataError: neither way fits; that of the command alone.
+    """
+    from tokmask_peft.artifacts import is_run
+    from tokmask_peft.recipe.loading import load_recipe
+
+    ways, (format, column, header) = [asked], asked
+    if column is None and is_run(model):
+        data = load_recipe(Path(model) / "recipe.yaml").data
+        conll = (format, data.format) == ("auto", "conll")
+        in_run = ("conll" if conll else format, data.text_column, data.header if header == "auto" else header)
+        by_name = isinstance(data.text_column, str) and not data.text_column.removeprefix("-").isdecimal()
+        ways = [in_run, asked] if by_name and not conll else [asked, in_run]
+    problems: list[DataError] = []
+    for way in ways:
+        try:
+            source = read(*way)
+        except DataError as error:
+            problems.insert(0 if way is asked else 1, error)
+            continue
+        if way is not asked and way != asked:
+            choice = f"column {way[1] or 0}" + (" of conll" if way[0] != format else "")
+            why = "as in the data of the run; data.text_column sets it"
+            source.decisions = (*source.decisions, Decision(f"texts of {source.path.name}", choice, why))
+        return source
+    raise problems[0]
 
 
 recipes_app = typer.Typer(no_args_is_help=False, help="The recipes that come with the package.")

@@ -288,7 +288,9 @@ def examples(rows: Iterable[Row], name: str, columns: Columns) -> Iterator[Examp
     text, second, label, group, joined, mark = "", None, None, None, False, None
     flags: list[str] = []
     if names:
-        text = _choose(names, 0 if plain and columns.text is None else columns.text, task.text_columns, "text", name)
+        is_usual_name = any(column.lower().strip() in task.text_columns for column in names)
+        usual = task.text_columns if is_usual_name or columns.labelled else ("text", "sentence", "tweet")
+        text = _choose(names, 0 if plain and columns.text is None else columns.text, usual, "text", name)
         if columns.second is not None and (second := _choose(names, columns.second, (), "text", name)) == text:
             problem = f"data.text_column: the two texts of a pair are both of column '{text}' of {name}"
             raise DataError(f"{problem}: name two columns", code="column", field="text_column", columns=tuple(names))
@@ -321,8 +323,7 @@ def examples(rows: Iterable[Row], name: str, columns: Columns) -> Iterator[Examp
         try:
             words = listed(row[text], text, task)
             tags = None if label is None else listed(row[label], label, task, label=True)
-            if mark is not None and isinstance(tags, str):
-                tags = tags.split(mark)
+            tags = tags.split(mark) if mark is not None and isinstance(tags, str) else tags
             tags = _flagged(row, flags) if flags else tags
             example = task.from_cells(words, tags, where, (text, label))
             if second is not None:

@@ -5,12 +5,13 @@ import io
 import json
 import os
 import threading
+from functools import partial
 
 import pytest
 from typer.testing import CliRunner
 
 from tokmask_peft.cli import app
-from tokmask_peft.cli.adapters import _open_texts
+from tokmask_peft.cli.app import open_texts
 from tokmask_peft.data.readers import TextFile
 from tokmask_peft.errors import DataError
 
@@ -54,7 +55,7 @@ def test_standard_input_is_a_text_per_line(saved_adapter, arguments):
     [
         ("text_column: post", "sequence", "in.csv", "text,post\na,la casa\nb,azul\n", ["la casa", "azul"]),
         ("text_column: post", "sequence", "in.csv", "id,text\n1,la casa\n", ["la casa"]),
-        ("header: false, text_column: 1", "sequence", "in.tsv", "s1\tla casa\ts\ns2\tazul\tt\ns3\tazul 2\tt\n", ["la casa", "azul", "azul 2"]),
+        ("header: false, text_column: 1", "sequence", "in.tsv", "1\tla casa\n2\tazul\n", ["la casa", "azul"]),
         ("text_column: 2", "sequence", "in.csv", "text,a,b\nla casa,1,2\n", ["la casa"]),
         ("format: conll", "token", "in.tsv", "la\ncasa\n\nazul\n", ["la casa", "azul"]),
         ("text_column: word", "token", "in.csv", "s,word,text\n1,la,x\n1,casa,y\n2,azul,z\n", ["la casa", "azul"]),
@@ -65,7 +66,7 @@ def test_what_the_command_leaves_open_is_as_in_the_run_s_data(tmp_path, data, ta
     run = f"name: a\nmodel: {{backbone: b}}\ndata: {{path: ., task: {task}, {data}}}\n"
     (tmp_path / "recipe.yaml").write_text(run)
     (tmp_path / name).write_text(content)
-    source = _open_texts(str(tmp_path), ("auto", None, "auto"), lambda *form: TextFile(tmp_path / name, task, *form))
+    source = open_texts(str(tmp_path), ("auto", None, "auto"), partial(TextFile, tmp_path / name, task))
     assert [one.string for one in source] == texts
 
 
@@ -73,11 +74,16 @@ def test_if_neither_fits_the_error_is_about_the_file(tmp_path):
     run = "name: a\nmodel: {backbone: b}\ndata: {path: ., task: sequence, text_column: post}\n"
     (tmp_path / "recipe.yaml").write_text(run)
     (tmp_path / "in.csv").write_text("a,b\nx,y\n")
-    with pytest.raises(DataError, match="has a usual name|no column has") as caught:
-        _open_texts(
-            str(tmp_path), ("auto", None, "auto"), lambda *form: TextFile(tmp_path / "in.csv", "sequence", *form)
-        )
+    with pytest.raises(DataError, match="no column has a usual name") as caught:
+        open_texts(str(tmp_path), ("auto", None, "auto"), partial(TextFile, tmp_path / "in.csv", "sequence"))
     assert caught.value.code == "column"
+
+
+def test_a_model_that_labels_words_reads_the_column_of_whole_texts(saved_adapter, tmp_path):
+    (tmp_path / "in.csv").write_text("id,text\n1,hoy great\n2,muy malo\n")
+    done = predict(saved_adapter(task="token"), "--file", tmp_path / "in.csv", "--json")
+    assert done.exit_code == 0, done.output
+    assert [json.loads(line)["words"] for line in done.stdout.splitlines()] == [["hoy", "great"], ["muy", "malo"]]
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")

@@ -36,7 +36,7 @@ ONE_LINE = {
     "data.validation=2": f"is 2; {SPLIT}",
     "data.validation=0.0": f"is 0.0; {SPLIT}",
     "data.validation=true": f"is true; {SPLIT}",
-    "data.task=seq": "is 'seq'; expected 'sequence' or 'token'. Did you mean 'sequence'?",
+    "data.task=seq": "is 'seq'; expected 'sequence', 'token' or 'multilabel'. Did you mean 'sequence'?",
     "data.text_column=1.5": "is 1.5; expected text, a whole number, a list of two columns, as [premise, hypothesis] or "
     "null",
     "data.test_source=foo": "is 'foo'; expected a section with keys such as path, hub, hub_config, hub_revision",
@@ -158,8 +158,8 @@ def test_descriptions_help_with_what_is_missing(tmp_path):
     assert problems(recipe=path) == [
         "model.backbone: is missing; expected text (model id on the Hugging Face Hub, a folder, or a .gguf file: here, "
         "or OWNER/REPOSITORY/FILE.gguf on the Hub)",
-        "data.task: is missing; expected 'sequence' or 'token' (sequence: one label per text; token: one label per "
-        "word)",
+        "data.task: is missing; expected 'sequence', 'token' or 'multilabel' (sequence: one label per text; token: one "
+        "label per word; multilabel: several labels per text, or none)",
     ]
 
 

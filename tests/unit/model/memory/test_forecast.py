@@ -168,7 +168,7 @@ def test_the_batch_of_an_evaluation_is_of_the_texts_that_are_evaluated(budget):
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 SMALL |= {"vocab_size": 100, "max_position_embeddings": 140, "num_labels": 3}
 CONFIGS = [AlbertConfig(embedding_size=16, **SMALL), MPNetConfig(**SMALL)]
-TIGHT = Memory(700 * 2**20, "this machine's free memory")
+TIGHT = Memory(700 * 2**20, "this machine")
 
 
 class Loaded:
