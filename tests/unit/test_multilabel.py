@@ -296,3 +296,12 @@ def test_init_finds_several_labels_per_text(tmp_path, row, expected):
     found, corpus = detect([tmp_path / "posts.jsonl"], {})
     assert found.data.items() >= ({"task": "multilabel"} | expected).items()
     assert corpus.task == found.data["task"]
+
+
+@pytest.mark.parametrize("form", [list, str, lambda places: "|".join(map(str, places))])
+def test_init_takes_places_for_no_labels(tmp_path, form):
+    lines = [{"text": f"we saw the old house number {n}", "labels": form([n % 2, n % 3 % 2, 0])} for n in range(30)]
+    (tmp_path / "posts.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    with pytest.raises(DataError) as caught:
+        detect([tmp_path / "posts.jsonl"], {"task": "multilabel"})
+    assert caught.value.code in ("no-labels", "label-repeated")

@@ -128,7 +128,7 @@ def load_backbone(
     if find_decoder_embedding(model) is not None:
         if pairs:
             problem = f"{type(model).__name__} answers at the only end token of its text, which also separates a pair"
-            remedy = "set model.backbone to one without a decoder, such as a BERT"
+            remedy = "set model.backbone to an encoder or a decoder alone, such as a BERT or a Qwen"
             raise ModelError(f"{problem}: {remedy}", code="pairs-with-decoder", model=type(model).__name__)
         model.register_forward_pre_hook(functools.partial(_one_end, tokenizer.unk_token_id), with_kwargs=True)
     new_modules = _new_modules(model, info)
