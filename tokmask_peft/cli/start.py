@@ -91,7 +91,6 @@ def _split_arguments(given: Sequence[str]) -> tuple[list[Path], list[str]]:
 
 def is_data(given: str) -> bool:
     """Return whether an argument names data rather than a recipe."""
-    from tokmask_peft.data.readers import PACKED, READERS
     from tokmask_peft.recipe.loading import shipped_recipes
 
     path = Path(given)
@@ -99,6 +98,9 @@ def is_data(given: str) -> bool:
         return not (path / "recipe.yaml").is_file() and given not in shipped_recipes()
     if not path.is_file() or path.suffix.lower() in (".yaml", ".yml"):
         return False
+
+    from tokmask_peft.data.readers import PACKED, READERS
+
     if path.suffix.lower() in {*READERS, *PACKED}:
         return True
     with path.open("rb") as file:

@@ -229,7 +229,7 @@ def prepare(recipe: Recipe, device: torch.device, console: Console) -> Prepared:
         backbone = load_backbone(recipe.model, data.task, corpus.labels, device)
     loaded: Any = backbone.model
     check_length(recipe, loaded.config.to_dict())
-    batching = choose_batching(training.batching, loaded, training.neftune_alpha is not None, device, backbone.dtype)
+    batching = choose_batching(training.batching, loaded, recipe, device, backbone.dtype)
     if batching.choice == "padding_free":
         enable_padding_free(backbone.model)
 
