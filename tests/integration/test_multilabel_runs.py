@@ -17,11 +17,13 @@ from tokmask_peft import Recipe, evaluate, train
 from tokmask_peft.artifacts import find_saved, open_run
 from tokmask_peft.cli import app
 from tokmask_peft.data.corpus import load_corpus
+from tokmask_peft.examples import Example, LabelSet
 from tokmask_peft.hub.card import PLACEHOLDER, Card
 from tokmask_peft.report.demo import answer, of_run
-from tokmask_peft.report.examples import find_mistakes
+from tokmask_peft.report.examples import explained, find_mistakes, mistakes_of
 from tokmask_peft.study.diagnostics.plans import Perturbations
 from tokmask_peft.study.diagnostics.robustness import score_perturbed
+from tokmask_peft.tasks import get_task
 
 WORDS = {"joy": ["great", "lindo", "happy"], "anger": ["awful", "malo", "bad"], "fear": ["scary", "miedo"]}
 FILLER = ["today", "hoy", "casa", "work", "amigo", "the", "la", "very", "phone"]
@@ -189,6 +191,11 @@ def test_scores_on_perturbed_texts(run, classifier):
     found = score_perturbed(classifier, test, {"the"}, Perturbations((0.5,), (0.2,), 1))
     assert found["clean"]["accuracy"] == pytest.approx(run.result.test["accuracy"])
     assert found["words"]["seen"]["items"] + found["words"]["unseen"]["items"] == 60
+    strange = Example("a great phone", LabelSet(["joy", "new"]), "x:1")
+    assert score_perturbed(classifier, [strange], {"a"}, Perturbations((), (), 1))["clean"]["accuracy"] == 0.0
+    *_, unknown = mistakes_of(get_task("multilabel"), strange, *classifier.predict([strange.text]))
+    assert (unknown.gold, unknown.predicted) == ("new", "not new")
+    assert explained(classifier, [unknown]) == ((unknown,), "")
 
 
 @pytest.mark.parametrize("batching", ["padded", "padding_free"])

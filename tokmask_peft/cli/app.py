@@ -87,6 +87,16 @@ def with_flags(text: str, flags: Mapping[str, str]) -> str:
     return re.sub(r"\bdata\.(\w+)", lambda found: flags.get(found[1], found[0]), text)
 
 
+def read_columns(given: list[str] | None, pair: tuple[str, str] | None, flag: str) -> str | tuple[str, str] | None:
+    """Return the column of the texts that an option names, or the two of a model that reads pairs; none if none is."""
+    if not given:
+        return None
+    if len(given) != (1 if pair is None else 2):
+        reads = "one text, so name one column" if pair is None else f"pairs ({' and '.join(pair)}), so name two columns"
+        raise typer.BadParameter(f"this model reads {reads}", param_hint=flag)
+    return given[0] if pair is None else (given[0], given[1])
+
+
 @contextmanager
 def own_flags(flags: Mapping[str, str]) -> Iterator[None]:
     """Let errors name a command's own options; see `with_flags`."""

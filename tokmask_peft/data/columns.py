@@ -16,7 +16,7 @@ from tokmask_peft.data.opening import DataFile, sheet_cells
 from tokmask_peft.data.readers import jsonl_rows
 from tokmask_peft.data.split import canonical
 from tokmask_peft.errors import DataError, nearest
-from tokmask_peft.examples import Unreadable
+from tokmask_peft.examples import MARKS, Unreadable
 from tokmask_peft.tasks import TASKS, get_task
 
 SAMPLED = 2000
@@ -410,12 +410,17 @@ class Table:
 
 
 def _mark_of_sets(column: _Column) -> str | None:
-    """Return what separates the labels in cells of a column, nothing in lists; none if a cell has one label at most."""
+    """Return what separates the labels in cells of a column, nothing in lists; none if no cell has several labels."""
     few = 1 < len(column.values) <= MOST_LABELS
+    marks = [mark for mark in MARKS if any(mark in text for text in column.strings)]
+    rows = [[*map(str, row or ())] for row in column.lists] if column.is_list else []
+    if not column.is_list and len(marks) == 1:
+        rows = [[part.strip() for part in text.split(marks[0])] for text in column.strings]
+    if any(one and times > 1 for row in rows for one, times in Counter(row).items()):
+        return None  # such as [0, 1, 0]: each place stands for a label, whose name is not there
     if column.is_list:
-        return "" if few and any(len(row or ()) > 1 for row in column.lists) else None
-    marks = [mark for mark in "|;," if any(mark in text for text in column.strings)]
-    parts = Counter(part.strip() for text in column.strings for part in text.split(marks[0])) if len(marks) == 1 else {}
+        return "" if few and any(len(row) > 1 for row in rows) else None
+    parts = Counter(part for row in rows for part in row)
     few = 1 < len(parts) <= min(MOST_LABELS, len(column.strings) // 2) and len(parts) < len(column.values)
     few = few and not column.is_number  # numbers may have a decimal comma
     return marks[0] if few and all(len(part.split()) <= 4 for part in parts) else None

@@ -100,6 +100,9 @@ def explained(classifier: Classifier, mistakes: list[Mistake]) -> tuple[tuple[Mi
         text: Any = mistake.pair or given
         there = mistake.predicted in classifier.labels  # otherwise it says that the label of the data is not there
         about, sign = (mistake.predicted, 1) if there else (mistake.gold, -1)
+        if about not in classifier.labels:  # training lacks it
+            found.append(mistake)
+            continue
         label = about if mistake.word is None else None
         try:
             (explanation,) = explain(classifier, [text], word=mistake.word, label=label)

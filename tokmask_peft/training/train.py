@@ -226,7 +226,7 @@ def prepare(recipe: Recipe, device: torch.device, console: Console) -> Prepared:
 
     set_seed(recipe.seed)  # before the head is drawn
     with memory_errors(Situation("loading", recipe)):
-        backbone = load_backbone(recipe.model, data.task, corpus.labels, device)
+        backbone = load_backbone(recipe.model, data.task, corpus.labels, device, pairs=data.pair is not None)
     loaded: Any = backbone.model
     check_length(recipe, loaded.config.to_dict())
     batching = choose_batching(training.batching, loaded, recipe, device, backbone.dtype)
