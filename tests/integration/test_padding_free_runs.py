@@ -40,8 +40,8 @@ def test_packed_and_padded_runs_are_one(write_recipe, family, task, masking):
 
 
 def test_another_backbone_is_trained_padded_and_says_so(write_recipe):
-    done = run(write_recipe("modernbert"), "other", "training.batching=padding_free", "training.max_steps=2")
+    done = run(write_recipe("deberta-v3"), "other", "training.batching=padding_free", "training.max_steps=2")
     decided = {decision["what"]: decision for decision in done.result.decisions}
     assert decided["batching"]["choice"] == "padded"
-    assert "ModernBertForSequenceClassification has no padding-free forward" in decided["batching"]["reason"]
+    assert "DebertaV2ForSequenceClassification has no padding-free forward" in decided["batching"]["reason"]
     assert "batching: padding_free" in done.folder.recipe.read_text()

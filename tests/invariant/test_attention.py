@@ -4,6 +4,7 @@ import pytest
 import torch
 from test_padding_free import adapted, alone, assert_same, pack, texts_of
 from tiny_models import build, causal_families, encode
+from transformers import BloomConfig, BloomForTokenClassification
 
 from tokmask_peft.errors import ModelError
 from tokmask_peft.masking.masker import TokenMasker
@@ -100,3 +101,8 @@ def test_which_sub_token_carries_a_label(family, expected):
         see_both_ways(model)
         assert choose_label_on("auto", model).choice == expected
     assert choose_label_on("first", model).choice == "first"
+
+
+def test_a_decoder_without_causal_modules_labels_the_last_sub_token():
+    config = BloomConfig(vocab_size=40, hidden_size=16, n_layer=1, n_head=2)
+    assert choose_label_on("auto", BloomForTokenClassification(config)).choice == "last"

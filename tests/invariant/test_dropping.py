@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_padding_free import adapted, assert_same, pack, texts_of
 from tiny_models import build, encode
-from transformers import TrainingArguments
+from transformers import OPTConfig, OPTForSequenceClassification, TrainingArguments
 
 from tokmask_peft.errors import MaskTokenError
 from tokmask_peft.masking.callback import TokenMaskCallback
@@ -87,6 +87,16 @@ def test_a_head_that_would_pool_what_is_dropped_is_refused():
     assert caught.value.code == "cannot-drop"
     pool_texts(model, "mean")  # ours leaves them out
     TokenMasker.attach(model, tokenizer, DROP).detach()
+
+
+def test_a_model_whose_positions_follow_the_attention_mask_is_refused():
+    _, tokenizer = build("qwen2")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "ffn_dim": 16}
+    model = OPTForSequenceClassification(OPTConfig(vocab_size=len(tokenizer) + 8, word_embed_proj_dim=16, **sizes))
+    with pytest.raises(MaskTokenError) as caught:
+        TokenMasker.attach(model, tokenizer, DROP)
+    assert caught.value.code == "cannot-drop"
+    TokenMasker.attach(model, tokenizer, TokenMaskConfig(p=0.5)).detach()
 
 
 @pytest.mark.parametrize("family", ["bert", "qwen2"])

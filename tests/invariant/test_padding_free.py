@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+import yaml
 from peft import LoraConfig, get_peft_model
 from tiny_models import TEXTS, build, encode, encoder_decoders, families, more_families, seen_ids
 from torch.nn.parallel import DistributedDataParallel
@@ -22,7 +23,7 @@ from tokmask_peft.model.families import FAMILIES, Family
 from tokmask_peft.model.layers import LINEAR
 from tokmask_peft.model.packed import choose_batching, enable_padding_free
 from tokmask_peft.recipe import TokenMaskConfig
-from tokmask_peft.recipe.schema import AdapterConfig, ModelConfig
+from tokmask_peft.recipe.schema import AdapterConfig, ModelConfig, Recipe
 
 SUPPORTED = [*families, *(name for name in more_families if name != "deberta-v3")]
 TOKENS = ["bert", "xlm-r", "qwen2", "modernbert", "electra", "phi3", "smollm3", "gpt2"]  # the others share their code
@@ -336,9 +337,27 @@ def test_other_backbones_fall_back_and_say_why(family, settings, why):
         enable_padding_free(model)
     assert caught.value.code == "not-packable"
     assert all(choose_batching(wanted, model).choice == wanted for wanted in ("grouped", "padded"))
-    with_noise = choose_batching("padding_free", build("bert")[0], neftune=True)
-    assert with_noise.choice == "padded"
-    assert "NEFTune" in with_noise.reason
+
+
+def test_what_a_recipe_asks_for_may_need_padded_batches():
+    def chosen(family, masking="{}", training="{}", **settings):
+        data = "{builtin: true, task: sequence, max_length: 60}"
+        text = f"name: a\nmodel: {{backbone: b}}\ndata: {data}\nmasking: {masking}\ntraining: {training}\n"
+        return choose_batching(
+            "padding_free", build(family, **settings)[0], Recipe.model_validate(yaml.safe_load(text))
+        )
+
+    assert "NEFTune" in (noisy := chosen("bert", training="{neftune_alpha: 5}")).reason
+    assert noisy.choice == "padded"
+    drop = "{p: 0.1, replace: drop}"
+    assert "windows of 8" in (narrow := chosen("mistral", drop, sliding_window=8)).reason
+    assert narrow.choice == "padded"
+    assert chosen("modernbert", drop, local_attention=32).choice == "padded"
+    # a window that no text fills, one that is off, no masking, masks that stay
+    assert chosen("mistral", drop, sliding_window=60).choice == "padding_free"
+    assert chosen("qwen2", drop, sliding_window=8, use_sliding_window=False).choice == "padding_free"
+    assert chosen("mistral", sliding_window=8).choice == "padding_free"
+    assert chosen("mistral", "{p: 0.1}", sliding_window=8).choice == "padding_free"
 
 
 def test_a_family_can_be_added_from_outside(monkeypatch):

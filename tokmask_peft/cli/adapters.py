@@ -276,10 +276,11 @@ def predict(
                 path = _saved_input(stack.enter_context(TemporaryDirectory()), file, format)
                 if not path.stat().st_size:
                     raise typer.BadParameter(f"{name} is empty: give texts, or --file", param_hint="TEXT")
-            more: dict[str, Any] = {"separator": separator, "encoding": encoding, "group_column": group_column}
-            read = functools.partial(TextFile, path, saved.task, **more, name=name)
+            more: dict[str, Any] = {"separator": separator, "encoding": encoding, "name": name}
             columns = read_columns(column, saved.pair, "--column") or saved.pair
-            source = open_texts(model, (format, columns, headers[header]), read)
+            asked = {"format": format, "text_column": columns, "header": headers[header]}
+            read = functools.partial(TextFile, path, saved.task, **more)
+            source = open_texts(model, asked | {"group_column": group_column}, read)
             source.worded = functools.partial(with_flags, flags=flags)
             reasons = [replace(one, reason=with_flags(one.reason, flags)) for one in source.decisions]
             source.decisions = tuple(reasons)

@@ -111,7 +111,7 @@ def export_merged(
     saved = find_saved(model, backbone, trust_remote_code=trust_remote_code)
     if saved.model.pooling in ("mean", "max"):
         problem = f"the head reads the {saved.model.pooling} of a text's states, which no stock model does"
-        raise ModelError(f"{problem}: use the adapter, or train with model.pooling=cls", code="pooling-not-exportable")
+        raise ModelError(f"{problem}: use the adapter, or train with model.pooling=auto", code="pooling-not-exportable")
 
     import torch
 

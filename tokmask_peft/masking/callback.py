@@ -88,7 +88,8 @@ class TokenMaskCallback(TrainerCallback, ExportableState):
 
     A Trainer calls no event when training raises. The hook that is left goes with the trainer, or the next training
     replaces it. Call `detach()` if you go on with a loop of your own while the trainer is still there: otherwise one
-    training forward may still be masked, and the next one warns and is not.
+    training forward may still be masked, and the next one warns and is not. If the first batch failed, all of them are
+    masked, with one warning.
 
     Args:
         config: how to mask; its seed defaults to that of the `TrainingArguments`.

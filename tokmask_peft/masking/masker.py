@@ -22,6 +22,8 @@ from tokmask_peft.masking import pattern
 from tokmask_peft.masking.config import TokenMaskConfig
 from tokmask_peft.masking.replacement import REPLACEMENTS, MaskToken
 
+_COUNT_BY_MASK = ("opt", "biogpt", "bloom")
+"""Models, by `model_type`, in which a token's position is the number of those before it in the attention mask."""
 _DECODER = 1 << 63
 """Turns the seed into that of the decoder's positions, which are drawn apart from those of the encoder."""
 
@@ -122,6 +124,12 @@ class TokenMasker:
         if decoder is not None and REPLACEMENTS[config.replace].removes:
             why = "masking.replace: drop is not possible in an encoder-decoder model"
             raise MaskTokenError(f"{why}, whose decoder reads the text, too: use replace: token", code="cannot-drop")
+        whole: Any = rows_of.unwrap(model)
+        about = getattr(whole, "config", None)
+        counts = getattr(about, "model_type", "") in _COUNT_BY_MASK or getattr(about, "alibi", False)
+        if REPLACEMENTS[config.replace].removes and counts:
+            why = f"masking.replace: drop is not possible in {type(whole).__name__}, which counts positions by its mask"
+            raise MaskTokenError(f"{why}: the tokens that stay would move. Use replace: token", code="cannot-drop")
         trained = config.trainable_mask
         mask_token = mask_token or rows_of.find_mask_token(embedding, tokenizer, config.mask_token, trained=trained)
         trainable = rows_of.is_trainable(embedding, mask_token.id)
@@ -132,7 +140,6 @@ class TokenMasker:
         if rank is None:
             distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
             rank = torch.distributed.get_rank() if distributed else 0
-        whole: Any = rows_of.unwrap(model)
         head = "SequenceClassification" in type(whole).__name__ and not hasattr(whole, "text_pooling")
         if head and REPLACEMENTS[config.replace].removes and getattr(whole.config, "classifier_pooling", "") == "mean":
             why = f"the head of {type(whole).__name__} pools all tokens, dropped ones too"

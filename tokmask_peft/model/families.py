@@ -44,10 +44,6 @@ def _positions_after_padding(model: Any, input_ids: Tensor, packing: Packing) ->
     return (counted - before) * real + pad_id
 
 
-def _distil_head(model: Any, first: Tensor) -> Any:
-    return model.classifier(model.dropout(F.relu(model.pre_classifier(first[:, 0]))))
-
-
 def _modern_head(model: Any, states: Tensor) -> Any:
     return model.classifier(model.drop(model.head(states)))
 

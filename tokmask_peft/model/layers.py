@@ -207,12 +207,17 @@ def place_embedding(model: Any, wanted: str, device: torch.device) -> tuple[Deci
     return (Decision("embedding", wanted, reason),)
 
 
+UNMARKED = ("bloom", "mpt")
+"""Decoders whose attention has no `is_causal`, by `model_type`."""
+
+
 def choose_label_on(wanted: str, model: nn.Module) -> Decision:
     """Choose which sub-token of a word carries its label: as `data.label_on` says, or the last in a decoder."""
     if wanted != "auto":
         return Decision("label on", wanted, "set in the recipe")
-    if any(getattr(part, "is_causal", False) for part in model.modules()):  # so built, however it reads now
-        why = "a decoder, trained to read from left to right, has seen the whole of a word there only"
+    kind = getattr(getattr(model, "config", None), "model_type", "")
+    if kind in UNMARKED or any(getattr(part, "is_causal", False) for part in model.modules()):  # as built
+        why = "a decoder was trained to read from left to right, and has seen the whole word there"
         return Decision("label on", "last", why)
     return Decision("label on", "first", "an encoder sees the whole of a word anyway")
 

@@ -25,10 +25,11 @@ from tokmask_peft.errors import ModelError
 from tokmask_peft.examples import IGNORED
 from tokmask_peft.masking.embedding import find_embedding
 from tokmask_peft.masking.masker import TokenMasker
+from tokmask_peft.masking.replacement import REPLACEMENTS
 from tokmask_peft.model.decisions import flash_problem, rows_kernel, rows_problem
 from tokmask_peft.model.families import NAME, Family, family_of, padding_free_problem
 from tokmask_peft.model.layers import dropout as dropped
-from tokmask_peft.recipe.schema import Batching
+from tokmask_peft.recipe.schema import Batching, Recipe
 
 Kernel = Callable[..., Tensor]
 
@@ -36,27 +37,40 @@ Kernel = Callable[..., Tensor]
 def choose_batching(
     wanted: Batching,
     model: nn.Module,
-    neftune: bool = False,
+    recipe: Recipe | None = None,
     device: torch.device | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Decision:
     """Choose how texts become batches: as `training.batching` says, or padded if the model cannot take packed rows.
 
-    The model comes without an adapter; `neftune` says whether NEFTune adds noise to its embeddings. A GPU on which the
-    matrix products are of a `dtype` may have no kernel for packed rows; attention then pads them, and nothing else.
+    The model comes without an adapter; a `recipe`, for training, may ask for what packed rows cannot do. A GPU on which
+    the matrix products are of a `dtype` may have no kernel for packed rows; attention then pads them, and nothing else.
     """
     if wanted == "grouped":
         reason = "texts of similar length need little padding; if length gives the label away, a run may not learn"
     elif wanted == "padded":
         reason = "random batches, padded to their longest text"
     else:
-        noise = "NEFTune scales its noise by the length of the padded batch" if neftune else None
-        if problem := padding_free_problem(model) or noise:
+        if problem := padding_free_problem(model) or (None if recipe is None else _training_problem(model, recipe)):
             return Decision("batching", "padded", f"padding_free does not fit: {problem}")
         reason = "a batch is one row, with attention per text"
         if device is not None and device.type == "cuda" and (problem := rows_problem(device, dtype, head_size(model))):
             reason += f", padded to the longest ({problem})"
     return Decision("batching", wanted, reason)
+
+
+def _training_problem(model: nn.Module, recipe: Recipe) -> str | None:
+    """Return why a model that takes packed rows cannot be trained on them as a recipe says, or None."""
+    if recipe.training.neftune_alpha is not None:
+        return "NEFTune scales its noise by the length of the padded batch"
+    if not recipe.masking.is_off and REPLACEMENTS[recipe.masking.replace].removes:
+        config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
+        window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+        local = getattr(config, "local_attention", None)  # of ModernBERT, half of it on either side
+        width = min((size for size in (window, local and local // 2) if size), default=None)
+        if width is not None and width < recipe.data.max_length:
+            return f"masking.replace: drop would widen the model's attention windows of {width} sub-tokens"
+    return None
 
 
 def enable_padding_free(model: nn.Module) -> None:

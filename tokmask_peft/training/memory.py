@@ -217,8 +217,7 @@ def without_training(recipe: Recipe, gpu: str | None = None) -> Forecast:
     assumed = BF16_ASSUMED if gpu is not None and wanted.precision == "auto" else None
     try:
         bare = bare_model(config, recipe.data.task, dtype)
-        noisy = recipe.training.neftune_alpha is not None
-        batching = choose_batching(recipe.training.batching, bare, neftune=noisy).choice
+        batching = choose_batching(recipe.training.batching, bare, recipe).choice
         rows = batching != "padding_free" or device.type != "cuda"
         if not rows:  # GPUs that compute in fp16 only have no kernel for packed rows
             size = head_size(bare)

@@ -10,7 +10,7 @@ from tokmask_peft.data.corpus import (
     merged_labels,
     respelled,
 )
-from tokmask_peft.data.detect import merges
+from tokmask_peft.data.detect import typos
 from tokmask_peft.errors import DataError
 from tokmask_peft.examples import Example
 
@@ -78,4 +78,4 @@ def test_the_beginning_of_an_entity_is_never_taken_for_its_inside():
     (text,) = check_known(tagged("B-PER", "O"), known, "test")
     assert "data.label_map" not in text
     assert respelled({"B-PER": 3, "I-PER": 2, "b-PER": 1}) == {"b-PER": "B-PER"}
-    assert merges({"B-PERSON": 300, "I-PERSON": 2}) == {}
+    assert typos({"B-PERSON": 300, "I-PERSON": 2, "B-PERSOM": 2}) == {}
