@@ -21,8 +21,7 @@ from tokmask_peft.tasks import TASKS, get_task
 
 SAMPLED = 2000
 """Lines or rows from which the form of a file is decided."""
-MOST_LABELS, MOST_NUMBERS = 200, 20
-"""Different values of a column of labels; of numbers there are fewer, as they may be counts."""
+MOST_LABELS, MOST_NUMBERS = 200, 20  # different values of a column of labels; fewer of numbers, which may be counts
 SPLITS = ("train", "validation", "test")
 TASK_QUESTION = "What has a label: each text (sequence), or each word (token)?"
 SETS_QUESTION = "How many labels has a text: one (sequence), or several (multilabel)?"
@@ -49,10 +48,7 @@ TAG_NAMES = ("label", "labels", "tags", "lid", *LANGUAGE_NAMES, *LABEL_NAMES)
 _NUMBER = re.compile(r"[-+]?\d+(?:[.,]\d+)?")
 
 Ask = Callable[[str, str, Mapping[str, str]], str]
-"""Called with a key, a question, and its possible answers with what is known of each; returns one of them.
-
-The first answer is the likeliest.
-"""
+"""Called with a key, a question, and its answers with what is known of each, the likeliest first; returns one."""
 
 
 def likeliest(key: str, question: str, answers: Mapping[str, str]) -> str:
@@ -125,9 +121,8 @@ class _Column:
 
     def may_be_text(self) -> bool:
         """Whether most cells differ, and are neither lists nor numbers."""
-        return (
-            not self.is_list and not self.is_number and self.filled > 0.5 and len(self.values) > 0.3 * len(self.cells)
-        )
+        differ = self.filled > 0.5 and len(self.values) > 0.3 * len(self.cells)
+        return differ and not self.is_list and not self.is_number
 
     def may_be_label(self) -> bool:
         """Whether a few short values recur."""
