@@ -294,7 +294,10 @@ class Loading(_Part):
 
 
 class Calibration(_Part):
-    """The temperature that divides the logits, with the figures of `training.metrics.calibrate`."""
+    """The temperature that divides the logits, with the figures of `training.metrics.calibrate`.
+
+    If a text may have several labels, `thresholds` has the calibrated probability above which each is given.
+    """
 
     model_config = ConfigDict(extra="allow")
 

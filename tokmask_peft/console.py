@@ -231,6 +231,8 @@ def print_result(console: Console, result: Any, adapter: Path) -> None:
         listed = ", ".join(f"{label} {value:.3f}" for label, value in thresholds.items())
         console.print(f"Thresholds of the labels, fitted on validation: {listed}.", markup=False)
     for warning in result.warnings:
+        if warning["code"] == "not-above-floor" and "character n-grams" in warning["message"]:
+            continue  # the verdict says it
         console.print(f"Warning: {warning['message']}", markup=False)
     console.print(f"\nAdapter: [bold]{escape(str(adapter))}[/bold]", soft_wrap=True)
 

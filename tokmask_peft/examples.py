@@ -207,6 +207,8 @@ class WordPredictions(InNotebooks):
 
 MARK = "|"
 """Separates the labels of a text in one cell, if nothing else is known."""
+MARKS = "|;,"
+"""What else may separate them."""
 
 
 @dataclass(frozen=True, slots=True, repr=False)

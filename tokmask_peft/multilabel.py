@@ -173,16 +173,21 @@ for answers in classify(["This phone is bien bonito"]):
 
     def use(self, snippet: str, labels: Sequence[str], calibration: Mapping[str, Any]) -> str:
         """Fill in the thresholds of probabilities without the temperature."""
-        chances = [round(1 / (1 + math.exp(-cut)), 6) for cut in self.cuts_of(labels, calibration)]
+        chances = [float(f"{1 / (1 + math.exp(-cut)):.6g}") for cut in self.cuts_of(labels, calibration)]
         return snippet.replace("THRESHOLDS", str(chances)).replace("LABELS", str(list(labels)))
 
     def mistakes(self, tags: tuple[str, ...], answer: LabelPredictions) -> Iterator[WrongLabel]:
-        """Yield each label that is wrongly given or left out; `not LABEL` stands for the other answer."""
-        for label, chance in answer.probabilities.items():
+        """Yield each label that is wrongly given or left out; `not LABEL` stands for the other answer.
+
+        A label that training lacks is always left out.
+        """
+        chances = answer.probabilities | {tag: 0.0 for tag in tags if tag not in answer.probabilities}
+        for label, chance in chances.items():
+            other = f"not {label}" if f"not {label}" not in chances else f"not “{label}”"
             if label in answer.labels and label not in tags:
-                yield f"not {label}", label, chance, 1 - chance, None
+                yield other, label, chance, 1 - chance, None
             elif label in tags and label not in answer.labels:
-                yield label, f"not {label}", 1 - chance, chance, None
+                yield label, other, 1 - chance, chance, None
 
 
 def _cut(logits: NDArray[np.float64], yes: NDArray[np.bool_]) -> float:

@@ -6,14 +6,15 @@ Everything outside this file asks the task, `get_task(name)`, instead of compari
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from tokmask_peft.errors import DataError, nearest
 from tokmask_peft.examples import (
     IGNORED,
     MARK,
+    MARKS,
     NO_PREDICTION,
     Example,
     Label,
@@ -69,6 +70,16 @@ class Task:
             DataError: a cell does not fit the task.
         """
         raise NotImplementedError
+
+    def parted(self, cell: Any, asked: str, found: str | None = None) -> Any:
+        """Return what a cell holds, as a list if it is a string with several labels.
+
+        `asked` is `data.label_separator`, and `found` what the first rows show if that is `auto`.
+
+        Raises:
+            DataError: it is not clear what separates the labels.
+        """
+        return cell
 
     def encode_label(self, example: Example, starts: Sequence[tuple[int, int]], length: int, ids: LabelIds) -> Any:
         """Return what the model should learn from an example, for the column `labels`.
@@ -375,14 +386,28 @@ class MultiLabelTask(YesOrNo, SequenceTask):
     def example(self, text: str | Sequence[str], label: Label, where: str) -> Example:
         """Return an example with a set of labels; in a string they are separated by vertical bars."""
         parts = [part.strip() for part in label.split(MARK)] if isinstance(label, str) else label
+        if repeated := [one for one, times in Counter(parts or ()).items() if one and times > 1]:
+            problem = f"the labels {', '.join((parts or ())[:8])} have '{repeated[0]}' twice. Expected are their names"
+            remedy = "if each place stands for a label, write a column of 0 and 1 for each, and list them in"
+            raise DataError(f"{problem}; {remedy} data.label_column", code="label-repeated", label=repeated[0])
         return super().example(text, None if parts is None else LabelSet(parts), where)
+
+    def parted(self, cell: Any, asked: str, found: str | None = None) -> Any:
+        """See `Task`; by default vertical bars separate labels."""
+        if not isinstance(cell, str):
+            return cell
+        mark = {"auto": found or MARK, "tab": "\t"}.get(asked, asked)
+        if others := [other for other in MARKS if asked == "auto" and other != mark and other in cell]:
+            problem = f"'{cell.strip()[:60]}' has {others[0]!r}, but it seems that {mark!r} separates labels"
+            raise DataError(f"{problem}. Set data.label_separator to what separates them", code="label-separator")
+        return [part.strip() for part in cell.split(mark)]
 
     def from_cells(self, text: Any, label: Any, where: str, columns: tuple[str, str | None]) -> Example:
         """See `Task`; labels are a list, or a string as `example` takes it. Nothing in either means no label."""
         if not isinstance(label, list) or any(isinstance(one, list | dict) for one in label):
             return super().from_cells(text, label, where, columns)
-        found = LabelSet(str(one).strip() for one in label if not _is_missing(one))
-        return replace(super().from_cells(text, None, where, columns), label=found)
+        string = super().from_cells(text, None, where, columns).string
+        return self.example(string, tuple(str(one).strip() for one in label if not _is_missing(one)), where)
 
     def encode_label(self, example: Example, starts: Sequence[tuple[int, int]], length: int, ids: LabelIds) -> Any:
         """Return 1 for each label that the text has, otherwise 0: [labels]."""

@@ -107,6 +107,11 @@ def test_predictions_list_entities(run, tmp_path):
     assert explained.labels == found.labels
 
 
+def test_a_merged_model_says_that_it_repairs_no_labels(run, tmp_path):
+    said = " ".join(tokmask("export", run.folder.root, "--merged", tmp_path / "merged").split())
+    assert "may break the rules of bio" in said.lower()
+
+
 def test_the_report_the_card_and_evaluate_show_each_type(run):
     tokmask("report", run.folder.root, "--no-examples")
     page = (run.folder.root / "report.html").read_text(encoding="utf-8")

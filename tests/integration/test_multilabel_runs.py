@@ -17,6 +17,7 @@ from tokmask_peft import Recipe, evaluate, train
 from tokmask_peft.artifacts import find_saved, open_run
 from tokmask_peft.cli import app
 from tokmask_peft.data.corpus import load_corpus
+from tokmask_peft.examples import Example, LabelSet
 from tokmask_peft.hub.card import PLACEHOLDER, Card
 from tokmask_peft.report.demo import answer, of_run
 from tokmask_peft.report.examples import find_mistakes
@@ -147,11 +148,16 @@ def test_an_explanation_is_of_the_likeliest_label_or_of_one_asked_for(run, class
     assert refused.exit_code != 0
 
 
-def test_report_mistakes_and_demo_know_sets(run, classifier, tmp_path):
+def test_report_mistakes_and_demo_know_sets(run, classifier, tmp_path, monkeypatch):
     found = find_mistakes(run)
     accuracy = run.result.test["accuracy"]
     assert (found.items, found.wrong) == (60, round(60 * (1 - accuracy)))
     assert all(f"not {one.gold}" == one.predicted or f"not {one.predicted}" == one.gold for one in found.shown)
+    strange = [Example("a great phone", LabelSet(["joy", "new"]), "x:1")]
+    monkeypatch.setattr("tokmask_peft.report.examples.split_examples", lambda *_: (strange, ()))
+    assert (found := find_mistakes(run)).wrong == 1
+    assert "new" not in {one.gold for one in found.shown}
+    monkeypatch.undo()
     invoke("report", run.folder.root, "--out", tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "F1 by text" in page
@@ -189,6 +195,8 @@ def test_scores_on_perturbed_texts(run, classifier):
     found = score_perturbed(classifier, test, {"the"}, Perturbations((0.5,), (0.2,), 1))
     assert found["clean"]["accuracy"] == pytest.approx(run.result.test["accuracy"])
     assert found["words"]["seen"]["items"] + found["words"]["unseen"]["items"] == 60
+    strange = Example("a great phone", LabelSet(["joy", "new"]), "x:1")
+    assert score_perturbed(classifier, [strange], {"a"}, Perturbations((), (), 1))["clean"]["accuracy"] == 0.0
 
 
 @pytest.mark.parametrize("batching", ["padded", "padding_free"])

@@ -21,8 +21,10 @@ from tokmask_peft.hub.card import Card
 from tokmask_peft.report.demo import answer, of_run
 from tokmask_peft.report.demo import build as build_demo
 from tokmask_peft.study.diagnostics.faithfulness import masking_curves
+from tokmask_peft.study.diagnostics.gradients import GradientMeter
 from tokmask_peft.study.diagnostics.plans import Perturbations
 from tokmask_peft.study.diagnostics.robustness import score_perturbed
+from tokmask_peft.training.train import observe_training
 
 PLACES, THINGS = ["casa", "playa", "beach", "office"], ["meeting", "fiesta", "phone", "canción"]
 
@@ -186,6 +188,8 @@ def test_scored_again_and_on_other_columns(run, data, tmp_path):
     done = command("evaluate", run.folder.root, "--data", other, "--text-column", "a", "--text-column", "b", "--json")
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["accuracy"] == pytest.approx(run.result.test["accuracy"])
+    done = command("evaluate", run.folder.root, "--data", other, "--text-column", "a")
+    assert (done.exit_code, "name two columns" in done.output) == (2, True)
     with pytest.raises(DataError) as error:
         evaluate(run.folder.root, data=str(other), text_column="a")
     assert error.value.code == "pair-columns"
@@ -209,11 +213,12 @@ def test_the_merged_model_answers_in_a_pipeline(run, classifier, tmp_path):
         session = onnxruntime.InferenceSession(tmp_path / "merged" / "model.onnx")
         assert "token_type_ids" in [given.name for given in session.get_inputs()]
     classify = pipeline("text-classification", model=str(tmp_path / "merged"))
-    found = classify({"text": "the phone is in la casa", "text_pair": "la casa, phone"})
+    (found,) = classify([{"text": "the phone is in la casa", "text_pair": "la casa, phone"}])
+    (every,) = classify([{"text": "the phone is in la casa", "text_pair": "la casa, phone"}], top_k=None)
     (expected,) = classifier.predict([("the phone is in la casa", "la casa, phone")])
-    assert (found if isinstance(found, dict) else found[0])["label"] == expected.label
+    assert (found["label"], every[0]["label"]) == (expected.label, expected.label)
     use = Card(run.recipe, run.result, merged=True).render()
-    assert 'classify({"text": "A man plays a guitar", "text_pair": "Someone makes music"})' in use
+    assert 'classify([{"text": "A man plays a guitar", "text_pair": "Someone makes music"}])' in use
 
 
 def test_init_finds_the_pair_and_what_reads_it_counts_it_whole(run, data, tmp_path, monkeypatch):
@@ -231,3 +236,20 @@ def test_init_finds_the_pair_and_what_reads_it_counts_it_whole(run, data, tmp_pa
     asked = command("init", data, "--out", "other.yaml", "--yes", backbone, "data.text_column=[hypothesis,premise]")
     assert asked.exit_code == 0, asked.output
     assert Recipe.load("other.yaml").data.pair == ("hypothesis", "premise")
+
+
+def test_gradients_are_those_of_texts_with_token_types(run, tmp_path):
+    seen = []
+
+    def observers(trainer, mask):
+        meter, collate = (
+            GradientMeter(trainer, [[0], [1]], [0.2], 1, run.recipe.masking, mask, 0),
+            trainer.train_collator,
+        )
+        trainer.train_collator = lambda rows: seen.extend(rows) or collate(rows)
+        meter.measure()
+        raise KeyboardInterrupt  # enough
+
+    with pytest.raises(KeyboardInterrupt):
+        observe_training(run.recipe, tmp_path, observers, quiet=True)
+    assert [set(row["token_type_ids"]) for row in seen] == [{0, 1}, {0, 1}]

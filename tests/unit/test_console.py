@@ -39,9 +39,13 @@ def part(score, **more):
 def test_brackets_are_text_and_not_markup(console, tmp_path):
     print_decisions(console, [Decision("mask [token]", "[mask]", "modules [q_proj, /v_proj] are [bold]")])
     print_lines(console, "Data", ["file [a].csv"])
-    result = Result.from_dict({"validation": part(0.5), "labels": ["a", "b"]})
-    print_result(console, result, tmp_path / "[a]" / "adapter")
+    warning = {"code": "not-above-floor", "message": "the score is below that of character n-grams", "key": "a"}
+    warnings = [warning, warning | {"message": "the score is below that of a linear probe"}]
+    floor = part(0.6, verdict="does not beat", interval=[-0.2, -0.1])
+    scores = {"validation": part(0.5), "labels": ["a", "b"], "baseline": floor, "warnings": warnings}
+    print_result(console, Result.from_dict(scores), tmp_path / "[a]" / "adapter")
     text = console.file.getvalue()
+    assert ("NOT beat" in text, "that of character" in text, "that of a linear" in text) == (True, False, True)
     for expected in ("mask [token]", " [mask] ", "[q_proj, /v_proj] are [bold]", "file [a].csv", "/[a]/adapter"):
         assert expected in text
 

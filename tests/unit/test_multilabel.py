@@ -17,7 +17,7 @@ from tokmask_peft.data.detect import detect
 from tokmask_peft.data.readers import TextFile, read_split
 from tokmask_peft.data.split import carve, subset
 from tokmask_peft.errors import DataError, ModelError, RecipeError
-from tokmask_peft.examples import Example, LabelSet
+from tokmask_peft.examples import Example, LabelPredictions, LabelSet
 from tokmask_peft.recipe.data import DataConfig, SourceConfig
 from tokmask_peft.tasks import get_task
 from tokmask_peft.training.head import probe
@@ -59,6 +59,12 @@ def examples(sets):
         ("a.csv", FLAGS, {"label_column": ["joy", "anger", "fear"]}),
         ("a.tsv", "text\tlabels\n" + "\n".join(f"text {n}\t{list(one)}" for n, one in enumerate(SETS)), {}),
         ("a.txt", "joy|anger text 0\n| text 1\njoy text 2\nfear text 3", {"format": "labelled"}),
+        ("a.labelled", "joy;anger text 0\n; text 1\njoy text 2\nfear text 3", {"label_separator": ";"}),
+        (
+            "a.conll",
+            "\n\n".join(f"# label = {mark}\ntext\n{at}" for at, mark in enumerate(("joy;anger", ";", "joy", "fear"))),
+            {"label_separator": ";"},
+        ),
     ],
 )
 def test_labels_are_read_as_sets_from_every_form(tmp_path, name, content, keys):
@@ -75,6 +81,13 @@ def test_labels_are_read_as_sets_from_every_form(tmp_path, name, content, keys):
         ("text\tjoy\tanger\na b\t1\t", {"label_column": ("joy", "anger")}, "label-flag"),
         ("text\tjoy\tanger\na b\t1\t0\nc d\t\t", {"label_column": ("joy", "anger")}, "empty-label"),
         ("text\tlabels\na b\t\nc d\t", {}, "no-labels"),
+        ("text\tlabels\na b\t[0, 1, 0]\nc d\t[1, 0, 0]", {}, "label-repeated"),
+        ("text\tlabels\na b\t0|1|0\nc d\t1|0|0", {}, "label-repeated"),
+        ("text\tlabels\n" + "a b\tjoy\n" * 1200 + "c d\tjoy;fear", {}, "label-separator"),
+        ("text\tlabels\na b\tjoy;fear\n" + "a b\tjoy\n" * 1200 + "c d\tjoy|fear", {}, "label-separator"),
+        ("joy;fear a b\njoy c d", {"format": "labelled"}, "label-separator"),
+        ("# label = joy,fear\na\nb\n\n# label = joy\nc", {"format": "conll"}, "label-separator"),
+        ("a b\t1\t0\nc d\t0\t1", {"text_column": 0, "label_column": ("1", "2")}, "column"),
     ],
 )
 def test_what_is_not_clear_is_refused_with_a_code(tmp_path, content, keys, code):
@@ -104,10 +117,10 @@ def test_a_list_of_label_columns_needs_a_task_with_several_labels(tmp_path):
 
 
 def test_a_label_map_joins_and_drops_labels():
-    (both, none, joy), _ = apply_label_map(
-        examples([("anger", "fear"), ("neutral",), ("joy",)]), {"anger": "bad", "fear": "bad", "neutral": ""}
+    (both, none, joy, empty), _ = apply_label_map(
+        examples([("anger", "fear"), ("neutral",), ("joy",), ()]), {"anger": "bad", "fear": "bad", "neutral": ""}
     )
-    assert (both.label, none.label, joy.label) == (("bad",), (), ("joy",))
+    assert (both.label, none.label, joy.label, empty.given) == (("bad",), (), ("joy",), ())
     assert isinstance(both.label, LabelSet)
     assert repr(both.label) == "('bad',)"  # the fingerprint of the data depends on it
 
@@ -216,6 +229,9 @@ def test_thresholds_are_saved_as_calibrated_probabilities_and_decide_alike():
     above = TASK.probabilities(logits, 1.7) > [*saved["thresholds"].values()]
     assert (TASK.choose(logits, cuts).reshape(50, 3) >= 0).tolist() == above.tolist()
     assert TASK.choose(logits, cuts, 5).reshape(50, 5)[:, 3:].tolist() == [[-1, -1]] * 50
+    sure = thresholds_of([-60.0, 60.0], ["a", "b"], 1.0)
+    assert np.sign(TASK.cuts_of(["a", "b"], {"thresholds": sure})).tolist() == [-1, 1]
+    assert TASK.use("THRESHOLDS", ["a"], {"thresholds": {"a": 1.23456789e-5}}) == "[1.23457e-05]"
     for bad in ({"a": 1.0}, {"a": "x"}, [0.5]):
         with pytest.raises(ModelError) as caught:
             TASK.cuts_of(labels, {"thresholds": bad})
@@ -240,6 +256,12 @@ def test_the_probe_fits_each_label_and_leaves_out_what_all_or_no_texts_have():
     weight, bias = probe(features, gold, 1.0, 3, True)
     given = features @ weight.T + bias > 0
     assert (given == (gold > 0)).mean(0).min() > 0.95
+
+
+def test_mistakes_are_named_apart_from_labels_and_include_those_that_training_lacks():
+    answer = LabelPredictions(("joy",), {"hate": 0.2, "joy": 0.9, "not hate": 0.1})
+    found = [mistake[:2] for mistake in TASK.mistakes(("hate", "new"), answer)]
+    assert found == [("hate", "not “hate”"), ("not joy", "joy"), ("new", "not new")]
 
 
 def test_schedules_that_count_right_answers_are_refused():
@@ -274,3 +296,12 @@ def test_init_finds_several_labels_per_text(tmp_path, row, expected):
     found, corpus = detect([tmp_path / "posts.jsonl"], {})
     assert found.data.items() >= ({"task": "multilabel"} | expected).items()
     assert corpus.task == found.data["task"]
+
+
+@pytest.mark.parametrize("form", [list, str, lambda places: "|".join(map(str, places))])
+def test_init_takes_places_for_no_labels(tmp_path, form):
+    lines = [{"text": f"we saw the old house number {n}", "labels": form([n % 2, n % 3 % 2, 0])} for n in range(30)]
+    (tmp_path / "posts.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    with pytest.raises(DataError) as caught:
+        detect([tmp_path / "posts.jsonl"], {"task": "multilabel"})
+    assert caught.value.code in ("no-labels", "label-repeated")

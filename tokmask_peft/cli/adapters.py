@@ -29,6 +29,7 @@ from tokmask_peft.cli.app import (
     checked,
     open_texts,
     own_flags,
+    read_columns,
     with_flags,
 )
 from tokmask_peft.cli.start import print_data, recipe_of
@@ -275,9 +276,11 @@ def predict(
                 path = _saved_input(stack.enter_context(TemporaryDirectory()), file, format)
                 if not path.stat().st_size:
                     raise typer.BadParameter(f"{name} is empty: give texts, or --file", param_hint="TEXT")
-            more: dict[str, Any] = {"separator": separator, "encoding": encoding, "group_column": group_column}
-            read = functools.partial(TextFile, path, saved.task, **more, name=name)
-            source = open_texts(model, (format, read_columns(column, saved.pair), headers[header]), read)
+            more: dict[str, Any] = {"separator": separator, "encoding": encoding, "name": name}
+            columns = read_columns(column, saved.pair, "--column") or saved.pair
+            asked = {"format": format, "text_column": columns, "header": headers[header]}
+            read = functools.partial(TextFile, path, saved.task, **more)
+            source = open_texts(model, asked | {"group_column": group_column}, read)
             source.worded = functools.partial(with_flags, flags=flags)
             reasons = [replace(one, reason=with_flags(one.reason, flags)) for one in source.decisions]
             source.decisions = tuple(reasons)
@@ -308,16 +311,6 @@ def as_given(texts: list[str], saved: SavedAdapter) -> list[Any]:
         problem = f"{saved.name} reads pairs ({' and '.join(saved.pair)}): give two texts for each answer"
         raise typer.BadParameter(problem, param_hint="TEXT")
     return [Pair(first, second) for first, second in zip(texts[::2], texts[1::2], strict=True)]
-
-
-def read_columns(given: list[str] | None, pair: tuple[str, str] | None) -> str | tuple[str, str] | None:
-    """Return the column of the texts that options name, or the two columns of pairs; by default those of training."""
-    if not given:
-        return pair
-    if len(given) != (1 if pair is None else 2):
-        reads = "one text, so name one column" if pair is None else f"pairs ({' and '.join(pair)}), so name two columns"
-        raise typer.BadParameter(f"this model reads {reads}", param_hint="--column")
-    return given[0] if pair is None else (given[0], given[1])
 
 
 def _saved_input(folder: str, file: Path, format: str) -> Path:

@@ -8,7 +8,8 @@ import shlex
 import signal
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -86,6 +87,16 @@ def with_flags(text: str, flags: Mapping[str, str]) -> str:
     return re.sub(r"\bdata\.(\w+)", lambda found: flags.get(found[1], found[0]), text)
 
 
+def read_columns(given: list[str] | None, pair: tuple[str, str] | None, flag: str) -> str | tuple[str, str] | None:
+    """Return the column of the texts that an option names, or the two of a model that reads pairs; none if none is."""
+    if not given:
+        return None
+    if len(given) != (1 if pair is None else 2):
+        reads = "one text, so name one column" if pair is None else f"pairs ({' and '.join(pair)}), so name two columns"
+        raise typer.BadParameter(f"this model reads {reads}", param_hint=flag)
+    return given[0] if pair is None else (given[0], given[1])
+
+
 @contextmanager
 def own_flags(flags: Mapping[str, str]) -> Iterator[None]:
     """Let errors name a command's own options; see `with_flags`."""
@@ -103,39 +114,66 @@ def checked(recipe: str, overrides: list[str] | None) -> Recipe:
     return Recipe.load(recipe, overrides or [])
 
 
-def open_texts(model: str, asked: tuple[str, Any, Any], read: Callable[[str, Any, Any], TextFile]) -> TextFile:
+def open_texts(model: str, asked: dict[str, Any], read: Callable[..., TextFile]) -> TextFile:
     """Open a file; if no column is named, the text's is that of the run's data: first by name, last by number.
 
-    `asked` and the arguments of `read` are a format, a column, and whether there is a header.
-
-    A file that nothing else reads is read as CoNLL if the run's data are, and has a header if they do.
+    `asked` has what the command says of `format`, `text_column`, `header` and `group_column`, with which `read` is
+    called. A number comes first if neither file has a header. A file that nothing else reads is read as CoNLL if the
+    run's data are, and has a header if they do; words are joined by the group of the run's data.
 
     Raises:
-        DataError: neither way fits; that of the command alone.
+        DataError: no way fits; that of the command alone.
     """
     from tokmask_peft.artifacts import is_run
     from tokmask_peft.recipe.loading import load_recipe
 
-    ways, (format, column, header) = [asked], asked
-    if column is None and is_run(model):
+    ways = [asked]
+    if asked["text_column"] is None and is_run(model):
         data = load_recipe(Path(model) / "recipe.yaml").data
-        conll = (format, data.format) == ("auto", "conll")
-        in_run = ("conll" if conll else format, data.text_column, data.header if header == "auto" else header)
-        by_name = isinstance(data.text_column, str) and not data.text_column.removeprefix("-").isdecimal()
-        ways = [in_run, asked] if by_name and not conll else [asked, in_run]
+        conll = (asked["format"], data.format) == ("auto", "conll")
+        in_run = asked | {"text_column": data.text_column}
+        in_run |= {"format": "conll"} if conll else {}
+        in_run |= {"header": data.header} if asked["header"] == "auto" else {}
+        numbered = str(data.text_column).removeprefix("-").isdecimal()
+        first = isinstance(data.text_column, str) and not (numbered or conll)
+        if numbered and data.header is False:
+            first = _has_no_header(asked, read)
+        grouped = asked["group_column"] is None and data.group_column is not None
+        joined = [in_run | {"group_column": data.group_column}] if grouped else []
+        ways = [*joined, in_run, asked] if first else [asked, *joined, in_run]
     problems: list[DataError] = []
     for way in ways:
         try:
-            source = read(*way)
+            source = read(**way)
+            whole = way["group_column"] != asked["group_column"] and _has_texts(source)
         except DataError as error:
             problems.insert(0 if way is asked else 1, error)
             continue
-        if way is not asked and way != asked:
-            choice = f"column {way[1] or 0}" + (" of conll" if way[0] != format else "")
+        if whole:
+            continue  # nothing to join
+        columns = source.rows or way["format"] != asked["format"]  # a file of lines has none
+        if way is not asked and way != asked and columns:
+            choice = f"column {way['text_column'] or 0}" + (" of conll" if way["format"] != asked["format"] else "")
             why = "as in the data of the run; data.text_column sets it"
             source.decisions = (*source.decisions, Decision(f"texts of {source.path.name}", choice, why))
         return source
     raise problems[0]
+
+
+def _has_texts(source: TextFile) -> bool:
+    """Return whether rows near the beginning have whole texts rather than a word each."""
+    first = islice(source, 20)
+    return any(len(word.split()) > 1 for one in first for word in getattr(one, "words", ()))
+
+
+def _has_no_header(asked: dict[str, Any], read: Callable[..., TextFile]) -> bool:
+    """Return whether the first row of a table is data: as the command says, or as its cells show."""
+    if asked["header"] != "auto":
+        return not asked["header"]
+    with suppress(DataError):
+        found = read(**asked | {"text_column": 0}).decisions
+        return any(one.what.startswith("header of") and one.choice == "none" for one in found)
+    return False
 
 
 recipes_app = typer.Typer(no_args_is_help=False, help="The recipes that come with the package.")

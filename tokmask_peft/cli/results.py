@@ -20,6 +20,7 @@ from tokmask_peft.cli.app import (
     app,
     checked,
     own_flags,
+    read_columns,
 )
 from tokmask_peft.console import echo, make_console, print_classes, print_scores, quiet_libraries
 from tokmask_peft.errors import RunError, require
@@ -148,8 +149,9 @@ def evaluate(
     """Score the adapter of RUN on one of its splits, or on other texts."""
     from tokmask_peft.artifacts import open_finished
 
-    open_finished(run)  # before the libraries are loaded, which takes seconds
+    folder = open_finished(run)  # before the libraries are loaded, which takes seconds
     quiet_libraries()
+    from tokmask_peft.recipe.schema import Recipe
     from tokmask_peft.training.evaluate import evaluate as score
 
     flags = {"text_column": "--text-column", "label_column": "--label-column", "format": "--format"}
@@ -159,8 +161,8 @@ def evaluate(
             split=split,
             data=data,
             format=format,
-            text_column=_columns(text_column or []),
-            label_column=_column(label_column),
+            text_column=read_columns(text_column, Recipe.load(folder.recipe).data.pair, "--text-column"),
+            label_column=label_column,
             batch_size=batch_size,
             trust_remote_code=trust_remote_code,
         )
@@ -172,16 +174,6 @@ def evaluate(
         print_classes(console, name, result)
         for reason in (*result.get("warnings", ()), *result.get("not_as_trained", ())):
             console.print(f"Caution: {reason}", markup=False)
-
-
-def _columns(given: list[str]) -> str | int | tuple[str, str] | None:
-    if len(given) > 2:
-        raise typer.BadParameter("name one column, or the two of pairs", param_hint="--text-column")
-    return (given[0], given[1]) if len(given) == 2 else _column(next(iter(given), None))
-
-
-def _column(given: str | None) -> str | int | None:
-    return int(given) if given is not None and given.removeprefix("-").isdecimal() else given
 
 
 @app.command(rich_help_panel=LOOK)

@@ -168,10 +168,15 @@ def make_draft(paths: Sequence[Path], overrides: Sequence[str], backbones: Seque
 
     given: dict[str, Any] = {"model": {}, "masking": {}, "data": {}, "training": {}}
     problems = override(given, overrides)
+    model, data = (given[key] if isinstance(given[key], dict) else {} for key in ("model", "data"))
+    if not (backbones or model.get("backbone")) and (path := model.get("backbone_path")):
+        remedy = f"give model.backbone={path} instead, or model.backbone with its Hub id as well"
+        problems.append(f"model.backbone_path: says where the backbone is, not which one it is: {remedy}")
+    task = "multilabel" if isinstance(data.get("label_column"), list) else "sequence"
     stand_in: dict[str, Any] = {
         "name": "none",
         "model": {"backbone": "none"},
-        "data": {"task": "sequence", "path": "."},
+        "data": {"task": task, "path": "."},
     }
     for key, value in given.items():
         stand_in[key] = stand_in.get(key, {}) | value if isinstance(value, dict) else value
@@ -204,8 +209,8 @@ def make_draft(paths: Sequence[Path], overrides: Sequence[str], backbones: Seque
 
 
 def is_terminal() -> bool:
-    """Return whether a person can be asked."""
-    return sys.stdin.isatty() and sys.stdout.isatty()
+    """Return whether a person can be asked, by one process."""
+    return os.environ.get("WORLD_SIZE", "1") == "1" and sys.stdin.isatty() and sys.stdout.isatty()
 
 
 def _ask(key: str, question: str, answers: Mapping[str, str]) -> str:
@@ -258,13 +263,14 @@ def _at_hand(config: ModelConfig) -> bool:
     """Return whether a backbone's weights are on this machine."""
     from huggingface_hub import try_to_load_from_cache
 
-    from tokmask_peft.model.location import backbone_location
+    from tokmask_peft.model.location import backbone_location, loading_source
 
     try:
-        location = backbone_location(config)
-    except TokmaskError:
+        location, how = loading_source(config, backbone_location(config))
+        name = how.get("gguf_file", "model.safetensors")
+        return Path(location).exists() or isinstance(try_to_load_from_cache(location, name), str)
+    except (TokmaskError, ValueError):  # its reader is not installed, or its name cannot be that of a repository
         return False
-    return Path(location).exists() or isinstance(try_to_load_from_cache(location, "model.safetensors"), str)
 
 
 def _model(backbone: str) -> dict[str, Any]:
@@ -288,7 +294,7 @@ def _choose_backbone(
     gpu, asked = torch.cuda.is_available(), list(named)
     suits = (MBERT if words_given else QWEN) if gpu else MINILM if english else E5
     if not asked and given.keys() & {"backbone", "backbone_path"}:
-        asked = [given.get("backbone", suits)]
+        asked = [given.get("backbone", suits)]  # a path of null is that of what suits
     choices = [_model(name) | given for name in asked or [suits, *(name for name in ABOUT if name != suits)]]
     configs = [ModelConfig(**one) for one in choices]
     here = [_at_hand(config) for config in configs]
@@ -303,7 +309,7 @@ def _choose_backbone(
         if not here[0] and constants.HF_HUB_OFFLINE and any(here):
             best = here.index(True)
             why = f"{suits} would suit better, but it is not on this machine, and HF_HUB_OFFLINE is set: set "
-            why += "model.backbone_path to a folder with it, or to null with a network"
+            why += f"model.backbone={suits} and model.backbone_path to a folder with it, or to null with a network"
     counted = [f"{one['backbone']} {cost}" for one, cost in zip(choices, costs, strict=True) if cost is not None]
     why += f". Sub-tokens a word: {', '.join(counted)}" if counted else ""
     why += "" if here[best] else ". Training downloads it"

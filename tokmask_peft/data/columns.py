@@ -16,13 +16,12 @@ from tokmask_peft.data.opening import DataFile, sheet_cells
 from tokmask_peft.data.readers import jsonl_rows
 from tokmask_peft.data.split import canonical
 from tokmask_peft.errors import DataError, nearest
-from tokmask_peft.examples import Unreadable
+from tokmask_peft.examples import MARKS, Unreadable
 from tokmask_peft.tasks import TASKS, get_task
 
 SAMPLED = 2000
 """Lines or rows from which the form of a file is decided."""
-MOST_LABELS, MOST_NUMBERS = 200, 20
-"""Different values of a column of labels; of numbers there are fewer, as they may be counts."""
+MOST_LABELS, MOST_NUMBERS = 200, 20  # different values of a column of labels; fewer of numbers, which may be counts
 SPLITS = ("train", "validation", "test")
 TASK_QUESTION = "What has a label: each text (sequence), or each word (token)?"
 SETS_QUESTION = "How many labels has a text: one (sequence), or several (multilabel)?"
@@ -40,6 +39,7 @@ PAIRS = (
 LABEL_NAMES = (
     *("label", "labels", "tags", "lid", "sentiment", "sa", "class", "category", "target", "tag", "intent", "emotion"),
     *("topic", "stance", "polarity", "stars", "rating", "score", "hate", "offensive", "irony", "gold", "pos", "ner"),
+    *("genre", "classes", "categories", "targets", "intents", "emotions", "topics", "genres"),
 )
 LANGUAGE_NAMES = ("language", "lang", "dialect")
 """Names of labels if nothing else in the table is one."""
@@ -48,10 +48,7 @@ TAG_NAMES = ("label", "labels", "tags", "lid", *LANGUAGE_NAMES, *LABEL_NAMES)
 _NUMBER = re.compile(r"[-+]?\d+(?:[.,]\d+)?")
 
 Ask = Callable[[str, str, Mapping[str, str]], str]
-"""Called with a key, a question, and its possible answers with what is known of each; returns one of them.
-
-The first answer is the likeliest.
-"""
+"""Called with a key, a question, and its answers with what is known of each, the likeliest first; returns one."""
 
 
 def likeliest(key: str, question: str, answers: Mapping[str, str]) -> str:
@@ -124,9 +121,8 @@ class _Column:
 
     def may_be_text(self) -> bool:
         """Whether most cells differ, and are neither lists nor numbers."""
-        return (
-            not self.is_list and not self.is_number and self.filled > 0.5 and len(self.values) > 0.3 * len(self.cells)
-        )
+        differ = self.filled > 0.5 and len(self.values) > 0.3 * len(self.cells)
+        return differ and not self.is_list and not self.is_number
 
     def may_be_label(self) -> bool:
         """Whether a few short values recur."""
@@ -204,6 +200,9 @@ class Table:
                 reason = f"column '{column.name}' says which are {some(column.values)}, "
                 reason += "but each split must be a file of its own: save them separately"
                 self.found.decisions.append(Decision("data.train", "all rows", reason))
+        if several := isinstance(listed := self.found.data.get("label_column"), list | tuple):
+            names = ", ".join(self._column(name, "label_column").name for name in listed)
+            self.found.decide("task", "multilabel", f"data.label_column names several columns: {names}")
         task = self.found.data.get("task")
         one = not isinstance(self.found.data.get("text_column"), list | tuple)
         if one and (task is None or get_task(task).words_given) and (self._find_lists() or self._find_words()):
@@ -215,7 +214,7 @@ class Table:
             if not texts:
                 self._refuse("text_column", "no column has texts: most cells must differ, and not be numbers")
             chosen = [self._pick("text_column", "Which column has the texts?", texts, TEXT_NAMES)]
-        if self._find_sets(chosen):
+        if several or self._find_sets(chosen):
             return
         named = [column for column in self.columns if column.has_name(LABEL_NAMES) and len(column.values) == 1]
         labels = self._labels(chosen) or named  # the rest of the file may have other labels
@@ -246,16 +245,20 @@ class Table:
         for names in PAIRS if asked is None else ():
             pair = [by_name[name] for name in names if name in by_name]
             running = len(pair) == 2 and all(not one.is_list and one.words >= 2 for one in pair)
-            if running and self._named("label_column") not in pair and self._labels(pair):
-                value = [self.columns.index(one) if self.headless else one.name for one in pair]
-                self.found.decide("text_column", value, "two texts in each row, which are read as a pair")
+            labels = [named] if (named := self._named("label_column")) else self._labels(pair)
+            if running and labels and named not in pair and not any(_gives_away(one, labels[0]) for one in pair):
+                alone = {one.name: "its texts alone" for one in pair if one.name.strip().lower() in TEXT_NAMES}
+                both, why = " and ".join(one.name for one in pair), "two texts in each row, which are read as a pair"
+                if self.found.pick("data.text_column", "Which texts get the label?", {both: why, **alone}) != both:
+                    return []
+                self.found.decide("text_column", [one.name for one in pair], why)
                 return pair
         return []
 
     def _named(self, key: str) -> _Column | None:
-        """Return the column that the user names; none if no name is given."""
+        """Return the column that the user names; none if no name is given, or several."""
         asked = self.found.data.get(key)
-        return None if asked is None else self._column(asked, key)
+        return self._column(asked, key) if isinstance(asked, str | int) else None
 
     def _column(self, asked: Any, key: str) -> _Column:
         names = [column.name for column in self.columns]
@@ -336,31 +339,34 @@ class Table:
         asked = task is not None and get_task(task).several
         if not (asked or task is None):
             return False
-        others = [column for column in self.columns if column not in texts]
-        named = self._named("label_column") if isinstance(self.found.data.get("label_column"), str | int) else None
+        others, named = [column for column in self.columns if column not in texts], self._named("label_column")
+        marks = {column: mark for column in others if (mark := _mark_of_sets(column)) is not None}
         likely = [named] if named else [column for column in others if column.has_name(LABEL_NAMES)]
-        sets = {column: mark for column in likely if (mark := _mark_of_sets(column)) is not None}
+        sets = {one: mark for one, mark in marks.items() if one in likely or (mark == "|" and not likely)}
         flags = [column for column in others if column.is_number and {*column.values} <= {"0", "1", "0.0", "1.0"}]
-        single = [column for column in self._labels(texts) if column.has_name(LABEL_NAMES) and column not in sets]
+        usual = LABEL_NAMES if likely else (*LABEL_NAMES, *LANGUAGE_NAMES)
+        single = [one for one in self._labels(texts) if one.has_name(usual) or not (sets or one.is_number)]
+        single = [one for one in single if one not in marks and not (asked or named)]
+        if asked and self.headless and len(flags) > 1 and not (sets or named):
+            self._refuse("label_column", "columns have 0 or 1: give the file a header, or name data.label_column")
         if sets:
             label, mark = min(sets.items(), key=lambda pair: pair[0].rank(LABEL_NAMES))
             why = f"'{label.name}' has lists of labels" + (f" between {mark!r}" if mark else "")
-        elif not named and not self.headless and len(flags) >= (2 if asked else 3) and (asked or not single):
-            mark, why = "", f"{', '.join(column.name for column in flags[:4])}, … have 0 or 1"
+        elif not named and not self.headless and len(flags) >= (2 if asked else 3):
+            mark, why = "", f"{some(column.name for column in flags)} have 0 or 1"
         else:
             return False
-        answers = {"multilabel": why}
-        if single and not asked:
-            answers = {"sequence": f"'{single[0].name}' has one label in each row", **answers}
-        if not asked and self.found.pick("data.task", SETS_QUESTION, answers) != "multilabel":
+        answers = {"sequence": f"'{single[0].name}' has one label in each row"} if single else {}
+        if self.found.pick("data.task", SETS_QUESTION, answers | {"multilabel": why}) != "multilabel":
+            self._pick("label_column", "Which column has the labels?", single, usual)
+            self.found.decide("task", "sequence", f"{answers['sequence']}; or multilabel: {why}")
             return False
         self.found.decide("task", "multilabel", f"{why}; a text may have several, or none")
         if sets:
             self._pick("label_column", "Which column has the labels?", [label])
         else:
-            self.found.decide(
-                "label_column", [column.name for column in flags], "each has 0 or 1: whether a text has it"
-            )
+            names = [column.name for column in flags]
+            self.found.decide("label_column", names, "each has 0 or 1: whether a text has it")
         if mark:
             self.found.decide("label_separator", mark, f"it is in cells of '{label.name}'")
         return True
@@ -399,14 +405,28 @@ class Table:
 
 
 def _mark_of_sets(column: _Column) -> str | None:
-    """Return what separates the labels in cells of a column, nothing in lists; none if a cell has one label at most."""
+    """Return what separates the labels in cells of a column, nothing in lists; none if no cell has several labels."""
     few = 1 < len(column.values) <= MOST_LABELS
+    marks = [mark for mark in MARKS if any(mark in text for text in column.strings)]
+    rows = [[*map(str, row or ())] for row in column.lists] if column.is_list else []
+    if not column.is_list and len(marks) == 1:
+        rows = [[part.strip() for part in text.split(marks[0])] for text in column.strings]
+    if any(one and times > 1 for row in rows for one, times in Counter(row).items()):
+        return None  # such as [0, 1, 0]: each place stands for a label, whose name is not there
     if column.is_list:
-        return "" if few and any(len(row or ()) > 1 for row in column.lists) else None
-    marks = [mark for mark in "|;," if any(mark in text for text in column.strings)]
-    parts = Counter(part.strip() for text in column.strings for part in text.split(marks[0])) if len(marks) == 1 else {}
+        return "" if few and any(len(row) > 1 for row in rows) else None
+    parts = Counter(part for row in rows for part in row)
     few = 1 < len(parts) <= min(MOST_LABELS, len(column.strings) // 2) and len(parts) < len(column.values)
+    few = few and not column.is_number  # numbers may have a decimal comma
     return marks[0] if few and all(len(part.split()) <= 4 for part in parts) else None
+
+
+def _gives_away(text: _Column, label: _Column) -> bool:
+    """Return whether many texts of a column recur, each nearly always with the same label."""
+    cells = {(str(one).strip(), str(other).strip()) for one, other in zip(text.cells, label.cells, strict=True)}
+    labels, recur = Counter(one for one, _ in cells), [one for one, count in text.values.items() if count > 1]
+    rows = sum(text.values[one] for one in recur)
+    return rows > 0.2 * len(text.strings) and sum(labels[one] == 1 for one in recur) > 0.9 * len(recur)
 
 
 def _same(one: _Column, other: _Column) -> bool:

@@ -41,7 +41,7 @@ _USUAL = {"id", "word", "token", "tag", "sent", "sent_id", "sentence_id", "sente
 _USUAL |= {"language", "lang"} | {name for task in TASKS.values() for name in (*task.text_columns, *task.label_columns)}
 CONLLU_COLUMNS = ("id", "form", "lemma", "upos", "xpos", "feats", "head", "deprel", "deps", "misc")
 SNIFFED_LINES = 5000
-_EMPTY_WORD = "Fill it in or remove the line", ', or leave out such texts with data.missing=[""]'
+_EMPTY_WORD = "the word is empty. Fill it in or remove the line", ', or leave out such texts with data.missing=[""]'
 
 _KEY_VALUE = re.compile(r"#[ ]+(?P<key>[A-Za-z_][\w.\-]*(?:\[\w+\]|[ ]id)?)[ ]*=(?P<value>.*)")
 _KEY_COLON = re.compile(r"#[ ]+(?P<key>[A-Za-z_][\w.\-]*):[ ](?P<value>[^\t]*)$")
@@ -86,7 +86,8 @@ class Columns:
     @property
     def named(self) -> bool:
         """Whether a column was asked for by a name, so that the file has a header."""
-        asked = [str(name) for name in (self.text, self.second, self.label, self.group) if name is not None]
+        labels = self.label if isinstance(self.label, tuple) else (self.label,)
+        asked = [str(name) for name in (self.text, self.second, *labels, self.group) if name is not None]
         return not all(re.fullmatch(r"(?:column )?-?\d+", name) for name in asked)
 
     @property
@@ -194,9 +195,13 @@ def join_words(
     for one in chain(found, [None]):
         if one is None:
             if words or bad:
-                label = None if None in tags or not tags else tuple(map(str, tags)) if task.words_given else tags[0]
                 rows = () if columns.labelled else tuple(places)
-                yield bad or replace(task.example(words, label, places[0]), places=rows)
+                try:
+                    label: Any = None if None in tags or not tags else tuple(tags) if task.words_given else tags[0]
+                    label = task.parted(label, columns.labels)
+                    yield bad or replace(task.example(words, label, places[0]), places=rows)
+                except DataError as error:
+                    yield Unreadable(places[0], str(error), error.code)
             words, tags, places, bad = [], [], [], None
         elif isinstance(one, Unreadable):
             bad = bad or one
@@ -205,14 +210,12 @@ def join_words(
             words.append(one[1])
             tags.append(one[2])
         elif task.words_given:
-            remedy = "".join(_EMPTY_WORD[: 1 + columns.labelled])
-            bad = bad or Unreadable(one[0], f"the word is empty. {remedy}", "empty-word")
+            bad = bad or Unreadable(one[0], "".join(_EMPTY_WORD[: 1 + columns.labelled]), "empty-word")
         else:
             empty += 1
     if empty:
-        columns.decisions.append(
-            Decision(f"empty words of {Path(name).name}", "left out", f"{empty:,} lines have none")
-        )
+        decision = Decision(f"empty words of {Path(name).name}", "left out", f"{empty:,} lines have none")
+        columns.decisions.append(decision)
 
 
 def readable(found: Iterable[Example | Unreadable]) -> list[Example]:
@@ -301,11 +304,8 @@ class ConllReader:
 
     def _sniff(self, lines: Iterable[str]) -> None:
         """Guess from the first lines what separates columns, how many there are, and which labels occur."""
-        rows = [
-            line
-            for line in (line.rstrip(" ") for line in lines)
-            if line.strip(" \t") and not (_comment(line) or _is_meta(line))
-        ]
+        lines = (line.rstrip(" ") for line in lines)
+        rows = [line for line in lines if line.strip(" \t") and not (_comment(line) or _is_meta(line))]
         tabbed = [line.split(self._mark) for line in rows if self._mark in line]
         fields = tabbed or [split_columns(line) for line in rows]
         widths = [len(row) for row in fields] or [0]

@@ -51,7 +51,7 @@ def apply_label_map(
     merges = tuple(Merge(tag, new[tag], n) for tag, n in seen.items() if new[tag] != tag or tag in label_map)
 
     def mapped(label: Label) -> Label:
-        return new[label] if isinstance(label, str) else type(label or ())(new[tag] for tag in label or ())
+        return new[label] if isinstance(label, str) else label and type(label)(new[tag] for tag in label)
 
     return [replace(example, label=mapped(example.label)) for example in examples], merges
 

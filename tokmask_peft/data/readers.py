@@ -123,7 +123,8 @@ def read_labelled(file: DataFile, columns: Columns) -> Iterator[Example | Unread
             yield Unreadable(where, problem, "empty-text") if line.strip(" \t") else blank_row(where)
             continue
         try:
-            yield columns.task.from_cells(text, label if columns.labelled else None, where, ("text", "label"))
+            given = columns.task.parted(label, columns.labels) if columns.labelled else None
+            yield columns.task.from_cells(text, given, where, ("text", "label"))
         except DataError as error:
             yield Unreadable(where, str(error), error.code)
 

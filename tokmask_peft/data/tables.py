@@ -29,7 +29,7 @@ from tokmask_peft.data.conll import (
 )
 from tokmask_peft.data.opening import DataFile, unicode_problem
 from tokmask_peft.errors import DataError, first_line, nearest
-from tokmask_peft.examples import Example, Pair, Unreadable
+from tokmask_peft.examples import MARKS, Example, Pair, Unreadable
 from tokmask_peft.tasks import Task
 
 SNIFFED = 1000
@@ -298,12 +298,13 @@ def examples(rows: Iterable[Row], name: str, columns: Columns) -> Iterator[Examp
             asked = 1 if plain and columns.label is None else columns.label
             if isinstance(asked, tuple):
                 flags = [_choose(names, one, (), "label", name) for one in asked]
-                if not task.several:
-                    problem = f"data.label_column is a list, but this task has {task.description}"
-                    raise DataError(f"{problem}: name one column", code="column", field="label_column")
+                if not task.several or not {*asked} <= {*names}:
+                    why = f"this task has {task.description}: name one column"
+                    why = "a number gives a label no name: name columns of the first row" if task.several else why
+                    raise DataError(f"data.label_column is a list, but {why}", code="column", field="label_column")
             else:
                 label = _choose(names, asked, task.label_columns, "label", name)
-                mark = _mark_of_labels(head, label, columns, name) if task.several else None
+                mark = _mark_of_labels(head, label, columns, name)
         if columns.group is None:
             joined, group = grouping(head, text, label, columns, name)
         elif task.words_given:
@@ -323,7 +324,7 @@ def examples(rows: Iterable[Row], name: str, columns: Columns) -> Iterator[Examp
         try:
             words = listed(row[text], text, task)
             tags = None if label is None else listed(row[label], label, task, label=True)
-            tags = tags.split(mark) if mark is not None and isinstance(tags, str) else tags
+            tags = task.parted(tags, columns.labels, mark)
             tags = _flagged(row, flags) if flags else tags
             example = task.from_cells(words, tags, where, (text, label))
             if second is not None:
@@ -335,16 +336,15 @@ def examples(rows: Iterable[Row], name: str, columns: Columns) -> Iterator[Examp
 
 
 def _mark_of_labels(head: Sequence[Row], label: str, columns: Columns, name: str) -> str | None:
-    """Return what separates the labels in the cells of a column, as asked for or as the first rows show it.
+    """Return what separates the labels in the cells of a column, as the first rows show it.
 
     Raises:
         DataError: it may be one or another.
     """
-    if columns.labels != "auto":
-        return "\t" if columns.labels == "tab" else columns.labels
-    cells = [row[1].get(label) for row in head if isinstance(row, tuple)]
+    asked = not columns.task.several or columns.labels != "auto"
+    cells = [] if asked else [row[1].get(label) for row in head if isinstance(row, tuple)]
     texts = [cell for cell in cells if isinstance(cell, str) and not cell.lstrip().startswith("[")]
-    marks = [mark for mark in "|;," if any(mark in text for text in texts)]
+    marks = [mark for mark in MARKS if any(mark in text for text in texts)]
     if len(marks) > 1:
         shown = next(text for text in texts if marks[0] in text)
         problem = f"{name}: {' and '.join(map(repr, marks))} are both in column '{label}', such as “{_short(shown)}”"

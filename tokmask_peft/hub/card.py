@@ -73,7 +73,7 @@ class Card:
             use = task.use(task.pipeline_snippet, result.labels, result.calibration)
             use = use.replace("MODEL", f'"{PLACEHOLDER}"')
             if recipe.data.pair:
-                use = use.replace(f"[{TEXT}]", f'{{"text": {PAIR[0]}, "text_pair": {PAIR[1]}}}')
+                use = use.replace(f"[{TEXT}]", f'[{{"text": {PAIR[0]}, "text_pair": {PAIR[1]}}}]')
             if label_on(recipe, result) == "last":
                 use = use.replace(
                     "# adjacent words with the same label are joined", "# a word has its last row's label"

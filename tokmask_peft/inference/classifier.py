@@ -46,7 +46,7 @@ class Classifier:
     labels: tuple[str, ...]  # in the order of the model's outputs
     _: KW_ONLY
     max_length: int  # sub-tokens per window, special tokens included
-    temperature: float = 1.0  # divides the logits before the softmax; changes no label
+    temperature: float = 1.0  # divides the logits that probabilities are made of; changes no label
     dtype: torch.dtype = torch.float32  # bfloat16 or float16 for autocast
     decisions: tuple[Decision, ...] = ()  # device, precision, quantization, batching and the like, with reasons
     label_on: str = "first"  # which sub-token of a word carries its label

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokmask_peft.artifacts import SavedAdapter, find_saved, open_run
 from tokmask_peft.errors import DataError, HubError, ModelError, boundary, first_line, whole, write_whole
+from tokmask_peft.spans import NO_SPANS
 from tokmask_peft.tasks import get_task
 
 if TYPE_CHECKING:
@@ -161,6 +162,9 @@ def export_merged(
     if saved.calibration.temperature != 1.0:
         effect = "is not part of the model: its probabilities are uncalibrated, its labels the same"
         notes.append(f"the temperature of the calibration ({saved.calibration.temperature:.3f}) {effect}")
+    if saved.spans != NO_SPANS:
+        effect = f"may break the rules of {saved.spans}, which `tokmask predict` repairs"
+        notes.append(f"its labels are the likeliest of each word, and {effect}")
     if cuts := get_task(saved.task).cuts_of(saved.labels, saved.calibration.model_dump()):
         chances = zip(saved.labels, (1 / (1 + math.exp(-cut)) for cut in cuts), strict=True)
         listed = ", ".join(f"{label} {chance:.4f}" for label, chance in chances)

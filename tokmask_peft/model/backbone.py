@@ -57,9 +57,14 @@ class Backbone:
 
 @quiet_loading()
 def load_backbone(
-    config: ModelConfig, task: str, labels: tuple[str, ...], device: torch.device, location: str | None = None
+    config: ModelConfig,
+    task: str,
+    labels: tuple[str, ...],
+    device: torch.device,
+    location: str | None = None,
+    pairs: bool = False,
 ) -> Backbone:
-    """Load the frozen backbone with a new head for `labels`.
+    """Load the frozen backbone with a new head for `labels`; `pairs` says that each text is a pair.
 
     The head is drawn from torch's global random state: set the seed before. Unlike in PEFT's
     `prepare_model_for_kbit_training`, nothing is upcast, which would double the size of the embedding and of what flows
@@ -67,7 +72,8 @@ def load_backbone(
     fp32 with either), and inputs get no gradients, which only reentrant checkpointing needs.
 
     Raises:
-        ModelError: the backbone cannot be loaded, or not as the recipe asks, or its answers depend on padding.
+        ModelError: the backbone cannot be loaded, or not as the recipe asks, or its answers depend on padding, or
+            it cannot read pairs.
     """
     location = location or backbone_location(config)
     precision, quantization = choose_precision(config, device), choose_quantization(config, device)
@@ -120,6 +126,10 @@ def load_backbone(
     if config.attention == "bidirectional":
         see_both_ways(model)
     if find_decoder_embedding(model) is not None:
+        if pairs:
+            problem = f"{type(model).__name__} answers at the only end token of its text, which also separates a pair"
+            remedy = "set model.backbone to an encoder or a decoder alone, such as a BERT or a Qwen"
+            raise ModelError(f"{problem}: {remedy}", code="pairs-with-decoder", model=type(model).__name__)
         model.register_forward_pre_hook(functools.partial(_one_end, tokenizer.unk_token_id), with_kwargs=True)
     new_modules = _new_modules(model, info)
     weights = weight_hashes(model, new_modules)

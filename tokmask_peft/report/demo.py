@@ -76,7 +76,10 @@ def answer(classifier: Any, text: Any) -> tuple[dict[str, float] | None, Markup]
             except MaskTokenError as error:
                 note = f"Without colours: {error}"
         tinted = influence_words(*(explanation.words, explanation.influences) if explanation else (words, ()))
-        return found.probabilities, _page(words=tinted, label=explanation.label if explanation else None, note=note)
+        label = explanation.label if explanation else None
+        given = f"labels: {', '.join(found.labels)}" if get_task(classifier.task).several and found.labels else ""
+        given = given or ("no label" if get_task(classifier.task).several else "")
+        return found.probabilities, _page(words=tinted, label=label, note=note, given=given)
     except TokmaskError as error:
         return None, _page(problem=str(error).replace("texts[0]", "the text"))
 
@@ -104,7 +107,8 @@ def of_run(model: str) -> tuple[str, list[str | Pair]]:
         for example in split_examples(run.recipe, result.scored_split, None, run.folder.adapter)[0]:
             if len(example.string) <= _LONGEST_EXAMPLE:
                 text = example.text if isinstance(example.text, Pair) else example.string
-                texts.setdefault(", ".join(example.tags), text)
+                tags = example.tags[:1] if get_task(run.recipe.data.task).words_given else example.tags
+                texts.setdefault(", ".join(tags), text)
     return sentence, list(texts.values())[:_MOST_EXAMPLES]
 
 

@@ -64,8 +64,10 @@ def find_mistakes(run: Run, backbone: str | None = None, trust_remote_code: bool
     classifier = load(saved)
     texts: list[Any] = [example.text for example in chosen]
     answers = classifier.predict(texts)
-    wrong = [list(mistakes_of(task, *pair)) for pair in zip(chosen, answers, strict=True)]
-    shown, unexplained = explained(classifier, most_confident(wrong))
+    wrong, known = [list(mistakes_of(task, *pair)) for pair in zip(chosen, answers, strict=True)], {*classifier.labels}
+    # that a label which training lacks is left out is always certain, and no word explains it
+    explicable = [[one for one in mistakes if {one.gold, one.predicted} & known] for mistakes in wrong]
+    shown, unexplained = explained(classifier, most_confident(explicable))
     return Mistakes(
         split=split,
         texts=len(chosen),

@@ -61,7 +61,8 @@ def choose_head(wanted: str, model: nn.Module, classes: int) -> Decision:
 def start_head(trainer: OrderedEvalTrainer, splits: Mapping[str, Split], seed: int) -> tuple[str, Predictions]:
     """Put a linear probe into the head of a model whose adapter has not learned yet. For all processes.
 
-    Validation chooses the strength of the regularization; the class weights are those of the run.
+    Validation chooses the strength of the regularization. The class weights are those of the run; if a text may
+    have several labels there are none, and each label has a fit of its own.
 
     Returns:
         A line on what was done, and the probe's predictions for test or, without one, validation.

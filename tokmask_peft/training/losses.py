@@ -45,7 +45,8 @@ def class_weights(wanted: str | Mapping[str, float], counts: Mapping[str, int]) 
 class ClassificationLoss:
     """Weighted cross entropy, with an optional focal factor (1 - p_t)^gamma (Lin et al. 2017), in fp32.
 
-    Goes to the Trainer as `compute_loss_func`. With a focusing parameter `gamma` of 0 it is plain cross entropy.
+    If a text may have several labels, it is the mean of their binary cross entropies. Goes to the Trainer as
+    `compute_loss_func`. With a focusing parameter `gamma` of 0 it is plain cross entropy.
 
     Attributes:
         consistency: weight of the symmetric KL divergence between two views of each text (R-Drop, Wu et al. 2021), of

@@ -306,8 +306,12 @@ def probabilities(logits: NDArray[Any], temperature: float = 1.0) -> NDArray[np.
 
 
 def thresholds_of(cuts: Sequence[float], labels: Sequence[str], temperature: float) -> dict[str, float]:
-    """Return the calibrated probability above which each label is given, from the cuts of `Task.fit_cuts`."""
-    return dict(zip(labels, expit(np.asarray(cuts) / temperature).tolist(), strict=True))
+    """Return the calibrated probability above which each label is given, from the cuts of `Task.fit_cuts`.
+
+    It is never 0 or 1, which are the probabilities of no logit.
+    """
+    chances = expit(np.asarray(cuts) / temperature).clip(1e-12, 1 - 1e-12)
+    return dict(zip(labels, chances.tolist(), strict=True))
 
 
 def negative_log_likelihood(logits: NDArray[Any], gold: NDArray[Any], temperature: float = 1.0) -> float:

@@ -43,25 +43,24 @@ RISEN = 1.5
 def baseline_scores(corpus: Corpus, weights: Any, adapter: Predictions) -> dict[str, Any]:
     """Fit logistic regression over character n-grams, and compare it with the adapter on the scored split.
 
-    Validation chooses lower-cased or cased texts, then the class weights, balanced or those of the run, and C.
+    Validation chooses lower-cased or cased texts, then the class weights, balanced or those of the run, and C. The
+    n-grams of the first and the second text of a pair are different features, and so are those that both texts have.
 
-    The n-grams of a pair's texts are told apart, and those that both texts have are features of their own.
-
-    In token tasks each word is classified without its context; if a text may have several labels, each label is fitted
-    on its own. Equal items with equal labels are one row, weighted by
+    In token tasks each word is classified without its context. Equal items with equal labels are one row, weighted by
     their number: the same fit as on repeated rows, in less time. (The document frequency of an n-gram counts those
-    rows.)
+    rows.) If a text may have several labels, each text is a row, and each label has a fit of its own, with balanced
+    weights or none, and a threshold that validation fits.
 
     Args:
         corpus: what the adapter learned from.
-        weights: `[classes]` of the run, None for equal ones.
+        weights: `[classes]` of the run, None for equal ones; not used if a text may have several labels.
         adapter: its predictions for test or, without a test split, for validation.
 
     Returns:
         The scores of `metrics.scores`, with `method`, `seconds`, and what `metrics.compared` returns.
     """
     start, task, labels = time.perf_counter(), get_task(corpus.task), corpus.all_labels
-    found, chosen = (_label_by_label if task.several else _item_by_item)(corpus, weights)
+    found, chosen = _label_by_label(corpus) if task.several else _item_by_item(corpus, weights)
     spans = corpus.spans
     by_entity: dict[str, Any] = {}
     if spans is not None:
@@ -93,7 +92,7 @@ def _vectorizers(corpus: Corpus) -> dict[bool, Any]:
     return vectorizers
 
 
-def _label_by_label(corpus: Corpus, weights: Any) -> tuple[Predictions, str]:
+def _label_by_label(corpus: Corpus) -> tuple[Predictions, str]:
     """Return the answers of a fit for each label, with thresholds fitted on validation, and what was chosen."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.multiclass import OneVsRestClassifier
@@ -254,7 +253,8 @@ def warnings_of(result: Result, log: Sequence[Mapping[str, Any]] = ()) -> list[d
     given = [label for label in result.labels if counts.get(label)]
     found: list[tuple[str, str, str]] = []
     join = "" if "entities" in scored else ", or join {} (data.label_map)"  # B-X is never joined with I-X
-    if len(given) == 1 < len(result.labels):
+    answered = scored["items"] - scored["without_prediction"]
+    if len(given) == 1 < len(result.labels) and counts[given[0]] == answered:
         says = f"every {item} of {where} gets the label '{given[0]}', so nothing was learned"
         remedy = "train for more steps (training.epochs, training.batch_size), start with training.head=probe"
         found.append(("one-label", f"{says}: {remedy}, or try another training.learning_rate", "training.epochs"))

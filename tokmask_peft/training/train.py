@@ -226,7 +226,7 @@ def prepare(recipe: Recipe, device: torch.device, console: Console) -> Prepared:
 
     set_seed(recipe.seed)  # before the head is drawn
     with memory_errors(Situation("loading", recipe)):
-        backbone = load_backbone(recipe.model, data.task, corpus.labels, device)
+        backbone = load_backbone(recipe.model, data.task, corpus.labels, device, pairs=data.pair is not None)
     loaded: Any = backbone.model
     check_length(recipe, loaded.config.to_dict())
     batching = choose_batching(training.batching, loaded, recipe, device, backbone.dtype)
@@ -426,7 +426,7 @@ def _cut_lines(prepared: Prepared) -> list[str]:
     cut = prepared.splits["train"].encoded.truncation
     if cut.texts_cut:
         words = f"; {cut.words_cut} words are cut away" if cut.words_cut else ""
-        lines.append(f"train: {cut.texts_cut} texts are cut at {at}{words}")
+        lines.append(f"train: {cut.texts_cut} {'text is' if cut.texts_cut == 1 else 'texts are'} cut at {at}{words}")
     for name in list(prepared.splits)[1:]:
         if prepared.recipe.data.pair and (count := prepared.splits[name].encoded.truncation.texts_cut):
             lines.append(f"{name}: {count} pairs are longer than {at} and are cut, as in predict")

@@ -11,6 +11,7 @@ from tiny_models import build
 
 from tokmask_peft.cli import start
 from tokmask_peft.recipe.loading import load_recipe, override
+from tokmask_peft.recipe.schema import ModelConfig
 
 MOODS = {"positive": "bueno lindo great nice", "negative": "malo feo bad sad", "neutral": "ok meh today hoy"}
 
@@ -184,6 +185,42 @@ def test_of_the_named_backbones_the_one_with_the_fewest_sub_tokens(monkeypatch, 
     model, cost, decision = start._choose_backbone({"precision": "fp32"}, list(costs), True, False, [])
     assert (model, str(cost)) == ({"backbone": "few", "precision": "fp32"}, "2.00")
     assert "unknown 1.00 (50% unknown)" in decision.reason
+
+
+class TestBackbones:
+    @pytest.mark.usefixtures("without_memory")
+    def test_a_path_does_not_say_which_backbone_it_is(self, posts, backbone):
+        said = mistake("init", "posts.csv", f"model.backbone_path={backbone}", "--yes")
+        assert f"model.backbone={backbone}" in said
+        assert run("init", "posts.csv", f"model.backbone={backbone}", f"model.backbone_path={backbone}").exit_code == 0
+
+    def test_a_gguf_file_on_the_hub_is_looked_up_by_its_repository(self, monkeypatch):
+        asked = []
+        monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *given, **_: asked.append(given))
+        monkeypatch.setattr("tokmask_peft.model.location.require", lambda *_: None)
+        assert not start._at_hand(ModelConfig(backbone="owner/models/a.Q4.gguf"))
+        assert asked == [("owner/models", "a.Q4.gguf")]
+        monkeypatch.undo()
+        assert not start._at_hand(ModelConfig(backbone="owner/models/more/a.gguf/b"))
+
+
+@pytest.mark.parametrize(("processes", "expected"), [(None, True), ("1", True), ("2", False)])
+def test_nobody_is_asked_by_several_processes(monkeypatch, processes, expected):
+    for name in ("stdin", "stdout"):
+        monkeypatch.setattr(f"sys.{name}.isatty", lambda: True, raising=False)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if processes:
+        monkeypatch.setenv("WORLD_SIZE", processes)
+    assert start.is_terminal() is expected
+
+
+@pytest.mark.usefixtures("without_memory")
+def test_several_label_columns_say_the_task(tmp_path, backbone, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [f"la casa {at} azul,{at % 2},{at % 3 % 2}\n" for at in range(40)]
+    (tmp_path / "a.csv").write_text("text,joy,anger\n" + "".join(rows))
+    assert init("a.csv", "data.label_column=[joy, anger]", backbone=backbone).exit_code == 0
+    assert load_recipe("a.yaml").data.task == "multilabel"
 
 
 class TestValidate:

@@ -341,6 +341,54 @@ def test_other_columns_that_may_be_meant_are_shown(tmp_path, names, cells, asked
     assert others in " ".join(decision.reason for decision in found.decisions)
 
 
+RATED = [f"{1 + at % 9 / 2:.1f}".replace(".", ",") for at in range(40)]
+
+
+@pytest.mark.parametrize(
+    ("names", "cells", "asked", "expected"),
+    [
+        ("text\trating", "{text}\t{rating}", [], SEQUENCE | {"label_column": "rating"}),
+        ("text\tv\tr\tm\tlang", "{text}\t0\t{n}\t{n}\t{mood}", ["data.task"], SEQUENCE | {"label_column": "lang"}),
+        ("text\tv\tr\tm\tmine", "{text}\t{n}\t{n}\t{n}\t{mood}", ["data.task"], SEQUENCE | {"label_column": "mine"}),
+        *(
+            (f"text\t{name}", "{text}\t{mood}|n{n}|x{x}", [], {"task": "multilabel", "label_column": name})
+            for name in ("emotions", "categories", "topics", "genres", "tags", "mine")
+        ),
+        ("question\tanswer\tintent", "{text}\tthis is {mood}\t{mood}", [], {"text_column": "question"}),
+        ("question\tanswer\tintent", "{text}\tsee page {half}\tp{half}", [], {"text_column": "question"}),
+        (
+            "question\tanswer\tintent",
+            "{text}\tis it {text}\t{mood}",
+            ["data.text_column"],
+            {"text_column": ["question", "answer"]},
+        ),
+        ("premise\thypothesis\tlabel", "la {many}\t{text}\t{mood}", [], {"text_column": ["premise", "hypothesis"]}),
+    ],
+)
+def test_what_is_alike_is_not_mistaken(tmp_path, names, cells, asked, expected):
+    lines = [
+        cells.format(text=t, mood=m, n=at // 3 % 2, x=at // 5 % 2, rating=rating, many=at // 2, half=at % 8)
+        for at, ((t, m), rating) in enumerate(zip(PAIRS, RATED, strict=True))
+    ]
+    (tmp_path / "a.tsv").write_text("\n".join([names, *lines]) + "\n")
+    questions = []
+    found = Findings({}, lambda key, question, answers: questions.append(key) or next(iter(answers)))
+    find_form(tmp_path / "a.tsv", found)
+    assert found.data.items() >= expected.items()
+    assert questions == asked
+
+
+def test_several_columns_of_0_and_1(tmp_path):
+    lines = [f"{text}\t{at % 2}\t{at % 3 % 2}" for at, text in enumerate(TEXTS)]
+    (tmp_path / "a.tsv").write_text("\n".join(["text\tjoy\tanger", *lines]) + "\n")
+    found, corpus = detect([tmp_path / "a.tsv"], {"label_column": ["joy", "anger"]})
+    assert (found.data["task"], corpus.labels) == ("multilabel", ("anger", "joy"))
+    (tmp_path / "a.tsv").write_text("\n".join(lines) + "\n")
+    with pytest.raises(DataError, match=r"header, or name data\.label_column") as caught:
+        detect([tmp_path / "a.tsv"], {"task": "multilabel"})
+    assert caught.value.code == "no-labels"
+
+
 def test_an_empty_label_does_not_change_the_share(tmp_path):
     lines = [f"la casa {at} azul,{('pos', 'neg')[at % 2] if at else ''}\n" for at in range(1200)]
     (tmp_path / "a.csv").write_text("text,label\n" + "".join(lines))

@@ -50,6 +50,10 @@ def test_standard_input_is_a_text_per_line(saved_adapter, arguments):
     assert "unreadable: stdin:2: the text is empty" in done.stderr
 
 
+ASKED = {"format": "auto", "text_column": None, "header": "auto", "group_column": None}
+NUMBERED = "header: false, text_column: 1, group_column: 0"
+
+
 @pytest.mark.parametrize(
     ("data", "task", "name", "content", "texts"),
     [
@@ -60,14 +64,29 @@ def test_standard_input_is_a_text_per_line(saved_adapter, arguments):
         ("format: conll", "token", "in.tsv", "la\ncasa\n\nazul\n", ["la casa", "azul"]),
         ("text_column: word", "token", "in.csv", "s,word,text\n1,la,x\n1,casa,y\n2,azul,z\n", ["la casa", "azul"]),
         ("format: tagged", "token", "in.txt", "and/or la\n", ["and/or la"]),
+        (NUMBERED, "token", "in.csv", "1,hola\n1,this\n2,muy\n", ["hola this", "muy"]),
+        (NUMBERED, "token", "in.csv", "1,hola this\n2,muy\n", ["hola this", "muy"]),
+        (NUMBERED, "token", "in.csv", "id,text\n1,hola this\n2,muy\n", ["hola this", "muy"]),
+        ("text_column: word, group_column: s", "token", "in.csv", "t,s,word\n1,1,la\n1,1,a\n2,2,b\n", ["la a", "b"]),
+        ("text_column: word, group_column: s", "token", "in.csv", "s,word\n1,la casa\n1,azul\n", ["la casa", "azul"]),
     ],
 )  # fmt: skip
 def test_what_the_command_leaves_open_is_as_in_the_run_s_data(tmp_path, data, task, name, content, texts):
     run = f"name: a\nmodel: {{backbone: b}}\ndata: {{path: ., task: {task}, {data}}}\n"
     (tmp_path / "recipe.yaml").write_text(run)
     (tmp_path / name).write_text(content)
-    source = open_texts(str(tmp_path), ("auto", None, "auto"), partial(TextFile, tmp_path / name, task))
+    source = open_texts(str(tmp_path), ASKED, partial(TextFile, tmp_path / name, task))
     assert [one.string for one in source] == texts
+
+
+def test_a_file_without_columns_names_none(tmp_path):
+    run = "name: a\nmodel: {backbone: b}\ndata: {path: ., task: sequence, text_column: post}\n"
+    (tmp_path / "recipe.yaml").write_text(run)
+    for name, content, said in (("in.txt", "la casa\n", False), ("in.csv", "a,post\nx,la casa\n", True)):
+        (tmp_path / name).write_text(content)
+        source = open_texts(str(tmp_path), ASKED, partial(TextFile, tmp_path / name, "sequence"))
+        assert [one.string for one in source] == ["la casa"]
+        assert any("column post" in one.choice for one in source.decisions) is said
 
 
 def test_if_neither_fits_the_error_is_about_the_file(tmp_path):
@@ -75,7 +94,7 @@ def test_if_neither_fits_the_error_is_about_the_file(tmp_path):
     (tmp_path / "recipe.yaml").write_text(run)
     (tmp_path / "in.csv").write_text("a,b\nx,y\n")
     with pytest.raises(DataError, match="no column has a usual name") as caught:
-        open_texts(str(tmp_path), ("auto", None, "auto"), partial(TextFile, tmp_path / "in.csv", "sequence"))
+        open_texts(str(tmp_path), ASKED, partial(TextFile, tmp_path / "in.csv", "sequence"))
     assert caught.value.code == "column"
 
 

@@ -151,3 +151,9 @@ def test_loading_says_nothing_of_the_new_head_and_leaves_all_settings(model_conf
     finally:
         logger.removeHandler(said)
         (transformers_logging.enable_progress_bar if had_bars else transformers_logging.disable_progress_bar)()
+
+
+def test_a_pair_is_refused_for_a_model_with_a_decoder_which_has_one_end_token(model_config):
+    with pytest.raises(ModelError) as caught:
+        load_backbone(model_config("t5"), "sequence", LABELS, CPU, pairs=True)
+    assert (caught.value.code, "model.backbone" in str(caught.value)) == ("pairs-with-decoder", True)

@@ -36,6 +36,15 @@ def test_a_text_gets_probabilities_and_words_coloured_by_influence(classifier):
     assert "<i>" not in html
 
 
+@pytest.mark.parametrize(("cut", "said"), [(-99.0, "labels: lang1, &lt;b&gt;, other"), (99.0, "no label")])
+def test_several_labels_are_those_above_their_thresholds(classifier, cut, said):
+    one = classifier("sequence")
+    model = Classifier(one.model, one.tokenizer, "multilabel", one.labels, max_length=32, cuts=[cut] * 3)
+    chances, html = demo.answer(model, "mañana boss")
+    assert chances.keys() == {"lang1", "<b>", "other"}
+    assert said in html
+
+
 def test_words_get_the_colour_of_their_label(classifier):
     chances, html = demo.answer(classifier("token"), "mañana <i>meeting</i> boss")
     assert chances is None
@@ -97,6 +106,10 @@ def test_what_is_known_of_a_run(tmp_path, monkeypatch):
     given = [Example(f"text {n}", ("good", "bad")[n % 2], "f:1") for n in range(6)] + [Example("a" * 300, "c", "f:7")]
     monkeypatch.setattr("tokmask_peft.training.evaluate.split_examples", lambda *_: (given, ()))
     assert demo.of_run(str(folder))[1] == ["text 0", "text 1"]
+    given[:] = [Example(("a", "b"), tags, "f:1") for tags in (("x", "y"), ("x", "x"))]
+    recipe = (folder / "recipe.yaml").read_text().replace("task: sequence", "task: token")
+    (folder / "recipe.yaml").write_text(recipe)
+    assert demo.of_run(str(folder))[1] == ["a b"]  # one for each label of a first word
 
 
 def test_a_taken_port_and_a_foreign_host_are_reported_before_loading():

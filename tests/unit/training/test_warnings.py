@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from tokmask_peft.artifacts import Result
-from tokmask_peft.training.metrics import scores
+from tokmask_peft.tasks import get_task
+from tokmask_peft.training.metrics import Predictions, scores, task_scores
 from tokmask_peft.training.scoring import language_warnings, warnings_of
 
 LABELS = ["no", "unsure", "yes"]
@@ -39,6 +40,15 @@ def test_each_fault_is_said_with_the_key_to_change(given, expected):
     for one in found:
         assert one["key"] in one["message"]
     assert Result.from_dict(made.to_dict()) == made
+
+
+@pytest.mark.parametrize(("answers", "code"), [([[1, 0], [1, 0]], "one-label"), ([[1, 0], [0, 0]], None)])
+def test_one_of_several_labels_is_a_fault_if_every_text_gets_it(answers, code):
+    task = get_task("multilabel")
+    gold, given = ([task.ids_of(np.array([row])) for row in rows] for rows in ([[1, 0], [0, 0]], answers))
+    found = task_scores(task, Predictions(gold, given), ["a", "b"])
+    warned = [one["code"] for one in warnings_of(Result(task=task.name, labels=["a", "b"], validation=found))]
+    assert [one for one in warned if one == "one-label"] == [code] * (code is not None)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -56,7 +57,8 @@ def score_perturbed(
     gold, words_given = [np.array(task.gold_ids(one, ids), dtype=np.int64) for one in texts], task.words_given
     given: list[Any] = [example.text for example in texts]
     windows = list(classifier.encoder.windows(given))
-    plain = predicted(classifier, windows, batch_size)
+    predict = functools.partial(predicted, classifier, batch_size=batch_size, labels=len(labels))
+    plain = predict(windows)
 
     def mean(rounds: Sequence[Labels]) -> dict[str, Any]:
         found = [task_scores(task, Predictions(gold, one), labels) for one in rounds]
@@ -68,7 +70,7 @@ def score_perturbed(
 
     def misspelt(share: float, draw: int) -> Labels:
         changed = [change(text, share, (what.seed, draw, number), letters) for number, text in enumerate(given)]
-        return predicted(classifier, list(classifier.encoder.windows(changed)), batch_size)
+        return predict(list(classifier.encoder.windows(changed)))
 
     def rows(values: Sequence[float], perturbed: Callable[[float, int], Labels]) -> list[dict[str, Any]]:
         return [{"at": at, **mean([perturbed(at, draw) for draw in range(what.draws)])} for at in values]
@@ -85,7 +87,7 @@ def score_perturbed(
         def hidden(rate: float, draw: int) -> Labels:
             found = masked_positions(padded, rate, what.seed, draw, 0, *rule).numpy()
             masks = [row[: len(window.ids)] for row, window in zip(found, windows, strict=True)]
-            return predicted(classifier, windows, batch_size, masks)
+            return predict(windows, hidden=masks)
 
         masked = rows(what.rates, hidden)
     return {
@@ -112,15 +114,20 @@ def by_unseen(
     return parts
 
 
-def predicted(classifier: Classifier, windows: Sequence[Window], batch_size: int, hidden: Sequence[Any] = ()) -> Labels:
-    """Return the label ids of each text, as `Classifier.predict` chooses them; `hidden` is what to mask per window."""
+def predicted(
+    classifier: Classifier, windows: Sequence[Window], batch_size: int, labels: int, hidden: Sequence[Any] = ()
+) -> Labels:
+    """Return the label ids of each text, as `Classifier.predict` chooses them.
+
+    `labels` counts the labels of the data, and `hidden` is what to mask per window.
+    """
     logits = classifier.forward.logits(windows, batch_size, classifier.occlusion if hidden else None, hidden)
     of_text: dict[int, list[int]] = {}
     for number, window in enumerate(windows):
         of_text.setdefault(window.text, []).append(number)
     task, parts = get_task(classifier.task), [of_text[text] for text in sorted(of_text)]
     rows = (task.join([windows[n] for n in own], [logits[n] for n in own]) for own in parts)
-    found = [task.choose(row, classifier.cuts) for row in rows]
+    found = [task.choose(row, classifier.cuts, labels) for row in rows]
     return [np.array(classifier.legal.repaired_ids(row.tolist())) for row in found] if classifier.legal else found
 
 
