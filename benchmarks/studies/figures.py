@@ -99,7 +99,9 @@ class Study:
     def arm_contrast(self, name: str, arms: Sequence[str], other: str) -> dict[str, Any]:
         """Return spread and values of the mean of some arms' macro-F1 minus that of another arm, seed by seed."""
         rows = {row["label"]: row for row in self.analysis(name)["rows"]}
-        scores = [dict(zip(row["seeds"], row["f1_macro"]["by_seed"], strict=True)) for row in map(rows.get, (*arms, other))]
+        scores = [
+            dict(zip(row["seeds"], row["f1_macro"]["by_seed"], strict=True)) for row in map(rows.get, (*arms, other))
+        ]
         *found, plain = _of_all_seeds(scores)
         values = (np.mean(found, axis=0) - plain).tolist()
         return {**spread(values), "by_seed": values}

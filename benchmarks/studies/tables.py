@@ -152,6 +152,8 @@ def second(name: str, study: Study) -> Table:
         losses.setdefault(run["arm"], {})[run["seed"]] = run["log_loss"]["test"]
     body = []
     for row in study.analysis(name)["rows"]:
+        if row["f1_macro"]["n"] < 2:  # only begun
+            continue
         cells = [row["label"], mean_sd(row["f1_macro"]), ""]
         if found := row.get("difference", {}).get("f1_macro"):
             cells[-1] = f"{_mean(found)}; {_up(found, '/')}; p = {found['p_holm']:.3g}"
@@ -161,14 +163,19 @@ def second(name: str, study: Study) -> Table:
     return ("arm", "macro-F1", "difference", "weighted F1", "log-loss"), body
 
 
-def token_contrast(study: Study) -> Table:
+def contrast_of_tokens(study: Study) -> list[dict[str, Any]]:
     """Return stage 0's contrast: a healthy place, `unk` and `drop` averaged, minus the model's own token, at p = .3."""
-    names = [name for name in STAGE_0 if name in study.sweeps]
-    found = [study.arm_contrast(name, ("unk:0.3", "drop:0.3"), "own:0.3") for name in names]
+    found = [study.arm_contrast(name, ("unk:0.3", "drop:0.3"), "own:0.3") for name in STAGE_0]
     tests = [float(sign_flip_p(one["by_seed"])) for one in found]
+    adjusted = zip(found, tests, holm(tests), strict=True)
+    return [{**one, "p_value": p, "p_holm": corrected} for one, p, corrected in adjusted]
+
+
+def token_contrast(study: Study) -> Table:
+    """Return the table of `contrast_of_tokens`."""
     body = [
-        [STAGE_0[name], str(one["n"]), _mean(one), _up(one, " of "), f"{p:.3g}", f"{adjusted:.3g}"]
-        for name, one, p, adjusted in zip(names, found, tests, holm(tests), strict=True)
+        [title, str(one["n"]), _mean(one), _up(one, " of "), f"{one['p_value']:.3g}", f"{one['p_holm']:.3g}"]
+        for title, one in zip(STAGE_0.values(), contrast_of_tokens(study), strict=True)
     ]
     return ("data", "seeds", "difference", "higher in", "p", "p, Holm"), body
 

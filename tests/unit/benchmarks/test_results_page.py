@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from figures import TITLES, Study, clear, paired, read
 from page import PAGES, SPEED, filled, speed
-from tables import CONTRASTS
+from tables import CONTRASTS, STAGE_0, contrast_of_tokens
 
 from tokmask_peft.study.report import signed
 from tokmask_peft.study.statistics import smallest_p, spread
@@ -90,6 +90,20 @@ def signed3(value):
     return f"{value:+.3f}".replace("-", "−")
 
 
+SECOND = {name: {row["label"]: row for row in STUDY.analysis(name)["rows"]} for name in STAGE_0}
+TOKENS = contrast_of_tokens(STUDY)
+FORMS = [row["difference"]["f1_macro"] for row in SECOND["stage0-trec"].values() if "difference" in row]
+
+
+def form(name, label):
+    return signed(SECOND[name][label]["difference"]["f1_macro"]["mean"])
+
+
+def log_loss(name, label):
+    runs = [run for run in STUDY.sweeps[name]["runs"] if run["arm"] == label]
+    return f"{statistics.mean(run['log_loss']['test'] for run in runs):.2f}"
+
+
 EARLY = [one for p in ("0.1", "0.3") for one in CONFOUND["encoder", "authors", p]["stopped_early"]]
 GAINS = [one["gain"]["mean"] for one in CHOICES]
 PICKS = [one["p"] for choice in CHOICES for one in choice["per_seed"]]
@@ -161,6 +175,16 @@ CLAIMS = [  # a fragment of a sentence, and what stands in its braces
      "{baseline_f1_macro:.3f}".format(**MIXED), ()),
     ("`{command}`: {batches} batches of {batch_size}, {draws} mask draws".format(**read("diagnose_trec")), ()),
     ("`{}`: test macro-F1, mean", [read("robustness_trec")["command"]]),
+    ("by {} on TREC, which the test does not establish (p = {}), and by {} on AfriSenti Twi, which it does (p = {}, both",
+     [part for one in TOKENS for part in (signed(one["mean"]), f"{one['p_holm']:.3g}")]),
+    ("All {} arms are below no masking, and {} t intervals exclude 0. The loss is smallest for *unk* at 0.1 ({}) and "
+     "largest for *trained* at 0.3 ({})",
+     (sum(one["mean"] < 0 for one in FORMS), sum(one["interval"][1] < 0 for one in FORMS),
+      signed(max(one["mean"] for one in FORMS)), signed(min(one["mean"] for one in FORMS)))),
+    ("(*unk* {}, *drop* {}), where `[MASK]` loses {}.",
+     [form("stage0-twi", label) for label in ("unk:0.3", "drop:0.3", "own:0.3")]),
+    ("({} without, {} with *drop* at 0.3). On Twi", [log_loss("stage0-trec", label) for label in ("none", "drop:0.3")]),
+    ("better ({} without, {} with *drop* at 0.3)", [log_loss("stage0-twi", label) for label in ("none", "drop:0.3")]),
     ("{}; MiniLM, LoRA r = 16; three seeds", [read("faithfulness_trec")["texts"].partition("; ")[0]]),
 ]  # fmt: skip
 QUOTED = [fragment.format(*figures) for fragment, figures in CLAIMS]
@@ -179,6 +203,25 @@ def test_no_figure_is_quoted_without_a_claim():
     """Figures are what has a sign, an exponent, or three decimals and more."""
     text = functools.reduce(lambda text, quoted: text.replace(quoted, ""), QUOTED, prose(RESULTS))
     assert re.findall(r"[−+-]\d*\.\d+|\d*\.\d{3,}|\d\.\de-\d\d", text.replace("a learning rate of 5e-4", "")) == []
+
+
+def test_what_stage_0_established_is_said_so():
+    assert [one["p_holm"] <= 0.05 for one in TOKENS] == [False, True]
+    assert len(FORMS) == 8
+    assert (
+        max(
+            SECOND["stage0-trec"].values(),
+            key=lambda row: row.get("difference", {"f1_macro": {"mean": -1}})["f1_macro"]["mean"],
+        )["label"]
+        == "unk:0.1"
+    )
+    assert min(FORMS, key=lambda one: one["mean"]) == SECOND["stage0-trec"]["trained:0.3"]["difference"]["f1_macro"]
+    for label in ("unk:0.3", "drop:0.3"):
+        low, high = SECOND["stage0-twi"][label]["difference"]["f1_macro"]["interval"]
+        assert low < 0 < high
+    assert all(
+        row["f1_macro"]["n"] == 8 for rows in SECOND.values() for row in rows.values() if row["f1_macro"]["n"] > 1
+    )
 
 
 def test_what_is_clear_or_not_is_said_so():
