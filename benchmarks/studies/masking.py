@@ -4,8 +4,9 @@
     TOKMASK_DATA=FOLDER python benchmarks/studies/masking.py --all           # hours
     python benchmarks/studies/masking.py --list                              # the commands, to run them elsewhere
 
-The command of a sweep is in `benchmarks/results/masking/NAME.json` or, if it belongs to the second study (`PLAN.md`), in
-`masking2/NAME.json`, and its figures go there; for a new sweep write a file with a `command` alone. A finished run is not trained again, and an interrupted sweep is continued.
+The command of a sweep is in `benchmarks/results/masking/NAME.json` or, if it belongs to the second study (`PLAN.md`),
+in `masking2/NAME.json`, and its figures go there; for a new sweep write a file with a `command` alone. A finished run
+is not trained again, and an interrupted sweep is continued.
 """
 
 from __future__ import annotations

@@ -175,7 +175,7 @@ CLAIMS = [  # a fragment of a sentence, and what stands in its braces
      "{baseline_f1_macro:.3f}".format(**MIXED), ()),
     ("`{command}`: {batches} batches of {batch_size}, {draws} mask draws".format(**read("diagnose_trec")), ()),
     ("`{}`: test macro-F1, mean", [read("robustness_trec")["command"]]),
-    ("by {} on TREC, which the test does not establish (p = {}), and by {} on AfriSenti Twi, which it does (p = {}, both",
+    ("by {} on TREC, which the test does not establish (p = {}), and by {} on AfriSenti Twi, which it does (p = {},",
      [part for one in TOKENS for part in (signed(one["mean"]), f"{one['p_holm']:.3g}")]),
     ("All {} arms are below no masking, and {} t intervals exclude 0. The loss is smallest for *unk* at 0.1 ({}) and "
      "largest for *trained* at 0.3 ({})",
