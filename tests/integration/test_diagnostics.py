@@ -148,7 +148,7 @@ def test_scores_on_masked_texts_are_those_of_ids_masked_by_hand(write_recipe, tm
     answers = classifier.predict(given)
     labels = [list(one.labels) if task == "token" else [one.label] for one in answers]
     assert max(one.windows for one in answers) > 1
-    found = predicted(classifier, list(classifier.encoder.windows(given)), 16)
+    found = predicted(classifier, list(classifier.encoder.windows(given)), 16, len(classifier.labels))
     assert [[classifier.labels[at] for at in row] for row in found] == labels
 
 
