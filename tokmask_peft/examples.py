@@ -80,7 +80,7 @@ class Example:
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is no word in the text, or in one of a pair."""
+        """Whether the text, or one of a pair, has no words."""
         return not (all(map(str.split, self.parts)) if isinstance(self.text, Pair) else any(self.words))
 
     @property

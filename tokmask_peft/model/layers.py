@@ -271,7 +271,7 @@ def pool_texts(model: Any, how: str) -> None:
     decoder = hasattr(model, "score")  # what transformers calls the head of a decoder
     if both or (decoder and how == "cls") or (not decoder and how == "last"):
         problem = f"model.pooling={how} does not fit {name}"
-        where = "which is no decoder" if how == "last" else "which has no [CLS] of its own"
+        where = "which is not a decoder" if how == "last" else "which has no [CLS] of its own"
         raise ModelError(f"{problem}, {where}: set it to auto", code="pooling", model=name)
     if hasattr(model.config, "classifier_pooling"):  # ModernBERT's own
         model.config.classifier_pooling = "cls"
