@@ -1,11 +1,26 @@
-"""Makes `tests/` importable, so that every test can say `from tiny_models import build`."""
+"""Makes `tests/` importable (`from tiny_models import build`), and every run of the tests the same."""
 
 import os
 import signal
+import sys
 
 import pytest
+from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# One run draws what the next one draws; `--hypothesis-profile=default` looks for new cases.
+settings.register_profile("repeatable", derandomize=True)
+settings.load_profile("repeatable")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    """Every test starts from one seed, whatever ran before it in its process."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(0)
 
 
 @pytest.fixture

@@ -82,7 +82,7 @@ def _find(tokenizer: Any, rows: int, kind: Literal["mask", "spare", "unk"]) -> M
         unused = f"the tokenizer does not use rows {used} to {rows - 1} of the embedding"
         return MaskToken(rows - 1, kind, f"{unused}; the last becomes a typical one")
     name = {"mask": "mask token", "unk": "unknown token"}[kind]
-    token, token_id = getattr(tokenizer, f"{kind}_token", None), getattr(tokenizer, f"{kind}_token_id")
+    token, token_id = (getattr(tokenizer, f"{kind}_token{end}", None) for end in ("", "_id"))
     if token_id is None and kind == "mask":
         vocabulary = tokenizer.get_vocab()
         for sentinel in _SENTINELS:

@@ -48,6 +48,7 @@ class Tokenizer:
     pad_token_id, mask_token_id, mask_token, all_special_ids, added_tokens_decoder = 0, 1, "m", [0, 1], {}
     __len__, get_vocab = lambda self: 20, lambda self: {}
 
+torch.manual_seed(0)
 model = Model()
 seen = []
 with TokenMasker.attach(model, Tokenizer(), TokenMaskConfig(p=0.5)):
