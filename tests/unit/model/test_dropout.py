@@ -20,7 +20,7 @@ from tokmask_peft.recipe.schema import Recipe
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(p=st.floats(0.0, 1.0), shape=st.lists(st.integers(0, 5), min_size=0, max_size=3), dtype=st.sampled_from(DTYPES))
 def test_every_element_is_zero_or_scaled_and_so_is_its_gradient(p, shape, dtype):
     x = torch.ones(shape, dtype=dtype).transpose(0, -1) if shape else torch.ones((), dtype=dtype)  # strided, too
@@ -32,8 +32,7 @@ def test_every_element_is_zero_or_scaled_and_so_is_its_gradient(p, shape, dtype)
     torch.testing.assert_close(x.grad, dropped.detach(), atol=0, rtol=0)
 
 
-@pytest.mark.parametrize("p", [0.02, 0.1, 0.5, 0.9])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("p", "dtype"), [(0.02, torch.float32), (0.1, torch.bfloat16), (0.5, torch.float16)])
 def test_as_many_are_dropped_as_torch_drops_and_the_mean_stays(p, dtype):
     count = 400_000
     torch.manual_seed(0)
@@ -83,8 +82,9 @@ def test_only_plain_dropout_is_changed_and_only_for_the_time_being(monkeypatch):
     assert not any(isinstance(module, QuickDropout) for module in model.modules())
 
 
-@pytest.mark.parametrize(("causal", "window"), [(False, None), (False, 2), (True, None), (True, 2)])
-@pytest.mark.parametrize("scaling", [None, 0.3])
+@pytest.mark.parametrize(
+    ("causal", "window", "scaling"), [(False, None, 0.3), (False, 2, None), (True, None, None), (True, 2, 0.3)]
+)
 def test_attention_with_dropout_is_torchs_where_nothing_is_dropped(monkeypatch, causal, window, scaling):
     """The weights that stay are divided by 1 - p, so without draws the result is that of torch's kernel over 1 - p."""
     lengths = [3, 7, 4, 30, 1]

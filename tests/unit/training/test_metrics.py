@@ -31,7 +31,7 @@ def arrays(pairs):
 
 class TestScores:
     @given(pairs=PAIRS)
-    @settings(deadline=None)
+    @settings(deadline=None, max_examples=30)
     def test_against_scikit_learn(self, pairs):
         gold, predicted = arrays(pairs)
         found = scores(gold, predicted, LABELS)
@@ -42,7 +42,7 @@ class TestScores:
         assert json.loads(json.dumps(found, allow_nan=False)) == found
 
     @given(pairs=PAIRS, data=st.data())
-    @settings(deadline=None)
+    @settings(deadline=None, max_examples=30)
     def test_a_word_without_a_prediction_costs_recall_and_not_precision(self, pairs, data):
         gold, predicted = arrays(pairs)
         right = np.flatnonzero(gold == predicted)
@@ -70,7 +70,7 @@ class TestScores:
         assert lost["per_class"]["lang1"]["precision"] == 1.0
 
     @given(pairs=st.lists(st.tuples(st.integers(0, 3), st.integers(-1, 3)), max_size=40))
-    @settings(deadline=None)
+    @settings(deadline=None, max_examples=30)
     def test_the_confusion_matrix_counts_every_item_once(self, pairs):
         gold, predicted = arrays(pairs) if pairs else (np.zeros(0, np.int64), np.zeros(0, np.int64))
         found = scores(gold, predicted, LABELS)
@@ -115,7 +115,7 @@ POSTS = st.lists(st.lists(st.integers(0, 3), max_size=25), min_size=1, max_size=
 
 class TestScoresByMixing:
     @given(posts=POSTS)
-    @settings(deadline=None)
+    @settings(deadline=None, max_examples=30)
     def test_every_post_is_in_one_bin(self, posts):
         gold = [np.array(post, dtype=np.int64) for post in posts]
         rows = scores_by_mixing(Predictions(gold, [(post + 1) % 4 for post in gold]), LABELS, ("lang1", "lang2"))

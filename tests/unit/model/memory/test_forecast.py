@@ -1,5 +1,7 @@
 """A run against the memory there is: shapes of its batches, gradient checkpointing, suggestions."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from measured import make_recipe
@@ -171,15 +173,6 @@ CONFIGS = [AlbertConfig(embedding_size=16, **SMALL), MPNetConfig(**SMALL)]
 TIGHT = Memory(700 * 2**20, "this machine")
 
 
-class Loaded:
-    """What is read of a loaded backbone."""
-
-    quantization, dtype = "none", torch.float32
-
-    def __init__(self, config):
-        self.model = bare_model(config, "sequence", torch.float32)
-
-
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.model_type)
 def test_what_cannot_be_checkpointed_is_estimated_and_helped_without(config, monkeypatch):
     setting, recipe = setting_of(config), make_recipe("x", training={"batch_size": 2})
@@ -195,7 +188,9 @@ def test_what_cannot_be_checkpointed_is_estimated_and_helped_without(config, mon
     assert ("adapter.layers" in offered) == (config.model_type != "albert")  # whose layers share their weights
     monkeypatch.setattr(forecasting, "device_memory", lambda device: TIGHT)
     monkeypatch.setattr(forecasting, "workload", lambda *_: tight.shapes)
-    decided, decision, warning = before_training(recipe, Loaded(config), "padded", None, CPU)
+    bare = bare_model(config, "sequence", torch.float32)
+    loaded = SimpleNamespace(model=bare, quantization="none", dtype=torch.float32)
+    decided, decision, warning = before_training(recipe, loaded, "padded", None, CPU)
     assert (decided.model.gradient_checkpointing, decision.choice) == (False, "off")
     assert "the largest batch would take" in warning
 
