@@ -68,13 +68,13 @@ def test_real_shapes(name, layers, shape, quantization, precision, adapter, tmp_
 
 
 # the other families have the code of one of these
-DIFFERENT = ("bert", "distilbert", "modernbert", "electra", "deberta-v3", "qwen2", "qwen3", "gemma3", "phi3", "gpt2")
+DIFFERENT = ("bert", "distilbert", "modernbert", "electra", "deberta-v3", "qwen2", "gemma3", "phi3", "gpt2")
 
 
 @pytest.mark.parametrize(("family", "task"), [*((name, "sequence") for name in DIFFERENT), ("bert", "token")])
 def test_every_architecture(family, task, tmp_path):
     depth = {"distilbert": "n_layers", "gpt2": "n_layer"}.get(family, "num_hidden_layers")
-    config = save_tiny(tmp_path, family, task, **{depth: 6})
+    config = save_tiny(tmp_path, family, task, **{depth: 5})
     recipe = make_recipe(tmp_path, task, model={"quantization": "none", "precision": "fp32"})
     found = assert_near(recipe, config, PADDED, kept=0.1, most=0.1)
     near(found.evaluation, measure_forward(recipe, LARGE), 0.02)
@@ -124,24 +124,24 @@ def test_a_trained_mask_row_takes_a_copy_of_the_embedding(rows, layers, shape, m
     assert found.evaluation >= found.embedding
 
 
-def changes(family="qwen2", device="cuda", **sections):
+def changes(family="qwen2", device="cuda", layers=1, **sections):
     """Return an estimate of a tiny model with changes of its recipe."""
-    model, _ = build(family, num_hidden_layers=5)
+    model, _ = build(family, num_hidden_layers=layers)
     recipe = make_recipe("x", **sections)
     shape = Shape.padded(8, 32)
     return estimate(recipe, Setting(model.config, device, "none", torch.bfloat16), shape, Shape.padded(1, 8))
 
 
 def test_what_each_change_saves():
-    plain = changes()
-    checkpointed = changes(model={"gradient_checkpointing": True})
+    plain = changes(layers=5)
+    checkpointed = changes(layers=5, model={"gradient_checkpointing": True})
     assert checkpointed.activations < plain.activations / 4
     assert checkpointed.tensors < plain.tensors
-    upper = changes(adapter={"layers": 2})
+    upper = changes(layers=5, adapter={"layers": 2})
     assert upper.activations < 0.6 * plain.activations
     assert upper.optimizer < plain.optimizer
     rest = {"model": {"embedding": "offload"}, "training": {"gradient_accumulation": 4}}
-    other = changes(**rest)
+    other = changes(layers=5, **rest)
     assert (other.embedding, other.host) == (0, plain.embedding)
     assert other.workspace == plain.workspace + plain.adapter
 
@@ -195,7 +195,7 @@ def test_a_gpu_pads_packed_texts_where_no_kernel_takes_rows(family, dropout, dty
         near(uneven.activations - even.activations, 2 * tensors, 0.2)  # of both layers
 
 
-@pytest.mark.parametrize(("size", "room"), [(8, 32), (40, 64), (136, 192)])
+@pytest.mark.parametrize(("size", "room"), [(40, 64), (136, 192)])
 def test_the_gradient_of_packed_attention_makes_room_for_128_more_sub_tokens_of_each_text(size, room):
     model, _ = build("llama", head_dim=size)
     recipe, setting = make_recipe("x"), Setting(model.config, "cuda", "none", torch.bfloat16)
