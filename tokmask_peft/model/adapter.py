@@ -170,7 +170,7 @@ def inputs_as_they_come(model: nn.Module, autocast: bool) -> Iterator[None]:
 
 
 def gathered_weights(model: Any) -> dict[str, Tensor] | None:
-    """Return what is trained as plain tensors on the host if FSDP shards it, otherwise None; called by all processes."""
+    """Return what is trained as plain tensors on the host if FSDP shards it, otherwise None; all processes call it."""
     trained = {name for name, value in model.named_parameters() if value.requires_grad}
     # not from named_parameters: after a forward pass some are still gathered, in memory that FSDP will reclaim
     state = {name: value for name, value in model.state_dict().items() if name in trained}

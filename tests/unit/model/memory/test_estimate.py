@@ -42,7 +42,7 @@ def save_tiny(folder, family, task="sequence", dtype=torch.float32, **settings):
     return AutoConfig.from_pretrained(folder, num_labels=len(LABELS))
 
 
-QWEN, LLAMA, BERT = "Qwen2.5-0.5B", "TinyLlama-1.1B-Chat-v1.0", "bert-base-multilingual-cased"
+QWEN, BERT = "Qwen2.5-0.5B", "bert-base-multilingual-cased"
 
 
 @needs_bitsandbytes
@@ -51,7 +51,7 @@ QWEN, LLAMA, BERT = "Qwen2.5-0.5B", "TinyLlama-1.1B-Chat-v1.0", "bert-base-multi
     [
         (QWEN, 2, PADDED, "nf4", "bf16", {}),
         (QWEN, 2, PACKED, "nf4", "bf16 checkpointed", {}),
-        (LLAMA, 2, PADDED, "nf4", "fp32", {"layers": 1}),
+        (QWEN, 2, PADDED, "nf4", "fp32", {"layers": 1}),
         (BERT, 2, PADDED, "int8", "bf16", {}),
         (BERT, 6, PACKED, "none", "bf16", {"layers": 5}),
     ],
