@@ -27,7 +27,7 @@ from tokmask_peft.training.environment import peak_memory
 class LogFile(TrainerCallback, ExportableState):
     """Write a JSON line per logged step to `log.jsonl`; a resumed run continues after its checkpoint's lines.
 
-    A checkpoint says how many `processes` saved it, so that one that lacks the random state of a process is found.
+    Each checkpoint records how many `processes` saved it, so that a missing random state of one is noticed.
     """
 
     def __init__(self, path: Path, processes: int = 1) -> None:
@@ -61,7 +61,7 @@ class LogFile(TrainerCallback, ExportableState):
 
 
 class StopOnSignal(TrainerCallback):
-    """On the first Ctrl-C (or SIGTERM, SIGHUP), finish the step, write a checkpoint and stop; then, stop at once.
+    """Finish the step, save a checkpoint and stop on the first Ctrl-C (or SIGTERM, SIGHUP); stop at once on the second.
 
     A context manager around the training. `stopped` says whether the run was asked to stop.
     """
@@ -109,7 +109,7 @@ class Patience(EarlyStoppingCallback):
 
 
 class BestOfThisRun(TrainerCallback):
-    """Look for the best checkpoint of a resumed run in its own folder: the Trainer saves the path of before a move."""
+    """Look for the best checkpoint in the run's own folder: the path that the Trainer saves is wrong after a move."""
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Replace the path that was read from the checkpoint."""

@@ -1,4 +1,4 @@
-"""Will it fit: the estimate of a run against the memory there is, before the run starts or without one."""
+"""Whether a run fits: its estimate compared with the memory that is available, before training or without it."""
 
 from __future__ import annotations
 

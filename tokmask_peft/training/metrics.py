@@ -199,20 +199,19 @@ def entity_scores(found: Predictions, labels: Sequence[str]) -> dict[str, Any]:
     An entity is right if type, first and last word are: micro scores in seqeval's default mode (see `spans`).
     `interval` is the 95% bootstrap interval of F1 over texts.
     """
-    counts: dict[str, list[int]] = {}
+    counts = Counter[str](), Counter[str](), Counter[str]()  # by type: found correctly, in the data, predicted
     for gold, given in _entities(found, labels):
-        for place, entities in enumerate((gold & given, gold, given)):
-            for kind, _, _ in entities:
-                counts.setdefault(kind, [0, 0, 0])[place] += 1
+        for counter, entities in zip(counts, (gold & given, gold, given), strict=True):
+            counter.update(kind for kind, _, _ in entities)
 
     def figures(right: int, gold: int, given: int) -> dict[str, Any]:
         shares = {"precision": right / max(given, 1), "recall": right / max(gold, 1)}
         return {**shares, "f1": 2 * right / max(gold + given, 1), "support": gold, "predicted": given}
 
-    total = figures(*(sum(row[part] for row in counts.values()) for part in range(3)))
+    total = figures(*(counter.total() for counter in counts))
     part = entity_counts(found, labels)
     drawn = bootstrap_differences({"none": [np.zeros_like(part)], "all": [part]}, "none")["all"]["f1_macro"]
-    by_type = {kind: figures(*counts[kind]) for kind in sorted(counts)}
+    by_type = {kind: figures(*(counter[kind] for counter in counts)) for kind in sorted(counts[1] | counts[2])}
     return {
         "f1_entities": total["f1"],
         "entities": {**total, "interval": percentile_interval(drawn), "per_type": by_type},

@@ -1,1 +1,1 @@
-"""How much memory a run takes, found out without its weights and without taking it, and what saves memory."""
+"""How much memory a run takes, counted without its weights and without using it, and what saves memory."""

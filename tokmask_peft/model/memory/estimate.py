@@ -56,7 +56,7 @@ NF4_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)
 """For each weight: its code, and its share of a scale and of a scale of scales (Dettmers et al. 2023)."""
 
 NEARLY = 0.9
-"""Share of the most sub-tokens in a batch that counts as equal to it."""
+"""Batches with this share of the most sub-tokens count as equally large."""
 
 
 def shown(count: int) -> str:
