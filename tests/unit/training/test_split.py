@@ -7,7 +7,9 @@ import pytest
 from tiny_models import tiny_tokenizer
 
 from tokmask_peft.examples import IGNORED, NO_PREDICTION, Example
+from tokmask_peft.recipe.schema import Recipe
 from tokmask_peft.spans import Spans
+from tokmask_peft.training.train import _cut_lines
 from tokmask_peft.training.trainer import Split
 
 LABELS = ("en", "es", "other")
@@ -114,3 +116,12 @@ def test_entities_go_on_over_windows_and_are_legal_for_the_trainer_too():
     kept = len(split.encoded.kept[0])
     assert cut == [1] + [2] * (kept - 1) + [NO_PREDICTION] * (18 - kept)
     assert metrics(split, value=2)["f1_entities"] == 0.0  # the entity is cut
+
+
+def test_what_does_not_fit_is_reported_of_one_text_too():
+    examples = [Example("la neta " * 20, "en", ""), Example("ok", "es", "")]
+    split = Split(examples, tiny_tokenizer("wordpiece"), "sequence", LABELS, 12)
+    recipe = Recipe.load("quickstart", ["data.max_length=12"])
+    train, validation = _cut_lines(SimpleNamespace(recipe=recipe, splits={"train": split, "validation": split}))
+    assert train.startswith("train: 1 text is cut at 12 sub-tokens; ")
+    assert validation.startswith("validation: 1 text is longer than 12 sub-tokens and scored in windows")
