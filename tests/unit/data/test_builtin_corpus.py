@@ -6,8 +6,8 @@ from collections import Counter
 import pytest
 
 from tokmask_peft.data.cleaning import normalise
-from tokmask_peft.data.conll import builtin_examples
 from tokmask_peft.data.corpus import load_corpus
+from tokmask_peft.data.hub import builtin_examples
 from tokmask_peft.errors import DataError
 from tokmask_peft.recipe.data import DataConfig
 

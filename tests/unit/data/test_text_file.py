@@ -83,6 +83,12 @@ def test_tsv_and_jsonl_go_on_after_a_bad_row(tmp_path):
     assert not any(str(tmp_path) in one.problem for one in bad)
 
 
+def test_an_object_without_columns_spoils_its_own_line_only(tmp_path):
+    found = list(TextFile(write(tmp_path, "in.jsonl", '{}\n{"text": "good"}\n'), "sequence"))
+    assert [getattr(one, "code", None) or one.text for one in found] == ["missing-column", "good"]
+    assert next(iter(TextFile(write(tmp_path, "none.jsonl", "{}\n"), "sequence"))).code == "missing-column"
+
+
 def test_words_come_from_lists_or_strings(tmp_path):
     rows = [{"words": ["hoy", "great"]}, {"words": "hoy great"}, {"words": ["a", ""]}, {"words": []}, {"words": 4}]
     path = write(tmp_path, "in.jsonl", "\n".join(map(json.dumps, rows)))
