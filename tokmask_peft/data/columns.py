@@ -288,8 +288,9 @@ class Table:
     def _labels(self, texts: Sequence[_Column]) -> list[_Column]:
         """Return the columns that may hold labels, the likeliest first."""
         found = [column for column in self.columns if column not in texts and column.may_be_label()]
-        found.sort(key=lambda column: (-round(column.filled, 1), len(column.values)))
-        found.sort(key=lambda column: (column.rank(LABEL_NAMES), column.rank(LANGUAGE_NAMES)))
+        found.sort(
+            key=lambda one: (one.rank(LABEL_NAMES), one.rank(LANGUAGE_NAMES), -round(one.filled, 1), len(one.values))
+        )
         best: list[_Column] = []
         for column in found:  # of a name and its number, the name is enough
             twin = next((one for one in best if _same(one, column)), None)

@@ -347,9 +347,7 @@ def _warnings(
             if found := ", ".join(f"'{one}' ({count:,})" for one, count in counts.items()):
                 warnings.append(f"{what} that look like a missing value: {found}; if so, {remedy}")
     if new := respelled(labels):
-        variants = ", ".join(
-            f"'{old}' ({labels[old]:,}) and '{label}' ({labels[label]:,})" for old, label in new.items()
-        )
+        variants = ", ".join(f"'{old}' ({labels[old]:,}) and '{one}' ({labels[one]:,})" for old, one in new.items())
         label_map = shown_map({old: new.get(label, label) for old, label in (config.label_map or {}).items()} | new)
         problem = f"labels that differ only in spelling: {variants}"
         warnings.append(f"{problem}; if they are the same, set data.label_map={label_map}")

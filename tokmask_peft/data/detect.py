@@ -363,10 +363,8 @@ def _is_typo(one: str, other: str) -> bool:
     """Return whether two words of letters differ by one letter, or two that are swapped, after the first."""
     if min(len(one), len(other)) < 5 or one[0] != other[0] or not (one + other).isalpha():
         return False
-    changes = [
-        change for change in SequenceMatcher(None, one, other, autojunk=False).get_opcodes() if change[0] != "equal"
-    ]
-    edits = sum(max(end - start, last - first) for _, start, end, first, last in changes)
+    steps = SequenceMatcher(None, one, other, autojunk=False).get_opcodes()
+    edits = sum(max(end - start, last - first) for kind, start, end, first, last in steps if kind != "equal")
     return edits == 1 or (edits == 2 and sorted(one) == sorted(other))
 
 

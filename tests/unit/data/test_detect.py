@@ -170,12 +170,6 @@ class TestWhatCannotBeRead:
             detect([tmp_path / f"a.{ending}"], {})
         assert caught.value.code == (code if content[:4] != b"casa" or ending == "txt" else "column")
 
-    def test_a_column_that_is_asked_for_and_is_not_there(self, tmp_path):
-        (tmp_path / "a.csv").write_text(rows(",", "text,label"))
-        with pytest.raises(DataError, match="'label'") as caught:
-            detect([tmp_path / "a.csv"], {"label_column": "labl"})
-        assert (caught.value.code, caught.value.fields["field"]) == ("column", "label_column")
-
 
 class TestSplits:
     def found(self, folder, *names, given=None):

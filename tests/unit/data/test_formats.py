@@ -358,6 +358,12 @@ def test_a_file_that_cannot_be_opened_is_one_error(tmp_path, name):
     assert caught.value.fields["file"] == str(tmp_path / name)
 
 
+def test_an_encoding_that_does_not_exist_is_one_error(write):
+    with pytest.raises(TokmaskError, match="Did you mean 'latin_1'") as caught:
+        opening.DataFile(write("a.txt", "x"), encoding="latin_11")
+    assert (caught.value.code, caught.value.fields["field"]) == ("encoding", "encoding")
+
+
 @pytest.mark.parametrize("name", ["a.csv.gz", "a.zip", "a.xlsx"])
 def test_archives_that_grow_too_much_are_refused_before_they_are_read(write, monkeypatch, name):
     monkeypatch.setattr(opening, "FREE", 1000)
