@@ -80,6 +80,11 @@ def test_a_spare_row_is_filled_with_a_typical_one(classifier):
     model.masking = TokenMaskConfig(p=0.0)
     assert "never seen a masked word" in model.occlusion.note
     assert "rows 332 to 347" in model.occlusion.note
+    for replace in ("drop", "random"):  # words are masked by a token that training never used
+        model = classifier("bert")
+        model.masking = TokenMaskConfig(p=0.3, replace=replace)
+        assert f"replace: {replace}" in model.occlusion.note
+        assert "as in training" not in model.occlusion.note
 
 
 @pytest.mark.parametrize(("family", "task"), [("bert", "sequence"), ("qwen2", "token")])
@@ -204,3 +209,6 @@ def test_mistakes_are_named(classifier):
     assert caught.value.fields == {"word": "so", "places": [0, 1, 2]}
     assert "'so' is word 0, 1 and 2 of texts[0]: give one of these numbers" in str(caught.value)
     assert classifier().explain([]) == []
+    with pytest.raises(DataError) as caught:
+        classifier().explain(["ok", "so so"], label=["good"])
+    assert (caught.value.code, caught.value.fields) == ("label-count", {"texts": 2, "labels": 1})
