@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import TEXTS, assert_typical, tiny_tokenizer, token_families
+from tiny_models import TEXTS, assert_typical, tiny_tokenizer
 
 from tokmask_peft import TokenMaskConfig, TokenMasker
 from tokmask_peft.data.encoding import words_of
@@ -31,12 +31,13 @@ def masked_in_training(model, ids, hidden):
     return found.double().numpy()
 
 
-@pytest.mark.parametrize("family", token_families)
-@pytest.mark.parametrize("task", ["sequence", "token"])
+@pytest.mark.parametrize(
+    ("family", "task"), [("bert", "sequence"), ("qwen2", "sequence"), ("xlm-r", "token"), ("modernbert", "token")]
+)
 def test_an_influence_is_what_masking_in_training_does_to_the_label(classifier, family, task):
     model = classifier(family, task, max_length=64, temperature=1.7)
     tested = 0
-    for text in TEXTS[1:5]:
+    for text in TEXTS[1:4]:
         (answer,) = model.predict([text])
         (explanation,) = model.explain([text])
         assert model.predict([text]) == [answer], "explaining left a trace"
