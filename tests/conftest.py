@@ -1,5 +1,6 @@
 """Makes `tests/` importable (`from tiny_models import build`), and every run of the tests the same."""
 
+import gc
 import os
 import signal
 import sys
@@ -12,6 +13,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # One run draws what the next one draws; `--hypothesis-profile=default` looks for new cases.
 settings.register_profile("repeatable", derandomize=True)
 settings.load_profile("repeatable")
+
+
+def pytest_collection_finish():
+    """Leave what is imported out of garbage collections: the Trainer makes two per training, half a second each."""
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)
