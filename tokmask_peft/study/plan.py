@@ -231,8 +231,12 @@ class Plan:
         base = self.base.model_dump(mode="json", exclude=left_out)
         fixed = {"sampler": self.sampler, "axes": sorted(axis.key for axis in self.axes), "recipe": base}
         if self.sampler != "grid":
-            bounds = {axis.key: {"low": axis.low, "high": axis.high, "log": axis.log} for axis in self.axes}
-            fixed["space"] = bounds | {axis.key: {"values": list(axis.values)} for axis in self.axes if axis.values}
+            fixed["space"] = {
+                axis.key: {"values": [*axis.values]}
+                if axis.values
+                else {"low": axis.low, "high": axis.high, "log": axis.log}
+                for axis in self.axes
+            }
         return fixed
 
     def write(self) -> None:

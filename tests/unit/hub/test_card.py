@@ -187,3 +187,13 @@ def test_the_snippet_is_python_that_holds_the_labels(task, spaced):
     assert found.get("spaced") == (["no", " me", " gusta"] if spaced and task == "token" else None)
     assert "tokmask" not in snippet
     assert snippet.strip() == loading_snippet(make_recipe(task), make_result(), "PATH_OR_HUB_ID", spaced)
+
+
+def test_the_snippet_names_any_folder():
+    folder = 'C:\\new "runs"\\año'
+    line = next(
+        line for line in loading_snippet(make_recipe(), make_result(), folder).splitlines() if "adapter = " in line
+    )
+    found = {}
+    exec(line, found)
+    assert found["adapter"] == folder

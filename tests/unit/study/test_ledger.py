@@ -175,6 +175,20 @@ class TestStorage:
             open_storage(tmp_path / "sweep.journal")
         assert caught.value.code == "storage-failed"
 
+    def test_a_storage_that_fails_later(self, open_ledger, monkeypatch):
+        ledger = open_ledger(prune=True)
+        claim = ledger.claim()
+
+        def fail(*_, **__):
+            raise optuna.exceptions.StorageInternalError("locked")
+
+        monkeypatch.setattr(ledger.storage, "get_trial", fail)
+        monkeypatch.setattr(optuna, "create_study", fail)
+        for use in (open_ledger, lambda: ledger.is_hopeless(claim)):
+            with pytest.raises(SweepError) as caught:
+                use()
+            assert caught.value.code == "storage-failed"
+
     def test_a_sweep_of_an_older_version_goes_on_in_its_database(self, tmp_path):
         plan = make_plan("quickstart", p="0,0.1", seeds="1", name="shared")
         place = f"sqlite:///{tmp_path / 'sweep.db'}"
