@@ -297,17 +297,8 @@ def sweep_page(about: Mapping[str, Any]) -> str:
     return html.environment().get_template("sweep.html.j2").render(**given, verdict=sentences)
 
 
-def sweep_report(sweep: str | Path, page: str | Path | None = None) -> Report:
-    """Compare the arms of a sweep and write `SWEEP/report`; its page is `report.html` there, or `page`.
-
-    Raises:
-        SweepError: the folder is not the sweep of a grid, has no finished run, or cannot be written.
-        RunError: a result cannot be read.
-        ExtraError: matplotlib is not installed.
-    """
-    require("matplotlib", "sweep", "the plot")
-    with boundary(f"comparing the runs of {sweep}, by its sweep.json and their result.json,", SweepError, "bad-sweep"):
-        analysis = analyse(read_sweep(Path(sweep)))
+def described(analysis: dict[str, Any]) -> dict[str, Any]:
+    """Return what the texts of a report are made of: the analysis, its tables, and sentences."""
     rows, compared = analysis["rows"], _compared(analysis, "f1_macro")
     names = NAMES | ({"f1_entities": "entity F1"} if "f1_entities" in rows[0] else {})
     as_recipe = any(row["is_reference"] and row["regularizers"] == "recipe" for row in rows)
@@ -324,8 +315,21 @@ def sweep_report(sweep: str | Path, page: str | Path | None = None) -> Report:
         "differences": {metric: difference_table(analysis, metric) for metric in names},
         "names": names,
     }
-    about |= {name: dict.fromkeys(render(name, **about).splitlines()) for name in ("findings", "cautions")}
-    folder = Path(sweep) / "report"
+    return about | {name: dict.fromkeys(render(name, **about).splitlines()) for name in ("findings", "cautions")}
+
+
+def sweep_report(sweep: str | Path, page: str | Path | None = None) -> Report:
+    """Compare the arms of a sweep and write `SWEEP/report`; its page is `report.html` there, or `page`.
+
+    Raises:
+        SweepError: the folder is not the sweep of a grid, has no finished run, or cannot be written.
+        RunError: a result cannot be read.
+        ExtraError: matplotlib is not installed.
+    """
+    require("matplotlib", "sweep", "the plot")
+    with boundary(f"comparing the runs of {sweep}, by its sweep.json and their result.json,", SweepError, "bad-sweep"):
+        analysis = analyse(read_sweep(Path(sweep)))
+    about, folder = described(analysis), Path(sweep) / "report"
     report, tex, statistics = folder / "report.md", folder / "table.tex", folder / "statistics.json"
     shown = folder / "report.html" if page is None else html.check_page(Path(page))
     with boundary(f"writing the report to {folder}", SweepError):

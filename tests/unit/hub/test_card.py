@@ -191,9 +191,6 @@ def test_the_snippet_is_python_that_holds_the_labels(task, spaced):
 
 def test_the_snippet_names_any_folder():
     folder = 'C:\\new "runs"\\año'
-    line = next(
-        line for line in loading_snippet(make_recipe(), make_result(), folder).splitlines() if "adapter = " in line
-    )
-    found = {}
-    exec(line, found)
+    lines, found = loading_snippet(make_recipe(), make_result(), folder).splitlines(), {}
+    exec(next(line for line in lines if line.startswith("adapter = ")), found)
     assert found["adapter"] == folder

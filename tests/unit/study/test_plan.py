@@ -165,17 +165,7 @@ def test_arms_that_mask_in_a_way_of_their_own():
     assert rates == pytest.approx([0.2, 0.1, 0.0, 0.0])
     assert (masking["share"].share, masking["overfit"].schedule) == (0.5, "overfit")
     assert [found[name].training.views for name in ("none", "views", "mask 0.1 + views")] == [1, 2, 2]
-    assert [cell.arm.is_unmasked for cell in plan.cells] == [
-        True,
-        False,
-        False,
-        False,
-        False,
-        False,
-        False,
-        True,
-        False,
-    ]
+    assert {cell.arm.name for cell in plan.cells if cell.arm.is_unmasked} == {"none", "views"}
 
 
 def test_an_arm_masks_in_one_way_only():
