@@ -1,4 +1,4 @@
-"""A worker of a sweep whose trials are stand-ins: `python sweep_worker.py FOLDER SEEDS [BROKEN-SEED] [--retry]`.
+"""A worker of a sweep whose trials are stand-ins: `python sweep_worker.py FOLDER SEEDS`.
 
 The stand-in writes a line when it starts and when it ends, and a result; it takes a fifth of a second.
 """
@@ -33,17 +33,15 @@ def train(broken, recipe, resume):
     (recipe.run_dir / "result.json").write_text(json.dumps({"labels": [], "validation": scores, "test": scores}))
 
 
-def main() -> int:
-    folder, seeds, broken = sys.argv[1], sys.argv[2], int(sys.argv[3]) if len(sys.argv) > 3 else -1
-    plan = make_plan("quickstart", [f"output_dir={folder}"], p="0,0.1", seeds=seeds, name="stub")
-    stand_in, retry = functools.partial(train, broken), "--retry" in sys.argv
-    try:
-        cells = run_sweep(plan, options=Options(workers=2, train=stand_in, pause=0.02, look=0.1, retry_failed=retry))
-    except RunInterruptedError as error:
-        print(error)
-        return 130
-    return int(any(cell.state == "failed" for cell in cells.values()))
+def sweep(folder, seeds, broken=-1, retry=False):
+    plan = make_plan("quickstart", [f"output_dir={folder}"], p="0,0.1", seeds=str(seeds), name="stub")
+    stand_in = functools.partial(train, broken)
+    return run_sweep(plan, options=Options(workers=2, train=stand_in, pause=0.02, look=0.1, retry_failed=retry))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sweep(*sys.argv[1:])
+    except RunInterruptedError as error:
+        print(error)
+        sys.exit(130)

@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("optuna")
+
+from sweep_worker import sweep
+
 WORKER = Path(__file__).parent / "sweep_worker.py"
 
 
@@ -55,31 +58,31 @@ def test_two_workers_and_a_kill_in_the_middle_double_and_lose_nothing(tmp_path):
     again = {cell: times for cell, times in counted(tmp_path, "start").items() if times > 1}
     assert len(again) <= 2, "only what the killed worker had in hand may begin a second time"
     before = journal(tmp_path)
-    assert start(tmp_path, 5).wait(timeout=120) == 0
+    sweep(tmp_path, 5)
     assert journal(tmp_path) == before, "a finished trial was run again"
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
-def test_a_sweep_that_is_stopped_goes_on_alone(tmp_path, number, code):
+def test_a_sweep_that_is_stopped_goes_on_alone(tmp_path):
     worker = start(tmp_path, 3)
     wait_for(lambda: len(counted(tmp_path, "end")) >= 2, worker)
-    worker.send_signal(number)
-    assert worker.wait(timeout=120) == code
-    assert ("runs finished; repeat the command" in (tmp_path / "said").read_text()) == (code == 130)
-    assert start(tmp_path, 3).wait(timeout=120) == 0
+    worker.send_signal(signal.SIGINT)
+    assert worker.wait(timeout=120) == 130
+    assert "runs finished; repeat the command" in (tmp_path / "said").read_text()
+    sweep(tmp_path, 3)
     assert set(counted(tmp_path, "end").values()) == {1}
     assert len(counted(tmp_path, "end")) == 6
 
 
-def test_a_failed_trial_is_told_and_stops_nothing(tmp_path):
-    assert start(tmp_path, 3, 2).wait(timeout=120) == 1
-    said = (tmp_path / "said").read_text()
+def test_a_failed_trial_is_reported_and_stops_nothing(tmp_path, capsys):
+    cells = sweep(tmp_path, 3, broken=2)
+    assert [name for name, cell in cells.items() if cell.state == "failed"] == ["p0-seed2", "p0.1-seed2"]
+    said = capsys.readouterr().out
     assert "failed p0-seed2: the stand-in was asked to fail (exit code 2)" in said
     assert "4/6 done, 0 running, 2 failed" in said
     before = journal(tmp_path)
-    assert start(tmp_path, 3, 2).wait(timeout=120) == 1
+    sweep(tmp_path, 3, broken=2)
     assert journal(tmp_path) == before, "a failed trial is run again only when asked for"
-    assert start(tmp_path, 4, -1, "--retry").wait(timeout=120) == 0  # the cause is mended, and a seed is added
+    sweep(tmp_path, 4, retry=True)  # the cause is mended, and a seed is added
     assert set(counted(tmp_path, "end").values()) == {1}
     assert len(counted(tmp_path, "end")) == 8
 
