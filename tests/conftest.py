@@ -1,5 +1,6 @@
 """Makes `tests/` importable (`from tiny_models import build`), and every run of the tests the same."""
 
+import gc
 import os
 import signal
 import sys
@@ -12,6 +13,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # One run draws what the next one draws; `--hypothesis-profile=default` looks for new cases.
 settings.register_profile("repeatable", derandomize=True)
 settings.load_profile("repeatable")
+
+
+def pytest_collection_finish():
+    """Spare each garbage collection what imports and collection left: of 0.4 s it needs a hundredth without."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)

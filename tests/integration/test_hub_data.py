@@ -8,14 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import subprocess
-import sys
 import textwrap
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlparse
 
+import forked
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -183,34 +182,33 @@ def home(tmp_path_factory):
     return tmp_path_factory.mktemp("home")
 
 
-def run(code: str, home: Path, **environment: str) -> dict[str, object]:
-    """Run code in a process of its own; it prints one JSON object, or the error that it raised."""
-    program = (
-        "import json\n"
-        "from tokmask_peft.data import load_corpus\n"
-        "from tokmask_peft.data.readers import read_split\n"
-        "from tokmask_peft.errors import DataError\n"
-        "from tokmask_peft.recipe import DataConfig, SourceConfig\n"
-        f"HUB = {{'hub': '{REPO}', 'hub_revision': '{REVISION}'}}\n"
-        "try:\n" + textwrap.indent(textwrap.dedent(code).strip(), "    ") + "\n"
-        "except DataError as error:\n"
-        "    print(json.dumps({'error': str(error)}))\n"
-    )
-    clean = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-    settings = {"HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        env=clean | settings | environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.strip().splitlines()[-1])
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Return a function that runs code in a process; it prints one JSON object, or the error that it raised."""
+
+    def call(code: str, home: Path, **settings: str) -> dict[str, object]:
+        program = (
+            "import json\n"
+            "from tokmask_peft.data import load_corpus\n"
+            "from tokmask_peft.data.readers import read_split\n"
+            "from tokmask_peft.errors import DataError\n"
+            "from tokmask_peft.recipe import DataConfig, SourceConfig\n"
+            f"HUB = {{'hub': '{REPO}', 'hub_revision': '{REVISION}'}}\n"
+            "try:\n" + textwrap.indent(textwrap.dedent(code).strip(), "    ") + "\n"
+            "except DataError as error:\n"
+            "    print(json.dumps({'error': str(error)}))\n"
+        )
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")} | settings
+        environment |= {"HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1"}
+        folder = tmp_path_factory.mktemp("said")
+        done = forked.Python.start(["-c", program], folder, environment, folder).end(timeout=120)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.strip().splitlines()[-1])
+
+    return call
 
 
-def test_language_tags_by_the_configurations_prefix(hub, home):
+def test_language_tags_by_the_configurations_prefix(run, hub, home):
     found = run(
         """
         config = DataConfig(**HUB, hub_config="lid_someeng", task="token", test=None, hygiene="report")
@@ -230,7 +228,7 @@ def test_language_tags_by_the_configurations_prefix(hub, home):
     assert f"{REPO} lid_someeng {REVISION} [train]" in found["lines"][0]
 
 
-def test_sentiment_of_joined_words_and_numbered_classes(hub, home):
+def test_sentiment_of_joined_words_and_numbered_classes(run, hub, home):
     found = run(
         """
         sentiment = read_split(SourceConfig(**HUB, hub_config="sa_someeng"), "dev", "sequence")
@@ -290,7 +288,7 @@ MISTAKES = {
 
 
 @pytest.fixture(scope="module")
-def errors(hub, home):
+def errors(run, hub, home):
     cases = {name: code for name, (code, _) in MISTAKES.items()}
     code = f"""
         found = {{}}
@@ -310,14 +308,14 @@ def test_one_error_with_its_remedy(errors, name):
         assert message in errors[name]
 
 
-def test_offline_names_the_way_out(tmp_path):
+def test_offline_names_the_way_out(run, tmp_path):
     code = 'read_split(SourceConfig(**HUB, hub_config="lid_someeng"), "train", "token")'
     error = run(code, tmp_path, HF_HUB_OFFLINE="1")["error"]
     assert "cannot be reached" in error
     assert "data.path" in error
 
 
-def test_what_was_loaded_once_is_there_offline(hub, home):
+def test_what_was_loaded_once_is_there_offline(run, hub, home):
     code = """
         found = read_split(SourceConfig(**HUB, hub_config="lid_someeng"), "train", "token")
         print(json.dumps({"texts": len(found), "words": found[0].text}))
