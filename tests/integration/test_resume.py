@@ -4,11 +4,10 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 
+import forked
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -21,7 +20,7 @@ from tokmask_peft.recipe.schema import Recipe
 from tokmask_peft.training.scoring import score_best
 from tokmask_peft.training.train import train
 
-SHORT = ("training.epochs=1", "training.baseline=false")
+SHORT = ("training.max_steps=3", "training.baseline=false")
 LONG = ("training.epochs=6", "training.baseline=false")
 
 
@@ -90,13 +89,14 @@ def test_interrupted_and_resumed_is_uninterrupted(stopped, tokmask, tmp_path):
 
 def test_a_reader_that_is_gone_stops_a_run_as_ctrl_c_does(write_recipe, tmp_path):
     run = RunFolder(tmp_path / "runs" / "tiny")
-    command = [sys.executable, "-m", "tokmask_peft", "train", str(write_recipe()), "training.epochs=40"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while "step 20/" not in process.stdout.readline():
-        assert process.poll() is None, process.stderr.read()
-    process.stdout.close()
-    said = process.stderr.read()
-    assert process.wait(60) == 130, said
+    os.mkfifo(tmp_path / "stdout")
+    arguments = ("-m", "tokmask_peft", "train", write_recipe(), "training.epochs=40")
+    process = forked.Python.start(arguments, tmp_path, os.environ, tmp_path).process
+    with (tmp_path / "stdout").open() as reader:
+        assert any("step 20/" in line for line in reader)
+    process.join(100)
+    said = (tmp_path / "stderr").read_text()
+    assert process.exitcode == 130, said
     assert "continue with `tokmask train" in said
     assert "Traceback" not in said
     assert f"stopped at step {run.last_checkpoint().name[11:]} of " in said
@@ -122,13 +122,13 @@ def test_a_signal_in_any_phase_leaves_a_run_that_can_be_continued(write_recipe, 
     recipe, run = write_recipe(), RunFolder(tmp_path / "runs" / "tiny")
     with monkeypatch.context() as patch:
         patch.setattr(f"tokmask_peft.training.train.{phase}", stop)
-        stopped = CliRunner().invoke(app, ["train", str(recipe), "--quiet"])
+        stopped = CliRunner().invoke(app, ["train", str(recipe), *SHORT, "--quiet"])
     assert stopped.exit_code == 130
     assert run.root.exists() == (phase != "load_corpus")
     assert ("--resume" in stopped.stderr) == run.root.exists()
     assert not run.finished()
     assert not run.adapter.exists()
-    train(Recipe.load(recipe), resume=run.root.exists(), quiet=True)
+    train(Recipe.load(recipe, SHORT), resume=run.root.exists(), quiet=True)
     assert not [path for path in run.root.iterdir() if path.name.startswith(".")]
 
 
