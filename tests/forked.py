@@ -76,6 +76,9 @@ def _run(arguments, cwd, environment, folder):
     for name in ("huggingface_hub.constants", "datasets.config"):
         if name in sys.modules:
             importlib.reload(sys.modules[name])
+    if "huggingface_hub.hf_api" in sys.modules:
+        hub = sys.modules["huggingface_hub.hf_api"]
+        hub.api.endpoint = hub.constants.ENDPOINT
     kind, *rest = arguments
     sys.argv = arguments if kind not in ("-m", "-c") else rest
     try:
