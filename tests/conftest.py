@@ -16,6 +16,11 @@ settings.load_profile("repeatable")
 
 
 _MODULES = set()
+gc.disable()  # until the tests are collected: what they import stays
+
+
+def pytest_collection_finish():
+    gc.enable()
 
 
 @pytest.hookimpl(tryfirst=True)
