@@ -35,11 +35,3 @@ def test_packed_and_padded_runs_are_one(write_recipe, family, task):
         torch.testing.assert_close(two[name], one[name], atol=2e-3, rtol=0)
     assert packed.result.test["f1_macro"] == pytest.approx(padded.result.test["f1_macro"], abs=0.03)
     assert evaluate(packed.folder.root)["confusion"] == packed.result.test["confusion"]
-
-
-def test_another_backbone_is_trained_padded_and_says_so(write_recipe):
-    done = run(write_recipe("deberta-v3"), "other", "training.batching=padding_free", "training.max_steps=2")
-    decided = {decision["what"]: decision for decision in done.result.decisions}
-    assert decided["batching"]["choice"] == "padded"
-    assert "DebertaV2ForSequenceClassification has no padding-free forward" in decided["batching"]["reason"]
-    assert "batching: padding_free" in done.folder.recipe.read_text()

@@ -96,7 +96,7 @@ def test_memory_does_not_grow_with_the_file(run, tmp_path):
         path.write_text("".join(f"hoy great phone n{number}\n" for number in range(rows)), encoding="utf-8")
         tracemalloc.start()
         try:
-            done = predict_file(classifier, TextFile(path, "sequence"), tmp_path / f"{rows}.jsonl", batch_size=64)
+            done = predict_file(classifier, TextFile(path, "sequence"), tmp_path / f"{rows}.jsonl", batch_size=16)
             peaks[rows] = tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()

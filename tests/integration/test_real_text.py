@@ -42,12 +42,3 @@ def test_a_few_steps_on_real_text(real_data, tokmask, tmp_path, name, corpus, li
     floor = max(part["support"] for part in result["test"]["per_class"].values()) / result["test"]["items"]
     assert result["test"]["accuracy"] > floor, "no better than always answering the most frequent label"
     assert result["test"]["without_prediction"] == 0
-
-
-@needs_minilm
-@pytest.mark.usefixtures("few_posts")
-def test_quickstart_runs_offline(tokmask, tmp_path):
-    said = tokmask("train", "quickstart", f"output_dir={tmp_path}", "training.max_steps=2", "seed=7").stdout
-    assert "baseline" in said
-    assert "Adapter:" in said
-    assert (tmp_path / "quickstart" / "adapter" / "adapter_model.safetensors").is_file()
