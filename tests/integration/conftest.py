@@ -152,10 +152,10 @@ def begin(tmp_path_factory, tmp_path):
 def tokmask(tmp_path, monkeypatch):
     """Return a function that runs the command line in this process."""
 
-    def run(*arguments: object, code: int = 0) -> Result:
+    def run(*arguments: object, code: int = 0, input: str | None = None) -> Result:
         with monkeypatch.context() as patch:
             patch.chdir(tmp_path)
-            done = CliRunner().invoke(app, [str(argument) for argument in arguments])
+            done = CliRunner().invoke(app, [str(argument) for argument in arguments], input)
         assert done.exit_code == code, done.output[-5000:] + repr(done.exception)
         return done
 
