@@ -172,6 +172,7 @@ def test_explain_demo_and_report_show_both_texts(run, classifier, data, tmp_path
     done = command("report", run.folder.root, "--out", page := tmp_path / "report.html")
     assert done.exit_code == 0, done.output
     assert run.result.scored["accuracy"] == 1 or BETWEEN in page.read_text(encoding="utf-8")
+    assert "windows" not in page.read_text(encoding="utf-8")  # pairs are cut
 
 
 def test_the_demo_has_two_boxes(run, classifier):

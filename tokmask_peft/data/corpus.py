@@ -149,7 +149,7 @@ def check_known(examples: Iterable[Example], labels: Sequence[str], split: str) 
         for tag, where in unseen.items()
     ]
     more = [f"and {len(shown) - SHOWN:,} more."] if len(shown) > SHOWN else []
-    found = "; ".join([*shown[:SHOWN], *more])
+    found = " ".join([*shown[:SHOWN], *more])
     respelling = respelled(dict.fromkeys(unseen, 0) | dict.fromkeys(labels, 1))
     merge = {old: new for old, new in respelling.items() if old in unseen and new in labels}
     merge = merge or ({} if marked else {next(iter(unseen)): labels[-1]})

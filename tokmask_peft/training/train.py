@@ -263,9 +263,9 @@ def prepare(recipe: Recipe, device: torch.device, console: Console) -> Prepared:
         *corpus.report.decisions,
         *backbone.decisions,
         *(
-            Decision(key.replace("_", " "), "none" if value is None else f"{value:g}", why.format(key))
+            Decision(key.replace("_", " "), f"{value:g}", why.format(key))
             for key, value in numbers.items()
-            if key != "patience" or value is not None
+            if value is not None and not (key == "epochs" and training.max_steps)
         ),
         *([carrier] if carrier.choice == "last" and get_task(data.task).words_given else []),
         batching,
