@@ -350,7 +350,8 @@ def _settings(content: dict[str, Any], corpus: Corpus, cost: _Cost | None) -> It
         yield Decision("masking.p", "0", reason)
     for key in ("epochs", "batch_size"):
         training.setdefault(key, "auto")
-    yield Decision("training.epochs", str(training["epochs"]), f"auto goes by the number of texts, here {count:,}")
+    if not training.get("max_steps"):
+        yield Decision("training.epochs", str(training["epochs"]), f"auto goes by the number of texts, here {count:,}")
 
 
 def _memory(recipe: Recipe) -> Iterator[Decision]:

@@ -205,7 +205,7 @@ def _kernel_failure(attempt: Callable[[], None]) -> str | None:
     It is tried in a thread of its own: autocast, modes without gradients, and the hooks of checkpointing, which would
     compute a layer again for the trial's gradient, are those of a thread.
     """
-    with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor(1) as thread:  # torch warns of each kernel that does not take the inputs
+    with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor(1) as thread:  # torch warns of each kernel
         return thread.submit(failure, attempt).result()
 
 
