@@ -41,7 +41,7 @@ def backbone_location(config: ModelConfig) -> str:
         return wanted
     package, _, inside = wanted.removeprefix("package:").partition("/")
     spec = None
-    with contextlib.suppress(ImportError, ValueError):  # of a parent package that is missing, and of no name at all
+    with contextlib.suppress(ImportError, ValueError):  # a parent package is missing, or the name is not one
         spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         problem = f"model.backbone_path is {wanted}, but the package {package} is not installed"
