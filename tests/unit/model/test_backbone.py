@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from tiny_models import build
 from torch import nn
 from transformers import AutoModel, AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -12,7 +13,7 @@ from tokmask_peft.errors import ModelError
 from tokmask_peft.model.adapter import add_adapter
 from tokmask_peft.model.backbone import head_modules, load_backbone, load_tokenizer
 from tokmask_peft.model.decisions import bitsandbytes_problem
-from tokmask_peft.model.layers import Float32Linear, is_quantized
+from tokmask_peft.model.layers import Float32Linear, is_quantized, pool_texts
 from tokmask_peft.model.location import backbone_location
 from tokmask_peft.recipe.schema import AdapterConfig, ModelConfig
 
@@ -162,3 +163,13 @@ def test_a_pair_is_refused_for_a_model_with_a_decoder_which_has_one_end_token(mo
     with pytest.raises(ModelError) as caught:
         load_backbone(model_config("t5"), "sequence", LABELS, CPU, pairs=True)
     assert (caught.value.code, "model.backbone" in str(caught.value)) == ("pairs-with-decoder", True)
+
+
+@pytest.mark.parametrize(
+    ("family", "how", "why"),
+    [("t5", "mean", "an encoder and a decoder"), ("qwen2", "cls", "no [CLS]"), ("bert", "last", "not a decoder")],
+)
+def test_a_way_to_pool_that_does_not_fit_is_refused_with_the_reason(family, how, why):
+    with pytest.raises(ModelError) as caught:
+        pool_texts(build(family)[0], how)
+    assert (caught.value.code, why in str(caught.value)) == ("pooling", True)
