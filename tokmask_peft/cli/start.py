@@ -182,9 +182,9 @@ def make_draft(paths: Sequence[Path], overrides: Sequence[str], backbones: Seque
         stand_in[key] = stand_in.get(key, {}) | value if isinstance(value, dict) else value
     check(stand_in, problems, "init")  # before anything is read
     quiet_libraries()
-    from tokmask_peft.data.columns import SPLITS, likeliest
+    from tokmask_peft.data.columns import likeliest
     from tokmask_peft.data.detect import detect, looks_english, scripts
-    from tokmask_peft.data.split import canonical
+    from tokmask_peft.data.split import SPLITS, canonical
     from tokmask_peft.model.backbone import load_tokenizer
     from tokmask_peft.tasks import get_task
     from tokmask_peft.training.scoring import language_warnings
