@@ -162,6 +162,7 @@ def test_explain_demo_and_report_show_both_texts(run, tokmask, classifier, data,
     assert all(isinstance(text, Pair) for text in of_run(str(run.folder.root))[1])
     done = tokmask("report", run.folder.root, "--out", page := tmp_path / "report.html")
     assert run.result.scored["accuracy"] == 1 or BETWEEN in page.read_text(encoding="utf-8")
+    assert "windows" not in page.read_text(encoding="utf-8")  # pairs are cut
 
 
 def test_the_demo_has_two_boxes(run, classifier):

@@ -20,10 +20,12 @@ def posts(tmp_path):
 
 
 def test_a_recipe_that_init_writes_trains(tokmask, tiny_backbone, tmp_path, posts):
-    tokmask("init", "posts.csv", "--backbone", tiny_backbone("bert"), "data.max_length=62", *QUICK)
+    done = tokmask("init", "posts.csv", "--backbone", tiny_backbone("bert"), "data.max_length=62", *QUICK)
+    assert "epochs" not in done.stdout  # the number of steps is given
     tokmask("train", "posts.yaml")
     result = json.loads((tmp_path / "runs" / "posts" / "result.json").read_text())
     assert (result["steps"], result["validation"]["items"]) == (4, 12)
+    assert "epochs" not in {decision["what"] for decision in result["decisions"]}
     assert "No such" not in tokmask("predict", "runs/posts", "hola great").stdout
 
 

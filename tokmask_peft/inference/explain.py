@@ -158,7 +158,7 @@ class Explanation(InNotebooks):
         return influence_words(self.words, self.influences, self.word, unmasked=self.unmasked, tags=tags)
 
     def __repr__(self) -> str:
-        strongest = ", ".join(f"{word} {value:+.2f}" for word, value in strongest_words(self.words, self.influences))
+        strongest = ", ".join(f"{word} {value:+z.2f}" for word, value in strongest_words(self.words, self.influences))
         return f"Explanation({self.headline}; strongest: {strongest or 'none'})"
 
 

@@ -13,6 +13,7 @@ import re
 import subprocess
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -182,7 +183,7 @@ def rows_problem(device: torch.device, dtype: torch.dtype, size: int) -> str | N
         kernel(row, row, row, bounds, bounds, 5, 5, scale=1.0, window_size=(-1, 0)).sum().backward()
         torch.cuda.synchronize(device)
 
-    return _kernel_failure(attempt, device)
+    return _kernel_failure(attempt)
 
 
 @cache
@@ -195,14 +196,17 @@ def flash_problem(device: torch.device, dtype: torch.dtype, size: int) -> str | 
             F.scaled_dot_product_attention(query, key, key, is_causal=True, enable_gqa=True).sum().backward()
         torch.cuda.synchronize(device)
 
-    return _kernel_failure(attempt, device)
+    return _kernel_failure(attempt)
 
 
-def _kernel_failure(attempt: Callable[[], None], device: torch.device) -> str | None:
-    """Return why a kernel fails, in training or not, or None."""
-    quiet = warnings.catch_warnings(action="ignore")  # torch warns of each kernel that does not take the inputs
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False), quiet:
-        return failure(attempt)
+def _kernel_failure(attempt: Callable[[], None]) -> str | None:
+    """Return why a kernel fails, in training or not, or None.
+
+    It is tried in a thread of its own: autocast, modes without gradients, and the hooks of checkpointing, which would
+    compute a layer again for the trial's gradient, are those of a thread.
+    """
+    with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor(1) as thread:  # torch warns of each kernel
+        return thread.submit(failure, attempt).result()
 
 
 @cache

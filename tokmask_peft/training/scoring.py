@@ -236,7 +236,8 @@ def language_warnings(backbone: str, tokenizer: Any, train: Sequence[Example]) -
     """Return a warning if the tokenizer of a backbone was made for another language than that of the texts."""
     if backbone == MULTILINGUAL or (foreign := foreign_words(tokenizer, (one.string for one in train))) is None:
         return []
-    says = f"{backbone} was made for another language: its tokenizer {foreign}. Its scores may be below n-grams"
+    says = f"the backbone {backbone} was made for another language: its tokenizer {foreign}"
+    says += ". Its scores may be below n-grams"
     return [{"code": "another-language", "message": f"{says}. {DOWNLOAD}", "key": "model.backbone"}]
 
 
@@ -257,11 +258,11 @@ def warnings_of(result: Result, log: Sequence[Mapping[str, Any]] = ()) -> list[d
         found.append(("one-label", f"{says}: {remedy}, or try another training.learning_rate", "training.epochs"))
     elif never := [label for label in result.labels if label not in given and scored["per_class"][label]["support"]]:
         remedy = f"give rare labels more weight (training.class_weights=inverse){join.format('them')}"
-        says = f"no {item} of {where} gets the label {_listed(never)}, although some have it: {remedy}"
+        says = f"no {item} of {where} gets the {_listed(never)}, although some have it: {remedy}"
         found.append(("label-never-predicted", says, "training.class_weights"))
     lacking = [label for label in result.labels if not result.validation["per_class"][label]["support"]]
     if lacking:
-        says = f"no {item} of validation has the label {_listed(lacking)}, so it had no part in choosing the checkpoint"
+        says = f"no {item} of validation has the {_listed(lacking)}, which had no part in choosing the checkpoint"
         remedy = f"set aside a larger share (data.validation){join.format('labels')}"
         found.append(("label-not-in-validation", f"{says}: {remedy}", "data.validation"))
     floors = {"character n-grams": result.baseline, "a linear probe on the frozen backbone": result.probe}
@@ -285,7 +286,8 @@ def warnings_of(result: Result, log: Sequence[Mapping[str, Any]] = ()) -> list[d
 
 
 def _listed(labels: Sequence[str]) -> str:
-    return ", ".join(f"'{label}'" for label in labels[:5]) + (f" and {len(labels) - 5} more" if labels[5:] else "")
+    names = ", ".join(f"'{label}'" for label in labels[:5]) + (f" and {len(labels) - 5} more" if labels[5:] else "")
+    return f"label{'s' if labels[1:] else ''} {names}"
 
 
 def check_best(trainer: OrderedEvalTrainer, result: Result, validation: Split) -> None:

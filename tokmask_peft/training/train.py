@@ -261,7 +261,7 @@ def prepare(recipe: Recipe, device: torch.device, console: Console) -> Prepared:
         *(
             Decision(key.replace("_", " "), f"{value:g}", f"training.{key} {why}")
             for key, value in numbers.items()
-            if value is not None
+            if value is not None and not (key == "epochs" and training.max_steps)
         ),
         *([carrier] if carrier.choice == "last" and get_task(data.task).words_given else []),
         batching,

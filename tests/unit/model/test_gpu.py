@@ -162,6 +162,23 @@ def test_a_kernel_for_packed_rows_that_fails_is_not_used_and_the_table_says_why(
     assert on_cpu.reason == "a batch is one row, with attention per text"
 
 
+def test_a_kernel_may_first_be_tried_within_a_checkpointed_layer(gpu, monkeypatch):
+    """Accelerate's `cuda` is not the `cuda:0` of a tensor, so that what was tried before training is tried again."""
+    kept, computed = [], []
+
+    def kernel(query, *_, **__):
+        computed.append((query @ query.transpose(-1, -2)).dtype)
+        return query * query
+
+    monkeypatch.setattr(decisions, "rows_kernel", lambda: kernel)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(1) or tensor, lambda tensor: tensor)
+    with hooks, torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert decisions.rows_problem(CPU, torch.float16, 8) is None
+    assert computed == [torch.float16]
+    assert kept == []
+
+
 @pytest.mark.parametrize("kernel", [True, False])
 @pytest.mark.parametrize("size", [24, 26])
 def test_odd_heads_are_padded_for_the_kernels_of_a_gpu(monkeypatch, size, kernel):
