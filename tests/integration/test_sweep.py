@@ -10,6 +10,7 @@ from tokmask_peft.recipe.schema import Recipe
 pytest.importorskip("optuna")
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_sweep_and_report(write_recipe, tokmask, tmp_path):
     recipe = write_recipe()
     command = ["sweep", recipe, "--p", "0,0.3", "--seeds", "1", "training.max_steps=4"]
@@ -41,8 +42,7 @@ def test_sweep_and_report(write_recipe, tokmask, tmp_path):
     assert "2/2 done" in again
 
     before = (folder / "sweep.json").read_text()
-    refused = tokmask(*command[:-1], "training.max_steps=5", check=False)
-    assert refused.returncode == 2
+    refused = tokmask(*command[:-1], "training.max_steps=5", code=2)
     assert "training.max_steps: 4 before, 5 now" in refused.stderr
     assert (folder / "sweep.json").read_text() == before
 

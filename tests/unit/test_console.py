@@ -1,8 +1,11 @@
 """What a run prints."""
 
+import contextlib
+import gc
 import io
 import json
 import re
+import sys
 
 import pytest
 from rich.console import Console
@@ -22,6 +25,7 @@ from tokmask_peft.console import (
     print_lines,
     print_result,
     print_scores,
+    quick_imports,
 )
 from tokmask_peft.examples import Prediction, WordPredictions
 from tokmask_peft.inference.display import print_answers, print_explanations
@@ -112,3 +116,18 @@ def test_a_temperature_that_is_left_out_is_said_with_the_reason():
     assert "Temperature 1.500" in calibration_line({"temperature": 1.5, **figures})
     line = calibration_line({"temperature": 1.0, "left_out": "it does not help", **figures})
     assert "no temperature is used, because it does not help" in line
+
+
+@pytest.mark.parametrize("imported", [True, False])
+def test_the_first_imports_are_made_without_collecting_garbage(monkeypatch, imported):
+    frozen = []
+    monkeypatch.setattr(gc, "freeze", lambda: frozen.append(gc.isenabled()))
+    import transformers.modeling_utils  # noqa: F401
+
+    if not imported:
+        monkeypatch.delitem(sys.modules, "transformers.modeling_utils")
+    with contextlib.suppress(ImportError), quick_imports():
+        assert gc.isenabled() is imported
+        raise ImportError
+    assert gc.isenabled()
+    assert frozen == ([] if imported else [False])

@@ -218,12 +218,13 @@ def training_facts(recipe: Recipe, result: Result) -> list[tuple[str, str]]:
     if recipe.model.attention == "bidirectional":
         method += ", the backbone sees the whole text"
     quantization = chosen.get("quantization", recipe.model.quantization)
+    loss = f"binary {training.loss}" if get_task(recipe.data.task).several else training.loss
     speed = f"learning rate {training.learning_rate:g} ({training.scheduler})"
     version = environment.get("versions", {}).get("tokmask-peft", "unknown")
     return [
         ("masking", f"{rate}; unit: {unit}; mask token: {token}"),
         ("adapter", f"{method}, dropout = {adapter.dropout:g}; quantization of the backbone: {quantization}"),
-        ("optimisation", f"{length}, batches of {batch}, {speed}, loss: {training.loss}, class weights: {weights}"),
+        ("optimisation", f"{length}, batches of {batch}, {speed}, loss: {loss}, class weights: {weights}"),
         ("seed", f"{recipe.seed}; tokmask-peft {version}"),
     ]
 

@@ -12,7 +12,7 @@ from tokmask_peft.artifacts import Run, find_saved
 from tokmask_peft.errors import MaskTokenError
 from tokmask_peft.examples import Example, Pair
 from tokmask_peft.inference.classifier import Classifier, load
-from tokmask_peft.inference.explain import explain
+from tokmask_peft.inference.explain import MOST_WORDS, explain
 from tokmask_peft.tasks import Task, get_task
 from tokmask_peft.training.evaluate import split_examples
 
@@ -98,6 +98,9 @@ def explained(classifier: Classifier, mistakes: list[Mistake]) -> tuple[tuple[Mi
     """Add the influence of each word on the wrong label; without a mask token, return a reason instead."""
     words_given, found = get_task(classifier.task).words_given, []
     for mistake in mistakes:
+        if len(mistake.words) > MOST_WORDS:
+            found.append(mistake)
+            continue
         text: Any = mistake.pair or (list(mistake.words) if words_given else " ".join(mistake.words))
         # if a label is missing in the answer, the words that speak against it are the ones to show
         about, sign = (mistake.predicted, 1) if mistake.predicted in classifier.labels else (mistake.gold, -1)

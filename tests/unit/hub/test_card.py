@@ -100,6 +100,11 @@ def test_it_holds_labels_masking_scores_and_data():
         assert fact in card
 
 
+@pytest.mark.parametrize(("task", "loss"), [("multilabel", "binary cross_entropy"), ("sequence", "cross_entropy")])
+def test_the_loss_is_that_of_the_task(task, loss):
+    assert f"loss: {loss}," in dict(training_facts(make_recipe(task), make_result(task=task)))["optimisation"]
+
+
 def test_what_was_not_measured_is_not_shown():
     card = card_of(result=make_result(test=None, baseline=None))
     assert [row[0] for row in tables(card)[:3]] == ["split", "---|---|---|---", "validation (selected the checkpoint)"]
