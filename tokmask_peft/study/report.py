@@ -22,7 +22,9 @@ from tokmask_peft.study.statistics import seeds_to_reach, smallest_p
 from tokmask_peft.tasks import get_task
 
 LATEX = str.maketrans(
-    {"\\": r"\textbackslash{}", "±": r"$\pm$", "−": "$-$", "×": r"$\times$"} | {sign: f"\\{sign}" for sign in "_%&#"}
+    {"\\": r"\textbackslash{}", "±": r"$\pm$", "−": "$-$", "×": r"$\times$"}
+    | {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    | {sign: f"\\{sign}" for sign in "_%&#${}"}
 )
 NAMES = {"f1_macro": "macro-F1", "f1_weighted": "weighted F1"}
 
