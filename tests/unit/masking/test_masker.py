@@ -10,7 +10,6 @@ from tokmask_peft.masking.masker import TokenMasker
 from tokmask_peft.masking.replacement import MaskToken
 from tokmask_peft.recipe import TokenMaskConfig
 
-
 BOTH = ["bert", "qwen2"]  # an encoder and a decoder
 TOKENIZERS = ["bert", "xlm-r", "modernbert", "qwen2", "llama"]  # a family for each kind
 
