@@ -86,14 +86,8 @@ TEMPLATES = Environment(
     lstrip_blocks=True,
     keep_trailing_newline=True,
 )
-TEMPLATES.globals.update(
-    signed=signed,
-    interval=interval,
-    mean_sd=mean_sd,
-    Counter=Counter,
-    smallest_p=smallest_p,
-    seeds_to_reach=seeds_to_reach,
-)
+for function in (signed, interval, mean_sd, Counter, smallest_p, seeds_to_reach):
+    TEMPLATES.globals[function.__name__] = function
 TEMPLATES.filters |= {
     "cell": lambda text: text.replace("|", "\\|"),
     "count": "{:,}".format,
@@ -332,13 +326,13 @@ def sweep_report(sweep: str | Path, page: str | Path | None = None) -> Report:
     with boundary(f"comparing the runs of {sweep}, by its sweep.json and their result.json,", SweepError, "bad-sweep"):
         analysis = analyse(read_sweep(Path(sweep)))
     about, folder = described(analysis), Path(sweep) / "report"
-    report, tex, statistics = folder / "report.md", folder / "table.tex", folder / "statistics.json"
+    text, tex, statistics = folder / "report.md", folder / "table.tex", folder / "statistics.json"
     shown = folder / "report.html" if page is None else html.check_page(Path(page))
     with boundary(f"writing the report to {folder}", SweepError):
         folder.mkdir(exist_ok=True)
         plots = plot_f1(analysis, folder)
         write_json(statistics, analysis)
-        write_whole(report, render("report.md", **about))
+        write_whole(text, render("report.md", **about))
         write_whole(tex, render("table.tex", **about))
         write_whole(shown, sweep_page(about))
-    return Report(report, statistics, plots, render("summary.txt", **about), tex, shown)
+    return Report(text, statistics, plots, render("summary.txt", **about), tex, shown)
