@@ -1,4 +1,4 @@
-"""The answers of a run that are most confidently wrong, with the words that they rest on."""
+"""The most confident mistakes of a run, with the words that they depend on."""
 
 from __future__ import annotations
 

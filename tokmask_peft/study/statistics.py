@@ -104,7 +104,7 @@ def seeds_needed(gain: float, sd: float, power: float = 0.8, alpha: float = 0.05
 
 
 def smallest_gain(sd: float, seeds: int, power: float = 0.8) -> float:
-    """Return the mean difference that a paired t-test detects with `power`: what `seeds_needed` turns around."""
+    """Return the mean difference that a paired t-test detects with `power`: the inverse of `seeds_needed`."""
     return sd * float(optimize.brentq(lambda effect: paired_power(effect, seeds) - power, 1e-6, 1e3))
 
 
