@@ -31,7 +31,7 @@ _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud
 
 
 def printable(text: str) -> str:
-    """Return a text, which may be anyone's, as a terminal may see it: control characters as JSON writes them."""
+    """Return untrusted text in a form that is safe for a terminal: control characters as JSON writes them."""
     return _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
@@ -95,7 +95,7 @@ def quick_imports() -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet_loading() -> Iterator[None]:
-    """Silence what is said of a model while it is loaded, and no more than that; also a decorator.
+    """Silence the messages about a model while it is loaded, and no others; also a decorator.
 
     transformers reports the weights of a head, which is new by design, as missing, and draws a bar for a fraction of a
     second; PEFT calls what transformers renamed (`is_gradient_checkpointing`; remove when PEFT has followed).
@@ -153,7 +153,7 @@ def stop_signals(handler: Callable[..., object]) -> Iterator[None]:
 
 
 def mute(descriptor: int = 1) -> None:
-    """Let what is still written to a closed output go nowhere."""
+    """Discard what is still written to a closed output."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
@@ -220,7 +220,7 @@ def print_scores(console: Console, parts: Mapping[str, Mapping[str, Any]]) -> No
 
 
 def print_classes(console: Console, split: str, scores: Mapping[str, Any]) -> None:
-    """Print precision, recall, F1 and support of each class of a split; of very many, those of lowest F1."""
+    """Print precision, recall, F1 and support of each class of a split; if there are many, those with the lowest F1."""
     classes = list(scores.get("per_class", {}).items())
     table = _table(f"\nBy class on {escape(split)}", ["label"], ["precision", "recall", "F1", "support"])
     if left_out := max(0, len(classes) - MOST_CLASSES):

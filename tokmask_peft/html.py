@@ -164,13 +164,10 @@ _STYLE = {
 
 
 def draw(name: str, alt: str, paint: Callable[[Any], None], size: tuple[float, float] = (3.6, 2.5)) -> Markup:
-    """Return one picture as an `<svg>` element, in the colours of the page and with ids that occur nowhere else.
+    """Return what `paint` draws on axes as an `<svg>` element in the colours of the page.
 
-    Args:
-        name: unique on the page; the ids inside begin with it.
-        alt: what the picture shows, for readers who cannot see it.
-        paint: draws on the axes passed to it.
-        size: width and height in inches.
+    The ids inside begin with `name`, which is unique on the page; `alt` says what the picture shows to readers who
+    cannot see it; the size is in inches.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure

@@ -53,14 +53,13 @@ def test_two_workers_and_a_kill_in_the_middle_double_and_lose_nothing(start, tmp
     assert journal(tmp_path) == before, "a finished trial was run again"
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
-def test_a_sweep_that_is_stopped_goes_on_alone(start, tmp_path, number, code):
+def test_a_sweep_that_is_stopped_goes_on_alone(start, tmp_path):
     worker = start(3)
     wait_for(lambda: len(counted(tmp_path, "end")) >= 2, worker)
-    os.kill(worker.process.pid, number)
+    os.kill(worker.process.pid, signal.SIGINT)
     done = worker.end(120)
-    assert done.returncode == code
-    assert ("runs finished; repeat the command" in done.stdout) == (code == 130)
+    assert done.returncode == 130
+    assert "runs finished; repeat the command" in done.stdout
     assert start(3).end(120).returncode == 0
     assert set(counted(tmp_path, "end").values()) == {1}
     assert len(counted(tmp_path, "end")) == 6

@@ -258,7 +258,7 @@ def limits(recipe: Recipe, result: Result) -> list[str]:
 
 
 def plain(text: object) -> str:
-    """Return a text, which may be anyone's, as Markdown shows it: one line, in tables too, without any markup."""
+    """Return untrusted text escaped for Markdown: it shows as one line without markup, in tables too."""
     flat = printable(" ".join(str(text).split())).replace("&", "&amp;").replace("<", "&lt;")
     return re.sub(r"[\\`*\[\]|~$]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", flat)
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 ANSWER_SECONDS = 120.0
-"""How long the Hub may take to answer; huggingface_hub itself would wait for ever."""
+"""How long the Hub may take to answer; huggingface_hub itself would wait forever."""
 
 _NEEDED = ("README.md", "adapter_config.json", "adapter_model.safetensors")
 ADAPTER_FILES = (*LOADED_FILES, "README.md", "confusion_matrix.png")

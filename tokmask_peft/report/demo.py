@@ -50,10 +50,9 @@ def check_address(host: str, port: int | None) -> None:
 
 
 def answer(classifier: Any, text: Any) -> tuple[dict[str, float] | None, Markup]:
-    """Return calibrated probabilities of the labels, or none if each word has one, and a text's words as HTML.
+    """Return calibrated probabilities of the labels, none if each word has a label, and the coloured words as HTML.
 
-    `text` is a string, or a `Pair` for a model of pairs.
-    The words are coloured; if the text cannot be classified, the HTML says why.
+    `text` is a string, or a `Pair` for a model of pairs. If it cannot be classified, the HTML says why.
     """
     from tokmask_peft.inference.explain import explain
 
@@ -159,7 +158,7 @@ def build(classifier: Any, name: str, about: str = "", examples: Sequence[str | 
 
 
 class _Gate:
-    """Middleware that answers neither uploads, for which gradio has an open address, nor requests of any size."""
+    """Middleware that refuses uploads, for which gradio has an open address, and requests that are too large."""
 
     def __init__(self, app: Any) -> None:
         self.app = app

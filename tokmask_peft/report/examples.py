@@ -1,4 +1,4 @@
-"""The answers of a run that are most confidently wrong, with the words that they rest on."""
+"""The most confident mistakes of a run, with the words that they depend on."""
 
 from __future__ import annotations
 
@@ -51,9 +51,8 @@ class Mistakes:
 def find_mistakes(run: Run, backbone: str | None = None, trust_remote_code: bool = False) -> Mistakes:
     """Predict the split that a finished run is scored on, and return its most confident mistakes.
 
-    `backbone` is a Hub id, folder or `package:NAME/FOLDER` to load the backbone from, instead of the recipe's;
-    `trust_remote_code` lets it run code of its own.
-    DataError, ModelError or RecipeError if the data or the backbone is missing.
+    Raises:
+        DataError, ModelError, RecipeError: the data or the backbone is missing.
     """
     task, split = get_task(run.recipe.data.task), run.result.scored_split
     saved = find_saved(run.folder.root, backbone, trust_remote_code=trust_remote_code)

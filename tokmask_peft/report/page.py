@@ -41,14 +41,10 @@ def report_run(
     backbone: str | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[Path, str]:
-    """Write the report of a run: one HTML file that loads nothing.
+    """Write the report of a run: one HTML file, `out` as for `prepare`, that loads nothing.
 
-    Args:
-        run: the run folder.
-        out: the file to write, as for `prepare`.
-        examples: predict the scored split again to show the most confident mistakes; needs the data and the backbone.
-        backbone: where to load the backbone from for that, instead of what the recipe says.
-        trust_remote_code: let the backbone run code of its own for that; the recipe cannot allow it.
+    With `examples` the scored split is predicted again, to show the most confident mistakes. That needs the data and
+    the backbone, which is loaded from `backbone` if given, and may run code of its own with `trust_remote_code`.
 
     Returns:
         The file, and why it shows no mistakes although they were requested; empty if it does.

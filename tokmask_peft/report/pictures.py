@@ -18,8 +18,8 @@ def training_curves(log: Log, best_step: int | None) -> list[Picture]:
 
     `log` are the lines of `log.jsonl`, `best_step` is the step of the checkpoint that was kept.
     """
-    loss, validation_loss = _points(log, "loss"), _points(log, "eval_loss")
-    f1, rate = _points(log, "eval_f1_macro"), _points(log, "masking_rate")
+    keys = ("loss", "eval_loss", "eval_f1_macro", "masking_rate")
+    loss, validation_loss, f1, rate = (_points(log, key) for key in keys)
     pictures = []
     if loss:
         alt = f"Training loss: {loss[0][1]:.3f} at step {loss[0][0]:g}, {loss[-1][1]:.3f} at step {loss[-1][0]:g}."

@@ -22,7 +22,9 @@ from tokmask_peft.study.statistics import seeds_to_reach, smallest_p
 from tokmask_peft.tasks import get_task
 
 LATEX = str.maketrans(
-    {"\\": r"\textbackslash{}", "±": r"$\pm$", "−": "$-$", "×": r"$\times$"} | {sign: f"\\{sign}" for sign in "_%&#"}
+    {"\\": r"\textbackslash{}", "±": r"$\pm$", "−": "$-$", "×": r"$\times$"}
+    | {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    | {sign: f"\\{sign}" for sign in "_%&#${}"}
 )
 NAMES = {"f1_macro": "macro-F1", "f1_weighted": "weighted F1"}
 
@@ -84,14 +86,8 @@ TEMPLATES = Environment(
     lstrip_blocks=True,
     keep_trailing_newline=True,
 )
-TEMPLATES.globals.update(
-    signed=signed,
-    interval=interval,
-    mean_sd=mean_sd,
-    Counter=Counter,
-    smallest_p=smallest_p,
-    seeds_to_reach=seeds_to_reach,
-)
+for function in (signed, interval, mean_sd, Counter, smallest_p, seeds_to_reach):
+    TEMPLATES.globals[function.__name__] = function
 TEMPLATES.filters |= {
     "cell": lambda text: text.replace("|", "\\|"),
     "count": "{:,}".format,
@@ -330,13 +326,13 @@ def sweep_report(sweep: str | Path, page: str | Path | None = None) -> Report:
     with boundary(f"comparing the runs of {sweep}, by its sweep.json and their result.json,", SweepError, "bad-sweep"):
         analysis = analyse(read_sweep(Path(sweep)))
     about, folder = described(analysis), Path(sweep) / "report"
-    report, tex, statistics = folder / "report.md", folder / "table.tex", folder / "statistics.json"
+    text, tex, statistics = folder / "report.md", folder / "table.tex", folder / "statistics.json"
     shown = folder / "report.html" if page is None else html.check_page(Path(page))
     with boundary(f"writing the report to {folder}", SweepError):
         folder.mkdir(exist_ok=True)
         plots = plot_f1(analysis, folder)
         write_json(statistics, analysis)
-        write_whole(report, render("report.md", **about))
+        write_whole(text, render("report.md", **about))
         write_whole(tex, render("table.tex", **about))
         write_whole(shown, sweep_page(about))
-    return Report(report, statistics, plots, render("summary.txt", **about), tex, shown)
+    return Report(text, statistics, plots, render("summary.txt", **about), tex, shown)

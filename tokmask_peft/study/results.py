@@ -206,28 +206,8 @@ def _difference(results: SweepResults, reference: Row, row: Row) -> dict[str, An
     seeds = [seed for seed in results.runs[reference] if seed in results.runs[row]]
     if not seeds:
         return {"seeds": seeds}
-    counts: dict[Row, list[Any]] = {reference: [], row: []}
-    entities: dict[Row, list[Any]] = {reference: [], row: []}
-    gold, problem, replicates = None, None, None
-    for one, folder in ((one, results.folders[one, seed]) for one in counts for seed in seeds):
-        file = folder.predictions
-        saved = read_json(file, SweepError, "bad-predictions") if file.is_file() else {}
-        found = saved.get(results.split, {"gold": gold, "predicted": None})
-        gold = gold or found["gold"]
-        if found["predicted"] is None:
-            problem = problem or f"{folder.root.name} has no predictions.json"
-        elif found["gold"] != gold:
-            problem = problem or f"the {results.split} texts differ between seeds"
-        else:
-            counts[one].append(text_counts(found["gold"], found["predicted"], len(saved["labels"])))
-            if "f1_entities" in results.metrics:
-                entities[one].append(entity_counts(Predictions.from_dict(found), saved["labels"]))
-    if problem is None:
-        replicates = bootstrap_differences(counts, reference, REPLICATES)[row]
-        if "f1_entities" in results.metrics:  # the same draws, since the seed is the same
-            drawn = bootstrap_differences(entities, reference, REPLICATES)[row]
-            replicates["f1_entities"] = drawn["f1_macro"]
-    differences: dict[str, Any] = {"seeds": seeds, "bootstrap_problem": problem}
+    replicates, problem = _replicates(results, reference, row, seeds)
+    differences: dict[str, Any] = {"seeds": seeds, "bootstrap_problem": problem or None}
     for metric in results.metrics:
         before, after = results.scores(reference, metric), results.scores(row, metric)
         values = [after[seed] - before[seed] for seed in seeds]
@@ -240,6 +220,29 @@ def _difference(results: SweepResults, reference: Row, row: Row) -> dict[str, An
             "effect_size": statistics.hedges_gz(values),
         }
     return differences
+
+
+def _replicates(results: SweepResults, reference: Row, row: Row, seeds: list[int]) -> tuple[dict[str, Any], str]:
+    """Return bootstrap replicates of the differences of a row from the reference by metric, or none and the reason."""
+    counts: dict[Row, list[Any]] = {reference: [], row: []}
+    entities: dict[Row, list[Any]] = {reference: [], row: []}
+    gold = None
+    for one, folder in ((one, results.folders[one, seed]) for one in counts for seed in seeds):
+        file = folder.predictions
+        saved = read_json(file, SweepError, "bad-predictions") if file.is_file() else {}
+        if results.split not in saved:
+            return {}, f"{folder.root.name} has no predictions.json"
+        found = saved[results.split]
+        if gold not in (None, found["gold"]):
+            return {}, f"the {results.split} texts differ between seeds"
+        gold = found["gold"]
+        counts[one].append(text_counts(gold, found["predicted"], len(saved["labels"])))
+        if "f1_entities" in results.metrics:
+            entities[one].append(entity_counts(Predictions.from_dict(found), saved["labels"]))
+    replicates: dict[str, Any] = bootstrap_differences(counts, reference, REPLICATES)[row]
+    if "f1_entities" in results.metrics:  # the same draws, since the seed is the same
+        replicates["f1_entities"] = bootstrap_differences(entities, reference, REPLICATES)[row]["f1_macro"]
+    return replicates, ""
 
 
 def _choice(results: SweepResults) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import operator
 import os
+import shlex
 import shutil
 import statistics
 import time
@@ -75,7 +76,7 @@ def closing_lines(plan: Plan, cells: Mapping[str, CellState]) -> list[str]:
         recipe = load_recipe(run.recipe).model_dump(mode="json")
         drawn = {axis.key: functools.reduce(operator.getitem, axis.key.split("."), recipe) for axis in plan.axes}
         best = f"{run.root}: {' '.join(f'{key}={shown(value)}' for key, value in drawn.items())}"
-    return [*TEXTS.closing(cells, plan.folder, best).splitlines()]
+    return [*TEXTS.closing(cells, shlex.quote(str(plan.folder)), best).splitlines()]
 
 
 def finished_result(recipe: Recipe) -> Result | None:
@@ -129,7 +130,7 @@ class Loop:
                 self._print(f"Sweep {self.plan.name}: {TEXTS.summary(self.cells)}")
                 with Live(console=self.console, refresh_per_second=2, transient=True) as live:  # only in a terminal
                     while self.step():
-                        live.update(Text(printable(TEXTS.screen(self.cells, self._left(), self.running))))
+                        live.update(self.screen())
                         time.sleep(self.options.pause)
         finally:
             for worker in self.workers:
@@ -138,6 +139,10 @@ class Loop:
                 for claim in self.running.values():
                     self.ledger.close(claim.trial_id, "interrupted")
         return self.cells
+
+    def screen(self) -> Text:
+        """Return what a terminal shows while the sweep runs."""
+        return Text(printable(TEXTS.screen(self.cells, self._left(), self.running)))
 
     def step(self) -> bool:
         """Do what is due; return false at the end."""

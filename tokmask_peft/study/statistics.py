@@ -33,10 +33,9 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
 
 
 def sign_flip_p(differences: Any, axis: int = -1) -> NDArray[np.float64]:
-    """Return the two-sided p-value of the sign-flip permutation test of a mean of 0 (Fisher 1935).
+    """Return the two-sided p-value of the sign-flip test of a mean of 0 (Fisher 1935), exact up to 16 seeds.
 
-    Under the null hypothesis that the arms do not differ, each seed's difference is as likely as its negative. The
-    test assumes no distribution; it is exact up to 16 seeds.
+    It assumes no distribution: if the arms do not differ, each seed's difference is as likely as its negative.
     `differences` has one per seed along `axis`.
     """
     sample = np.asarray(differences, dtype=np.float64)
@@ -93,8 +92,7 @@ def paired_power(effect: float, seeds: int, alpha: float = 0.05) -> float:
 def seeds_needed(gain: float, sd: float, power: float = 0.8, alpha: float = 0.05) -> int | None:
     """Return the least number of seeds with which a two-sided paired t-test at level `alpha` detects a mean difference.
 
-    `gain` is the true mean difference, `sd` the standard deviation of the differences over seeds, `power` the chance of
-    detecting it. The least is 2; none if the gain is 0 or a million seeds are too few.
+    `sd` is the standard deviation of the differences over seeds. None if the gain is 0 or a million seeds are too few.
     """
     if gain == 0 or sd < 0 or not math.isfinite(sd):
         return None
@@ -106,7 +104,7 @@ def seeds_needed(gain: float, sd: float, power: float = 0.8, alpha: float = 0.05
 
 
 def smallest_gain(sd: float, seeds: int, power: float = 0.8) -> float:
-    """Return the mean difference that a paired t-test detects with `power`: what `seeds_needed` turns around."""
+    """Return the mean difference that a paired t-test detects with `power`: the inverse of `seeds_needed`."""
     return sd * float(optimize.brentq(lambda effect: paired_power(effect, seeds) - power, 1e-6, 1e3))
 
 

@@ -107,8 +107,8 @@ class Worker:
 def _serve(tasks: Connection, train: Callable[[Recipe, bool], object], threads: int) -> None:
     """Train what the sweep sends; what a run prints goes to its log.
 
-    When the sweep has ended, by whatever signal, this process exits at once. One that went on would train in a folder
-    that the next worker takes over.
+    When the sweep has ended, by whatever signal, this process exits at once: otherwise it would go on training in a
+    folder that the next worker takes over.
     """
 
     def watch() -> None:

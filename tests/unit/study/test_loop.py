@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 from unittest.mock import Mock
 
 import pytest
@@ -60,9 +61,9 @@ def test_a_run_that_was_taken_over_stops(loop, evaluations):
 
 
 def test_the_lines_of_a_terminal(loop):
-    loop.cells = CELLS
-    shown = TEXTS.screen(loop.cells, loop._left(), loop.running)
-    for expected in ("2/6 done", "p0-seed1  step 4, loss 0.5  30 s", "failed: e: no memory", "left"):
+    loop.cells = {**CELLS, "e": CellState("failed", reason="no \x1b[2Jmemory")}
+    shown = loop.screen().plain
+    for expected in ("2/6 done", "p0-seed1  step 4, loss 0.5  30 s", "failed: e: no \\u001b[2Jmemory", "left"):
         assert expected in shown
 
 
@@ -90,11 +91,14 @@ def test_remaining_time_is_that_of_unfinished_cells(names, elapsed, workers, lef
 
 def test_the_best_values_of_a_sampler_are_shown(tmp_path):
     drawing = {"sampler": "random", "trials": 1, "grid": ["adapter.r=4..8"]}
-    plan = make_plan("quickstart", [f"output_dir={tmp_path}"], p="0,0.1", name="drawn", **drawing)
+    plan = make_plan("quickstart", [f"output_dir={tmp_path}/my runs"], p="0,0.1", name="drawn", **drawing)
     recipe = plan.recipe_of(plan.cells[0], ["adapter.r=5", "masking.p=0.1"])
     recipe.run_dir.mkdir(parents=True)
     (recipe.run_dir / "recipe.yaml").write_text(to_yaml(recipe))
-    assert "adapter.r=5 masking.p=0.1." in closing_lines(plan, {"trial-0000": CellState("done", 0.5)})[-1]
+    done = {"trial-0000": CellState("done", 0.5)}
+    assert "adapter.r=5 masking.p=0.1." in closing_lines(plan, done)[-1]
+    grid = replace(plan, sampler="grid")
+    assert closing_lines(grid, done)[-1] == f"Next: tokmask report '{plan.folder}'"
 
 
 class TestFinished:

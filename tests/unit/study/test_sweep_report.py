@@ -242,6 +242,7 @@ def test_tables_escape_what_their_language_reads():
     table = (["a_b", "c"], [["50% | x", "±1"]])
     assert markdown(table).splitlines()[2] == "| 50% \\| x | ±1 |"
     assert r"a_b\50% & ±1".translate(LATEX) == r"a\_b\textbackslash{}50\% \& $\pm$1"
+    assert "{a: $1}~^".translate(LATEX) == r"\{a: \$1\}\textasciitilde{}\textasciicircum{}"
 
 
 @pytest.mark.parametrize(

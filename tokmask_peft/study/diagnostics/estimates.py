@@ -45,10 +45,9 @@ class Grams:
 
 
 def estimate(grams: Grams, weights: Array) -> dict[str, Array]:
-    """Return every quantity of `MEANING`, `[replicates]`, for batches weighted by each row of `weights`.
+    """Return every quantity of `MEANING`, `[replicates]`, with the weights of batches, `[replicates, batches]`.
 
-    There are at least 2 batches and 2 draws. Weights, `[replicates, batches]`, that are ones give the estimates
-    themselves. What a row leaves undefined is nan.
+    Weights of one give the estimates themselves. What a row leaves undefined is nan.
     """
     mean = {name: weights @ values / weights.sum(1) for name, values in of_batches(grams).items()}
     count, draws = len(grams.within), grams.within.shape[1] - 1
@@ -100,7 +99,7 @@ def of_batches(grams: Grams) -> dict[str, Array]:
 def summarise(grams: Mapping[float, Grams], replicates: int = REPLICATES, seed: int = 0) -> dict[str, Any]:
     """Return estimates with intervals for each rate, and the rate at which masking outweighs batches; JSON-able.
 
-    The inner products are by masking rate above 0, of the same batches; all rates see the same bootstrap draws.
+    All rates see the same bootstrap draws of batches.
     """
     count = len(next(iter(grams.values())).within)
     weights = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), replicates).astype(np.float64)

@@ -111,8 +111,9 @@ def faithfulness(
         raise DataError(f"limit is {limit}; an interval needs 2 texts or more", code="too-few-texts")
     folders = {name: open_finished(path) for name, path in (("run", run), ("against", against)) if path is not None}
     recipes = {name: load_recipe(folder.recipe) for name, folder in folders.items()}
-    trusted = trust_remote_code
-    saved = {name: find_saved(folder.root, trust_remote_code=trusted) for name, folder in folders.items()}
+    saved = {}
+    for name, folder in folders.items():
+        saved[name] = find_saved(folder.root, trust_remote_code=trust_remote_code)
     if len({(found.task, found.labels) for found in saved.values()}) > 1:
         problem = f"{against} was trained for another task or other labels than {run}"
         raise RunError(f"{problem}; compare runs of one recipe", code="not-comparable")

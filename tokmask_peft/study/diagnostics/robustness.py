@@ -117,10 +117,7 @@ def by_unseen(
 def predicted(
     classifier: Classifier, windows: Sequence[Window], batch_size: int, labels: int, hidden: Sequence[Any] = ()
 ) -> Labels:
-    """Return the label ids of each text, as `Classifier.predict` chooses them.
-
-    `labels` counts the labels of the data, and `hidden` is what to mask per window.
-    """
+    """Return the label ids of each text, of the data's `labels`, as `predict` chooses them; `hidden` masks windows."""
     logits = classifier.forward.logits(windows, batch_size, classifier.occlusion if hidden else None, hidden)
     of_text: dict[int, list[int]] = {}
     for number, window in enumerate(windows):
@@ -142,9 +139,8 @@ def robustness(
     trust_remote_code: bool = False,
 ) -> Report:
     """Score the runs and write the report; a run that was already scored in the same way is not scored again."""
-    console = make_console(quiet)
+    console, known, runs = make_console(quiet), dict[str, dict[str, Any]](), dict[str, dict[str, Any]]()
     make_folder(folder)
-    known, runs = dict[str, dict[str, Any]](), dict[str, dict[str, Any]]()
     with contextlib.suppress(RunError, KeyError, TypeError):  # what earlier commands have scored
         found = read_json(folder / _FILE, RunError, "bad-report")
         known = {run["key"]: run for run in (*found["runs"], *found.get("known", ()))}
