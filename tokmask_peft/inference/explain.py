@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from tokmask_peft.inference.forward import Hidden
 
 _QUESTIONS = 4096  # asked at a time: limits the memory, and fills the batches
+MOST_WORDS = 10_000
+"""Words of a text: each takes a forward pass, minutes in all, and memory for what it masks."""
 
 
 def find_word(words: Sequence[str], wanted: int | str, where: str) -> int:
@@ -156,7 +158,7 @@ class Explanation(InNotebooks):
         return influence_words(self.words, self.influences, self.word, unmasked=self.unmasked, tags=tags)
 
     def __repr__(self) -> str:
-        strongest = ", ".join(f"{word} {value:+.2f}" for word, value in strongest_words(self.words, self.influences))
+        strongest = ", ".join(f"{word} {value:+z.2f}" for word, value in strongest_words(self.words, self.influences))
         return f"Explanation({self.headline}; strongest: {strongest or 'none'})"
 
 
@@ -177,8 +179,8 @@ def explain(
     for each.
 
     Raises:
-        DataError: a text is empty or invalid, or has no such word; there is no such label; `word` is given in a
-            sequence task, or `label` in a token task.
+        DataError: a text is empty, invalid or longer than `MOST_WORDS`, or has no such word; there is no such label;
+            `word` is given in a sequence task, or `label` in a token task.
         MaskTokenError: there is no token to mask with.
     """
     given = classifier.checked(texts)
@@ -196,6 +198,11 @@ def explain(
         known = f"It has {', '.join(classifier.labels)}."
         raise DataError(f"the model has no label '{name}'. {known}", code="unknown-label", label=name)
     words = [tuple(text if isinstance(text, list) else text.split()) for text in given]
+    for number, row in enumerate(words):
+        if len(row) > MOST_WORDS:
+            problem = f"texts[{number}] has {len(row):,} words. Each is masked in turn, in a forward pass of its own: "
+            problem += f"give at most {MOST_WORDS:,}, such as the paragraph that matters"
+            raise DataError(problem, code="text-too-long", words=len(row))
     targets = [None if word is None else find_word(row, word, f"texts[{n}]") for n, row in enumerate(words)]
     starts, asked = [], _QUESTIONS  # of texts that together ask a limited number of questions
     for number, row in enumerate(words):

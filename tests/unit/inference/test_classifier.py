@@ -5,15 +5,18 @@ import json
 import math
 import pickle
 import random
+import tracemalloc
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import TEXTS
+from tiny_models import TEXTS, build
 
 from tokmask_peft.errors import DataError, ModelError
+from tokmask_peft.inference.classifier import Classifier
 
 LONG = " ".join(TEXTS * 4)
 TOKENIZERS = ["bert", "xlm-r", "modernbert", "qwen2", "llama"]  # a family for each kind
@@ -98,6 +101,25 @@ def test_no_word_of_a_long_text_is_lost(classifier):
     assert len(answer.labels) == len(answer.probabilities) == len(words)
     assert all(sum(row.values()) == pytest.approx(1) for row in answer.probabilities)
     assert answer.windows > 5
+
+
+def test_the_answer_to_a_long_text_takes_little_more_memory_than_it_is_long(monkeypatch):
+    model, tokenizer = build("bert", "token", labels=40)
+    long = Classifier(model, tokenizer, "token", [f"l{number}" for number in range(40)], max_length=62)
+    sizes, rows = [], np.random.default_rng(0).normal(size=(62, 40)).astype(np.float32)
+    monkeypatch.setattr(long.forward, "logits", lambda windows, size: [
+        sizes.append(len(windows)) or rows[: len(window.words)].copy() for window in windows
+    ])  # fmt: skip
+    words = ["casa"] * 60_000
+    tracemalloc.start()
+    try:
+        (answer,) = long.predict([words])
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(answer.labels) == len(answer.probabilities) == len(words)
+    assert peak < 3.5 * len(words) * 40 * 8
+    assert max(sizes) <= 1024
 
 
 def test_probabilities_of_words_are_an_array_that_reads_as_a_tuple_of_dicts(classifier):

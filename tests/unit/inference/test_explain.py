@@ -202,6 +202,8 @@ def test_mistakes_are_named(classifier):
         ("sequence", ["ok", "  "], None, "empty-text"),
         ("token", ["ok", "two words"], 1, "no-such-word"),
         ("token", ["two words", "ok"], "words", "no-such-word"),
+        ("sequence", ["ok", "so " * 10_001], None, "text-too-long"),
+        ("token", ["ok", ["so"] * 10_001], None, "text-too-long"),
         ("token", ["so so so"], "so", "ambiguous-word"),
     ):
         with pytest.raises(DataError) as caught:

@@ -18,7 +18,7 @@ from tokmask_peft.examples import Prediction, WordPredictions
 from tokmask_peft.inference import files
 from tokmask_peft.inference.display import print_file
 from tokmask_peft.inference.export import check_folder, check_output
-from tokmask_peft.inference.files import predict_file
+from tokmask_peft.inference.files import answer_record, json_parts, predict_file
 
 
 class Echo:
@@ -52,6 +52,18 @@ def test_rows_keep_their_order_and_bad_ones_their_place(tmp_path, classifier):
     assert found[2]["words"] == ["mañana"]
     assert (report.rows, report.unreadable, [p.problem for p in report.problems][1]) == (4, 2, "the text is empty")
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_the_answer_to_a_long_text_is_written_in_parts(classifier, monkeypatch):
+    (answer,) = classifier("bert", "token").predict(["hoy great mañana"])
+    whole = "".join(json_parts(answer_record("", answer)))
+    monkeypatch.setattr(files, "BATCH_ROWS", 2)
+    parts = list(json_parts(answer_record("", answer)))
+    assert "".join(parts) == whole
+    assert max(part.count("lang1") for part in parts[-4:]) == 2
+    found = json.loads(whole)
+    assert found["confidence"] == pytest.approx(answer.confidence, abs=1e-6)
+    assert found["probabilities"][2] == pytest.approx(answer.probabilities[2], abs=1e-6)
 
 
 def test_a_long_file_is_read_a_chunk_ahead_and_no_further(tmp_path):
@@ -297,7 +309,7 @@ def test_every_cell_of_a_table_comes_back(tmp_path_factory, cells):
     assert [row[:2] for row in rows] == cells
 
 
-@pytest.mark.parametrize("ending", [".xls", ".ods", ".gz", ".zip"])
+@pytest.mark.parametrize("ending", [".xls", ".ods", ".gz", ".conll"])
 def test_an_ending_that_cannot_be_written_is_refused(tmp_path, ending):
     (tmp_path / "in.txt").write_text("a\n")
     with pytest.raises(DataError) as caught:
