@@ -195,7 +195,7 @@ class OrderedEvalTrainer(Trainer):
 
         `train_collator` makes the training batches, if they differ from those of evaluations, and `batches` chooses
         them, if they are not of `per_device_train_batch_size` texts. Evaluations run inside of `memory_errors()`.
-        Each training batch holds its texts `views` times; the recipe says what two views mean. Without a `task`, an item
+        A training batch holds its texts `views` times; the recipe says what two views mean. Without a `task`, an item
         has one label.
         """
         self.task = task or Task()
