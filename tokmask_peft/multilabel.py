@@ -27,8 +27,6 @@ class YesOrNo:
     several: ClassVar[bool] = True
     problem_type: ClassVar[str | None] = "multi_label_classification"
 
-    # -- data --
-
     def pack_labels(self, labels: Sequence[Any]) -> Any:
         """Return float32 [texts, labels]."""
         import torch
@@ -42,8 +40,6 @@ class YesOrNo:
     def wanted(self, labels: Any) -> Any:
         """Want an answer to each text."""
         return labels[..., 0] != IGNORED
-
-    # -- answers --
 
     def probabilities(self, logits: NDArray[Any], temperature: float) -> NDArray[np.float64]:
         """Return the probability of a yes for each label."""
@@ -81,8 +77,6 @@ class YesOrNo:
         (row,) = probabilities
         given = tuple(label for label, number in zip(row, chosen.tolist(), strict=True) if number >= 0)
         return LabelPredictions(given, row, windows)
-
-    # -- training and scores --
 
     def gold_ids(self, example: Example, ids: LabelIds) -> list[int]:
         """Return an id for each label."""
@@ -156,8 +150,6 @@ class YesOrNo:
     def counts_given(self, scores: Mapping[str, Any]) -> dict[str, int]:
         """Return what `more_scores` counted."""
         return dict(scores["given"])
-
-    # -- report, card and study --
 
     snippet = """\
 thresholds = torch.tensor(THRESHOLDS)

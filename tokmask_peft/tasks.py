@@ -239,8 +239,6 @@ class SequenceTask(Task):
     label_columns: ClassVar[tuple[str, ...]] = ("label", "sentiment", "sa")
     words_given = False
 
-    # -- data --
-
     def from_cells(self, text: Any, label: Any, where: str, columns: tuple[str, str | None]) -> Example:
         """See `Task`; the text is a string or a list of words, the label any value."""
         words = text if isinstance(text, list) else ["" if _is_missing(text) else text]
@@ -262,8 +260,6 @@ class SequenceTask(Task):
         import torch
 
         return torch.tensor([int(label) for label in labels], dtype=torch.long)
-
-    # -- report, card and study --
 
     snippet = """\
 inputs = tokenizer(["This phone is bien bonito"], return_tensors="pt", padding=True)
@@ -288,8 +284,6 @@ class TokenTask(Task):
     text_columns = ("words", "tokens", "word", "token")
     label_columns = ("labels", "tags", "lid", "ner_tags", "pos_tags", "pos", "ner", "label", "tag")
     words_given = True
-
-    # -- data --
 
     def from_cells(self, text: Any, label: Any, where: str, columns: tuple[str, str | None]) -> Example:
         """See `Task`; words and tags are lists, or strings separated by white space."""
@@ -322,8 +316,6 @@ class TokenTask(Task):
 
         return torch.cat([torch.as_tensor(row, dtype=torch.long) for row in labels]).unsqueeze(0)
 
-    # -- training and scores --
-
     def items(self, example: Example) -> list[tuple[str, str]]:
         """Return each word with its label."""
         return list(zip(example.words, example.tags, strict=True))
@@ -336,8 +328,6 @@ class TokenTask(Task):
         for word, value in zip(kept, predicted[gold != IGNORED].tolist(), strict=True):
             found[word] = value
         return self.gold_ids(example, ids), found
-
-    # -- inference --
 
     def join(self, windows: Sequence[Any], logits: Sequence[NDArray[Any]]) -> NDArray[Any]:
         """Take the logits of each word from the window that it belongs to."""
@@ -352,8 +342,6 @@ class TokenTask(Task):
         """Return the labels of the words."""
         labels = tuple(list(row)[best] for row, best in zip(probabilities, chosen.tolist(), strict=True))
         return WordPredictions(tuple(text), labels, probabilities, windows)
-
-    # -- report, card and study --
 
     unseen_parts = ("seen words", "unseen words")
     snippet = """\

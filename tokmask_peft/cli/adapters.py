@@ -226,7 +226,7 @@ def predict(
         str | None, typer.Option(help="for a table with a word in each row: the column that says which text it is in")
     ] = None,
     header: Annotated[
-        str, typer.Option(help="whether a CSV or TSV file has a header: true, false, or auto (from its cells)")
+        Literal["auto", "true", "false"], typer.Option(help="whether a CSV or TSV file has one; auto: from its cells")
     ] = "auto",
     separator: Annotated[
         str, typer.Option(help="of the columns: one character, or tab; auto: what fits most rows")
@@ -256,9 +256,6 @@ def predict(
         raise typer.BadParameter("give texts, or --file, or pipe texts into the command", param_hint="TEXT")
     if file is None and out is not None:
         raise typer.BadParameter("it goes with --file or standard input", param_hint="--out")
-    headers: dict[str, bool | Literal["auto"]] = {"auto": "auto", "true": True, "false": False}
-    if header not in headers:
-        raise typer.BadParameter(f"'{header}' is not one of {', '.join(headers)}", param_hint="--header")
     # before the libraries are loaded, which takes seconds
     saved = find_saved(model, backbone, trust_remote_code=trust_remote_code)
     given = as_given(texts or [], saved)
@@ -278,7 +275,8 @@ def predict(
                     raise typer.BadParameter(f"{name} is empty: give texts, or --file", param_hint="TEXT")
             more: dict[str, Any] = {"separator": separator, "encoding": encoding, "name": name}
             columns = read_columns(column, saved.pair, "--column") or saved.pair
-            asked = {"format": format, "text_column": columns, "header": headers[header]}
+            has_header = {"true": True, "false": False}.get(header, header)
+            asked = {"format": format, "text_column": columns, "header": has_header}
             read = functools.partial(TextFile, path, saved.task, **more)
             source = open_texts(model, asked | {"group_column": group_column}, read)
             source.worded = functools.partial(with_flags, flags=flags)

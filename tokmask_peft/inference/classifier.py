@@ -19,7 +19,7 @@ from tokmask_peft.data.encoding import Encoder, Window
 from tokmask_peft.data.opening import unicode_problem
 from tokmask_peft.errors import DataError, ModelError, boundary, first_line
 from tokmask_peft.examples import LabelPredictions, Pair, Prediction, Probabilities, WordPredictions
-from tokmask_peft.inference.explain import Explanation, explain
+from tokmask_peft.inference.explain import explain
 from tokmask_peft.inference.forward import Forward, loading_memory_errors
 from tokmask_peft.masking.config import TokenMaskConfig
 from tokmask_peft.masking.embedding import Occlusion
@@ -118,16 +118,7 @@ class Classifier:
         rows = task.join(windows, logits)
         return task.choose(rows, self.cuts), task.probabilities(rows, self.temperature)
 
-    def explain(
-        self,
-        texts: Sequence[str] | Sequence[Sequence[str]],
-        *,
-        word: int | str | None = None,
-        label: str | Sequence[str] | None = None,
-        batch_size: int = BATCH_SIZE,
-    ) -> list[Explanation]:
-        """Return how much each word speaks for the predicted label; see `inference.explain`."""
-        return explain(self, texts, word=word, label=label, batch_size=batch_size)
+    explain = explain
 
     def __repr__(self) -> str:
         shown = ", ".join(self.labels[:8]) + (", …" if len(self.labels) > 8 else "")

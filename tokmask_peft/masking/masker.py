@@ -269,30 +269,24 @@ class TokenMasker:
         text = torch.arange(len(ids), device=ids.device).unsqueeze(1) if rows is None else rows
         if self.clean_texts:
             maskable = maskable & (text >= self.clean_texts)
-        starts = None if self._word_starts is None else self._word_starts[ids]
         if (eligible := self._eligible(ids, shifted)) is not None:
             maskable = maskable & eligible
-        counters = self.seed if seed is None else seed, self._step if step is None else step, self.rank
-        unit = config.unit, config.span_length
         p: Any = self._rate_tensor if rate is None else rate
         if self.scale is not None:
             p = p * self.scale[text.clamp(max=len(self.scale) - 1)]  # a packed row may end in texts of padding
-        where = rows, positions
-        options: dict[str, Any] = {"share": config.share, "per_text": config.per_text, "spare_one": removes}
-        return pattern.masked_positions(ids, p, *counters, maskable, starts, *unit, *where, **options)
+        return pattern.masked_positions(
+            ids, p, self.seed if seed is None else seed, self._step if step is None else step, self.rank, maskable,
+            word_starts=None if self._word_starts is None else self._word_starts[ids],
+            unit=config.unit, span_length=config.span_length, rows=rows, positions=positions,
+            share=config.share, per_text=config.per_text, spare_one=removes,
+        )  # fmt: skip
 
     def _count(self, ids: Tensor, masked: Tensor) -> None:
         self._step.add_(1)
         self._counts.add_(torch.stack([masked.sum(), self._maskable[ids].sum()]))
 
     def pattern_of(self, batch: Mapping[str, Any], step: int | None = None, rate: float | None = None) -> Tensor:
-        """Return which tokens of a batch are masked, bool [batch, seq], in the next training forward or another.
-
-        Args:
-            batch: `input_ids` and, if it is a packed row, `cu_seqlens`.
-            step: number of the training forward.
-            rate: masking rate in that forward.
-        """
+        """Return `pattern` of a batch: of its `input_ids` and, if it is a packed row, `cu_seqlens`."""
         return self.pattern(batch["input_ids"], *self._places(batch), step, rate)
 
     def in_masked_texts(self, batch: Mapping[str, Any], masked: Tensor) -> Tensor:

@@ -17,7 +17,6 @@ from tiny_models import TEXTS, build
 
 from tokmask_peft.errors import DataError, ModelError
 from tokmask_peft.inference.classifier import Classifier
-from tokmask_peft.model.packed import enable_padding_free
 
 LONG = " ".join(TEXTS * 4)
 TOKENIZERS = ["bert", "xlm-r", "modernbert", "qwen2", "llama"]  # a family for each kind
@@ -76,20 +75,6 @@ def test_answers_do_not_depend_on_batch_size_or_order(classifier, family, task):
             assert close(answer.probabilities, alone[number].probabilities)
 
     check()
-
-
-@pytest.mark.parametrize(("family", "task"), [("qwen2", "sequence"), ("llama", "token")])
-def test_answers_in_bf16_do_not_depend_on_batch_size_either(family, task):
-    """Of a small model, whose products round alike in rows of any length; padded, its answers differ by up to 1e-3."""
-    model, tokenizer = build(family, task, hidden_size=64, intermediate_size=128)
-    model.config.pad_token_id = tokenizer.pad_token_id
-    enable_padding_free(model)
-    low = Classifier(model.bfloat16(), tokenizer, task, ("a", "b", "c"), max_length=24, dtype=torch.bfloat16)
-    texts = [*TEXTS, LONG, "ok ok", LONG[7:300]]
-    alone = [low.predict([text])[0] for text in texts]
-    for batch_size in (2, 5, 40):
-        for answer, expected in zip(low.predict(texts, batch_size), alone, strict=True):
-            assert close(answer.probabilities, expected.probabilities)
 
 
 def test_long_texts_are_the_mean_of_their_windows_weighted_by_size(classifier):

@@ -146,13 +146,6 @@ def test_spare_row_has_the_mean_direction_and_the_median_norm_of_the_rows_in_use
     assert torch.equal(embedding.weight[:19_999], before[:19_999])
 
 
-def test_only_a_spare_row_is_written():
-    embedding = torch.nn.Embedding(20, 8)
-    before = embedding.weight.detach().clone()
-    assert prepare_mask_row(embedding, MaskToken(3, "mask", ""), Rows(10)) is None
-    assert torch.equal(embedding.weight, before)
-
-
 def test_spare_row_of_a_sharded_matrix_is_refused():
     embedding = torch.nn.Embedding(348, 8)
     embedding.weight = torch.nn.Parameter(torch.zeros(0))

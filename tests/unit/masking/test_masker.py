@@ -54,32 +54,6 @@ def test_share_is_the_rate_and_specials_stay(family):
     assert stats.binomtest(changed, count, rate).pvalue > 1e-4
 
 
-@pytest.mark.parametrize("family", TOKENIZERS)
-def test_words_are_masked_whole(family):
-    model, tokenizer = build(family)
-    batch = encode(tokenizer)
-    fixed = special(tokenizer, batch["input_ids"])
-    starts = [("Ġ",), ("▁",)]
-    config = TokenMaskConfig(p=0.5, unit="word")
-    with TokenMasker.attach(model, tokenizer, config) as masker:
-        _, ids = masked_ids(model, tokenizer, batch, masker)
-    swapped = (ids != batch["input_ids"]) & ~fixed
-    assert swapped.any()
-    partial = 0
-    for row, text in enumerate(TEXTS):
-        tokens = tokenizer.convert_ids_to_tokens(batch["input_ids"][row])
-        for column in range(1, len(tokens)):
-            both = not fixed[row, column - 1 : column + 1].any()
-            goes_on = tokens[column].startswith("##") or not (
-                tokenizer.backend_tokenizer.model.__class__.__name__ == "WordPiece"
-                or any(tokens[column].startswith(mark) for mark in starts)
-            )
-            if both and goes_on:
-                partial += 1
-                assert swapped[row, column] == swapped[row, column - 1], (text, tokens[column])
-    assert partial > 10
-
-
 @pytest.mark.parametrize("family", token_families)
 def test_token_logits_equal_those_of_the_masked_ids(family):
     model, tokenizer = build(family, task="token")
@@ -170,20 +144,6 @@ def test_gradient_checkpointing(family, use_reentrant):
         torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("family", BOTH)
-def test_bf16_masks_as_fp32(family):
-    seen = []
-    for dtype in (torch.float32, torch.bfloat16):
-        model, tokenizer = build(family)
-        model.to(dtype)
-        with TokenMasker.attach(model, tokenizer, TokenMaskConfig(p=0.5)) as masker:
-            output, ids = masked_ids(model, tokenizer, encode(tokenizer), masker)
-            assert output.logits.dtype == dtype
-            assert output.logits.isfinite().all()
-        seen.append(ids)
-    assert torch.equal(*seen)
-
-
 def test_int32_ids_a_single_text_and_the_keyword_argument():
     model, tokenizer = build("bert")
     embedding = model.train().get_input_embeddings()
@@ -202,23 +162,6 @@ def test_int32_ids_a_single_text_and_the_keyword_argument():
     assert not torch.equal(outputs[0], embedding(ids))
     for output in outputs[1:]:
         assert torch.equal(output, outputs[0])
-
-
-@pytest.mark.parametrize("family", BOTH)
-@pytest.mark.parametrize("unit", ["token", "span"])
-def test_a_packed_row_is_masked_as_the_padded_batch(family, unit):
-    model, tokenizer = build(family)
-    batch = encode(tokenizer)
-    real = batch["attention_mask"].bool()
-    rows = torch.arange(len(real))[:, None].expand_as(real)[real][None]
-    positions = torch.arange(real.shape[1])[None].expand_as(real)[real][None]
-    with TokenMasker.attach(model, tokenizer, TokenMaskConfig(p=0.5, unit=unit)) as masker:
-        _, ids = masked_ids(model, tokenizer, batch, masker)
-        masker.step = 0
-        with masker.layout(rows, positions), seen_ids(model) as seen:
-            model.get_input_embeddings()(batch["input_ids"][real][None])
-    assert torch.equal(seen[0][0], ids[real])
-    assert (ids[real] != batch["input_ids"][real]).any()
 
 
 @pytest.mark.parametrize("unit", ["token", "word", "span"])

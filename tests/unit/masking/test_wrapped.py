@@ -1,14 +1,10 @@
-"""Models inside other things: PEFT, a trained mask row, 4-bit layers, DDP, NEFTune."""
-
-import importlib.util
+"""Models inside other things: PEFT, a trained mask row, NEFTune."""
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tiny_models import TEXTS, assert_typical, build, encode, seen_ids
-from torch.nn.parallel import DistributedDataParallel
-from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
 from transformers.integrations.neftune import activate_neftune, deactivate_neftune
 
 from tokmask_peft.errors import MaskTokenError
@@ -37,24 +33,6 @@ def test_a_peft_model_is_masked_and_only_the_adapter_learns(family):
         assert (seen[0] == masker.mask_token.id).sum() > 5
     assert model.get_base_model().get_input_embeddings().weight.grad is None
     assert all(weight.grad is not None for weight in model.parameters() if weight.requires_grad)
-
-
-@pytest.fixture
-def gloo(tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.parametrize("peft", [False, True])
-def test_a_ddp_model_is_masked(gloo, peft):
-    model, tokenizer = build("qwen2")
-    wrapped = DistributedDataParallel(lora(model) if peft else model)
-    batch = encode(tokenizer)
-    with TokenMasker.attach(wrapped, tokenizer, TokenMaskConfig(p=0.5)) as masker, seen_ids(model) as seen:
-        wrapped.train()(**batch, labels=LABELS).loss.backward()
-        assert (masker.rank, masker.step) == (0, 1)
-    assert not torch.equal(seen[0], batch["input_ids"])
 
 
 @pytest.mark.parametrize("family", ["bert", "qwen2", "gemma3"])
@@ -105,55 +83,6 @@ def test_the_spare_row_is_written_below_peft_for_other_trained_rows():
     with TokenMasker.attach(lora(model, trainable_token_indices=[7]), tokenizer, TokenMaskConfig(p=0.5)):
         assert_typical(weight[-1].detach(), before[: len(tokenizer)])
     assert torch.equal(weight, before)
-
-
-def four_bit(folder):
-    """Save a tiny model and load it in NF4, as a user would."""
-    if importlib.util.find_spec("bitsandbytes") is None:
-        pytest.skip("bitsandbytes is not installed (it has no macOS wheels)")
-    import bitsandbytes as bnb
-
-    shape = {"hidden_size": 64, "intermediate_size": 64}
-    model, tokenizer = build("qwen2", **shape)
-    model.save_pretrained(folder)
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=torch.float32,
-        llm_int8_skip_modules=["score"],
-    )
-    model = AutoModelForSequenceClassification.from_pretrained(
-        folder, quantization_config=quantization, device_map="cpu"
-    )
-    quantized = [module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
-    assert len(quantized) == 14
-    for module in quantized:
-        # Otherwise an eval forward repacks the weights for avx512_bf16, and later gradients are lost.
-        module.support_avx512bf16_for_cpu = False
-    return model, tokenizer
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_4_bit_model_is_masked(checkpointing, tmp_path):
-    model, tokenizer = four_bit(tmp_path)
-    if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": True})
-        model.enable_input_require_grads()
-    model = lora(model).train()
-    batch = encode(tokenizer)
-    with (
-        TokenMasker.attach(model, tokenizer, TokenMaskConfig(p=0.5)) as masker,
-        seen_ids(model.get_base_model()) as seen,
-    ):
-        output = model(**batch, labels=LABELS)
-        output.loss.backward()
-        with masker.paused():
-            # Ids that pool at the same place: the mask token is no padding token.
-            torch.testing.assert_close(model(**{**batch, "input_ids": seen[0]}).logits, output.logits)
-            assert not torch.allclose(model(**batch).logits, output.logits, atol=1e-3)
-    gradients = [weight.grad for name, weight in model.named_parameters() if "lora_B" in name]
-    assert len(gradients) == 14
-    assert all(gradient is not None and gradient.abs().sum() > 0 for gradient in gradients)
 
 
 @pytest.mark.parametrize("masker_first", [True, False])
