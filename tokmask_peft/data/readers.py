@@ -28,11 +28,17 @@ _PLACEHOLDERS = {"", "-", "_", "?", "-1", "none", "null"}
 
 Reader = Callable[[DataFile, Columns], Iterable[Example | Unreadable]]
 """Reads the texts of a file in order, with an `Unreadable` in place of each that cannot be read."""
+Rows = Callable[[DataFile, Columns], Iterator[Row]]
+"""Reads the rows of a table in order, with an `Unreadable` in place of each that cannot be read."""
 
 
 def table(rows: Callable[[DataFile], Iterator[Row]]) -> Reader:
     """Return the reader of a format that has a text in each row, with named columns."""
-    return lambda file, columns: tables.examples(rows(file), file.name, columns)
+    return _table_reader(lambda file, columns: rows(file))
+
+
+def _table_reader(rows: Rows) -> Reader:
+    return lambda file, columns: tables.examples(rows(file, columns), file.name, columns)
 
 
 def read_conll(file: DataFile, columns: Columns) -> Iterable[Example | Unreadable]:
@@ -57,21 +63,6 @@ def tsv_rows(file: DataFile, columns: Columns) -> Iterator[Row]:
         why = "all of them enclose cells, as pandas and Excel write them"
         columns.decisions.append(Decision(f"quotes of {file.path.name}", "removed", why))
     return tables.named(tables.cells_of(file, separator, quoted), file, columns, separator)
-
-
-def read_csv(file: DataFile, columns: Columns) -> Iterable[Example | Unreadable]:
-    """Read CSV; see `csv_rows`."""
-    return tables.examples(csv_rows(file, columns), file.name, columns)
-
-
-def read_tsv(file: DataFile, columns: Columns) -> Iterable[Example | Unreadable]:
-    """Read TSV; see `tsv_rows`."""
-    return tables.examples(tsv_rows(file, columns), file.name, columns)
-
-
-def read_workbook(file: DataFile, columns: Columns) -> Iterable[Example | Unreadable]:
-    """Read the only sheet of an Excel workbook."""
-    return tables.examples(tables.named(sheet_cells(file), file, columns), file.name, columns)
 
 
 def read_txt(file: DataFile, columns: Columns) -> Iterable[Example | Unreadable]:
@@ -194,23 +185,26 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return row
 
 
+TABLES: dict[str, Rows] = {
+    ".csv": csv_rows,
+    ".tsv": tsv_rows,
+    ".jsonl": lambda file, columns: jsonl_rows(file),
+    ".parquet": lambda file, columns: tables.parquet_rows(file),
+    ".xlsx": lambda file, columns: tables.named(sheet_cells(file), file, columns),
+}
+TABLES[".ndjson"] = TABLES[".json"] = TABLES[".jsonl"]
 READERS: dict[str, Reader] = {
     ".conll": read_conll,
     ".conllu": read_conll,
-    ".csv": read_csv,
-    ".tsv": read_tsv,
-    ".jsonl": table(jsonl_rows),
-    ".parquet": table(tables.parquet_rows),
+    **{ending: _table_reader(rows) for ending, rows in TABLES.items()},
     ".txt": read_txt,
     ".tagged": read_tagged,
     ".labelled": read_labelled,
-    ".xlsx": read_workbook,
 }
 """By ending; the name of a format in `data.format` is its ending without the dot.
 
 Another format is added here: `READERS[".mine"] = read_mine`.
 """
-READERS[".ndjson"] = READERS[".json"] = READERS[".jsonl"]
 
 
 def reader_of(path: Path, asked: str = "auto") -> Reader:
@@ -234,17 +228,17 @@ def _recognised(file: DataFile, columns: Columns) -> Reader | None:
     Raises:
         DataError: another format would read it.
     """
-    by_ending = READERS.get(file.inner.suffix.lower())
+    ending = file.inner.suffix.lower()
     if file.workbook:
         return READERS[".xlsx"]
-    if by_ending not in (read_csv, read_tsv, read_txt, None):
+    if ending in READERS and ending not in (".csv", ".tsv", ".txt"):
         return None
     if is_conll(file.again().lines(), columns):
-        if by_ending is not read_txt or not columns.labelled:  # otherwise that is what txt means
+        if ending != ".txt" or not columns.labelled:  # otherwise that is what txt means
             why = "blocks of lines have the same columns; data.format changes it"
             columns.decisions.append(Decision(f"format of {file.path.name}", "conll", why))
         return read_conll
-    if columns.labelled and by_ending in (read_txt, None) and (better := _better_format(file, columns)):
+    if columns.labelled and ending not in (".csv", ".tsv") and (better := _better_format(file, columns)):
         problem = f"{file.name} looks like {better}: set data.format={better}, or to what it is, such as conll"
         raise DataError(problem, code="format", field="format", format=better)
     return None
