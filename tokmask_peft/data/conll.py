@@ -82,11 +82,15 @@ class Columns:
     second: str | None = None  # column of the second text of a pair, if texts are pairs
 
     @property
+    def asked(self) -> set[str | int]:
+        """The names and numbers of columns that were asked for."""
+        labels = self.label if isinstance(self.label, tuple) else (self.label,)
+        return {self.text, self.second, *labels, self.group} - {None}
+
+    @property
     def named(self) -> bool:
         """Whether a column was asked for by a name, so that the file has a header."""
-        labels = self.label if isinstance(self.label, tuple) else (self.label,)
-        asked = [str(name) for name in (self.text, self.second, *labels, self.group) if name is not None]
-        return not all(re.fullmatch(r"(?:column )?-?\d+", name) for name in asked)
+        return not all(re.fullmatch(r"(?:column )?-?\d+", str(one)) for one in self.asked)
 
     @property
     def mark(self) -> str | None:

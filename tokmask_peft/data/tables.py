@@ -189,8 +189,8 @@ def _has_usual_names(cells: Sequence[list[str]]) -> bool:
 def _is_title(cells: Sequence[list[str]], columns: Columns) -> bool:
     """Return whether the first row has the only cell of a title, and the second one the names of columns."""
     first = [cell for cell in cells[0] if cell.strip()]
-    asked = {columns.text, columns.second, columns.label, columns.group} & {*cells[1]}
-    return len(first) == 1 < len(cells[1]) and not is_usual(first[0]) and bool(asked or _has_usual_names(cells[1:]))
+    names = not columns.asked.isdisjoint(cells[1]) or _has_usual_names(cells[1:])
+    return len(first) == 1 < len(cells[1]) and not is_usual(first[0]) and names
 
 
 def _short(text: str) -> str:
