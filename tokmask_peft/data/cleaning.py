@@ -166,7 +166,7 @@ class CleaningReport:
         outcome = "nothing removed (data.hygiene: remove would)"
         if self.mode == "remove":
             train, validation = f"{self.removed_from_train:,}", f"{self.removed_from_validation:,}"
-            outcome = f"removed {train} texts from train and {validation} from validation"
+            outcome = f"texts removed: {train} from train, {validation} from validation"
             outcome += " (data.hygiene: report keeps them)"
         return [*lines, f"cleaning: {outcome}"] if lines else []
 

@@ -79,7 +79,7 @@ def written(value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{old} -> {new}" for old, new in value.items())
     if isinstance(value, list | tuple):
-        return ", ".join(repr(one) for one in value)
+        return f"[{', '.join(str(one) or repr('') for one in value)}]"
     return {"None": "null", "True": "true", "False": "false"}.get(str(value), str(value))
 
 
@@ -213,7 +213,7 @@ class Table:
             why = f"'{names}' has texts, but no other column has labels: two or more values that recur"
             self._refuse("label_column", why)
         self._pick("label_column", "Which column has the labels?", labels, LABEL_NAMES)
-        self.found.decide("task", "sequence", "a text and its label in each row")
+        self.found.decide("task", "sequence", f"{'two texts' if chosen[1:] else 'a text'} and a label in each row")
 
     def _refuse(self, key: str, problem: str) -> None:
         shown = "; ".join(f"{one.name} ({len(one.values):,} values: {some(one.values)})" for one in self.columns)
@@ -347,10 +347,11 @@ class Table:
             return False
         self.found.decide("task", "multilabel", f"{why}; a text may have several, or none")
         if sets:
+            if mark:
+                label.values = Counter(filter(None, map(str.strip, mark.join(label.strings).split(mark))))
             self._pick("label_column", "Which column has the labels?", [label])
         else:
-            names = [column.name for column in flags]
-            self.found.decide("label_column", names, "each has 0 or 1: whether a text has it")
+            self.found.decide("label_column", [one.name for one in flags], "each has 0 or 1: whether a text has it")
         if mark:
             self.found.decide("label_separator", mark, f"it is in cells of '{label.name}'")
         return True

@@ -149,7 +149,7 @@ def check_known(examples: Iterable[Example], labels: Sequence[str], split: str) 
         shown.append(f"'{tag}': {len(where)} times, first at {where[0]}.{guess}")
     if len(unseen) > SHOWN:
         shown.append(f"and {len(unseen) - SHOWN:,} more.")
-    found = "; ".join(shown)
+    found = " ".join(shown)
     respelling = respelled(dict.fromkeys(unseen, 0) | dict.fromkeys(labels, 1))
     merge = {old: new for old, new in respelling.items() if old in unseen and new in labels}
     merge = merge or ({} if marked else {next(iter(unseen)): labels[-1]})

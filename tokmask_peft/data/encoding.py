@@ -286,12 +286,12 @@ class Encoder:
         starts = [*range(0, last, self._room - self._room // 4), last]
         # a word before the middle of what two windows share belongs to the earlier one
         borders = [(earlier + self._room + later) // 2 for earlier, later in itertools.pairwise(starts)]
-        window_of = np.searchsorted(np.asarray(borders, dtype=np.int64), firsts, side="right")
-        for number, start in enumerate(starts):
-            words = np.flatnonzero((window_of == number) & (firsts >= 0))
-            if len(words):
+        words = np.flatnonzero(firsts >= 0)
+        parts = np.split(words, np.searchsorted(firsts[words], np.asarray(borders, dtype=np.int64)))
+        for start, part in zip(starts, parts, strict=True):
+            if len(part):
                 window = self._window(index, ids, slice(start, start + self._room), owners)
-                yield replace(window, words=words, positions=firsts[words] - start + len(self._frame[0]))
+                yield replace(window, words=part, positions=firsts[part] - start + len(self._frame[0]))
 
     def _window(self, text: int, ids: _Ints, part: slice, owners: _Ints | None) -> Window:
         before, after = self._frame

@@ -122,9 +122,9 @@ def read_labelled(file: DataFile, columns: Columns) -> Iterator[Example | Unread
 
 def _check_task(format: str, columns: Columns, fits: bool = True) -> None:
     if not fits or columns.second is not None:
-        why = "data.text_column: a pair is in two columns of a table, such as csv, tsv, jsonl, parquet or xlsx"
-        why = why if fits else f"data.task, which has {columns.task.description}"
-        raise DataError(f"data.format={format} does not fit {why}", code="format", field="format", format=format)
+        says = f"a pair is in two columns of a table, which {format} lacks: set data.format to csv, tsv, jsonl, …"
+        says = says if fits else f"data.format={format} does not fit data.task, which has {columns.task.description}"
+        raise DataError(says, code="format", field="format", format=format)
 
 
 _JSON_FORM = (

@@ -47,7 +47,7 @@ def test_splits_labels_and_report(folder):
     assert json.loads(json.dumps(corpus.report.to_dict()))["hygiene"]["train_in_test"] == 1
     lines = "\n".join(corpus.report.lines())
     assert "train: 40 texts, 80 words" in lines
-    assert "removed 2 texts from train and 1 from validation" in lines
+    assert "texts removed: 2 from train, 1 from validation" in lines
     assert "test 2" in lines
 
 

@@ -316,6 +316,23 @@ def test_what_is_alike_is_not_mistaken(tmp_path, names, cells, asked, expected):
     assert questions == asked
 
 
+@pytest.mark.parametrize(
+    ("names", "cells", "key", "choice", "reason"),
+    [
+        ("text,label", "{text},{mood}|n{n}|x{x}", "label_column", "label", "6 values: "),
+        ("premise,hypothesis,label", "la {n},el {text},{mood}", "text_column", "[premise, hypothesis]", "two texts"),
+        ("premise,hypothesis,label", "la {n},el {text},{mood}", "task", "sequence", "two texts and a label in"),
+    ],
+)
+def test_decisions_show_labels_and_columns_as_they_are_read(tmp_path, names, cells, key, choice, reason):
+    lines = [cells.format(text=t, mood=m, n=at // 3 % 2, x=at // 5 % 2) for at, (t, m) in enumerate(PAIRS)]
+    (tmp_path / "a.csv").write_text("\n".join([names, *lines]) + "\n")
+    found = Findings({})
+    find_form(tmp_path / "a.csv", found)
+    (decision,) = [one for one in found.decisions if one.what == f"data.{key}"]
+    assert (decision.choice, decision.reason[: len(reason)]) == (choice, reason)
+
+
 def test_several_columns_of_0_and_1(tmp_path):
     lines = [f"{text}\t{at % 2}\t{at % 3 % 2}" for at, text in enumerate(TEXTS)]
     (tmp_path / "a.tsv").write_text("\n".join(["text\tjoy\tanger", *lines]) + "\n")
