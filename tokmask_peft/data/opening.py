@@ -11,7 +11,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path, PurePosixPath
@@ -90,6 +90,18 @@ def check_growth(path: Path, unpacked: int) -> None:
 
 def _archive_error(path: Path, problem: str) -> DataError:
     return DataError(f"{path}: {problem}. {_UNPACK} in data.path.", code="archive", file=str(path))
+
+
+@contextmanager
+def damaged(file: DataFile, kind: str, code: str) -> Iterator[None]:
+    """Turn what fails in a damaged file, in many places with many classes of error, into one error with its name."""
+    try:
+        yield
+    except (TokmaskError, MemoryError):
+        raise
+    except Exception as error:
+        problem = f"{file.name}: cannot be read as {kind}: {type(error).__name__}: {first_line(error)}"
+        raise DataError(problem, code=code, file=file.name) from error
 
 
 class DataFile:
@@ -293,25 +305,19 @@ def sheet_cells(file: DataFile) -> Iterator[Cells]:
     require("openpyxl", "excel", f"reading {file.name}")
     import openpyxl
 
-    try:
-        with file.whole() as stream, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what openpyxl leaves out, such as styles
-            with zipfile.ZipFile(stream) as archive:
-                check_growth(file.path, sum(one.file_size for one in archive.infolist()))
-            book = openpyxl.load_workbook(stream, read_only=True, data_only=True)
-            sheets = [sheet for sheet in book.worksheets if sheet.sheet_state == "visible" and _first_cell(sheet)]
-            if len(sheets) > 1:
-                names = tuple(sheet.title for sheet in sheets)
-                remedy = "Remove or hide all but one, or save the right one as 'CSV UTF-8'."
-                problem = f"{file.name}: several sheets have cells: {', '.join(names)}. {remedy}"
-                raise DataError(problem, code="workbook", sheets=names)
-            rows = ((number, row) for sheet in sheets for number, row in enumerate(sheet.values, start=1))
-            yield from _sheet_rows(((number, [*map(_shown, row)]) for number, row in rows), file.name)
-    except TokmaskError:
-        raise
-    except Exception as error:  # a damaged file fails in many places, with many classes of error
-        problem = f"{file.name}: cannot be read as an Excel workbook (xlsx): {first_line(error)}"
-        raise DataError(problem, code="workbook", file=file.name) from error
+    with damaged(file, "an Excel workbook (xlsx)", "workbook"), file.whole() as stream, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what openpyxl leaves out, such as styles
+        with zipfile.ZipFile(stream) as archive:
+            check_growth(file.path, sum(one.file_size for one in archive.infolist()))
+        book = openpyxl.load_workbook(stream, read_only=True, data_only=True)
+        sheets = [sheet for sheet in book.worksheets if sheet.sheet_state == "visible" and _first_cell(sheet)]
+        if len(sheets) > 1:
+            names = tuple(sheet.title for sheet in sheets)
+            remedy = "Remove or hide all but one, or save the right one as 'CSV UTF-8'."
+            problem = f"{file.name}: several sheets have cells: {', '.join(names)}. {remedy}"
+            raise DataError(problem, code="workbook", sheets=names)
+        rows = ((number, row) for sheet in sheets for number, row in enumerate(sheet.values, start=1))
+        yield from _sheet_rows(((number, [*map(_shown, row)]) for number, row in rows), file.name)
     file.done = file.total
 
 

@@ -15,10 +15,10 @@ from tokmask_peft.console import Decision
 from tokmask_peft.data import tables
 from tokmask_peft.data.conll import Columns, ConllReader, Row, blank_row, is_conll, readable, split_columns
 from tokmask_peft.data.hub import builtin_examples, read_hub
-from tokmask_peft.data.opening import PACKED, DataFile, sheet_cells, unicode_problem
+from tokmask_peft.data.opening import PACKED, DataFile, damaged, sheet_cells, unicode_problem
 from tokmask_peft.data.split import NAME_A_SPLIT, SHARD, aliases, check_shards
 from tokmask_peft.data.tables import SNIFFED
-from tokmask_peft.errors import DataError, TokmaskError, first_line, nearest
+from tokmask_peft.errors import DataError, nearest
 from tokmask_peft.examples import Example, Pair, Unreadable
 from tokmask_peft.recipe.data import SourceConfig
 from tokmask_peft.tasks import get_task
@@ -342,16 +342,11 @@ def _read(file: DataFile, columns: Columns, format: str) -> Iterator[Example | U
     Raises:
         DataError: the file as a whole cannot be read.
     """
-    try:
+    with damaged(file, "a file of texts", "unreadable-file"):
         reader = _recognised(file, columns) if format == "auto" else None
         for found in (reader or reader_of(file.inner, format))(file, columns):
             problem = unicode_problem(" ".join([found.string, *found.tags])) if isinstance(found, Example) else None
             yield found if problem is None else Unreadable(found.where, problem, "not-unicode")
-    except (TokmaskError, MemoryError):
-        raise
-    except Exception as error:
-        problem = f"{file.name}: cannot be read: {type(error).__name__}: {first_line(error)}"
-        raise DataError(problem, code="unreadable-file", file=file.name) from error
 
 
 def _check_complete(examples: list[Example], name: str, task: str) -> None:
