@@ -139,7 +139,8 @@ class DataFile:
         try:
             known_encoding(encoding)
         except ValueError as error:
-            raise DataError(f"data.encoding is '{encoding}': {error}", code="encoding", field="encoding") from error
+            problem = f"data.encoding: {error} Found '{encoding}'."
+            raise DataError(problem, code="encoding", field="encoding") from error
         try:
             self.total = path.stat().st_size
             with path.open("rb") as file:
