@@ -12,8 +12,8 @@ from typing import Any
 from tokmask_peft.console import Decision
 from tokmask_peft.data import tables
 from tokmask_peft.data.conll import Columns, Row, grouping
-from tokmask_peft.data.opening import DataFile, sheet_cells
-from tokmask_peft.data.readers import csv_rows, jsonl_rows, tsv_rows
+from tokmask_peft.data.opening import DataFile
+from tokmask_peft.data.readers import TABLES
 from tokmask_peft.data.split import SPLITS, canonical
 from tokmask_peft.errors import DataError
 from tokmask_peft.examples import MARKS, Unreadable
@@ -157,18 +157,11 @@ def _items(cell: Any) -> list[Any] | None:
 class Table:
     """Finds the columns of a table with a text, or a word, in each row."""
 
-    def __init__(self, file: DataFile, format: str, found: Findings) -> None:
+    def __init__(self, file: DataFile, ending: str, found: Findings) -> None:
         self.path, self.found = file.path, found
         header, separator = (found.data.get(key, "auto") for key in ("header", "separator"))
         wanted = Columns(TASKS["sequence"], header=header, separator=separator)
-        if file.workbook or format == "xlsx":
-            rows = tables.named(sheet_cells(file), file, wanted)
-        elif format == "parquet":
-            rows = tables.parquet_rows(file)
-        elif format in ("json", "jsonl", "ndjson"):
-            rows = jsonl_rows(file)
-        else:
-            rows = tsv_rows(file, wanted) if format == "tsv" else csv_rows(file, wanted)
+        rows = TABLES[".xlsx" if file.workbook else ending](file, wanted)
         self.rows = list(islice(rows, SAMPLED))
         self.further = spread(rows)
         self.columns = self._look(self.rows)
@@ -288,9 +281,8 @@ class Table:
     def _labels(self, texts: Sequence[_Column]) -> list[_Column]:
         """Return the columns that may hold labels, the likeliest first."""
         found = [column for column in self.columns if column not in texts and column.may_be_label()]
-        found.sort(
-            key=lambda one: (one.rank(LABEL_NAMES), one.rank(LANGUAGE_NAMES), -round(one.filled, 1), len(one.values))
-        )
+        found.sort(key=lambda column: (-round(column.filled, 1), len(column.values)))
+        found.sort(key=lambda column: (column.rank(LABEL_NAMES), column.rank(LANGUAGE_NAMES)))
         best: list[_Column] = []
         for column in found:  # of a name and its number, the name is enough
             twin = next((one for one in best if _same(one, column)), None)

@@ -44,8 +44,7 @@ _EMPTY_WORD = "the word is empty. Fill it in or remove the line", ', or leave ou
 _KEY_VALUE = re.compile(r"#[ ]+(?P<key>[A-Za-z_][\w.\-]*(?:\[\w+\]|[ ]id)?)[ ]*=(?P<value>.*)")
 _KEY_COLON = re.compile(r"#[ ]+(?P<key>[A-Za-z_][\w.\-]*):[ ](?P<value>[^\t]*)$")
 _LABEL_KEYS = {"label", "sentiment", "sa", "sent_label", "class"}
-_PAIR = re.compile(r"(?:^|(?<=\|))([^|=]+)=")
-_PAIR_VALUE = re.compile(r"(?:^|(?<=\|))([^|=]+)=([^|]*)")
+_PAIR = re.compile(r"(?:^|(?<=\|))([^|=]+)=([^|]*)")
 _SPACING = {"SpaceAfter", "SpacesAfter", "SpacesBefore"}
 _RANGE_OR_EMPTY_NODE = re.compile(r"\d+[-.]\d+$")
 
@@ -82,11 +81,15 @@ class Columns:
     second: str | None = None  # column of the second text of a pair, if texts are pairs
 
     @property
+    def asked(self) -> set[str | int]:
+        """The names and numbers of columns that were asked for."""
+        labels = self.label if isinstance(self.label, tuple) else (self.label,)
+        return {self.text, self.second, *labels, self.group} - {None}
+
+    @property
     def named(self) -> bool:
         """Whether a column was asked for by a name, so that the file has a header."""
-        labels = self.label if isinstance(self.label, tuple) else (self.label,)
-        asked = [str(name) for name in (self.text, self.second, *labels, self.group) if name is not None]
-        return not all(re.fullmatch(r"(?:column )?-?\d+", name) for name in asked)
+        return not all(re.fullmatch(r"(?:column )?-?\d+", str(one)) for one in self.asked)
 
     @property
     def mark(self) -> str | None:
@@ -311,7 +314,7 @@ class ConllReader:
         self._labels = {row[-1] for row in self.sample}
         # of CoNLL-U's FEATS and MISC
         cells = {at: {row[at] for row in self.sample} if self._conllu else () for at in (5, 9)}
-        self._keys = {at: sorted(set(_PAIR.findall("|".join(cells[at]))) - _SPACING) for at in cells}
+        self._keys = {at: sorted({*dict(_PAIR.findall("|".join(cells[at])))} - _SPACING) for at in cells}
 
     def _choose_key(self, asked: bool) -> None:
         """Check the key that labels are read from, or choose the only one of MISC."""
@@ -364,7 +367,7 @@ class ConllReader:
             if columns is not None:
                 inside = True
                 tag = columns[self._tag] if self._tagged else label
-                tag = dict(re.findall(_PAIR_VALUE, tag)).get(self._key, "_") if self._key and tag is not None else tag
+                tag = dict(_PAIR.findall(tag)).get(self._key, "_") if self._key and tag is not None else tag
                 yield where, columns[self._text], tag if self._wanted.labelled else None
 
     def _is_comment(self, line: str, inside: bool) -> bool:

@@ -268,7 +268,7 @@ def load_corpus(config: DataConfig, seed: int) -> Corpus:
         train = subset(train, config.max_train, seed)
 
     used = {"train": train, "validation": validation} | ({"test": parts["test"]} if test is not None else {})
-    unknown = list(chain.from_iterable(check_known(examples, labels, name) for name, examples in used.items()))
+    unknown = [warning for name, examples in used.items() for warning in check_known(examples, labels, name)]
     merges = {name: found for name, (_, found) in mapped.items()}
     splits = {}
     for name, examples in used.items():
@@ -276,9 +276,9 @@ def load_corpus(config: DataConfig, seed: int) -> Corpus:
         size = len(read.get(name, examples))
         missing = size - len(mapped[name][0]) if name in mapped else 0
         splits[name] = SplitCounts(sources[name], size, len(examples), words, dict(count_labels(examples)), missing)
-    found_labels = count_labels(chain.from_iterable(examples for examples, _ in mapped.values()))
-    strings = Counter(example.string for example in chain.from_iterable(examples for examples, _ in mapped.values()))
-    warnings = (*unknown, *_warnings(config, merges, splits, found_labels, strings))
+    everything = [example for examples, _ in mapped.values() for example in examples]
+    strings = Counter(example.string for example in everything)
+    warnings = (*unknown, *_warnings(config, merges, splits, count_labels(everything), strings))
     scheme: str = config.spans
     if scheme == "auto":
         per_word, texts = get_task(config.task).words_given, (example.tags for example in train)

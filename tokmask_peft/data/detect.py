@@ -22,7 +22,7 @@ from tokmask_peft.data.columns import MOST_LABELS, SAMPLED, TASK_QUESTION, Ask, 
 from tokmask_peft.data.conll import CONLLU_COLUMNS, Columns, ConllReader, is_conll, split_columns
 from tokmask_peft.data.corpus import Corpus, count_labels, load_corpus, respelled, shown_map
 from tokmask_peft.data.opening import PACKED, DataFile
-from tokmask_peft.data.readers import READERS, read_split
+from tokmask_peft.data.readers import READERS, TABLES, read_split
 from tokmask_peft.data.split import SHARD, SPLITS, canonical
 from tokmask_peft.data.tables import separator_of
 from tokmask_peft.errors import DataError
@@ -197,8 +197,8 @@ def find_form(path: Path, found: Findings) -> None:
     file = DataFile(path, tolerant=True, encoding=found.data.get("encoding", "auto"))
     asked = found.data.get("format")
     ending = f".{asked}" if asked else file.inner.suffix.lower()
-    if file.workbook or ending in (".parquet", ".json", ".jsonl", ".ndjson", ".xlsx"):
-        Table(file, ending.removeprefix("."), found).find()
+    if file.workbook or (ending in TABLES and ending not in (".csv", ".tsv")):
+        Table(file, ending, found).find()
         return
     lines = _sample(file)
     named = ending in (".conll", ".conllu")
@@ -217,7 +217,7 @@ def find_form(path: Path, found: Findings) -> None:
         if ending == ".csv" and separator != ",":
             shown = "tab" if separator == "\t" else separator
             found.decide("separator", shown, f"it gives {width} columns, a comma does not")
-        Table(file, ending[1:], found).find()
+        Table(file, ending, found).find()
         return
     _find_labels_in_lines(path, lines, ending, found)
 

@@ -9,7 +9,7 @@ import itertools
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
@@ -52,10 +52,6 @@ class Truncation:
     words_cut: int = 0  # words of which nothing is kept
     words_replaced: int = 0  # words that the tokenizer drops, encoded as the unknown token
     words_without_tokens: int = 0  # words before the cut that have no sub-token all the same
-
-    def to_dict(self) -> dict[str, int]:
-        """Return a JSON-able form."""
-        return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path, PurePosixPath
@@ -92,6 +92,18 @@ def _archive_error(path: Path, problem: str) -> DataError:
     return DataError(f"{path}: {problem}. {_UNPACK} in data.path.", code="archive", file=str(path))
 
 
+@contextmanager
+def damaged(file: DataFile, kind: str, code: str) -> Iterator[None]:
+    """Turn what fails in a damaged file, in many places with many classes of error, into one error with its name."""
+    try:
+        yield
+    except (TokmaskError, MemoryError):
+        raise
+    except Exception as error:
+        problem = f"{file.name}: cannot be read as {kind}: {type(error).__name__}: {first_line(error)}"
+        raise DataError(problem, code=code, file=file.name) from error
+
+
 class DataFile:
     """A file to read from, or the only table in an archive.
 
@@ -127,7 +139,8 @@ class DataFile:
         try:
             known_encoding(encoding)
         except ValueError as error:
-            raise DataError(f"data.encoding is '{encoding}': {error}", code="encoding", field="encoding") from error
+            problem = f"data.encoding: {error} Found '{encoding}'."
+            raise DataError(problem, code="encoding", field="encoding") from error
         try:
             self.total = path.stat().st_size
             with path.open("rb") as file:
@@ -293,25 +306,19 @@ def sheet_cells(file: DataFile) -> Iterator[Cells]:
     require("openpyxl", "excel", f"reading {file.name}")
     import openpyxl
 
-    try:
-        with file.whole() as stream, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what openpyxl leaves out, such as styles
-            with zipfile.ZipFile(stream) as archive:
-                check_growth(file.path, sum(one.file_size for one in archive.infolist()))
-            book = openpyxl.load_workbook(stream, read_only=True, data_only=True)
-            sheets = [sheet for sheet in book.worksheets if sheet.sheet_state == "visible" and _first_cell(sheet)]
-            if len(sheets) > 1:
-                names = tuple(sheet.title for sheet in sheets)
-                remedy = "Remove or hide all but one, or save the right one as 'CSV UTF-8'."
-                problem = f"{file.name}: several sheets have cells: {', '.join(names)}. {remedy}"
-                raise DataError(problem, code="workbook", sheets=names)
-            rows = ((number, row) for sheet in sheets for number, row in enumerate(sheet.values, start=1))
-            yield from _sheet_rows(((number, [*map(_shown, row)]) for number, row in rows), file.name)
-    except TokmaskError:
-        raise
-    except Exception as error:  # a damaged file fails in many places, with many classes of error
-        problem = f"{file.name}: cannot be read as an Excel workbook (xlsx): {first_line(error)}"
-        raise DataError(problem, code="workbook", file=file.name) from error
+    with damaged(file, "an Excel workbook (xlsx)", "workbook"), file.whole() as stream, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what openpyxl leaves out, such as styles
+        with zipfile.ZipFile(stream) as archive:
+            check_growth(file.path, sum(one.file_size for one in archive.infolist()))
+        book = openpyxl.load_workbook(stream, read_only=True, data_only=True)
+        sheets = [sheet for sheet in book.worksheets if sheet.sheet_state == "visible" and _first_cell(sheet)]
+        if len(sheets) > 1:
+            names = tuple(sheet.title for sheet in sheets)
+            remedy = "Remove or hide all but one, or save the right one as 'CSV UTF-8'."
+            problem = f"{file.name}: several sheets have cells: {', '.join(names)}. {remedy}"
+            raise DataError(problem, code="workbook", sheets=names)
+        rows = ((number, row) for sheet in sheets for number, row in enumerate(sheet.values, start=1))
+        yield from _sheet_rows(((number, [*map(_shown, row)]) for number, row in rows), file.name)
     file.done = file.total
 
 

@@ -15,10 +15,10 @@ from tokmask_peft.console import Decision
 from tokmask_peft.data import tables
 from tokmask_peft.data.conll import Columns, ConllReader, Row, blank_row, is_conll, readable, split_columns
 from tokmask_peft.data.hub import builtin_examples, read_hub
-from tokmask_peft.data.opening import PACKED, DataFile, sheet_cells, unicode_problem
+from tokmask_peft.data.opening import PACKED, DataFile, damaged, sheet_cells, unicode_problem
 from tokmask_peft.data.split import NAME_A_SPLIT, SHARD, aliases, check_shards
 from tokmask_peft.data.tables import SNIFFED
-from tokmask_peft.errors import DataError, TokmaskError, first_line, nearest
+from tokmask_peft.errors import DataError, nearest
 from tokmask_peft.examples import Example, Pair, Unreadable
 from tokmask_peft.recipe.data import SourceConfig
 from tokmask_peft.tasks import get_task
@@ -28,11 +28,17 @@ _PLACEHOLDERS = {"", "-", "_", "?", "-1", "none", "null"}
 
 Reader = Callable[[DataFile, Columns], Iterable[Example | Unreadable]]
 """Reads the texts of a file in order, with an `Unreadable` in place of each that cannot be read."""
+Rows = Callable[[DataFile, Columns], Iterator[Row]]
+"""Reads the rows of a table in order, with an `Unreadable` in place of each that cannot be read."""
 
 
 def table(rows: Callable[[DataFile], Iterator[Row]]) -> Reader:
     """Return the reader of a format that has a text in each row, with named columns."""
-    return lambda file, columns: tables.examples(rows(file), file.name, columns)
+    return _table_reader(lambda file, columns: rows(file))
+
+
+def _table_reader(rows: Rows) -> Reader:
+    return lambda file, columns: tables.examples(rows(file, columns), file.name, columns)
 
 
 def read_conll(file: DataFile, columns: Columns) -> Iterable[Example | Unreadable]:
@@ -57,21 +63,6 @@ def tsv_rows(file: DataFile, columns: Columns) -> Iterator[Row]:
         why = "all of them enclose cells, as pandas and Excel write them"
         columns.decisions.append(Decision(f"quotes of {file.path.name}", "removed", why))
     return tables.named(tables.cells_of(file, separator, quoted), file, columns, separator)
-
-
-def read_csv(file: DataFile, columns: Columns) -> Iterable[Example | Unreadable]:
-    """Read CSV; see `csv_rows`."""
-    return tables.examples(csv_rows(file, columns), file.name, columns)
-
-
-def read_tsv(file: DataFile, columns: Columns) -> Iterable[Example | Unreadable]:
-    """Read TSV; see `tsv_rows`."""
-    return tables.examples(tsv_rows(file, columns), file.name, columns)
-
-
-def read_workbook(file: DataFile, columns: Columns) -> Iterable[Example | Unreadable]:
-    """Read the only sheet of an Excel workbook."""
-    return tables.examples(tables.named(sheet_cells(file), file, columns), file.name, columns)
 
 
 def read_txt(file: DataFile, columns: Columns) -> Iterable[Example | Unreadable]:
@@ -194,23 +185,26 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return row
 
 
+TABLES: dict[str, Rows] = {
+    ".csv": csv_rows,
+    ".tsv": tsv_rows,
+    ".jsonl": lambda file, columns: jsonl_rows(file),
+    ".parquet": lambda file, columns: tables.parquet_rows(file),
+    ".xlsx": lambda file, columns: tables.named(sheet_cells(file), file, columns),
+}
+TABLES[".ndjson"] = TABLES[".json"] = TABLES[".jsonl"]
 READERS: dict[str, Reader] = {
     ".conll": read_conll,
     ".conllu": read_conll,
-    ".csv": read_csv,
-    ".tsv": read_tsv,
-    ".jsonl": table(jsonl_rows),
-    ".parquet": table(tables.parquet_rows),
+    **{ending: _table_reader(rows) for ending, rows in TABLES.items()},
     ".txt": read_txt,
     ".tagged": read_tagged,
     ".labelled": read_labelled,
-    ".xlsx": read_workbook,
 }
 """By ending; the name of a format in `data.format` is its ending without the dot.
 
 Another format is added here: `READERS[".mine"] = read_mine`.
 """
-READERS[".ndjson"] = READERS[".json"] = READERS[".jsonl"]
 
 
 def reader_of(path: Path, asked: str = "auto") -> Reader:
@@ -234,17 +228,17 @@ def _recognised(file: DataFile, columns: Columns) -> Reader | None:
     Raises:
         DataError: another format would read it.
     """
-    by_ending = READERS.get(file.inner.suffix.lower())
+    ending = file.inner.suffix.lower()
     if file.workbook:
         return READERS[".xlsx"]
-    if by_ending not in (read_csv, read_tsv, read_txt, None):
+    if ending in READERS and ending not in (".csv", ".tsv", ".txt"):
         return None
     if is_conll(file.again().lines(), columns):
-        if by_ending is not read_txt or not columns.labelled:  # otherwise that is what txt means
+        if ending != ".txt" or not columns.labelled:  # otherwise that is what txt means
             why = "blocks of lines have the same columns; data.format changes it"
             columns.decisions.append(Decision(f"format of {file.path.name}", "conll", why))
         return read_conll
-    if columns.labelled and by_ending in (read_txt, None) and (better := _better_format(file, columns)):
+    if columns.labelled and ending not in (".csv", ".tsv") and (better := _better_format(file, columns)):
         problem = f"{file.name} looks like {better}: set data.format={better}, or to what it is, such as conll"
         raise DataError(problem, code="format", field="format", format=better)
     return None
@@ -348,16 +342,11 @@ def _read(file: DataFile, columns: Columns, format: str) -> Iterator[Example | U
     Raises:
         DataError: the file as a whole cannot be read.
     """
-    try:
+    with damaged(file, "a file of texts", "unreadable-file"):
         reader = _recognised(file, columns) if format == "auto" else None
         for found in (reader or reader_of(file.inner, format))(file, columns):
             problem = unicode_problem(" ".join([found.string, *found.tags])) if isinstance(found, Example) else None
             yield found if problem is None else Unreadable(found.where, problem, "not-unicode")
-    except (TokmaskError, MemoryError):
-        raise
-    except Exception as error:
-        problem = f"{file.name}: cannot be read: {type(error).__name__}: {first_line(error)}"
-        raise DataError(problem, code="unreadable-file", file=file.name) from error
 
 
 def _check_complete(examples: list[Example], name: str, task: str) -> None:

@@ -17,8 +17,8 @@ from typing import Any
 
 from tokmask_peft.console import Decision
 from tokmask_peft.data.conll import BLANK, Cells, Columns, Row, blank_row, grouping, is_usual, join_words, words_of_rows
-from tokmask_peft.data.opening import DataFile, unicode_problem
-from tokmask_peft.errors import DataError, first_line, nearest
+from tokmask_peft.data.opening import DataFile, damaged, unicode_problem
+from tokmask_peft.errors import DataError, nearest
 from tokmask_peft.examples import MARKS, Example, Pair, Unreadable
 from tokmask_peft.tasks import Task
 
@@ -189,8 +189,8 @@ def _has_usual_names(cells: Sequence[list[str]]) -> bool:
 def _is_title(cells: Sequence[list[str]], columns: Columns) -> bool:
     """Return whether the first row has the only cell of a title, and the second one the names of columns."""
     first = [cell for cell in cells[0] if cell.strip()]
-    asked = {columns.text, columns.second, columns.label, columns.group} & {*cells[1]}
-    return len(first) == 1 < len(cells[1]) and not is_usual(first[0]) and bool(asked or _has_usual_names(cells[1:]))
+    names = not columns.asked.isdisjoint(cells[1]) or _has_usual_names(cells[1:])
+    return len(first) == 1 < len(cells[1]) and not is_usual(first[0]) and names
 
 
 def _short(text: str) -> str:
@@ -215,7 +215,7 @@ def parquet_rows(file: DataFile) -> Iterator[Row]:
     """Read parquet in batches; class numbers become the names that `datasets` stored in the file."""
     import pyarrow.parquet as pq
 
-    try:
+    with damaged(file, "parquet", "not-parquet"):
         table = pq.ParquetFile(file.whole())  # closes the stream
         unique_names(table.schema_arrow.names, f"{file.name}: ")
         classes = classes_of(table.schema_arrow)
@@ -227,11 +227,6 @@ def parquet_rows(file: DataFile) -> Iterator[Row]:
         if index + 1 != count:
             problem = f"{file.name}: has {index + 1} rows, but says that there are {count}"
             raise DataError(problem, code="row-count", rows=index + 1, expected=count)
-    except DataError:
-        raise
-    except Exception as error:  # a damaged file fails in many places, with many classes of error
-        problem = f"{file.name}: cannot be read as parquet: {first_line(error)}"
-        raise DataError(problem, code="not-parquet", file=file.name) from error
 
 
 def classes_of(schema: Any) -> dict[str, list[str]]:

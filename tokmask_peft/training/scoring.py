@@ -6,6 +6,7 @@ import functools
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -213,7 +214,7 @@ def score_best(
     calibration = calibrate({name: task.calibrated(*found) for name, found in logits.items()})
     if cuts:
         calibration["thresholds"] = thresholds_of(cuts, labels, calibration["temperature"])
-    truncation = {name: splits[name].encoded.truncation.to_dict() for name in ("train", "validation")}
+    truncation = {name: asdict(splits[name].encoded.truncation) for name in ("train", "validation")}
     result = Result(
         name=recipe.name,
         task=recipe.data.task,

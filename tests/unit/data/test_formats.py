@@ -389,6 +389,8 @@ def test_cells_of_a_workbook_become_what_the_sheet_shows(write):
 def test_a_title_above_the_header_is_left_out_and_nothing_else(write):
     assert read(write("a.csv", "A corpus,\ntext,label\na,x\n")) == ([("a", "x")], {"title": "left out"})
     assert read(write("b.csv", "Ein Korpus\nBeitrag,label\na,x\n"), text_column="Beitrag")[0] == [("a", "x")]
+    flags = write("e.csv", "Ein Korpus,,\nBeitrag,joy,anger\na,1,0\n")
+    assert read(flags, "multilabel", text_column=0, label_column=["joy", "anger"])[0] == [("a", ("joy",))]
     tags = TextFile(write("c.csv", "one,\naku,ID\nsuka,ID\n"), "token", text_column=0)
     assert [decision.what for decision in tags.decisions if "title" in decision.what] == []
     given = {"header": False, "text_column": 0, "label_column": 0}

@@ -335,6 +335,15 @@ def test_half_a_character_is_refused(write, row):
     assert (refused(path).code, refused(path).fields["where"]) == ("not-unicode", f"{path}:1")
 
 
+def test_a_lack_of_memory_is_not_a_damaged_file(write, monkeypatch):
+    def full(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(pq, "ParquetFile", full)
+    with pytest.raises(MemoryError):
+        read(write("train.parquet", b"PAR1"))
+
+
 def test_what_a_reader_does_not_expect_is_an_error_with_the_file(write, monkeypatch):
     path = write("a.csv", "text,label\na,x\n")
 
