@@ -54,6 +54,9 @@ def test_a_hashtag_is_a_word_wherever_it_stands(line):
         "#just a remark",
         "# newdoc id = 4",
         "#sent_enum=7",
+        "# id 7\tpositive",
+        "# tweet id 7 \tpositive",
+        "# id: 7\tpositive",
     ],
 )
 def test_a_comment_is_no_word(line):
@@ -69,6 +72,8 @@ def test_a_comment_is_no_word(line):
         ("# label = not sure", "not sure"),
         ("# sentiment: negative", "negative"),
         ("meta\t7\tneutral", "neutral"),
+        ("# id 7\tpositive", "positive"),
+        ("# tweet: n 7\t", None),
         ("# sent_enum = 7", None),
     ],
 )
