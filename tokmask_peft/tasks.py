@@ -410,8 +410,11 @@ class MultiLabelTask(YesOrNo, SequenceTask):
         """See `Task`; labels are a list, or a string as `example` takes it. Nothing in either means no label."""
         if not isinstance(label, list) or any(isinstance(one, list | dict) for one in label):
             return super().from_cells(text, label, where, columns)
+        if any(map(_is_missing, label)):
+            problem = f"a label in the list of column '{columns[1]}' is missing (null): leave it out of the list"
+            raise DataError(f"{problem}, or write null for the whole list", code="label-missing")
         string = super().from_cells(text, None, where, columns).string
-        return self.example(string, tuple(str(one).strip() for one in label if not _is_missing(one)), where)
+        return self.example(string, tuple(str(one).strip() for one in label), where)
 
     def encode_label(self, example: Example, starts: Sequence[tuple[int, int]], length: int, ids: LabelIds) -> Any:
         """Return 1 for each label that the text has, otherwise 0: [labels]."""

@@ -221,10 +221,8 @@ def load(
             decisions.append(decision)
         else:
             module = load_adapter(loaded, saved.folder, **saved.trained)
-        for made in loaded.decisions:
-            if made.what != "device":
-                decisions.append(replace(made, reason=plan.reasons.get(made.what, made.reason)))
-        decisions.append(batching)
+        made = (one for one in loaded.decisions if one.what != "device")
+        decisions += [*(replace(one, reason=plan.reasons.get(one.what, one.reason)) for one in made), batching]
         if "embedding" in plan.reasons:  # loading the backbone reports no resident one
             decisions.append(Decision("embedding", plan.model.embedding, plan.reasons["embedding"]))
         positions = getattr(module.config.get_text_config(), "max_position_embeddings", None) or _LONGEST

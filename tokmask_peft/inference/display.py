@@ -142,7 +142,7 @@ def _print_plain(explanation: Explanation, console: Console) -> None:
     echo(explanation.headline)
     echo("word" + ("\tlabel" if explanation.labels else "") + "\tinfluence\tprobability without it")
     for index, (word, label) in enumerate(zip(explanation.words, labels, strict=True)):
-        numbers = f"{explanation.influences[index]:+.2f}\t{explanation.without[index]:.3f}"
+        numbers = f"{explanation.influences[index]:+z.2f}\t{explanation.without[index]:.3f}"
         echo(f"{word}{label}\t" + ("cannot be masked" if index in explanation.unmasked else numbers))
 
 

@@ -158,7 +158,7 @@ class Explanation(InNotebooks):
         return influence_words(self.words, self.influences, self.word, unmasked=self.unmasked, tags=tags)
 
     def __repr__(self) -> str:
-        strongest = ", ".join(f"{word} {value:+.2f}" for word, value in strongest_words(self.words, self.influences))
+        strongest = ", ".join(f"{word} {value:+z.2f}" for word, value in strongest_words(self.words, self.influences))
         return f"Explanation({self.headline}; strongest: {strongest or 'none'})"
 
 
@@ -190,7 +190,10 @@ def explain(
     if label is not None and get_task(classifier.task).words_given:
         message = "label is for models with labels per text; with a label per word, give the word"
         raise DataError(message, code="label-not-applicable")
-    about = [None] * len(given) if label is None else [label] * len(given) if isinstance(label, str) else [*label]
+    about = [label] * len(given) if label is None or isinstance(label, str) else [*label]
+    if len(about) != len(given):
+        message = f"label has {len(about)} labels for {len(given)} texts: give one for each text, or one for all"
+        raise DataError(message, code="label-count", texts=len(given), labels=len(about))
     for name in {*about} - {None, *classifier.labels}:
         known = f"It has {', '.join(classifier.labels)}."
         raise DataError(f"the model has no label '{name}'. {known}", code="unknown-label", label=name)
@@ -223,8 +226,13 @@ def _explain(
     batch_size: int,
 ) -> Iterator[Explanation]:
     task, occluded = get_task(classifier.task), Occluded(classifier, texts)
-    per_word = task.words_given
-    names, temperature = classifier.labels, classifier.temperature
+    per_word, names = task.words_given, classifier.labels
+
+    def odds_of(rows: NDArray[np.float64], labels: Sequence[int]) -> NDArray[np.float64]:
+        """Return the log-odds of a label in each row."""
+        pairs = zip(rows, labels, strict=True)
+        return np.array([log_odds(*task.competing(row, label), classifier.temperature) for row, label in pairs])
+
     questions, counts = list[Question](), list[int]()  # of each text as it is, and with each word masked
     for text, (row, target) in enumerate(zip(words, targets, strict=True)):
         places = range(len(row))
@@ -237,15 +245,11 @@ def _explain(
         before, after = next(parts), next(parts)
         best = [names.index(name)] if (name := about[text]) else task.likeliest(before, classifier.cuts)
         best = classifier.legal.repaired_ids(best) if per_word and classifier.legal else best
-        odds = np.array(
-            [log_odds(*task.competing(one, label), temperature) for one, label in zip(before, best, strict=True)]
-        )
+        odds = odds_of(before, best)
         probabilities = _probability(odds)
         own, at = per_word and target is None, target or 0
         labels = best if own else [best[at]] * len(row)
-        left = np.array(
-            [log_odds(*task.competing(one, label), temperature) for one, label in zip(after, labels, strict=True)]
-        )
+        left = odds_of(after, labels)
         maskable = occluded.maskable_words(text)
         yield Explanation(
             words=row,

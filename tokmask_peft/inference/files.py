@@ -406,4 +406,5 @@ FORMS: dict[str, Form] = {
     ".parquet": _parquet,
     ".xlsx": _workbook,
 }
-_OTHERS = (".xls", ".xlsm", ".ods", ".zip", ".gz", ".bz2", ".xz", ".zst", ".7z", ".feather", ".arrow")
+_OTHERS: tuple[str, ...] = (".xls", ".xlsm", ".ods", ".zip", ".gz", ".bz2", ".xz", ".zst", ".7z", ".feather")
+_OTHERS += (".arrow", ".conll", ".conllu")

@@ -13,13 +13,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import TEXTS, build, families, token_families
+from tiny_models import TEXTS, build
 
 from tokmask_peft.errors import DataError, ModelError
 from tokmask_peft.inference.classifier import Classifier
 from tokmask_peft.model.packed import enable_padding_free
 
 LONG = " ".join(TEXTS * 4)
+TOKENIZERS = ["bert", "xlm-r", "modernbert", "qwen2", "llama"]  # a family for each kind
 
 
 def close(one, other):
@@ -27,7 +28,7 @@ def close(one, other):
     return all(abs(mine[label] - yours[label]) < 1e-5 for mine, yours in rows for label in mine)
 
 
-@pytest.mark.parametrize("family", families)
+@pytest.mark.parametrize("family", ["bert", "qwen2"])
 def test_a_short_text_gets_the_softmax_of_the_model(classifier, family):
     model = classifier(family, max_length=64)
     for text, answer in zip(TEXTS, model.predict(TEXTS), strict=True):
@@ -39,14 +40,14 @@ def test_a_short_text_gets_the_softmax_of_the_model(classifier, family):
         assert answer.windows == 1
 
 
-@pytest.mark.parametrize("family", token_families)
+@pytest.mark.parametrize("family", TOKENIZERS)
 def test_a_word_gets_the_label_of_its_first_sub_token(classifier, family):
     model = classifier(family, "token", max_length=64)
     words = TEXTS[0].split()
     (answer,) = model.predict([words])
     (as_text,) = model.predict(["  " + "\t ".join(words)])
     assert answer == as_text
-    spaced = [words[0], *(f" {word}" for word in words[1:])] if family in ("modernbert", "qwen2", "qwen3") else words
+    spaced = [words[0], *(f" {word}" for word in words[1:])] if family in ("modernbert", "qwen2") else words
     inputs = model.tokenizer(spaced, is_split_into_words=True, return_tensors="pt")
     with torch.no_grad():
         expected = model.model(**inputs).logits.softmax(-1)[0]
@@ -58,7 +59,7 @@ def test_a_word_gets_the_label_of_its_first_sub_token(classifier, family):
     assert answer.words == tuple(words)
 
 
-@pytest.mark.parametrize(("family", "task"), [("bert", "sequence"), ("qwen2", "sequence"), ("llama", "token")])
+@pytest.mark.parametrize(("family", "task"), [("qwen2", "sequence"), ("llama", "token")])
 def test_answers_do_not_depend_on_batch_size_or_order(classifier, family, task):
     model = classifier(family, task)
     texts = [*TEXTS, LONG, "ok ok", LONG[7:300]]
@@ -77,7 +78,7 @@ def test_answers_do_not_depend_on_batch_size_or_order(classifier, family, task):
     check()
 
 
-@pytest.mark.parametrize(("family", "task"), [("bert", "sequence"), ("qwen2", "sequence"), ("llama", "token")])
+@pytest.mark.parametrize(("family", "task"), [("qwen2", "sequence"), ("llama", "token")])
 def test_answers_in_bf16_do_not_depend_on_batch_size_either(family, task):
     """Of a small model, whose products round alike in rows of any length; padded, its answers differ by up to 1e-3."""
     model, tokenizer = build(family, task, hidden_size=64, intermediate_size=128)
