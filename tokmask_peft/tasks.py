@@ -388,14 +388,21 @@ class MultiLabelTask(YesOrNo, SequenceTask):
         if others := [other for other in MARKS if asked == "auto" and other != mark and other in cell]:
             problem = f"'{cell.strip()[:60]}' has {others[0]!r}, but it seems that {mark!r} separates labels"
             raise DataError(f"{problem}. Set data.label_separator to what separates them", code="label-separator")
-        return [part.strip() for part in cell.split(mark)]
+        parts = [part.strip() for part in cell.split(mark)]
+        if len(parts) > 1 and (parts[0][:1], parts[-1][-1:]) in (("{", "}"), ("(", ")"), ("[", "]")):
+            problem = f"'{cell.strip()[:60]}' is in brackets. Write the labels as a JSON list, or with {mark!r} alone"
+            raise DataError(f"{problem} between them", code="label-brackets")
+        return parts
 
     def from_cells(self, text: Any, label: Any, where: str, columns: tuple[str, str | None]) -> Example:
         """See `Task`; labels are a list, or a string as `example` takes it. Nothing in either means no label."""
         if not isinstance(label, list) or any(isinstance(one, list | dict) for one in label):
             return super().from_cells(text, label, where, columns)
+        if any(map(_is_missing, label)):
+            problem = f"a label in the list of column '{columns[1]}' is missing (null): leave it out of the list"
+            raise DataError(f"{problem}, or write null for the whole list", code="label-missing")
         string = super().from_cells(text, None, where, columns).string
-        return self.example(string, tuple(str(one).strip() for one in label if not _is_missing(one)), where)
+        return self.example(string, tuple(str(one).strip() for one in label), where)
 
     def encode_label(self, example: Example, starts: Sequence[tuple[int, int]], length: int, ids: LabelIds) -> Any:
         """Return 1 for each label that the text has, otherwise 0: [labels]."""

@@ -8,6 +8,7 @@ from tiny_models import build
 
 from tokmask_peft import Recipe, evaluate, load, train
 from tokmask_peft.artifacts import AdapterInfo
+from tokmask_peft.errors import DataError
 from tokmask_peft.report.demo import answer
 from tokmask_peft.spans import Entity, read
 
@@ -43,6 +44,14 @@ def run(tmp_path_factory):
     }
     (folder / "recipe.yaml").write_text(json.dumps(content), encoding="utf-8")
     return train(Recipe.load(folder / "recipe.yaml"), quiet=True)
+
+
+def test_entities_cannot_choose_the_checkpoint_if_the_labels_mark_none(run, tmp_path):
+    changes = ["data.spans=auto", 'data.label_map={"O": "O", "*": "x"}', f"output_dir={tmp_path}"]
+    recipe = Recipe.load(run.folder.recipe, changes)
+    with pytest.raises(DataError) as caught:
+        train(recipe, quiet=True)
+    assert (caught.value.code, caught.value.fields["field"]) == ("no-entities", "training.best_metric")
 
 
 def test_entities_are_scored_and_choose_the_checkpoint(run):

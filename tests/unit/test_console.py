@@ -60,6 +60,7 @@ def test_control_characters_are_shown_and_not_obeyed(capsys):
     console = make_console()
     print_decisions(console, [Decision(evil, evil, evil)])
     print_lines(console, "Data", [evil])
+    print_lines(make_console(), "Data", [evil])  # that of the commands
     print_scores(console, {evil: part(0.5, without_prediction=1)})
     print_answers([evil], [Prediction(evil, {evil: 1.0})], as_json=False)
     print_answers([evil], [WordPredictions((evil,), (evil,), ({evil: 1.0},))], as_json=False)
@@ -113,7 +114,9 @@ def test_the_verdict_is_given_whichever_way_it_falls(verdict):
 
 def test_a_temperature_that_is_left_out_is_said_with_the_reason():
     figures = {"validation": {"before": {"ece": 0.1}, "after": {"ece": 0.2}}}
-    assert "Temperature 1.500" in calibration_line({"temperature": 1.5, **figures})
+    line = calibration_line({"temperature": 1.5, **figures})
+    assert "Temperature 1.500" in line
+    assert "on validation, the texts it is fitted on, 0.1" in line
     line = calibration_line({"temperature": 1.0, "left_out": "it does not help", **figures})
     assert "no temperature is used, because it does not help" in line
 

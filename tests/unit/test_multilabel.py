@@ -85,6 +85,8 @@ def test_labels_are_read_as_sets_from_every_form(tmp_path, name, content, keys):
         ("text\tlabels\na b\t0|1|0\nc d\t1|0|0", {}, "label-repeated"),
         ("text\tlabels\n" + "a b\tjoy\n" * 1200 + "c d\tjoy;fear", {}, "label-separator"),
         ("text\tlabels\na b\tjoy;fear\n" + "a b\tjoy\n" * 1200 + "c d\tjoy|fear", {}, "label-separator"),
+        ("text\tlabels\na b\t{'joy', 'fear'}\nc d\t{'joy', 'anger'}", {}, "label-brackets"),
+        ("text\tlabels\na b\t('joy', 'fear')\nc d\t('joy',)", {}, "label-brackets"),
         ("joy;fear a b\njoy c d", {"format": "labelled"}, "label-separator"),
         ("# label = joy,fear\na\nb\n\n# label = joy\nc", {"format": "conll"}, "label-separator"),
         ("a b\t1\t0\nc d\t0\t1", {"text_column": 0, "label_column": ("1", "2")}, "column"),
@@ -106,6 +108,10 @@ def test_an_empty_list_is_an_answer_and_null_is_a_missing_label(tmp_path):
     found = read(tmp_path, "a.jsonl", content, missing=[""])
     assert [example.label for example in found] == [("joy",), (), None]
     assert [example.label for example in read(tmp_path, "a.tsv", table("|"), missing=["fear"])][3] is None
+    for item in ("null", "NaN"):
+        with pytest.raises(DataError) as caught:
+            read(tmp_path, "a.jsonl", f'{{"text": "a", "labels": ["joy", {item}]}}')
+        assert caught.value.code == "label-missing"
 
 
 def test_a_list_of_label_columns_needs_a_task_with_several_labels(tmp_path):

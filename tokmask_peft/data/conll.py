@@ -4,8 +4,8 @@ In a column file there is a word per line, its tags in further columns, a blank 
 LinCE, CALCS, SentiMix and Universal Dependencies differ in comments, separators and columns. What looks like a comment
 may be a word of a tweet, so these are the rules:
 
-* a comment comes before the first word of a text, and reads `# key = value` or `# key: value`, or has no column
-  separator in a file whose word lines have one;
+* a comment comes before the first word of a text, and reads `# key = value`, `# key: value` or `# key value<TAB>label`,
+  or has no column separator in a file whose word lines have one;
 * everything else that begins with `#` is a word: `#OneDay<TAB>lang1`, and the sign alone, `#<TAB>other`;
 * the header of SentiMix, `meta<TAB>7<TAB>positive`, counts as a comment.
 """
@@ -43,6 +43,7 @@ _EMPTY_WORD = "the word is empty. Fill it in or remove the line", ', or leave ou
 
 _KEY_VALUE = re.compile(r"#[ ]+(?P<key>[A-Za-z_][\w.\-]*(?:\[\w+\]|[ ]id)?)[ ]*=(?P<value>.*)")
 _KEY_COLON = re.compile(r"#[ ]+(?P<key>[A-Za-z_][\w.\-]*):[ ](?P<value>[^\t]*)$")
+_KEY_TAB = re.compile(r"#[ ]+(?P<key>[A-Za-z_][\w.\-]*):?[ ]+(?P<value>[^\t]*[^\t ])[ ]*\t(?P<label>[^\t]*)$")
 _LABEL_KEYS = {"label", "sentiment", "sa", "sent_label", "class"}
 _PAIR = re.compile(r"(?:^|(?<=\|))([^|=]+)=([^|]*)")
 _SPACING = {"SpaceAfter", "SpacesAfter", "SpacesBefore"}
@@ -61,7 +62,7 @@ def _is_meta(line: str) -> bool:
 
 def _comment(line: str) -> re.Match[str] | None:
     """Match a line that reads as a comment whatever the file's columns."""
-    return _KEY_VALUE.match(line) or _KEY_COLON.match(line)
+    return _KEY_VALUE.match(line) or _KEY_COLON.match(line) or _KEY_TAB.match(line)
 
 
 @dataclass(frozen=True, slots=True)
@@ -419,9 +420,8 @@ def _label_of(line: str) -> str | None:
     """Return the label in a comment: the last field after the text's number, or the value of a label key."""
     if line.startswith("meta"):
         return line.split()[-1]
-    match = _comment(line)
-    if match is None:
-        return None
+    if (match := _comment(line)) is None or match.re is _KEY_TAB:
+        return (match and match["label"].strip()) or None
     fields = match["value"].split()
     if match["key"].lower() in _LABEL_KEYS:
         return " ".join(fields) or None

@@ -24,13 +24,13 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from tokmask_peft.data.batches import TokenBudgetSampler, token_budget_loader
 from tokmask_peft.data.encoding import Encoded, Encoder, Window
-from tokmask_peft.errors import RecipeError, RunError, nearest
+from tokmask_peft.errors import DataError, RecipeError, RunError, nearest
 from tokmask_peft.examples import IGNORED, NO_PREDICTION, Example
 from tokmask_peft.masking.callback import TokenMaskCallback
 from tokmask_peft.model.adapter import inputs_as_they_come
 from tokmask_peft.model.layers import quick_dropout
 from tokmask_peft.recipe.schema import Recipe
-from tokmask_peft.spans import Spans
+from tokmask_peft.spans import NO_SPANS, Spans
 from tokmask_peft.tasks import Task, get_task
 from tokmask_peft.training.metrics import Predictions, entity_counts, f1_of, task_scores
 
@@ -373,8 +373,12 @@ def in_order(shares: Sequence[Sequence[NDArray[np.float32]]], items: int) -> NDA
 def training_arguments(
     recipe: Recipe, checkpoints: Path, device: torch.device, dtype: torch.dtype
 ) -> TrainingArguments:
-    """Return the Trainer's arguments for a recipe whose matrix products are of a `dtype`."""
+    """Return the Trainer's arguments, for matrix products of a `dtype`; a DataError if no entities can be scored."""
     training = recipe.training
+    if training.best_metric == "f1_entities" and recipe.data.spans == NO_SPANS:  # which the labels have decided
+        problem = "training.best_metric is f1_entities, but the labels of the data mark no entities (B-TYPE, I-TYPE, O)"
+        problem += ": set it to f1_macro, or data.label_column to the labels that do"
+        raise DataError(problem, code="no-entities", field="training.best_metric")
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
         run_name=recipe.name,

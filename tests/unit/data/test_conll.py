@@ -39,7 +39,7 @@ def test_a_hashtag_is_a_word_wherever_it_stands(line):
 COMMENTS = ["# sent_enum = 7 x", "# text = a b", "# newdoc", "# source: web", "#just a remark", "# newdoc id = 4"]
 
 
-@pytest.mark.parametrize("line", [*COMMENTS, "#sent_enum=7"])
+@pytest.mark.parametrize("line", [*COMMENTS, "#sent_enum=7", "# tweet id 7 \tpositive", "# id: 7\tpositive"])
 def test_a_comment_is_not_a_word(line):
     (example,) = read(f"{line}\nyes\tlang1\n")
     assert example.text == ("yes",)
@@ -53,6 +53,8 @@ def test_a_comment_is_not_a_word(line):
         ("# label = not sure", "not sure"),
         ("# sentiment: negative", "negative"),
         ("meta\t7\tneutral", "neutral"),
+        ("# id 7\tpositive", "positive"),
+        ("# tweet: n 7\t", None),
         ("# sent_enum = 7", None),
     ],
 )
