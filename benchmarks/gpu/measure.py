@@ -6,8 +6,9 @@
 
 `make gpu-pack` fills `.gpu` for a machine without a network; there it is `bash .gpu/measure.sh`. Results go to
 `$OUT/PART.json` after every step of every part, so that a part that is cut off loses nothing; output to `$OUT/log.txt`.
+`$OUT/status.json` names the parts that were cut off or had no time left: name those in a second call.
 Reads TOKMASK_TOKENIZERS (configs and tokenizers), TOKMASK_DATA if set (real tweets; otherwise the built-in corpus), and
-MINILM (a folder with that model).
+MINILM and E5 (folders with MiniLM and multilingual-e5-small, for real scores; ARM is a key of the masked runs).
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ OUT = Path(os.environ.get("OUT", "gpu-out"))
 SLOWER = 10 if os.environ.get("DRY") == "1" else 1
 END = float(os.environ.get("GPU_START", time.time())) + float(os.environ.get("LIMIT", "525")) * SLOWER
 PARTS = {  # name: seconds at most, the most valuable first
-    "env": 60, "attention": 60, "parity": 75, "tests": 150, "cli": 170, "stock": 110, "memory_cap": 70,
-    "minilm": 60, "bench": 170, "compile": 70, "bench7b": 150,
+    "env": 60, "attention": 60, "parity": 75, "tests": 150, "compile": 70, "cli": 190, "stock": 130,
+    "memory_cap": 80, "bench": 170, "bench7b": 150, "minilm": 60, "scores": 180,
 }  # fmt: skip
 USE_BACKBONES = {"cli", "stock", "memory_cap"}
 FULL_SDPA = {"stock", "bench", "bench7b"}
