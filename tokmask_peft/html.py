@@ -115,7 +115,7 @@ def influence_words(
             span = Markup("<span>{}</span>").format(shown)
         else:
             side, opacity = "for" if influence > 0 else "against", _STRONGEST * abs(strength)
-            tinted = Markup('<span class="{}" style="--w:{:.2f}" title="{:+.2f}">{}</span>')
+            tinted = Markup('<span class="{}" style="--w:{:.2f}" title="{:+z.2f}">{}</span>')
             span = tinted.format(side, opacity, influence, shown)
         if tags:
             span = Markup('<span class="pair">{}<span class="tag">{}</span></span>').format(span, tags[place])

@@ -19,6 +19,7 @@ from tokmask_peft.console import (
     baseline_verdict,
     calibration_line,
     echo,
+    make_console,
     print_classes,
     print_decisions,
     print_lines,
@@ -56,17 +57,17 @@ def test_brackets_are_text_and_not_markup(console, tmp_path):
 
 def test_control_characters_are_shown_and_not_obeyed(capsys):
     evil = "a\x1b[2Jb\x9b31mc\u202ed\r\x00\ud800"
-    console = SafeConsole(file=io.StringIO(), width=200, highlight=False, force_terminal=True)
+    console = make_console()
     print_decisions(console, [Decision(evil, evil, evil)])
     print_lines(console, "Data", [evil])
     print_scores(console, {evil: part(0.5, without_prediction=1)})
     print_answers([evil], [Prediction(evil, {evil: 1.0})], as_json=False)
     print_answers([evil], [WordPredictions((evil,), (evil,), ({evil: 1.0},))], as_json=False)
     explanation = Explanation((evil,), (1.0,), evil, 0.5, (0.5,), labels=(evil,))
-    print_explanations([explanation], console)
-    print_explanations([explanation], SafeConsole(file=io.StringIO()))
+    for is_terminal in (True, False):
+        print_explanations([explanation], SafeConsole(width=200, force_terminal=is_terminal))
     echo(evil, err=True)
-    for text in (console.file.getvalue(), *capsys.readouterr()):
+    for text in capsys.readouterr():
         styles = re.sub(r"\x1b\[[0-9;]*m", "", text)  # rich's own
         assert "a\\u001b[2Jb\\u009b31mc\\u202ed" in styles
         assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e\ud800]", styles)

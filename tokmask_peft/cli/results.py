@@ -47,9 +47,7 @@ def diagnose(
     plan = GradientPlan.make(whole, p, draws, batches, at, out)
     quiet_libraries()
     from tokmask_peft.study.diagnostics.gradients import diagnose as measure
-    from tokmask_peft.study.report import matplotlib
 
-    matplotlib()  # before a training whose plot could not be drawn
     report = measure(whole, plan, quiet=quiet)
     if not quiet:
         echo(f"{report.summary}\nReport: {report.markdown}")
@@ -81,9 +79,7 @@ def robustness(
     members = find_members(runs)
     quiet_libraries()
     from tokmask_peft.study.diagnostics.robustness import robustness as measure
-    from tokmask_peft.study.report import matplotlib
 
-    matplotlib()
     report = measure(
         members, what, folder, backbone=backbone, device=device, quiet=quiet, trust_remote_code=trust_remote_code
     )

@@ -190,9 +190,9 @@ def make_draft(paths: Sequence[Path], overrides: Sequence[str], backbones: Seque
         stand_in[key] = stand_in.get(key, {}) | value if isinstance(value, dict) else value
     check(stand_in, problems, "init")  # before anything is read
     with quick_imports():
-        from tokmask_peft.data.columns import SPLITS, likeliest
+        from tokmask_peft.data.columns import likeliest
         from tokmask_peft.data.detect import detect, looks_english, scripts
-        from tokmask_peft.data.split import canonical
+        from tokmask_peft.data.split import SPLITS, canonical
         from tokmask_peft.model.backbone import load_tokenizer
         from tokmask_peft.tasks import get_task
         from tokmask_peft.training.scoring import language_warnings
@@ -350,7 +350,8 @@ def _settings(content: dict[str, Any], corpus: Corpus, cost: _Cost | None) -> It
         yield Decision("masking.p", "0", reason)
     for key in ("epochs", "batch_size"):
         training.setdefault(key, "auto")
-    yield Decision("training.epochs", str(training["epochs"]), f"auto goes by the number of texts, here {count:,}")
+    if not training.get("max_steps"):
+        yield Decision("training.epochs", str(training["epochs"]), f"auto goes by the number of texts, here {count:,}")
 
 
 def _memory(recipe: Recipe) -> Iterator[Decision]:

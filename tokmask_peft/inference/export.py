@@ -50,7 +50,7 @@ def check_folder(folder: str | Path) -> Path:
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ModelError(f"{folder} exists and is not empty; give another folder", code="folder-taken", path=folder)
     if not path.absolute().parent.is_dir():
-        message = f"{folder} cannot be made: {path.parent} is not a folder"
+        message = f"{folder} cannot be made: there is no folder {path.parent}; make it first"
         raise ModelError(message, code="folder-not-writable", path=folder)
     return path
 

@@ -12,7 +12,7 @@ from tokmask_peft.inference.explain import Explanation
 
 TEXT = Explanation(
     ("so", "[bold]", "<script>", "&", "bad"),
-    (0.5, 3.0, -4.0, 0.01, 0.0),
+    (0.5, 3.0, -4.0, -0.001, 0.0),
     'so-so "x"',
     0.93,
     (0.9, 0.4, 0.999, 0.93, 0.93),
@@ -45,7 +45,7 @@ def test_numbers_elsewhere(settings, capsys):
         "so\t+0.50\t0.900",
         "[bold]\t+3.00\t0.400",
         "<script>\t-4.00\t0.999",
-        "&\t+0.01\t0.930",
+        "&\t+0.00\t0.930",
         "bad\tcannot be masked",
     ]
     assert lines[-1] == "bueno\t<lang2>\t-0.20\t0.800"
