@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import json
 import os
 import subprocess
 import sys
@@ -88,6 +89,24 @@ def test_each_part_of_the_gpu_measurement_is_a_function_of_a_module_that_can_be_
     for name in ("checks", "trainings", "steps", "compare"):
         parts |= getattr(importlib.import_module(name), "PARTS", {})
     assert {*importlib.import_module("measure").PARTS, "prepare"} == {*parts}
+
+
+@pytest.mark.usefixtures("gpu_modules")
+def test_a_part_that_fails_or_takes_too_long_does_not_end_the_measurement(tmp_path, monkeypatch):
+    measure = importlib.import_module("measure")
+    codes = {"fails": "exit(3)", "hangs": "import time; time.sleep(60)", "works": ""}
+
+    def launch(part):
+        return subprocess.Popen([sys.executable, "-c", codes[part]], start_new_session=True)
+
+    monkeypatch.setattr(measure, "OUT", tmp_path)
+    monkeypatch.setattr(measure, "PARTS", dict.fromkeys(codes, 60))
+    monkeypatch.setattr(measure, "launch", launch)
+    finish = measure.finish
+    monkeypatch.setattr(measure, "finish", lambda process, seconds: finish(process, min(seconds, 2)))
+    measure.run(list(codes))
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert [found.partition(",")[0] for found in status.values()] == ["exit 3", "cut off after 2 s", "exit 0"]
 
 
 def test_a_part_of_the_gpu_measurement_that_is_not_known_is_refused(tmp_path):
