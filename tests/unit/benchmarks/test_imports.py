@@ -97,6 +97,7 @@ def test_a_part_that_fails_or_takes_too_long_does_not_end_the_measurement(tmp_pa
     codes = {"fails": "exit(3)", "hangs": "import time; time.sleep(60)", "works": ""}
 
     def launch(part):
+        (tmp_path / f"{part}.json").write_text('{"step": 1}')
         return subprocess.Popen([sys.executable, "-c", codes[part]], start_new_session=True)
 
     monkeypatch.setattr(measure, "OUT", tmp_path)
@@ -105,8 +106,11 @@ def test_a_part_that_fails_or_takes_too_long_does_not_end_the_measurement(tmp_pa
     finish = measure.finish
     monkeypatch.setattr(measure, "finish", lambda process, seconds: finish(process, min(seconds, 2)))
     measure.run(list(codes))
-    status = json.loads((tmp_path / "status.json").read_text())
-    assert [found.partition(",")[0] for found in status.values()] == ["exit 3", "cut off after 2 s", "exit 0"]
+    found = json.loads((tmp_path / "results.json").read_text())
+    ends = {part: status.partition(",")[0] for part, status in found.pop("status").items()}
+    assert ends == {"fails": "exit 3", "hangs": "cut off after 2 s", "works": "exit 0"}
+    assert found == {part: {"step": 1} for part in codes}
+    assert [file.name for file in tmp_path.iterdir()] == ["results.json"]
 
 
 def test_a_part_of_the_gpu_measurement_that_is_not_known_is_refused(tmp_path):
