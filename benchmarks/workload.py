@@ -112,6 +112,7 @@ def stock_qlora(
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=["score", "classifier"],  # transformers would quantize a head with a bias
     )
     model = AutoModelForSequenceClassification.from_pretrained(
         folder, num_labels=classes, quantization_config=bits, dtype=torch.bfloat16, device_map={"": device}

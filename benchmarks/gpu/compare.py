@@ -47,8 +47,8 @@ def lines(name: str, run: dict[str, Any]) -> list[str]:
 
 
 if __name__ == "__main__":
+    results = json.loads((Path(sys.argv[1]) / "results.json").read_text(encoding="utf-8"))
     for part in ("cli", "stock", "memory_cap"):
-        file = Path(sys.argv[1]) / f"{part}.json"
-        for name, run in json.loads(file.read_text(encoding="utf-8")).items() if file.is_file() else ():
+        for name, run in results.get(part, {}).items():
             if isinstance(run, dict) and "overrides" in run and run.get("largest", {}).get("lengths"):
                 print("\n".join(lines(name, run)))

@@ -4,10 +4,12 @@
     bash benchmarks/gpu/measure.sh attention cli   some of them
     DRY=1 bash benchmarks/gpu/measure.sh           on a CPU with tiny layers: tries the code; its figures mean nothing
 
-`make gpu-pack` fills `.gpu` for a machine without a network; there it is `bash .gpu/measure.sh`. Results go to
-`$OUT/PART.json` after every step of every part, so that a part that is cut off loses nothing; output to `$OUT/log.txt`.
+`make gpu-pack` fills `.gpu` for a machine without a network; there it is `bash .gpu/measure.sh`. A part writes its
+results to `$OUT/PART.json` after every step, so that one that is cut off loses nothing; when it has ended they move to
+`$OUT/results.json`, since few files may come back from such a machine. Output goes to `$OUT/log.txt`. The `status` in
+`results.json` names the parts that were cut off or had no time left: name those in a second call.
 Reads TOKMASK_TOKENIZERS (configs and tokenizers), TOKMASK_DATA if set (real tweets; otherwise the built-in corpus), and
-MINILM (a folder with that model).
+MINILM and E5 (folders with MiniLM and multilingual-e5-small, for real scores; ARM is a key of the masked runs).
 """
 
 from __future__ import annotations
@@ -25,8 +27,8 @@ OUT = Path(os.environ.get("OUT", "gpu-out"))
 SLOWER = 10 if os.environ.get("DRY") == "1" else 1
 END = float(os.environ.get("GPU_START", time.time())) + float(os.environ.get("LIMIT", "525")) * SLOWER
 PARTS = {  # name: seconds at most, the most valuable first
-    "env": 60, "attention": 60, "parity": 75, "tests": 150, "cli": 170, "stock": 110, "memory_cap": 70,
-    "minilm": 60, "bench": 170, "compile": 70, "bench7b": 150,
+    "env": 60, "attention": 60, "parity": 75, "tests": 150, "compile": 70, "cli": 190, "stock": 130,
+    "memory_cap": 80, "bench": 170, "bench7b": 150, "minilm": 60, "scores": 180,
 }  # fmt: skip
 USE_BACKBONES = {"cli", "stock", "memory_cap"}
 FULL_SDPA = {"stock", "bench", "bench7b"}
@@ -56,15 +58,28 @@ def finish(process: subprocess.Popen[bytes], seconds: float) -> str:
 
 def run(parts: Sequence[str]) -> None:
     """Run parts one after the other; the backbones are made while the first ones use the card."""
-    status: dict[str, str] = {}
     preparing = launch("prepare") if {*parts} & USE_BACKBONES else None
     for part in parts:
         if part in USE_BACKBONES and preparing is not None:
-            status["prepare"], preparing = finish(preparing, 120.0 * SLOWER), None
+            collect("prepare", finish(preparing, 120.0 * SLOWER))
+            preparing = None
         seconds = min(PARTS[part] * SLOWER, END - time.time() - 8)
-        status[part] = finish(launch(part), seconds) if seconds >= 12 else "no time left"
-        (OUT / "status.json").write_text(json.dumps(status, indent=1))
-    print(json.dumps(status, indent=1))
+        collect(part, finish(launch(part), seconds) if seconds >= 12 else "no time left")
+    print(json.dumps(json.loads((OUT / "results.json").read_text())["status"], indent=1))
+
+
+def collect(part: str, status: str) -> None:
+    """Move the results of a part to the file of all parts, with what became of it."""
+    file, whole = OUT / f"{part}.json", OUT / "results.json"
+    found = json.loads(whole.read_text()) if whole.is_file() else {"status": {}}
+    found["status"][part] = status
+    if file.is_file():
+        found[part] = json.loads(file.read_text())
+    partial = whole.with_suffix(".tmp")
+    partial.write_text(json.dumps(found, indent=1))
+    partial.replace(whole)
+    for rest in (file, file.with_suffix(".tmp")):
+        rest.unlink(missing_ok=True)
 
 
 def run_part(name: str) -> None:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+import signal
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,13 +19,19 @@ from unittest import mock
 import instruments as gpu
 import torch
 import transformers
+from safetensors.torch import load_file
+from small_copy import SCORED
+from transformers.trainer import DEFAULT_CALLBACKS
 from workload import stock_qlora
 
+from tokmask_peft.artifacts import open_run
 from tokmask_peft.data.corpus import load_corpus
 from tokmask_peft.data.encoding import Encoder
 from tokmask_peft.recipe.schema import Recipe
 
 NF4, PADDED, NO_TEST = "model.quantization=nf4", "training.batching=padded", "data.test=null"
+FEW = f"data.max_train={512 if gpu.DRY else 2000}"
+"""More than the trainings of a few steps take."""
 TEXTS = ["me encanta this phone", "qué mal servicio", "ok"]
 ON_A_CPU = ["model.precision=bf16"] if gpu.DRY else []
 """So that a dry run takes the code paths of a GPU."""
@@ -51,7 +61,7 @@ def part_cli() -> None:
     """Run `tokmask estimate`, `train`, `evaluate` and `predict` as a user types them."""
     record, watch = _part("cli")
     common = [f"training.max_steps={4 if gpu.DRY else 24}", "training.epochs=1", "training.eval_batch_size=64",
-              "training.logging_steps=1", *ON_A_CPU]  # fmt: skip
+              "training.logging_steps=1", FEW, *ON_A_CPU]  # fmt: skip
     plans = [
         ("qwen", "sequence", "nf4 packed", [NF4]),
         ("tinyllama", "token", "nf4 packed", [NF4]),
@@ -60,6 +70,8 @@ def part_cli() -> None:
         ("qwen", "sequence", "nf4 packed offload", [NF4, "model.embedding=offload"]),
         ("qwen", "sequence", "nf4 packed 8bit embedding", [NF4, "model.embedding=8bit"]),
         ("mbert", "token", "auto", []),
+        ("mbert", "sequence", "nf4 padded checkpointed offload",
+         [NF4, PADDED, "model.gradient_checkpointing=true", "model.embedding=offload"]),
         ("qwen", "sequence", "nf4 fp16 as on a T4", [NF4, f"model.precision={'fp32' if gpu.DRY else 'fp16'}"]),
         ("mbert", "sequence", "int8", ["model.quantization=int8"]),
         ("qwen", "sequence", "bf16 unquantized", ["model.quantization=none"]),
@@ -86,6 +98,34 @@ def part_cli() -> None:
             commands["estimate"] = ["estimate", *recipe, f"model.backbone_path={folder}"]
         for command, arguments in commands.items():
             record.attempt(f"{name}: {command}", lambda arguments=arguments: gpu.command_line(arguments))
+    if re.search(gpu.ONLY, "qwen resume"):
+        settings = [*common, NO_TEST, NF4, "training.max_steps=8"]
+        record.attempt("qwen resume", lambda: _resumed(settings))
+
+
+class _CtrlC(transformers.TrainerCallback):
+    """Interrupts a training after four steps."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Send the signal."""
+        if state.global_step == 4:
+            signal.raise_signal(signal.SIGINT)
+
+
+def _resumed(settings: list[str]) -> dict[str, Any]:
+    """Train once in one go, and once interrupted and resumed; return the largest gap between the trained weights."""
+    paths = [f"model.backbone_path={gpu.backbone_folder('qwen')}", "training.baseline=false"]
+    start = ["train", *gpu.recipe_of("qwen", "sequence"), *paths, *settings]
+    codes, stop = [gpu.command_line([*start, "name=whole"])[0]], _CtrlC()
+    DEFAULT_CALLBACKS.append(stop)  # type: ignore[arg-type]
+    try:
+        codes.append(gpu.command_line([*start, "name=interrupted"])[0])
+    finally:
+        DEFAULT_CALLBACKS.remove(stop)  # type: ignore[arg-type]
+    codes.append(gpu.command_line(["train", "runs/interrupted/recipe.yaml", "--resume"])[0])
+    whole, resumed = (load_file(f"runs/{name}/adapter/adapter_model.safetensors") for name in ("whole", "interrupted"))
+    gap = max(float((whole[name].float() - resumed[name].float()).abs().max()) for name in whole)
+    return {"exits": codes, "largest_gap": gap, "largest": max(float(one.abs().max()) for one in whole.values())}
 
 
 def part_stock() -> None:
@@ -93,13 +133,13 @@ def part_stock() -> None:
     record, watch = _part("stock")
     steps = 8 if gpu.DRY else 40
     common = ["training.epochs=1", "training.eval_batch_size=64", "training.batch_size=32", NO_TEST, NF4,
-              "training.gradient_accumulation=1", f"training.max_steps={steps}", *ON_A_CPU]  # fmt: skip
+              "training.gradient_accumulation=1", f"training.max_steps={steps}", FEW, *ON_A_CPU]  # fmt: skip
     stock = {  # padded to 128, checkpointed, dropout
         "padded to 128, checkpointed": (True, True, 0.05),
         "padded, checkpointed": (False, True, 0.05),
         "padded": (False, False, 0.0),
     }
-    for name in ("qwen", "tinyllama"):
+    for name in ("qwen", "tinyllama", "mbert"):
         recipe, folder = gpu.recipe_of(name, "sequence"), gpu.backbone_folder(name)
         for batching in ("padding_free", "grouped", "padded"):
             if re.search(gpu.ONLY, f"{name} {batching}"):
@@ -114,7 +154,7 @@ def _stock(watch: gpu.Watch, name: str, steps: int, to_128: bool, checkpointed: 
     base, tokenizer = gpu.allocated(), transformers.AutoTokenizer.from_pretrained(gpu.backbone_folder(name))
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     recipe, *data = gpu.recipe_of(name, "sequence")
-    corpus = load_corpus(Recipe.load(recipe, data).data.expanded(), 0)
+    corpus = load_corpus(Recipe.load(recipe, [*data, FEW]).data.expanded(), 0)
     rows = Encoder(tokenizer, "sequence", 128).cut(corpus.train, corpus.labels).dataset
     watch.clear()
     classes, reentrant = len(corpus.labels), {"use_reentrant": False}
@@ -144,22 +184,25 @@ def _stock(watch: gpu.Watch, name: str, steps: int, to_128: bool, checkpointed: 
 def part_memory_cap() -> None:
     """Train on emulated small cards: the allocator is capped, and the package sees no more memory than that."""
     record, watch = _part("memory_cap")
-    recipe, folder = gpu.recipe_of("tinyllama", "sequence"), gpu.backbone_folder("tinyllama")
     size = 16 if gpu.DRY else 256
     common = ["training.epochs=1", "training.eval_batch_size=32", NF4, PADDED, "training.logging_steps=1", NO_TEST,
-              f"training.max_steps={2 if gpu.DRY else 6}", *ON_A_CPU]  # fmt: skip
+              f"training.max_steps={2 if gpu.DRY else 6}", FEW, *ON_A_CPU]  # fmt: skip
     big = [f"training.batch_size={size}", "training.gradient_accumulation=1"]
     kept = [*big, "model.gradient_checkpointing=false"]
-    plans: list[tuple[float, str, list[str]]] = [
-        (4, "4 GiB checkpointing auto", big),
-        (4, "4 GiB no checkpointing, runs out", kept),
-        (4, "4 GiB no checkpointing, auto_batch", [*kept, "training.auto_batch=true"]),
-        (2, "2 GiB auto", []),
-        (0.8, "0.8 GiB, runs out while loading", []),
+    plans: list[tuple[float, str, str, list[str]]] = [  # a default run that fits in 4 GiB fits in 6 and 8
+        (4, "tinyllama", "default", []),
+        (4, "qwen", "default", []),
+        (4, "tinyllama", "checkpointing auto", big),
+        (4, "tinyllama", "no checkpointing, runs out", kept),
+        (4, "tinyllama", "no checkpointing, auto_batch", [*kept, "training.auto_batch=true"]),
+        (2, "tinyllama", "default", []),
+        (2, "qwen", "default", []),
+        (0.8, "tinyllama", "runs out while loading", []),
     ]
-    for gib, label, settings in plans:
+    for gib, name, label, settings in plans:
+        recipe, folder = gpu.recipe_of(name, "sequence"), gpu.backbone_folder(name)
         with _capped(gib):
-            gpu.short_training(record, watch, label, recipe, folder, *common, *settings)
+            gpu.short_training(record, watch, f"{name} {gib} GiB {label}", recipe, folder, *common, *settings)
 
 
 @contextmanager
@@ -192,6 +235,48 @@ def part_minilm() -> None:
         record.attempt(label, lambda arguments=arguments: gpu.command_line(arguments))
 
 
+def part_scores() -> None:
+    """Train MiniLM, and e5-small if it was carried, on real texts without and with masking, a seed in each process."""
+    record, _ = _part("scores")
+    folders = {"minilm": os.environ.get("MINILM", ""), "e5-small": os.environ.get("E5", "")}
+    if "TOKMASK_DATA" not in os.environ:
+        record.put("skipped", "TOKMASK_DATA is not set")
+        return
+    arms = ["masking.p=0", os.environ.get("ARM", "masking.p=0.1")]
+    seeds = 1 if gpu.DRY else 8
+    runs = [
+        (name, task, arm, seed)
+        for name, folder in folders.items()
+        for task in SCORED[: 1 if gpu.DRY else None]
+        for arm in arms
+        for seed in range(1, seeds + 1)
+        if Path(folder or "missing").is_dir()
+    ]
+    with ThreadPoolExecutor(seeds) as pool:
+        waiting = {pool.submit(_scored, folders[one[0]], *one): " ".join(map(str, one)) for one in runs}
+        for done in as_completed(waiting):
+            record.attempt(waiting[done], done.result)
+
+
+def _scored(folder: str, name: str, task: str, arm: str, seed: int) -> dict[str, Any]:
+    """Train on 500 texts for 160 steps, as the study did on a CPU, and return the scores on test."""
+    run = f"{name}-{task}-{arm}-{seed}"
+    few = f"data.max_train={100 if gpu.DRY else 500}"
+    settings = [f"name={run}", f"seed={seed}", f"model.backbone_path={folder}", arm, few, "training.epochs=10",
+                "training.batch_size=32", "training.baseline=false"]  # fmt: skip
+    settings += ["training.max_steps=2"] if gpu.DRY else []
+    recipe, start = str(gpu.REPO / "recipes" / task / f"{name}.yaml"), time.time()
+    command = [sys.executable, "-m", "tokmask_peft", "train", recipe, *settings, "--quiet"]
+    threads = os.environ.get("OMP_NUM_THREADS", "2")
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": threads})
+    if done.returncode:
+        raise RuntimeError(done.stderr[-1000:])
+    result = open_run(Path("runs") / run).result
+    scores = {key: result.test[key] for key in ("f1_macro", "f1_weighted", "accuracy")}
+    precision = next(one["choice"] for one in result.decisions if one["what"] == "precision")
+    return {**scores, "precision": precision, "steps": result.speed["steps"], "seconds": round(time.time() - start, 1)}
+
+
 def _part(name: str) -> tuple[gpu.Record, gpu.Watch]:
     """Return record and watch of a part, in a working folder of its own."""
     os.chdir(tempfile.mkdtemp(dir=gpu.WORK))
@@ -200,4 +285,4 @@ def _part(name: str) -> tuple[gpu.Record, gpu.Watch]:
 
 
 PARTS = {"prepare": part_prepare, "cli": part_cli, "stock": part_stock, "memory_cap": part_memory_cap,
-         "minilm": part_minilm}  # fmt: skip
+         "minilm": part_minilm, "scores": part_scores}  # fmt: skip

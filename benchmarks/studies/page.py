@@ -21,7 +21,7 @@ from tokmask_peft.study.report import markdown
 ROOT = RESULTS.parent.parent
 PAGES = (ROOT / "docs" / "results.md", ROOT / "docs" / "speed.md")
 CPU = ("default_run", "padding_free", "masking", "qlora", "predict")
-BENCHMARKS = (*CPU, "same_score", "same_score_bound", "arms_cost")
+BENCHMARKS = (*CPU, "first_answer", "same_score", "same_score_bound", "arms_cost")
 SPEED = (
     ("the default run, MiniLM", "a Trainer in fp32, every text padded to 128",
      "{padded to 128, to the default run:.1f} times as fast; {padded to 128, to the default run with the same "

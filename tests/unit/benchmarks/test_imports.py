@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import json
 import os
 import subprocess
 import sys
@@ -9,6 +10,10 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_models import build
+from transformers import AutoModel, AutoTokenizer
 
 ROOT = Path(__file__).parents[3]
 FOLDERS = {"benchmarks": (), "benchmarks/studies": (), "benchmarks/gpu": ("benchmarks",)}
@@ -49,14 +54,63 @@ def test_what_the_benchmarks_import_of_the_package_is_there():
                 assert [one.name for one in node.names if not hasattr(module, one.name)] == [], path
 
 
-def test_each_part_of_the_gpu_measurement_is_a_function_of_a_module_that_can_be_imported(monkeypatch):
+@pytest.fixture
+def gpu_modules(monkeypatch):
+    """Let the modules of the GPU measurement be imported, as in a dry run."""
     for folder in ("benchmarks", "benchmarks/gpu"):
         monkeypatch.syspath_prepend(str(ROOT / folder))
     monkeypatch.setenv("DRY", "1")
+
+
+@pytest.mark.usefixtures("gpu_modules")
+def test_a_small_copy_has_the_rows_of_the_texts_and_restored_is_that_model_in_bf16(tmp_path):
+    small = importlib.import_module("small_copy")
+    model, tokenizer = build("bert")
+    whole, copy, restored = (tmp_path / name for name in ("whole", "copy", "restored"))
+    for one in (model.base_model, tokenizer):
+        one.save_pretrained(whole)
+    texts = ["hola this", "qué bueno"]
+    small.shrink(whole, copy, texts)
+    small.restore(copy, restored)
+    one, two = (AutoModel.from_pretrained(folder, dtype=torch.bfloat16).eval() for folder in (whole, restored))
+    batch = AutoTokenizer.from_pretrained(restored)(texts, padding=True, return_tensors="pt")
+    assert torch.equal(batch["input_ids"], tokenizer(texts, padding=True, return_tensors="pt")["input_ids"])
+    assert torch.equal(one(**batch).last_hidden_state, two(**batch).last_hidden_state)
+    needed = {*batch["input_ids"].flatten().tolist(), *tokenizer.all_special_ids}
+    assert len(load_file(copy / "model.safetensors")["rows"]) == len(needed) < len(tokenizer)
+    equal = (one.get_input_embeddings().weight == two.get_input_embeddings().weight).all(1)
+    assert equal[sorted(needed)].all()
+    assert not equal.all()
+
+
+@pytest.mark.usefixtures("gpu_modules")
+def test_each_part_of_the_gpu_measurement_is_a_function_of_a_module_that_can_be_imported():
     parts = {}
     for name in ("checks", "trainings", "steps", "compare"):
         parts |= getattr(importlib.import_module(name), "PARTS", {})
     assert {*importlib.import_module("measure").PARTS, "prepare"} == {*parts}
+
+
+@pytest.mark.usefixtures("gpu_modules")
+def test_a_part_that_fails_or_takes_too_long_does_not_end_the_measurement(tmp_path, monkeypatch):
+    measure = importlib.import_module("measure")
+    codes = {"fails": "exit(3)", "hangs": "import time; time.sleep(60)", "works": ""}
+
+    def launch(part):
+        (tmp_path / f"{part}.json").write_text('{"step": 1}')
+        return subprocess.Popen([sys.executable, "-c", codes[part]], start_new_session=True)
+
+    monkeypatch.setattr(measure, "OUT", tmp_path)
+    monkeypatch.setattr(measure, "PARTS", dict.fromkeys(codes, 60))
+    monkeypatch.setattr(measure, "launch", launch)
+    finish = measure.finish
+    monkeypatch.setattr(measure, "finish", lambda process, seconds: finish(process, min(seconds, 2)))
+    measure.run(list(codes))
+    found = json.loads((tmp_path / "results.json").read_text())
+    ends = {part: status.partition(",")[0] for part, status in found.pop("status").items()}
+    assert ends == {"fails": "exit 3", "hangs": "cut off after 2 s", "works": "exit 0"}
+    assert found == {part: {"step": 1} for part in codes}
+    assert [file.name for file in tmp_path.iterdir()] == ["results.json"]
 
 
 def test_a_part_of_the_gpu_measurement_that_is_not_known_is_refused(tmp_path):

@@ -1,0 +1,76 @@
+"""A copy of a backbone that can be carried to a machine without a network: in bf16, with the rows that texts need.
+
+    TOKMASK_DATA=FOLDER PYTHONPATH=benchmarks python benchmarks/gpu/small_copy.py shrink MODEL COPY
+    python benchmarks/gpu/small_copy.py restore COPY MODEL
+
+Of the embedding it keeps the rows of the sub-tokens in the texts of `SCORED` and of the special tokens. The tokenizer
+stays whole, so that it cuts words as before, and `restore` makes a checkpoint with all rows again. In bf16 a run on
+these texts is that of the whole model, bit for bit; other texts have wrong rows.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import AutoTokenizer
+
+SCORED = ("trec", "afrisenti_twi")
+"""Folders of `recipes`, whose texts the part `scores` trains on and scores."""
+FILE, ROWS = "model.safetensors", "rows"
+
+
+def scored_texts() -> list[str]:
+    """Return all texts of `SCORED`; TOKMASK_DATA names the folder of their corpora."""
+    from tokmask_peft.data.corpus import load_corpus
+    from tokmask_peft.recipe.schema import Recipe
+
+    corpora = [load_corpus(Recipe.load(f"{name}/minilm").data.expanded(), 0) for name in SCORED]
+    return [text.string for one in corpora for text in (*one.train, *one.validation, *one.test)]
+
+
+def shrink(model: Path, copy: Path, texts: Sequence[str]) -> None:
+    """Write the files of a model in a new folder, with the rows of its embedding that texts need."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    ids = {number for text in tokenizer(list(texts))["input_ids"] for number in text} | {*tokenizer.all_special_ids}
+    rows = torch.tensor(sorted(ids))
+    with safe_open(model / FILE, "pt") as file:
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    embedding = max(weights, key=lambda name: weights[name].numel())
+    about = {"format": "pt", "embedding": embedding, "count": str(len(weights[embedding]))}
+    weights[embedding] = weights[embedding][rows]
+    small = {name: value.bfloat16() if value.is_floating_point() else value for name, value in weights.items()}
+    copy.mkdir(parents=True)
+    save_file({**small, ROWS: rows}, copy / FILE, about)
+    _copy_tokenizer(model, copy)
+
+
+def restore(copy: Path, model: Path) -> None:
+    """Write a checkpoint with all rows from what `shrink` made."""
+    with safe_open(copy / FILE, "pt") as file:
+        about, weights = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    rows, kept = weights.pop(ROWS), weights[about["embedding"]]
+    # sub-tokens that no text has get rows of others, so that the rows' usual size is as before
+    whole = kept[torch.arange(int(about["count"])) % len(kept)]
+    whole[rows] = kept
+    model.mkdir(parents=True)
+    save_file({**weights, about["embedding"]: whole}, model / FILE, {"format": "pt"})
+    _copy_tokenizer(copy, model)
+
+
+def _copy_tokenizer(source: Path, target: Path) -> None:
+    for file in (*source.glob("*.json"), *source.glob("*.txt")):
+        shutil.copy(file, target)
+
+
+if __name__ == "__main__":
+    source, target = Path(sys.argv[2]), Path(sys.argv[3])
+    if sys.argv[1] == "shrink":
+        shrink(source, target, scored_texts())
+    else:
+        restore(source, target)
