@@ -1,20 +1,23 @@
 """Processes that start in no time: forked from one that has the libraries imported already, which takes seconds.
 
-Each is a process of its own (working directory, environment, signals, exit code), but for what libraries read from the
-environment as they are imported. Tests of that, of the Hub's address say, start an interpreter.
+Each is a process of its own: working directory, environment, signals, exit code. Of what libraries read from the
+environment as they are imported it has what concerns the Hub.
 """
 
 import atexit
+import gc
+import importlib
 import multiprocessing
 import os
 import runpy
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 FORKS = multiprocessing.get_context("forkserver")
 ROOMS = ["tokmask_peft.training.train", "tokmask_peft.inference.classifier", "tokmask_peft.report.page"]
-FORKS.set_forkserver_preload([*ROOMS, "sklearn.linear_model"])
+FORKS.set_forkserver_preload([*ROOMS, "sklearn.linear_model", "optuna"])
 
 
 @dataclass(frozen=True)
@@ -26,36 +29,64 @@ class Finished:
     stderr: str
 
 
-def command(arguments, cwd, env, out, err):
-    """Start `python -m tokmask_peft` with these arguments; `out` and `err` are the files that it writes to."""
-    places = (str(cwd), dict(env), str(out), str(err))
-    process = FORKS.Process(target=_module, args=("tokmask_peft", [str(part) for part in arguments], *places))
-    process.start()
-    return process
+@dataclass(frozen=True)
+class Python:
+    """`python` with arguments, forked; `folder` takes what it writes on stdout and stderr."""
+
+    process: multiprocessing.Process
+    folder: Path
+
+    @classmethod
+    def start(cls, arguments, cwd, environment, folder):
+        """Start with `-m MODULE`, `-c CODE` or a file, and further arguments."""
+        places = (str(cwd), dict(environment), str(folder))
+        process = FORKS.Process(target=_run, args=([str(part) for part in arguments], *places))
+        process.start()
+        return cls(process, Path(folder))
+
+    def end(self, timeout=280) -> Finished:
+        """Wait for the end and return what is left; one that takes longer than `timeout` seconds is killed."""
+        self.process.join(timeout)
+        late = self.process.is_alive()
+        if late:
+            self.process.kill()
+            self.process.join()
+        said = [(self.folder / name).read_text(encoding="utf-8") for name in ("stdout", "stderr")]
+        assert not late, f"not done after {timeout} s: {said[1][-2000:]}"
+        return Finished(self.process.exitcode, *said)
 
 
-def ended(process, out, err, timeout) -> Finished:
-    """Wait for a process and return what it left; one that takes longer than `timeout` seconds is killed."""
-    process.join(timeout)
-    late = process.is_alive()
-    if late:
-        process.kill()
-        process.join()
-    said = [Path(file).read_text(encoding="utf-8") for file in (out, err)]
-    assert not late, f"not done after {timeout} s: {said[1][-2000:]}"
-    return Finished(process.exitcode, *said)
+def two(function, *given):
+    """Call a function with rank 0 and 1, and what is given, in two processes."""
+    from torch.multiprocessing import start_processes
+
+    start_processes(function, given, nprocs=2, start_method="forkserver")
 
 
-def _module(name, arguments, cwd, env, out, err):
-    for descriptor, file in ((1, out), (2, err)):
-        opened = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+def _run(arguments, cwd, environment, folder):
+    gc.freeze()
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also if the tests run under nohup
+    for descriptor, name in ((1, "stdout"), (2, "stderr")):
+        opened = os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(opened, descriptor)
         os.close(opened)
     os.environ.clear()
-    os.environ.update(env)
+    os.environ.update(environment)
     os.chdir(cwd)
-    sys.argv = [name, *arguments]
+    for name in ("huggingface_hub.constants", "datasets.config"):
+        if name in sys.modules:
+            importlib.reload(sys.modules[name])
+    if "huggingface_hub.hf_api" in sys.modules:
+        hub = sys.modules["huggingface_hub.hf_api"]
+        hub.api.endpoint = hub.constants.ENDPOINT
+    kind, *rest = arguments
+    sys.argv = arguments if kind not in ("-m", "-c") else rest
     try:
-        runpy.run_module(name, run_name="__main__", alter_sys=True)
+        if kind == "-m":
+            runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+        elif kind == "-c":
+            exec(compile(rest[0], "<string>", "exec"), {"__name__": "__main__"})
+        else:
+            runpy.run_path(kind, run_name="__main__")
     finally:
         atexit._run_exitfuncs()  # the end of a forked process leaves these out

@@ -1,6 +1,7 @@
-"""A made-up run folder, as training leaves one, without training."""
+"""A made-up run folder, as training leaves one, without training; and what a browser sees of its pages."""
 
 import json
+from html.parser import HTMLParser
 from pathlib import Path
 
 import yaml
@@ -108,3 +109,32 @@ def write_run(folder: Path, found=None, lines=None, task="sequence", masking=0.1
     (folder / "result.json").write_text(json.dumps(result(task) if found is None else found))
     (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (log() if lines is None else lines)))
     return folder
+
+
+class Outline(HTMLParser):
+    """Collects what a browser would see of HTML, and complains about tags that do not close."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.open, self.tags, self.attributes, self.texts = [], [], [], []
+        self.feed(html)
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.handle_startendtag(tag, attrs)
+        if tag not in {"meta", "br", "input", "link", "img", "hr"}:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.texts).split())

@@ -286,10 +286,11 @@ class Loading(_Part):
     @field_validator("package")
     @classmethod
     def _is_in_a_package(cls, value: str | None) -> str | None:
-        kind, _, path = ("package:a/b" if value is None else value).partition(":")
-        name, *inside = path.split("/")
-        if kind != "package" or not name.isidentifier() or not inside or ".." in inside:
-            raise ValueError(f"{value!r}, expected package:NAME/FOLDER or null")
+        if value is not None:
+            kind, _, path = value.partition(":")
+            name, *inside = path.split("/")
+            if kind != "package" or not name.isidentifier() or not inside or ".." in inside:
+                raise ValueError(f"{value!r}, expected package:NAME/FOLDER or null")
         return value
 
 
@@ -363,11 +364,11 @@ class SavedAdapter:
     model: ModelConfig  # with `quantization`, `precision` and `embedding` as trained
     max_length: int | None  # sub-tokens per text in training; None if not known
     calibration: Calibration  # the temperature, which is 1 without one, and thresholds if there are any
-    masking: TokenMaskConfig | None = None
-    trained: Mapping[str, Any] = field(default_factory=dict)  # weights of the backbone and scaling, for `load_adapter`
-    label_on: str = "first"  # which sub-token of a word carries its label
-    spans: str = NO_SPANS  # how the labels mark entities, as in `spans.SCHEMES`
-    pair: tuple[str, str] | None = None  # columns of the two texts, if the texts are pairs
+    masking: TokenMaskConfig | None
+    trained: Mapping[str, Any]  # weights of the backbone and scaling, for `load_adapter`
+    label_on: str  # which sub-token of a word carries its label
+    spans: str  # how the labels mark entities, as in `spans.SCHEMES`
+    pair: tuple[str, str] | None  # columns of the two texts, if the texts are pairs
 
 
 def find_saved(
@@ -413,13 +414,21 @@ def find_saved(
     if loading is not None:  # bf16 if the hardware has it
         precision = "auto" if loading.precision == "bf16" else loading.precision
         settings |= loading.model_dump(include={"quantization", "pooling", "attention"}) | {"precision": precision}
-    length = loading.max_length if loading else recipe.data.max_length if recipe else None
-    config = ModelConfig(**settings | {"trust_remote_code": trust_remote_code})
-    trained = loading.model_dump(include={"weights", "scaling"}) if loading else {}
-    label_on = loading.label_on if loading else "first"  # the only one when adapters did not say how to load them
-    more = (config, length, info.calibration, info.masking, trained, label_on)
-    spans = loading.spans if loading else NO_SPANS
-    return SavedAdapter(str(model), folder, info.task, tuple(info.labels), *more, spans, info.pair)
+    known = loading or Loading(max_length=recipe.data.max_length if recipe else None)
+    return SavedAdapter(
+        name=str(model),
+        folder=folder,
+        task=info.task,
+        labels=tuple(info.labels),
+        model=ModelConfig(**settings | {"trust_remote_code": trust_remote_code}),
+        max_length=known.max_length,
+        calibration=info.calibration,
+        masking=info.masking,
+        trained=known.model_dump(include={"weights", "scaling"}),
+        label_on=known.label_on,
+        spans=known.spans,
+        pair=info.pair,
+    )
 
 
 def _download(hub_id: str) -> Path:

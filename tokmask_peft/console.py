@@ -7,6 +7,7 @@ decision is printed once with its reason, and whatever is suspicious is a warnin
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import re
@@ -74,6 +75,25 @@ def quiet_libraries() -> None:
 
 
 @contextlib.contextmanager
+def quick_imports() -> Iterator[None]:
+    """Silence the libraries, and import what is imported inside without collecting garbage.
+
+    Collections take a sixth of the time of the first imports, which are large, and find nothing. What is there after
+    them stays, and no later collection looks at it.
+    """
+    collects = gc.isenabled() and "transformers.modeling_utils" not in sys.modules
+    if collects:
+        gc.disable()
+    try:
+        quiet_libraries()
+        yield
+    finally:
+        if collects:
+            gc.freeze()
+            gc.enable()
+
+
+@contextlib.contextmanager
 def quiet_loading() -> Iterator[None]:
     """Silence what is said of a model while it is loaded, and no more than that; also a decorator.
 
@@ -120,9 +140,8 @@ def stop_signals(handler: Callable[..., object]) -> Iterator[None]:
                     mute(descriptor)
         handler(number, frame)
 
-    before = {}
-    if threading.current_thread() is threading.main_thread():
-        before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    is_main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS if is_main}
     for number, previous in before.items():
         if (number, previous) != (getattr(signal, "SIGHUP", None), signal.SIG_IGN):
             signal.signal(number, handle)
@@ -138,7 +157,7 @@ def mute(descriptor: int = 1) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
-class _Output(Console):
+class _Output(SafeConsole):
     """A console that takes the end of its reader (`| head`) as Ctrl-C."""
 
     def on_broken_pipe(self) -> None:
@@ -153,15 +172,19 @@ def make_console(quiet: bool = False) -> Console:
     return _Output(quiet=quiet, width=None if terminal else 120, highlight=False, soft_wrap=not terminal)
 
 
-def _table(title: str) -> Table:
-    return Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+def _table(title: str, words: Sequence[str], numbers: Sequence[str] = ()) -> Table:
+    """Return a table with columns of words, and then of numbers."""
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for name in words:
+        table.add_column(name, overflow="fold")
+    for name in numbers:
+        table.add_column(name, justify="right", overflow="fold")
+    return table
 
 
 def print_decisions(console: Console, decisions: Sequence[Decision]) -> None:
     """Print what was decided, and why."""
-    table = _table("Decisions")
-    for column in ("what", "choice", "reason"):
-        table.add_column(column, overflow="fold")
+    table = _table("Decisions", ("what", "choice", "reason"))
     for decision in decisions:
         table.add_row(escape(decision.what), f"[bold]{escape(decision.choice)}[/bold]", escape(decision.reason))
     console.print(table)
@@ -178,12 +201,12 @@ def print_lines(console: Console, title: str, lines: Sequence[str]) -> None:
 
 def print_scores(console: Console, parts: Mapping[str, Mapping[str, Any]]) -> None:
     """Print a row of scores for each named part."""
-    table = _table("Scores")
-    entities = ["f1_entities"] if any("f1_entities" in part for part in parts.values()) else []
-    for column in ("split", "macro-F1", "weighted F1", "accuracy", *(["entity F1"] if entities else []), "items"):
-        table.add_column(column, justify="left" if column == "split" else "right")
+    shown = {"f1_macro": "macro-F1", "f1_weighted": "weighted F1", "accuracy": "accuracy"}
+    if any("f1_entities" in part for part in parts.values()):
+        shown["f1_entities"] = "entity F1"
+    table = _table("Scores", ["split"], [*shown.values(), "items"])
     for name, part in parts.items():
-        row = [f"{part[score]:.4f}" for score in ("f1_macro", "f1_weighted", "accuracy", *entities)]
+        row = [f"{part[score]:.4f}" for score in shown]
         table.add_row(escape(name), *row, f"{part['items']:,}")
     console.print(table)
     for name, part in parts.items():
@@ -199,9 +222,7 @@ def print_scores(console: Console, parts: Mapping[str, Mapping[str, Any]]) -> No
 def print_classes(console: Console, split: str, scores: Mapping[str, Any]) -> None:
     """Print precision, recall, F1 and support of each class of a split; of very many, those of lowest F1."""
     classes = list(scores.get("per_class", {}).items())
-    table = _table(f"\nBy class on {escape(split)}")
-    for column in ("label", "precision", "recall", "F1", "support"):
-        table.add_column(column, justify="left" if column == "label" else "right", overflow="fold")
+    table = _table(f"\nBy class on {escape(split)}", ["label"], ["precision", "recall", "F1", "support"])
     if left_out := max(0, len(classes) - MOST_CLASSES):
         classes = sorted(classes, key=lambda pair: pair[1]["f1"])[:MOST_CLASSES]
     for label, found in classes:
@@ -219,8 +240,12 @@ def print_classes(console: Console, split: str, scores: Mapping[str, Any]) -> No
 
 def print_result(console: Console, result: Any, adapter: Path) -> None:
     """Print the scores of a run, an `artifacts.Result`, next to those of the baseline, and where the adapter is."""
-    parts = {"validation": result.validation, "test": result.test, "baseline: character n-grams": result.baseline}
-    parts["frozen features: linear probe"] = result.probe
+    parts = {
+        "validation": result.validation,
+        "test": result.test,
+        "baseline: character n-grams": result.baseline,
+        "frozen features: linear probe": result.probe,
+    }
     print_scores(console, {name: part for name, part in parts.items() if part})
     print_classes(console, result.scored_split, result.scored)
     console.print()

@@ -22,6 +22,10 @@ NO_PREDICTION = -1
 """The predicted id of an item that was cut away: never right."""
 BETWEEN = "‖"
 """Shown between the two texts of a pair."""
+MARK = "|"
+"""Separates the labels of a text in one cell, if nothing else is known."""
+MARKS = "|;,"
+"""What may separate them."""
 WrongLabel = tuple[str, str, float, float, int | None]
 """Label of the data, label of the classifier, the probability of each, and the index of the word, if a word has it."""
 
@@ -129,9 +133,6 @@ class Probabilities(Sequence[dict[str, float]]):
         rows = self._rows[at]
         return tuple(map(self._row, rows)) if isinstance(at, slice) else self._row(rows)
 
-    def __iter__(self) -> Iterator[dict[str, float]]:
-        return map(self._row, self._rows)
-
     def _row(self, row: NDArray[Any]) -> dict[str, float]:
         return dict(zip(self._labels, row.tolist(), strict=True))
 
@@ -203,12 +204,6 @@ class WordPredictions(InNotebooks):
     def __repr__(self) -> str:
         pairs = [f"{word}/{label}" for word, label in zip(self.words, self.labels, strict=True)]
         return f"WordPredictions({' '.join(pairs[:MOST_SHOWN])}{' …' if len(pairs) > MOST_SHOWN else ''})"
-
-
-MARK = "|"
-"""Separates the labels of a text in one cell, if nothing else is known."""
-MARKS = "|;,"
-"""What else may separate them."""
 
 
 @dataclass(frozen=True, slots=True, repr=False)

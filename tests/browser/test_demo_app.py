@@ -7,13 +7,13 @@ from tokmask_peft.inference.classifier import Classifier
 from tokmask_peft.report.demo import build as build_app
 from tokmask_peft.report.demo import launch
 
-pytest.importorskip("gradio")
 TEXT = "mañana <img src=x onerror=alert(1)> ${1+1} boss"
 
 
 @pytest.fixture(scope="module")
 def served():
     """Return a function that serves the demo of a tiny random model, and gives its address."""
+    pytest.importorskip("gradio")  # here, because to import it takes seconds of every process
     apps = []
 
     def serve(task):

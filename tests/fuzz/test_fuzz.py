@@ -23,6 +23,9 @@ from tiny_models import build
 from typer.testing import CliRunner
 
 from tokmask_peft.cli import app
+from tokmask_peft.data.readers import read_split
+from tokmask_peft.errors import DataError
+from tokmask_peft.recipe.data import SourceConfig
 from tokmask_peft.recipe.loading import SHIPPED, to_yaml
 from tokmask_peft.recipe.schema import Recipe, all_fields
 from tokmask_peft.study.plan import make_plan
@@ -153,15 +156,38 @@ TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["Cc"]), min_size
 CELL = st.one_of(TEXT, st.sampled_from(['a "quoted" word', "a,b;c\td", "[1, 2]", "null", "x" * 3000, "¿qué? 😀", '"']))
 
 
-def as_file(kind, texts):
-    """Return the content of a file of a kind with these texts."""
+def as_file(kind, texts, labels=None):
+    """Return the content of a file of a kind with these texts, and labels in turn if any are given."""
+    rows = [{"text": text, **({"label": labels[number % 2]} if labels else {})} for number, text in enumerate(texts)]
     if kind == "txt":
         return "".join(f"{text}\n" for text in texts)
+    if kind == "conll":
+        return "\n".join("".join(f"{word}\t{row['label']}\n" for word in row["text"].split()) for row in rows)
     if kind == "jsonl":
-        return "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        return "".join(json.dumps(row) + "\n" for row in rows)
     written = io.StringIO()
-    csv.writer(written, delimiter="," if kind == "csv" else "\t").writerows([["id", "text"], *enumerate(texts)])
+    table = csv.writer(written, delimiter="," if kind == "csv" else "\t")
+    table.writerows([["id", *rows[0]], *([number, *row.values()] for number, row in enumerate(rows))])
     return written.getvalue()
+
+
+@tries(800)
+@given(
+    data=st.data(),
+    kind=st.sampled_from(["csv", "tsv", "jsonl", "conll"]),
+    task=st.sampled_from(["sequence", "token"]),
+    texts=st.lists(CELL, min_size=1, max_size=5),
+)
+def test_labelled_files_are_read_or_refused(data, kind, task, texts):
+    content = as_file(kind, texts, ("good", "bad")).encode()
+    with tempfile.TemporaryDirectory() as place:
+        file = Path(place) / f"train.{kind}"
+        file.write_bytes(data.draw(spoiled(content)))
+        try:
+            found = read_split(SourceConfig(path=str(file)), "train", task)
+        except DataError as error:
+            found = str(error)
+        assert found if isinstance(found, list) else str(file) in found
 
 
 @tries(30)

@@ -1,4 +1,4 @@
-"""Claim every cell of a sweep as fast as possible: `python claim_all.py FOLDER`; prints the cells it got."""
+"""Claim every cell of a sweep as fast as possible, and print those: `python claim_all.py FOLDER NUMBER WORKERS`."""
 
 import sys
 import time
@@ -12,9 +12,7 @@ def main() -> None:
     folder = Path(sys.argv[1])
     plan = make_plan("quickstart", [f"output_dir={folder}"], p="0,0.1", seeds="10", name="stub")
     plan.folder.mkdir(exist_ok=True)
-    ledger = Ledger(
-        plan, sys.argv[4].format(folder=plan.folder) if len(sys.argv) > 4 else plan.folder / "sweep.journal"
-    )
+    ledger = Ledger(plan, plan.folder / "sweep.journal")
     (folder / f"ready-{sys.argv[2]}").touch()
     while len(list(folder.glob("ready-*"))) < int(sys.argv[3]):
         time.sleep(0.001)

@@ -1,10 +1,21 @@
+import functools
 import os
 import random
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import forked
 import pytest
+from click.testing import Result
 from tiny_models import build
+from typer.testing import CliRunner
+
+from tokmask_peft import Recipe, train
+from tokmask_peft.artifacts import RunFolder
+from tokmask_peft.cli import app
+from tokmask_peft.data import readers
+from tokmask_peft.study import worker
 
 GOOD, BAD = ["great", "bueno", "lindo", "nice", "happy"], ["bad", "malo", "feo", "sad", "awful"]
 FILLER = ["today", "hoy", "casa", "work", "amigo", "the", "la", "very", "muy", "phone", "#viernes", "@ana", ":)"]
@@ -12,7 +23,7 @@ SPANISH = {"bueno", "lindo", "malo", "feo", "hoy", "casa", "amigo", "la", "muy"}
 
 
 def make_texts(count: int, seed: int) -> list[tuple[list[str], str]]:
-    """Return made-up posts whose label hangs on one word."""
+    """Return made-up posts whose label depends on one word."""
     draw = random.Random(seed)
     texts = []
     for number in range(count):
@@ -58,51 +69,94 @@ def tiny_backbone(tmp_path_factory):
     return make
 
 
+def recipe_of(root, data, backbone, task="sequence", extra=""):
+    """Write a recipe for a tiny run below `root` and return its path."""
+    path = root / "recipe.yaml"
+    path.write_text(
+        f"""
+name: tiny
+output_dir: {root / "runs"}
+model: {{backbone: "{backbone}", quantization: none, precision: fp32}}
+adapter: {{r: 4}}
+data: {{task: {task}, path: "{data}", format: {"tsv" if task == "sequence" else "conll"}, max_length: 62}}
+training: {{epochs: 3, batch_size: 8, learning_rate: 3.0e-3, logging_steps: 1}}
+{extra}
+""",
+        encoding="utf-8",
+    )
+    return path
+
+
 @pytest.fixture
 def write_recipe(tmp_path, data_folder, tiny_backbone):
     """Return a function that writes a recipe for a tiny run and gives its path."""
 
     def write(family: str = "bert", task: str = "sequence", extra: str = "") -> Path:
-        path = tmp_path / "recipe.yaml"
-        path.write_text(
-            f"""
-name: tiny
-output_dir: {tmp_path / "runs"}
-model: {{backbone: "{tiny_backbone(family)}", quantization: none, precision: fp32}}
-adapter: {{r: 4}}
-data: {{task: {task}, path: "{data_folder}", format: {"tsv" if task == "sequence" else "conll"}, max_length: 62}}
-training: {{epochs: 3, batch_size: 8, learning_rate: 3.0e-3, logging_steps: 1}}
-{extra}
-""",
-            encoding="utf-8",
-        )
-        return path
+        return recipe_of(tmp_path, data_folder, tiny_backbone(family), task, extra)
 
     return write
 
 
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, data_folder, tiny_backbone):
+    """Return a function that trains a tiny run, once in a process; whoever changes its folder takes a copy."""
+
+    @functools.cache
+    def make(family: str = "bert", task: str = "sequence", *overrides: str):
+        path = recipe_of(tmp_path_factory.mktemp("trained"), data_folder, tiny_backbone(family), task)
+        return train(Recipe.load(path, list(overrides)), quiet=True)
+
+    return make
+
+
+@pytest.fixture
+def copied(tmp_path):
+    """Return a function that copies a run to where `write_recipe` puts one of this name."""
+
+    def copy(run, name: str = "tiny") -> RunFolder:
+        return RunFolder(shutil.copytree(run.folder.root, tmp_path / "runs" / name))
+
+    return copy
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quickly(counted_once):
+    pass
+
+
+@pytest.fixture
+def few_posts(monkeypatch):
+    """Leave 48 posts in each split of the built-in corpus: with MiniLM, to score them all takes longest."""
+    every = readers.builtin_examples
+    monkeypatch.setattr(readers, "builtin_examples", lambda task, split: every(task, split)[:48])
+
+
+@pytest.fixture
+def forked_workers(monkeypatch):
+    """Fork the workers of a sweep, which a user's sweep spawns (as that in tests/unit/study does), in no time."""
+    monkeypatch.setattr(worker, "multiprocessing", SimpleNamespace(get_context=lambda _: forked.FORKS))
+
+
 @pytest.fixture
 def begin(tmp_path_factory, tmp_path):
-    """Return a function that starts the command line; it gives the process, and what to call to wait for its end."""
+    """Return a function that starts `python` with arguments, and settings of the environment, in a process."""
 
-    def start(*arguments: object, timeout: float = 280):
-        said = tmp_path_factory.mktemp("said")
-        files = (said / "stdout", said / "stderr")
-        process = forked.command(arguments, tmp_path, {**os.environ, "HF_HUB_OFFLINE": "1"}, *files)
-        return process, lambda: forked.ended(process, *files, timeout)
+    def start(*arguments: object, **settings: str) -> forked.Python:
+        environment = {key: value for key, value in (dict(os.environ) | settings).items() if value}
+        return forked.Python.start(arguments, tmp_path, environment, tmp_path_factory.mktemp("said"))
 
     return start
 
 
 @pytest.fixture
-def tokmask(begin):
-    """Return a function that runs the command line in a process of its own."""
+def tokmask(tmp_path, monkeypatch):
+    """Return a function that runs the command line in this process."""
 
-    def run(*arguments: object, check: bool = True) -> forked.Finished:
-        _, end = begin(*arguments)
-        done = end()
-        if check:
-            assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-2000:]
+    def run(*arguments: object, code: int = 0, input: str | None = None) -> Result:
+        with monkeypatch.context() as patch:
+            patch.chdir(tmp_path)
+            done = CliRunner().invoke(app, [str(argument) for argument in arguments], input)
+        assert done.exit_code == code, done.output[-5000:] + repr(done.exception)
         return done
 
     return run

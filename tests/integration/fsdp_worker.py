@@ -1,10 +1,12 @@
-"""The command line under FSDP on CPUs, for `accelerate launch`.
+"""The command line under FSDP on CPUs, for `accelerate launch`: two commands, one after the other, with `then` between.
 
-accelerate shards on GPUs alone; here it is told that gloo's processes were such. Where SEEN names a folder, each
-process leaves there, as RANK.pt, whether FSDP had its embedding, and the ids that each training forward looked up.
+accelerate shards only on GPUs; here it is made to take gloo's processes for such. Where SEEN names a folder, each
+process leaves there, as RANK.pt, whether FSDP had its embedding, and the ids that each masked forward looked up.
 """
 
+import contextlib
 import os
+import sys
 
 import torch
 from accelerate.state import PartialState
@@ -26,7 +28,7 @@ def _keep_what_is_seen(folder):
 
     def kept(self, module, args, kwargs):
         swapped = mask(self, module, args, kwargs)
-        if swapped is not None:
+        if swapped is not None and self.config.p > 0:
             found_args, found_kwargs = swapped
             seen["ids"].append(next(iter((*found_args, *found_kwargs.values()))).clone())
             seen["sharded"].append(isinstance(module, FSDPModule))
@@ -44,4 +46,9 @@ if __name__ == "__main__":
         _keep_what_is_seen(os.environ["SEEN"])
     from tokmask_peft.cli import main
 
-    main()
+    program, *given = sys.argv
+    at = given.index("then")
+    for command in (given[:at], given[at + 1 :]):
+        sys.argv = [program, *command]
+        with contextlib.suppress(SystemExit):
+            main()

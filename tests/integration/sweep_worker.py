@@ -1,6 +1,7 @@
 """A worker of a sweep whose trials are stand-ins: `python sweep_worker.py FOLDER SEEDS [BROKEN-SEED] [--retry]`.
 
-The stand-in writes a line when it starts and when it ends, and a result; it takes a fifth of a second.
+The stand-in writes a line when it starts and when it ends, and a result; it takes a tenth of a second. The processes of
+the trials import this file, so that it imports the sweep only where it runs one.
 """
 
 import functools
@@ -8,10 +9,6 @@ import json
 import os
 import sys
 import time
-
-from tokmask_peft.errors import RunInterruptedError
-from tokmask_peft.study.plan import make_plan
-from tokmask_peft.study.runner import Options, run_sweep
 
 
 def train(broken, recipe, resume):
@@ -22,7 +19,7 @@ def train(broken, recipe, resume):
         os.close(journal)
 
     note("start")
-    time.sleep(0.2)
+    time.sleep(0.1)
     if recipe.seed == broken:
         print("Error: the stand-in was asked to fail")
         sys.exit(2)
@@ -34,6 +31,10 @@ def train(broken, recipe, resume):
 
 
 def main() -> int:
+    from tokmask_peft.errors import RunInterruptedError
+    from tokmask_peft.study.plan import make_plan
+    from tokmask_peft.study.runner import Options, run_sweep
+
     folder, seeds, broken = sys.argv[1], sys.argv[2], int(sys.argv[3]) if len(sys.argv) > 3 else -1
     plan = make_plan("quickstart", [f"output_dir={folder}"], p="0,0.1", seeds=seeds, name="stub")
     stand_in, retry = functools.partial(train, broken), "--retry" in sys.argv

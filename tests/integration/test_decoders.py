@@ -17,8 +17,9 @@ from tokmask_peft.model.layers import pool_texts
 from tokmask_peft.tasks import get_task
 from tokmask_peft.training.callbacks import StopOnSignal
 
-BOTH_WAYS = ["model.attention=bidirectional", "training.max_steps=6"]
+BOTH_WAYS = ["model.attention=bidirectional", "training.max_steps=6", "training.baseline=false"]
 LOW = ["model.quantization=nf4"]
+SHORT = ["training.max_steps=2", "training.baseline=false"]
 needs_bitsandbytes = pytest.mark.skipif(bitsandbytes_problem("cpu") is not None, reason="needs bitsandbytes")
 
 
@@ -99,7 +100,7 @@ def test_a_resumed_run_still_sees_the_whole_text(write_recipe, monkeypatch):
 
 def test_an_encoder_is_labelled_on_the_first_sub_token_and_a_recipe_may_say_otherwise(write_recipe):
     for family, change, expected in (("bert", [], "first"), ("llama", ["data.label_on=first"], "first")):
-        run = train(Recipe.load(write_recipe(family, "token"), [*change, "training.max_steps=2", f"name={family}"]))
+        run = train(Recipe.load(write_recipe(family, "token"), [*change, *SHORT, f"name={family}"]), quiet=True)
         assert "label on" not in {one["what"] for one in run.result.decisions}
         assert json.loads((run.folder.adapter / "tokmask.json").read_text())["loading"]["label_on"] == expected
         assert f"{expected} = [" in (run.folder.adapter / "README.md").read_text()

@@ -152,11 +152,8 @@ def test_scores_on_masked_texts_are_those_of_ids_masked_by_hand(write_recipe, tm
     assert [[classifier.labels[at] for at in row] for row in found] == labels
 
 
-def test_robustness_of_two_runs_through_the_command_line(write_recipe, tmp_path, tokmask):
-    recipe = write_recipe()
-    for p in (0, 0.2):
-        train(Recipe.load(recipe, [f"masking.p={p}", f"name=p{p}", "training.epochs=1"]), quiet=True)
-    runs = [tmp_path / "runs" / name for name in ("p0", "p0.2")]
+def test_robustness_of_two_runs_through_the_command_line(trained, tmp_path, tokmask):
+    runs = [trained("bert", "sequence", "masking.p=0", "training.max_steps=3").folder.root, trained().folder.root]
     said = tokmask("robustness", *runs, "--p", "0.5", "--noise", "0.5", "--draws", "2", "--out", "found").stdout
     assert "trained with p = 0, seed" in said
     assert "50% of sub-tokens masked" in said

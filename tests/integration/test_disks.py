@@ -30,9 +30,8 @@ def files(folder):
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_full_disk_leaves_no_half_file_of_any_command(write_recipe, tmp_path):
-    recipe = write_recipe()
-    run = train(Recipe.load(recipe), quiet=True).folder
+def test_a_full_disk_leaves_no_half_file_of_any_command(write_recipe, trained, copied, tmp_path):
+    recipe, run = write_recipe(), copied(trained())
     texts = tmp_path / "in.txt"
     texts.write_text("great hoy\n" * 200)
     words = ["great"] * 40
@@ -42,7 +41,7 @@ def test_a_full_disk_leaves_no_half_file_of_any_command(write_recipe, tmp_path):
         ["export", run.root, "--merged", tmp_path / "merged"],
         ["report", run.root, "--no-examples"],
         ["recipes", "copy", "quickstart", tmp_path / "mine.yaml"],
-        ["train", recipe, "name=other"],
+        ["train", recipe, "name=other", "training.max_steps=3"],
     ]
     for command in commands:
         before = files(tmp_path)
@@ -56,7 +55,7 @@ def test_a_full_disk_leaves_no_half_file_of_any_command(write_recipe, tmp_path):
     assert not other.finished()
     assert not other.adapter.exists()
     shutil.rmtree(other.root)
-    train(Recipe.load(recipe, ["name=other"]), quiet=True)
+    train(Recipe.load(recipe, ["name=other", "training.max_steps=3"]), quiet=True)
 
 
 @pytest.mark.parametrize(

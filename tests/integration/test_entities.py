@@ -5,11 +5,9 @@ import random
 
 import pytest
 from tiny_models import build
-from typer.testing import CliRunner
 
 from tokmask_peft import Recipe, evaluate, load, train
 from tokmask_peft.artifacts import AdapterInfo
-from tokmask_peft.cli import app
 from tokmask_peft.report.demo import answer
 from tokmask_peft.spans import Entity, read
 
@@ -47,12 +45,6 @@ def run(tmp_path_factory):
     return train(Recipe.load(folder / "recipe.yaml"), quiet=True)
 
 
-def tokmask(*arguments):
-    done = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert done.exit_code == 0, done.output
-    return done.stdout
-
-
 def test_entities_are_scored_and_choose_the_checkpoint(run):
     test, baseline = run.result.test, run.result.baseline
     assert test["f1_entities"] == test["entities"]["f1"] > 0.5
@@ -85,7 +77,7 @@ def test_what_is_scored_is_what_a_user_gets(run):
     assert [tuple(saved["labels"][i] for i in ids) for ids in saved["test"]["predicted"]] == [a.labels for a in answers]
 
 
-def test_predictions_list_entities(run, tmp_path):
+def test_predictions_list_entities(run, tokmask, tmp_path):
     classifier, text = load(run.folder.root), "hoy maria lopez vive en new york"
     (found,) = classifier.predict([text])
     assert found.entities
@@ -93,10 +85,10 @@ def test_predictions_list_entities(run, tmp_path):
     assert one == Entity(one.type, one.first, one.last, " ".join(found.words[one.first : one.last + 1]), one.confidence)
     chances = [row[f"B-{one.type}"] + row[f"I-{one.type}"] for row in found.probabilities]
     assert one.confidence == pytest.approx(min(chances[one.first : one.last + 1]))
-    record = json.loads(tokmask("predict", run.folder.root, text, "--json"))
+    record = json.loads(tokmask("predict", run.folder.root, text, "--json").stdout)
     assert [entity["text"] for entity in record["entities"]] == [entity.text for entity in found.entities]
     assert {*record["entities"][0]} == {"type", "first", "last", "text", "confidence"}
-    assert f"# {one.type}\t{one.text}\t{one.confidence:.4f}\n" in tokmask("predict", run.folder.root, text)
+    assert f"# {one.type}\t{one.text}\t{one.confidence:.4f}\n" in tokmask("predict", run.folder.root, text).stdout
     (tmp_path / "in.txt").write_text(f"{text}\n")
     tokmask("predict", run.folder.root, "--file", tmp_path / "in.txt", "--out", tmp_path / "out.jsonl")
     assert json.loads((tmp_path / "out.jsonl").read_text())["entities"] == record["entities"]
@@ -107,16 +99,16 @@ def test_predictions_list_entities(run, tmp_path):
     assert explained.labels == found.labels
 
 
-def test_a_merged_model_says_that_it_repairs_no_labels(run, tmp_path):
-    said = " ".join(tokmask("export", run.folder.root, "--merged", tmp_path / "merged").split())
+def test_a_merged_model_says_that_it_repairs_no_labels(run, tokmask, tmp_path):
+    said = " ".join(tokmask("export", run.folder.root, "--merged", tmp_path / "merged").stdout.split())
     assert "may break the rules of bio" in said.lower()
 
 
-def test_the_report_the_card_and_evaluate_show_each_type(run):
+def test_the_report_the_card_and_evaluate_show_each_type(run, tokmask):
     tokmask("report", run.folder.root, "--no-examples")
     page = (run.folder.root / "report.html").read_text(encoding="utf-8")
     card = (run.folder.adapter / "README.md").read_text(encoding="utf-8")
-    shown = tokmask("evaluate", run.folder.root)
+    shown = tokmask("evaluate", run.folder.root).stdout
     score = f"{run.result.test['entities']['per_type']['LOC']['f1']:.4f}"
     assert '<th scope="row">LOC</th>' in page
     assert "| LOC |" in card

@@ -8,17 +8,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import subprocess
-import sys
 import textwrap
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlparse
 
+import forked
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hub_http import Transport
 
 REPO = "someone/switched"
 GATED = "someone/closed"
@@ -32,120 +32,81 @@ class StandIn(ThreadingHTTPServer):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.requests: list[str] = []
         super().__init__(("127.0.0.1", 0), _Handler)
-
-    def __enter__(self) -> StandIn:
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.shutdown()
-        self.server_close()
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}"
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(Transport):
     server: StandIn
-    protocol_version = "HTTP/1.1"
 
-    def log_message(self, *_: object) -> None:
-        """Stay silent."""
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def do_POST(self) -> None:
-        self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        self.do_GET()
-
-    def do_GET(self) -> None:
+    def _any(self) -> None:
         url = urlparse(self.path)
-        path = unquote(url.path)
-        self.server.requests.append(f"{self.command} {path}")
+        path, body = unquote(url.path), self.read()
         if f"/datasets/{GATED}" in path:
-            self._send(403, b"{}", {"X-Error-Code": "GatedRepo", "X-Error-Message": "access is restricted"})
+            self.error(403, "access is restricted", "GatedRepo")
         elif f"/datasets/{SCRIPTED}" in path:
             self._scripted(path)
         elif path.startswith(f"/api/datasets/{REPO}"):
-            self._api(path.removeprefix(f"/api/datasets/{REPO}"), parse_qs(url.query))
+            self._api(path.removeprefix(f"/api/datasets/{REPO}"), parse_qs(url.query), body)
         elif path.startswith(f"/datasets/{REPO}/resolve/"):
             self._file(path.removeprefix(f"/datasets/{REPO}/resolve/"))
         else:
-            self._send(404, b"{}", {"X-Error-Code": "RepoNotFound"})
+            self.error(404, "", "RepoNotFound")
 
-    def _api(self, rest: str, query: dict[str, list[str]]) -> None:
-        files = sorted(p for p in self.server.folder.rglob("*"))
-        entries = [self._entry(p) for p in files]
+    do_GET = do_HEAD = do_POST = _any  # noqa: N815
+
+    def _api(self, rest: str, query: dict[str, list[str]], body: bytes) -> None:
+        entries = [self._entry(path) for path in sorted(self.server.folder.rglob("*"))]
         if rest in ("", f"/revision/{REVISION}", f"/revision/{SHA}"):
-            siblings = [{"rfilename": e["path"]} for e in entries if e["type"] == "file"]
-            self._json({"id": REPO, "sha": SHA, "private": False, "gated": False, "tags": [], "siblings": siblings})
+            self._about(REPO, [entry["path"] for entry in entries if entry["type"] == "file"])
             return
-        for revision in (REVISION, SHA):
-            if rest == f"/tree/{revision}" or rest.startswith(f"/tree/{revision}/"):
-                folder = rest.removeprefix(f"/tree/{revision}").strip("/")
-                recursive = query.get("recursive", ["false"])[0].lower() in ("true", "1")
-                root = self.server.folder / folder
-                if not root.is_dir():
-                    self._send(404, b"{}", {"X-Error-Code": "EntryNotFound"})
-                    return
-                found = root.rglob("*") if recursive else root.iterdir()
-                self._json([self._entry(p) for p in sorted(found)])
-                return
-            if rest == f"/paths-info/{revision}":
-                asked = parse_qs(self.body.decode()).get("paths") or json.loads(self.body or b"{}").get("paths", [])
-                self._json([e for e in entries if e["path"] in asked])
-                return
-        self._send(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
+        what, _, where = rest.removeprefix("/").partition("/")
+        revision = next((one for one in (REVISION, SHA) if where == one or where.startswith(f"{one}/")), None)
+        root = self.server.folder / where.removeprefix(revision or "").strip("/")
+        if revision and what == "tree" and root.is_dir():
+            recursive = query.get("recursive", ["false"])[0].lower() in ("true", "1")
+            self.json([self._entry(path) for path in sorted(root.rglob("*") if recursive else root.iterdir())])
+        elif revision and what == "paths-info":
+            asked = parse_qs(body.decode()).get("paths") or json.loads(body or b"{}").get("paths", [])
+            self.json([entry for entry in entries if entry["path"] in asked])
+        else:
+            self.error(404, "", "EntryNotFound" if revision else "RevisionNotFound")
+
+    def _about(self, repo: str, files: list[object]) -> None:
+        siblings = [{"rfilename": name} for name in files]
+        self.json({"id": repo, "sha": SHA, "private": False, "gated": False, "tags": [], "siblings": siblings})
 
     def _entry(self, path: Path) -> dict[str, object]:
         name = path.relative_to(self.server.folder).as_posix()
-        oid = hashlib.sha1(name.encode()).hexdigest()
-        if path.is_dir():
-            return {"type": "directory", "oid": oid, "size": 0, "path": name}
-        return {"type": "file", "oid": oid, "size": path.stat().st_size, "path": name}
+        oid, kind = hashlib.sha1(name.encode()).hexdigest(), "directory" if path.is_dir() else "file"
+        return {"type": kind, "oid": oid, "size": 0 if path.is_dir() else path.stat().st_size, "path": name}
 
     def _file(self, rest: str) -> None:
-        for revision in (REVISION, SHA):
-            if rest.startswith(f"{revision}/"):
-                path = self.server.folder / rest.removeprefix(f"{revision}/")
-                if path.is_file():
-                    data = path.read_bytes()
-                    self._send(200, data, {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": SHA})
-                    return
-                self._send(404, b"{}", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": SHA})
-                return
-        self._send(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
+        revision = next((one for one in (REVISION, SHA) if rest.startswith(f"{one}/")), None)
+        path = self.server.folder / rest.removeprefix(f"{revision}/")
+        if revision is None or not path.is_file():
+            self.error(404, "", "EntryNotFound" if revision else "RevisionNotFound", {"X-Repo-Commit": SHA})
+            return
+        data = path.read_bytes()
+        headers, status = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": SHA}, 200
+        if wanted := self.headers.get("Range"):
+            first, _, last = wanted.removeprefix("bytes=").partition("-")
+            stop = int(last) + 1 if last else len(data)
+            headers |= {"Content-Range": f"bytes {first}-{stop - 1}/{len(data)}"}
+            data, status = data[int(first) : stop], 206
+        self.send(status, data, headers)
 
     def _scripted(self, path: str) -> None:
         """A dataset that comes with code."""
         if path.endswith("/scripted.py"):
-            self._send(200, b"raise SystemExit", {"ETag": '"code"', "X-Repo-Commit": SHA})
+            self.send(200, b"raise SystemExit", {"ETag": '"code"', "X-Repo-Commit": SHA})
         elif "/resolve/" in path:
-            self._send(404, b"{}", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": SHA})
+            self.error(404, "", "EntryNotFound", {"X-Repo-Commit": SHA})
         else:
-            self._json({"id": SCRIPTED, "sha": SHA, "private": False, "gated": False, "tags": [], "siblings": []})
-
-    def _json(self, value: object) -> None:
-        self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
-
-    def _send(self, status: int, data: bytes, headers: dict[str, str]) -> None:
-        wanted = self.headers.get("Range")
-        if wanted and status == 200:
-            first, _, last = wanted.removeprefix("bytes=").partition("-")
-            stop = int(last) + 1 if last else len(data)
-            headers = headers | {"Content-Range": f"bytes {first}-{stop - 1}/{len(data)}"}
-            data, status = data[int(first) : stop], 206
-        self.send_response(status)
-        for key, value in headers.items():
-            self.send_header(key, value)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(data)
+            self._about(SCRIPTED, [])
 
 
 def write_dataset(root: Path) -> None:
@@ -175,7 +136,9 @@ def hub(tmp_path_factory):
     root = tmp_path_factory.mktemp("hub")
     write_dataset(root)
     with StandIn(root) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
+        server.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -183,34 +146,33 @@ def home(tmp_path_factory):
     return tmp_path_factory.mktemp("home")
 
 
-def run(code: str, home: Path, **environment: str) -> dict[str, object]:
-    """Run code in a process of its own; it prints one JSON object, or the error that it raised."""
-    program = (
-        "import json\n"
-        "from tokmask_peft.data import load_corpus\n"
-        "from tokmask_peft.data.readers import read_split\n"
-        "from tokmask_peft.errors import DataError\n"
-        "from tokmask_peft.recipe import DataConfig, SourceConfig\n"
-        f"HUB = {{'hub': '{REPO}', 'hub_revision': '{REVISION}'}}\n"
-        "try:\n" + textwrap.indent(textwrap.dedent(code).strip(), "    ") + "\n"
-        "except DataError as error:\n"
-        "    print(json.dumps({'error': str(error)}))\n"
-    )
-    clean = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-    settings = {"HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        env=clean | settings | environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.strip().splitlines()[-1])
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Return a function that runs code in a process; it prints one JSON object, or the error that it raised."""
+
+    def call(code: str, home: Path, **settings: str) -> dict[str, object]:
+        program = (
+            "import json\n"
+            "from tokmask_peft.data import load_corpus\n"
+            "from tokmask_peft.data.readers import read_split\n"
+            "from tokmask_peft.errors import DataError\n"
+            "from tokmask_peft.recipe import DataConfig, SourceConfig\n"
+            f"HUB = {{'hub': '{REPO}', 'hub_revision': '{REVISION}'}}\n"
+            "try:\n" + textwrap.indent(textwrap.dedent(code).strip(), "    ") + "\n"
+            "except DataError as error:\n"
+            "    print(json.dumps({'error': str(error)}))\n"
+        )
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")} | settings
+        environment |= {"HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1"}
+        folder = tmp_path_factory.mktemp("said")
+        done = forked.Python.start(["-c", program], folder, environment, folder).end(timeout=120)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.strip().splitlines()[-1])
+
+    return call
 
 
-def test_language_tags_by_the_configurations_prefix(hub, home):
+def test_language_tags_by_the_configurations_prefix(run, hub, home):
     found = run(
         """
         config = DataConfig(**HUB, hub_config="lid_someeng", task="token", test=None, hygiene="report")
@@ -230,7 +192,7 @@ def test_language_tags_by_the_configurations_prefix(hub, home):
     assert f"{REPO} lid_someeng {REVISION} [train]" in found["lines"][0]
 
 
-def test_sentiment_of_joined_words_and_numbered_classes(hub, home):
+def test_sentiment_of_joined_words_and_numbered_classes(run, hub, home):
     found = run(
         """
         sentiment = read_split(SourceConfig(**HUB, hub_config="sa_someeng"), "dev", "sequence")
@@ -290,7 +252,7 @@ MISTAKES = {
 
 
 @pytest.fixture(scope="module")
-def errors(hub, home):
+def errors(run, hub, home):
     cases = {name: code for name, (code, _) in MISTAKES.items()}
     code = f"""
         found = {{}}
@@ -310,14 +272,14 @@ def test_one_error_with_its_remedy(errors, name):
         assert message in errors[name]
 
 
-def test_offline_names_the_way_out(tmp_path):
+def test_offline_names_the_way_out(run, tmp_path):
     code = 'read_split(SourceConfig(**HUB, hub_config="lid_someeng"), "train", "token")'
     error = run(code, tmp_path, HF_HUB_OFFLINE="1")["error"]
     assert "cannot be reached" in error
     assert "data.path" in error
 
 
-def test_what_was_loaded_once_is_there_offline(hub, home):
+def test_what_was_loaded_once_is_there_offline(run, hub, home):
     code = """
         found = read_split(SourceConfig(**HUB, hub_config="lid_someeng"), "train", "token")
         print(json.dumps({"texts": len(found), "words": found[0].text}))

@@ -1,6 +1,6 @@
 """Pushing to the Hub, against a stand-in on loopback: there and back byte by byte, and every fault.
 
-huggingface_hub reads its settings when it is imported, so every push runs in a process of its own.
+huggingface_hub reads its settings when it is imported, so every push runs in a process of its own (`begin`).
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import getpass
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 from hub_server import TOKEN, HubServer
 
@@ -57,21 +57,14 @@ def hub(tiny_backbone):
 
 
 @pytest.fixture
-def python(tmp_path, hub):
+def python(tmp_path, hub, begin):
     """Return a function that runs Python, by default logged in to the stand-in; its output must hold no token."""
 
-    def call(*arguments: object, code: int = 0, **settings: str) -> subprocess.CompletedProcess:
-        environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-        environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": TOKEN}
-        environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1,localhost"}
-        done = subprocess.run(
-            [sys.executable, *map(str, arguments)],
-            env={key: value for key, value in (environment | settings).items() if value},
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
+    def call(*arguments: object, code: int = 0, **settings: str) -> forked.Finished:
+        hub_settings = dict.fromkeys((name for name in os.environ if name.startswith("HF_")), "")
+        hub_settings |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": TOKEN}
+        hub_settings |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1,localhost"}
+        done = begin(*arguments, **hub_settings | settings).end(timeout=120)
         assert done.returncode == code, done.stdout + done.stderr
         assert TOKEN not in done.stdout + done.stderr
         assert "Traceback" not in done.stderr
@@ -82,7 +75,7 @@ def python(tmp_path, hub):
 
 @pytest.fixture
 def push(python):
-    def call(run: Path, repo: str = REPO, *options: str, **more) -> subprocess.CompletedProcess:
+    def call(run: Path, repo: str = REPO, *options: str, **more) -> forked.Finished:
         return python("-m", "tokmask_peft", "push", run, repo, *options, **more)
 
     return call

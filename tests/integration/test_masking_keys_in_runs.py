@@ -42,8 +42,6 @@ def masks(recipe, monkeypatch, *options):
         ("random", "bert", "token", "padding_free", 1),
         ("random", "qwen2", "sequence", "grouped", 2),
         ("drop", "qwen2", "sequence", "padded", 2),
-        ("drop", "bert", "token", "grouped", 1),
-        ("gap", "bert", "sequence", "grouped", 2),
         ("gap", "qwen2", "token", "padding_free", 1),
     ],
 )

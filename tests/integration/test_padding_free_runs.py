@@ -19,12 +19,10 @@ def losses(done):
     return [line["loss"] for line in lines if "loss" in line]
 
 
-@pytest.mark.parametrize(
-    ("family", "task", "masking"), [("bert", "sequence", 0.0), ("bert", "token", 0.3), ("qwen2", "sequence", 0.3)]
-)
-def test_packed_and_padded_runs_are_one(write_recipe, family, task, masking):
+@pytest.mark.parametrize(("family", "task"), [("bert", "token"), ("qwen2", "sequence")])
+def test_packed_and_padded_runs_are_one(write_recipe, family, task):
     path = write_recipe(family, task)
-    options = (f"masking.p={masking}", "masking.unit=word", "training.gradient_accumulation=2")
+    options = ("masking.p=0.3", "masking.unit=word", "training.gradient_accumulation=2")
     padded = run(path, "padded", "training.batching=padded", *options)
     packed = run(path, "packed", "training.batching=padding_free", *options)
     decision = {"what": "batching", "choice": "padding_free", "reason": "a batch is one row, with attention per text"}
@@ -37,11 +35,3 @@ def test_packed_and_padded_runs_are_one(write_recipe, family, task, masking):
         torch.testing.assert_close(two[name], one[name], atol=2e-3, rtol=0)
     assert packed.result.test["f1_macro"] == pytest.approx(padded.result.test["f1_macro"], abs=0.03)
     assert evaluate(packed.folder.root)["confusion"] == packed.result.test["confusion"]
-
-
-def test_another_backbone_is_trained_padded_and_says_so(write_recipe):
-    done = run(write_recipe("deberta-v3"), "other", "training.batching=padding_free", "training.max_steps=2")
-    decided = {decision["what"]: decision for decision in done.result.decisions}
-    assert decided["batching"]["choice"] == "padded"
-    assert "DebertaV2ForSequenceClassification has no padding-free forward" in decided["batching"]["reason"]
-    assert "batching: padding_free" in done.folder.recipe.read_text()

@@ -4,7 +4,6 @@ import re
 
 import pytest
 
-from tokmask_peft import train
 from tokmask_peft.artifacts import open_run
 from tokmask_peft.report.page import report_run
 
@@ -12,9 +11,8 @@ pytest.importorskip("matplotlib")
 
 
 @pytest.mark.parametrize("task", ["sequence", "token"])
-def test_the_report_of_a_trained_run(write_recipe, tokmask, tmp_path, task):
-
-    done = open_run(train(write_recipe(task=task, extra="masking: {p: 0.2}"), quiet=True).folder.root)
+def test_the_report_of_a_trained_run(trained, tokmask, tmp_path, task):
+    done = open_run(trained("bert", task).folder.root)
     calibration = done.result.calibration["test"]
     assert sum(row["items"] for row in calibration["after"]["reliability"]) == calibration["items"]
     if task == "token":

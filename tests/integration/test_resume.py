@@ -4,11 +4,10 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 
+import forked
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -21,47 +20,54 @@ from tokmask_peft.recipe.schema import Recipe
 from tokmask_peft.training.scoring import score_best
 from tokmask_peft.training.train import train
 
-SLOW = "training.epochs=6"
+SHORT = ("training.max_steps=3", "training.baseline=false")
+LONG = ("training.epochs=6", "training.baseline=false")
 
 
-@pytest.mark.usefixtures("in_terminal")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
-def test_interrupted_and_resumed_is_uninterrupted(write_recipe, tokmask, begin, tmp_path, number):
-    recipe = write_recipe()
-    whole, broken = RunFolder(tmp_path / "runs" / "whole"), RunFolder(tmp_path / "runs" / "broken")
-    tokmask("train", recipe, SLOW, "name=whole", "--quiet")
+@pytest.fixture
+def stopped(write_recipe, begin, tmp_path):
+    """Return a function that stops a run by a signal in its second epoch; it gives the recipe, the run and the step."""
 
-    process, end = begin("train", recipe, SLOW, "name=broken")
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.is_alive():
-        if broken.log.is_file() and len(broken.log.read_text().splitlines()) >= 20:  # within the second epoch
-            os.kill(process.pid, number)
-            break
-        time.sleep(0.005)
-    done = end()
-    text = done.stdout + done.stderr
-    assert done.returncode == 130, text
-    assert "Traceback" not in text
-    assert "--resume" in text
-    assert not broken.finished()
-    scored = [line["step"] for line in map(json.loads, broken.log.read_text().splitlines()) if "eval_loss" in line]
-    assert all(step % 12 == 0 for step in scored), "a broken-off epoch was scored"
-    stopped_at = int(broken.last_checkpoint().name.removeprefix("checkpoint-"))
-    assert 0 < stopped_at < 72
-    assert f"stopped at step {stopped_at} of 72" in text, "the checkpoint of the stop is not the one that is kept"
+    def stop(number):
+        recipe, broken = write_recipe(), RunFolder(tmp_path / "runs" / "broken")
+        python = begin("-m", "tokmask_peft", "train", recipe, *LONG, "name=broken")
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and python.process.is_alive():
+            if broken.log.is_file() and len(broken.log.read_text().splitlines()) >= 20:
+                os.kill(python.process.pid, number)
+                break
+            time.sleep(0.005)
+        done = python.end()
+        text = done.stdout + done.stderr
+        assert done.returncode == 130, text
+        assert "Traceback" not in text
+        assert "--resume" in text
+        assert not broken.finished()
+        scored = [line["step"] for line in map(json.loads, broken.log.read_text().splitlines()) if "eval_loss" in line]
+        assert all(step % 12 == 0 for step in scored), "a broken-off epoch was scored"
+        step = int(broken.last_checkpoint().name.removeprefix("checkpoint-"))
+        assert 0 < step < 72
+        assert f"stopped at step {step} of 72" in text, "the checkpoint of the stop is not the one that is kept"
+        return recipe, broken, step
 
-    refused = tokmask("train", recipe, SLOW, "name=broken", check=False)
-    assert refused.returncode == 2
-    assert "--resume" in refused.stderr
-    other = tokmask("train", recipe, SLOW, "name=broken", "masking.p=0.2", "--resume", check=False)
-    assert other.returncode == 2
+    return stop
+
+
+def test_the_end_of_a_terminal_is_ctrl_c(stopped):
+    stopped(signal.SIGHUP)
+
+
+def test_interrupted_and_resumed_is_uninterrupted(stopped, tokmask, tmp_path):
+    recipe, broken, stopped_at = stopped(signal.SIGINT)
+    whole = train(Recipe.load(recipe, [*LONG, "name=whole"]), quiet=True).folder
+    assert "--resume" in tokmask("train", recipe, *LONG, "name=broken", code=2).stderr
+    other = tokmask("train", recipe, *LONG, "name=broken", "masking.p=0.2", "--resume", code=2)
     assert "masking.p: 0.1 before, 0.2 now" in other.stderr
 
     weights = broken.last_checkpoint() / "adapter_model.safetensors"
     whole_file, half = weights.read_bytes(), dict(list(load_file(weights).items())[::2])
     save_file(half, weights)
-    unfit = tokmask("train", broken.recipe, "--resume", check=False)
-    assert unfit.returncode == 2
+    unfit = tokmask("train", broken.recipe, "--resume", code=2)
     assert f"{len(load_file(whole.adapter / weights.name)) - len(half)} missing" in unfit.stderr
     weights.write_bytes(whole_file)
 
@@ -83,13 +89,14 @@ def test_interrupted_and_resumed_is_uninterrupted(write_recipe, tokmask, begin, 
 
 def test_a_reader_that_is_gone_stops_a_run_as_ctrl_c_does(write_recipe, tmp_path):
     run = RunFolder(tmp_path / "runs" / "tiny")
-    command = [sys.executable, "-m", "tokmask_peft", "train", str(write_recipe()), "training.epochs=40"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while "step 20/" not in process.stdout.readline():
-        assert process.poll() is None, process.stderr.read()
-    process.stdout.close()
-    said = process.stderr.read()
-    assert process.wait(60) == 130, said
+    os.mkfifo(tmp_path / "stdout")
+    arguments = ("-m", "tokmask_peft", "train", write_recipe(), "training.epochs=40")
+    process = forked.Python.start(arguments, tmp_path, os.environ, tmp_path).process
+    with (tmp_path / "stdout").open() as reader:
+        assert any("step 20/" in line for line in reader)
+    process.join(100)
+    said = (tmp_path / "stderr").read_text()
+    assert process.exitcode == 130, said
     assert "continue with `tokmask train" in said
     assert "Traceback" not in said
     assert f"stopped at step {run.last_checkpoint().name[11:]} of " in said
@@ -97,14 +104,12 @@ def test_a_reader_that_is_gone_stops_a_run_as_ctrl_c_does(write_recipe, tmp_path
 
 def test_two_trainings_of_one_name_exclude_each_other(write_recipe, tokmask, begin, tmp_path):
     run, recipe = RunFolder(tmp_path / "runs" / "tiny"), write_recipe()
-    process, end = begin("train", recipe, "--quiet")
-    while not run.lock.exists() and process.is_alive():
+    python = begin("-m", "tokmask_peft", "train", recipe, "--quiet")
+    while not run.lock.exists() and python.process.is_alive():
         time.sleep(0.005)
     for more in ([], ["--resume"]):
-        refused = tokmask("train", recipe, *more, check=False)
-        assert refused.returncode == 2
-        assert "another process" in refused.stderr
-    assert end().returncode == 0
+        assert "another process" in tokmask("train", recipe, *more, code=2).stderr
+    assert python.end().returncode == 0
     assert run.finished()
     assert not run.lock.exists()
 
@@ -117,13 +122,13 @@ def test_a_signal_in_any_phase_leaves_a_run_that_can_be_continued(write_recipe, 
     recipe, run = write_recipe(), RunFolder(tmp_path / "runs" / "tiny")
     with monkeypatch.context() as patch:
         patch.setattr(f"tokmask_peft.training.train.{phase}", stop)
-        stopped = CliRunner().invoke(app, ["train", str(recipe), "--quiet"])
+        stopped = CliRunner().invoke(app, ["train", str(recipe), *SHORT, "--quiet"])
     assert stopped.exit_code == 130
     assert run.root.exists() == (phase != "load_corpus")
     assert ("--resume" in stopped.stderr) == run.root.exists()
     assert not run.finished()
     assert not run.adapter.exists()
-    train(Recipe.load(recipe), resume=run.root.exists(), quiet=True)
+    train(Recipe.load(recipe, SHORT), resume=run.root.exists(), quiet=True)
     assert not [path for path in run.root.iterdir() if path.name.startswith(".")]
 
 
@@ -131,7 +136,7 @@ def test_a_run_is_not_resumed_with_other_data_or_another_backbone(write_recipe, 
     (data, backbone), sources = (tmp_path / "texts", tmp_path / "model"), (data_folder, tiny_backbone("bert"))
     for source, copy in zip(sources, (data, backbone), strict=True):
         shutil.copytree(source, copy)
-    recipe = Recipe.load(write_recipe(), [f"data.path={data}", f"model.backbone={backbone}", "training.epochs=1"])
+    recipe = Recipe.load(write_recipe(), [f"data.path={data}", f"model.backbone={backbone}", *SHORT])
     run = train(recipe, quiet=True).folder
     run.result.unlink()
 
@@ -166,39 +171,40 @@ def test_scores_of_other_weights_than_the_best_finish_no_run(write_recipe, tmp_p
 
     monkeypatch.setattr("tokmask_peft.training.train.score_best", other)
     with pytest.raises(RunError) as caught:
-        train(Recipe.load(write_recipe(), ["training.epochs=1"]), quiet=True)
+        train(Recipe.load(write_recipe(), SHORT), quiet=True)
     assert caught.value.code == "not-the-best"
     run = RunFolder(tmp_path / "runs" / "tiny")
     assert not run.finished()
     assert not run.adapter.exists()
 
 
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(write_recipe, tokmask, tmp_path):
-    run = train(Recipe.load(write_recipe()), quiet=True).folder
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(trained, copied, tokmask):
+    run = copied(trained())
     weights = (run.adapter / "adapter_model.safetensors").read_bytes()
     last = run.last_checkpoint()
     (last / "optimizer.pt").write_bytes(b"")
     run.result.unlink()
     shutil.rmtree(run.adapter)
-    done = tokmask("train", run.recipe, "--resume")
+    done = tokmask("train", run.recipe, f"output_dir={run.root.parent}", "--resume")
     assert last.name in done.stdout
     assert "optimizer.pt" in done.stdout
     assert (run.adapter / "adapter_model.safetensors").read_bytes() == weights
 
 
-def test_a_moved_run_ends_with_its_best_weights(write_recipe, tmp_path):
-    run = train(Recipe.load(write_recipe()), quiet=True).folder
-    best, last = sorted(run.checkpoints.iterdir())
+def test_a_moved_run_ends_with_its_best_weights(trained, copied):
+    run = trained()
+    moved = copied(run, "moved")
+    best, last = sorted(moved.checkpoints.iterdir())
     state = json.loads((last / "trainer_state.json").read_text())
-    assert state["best_model_checkpoint"].startswith(str(tmp_path))
+    assert state["best_model_checkpoint"].startswith(str(run.folder.root))
     step = int(best.name.removeprefix("checkpoint-"))
     (metric,) = (line["eval_f1_macro"] for line in state["log_history"] if line["step"] == step and "eval_loss" in line)
-    state |= {"best_global_step": step, "best_metric": metric, "best_model_checkpoint": str(best)}
+    gone = str(moved.root.parent / "gone" / best.name)
+    state |= {"best_global_step": step, "best_metric": metric, "best_model_checkpoint": gone}
     write_json(last / "trainer_state.json", state)
-    run.result.unlink()
-    shutil.rmtree(run.adapter)
-    moved = RunFolder(run.root.rename(tmp_path / "runs" / "moved"))
-    found = train(Recipe.load(moved.recipe, ["name=moved"]), resume=True, quiet=True)
+    moved.result.unlink()
+    shutil.rmtree(moved.adapter)
+    found = train(Recipe.load(moved.recipe, ["name=moved", f"output_dir={moved.root.parent}"]), resume=True, quiet=True)
     assert found.result.best_step == step
     folders = (moved.adapter, moved.checkpoints / best.name)
     one, two = (load_file(folder / "adapter_model.safetensors") for folder in folders)

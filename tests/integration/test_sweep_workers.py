@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -14,14 +12,10 @@ pytest.importorskip("optuna")
 WORKER = Path(__file__).parent / "sweep_worker.py"
 
 
-def start(folder, *arguments):
-    with (folder / "said").open("a") as said:
-        return subprocess.Popen(
-            [sys.executable, str(WORKER), str(folder), *map(str, arguments)],
-            stdout=said,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
-        )
+@pytest.fixture
+def start(begin, tmp_path):
+    """Return a function that starts a worker of a sweep."""
+    return lambda *arguments: begin(WORKER, tmp_path, *arguments)
 
 
 def journal(folder):
@@ -29,11 +23,11 @@ def journal(folder):
     return [line.split() for line in file.read_text().splitlines()] if file.is_file() else []
 
 
-def wait_for(condition, *processes):
+def wait_for(condition, *workers):
     deadline = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < deadline, "nothing happens"
-        assert all(process.poll() is None for process in processes), "a worker ended early"
+        assert all(worker.process.is_alive() for worker in workers), "a worker ended early"
         time.sleep(0.01)
 
 
@@ -41,52 +35,52 @@ def counted(folder, what):
     return Counter(cell for word, cell, _ in journal(folder) if word == what)
 
 
-def test_two_workers_and_a_kill_in_the_middle_double_and_lose_nothing(tmp_path):
+def test_two_workers_and_a_kill_in_the_middle_double_and_lose_nothing(start, tmp_path):
     cells = {f"p{p}-seed{seed}" for p in ("0", "0.1") for seed in range(1, 6)}
-    one, two = start(tmp_path, 5), start(tmp_path, 5)  # at once: both find the sweep new
+    one, two = start(5), start(5)  # at once: both find the sweep new
     wait_for(lambda: len(counted(tmp_path, "end")) >= 3, one, two)
-    one.kill()
-    one.wait()
+    one.process.kill()
+    one.end()
     # whoever takes over must not wait for a heartbeat to grow old: the worker was on this machine
-    three = start(tmp_path, 5)
-    assert (two.wait(timeout=120), three.wait(timeout=120)) == (0, 0), (tmp_path / "said").read_text()
+    done = [two.end(120), start(5).end(120)]
+    assert [worker.returncode for worker in done] == [0, 0], done
 
-    assert counted(tmp_path, "end") == dict.fromkeys(cells, 1), (tmp_path / "said").read_text()
+    assert counted(tmp_path, "end") == dict.fromkeys(cells, 1), done
     again = {cell: times for cell, times in counted(tmp_path, "start").items() if times > 1}
     assert len(again) <= 2, "only what the killed worker had in hand may begin a second time"
     before = journal(tmp_path)
-    assert start(tmp_path, 5).wait(timeout=120) == 0
+    assert start(5).end(120).returncode == 0
     assert journal(tmp_path) == before, "a finished trial was run again"
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
-def test_a_sweep_that_is_stopped_goes_on_alone(tmp_path, number, code):
-    worker = start(tmp_path, 3)
+def test_a_sweep_that_is_stopped_goes_on_alone(start, tmp_path, number, code):
+    worker = start(3)
     wait_for(lambda: len(counted(tmp_path, "end")) >= 2, worker)
-    worker.send_signal(number)
-    assert worker.wait(timeout=120) == code
-    assert ("runs finished; repeat the command" in (tmp_path / "said").read_text()) == (code == 130)
-    assert start(tmp_path, 3).wait(timeout=120) == 0
+    os.kill(worker.process.pid, number)
+    done = worker.end(120)
+    assert done.returncode == code
+    assert ("runs finished; repeat the command" in done.stdout) == (code == 130)
+    assert start(3).end(120).returncode == 0
     assert set(counted(tmp_path, "end").values()) == {1}
     assert len(counted(tmp_path, "end")) == 6
 
 
-def test_a_failed_trial_is_told_and_stops_nothing(tmp_path):
-    assert start(tmp_path, 3, 2).wait(timeout=120) == 1
-    said = (tmp_path / "said").read_text()
-    assert "failed p0-seed2: the stand-in was asked to fail (exit code 2)" in said
-    assert "4/6 done, 0 running, 2 failed" in said
+def test_a_failed_trial_is_reported_and_stops_nothing(start, tmp_path):
+    done = start(3, 2).end(120)
+    assert done.returncode == 1
+    assert "failed p0-seed2: the stand-in was asked to fail (exit code 2)" in done.stdout
+    assert "4/6 done, 0 running, 2 failed" in done.stdout
     before = journal(tmp_path)
-    assert start(tmp_path, 3, 2).wait(timeout=120) == 1
+    assert start(3, 2).end(120).returncode == 1
     assert journal(tmp_path) == before, "a failed trial is run again only when asked for"
-    assert start(tmp_path, 4, -1, "--retry").wait(timeout=120) == 0  # the cause is mended, and a seed is added
+    assert start(4, -1, "--retry").end(120).returncode == 0  # the cause is mended, and a seed is added
     assert set(counted(tmp_path, "end").values()) == {1}
     assert len(counted(tmp_path, "end")) == 8
 
 
-def test_claims_of_many_workers_never_meet(tmp_path):
-    command = [sys.executable, str(WORKER.with_name("claim_all.py")), str(tmp_path)]
-    workers = [subprocess.Popen([*command, str(i), "3"], stdout=subprocess.PIPE, text=True) for i in range(3)]
-    claimed = Counter(name for worker in workers for name in worker.communicate(timeout=120)[0].split())
+def test_claims_of_many_workers_never_meet(begin, tmp_path):
+    workers = [begin(WORKER.with_name("claim_all.py"), tmp_path, number, 3) for number in range(3)]
+    claimed = Counter(name for worker in workers for name in worker.end(120).stdout.split())
     assert len(claimed) == 20
     assert set(claimed.values()) == {1}

@@ -1,4 +1,4 @@
-"""The main job through the real command line: a recipe and text in, an adapter out."""
+"""The main job through the command line: a recipe and text in, an adapter out."""
 
 import json
 import shutil
@@ -8,44 +8,26 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
-from typer.testing import CliRunner
 
 from tokmask_peft import Recipe, TokmaskError, evaluate, load, train
 from tokmask_peft.artifacts import RunFolder
-from tokmask_peft.cli import app
-from tokmask_peft.model.adapter import load_adapter
 from tokmask_peft.model.backbone import load_backbone
 from tokmask_peft.training.evaluate import split_examples
 
 ALONE = """
-import sys
-sys.modules["tokmask_peft"] = None          # the adapter has to load where this package is not installed
-import json, torch
-from transformers import AutoTokenizer
-from peft import {auto}
-folder, texts = sys.argv[1], json.loads(sys.argv[2])
-labels = {labels!r}
-model = {auto}.from_pretrained(folder, num_labels=len(labels), id2label=dict(enumerate(labels))).eval()
-tokenizer = AutoTokenizer.from_pretrained(folder)
-model.config.pad_token_id = tokenizer.pad_token_id
-with torch.no_grad():
-    logits = model(**tokenizer(texts, return_tensors="pt", padding=True)).logits
-print(json.dumps([logits.tolist(), [model.config.id2label[i] for i in range(len(labels))]]))
-"""
-EACH_ALONE = """
-import json, sys
-sys.modules["tokmask_peft"] = None          # the snippets have to run where this package is not installed
+import contextlib, io, json, sys
+sys.modules["tokmask_peft"] = None  # the snippets have to run where this package is not installed
+found = []
 for snippet in json.loads(sys.argv[1]):
-    print("--- next", flush=True)
-    exec(snippet, {"__name__": "__main__"})
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        exec(snippet, made := {"__name__": "__main__"})
+    found.append([said.getvalue().strip(), made["model"](**made["inputs"]).logits.tolist()])
+print(json.dumps(found))
 """
-TEXTS = ["hoy great phone", "muy malo :("]
+SHORT = ("training.max_steps=3", "training.baseline=false")
 
 
-@pytest.mark.parametrize(
-    ("family", "task"),
-    [("bert", "sequence"), ("bert", "token"), ("qwen2", "sequence"), ("llama", "token"), ("gpt2", "sequence")],
-)
+@pytest.mark.parametrize(("family", "task"), [("bert", "token"), ("qwen2", "sequence")])
 def test_recipe_in_adapter_out(write_recipe, tokmask, tmp_path, family, task):
     recipe = write_recipe(family, task)
     said = tokmask("train", recipe).stdout
@@ -75,41 +57,41 @@ def test_recipe_in_adapter_out(write_recipe, tokmask, tmp_path, family, task):
     assert str(run.adapter.name) in said
     assert f"{result['test']['f1_macro']:.4f}" in said
 
-    # it loads without this package, and gives the same logits
-    config = Recipe.load(run.recipe)
-    backbone = load_backbone(config.model, config.data.task, tuple(labels), torch.device("cpu"))
-    model = load_adapter(backbone, run.adapter)
-    with torch.no_grad():
-        mine = model(**backbone.tokenizer(TEXTS, return_tensors="pt", padding=True)).logits
-    auto = "AutoPeftModelForSequenceClassification" if task == "sequence" else "AutoPeftModelForTokenClassification"
-    done = subprocess.run(
-        [sys.executable, "-c", ALONE.format(auto=auto, labels=labels), str(run.adapter), json.dumps(TEXTS)],
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+
+def test_the_card_s_snippet_answers_as_the_classifier_without_this_package_and_the_run(trained, tmp_path):
+    adapters, snippets, text = [], [], "This phone is bien bonito"
+    for given in ((), ("bert", "token"), ("qwen2", "token", *SHORT), ("gpt2", "sequence", *SHORT)):
+        adapters.append(shutil.copytree(trained(*given).folder.adapter, tmp_path / str(len(adapters))))
+        card = (adapters[-1] / "README.md").read_text()
+        assert ("spaced = " in card) == ("qwen2" in given), "words must be spaced as the encoder did"
+        snippets.append(card.split("```python\n")[1].split("```")[0].replace("PATH_OR_HUB_ID", str(adapters[-1])))
+    command = [sys.executable, "-c", ALONE, json.dumps(snippets)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]
-    logits, names = json.loads(done.stdout.splitlines()[-1])
-    torch.testing.assert_close(torch.tensor(logits), mine, atol=1e-5, rtol=0)
-    assert names == labels
+    for adapter, (said, logits) in zip(adapters, json.loads(done.stdout.splitlines()[-1]), strict=True):
+        classifier = load(adapter)
+        (answer,) = classifier.predict([text])
+        if classifier.task == "token":
+            assert said == str(list(zip(answer.words, answer.labels, strict=True)))
+            continue
+        assert said == str([answer.label])
+        chances = (torch.tensor(logits[0]) / classifier.temperature).softmax(-1)
+        assert chances.tolist() == pytest.approx(list(answer.probabilities.values()), abs=1e-5)
 
 
-def test_evaluate_repeats_the_scores_of_the_run(write_recipe, tokmask, tmp_path, data_folder):
-    result = train(Recipe.load(write_recipe("bert", "token")), quiet=True).result
-    run = tmp_path / "runs" / "tiny"
+def test_evaluate_repeats_the_scores_of_the_run(trained, tokmask, data_folder):
+    run = trained("bert", "token")
     for split in ("validation", "test"):
-        assert evaluate(run, split=split)["confusion"] == getattr(result, split)["confusion"]
-    other = json.loads(
-        tokmask("evaluate", run, "--data", data_folder, "--split", "test", "--json", "--batch-size", 7).stdout
-    )
-    assert other["confusion"] == result.test["confusion"]
-    wrong = tokmask("evaluate", run, "--split", "dev2", check=False)
-    assert wrong.returncode == 2
+        assert evaluate(run.folder.root, split=split)["confusion"] == getattr(run.result, split)["confusion"]
+    options = ("--data", data_folder, "--split", "test", "--json", "--batch-size", 7)
+    found = json.loads(tokmask("evaluate", run.folder.root, *options).stdout)
+    assert found["confusion"] == run.result.test["confusion"]
+    wrong = tokmask("evaluate", run.folder.root, "--split", "dev2", code=2)
     assert "it has train, validation, test" in wrong.stderr
 
 
 def test_evaluate_holds_the_backbone_as_in_training_and_says_where_it_cannot(write_recipe, monkeypatch):
-    run = train(Recipe.load(write_recipe(), ["training.max_steps=2", "model.quantization=auto"]), quiet=True).folder
+    run = train(Recipe.load(write_recipe(), ["model.quantization=auto", *SHORT]), quiet=True).folder
     asked = []
 
     def load(config, *rest):
@@ -131,23 +113,17 @@ def test_evaluate_holds_the_backbone_as_in_training_and_says_where_it_cannot(wri
     assert asked[-1][0] == "none"
 
 
-def test_a_finished_run_is_never_overwritten(write_recipe, tokmask, tmp_path):
-    recipe = write_recipe(extra="seed: 3")
-    tokmask("train", recipe, "training.max_steps=3", "--quiet")
-    run = RunFolder(tmp_path / "runs" / "tiny")
+def test_a_finished_run_is_never_overwritten(trained, tokmask):
+    run = trained().folder
     before = run.result.read_bytes()
     for flags in ([], ["--resume"]):
-        again = tokmask("train", recipe, "training.max_steps=3", *flags, check=False)
-        assert again.returncode == 2
-        assert "finished" in again.stderr
-        assert "Traceback" not in again.stderr
+        assert "finished" in tokmask("train", run.recipe, *flags, code=2).stderr
     assert run.result.read_bytes() == before
 
 
-def test_a_recipe_written_by_a_run_repeats_it_to_the_bit(write_recipe, tmp_path):
-    first = train(Recipe.load(write_recipe()), quiet=True)
-    second = train(Recipe.load(first.folder.recipe, ["name=again"]), quiet=True)
-    assert second.folder.root != first.folder.root
+def test_a_recipe_written_by_a_run_repeats_it_to_the_bit(trained, tmp_path):
+    first = trained()
+    second = train(Recipe.load(first.folder.recipe, ["name=again", f"output_dir={tmp_path}"]), quiet=True)
     one, two = (load_file(run.folder.adapter / "adapter_model.safetensors") for run in (first, second))
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert first.result.test == second.result.test
@@ -158,8 +134,8 @@ def test_the_masking_rate_changes_neither_the_initial_head_nor_the_adapter(write
     learned, still = {}, {}
     for p in (0.0, 0.3):
         for rate, found in ((3e-3, learned), (1e-30, still)):
-            options = [f"name=p{p}-{rate}", f"masking.p={p}", f"training.learning_rate={rate}", "training.max_steps=9"]
-            run = train(Recipe.load(recipe, options), quiet=True)
+            options = [f"name=p{p}-{rate}", f"masking.p={p}", f"training.learning_rate={rate}"]
+            run = train(Recipe.load(recipe, [*options, *SHORT]), quiet=True)
             found[p] = load_file(run.folder.adapter / "adapter_model.safetensors")
             first = json.loads(run.folder.log.read_text().splitlines()[0])
             assert first.get("masking_rate", 0.0) == p
@@ -176,14 +152,11 @@ def test_mistakes_end_in_one_message_and_leave_nothing(write_recipe, tokmask, tm
         with pytest.raises(TokmaskError):
             train(Recipe.load(recipe, [override]), quiet=True)
         assert not (tmp_path / "runs" / "tiny").exists(), f"{override} left a run folder behind"
-    done = tokmask("train", recipe, "model.backbone=/no/such/backbone", check=False)
-    assert done.returncode == 2
-    assert "/no/such/backbone" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert "/no/such/backbone" in tokmask("train", recipe, "model.backbone=/no/such/backbone", code=2).stderr
 
 
 def test_trained_mask_row_is_saved_and_reloads(write_recipe, tmp_path):
-    recipe = Recipe.load(write_recipe("qwen2"), ["masking.trainable_mask=true", "masking.p=0.3"])
+    recipe = Recipe.load(write_recipe("qwen2"), ["masking.trainable_mask=true", "masking.p=0.3", *SHORT])
     run = train(recipe, quiet=True)
     saved = load_file(run.folder.adapter / "adapter_model.safetensors")
     rows = {name: value for name, value in saved.items() if "embed" in name}
@@ -196,7 +169,7 @@ def test_trained_mask_row_is_saved_and_reloads(write_recipe, tmp_path):
 
 @pytest.mark.parametrize("task", ["sequence", "token"])
 def test_long_texts_are_scored_in_the_windows_that_predict_reads(write_recipe, data_folder, task):
-    recipe = Recipe.load(write_recipe("bert", task), ["data.max_length=8", "training.epochs=1"])
+    recipe = Recipe.load(write_recipe("bert", task), ["data.max_length=8", *SHORT])
     run = train(recipe, quiet=True)
     result, cut = run.result, run.result.data["truncation"]
     assert cut["train"]["texts_cut"] > 0
@@ -222,7 +195,7 @@ def test_a_label_that_training_lacks_counts_as_an_error_and_stops_nothing(
         file = copy / f"{split}.{'tsv' if task == 'sequence' else 'conll'}"
         old = "\tpositive\n" if task == "sequence" else "\tlang2\n"
         file.write_text(file.read_text().replace(old, "\tnew\n", 1))
-    said = tokmask("train", write_recipe("bert", task), f"data.path={copy}", "training.epochs=2").stdout
+    said = tokmask("train", write_recipe("bert", task), f"data.path={copy}", "training.epochs=1").stdout
     run = RunFolder(tmp_path / "runs" / "tiny")
     result, log = json.loads(run.result.read_text()), [json.loads(line) for line in run.log.read_text().splitlines()]
     assert said.index("'new': 1 times") < said.index("step 1/"), "the warning comes before training"
@@ -238,16 +211,16 @@ def test_a_label_that_training_lacks_counts_as_an_error_and_stops_nothing(
     assert "data.label_map" in found["warnings"][0]
 
 
-def test_other_texts_are_read_as_the_command_says(write_recipe, tokmask, data_folder, tmp_path):
-    run = train(Recipe.load(write_recipe("bert", "token"), ["training.max_steps=2"]), quiet=True)
+def test_other_texts_are_read_as_the_command_says(trained, tokmask, data_folder, tmp_path):
+    run = trained("bert", "token")
     rows, number = [], 0
     for line in (data_folder / "test.conll").read_text().splitlines():
         word, _, tag = line.partition("\t")
         number = number + 1 if line else 0
         rows.append("\t".join([str(number), word, "_", tag, *"______"]) if line else "")
     (tmp_path / "other.conllu").write_text("\n".join(rows) + "\n")
-    refused = tokmask("evaluate", run.folder.root, "--data", tmp_path / "other.conllu", check=False)
-    assert (refused.returncode, "--label-column" in refused.stderr) == (2, True)
+    refused = tokmask("evaluate", run.folder.root, "--data", tmp_path / "other.conllu", code=2)
+    assert "--label-column" in refused.stderr
     given = ("--format", "conllu", "--label-column", 3, "--json")
     found = json.loads(tokmask("evaluate", run.folder.root, "--data", tmp_path / "other.conllu", *given).stdout)
     assert found["confusion"] == run.result.test["confusion"]
@@ -256,48 +229,25 @@ def test_other_texts_are_read_as_the_command_says(write_recipe, tokmask, data_fo
     assert caught.value.code == "no-data"
 
 
-def test_any_labelled_file_is_scored_whatever_its_name_and_ending(write_recipe, data_folder, tmp_path):
-    run = train(Recipe.load(write_recipe(), ["training.max_steps=2"]), quiet=True)
+def test_any_labelled_file_is_scored_whatever_its_name_and_ending(trained, tokmask, data_folder, tmp_path):
+    run = trained()
     rows = [line.split("\t") for line in (data_folder / "test.tsv").read_text().splitlines()[1:]]
     path = tmp_path / "my posts, final.csv"
     path.write_text("n;mood;tweet\n" + "".join(f"{n};{label};{text}\n" for n, (text, label) in enumerate(rows)))
-
-    def score(*options):
-        return CliRunner().invoke(app, ["evaluate", str(run.folder.root), "--data", str(path), *options])
-
-    done = score("--text-column", "tweet", "--label-column", "1")
-    assert done.exit_code == 0, done.output
+    done = tokmask("evaluate", run.folder.root, "--data", path, "--text-column", "tweet", "--label-column", "1")
     lines = [line.split() for line in done.stdout.splitlines()]
     scored = run.result.test
     assert ["my", "posts,", "final.csv", *(f"{scored[key]:.4f}" for key in ("f1_macro", "f1_weighted", "accuracy")),
             "40"] in lines  # fmt: skip
     classes = {label: found["support"] for label, found in scored["per_class"].items()}
     assert {line[0]: int(line[-1]) for line in lines if line and line[0] in classes} == classes
-    refused = score()
-    assert (refused.exit_code, "--label-column" in refused.stderr, "data.l" in refused.stderr) == (2, True, False)
-
-
-def test_the_model_card_snippet_runs_as_it_stands(write_recipe, tmp_path):
-    snippets, labels = [], []
-    for family, task in (("bert", "sequence"), ("bert", "token"), ("qwen2", "token")):
-        overrides = [f"name={family}-{task}", "training.max_steps=2"]
-        run = train(Recipe.load(write_recipe(family, task), overrides), quiet=True)
-        text = (run.folder.adapter / "README.md").read_text()
-        assert ("spaced = " in text) == (family == "qwen2"), "words must be spaced as the encoder did"
-        snippets.append(text.split("```python\n")[1].split("```")[0].replace("PATH_OR_HUB_ID", str(run.folder.adapter)))
-        labels.append(run.result.labels)
-    done = subprocess.run(
-        [sys.executable, "-c", EACH_ALONE, json.dumps(snippets)], capture_output=True, text=True, timeout=200
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    for said, names in zip(done.stdout.split("--- next\n")[1:], labels, strict=True):
-        assert any(label in said for label in names)
+    refused = tokmask("evaluate", run.folder.root, "--data", path, code=2)
+    assert ("--label-column" in refused.stderr, "data.l" in refused.stderr) == (True, False)
 
 
 def test_longer_texts_than_the_backbone_has_positions_for_are_refused_before_training(write_recipe, tokmask, tmp_path):
     recipe = write_recipe("xlm-r")
     for command in ("validate", "estimate", "train"):
-        done = tokmask(command, recipe, "data.max_length=64", check=False)
-        assert (done.returncode, "set data.max_length=62" in done.stderr) == (2, True), command
+        assert "set data.max_length=62" in tokmask(command, recipe, "data.max_length=64", code=2).stderr, command
     assert not (tmp_path / "runs").exists()
-    assert tokmask("validate", recipe, "data.max_length=62").returncode == 0
+    tokmask("validate", recipe, "data.max_length=62")

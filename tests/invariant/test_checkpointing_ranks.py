@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from types import SimpleNamespace
 
+import forked
 import pytest
 import torch
 from tiny_models import build
@@ -47,7 +48,7 @@ def worker(rank, rooms, folder):
 
 
 def test_the_process_with_the_least_room_decides_for_all(tmp_path):
-    torch.multiprocessing.spawn(worker, (("plenty", "none"), str(tmp_path)), nprocs=2)
+    forked.two(worker, ("plenty", "none"), str(tmp_path))
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert first == second
     on, choice, reason, warning = first

@@ -14,7 +14,7 @@ from tokmask_peft.model.packed import enable_padding_free
 from tokmask_peft.recipe import TokenMaskConfig
 
 DROP = TokenMaskConfig(p=0.5, replace="drop")
-CASES = [(family, task) for family in ("bert", "xlm-r", "qwen2", "llama") for task in ("sequence", "token")]
+CASES = [("bert", "sequence"), ("bert", "token"), ("xlm-r", "sequence"), ("qwen2", "sequence"), ("llama", "token")]
 
 
 def dropped(masker, ids):

@@ -2,9 +2,9 @@
 
 import os
 
+import forked
 import pytest
 import torch
-import torch.multiprocessing
 from test_views import assert_close, one_step
 
 from tokmask_peft.masking.callback import TokenMaskCallback
@@ -83,7 +83,7 @@ def worker(rank, folder, port):
 
 
 def test_two_processes_share_gradients_rates_and_the_number_of_scored_items(tmp_path):
-    torch.multiprocessing.spawn(worker, (str(tmp_path), 29500 + os.getpid() % 2000), nprocs=2)
+    forked.two(worker, str(tmp_path), 29500 + os.getpid() % 2000)
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
     for (task, keys, _), one, two in zip(TOGETHER, *ranks, strict=True):
         assert_close(one["gradients"], two["gradients"])

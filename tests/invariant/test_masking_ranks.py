@@ -2,8 +2,8 @@
 
 import os
 
+import forked
 import torch
-import torch.multiprocessing
 from tiny_models import assert_typical
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -17,7 +17,7 @@ IDS = torch.arange(5, 45).expand(4, 40)
 
 
 class TinyTokenizer:
-    """What the masker asks of a tokenizer; processes start faster without transformers."""
+    """What the masker asks of a tokenizer."""
 
     mask_token, mask_token_id, unk_token_id, pad_token_id, eos_token_id = "[MASK]", 1, 2, 0, 3
     all_special_ids, added_tokens_decoder, rows = [0, 1, 2, 3], {}, 50
@@ -68,7 +68,7 @@ def worker(rank, folder, look):
 
 
 def spawned(folder, look):
-    torch.multiprocessing.spawn(worker, (str(folder), look), nprocs=2)
+    forked.two(worker, str(folder), look)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_models import TEXTS, build, encode, families
+from tiny_models import TEXTS, build, encode
 
 from tokmask_peft.masking.masker import TokenMasker
 from tokmask_peft.recipe import TokenMaskConfig
@@ -32,7 +32,7 @@ def train(family, attach, task="sequence"):
     return torch.stack(losses), state, [weight.detach() for weight in model.parameters()]
 
 
-@pytest.mark.parametrize("family", families)
+@pytest.mark.parametrize("family", ["bert", "qwen2", "gemma3"])  # the last scales its embedding
 def test_rate_zero_is_no_masker(family):
     losses, state, weights = train(family, lambda *_: None)
     config = TokenMaskConfig(p=0.0, unit="span")

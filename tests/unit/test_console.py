@@ -1,8 +1,11 @@
 """What a run prints."""
 
+import contextlib
+import gc
 import io
 import json
 import re
+import sys
 
 import pytest
 from rich.console import Console
@@ -16,11 +19,13 @@ from tokmask_peft.console import (
     baseline_verdict,
     calibration_line,
     echo,
+    make_console,
     print_classes,
     print_decisions,
     print_lines,
     print_result,
     print_scores,
+    quick_imports,
 )
 from tokmask_peft.examples import Prediction, WordPredictions
 from tokmask_peft.inference.display import print_answers, print_explanations
@@ -52,17 +57,17 @@ def test_brackets_are_text_and_not_markup(console, tmp_path):
 
 def test_control_characters_are_shown_and_not_obeyed(capsys):
     evil = "a\x1b[2Jb\x9b31mc\u202ed\r\x00\ud800"
-    console = SafeConsole(file=io.StringIO(), width=200, highlight=False, force_terminal=True)
+    console = make_console()
     print_decisions(console, [Decision(evil, evil, evil)])
     print_lines(console, "Data", [evil])
     print_scores(console, {evil: part(0.5, without_prediction=1)})
     print_answers([evil], [Prediction(evil, {evil: 1.0})], as_json=False)
     print_answers([evil], [WordPredictions((evil,), (evil,), ({evil: 1.0},))], as_json=False)
     explanation = Explanation((evil,), (1.0,), evil, 0.5, (0.5,), labels=(evil,))
-    print_explanations([explanation], console)
-    print_explanations([explanation], SafeConsole(file=io.StringIO()))
+    for is_terminal in (True, False):
+        print_explanations([explanation], SafeConsole(width=200, force_terminal=is_terminal))
     echo(evil, err=True)
-    for text in (console.file.getvalue(), *capsys.readouterr()):
+    for text in capsys.readouterr():
         styles = re.sub(r"\x1b\[[0-9;]*m", "", text)  # rich's own
         assert "a\\u001b[2Jb\\u009b31mc\\u202ed" in styles
         assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e\ud800]", styles)
@@ -111,3 +116,18 @@ def test_a_temperature_that_is_left_out_is_said_with_the_reason():
     assert "Temperature 1.500" in calibration_line({"temperature": 1.5, **figures})
     line = calibration_line({"temperature": 1.0, "left_out": "it does not help", **figures})
     assert "no temperature is used, because it does not help" in line
+
+
+@pytest.mark.parametrize("imported", [True, False])
+def test_the_first_imports_are_made_without_collecting_garbage(monkeypatch, imported):
+    frozen = []
+    monkeypatch.setattr(gc, "freeze", lambda: frozen.append(gc.isenabled()))
+    import transformers.modeling_utils  # noqa: F401
+
+    if not imported:
+        monkeypatch.delitem(sys.modules, "transformers.modeling_utils")
+    with contextlib.suppress(ImportError), quick_imports():
+        assert gc.isenabled() is imported
+        raise ImportError
+    assert gc.isenabled()
+    assert frozen == ([] if imported else [False])

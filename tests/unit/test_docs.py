@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$|((?:^    \S.*\n?)+)", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+COMMANDS = typer.main.get_command(cli)
 
 
 def prose(page):
@@ -40,7 +41,7 @@ def commands():
 
 @pytest.mark.parametrize(("words", "mentioned"), commands())
 def test_a_command_of_the_pages_is_one(words, mentioned):
-    group = typer.main.get_command(cli)
+    group = COMMANDS
     context = typer.Context(group)
     while isinstance(group, typer.core.TyperGroup):
         name, command, words = group.resolve_command(context, words)

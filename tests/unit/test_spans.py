@@ -108,7 +108,7 @@ def legal(labels, scheme):
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_any_sequence_is_read_as_defined_and_repaired_once_and_for_all(scheme):
-    @settings(max_examples=150, deadline=None)
+    @settings(max_examples=60, deadline=None)
     @given(st.lists(st.sampled_from(known(scheme)), max_size=9), st.sets(st.sampled_from(known(scheme))))
     def check(labels, missing):
         found = read(labels)

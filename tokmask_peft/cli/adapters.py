@@ -33,7 +33,7 @@ from tokmask_peft.cli.app import (
     with_flags,
 )
 from tokmask_peft.cli.start import print_data, recipe_of
-from tokmask_peft.console import SafeConsole, echo, make_console, quiet_libraries
+from tokmask_peft.console import SafeConsole, echo, make_console, quick_imports, quiet_libraries
 from tokmask_peft.errors import write_whole
 from tokmask_peft.examples import Pair
 from tokmask_peft.tasks import get_task
@@ -66,8 +66,8 @@ def train(
 ) -> None:
     """Train an adapter as RECIPE says, or as `init` would for data files; the run is saved in runs/NAME."""
     whole = recipe_of(recipe, overrides or [], resume=resume, quiet=quiet, yes=yes)
-    quiet_libraries()
-    from tokmask_peft.training import train as run
+    with quick_imports():
+        from tokmask_peft.training import train as run
 
     run.train(whole, resume=resume, quiet=quiet)
 
@@ -142,8 +142,8 @@ def estimate(
 ) -> None:
     """Estimate how much memory RECIPE takes, whether it fits, and what to change; no weights are needed."""
     whole = checked(recipe, overrides)
-    quiet_libraries()
-    from tokmask_peft.training.memory import without_training
+    with quick_imports():
+        from tokmask_peft.training.memory import without_training
 
     found = without_training(whole, gpu)
     if as_json:
@@ -290,9 +290,9 @@ def predict(
 
             check_output(out, file, force)
             form_of(out)
-        quiet_libraries()
-        from tokmask_peft.inference import display as show
-        from tokmask_peft.inference.classifier import load
+        with quick_imports():
+            from tokmask_peft.inference import display as show
+            from tokmask_peft.inference.classifier import load
 
         classifier = load(saved, device, quantization, precision)
         if source is None:
@@ -358,9 +358,9 @@ def explain(
     if html is not None:
         check_output(html, None, force)
     given = as_given(texts, saved)
-    quiet_libraries()
-    from tokmask_peft.inference import display as show
-    from tokmask_peft.inference.classifier import load
+    with quick_imports():
+        from tokmask_peft.inference import display as show
+        from tokmask_peft.inference.classifier import load
 
     classifier = load(saved, device, quantization, precision)
     explanations = classifier.explain(given, word=chosen, label=label, batch_size=batch_size)
@@ -393,8 +393,8 @@ def export(
 
     saved = find_saved(model, backbone, trust_remote_code=trust_remote_code)
     check_folder(merged)
-    quiet_libraries()
-    from tokmask_peft.inference.export import export_merged
+    with quick_imports():
+        from tokmask_peft.inference.export import export_merged
 
     done = export_merged(saved, merged, precision=precision, onnx=onnx)
     echo(f"{done.folder}: logits differ from the adapter's by at most {done.difference:.1e}")

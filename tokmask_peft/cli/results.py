@@ -22,7 +22,7 @@ from tokmask_peft.cli.app import (
     own_flags,
     read_columns,
 )
-from tokmask_peft.console import echo, make_console, print_classes, print_scores, quiet_libraries
+from tokmask_peft.console import echo, make_console, print_classes, print_scores, quick_imports, quiet_libraries
 from tokmask_peft.errors import RunError, require
 
 
@@ -47,9 +47,7 @@ def diagnose(
     plan = GradientPlan.make(whole, p, draws, batches, at, out)
     quiet_libraries()
     from tokmask_peft.study.diagnostics.gradients import diagnose as measure
-    from tokmask_peft.study.report import matplotlib
 
-    matplotlib()  # before a training whose plot could not be drawn
     report = measure(whole, plan, quiet=quiet)
     if not quiet:
         echo(f"{report.summary}\nReport: {report.markdown}")
@@ -81,9 +79,7 @@ def robustness(
     members = find_members(runs)
     quiet_libraries()
     from tokmask_peft.study.diagnostics.robustness import robustness as measure
-    from tokmask_peft.study.report import matplotlib
 
-    matplotlib()
     report = measure(
         members, what, folder, backbone=backbone, device=device, quiet=quiet, trust_remote_code=trust_remote_code
     )
@@ -150,9 +146,9 @@ def evaluate(
     from tokmask_peft.artifacts import open_finished
 
     folder = open_finished(run)  # before the libraries are loaded, which takes seconds
-    quiet_libraries()
-    from tokmask_peft.recipe.schema import Recipe
-    from tokmask_peft.training.evaluate import evaluate as score
+    with quick_imports():
+        from tokmask_peft.recipe.schema import Recipe
+        from tokmask_peft.training.evaluate import evaluate as score
 
     flags = {"text_column": "--text-column", "label_column": "--label-column", "format": "--format"}
     with own_flags(flags if data is not None else {}):
@@ -233,8 +229,8 @@ def demo(
     require("gradio", "demo", "the demo")
     check_address(host, port)
     saved = find_saved(model, backbone, trust_remote_code=trust_remote_code)
-    quiet_libraries()
-    from tokmask_peft.inference.classifier import load
+    with quick_imports():
+        from tokmask_peft.inference.classifier import load
 
     app = build(load(saved, device), Path(model).name, *of_run(model))
     _, url, public = launch(app, host, port, share=share)

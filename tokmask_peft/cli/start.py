@@ -17,7 +17,15 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from tokmask_peft.cli.app import TRAIN, app, checked
-from tokmask_peft.console import Decision, echo, make_console, print_decisions, print_lines, quiet_libraries
+from tokmask_peft.console import (
+    Decision,
+    echo,
+    make_console,
+    print_decisions,
+    print_lines,
+    quick_imports,
+    quiet_libraries,
+)
 from tokmask_peft.errors import RecipeError, TokmaskError
 from tokmask_peft.examples import Example, Pair
 
@@ -181,13 +189,13 @@ def make_draft(paths: Sequence[Path], overrides: Sequence[str], backbones: Seque
     for key, value in given.items():
         stand_in[key] = stand_in.get(key, {}) | value if isinstance(value, dict) else value
     check(stand_in, problems, "init")  # before anything is read
-    quiet_libraries()
-    from tokmask_peft.data.columns import SPLITS, likeliest
-    from tokmask_peft.data.detect import detect, looks_english, scripts
-    from tokmask_peft.data.split import canonical
-    from tokmask_peft.model.backbone import load_tokenizer
-    from tokmask_peft.tasks import get_task
-    from tokmask_peft.training.scoring import language_warnings
+    with quick_imports():
+        from tokmask_peft.data.columns import likeliest
+        from tokmask_peft.data.detect import detect, looks_english, scripts
+        from tokmask_peft.data.split import SPLITS, canonical
+        from tokmask_peft.model.backbone import load_tokenizer
+        from tokmask_peft.tasks import get_task
+        from tokmask_peft.training.scoring import language_warnings
 
     ask = _ask if not yes and is_terminal() else likeliest
     found, corpus = detect(paths, given["data"], ask, given.get("seed", 42))
@@ -289,9 +297,11 @@ def _choose_backbone(
     import torch
     from huggingface_hub import constants
 
+    from tokmask_peft.model.decisions import gpu_problem
     from tokmask_peft.recipe.schema import ModelConfig
 
-    gpu, asked = torch.cuda.is_available(), list(named)
+    problem, asked = gpu_problem(), list(named)
+    gpu = torch.cuda.is_available() and problem is None
     suits = (MBERT if words_given else QWEN) if gpu else MINILM if english else E5
     if not asked and given.keys() & {"backbone", "backbone_path"}:
         asked = [given.get("backbone", suits)]  # a path of null is that of what suits
@@ -305,7 +315,7 @@ def _choose_backbone(
         best, why = ranks.index(min(ranks)), "the fewest sub-tokens a word"
     elif not asked:
         why = f"{ABOUT[suits]}; the texts {'look' if english else 'do not look'} English, and "
-        why += "a GPU is here" if gpu else "no GPU is here"
+        why += "a GPU is here" if gpu else problem or "no GPU is here"
         if not here[0] and constants.HF_HUB_OFFLINE and any(here):
             best = here.index(True)
             why = f"{suits} would suit better, but it is not on this machine, and HF_HUB_OFFLINE is set: set "

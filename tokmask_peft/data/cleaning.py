@@ -146,17 +146,15 @@ class CleaningReport:
 
     def lines(self) -> list[str]:
         """Return the report as lines to print; none if nothing was found."""
+        there = " ({:,} there)".format
         kinds = {
             "duplicates": ("train that repeat an earlier one", ""),
             "conflicting": ("train with different labels", f" ({self.conflicting_rows:,} copies)"),
-            "train_in_validation": ("train that are also in validation", f" ({self.validation_shared:,} there)"),
-            "train_in_test": ("train that are also in test", f" ({self.test_shared:,} there)"),
+            "train_in_validation": ("train that are also in validation", there(self.validation_shared)),
+            "train_in_test": ("train that are also in test", there(self.test_shared)),
             "validation_in_test": ("validation that are also in test", ""),
-            "train_near_validation": (
-                "train that nearly repeat validation",
-                f" ({self.validation_near_shared:,} there)",
-            ),
-            "train_near_test": ("train that nearly repeat test", f" ({self.test_near_shared:,} there)"),
+            "train_near_validation": ("train that nearly repeat validation", there(self.validation_near_shared)),
+            "train_near_test": ("train that nearly repeat test", there(self.test_near_shared)),
             "validation_near_test": ("validation that nearly repeat test", ""),
         }
         lines = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -13,16 +13,15 @@ from tokmask_peft.console import Decision
 from tokmask_peft.data import tables
 from tokmask_peft.data.conll import Columns, Row, grouping
 from tokmask_peft.data.opening import DataFile, sheet_cells
-from tokmask_peft.data.readers import jsonl_rows
-from tokmask_peft.data.split import canonical
-from tokmask_peft.errors import DataError, nearest
+from tokmask_peft.data.readers import csv_rows, jsonl_rows, tsv_rows
+from tokmask_peft.data.split import SPLITS, canonical
+from tokmask_peft.errors import DataError
 from tokmask_peft.examples import MARKS, Unreadable
 from tokmask_peft.tasks import TASKS, get_task
 
 SAMPLED = 2000
 """Lines or rows from which the form of a file is decided."""
 MOST_LABELS, MOST_NUMBERS = 200, 20  # different values of a column of labels; fewer of numbers, which may be counts
-SPLITS = ("train", "validation", "test")
 TASK_QUESTION = "What has a label: each text (sequence), or each word (token)?"
 SETS_QUESTION = "How many labels has a text: one (sequence), or several (multilabel)?"
 TEXT_NAMES = (
@@ -160,8 +159,8 @@ class Table:
 
     def __init__(self, file: DataFile, format: str, found: Findings) -> None:
         self.path, self.found = file.path, found
-        wanted = Columns(TASKS["sequence"], header=found.data.get("header", "auto"))
-        wanted = replace(wanted, separator=found.data.get("separator", "auto"))
+        header, separator = (found.data.get(key, "auto") for key in ("header", "separator"))
+        wanted = Columns(TASKS["sequence"], header=header, separator=separator)
         if file.workbook or format == "xlsx":
             rows = tables.named(sheet_cells(file), file, wanted)
         elif format == "parquet":
@@ -169,9 +168,7 @@ class Table:
         elif format in ("json", "jsonl", "ndjson"):
             rows = jsonl_rows(file)
         else:
-            separator = wanted.mark or ("\t" if format == "tsv" else tables.separator_of(file))
-            quoted = format != "tsv" or tables.is_quoted(file, separator)
-            rows = tables.named(tables.cells_of(file, separator, quoted), file, wanted, separator)
+            rows = tsv_rows(file, wanted) if format == "tsv" else csv_rows(file, wanted)
         self.rows = list(islice(rows, SAMPLED))
         self.further = spread(rows)
         self.columns = self._look(self.rows)
@@ -260,12 +257,8 @@ class Table:
 
     def _column(self, asked: Any, key: str) -> _Column:
         names = [column.name for column in self.columns]
-        if str(asked) in names:
-            return self.columns[names.index(str(asked))]
-        if re.fullmatch(r"-?\d{1,9}", str(asked)) and -len(names) <= int(asked) < len(names):
-            return self.columns[int(asked)]
-        problem = f"data.{key}: {self.path.name} has no column '{asked}'. It has {', '.join(names)}."
-        raise DataError(problem + nearest(str(asked), names), code="column", field=key, columns=tuple(names))
+        name = tables.choose(names, asked, (), key.removesuffix("_column"), self.path.name)
+        return self.columns[names.index(name)]
 
     def _pick(self, key: str, question: str, likely: Sequence[_Column], names: Sequence[str] = ()) -> _Column:
         """Return the column that the user names; or of the likely ones the only one with a usual name; or ask."""
@@ -295,8 +288,9 @@ class Table:
     def _labels(self, texts: Sequence[_Column]) -> list[_Column]:
         """Return the columns that may hold labels, the likeliest first."""
         found = [column for column in self.columns if column not in texts and column.may_be_label()]
-        found.sort(key=lambda column: (-round(column.filled, 1), len(column.values)))
-        found.sort(key=lambda column: (column.rank(LABEL_NAMES), column.rank(LANGUAGE_NAMES)))
+        found.sort(
+            key=lambda one: (one.rank(LABEL_NAMES), one.rank(LANGUAGE_NAMES), -round(one.filled, 1), len(one.values))
+        )
         best: list[_Column] = []
         for column in found:  # of a name and its number, the name is enough
             twin = next((one for one in best if _same(one, column)), None)

@@ -12,7 +12,6 @@ may be a word of a tweet, so these are the rules:
 
 from __future__ import annotations
 
-import gzip
 import re
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,10 +21,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tokmask_peft.console import Decision
-from tokmask_peft.data.split import canonical
 from tokmask_peft.errors import DataError, nearest
 from tokmask_peft.examples import Example, Unreadable
-from tokmask_peft.tasks import TASKS, Task, get_task
+from tokmask_peft.tasks import TASKS, Task
 
 Row = tuple[str, dict[str, Any]] | Unreadable
 """The place of a row (`file:line`) and its cells by column, or why it has none."""
@@ -106,11 +104,6 @@ def blank_row(where: str) -> Unreadable:
     return Unreadable(where, "the row is blank", BLANK)
 
 
-def is_blank(row: object) -> bool:
-    """Return whether a row of a table is a blank line."""
-    return isinstance(row, Unreadable) and row.code == BLANK
-
-
 def _ends_text(found: Row, text: str) -> bool:
     """Return whether a row stands between texts: blank, without anything in its cells, or `<EOS>`."""
     if isinstance(found, Unreadable):
@@ -133,11 +126,11 @@ def grouping(head: Sequence[Row], text: str, label: str | None, columns: Columns
     if not columns.task.words_given or len(rows) < 2 or single < 0.95 * len(rows):
         return False, None
     unique, recurring = list[str](), list[str]()
-    for column in (column for column in rows[0] if column.lower() not in columns.task.label_columns):
+    for column in rows[0]:
+        if column in (text, label) or column.lower() in columns.task.label_columns:
+            continue
         values = [str(row[column]) for row in rows if row.get(column) not in ("", None)]
         runs = [value for value, _ in groupby(values)]
-        if column in (text, label):
-            continue
         if 1 < len(runs) < len(rows) and len(set(runs)) == len(runs):
             unique.append(column)
         elif len(runs) < len(values) and all(value.isdecimal() for value in values):
@@ -238,7 +231,7 @@ def readable(found: Iterable[Example | Unreadable]) -> list[Example]:
     return examples
 
 
-def looks_like_conll(lines: Iterable[str], columns: Columns) -> bool:
+def is_conll(lines: Iterable[str], columns: Columns) -> bool:
     """Return whether a file is a column file, whatever its ending, from its first lines.
 
     It is if blocks of lines, between blank lines or below comments, have the same columns without white space in them,
@@ -282,6 +275,9 @@ class ConllReader:
         lines: the file's lines, without line ends.
         name: the file's name, for places.
         columns: what to read.
+
+    Attributes:
+        sample: the columns of the first word lines, of those that have as many as most.
     """
 
     def __init__(self, lines: Iterable[str], name: str, columns: Columns) -> None:
@@ -304,16 +300,17 @@ class ConllReader:
 
     def _sniff(self, lines: Iterable[str]) -> None:
         """Guess from the first lines what separates columns, how many there are, and which labels occur."""
-        lines = (line.rstrip(" ") for line in lines)
-        rows = [line for line in lines if line.strip(" \t") and not (_comment(line) or _is_meta(line))]
+        lines = (line.rstrip(" ") for line in lines if line.strip(" \t") and not line.startswith("-DOCSTART-"))
+        rows = [line for line in lines if not (_comment(line) or _is_meta(line))]
         tabbed = [line.split(self._mark) for line in rows if self._mark in line]
         fields = tabbed or [split_columns(line) for line in rows]
         widths = [len(row) for row in fields] or [0]
         self._tabs, self._width = bool(tabbed), max(set(widths), key=widths.count)
         self._conllu = self._tabs and self._width == len(CONLLU_COLUMNS)
-        self._labels = {row[-1] for row in fields if len(row) == self._width}
+        self.sample = [row for row in fields if len(row) == self._width]
+        self._labels = {row[-1] for row in self.sample}
         # of CoNLL-U's FEATS and MISC
-        cells = {at: {row[at] for row in fields if len(row) == self._width} if self._conllu else () for at in (5, 9)}
+        cells = {at: {row[at] for row in self.sample} if self._conllu else () for at in (5, 9)}
         self._keys = {at: sorted(set(_PAIR.findall("|".join(cells[at]))) - _SPACING) for at in cells}
 
     def _choose_key(self, asked: bool) -> None:
@@ -426,25 +423,3 @@ def _label_of(line: str) -> str | None:
     if match["key"].lower() in _LABEL_KEYS:
         return " ".join(fields) or None
     return fields[-1] if match["key"].startswith("sent_enum") and len(fields) > 1 else None
-
-
-def builtin_examples(task: str, split: str) -> list[Example]:
-    """Return a split of the built-in corpus: 4,500 made-up Spanish-English posts, to try things out with.
-
-    The posts have a sentiment; their words are tagged lang1 (English), lang2 (Spanish), ne or other. It is not a
-    benchmark, but hard in the ways that matter here: sentiment depends on negation, contrast, questions, other people's
-    opinions and sarcasm rather than on one word; emoji, hashtags and names agree with the label in train more than in
-    test; every fifth word and some patterns occur in test only; 6% of the training sentiments are wrong. Many words are
-    spelled alike in both languages (`pan`, `red`, `no`, `come`), and English stems take Spanish endings.
-
-    Raises:
-        DataError: there is no such split.
-    """
-    name, splits = canonical(split), ("train", "validation", "test")
-    if name not in splits:
-        problem = f"the built-in corpus has no split '{split}': {', '.join(splits)}.{nearest(split, splits)}"
-        raise DataError(problem, code="no-split", split=split)
-    path = Path(__file__).with_name("builtin") / f"{name}.conll.gz"
-    with gzip.open(path, "rt", encoding="utf-8", newline="\n") as file:
-        found = readable(ConllReader((line.removesuffix("\n") for line in file), name, Columns(get_task(task))))
-        return [replace(example, where=f"built-in {name}[{index}]") for index, example in enumerate(found)]

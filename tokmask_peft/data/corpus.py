@@ -9,7 +9,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -143,13 +143,13 @@ def check_known(examples: Iterable[Example], labels: Sequence[str], split: str) 
     if not unseen:
         return []
     marked = find_scheme(labels, ())[0] != NO_SPANS  # then B-X is never I-X, however near it is
-    shown = [
-        f"'{tag}': {len(where)} times, first at {where[0]}."
-        + nearest(tag, [label for label in labels if not marked or label[:2] == tag[:2]])
-        for tag, where in unseen.items()
-    ]
-    more = [f"and {len(shown) - SHOWN:,} more."] if len(shown) > SHOWN else []
-    found = " ".join([*shown[:SHOWN], *more])
+    shown = []
+    for tag, where in islice(unseen.items(), SHOWN):
+        guess = nearest(tag, [label for label in labels if not marked or label[:2] == tag[:2]])
+        shown.append(f"'{tag}': {len(where)} times, first at {where[0]}.{guess}")
+    if len(unseen) > SHOWN:
+        shown.append(f"and {len(unseen) - SHOWN:,} more.")
+    found = " ".join(shown)
     respelling = respelled(dict.fromkeys(unseen, 0) | dict.fromkeys(labels, 1))
     merge = {old: new for old, new in respelling.items() if old in unseen and new in labels}
     merge = merge or ({} if marked else {next(iter(unseen)): labels[-1]})
@@ -347,9 +347,7 @@ def _warnings(
             if found := ", ".join(f"'{one}' ({count:,})" for one, count in counts.items()):
                 warnings.append(f"{what} that look like a missing value: {found}; if so, {remedy}")
     if new := respelled(labels):
-        variants = ", ".join(
-            f"'{old}' ({labels[old]:,}) and '{label}' ({labels[label]:,})" for old, label in new.items()
-        )
+        variants = ", ".join(f"'{old}' ({labels[old]:,}) and '{one}' ({labels[one]:,})" for old, one in new.items())
         label_map = shown_map({old: new.get(label, label) for old, label in (config.label_map or {}).items()} | new)
         problem = f"labels that differ only in spelling: {variants}"
         warnings.append(f"{problem}; if they are the same, set data.label_map={label_map}")

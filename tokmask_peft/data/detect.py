@@ -18,22 +18,12 @@ from typing import Any
 
 from tokmask_peft.console import Decision
 from tokmask_peft.data import tables
-from tokmask_peft.data.columns import (
-    MOST_LABELS,
-    SAMPLED,
-    SPLITS,
-    TASK_QUESTION,
-    Ask,
-    Findings,
-    Table,
-    likeliest,
-    some,
-)
-from tokmask_peft.data.conll import CONLLU_COLUMNS, Columns, ConllReader, looks_like_conll, split_columns
+from tokmask_peft.data.columns import MOST_LABELS, SAMPLED, TASK_QUESTION, Ask, Findings, Table, likeliest, some
+from tokmask_peft.data.conll import CONLLU_COLUMNS, Columns, ConllReader, is_conll, split_columns
 from tokmask_peft.data.corpus import Corpus, count_labels, load_corpus, respelled, shown_map
 from tokmask_peft.data.opening import PACKED, DataFile
 from tokmask_peft.data.readers import READERS, read_split
-from tokmask_peft.data.split import canonical
+from tokmask_peft.data.split import SHARD, SPLITS, canonical
 from tokmask_peft.data.tables import separator_of
 from tokmask_peft.errors import DataError
 from tokmask_peft.examples import Example
@@ -45,11 +35,9 @@ ENGLISH = 0.15
 _ENGLISH = set(
     "the and of that with this you for is it was are what have not they from but on when how which your there".split()  # noqa: SIM905
 )
-_SHARD = re.compile(r"-\d{5}-of-\d{5}(?=\.)")
 _NOT_DATA = re.compile("(?i)readme|licen[cs]e")
 _LINES = (".tagged", ".labelled")
 """Formats with a text in each line."""
-_COMMENT = re.compile(r"# ?[A-Za-z_][\w.\-]*(?:\[\w+\])? ?[=:]|# newdoc|# newpar|-DOCSTART-|meta[ \t]\S+[ \t]\S+$")
 
 
 def detect(
@@ -99,7 +87,7 @@ def find_splits(paths: Sequence[Path], found: Findings) -> dict[str, Path]:
         role, rest = _role(file)
         if role is None:
             groups[str(file)] = {"train": file}
-        elif (other := groups[rest].setdefault(role, file)) != file and not _SHARD.search(file.name):
+        elif (other := groups[rest].setdefault(role, file)) != file and not SHARD.search(file.name):
             problem = f"{other} and {file} both look like {role}"
             raise DataError(f"{problem}: give the files that belong together", code="several-files", split=role)
     if len(paths) > 1 and len(groups) > 1:  # files of one corpus, whatever else is in their names
@@ -146,7 +134,7 @@ def _data_files(folder: Path) -> list[Path]:
 
 def _role(file: Path) -> tuple[str | None, str]:
     """Return the split that a file's name says, and the rest of the name; none if it says none."""
-    parts = re.split(r"([^A-Za-z]+)", _SHARD.sub("", file.name.lower()))
+    parts = re.split(r"([^A-Za-z]+)", SHARD.sub("", file.name.lower()))
     roles = [(at, canonical(part)) for at, part in enumerate(parts) if canonical(part) in SPLITS]
     if len(roles) != 1:
         return None, file.name
@@ -157,7 +145,7 @@ def _role(file: Path) -> tuple[str | None, str]:
 def _place_splits(splits: Mapping[str, Path], found: Findings) -> None:
     """Set `path`, `train`, `validation` and `test`, so that what chooses the checkpoint does not score it."""
     train, data = splits["train"], found.data
-    sharded = _SHARD.search(train.name)
+    sharded = SHARD.search(train.name)
     root = train if len(splits) == 1 and not sharded else train.parent
     data["path"] = str(root)
 
@@ -214,7 +202,7 @@ def find_form(path: Path, found: Findings) -> None:
         return
     lines = _sample(file)
     named = ending in (".conll", ".conllu")
-    if named or (not asked and any(looks_like_conll(lines, Columns(TASKS[task])) for task in ("sequence", "token"))):
+    if named or (not asked and any(is_conll(lines, Columns(TASKS[task])) for task in ("sequence", "token"))):
         if not named:
             found.decide("format", "conll", "a word a line, a blank line between texts")
         _find_tags(path, lines, found)
@@ -275,16 +263,12 @@ def _find_labels_in_lines(path: Path, lines: Sequence[str], ending: str, found: 
 def _find_tags(path: Path, lines: Sequence[str], found: Findings) -> None:
     """Set task and label column of a column file."""
     answers: dict[str, str] = {}
-    body = [line for line in lines if line.strip() and not _COMMENT.match(line)]
-    tabs = any("\t" in line for line in body)
-    rows = [line.split("\t") if tabs else split_columns(line) for line in body]
-    width = Counter(map(len, rows)).most_common(1)[0][0] if rows else 0
-    rows = [row for row in rows if len(row) == width]
-    texts = list(ConllReader(iter(lines), path.name, Columns(TASKS["sequence"])))
+    reader = ConllReader(lines, path.name, Columns(TASKS["sequence"]))
+    texts = list(reader)
     labels = count_labels(one for one in texts if isinstance(one, Example))
     if len(labels) > 1 and labels.total() > 0.9 * len(texts):
         answers["sequence"] = f"a comment before each text has its label ({some(labels)})"
-    tags = _tag_columns(rows)
+    tags = _tag_columns(reader.sample)
     if tags:
         answers["token"] = f"each word has a label ({some(next(iter(tags.values())))})"
     if not answers:
@@ -379,10 +363,8 @@ def _is_typo(one: str, other: str) -> bool:
     """Return whether two words of letters differ by one letter, or two that are swapped, after the first."""
     if min(len(one), len(other)) < 5 or one[0] != other[0] or not (one + other).isalpha():
         return False
-    changes = [
-        change for change in SequenceMatcher(None, one, other, autojunk=False).get_opcodes() if change[0] != "equal"
-    ]
-    edits = sum(max(end - start, last - first) for _, start, end, first, last in changes)
+    steps = SequenceMatcher(None, one, other, autojunk=False).get_opcodes()
+    edits = sum(max(end - start, last - first) for kind, start, end, first, last in steps if kind != "equal")
     return edits == 1 or (edits == 2 and sorted(one) == sorted(other))
 
 

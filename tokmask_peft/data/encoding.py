@@ -208,23 +208,20 @@ class Encoder:
 
         A text longer than `PIECE` comes alone, and is tokenized a piece at a time, since encodings take much memory.
         """
+        given = self._task.words_given
         pieces = self._pieces(texts[0]) if len(texts) == 1 else iter([(texts, False)])
         found: list[tuple[_Ints, _Ints, _Ints | None]] = []
         size = words = 0
         for number, (batch, within) in enumerate(pieces):
             later, words = number > 0, words - within
-            encoded = (
-                self._words(batch, later=later)
-                if self._task.words_given
-                else [(one, np.zeros(0, dtype=np.int64), 0) for one in self._tokenize(batch)]
-            )
+            encoded = self._words(batch, later=later) if given else [(one, _NONE, 0) for one in self._tokenize(batch)]
             for text, (encoding, starts, _) in zip(batch, encoded, strict=True):
                 if strict and (starts < 0).any():
                     word = text[int(np.argmin(starts))]
                     problem = f"a word gets no token, nor does {self._unknown!r} in its place: {word!r}"
                     raise DataError(problem, code="word-without-tokens", word=word)
                 of = None
-                if owners and self._task.words_given:
+                if owners and given:
                     of = np.array([-1 if word is None else word + words for word in encoding.word_ids], dtype=np.int64)
                 elif owners:
                     of = words_of(text, encoding.offsets)
@@ -232,7 +229,7 @@ class Encoder:
                 found.append((np.array(encoding.ids, dtype=np.int64), np.where(starts < 0, -1, starts + size), of))
                 if len(texts) == 1:
                     size += len(found[-1][0])
-                    words += len(text) if self._task.words_given else len(text.split())
+                    words += len(text if given else text.split())
         if len(found) > len(texts):
             ids, firsts, of_ids = zip(*found, strict=True)
             found = [(np.concatenate(ids), np.concatenate(firsts), np.concatenate(of_ids) if owners else None)]
@@ -283,12 +280,12 @@ class Encoder:
         starts = [*range(0, last, self._room - self._room // 4), last]
         # a word before the middle of what two windows share belongs to the earlier one
         borders = [(earlier + self._room + later) // 2 for earlier, later in itertools.pairwise(starts)]
-        window_of = np.searchsorted(np.asarray(borders, dtype=np.int64), firsts, side="right")
-        for number, start in enumerate(starts):
-            words = np.flatnonzero((window_of == number) & (firsts >= 0))
-            if len(words):
+        words = np.flatnonzero(firsts >= 0)
+        parts = np.split(words, np.searchsorted(firsts[words], np.asarray(borders, dtype=np.int64)))
+        for start, part in zip(starts, parts, strict=True):
+            if len(part):
                 window = self._window(index, ids, slice(start, start + self._room), owners)
-                yield replace(window, words=words, positions=firsts[words] - start + len(self._frame[0]))
+                yield replace(window, words=part, positions=firsts[part] - start + len(self._frame[0]))
 
     def _window(self, text: int, ids: _Ints, part: slice, owners: _Ints | None) -> Window:
         before, after = self._frame
@@ -311,9 +308,7 @@ class Encoder:
     def _words(self, texts: Sequence[Sequence[str]], cut: bool = False, later: bool = False) -> list[_Tokens]:
         """Tokenize lists of words; a word without a sub-token is replaced by the unknown token."""
         encodings = self._tokenize(texts, cut, later)
-        starts = [
-            _label_positions(encoding, len(words), self._last) for words, encoding in zip(texts, encodings, strict=True)
-        ]
+        starts = [_label_positions(one, len(words), self._last) for words, one in zip(texts, encodings, strict=True)]
         replaced = [int((positions < 0).sum()) for positions in starts]
         lacking = np.flatnonzero(replaced).tolist()
         filled = [

@@ -12,15 +12,15 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import suppress
-from encodings.aliases import aliases
 from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, cast
+from typing import IO, Any
 
 from tokmask_peft.console import Decision
 from tokmask_peft.data.conll import Cells, blank_row
-from tokmask_peft.errors import DataError, TokmaskError, as_ours, first_line, nearest, require
+from tokmask_peft.errors import DataError, TokmaskError, as_ours, first_line, require
+from tokmask_peft.recipe.data import known_encoding
 
 FREE, MOST_GROWTH = 64 * 2**20, 200
 """An archive may unpack to this many bytes, or to this many times its size: text shrinks to a third or a tenth."""
@@ -30,12 +30,11 @@ PACKED = (".gz", ".zip")
 _BOMS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF32_LE: "utf-32-le", codecs.BOM_UTF32_BE: "utf-32-be"}
 _BOMS |= {codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
 _ZIP, _GZIP = (b"PK\x03\x04", b"PK\x05\x06"), b"\x1f\x8b"
-_XLS = b"\xd0\xcf\x11\xe0"
 _UNPACK = "Unpack it, and name the text file"
 _MAGIC = {
     _ZIP[0]: ("a zip archive", _UNPACK),
     _ZIP[1]: ("an empty zip archive", _UNPACK),
-    _XLS: ("an Excel workbook (xls)", "In Excel, save it as xlsx, or the sheet as 'CSV UTF-8'"),
+    b"\xd0\xcf\x11\xe0": ("an Excel workbook (xls)", "In Excel, save it as xlsx, or the sheet as 'CSV UTF-8'"),
     _GZIP: ("compressed by gzip", _UNPACK),
     b"BZh91AY&SY": ("compressed by bzip2", _UNPACK),
     b"\xfd7zXZ": ("compressed by xz", _UNPACK),
@@ -122,17 +121,15 @@ class DataFile:
         decisions: list[Decision] | None = None,
     ) -> None:
         self.path, self.name, self._tolerant, self._asked = path, name or str(path), tolerant, encoding
-        self.inner, self.total, self.done, self.workbook = path, path.stat().st_size, 0, False
+        self.inner, self.done, self.workbook = path, 0, False
         self._notes = [] if decisions is None else decisions
         self._member: zipfile.ZipInfo | None = None
         try:
-            "".encode("utf-8" if encoding == "auto" else encoding)
-        except (LookupError, ValueError) as error:
-            problem = f"data.encoding: expected auto or a codec of Python, not '{encoding}'"
-            raise DataError(
-                f"{problem}.{nearest(encoding, aliases.values())}", code="encoding", field="encoding"
-            ) from error
+            known_encoding(encoding)
+        except ValueError as error:
+            raise DataError(f"data.encoding is '{encoding}': {error}", code="encoding", field="encoding") from error
         try:
+            self.total = path.stat().st_size
             with path.open("rb") as file:
                 head = file.read(8)
                 file.seek(-min(4, self.total), io.SEEK_END)
@@ -167,16 +164,16 @@ class DataFile:
         if self.path.suffix.lower() in PACKED:
             self.inner = self.path / PurePosixPath(self._member.filename).name
 
-    def open(self) -> IO[bytes]:
+    def open(self) -> io.BufferedReader:
         """Return the bytes of the file, unpacked."""
         if self._member is None and not self._gzipped:
             return self.path.open("rb")
         try:
             archive = zipfile.ZipFile(self.path) if self._member else None
-            packed = archive.open(self._member) if archive and self._member else gzip.GzipFile(self.path)
+            packed: Any = archive.open(self._member) if archive and self._member else gzip.GzipFile(self.path)
         except (zipfile.BadZipFile, RuntimeError, NotImplementedError, OSError) as error:
             raise _archive_error(self.path, f"cannot be unpacked: {first_line(error)}") from error
-        return cast("IO[bytes]", io.BufferedReader(_Unpacked(cast("IO[bytes]", packed), self.path), 2**16))
+        return io.BufferedReader(_Unpacked(packed, self.path), 2**16)
 
     def whole(self) -> IO[bytes]:
         """Return the bytes in a form that can be read in any order, for formats that need it."""
@@ -220,15 +217,11 @@ class DataFile:
 
     def _is_windows_1252(self) -> bool:
         """Return whether the file has bytes that are not UTF-8, none that are, and reads like text in Windows-1252."""
-        utf8, words, odd = codecs.getincrementaldecoder("utf-8")(), 0, 0
-        with self.open() as file:
-            try:
-                while chunk := file.read(2**20):
-                    utf8.decode(chunk)
-                utf8.decode(b"", final=True)
-                return False
-            except UnicodeDecodeError:
+        with suppress(UnicodeDecodeError), io.TextIOWrapper(self.open(), "utf-8") as text:
+            while text.read(2**20):
                 pass
+            return False
+        words = odd = 0
         with self.open() as file:
             for word in (word for line in file if not line.isascii() for word in line.split()):
                 if not word.isascii():
@@ -252,7 +245,7 @@ class DataFile:
         errors = "surrogatepass" if wide else "surrogateescape"
         number = 0
         try:
-            with io.TextIOWrapper(cast("io.BufferedReader", self.open()), encoding, errors, end) as file:
+            with io.TextIOWrapper(self.open(), encoding, errors, end) as file:
                 for number, text in enumerate(file, start=1):
                     self.done += len(text.encode(encoding, errors))
                     line = text.removeprefix("\ufeff") if number == 1 else text

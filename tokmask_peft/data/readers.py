@@ -13,19 +13,11 @@ from typing import Any, Literal
 
 from tokmask_peft.console import Decision
 from tokmask_peft.data import tables
-from tokmask_peft.data.conll import (
-    Columns,
-    ConllReader,
-    Row,
-    blank_row,
-    builtin_examples,
-    looks_like_conll,
-    readable,
-    split_columns,
-)
+from tokmask_peft.data.conll import Columns, ConllReader, Row, blank_row, is_conll, readable, split_columns
+from tokmask_peft.data.hub import builtin_examples, read_hub
 from tokmask_peft.data.opening import PACKED, DataFile, sheet_cells, unicode_problem
 from tokmask_peft.data.split import NAME_A_SPLIT, SHARD, aliases, check_shards
-from tokmask_peft.data.tables import SNIFFED, is_quoted, separator_of
+from tokmask_peft.data.tables import SNIFFED
 from tokmask_peft.errors import DataError, TokmaskError, first_line, nearest
 from tokmask_peft.examples import Example, Pair, Unreadable
 from tokmask_peft.recipe.data import SourceConfig
@@ -49,24 +41,32 @@ def read_conll(file: DataFile, columns: Columns) -> Iterable[Example | Unreadabl
     return ConllReader(file.lines(), file.name, columns)
 
 
-def read_csv(file: DataFile, columns: Columns) -> Iterable[Example | Unreadable]:
+def csv_rows(file: DataFile, columns: Columns) -> Iterator[Row]:
     """Read CSV; its separator may also be a semicolon, a tab or a vertical bar, or what the recipe says."""
-    separator = columns.mark or separator_of(file)
+    separator = columns.mark or tables.separator_of(file)
     if columns.mark is None and separator != ",":
         why = "it gives most rows as many columns as the first, a comma does not; data.separator changes it"
         columns.decisions.append(Decision(f"separator of {file.path.name}", repr(separator), why))
-    rows = tables.named(tables.cells_of(file, separator), file, columns, separator)
-    return tables.examples(rows, file.name, columns)
+    return tables.named(tables.cells_of(file, separator), file, columns, separator)
+
+
+def tsv_rows(file: DataFile, columns: Columns) -> Iterator[Row]:
+    """Read TSV, with its quotes as part of the texts unless all are those of a program that writes tables."""
+    separator = columns.mark or "\t"
+    if quoted := tables.is_quoted(file, separator):
+        why = "all of them enclose cells, as pandas and Excel write them"
+        columns.decisions.append(Decision(f"quotes of {file.path.name}", "removed", why))
+    return tables.named(tables.cells_of(file, separator, quoted), file, columns, separator)
+
+
+def read_csv(file: DataFile, columns: Columns) -> Iterable[Example | Unreadable]:
+    """Read CSV; see `csv_rows`."""
+    return tables.examples(csv_rows(file, columns), file.name, columns)
 
 
 def read_tsv(file: DataFile, columns: Columns) -> Iterable[Example | Unreadable]:
-    """Read TSV, with its quotes as part of the texts unless all are those of a program that writes tables."""
-    separator = columns.mark or "\t"
-    if quoted := is_quoted(file, separator):
-        why = "all of them enclose cells, as pandas and Excel write them"
-        columns.decisions.append(Decision(f"quotes of {file.path.name}", "removed", why))
-    rows = tables.named(tables.cells_of(file, separator, quoted), file, columns, separator)
-    return tables.examples(rows, file.name, columns)
+    """Read TSV; see `tsv_rows`."""
+    return tables.examples(tsv_rows(file, columns), file.name, columns)
 
 
 def read_workbook(file: DataFile, columns: Columns) -> Iterable[Example | Unreadable]:
@@ -239,7 +239,7 @@ def _recognised(file: DataFile, columns: Columns) -> Reader | None:
         return READERS[".xlsx"]
     if by_ending not in (read_csv, read_tsv, read_txt, None):
         return None
-    if looks_like_conll(file.again().lines(), columns):
+    if is_conll(file.again().lines(), columns):
         if by_ending is not read_txt or not columns.labelled:  # otherwise that is what txt means
             why = "blocks of lines have the same columns; data.format changes it"
             columns.decisions.append(Decision(f"format of {file.path.name}", "conll", why))
@@ -251,7 +251,7 @@ def _recognised(file: DataFile, columns: Columns) -> Reader | None:
 
 
 def _better_format(file: DataFile, columns: Columns) -> str | None:
-    """Return the format that a file seems to have which is no column file, or none."""
+    """Return the format that a file, which is not a column file, seems to have, or none."""
     lines = [line for line in islice(file.again().lines(), SNIFFED) if line.strip(" \t")]
     names = {name.strip().lower() for name in re.split(r"[\t,;|]", lines[0])} if lines else set()
     if names & {*columns.task.text_columns} and names & {*columns.task.label_columns}:
@@ -295,8 +295,8 @@ def find_files(path: str, split: str, asked: str = "auto") -> list[Path]:
     if asked != "auto":
         wanted = {reader_of(root, asked)} | ({read_txt} if asked in ("conll", "tagged", "labelled") else set())
         fitting = [file for file in fitting if READERS.get(inner[file].suffix.lower()) in wanted] or fitting
-    if fitting and (len(fitting) == 1 or all(SHARD.search(file.stem) for file in fitting)):
-        check_shards([file.stem for file in fitting], str(root))
+    if fitting and (len(fitting) == 1 or all(SHARD.search(file.name) for file in fitting)):
+        check_shards([file.name for file in fitting], str(root))
         return fitting
     names = tuple(file.name for file in fitting or files)
     listing = ", ".join(names) or "no data file"
@@ -329,8 +329,6 @@ def read_split(source: SourceConfig, split: str, task: str, decisions: list[Deci
             found = (Example("", None, one.where) if getattr(one, "code", "") == "empty-word" else one for one in found)
         examples = readable(found)
     elif source.hub is not None:
-        from tokmask_peft.data.hub import read_hub
-
         name = f"{source.hub} [{split}]"
         examples = read_hub(source, split, columns)
     else:

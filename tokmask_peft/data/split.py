@@ -14,7 +14,8 @@ from tokmask_peft.errors import DataError
 from tokmask_peft.examples import Example, LabelSet
 
 _ALIASES = {"train": {"training"}, "validation": {"dev", "valid", "val", "development"}, "test": {"testing"}}
-SHARD = re.compile(r"-(\d{5})-of-(\d{5})$")
+SPLITS = tuple(_ALIASES)
+SHARD = re.compile(r"-(\d{5})-of-(\d{5})(?=\.|$)")
 NAME_A_SPLIT = (
     "Name one in data.train, data.validation or data.test; data.validation may be a share of train such as 0.1, and "
     "data.test may be null."
@@ -32,20 +33,20 @@ def canonical(split: str) -> str:
     return next((name for name, others in _ALIASES.items() if split.lower() in {name, *others}), split)
 
 
-def check_shards(stems: Sequence[str], place: str) -> None:
+def check_shards(names: Sequence[str], place: str) -> None:
     """Check that files named as `train-00000-of-00003` are all the shards of one split.
 
     Raises:
         DataError: some are missing, or they are of several sets.
     """
-    parts = [match.groups() for stem in stems if (match := SHARD.search(stem))]
+    parts = [match.groups() for name in names if (match := SHARD.search(name))]
     totals = sorted({total for _, total in parts})
     wanted = [(f"{number:05}", total) for total in totals for number in range(int(total))]
     missing = tuple(f"{number}-of-{total}" for number, total in wanted if (number, total) not in parts)
     if len(totals) > 1 or sorted(parts) != wanted:
         problem = f"{', '.join(missing[:5])} {'and others ' if len(missing) > 5 else ''}missing"
         if len(totals) > 1 or not missing:
-            several = f"several sets of shards are there ({', '.join(sorted(stems)[:5])}); remove all but one"
+            several = f"several sets of shards are there ({', '.join(sorted(names)[:5])}); remove all but one"
             problem = several + (f"; {problem}" if missing else "")
         problem = f"{place}: the shards of the split are not complete: {problem}."
         raise DataError(problem, code="missing-shards", missing=missing, totals=tuple(map(int, totals)))
@@ -96,7 +97,7 @@ def subset(train: Sequence[Example], count: int, seed: int) -> list[Example]:
         copies[key] += 1
     chosen = _draw(groups, count, seed)
     counts = Counter(tag for key in chosen for tag in _tags(groups[key]))
-    labels = {tag for group in groups.values() for tag in _tags(group)}
+    labels = _tags(train)
     for label in sorted(labels - set(counts)):
         if counts[label]:
             continue

@@ -16,17 +16,7 @@ from itertools import chain, islice
 from typing import Any
 
 from tokmask_peft.console import Decision
-from tokmask_peft.data.conll import (
-    Cells,
-    Columns,
-    Row,
-    blank_row,
-    grouping,
-    is_blank,
-    is_usual,
-    join_words,
-    words_of_rows,
-)
+from tokmask_peft.data.conll import BLANK, Cells, Columns, Row, blank_row, grouping, is_usual, join_words, words_of_rows
 from tokmask_peft.data.opening import DataFile, unicode_problem
 from tokmask_peft.errors import DataError, first_line, nearest
 from tokmask_peft.examples import MARKS, Example, Pair, Unreadable
@@ -137,8 +127,8 @@ def named(rows: Iterator[Cells], file: DataFile, columns: Columns, separator: st
         DataError: the first row is not valid.
     """
     head = list(islice(rows, SNIFFED))
-    start = next((at for at, row in enumerate(head) if not is_blank(row)), len(head))
-    if start < len(head) and isinstance(first := head[start], Unreadable):
+    start, first = next(((at, row) for at, row in enumerate(head) if getattr(row, "code", "") != BLANK), (0, None))
+    if isinstance(first, Unreadable):
         raise DataError(f"{first.where}: {first.problem}", code=first.code, where=first.where)
     valid = [row for row in head if isinstance(row, tuple)]
     if columns.header == "auto" and len(valid) > 1 and _is_title([cells for _, cells in valid], columns):
@@ -161,8 +151,17 @@ def named(rows: Iterator[Cells], file: DataFile, columns: Columns, separator: st
         problem = f"{file.name} has one column, '{_short(names[0])}', but a text and its label need two"
         remedy = f"Set data.separator to what separates them (now {separator!r}), or data.format to labelled or tagged"
         raise DataError(f"{problem}. {remedy}.", code="column", field="separator", columns=tuple(names))
+    by = f" separated by {separator!r}" if separator else ""
+    last = len(names) - 1  # takes what is left over
     for row in chain(head, rows):
-        yield row if isinstance(row, Unreadable) else _by_name(names, row[1], row[0], separator)
+        if isinstance(row, Unreadable):
+            yield row
+        elif len(row[1]) == len(names):
+            yield row[0], dict(zip(names, row[1], strict=True))
+        else:
+            problem = f"{len(row[1])} columns{by}, but the header has {len(names)} ({', '.join(names)})"
+            cells = (*row[1][:last], (separator or " ").join(row[1][last:]))
+            yield Unreadable(row[0], problem, "column-count", cells)
 
 
 def _is_header(cells: Sequence[list[str]], columns: Columns) -> tuple[bool, str]:
@@ -210,16 +209,6 @@ def unique_names(names: Sequence[str], place: str = "") -> list[str]:
         problem = f"{place}several columns are named '{twice[0]}'. Rename or remove all but one."
         raise DataError(problem, code="duplicate-column", columns=tuple(twice))
     return [name or f"column {number}" for number, name in enumerate(names)]
-
-
-def _by_name(header: Sequence[str], fields: Sequence[str], where: str, separator: str | None) -> Row:
-    if len(fields) == len(header):
-        return where, dict(zip(header, fields, strict=True))
-    names = ", ".join(header)
-    by = f" separated by {separator!r}" if separator else ""
-    problem = f"{len(fields)} columns{by}, but the header has {len(header)} ({names})"
-    last = len(header) - 1  # takes what is left over
-    return Unreadable(where, problem, "column-count", (*fields[:last], (separator or " ").join(fields[last:])))
 
 
 def parquet_rows(file: DataFile) -> Iterator[Row]:
@@ -280,38 +269,40 @@ def examples(rows: Iterable[Row], name: str, columns: Columns) -> Iterator[Examp
         DataError: the first row that can be read has no fitting columns, or nothing says which words are one text.
     """
     stream, task = iter(rows) if columns.rows is None else _noted(rows, columns.rows), columns.task
-    head = list(islice(stream, SNIFFED))
-    while not any(isinstance(row, tuple) for row in head) and (more := list(islice(stream, SNIFFED))):
+    head, names = list[Row](), list[str]()  # names are those of the first row that has any
+    while not names and (more := list(islice(stream, SNIFFED))):
         head += more
-    names = next((list(row[1]) for row in head if isinstance(row, tuple)), [])
-    plain = names[:1] == ["column 0"] and len(names) == 1 + task.words_given
-    text, second, label, group, joined, mark = "", None, None, None, False, None
-    flags: list[str] = []
-    if names:
-        is_usual_name = any(column.lower().strip() in task.text_columns for column in names)
-        usual = task.text_columns if is_usual_name or columns.labelled else ("text", "sentence", "tweet")
-        text = _choose(names, 0 if plain and columns.text is None else columns.text, usual, "text", name)
-        if columns.second is not None and (second := _choose(names, columns.second, (), "text", name)) == text:
-            problem = f"data.text_column: the two texts of a pair are both of column '{text}' of {name}"
-            raise DataError(f"{problem}: name two columns", code="column", field="text_column", columns=tuple(names))
-        if columns.labelled:
-            asked = 1 if plain and columns.label is None else columns.label
-            if isinstance(asked, tuple):
-                flags = [_choose(names, one, (), "label", name) for one in asked]
-                if not task.several or not {*asked} <= {*names}:
-                    why = f"this task has {task.description}: name one column"
-                    why = "a number gives a label no name: name columns of the first row" if task.several else why
-                    raise DataError(f"data.label_column is a list, but {why}", code="column", field="label_column")
-            else:
-                label = _choose(names, asked, task.label_columns, "label", name)
-                mark = _mark_of_labels(head, label, columns, name)
-        if columns.group is None:
-            joined, group = grouping(head, text, label, columns, name)
-        elif task.words_given:
-            joined, group = True, _choose(names, columns.group, (), "group", name)
-        else:
-            problem = f"data.group_column joins words that have labels, but this task has {task.description}"
-            raise DataError(problem, code="column", field="group_column")
+        names = next((list(row[1]) for row in more if isinstance(row, tuple) and row[1]), [])
+    if not names:
+        bad = (_complete(row, task.text_columns[0]) for row in head)
+        yield from (row for row in bad if isinstance(row, Unreadable))
+        return
+    plain = names[0] == "column 0" and len(names) == 1 + task.words_given
+    second, label, mark, flags = None, None, None, list[str]()
+    is_usual_name = any(column.lower().strip() in task.text_columns for column in names)
+    usual = task.text_columns if is_usual_name or columns.labelled else ("text", "sentence", "tweet")
+    text = choose(names, 0 if plain and columns.text is None else columns.text, usual, "text", name)
+    if columns.second is not None and (second := choose(names, columns.second, (), "text", name)) == text:
+        problem = f"data.text_column: the two texts of a pair are both of column '{text}' of {name}"
+        raise DataError(f"{problem}: name two columns", code="column", field="text_column", columns=tuple(names))
+    if isinstance(columns.label, tuple) and columns.labelled:
+        flags = [choose(names, one, (), "label", name) for one in columns.label]
+        if not task.several or not {*columns.label} <= {*names}:
+            why = f"this task has {task.description}: name one column"
+            why = "a number gives a label no name: name columns of the first row" if task.several else why
+            raise DataError(f"data.label_column is a list, but {why}", code="column", field="label_column")
+    elif columns.labelled:
+        asked = 1 if plain and columns.label is None else columns.label
+        label = choose(names, asked, task.label_columns, "label", name)
+        if task.several and columns.labels == "auto":
+            mark = _mark_of_labels(head, label, columns, name)
+    if columns.group is None:
+        joined, group = grouping(head, text, label, columns, name)
+    elif task.words_given:
+        joined, group = True, choose(names, columns.group, (), "group", name)
+    else:
+        problem = f"data.group_column joins words that have labels, but this task has {task.description}"
+        raise DataError(problem, code="column", field="group_column")
     complete = (_complete(row, text, second, label, group, *flags) for row in chain(head, stream))
     if joined:
         yield from join_words(words_of_rows(complete, text, label, group, name, columns), name, columns)
@@ -341,8 +332,7 @@ def _mark_of_labels(head: Sequence[Row], label: str, columns: Columns, name: str
     Raises:
         DataError: it may be one or another.
     """
-    asked = not columns.task.several or columns.labels != "auto"
-    cells = [] if asked else [row[1].get(label) for row in head if isinstance(row, tuple)]
+    cells = [row[1].get(label) for row in head if isinstance(row, tuple)]
     texts = [cell for cell in cells if isinstance(cell, str) and not cell.lstrip().startswith("[")]
     marks = [mark for mark in MARKS if any(mark in text for text in texts)]
     if len(marks) > 1:
@@ -422,8 +412,12 @@ def _parse_list(text: str) -> list[str | float] | None:
     return found if all(type(item) in (str, int, float) and item == item for item in found) else None
 
 
-def _choose(columns: Sequence[str], asked: str | int | None, known: Sequence[str], what: str, name: str) -> str:
-    """Find the column of the text or the label: as the recipe asks, or by a usual name."""
+def choose(columns: Sequence[str], asked: str | int | None, known: Sequence[str], what: str, name: str) -> str:
+    """Find the column of the text or the label in a file: as the recipe asks, or by a usual name.
+
+    Raises:
+        DataError: there is no such column, or several fit.
+    """
     field, found = f"data.{what}_column", f"Columns of {name}: {', '.join(columns)}."
     how = f"Set {field} to one of them, or to its number (from 0)."
     if columns[:1] == ["column 0"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -42,22 +43,14 @@ _FEW = 50  # the F1 of a class with fewer items in the scored split is unreliabl
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """What a model card is made from: the resolved recipe, the run's result, and what they do not say.
-
-    Attributes:
-        spaced_words: whether words were encoded with their leading space, as byte-level tokenizers without a prefix
-            space need it; ignored by tasks whose texts are strings.
-        picture: file name of the picture of the confusion matrix; without one, the card has a table.
-        merged: whether the model is a plain transformers model with the adapter merged in.
-        notes: sentences without a full stop that are added to the limits.
-    """
+    """What a model card is made from: the resolved recipe, the run's result, and what they do not say."""
 
     recipe: Recipe
     result: Result
-    spaced_words: bool = False
-    picture: str | None = None
-    merged: bool = False
-    notes: Sequence[str] = ()
+    spaced_words: bool = False  # words were encoded with their leading space, as some byte-level tokenizers need it
+    picture: str | None = None  # file name of the picture of the confusion matrix; without one, the card has a table
+    merged: bool = False  # the model is a plain transformers model with the adapter merged in
+    notes: Sequence[str] = ()  # sentences without a full stop that are added to the limits
 
     def render(self) -> str:
         """Return the card as Markdown with a YAML head.
@@ -68,18 +61,10 @@ class Card:
         recipe, result, task = self.recipe, self.result, get_task(self.recipe.data.task)
         trained, tested = (public_source(source) for source in (recipe.data, recipe.data.test_source or recipe.data))
         confusion = result.scored.get("confusion")
-        snippet = loading_snippet(recipe, result, PLACEHOLDER, self.spaced_words)
         if self.merged:
-            use = task.use(task.pipeline_snippet, result.labels, result.calibration)
-            use = use.replace("MODEL", f'"{PLACEHOLDER}"')
-            if recipe.data.pair:
-                use = use.replace(f"[{TEXT}]", f'[{{"text": {PAIR[0]}, "text_pair": {PAIR[1]}}}]')
-            if label_on(recipe, result) == "last":
-                use = use.replace(
-                    "# adjacent words with the same label are joined", "# a word has its last row's label"
-                )
-                use = use.replace('"first"', '"none"').replace('"entity_group"', '"entity"')
-            snippet = f"from transformers import pipeline\n\n{use}"
+            snippet = pipeline_snippet(recipe, result)
+        else:
+            snippet = loading_snippet(recipe, result, PLACEHOLDER, self.spaced_words)
         card = ModelCard.from_template(
             self._head(trained, tested),
             template_str=_read("card.md.j2"),
@@ -173,7 +158,6 @@ def label_on(recipe: Recipe, result: Result) -> str:
 def loading_snippet(recipe: Recipe, result: Result, folder: str, spaced_words: bool = False) -> str:
     """Return Python that loads the adapter in `folder` with PEFT only and predicts, labels and pooling included."""
     task = get_task(recipe.data.task)
-    auto = task.auto_class.replace("AutoModel", "AutoPeftModel")
     use = task.use(task.snippet, result.labels, result.calibration)
     if spaced_words:  # only a task whose texts are words tokenizes `words`
         spaced = 'spaced = [words[0], *(f" {word}" for word in words[1:])]  # as in running text'
@@ -184,14 +168,26 @@ def loading_snippet(recipe: Recipe, result: Result, folder: str, spaced_words: b
         use = use.replace("first = [", "last = [").replace("word_ids[:i]]", "word_ids[i + 1 :]]")
         use = use.replace("for i in first]", "for i in last]")
     return Template(_read("snippet.py.j2")).render(
-        auto=auto,
-        folder=folder,
+        auto=task.auto_class.replace("AutoModel", "AutoPeftModel"),
+        folder=json.dumps(folder, ensure_ascii=False),
         labels=repr(list(result.labels)),
         use=use,
         attention=recipe.model.attention,
         pooling=None if task.words_given else recipe.model.pooling,
         problem_type=task.problem_type,
     )
+
+
+def pipeline_snippet(recipe: Recipe, result: Result) -> str:
+    """Return Python that predicts with the merged model, labels included."""
+    task = get_task(recipe.data.task)
+    use = task.use(task.pipeline_snippet, result.labels, result.calibration).replace("MODEL", f'"{PLACEHOLDER}"')
+    if recipe.data.pair:
+        use = use.replace(f"[{TEXT}]", f'[{{"text": {PAIR[0]}, "text_pair": {PAIR[1]}}}]')
+    if label_on(recipe, result) == "last":
+        use = use.replace("# adjacent words with the same label are joined", "# a word has its last row's label")
+        use = use.replace('"first"', '"none"').replace('"entity_group"', '"entity"')
+    return f"from transformers import pipeline\n\n{use}"
 
 
 def _read(template: str) -> str:
@@ -210,12 +206,11 @@ def training_facts(recipe: Recipe, result: Result) -> list[tuple[str, str]]:
     token = f"{chosen.get('mask token', masking.mask_token)}{', trained' if masking.trainable_mask else ''}"
     environment = result.speed.get("environment", {})
     per_step = training.gradient_accumulation * environment.get("processes", 1)
-    size = training.micro_batch
-    if training.batch_size == "auto":
-        size = int(chosen.get("batch size", size))
-    batch = f"{size * per_step:,} texts"
     if training.tokens_per_batch is not None:
         batch = f"up to {training.tokens_per_batch * per_step:,} sub-tokens"
+    else:
+        size = chosen.get("batch size", training.micro_batch) if training.batch_size == "auto" else training.micro_batch
+        batch = f"{int(size) * per_step:,} texts"
     epochs = chosen.get("epochs", training.epochs) if training.epochs == "auto" else f"{training.epochs:g}"
     length = f"{training.max_steps:,} steps" if training.max_steps else f"{epochs} epochs"
     weights = "given per label" if isinstance(training.class_weights, dict) else training.class_weights
@@ -239,12 +234,14 @@ def limits(recipe: Recipe, result: Result) -> list[str]:
     item = get_task(recipe.data.task).item
     lines = [
         f"It assigns labels from the list above to any {item}, whatever its language or domain. The scores apply to "
-        "texts like the training texts; expect lower scores on other platforms, dialects, spellings and periods.",
-        f"In training, texts were cut at {recipe.data.max_length} sub-tokens; for the scores, longer ones were read in "
-        "windows of that length."
-        if recipe.data.pair is None
-        else f"Pairs were cut at {recipe.data.max_length} sub-tokens, the longer text first, for the scores too.",
+        "texts like the training texts; expect lower scores on other platforms, dialects, spellings and periods."
     ]
+    if recipe.data.pair:
+        cut = f"Pairs were cut at {recipe.data.max_length} sub-tokens, the longer text first, for the scores too."
+    else:
+        cut = f"In training, texts were cut at {recipe.data.max_length} sub-tokens; for the scores, longer ones were "
+        cut += "read in windows of that length."
+    lines.append(cut)
     rare = [label for label, found in result.scored.get("per_class", {}).items() if found["support"] < _FEW]
     if rare:
         head = f"Classes with fewer than {_FEW} items in the scored split, so that their F1 is unreliable"

@@ -57,12 +57,10 @@ def push_adapter(run: str | Path, repo_id: str, private: bool = False, *, quiet:
     config = adapter / "adapter_config.json"
     base = read_json(config, HubError, "bad-adapter-file").get("base_model_name_or_path")
     if not base or hub_id(base) is None:
-        problem = (
-            f"the adapter names {base!r} as its backbone, which is not a Hub id, so that nobody else could load it"
-        )
-        remedy = "Train with model.backbone set to the Hub id (model.backbone_path says where to load it from), or "
-        remedy += f"write the id into base_model_name_or_path of {config} if it is the same model"
-        raise HubError(f"{problem}. {remedy}", code="local-backbone", backbone=base)
+        problem = f"the adapter names {base!r} as its backbone, which is not a Hub id, so that nobody else could load "
+        problem += "it. Train with model.backbone set to the Hub id (model.backbone_path says where to load it from), "
+        problem += f"or write the id into base_model_name_or_path of {config} if it is the same model"
+        raise HubError(problem, code="local-backbone", backbone=base)
     left = sorted(path.name for path in adapter.iterdir() if path not in files)
     notes = [f"Not pushed: {', '.join(left)}"] if left else []
     return _push(files, f"an adapter for {base}", notes, repo_id, private, token, quiet, merged=False)
@@ -76,14 +74,13 @@ def push_model(
     `notes` are printed: sentences without a full stop, for example on how the model differs from the run.
     """
     _, token = check_push(run.root, repo_id)
-    remarks = [f"Note: {note}." for note in notes]
-    what = f"the merged model of {run.root.name}"
-    return _push(_matching_files(folder, ("*",)), what, remarks, repo_id, private, token, quiet, merged=True)
+    files, what = _matching_files(folder, ("*",)), f"the merged model of {run.root.name}"
+    return _push(files, what, [f"Note: {note}." for note in notes], repo_id, private, token, quiet, merged=True)
 
 
 def check_push(run: str | Path, repo_id: str) -> tuple[RunFolder, str]:
     """Check what can be checked before anything is merged or sent; return the run and the token of the login."""
-    from huggingface_hub import get_token
+    from huggingface_hub import constants, get_token
     from huggingface_hub.errors import DeviceCodeError, HFValidationError, OIDCError
     from huggingface_hub.utils import validate_repo_id
 
@@ -95,8 +92,9 @@ def check_push(run: str | Path, repo_id: str) -> tuple[RunFolder, str]:
     if problem:
         raise HubError(f"{repo_id!r} is not a repository name: {problem}", code="bad-repo", repo=repo_id)
     folder = open_finished(run, scored=True)
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
-        raise HubError("HF_HUB_OFFLINE is set, so nothing can be pushed; unset it", code="offline")
+    if constants.HF_HUB_OFFLINE:
+        problem = "HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set, so nothing can be pushed; unset it"
+        raise HubError(problem, code="offline")
     try:
         token = get_token()
     except (DeviceCodeError, OIDCError, OSError) as error:
@@ -161,11 +159,11 @@ def _send(folder: Path, repo_id: str, private: bool, token: str, console: SafeCo
 
     api = HfApi(token=token, library_name="tokmask-peft", library_version=__version__)
     sent = {file.name for file in folder.iterdir()}
-    what, mark, other, kind = "adapter", "adapter_config.json", "config.json", "a whole model"
-    ours: tuple[str, ...] = ADAPTER_FILES
     if merged:
-        what, mark, other, kind = "merged model", other, mark, "an adapter"
-        ours = (*ADAPTER_FILES, *MODEL_FILES)
+        what, mark, other, kind = "merged model", "config.json", "adapter_config.json", "an adapter"
+    else:
+        what, mark, other, kind = "adapter", "adapter_config.json", "config.json", "a whole model"
+    ours = (*ADAPTER_FILES, *(MODEL_FILES if merged else ()))
     with _answers_in_time(console):
         try:
             url = api.create_repo(repo_id, private=private or None, exist_ok=True)

@@ -9,6 +9,7 @@ from dataclasses import KW_ONLY, dataclass, replace
 from os import PathLike
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -32,7 +33,7 @@ from tokmask_peft.tasks import get_task
 
 BATCH_SIZE = 32
 Answer = Prediction | WordPredictions | LabelPredictions
-_WINDOWS = 8192  # encoded and answered at a time, so that memory does not grow with a text's length
+_WINDOWS = 1024  # encoded and answered at a time, so that memory does not grow with a text's length
 _LONGEST = 512  # sub-tokens per window if neither the run nor the model sets a limit
 
 
@@ -92,19 +93,30 @@ class Classifier:
             raise DataError(f"batch_size is {batch_size}, expected 1 or more", code="batch-size", batch_size=batch_size)
         given, task = self.checked(texts), get_task(self.task)
         found: list[list[tuple[Window, Any]]] = [[] for _ in given]
-        windows = self.encoder.windows(given)
+        decided: list[list[tuple[Any, Any]]] = [[] for _ in given]  # label ids and probabilities, by parts of a text
+        counts, windows = [0] * len(given), self.encoder.windows(given)
         while part := list(itertools.islice(windows, _WINDOWS)):
             for window, logits in zip(part, self.forward.logits(part, batch_size), strict=True):
                 found[window.text].append((replace(window, ids=[]), logits))
+                counts[window.text] += 1
+            for text in dict.fromkeys(window.text for window in part if task.words_given):  # a word is in one window
+                decided[text].append(self._decided(found[text]))
+                found[text] = []
         answers = []
-        for text, pairs in zip(given, found, strict=True):
-            rows = task.join([window for window, _ in pairs], [logits for _, logits in pairs])
-            chances = Probabilities(self.labels, task.probabilities(rows, self.temperature))
-            answer = task.answer(text, task.choose(rows, self.cuts), chances, len(pairs))
+        for text, pairs, parts, count in zip(given, found, decided, counts, strict=True):
+            chosen, rows = map(np.concatenate, zip(*(parts or [self._decided(pairs)]), strict=True))
+            parts.clear()
+            answer = task.answer(text, chosen, Probabilities(self.labels, rows), count)
             if self.legal is not None:
                 answer = replace(answer, labels=self.legal.repaired(answer.labels), spans=self.spans)
             answers.append(answer)
         return answers
+
+    def _decided(self, pairs: Sequence[tuple[Window, Any]]) -> tuple[Any, Any]:
+        """Return label ids and probabilities, [answers, classes], from windows and their logits."""
+        task, (windows, logits) = get_task(self.task), zip(*pairs, strict=True)
+        rows = task.join(windows, logits)
+        return task.choose(rows, self.cuts), task.probabilities(rows, self.temperature)
 
     def explain(
         self,
@@ -209,10 +221,8 @@ def load(
             decisions.append(decision)
         else:
             module = load_adapter(loaded, saved.folder, **saved.trained)
-        for made in loaded.decisions:
-            if made.what != "device":
-                decisions.append(replace(made, reason=plan.reasons.get(made.what, made.reason)))
-        decisions.append(batching)
+        made = (one for one in loaded.decisions if one.what != "device")
+        decisions += [*(replace(one, reason=plan.reasons.get(one.what, one.reason)) for one in made), batching]
         if "embedding" in plan.reasons:  # loading the backbone reports no resident one
             decisions.append(Decision("embedding", plan.model.embedding, plan.reasons["embedding"]))
         positions = getattr(module.config.get_text_config(), "max_position_embeddings", None) or _LONGEST

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, astuple
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -19,7 +20,7 @@ from tokmask_peft.examples import Pair, Unreadable, WordPredictions
 from tokmask_peft.html import FAINTEST, environment, strength_of
 from tokmask_peft.inference.classifier import Answer, Classifier
 from tokmask_peft.inference.explain import Explanation
-from tokmask_peft.inference.files import Columns, FileReport, answer_record, answered, json_text, predict_file
+from tokmask_peft.inference.files import Columns, FileReport, answer_record, answered, json_parts, predict_file
 from tokmask_peft.tasks import get_task
 
 _FOR, _AGAINST = (33, 102, 172), (214, 96, 77)  # blue and orange-red, which colour-blind readers can distinguish
@@ -32,7 +33,7 @@ def print_answers(texts: Sequence[str | Pair], answers: Sequence[Answer], as_jso
     """
     for number, (text, answer) in enumerate(zip(texts, answers, strict=True)):
         if as_json:
-            echo(json.dumps(answer_record(text, answer), ensure_ascii=False))
+            _echo_json(answer_record(text, answer))
         elif isinstance(answer, WordPredictions):
             if number:
                 echo()
@@ -44,12 +45,18 @@ def print_answers(texts: Sequence[str | Pair], answers: Sequence[Answer], as_jso
             echo(f"{answer.label}\t{answer.confidence:.4f}\t{text}")
 
 
+def _echo_json(record: dict[str, Any]) -> None:
+    for part in json_parts(record):
+        echo(part, end="")
+    echo()
+
+
 def print_file(classifier: Classifier, source: TextFile, as_json: bool, batch_size: int) -> FileReport:
     """Print the answers to a file as they come, as `print_answers` does; a row without one has an empty line."""
     report, columns = FileReport(), Columns(source) if as_json else None
     for found, answer in chain.from_iterable(answered(classifier, source, batch_size)):
         if columns is not None:
-            echo(json_text(columns.record(found, answer)))
+            _echo_json(columns.record(found, answer))
         elif isinstance(found, Unreadable) or answer is None:
             echo("" if get_task(classifier.task).words_given else "\t\t")
         else:

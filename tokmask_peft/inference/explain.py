@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from tokmask_peft.inference.forward import Hidden
 
 _QUESTIONS = 4096  # asked at a time: limits the memory, and fills the batches
+MOST_WORDS = 10_000
+"""Words of a text: each takes a forward pass, minutes in all, and memory for what it masks."""
 
 
 def find_word(words: Sequence[str], wanted: int | str, where: str) -> int:
@@ -177,8 +179,8 @@ def explain(
     for each.
 
     Raises:
-        DataError: a text is empty or invalid, or has no such word; there is no such label; `word` is given in a
-            sequence task, or `label` in a token task.
+        DataError: a text is empty, invalid or longer than `MOST_WORDS`, or has no such word; there is no such label;
+            `word` is given in a sequence task, or `label` in a token task.
         MaskTokenError: there is no token to mask with.
     """
     given = classifier.checked(texts)
@@ -188,11 +190,19 @@ def explain(
     if label is not None and get_task(classifier.task).words_given:
         message = "label is for models with labels per text; with a label per word, give the word"
         raise DataError(message, code="label-not-applicable")
-    about = [None] * len(given) if label is None else [label] * len(given) if isinstance(label, str) else [*label]
+    about = [label] * len(given) if label is None or isinstance(label, str) else [*label]
+    if len(about) != len(given):
+        message = f"label has {len(about)} labels for {len(given)} texts: give one for each text, or one for all"
+        raise DataError(message, code="label-count", texts=len(given), labels=len(about))
     for name in {*about} - {None, *classifier.labels}:
         known = f"It has {', '.join(classifier.labels)}."
         raise DataError(f"the model has no label '{name}'. {known}", code="unknown-label", label=name)
     words = [tuple(text if isinstance(text, list) else text.split()) for text in given]
+    for number, row in enumerate(words):
+        if len(row) > MOST_WORDS:
+            problem = f"texts[{number}] has {len(row):,} words. Each is masked in turn, in a forward pass of its own: "
+            problem += f"give at most {MOST_WORDS:,}, such as the paragraph that matters"
+            raise DataError(problem, code="text-too-long", words=len(row))
     targets = [None if word is None else find_word(row, word, f"texts[{n}]") for n, row in enumerate(words)]
     starts, asked = [], _QUESTIONS  # of texts that together ask a limited number of questions
     for number, row in enumerate(words):
@@ -216,8 +226,13 @@ def _explain(
     batch_size: int,
 ) -> Iterator[Explanation]:
     task, occluded = get_task(classifier.task), Occluded(classifier, texts)
-    per_word = task.words_given
-    names, temperature = classifier.labels, classifier.temperature
+    per_word, names = task.words_given, classifier.labels
+
+    def odds_of(rows: NDArray[np.float64], labels: Sequence[int]) -> NDArray[np.float64]:
+        """Return the log-odds of a label in each row."""
+        pairs = zip(rows, labels, strict=True)
+        return np.array([log_odds(*task.competing(row, label), classifier.temperature) for row, label in pairs])
+
     questions, counts = list[Question](), list[int]()  # of each text as it is, and with each word masked
     for text, (row, target) in enumerate(zip(words, targets, strict=True)):
         places = range(len(row))
@@ -230,15 +245,11 @@ def _explain(
         before, after = next(parts), next(parts)
         best = [names.index(name)] if (name := about[text]) else task.likeliest(before, classifier.cuts)
         best = classifier.legal.repaired_ids(best) if per_word and classifier.legal else best
-        odds = np.array(
-            [log_odds(*task.competing(one, label), temperature) for one, label in zip(before, best, strict=True)]
-        )
+        odds = odds_of(before, best)
         probabilities = _probability(odds)
         own, at = per_word and target is None, target or 0
         labels = best if own else [best[at]] * len(row)
-        left = np.array(
-            [log_odds(*task.competing(one, label), temperature) for one, label in zip(after, labels, strict=True)]
-        )
+        left = odds_of(after, labels)
         maskable = occluded.maskable_words(text)
         yield Explanation(
             words=row,

@@ -12,7 +12,7 @@ import functools
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -30,7 +30,7 @@ from tokmask_peft.spans import NO_SPANS
 
 CHUNK_BATCHES, CHUNK_CHARACTERS = 32, 2_000_000
 SHOWN_PROBLEMS = 5
-BATCH_ROWS = 10_000  # of parquet
+BATCH_ROWS = 10_000  # of parquet, or words of an answer in JSON
 SHEET_ROWS, SHEET_CHARACTERS = 1_048_576, 32_767
 """What a sheet of a workbook holds, and a cell of it."""
 
@@ -172,7 +172,7 @@ class Columns:
             words, parts = (found.string,), [_short(answer)]
             if found.places and isinstance(answer, WordPredictions):
                 places, words = found.places, answer.words
-                pairs = zip(answer.labels, _rounded(answer.confidence), strict=True)
+                pairs = zip(answer.labels, _rounded(answer), strict=True)
                 parts = [(*pair, None) for pair in pairs]
         for place, word, added in zip(places, words, parts, strict=True):
             if self._given:
@@ -216,30 +216,32 @@ class Columns:
 
 
 def answer_record(text: str | Pair, answer: Answer) -> dict[str, Any]:
-    """Return the JSON form of an answer, with probabilities to 6 digits."""
+    """Return what `json_parts` writes of an answer, with probabilities to 6 digits; those of words are iterators."""
 
     def rounded(row: dict[str, float]) -> dict[str, float]:
         return {label: round(value, 6) for label, value in row.items()}
 
     if isinstance(answer, WordPredictions):
-        found = {"words": list(answer.words), "labels": list(answer.labels), "confidence": _rounded(answer.confidence)}
+        found: dict[str, Any] = {"words": list(answer.words), "labels": list(answer.labels)}
+        found["confidence"] = _rounded(answer)
         if answer.spans != NO_SPANS:
             found["entities"] = [asdict(one) | {"confidence": round(one.confidence, 6)} for one in answer.entities]
-        return found | {"probabilities": [rounded(row) for row in answer.probabilities]}
+        return found | {"probabilities": map(rounded, answer.probabilities)}
     given = list(text) if isinstance(text, Pair) else text
     several = {"labels": list(answer.labels)} if isinstance(answer, LabelPredictions) else {"label": answer.label}
     found = {"text": given, **several, "confidence": round(answer.confidence, 6)}
     return found | {"probabilities": rounded(answer.probabilities)}
 
 
-def _rounded(chances: Iterable[float]) -> list[float]:
-    return [round(chance, 6) for chance in chances]
+def _rounded(answer: WordPredictions) -> Iterator[float]:
+    """Yield the confidence of each word to 6 digits."""
+    return (round(row[label], 6) for row, label in zip(answer.probabilities, answer.labels, strict=True))
 
 
 def _short(answer: Answer | None) -> tuple[Any, Any, None]:
     """Return label and confidence in a cell each."""
     if isinstance(answer, WordPredictions):
-        return " ".join(answer.labels), " ".join(map(str, _rounded(answer.confidence))), None
+        return " ".join(answer.labels), " ".join(map(str, _rounded(answer))), None
     return (None, None, None) if answer is None else (answer.label, round(answer.confidence, 6), None)
 
 
@@ -251,7 +253,7 @@ Form = Callable[[Path, Columns], AbstractContextManager[Write]]
 @contextmanager
 def _json_lines(path: Path, columns: Columns) -> Iterator[Write]:
     with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
-        yield lambda record: file.write(json_text(record) + "\n")
+        yield lambda record: file.writelines(itertools.chain(json_parts(record), "\n"))
 
 
 @contextmanager
@@ -275,6 +277,21 @@ def _as_text(cell: Any) -> str:
     if cell is None or isinstance(cell, str):
         return (cell or "").encode("utf-8", "backslashreplace").decode()
     return json_text(cell) if isinstance(cell, list | dict | bool) else str(cell)
+
+
+def json_parts(record: dict[str, Any]) -> Iterator[str]:
+    """Yield the JSON of an answer in parts: all of a long text's at once takes gigabytes."""
+    for number, (key, value) in enumerate(record.items()):
+        yield ("{" if number == 0 else ", ") + json_text(key) + ": "
+        if not isinstance(value, Iterator):
+            yield json_text(value)
+            continue
+        before = "["
+        while part := list(itertools.islice(value, BATCH_ROWS)):
+            yield before + json_text(part)[1:-1]
+            before = ", "
+        yield "]" if before == ", " else "[]"
+    yield "}"
 
 
 def json_text(value: Any) -> str:

@@ -22,7 +22,7 @@ from tokmask_peft.masking.config import TokenMaskConfig
 from tokmask_peft.masking.embedding import unwrap
 from tokmask_peft.masking.masker import TokenMasker
 from tokmask_peft.masking.replacement import REPLACEMENTS, MaskToken
-from tokmask_peft.masking.schedule import Answers, Schedule
+from tokmask_peft.masking.schedule import Answers
 
 _TRL = ("SFTConfig", "RewardConfig", "PRMConfig", "CPOConfig", "ORPOConfig")
 """TRL's trainers, by their arguments, of which each loss comes from one forward: one pattern masks all it compares."""
@@ -108,12 +108,10 @@ class TokenMaskCallback(TrainerCallback, ExportableState):
         self.config = TokenMaskConfig.model_validate({} if config is None else config)
         self.mask_token = MaskToken(**mask_token) if isinstance(mask_token, dict) else mask_token
         self.announce = announce
-        self.hides_labels = (
-            False  # a trainer that leaves masked words out of its loss sets this (`TokenMasker.pattern_of`)
-        )
+        self.hides_labels = False  # set by a trainer that leaves masked words out of its loss
         self.masker: TokenMasker | None = None  # of the current training
+        self.schedule = self.config.make_schedule()  # of the current training, or of the next
         self._passes: _Passes | None = None
-        self._schedule = self.config.make_schedule()
         self._steps = 0
         self._seen: Tensor | None = None
 
@@ -127,7 +125,7 @@ class TokenMaskCallback(TrainerCallback, ExportableState):
         """Return what the Trainer saves in a checkpoint's `trainer_state.json`."""
         token = None if self.mask_token is None else asdict(self.mask_token)
         args = {"config": self.config.model_dump(mode="json"), "mask_token": token, "announce": self.announce}
-        return {"args": args, "attributes": {}, "schedule": self._schedule.state_dict()}
+        return {"args": args, "attributes": {}, "schedule": self.schedule.state_dict()}
 
     def on_train_begin(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
         """Attach the masker; the schedule continues if training is resumed.
@@ -136,11 +134,11 @@ class TokenMaskCallback(TrainerCallback, ExportableState):
             MaskTokenError: no usable mask token, or a model or a trainer that cannot be masked.
         """
         self.detach()  # accelerate's find_executable_batch_size begins again after running out of memory
-        self._schedule, self._steps = self.config.make_schedule(), 0
+        self.schedule, self._steps = self.config.make_schedule(), 0
         # A checkpoint made without this callback has no entry, and the Trainer would fail to save the next one.
         saved = state.stateful_callbacks.setdefault(type(self).__name__, {})
         if state.global_step > 0 and "schedule" in saved:
-            self._schedule.load_state_dict(saved["schedule"])
+            self.schedule.load_state_dict(saved["schedule"])
         token = self._attach(args, state, kwargs).mask_token
         if self.announce and state.is_world_process_zero:
             sys.stderr.write(f"tokmask: masked tokens become id {token.id}: {token.reason}\n")
@@ -167,13 +165,8 @@ class TokenMaskCallback(TrainerCallback, ExportableState):
 
     def upcoming(self, args: Arguments, state: State) -> tuple[float, int]:
         """Return the rate of the coming optimizer step and the number of its first training forward."""
-        rate = self._schedule.rate(state.global_step / max(state.max_steps, 1))
+        rate = self.schedule.rate(state.global_step / max(state.max_steps, 1))
         return rate, state.global_step * args.gradient_accumulation_steps
-
-    @property
-    def schedule(self) -> Schedule:
-        """The schedule of the current training, or of the next."""
-        return self._schedule
 
     def on_step_end(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
         """Switch masking off, and show the step's answers to the schedule.
@@ -192,13 +185,13 @@ class TokenMaskCallback(TrainerCallback, ExportableState):
             why = "no training forward looked up ids in the input embedding"
             remedy = "Call the model with input_ids instead of inputs_embeds, use another backbone, or set p to 0"
             raise MaskTokenError(f"token masking masked nothing: {why}. {remedy}", code="masked-nothing")
-        if self._schedule.reacts:
+        if self.schedule.reacts:
             if self._seen is None:
                 name = self.config.schedule
                 why = f"masking.schedule: {name} needs the answers of every step, and this trainer reports none"
                 remedy = "train from a recipe, or take another schedule"
                 raise MaskTokenError(f"{why}: {remedy}", code="no-answers", schedule=name)
-            self._schedule.observe_step(Answers(*self._seen.tolist()))
+            self.schedule.observe_step(Answers(*self._seen.tolist()))
 
     def observe(self, answers: Tensor) -> None:
         """Take in the answers of a training forward, in the order of `Answers`, summed over processes, [6, classes]."""
@@ -209,9 +202,9 @@ class TokenMaskCallback(TrainerCallback, ExportableState):
         logs = kwargs.get("logs")
         if self.masker is None or logs is None:
             return
-        self._schedule.observe(dict(logs))
+        self.schedule.observe(dict(logs))
         if "loss" in logs:
-            found = {f"masking_{name.replace(' ', '_')}": value for name, value in self._schedule.statistics().items()}
+            found = {f"masking_{name.replace(' ', '_')}": value for name, value in self.schedule.statistics().items()}
             for line in (logs, state.log_history[-1]):  # the latter is a copy of logs, made before this call
                 line.update({"masking_rate": self.masker.rate} | found)
 
@@ -237,19 +230,13 @@ class TokenMaskCallback(TrainerCallback, ExportableState):
     def _attach(self, args: Arguments, state: State, kwargs: dict[str, Any]) -> TokenMasker:
         trl = next((kind for kind in type(args).__mro__ if kind.__module__.startswith("trl.")), None)
         if trl is not None and trl.__name__ not in _TRL and not self.config.is_off:
-            problem = (
-                f"the trainer of {trl.__name__} compares masked answers with unmasked ones (of samples, a reference)"
-            )
-            message = (
-                f"{problem}, which token masking would falsify: leave the callback out, or use SFT or reward training"
-            )
+            problem = f"the trainer of {trl.__name__} compares answers, of which token masking would falsify some"
+            message = f"{problem}: leave the callback out, or use SFT or reward training"
             raise MaskTokenError(message, code="trl-trainer", config=trl.__name__)
         labels_words = type(unwrap(kwargs["model"])).__name__.endswith("ForTokenClassification")
         unscored = not self.config.score_masked or (REPLACEMENTS[self.config.replace].removes and labels_words)
         if unscored and not self.hides_labels and not self.config.is_off:
-            problem = (
-                "this trainer scores masked words, which score_masked: false and, for words, replace: drop rule out"
-            )
+            problem = "this trainer scores masked words, which score_masked: false and replace: drop rule out"
             message = f"{problem}: train from a recipe, or take score_masked: true and replace: token"
             raise MaskTokenError(message, code="scores-masked")
         tokenizer = kwargs.get("processing_class")
@@ -261,9 +248,10 @@ class TokenMaskCallback(TrainerCallback, ExportableState):
             problem = f"token masking does not support one process on {args.n_gpu} GPUs (nn.DataParallel)"
             message = f"{problem}: use torchrun or accelerate launch, or CUDA_VISIBLE_DEVICES=0"
             raise MaskTokenError(message, code="data-parallel", gpus=args.n_gpu)
-        options: dict[str, Any] = {"rank": args.process_index, "mask_token": self.mask_token, "seed": args.seed}
-        options |= {"resumed": state.global_step > 0, "replaceable": True}
-        self.masker = TokenMasker.attach(kwargs["model"], tokenizer, self.config, **options)
+        self.masker = TokenMasker.attach(
+            kwargs["model"], tokenizer, self.config, rank=args.process_index, mask_token=self.mask_token,
+            seed=args.seed, resumed=state.global_step > 0, replaceable=True,
+        )  # fmt: skip
         self.masker.enabled, self._passes = False, _Passes(kwargs["model"], self.masker)
         weakref.finalize(self, self.masker.detach).atexit = False  # with its trainer, after a training that raised
         return self.masker

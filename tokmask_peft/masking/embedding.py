@@ -262,7 +262,7 @@ class Occlusion:
 
     Attributes:
         mask_token: what hidden sub-tokens become, with the reason.
-        trained: whether the model saw masked tokens in training; None if that is not known.
+        trained: whether the model saw the mask token in training; None if that is not known.
         maskable: for every id whether it may be hidden, bool [rows]. Special and protected tokens may not, as in
             training; the unknown token may, unlike in training, because a word that became one is still a word.
 
@@ -271,8 +271,9 @@ class Occlusion:
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, config: TokenMaskConfig | None = None) -> None:
-        self.trained = None if config is None else not config.is_off
+        self.trained = None if config is None else not config.is_off and config.replace == "token"
         config = config or TokenMaskConfig()
+        self._replace = "token" if config.is_off else config.replace
         self._embedding, self._transposed = find_embedding(model), is_sequence_first(model)
         self._decoder = find_decoder_embedding(model) if rereads(model) else None
         rows = embedding_weight(self._embedding).shape[0]
@@ -292,41 +293,38 @@ class Occlusion:
         """What a reader of the explanations must know about the mask token, in a sentence or two."""
         if self.trained:
             return f"words are masked as in training, by {self._token}"
-        how = "was trained without masking (p = 0): it has never seen a masked word, so its influences are"
+        how = "was trained without masking (p = 0): it has never seen a masked word, so its"
         if self.trained is None:
-            how = "does not record how it was masked in training; if it was not masked, its influences are"
-        return f"the model {how} less reliable. Words are masked by {self._token}: {self.mask_token.reason}"
+            how = "does not record how it was masked in training; if it was not masked, its"
+        elif self._replace != "token":
+            how = f"was trained with masking.replace: {self._replace}, and may never have seen the mask token, so its"
+        token = f"{self._token}: {self.mask_token.reason}"
+        return f"the model {how} influences are less reliable. Words are masked by {token}"
 
     @contextlib.contextmanager
     def at(self, positions: Tensor) -> Iterator[None]:
         """Hide `positions`, bool of the shape of the ids, in the forwards that this thread makes inside."""
         thread = threading.get_ident()
 
-        def hide(given: Tensor, positions: Tensor = positions) -> Tensor:
-            padded = F.pad(positions, (0, given.shape[1] - positions.shape[1]))  # a packed row may be lengthened
-            return given.masked_fill(padded.to(given.device), self.mask_token.id)
+        def hiding(positions: Tensor, transposed: bool) -> Callable[..., Any]:
+            def hide(given: Tensor) -> Tensor:
+                # a packed row may be lengthened, and the decoder reads all but the last token
+                fitted = F.pad(positions, (0, given.shape[1] - positions.shape[1]))
+                return given.masked_fill(fitted.to(given.device), self.mask_token.id)
 
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            same_thread = threading.get_ident() == thread  # a server may predict in one thread and explain in another
-            return swap(args, kwargs, hide, self._transposed) if same_thread else None
+            def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+                same_thread = threading.get_ident() == thread  # a server may predict in one and explain in another
+                return swap(args, kwargs, hide, transposed) if same_thread else None
 
-        def again(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            later = F.pad(positions, (1, 0))
-            same_thread = threading.get_ident() == thread
-            return (
-                swap(args, kwargs, lambda given: hide(given, later[:, : given.shape[1]]), False)
-                if same_thread
-                else None
-            )
+            return hook
 
-        handles = [self._embedding.register_forward_pre_hook(hook, with_kwargs=True)]
-        if self._decoder is not None:
-            handles.append(self._decoder.register_forward_pre_hook(again, with_kwargs=True))
-        try:
+        with contextlib.ExitStack() as hooks:
+            hook = hiding(positions, self._transposed)
+            hooks.callback(self._embedding.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            if self._decoder is not None:  # it reads the text again, one place later
+                hook = hiding(F.pad(positions, (1, 0)), False)
+                hooks.callback(self._decoder.register_forward_pre_hook(hook, with_kwargs=True).remove)
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 def swap(args: tuple[Any, ...], kwargs: dict[str, Any], swapped: Callable[[Tensor], Tensor], transposed: bool) -> Any:

@@ -113,37 +113,17 @@ class TokenMasker:
         if outside := [token_id for token_id in config.protect if token_id >= rows]:
             message = f"masking.protect: the embedding has rows 0 to {rows - 1}, not {outside}; remove these ids"
             raise MaskTokenError(message, code="protect-outside", ids=outside, rows=rows)
-        decoder = rows_of.find_decoder_embedding(model)
-        if decoder is None or rows_of.rereads(model):
-            if config.decoder_p > 0:
-                why = "masking.decoder_p is for the decoder of a model that generates from an encoder's states"
-                raise MaskTokenError(f"{why}, which {type(rows_of.unwrap(model)).__name__} is not", code="no-decoder")
-        elif config.where == "completion" and config.decoder_p == 0:
-            why = "masking.where is completion, which is what the decoder reads, and decoder_p is 0"
-            raise MaskTokenError(f"token masking would mask nothing: {why}; set decoder_p", code="masked-nothing")
-        if decoder is not None and REPLACEMENTS[config.replace].removes:
-            why = "masking.replace: drop is not possible in an encoder-decoder model"
-            raise MaskTokenError(f"{why}, whose decoder reads the text, too: use replace: token", code="cannot-drop")
-        whole: Any = rows_of.unwrap(model)
-        about = getattr(whole, "config", None)
-        counts = getattr(about, "model_type", "") in _COUNT_BY_MASK or getattr(about, "alibi", False)
-        if REPLACEMENTS[config.replace].removes and counts:
-            why = f"masking.replace: drop is not possible in {type(whole).__name__}, which counts positions by its mask"
-            raise MaskTokenError(f"{why}: the tokens that stay would move. Use replace: token", code="cannot-drop")
+        _check_possible(model, config)
         trained = config.trainable_mask
         mask_token = mask_token or rows_of.find_mask_token(embedding, tokenizer, config.mask_token, trained=trained)
         trainable = rows_of.is_trainable(embedding, mask_token.id)
-        if config.trainable_mask and not trainable:
+        if trained and not trainable:
             remedy = f"give PEFT's config trainable_token_indices=[{mask_token.id}], or set trainable_mask: false"
             message = f"masking.trainable_mask is on, but the mask token's row is frozen: {remedy}"
             raise MaskTokenError(message, code="mask-row-frozen", token_id=mask_token.id)
         if rank is None:
             distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
             rank = torch.distributed.get_rank() if distributed else 0
-        head = "SequenceClassification" in type(whole).__name__ and not hasattr(whole, "text_pooling")
-        if head and REPLACEMENTS[config.replace].removes and getattr(whole.config, "classifier_pooling", "") == "mean":
-            why = f"the head of {type(whole).__name__} pools all tokens, dropped ones too"
-            raise MaskTokenError(f"{why}: set model.pooling to mean, or use replace: token", code="cannot-drop")
         masker = cls(model, tokenizer, config, mask_token)
         masker.seed, masker.rank = config.seed if config.seed is not None else (seed or 0), rank
         if other is not None:
@@ -152,11 +132,12 @@ class TokenMasker:
             masker._original_row = rows_of.prepare_mask_row(embedding, mask_token, tokenizer)
         masker.rate = config.make_schedule().rate(0.0)
         masker._handles = [embedding.register_forward_pre_hook(masker._mask, with_kwargs=True)]
-        if decoder is not None and (masker._rereads or config.decoder_p > 0):
-            masker._handles.append(decoder.register_forward_pre_hook(masker._mask_decoder, with_kwargs=True))
+        if masker._decoder is not None and (masker._rereads or config.decoder_p > 0):
+            masker._handles.append(masker._decoder.register_forward_pre_hook(masker._mask_decoder, with_kwargs=True))
         if config.where != "all":
             masker._handles.append(model.register_forward_pre_hook(masker._note, with_kwargs=True))
         if masker._replacement.removes:
+            whole: Any = rows_of.unwrap(model)
             inner = getattr(whole, "base_model", whole)  # transformers calls it as a module, and PEFT not the outer one
             # before the hook of model.pooling, which must not see what is hidden
             hide = inner.register_forward_pre_hook(masker._hide, with_kwargs=True, prepend=True)
@@ -431,3 +412,33 @@ class TokenMasker:
             message = f"masking cannot be resumed with other settings: {pairs}"
             raise MaskTokenError(message, code="resume-differs", differing=differing)
         self.step, self.rate = state["step"], state["rate"]
+
+
+def _check_possible(model: nn.Module, config: TokenMaskConfig) -> None:
+    """Raise a MaskTokenError if a model cannot be masked as the config says."""
+    inner: Any = rows_of.unwrap(model)
+    name, about = type(inner).__name__, getattr(inner, "config", None)
+    decoder = rows_of.find_decoder_embedding(model)
+    if decoder is None or rows_of.rereads(model):
+        if config.decoder_p > 0:
+            why = "masking.decoder_p is for the decoder of a model that generates from an encoder's states"
+            raise MaskTokenError(f"{why}, which {name} is not", code="no-decoder")
+    elif config.where == "completion" and config.decoder_p == 0:
+        why = "masking.where is completion, which is what the decoder reads, and decoder_p is 0"
+        raise MaskTokenError(f"token masking would mask nothing: {why}; set decoder_p", code="masked-nothing")
+    if not REPLACEMENTS[config.replace].removes:
+        return
+    remedy = "use replace: token"
+    if decoder is not None:
+        why = "the decoder reads the text, too"
+    elif getattr(about, "model_type", "") in _COUNT_BY_MASK or getattr(about, "alibi", False):
+        why = "it counts positions by its attention mask, so the tokens that stay would move"
+    elif (
+        "SequenceClassification" in name
+        and not hasattr(inner, "text_pooling")
+        and getattr(about, "classifier_pooling", "") == "mean"
+    ):
+        why, remedy = "its head pools all tokens, dropped ones too", f"set model.pooling to mean, or {remedy}"
+    else:
+        return
+    raise MaskTokenError(f"masking.replace: drop is not possible in {name}: {why}; {remedy}", code="cannot-drop")

@@ -96,10 +96,8 @@ class Constant(Schedule):
 class Linear(Schedule):
     """A straight line from `p_start` at `begin` to `p` at `end`; ValueError unless `end` is later."""
 
-    def __init__(
-        self, p: float, p_start: float = 0.0, begin: float = 0.0, end: float | None = None, target: float | None = None
-    ) -> None:
-        super().__init__(p, p_start, begin, end, target)
+    def __init__(self, *settings: Any, **named: Any) -> None:
+        super().__init__(*settings, **named)
         if self.end <= self.begin:
             raise ValueError(f"the rate must rise after it begins: begin is {self.begin}, end is {self.end}")
 
@@ -136,11 +134,9 @@ class Controller(Schedule):
     reacts = True
     MEMORY: ClassVar[int] = 8
 
-    def __init__(
-        self, p: float, p_start: float = 0.0, begin: float = 0.0, end: float | None = None, target: float | None = None
-    ) -> None:
-        super().__init__(p, p_start, begin, end, target)
-        self.state: dict[str, float] = {"rate": min(p_start, p), "progress": 0.0}
+    def __init__(self, *settings: Any, **named: Any) -> None:
+        super().__init__(*settings, **named)
+        self.state: dict[str, float] = {"rate": min(self.p_start, self.p), "progress": 0.0}
 
     @property
     def is_off(self) -> bool:

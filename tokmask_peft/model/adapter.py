@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from tokmask_peft.masking.embedding import find_embedding, is_sharded, whole
 from tokmask_peft.model.backbone import Backbone
 from tokmask_peft.model.decisions import PRECISIONS
 from tokmask_peft.model.layers import LINEAR, is_quantized
+from tokmask_peft.model.location import check_files
 from tokmask_peft.recipe.schema import AdapterConfig
 from tokmask_peft.tasks import get_task
 
@@ -35,7 +36,7 @@ _PLAIN = (
     *("exclude_modules", "modules_to_save", "init_lora_weights", "base_model_name_or_path", "revision"),
     *("inference_mode", "peft_version", "megatron_core", "qalora_group_size"),
 )
-"""Keys of an `adapter_config.json` with which merging needs no PEFT; any other that is set takes it."""
+"""Keys of an `adapter_config.json` that can be merged without PEFT; if any other is set, PEFT merges."""
 
 MOST_ROUNDED = 0.3
 """Largest share of an adapter's change to a bf16 weight matrix that rounding may take if it is to be merged.
@@ -55,11 +56,11 @@ _PROBE = "  Mañana I'll go to Zürich… @user #Tag 3,14 ÇA\u0301 ﬁn 今日�
 def linear_layers(model: nn.Module, outside: tuple[str, ...]) -> list[str]:
     """Return the full names of the backbone's linear layers, quantized ones too, except those of the modules `outside`.
 
-    GPT-2's `Conv1D` is one, too. PEFT's "all-linear" does not do this: it leaves out one head at most and only in
-    sequence tasks (not the pooler of a BERT that lacks one), and writes full names into `adapter_config.json`.
+    PEFT's "all-linear" leaves out one head at most and only in sequence tasks (not the pooler of a BERT that lacks
+    one), and writes full names into `adapter_config.json`.
     """
     linear = [name for name, part in model.named_modules() if isinstance(part, LINEAR) or is_quantized(part)]
-    return [name for name in linear if not any(f"{name}.".startswith(f"{other}.") for other in outside)]
+    return [name for name in linear if not f"{name}.".startswith(tuple(f"{other}." for other in outside))]
 
 
 def target_names(model: nn.Module, config: AdapterConfig, outside: tuple[str, ...]) -> list[str]:
@@ -108,18 +109,13 @@ def add_adapter(
     """
     from peft import LoraConfig, get_peft_model
 
-    new = backbone.new_modules
+    new, parts = backbone.new_modules, dict(backbone.model.named_modules())
     targets, layers = target_names(backbone.model, config, new), adapted_layers(backbone.model, config.layers)
     backbone.model.requires_grad_(False)
     rows: dict[str, list[int]] | None = None
     if trained_token is not None:
         embedding = find_embedding(backbone.model)
-        rows = {
-            name.rsplit(".", 1)[-1]: [trained_token]
-            for name, part in backbone.model.named_modules()
-            if part is embedding
-        }
-    model_parts = backbone.model.modules()
+        rows = {name.rsplit(".", 1)[-1]: [trained_token] for name, part in parts.items() if part is embedding}
     lora = LoraConfig(
         task_type=get_task(task).peft_type,  # without it the head would silently stay frozen
         r=config.r,
@@ -133,8 +129,8 @@ def add_adapter(
         trainable_token_indices=rows,
         use_rslora=config.rslora,
         use_dora=config.dora,
-        # in 4 or 8 bits GPT-2's layers are not transposed, but the adapter must fit others, too
-        fan_in_fan_out=any(issubclass(getattr(part, "source_cls", type(part)), Conv1D) for part in model_parts),
+        # in 4 or 8 bits GPT-2's layers are not transposed, but the adapter must also fit those that are
+        fan_in_fan_out=any(issubclass(getattr(part, "source_cls", type(part)), Conv1D) for part in parts.values()),
     )
     model = get_peft_model(backbone.model, lora, autocast_adapter_dtype=True)
     # PEFT adds its usual head names to modules_to_save; those that this backbone lacks would only confuse a reader
@@ -158,8 +154,8 @@ def inputs_as_they_come(model: nn.Module, autocast: bool) -> Iterator[None]:
     """Keep PEFT from making an fp32 copy of what enters each adapter, which autocast would convert back to bf16.
 
     Without dropout on the adapter's input only time and memory change; with it, the dropout is computed in bf16, like
-    the backbone's own. DoRA takes the dtype of its norms from the input, so there the copy stays, and so it does if the
-    forward passes do not run in `autocast`.
+    the backbone's own. The copy stays for DoRA, which takes the dtype of its norms from the input, and without
+    `autocast`.
     """
     # PEFT's `disable_input_dtype_casting` fails at layers without the switch (TrainableTokensLayer, peft 0.21.2)
     layers: list[Any] = [part for part in model.modules() if getattr(part, "cast_input_dtype_enabled", False)]
@@ -174,7 +170,7 @@ def inputs_as_they_come(model: nn.Module, autocast: bool) -> Iterator[None]:
 
 
 def gathered_weights(model: Any) -> dict[str, Tensor] | None:
-    """Return what is trained as plain tensors on the host if FSDP shards it, otherwise None. For all processes."""
+    """Return what is trained as plain tensors on the host if FSDP shards it, otherwise None; all processes call it."""
     trained = {name for name, value in model.named_parameters() if value.requires_grad}
     # not from named_parameters: after a forward pass some are still gathered, in memory that FSDP will reclaim
     state = {name: value for name, value in model.state_dict().items() if name in trained}
@@ -186,7 +182,7 @@ def gathered_weights(model: Any) -> dict[str, Tensor] | None:
 def save_adapter(model: Any, folder: Path, backbone_id: str, weights: dict[str, Tensor] | None = None) -> None:
     """Save LoRA, head and other new modules into `folder`, never the embedding matrix; `weights`: `gathered_weights`.
 
-    `backbone_id` becomes the base model in `adapter_config.json`, which has to be found on other machines, too.
+    `backbone_id` becomes the base model in `adapter_config.json`, where other machines look for it.
     """
     config = model.peft_config["default"]
     loaded_from = config.base_model_name_or_path
@@ -231,13 +227,7 @@ def check_files_of_adapter(folder: Path) -> None:
     for name in ("adapter_config.json", WEIGHTS):
         if not (folder / name).is_file():
             raise ModelError(f"{folder} has no adapter ({name} is missing)", code="no-adapter", folder=folder)
-    _check_no_pipes(folder)
-
-
-def _check_no_pipes(folder: Path) -> None:
-    if odd := sorted(path.name for path in folder.iterdir() if not (path.is_file() or path.is_dir())):
-        message = f"{', '.join(odd)} in {folder}: neither a file nor a folder, so reading may never end"
-        raise ModelError(message, code="not-a-file", folder=folder, files=odd)
+    check_files(folder)
 
 
 def _check_trained_on(
@@ -268,14 +258,14 @@ def check_fit(model: Any, tokenizer: Any, folder: Path) -> None:
     """
     from peft import get_peft_model_state_dict
 
-    _check_no_pipes(folder)
+    check_files(folder)
     weights = get_peft_model_state_dict(model, save_embedding_layers=False)
     wanted = {name: list(value.shape) for name, value in weights.items()}
     with safe_open(folder / WEIGHTS, "pt") as file:
         saved = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
     found = {
         "missing": sorted(wanted.keys() - saved.keys()),
-        # the Trainer's checkpoints may hold the embedding matrix, too
+        # the Trainer's checkpoints may also hold the embedding matrix
         "unexpected": sorted(saved.keys() - wanted.keys() - model.state_dict().keys()),
         "shapes": sorted(name for name in wanted.keys() & saved.keys() if saved[name] != wanted[name]),
     }
@@ -315,11 +305,12 @@ def load_merged(
 ) -> tuple[Any, Decision]:
     """Load a saved adapter for prediction and merge it into its unquantized backbone, unless rounding would spoil it.
 
-    Plain LoRA is merged here; all else, and what does not fit, is left to PEFT. `weights` and `scaling` are as in
-    `load_adapter`. Merging saves the products of the adapter. But bf16 weights hold three digits, fp16 ones four: a
-    change that is small compared with them would be lost, so that such an adapter is kept apart. Returned are the
-    merged model or the PEFT model, and which of them, with the reason. A ModelError says that `folder` has no adapter
-    that fits.
+    Merging saves the products of the adapter. But bf16 weights hold three digits, fp16 ones four: a change that is
+    small compared with them would be lost, so that such an adapter is kept apart. Plain LoRA is merged here, without
+    waiting for PEFT to be imported; anything else, and what does not fit, is left to PEFT.
+
+    `weights` and `scaling` are as in `load_adapter`. Returns the merged model or the PEFT model, and which it is, with
+    the reason. A ModelError says that `folder` has no adapter that fits.
     """
     check_files_of_adapter(folder)
     changes = _plain_changes(backbone, folder)
@@ -327,12 +318,9 @@ def load_merged(
         return merge_if_harmless(load_adapter(backbone, folder, weights, scaling))
     check_tokenizer(backbone.tokenizer, folder)
     _check_trained_on(backbone, folder, weights, {changes.scaling}, scaling)
-    rounded, dtype = 0.0, torch.float32
-    for part, (upper, lower) in changes.linear:
-        if part.weight.dtype != torch.float32:
-            share = _rounded_share(part.weight, [(upper, lower, changes.scaling)])
-            rounded, dtype = max(rounded, share), part.weight.dtype
-    decision = _decide_merging(rounded, dtype)
+    decision = _decide_merging(
+        (part.weight, [(upper, lower, changes.scaling)]) for part, (upper, lower) in changes.linear
+    )
     if decision.choice != "merged":
         return load_adapter(backbone, folder, weights, scaling), decision
     with torch.no_grad():
@@ -367,7 +355,7 @@ def _plain_changes(backbone: Backbone, folder: Path) -> _PlainChanges | None:
             saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except Exception:  # PEFT says what is wrong with it
         return None
-    linear, whole = [], []
+    linear, whole, device = [], [], backbone.model.device
     for name, part in backbone.model.named_modules() if plain else ():
         at = f"base_model.model.{name}"
         if _ends_in(name, new):
@@ -375,24 +363,15 @@ def _plain_changes(backbone: Backbone, folder: Path) -> _PlainChanges | None:
         elif any(_ends_in(name[:dot], new) for dot in range(len(name)) if name[dot] == "."):
             continue  # part of such a module
         elif _ends_in(name, targets) and not _ends_in(name, excluded):
-            pair = tuple(saved.pop(f"{at}.{factor}.weight", None) for factor in ("lora_B", "lora_A"))
-            linear.append((part, pair))
-    fits = (
-        bool(linear)
-        and not saved
-        and all(
-            type(part) is nn.Linear
-            and upper is not None
-            and lower is not None
-            and (upper.shape, lower.shape) == ((part.out_features, rank), (rank, part.in_features))
-            for part, (upper, lower) in linear
-        )
-    )
-    if not fits or any(value is None or value.shape != parameter.shape for parameter, value in whole):
+            upper, lower = (saved.pop(f"{at}.{factor}.weight", None) for factor in ("lora_B", "lora_A"))
+            if type(part) is not nn.Linear or upper is None or lower is None:
+                return None
+            if (upper.shape, lower.shape) != ((part.out_features, rank), (rank, part.in_features)):
+                return None
+            linear.append((part, (upper.to(device).float(), lower.to(device).float())))
+    if not linear or saved or any(value is None or value.shape != parameter.shape for parameter, value in whole):
         return None
-    device = backbone.model.device
-    pairs = [(part, (upper.to(device).float(), lower.to(device).float())) for part, (upper, lower) in linear]
-    return _PlainChanges(scaling, pairs, whole)
+    return _PlainChanges(scaling, linear, whole)
 
 
 def _ends_in(name: str, endings: list[str]) -> bool:
@@ -407,18 +386,26 @@ def merge_if_harmless(model: Any) -> tuple[Any, Decision]:
     low: list[Any] = [layer for layer in layers if layer.get_base_layer().weight.dtype != torch.float32]
     if not all(type(layer) is Linear and not layer.lora_variant for layer in low):
         return model, Decision("adapter", "kept apart", "the effect of rounding is known for plain LoRA only")
-    rounded, dtype = 0.0, torch.float32
+    matrices = []
     for layer in low:
         weight, names = layer.get_base_layer().weight, layer.active_adapters
-        weight = weight.T if layer.fan_in_fan_out else weight
         parts = [(layer.lora_B[name].weight, layer.lora_A[name].weight, layer.scaling[name]) for name in names]
-        rounded, dtype = max(rounded, _rounded_share(weight, parts)), weight.dtype
-    decision = _decide_merging(rounded, dtype)
+        matrices.append((weight.T if layer.fan_in_fan_out else weight, parts))
+    decision = _decide_merging(matrices)
     return (model.merge_and_unload() if decision.choice == "merged" else model), decision
 
 
-def _decide_merging(rounded: float, dtype: torch.dtype) -> Decision:
-    if not rounded <= MOST_ROUNDED:
+_Products = list[tuple[Tensor, Tensor, float]]
+"""A change of a matrix: a sum of products, [out, r] and [r, in], each with its scaling."""
+
+
+def _decide_merging(matrices: Iterable[tuple[Tensor, _Products]]) -> Decision:
+    """Decide by the matrix from whose change rounding would take the largest share; fp32 ones lose nothing."""
+    rounded, dtype = 0.0, torch.float32
+    for weight, change in matrices:
+        if weight.dtype != torch.float32:
+            rounded, dtype = max(rounded, _rounded_share(weight, change)), weight.dtype
+    if rounded > MOST_ROUNDED:
         reason = f"rounding to {PRECISIONS[dtype]} would take up to {rounded:.0%} of its change to a matrix"
         return Decision("adapter", "kept apart", reason)
     taken = f"; rounding to {PRECISIONS[dtype]} takes up to {rounded:.1%} of its change to a matrix"
@@ -427,11 +414,8 @@ def _decide_merging(rounded: float, dtype: torch.dtype) -> Decision:
 
 
 @torch.no_grad()
-def _rounded_share(weight: Tensor, parts: list[tuple[Tensor, Tensor, float]]) -> float:
-    """Return the norm of what rounding takes from a matrix's change, as a share of the change's, over some rows.
-
-    The change is a sum of products, [out, r] and [r, in], each with its scaling.
-    """
+def _rounded_share(weight: Tensor, parts: _Products) -> float:
+    """Return the norm of what rounding takes from a matrix's change, as a share of the change's, over some rows."""
     some = slice(None, None, -(-weight.shape[0] // SAMPLED))
     change = torch.zeros_like(weight[some], dtype=torch.float32)
     for upper, lower, scaling in parts:

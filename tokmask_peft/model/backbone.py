@@ -75,24 +75,23 @@ def load_backbone(
         ModelError: the backbone cannot be loaded, or not as the recipe asks, or its answers depend on padding, or
             it cannot read pairs.
     """
-    location = location or backbone_location(config)
+    location, kind = location or backbone_location(config), get_task(task)
     precision, quantization = choose_precision(config, device), choose_quantization(config, device)
     tokenizer = load_tokenizer(config, location)
     dtype = DTYPES[precision.choice]
     source, how = loading_source(config, location)
     load = functools.partial(
-        get_task(task).auto_model().from_pretrained,
+        kind.auto_model().from_pretrained,
         source,
         **how,
         num_labels=len(labels),
         id2label=dict(enumerate(labels)),
         label2id={label: index for index, label in enumerate(labels)},
-        **({} if get_task(task).problem_type is None else {"problem_type": get_task(task).problem_type}),
         ignore_mismatched_sizes=True,
         dtype=dtype,
         output_loading_info=True,
     )
-    extra: dict[str, Any] = {}
+    extra: dict[str, Any] = {} if kind.problem_type is None else {"problem_type": kind.problem_type}
     try:
         if config.attention_dropout is not None:
             name = attention_dropout_name(location, AutoConfig.from_pretrained(source, **how))
@@ -110,18 +109,7 @@ def load_backbone(
         if isinstance(error, ModelError) or out_of_memory(error):
             raise
         raise load_error("backbone", location, error) from error
-    rows, largest = math.inf, max(tokenizer.get_vocab().values())
-    with contextlib.suppress(NotImplementedError):  # CANINE hashes letters instead
-        rows = getattr(model.get_input_embeddings(), "num_embeddings", math.inf)
-    if largest >= rows:
-        problem = f"the tokenizer of {location} has ids up to {largest}, but the embedding has {rows} rows"
-        remedy = "save the backbone again after model.resize_token_embeddings, or with the tokenizer it came with"
-        raise ModelError(f"{problem}: {remedy}", code="tokenizer-too-large", largest=largest, rows=rows)
-    types, kinds = "token_type_ids", getattr(model.config, "type_vocab_size", 2)
-    takes_types = types in inspect.signature(model.forward).parameters and kinds != 1
-    if types in tokenizer.model_input_names and not takes_types:
-        names = [name for name in tokenizer.model_input_names if name != types]
-        tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names  # which are saved, too
+    _fit_tokenizer(tokenizer, model, location)
     model.config.pad_token_id, model.config.use_cache = tokenizer.pad_token_id, False
     if config.attention == "bidirectional":
         see_both_ways(model)
@@ -134,7 +122,7 @@ def load_backbone(
     new_modules = _new_modules(model, info)
     weights = weight_hashes(model, new_modules)
     hold_in_fp32(model, new_modules)
-    pooling = "auto" if get_task(task).words_given else config.pooling
+    pooling = "auto" if kind.words_given else config.pooling
     pool_texts(model, pooling)
     keep_gradients_after_eval(model)
     expand_heads_if_needed(model, device, dtype)
@@ -159,6 +147,22 @@ def load_backbone(
     return Backbone(model, tokenizer, new_modules, tuple(decisions), dtype, quantization.choice, weights)
 
 
+def _fit_tokenizer(tokenizer: Any, model: Any, location: str) -> None:
+    """Drop token types that a model does not take; a ModelError if it has no row for one of the tokens."""
+    rows, largest = math.inf, max(tokenizer.get_vocab().values())
+    with contextlib.suppress(NotImplementedError):  # CANINE hashes letters instead
+        rows = getattr(model.get_input_embeddings(), "num_embeddings", math.inf)
+    if largest >= rows:
+        problem = f"the tokenizer of {location} has ids up to {largest}, but the embedding has {rows} rows"
+        remedy = "save the backbone again after model.resize_token_embeddings, or with the tokenizer it came with"
+        raise ModelError(f"{problem}: {remedy}", code="tokenizer-too-large", largest=largest, rows=rows)
+    types, kinds = "token_type_ids", getattr(model.config, "type_vocab_size", 2)
+    takes_types = types in inspect.signature(model.forward).parameters and kinds != 1
+    if types in tokenizer.model_input_names and not takes_types:
+        names = [name for name in tokenizer.model_input_names if name != types]
+        tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names  # the latter are saved
+
+
 def _unpacked(load: functools.partial[Any]) -> functools.partial[Any]:
     """Read a GGUF file with `load`, and return what loads a model with these values, and takes a quantization.
 
@@ -178,9 +182,9 @@ def _unpacked(load: functools.partial[Any]) -> functools.partial[Any]:
 
 
 def _one_end(unknown: int, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Leave only the last end token of each text, at which T5 and BART answer; they fail on a text that spells another.
+    """Keep only the last end token of each text: T5 and BART answer there, and fail if the text spells another one.
 
-    Their tokenizers make end tokens of such words, with `split_special_tokens` too (unigram vocabularies hold them).
+    Their tokenizers make end tokens of such words even with `split_special_tokens` (unigram vocabularies hold them).
     """
     ends = kwargs["input_ids"] == model.config.eos_token_id
     earlier = ends & (ends.flip(1).cumsum(1).flip(1) > 1)
@@ -256,14 +260,14 @@ def quantization_config(kind: str, compute_dtype: torch.dtype, keep: list[str]) 
 def padding_side(model: Any, tokenizer: Any, dtype: torch.dtype) -> str:
     """Return the side to pad on so that a text's answer is the one that it gets alone; a ModelError if there is none.
 
-    Right wherever that serves, left for a model that pools the last position (XLNet), none for FNet, YOSO, CANINE and
-    others. Families that take packed rows are known to need no such test, which takes two or three forward passes.
+    That is right if possible, left for a model that pools the last position (XLNet), and neither for FNet, YOSO, CANINE
+    and others. Families that take packed rows are padded right without a test, which takes two or three forward passes.
     """
     if family_of(model) is not None:
         return "right"
     low = dtype != torch.float32
-    exact = not low and not any(is_quantized(part) for part in model.modules())
-    tolerance = 1e-4 if exact else 0.1  # tiny random models: 1e-6 of the logits' norm, .01 in bf16; padding .2 to 1
+    rounded = low or any(is_quantized(part) for part in model.modules())
+    tolerance = 0.1 if rounded else 1e-4  # tiny random models: 1e-6 of the logits' norm, .01 in bf16; padding .2 to 1
 
     def logits(*texts: str, side: str = "right") -> Any:
         options = {"padding": True, "padding_side": side, "return_tensors": "pt", "return_token_type_ids": False}
@@ -329,10 +333,10 @@ def _new_modules(model: nn.Module, info: dict[str, Any]) -> tuple[str, ...]:
 
 
 def hold_stream_in_fp32(model: nn.Module) -> None:
-    """Let the norms and what flows from layer to layer be in fp32, in place, as fp16 has no room for it.
+    """Keep the norms and what flows from layer to layer in fp32, in place.
 
-    fp16 ends at 65,504, which the sums over the layers of decoders exceed (Gemma 3). Only the matrix products are then
-    in fp16, under autocast, whose inputs come from norms.
+    The sums over the layers of decoders exceed 65,504, the largest number of fp16 (Gemma 3). Only the matrix products,
+    whose inputs come from norms, are then in fp16, under autocast.
     """
     for module in model.modules():
         if "Norm" in type(module).__name__:

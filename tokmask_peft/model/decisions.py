@@ -1,6 +1,6 @@
 """Device, precision, quantization, checkpointing and memory: what is chosen here, and why.
 
-What a device can do is tried once if a property of it does not prove it: builds of torch differ.
+If no property of a device proves what it can do, that is tried once: builds of torch differ.
 """
 
 from __future__ import annotations
@@ -9,11 +9,13 @@ import contextlib
 import inspect
 import os
 import platform
+import re
 import subprocess
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -76,12 +78,10 @@ def gpu_problem() -> str | None:
         return None
     if torch.cuda.is_available():
         return kernels_problem(torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))))
-    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    try:
+    command, found = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], ""
+    with contextlib.suppress(OSError, ValueError, subprocess.SubprocessError):
         run = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)  # noqa: S603
         found = run.stdout.partition("\n")[0].strip()
-    except (OSError, ValueError, subprocess.SubprocessError):
-        return None
     if not found:
         return None
     if torch.version.cuda is None:
@@ -98,11 +98,10 @@ def cpu_flags() -> frozenset[str] | None:
         found = torch.cpu.get_capabilities()
         if "avx512_bf16" in found:  # a torch that cannot inspect the CPU gives its name at most
             return frozenset(name for name, has in found.items() if has is True)
-    if CPUINFO.exists():
-        for line in CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("flags"):
-                return frozenset(line.split(":", 1)[1].split())
-    # torch 2.6 has no `get_capabilities`; that it knows nothing of AMX does not matter: AMX never comes without AVX512
+    cpuinfo = CPUINFO.read_text(encoding="utf-8", errors="replace") if CPUINFO.exists() else ""
+    if flags := re.search(r"^flags.*?:(.*)", cpuinfo, re.MULTILINE):
+        return frozenset(flags[1].split())
+    # torch 2.6 has no `get_capabilities`, and does not know AMX, which never comes without AVX512
     with contextlib.suppress(AttributeError, RuntimeError):
         return frozenset({"avx512_bf16"} if torch.cpu._is_avx512_bf16_supported() else ())
     return None
@@ -143,16 +142,16 @@ def _precision_of_gpu(device: torch.device) -> tuple[str, str]:
     """Return the fastest precision that a GPU has units for and that runs on it, and why it is that one."""
     name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
     reasons = []
-    for choice, first in (("bf16", (8, 0)), ("fp16", (7, 0))):
+    for choice, first, lacks, computes in (
+        ("bf16", (8, 0), "has no bf16", "computes in bf16"),
+        ("fp16", (7, 0), "has no fast fp16", "computes in fp16, with norms in fp32 and scaled loss"),
+    ):
         if capability < first and torch.version.hip is None:  # bf16 is emulated below, and fp16 slower than fp32
-            reasons.append(f"{name} has no {'bf16' if choice == 'bf16' else 'fast fp16'}")
-        elif said := failure(lambda choice=choice: _product(device, DTYPES[choice])):  # type: ignore[misc]
+            reasons.append(f"{name} {lacks}")
+        elif said := failure(partial(_product, device, DTYPES[choice])):
             reasons.append(f"{choice} does not run on {name} ({said})")
         else:
-            computes = (
-                "computes in bf16" if choice == "bf16" else "computes in fp16, with norms in fp32 and scaled loss"
-            )
-            return choice, "; ".join([*reasons, f"{name} {computes}" if not reasons else f"it {computes}"])
+            return choice, "; ".join([*reasons, f"{'it' if reasons else name} {computes}"])
     return "fp32", "; ".join([*reasons, "fp32 takes twice the memory for weights that are not quantized"])
 
 
@@ -184,7 +183,7 @@ def rows_problem(device: torch.device, dtype: torch.dtype, size: int) -> str | N
         kernel(row, row, row, bounds, bounds, 5, 5, scale=1.0, window_size=(-1, 0)).sum().backward()
         torch.cuda.synchronize(device)
 
-    return _kernel_failure(attempt, device)
+    return _kernel_failure(attempt)
 
 
 @cache
@@ -197,17 +196,17 @@ def flash_problem(device: torch.device, dtype: torch.dtype, size: int) -> str | 
             F.scaled_dot_product_attention(query, key, key, is_causal=True, enable_gqa=True).sum().backward()
         torch.cuda.synchronize(device)
 
-    return _kernel_failure(attempt, device)
+    return _kernel_failure(attempt)
 
 
-def _kernel_failure(attempt: Callable[[], None], device: torch.device) -> str | None:
-    """Return why a kernel fails, in training or not, or None."""
-    training = torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False)
-    with contextlib.ExitStack() as stack:
-        for context in (*training, warnings.catch_warnings()):
-            stack.enter_context(context)
-        warnings.simplefilter("ignore")  # torch warns of each kernel that does not take the inputs
-        return failure(attempt)
+def _kernel_failure(attempt: Callable[[], None]) -> str | None:
+    """Return why a kernel fails, in training or not, or None.
+
+    It is tried in a thread of its own: autocast, modes without gradients, and the hooks of checkpointing, which would
+    compute a layer again for the trial's gradient, are those of a thread.
+    """
+    with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor(1) as thread:  # torch warns of each kernel
+        return thread.submit(failure, attempt).result()
 
 
 @cache
@@ -235,9 +234,8 @@ def choose_quantization(config: ModelConfig, device: torch.device) -> Decision:
     wanted = config.quantization
     problem = None if wanted == "none" else bitsandbytes_problem(device.type)
     if wanted == "auto":
-        return Decision(
-            "quantization", "none" if problem else "nf4", problem or f"bitsandbytes runs on this {device.type}"
-        )
+        reason = problem or f"bitsandbytes runs on this {device.type}"
+        return Decision("quantization", "none" if problem else "nf4", reason)
     if problem is not None:
         message = f"model.quantization is {wanted}, but {problem}. Set model.quantization=none, or update bitsandbytes."
         raise ModelError(message, code="quantization-unavailable", quantization=wanted, device=device.type)
@@ -265,21 +263,18 @@ def plan_loading(
         expected = "expected nf4, int8 or none, and bf16, fp16 or fp32"
         message = f"quantization {quantization}, precision {precision}: {expected}"
         raise ModelError(message, code="unknown-format", quantization=quantization, precision=precision)
-    reasons, deviations = {}, {}
+    reasons, deviations, embedding = {}, {}, trained.embedding
     if quantization is None:
         quantization, reasons["quantization"] = trained.quantization, "as in training"
         if quantization != "none" and (problem := bitsandbytes_problem(device.type)):
-            quantization = "none"
-            deviations["quantization"] = f"trained on {trained.quantization}, but {problem}: results differ slightly"
+            quantization, deviations["quantization"] = "none", f"trained on {trained.quantization}, but {problem}"
     if precision is None and trained.precision == "fp16" and device.type != "cuda":
-        precision = "fp32"
-        deviations["precision"] = f"trained in fp16, which {device.type} does not compute in: results differ slightly"
-    embedding = trained.embedding
+        precision, deviations["precision"] = "fp32", f"trained in fp16, which {device.type} does not compute in"
     if embedding == "offload" and device.type == "cpu":
         embedding = "resident"  # the memory of the host is that of the device: the same lookup
     elif embedding == "8bit" and (problem := bitsandbytes_problem(device.type)):
-        embedding = "resident"
-        deviations["embedding"] = f"trained on the 8-bit embedding, but {problem}: results differ slightly"
+        embedding, deviations["embedding"] = "resident", f"trained on the 8-bit embedding, but {problem}"
+    deviations = {what: f"{reason}: results differ slightly" for what, reason in deviations.items()}
     here = {"quantization": quantization, "precision": precision or trained.precision, "embedding": embedding}
     return LoadingPlan(trained.model_copy(update=here), reasons | deviations, tuple(deviations.values()))
 

@@ -1,4 +1,4 @@
-"""What the padding-free forward has to know of an architecture: one entry per family of backbones."""
+"""What the padding-free forward needs to know about an architecture: one entry per family of backbones."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NAME = "tokmask_packed"
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """What the packed forward has to know of an architecture.
+    """What the packed forward needs to know about an architecture.
 
     Attributes:
         head: for an answer per text: from the model and the pooled states, [texts, 1, hidden], to [texts, classes].

@@ -1,4 +1,4 @@
-"""Layers that compute otherwise than torch's: a head in fp32, a quick dropout, an embedding in 8 bits or on the host.
+"""Layers that compute differently from torch's: a head in fp32, a quick dropout, an embedding in 8 bits or on the host.
 
 The frozen input embedding is the largest part of a small multilingual backbone in 4 bits (Qwen2.5-0.5B: 260 of 436
 MiB), and a batch needs a few hundred of its rows.
@@ -73,7 +73,7 @@ class QuickDropout(nn.Dropout):
 
 @contextlib.contextmanager
 def quick_dropout(model: nn.Module) -> Iterator[None]:
-    """Turn the `nn.Dropout` modules of a model, with an adapter or without, into `QuickDropout` for the time being."""
+    """Let the `nn.Dropout` modules of a model, with an adapter or without, be `QuickDropout` inside the context."""
     modules = [module for module in model.modules() if type(module) is nn.Dropout and not module.inplace]
     for module in modules:
         module.__class__ = QuickDropout
@@ -91,7 +91,7 @@ def is_quantized(module: nn.Module) -> bool:
 
 @functools.cache
 def int8_embedding() -> Any:
-    """Return the class of 8-bit embeddings; made when it is asked for, since importing bitsandbytes takes seconds."""
+    """Return the class of 8-bit embeddings, made at the first call, since importing bitsandbytes takes seconds."""
     from bitsandbytes.nn import Embedding8bit, Int8Params
 
     class Int8Embedding(Embedding8bit):
@@ -189,13 +189,12 @@ def place_embedding(model: Any, wanted: str, device: torch.device) -> tuple[Deci
         return ()
     check_placement(model, wanted)
     embedding: Any = find_embedding(model)
-    weight = embedding.weight
-    full = weight.nbytes / 2**20
+    weight, full = embedding.weight, embedding.weight.nbytes / 2**20
     placed: nn.Module
     if wanted == "offload":
-        placed = HostEmbedding(weight)
-        reason = f"{full:.0f} MiB on the host; a batch's rows are copied to the {device.type}"
-        reason = "its device is the host: nothing is saved" if device.type == "cpu" else reason
+        placed, reason = HostEmbedding(weight), "its device is the host: nothing is saved"
+        if device.type != "cpu":
+            reason = f"{full:.0f} MiB on the host; a batch's rows are copied to the {device.type}"
     else:
         if problem := bitsandbytes_problem(device.type):
             message = f"model.embedding is 8bit, but {problem}. Set model.embedding=resident, or offload."
@@ -227,10 +226,10 @@ BOTH_WAYS = {"gemma3_text": "Gemma 3", "llama": "Llama", "mistral": "Mistral", "
 
 
 def see_both_ways(model: Any) -> None:
-    """Let the sub-tokens of a decoder, without an adapter, see those after them, too, as far as a sliding window goes.
+    """Let the sub-tokens of a decoder, without an adapter, also see those after them, as far as a sliding window goes.
 
-    `is_causal` in the config is transformers' own switch (since 5.17 at least): masks and attention follow it, packed
-    rows too, and a saved config has it.
+    `is_causal` in the config is transformers' own switch: masks and attention follow it, packed rows too, and a saved
+    config has it.
 
     Raises:
         ModelError: the model is none of `BOTH_WAYS`.
@@ -270,9 +269,9 @@ def pool_texts(model: Any, how: str) -> None:
     name, both = type(model).__name__, getattr(model.config, "is_encoder_decoder", False)
     decoder = hasattr(model, "score")  # what transformers calls the head of a decoder
     if both or (decoder and how == "cls") or (not decoder and how == "last"):
-        problem = f"model.pooling={how} does not fit {name}"
-        where = "which is not a decoder" if how == "last" else "which has no [CLS] of its own"
-        raise ModelError(f"{problem}, {where}: set it to auto", code="pooling", model=name)
+        why = "which is not a decoder" if how == "last" else "which has no [CLS] of its own"
+        why = "which has an encoder and a decoder" if both else why
+        raise ModelError(f"model.pooling={how} does not fit {name}, {why}: set it to auto", code="pooling", model=name)
     if hasattr(model.config, "classifier_pooling"):  # ModernBERT's own
         model.config.classifier_pooling = "cls"
     if how in ("cls", "last"):
@@ -290,7 +289,7 @@ def pool_texts(model: Any, how: str) -> None:
         output.last_hidden_state = expanded(output.last_hidden_state)
 
     base.register_forward_pre_hook(remember, with_kwargs=True)
-    if getattr(base, "pooler", None) is None:
+    if (pooler := getattr(base, "pooler", None)) is None:
         base.register_forward_hook(pool_output)
     else:
-        base.pooler.register_forward_pre_hook(lambda _, args: (expanded(args[0]),))
+        pooler.register_forward_pre_hook(lambda _, args: (expanded(args[0]),))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -39,7 +40,9 @@ def backbone_location(config: ModelConfig) -> str:
         check_files(wanted)
         return wanted
     package, _, inside = wanted.removeprefix("package:").partition("/")
-    spec = importlib.util.find_spec(package)
+    spec = None
+    with contextlib.suppress(ImportError, ValueError):  # of a parent package that is missing, and of no name at all
+        spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         problem = f"model.backbone_path is {wanted}, but the package {package} is not installed"
         remedy = f"pip install {package.replace('_', '-')}, or set model.backbone_path=null to use the Hub"
@@ -86,14 +89,14 @@ def config_at_hand(model: ModelConfig) -> Mapping[str, Any]:
         if not Path(location).is_dir():
             path = try_to_load_from_cache(location, "config.json", revision=model.revision)
         return dict(json.loads(Path(path).read_text(encoding="utf-8")))
-    except (ModelError, OSError, ValueError, TypeError):  # what is wrong with it is said when it is loaded
+    except (ModelError, OSError, ValueError, TypeError):  # loading it reports what is wrong with it
         return {}
 
 
 def position_limit(config: Mapping[str, Any]) -> int | None:
     """Return the sub-tokens that a model with this `config.json` has positions for, special tokens included.
 
-    None is any number: rotary and relative positions have no end, although long texts may be read badly.
+    None means any number: rotary and relative positions have no limit, although long texts may be read badly.
     """
     config = config.get("text_config") or config
     kind, relative = config.get("model_type"), "relative_attention_num_buckets" in config

@@ -1,7 +1,7 @@
 """The padding-free forward: a batch as one packed row, attention per text, and the head on each text's own state.
 
 A packed row spends nothing on padding. Padded batches still take the model's own forward, so that a model can be
-trained packed and evaluated padded. What this has to know of an architecture is in `families.FAMILIES`.
+trained packed and evaluated padded. What differs between architectures is in `families.FAMILIES`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput, TokenClassif
 from tokmask_peft.console import Decision
 from tokmask_peft.errors import ModelError
 from tokmask_peft.examples import IGNORED
-from tokmask_peft.masking.embedding import find_embedding
+from tokmask_peft.masking.embedding import find_embedding, unwrap
 from tokmask_peft.masking.masker import TokenMasker
 from tokmask_peft.masking.replacement import REPLACEMENTS
 from tokmask_peft.model.decisions import flash_problem, rows_kernel, rows_problem
@@ -92,7 +92,7 @@ def enable_padding_free(model: nn.Module) -> None:
 
 
 def use_packed_attention(model: nn.Module) -> None:
-    """Let the layers of a model call `packed_attention`, which takes padded batches, too."""
+    """Let the layers of a model call `packed_attention`, which also takes padded batches."""
     AttentionInterface.register(NAME, packed_attention)
     # for padded batches, which go on through `sdpa`; without a mask function transformers would drop their mask
     AttentionMaskInterface.register(NAME, sdpa_mask)
@@ -111,7 +111,7 @@ def expand_heads_if_needed(model: nn.Module, device: torch.device, dtype: torch.
 
 def takes_packed_rows(model: Any) -> bool:
     """Return whether a model, with an adapter or without, was given to `enable_padding_free`."""
-    return isinstance(model.get_base_model() if hasattr(model, "get_base_model") else model, PackedRows)
+    return isinstance(unwrap(model), PackedRows)
 
 
 WORTH = 400
@@ -238,10 +238,9 @@ class PackedRows(nn.Module):
         logits = packed_logits(self, packed_hidden(self, longer_ids, longer, **places)[:, :total], ids, packing)
         if kept is not None and self.per_token:  # back to the places of all sub-tokens
             logits = logits.new_zeros(1, input_ids.shape[1], logits.shape[-1]).index_copy(1, kept, logits)
-        labels = (
-            None if labels is None or labels.is_floating_point() else labels
-        )  # several a text: `ClassificationLoss`
-        loss = None if labels is None else F.cross_entropy(logits.flatten(0, -2).float(), labels.reshape(-1))
+        loss = None
+        if labels is not None and not labels.is_floating_point():  # several a text are left to `ClassificationLoss`
+            loss = F.cross_entropy(logits.flatten(0, -2).float(), labels.reshape(-1))
         return (TokenClassifierOutput if logits.dim() == 3 else SequenceClassifierOutput)(loss=loss, logits=logits)
 
 
@@ -298,7 +297,7 @@ def packed_attention(
 
     `query`, `key` and `value` are [1, heads, total, head], the latter two maybe with fewer heads. `attention_mask` is
     ignored if there is a `packing`. `sliding_window` is the number of sub-tokens that a layer sees on its left, itself
-    included, and if it is not causal, on its right as well; whether it is causal it says itself by default.
+    included, and if it is not causal, on its right as well. By default the `module` says whether it is causal.
     """
     if packing is None:
         options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal}
@@ -310,6 +309,12 @@ def packed_attention(
     causal, window = seen(module, is_causal, sliding_window, packing.max_length)
     rows = [tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value)]
     device, size = query.device.type, query.shape[-1]
+    if device == "cpu":  # whose kernels are slow in bf16: four buckets take 26.6 ms, and 6.8 in fp32 (see `WORTH`)
+        kernel: Kernel = _dropped_attention if dropout > 0 else F.scaled_dot_product_attention
+        with torch.autocast("cpu", enabled=False):
+            rows = [tensor.float() for tensor in rows]
+            found = attend_in_buckets(rows, packing, causal, window, dropout, scaling, kernel)
+        return found.to(value.dtype).unsqueeze(0), None
     if device == "cuda":
         rows = [tensor.to(_computed_in(query)) for tensor in rows]
         if missing := -size % 8:  # kernels of GPUs take multiples of 8; zeros add nothing to a product
@@ -318,11 +323,7 @@ def packed_attention(
     if device == "cuda" and dropout == 0.0 and rows_problem(query.device, rows[0].dtype, rows[0].shape[-1]) is None:
         found = _varlen_attention(cast(Kernel, rows_kernel()), rows, packing, causal, window, scaling)
     else:
-        if device == "cpu":  # whose kernels are slow in bf16: four buckets take 26.6 ms, and 6.8 in fp32 (see `WORTH`)
-            rows = [tensor.float() for tensor in rows]
-        kernel: Kernel = _dropped_attention if device == "cpu" and dropout > 0 else F.scaled_dot_product_attention
-        with torch.autocast("cpu", enabled=False) if device == "cpu" else contextlib.nullcontext():
-            found = attend_in_buckets(rows, packing, causal, window, dropout, scaling, kernel)
+        found = attend_in_buckets(rows, packing, causal, window, dropout, scaling, F.scaled_dot_product_attention)
     return found.narrow(-1, 0, size).to(value.dtype).unsqueeze(0), None
 
 

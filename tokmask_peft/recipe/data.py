@@ -23,7 +23,8 @@ def _separator(value: str) -> str:
     return value
 
 
-def _encoding(value: str) -> str:
+def known_encoding(value: str) -> str:
+    """Return the name of an encoding, or raise a ValueError that says what is expected."""
     try:
         "".encode("utf-8" if value == "auto" else value)
     except (LookupError, ValueError) as error:
@@ -41,7 +42,7 @@ Separator = Annotated[str, AfterValidator(_separator)]
 LabelColumns = Annotated[
     tuple[str, ...], Field(min_length=2, title="a list of columns with 0 or 1, one per label, as [joy, anger]")
 ]
-Encoding = Annotated[str, AfterValidator(_encoding)]
+Encoding = Annotated[str, AfterValidator(known_encoding)]
 
 
 class SourceConfig(Section):

@@ -161,7 +161,7 @@ def differences(before: Recipe, after: Recipe) -> list[str]:
 
     In a sweep one run of each seed scores the baseline for all, and which one changes when the sweep is extended.
     """
-    old, new = _flat(before.model_dump(mode="json")), _flat(after.model_dump(mode="json"))
+    old, new = flat(before.model_dump(mode="json")), flat(after.model_dump(mode="json"))
     return [
         f"{key}: {shown(old.get(key))} before, {shown(new.get(key))} now"
         for key in sorted({*old, *new} - {"name", "output_dir", "training.baseline"})
@@ -169,11 +169,12 @@ def differences(before: Recipe, after: Recipe) -> list[str]:
     ]
 
 
-def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the values of nested mappings by dotted key."""
+    found: dict[str, Any] = {}
     for key, value in content.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
 
 
 class _Loader(yaml.SafeLoader):

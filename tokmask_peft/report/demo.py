@@ -57,12 +57,13 @@ def answer(classifier: Any, text: Any) -> tuple[dict[str, float] | None, Markup]
     """
     from tokmask_peft.inference.explain import explain
 
+    task = get_task(classifier.task)
     if (length := len(str(text))) > _MOST_CHARACTERS:
         problem = f"the text has {length:,} characters, and only up to {_MOST_CHARACTERS:,} are answered here"
         return None, _page(problem=f"{problem}; for longer ones use: tokmask predict")
     try:
         (found,) = classifier.predict([text])
-        if get_task(classifier.task).words_given:
+        if task.words_given:
             sure = [row[label] for row, label in zip(found.probabilities, found.labels, strict=True)]
             tinted = label_words(found.words, found.marks, found.all_marks, sure)
             rows, legend = list(zip(found.words, found.labels, sure, strict=True)), label_legend(found.all_marks)
@@ -76,9 +77,9 @@ def answer(classifier: Any, text: Any) -> tuple[dict[str, float] | None, Markup]
             except MaskTokenError as error:
                 note = f"Without colours: {error}"
         tinted = influence_words(*(explanation.words, explanation.influences) if explanation else (words, ()))
-        label = explanation.label if explanation else None
-        given = f"labels: {', '.join(found.labels)}" if get_task(classifier.task).several and found.labels else ""
-        given = given or ("no label" if get_task(classifier.task).several else "")
+        label, given = explanation.label if explanation else None, ""
+        if task.several:
+            given = f"labels: {', '.join(found.labels)}" if found.labels else "no label"
         return found.probabilities, _page(words=tinted, label=label, note=note, given=given)
     except TokmaskError as error:
         return None, _page(problem=str(error).replace("texts[0]", "the text"))

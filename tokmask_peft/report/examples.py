@@ -12,7 +12,7 @@ from tokmask_peft.artifacts import Run, find_saved
 from tokmask_peft.errors import MaskTokenError
 from tokmask_peft.examples import Example, Pair
 from tokmask_peft.inference.classifier import Classifier, load
-from tokmask_peft.inference.explain import explain
+from tokmask_peft.inference.explain import MOST_WORDS, explain
 from tokmask_peft.tasks import Task, get_task
 from tokmask_peft.training.evaluate import split_examples
 
@@ -64,7 +64,8 @@ def find_mistakes(run: Run, backbone: str | None = None, trust_remote_code: bool
     classifier = load(saved)
     texts: list[Any] = [example.text for example in chosen]
     answers = classifier.predict(texts)
-    wrong, known = [list(mistakes_of(task, *pair)) for pair in zip(chosen, answers, strict=True)], {*classifier.labels}
+    wrong = [list(mistakes_of(task, *pair)) for pair in zip(chosen, answers, strict=True)]
+    known = {*classifier.labels}
     # that a label which training lacks is left out is always certain, and no word explains it
     explicable = [[one for one in mistakes if {one.gold, one.predicted} & known] for mistakes in wrong]
     shown, unexplained = explained(classifier, most_confident(explicable))
@@ -82,9 +83,9 @@ def find_mistakes(run: Run, backbone: str | None = None, trust_remote_code: bool
 def mistakes_of(task: Task, example: Example, answer: Any) -> Iterator[Mistake]:
     """Yield what is wrong in a classifier's answer to an example."""
     where = example.where.replace("\\", "/").rpartition("/")[2]
+    pair = example.text if isinstance(example.text, Pair) else None
+    words = tuple(pair.split()) if pair else example.words
     for gold, predicted, probability, gold_probability, word in task.mistakes(example.tags, answer):
-        pair = example.text if isinstance(example.text, Pair) else None
-        words = tuple(pair.split()) if pair else example.words
         yield Mistake(words, gold, predicted, probability, gold_probability, where, word, pair=pair)
 
 
@@ -96,12 +97,14 @@ def most_confident(wrong: Iterable[list[Mistake]], count: int = SHOWN) -> list[M
 
 def explained(classifier: Classifier, mistakes: list[Mistake]) -> tuple[tuple[Mistake, ...], str]:
     """Add the influence of each word on the wrong label; without a mask token, return a reason instead."""
-    found = []
+    words_given, found = get_task(classifier.task).words_given, []
     for mistake in mistakes:
-        given = list(mistake.words) if get_task(classifier.task).words_given else " ".join(mistake.words)
-        text: Any = mistake.pair or given
-        there = mistake.predicted in classifier.labels  # otherwise it says that the label of the data is not there
-        about, sign = (mistake.predicted, 1) if there else (mistake.gold, -1)
+        if len(mistake.words) > MOST_WORDS:
+            found.append(mistake)
+            continue
+        text: Any = mistake.pair or (list(mistake.words) if words_given else " ".join(mistake.words))
+        # if a label is missing in the answer, the words that speak against it are the ones to show
+        about, sign = (mistake.predicted, 1) if mistake.predicted in classifier.labels else (mistake.gold, -1)
         label = about if mistake.word is None else None
         try:
             (explanation,) = explain(classifier, [text], word=mistake.word, label=label)

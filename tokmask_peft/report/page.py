@@ -70,8 +70,7 @@ def report_run(
 
 def render(run: Run, mistakes: Mistakes | None, no_mistakes: str = "") -> str:
     """Return the page of a finished run as HTML; `no_mistakes` says why there are no mistakes to show."""
-    recipe, result, adapter = run.recipe, run.result, run.folder.adapter
-    task, scores, calibration = get_task(recipe.data.task), result.scored, result.calibration
+    recipe, result, scores, calibration = run.recipe, run.result, run.result.scored, run.result.calibration
     mixing, reliability = scores.get("by_mixing"), None
     if calibration:
         split = "test" if "test" in calibration else "validation"
@@ -80,7 +79,7 @@ def render(run: Run, mistakes: Mistakes | None, no_mistakes: str = "") -> str:
     return template.render(
         recipe=recipe,
         result=result,
-        task=task,
+        task=get_task(recipe.data.task),
         split=result.scored_split,
         scores=scores,
         backbone=hub_id(recipe.model.backbone) or f"{Path(recipe.model.backbone).name} (a local folder)",
@@ -96,7 +95,7 @@ def render(run: Run, mistakes: Mistakes | None, no_mistakes: str = "") -> str:
         no_mistakes=no_mistakes,
         merged=merged_labels(result.data.get("label_map", {})),
         run=shlex.quote(str(run.folder.root)),
-        snippet=loading_snippet(run.recipe, result, str(adapter), _words_are_spaced(run)),
+        snippet=loading_snippet(recipe, result, str(run.folder.adapter), _words_are_spaced(run)),
         version=__version__,
     )
 

@@ -25,6 +25,7 @@ from typing import Any, Literal
 import psutil
 
 from tokmask_peft.errors import ExtraError, SweepError, first_line
+from tokmask_peft.recipe.loading import flat
 from tokmask_peft.study.plan import Cell, Plan
 
 try:
@@ -52,17 +53,18 @@ def open_storage(place: str | Path) -> Any:
         with errors_of_storage():
             return optuna.storages.JournalStorage(JournalFileBackend(str(place), JournalFileOpenLock(str(place))))
     settings = {"connect_args": {"timeout": 60}} if place.startswith("sqlite") else {"pool_pre_ping": True}
-    for left in (4, 3, 2, 1, 0):
+    attempts = 5  # another process may be making the tables
+    while True:
         try:
             return optuna.storages.RDBStorage(place, engine_kwargs=settings)
         except (ImportError, sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.OptunaError, RuntimeError) as error:
-            if left == 0 or isinstance(error, ImportError | sqlalchemy.exc.ArgumentError):
+            attempts -= 1
+            if attempts == 0 or isinstance(error, ImportError | sqlalchemy.exc.ArgumentError):
                 reason = first_line(getattr(error, "orig", None) or error)
                 remedy = "the URL of a database, as postgresql://USER@HOST/DATABASE, and its driver to be installed"
                 message = f"--storage {place} cannot be opened: {reason}; expected {remedy}"
                 raise SweepError(message, code="bad-storage", storage=place) from error
-            time.sleep(random.uniform(0.05, 0.3))  # noqa: S311 (another process may be making the tables)
-    return None
+            time.sleep(random.uniform(0.05, 0.3))  # noqa: S311
 
 
 @contextlib.contextmanager
@@ -116,9 +118,10 @@ class Ledger:
         retry_failed: let this process run the cells again that have failed until now.
 
     Raises:
-        SweepError: the storage cannot be opened, or holds another sweep of that name.
+        SweepError: the storage cannot be opened or fails, or holds another sweep of that name.
     """
 
+    @errors_of_storage()
     def __init__(self, plan: Plan, place: str | Path, *, prune: bool = False, retry_failed: bool = False) -> None:
         self.plan, self.storage = plan, open_storage(place)
         samplers = {"tpe": optuna.samplers.TPESampler(constant_liar=True)}
@@ -133,7 +136,12 @@ class Ledger:
         self.study_id = self.storage.get_study_id_from_name(plan.name)
         if "definition" not in self._study.user_attrs:
             self._study.set_user_attr("definition", plan.definition())
-        if changed := sorted(_differences(self._study.user_attrs["definition"], plan.definition())):
+        before, now = flat(self._study.user_attrs["definition"]), flat(plan.definition())
+        if changed := [
+            f"{key.removeprefix('recipe.')}: {before.get(key)} before, {now.get(key)} now"
+            for key in sorted({*before, *now})
+            if before.get(key) != now.get(key)
+        ]:
             problem = f"the sweep {plan.name} was started with another recipe; continuing would mix two sweeps"
             message = f"{problem}. Differences: {'; '.join(changed)}. Choose another --name."
             raise SweepError(message, code="other-sweep", differences=changed)
@@ -189,6 +197,7 @@ class Ledger:
             return True
         return False
 
+    @errors_of_storage()
     def is_hopeless(self, claim: Claim) -> bool:
         """Return whether the trial is below the median of earlier ones at the same step."""
         return bool(self._study.pruner.prune(self._study, self.storage.get_trial(claim.trial_id)))
@@ -241,12 +250,3 @@ class Ledger:
         outcomes = (trial.user_attrs.get("outcome", {}) for trial in trials[::-1] if trial.number not in self._retried)
         reason = next((outcome["reason"] for outcome in outcomes if outcome.get("kind") == "error"), None)
         return CellState("waiting") if reason is None else CellState("failed", reason=reason)
-
-
-def _differences(before: Any, after: Any, path: str = "") -> Iterator[str]:
-    if isinstance(before, dict) and isinstance(after, dict):
-        for key in {*before, *after}:
-            below = f"{path}.{key}" if path and path != "recipe" else key
-            yield from _differences(before.get(key), after.get(key), below)
-    elif before != after:
-        yield f"{path}: {before} before, {after} now"

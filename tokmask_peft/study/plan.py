@@ -38,6 +38,10 @@ class Axis:
     high: float | int | None = None
     log: bool = False
 
+    def space(self) -> dict[str, Any]:
+        """Return what a sampler draws from, JSON-able."""
+        return {"values": [*self.values]} if self.values else {"low": self.low, "high": self.high, "log": self.log}
+
     def suggest(self, trial: Any) -> str:
         """Let an Optuna trial choose a value; return it as text."""
         if self.values:
@@ -231,8 +235,7 @@ class Plan:
         base = self.base.model_dump(mode="json", exclude=left_out)
         fixed = {"sampler": self.sampler, "axes": sorted(axis.key for axis in self.axes), "recipe": base}
         if self.sampler != "grid":
-            bounds = {axis.key: {"low": axis.low, "high": axis.high, "log": axis.log} for axis in self.axes}
-            fixed["space"] = bounds | {axis.key: {"values": list(axis.values)} for axis in self.axes if axis.values}
+            fixed["space"] = {axis.key: axis.space() for axis in self.axes}
         return fixed
 
     def write(self) -> None:

@@ -15,19 +15,18 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from tokmask_peft import __version__, html
-from tokmask_peft.errors import ExtraError, SweepError, boundary, whole, write_json, write_whole
+from tokmask_peft.errors import SweepError, boundary, require, whole, write_json, write_whole
 from tokmask_peft.html import FIRST, MUTED, SECOND, Picture
 from tokmask_peft.study.results import analyse, read_sweep
 from tokmask_peft.study.statistics import seeds_to_reach, smallest_p
 from tokmask_peft.tasks import get_task
 
-_SIGNS = {"\\": r"\textbackslash{}", "±": r"$\pm$", "−": "$-$", "×": r"$\times$"}
-LATEX = str.maketrans(_SIGNS | {sign: f"\\{sign}" for sign in "_%&#"})
+LATEX = str.maketrans(
+    {"\\": r"\textbackslash{}", "±": r"$\pm$", "−": "$-$", "×": r"$\times$"} | {sign: f"\\{sign}" for sign in "_%&#"}
+)
 NAMES = {"f1_macro": "macro-F1", "f1_weighted": "weighted F1"}
 
 ALPHA = 0.05
-Compared = Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]
-"""Rows that are compared with a reference, and their differences."""
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 """Head and rows."""
 
@@ -85,8 +84,14 @@ TEMPLATES = Environment(
     lstrip_blocks=True,
     keep_trailing_newline=True,
 )
-_functions = (signed, interval, mean_sd, Counter, smallest_p, seeds_to_reach)
-TEMPLATES.globals |= {one.__name__: one for one in _functions}
+TEMPLATES.globals.update(
+    signed=signed,
+    interval=interval,
+    mean_sd=mean_sd,
+    Counter=Counter,
+    smallest_p=smallest_p,
+    seeds_to_reach=seeds_to_reach,
+)
 TEMPLATES.filters |= {
     "cell": lambda text: text.replace("|", "\\|"),
     "count": "{:,}".format,
@@ -105,16 +110,6 @@ TEMPLATES.filters |= {
 def render(template: str, **values: Any) -> str:
     """Return the text of a template; a value that is missing is an error."""
     return TEMPLATES.get_template(f"{template}.j2").render(values)
-
-
-def matplotlib() -> Any:
-    """Return matplotlib, or raise the ExtraError that says how to install it."""
-    try:
-        import matplotlib as mpl
-        import matplotlib.figure
-    except ImportError as error:
-        raise ExtraError("the plot needs matplotlib: pip install 'tokmask-peft[sweep]'", extra="sweep") from error
-    return mpl
 
 
 def draw(
@@ -146,12 +141,14 @@ def finish(axes: Any, **settings: Any) -> None:
 
 def save(figure: Any, title: str, folder: Path, name: str) -> tuple[Path, Path]:
     """Give a figure its title and legend, and write it as PNG and SVG; the same figures make the same files."""
+    from matplotlib import rc_context
+
     handles, labels = figure.axes[0].get_legend_handles_labels()
     if labels:
         figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4), frameon=False)
     figure.suptitle(title, fontsize=11)
     paths = folder / f"{name}.png", folder / f"{name}.svg"
-    with matplotlib().rc_context({"svg.hashsalt": "tokmask"}):
+    with rc_context({"svg.hashsalt": "tokmask"}):
         with whole(paths[0]) as new:
             figure.savefig(new, format="png", dpi=150)
         with whole(paths[1]) as new:
@@ -161,17 +158,19 @@ def save(figure: Any, title: str, folder: Path, name: str) -> tuple[Path, Path]:
 
 def score_table(analysis: dict[str, Any]) -> Table:
     """Return mean, deviation and interval of each arm."""
-    head: tuple[str, ...] = ("arm", "seeds", "macro-F1", "95% interval", "weighted F1", "95% interval")
-    head, body = (*head, "validation macro-F1", "cost"), []
-    entities = "f1_entities" in analysis["rows"][0]
-    head = (*head, "entity F1", "95% interval") if entities else head
+    head = ["arm", "seeds", "macro-F1", "95% interval", "weighted F1", "95% interval", "validation macro-F1", "cost"]
+    entities = ["f1_entities"] if "f1_entities" in analysis["rows"][0] else []
+    body = []
     for row in analysis["rows"]:
-        cost = "1" if row["is_reference"] else ("" if row.get("cost") is None else f"{row['cost']:.2f}")
-        macro, weighted = row["f1_macro"], row["f1_weighted"]
-        cells = [row["label"], str(len(row["seeds"])), mean_sd(macro), level(macro), mean_sd(weighted), level(weighted)]
-        more = [mean_sd(row["f1_entities"]), level(row["f1_entities"])] if entities else []
-        body.append([*cells, mean_sd(row["validation_f1_macro"]), cost, *more])
-    return head, body
+        cells = [row["label"], str(len(row["seeds"]))]
+        for metric in NAMES:
+            cells += [mean_sd(row[metric]), level(row[metric])]
+        cost = "1" if row["is_reference"] else "" if row.get("cost") is None else f"{row['cost']:.2f}"
+        cells += [mean_sd(row["validation_f1_macro"]), cost]
+        for metric in entities:
+            cells += [mean_sd(row[metric]), level(row[metric])]
+        body.append(cells)
+    return [*head, *(["entity F1", "95% interval"] if entities else [])], body
 
 
 def difference_table(analysis: dict[str, Any], metric: str) -> Table:
@@ -197,21 +196,23 @@ def plot_f1(analysis: dict[str, Any], folder: Path) -> tuple[Path, Path]:
     Points are seeds, the line goes through their means, bars are 95% intervals of the mean (Student's t). With few
     seeds these can reach far beyond the seeds: the axis follows the seeds.
     """
-    mpl, lines = matplotlib(), dict[str, list[dict[str, Any]]]()
+    from matplotlib.figure import Figure
+
+    lines: dict[str, list[dict[str, Any]]] = {}
     for row in sorted(analysis["rows"], key=lambda row: row["p"]):
         parts = [row["regularizers"] if row["regularizers"] not in ("recipe", "none") else "masking alone"]
         parts += [f"{key.rpartition('.')[2]} = {value}" for key, value in row["setting"].items()]
         lines.setdefault("; ".join(parts), []).append(row)
     rates = sorted({row["p"] for row in analysis["rows"]})
     step = min((b - a for a, b in itertools.pairwise(rates)), default=0.1) * min(0.12, 0.5 / len(lines))
-    figure = mpl.figure.Figure(figsize=(9.5, 4.2), layout="constrained")
+    figure = Figure(figsize=(9.5, 4.2), layout="constrained")
     for axes, metric in zip(figure.subplots(1, 2), NAMES, strict=True):
         values = [score for row in analysis["rows"] for score in row[metric]["by_seed"]]
         margin = max(0.35 * (max(values) - min(values)), 0.002)
         floors = [analysis["baseline"][metric]] if analysis["baseline"] else []
         scale = min(values + floors) - margin, min(max(values + floors) + margin, 1.0)
         for number, (name, rows) in enumerate(lines.items()):
-            colour = mpl.color_sequences["tab10"][number % 10]
+            colour = f"C{number % 10}"
             x = [row["p"] + (number - (len(lines) - 1) / 2) * step for row in rows]
             label = name if len(lines) > 1 or floors else None
             draw(axes, x, (row[metric] for row in rows), "o-", colour, label, scale)
@@ -226,7 +227,9 @@ def plot_f1(analysis: dict[str, Any], folder: Path) -> tuple[Path, Path]:
     return save(figure, title, folder, "f1_against_p")
 
 
-def verdict(compared: Compared, reference: str, analysis: Mapping[str, Any]) -> list[tuple[str, str]]:
+def verdict(
+    compared: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], reference: str, analysis: Mapping[str, Any]
+) -> list[tuple[str, str]]:
     """Return sentences on whether an arm differs from the reference, and beats n-grams, each with its kind."""
     clear = [(row, one) for row, one in compared if one["p_holm"] <= ALPHA]
     kind, sentence = "", "There is nothing to compare: the sweep has no reference, or only that."
@@ -294,16 +297,8 @@ def sweep_page(about: Mapping[str, Any]) -> str:
     return html.environment().get_template("sweep.html.j2").render(**given, verdict=sentences)
 
 
-def sweep_report(sweep: str | Path, page: str | Path | None = None) -> Report:
-    """Compare the arms of a sweep and write `SWEEP/report`; its page is `report.html` there, or `page`.
-
-    Raises:
-        SweepError: the folder is not the sweep of a grid, has no finished run, or cannot be written.
-        RunError: a result cannot be read.
-        ExtraError: matplotlib is not installed.
-    """
-    with boundary(f"comparing the runs of {sweep}, by its sweep.json and their result.json,", SweepError, "bad-sweep"):
-        analysis = analyse(read_sweep(Path(sweep)))
+def described(analysis: dict[str, Any]) -> dict[str, Any]:
+    """Return what the texts of a report are made of: the analysis, its tables, and sentences."""
     rows, compared = analysis["rows"], _compared(analysis, "f1_macro")
     names = NAMES | ({"f1_entities": "entity F1"} if "f1_entities" in rows[0] else {})
     as_recipe = any(row["is_reference"] and row["regularizers"] == "recipe" for row in rows)
@@ -320,8 +315,21 @@ def sweep_report(sweep: str | Path, page: str | Path | None = None) -> Report:
         "differences": {metric: difference_table(analysis, metric) for metric in names},
         "names": names,
     }
-    about |= {name: dict.fromkeys(render(name, **about).splitlines()) for name in ("findings", "cautions")}
-    folder = Path(sweep) / "report"
+    return about | {name: dict.fromkeys(render(name, **about).splitlines()) for name in ("findings", "cautions")}
+
+
+def sweep_report(sweep: str | Path, page: str | Path | None = None) -> Report:
+    """Compare the arms of a sweep and write `SWEEP/report`; its page is `report.html` there, or `page`.
+
+    Raises:
+        SweepError: the folder is not the sweep of a grid, has no finished run, or cannot be written.
+        RunError: a result cannot be read.
+        ExtraError: matplotlib is not installed.
+    """
+    require("matplotlib", "sweep", "the plot")
+    with boundary(f"comparing the runs of {sweep}, by its sweep.json and their result.json,", SweepError, "bad-sweep"):
+        analysis = analyse(read_sweep(Path(sweep)))
+    about, folder = described(analysis), Path(sweep) / "report"
     report, tex, statistics = folder / "report.md", folder / "table.tex", folder / "statistics.json"
     shown = folder / "report.html" if page is None else html.check_page(Path(page))
     with boundary(f"writing the report to {folder}", SweepError):

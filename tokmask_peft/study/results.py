@@ -120,9 +120,8 @@ def analyse(results: SweepResults) -> dict[str, Any]:
     for row, runs in results.runs.items():
         speeds = [run.speed for run in runs.values() if run.speed.get("steps")]
         seconds = [speed["step_seconds"] / speed["steps"] for speed in speeds]  # a resumed run timed its last steps
-        parts: list[tuple[str, str, str | None]] = [(metric, metric, None) for metric in results.metrics]
-        parts.append(("validation_f1_macro", "f1_macro", "validation"))
-        by_seed = {name: list(results.scores(row, metric, split).values()) for name, metric, split in parts}
+        by_seed = {metric: results.scores(row, metric) for metric in results.metrics}
+        by_seed["validation_f1_macro"] = results.scores(row, "f1_macro", "validation")
         rows[row] = {
             "arm": Arm(row.regularizers, str(row.p)).name,
             "label": row.label,
@@ -131,7 +130,7 @@ def analyse(results: SweepResults) -> dict[str, Any]:
             "p": row.p,
             "is_reference": row.is_reference,
             "seeds": list(runs),
-            **{name: {"by_seed": values, **spread(values)} for name, values in by_seed.items()},
+            **{name: {"by_seed": [*of.values()], **spread([*of.values()])} for name, of in by_seed.items()},
             "seconds_per_step": float(np.median(seconds)) if seconds else None,
         }
     references = {row.setting: row for row in reversed(rows) if row.is_reference}  # of several the first
@@ -146,6 +145,7 @@ def analyse(results: SweepResults) -> dict[str, Any]:
             for one, adjusted in zip(tested, statistics.holm([one["p_value"] for one in tested]), strict=True):
                 one["p_holm"] = adjusted
     floors = [run.baseline for run in results.all_runs if run.baseline and results.split == "test"]
+    baseline = {name: float(np.mean([floor[name] for floor in floors])) for name in results.metrics if floors}
     versions: dict[str, set[str]] = {}
     for run in results.all_runs:
         for package, version in run.speed.get("environment", {}).get("versions", {}).items():
@@ -159,9 +159,7 @@ def analyse(results: SweepResults) -> dict[str, Any]:
         "chosen_by_validation": _choice(results),
         "paper": _paper(results.task, list(rows.values())),
         "signs": _signs(results, rows),
-        "baseline": {name: float(np.mean([floor[name] for floor in floors])) for name in results.metrics}
-        if floors
-        else None,
+        "baseline": baseline or None,
         "missing": list(results.missing),
         "versions": {package: sorted(found) for package, found in versions.items()},
         "methods": MEANINGS["sweep"],

@@ -17,7 +17,7 @@ from rich.live import Live
 from rich.text import Text
 
 from tokmask_peft.artifacts import Result, RunFolder, is_run
-from tokmask_peft.console import make_console, stop_signals
+from tokmask_peft.console import make_console, printable, stop_signals
 from tokmask_peft.errors import RecipeError, RunError, RunInterruptedError, SweepError, boundary
 from tokmask_peft.recipe.errors import shown
 from tokmask_peft.recipe.loading import differences, load_recipe
@@ -69,14 +69,13 @@ def run_sweep(
 
 def closing_lines(plan: Plan, cells: Mapping[str, CellState]) -> list[str]:
     """Return the lines that end a sweep: what came of it, failures by reason, and what to do next."""
-    scores, best = {name: cell.score for name, cell in cells.items() if cell.score is not None}, ""
+    scores, best = [(cell.score, name) for name, cell in cells.items() if cell.score is not None], ""
     if scores and plan.sampler != "grid":
-        run = RunFolder(plan.folder / max(scores, key=lambda name: (scores[name], name)))
+        run = RunFolder(plan.folder / max(scores)[1])
         recipe = load_recipe(run.recipe).model_dump(mode="json")
         drawn = {axis.key: functools.reduce(operator.getitem, axis.key.split("."), recipe) for axis in plan.axes}
         best = f"{run.root}: {' '.join(f'{key}={shown(value)}' for key, value in drawn.items())}"
-    lines: list[str] = TEXTS.closing(cells, plan.folder, best).splitlines()
-    return lines
+    return [*TEXTS.closing(cells, plan.folder, best).splitlines()]
 
 
 def finished_result(recipe: Recipe) -> Result | None:
@@ -130,7 +129,7 @@ class Loop:
                 self._print(f"Sweep {self.plan.name}: {TEXTS.summary(self.cells)}")
                 with Live(console=self.console, refresh_per_second=2, transient=True) as live:  # only in a terminal
                     while self.step():
-                        live.update(Text(TEXTS.screen(self.cells, self._left(), self.running)))
+                        live.update(Text(printable(TEXTS.screen(self.cells, self._left(), self.running))))
                         time.sleep(self.options.pause)
         finally:
             for worker in self.workers:
@@ -221,15 +220,16 @@ class Loop:
         """Report evaluations, or none as a sign of life; end a run that is pruned or that another worker has."""
         claim = self.running[worker]
         for evaluation in evaluations:
-            is_mine = self.ledger.beat(claim, evaluation)
-            if is_mine and (evaluation is None or worker.poll() is not None or not self.ledger.is_hopeless(claim)):
-                continue
-            worker.end()
-            del self.running[worker]
-            if evaluation is None or not is_mine:
-                return self._print(f"{claim.cell.name} was taken over by another worker; stopped here")
-            return self._close(claim, "pruned", f" at step {evaluation[0]}: {evaluation[1]:.4f} is below the median")
-        return None
+            if not self.ledger.beat(claim, evaluation):
+                worker.end()
+                del self.running[worker]
+                self._print(f"{claim.cell.name} was taken over by another worker; stopped here")
+                return
+            if evaluation and worker.poll() is None and self.ledger.is_hopeless(claim):
+                worker.end()
+                del self.running[worker]
+                self._close(claim, "pruned", f" at step {evaluation[0]}: {evaluation[1]:.4f} is below the median")
+                return
 
     def _wind_down(self) -> bool:
         """Stop what runs; the second Ctrl-C does not wait for checkpoints."""

@@ -130,12 +130,12 @@ def _serve(tasks: Connection, train: Callable[[Recipe, bool], object], threads: 
 
 def train_cell(recipe: Recipe, resume: bool) -> None:
     """Train a cell, and leave neither its memory nor its peak to the next; exit if it fails."""
-    import torch
+    from tokmask_peft.console import quick_imports
 
-    from tokmask_peft.console import quiet_libraries
+    with quick_imports():
+        import torch
 
-    quiet_libraries()
-    from tokmask_peft.training.train import train
+        from tokmask_peft.training.train import train
 
     try:
         train(recipe, resume=resume)

@@ -199,7 +199,7 @@ class AdapterMoves(TrainerCallback):
 
 
 class ProgressDisplay(TrainerCallback):
-    """Show the step, the time left, and as many of loss, validation F1 and masking rate as fit the line."""
+    """Show the step, the time left, and as many of loss, validation F1 and masking rate as fit on the line."""
 
     NAMES: ClassVar = {
         "loss": "loss",

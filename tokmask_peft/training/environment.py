@@ -78,8 +78,8 @@ def environment(device: torch.device) -> dict[str, Any]:
 def peak_memory(device: torch.device, loading: int | None = None) -> dict[str, Any]:
     """Return the peak memory so far in bytes: of the GPU's allocator, or the resident set of this process.
 
-    With the peak of `loading` what came later is reported, too: on a GPU whose peak was forgotten after loading always,
-    on a CPU, which never forgets, if it is higher.
+    Given the peak of `loading`, that of the time since is reported as well: on a GPU, whose peak was reset after
+    loading, always; on a CPU, where it cannot be reset, if it is higher.
     """
     if device.type == "cuda":
         peak, of = torch.cuda.max_memory_allocated(device), "GPU, allocated"

@@ -30,15 +30,11 @@ MOST = 20_000
 
 def _last_layer(model: nn.Module, classes: int) -> tuple[nn.Module, str] | None:
     """Return the module that holds the head's last layer, and the layer's name in it, or None if it is not linear."""
-    layers = (
-        name
-        for name, part in model.named_modules()
-        if isinstance(part, nn.Linear) and part.out_features == classes and part.weight.requires_grad
-    )
-    name = next((found for found in reversed([*layers]) if "lora_" not in found), None)
-    if name is None:
+    linear = {name: part for name, part in model.named_modules() if isinstance(part, nn.Linear) and "lora_" not in name}
+    trained = [name for name, part in linear.items() if part.out_features == classes and part.weight.requires_grad]
+    if not trained:
         return None
-    parent, _, own = name.rpartition(".")
+    parent, _, own = trained[-1].rpartition(".")
     return model.get_submodule(parent), own
 
 
@@ -100,11 +96,12 @@ def start_head(trainer: OrderedEvalTrainer, splits: Mapping[str, Split], seed: i
 
 
 def _some(dataset: Any, seed: int, task: Task) -> Any:
-    """Return the texts that the probe learns from: all, or as many, drawn at random, as have `MOST` labels."""
+    """Return the texts that the probe learns from: all, or some, drawn at random, with `MOST` labels together."""
     counts = np.array([int(task.wanted(np.asarray(row)).sum()) for row in dataset["labels"]])
     order = np.random.default_rng([seed, 0x9E0B]).permutation(len(dataset))
     chosen = order[counts[order].cumsum() <= max(MOST, counts.max())]
-    return dataset.select(chosen[np.argsort(np.asarray(dataset["length"])[chosen], kind="stable")])  # little padding
+    by_length = np.argsort(np.asarray(dataset["length"])[chosen], kind="stable")  # for little padding
+    return dataset.select(chosen[by_length])
 
 
 def probe(

@@ -23,20 +23,18 @@ def class_weights(wanted: str | Mapping[str, float], counts: Mapping[str, int]) 
         counts: label -> number of training examples (texts or words).
 
     Raises:
-        RecipeError: explicit weights that miss a label, name one that does not exist, or are negative.
+        RecipeError: explicit weights that miss a label, or name one that does not exist.
     """
     if wanted == "none":
         return None
     if isinstance(wanted, str):
-        total, classes, power = sum(counts.values()), len(counts), 1.0 if wanted == "inverse" else 0.5
-        raw = [math.pow(total / (classes * max(count, 1)), power) for count in counts.values()]
-        return [classes * value / sum(raw) for value in raw]
-    key = "training.class_weights"
-    known = f"Labels: {', '.join(counts)}"
+        power = 1.0 if wanted == "inverse" else 0.5
+        raw = [math.pow(sum(counts.values()) / (len(counts) * max(count, 1)), power) for count in counts.values()]
+        return [len(counts) * value / sum(raw) for value in raw]
+    key, known = "training.class_weights", f"Labels: {', '.join(counts)}"
     unknown = [label for label in wanted if label not in counts]
     problems = [f"{key}: there is no label '{label}'.{nearest(label, counts)} {known}" for label in unknown]
     problems += [f"{key}: no weight for '{label}'" for label in counts if label not in wanted]
-    problems += [f"{key}.{label}: a weight cannot be {value}" for label, value in wanted.items() if value < 0]
     if problems:
         raise RecipeError(problems, code="class-weights", labels=list(counts))
     return [float(wanted[label]) for label in counts]

@@ -110,11 +110,14 @@ def forecast(
     bare: Any = bare_model(setting.config, recipe.data.task, setting.dtype)
     decisions.check_checkpointing(bare, asked)
 
+    counted: dict[str, Estimate] = {}
+
     def count(recipe: Recipe) -> Estimate:
-        wanted = recipe.model.quantization
-        there = replace(setting, quantization="nf4") if wanted == "nf4" else setting
-        shapes = workload(recipe, batching, lengths)
-        return estimate(recipe, there, shapes.largest, shapes.evaluation)
+        if (key := recipe.model_dump_json()) not in counted:  # counting takes seconds
+            there = replace(setting, quantization="nf4") if recipe.model.quantization == "nf4" else setting
+            shapes = workload(recipe, batching, lengths)
+            counted[key] = estimate(recipe, there, shapes.largest, shapes.evaluation)
+        return counted[key]
 
     decided = changed(recipe, {"model.quantization": setting.quantization, CHECKPOINTING: asked is True})
     found, choice = count(decided), "on" if asked is True else "off"

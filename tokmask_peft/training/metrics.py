@@ -114,12 +114,11 @@ def scores_by_mixing(found: Predictions, labels: Sequence[str], languages: Seque
     rows = []
     for low, high in MIXING_BINS:
         chosen = np.flatnonzero(index == 0.0 if high == 0.0 else (index > low) & (index <= high))
-        if len(chosen) == 0:
-            continue
-        part = Predictions([found.gold[i] for i in chosen], [found.predicted[i] for i in chosen])
-        result = scores(*part.flat(), labels)
-        row = {"cmi": "0" if high == 0.0 else f"{low:g} to {high:g}", "posts": len(chosen), "words": result["items"]}
-        rows.append(row | {key: result[key] for key in ("f1_macro", "f1_weighted")})
+        if len(chosen):
+            part = Predictions([found.gold[i] for i in chosen], [found.predicted[i] for i in chosen])
+            result, name = scores(*part.flat(), labels), "0" if high == 0.0 else f"{low:g} to {high:g}"
+            row = {"cmi": name, "posts": len(chosen), "words": result["items"]}
+            rows.append(row | {metric: result[metric] for metric in METRICS})
     return rows
 
 
@@ -272,24 +271,22 @@ def calibrate(parts: dict[str, tuple[NDArray[Any], NDArray[Any]]]) -> dict[str, 
     Raises:
         RunError: a logit is not finite.
     """
+    known = {}
     for name, (logits, gold) in parts.items():
         if not np.isfinite(logits).all():
             problem = f"the trained model's logits on {name} are not finite, so its scores mean nothing"
             remedy = "Lower training.learning_rate, or set model.precision=fp32."
             raise RunError(f"{problem}. {remedy}", code="not-finite", split=name)
-        parts[name] = logits[gold < logits.shape[-1]], gold[gold < logits.shape[-1]]
-    fitted = fit_temperature(*parts["validation"])
+        known[name] = logits[gold < logits.shape[-1]], gold[gold < logits.shape[-1]]
+    fitted = fit_temperature(*known["validation"])
     method = "one temperature, fitted on validation (Guo et al. 2017)"
     report: dict[str, Any] = {"temperature": fitted, "method": method, "bins": BINS}
-    for name, (logits, gold) in parts.items():
+    for name, (logits, gold) in known.items():
         report[name] = {"items": len(gold)}
         for when, divisor in (("before", 1.0), ("after", fitted)):
-            probability = probabilities(logits, divisor)
-            report[name][when] = {
-                "nll": negative_log_likelihood(logits, gold, divisor),
-                "ece": expected_calibration_error(probability, gold),
-                "reliability": reliability_bins(probability, gold),
-            }
+            rows = reliability_bins(probabilities(logits, divisor), gold)
+            nll = negative_log_likelihood(logits, gold, divisor)
+            report[name][when] = {"nll": nll, "ece": expected_calibration_error(rows), "reliability": rows}
     before, after = report["validation"]["before"], report["validation"]["after"]
     worse = after["nll"] >= before["nll"] or after["ece"] >= before["ece"]
     reason = f"the one fitted on validation, {fitted:.3f}, does not help on validation" if worse else None
@@ -320,29 +317,24 @@ def negative_log_likelihood(logits: NDArray[Any], gold: NDArray[Any], temperatur
     return float(-chosen.mean()) if len(gold) else 0.0
 
 
-def expected_calibration_error(probability: NDArray[Any], gold: NDArray[Any]) -> float:
+def expected_calibration_error(rows: Sequence[Mapping[str, Any]]) -> float:
     """Return the mean distance between confidence and accuracy over `reliability_bins`, weighted by their items."""
-    rows = reliability_bins(probability, gold)
-    return sum(row["items"] * abs(row["accuracy"] - row["confidence"]) for row in rows) / max(len(gold), 1)
+    distances = sum(row["items"] * abs(row["accuracy"] - row["confidence"]) for row in rows)
+    return float(distances / max(sum(row["items"] for row in rows), 1))
 
 
 def reliability_bins(probability: NDArray[Any], gold: NDArray[Any], bins: int = BINS) -> list[dict[str, Any]]:
     """Return the points of a reliability diagram: number, mean confidence and accuracy of the items of each bin.
 
     The bins are of equal width over (0, 1]; a confidence on a border belongs to the bin below. Empty ones are left out.
-
-    Args:
-        probability: `[items, classes]`.
-        gold: `[items]` label ids.
-        bins: their number.
+    `probability` is `[items, classes]`, `gold` the label ids, `[items]`.
     """
-    confidence = probability.max(-1)
-    right = probability.argmax(-1) == gold
+    confidence, right = probability.max(-1), probability.argmax(-1) == gold
     place = np.clip(np.ceil(confidence * bins).astype(np.int64) - 1, 0, bins - 1)
-    counts = np.bincount(place, minlength=bins)
-    sure, correct = (np.bincount(place, weights=values, minlength=bins) for values in (confidence, right))
+    counts, *sums = (np.bincount(place, weights=values, minlength=bins) for values in (None, confidence, right))
+    rows = zip(counts, *sums, strict=True)
     return [
-        {"items": int(count), "confidence": float(sure[i] / count), "accuracy": float(correct[i] / count)}
-        for i, count in enumerate(counts)
+        {"items": int(count), "confidence": float(sure / count), "accuracy": float(correct / count)}
+        for count, sure, correct in rows
         if count
     ]

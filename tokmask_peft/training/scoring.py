@@ -61,35 +61,34 @@ def baseline_scores(corpus: Corpus, weights: Any, adapter: Predictions) -> dict[
     """
     start, task, labels = time.perf_counter(), get_task(corpus.task), corpus.all_labels
     found, chosen = _label_by_label(corpus) if task.several else _item_by_item(corpus, weights)
-    spans = corpus.spans
     by_entity: dict[str, Any] = {}
-    if spans is not None:
+    if (spans := corpus.spans) is not None:
         legal = [np.array(spans.repaired_ids(row.tolist()), np.int64) for row in found.predicted]
         found = Predictions(found.gold, legal)
         by_entity = entity_scores(found, labels) | {"gain_entities": entity_gain(adapter, found, labels)}
-    of_pairs = isinstance(corpus.train[0].text, Pair)
+    of_both = "of each text and of both " if isinstance(corpus.train[0].text, Pair) else ""
+    features = f"character 1- to 5-grams within words {of_both}(tf-idf)"
     return {
         **task_scores(task, found, labels),
         **by_entity,
-        "method": f"character 1- to 5-grams within words {'of each text and of both ' if of_pairs else ''}(tf-idf), "
-        f"logistic regression ({chosen}; by validation)",
+        "method": f"{features}, logistic regression ({chosen}; by validation)",
         "seconds": round(time.perf_counter() - start, 1),
         **compared(adapter, found, len(labels)),
     }
 
 
-def _vectorizers(corpus: Corpus) -> dict[bool, Any]:
-    """Return what makes features of texts, lower-cased (True) and cased."""
+def _vectorizers(corpus: Corpus) -> dict[str, Any]:
+    """Return what makes features of texts, lower-cased and cased."""
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    usual = {"min_df": 2, "sublinear_tf": True}
-    grams = {"analyzer": "char_wb", "ngram_range": (1, 5)}
-    vectorizers = {lowercase: TfidfVectorizer(lowercase=lowercase, **grams, **usual) for lowercase in (True, False)}
-    if isinstance(corpus.train[0].text, Pair):
-        analyzers = {lowercase: plain.build_analyzer() for lowercase, plain in vectorizers.items()}
-        whole = {lowercase: functools.partial(pair_grams, grams=grams) for lowercase, grams in analyzers.items()}
-        vectorizers = {lowercase: TfidfVectorizer(analyzer=grams, **usual) for lowercase, grams in whole.items()}
-    return vectorizers
+    found, usual = {}, {"min_df": 2, "sublinear_tf": True}
+    for case in ("lower-cased", "cased"):
+        grams = TfidfVectorizer(lowercase=case == "lower-cased", analyzer="char_wb", ngram_range=(1, 5), **usual)
+        if isinstance(corpus.train[0].text, Pair):
+            of_both = functools.partial(pair_grams, grams=grams.build_analyzer())
+            grams = TfidfVectorizer(analyzer=of_both, **usual)
+        found[case] = grams
+    return found
 
 
 def _label_by_label(corpus: Corpus) -> tuple[Predictions, str]:
@@ -102,33 +101,25 @@ def _label_by_label(corpus: Corpus) -> tuple[Predictions, str]:
     learned = np.array([[label in example.tags for label in corpus.labels] for example in corpus.train], dtype=np.int64)
     parts = (corpus.train, corpus.validation, corpus.test or corpus.validation)
     validation, scored = ([np.array(task.gold_ids(one, ids)) for one in part] for part in parts[1:])
-    tried: list[tuple[float, bool, str, Predictions]] = []
+    train, *others = ([example.string for example in part] for part in parts)
+    features = {
+        case: [vectorizer.fit_transform(train), *map(vectorizer.transform, others)]
+        for case, vectorizer in _vectorizers(corpus).items()
+    }
 
-    def fit(lowercase: bool, balance: str | None, c: float) -> None:
-        one = LogisticRegression(C=c, max_iter=300, tol=3e-4, class_weight=balance)
-        model = OneVsRestClassifier(one).fit(features[lowercase][0], learned)
-        seen, new = (np.asarray(model.decision_function(rows)) for rows in features[lowercase][1:])
+    def fit(case: str, balance: str, c: float) -> tuple[float, Predictions]:
+        one = LogisticRegression(C=c, max_iter=300, tol=3e-4, class_weight=None if balance == "none" else balance)
+        model = OneVsRestClassifier(one).fit(features[case][0], learned)
+        seen, new = (np.asarray(model.decision_function(rows)) for rows in features[case][1:])
         cuts = task.fit_cuts(seen, np.concatenate(validation))
         found, answers = (
             Predictions(gold, [task.choose(row[None], cuts, len(labels)) for row in logits])
             for gold, logits in ((validation, seen), (scored, new))
         )
-        chosen = f"{'lower-cased' if lowercase else 'cased'}, class weights {balance or 'none'}, C = {c:g}"
-        tried.append((task_scores(task, found, labels)["f1_macro"], lowercase, f"label by label, {chosen}", answers))
+        return task_scores(task, found, labels)["f1_macro"], answers
 
-    vectorizers = _vectorizers(corpus)
-    features = {
-        lowercase: [one.fit_transform(texts) if at == 0 else one.transform(texts) for at, texts in enumerate(strings)]
-        for lowercase, one in vectorizers.items()
-        for strings in [[[example.string for example in part] for part in parts]]
-    }
-    for lowercase in (True, False):
-        fit(lowercase, "balanced", 1.0)
-    lowercase = max(tried, key=lambda one: one[0])[1]
-    for balance, c in (("balanced", 10.0), (None, 1.0), (None, 10.0)):
-        fit(lowercase, balance, c)
-    _, _, chosen, answers = max(tried, key=lambda one: one[0])
-    return answers, chosen
+    answers, chosen = _best_fit(fit, "none")
+    return answers, f"label by label, {chosen}"
 
 
 def _item_by_item(corpus: Corpus, weights: Any) -> tuple[Predictions, str]:
@@ -139,10 +130,11 @@ def _item_by_item(corpus: Corpus, weights: Any) -> tuple[Predictions, str]:
     ids = {label: number for number, label in enumerate(labels)}
     counted = Counter(item for example in corpus.train for item in task.items(example))
     gold, times = np.array([ids[label] for _, label in counted]), np.array(list(counted.values()), dtype=np.float64)
-    by_class = {"balanced": 1 / np.bincount(gold, times), "of the run": np.ones(len(corpus.labels))}
-    if weights is not None:
-        by_class["of the run"] = np.array(weights)
-    tried: list[tuple[float, bool, str, Callable[[Sequence[Example]], Predictions]]] = []
+    of_run = np.ones(len(corpus.labels)) if weights is None else np.array(weights)
+    by_class = {"balanced": 1 / np.bincount(gold, times), "of the run": of_run}
+    vectorizers = _vectorizers(corpus)
+    texts = [text for text, _ in counted]
+    features = {case: vectorizer.fit_transform(texts) for case, vectorizer in vectorizers.items()}
 
     def answers(model: Any, vectorizer: Any, examples: Sequence[Example]) -> Predictions:
         items = [task.items(example) for example in examples]
@@ -151,24 +143,28 @@ def _item_by_item(corpus: Corpus, weights: Any) -> tuple[Predictions, str]:
         golds = [np.array([ids[label] for _, label in found], dtype=np.int64) for found in items]
         return Predictions(golds, [np.array([answer[text] for text, _ in found], dtype=np.int64) for found in items])
 
-    def fit(lowercase: bool, kind: str, c: float) -> None:
+    def fit(case: str, kind: str, c: float) -> tuple[float, Callable[[Sequence[Example]], Predictions]]:
         weight = times * by_class[kind][gold]
         model = LogisticRegression(C=c, max_iter=300, tol=3e-4)
-        model.fit(features[lowercase], gold, sample_weight=weight * times.sum() / weight.sum())
-        answer = functools.partial(answers, model, vectorizers[lowercase])
-        chosen = f"{'lower-cased' if lowercase else 'cased'}, class weights {kind}, C = {c:g}"
-        tried.append((task_scores(task, answer(corpus.validation), labels)["f1_macro"], lowercase, chosen, answer))
+        model.fit(features[case], gold, sample_weight=weight * times.sum() / weight.sum())
+        answer = functools.partial(answers, model, vectorizers[case])
+        return task_scores(task, answer(corpus.validation), labels)["f1_macro"], answer
 
-    vectorizers = _vectorizers(corpus)
-    texts = [text for text, _ in counted]
-    features = {lowercase: vectorizer.fit_transform(texts) for lowercase, vectorizer in vectorizers.items()}
-    for lowercase in (True, False):
-        fit(lowercase, "balanced", 1.0)
-    lowercase = max(tried, key=lambda one: one[0])[1]
-    for kind, c in (("balanced", 10.0), ("of the run", 1.0), ("of the run", 10.0)):
-        fit(lowercase, kind, c)
-    _, _, chosen, answer = max(tried, key=lambda one: one[0])
+    answer, chosen = _best_fit(fit, "of the run")
     return answer(corpus.test or corpus.validation), chosen
+
+
+def _best_fit(fit: Callable[[str, str, float], tuple[float, Any]], other: str) -> tuple[Any, str]:
+    """Return what gives the answers of the fit with the best score on validation, and how it was fitted.
+
+    `fit` takes the case, the class weights and C. The case is chosen first, then balanced or `other` weights, and C.
+    """
+    tried = {(case, "balanced", 1.0): fit(case, "balanced", 1.0) for case in ("lower-cased", "cased")}
+    case = max(tried, key=lambda settings: tried[settings][0])[0]
+    for settings in ((case, "balanced", 10.0), (case, other, 1.0), (case, other, 10.0)):
+        tried[settings] = fit(*settings)
+    case, kind, c = best = max(tried, key=lambda settings: tried[settings][0])
+    return tried[best][1], f"{case}, class weights {kind}, C = {c:g}"
 
 
 def pair_grams(text: str, grams: Callable[[str], list[str]]) -> list[str]:
@@ -207,9 +203,13 @@ def score_best(
         if name == "validation" and (cuts := task.fit_cuts(*logits[name])):
             chosen = [task.choose(row[None], cuts, len(corpus.all_labels)) for row in logits[name][0]]
             predictions[name] = Predictions(predictions[name].gold, chosen)
-    baseline, scored = None, predictions["test" if corpus.test else "validation"]
+    baseline = probe = None
+    scored = predictions["test" if corpus.test else "validation"]
     if recipe.training.baseline and trainer.is_world_process_zero():
         baseline = baseline_scores(corpus, trainer.compute_loss_func.weights, scored)
+    if probed is not None:
+        probe = scores_of(recipe, probed, corpus.all_labels, by_mixing=False)
+        probe |= compared(scored, probed, len(corpus.all_labels))
     calibration = calibrate({name: task.calibrated(*found) for name, found in logits.items()})
     if cuts:
         calibration["thresholds"] = thresholds_of(cuts, labels, calibration["temperature"])
@@ -226,10 +226,7 @@ def score_best(
         test=scores_of(recipe, predictions["test"], corpus.all_labels) if "test" in predictions else None,
         calibration=calibration,
         baseline=baseline,
-        probe=None
-        if probed is None
-        else scores_of(recipe, probed, corpus.all_labels, by_mixing=False)
-        | compared(scored, probed, len(corpus.all_labels)),
+        probe=probe,
         data=corpus.report.to_dict() | {"truncation": truncation},
     )
     return result, predictions

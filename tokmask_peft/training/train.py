@@ -134,8 +134,8 @@ def _train(recipe: Recipe, folder: RunFolder, process: PartialState, resume: boo
 
     prepared = prepare(recipe, process.device, console)
     before = language_warnings(recipe.model.backbone, prepared.backbone.tokenizer, prepared.corpus.train)
-    said = [f"warning: {warning['message']}" for warning in before]
-    print_lines(console, "Data", [*said, *prepared.corpus.report.lines(), *_cut_lines(prepared)])
+    lines = [f"warning: {warning['message']}" for warning in before]
+    print_lines(console, "Data", [*lines, *prepared.corpus.report.lines(), *_cut_lines(prepared)])
 
     first = prepared.recipe.training
     clock, parameters = StepClock(), _trained(prepared.model) if recipe.training.auto_batch else {}
@@ -243,12 +243,8 @@ def prepare(recipe: Recipe, device: torch.device, console: Console) -> Prepared:
     made = {"training.batching": batching.choice, "training.head": head.choice, "data.label_on": carrier.choice}
     recipe = changed(recipe, made)
     parts = {"train": corpus.train, "validation": corpus.validation, "test": corpus.test}
-    encoding = data.max_length, carrier.choice, corpus.spans
-    splits = {
-        name: Split(examples, backbone.tokenizer, data.task, corpus.all_labels, *encoding)
-        for name, examples in parts.items()
-        if examples
-    }
+    reading = backbone.tokenizer, data.task, corpus.all_labels, data.max_length, carrier.choice, corpus.spans
+    splits = {name: Split(examples, *reading) for name, examples in parts.items() if examples}
     trained, *evaluated = splits.values()
     lengths = Lengths(trained.lengths, tuple([len(window.ids) for window in split.windows] for split in evaluated))
     numbers = training.decided(len(trained.lengths), sum(trained.lengths), processes().num_processes)
@@ -258,12 +254,12 @@ def prepare(recipe: Recipe, device: torch.device, console: Console) -> Prepared:
         enable_checkpointing(model)
     if warning is not None:
         console.print(f"{warning}\n", markup=False)
-    why = f"training.{{}} is auto, and there are {len(trained.lengths):,} training texts"
+    why = f"is auto, and there are {len(trained.lengths):,} training texts"
     decisions = (
         *corpus.report.decisions,
         *backbone.decisions,
         *(
-            Decision(key.replace("_", " "), f"{value:g}", why.format(key))
+            Decision(key.replace("_", " "), f"{value:g}", f"training.{key} {why}")
             for key, value in numbers.items()
             if value is not None and not (key == "epochs" and training.max_steps)
         ),
@@ -404,7 +400,7 @@ def _trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 def _with_smaller_batches(prepared: Prepared, first: TrainingConfig, reason: str) -> Prepared:
     """Take fewer texts at a time for the same optimizer step, after memory ran out for `reason`.
 
-    The Trainer's own `auto_find_batch_size` makes the optimizer step smaller, too, and keeps half-trained weights.
+    The Trainer's own `auto_find_batch_size` also makes the optimizer step smaller, and keeps half-trained weights.
     """
     training = prepared.recipe.training
     smaller = smaller_batch(training.micro_batch, training.gradient_accumulation)
@@ -422,19 +418,20 @@ def _with_smaller_batches(prepared: Prepared, first: TrainingConfig, reason: str
 
 def _cut_lines(prepared: Prepared) -> list[str]:
     """Report what does not fit into `data.max_length` sub-tokens."""
-    at, lines = f"{prepared.recipe.data.max_length} sub-tokens", []
-    cut = prepared.splits["train"].encoded.truncation
-    if cut.texts_cut:
-        words = f"; {cut.words_cut} words are cut away" if cut.words_cut else ""
-        lines.append(f"train: {cut.texts_cut} {'text is' if cut.texts_cut == 1 else 'texts are'} cut at {at}{words}")
-    for name in list(prepared.splits)[1:]:
-        if prepared.recipe.data.pair and (count := prepared.splits[name].encoded.truncation.texts_cut):
-            lines.append(f"{name}: {count} pairs are longer than {at} and are cut, as in predict")
-        long = sum(count > 1 for count in Counter(window.text for window in prepared.splits[name].windows).values())
-        if long:
+    data, found = prepared.recipe.data, []
+    at = f"{data.max_length} sub-tokens"
+    for name, split in prepared.splits.items():
+        if name == "train" or data.pair:
+            cut, what = split.encoded.truncation, "pair" if data.pair else "text"
+            words = f"; {cut.words_cut} words are cut away" if cut.words_cut else ""
+            found.append((name, cut.texts_cut, what, f"cut at {at}{words if name == 'train' else ', as in predict'}"))
+        else:
+            long = sum(count > 1 for count in Counter(window.text for window in split.windows).values())
             choice = "; to choose the checkpoint they are cut" if name == "validation" else ""
-            lines.append(f"{name}: {long} texts are longer than {at} and are scored in windows, as in predict{choice}")
-    return lines
+            found.append((name, long, "text", f"longer than {at} and scored in windows, as in predict{choice}"))
+    return [
+        f"{name}: {count} {what}{' is' if count == 1 else 's are'} {fate}" for name, count, what, fate in found if count
+    ]
 
 
 def _speed(prepared: Prepared, clock: StepClock, trainer: OrderedEvalTrainer) -> dict[str, Any]:

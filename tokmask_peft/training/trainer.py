@@ -132,12 +132,13 @@ class Split:
             predicted: `[texts]`, `[texts, seq]` or `[texts, labels]` label ids in the order of `dataset`.
             gold: the labels that the model saw, of the same shape; -100 for none.
         """
-        found = Predictions([None] * len(self.order), [None] * len(self.order))  # type: ignore[list-item]
-        for row, text in enumerate(self.order):
+        found = Predictions([], [])
+        for text, row in enumerate(np.argsort(self.order)):
             kept = self.encoded.kept[text] if self.encoded.kept is not None else ()
             decoded = self.task.decode(self.examples[text], self._ids, kept, gold[row], predicted[row])
-            found.gold[text], found.predicted[text] = (np.array(items, dtype=np.int64) for items in decoded)
-            found.predicted[text] = self._legal(found.predicted[text])
+            wanted, answers = (np.array(items, dtype=np.int64) for items in decoded)
+            found.gold.append(wanted)
+            found.predicted.append(self._legal(answers))
         return found
 
     def _legal(self, predicted: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -157,8 +158,8 @@ class Split:
 class SeededLengthGrouping(LengthGroupedSampler):
     """Batches of similar length in an order that depends only on seed and epoch.
 
-    The Trainer's own draws from torch's global random state, which dropout moves, too: two runs of one seed would see
-    different batches from the second epoch on as soon as their regularizers differ.
+    The Trainer's own draws from torch's global random state, which dropout also moves: two runs of one seed whose
+    regularizers differ would see different batches from the second epoch on.
     """
 
     def __init__(self, usual: LengthGroupedSampler, seed: int) -> None:
@@ -194,8 +195,8 @@ class OrderedEvalTrainer(Trainer):
 
         `train_collator` makes the training batches, if they differ from those of evaluations, and `batches` chooses
         them, if they are not of `per_device_train_batch_size` texts. Evaluations run inside of `memory_errors()`.
-        Each training batch holds its texts `views` times; what two views mean is said in the recipe. Without a `task`,
-        an item has one label.
+        A training batch holds its texts `views` times; the recipe says what two views mean. Without a `task`, an item
+        has one label.
         """
         self.task = task or Task()
         super().__init__(*args, preprocess_logits_for_metrics=self._label_ids, **kwargs)
@@ -220,7 +221,7 @@ class OrderedEvalTrainer(Trainer):
             raise
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
-        """Return the batches of an optimizer step and their number of labelled items, without those that are hidden."""
+        """Return the batches of an optimizer step, and how many labelled items they have that are not hidden."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         masking = self._masking()
         if masking is None or not masking.masker.hides_labels or not any(_labels_words(batch) for batch in batches):
@@ -243,10 +244,8 @@ class OrderedEvalTrainer(Trainer):
         batch, masked = dict(inputs), None
         if masking is not None:
             masking.masker.clean_texts = self._clean_texts(batch)
-            scale = masking.schedule.class_scale()
-            masking.masker.scale = (
-                None if scale is None else torch.tensor(scale, device=self.args.device)[batch["labels"]]
-            )
+            if (scale := masking.schedule.class_scale()) is not None:
+                masking.masker.scale = torch.tensor(scale, device=self.args.device)[batch["labels"]]
             masked = masking.masker.pattern_of(batch)
         if self.views > 1:
             loss.consistency = self.consistency

@@ -164,15 +164,18 @@ def test_a_folder_does_not_hide_a_shipped_recipe(tmp_path, monkeypatch):
         (False, False, True, start.E5),
         (True, True, False, start.QWEN),
         (True, False, True, start.MBERT),
+        ("no kernels for it", True, False, start.MINILM),
     ],
 )
 def test_the_backbone_suits_language_and_hardware(monkeypatch, gpu, english, words_given, expected):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu is not False)
+    monkeypatch.setattr("tokmask_peft.model.decisions.gpu_problem", lambda: gpu if isinstance(gpu, str) else None)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr(start, "_at_hand", lambda config: False)
     model, cost, decision = start._choose_backbone({}, [], english, words_given, ["la casa"])
     assert (model["backbone"], cost, decision.choice) == (expected, None, expected)
     assert "downloads" in decision.reason
+    assert (str(gpu) if isinstance(gpu, str) else "GPU is here") in decision.reason
 
 
 def test_of_the_named_backbones_the_one_with_the_fewest_sub_tokens(monkeypatch, backbone):

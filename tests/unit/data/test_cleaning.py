@@ -67,12 +67,6 @@ def test_in_token_tasks_other_tags_are_a_conflict():
     assert clean(other, [], [])[0] == []
 
 
-def test_clean_data_stay_as_they_are():
-    train, _, report = clean(texts(("a", "x"), ("b", "y")), texts(("c", "x")), texts(("d", "y")))
-    assert [e.text for e in train] == ["a", "b"]
-    assert (report.lines(), report.examples) == ([], {})
-
-
 LONG = "we waited for two hours and nobody came to fix the heating in our flat on the third floor"
 NEAR = {
     "users": ("@ana qué día tan lindo", "@luis @eva qué día tan lindo"),
@@ -111,7 +105,8 @@ def test_near_duplicates_between_splits_are_counted_and_removed(pair):
 @pytest.mark.parametrize("pair", APART.values(), ids=APART)
 def test_other_texts_are_no_near_duplicates(pair):
     one, other = (texts((text, "x")) for text in pair)
-    assert clean(one, [], other)[0] == one
+    train, _, report = clean(one, [], other)
+    assert (train, report.lines(), report.examples) == (one, [], {})
 
 
 def test_near_duplicates_leave_the_share_that_is_set_aside():
@@ -125,9 +120,9 @@ def test_near_duplicates_leave_the_share_that_is_set_aside():
 
 def test_most_texts_that_share_their_pieces_are_found_among_many():
     draw = random.Random(1)
-    words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=6)) for _ in range(3000)]
-    posts = [draw.choices(words, k=25) for _ in range(2000)]
+    words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=6)) for _ in range(1000)]
+    posts = [draw.choices(words, k=25) for _ in range(400)]
     train = texts(*((" ".join(post), "x") for post in posts))
     test = texts(*((" ".join([*post[:12], draw.choice(words), *post[13:]]), "x") for post in posts))
     report = clean(train, [], test)[2]
-    assert report.train_near_test == report.test_near_shared > 1950
+    assert report.train_near_test == report.test_near_shared > 390

@@ -11,19 +11,19 @@ def folder(tmp_path):
     def fill(*names):
         for name in names:
             (tmp_path / name).write_text("")
-        return str(tmp_path)
+        return tmp_path
 
     return fill
 
 
-def found(*arguments):
-    return [file.name for file in find_files(*arguments)]
+def found(folder, *more):
+    return [file.name for file in find_files(str(folder), *more)]
 
 
-def refused(*arguments):
+def refused(folder, *more):
     """Return code and fields of the error."""
     with pytest.raises(DataError) as caught:
-        find_files(*arguments)
+        find_files(str(folder), *more)
     return caught.value.code, caught.value.fields
 
 
@@ -50,15 +50,18 @@ def test_what_is_missing_lists_the_folder(folder):
     path = folder("train.tsv", "dev.tsv", "notes.md")
     assert refused(path, "test") == ("no-split", {"split": "test", "files": ("dev.tsv", "train.tsv")})
     with pytest.raises(DataError, match=r"Did you mean 'train.tsv'.*data.test may be null"):
-        find_files(path, "train.tvs")
-    assert refused(path + "/nowhere", "train")[0] == "no-path"
+        find_files(str(path), "train.tvs")
+    assert refused(path / "nowhere", "train")[0] == "no-path"
 
 
-def test_parquet_shards_are_one_split(folder):
-    shards = ["train-00000-of-00002.parquet", "train-00001-of-00002.parquet"]
-    path = folder(*shards, "test-00000-of-00001.parquet")
+@pytest.mark.parametrize("ending", ["parquet", "jsonl.gz"])
+def test_shards_are_one_split(folder, ending):
+    shards = [f"train-00000-of-00002.{ending}", f"train-00001-of-00002.{ending}"]
+    path = folder(*shards, f"test-00000-of-00001.{ending}")
     assert found(path, "train") == shards
-    assert found(path, "test") == ["test-00000-of-00001.parquet"]
+    assert found(path, "test") == [f"test-00000-of-00001.{ending}"]
+    (path / shards[0]).unlink()
+    assert refused(path, "train")[0] == "missing-shards"
 
 
 def test_missing_shards_are_named(folder):
@@ -71,11 +74,11 @@ def test_missing_shards_are_named(folder):
 
 def test_one_file_is_train_and_others_lie_beside_it(folder):
     path = folder("posts.csv", "more.csv", "dev.csv")
-    assert found(f"{path}/posts.csv", "train") == ["posts.csv"]
-    assert found(f"{path}/posts.csv", "validation") == ["dev.csv"]
-    assert found(f"{path}/posts.csv", "more.csv") == ["more.csv"]
-    assert found(f"{path}/posts.csv", "posts.csv") == ["posts.csv"]
-    assert refused(f"{path}/posts.csv", "test")[1]["files"] == ("dev.csv", "more.csv", "posts.csv")
+    assert found(path / "posts.csv", "train") == ["posts.csv"]
+    assert found(path / "posts.csv", "validation") == ["dev.csv"]
+    assert found(path / "posts.csv", "more.csv") == ["more.csv"]
+    assert found(path / "posts.csv", "posts.csv") == ["posts.csv"]
+    assert refused(path / "posts.csv", "test")[1]["files"] == ("dev.csv", "more.csv", "posts.csv")
 
 
 def test_format_by_ending_or_as_asked(tmp_path):

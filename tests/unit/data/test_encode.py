@@ -1,44 +1,22 @@
 """Tokenizing: every word has one labelled position or is counted as lost."""
 
-import os
-from pathlib import Path
-
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_models import real_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import BertTokenizer, PreTrainedTokenizerFast
 
 from tokmask_peft.data.encoding import Encoder, foreign_words
 from tokmask_peft.errors import DataError
 from tokmask_peft.examples import IGNORED, Example
 
-WORDPIECES = [
-    "[PAD]",
-    "[UNK]",
-    "[CLS]",
-    "[SEP]",
-    "[MASK]",
-    "me",
-    "gusta",
-    "la",
-    "fi",
-    "##esta",
-    "very",
-    "##y",
-    "#",
-    "a",
-    "b",
-]
+WORDPIECES = "[PAD] [UNK] [CLS] [SEP] [MASK] me gusta la fi ##esta very ##y # a b".split()  # noqa: SIM905
 
 
 @pytest.fixture(scope="module")
-def bert(tmp_path_factory):
+def bert():
     """A WordPiece tokenizer with its real special tokens."""
-    from transformers import BertTokenizer
-
-    path = tmp_path_factory.mktemp("bert") / "vocab.txt"
-    path.write_text("\n".join(WORDPIECES) + "\n")
     return BertTokenizer(vocab={word: number for number, word in enumerate(WORDPIECES)})
 
 
@@ -47,16 +25,14 @@ def bert(tmp_path_factory):
     [
         ("me gusta la fiesta! @baaabbb #abab https://ab.ab/abba 2 2 2", 12_000, None),
         ("abba baab", 12_000, "4.0 pieces"),
-        ("abba baab", 100_000, None),  # of many languages
+        ("abba baab", 70_000, None),  # of many languages
         ("abba baab", 20, None),  # of a test
-        ("ab ab gusta ሰላም", 100_000, "does not know 17%"),
+        ("ab ab gusta ሰላም", 12_000, "does not know 17%"),
         ("😀 12", 12_000, None),
         ("", 12_000, None),
     ],
 )
 def test_words_of_another_language(text, size, found):
-    from transformers import BertTokenizer
-
     words = [*WORDPIECES, "##a", "##b", *(f"unused{at}" for at in range(size - len(WORDPIECES) - 2))]
     tokenizer = BertTokenizer(vocab={word: number for number, word in enumerate(words)})
     why = foreign_words(tokenizer, [text] * 3)
@@ -79,18 +55,12 @@ def bpe():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>")
 
 
-def real(name):
-    folder = os.environ.get("TOKMASK_TOKENIZERS")
-    if not folder:
-        pytest.skip("TOKMASK_TOKENIZERS does not name a folder of tokenizers")
-    return AutoTokenizer.from_pretrained(Path(folder) / name)
+REAL = ["Qwen2.5-0.5B", "TinyLlama-1.1B-Chat-v1.0", "bert-base-multilingual-cased"]
 
 
-@pytest.fixture(params=["bert", "bpe", "Qwen2.5-0.5B", "TinyLlama-1.1B-Chat-v1.0", "bert-base-multilingual-cased"])
+@pytest.fixture(scope="module", params=["bert", "bpe", *REAL])
 def tokenizer(request):
-    if request.param in {"bert", "bpe"}:
-        return request.getfixturevalue(request.param)
-    return real(request.param)
+    return real_tokenizer(request.param) if request.param in REAL else request.getfixturevalue(request.param)
 
 
 def encode(examples, tokenizer, task, labels, max_length):
@@ -112,22 +82,12 @@ def test_the_first_sub_token_carries_the_label(bert):
 
 
 def test_the_last_sub_token_carries_the_label_or_the_last_one_kept(bert):
-    texts = [
-        tagged(("me", "es"), ("fiesta", "es"), ("very", "en")),
-        tagged(("me", "es"), ("me", "en"), ("fiesta", "es")),
-    ]
+    long, short = [("fiesta", "es"), ("very", "en")], [("me", "en"), ("fiesta", "es")]
+    texts = [tagged(("me", "es"), *words) for words in (long, short)]
     encoded = Encoder(bert, "token", 5, "last").cut(texts, ("en", "es"))
     assert encoded.dataset["labels"][:] == [[IGNORED, 1, IGNORED, 1, IGNORED], [IGNORED, 1, 0, 1, IGNORED]]
     assert encoded.kept == [[0, 1], [0, 1, 2]]
     assert encoded.truncation.words_cut == 1
-
-
-def test_words_look_as_they_do_in_running_text(bpe):
-    words = ("me", "gusta", "la", "fiesta")
-    running = bpe("me gusta la fiesta")["input_ids"]
-    assert bpe(list(words), is_split_into_words=True)["input_ids"] != running  # why the space is needed
-    encoded = encode([Example(words, ("es",) * 4, "f:1")], bpe, "token", ("en", "es"), 32)
-    assert encoded.dataset[0]["input_ids"] == running
 
 
 def test_real_tokenizers_see_running_text(tokenizer):
@@ -166,7 +126,7 @@ def test_truncation_of_texts(bert, text, cut, words_cut):
     assert encoded.dataset[0]["labels"] == 0
 
 
-@pytest.mark.parametrize("invisible", ["\u200b", "\x07", "\u200d\u200b"])
+@pytest.mark.parametrize("invisible", ["\u200b", "\x07"])
 def test_a_word_that_the_tokenizer_drops_keeps_its_label(bert, invisible):
     example = tagged(("me", "es"), (invisible, "other"), ("la", "es"))
     encoded = encode([example], bert, "token", ("es", "other"), 16)
@@ -177,11 +137,10 @@ def test_a_word_that_the_tokenizer_drops_keeps_its_label(bert, invisible):
 
 
 def test_order_and_many_batches(bert):
-    examples = [tagged(("a", "xy"[n % 2]), *[("b", "x")] * (n % 3), where=f"f:{n}") for n in range(2500)]
+    examples = [tagged(("a", "xy"[n % 2]), *[("b", "x")] * (n % 3), where=f"f:{n}") for n in range(1050)]
     encoded = encode(examples, bert, "token", ("x", "y"), 16)
-    assert [row[1] for row in encoded.dataset["labels"]] == [n % 2 for n in range(2500)]
-    assert [len(words) for words in encoded.kept] == [1 + n % 3 for n in range(2500)]
-    assert encoded.truncation.texts == 2500
+    assert [row[1] for row in encoded.dataset["labels"]] == [n % 2 for n in range(1050)]
+    assert [len(words) for words in encoded.kept] == [1 + n % 3 for n in range(1050)]
 
 
 def test_texts_to_predict_have_no_labels(bert):
@@ -201,7 +160,7 @@ post = st.lists(anything | st.sampled_from(["me", "fiesta", "\u200b"]), min_size
 texts = st.lists(post, min_size=1, max_size=4)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None)
 @given(texts=texts, max_length=st.integers(4, 24))
 def test_every_word_has_one_labelled_position_or_is_counted(tokenizer, texts, max_length):
     names = [f"L{n}" for n in range(8)]

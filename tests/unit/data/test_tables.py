@@ -1,5 +1,7 @@
 """CSV, TSV, JSON lines and parquet."""
 
+# ruff: noqa: F811
+
 import json
 
 import pyarrow as pa
@@ -7,10 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from test_readers import predicted, write  # noqa: F401
 
 from tokmask_peft.data.conll import Columns, readable
 from tokmask_peft.data.opening import DataFile
-from tokmask_peft.data.readers import TextFile, read_split, reader_of
+from tokmask_peft.data.readers import read_split, reader_of
 from tokmask_peft.errors import DataError
 from tokmask_peft.recipe.data import SourceConfig
 from tokmask_peft.tasks import get_task
@@ -25,29 +28,6 @@ def refused(path, task="sequence", **columns):
     with pytest.raises(DataError) as caught:
         read(path, task, **columns)
     return caught.value.code, caught.value.fields.get("where", "").removeprefix(str(path))
-
-
-@pytest.fixture
-def write(tmp_path):
-    def write_file(name, content):
-        path = tmp_path / name
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-        return path
-
-    return write_file
-
-
-def test_csv_quotes_hold_commas_quotes_and_line_ends(write):
-    path = write("a.csv", 'text,label\n"uno, dos",x\n"she said ""hi""\nand left",y\nplain,x\n')
-    found = read(path)
-    assert [e.text for e in found] == ["uno, dos", 'she said "hi"\nand left', "plain"]
-    assert [e.where.rsplit(":", 1)[1] for e in found] == ["2", "3", "5"]
-
-
-@pytest.mark.parametrize(("name", "separator"), [("a.tsv", "\t"), ("a.csv", ",")])
-def test_a_row_with_other_columns_names_its_line(write, name, separator):
-    path = write(name, f"text{separator}label\nok{separator}x\nbad{separator}y{separator}z\n")
-    assert refused(path) == ("column-count", ":3")
 
 
 def test_jsonl_of_texts_and_of_words(write):
@@ -77,9 +57,8 @@ def test_jsonl_errors_name_their_line(write, line, code):
 ROWS = [{"text": "uno\n[dos]", "label": "x"}, {"text": "hola", "label": "y"}]
 
 
-@pytest.mark.parametrize("indent", [None, 2, 0])
-@pytest.mark.parametrize("start", ["", "\ufeff", "\n \n"])
-def test_a_json_array_is_read(write, indent, start):
+@pytest.mark.parametrize(("start", "indent"), [("", None), ("\ufeff", 2), ("\n \n", 0)])
+def test_a_json_array_is_read(write, start, indent):
     path = write("a.json", start + json.dumps(ROWS, indent=indent) + "\n")
     assert [(e.text, e.label, e.where) for e in read(path)] == [
         ("uno\n[dos]", "x", f"{path}[0]"),
@@ -87,15 +66,11 @@ def test_a_json_array_is_read(write, indent, start):
     ]
 
 
-def test_every_element_of_a_json_array_is_a_row(write):
-    path = write("a.json", '[{"text": "a"},\n 3, {"text": "b"}]')
-    found = list(TextFile(path, "sequence"))
-    assert [getattr(row, "code", None) or row.text for row in found] == ["a", "not-json", "b"]
-
-
-def test_rows_after_a_line_with_a_list_stay_rows(write):
-    found = list(TextFile(write("a.jsonl", '[1]\n{"text": "a"}\n[2]\n'), "sequence"))
-    assert [getattr(row, "code", None) or row.text for row in found] == ["not-json", "a", "not-json"]
+def test_every_element_of_a_json_array_is_a_row_and_so_is_a_line_with_a_list(write):
+    array = write("a.json", '[{"text": "a"},\n 3, {"text": "b"}]')
+    assert [text for _, text in predicted(array)] == ["a", "not-json", "b"]
+    lines = write("a.jsonl", '[1]\n{"text": "a"}\n[2]\n')
+    assert [text for _, text in predicted(lines)] == ["not-json", "a", "not-json"]
 
 
 @pytest.mark.parametrize(
@@ -105,15 +80,6 @@ def test_rows_after_a_line_with_a_list_stay_rows(write):
 def test_other_json_is_refused_with_what_to_do(write, content, line):
     path = write("a.json", content)
     assert refused(path) == ("not-json", line)
-    with pytest.raises(DataError, match=r"one object per line, or one array of objects"):
-        read(path)
-
-
-def test_words_and_tags_in_csv_cells(write):
-    path = write("a.csv", "words,tags\nme too,lang2 lang1\n\"['New York', 'x']\",\"['ne', 'other']\"\n")
-    first, second = read(path, "token")
-    assert (first.text, first.label) == (("me", "too"), ("lang2", "lang1"))
-    assert (second.text, second.label) == (("New York", "x"), ("ne", "other"))
 
 
 LISTS = [
@@ -146,8 +112,6 @@ def test_what_begins_with_a_bracket_and_is_not_a_list_is_refused_as_words(write,
 def test_tags_that_begin_with_a_bracket_and_are_not_a_list_are_refused(write, tags):
     path = write("a.jsonl", json.dumps({"words": "me too", "tags": tags}) + "\n")
     assert refused(path, "token") == ("list-cell", ":1")
-    with pytest.raises(DataError, match=r"JSON list"):
-        read(path, "token")
 
 
 @pytest.mark.parametrize("row", [{"words": [["me"]], "tags": ["x"]}, {"words": ["me"], "tags": [{"a": 1}]}])
@@ -162,12 +126,7 @@ def test_a_post_may_begin_with_a_bracket(write, text):
 
 @pytest.mark.parametrize(
     ("text", "label", "code"),
-    [
-        ("['me', None]", "x", "list-cell"),
-        ("a", "[0, null]", "list-cell"),
-        ("a", "['x']", "cell-type"),
-        ("a", "[0 1]", "cell-type"),
-    ],
+    [("['me', None]", "x", "list-cell"), ("a", "[0, null]", "list-cell"), ("a", "['x']", "cell-type")],
 )
 def test_a_list_is_not_trained_with_its_brackets(write, text, label, code):
     assert refused(write("a.jsonl", json.dumps({"text": text, "label": label}) + "\n")) == (code, ":1")
@@ -221,27 +180,15 @@ def test_two_columns_of_one_name_are_refused(write, name):
     assert caught.value.code == "duplicate-column"
 
 
-def test_two_names_that_fit_alike_are_a_choice_to_make(write):
+def test_names_that_fit_alike_are_a_choice_to_make_and_empty_ones_have_a_number(write):
     path = write("a.csv", "text,Label,label \na,x,y\n")
     assert refused(path)[0] == "column"
     assert read(path, label="label ")[0].label == "y"
+    path = write("b.csv", "text,,,label\na,b,c,x\n")
+    assert (read(path, label=2)[0].label, read(path)[0].label) == ("c", "x")
 
 
-def test_columns_without_a_name_keep_their_number(write):
-    path = write("a.csv", "text,,,label\na,b,c,x\n")
-    assert read(path, label=2)[0].label == "c"
-    assert read(path)[0].label == "x"
-
-
-def test_without_labels_no_label_column_is_needed(write):
-    path = write("a.tsv", "text\nhola\n")
-    assert [(e.text, e.label) for e in read(path, labelled=False)] == [("hola", None)]
-
-
-@pytest.mark.parametrize(
-    ("column", "code"),
-    [("  \tx", "empty-text"), ("fine\t", "empty-label"), ("\tx", "empty-text")],
-)
+@pytest.mark.parametrize(("column", "code"), [("  \tx", "empty-text"), ("fine\t", "empty-label")])
 def test_empty_cells_are_reported_together(write, column, code):
     rows = ["good\tx", column] * 7
     path = write("train.tsv", "text\tlabel\n" + "\n".join(rows) + "\n")

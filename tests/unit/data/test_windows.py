@@ -44,7 +44,7 @@ def test_words_that_fit_are_encoded_as_in_training(family, label_on):
     st.sampled_from(["bert", "xlm-r", "qwen2", "llama"]),
     st.sampled_from(["first", "last"]),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_every_word_belongs_to_one_window_and_has_its_sub_token_there(words, max_length, family, label_on):
     tokenizer = tiny_tokenizer(FAMILIES[family].tokenizer)
     (whole,) = Encoder(tokenizer, "token", 100_000, label_on).windows([words], owners=True)
@@ -103,7 +103,7 @@ def test_words_have_context_on_both_sides_in_long_texts():
 
 
 @given(st.integers(1, 300), st.integers(4, 40))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_long_texts_are_cut_into_even_parts_that_make_the_whole(count, max_length):
     tokenizer = tiny_tokenizer("wordpiece")
     text = " ".join(WORDS[number % len(WORDS)] for number in range(count))
@@ -116,8 +116,8 @@ def test_long_texts_are_cut_into_even_parts_that_make_the_whole(count, max_lengt
 
 def test_a_text_of_dropped_characters_is_the_unknown_token():
     tokenizer = tiny_tokenizer("wordpiece")
-    (window,) = list(Encoder(tokenizer, "sequence", 20).windows(["\u200b"]))
-    assert len(window.ids) >= 3 or window.ids[1:-1] == [tokenizer.unk_token_id]
+    (window,) = Encoder(tokenizer, "sequence", 20).windows(["\u200b"])
+    assert window.ids[1:-1] == [tokenizer.unk_token_id]
 
 
 def test_windows_without_room_are_refused():

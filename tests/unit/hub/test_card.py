@@ -95,6 +95,7 @@ def test_it_holds_labels_masking_scores_and_data():
         "- masking: p = 0.15, constant; unit: word; mask token: auto", "leaks: 87", "926", "Muhammad et al.",
         "- train: 1,234 texts, 5,678 words, 17 texts cut (29 words lost)", f": {LABELS[0]}.", "2505.11746",
         "- validation: 1,234 texts, 5,678 words, 0 texts cut\n", "Posts; licence: CC BY 4.0; languages: sw",
+        "The adapter beats the character n-gram baseline",
     ):  # fmt: skip
         assert fact in card
 
@@ -111,24 +112,13 @@ def test_what_was_not_measured_is_not_shown():
     assert "no test split" in card
 
 
-def test_the_card_has_the_verdict_on_the_baseline():
-    assert "The adapter beats the character n-gram baseline" in card_of()
-    unclear = run_files.part(LABELS, 0.62, method="n-grams", interval=[-0.1, 0.1], verdict="cannot tell")
-    assert "not enough to tell whether" in card_of(result=make_result(baseline=unclear))
-
-
 def test_a_run_without_masking_does_not_claim_it():
     assert "without token masking" in card_of(make_recipe(masking={"p": 0.0}))
 
 
-def test_a_label_cannot_break_a_table():
-    test = run_files.part(LABELS, per_class={"a|b<c>": {"precision": 1.0, "recall": 1.0, "f1": 1.0, "support": 3}})
-    assert "| a\\|b&lt;c> | 1.0000 | 1.0000 | 1.0000 | 3 |" in card_of(result=make_result(test=test))
-
-
 def test_labels_and_names_are_text_wherever_they_are():
-    evil = "x](https://a.b) <b>*_y_*</b>\n# z\x1b[1m"
-    shown = r"x\](https://a.b) &lt;b>\*\_y\_\*&lt;/b> # z\\u001b\[1m"
+    evil = "x](https://a.b) <b>*_y_*</b>\n# z|\x1b[1m"
+    shown = r"x\](https://a.b) &lt;b>\*\_y\_\*&lt;/b> # z\|\\u001b\[1m"
     scores = {"precision": 1.0, "recall": 1.0, "f1": 1.0, "support": 3}
     result = make_result(labels=[evil, "b"], test=run_files.part(["b"], per_class={evil: scores}))
     data = {"path": "texts", "name": evil, "license": evil}
@@ -192,3 +182,10 @@ def test_the_snippet_is_python_that_holds_the_labels(task, spaced):
     assert found.get("spaced") == (["no", " me", " gusta"] if spaced and task == "token" else None)
     assert "tokmask" not in snippet
     assert snippet.strip() == loading_snippet(make_recipe(task), make_result(), "PATH_OR_HUB_ID", spaced)
+
+
+def test_the_snippet_names_any_folder():
+    folder = 'C:\\new "runs"\\año'
+    lines, found = loading_snippet(make_recipe(), make_result(), folder).splitlines(), {}
+    exec(next(line for line in lines if line.startswith("adapter = ")), found)
+    assert found["adapter"] == folder

@@ -30,7 +30,7 @@ def sent(monkeypatch):
 @pytest.fixture
 def run(tmp_path, monkeypatch, sent):
     """The outline of a finished run, with nothing that could be reached outside."""
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     root = tmp_path / "run"
     (root / "adapter").mkdir(parents=True)
@@ -124,6 +124,6 @@ def test_what_is_not_a_repository_is_refused(refused, repo):
 def test_without_a_login_or_the_network_nothing_is_listed(refused, monkeypatch, capsys):
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     assert "hf auth login" in refused("not-logged-in")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # TRANSFORMERS_OFFLINE sets it, too
     assert "unset it" in refused("offline")
     assert capsys.readouterr().out == ""

@@ -5,19 +5,22 @@ import json
 import math
 import pickle
 import random
+import tracemalloc
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import TEXTS, build, families, token_families
+from tiny_models import TEXTS, build
 
 from tokmask_peft.errors import DataError, ModelError
 from tokmask_peft.inference.classifier import Classifier
 from tokmask_peft.model.packed import enable_padding_free
 
 LONG = " ".join(TEXTS * 4)
+TOKENIZERS = ["bert", "xlm-r", "modernbert", "qwen2", "llama"]  # a family for each kind
 
 
 def close(one, other):
@@ -25,7 +28,7 @@ def close(one, other):
     return all(abs(mine[label] - yours[label]) < 1e-5 for mine, yours in rows for label in mine)
 
 
-@pytest.mark.parametrize("family", families)
+@pytest.mark.parametrize("family", ["bert", "qwen2"])
 def test_a_short_text_gets_the_softmax_of_the_model(classifier, family):
     model = classifier(family, max_length=64)
     for text, answer in zip(TEXTS, model.predict(TEXTS), strict=True):
@@ -37,14 +40,14 @@ def test_a_short_text_gets_the_softmax_of_the_model(classifier, family):
         assert answer.windows == 1
 
 
-@pytest.mark.parametrize("family", token_families)
+@pytest.mark.parametrize("family", TOKENIZERS)
 def test_a_word_gets_the_label_of_its_first_sub_token(classifier, family):
     model = classifier(family, "token", max_length=64)
     words = TEXTS[0].split()
     (answer,) = model.predict([words])
     (as_text,) = model.predict(["  " + "\t ".join(words)])
     assert answer == as_text
-    spaced = [words[0], *(f" {word}" for word in words[1:])] if family in ("modernbert", "qwen2", "qwen3") else words
+    spaced = [words[0], *(f" {word}" for word in words[1:])] if family in ("modernbert", "qwen2") else words
     inputs = model.tokenizer(spaced, is_split_into_words=True, return_tensors="pt")
     with torch.no_grad():
         expected = model.model(**inputs).logits.softmax(-1)[0]
@@ -56,7 +59,7 @@ def test_a_word_gets_the_label_of_its_first_sub_token(classifier, family):
     assert answer.words == tuple(words)
 
 
-@pytest.mark.parametrize(("family", "task"), [("bert", "sequence"), ("qwen2", "sequence"), ("llama", "token")])
+@pytest.mark.parametrize(("family", "task"), [("qwen2", "sequence"), ("llama", "token")])
 def test_answers_do_not_depend_on_batch_size_or_order(classifier, family, task):
     model = classifier(family, task)
     texts = [*TEXTS, LONG, "ok ok", LONG[7:300]]
@@ -75,7 +78,7 @@ def test_answers_do_not_depend_on_batch_size_or_order(classifier, family, task):
     check()
 
 
-@pytest.mark.parametrize(("family", "task"), [("bert", "sequence"), ("qwen2", "sequence"), ("llama", "token")])
+@pytest.mark.parametrize(("family", "task"), [("qwen2", "sequence"), ("llama", "token")])
 def test_answers_in_bf16_do_not_depend_on_batch_size_either(family, task):
     """Of a small model, whose products round alike in rows of any length; padded, its answers differ by up to 1e-3."""
     model, tokenizer = build(family, task, hidden_size=64, intermediate_size=128)
@@ -113,6 +116,25 @@ def test_no_word_of_a_long_text_is_lost(classifier):
     assert len(answer.labels) == len(answer.probabilities) == len(words)
     assert all(sum(row.values()) == pytest.approx(1) for row in answer.probabilities)
     assert answer.windows > 5
+
+
+def test_the_answer_to_a_long_text_takes_little_more_memory_than_it_is_long(monkeypatch):
+    model, tokenizer = build("bert", "token", labels=40)
+    long = Classifier(model, tokenizer, "token", [f"l{number}" for number in range(40)], max_length=62)
+    sizes, rows = [], np.random.default_rng(0).normal(size=(62, 40)).astype(np.float32)
+    monkeypatch.setattr(long.forward, "logits", lambda windows, size: [
+        sizes.append(len(windows)) or rows[: len(window.words)].copy() for window in windows
+    ])  # fmt: skip
+    words = ["casa"] * 60_000
+    tracemalloc.start()
+    try:
+        (answer,) = long.predict([words])
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(answer.labels) == len(answer.probabilities) == len(words)
+    assert peak < 3.5 * len(words) * 40 * 8
+    assert max(sizes) <= 1024
 
 
 def test_probabilities_of_words_are_an_array_that_reads_as_a_tuple_of_dicts(classifier):

@@ -18,13 +18,12 @@ from tokmask_peft.model.decisions import DTYPES, bitsandbytes_problem
 
 SHORT = [text for text in TEXTS if len(text) < 30]
 PLACEMENTS = [
-    "resident",
     "offload",
     pytest.param("8bit", marks=pytest.mark.skipif(bitsandbytes_problem("cpu") is not None, reason="bitsandbytes")),
 ]
 
 
-@pytest.mark.parametrize("family", ["bert", "qwen2", "distilbert"])
+@pytest.mark.parametrize("family", ["bert", "qwen2"])
 def test_a_pipeline_gives_the_labels_of_the_classifier(saved_adapter, tmp_path, family):
     done = export_merged(saved_adapter(family), tmp_path / "merged")
     assert done.difference <= 1e-4
@@ -38,11 +37,10 @@ def test_a_pipeline_gives_the_labels_of_the_classifier(saved_adapter, tmp_path, 
     assert any("temperature" in note for note in done.notes)
 
 
-@pytest.mark.parametrize("family", ["bert", "xlm-r"])
-def test_a_token_pipeline_gives_the_labels_of_the_classifier(saved_adapter, tmp_path, family):
-    export_merged(saved_adapter(family, "token"), tmp_path / "merged")
+def test_a_token_pipeline_gives_the_labels_of_the_classifier(saved_adapter, tmp_path):
+    export_merged(saved_adapter("xlm-r", "token"), tmp_path / "merged")
     tag = pipeline("token-classification", model=str(tmp_path / "merged"), ignore_labels=[])
-    answers = load(saved_adapter(family, "token")).predict(SHORT)
+    answers = load(saved_adapter("xlm-r", "token")).predict(SHORT)
     for text, answer in zip(SHORT, answers, strict=True):
         found = {part["start"]: part["entity"] for part in reversed(tag(text))}
         start = 0

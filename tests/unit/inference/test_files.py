@@ -18,7 +18,7 @@ from tokmask_peft.examples import Prediction, WordPredictions
 from tokmask_peft.inference import files
 from tokmask_peft.inference.display import print_file
 from tokmask_peft.inference.export import check_folder, check_output
-from tokmask_peft.inference.files import predict_file
+from tokmask_peft.inference.files import answer_record, json_parts, predict_file
 
 
 class Echo:
@@ -54,10 +54,22 @@ def test_rows_keep_their_order_and_bad_ones_their_place(tmp_path, classifier):
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
+def test_the_answer_to_a_long_text_is_written_in_parts(classifier, monkeypatch):
+    (answer,) = classifier("bert", "token").predict(["hoy great mañana"])
+    whole = "".join(json_parts(answer_record("", answer)))
+    monkeypatch.setattr(files, "BATCH_ROWS", 2)
+    parts = list(json_parts(answer_record("", answer)))
+    assert "".join(parts) == whole
+    assert max(part.count("lang1") for part in parts[-4:]) == 2
+    found = json.loads(whole)
+    assert found["confidence"] == pytest.approx(answer.confidence, abs=1e-6)
+    assert found["probabilities"][2] == pytest.approx(answer.probabilities[2], abs=1e-6)
+
+
 def test_a_long_file_is_read_a_chunk_ahead_and_no_further(tmp_path):
     path = tmp_path / "in.txt"
     with path.open("w") as file:
-        for number in range(100_000):
+        for number in range(10_000):
             file.write(f"word{number} and some more\n")
     source = TextFile(path, "sequence")
     model, sizes = Echo(source), []
@@ -66,17 +78,17 @@ def test_a_long_file_is_read_a_chunk_ahead_and_no_further(tmp_path):
         sizes.append(report.rows)
 
     report = predict_file(model, source, tmp_path / "out.jsonl", batch_size=16, progress=progress)
-    assert report.rows == 100_000
+    assert report.rows == 10_000
     chunk = 16 * files.CHUNK_BATCHES
     assert max(size for size, _ in model.calls) == chunk
-    width = source.total / 100_000
+    width = source.total / 10_000
     for number, (_, done) in enumerate(model.calls, start=1):
         assert done <= (number * chunk + 1) * width * 1.2
     assert sizes == sorted(sizes)
     with (tmp_path / "out.jsonl").open() as file:
         for number, line in enumerate(file):
             assert json.loads(line)["label"] == f"word{number}"
-    assert number == 99_999
+    assert number == 9_999
 
 
 def test_long_texts_make_smaller_chunks(tmp_path, monkeypatch):

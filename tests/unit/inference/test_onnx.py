@@ -10,9 +10,8 @@ from tokmask_peft.inference import export
 runtime = pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
 
 
-@pytest.mark.parametrize("family", ["distilbert", "qwen2"])
-def test_onnxruntime_gives_the_logits_of_the_merged_model(saved_adapter, tmp_path, monkeypatch, family):
-    done = export.export_merged(saved_adapter(family), tmp_path / "merged", onnx=True)
+def test_onnxruntime_gives_the_logits_of_the_merged_model(saved_adapter, tmp_path, monkeypatch):
+    done = export.export_merged(saved_adapter("qwen2"), tmp_path / "merged", onnx=True)
     assert done.onnx < 1e-4
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")

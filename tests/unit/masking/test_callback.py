@@ -40,17 +40,6 @@ class Recorder(TrainerCallback):
         self.logs.append(dict(logs))
 
 
-class Failing(TrainerCallback):
-    def __init__(self, event, error):
-        setattr(self, event, self.fail)
-        self.error, self.armed = error, True
-
-    def fail(self, *args, **kwargs):
-        if self.armed:
-            self.armed = False
-            raise self.error
-
-
 def trainer(folder, callbacks, model=None, cls=Trainer, texts=8, **settings):
     _, tokenizer = build("qwen2")
     model = build("qwen2")[0] if model is None else model
@@ -146,23 +135,20 @@ class FailingTrainer(Trainer):
         return super().get_batch_samples(*args, **kwargs)
 
 
-@pytest.mark.parametrize("where", ["compute_loss", "data", "on_evaluate", "interrupt"])
+@pytest.mark.parametrize("where", ["compute_loss", "data"])
 def test_after_a_failed_run_nothing_is_masked_and_the_next_run_is(tmp_path, where):
     callback = TokenMaskCallback(TokenMaskConfig(p=0.5), announce=False)
-    others = [Failing(where, ValueError("bad"))] if where.startswith("on_") else []
-    if where == "interrupt":
-        others = [Failing("on_substep_end", KeyboardInterrupt())]
-    settings = {"eval_strategy": "steps", "eval_steps": 1, "gradient_accumulation_steps": 2, "max_steps": 2}
-    made = trainer(tmp_path, [*others, callback], cls=FailingTrainer, **settings)
+    settings = {"gradient_accumulation_steps": 2, "max_steps": 2}
+    made = trainer(tmp_path, [callback], cls=FailingTrainer, **settings)
     made.where = where
     embedding = made.model.get_input_embeddings().requires_grad_(False)
     before, ids = embedding.weight[-1].clone(), torch.arange(300)[None]
-    with pytest.raises((ValueError, OSError, RuntimeError, KeyboardInterrupt)):
+    with pytest.raises((OSError, RuntimeError)):
         made.train()
     plain = torch.nn.functional.embedding(ids, embedding.weight)
     with torch.no_grad():
         assert torch.equal(made.model.train().get_input_embeddings()(ids), plain)
-    if where in ("data", "on_evaluate"):  # outside of a step
+    if where == "data":  # outside of a step
         assert torch.equal(embedding(ids), plain)
     assert torch.equal(made.model.eval().get_input_embeddings()(ids), plain)
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_models import build, encode, families
+from tiny_models import build, encode
 from torch._dynamo.testing import CompileCounter
 
 from tokmask_peft.masking.masker import TokenMasker
@@ -14,9 +14,9 @@ def _fresh():
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("family", families)
+@pytest.mark.parametrize("family", ["bert", "qwen2"])
 def test_one_graph_for_all_rates_and_steps(family):
-    model, tokenizer = build(family, **{"n_layers" if family == "distilbert" else "num_hidden_layers": 1})
+    model, tokenizer = build(family, num_hidden_layers=1)
     model.train()
     batch = encode(tokenizer)
     plain = model(**batch).logits
@@ -37,13 +37,12 @@ def test_one_graph_for_all_rates_and_steps(family):
     torch.testing.assert_close(compiled(**batch).logits, plain)
 
 
-@pytest.mark.parametrize("unit", ["word", "span"])
-def test_words_compile_too_and_lengths_may_vary(unit):
+def test_spans_of_words_compile_too_and_lengths_may_vary():
     model, tokenizer = build("qwen2")
     embedding = model.get_input_embeddings().train()
     counter = CompileCounter()
     compiled = torch.compile(lambda ids: embedding(ids), backend=counter, fullgraph=True, dynamic=True)
-    with TokenMasker.attach(model, tokenizer, TokenMaskConfig(p=0.5, unit=unit)) as masker:
+    with TokenMasker.attach(model, tokenizer, TokenMaskConfig(p=0.5, unit="span")) as masker:
         for texts in (2, 3, 5):
             ids = encode(tokenizer)["input_ids"][:texts, : 10 + texts]
             masker.step = texts
@@ -55,7 +54,7 @@ def test_words_compile_too_and_lengths_may_vary(unit):
 
 @pytest.mark.parametrize("in_place", [True, False])
 def test_a_model_compiled_and_called_before_is_masked(in_place):
-    model, tokenizer = build("bert")
+    model, tokenizer = build("bert", num_hidden_layers=1)
     model.train()
     batch = encode(tokenizer)
     compiled = model
@@ -71,7 +70,7 @@ def test_a_model_compiled_and_called_before_is_masked(in_place):
 
 
 def test_gradients_through_aot_autograd():
-    model, tokenizer = build("bert")
+    model, tokenizer = build("bert", num_hidden_layers=1)
     model.train()
     batch = {**encode(tokenizer), "labels": torch.arange(8) % 3}
     gradients = []

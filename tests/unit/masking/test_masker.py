@@ -10,6 +10,9 @@ from tokmask_peft.masking.masker import TokenMasker
 from tokmask_peft.masking.replacement import MaskToken
 from tokmask_peft.recipe import TokenMaskConfig
 
+BOTH = ["bert", "qwen2"]  # an encoder and a decoder
+TOKENIZERS = ["bert", "xlm-r", "modernbert", "qwen2", "llama"]  # a family for each kind
+
 
 def special(tokenizer, ids):
     return torch.isin(ids, torch.tensor(tokenizer.all_special_ids))
@@ -24,17 +27,17 @@ def masked_ids(model, tokenizer, batch, masker):
     return output, seen[0]
 
 
-@pytest.mark.parametrize("family", families)
-@pytest.mark.parametrize("rate", [0.1, 0.5])
-def test_share_is_the_rate_and_specials_stay(family, rate):
+@pytest.mark.parametrize("family", TOKENIZERS)
+def test_share_is_the_rate_and_specials_stay(family):
     model, tokenizer = build(family)
+    rate = 0.3
     model.train()
     batch = encode(tokenizer)
     fixed = special(tokenizer, batch["input_ids"])
     changed = count = 0
     # Only the lookup is run: the share needs many forwards, the rest of the model none.
     embedding = model.get_input_embeddings()
-    for seed in range(6):
+    for seed in range(4):
         with (
             TokenMasker.attach(model, tokenizer, TokenMaskConfig(p=rate), seed=seed) as masker,
             seen_ids(model) as seen,
@@ -51,14 +54,13 @@ def test_share_is_the_rate_and_specials_stay(family, rate):
     assert stats.binomtest(changed, count, rate).pvalue > 1e-4
 
 
-@pytest.mark.parametrize("family", families)
-@pytest.mark.parametrize("unit", ["word", "span"])
-def test_words_are_masked_whole(family, unit):
+@pytest.mark.parametrize("family", TOKENIZERS)
+def test_words_are_masked_whole(family):
     model, tokenizer = build(family)
     batch = encode(tokenizer)
     fixed = special(tokenizer, batch["input_ids"])
     starts = [("Ġ",), ("▁",)]
-    config = TokenMaskConfig(p=0.5, unit=unit, span_length=2)
+    config = TokenMaskConfig(p=0.5, unit="word")
     with TokenMasker.attach(model, tokenizer, config) as masker:
         _, ids = masked_ids(model, tokenizer, batch, masker)
     swapped = (ids != batch["input_ids"]) & ~fixed
@@ -132,7 +134,7 @@ def test_pooling_survives_a_mask_token_that_is_the_padding_token(family):
     assert not torch.allclose(output.logits, moved, atol=1e-3)
 
 
-@pytest.mark.parametrize("family", families)
+@pytest.mark.parametrize("family", BOTH)
 def test_eval_mode_and_pause_mask_nothing(family):
     model, tokenizer = build(family)
     batch = encode(tokenizer)
@@ -146,7 +148,7 @@ def test_eval_mode_and_pause_mask_nothing(family):
         assert masker.step == 1
 
 
-@pytest.mark.parametrize("family", families)
+@pytest.mark.parametrize("family", BOTH)
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_gradient_checkpointing(family, use_reentrant):
     """The embedding is looked up once, so that the recomputed layers see the same masked text."""
@@ -168,7 +170,7 @@ def test_gradient_checkpointing(family, use_reentrant):
         torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("family", ["bert", "qwen2"])
+@pytest.mark.parametrize("family", BOTH)
 def test_bf16_masks_as_fp32(family):
     seen = []
     for dtype in (torch.float32, torch.bfloat16):
@@ -202,7 +204,7 @@ def test_int32_ids_a_single_text_and_the_keyword_argument():
         assert torch.equal(output, outputs[0])
 
 
-@pytest.mark.parametrize("family", ["bert", "qwen2", "llama"])
+@pytest.mark.parametrize("family", BOTH)
 @pytest.mark.parametrize("unit", ["token", "span"])
 def test_a_packed_row_is_masked_as_the_padded_batch(family, unit):
     model, tokenizer = build(family)

@@ -59,15 +59,6 @@ own = {name for name in sys.modules if name.startswith("tokmask_peft.")}
 assert all(name.startswith(("tokmask_peft.masking", "tokmask_peft.errors")) for name in own), own
 """
 
-LIGHT = """
-import sys, tokmask_peft.recipe.schema, tokmask_peft.masking.config
-assert not {"torch", "transformers"} & set(sys.modules)
-"""
-
 
 def test_the_masker_runs_with_torch_and_pydantic_only():
     subprocess.run([sys.executable, "-W", "ignore", "-c", CODE], check=True)
-
-
-def test_a_recipe_is_read_without_torch():
-    subprocess.run([sys.executable, "-c", LIGHT], check=True)

@@ -1,8 +1,10 @@
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_models import build
 
+from tokmask_peft.model.backbone import load_backbone
 from tokmask_peft.recipe.schema import ModelConfig
 
 
@@ -23,10 +25,21 @@ def tiny_folder(tmp_path_factory):
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def model_config(tiny_folder):
     def make(family: str, **settings) -> ModelConfig:
         chosen = {"precision": "fp32", "quantization": "none", **settings}
         return ModelConfig(backbone=str(tiny_folder(family)), **chosen)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def load(model_config):
+    """Return a function that loads a tiny backbone with three labels on the CPU."""
+
+    def make(family, task="sequence", **settings):
+        labels = ("negative", "neutral", "positive")
+        return load_backbone(model_config(family, **settings), task, labels, torch.device("cpu"))
 
     return make

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from tiny_models import TEXTS, build, families
+from tiny_models import TEXTS, build
 from tokenizers import processors
 from torch import nn
 from transformers import AutoModel, AutoTokenizer, ByT5Tokenizer
@@ -30,11 +30,12 @@ def head_parts(model):
     return [part for name in head_modules(model) for part in model.get_submodule(name).modules()]
 
 
-@pytest.mark.parametrize(
-    ("family", "task"), [*((f, "sequence") for f in families), *((f, "token") for f in ("bert", "qwen2"))]
-)
-def test_labels_and_padding_are_set_and_the_head_is_new_and_in_fp32_also_in_bf16(model_config, family, task):
-    backbone = load_backbone(model_config(family, precision="bf16"), task, LABELS, CPU)
+HEADS = ("bert", "xlm-r", "distilbert", "modernbert", "qwen2")
+
+
+@pytest.mark.parametrize(("family", "task"), [*((name, "sequence") for name in HEADS), ("bert", "token")])
+def test_labels_and_padding_are_set_and_the_head_is_new_and_in_fp32_also_in_bf16(load, family, task):
+    backbone = load(family, task, precision="bf16")
     config = backbone.model.config
     assert [config.id2label[i] for i in range(3)] == list(LABELS)
     assert config.label2id == {label: i for i, label in enumerate(LABELS)}
@@ -52,8 +53,9 @@ def test_labels_and_padding_are_set_and_the_head_is_new_and_in_fp32_also_in_bf16
             assert backbone.model(**batch).logits.dtype == torch.float32
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("quantization", ["none", pytest.param("nf4", marks=needs_bitsandbytes)])
+@pytest.mark.parametrize(
+    ("quantization", "precision"), [("none", "bf16"), pytest.param("nf4", "fp32", marks=needs_bitsandbytes)]
+)
 def test_pooler_that_the_checkpoint_lacks_is_trained_in_fp32(tiny_folder, tmp_path, quantization, precision):
     AutoModel.from_pretrained(tiny_folder("bert"), add_pooling_layer=False).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(tiny_folder("bert")).save_pretrained(tmp_path)
@@ -72,30 +74,33 @@ def test_pooler_that_the_checkpoint_lacks_is_trained_in_fp32(tiny_folder, tmp_pa
 
 
 @needs_bitsandbytes
-@pytest.mark.parametrize("quantization", ["nf4", "int8"])
 @pytest.mark.parametrize(
-    ("family", "task"), [("bert", "sequence"), ("bert", "token"), ("distilbert", "sequence"), ("qwen2", "token")]
+    ("family", "task", "quantization"),
+    [
+        ("bert", "sequence", "nf4"),
+        ("bert", "token", "int8"),
+        ("distilbert", "sequence", "nf4"),
+        ("qwen2", "token", "nf4"),
+    ],
 )
-def test_backbone_is_quantized_but_never_the_head(model_config, family, task, quantization):
+def test_backbone_is_quantized_but_never_the_head(load, family, task, quantization):
     # heads with a bias (every BERT head, every token head) are quantized by default in transformers
-    backbone = load_backbone(model_config(family, quantization=quantization), task, LABELS, CPU)
+    backbone = load(family, task, quantization=quantization)
     assert sum(map(is_quantized, backbone.model.base_model.modules())) >= 12
     head = head_parts(backbone.model)
     assert not any(map(is_quantized, head))
     assert all(p.dtype == torch.float32 for part in head for p in part.parameters())
 
 
-@pytest.mark.parametrize(
-    ("family", "task"), [("bert", "sequence"), ("bert", "token"), ("qwen2", "sequence"), ("distilbert", "token")]
-)
-def test_attention_dropout_is_the_recipe_s_and_off_in_evaluation(model_config, family, task):
+@pytest.mark.parametrize(("family", "task"), [("bert", "sequence"), ("qwen2", "sequence"), ("distilbert", "token")])
+def test_attention_dropout_is_the_recipe_s_and_off_in_evaluation(load, family, task):
     ids = torch.arange(5, 17).repeat(2, 1)
     evaluated = []
 
     def spread(dropout):
         """How far two forward passes in training differ; the tiny backbones have no other dropout."""
         torch.manual_seed(1)
-        model = load_backbone(model_config(family, attention_dropout=dropout), task, LABELS, CPU).model
+        model = load(family, task, attention_dropout=dropout).model
         with torch.no_grad():
             evaluated.append(model.eval()(input_ids=ids).logits)
             model.train()
@@ -107,19 +112,20 @@ def test_attention_dropout_is_the_recipe_s_and_off_in_evaluation(model_config, f
     assert torch.equal(evaluated[0], evaluated[2]), "no other head is drawn"
 
 
-def test_a_backbone_without_attention_dropout_says_so(model_config, monkeypatch):
+def test_a_backbone_without_attention_dropout_says_so(load, monkeypatch):
     monkeypatch.setattr("tokmask_peft.model.backbone._ATTENTION_DROPOUT", ("no_such_name",))
     with pytest.raises(ModelError, match="attention_dropout=null") as caught:
-        load_backbone(model_config("bert", attention_dropout=0.1), "sequence", LABELS, CPU)
+        load("bert", attention_dropout=0.1)
     assert caught.value.code == "no-attention-dropout"
 
 
 def test_package_path_is_found_and_its_absence_explained():
     config = ModelConfig(backbone="a/b", backbone_path="package:transformers/models")
     assert backbone_location(config).endswith("transformers/models")
-    with pytest.raises(ModelError, match=r"pip install no-such-thing.*backbone_path=null") as caught:
-        backbone_location(ModelConfig(backbone="a/b", backbone_path="package:no_such_thing/model"))
-    assert (caught.value.code, caught.value.fields) == ("backbone-package-missing", {"package": "no_such_thing"})
+    for package in ("no_such_thing", "no_such_thing.inner", ""):
+        with pytest.raises(ModelError, match=r"pip install .*backbone_path=null") as caught:
+            backbone_location(ModelConfig(backbone="a/b", backbone_path=f"package:{package}/model"))
+        assert (caught.value.code, caught.value.fields) == ("backbone-package-missing", {"package": package})
     with pytest.raises(ModelError) as caught:
         backbone_location(ModelConfig(backbone="a/b", backbone_path="/no/such/folder"))
     assert (caught.value.code, caught.value.fields) == ("backbone-folder-missing", {"path": "/no/such/folder"})
@@ -188,7 +194,7 @@ def test_an_end_token_that_pads_is_a_decision_and_changes_no_answer(tmp_path, en
     assert "pad token" not in {one.what for one in whole.decisions}
 
 
-def test_loading_says_nothing_of_the_new_head_and_leaves_all_settings(model_config, capfd, caplog):
+def test_loading_says_nothing_of_the_new_head_and_leaves_all_settings(load, capfd, caplog):
     caplog.set_level(logging.WARNING, "transformers.modeling_utils")  # the command line of other tests set another
     had_bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.enable_progress_bar()
@@ -197,11 +203,11 @@ def test_loading_says_nothing_of_the_new_head_and_leaves_all_settings(model_conf
     logger = logging.getLogger("transformers.modeling_utils")
     logger.addHandler(said)
     try:
-        backbone = load_backbone(model_config("bert"), "sequence", LABELS, CPU)
+        backbone = load("bert")
         assert not hasattr(said, "lines")
         assert "Loading weights" not in capfd.readouterr().err
         assert transformers_logging.is_progress_bar_enabled()
-        type(backbone.model).from_pretrained(model_config("bert").backbone)
+        type(backbone.model).from_pretrained(backbone.model.name_or_path)
         assert "LOAD REPORT" in said.lines[0], "other code still hears of it"
     finally:
         logger.removeHandler(said)

@@ -94,3 +94,12 @@ def test_looking_for_bitsandbytes_draws_no_random_numbers_and_a_torch_without_th
     assert torch.equal(torch.get_rng_state(), before)
     if not torch.cuda.is_available():
         assert "does not run on cuda" in decisions.bitsandbytes_problem.__wrapped__("cuda")
+
+
+@pytest.mark.parametrize("name", ["activation_checkpointing_enable", "gradient_checkpointing_enable"])
+def test_checkpointing_is_switched_on_by_the_name_that_this_transformers_has(name):
+    called = []
+    model = SimpleNamespace(disable_input_require_grads=lambda: called.append("no gradients of inputs"))
+    setattr(model, name, called.append)
+    decisions.enable_checkpointing(model)
+    assert called == [{"use_reentrant": False}, "no gradients of inputs"]

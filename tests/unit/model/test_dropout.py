@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import build, encode
+from tiny_models import build
 from torch import nn
 
 from tokmask_peft.model import packed
@@ -20,7 +20,7 @@ from tokmask_peft.recipe.schema import Recipe
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(p=st.floats(0.0, 1.0), shape=st.lists(st.integers(0, 5), min_size=0, max_size=3), dtype=st.sampled_from(DTYPES))
 def test_every_element_is_zero_or_scaled_and_so_is_its_gradient(p, shape, dtype):
     x = torch.ones(shape, dtype=dtype).transpose(0, -1) if shape else torch.ones((), dtype=dtype)  # strided, too
@@ -32,8 +32,7 @@ def test_every_element_is_zero_or_scaled_and_so_is_its_gradient(p, shape, dtype)
     torch.testing.assert_close(x.grad, dropped.detach(), atol=0, rtol=0)
 
 
-@pytest.mark.parametrize("p", [0.02, 0.1, 0.5, 0.9])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("p", "dtype"), [(0.02, torch.float32), (0.1, torch.bfloat16), (0.5, torch.float16)])
 def test_as_many_are_dropped_as_torch_drops_and_the_mean_stays(p, dtype):
     count = 400_000
     torch.manual_seed(0)
@@ -83,8 +82,9 @@ def test_only_plain_dropout_is_changed_and_only_for_the_time_being(monkeypatch):
     assert not any(isinstance(module, QuickDropout) for module in model.modules())
 
 
-@pytest.mark.parametrize(("causal", "window"), [(False, None), (False, 2), (True, None), (True, 2)])
-@pytest.mark.parametrize("scaling", [None, 0.3])
+@pytest.mark.parametrize(
+    ("causal", "window", "scaling"), [(False, None, 0.3), (False, 2, None), (True, None, None), (True, 2, 0.3)]
+)
 def test_attention_with_dropout_is_torchs_where_nothing_is_dropped(monkeypatch, causal, window, scaling):
     """The weights that stay are divided by 1 - p, so without draws the result is that of torch's kernel over 1 - p."""
     lengths = [3, 7, 4, 30, 1]
@@ -99,22 +99,6 @@ def test_attention_with_dropout_is_torchs_where_nothing_is_dropped(monkeypatch, 
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
     ours, theirs = (torch.autograd.grad(output.square().sum(), rows) for output in (found, expected))
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
-
-
-def test_recomputed_layers_drop_the_same():
-    """Gradient checkpointing runs a layer forward again in the backward pass, which `quick_dropout` must outlast."""
-    model, tokenizer = build("bert", dropout=0.3)
-    found = []
-    for again in (False, True):
-        if again:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.train().zero_grad()
-        torch.manual_seed(4)
-        with quick_dropout(model):
-            logits = model(**encode(tokenizer)).logits
-            logits.square().sum().backward()
-        found.append((logits.detach(), model.base_model.encoder.layer[0].output.dense.weight.grad.clone()))
-    torch.testing.assert_close(found[1], found[0], atol=0, rtol=0)
 
 
 @pytest.mark.parametrize(("device", "ours"), [("cpu", True), ("cuda", False)])

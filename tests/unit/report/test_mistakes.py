@@ -6,6 +6,7 @@ from tiny_models import build
 from tokmask_peft import Prediction, WordPredictions
 from tokmask_peft.examples import Example
 from tokmask_peft.inference.classifier import Classifier
+from tokmask_peft.report import examples
 from tokmask_peft.report.examples import Mistake, explained, mistakes_of, most_confident
 from tokmask_peft.tasks import get_task
 
@@ -30,7 +31,7 @@ def test_each_wrong_word_is_a_mistake_and_the_surest_stands_for_its_text():
 
 
 @pytest.mark.parametrize("task", ["sequence", "token"])
-def test_influences_are_those_of_the_word_in_question(task):
+def test_influences_are_those_of_the_word_in_question(task, monkeypatch):
     model, tokenizer = build("bert", task)
     model.config.pad_token_id = tokenizer.pad_token_id
     classifier = Classifier(model, tokenizer, task, ("a", "b", "c"), max_length=32)
@@ -42,3 +43,5 @@ def test_influences_are_those_of_the_word_in_question(task):
     assert not why
     assert len(shown.influences) == 3
     assert any(shown.influences)
+    monkeypatch.setattr(examples, "MOST_WORDS", 2)
+    assert explained(classifier, [shown]) == ((shown,), "")

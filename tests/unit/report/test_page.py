@@ -2,10 +2,9 @@
 
 import re
 import sys
-from html.parser import HTMLParser
 
 import pytest
-from run_files import NASTY, log, result, write_run
+from run_files import NASTY, Outline, log, result, write_run
 from tiny_models import tiny_tokenizer
 from typer.testing import CliRunner
 
@@ -17,37 +16,6 @@ from tokmask_peft.report.examples import Mistake, Mistakes
 from tokmask_peft.report.page import prepare, render, report_run
 
 pytest.importorskip("matplotlib")
-VOID = {"meta", "br", "input", "link", "img", "hr"}
-
-
-class Outline(HTMLParser):
-    """Collects what a browser would see, and complains about tags that do not close."""
-
-    def __init__(self, page):
-        super().__init__()
-        self.open, self.tags, self.attributes, self.texts = [], [], [], []
-        self.feed(page)
-        assert not self.open
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += attrs
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += attrs
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.texts.append(data)
-
-    @property
-    def text(self):
-        return " ".join(" ".join(self.texts).split())
 
 
 def mistakes(task="sequence", **more):
@@ -56,13 +24,24 @@ def mistakes(task="sequence", **more):
     return Mistakes(**{"split": "test", "texts": 9, "of": 9, "items": 126, "wrong": 1, "shown": (wrong,), **more})
 
 
-def page(tmp_path, found=None, shown=None, why="", task="sequence", **more):
-    return render(open_run(write_run(tmp_path / "run", found, task=task, **more)), shown, why)
+def page(tmp_path, found=None, shown=None, why="", task="sequence", lines=(), **more):
+    """Return a page; without pictures unless the result and the lines of the log are given."""
+    if found is None:
+        found = result(task)
+        del found["calibration"]
+    return render(open_run(write_run(tmp_path / "run", found, task=task, lines=lines, **more)), shown, why)
 
 
-@pytest.mark.parametrize("task", ["sequence", "token"])
-def test_it_holds_what_was_measured(tmp_path, task):
-    seen = Outline(page(tmp_path, shown=mistakes(task), task=task)).text
+@pytest.fixture(scope="module", params=["sequence", "token"])
+def whole(request, tmp_path_factory):
+    """A page with everything on it, and its task."""
+    task = request.param
+    return page(tmp_path_factory.mktemp(task), result(task), mistakes(task), task=task, lines=log()), task
+
+
+def test_it_holds_what_was_measured(whole):
+    text, task = whole
+    seen = Outline(text).text
     for expected in (
         "made-up", "someone/tiny-bert", "p = 0.1", "beats the character n-gram baseline", "test 0.6100 0.6200 0.6300",
         "validation 0.7100 0.7200 0.7300", "n-gram baseline 0.5100 0.5200 0.5300", "Temperature 1.250",
@@ -76,9 +55,8 @@ def test_it_holds_what_was_measured(tmp_path, task):
     assert ("0 to 15 5 50 0.8000 0.8000" in seen) == (task == "token")
 
 
-@pytest.mark.parametrize("task", ["sequence", "token"])
-def test_texts_and_labels_are_escaped(tmp_path, task):
-    text = page(tmp_path, shown=mistakes(task), task=task)
+def test_texts_and_labels_are_escaped(whole):
+    text, _ = whole
     assert "<script" not in text
     seen = Outline(text)
     assert "script" not in seen.tags
@@ -87,8 +65,8 @@ def test_texts_and_labels_are_escaped(tmp_path, task):
     assert not [name for name, _ in seen.attributes if name.startswith("on")]
 
 
-def test_it_is_one_file_that_loads_nothing_and_every_link_has_its_target(tmp_path):
-    text = page(tmp_path, shown=mistakes("token"), task="token")
+def test_it_is_one_file_that_loads_nothing_and_every_link_has_its_target(whole):
+    text, _ = whole
     seen = Outline(text)
     assert not {"link", "script", "iframe", "object", "img"} & set(seen.tags)
     ids = [value for name, value in seen.attributes if name == "id"]
@@ -101,21 +79,21 @@ def test_it_is_one_file_that_loads_nothing_and_every_link_has_its_target(tmp_pat
     assert "default-src 'none'" in text
 
 
-def test_pictures_say_what_they_show_and_take_the_colours_of_the_page(tmp_path):
-    text = page(tmp_path, task="token")
+def test_pictures_say_what_they_show_and_take_the_colours_of_the_page(whole):
+    text, task = whole
     seen = Outline(text)
-    assert seen.tags.count("svg") == 5  # loss, F1, rate, code-mixing, reliability
-    labels = dict.fromkeys(value for name, value in seen.attributes if name == "aria-label")
-    assert any("Training loss: 1.000 at step 1, 0.033 at step 30" in label for label in labels)
-    assert any("0.900 at 0, 0.800 at 0–15, 0.700 at 45–100" in label for label in labels)
-    assert any("0.0789 before the temperature, 0.0123 after" in label for label in labels)
+    labels = " ".join(value for name, value in seen.attributes if name == "aria-label")
+    expected = ["Training loss: 1.000 at step 1, 0.033 at step 30", "0.0789 before the temperature, 0.0123 after"]
+    expected += ["0.900 at 0, 0.800 at 0–15, 0.700 at 45–100"] if task == "token" else []
+    assert seen.tags.count("svg") == 2 + len(expected)  # those, F1 and rate
+    assert [words for words in expected if words not in labels] == []
     assert "var(--ink)" in text
     assert not re.findall(r"#0[1-5]0[1-5]0[1-5]", text)
 
 
 @pytest.mark.parametrize(("verdict", "colour"), [("does not beat", "bad"), ("cannot tell", ""), ("beats", "good")])
 def test_the_verdict_on_the_baseline_has_its_colour(tmp_path, verdict, colour):
-    found = result()
+    found = result() | {"calibration": {}}
     found["baseline"]["verdict"] = verdict
     text = page(tmp_path, found)
     assert f'class="verdict {colour}"' in text
@@ -125,7 +103,7 @@ def test_the_verdict_on_the_baseline_has_its_colour(tmp_path, verdict, colour):
 def test_a_run_without_test_baseline_calibration_and_log(tmp_path):
     found = {key: value for key, value in result().items() if key not in ("test", "baseline", "calibration")}
     del found["data"]["splits"]["test"]
-    seen = Outline(page(tmp_path, found, why="no data", lines=[]))
+    seen = Outline(page(tmp_path, found, why="no data"))
     assert "svg" not in seen.tags
     for expected in ("macro-F1 on validation 0.7100", "No baseline", "no test split", "did not calibrate",
                      "log.jsonl is missing", "Left out: no data", "By class (validation)"):  # fmt: skip
@@ -143,7 +121,7 @@ def test_an_older_calibration_has_its_numbers_without_the_picture(tmp_path):
 
 def test_without_masking_there_is_no_curve_of_it(tmp_path):
     lines = [{key: value for key, value in line.items() if key != "masking_rate"} for line in log()]
-    text = page(tmp_path, lines=[*lines, {"step": 31, "loss": None}], masking=0)
+    text = page(tmp_path, lines=(*lines, {"step": 31, "loss": None}), masking=0)
     assert "Masking rate p" not in text
     assert "0.033 at step 30" in text
 
@@ -158,7 +136,7 @@ def test_changed_data_and_samples_are_mentioned(tmp_path):
 
 @pytest.mark.parametrize(("kind", "spaced"), [("bytelevel", True), ("wordpiece", False)])
 def test_the_snippet_encodes_words_as_the_run_did(tmp_path, kind, spaced):
-    run = open_run(write_run(tmp_path / "run", task="token"))
+    run = open_run(write_run(tmp_path / "run", result("token") | {"calibration": {}}, task="token", lines=()))
     assert "spaced = " not in render(run, None)  # no tokenizer with the adapter
     tiny_tokenizer(kind).save_pretrained(run.folder.adapter)
     assert ("spaced = " in render(run, None)) == spaced
@@ -211,7 +189,7 @@ class TestCommand:
 
 
 def test_warnings_that_matter_come_before_the_scores(tmp_path):
-    found = result()
+    found = result() | {"calibration": {}}
     found["data"]["hygiene"] |= {"mode": "report", "test_shared": 17, "validation_in_test": 3}
     found["test"]["without_prediction"] = 5
     text = page(tmp_path, found)
@@ -219,6 +197,6 @@ def test_warnings_that_matter_come_before_the_scores(tmp_path):
     for words in ("A warning <script>", "20 texts are both in test", "5 words of test"):
         assert shown.index(words) < shown.index("macro-F1 weighted F1 accuracy")
     assert text.count("A warning &lt;script&gt;") == 1
-    quiet = result()
+    quiet = result() | {"calibration": {}}
     quiet["data"]["warnings"] = []
     assert 'class="alerts"' not in page(tmp_path / "other", quiet)

@@ -40,11 +40,11 @@ def test_replicates_are_those_of_a_plain_loop():
         name: [made_up_texts(10 * seed + number, accuracy) for seed in range(3)]
         for number, (name, accuracy) in enumerate({"none": 0.6, "mask": 0.8}.items())
     }
-    found = bootstrap_differences({name: counts_of(runs) for name, runs in arms.items()}, "none", 40, seed=3)["mask"]
+    found = bootstrap_differences({name: counts_of(runs) for name, runs in arms.items()}, "none", 15, seed=3)["mask"]
     random = np.random.default_rng(3)
-    chosen = random.integers(0, 3, (40, 3))
-    draws = random.multinomial(30, np.full(30, 1 / 30), 40)
-    for replicate in range(40):
+    chosen = random.integers(0, 3, (15, 3))
+    draws = random.multinomial(30, np.full(30, 1 / 30), 15)
+    for replicate in range(15):
         expected = {"none": [], "mask": []}
         for name, runs in arms.items():
             for run in chosen[replicate]:
@@ -67,7 +67,7 @@ def test_intervals_cover_no_difference_when_there_is_none():
     random = np.random.default_rng(0)
     gold = random.integers(0, 2, 150)
     covered = []
-    for _ in range(120):
+    for _ in range(60):
         arms = {}
         for name in "ab":  # a run's accuracy varies from seed to seed, its errors from text to text
             runs = []

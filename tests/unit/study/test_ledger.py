@@ -11,11 +11,14 @@ from tokmask_peft.study import ledger as ledgers
 from tokmask_peft.study.ledger import CellState, Ledger, open_storage
 from tokmask_peft.study.plan import make_plan
 
+STORAGES = pytest.mark.parametrize("open_ledger", ["journal", "database"], indirect=True)
 
-@pytest.fixture(params=["journal", "database"])
+
+@pytest.fixture
 def open_ledger(tmp_path, request):
-    """Return a function that opens the sweep as one more process would."""
-    place = tmp_path / "sweep.journal" if request.param == "journal" else f"sqlite:///{tmp_path / 'sweep.db'}"
+    """Return a function that opens the sweep as one more process would, in a journal unless a test asks for more."""
+    is_database = getattr(request, "param", "journal") == "database"
+    place = f"sqlite:///{tmp_path / 'sweep.db'}" if is_database else tmp_path / "sweep.journal"
 
     def make(*overrides, prune=False, retry_failed=False, **axes):
         plan = make_plan("quickstart", overrides, name="shared", **{"p": "0", "seeds": "1", **axes})
@@ -35,6 +38,7 @@ def states(ledger):
     return [cell.state for cell in ledger.look().values()]
 
 
+@STORAGES
 def test_every_cell_is_claimed_once_in_the_order_of_the_plan(open_ledger):
     one, two = (open_ledger(p="0,0.1", seeds="2") for _ in range(2))
     claims = [one.claim(), two.claim(), one.claim(), two.claim()]
@@ -77,6 +81,7 @@ def test_a_living_worker_keeps_its_cell(open_ledger, as_worker):
     assert ledger.beat(claim)
 
 
+@STORAGES
 def test_a_worker_of_another_machine_is_given_up_when_it_gives_no_sign_of_life(open_ledger, as_worker, monkeypatch):
     ledger, now = open_ledger(), [0.0]
     as_worker(host="elsewhere")
@@ -174,6 +179,20 @@ class TestStorage:
         with pytest.raises(SweepError, match="remove it first") as caught:
             open_storage(tmp_path / "sweep.journal")
         assert caught.value.code == "storage-failed"
+
+    def test_a_storage_that_fails_later(self, open_ledger, monkeypatch):
+        ledger = open_ledger(prune=True)
+        claim = ledger.claim()
+
+        def fail(*_, **__):
+            raise optuna.exceptions.StorageInternalError("locked")
+
+        monkeypatch.setattr(ledger.storage, "get_trial", fail)
+        monkeypatch.setattr(optuna, "create_study", fail)
+        for use in (open_ledger, lambda: ledger.is_hopeless(claim)):
+            with pytest.raises(SweepError) as caught:
+                use()
+            assert caught.value.code == "storage-failed"
 
     def test_a_sweep_of_an_older_version_goes_on_in_its_database(self, tmp_path):
         plan = make_plan("quickstart", p="0,0.1", seeds="1", name="shared")

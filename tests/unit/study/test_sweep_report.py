@@ -6,18 +6,26 @@ import pytest
 from scipy import stats
 
 from tokmask_peft.errors import RunError, SweepError
-from tokmask_peft.study.report import LATEX, markdown, sweep_report, verdict
+from tokmask_peft.study import results
+from tokmask_peft.study.report import LATEX, described, markdown, plot_f1, render, sweep_page, sweep_report, verdict
+from tokmask_peft.study.results import analyse, read_sweep
 from tokmask_peft.study.statistics import seeds_needed
 
 pytest.importorskip("matplotlib")
 
 
-def statistics(report):
-    return json.loads(report.statistics.read_text())
+@pytest.fixture(autouse=True)
+def _few_replicates(monkeypatch):
+    monkeypatch.setattr(results, "REPLICATES", 200)
 
 
-def rows_by_arm(report):
-    return {row["arm"]: row for row in statistics(report)["rows"]}
+def about(folder):
+    """Return what the texts of a sweep's report are made of."""
+    return described(analyse(read_sweep(folder)))
+
+
+def rows_by_arm(found):
+    return {row["arm"]: row for row in found["rows"]}
 
 
 def change(file, **parts):
@@ -29,15 +37,15 @@ def change(file, **parts):
 
 def test_figures_are_those_of_the_runs(made_up_sweep):
     folder = made_up_sweep({"p0.2": 0.15}, p="0,0.1,0.2", seeds="5")
-    report = sweep_report(folder)
-    found = rows_by_arm(report)
+    found = about(folder)
+    rows = rows_by_arm(found)
     scores = {
         arm: [json.loads((folder / f"{arm}-seed{s}" / "result.json").read_text())["test"] for s in range(1, 6)]
         for arm in ("p0", "p0.1", "p0.2")
     }
     for metric in ("f1_macro", "f1_weighted"):
         plain, masked = (np.array([run[metric] for run in scores[arm]]) for arm in ("p0", "p0.2"))
-        row = found["p = 0.2"]
+        row = rows["p = 0.2"]
         assert row[metric]["by_seed"] == pytest.approx(masked)
         difference = row["difference"][metric]
         assert difference["by_seed"] == pytest.approx(masked - plain)
@@ -46,31 +54,32 @@ def test_figures_are_those_of_the_runs(made_up_sweep):
         assert difference["interval"] == pytest.approx([low, high])
         low, high = difference["bootstrap"]
         assert low < difference["mean"] < high
-    assert found["p = 0"]["is_reference"]
-    assert "difference" not in found["p = 0"]
-    needed = statistics(report)["paper"]["rows"][0]["needed"]["mBERT"]
+    assert rows["p = 0"]["is_reference"]
+    assert "difference" not in rows["p = 0"]
+    needed = found["paper"]["rows"][0]["needed"]["mBERT"]
     assert needed["interval"][0] <= needed["seeds"] <= needed["interval"][1]
-    assert "reports, on sentiment, Spanish-English" in report.markdown.read_text()
+    assert "reports, on sentiment, Spanish-English" in render("report.md", **found)
 
 
 def test_entities_are_a_third_score(made_up_sweep):
     folder = made_up_sweep({"p0.1": 0.2}, p="0,0.1", seeds="6", labels=("B-x", "I-x", "O"))
-    report = sweep_report(folder)
-    row = rows_by_arm(report)["p = 0.1"]
+    analysis = about(folder)
+    row = rows_by_arm(analysis)["p = 0.1"]
     read = [json.loads((folder / f"p0.1-seed{seed}/result.json").read_text())["test"] for seed in range(1, 7)]
     assert row["f1_entities"]["by_seed"] == [one["f1_entities"] for one in read]
     found = row["difference"]["f1_entities"]
     assert 0 < found["bootstrap"][0] < found["mean"] < found["bootstrap"][1]
     assert found["p_holm"] == pytest.approx(2 / 2**6)
-    assert statistics(report)["chosen_by_validation"]["overall"]["f1_entities"]["mean"] == row["f1_entities"]["mean"]
-    for text in (report.markdown.read_text(), report.page.read_text(), report.latex.read_text(), report.summary):
+    assert analysis["choice"]["overall"]["f1_entities"]["mean"] == row["f1_entities"]["mean"]
+    texts = [render(name, **analysis) for name in ("report.md", "table.tex", "summary.txt")]
+    for text in (*texts, sweep_page(analysis)):
         assert f"{found['mean']:+.4f}" in text.replace("$", "")
-    assert "entity F1" in report.summary
+    assert "entity F1" in texts[2]
 
 
 def test_holm_runs_over_the_rates_of_one_setting(made_up_sweep):
     folder = made_up_sweep({"p0.1": 0.2}, p="0,0.1,0.2", seeds="6", grid=["adapter.r=4,8"])
-    rows = statistics(sweep_report(folder))["rows"]
+    rows = about(folder)["rows"]
     assert len(rows) == 6
     for rank in ("4", "8"):
         group = [r["difference"]["f1_macro"] for r in rows if r["setting"] == {"adapter.r": rank} and "difference" in r]
@@ -85,7 +94,7 @@ def test_validation_chooses_and_test_scores(made_up_sweep):
     for number, ((p, seed), score) in enumerate(validation.items()):
         file = folder / f"p{p}-seed{seed}" / "result.json"
         change(file, validation={"f1_macro": score}, test={"f1_macro": 0.1 * number})
-    found = statistics(sweep_report(folder))["chosen_by_validation"]
+    found = about(folder)["choice"]
     assert [one["label"] for one in found["per_seed"]] == ["p = 0", "p = 0.1", "p = 0"]  # equal: the smaller rate
     assert [one["f1_macro"] for one in found["per_seed"]] == pytest.approx([0.0, 0.3, 0.4])
     assert [one["gain"] for one in found["per_seed"]] == pytest.approx([0.0, 0.1, 0.0])
@@ -96,11 +105,11 @@ def test_validation_chooses_and_test_scores(made_up_sweep):
 def test_arms_are_compared_with_none_and_their_cost_is_shown(made_up_sweep):
     folder = made_up_sweep(p="0,0.1", arms="mask,none,neftune,mask+neftune")
     change(folder / "mask0.1-seed2" / "result.json", speed={"step_seconds": 0.3, "steps": 3})  # it was resumed
-    report = sweep_report(folder)
-    found = rows_by_arm(report)
-    assert list(found) == ["none", "neftune", "mask 0.1", "mask 0.1 + neftune"]
-    assert (found["mask 0.1"]["cost"], found["mask 0.1 + neftune"]["cost"]) == (1.0, 2.0)
-    text = report.markdown.read_text()
+    found = about(folder)
+    rows = rows_by_arm(found)
+    assert list(rows) == ["none", "neftune", "mask 0.1", "mask 0.1 + neftune"]
+    assert (rows["mask 0.1"]["cost"], rows["mask 0.1 + neftune"]["cost"]) == (1.0, 2.0)
+    text = render("report.md", **found)
     for expected in ("differences from", "Gain over", "macro-F1 against"):
         assert f"{expected} no regularizer" in text
     assert "its arms pad the same batches" in text
@@ -108,11 +117,11 @@ def test_arms_are_compared_with_none_and_their_cost_is_shown(made_up_sweep):
 
 def test_signs_of_failure_are_named_where_they_are_seen(made_up_sweep):
     folder = made_up_sweep({"p0.1": -0.1, "p0.2": -0.2}, p="0,0.1,0.2", seeds="8")
-    report = sweep_report(folder)
-    signs = statistics(report)["signs"]
+    found = about(folder)
+    signs = found["signs"]
     assert [one["rates"] for one in signs["falling"]] == [[0, 0.1, 0.2]]
     assert (signs["stuck"], signs["unshown"]) == ([], [])
-    assert report.markdown.read_text().count("Sign of failure") == report.summary.count("Sign of failure") == 1
+    assert [render(name, **found).count("Sign of failure") for name in ("report.md", "summary.txt")] == [1, 1]
 
     folder = made_up_sweep({"p0.2": 0.05}, p="0,0.1,0.2", seeds="3", name="other")
     for arm, last in (("p0", 0.2), ("p0.1", 0.9), ("p0.2", 0.97)):
@@ -120,21 +129,17 @@ def test_signs_of_failure_are_named_where_they_are_seen(made_up_sweep):
             losses = [1.0, *[0.8] * 18, last]
             lines = [json.dumps({"step": step, "loss": loss}) for step, loss in enumerate(losses)]
             (folder / f"{arm}-seed{seed}" / "log.jsonl").write_text("\n".join(lines))
-    report = sweep_report(folder)
-    signs = statistics(report)["signs"]
+    found = about(folder)
+    signs = found["signs"]
     assert signs["falling"] == []
     assert [one["label"] for one in signs["stuck"]] == ["p = 0.2"]  # means of two steps at each end: 0.9 and 0.885
     assert signs["stuck"][0]["share"] == pytest.approx(0.885 / 0.9)
     (unshown,) = signs["unshown"]
     assert unshown["seeds"] == 3
-    sds = [row["difference"]["f1_macro"]["sd"] for row in statistics(report)["rows"] if "difference" in row]
+    sds = [row["difference"]["f1_macro"]["sd"] for row in found["rows"] if "difference" in row]
     for gain, sd in zip(unshown["gains"], sorted(sds), strict=True):
         assert (seeds_needed(gain * 1.001, sd), seeds_needed(gain * 0.999, sd)) == (3, 4)
-    assert "true differences are smaller" in report.summary
-
-
-RATES, UP = {"p": "0,0.1"}, {"p0.1": 0.3}
-LACKING = {"p": "0,0.1,0.3", "seeds": "8", "leave_out": [f"p0.3-seed{seed}" for seed in range(3, 9)]}
+    assert "true differences are smaller" in render("summary.txt", **found)
 
 
 @pytest.mark.parametrize(
@@ -142,80 +147,90 @@ LACKING = {"p": "0,0.1,0.3", "seeds": "8", "leave_out": [f"p0.3-seed{seed}" for 
     [
         (
             {},
-            {**RATES, "seeds": "1"},
+            {"seeds": "1"},
             ["With 1 seed the sign-flip test", "(p = 1, 1 after Holm's correction)"],
-            "With 1 seeds",
+            ["With 1 seeds"],
         ),
         (
-            UP,
-            {**RATES, "seeds": "3"},
-            ["cannot give a p-value below 0.25", "It takes at least 6 seeds"],
-            "a single arm",
+            {"p0.1": 0.3},
+            {"seeds": "3"},
+            [
+                "cannot give a p-value below 0.25",
+                "It takes at least 6 seeds",
+                "not established by these seeds (p = 0.25",
+            ],
+            ["a single arm", "0 of 3 seeds"],
         ),
-        (UP, {**RATES, "seeds": "3"}, ["not established by these seeds (p = 0.25"], "0 of 3 seeds"),
         (
-            UP,
-            {**RATES, "seeds": "8"},
+            {"p0.1": 0.3},
+            {"seeds": "8"},
             ["8 of 8 seeds), established by these seeds (p = 0.00781"],
-            "cannot give",
+            ["cannot give"],
         ),
-        # an arm that lacks seeds does not speak for the others
-        (UP, LACKING, ["p = 0.1: macro-F1 higher", "seeds), established by these seeds"], "With 8 seeds"),
-        (UP, LACKING, ["With 2 seeds the sign-flip", "no difference can be established for p = 0.3."], "for p = 0.1"),
-        (
-            UP,
-            LACKING,
-            ["6 runs have no result and are left out", "If --prune stopped them, they were the worse"],
-            "add 0",
+        (  # an arm that lacks seeds does not speak for the others
+            {"p0.1": 0.3},
+            {"p": "0,0.1,0.3", "seeds": "8", "leave_out": [f"p0.3-seed{seed}" for seed in range(3, 9)]},
+            [
+                "p = 0.1: macro-F1 higher",
+                "seeds), established by these seeds",
+                "With 2 seeds the sign-flip",
+                "no difference can be established for p = 0.3.",
+                "6 runs have no result and are left out",
+                "If --prune stopped them, they were the worse",
+            ],
+            ["With 8 seeds", "for p = 0.1", "add 0"],
         ),
-        ({}, {**RATES, "seeds": "6"}, [], "single arm"),
-        ({}, {**RATES, "seeds": "6", "grid": ["adapter.r=2,4,8,16"]}, [], "single arm"),  # one in each setting
-        ({}, {"p": "0,0.1,0.2", "seeds": "6"}, ["smallest of 2 by 2: a single arm cannot reach .05"], "by 3"),
-        ({}, {"p": "0.1,0.2"}, ["add 0 to --p"], "nothing to compare"),
-        (
-            {},
-            {"p": "0.1", "arms": "lora_dropout,mask"},
-            ["no arm without a regularizer", "add none to --arms"],
-            "add 0",
-        ),
-        ({}, {"p": "0"}, ["There is nothing to compare with p = 0; add rates to --p."], "add 0"),
-        ({}, {"p": "0.1", "arms": "none"}, ["nothing to compare with no regularizer; add arms to --arms."], "add none"),
+        ({}, {"seeds": "6", "grid": ["adapter.r=2,4"]}, [], ["single arm"]),  # one in each setting
+        ({}, {"p": "0,0.1,0.2", "seeds": "6"}, ["smallest of 2 by 2: a single arm cannot reach .05"], ["by 3"]),
+        ({}, {"p": "0.1,0.2"}, ["add 0 to --p"], ["nothing to compare"]),
+        ({}, {"p": "0.1", "arms": "lora_dropout,mask"}, ["no arm without a regularizer", "add none to"], ["add 0"]),
+        ({}, {"p": "0"}, ["There is nothing to compare with p = 0; add rates to --p."], ["add 0"]),
+        ({}, {"p": "0.1", "arms": "none"}, ["nothing to compare with no regularizer; add arms to"], ["add none"]),
     ],
 )
 def test_what_is_said(made_up_sweep, gains, sweep, expected, absent):
-    text = sweep_report(made_up_sweep(gains, **sweep)).summary
+    text = render("summary.txt", **about(made_up_sweep(gains, **{"p": "0,0.1", **sweep})))
     assert [part for part in expected if part not in text] == []
-    assert absent not in text
+    assert [part for part in absent if part in text] == []
 
 
 def test_missing_runs_are_named_and_pairs_stay_pairs(made_up_sweep):
-    report = sweep_report(made_up_sweep(p="0,0.1", seeds="4", leave_out=["p0-seed2", "p0.1-seed3"]))
-    assert rows_by_arm(report)["p = 0.1"]["difference"]["seeds"] == [1, 4]
-    assert "2 runs have no result and are left out: p0-seed2, p0.1-seed3." in report.summary
-    assert statistics(report)["chosen_by_validation"]["seeds_left_out"] == [2, 3]
+    found = about(made_up_sweep(p="0,0.1", seeds="4", leave_out=["p0-seed2", "p0.1-seed3"]))
+    assert rows_by_arm(found)["p = 0.1"]["difference"]["seeds"] == [1, 4]
+    assert "2 runs have no result and are left out: p0-seed2, p0.1-seed3." in render("summary.txt", **found)
+    assert found["choice"]["seeds_left_out"] == [2, 3]
 
 
 def test_without_predictions_or_with_other_texts_there_is_no_bootstrap_and_a_reason(made_up_sweep):
     folder = made_up_sweep(p="0,0.1")
     file = folder / "p0.1-seed2" / "predictions.json"
     change(file, test={"gold": [[0]] * 120})
-    assert "No bootstrap: the test texts differ between seeds." in sweep_report(folder).summary
+    assert "No bootstrap: the test texts differ between seeds." in about(folder)["cautions"]
     file.unlink()
+    found = about(folder)
+    assert rows_by_arm(found)["p = 0.1"]["difference"]["f1_macro"]["bootstrap"] is None
+    assert "No bootstrap: p0.1-seed2 has no predictions.json." in found["cautions"]
+
+
+def test_files(made_up_sweep, tmp_path):
+    folder, mine = made_up_sweep(p="0,0.1", seeds="2"), tmp_path / "mine.html"
+    mine.write_text("notes")
+    with pytest.raises(RunError) as caught:
+        sweep_report(folder, mine)
+    assert (caught.value.code, mine.read_text()) == ("taken", "notes")
+    for file in folder.glob("*/result.json"):
+        floor = {"baseline": {"f1_macro": 0.9, "f1_weighted": 0.9}}
+        file.write_text(json.dumps(json.loads(file.read_text()) | floor))
     report = sweep_report(folder)
-    assert rows_by_arm(report)["p = 0.1"]["difference"]["f1_macro"]["bootstrap"] is None
-    assert "No bootstrap: p0.1-seed2 has no predictions.json." in report.summary
-
-
-def test_files(made_up_sweep):
-    report = sweep_report(made_up_sweep(p="0,0.1"))
     names = {"report.md", "table.tex", "f1_against_p.png", "f1_against_p.svg", "statistics.json", "report.html"}
-    assert {path.name for path in report.markdown.parent.iterdir()} == names
+    assert {path.name for path in (folder / "report").iterdir()} == names
+    assert report.page == folder / "report" / "report.html"
+    assert "not above character n-grams" in re.search('<p class="verdict bad">(.*?)</p>', report.page.read_text())[1]
     png, svg = report.plots
     assert png.read_bytes().startswith(b"\x89PNG")
-    first = svg.read_bytes()
-    assert b"<svg" in first
-    sweep_report(report.markdown.parent.parent)
-    assert svg.read_bytes() == first, "the same runs make the same picture"
+    assert b"<svg" in svg.read_bytes()
+    _, again = plot_f1(json.loads(report.statistics.read_text()), tmp_path)
+    assert svg.read_bytes() == again.read_bytes(), "the same runs make the same picture"
     tex = report.latex.read_text()
     assert tex.count(r"\begin{tabular}") == tex.count(r"\end{tabular}") == 2
     body = re.findall(r"\\midrule\n(.*?)\\bottomrule", tex, re.DOTALL)
@@ -246,10 +261,8 @@ def test_what_cannot_be_reported(made_up_sweep, tmp_path, sweep, code):
 
 class TestPage:
     def test_the_verdict_comes_first_and_every_arm_is_there(self, made_up_sweep):
-        folder = made_up_sweep({"p0.2": 0.2}, p="0,0.1,0.2", seeds="8")
-        report = sweep_report(folder)
-        page = report.page.read_text()
-        assert report.page == folder / "report" / "report.html"
+        found = about(made_up_sweep({"p0.2": 0.2}, p="0,0.1,0.2", seeds="8"))
+        page = sweep_page(found)
         first = re.search(r'<p class="verdict (\w*)">(.*?)</p>', page)
         assert first[1] == "good"
         assert first[2].startswith("p = 0.2 differs from the reference (p = 0): macro-F1 +0.")
@@ -257,7 +270,7 @@ class TestPage:
         assert page.count("<svg") == 2
         for loads in ("http:", "src=", "@import", "url(h"):
             assert loads not in page.replace("http://www.w3.org/1999/xlink", "")
-        for row in statistics(report)["rows"]:
+        for row in found["rows"]:
             assert f'<th scope="row">{row["label"]}</th>' in page
             assert f"{row['f1_macro']['mean']:.4f}" in page
 
@@ -265,24 +278,8 @@ class TestPage:
         ("seeds", "rates", "words"), [("2", "0,0.1", "No difference"), ("3", "0", "nothing to compare")]
     )
     def test_what_the_seeds_do_not_show_is_not_claimed(self, made_up_sweep, seeds, rates, words):
-        page = sweep_report(made_up_sweep({"p0.1": 0.2}, p=rates, seeds=seeds)).page.read_text()
+        page = sweep_page(about(made_up_sweep({"p0.1": 0.2}, p=rates, seeds=seeds)))
         assert re.search(r'<p class="verdict ">(.*?)</p>', page)[1].count(words) == 1
-
-    def test_below_the_floor_is_said(self, made_up_sweep):
-        folder = made_up_sweep(p="0,0.1", seeds="3")
-        for file in folder.glob("*/result.json"):
-            floor = {"baseline": {"f1_macro": 0.9, "f1_weighted": 0.9}}
-            file.write_text(json.dumps(json.loads(file.read_text()) | floor))
-        page = sweep_report(folder).page.read_text()
-        assert "not above character n-grams" in re.search(r'<p class="verdict bad">(.*?)</p>', page)[1]
-
-    def test_another_file_is_not_replaced(self, made_up_sweep, tmp_path):
-        folder, mine = made_up_sweep(p="0,0.1", seeds="2"), tmp_path / "mine.html"
-        mine.write_text("notes")
-        with pytest.raises(RunError) as caught:
-            sweep_report(folder, mine)
-        assert (caught.value.code, mine.read_text()) == ("taken", "notes")
-        assert sweep_report(folder, tmp_path / "new.html").page.is_file()
 
 
 def test_the_verdict_counts_the_other_arms_that_differ():

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tokmask_peft.artifacts import RunFolder
 from tokmask_peft.study.worker import Worker
 
 
@@ -63,20 +64,26 @@ def test_after_a_failure_the_next_cell_gets_a_new_process(start, plan):
     assert ended(worker) == 0
 
 
+def test_what_a_process_says_at_its_end_is_the_reason(start):
+    worker = start("raise MemoryError('too large')")
+    assert worker.reason(ended(worker)) == "MemoryError: too large (exit code 1)"
+
+
 @pytest.mark.parametrize(
-    ("code", "reason"),
+    ("log", "code", "reason"),
     [
-        ("print('Error: mine: 2 problems'); print('  a: wrong'); exit(2)", "mine: 2 problems a: wrong (exit code 2)"),
-        ("raise MemoryError('too large')", "MemoryError: too large (exit code 1)"),
-        ("exit(3)", "no message (exit code 3)"),
-        ("exit(0)", "the process ended without a result"),
-        ("import os; os.kill(os.getpid(), 9)", "killed by SIGKILL (out of memory?)"),
-        ("import os; os.kill(os.getpid(), 15)", "killed by SIGTERM"),
+        ("step 1\nError: mine: 2 problems\n  a: wrong\n", 2, "mine: 2 problems a: wrong (exit code 2)"),
+        ("", 3, "no message (exit code 3)"),
+        ("", 0, "the process ended without a result"),
+        ("", -9, "killed by SIGKILL (out of memory?)"),
+        ("", -15, "killed by SIGTERM"),
     ],
 )
-def test_the_reason_of_a_failure(start, code, reason):
-    worker = start(code)
-    assert worker.reason(ended(worker)) == reason
+def test_the_reason_of_a_failure(tmp_path, log, code, reason):
+    worker = Worker(_train, threads=1)
+    worker.log = tmp_path / "log"
+    worker.log.write_text(log)
+    assert worker.reason(code) == reason
 
 
 @pytest.mark.timeout(60)
@@ -110,10 +117,9 @@ def test_stopping_asks_first_and_then_insists(start):
     assert ended(worker) == -9
 
 
-def test_evaluations_are_read_once(start):
-    worker = start("")
-    ended(worker)
-    worker.run.root.mkdir(parents=True)
+def test_evaluations_are_read_once(tmp_path):
+    worker = Worker(_train, threads=1)
+    worker.run, worker._read = RunFolder(tmp_path), 0
     lines = [{"step": 1, "loss": 0.5}, {"step": 2, "eval_f1_macro": 0.25}]
     worker.run.log.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 3, "eval_')
     assert list(worker.new_evaluations()) == [(2, 0.25)]

@@ -10,18 +10,16 @@ from tokmask_peft.training.trainer import OrderedEvalTrainer, in_order
 
 def batches(task, texts=7, size=2, classes=3):
     """Batches of a split of 7 texts, padded to their own lengths, and the last one filled up from the first."""
-    draw = torch.Generator().manual_seed(0)
     lengths = [1, 2, 2, 3, 4, 4, 5, 1]
     made = []
     for start in range(0, texts + 1, size):
         rows = lengths[start : start + size]
-        if task == "sequence":
-            made.append((torch.randn(len(rows), classes, generator=draw), torch.zeros(len(rows), dtype=torch.long)))
-            continue
-        labels = torch.full((len(rows), max(rows) + 2), -100)
-        for row, length in enumerate(rows):
-            labels[row, 1 : 1 + length] = 1
-        made.append((torch.randn(*labels.shape, classes, generator=draw), labels))
+        labels = torch.zeros(len(rows), dtype=torch.long)
+        if task == "token":
+            labels = torch.full((len(rows), max(rows) + 2), -100)
+            for row, length in enumerate(rows):
+                labels[row, 1 : 1 + length] = 1
+        made.append((torch.randn(*labels.shape, classes), labels))
     return made
 
 

@@ -5,7 +5,7 @@ import warnings
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, f1_score
 
@@ -31,7 +31,7 @@ def arrays(pairs):
 
 class TestScores:
     @given(pairs=PAIRS)
-    @settings(deadline=None)
+    @settings(deadline=None, max_examples=30)
     def test_against_scikit_learn(self, pairs):
         gold, predicted = arrays(pairs)
         found = scores(gold, predicted, LABELS)
@@ -42,12 +42,11 @@ class TestScores:
         assert json.loads(json.dumps(found, allow_nan=False)) == found
 
     @given(pairs=PAIRS, data=st.data())
-    @settings(deadline=None)
+    @settings(deadline=None, max_examples=30)
     def test_a_word_without_a_prediction_costs_recall_and_not_precision(self, pairs, data):
         gold, predicted = arrays(pairs)
         right = np.flatnonzero(gold == predicted)
-        if len(right) == 0:
-            return
+        assume(len(right))
         lost = int(data.draw(st.sampled_from(right.tolist())))
         before = scores(gold, predicted, LABELS)
         predicted[lost] = NO_PREDICTION
@@ -62,15 +61,14 @@ class TestScores:
         assert (after["items"], after["without_prediction"]) == (len(gold), 1)
 
     def test_a_lost_wrong_word_raises_the_precision_of_the_class_it_was_taken_for(self):
-        gold, predicted = np.array([0, 0, 1]), np.array([0, 1, 1])
-        assert scores(gold, predicted, LABELS)["per_class"]["lang2"]["precision"] == 0.5
-        lost = scores(gold, np.array([0, NO_PREDICTION, 1]), LABELS)
-        assert lost["per_class"]["lang2"]["precision"] == 1.0
-        assert lost["per_class"]["lang1"]["recall"] == 0.5
-        assert lost["per_class"]["lang1"]["precision"] == 1.0
+        gold = np.array([0, 0, 1])
+        assert scores(gold, np.array([0, 1, 1]), LABELS)["per_class"]["lang2"]["precision"] == 0.5
+        lost = scores(gold, np.array([0, NO_PREDICTION, 1]), LABELS)["per_class"]
+        assert lost["lang2"]["precision"] == lost["lang1"]["precision"] == 1.0
+        assert lost["lang1"]["recall"] == 0.5
 
     @given(pairs=st.lists(st.tuples(st.integers(0, 3), st.integers(-1, 3)), max_size=40))
-    @settings(deadline=None)
+    @settings(deadline=None, max_examples=30)
     def test_the_confusion_matrix_counts_every_item_once(self, pairs):
         gold, predicted = arrays(pairs) if pairs else (np.zeros(0, np.int64), np.zeros(0, np.int64))
         found = scores(gold, predicted, LABELS)
@@ -82,10 +80,6 @@ class TestScores:
         assert matrix.sum() == len(pairs)
         if missing:
             assert matrix[:, -1].sum() == missing
-
-    def test_nothing_predicted_at_all(self):
-        found = scores(np.array([0, 1]), np.array([NO_PREDICTION] * 2), LABELS)
-        assert (found["f1_macro"], found["accuracy"], found["without_prediction"]) == (0.0, 0.0, 2)
 
     def test_no_items_is_zero_without_a_warning(self):
         with warnings.catch_warnings():
@@ -115,7 +109,7 @@ POSTS = st.lists(st.lists(st.integers(0, 3), max_size=25), min_size=1, max_size=
 
 class TestScoresByMixing:
     @given(posts=POSTS)
-    @settings(deadline=None)
+    @settings(deadline=None, max_examples=30)
     def test_every_post_is_in_one_bin(self, posts):
         gold = [np.array(post, dtype=np.int64) for post in posts]
         rows = scores_by_mixing(Predictions(gold, [(post + 1) % 4 for post in gold]), LABELS, ("lang1", "lang2"))

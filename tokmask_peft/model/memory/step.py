@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 from transformers.pytorch_utils import Conv1D
@@ -64,15 +63,13 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation and count what it made."""
         out = func(*args, **(kwargs or {}))
-        tree_map_only(Tensor, self._see, out)
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            storage = tensor.untyped_storage() if isinstance(tensor, Tensor) else None
+            if storage is not None and self._known.get(id(storage)) is not storage:
+                self._known[id(storage)] = storage
+                self._add(storage.nbytes())
+                weakref.finalize(storage, self._add, -storage.nbytes()).atexit = False
         return out
-
-    def _see(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        if self._known.get(id(storage)) is not storage:
-            self._known[id(storage)] = storage
-            self._add(storage.nbytes())
-            weakref.finalize(storage, self._add, -storage.nbytes()).atexit = False
 
     def _add(self, size: int) -> None:
         self.now += size

@@ -22,11 +22,11 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from tokmask_peft.study.statistics import MEANINGS
+from tokmask_peft.training.metrics import LEVEL
 
 Array = NDArray[np.float64]
 
 REPLICATES = 4000
-LEVEL = 0.95
 
 MEANING: dict[str, str] = MEANINGS["gradients"]
 """Estimate -> what it is."""

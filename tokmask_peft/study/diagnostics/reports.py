@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokmask_peft.errors import RunError, boundary, write_json, write_whole
-from tokmask_peft.study.report import Report, Table, draw, finish, level, matplotlib, mean_sd, render, save
+from tokmask_peft.errors import RunError, boundary, require, write_json, write_whole
+from tokmask_peft.study.report import Report, Table, draw, finish, level, mean_sd, render, save
 from tokmask_peft.tasks import get_task
 
 NAMES = {"lora": "the LoRA weights", "head": "the head (and a trained mask row)", "all": "all trained weights"}
@@ -27,7 +27,8 @@ VISIBLE = 5e-5
 
 
 def make_folder(folder: Path) -> None:
-    """Make the folder of a report, or raise a RunError."""
+    """Make the folder of a report; raise a RunError or an ExtraError if the report could not be written or drawn."""
+    require("matplotlib", "sweep", "the plot")
     with boundary(f"making {folder} (another folder: --out)", RunError, "out"):
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -73,14 +74,16 @@ def _shifted(rows: Sequence[dict[str, Any]], apart: bool) -> list[dict[str, Any]
 
 
 def _plot_gradients(analysis: dict[str, Any], folder: Path) -> tuple[Path, Path]:
-    mpl = matplotlib()
-    figure = mpl.figure.Figure(figsize=(10, 7), layout="constrained")
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 7), layout="constrained")
     count, most = len(analysis["points"]), max(analysis["rates"])
     for axes, (name, (_, title)) in zip(figure.subplots(2, 2).flat, COLUMNS.items(), strict=True):
         for number, point in enumerate(analysis["points"]):
             rows = [row for row in point["groups"][MAIN]["rates"] if row[name]["value"] is not None]
             if rows:
-                colour = mpl.colormaps["viridis"](0.85 * number / max(count - 1, 1))
+                colour = colormaps["viridis"](0.85 * number / max(count - 1, 1))
                 x = [row["p"] + (number - (count - 1) / 2) * 0.012 * most for row in rows]
                 label = f"{point['share']:.0%} (step {point['step']})"
                 draw(axes, x, [row[name] for row in rows], "o-", colour, label)
@@ -122,11 +125,13 @@ def robustness_table(analysis: dict[str, Any], metric: str = "f1_macro") -> Tabl
 
 
 def _plot_robustness(analysis: dict[str, Any], folder: Path) -> tuple[Path, Path]:
-    mpl, groups = matplotlib(), analysis["groups"]
+    from matplotlib.figure import Figure
+
+    groups = analysis["groups"]
     axis_names = {"mask": "share of sub-tokens masked", "noise": "share of words misspelt"}
     kinds = {row["kind"] for group in groups for row in group["rows"]}
     panels = [*(kind for kind in axis_names if kind in kinds), "words"]
-    figure = mpl.figure.Figure(figsize=(4 * max(len(panels), 2), 4.2), layout="constrained")
+    figure = Figure(figsize=(4 * max(len(panels), 2), 4.2), layout="constrained")
     means = [row["f1_macro"]["mean"] for group in groups for row in group["rows"]]
     scale = max(min(means) - 0.05, 0.0), min(max(means) + 0.05, 1.0)
     for axes, panel in zip(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels, strict=True):
@@ -137,8 +142,8 @@ def _plot_robustness(analysis: dict[str, Any], folder: Path) -> tuple[Path, Path
             places = [wanted.index(row["kind"]) if of_words else row["at"] for row in rows]
             shift = (number - (len(groups) - 1) / 2) * (0.08 if of_words else 0.01 * max([*places, 0.1]))
             x, found = [place + shift for place in places], [row["f1_macro"] for row in rows]
-            style, colour = "o" if of_words else "o-", mpl.color_sequences["tab10"][number % 10]
-            draw(axes, x, found, style, colour, f"trained with {group['group']}", scale)
+            style = "o" if of_words else "o-"
+            draw(axes, x, found, style, f"C{number % 10}", f"trained with {group['group']}", scale)
         finish(axes, ylim=scale, xlabel=axis_names.get(panel, ""))
     names = [name.replace(" with", "\nwith") for name in get_task(analysis["task"]).unseen_parts]
     figure.axes[-1].set(xlim=(-0.5, 1.5), xticks=[0, 1], xticklabels=names)

@@ -54,7 +54,7 @@ def score_perturbed(
     labels = with_unseen(classifier.labels, texts)
     ids = {label: number for number, label in enumerate(labels)}
     task = get_task(classifier.task)
-    gold, words_given = [np.array(task.gold_ids(one, ids), dtype=np.int64) for one in texts], task.words_given
+    gold = [np.array(task.gold_ids(one, ids), dtype=np.int64) for one in texts]
     given: list[Any] = [example.text for example in texts]
     windows = list(classifier.encoder.windows(given))
     predict = functools.partial(predicted, classifier, batch_size=batch_size, labels=len(labels))
@@ -66,7 +66,7 @@ def score_perturbed(
         return {**means, "f1_macro_by_draw": [one["f1_macro"] for one in found]}
 
     letters = alphabet(word for example in texts for word in example.words)
-    change: Any = misspell if words_given else misspell_text
+    change: Any = misspell if task.words_given else misspell_text
 
     def misspelt(share: float, draw: int) -> Labels:
         changed = [change(text, share, (what.seed, draw, number), letters) for number, text in enumerate(given)]

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from tokmask_peft.cli import app
 from tokmask_peft.errors import DataError, RunError
 from tokmask_peft.examples import Example
-from tokmask_peft.study.diagnostics import robustness
+from tokmask_peft.study.diagnostics import reports, robustness
 from tokmask_peft.study.diagnostics.gradients import draw_batches
 from tokmask_peft.study.diagnostics.plans import Perturbations, find_members
 from tokmask_peft.study.diagnostics.reports import robustness_report, robustness_table
@@ -127,6 +127,12 @@ def test_groups_have_intervals_over_their_runs():
     assert body[1][2] == "0.7000"
 
 
+@pytest.fixture
+def _without_a_plot(monkeypatch):
+    monkeypatch.setattr(reports, "_plot_robustness", lambda *_: ())
+
+
+@pytest.mark.usefixtures("_without_a_plot")
 def test_a_run_is_scored_once_whatever_is_asked_for_in_between(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     score, asked = Mock(side_effect=lambda member, *_: scored(member.group, 1, 0.9, 0.5)), Perturbations((0.5,), (), 1)
@@ -146,9 +152,9 @@ def test_a_run_is_scored_once_whatever_is_asked_for_in_between(tmp_path, monkeyp
     assert score.call_count == 4
 
 
+@pytest.mark.usefixtures("_without_a_plot")
 @pytest.mark.parametrize(("apart", "shown"), [(0.00003, False), (0.0002, True)])
 def test_a_score_that_differs_from_the_runs_own_is_shown_if_four_decimals_show_it(tmp_path, apart, shown):
-    pytest.importorskip("matplotlib")
     run = {**scored("p = 0", 1, 0.5 + apart, 0.4), "reported": 0.5}
     report = robustness_report(analyse([run], Perturbations((0.5,), (), 1)), tmp_path)
     for text in (report.summary, report.markdown.read_text()):
