@@ -14,27 +14,21 @@ import argparse
 import itertools
 import json
 import os
-import random
 import statistics
-import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from own_data import CORPORA, write_file
+from own_data import draw_files, missing_cells
 from transformers import AutoModelForTokenClassification, Gemma3TextConfig
 from transformers.modeling_layers import GenericForTokenClassification
 from transformers.models.gemma3.modeling_gemma3 import Gemma3PreTrainedModel
 
 from tokmask_peft import train
 from tokmask_peft.console import quiet_libraries
-from tokmask_peft.data.corpus import load_corpus
 from tokmask_peft.model.families import FAMILIES
-from tokmask_peft.recipe.data import DataConfig
 from tokmask_peft.recipe.loading import load_recipe
-from tokmask_peft.training.environment import environment
 
 RESULT = Path(__file__).parent / "results" / "decoders.json"
 BACKBONE = Path(__file__).parent.parent / "recipes" / "_backbones" / "gemma3-270m.yaml"
@@ -54,13 +48,15 @@ class Gemma3TextForTokenClassification(GenericForTokenClassification, Gemma3PreT
     config_class = Gemma3TextConfig
 
 
+def add_head_for_words() -> None:
+    """Let transformers load Gemma 3 with a head for words, and pack its texts, as it does with the head for texts."""
+    FAMILIES["Gemma3Text"] = replace(FAMILIES["Gemma3Text"], package=__name__)
+    AutoModelForTokenClassification.register(Gemma3TextConfig, Gemma3TextForTokenClassification, exist_ok=True)
+
+
 def run_cell(corpus: str, seed: int, changes: list[str], folder: Path) -> dict[str, Any]:
     """Train on 500 texts; return the scores."""
-    path = Path(os.environ["TOKMASK_DATA"]) / CORPORA[corpus]["path"]
-    read = load_corpus(DataConfig(**CORPORA[corpus] | {"path": str(path), "hygiene": "report"}), 0)
-    scored = list(read.test or ())
-    write_file(folder / "train.jsonl", random.Random(seed).sample([*read.train, *read.validation], TEXTS), "token")
-    write_file(folder / "test.jsonl", random.Random(0).sample(scored, min(TESTED, len(scored))), "token")
+    draw_files(corpus, TEXTS, seed, folder, TESTED)
     recipe = folder / "recipe.yaml"
     recipe.write_text(
         f"base: {BACKBONE}\nname: run\noutput_dir: {folder}\nseed: {seed}\n"
@@ -101,19 +97,14 @@ def main() -> None:
     options.add_argument("--seeds", default="1,2,3")
     given = options.parse_args()
     quiet_libraries()
-    FAMILIES["Gemma3Text"] = replace(FAMILIES["Gemma3Text"], package=__name__)  # packed, as Gemma 3's head for texts is
-    AutoModelForTokenClassification.register(Gemma3TextConfig, Gemma3TextForTokenClassification, exist_ok=True)
-    done: dict[str, Any] = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.is_file() else {"cells": []}
-    for corpus, seed, arm in itertools.product(given.only.split(","), map(int, given.seeds.split(",")), ARMS):
-        cell = {"corpus": corpus, "arm": arm, "seed": seed}
-        if any(cell.items() <= other.items() for other in done["cells"]):
-            continue
-        with tempfile.TemporaryDirectory() as folder:
-            cell |= run_cell(corpus, seed, ARMS[arm], Path(folder))
-        done = {"cells": [*done["cells"], cell], "environment": environment(torch.device("cpu"))}
-        RESULT.write_text(json.dumps(done, indent=1) + "\n", encoding="utf-8")
+    add_head_for_words()
+    wanted = itertools.product(given.only.split(","), map(int, given.seeds.split(",")), ARMS)
+    cells = ({"corpus": corpus, "arm": arm, "seed": seed} for corpus, seed, arm in wanted)
+    for cell, folder in missing_cells(RESULT, cells):
+        corpus, seed, arm = cell["corpus"], cell["seed"], cell["arm"]
+        cell |= run_cell(corpus, seed, ARMS[arm], folder)
         print(f"{corpus} {seed} {arm}: {cell['f1_macro']:.4f}, {cell['seconds']} s", flush=True)
-    print(table(done["cells"]))
+    print(table(json.loads(RESULT.read_text(encoding="utf-8"))["cells"]))
 
 
 if __name__ == "__main__":

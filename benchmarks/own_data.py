@@ -19,7 +19,7 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,15 +53,35 @@ def write_file(path: Path, examples: Sequence[Example], task: str) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def run_cell(corpus: str, size: int, seed: int, changes: Sequence[str], folder: Path) -> dict[str, Any]:
-    """Train on a file of `size` texts as a newcomer would; return the scores."""
+def draw_files(corpus: str, size: int, seed: int, folder: Path, tested: int = TESTED) -> int:
+    """Write `train.jsonl` with texts that a seed draws, and `test.jsonl`; return how many texts there are to learn."""
     found = CORPORA[corpus]
     task, path = found["task"], str(Path(os.environ["TOKMASK_DATA"]) / found["path"])
     read = load_corpus(DataConfig(**found | {"path": path, "hygiene": "report"}), 0)
     own, scored = [*read.train, *read.validation], list(read.test or ())
-    draw = random.Random(seed)
-    write_file(folder / "train.jsonl", draw.sample(own, min(size, len(own))), task)
-    write_file(folder / "test.jsonl", random.Random(0).sample(scored, min(TESTED, len(scored))), task)
+    size = min(size, len(own))
+    write_file(folder / "train.jsonl", random.Random(seed).sample(own, size), task)
+    write_file(folder / "test.jsonl", random.Random(0).sample(scored, min(tested, len(scored))), task)
+    return size
+
+
+def missing_cells(path: Path, cells: Iterable[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], Path]]:
+    """Yield each cell that a file lacks, with a folder to run it in; then write it, with what was added to it."""
+    for cell in cells:
+        done = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"cells": []}
+        if any(cell.items() <= other.items() for other in done["cells"]):
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            yield cell, Path(folder)
+        import torch
+
+        done = {"cells": [*done["cells"], cell], "environment": environment(torch.device("cpu"))}
+        path.write_text(json.dumps(done, indent=1) + "\n", encoding="utf-8")
+
+
+def run_cell(corpus: str, size: int, seed: int, changes: Sequence[str], folder: Path) -> dict[str, Any]:
+    """Train on a file of `size` texts as a newcomer would; return the scores."""
+    texts, task = draw_files(corpus, size, seed, folder), CORPORA[corpus]["task"]
     recipe = folder / "recipe.yaml"
     recipe.write_text(
         f"base: {BACKBONE}\nname: run\noutput_dir: {folder}\nseed: {seed}\n"
@@ -73,7 +93,7 @@ def run_cell(corpus: str, size: int, seed: int, changes: Sequence[str], folder: 
     result = train(load_recipe(recipe, list(changes)), quiet=True).result
     baseline, probe = result.baseline or {}, result.probe or {}
     return {
-        "texts": len(own) if size > len(own) else size,
+        "texts": texts,
         "f1_macro": result.scored["f1_macro"],
         "floor": baseline["f1_macro"],
         "interval": baseline["interval"],
@@ -119,17 +139,12 @@ def main() -> None:
     given = options.parse_args()
     quiet_libraries()
     sizes, seeds = ([int(part) for part in text.split(",")] for text in (given.sizes, given.seeds))
-    for seed, size, corpus in itertools.product(seeds, sizes, given.only.split(",")):
-        done = json.loads(given.out.read_text(encoding="utf-8")) if given.out.is_file() else {"cells": []}
-        cell = {"arm": " ".join(sorted(given.set)), "corpus": corpus, "size": size, "seed": seed}
-        if any(cell.items() <= other.items() for other in done["cells"]):
-            continue
-        with tempfile.TemporaryDirectory() as folder:
-            cell |= run_cell(corpus, size, seed, given.set, Path(folder))
-        import torch
-
-        done = {"cells": [*done["cells"], cell], "environment": environment(torch.device("cpu"))}
-        given.out.write_text(json.dumps(done, indent=1) + "\n", encoding="utf-8")
+    wanted = itertools.product(seeds, sizes, given.only.split(","))
+    arm = " ".join(sorted(given.set))
+    cells = ({"arm": arm, "corpus": corpus, "size": size, "seed": seed} for seed, size, corpus in wanted)
+    for cell, folder in missing_cells(given.out, cells):
+        corpus, size, seed = cell["corpus"], cell["size"], cell["seed"]
+        cell |= run_cell(corpus, size, seed, given.set, folder)
         print(f"{cell['arm']} {corpus} {size} {seed}: {cell['f1_macro']:.3f}, floor {cell['floor']:.3f}", flush=True)
     print(table(json.loads(given.out.read_text(encoding="utf-8"))["cells"]))
 

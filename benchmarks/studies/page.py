@@ -1,4 +1,4 @@
-"""Write the tables of `docs/results.md` and `docs/speed.md` from the committed JSON.
+"""Write the tables of `docs/results.md`, `docs/speed.md` and `docs/backbones.md` from the committed JSON.
 
     python benchmarks/studies/page.py
 
@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from figures import RESULTS, TITLES, Study, read
@@ -19,7 +21,15 @@ from tables import TABLES
 from tokmask_peft.study.report import markdown
 
 ROOT = RESULTS.parent.parent
-PAGES = (ROOT / "docs" / "results.md", ROOT / "docs" / "speed.md")
+PAGES = tuple(ROOT / "docs" / f"{name}.md" for name in ("results", "speed", "backbones"))
+COMPARED = {
+    "trec": TITLES["trec"],
+    "kin": "AfriSenti sentiment, Kinyarwanda",
+    "sentimix": "SentiMix sentiment, Spanish-English",
+    "lince-lid": "LinCE languages of words, Spanish-English",
+}
+BACKBONES = {"minilm": "MiniLM", "e5-small": "e5-small", "gemma-270m": "Gemma 3 270M"}
+"""What `benchmarks/backbones.py` calls its corpora and backbones."""
 CPU = ("default_run", "padding_free", "masking", "qlora", "predict")
 BENCHMARKS = (*CPU, "first_answer", "same_score", "same_score_bound", "arms_cost")
 SPEED = (
@@ -102,6 +112,25 @@ def speed(found: Callable[[str], Any] = read) -> str:
     return f"{caption}\n\n{markdown((('what', 'compared with', ''), body))}"
 
 
+def backbones(found: Callable[[str], Any] = read) -> str:
+    """Return the table of backbones compared; what has not run is not measured."""
+    content, body = found("backbones") or {"cells": []}, []
+    for (corpus, title), (backbone, name) in product(COMPARED.items(), BACKBONES.items()):
+        rows = [cell for cell in content["cells"] if (cell["corpus"], cell["backbone"]) == (corpus, backbone)]
+        line = [title, name, str(len(rows)), *["not measured"] * 5]
+        if rows:
+            keys = ("f1_macro", "floor", "seconds", "adapter_bytes", "peak_bytes")
+            score, floor, seconds, size, peak = (mean(row[key] or 0 for row in rows) for key in keys)
+            low, high = (end(row["f1_macro"] for row in rows) for end in (min, max))
+            line[3:] = [f"{score:.3f} ({low:.3f} to {high:.3f})", f"{floor:.3f}", f"{seconds:,.0f}"]
+            line += [f"{size / 1e6:.1f} MB", f"{peak / 1e9:.1f} GB" if peak else "not measured"]
+        body.append(line)
+    head = ("corpus", "backbone", "seeds", "macro-F1", "n-grams", "seconds", "adapter", "memory")
+    seen = content.get("environment")
+    machine = f"\n\nMeasured on {seen['threads']} thread(s), {seen['device']}." if seen else ""
+    return markdown((head, body)) + machine
+
+
 def made(study: Study) -> str:
     """Return commands, versions, machines and methods."""
     machines: dict[str, list[str]] = {}
@@ -125,7 +154,7 @@ def filled(text: str, study: Study) -> str:
             return benchmark(name)
         if name in TABLES:
             return markdown(TABLES[name](study))
-        return {"speed": speed, "made": lambda: made(study)}[name]()
+        return {"speed": speed, "backbones": backbones, "made": lambda: made(study)}[name]()
 
     pattern = r"(<!-- ([\w -]+) -->\n).*?(<!-- /\2 -->)"
     return re.sub(pattern, lambda found: f"{found[1]}{block(found[2])}\n{found[3]}", text, flags=re.DOTALL)

@@ -1,6 +1,7 @@
 """Decoders that see the whole text, and the last sub-token of a word: through a run and whatever is made of it."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -57,6 +58,25 @@ def test_stock_peft_and_the_merged_model_answer_as_the_run(write_recipe, tmp_pat
     merged.config.is_causal = True
     assert (merged(**found["inputs"]).logits - logits).abs().max() > 1e-3
     assert any("is_causal" in note for note in export.notes)
+
+
+def test_an_end_token_that_pads_is_reported_in_training_and_prediction(tmp_path, data_folder):
+    model, tokenizer = build("llama")
+    tokenizer.pad_token = None
+    model.base_model.save_pretrained(tmp_path / "backbone")
+    tokenizer.save_pretrained(tmp_path / "backbone")
+    recipe = {
+        "name": "ends",
+        "output_dir": str(tmp_path),
+        "model": {"backbone": str(tmp_path / "backbone"), "quantization": "none", "precision": "fp32"},
+        "data": {"task": "sequence", "path": str(data_folder), "format": "tsv", "max_length": 62},
+        "training": {"max_steps": 2, "batch_size": 8, "baseline": False},
+    }
+    run = train(Recipe.model_validate(recipe), quiet=True)
+    classifier = load(run.folder.root)
+    for decisions in (run.result.decisions, [asdict(one) for one in classifier.decisions]):
+        assert {one["what"]: one["choice"] for one in decisions}["pad token"] == "</s>"
+    assert evaluate(run.folder.root)["confusion"] == run.result.test["confusion"]
 
 
 def test_a_resumed_run_still_sees_the_whole_text(write_recipe, monkeypatch):

@@ -6,10 +6,14 @@ import shlex
 from pathlib import Path
 
 import pytest
+import transformers
 import typer
 
 from tokmask_peft.cli import app as cli
-from tokmask_peft.recipe.schema import all_fields
+from tokmask_peft.multilabel import YesOrNo
+from tokmask_peft.recipe.loading import load_recipe
+from tokmask_peft.recipe.schema import Recipe, all_fields
+from tokmask_peft.tasks import MultiLabelTask
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -62,6 +66,51 @@ def test_keys_that_the_pages_name_exist():
 def test_links_lead_to_files_of_the_tree(page):
     targets = [target.partition("#")[0] for target in LINK.findall(prose(page)) if "://" not in target]
     assert [target for target in targets if not (page.parent / target).exists()] == []
+
+
+def rows_by_task():
+    """Return the cells of the table of what works with each task, by the first cell of their row."""
+    text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8").split("What works with each:\n\n")[1]
+    rows = ([cell.strip() for cell in row[1:-1].split("|")] for row in text.split("\n\n")[0].splitlines())
+    return {name: cells for name, *cells in rows}
+
+
+def test_what_works_with_each_task_does():
+    rows = rows_by_task()
+    data = [{"task": task, "path": "x"} for task in rows["`data.task`"]]
+    data[1]["text_column"], data[3]["spans"] = ["premise", "hypothesis"], "none"
+
+    def fits(at, **changes):
+        try:
+            Recipe.model_validate({"name": "x", "model": {"backbone": "x"}, "data": data[at], **changes})
+        except ValueError:
+            return "no"
+        return "yes"
+
+    asked = {
+        "`masking.schedule: overfit` or `gap`": {"masking": {"schedule": "overfit", "share": 0.5}},
+        "`masking.schedule: ready`": {"masking": {"schedule": "ready"}},
+        "`training.best_metric: f1_entities`": {"training": {"best_metric": "f1_entities"}},
+    }
+    for row, changes in asked.items():
+        assert rows[row] == [fits(at, **changes) for at in range(5)], row
+    names = {"OLMo": "Olmo", "OLMo 2": "Olmo2", "Gemma 3": "Gemma3Text", "BERT": "Bert", "XLM-R": "XLMRoberta"}
+    names |= {"mT5": "MT5", "BART": "Bart", "ModernBERT": "ModernBert"}
+    for row, cells in list(rows.items())[-4:]:
+        for family in row.split(", "):
+            name = names.get(family, family)
+            heads = [hasattr(transformers, f"{name}For{head}Classification") for head in ("Sequence", "Token")]
+            found = [heads[0], heads[0] and name not in ("T5", "MT5", "Bart"), heads[0], *heads[1:] * 2]
+            assert cells == ["yes" if one else "no" for one in found], family
+    recipes = [load_recipe(name.strip("`")).data.task for name in rows["a shipped recipe"] if name != "none"]
+    assert recipes == [one for at, one in enumerate(rows["`data.task`"]) if at != 1]
+
+
+def test_the_example_of_a_larger_task_lists_what_it_has():
+    listed = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("They are, by what they are for:")[1]
+    named = re.findall(r"`(\w+)`", listed.split("###")[0])
+    own = {*vars(MultiLabelTask), *vars(YesOrNo)} - {"name", "description", "label_columns"}
+    assert sorted(named) == sorted(one for one in own if not one.startswith("_"))
 
 
 def test_every_page_is_reachable_and_the_readme_stays_short():

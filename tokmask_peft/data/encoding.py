@@ -90,15 +90,9 @@ class Encoder:
         task: name of the task.
         max_length: sub-tokens per text or window, special tokens included.
         label_on: which sub-token of a word carries its label, `first` or `last`; of a word that is cut, the last kept.
-
-    Raises:
-        DataError: the tokenizer is not a fast one.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, task: str, max_length: int, label_on: str = "first") -> None:
-        if not getattr(tokenizer, "is_fast", False):
-            problem = f"{type(tokenizer).__name__} is not a fast tokenizer (one with a tokenizer.json), which is needed"
-            raise DataError(f"{problem} to find the words of sub-tokens", code="slow-tokenizer")
         self._tokenizer, self._task, self._max_length = tokenizer, get_task(task), max_length
         self._lead = self._task.words_given and words_need_a_space(tokenizer)
         self._unknown, self._last = tokenizer.unk_token or "?", label_on == "last"

@@ -132,6 +132,9 @@ def load_backbone(
     if "gguf_file" in how:
         again = "" if quantization.choice == "none" else f", and rounded once more, to {quantization.choice}"
         decisions.append(Decision("weights", how["gguf_file"], f"unpacked to {precision.choice}{again}"))
+    if tokenizer.pad_token_id == tokenizer.eos_token_id and tokenizer.init_kwargs.get("pad_token") is None:
+        reason = "the tokenizer has none: its end token pads, and is not read"
+        decisions.append(Decision("pad token", tokenizer.pad_token, reason))
     if tokenizer.padding_side == "left":
         decisions.append(Decision("padding", "left", f"{type(model).__name__} reads its answer at the last position"))
     if config.attention != "causal":
@@ -189,7 +192,11 @@ def _one_end(unknown: int, model: Any, args: tuple[Any, ...], kwargs: dict[str, 
 
 
 def load_tokenizer(config: ModelConfig, location: str | None = None) -> Any:
-    """Load the backbone's tokenizer, with a pad token, padding and truncating on the right, or raise a ModelError."""
+    """Load the backbone's tokenizer, a fast one with a pad token, padding and truncating on the right.
+
+    Raises:
+        ModelError: it cannot be loaded, or is not of that kind.
+    """
     location = location or backbone_location(config)
     source, how = loading_source(config, location)
     try:
@@ -199,6 +206,11 @@ def load_tokenizer(config: ModelConfig, location: str | None = None) -> Any:
             tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **tokenizer.special_tokens_map)
     except Exception as error:  # tokenizers raises just that
         raise load_error("tokenizer", location, error) from error
+    if not tokenizer.is_fast:
+        name = type(tokenizer).__name__
+        problem = f"{name} of {location} is not a fast tokenizer (one with a tokenizer.json), which is needed"
+        message = f"{problem} to find the words of sub-tokens; use another backbone"
+        raise ModelError(message, code="slow-tokenizer", tokenizer=name)
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             message = f"the tokenizer of {location} has neither a pad nor an end token; use another backbone"

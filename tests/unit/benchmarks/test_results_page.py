@@ -8,13 +8,13 @@ import statistics
 import numpy as np
 import pytest
 from figures import TITLES, Study, clear, paired, read
-from page import PAGES, SPEED, filled, speed
+from page import PAGES, SPEED, backbones, filled, speed
 from tables import CONTRASTS, STAGE_0, contrast_of_tokens
 
 from tokmask_peft.study.report import signed
 from tokmask_peft.study.statistics import smallest_p, spread
 
-RESULTS, SPEED_PAGE = PAGES
+RESULTS, SPEED_PAGE, _ = PAGES
 README = RESULTS.parent.parent / "README.md"
 
 
@@ -246,6 +246,19 @@ def test_what_is_clear_or_not_is_said_so():
 def test_the_committed_tables_are_what_the_committed_figures_say(page):
     text = page.read_text(encoding="utf-8")
     assert filled(text, STUDY) == text, "run: python benchmarks/studies/page.py"
+
+
+def test_backbones_that_have_not_run_are_not_measured():
+    costs = {"seconds": 60.0, "adapter_bytes": 3_400_000, "peak_bytes": None}
+    cells = [
+        {"corpus": "kin", "backbone": "minilm", "seed": seed, "f1_macro": score, "floor": 0.5} | costs
+        for seed, score in ((1, 0.5), (2, 0.7))
+    ]
+    rows = [line for line in backbones(lambda _: {"cells": cells}).splitlines() if "MiniLM" in line]
+    kin = next(row for row in rows if "Kinyarwanda" in row)
+    assert "| 2 | 0.600 (0.500 to 0.700) | 0.500 | 60 | 3.4 MB | not measured |" in kin
+    assert [row.count("not measured") for row in rows if row != kin] == [5, 5, 5]
+    assert backbones(lambda _: None).count("not measured") == 60
 
 
 def test_every_score_in_the_readme_is_on_a_page():

@@ -155,15 +155,6 @@ def test_texts_to_predict_have_no_labels(bert):
     assert (caught.value.code, caught.value.fields["label"]) == ("unknown-label", "z")
 
 
-def test_slow_tokenizers_are_refused():
-    class Slow:
-        is_fast = False
-
-    with pytest.raises(DataError) as caught:
-        Encoder(Slow(), "sequence", 16)
-    assert caught.value.code == "slow-tokenizer"
-
-
 anything = st.text(st.characters(exclude_categories=("Cs",), codec="utf-8"), min_size=1, max_size=8)
 post = st.lists(anything | st.sampled_from(["me", "fiesta", "\u200b"]), min_size=1, max_size=8)
 texts = st.lists(post, min_size=1, max_size=4)

@@ -4,17 +4,21 @@ import shutil
 
 import pytest
 import torch
-from tiny_models import build
+from tiny_models import TEXTS, build
+from tokenizers import processors
 from torch import nn
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoTokenizer, ByT5Tokenizer
 from transformers.utils import logging as transformers_logging
 
+from tokmask_peft.data.encoding import Encoder
 from tokmask_peft.errors import ModelError
+from tokmask_peft.inference.forward import Forward
 from tokmask_peft.model.adapter import add_adapter
 from tokmask_peft.model.backbone import head_modules, load_backbone, load_tokenizer
 from tokmask_peft.model.decisions import bitsandbytes_problem
 from tokmask_peft.model.layers import Float32Linear, is_quantized, pool_texts
 from tokmask_peft.model.location import backbone_location
+from tokmask_peft.model.packed import enable_padding_free
 from tokmask_peft.recipe.schema import AdapterConfig, ModelConfig
 
 CPU = torch.device("cpu")
@@ -137,6 +141,57 @@ def test_a_missing_backbone_is_one_clear_error(tmp_path, tiny_folder, what):
     with pytest.raises(ModelError, match="Hub id or a folder") as caught:
         load(config)
     assert (caught.value.code, caught.value.fields) == (f"{what}-not-loaded", {"location": config.backbone})
+
+
+def saved_with(folder, change, family="llama"):
+    """Save a tiny backbone with another tokenizer, and return how it is loaded."""
+    model, tokenizer = build(family)
+    tokenizer = change(tokenizer) or tokenizer
+    model.base_model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return ModelConfig(backbone=str(folder), precision="fp32", quantization="none")
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        (lambda _: ByT5Tokenizer(), "slow-tokenizer"),
+        (lambda tokenizer: tokenizer.add_tokens(["extraordinario"]) and None, "tokenizer-too-large"),
+        (lambda tokenizer: tokenizer.add_special_tokens({"pad_token": "<pad>"}) and None, "tokenizer-too-large"),
+        (lambda tokenizer: [setattr(tokenizer, f"{it}_token", None) for it in ("pad", "eos")] and None, "no-pad-token"),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_used_is_one_clear_error(tmp_path, change, code):
+    with pytest.raises(ModelError, match=r"use another backbone|save the backbone again") as caught:
+        load_backbone(saved_with(tmp_path, change), "sequence", LABELS, CPU)
+    assert caught.value.code == code
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_an_end_token_that_pads_is_a_decision_and_changes_no_answer(tmp_path, ends):
+    def change(tokenizer):
+        tokenizer.pad_token, end = None, (tokenizer.eos_token, tokenizer.eos_token_id)
+        if ends:  # each text ends in what also pads
+            single, pair = f"$A {end[0]}", f"$A {end[0]} $B {end[0]}"
+            form = processors.TemplateProcessing(single=single, pair=pair, special_tokens=[end])
+            tokenizer.backend_tokenizer.post_processor = form
+
+    backbone = load_backbone(saved_with(tmp_path, change), "sequence", LABELS, CPU)
+    chosen = {one.what: one.choice for one in backbone.decisions}
+    assert chosen["pad token"] == backbone.tokenizer.eos_token == backbone.tokenizer.pad_token
+    windows = list(Encoder(backbone.tokenizer, "sequence", 32).windows(TEXTS))
+    assert all((window.ids[-1] == backbone.tokenizer.pad_token_id) == ends for window in windows)
+
+    def logits(texts_at_once):
+        found = Forward(backbone.model.eval(), backbone.tokenizer.pad_token_id, "sequence", torch.float32, "right")
+        return torch.cat([torch.tensor(rows) for rows in found.logits(windows, texts_at_once)])
+
+    alone, padded = logits(1), logits(len(windows))
+    enable_padding_free(backbone.model)
+    for other in (padded, logits(len(windows))):
+        torch.testing.assert_close(other, alone, atol=1e-5, rtol=0)
+    whole = load_backbone(saved_with(tmp_path / "pad", lambda _: None, "bert"), "sequence", LABELS, CPU)
+    assert "pad token" not in {one.what for one in whole.decisions}
 
 
 def test_loading_says_nothing_of_the_new_head_and_leaves_all_settings(load, capfd, caplog):
