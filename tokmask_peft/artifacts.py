@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from filelock import FileLock, Timeout
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, ValidationInfo, field_validator
 
 from tokmask_peft.errors import ModelError, RunError, first_line, is_whole, read_json, read_log, write_json, write_whole
 from tokmask_peft.html import InNotebooks
@@ -26,6 +26,7 @@ from tokmask_peft.recipe.data import Task
 from tokmask_peft.recipe.loading import differences, load_recipe
 from tokmask_peft.recipe.schema import ModelConfig, Recipe
 from tokmask_peft.spans import NO_SPANS, SCHEMES
+from tokmask_peft.tasks import get_task
 
 ADAPTER_FILE = "tokmask.json"
 LOADED_FILES = (
@@ -293,6 +294,11 @@ class Loading(_Part):
                 raise ValueError(f"{value!r}, expected package:NAME/FOLDER or null")
         return value
 
+    @property
+    def trained(self) -> dict[str, Any]:
+        """What `load_adapter` compares and applies: the weights of the backbone, and the scaling."""
+        return self.model_dump(include={"weights", "scaling"})
+
 
 class Calibration(_Part):
     """The temperature that divides the logits, with the figures of `training.metrics.calibrate`.
@@ -310,11 +316,20 @@ class AdapterInfo(_Part):
 
     format: Literal[2] = 2  # before 2, the parts were four files
     task: Task
-    labels: list[str]  # in the order of the classifier's outputs
+    labels: tuple[str, ...] = Field(min_length=1)  # in the order of the classifier's outputs
     pair: tuple[str, str] | None = None  # columns of the two texts, if the texts are pairs
     calibration: Calibration = Field(default_factory=lambda: Calibration())
     loading: Loading | None = None  # None if not known, as `masking`
     masking: TokenMaskConfig | None = None
+
+    @field_validator("labels", "pair")
+    @classmethod
+    def _is_possible(cls, value: tuple[str, ...] | None, known: ValidationInfo) -> tuple[str, ...] | None:
+        if known.field_name == "labels" and value and len(set(value)) < len(value):
+            raise ValueError("a label is given twice")
+        if known.field_name == "pair" and value and get_task(known.data.get("task", "sequence")).words_given:
+            raise ValueError("words have no second text")
+        return value
 
     def write(self, adapter: Path) -> None:
         """Write the file into an adapter folder."""
@@ -359,16 +374,9 @@ class SavedAdapter:
 
     name: str  # as the user gave it, for messages
     folder: Path
-    task: Task
-    labels: tuple[str, ...]
     model: ModelConfig  # with `quantization`, `precision` and `embedding` as trained
-    max_length: int | None  # sub-tokens per text in training; None if not known
-    calibration: Calibration  # the temperature, which is 1 without one, and thresholds if there are any
-    masking: TokenMaskConfig | None
-    trained: Mapping[str, Any]  # weights of the backbone and scaling, for `load_adapter`
-    label_on: str  # which sub-token of a word carries its label
-    spans: str  # how the labels mark entities, as in `spans.SCHEMES`
-    pair: tuple[str, str] | None  # columns of the two texts, if the texts are pairs
+    info: AdapterInfo
+    loading: Loading  # that of `info`, or what is known of an older adapter
 
 
 def find_saved(
@@ -414,21 +422,9 @@ def find_saved(
     if loading is not None:  # bf16 if the hardware has it
         precision = "auto" if loading.precision == "bf16" else loading.precision
         settings |= loading.model_dump(include={"quantization", "pooling", "attention"}) | {"precision": precision}
+    config = ModelConfig(**settings | {"trust_remote_code": trust_remote_code})
     known = loading or Loading(max_length=recipe.data.max_length if recipe else None)
-    return SavedAdapter(
-        name=str(model),
-        folder=folder,
-        task=info.task,
-        labels=tuple(info.labels),
-        model=ModelConfig(**settings | {"trust_remote_code": trust_remote_code}),
-        max_length=known.max_length,
-        calibration=info.calibration,
-        masking=info.masking,
-        trained=known.model_dump(include={"weights", "scaling"}),
-        label_on=known.label_on,
-        spans=known.spans,
-        pair=info.pair,
-    )
+    return SavedAdapter(name=str(model), folder=folder, model=config, info=info, loading=known)
 
 
 def _download(hub_id: str) -> Path:

@@ -83,8 +83,8 @@ def test_the_scores_are_of_sets_and_the_thresholds_are_saved(run, folder):
         assert part["items"] == 60
     assert "label by label" in result.baseline["method"]
     saved = find_saved(run.folder.adapter)
-    assert saved.task == "multilabel"
-    assert dict(saved.calibration.model_dump()["thresholds"]) == result.calibration["thresholds"]
+    assert saved.info.task == "multilabel"
+    assert dict(saved.info.calibration.model_dump()["thresholds"]) == result.calibration["thresholds"]
     assert [*result.calibration["thresholds"]] == result.labels
     assert "one-label" not in {one["code"] for one in result.warnings}
 

@@ -311,7 +311,7 @@ class TestAdapterInfo:
     def test_one_file_holds_it_all(self, tmp_path):
         calibration, loading = Calibration(**self.CALIBRATION), Loading(**self.LOADING)
         info = AdapterInfo(
-            task="token", labels=["a", "b"], calibration=calibration, loading=loading, masking=self.MASKING
+            task="token", labels=("a", "b"), calibration=calibration, loading=loading, masking=self.MASKING
         )
         info.write(tmp_path)
         assert [path.name for path in tmp_path.iterdir()] == ["tokmask.json"]
@@ -326,7 +326,7 @@ class TestAdapterInfo:
         write_json(tmp_path / "tokmask.json", self.LOADING)
         self.MASKING.save_pretrained(tmp_path)
         found = AdapterInfo.read(tmp_path)
-        assert (found.task, found.labels, found.masking) == ("token", ["a", "b"], self.MASKING)
+        assert (found.task, found.labels, found.masking) == ("token", ("a", "b"), self.MASKING)
         assert (found.calibration.temperature, found.loading) == (1.5, Loading(**self.LOADING))
 
     def test_an_adapter_of_another_package(self, tmp_path):

@@ -274,10 +274,10 @@ def predict(
                 if not path.stat().st_size:
                     raise typer.BadParameter(f"{name} is empty: give texts, or --file", param_hint="TEXT")
             more: dict[str, Any] = {"separator": separator, "encoding": encoding, "name": name}
-            columns = read_columns(column, saved.pair, "--column") or saved.pair
+            columns = read_columns(column, saved.info.pair, "--column") or saved.info.pair
             has_header = {"true": True, "false": False}.get(header, header)
             asked = {"format": format, "text_column": columns, "header": has_header}
-            read = functools.partial(TextFile, path, saved.task, **more)
+            read = functools.partial(TextFile, path, saved.info.task, **more)
             source = open_texts(model, asked | {"group_column": group_column}, read)
             source.worded = functools.partial(with_flags, flags=flags)
             reasons = [replace(one, reason=with_flags(one.reason, flags)) for one in source.decisions]
@@ -303,10 +303,10 @@ def predict(
 
 def as_given(texts: list[str], saved: SavedAdapter) -> list[Any]:
     """Return the TEXTs of a command as the classifier takes them: as they are, or two by two."""
-    if saved.pair is None:
+    if saved.info.pair is None:
         return list(texts)
     if len(texts) % 2:
-        problem = f"{saved.name} reads pairs ({' and '.join(saved.pair)}): give two texts for each answer"
+        problem = f"{saved.name} reads pairs ({' and '.join(saved.info.pair)}): give two texts for each answer"
         raise typer.BadParameter(problem, param_hint="TEXT")
     return [Pair(first, second) for first, second in zip(texts[::2], texts[1::2], strict=True)]
 
@@ -348,8 +348,8 @@ def explain(
     saved = find_saved(model, backbone, trust_remote_code=trust_remote_code)
     chosen = int(word) if word is not None and word.removeprefix("-").isdecimal() else word
     if chosen is not None:
-        if not get_task(saved.task).words_given:
-            problem = f"{model} gives {get_task(saved.task).description}; --word is for word-level tasks"
+        if not get_task(saved.info.task).words_given:
+            problem = f"{model} gives {get_task(saved.info.task).description}; --word is for word-level tasks"
             raise typer.BadParameter(problem, param_hint="--word")
         for number, text in enumerate(texts, start=1):
             find_word(text.split(), chosen, f"text {number}")

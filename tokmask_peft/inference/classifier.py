@@ -201,37 +201,37 @@ def load(
     place = _device(device)
     with loading_memory_errors(place), boundary(f"loading the adapter in {saved.folder}", ModelError):
         plan = plan_loading(saved.model, place, quantization, precision)
-        loaded = load_backbone(plan.model, saved.task, saved.labels, place)
+        loaded = load_backbone(plan.model, saved.info.task, saved.info.labels, place)
         batching = _choose_batching(loaded.model, place)
         present = "a GPU is there" if place.type == "cuda" else gpu_problem() or "no GPU was found"
         decisions = [Decision("device", str(place), present if device is None else "as asked")]
         if loaded.quantization == "none":
             loaded.model.to(place)
-            module, decision = load_merged(loaded, saved.folder, **saved.trained)
+            module, decision = load_merged(loaded, saved.folder, **saved.loading.trained)
             module.to(place)
             decisions.append(decision)
         else:
-            module = load_adapter(loaded, saved.folder, **saved.trained)
+            module = load_adapter(loaded, saved.folder, **saved.loading.trained)
         made = (one for one in loaded.decisions if one.what != "device")
         decisions += [*(replace(one, reason=plan.reasons.get(one.what, one.reason)) for one in made), batching]
         if "embedding" in plan.reasons:  # loading the backbone reports no resident one
             decisions.append(Decision("embedding", plan.model.embedding, plan.reasons["embedding"]))
         positions = getattr(module.config.get_text_config(), "max_position_embeddings", None) or _LONGEST
-        longest = saved.max_length or int(min(_LONGEST, positions, loaded.tokenizer.model_max_length))
+        longest = saved.loading.max_length or int(min(_LONGEST, positions, loaded.tokenizer.model_max_length))
         return Classifier(
             module,
             loaded.tokenizer,
-            saved.task,
-            saved.labels,
+            saved.info.task,
+            saved.info.labels,
             max_length=min(longest, position_limit(module.config.to_dict()) or longest),
-            temperature=saved.calibration.temperature,
+            temperature=saved.info.calibration.temperature,
             dtype=loaded.dtype,
             decisions=tuple(decisions),
-            label_on=saved.label_on,
-            cuts=get_task(saved.task).cuts_of(saved.labels, saved.calibration.model_dump()),
-            masking=saved.masking,
-            spans=saved.spans,
-            pair=saved.pair,
+            label_on=saved.loading.label_on,
+            cuts=get_task(saved.info.task).cuts_of(saved.info.labels, saved.info.calibration.model_dump()),
+            masking=saved.info.masking,
+            spans=saved.loading.spans,
+            pair=saved.info.pair,
         )
 
 

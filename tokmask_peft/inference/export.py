@@ -123,9 +123,9 @@ def export_merged(
     plain = saved.model.model_copy(update={"quantization": "none", "precision": "fp32", "embedding": "resident"})
     device, measured = torch.device("cpu"), None
     with loading_memory_errors(device, "while the model was merged"):
-        loaded = load_backbone(plain, saved.task, saved.labels, device)
-        probes = ordinary_batch(8, 24, loaded.tokenizer, saved.pair is not None)
-        adapted = load_adapter(loaded, saved.folder, **saved.trained)
+        loaded = load_backbone(plain, saved.info.task, saved.info.labels, device)
+        probes = ordinary_batch(8, 24, loaded.tokenizer, saved.info.pair is not None)
+        adapted = load_adapter(loaded, saved.folder, **saved.loading.trained)
         expected = _logits(adapted, probes)
         allowed = TOLERANCE * max(1.0, float(expected.abs().max()))
         merged = adapted.merge_and_unload(safe_merge=True)
@@ -145,7 +145,7 @@ def export_merged(
             if precision == "fp32":
                 _check_equal("the logits of the saved model and the adapter", rounding, allowed)
             if onnx:
-                measured = export_onnx(again, loaded.tokenizer, temporary, saved.pair is not None)
+                measured = export_onnx(again, loaded.tokenizer, temporary, saved.info.pair is not None)
     kind, placement = saved.model.quantization, saved.model.embedding
     inexact = [f"{kind} backbone"] if kind not in ("none", "auto") else []
     inexact += ["8-bit embedding"] if placement == "8bit" else []
@@ -159,14 +159,14 @@ def export_merged(
     if saved.model.attention == "bidirectional":
         other = "other programs may read the text from left to right only, and answer otherwise"
         notes.append(f"its config says is_causal: false, which transformers obeys; {other}")
-    if saved.calibration.temperature != 1.0:
+    if saved.info.calibration.temperature != 1.0:
         effect = "is not part of the model: its probabilities are uncalibrated, its labels the same"
-        notes.append(f"the temperature of the calibration ({saved.calibration.temperature:.3f}) {effect}")
-    if saved.spans != NO_SPANS:
-        effect = f"may break the rules of {saved.spans}, which `tokmask predict` repairs"
+        notes.append(f"the temperature of the calibration ({saved.info.calibration.temperature:.3f}) {effect}")
+    if saved.loading.spans != NO_SPANS:
+        effect = f"may break the rules of {saved.loading.spans}, which `tokmask predict` repairs"
         notes.append(f"its labels are the likeliest of each word, and {effect}")
-    if cuts := get_task(saved.task).cuts_of(saved.labels, saved.calibration.model_dump()):
-        chances = zip(saved.labels, (1 / (1 + math.exp(-cut)) for cut in cuts), strict=True)
+    if cuts := get_task(saved.info.task).cuts_of(saved.info.labels, saved.info.calibration.model_dump()):
+        chances = zip(saved.info.labels, (1 / (1 + math.exp(-cut)) for cut in cuts), strict=True)
         listed = ", ".join(f"{label} {chance:.4f}" for label, chance in chances)
         notes.append(
             f"the thresholds of the labels are not part of the model: of its own probabilities they are {listed}"
@@ -197,7 +197,7 @@ def _reloaded(folder: Path, saved: SavedAdapter, merged: Any) -> Any:
     """Load what was saved as a user would, and raise a ModelError if weights or label names were lost."""
     import torch
 
-    model: Any = get_task(saved.task).auto_model().from_pretrained(str(folder))
+    model: Any = get_task(saved.info.task).auto_model().from_pretrained(str(folder))
     kept, wanted = model.state_dict(), merged.state_dict()
 
     def equal(name: str) -> bool:
@@ -207,7 +207,7 @@ def _reloaded(folder: Path, saved: SavedAdapter, merged: Any) -> Any:
     if lost := sorted(name for name in wanted.keys() | kept.keys() if not equal(name)):
         message = f"the saved model lost or changed {', '.join(lost[:5])}; nothing was written"
         raise ModelError(message, code="merged-weights-lost", lost=lost)
-    if [model.config.id2label[number] for number in range(len(saved.labels))] != list(saved.labels):
+    if [model.config.id2label[number] for number in range(len(saved.info.labels))] != list(saved.info.labels):
         raise ModelError("the saved model lost its label names; nothing was written", code="merged-labels-lost")
     return model
 

@@ -81,10 +81,10 @@ def evaluate(
     loading = Situation("loading", gpu=device.type == "cuda")
     with memory_errors(loading):
         backbone = load_backbone(plan.model, task, labels, device)
-        model = load_adapter(backbone, folder.adapter, **saved.trained)
-    spans = None if saved.spans == NO_SPANS else Spans(saved.spans, labels)
-    recipe = changed(recipe, {"data.spans": saved.spans})
-    texts = Split(examples, backbone.tokenizer, task, scored, recipe.data.max_length, saved.label_on, spans)
+        model = load_adapter(backbone, folder.adapter, **saved.loading.trained)
+    spans = None if saved.loading.spans == NO_SPANS else Spans(saved.loading.spans, labels)
+    recipe = changed(recipe, {"data.spans": saved.loading.spans})
+    texts = Split(examples, backbone.tokenizer, task, scored, recipe.data.max_length, saved.loading.label_on, spans)
     with tempfile.TemporaryDirectory() as scratch:  # the Trainer creates its folder, and the run may be read-only
         batch = min(recipe.training.eval_batch_size, len(texts.windows))
         evaluating = replace(loading, phase="evaluation", texts=batch)
@@ -98,9 +98,10 @@ def evaluate(
                 compute_loss_func=ClassificationLoss(),  # a model's own may not fit the labels
                 task=get_task(task),
             )
-        found, _, _ = trainer.predict_windows(texts, get_task(task).cuts_of(labels, saved.calibration.model_dump()))
+        cuts = get_task(task).cuts_of(labels, saved.info.calibration.model_dump())
+        found, _, _ = trainer.predict_windows(texts, cuts)
     result, deviations = scores_of(recipe, found, scored), list(plan.deviations)
-    trained = AdapterInfo.read(folder.adapter).loading
+    trained = saved.info.loading
     if trained is not None and trained.precision == "bf16" and backbone.dtype != torch.bfloat16:
         deviations.append("trained in bf16, which this machine does not compute in: results differ slightly")
     notes = {"warnings": warnings, "not_as_trained": deviations}
@@ -118,7 +119,7 @@ def split_examples(
     Raises:
         DataError: there is no such split, or it cannot be read.
     """
-    labels, given = tuple(AdapterInfo.read(adapter).labels), {k: v for k, v in reading.items() if v is not None}
+    labels, given = AdapterInfo.read(adapter).labels, {k: v for k, v in reading.items() if v is not None}
     if isinstance(columns := given.get("text_column", recipe.data.pair), tuple) != (recipe.data.pair is not None):
         wanted = "two columns, of a pair" if recipe.data.pair else "one column, not those of a pair"
         raise DataError(f"text_column is {columns!r}, but the run reads {wanted}", code="pair-columns", given=columns)

@@ -371,7 +371,7 @@ def save_adapter_folder(
     place = recipe.model.backbone_path or ""
     AdapterInfo(
         task=task.name,
-        labels=result.labels,
+        labels=tuple(result.labels),
         pair=recipe.data.pair,
         calibration=Calibration(**result.calibration),
         loading=Loading(

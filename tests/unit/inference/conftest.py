@@ -47,7 +47,7 @@ def saved_adapter(tmp_path_factory):
             folder = root / "adapter"
             save_adapter(wrapped, folder, config.backbone)
             backbone.tokenizer.save_pretrained(str(folder))
-            info = {"task": task, "labels": list(LABELS[task]), "calibration": Calibration(temperature=2.0)}
+            info = {"task": task, "labels": tuple(LABELS[task]), "calibration": Calibration(temperature=2.0)}
             AdapterInfo(**info, loading=Loading(**{"max_length": 24, **loading})).write(folder)
             made[key] = folder
         return made[key]

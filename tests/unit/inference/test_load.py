@@ -168,7 +168,7 @@ def test_a_run_s_own_recipe_says_where_the_embedding_lay(saved_adapter, tmp_path
     assert find_saved(tmp_path / "run").model.embedding == "8bit"
     assert find_saved(adapter).model.embedding == "resident"
     for saved in (find_saved(adapter), find_saved(tmp_path / "run")):
-        assert (saved.label_on, saved.model.attention) == ("first", "causal")
+        assert (saved.loading.label_on, saved.model.attention) == ("first", "causal")
 
 
 def test_an_embedding_on_the_host_is_an_ordinary_one_on_a_cpu(saved_adapter):
@@ -191,6 +191,9 @@ def test_an_embedding_on_the_host_is_an_ordinary_one_on_a_cpu(saved_adapter):
         ({"calibration": {"temperature": 0}}, "calibration.temperature"),
         ({"calibration": {"temperature": "1"}}, "calibration.temperature"),
         ({"task": "speech"}, "task"),
+        ({"task": "token", "pair": ["a", "b"]}, "pair"),
+        ({"labels": ["good", "bad", "good"]}, "labels"),
+        ({"labels": []}, "labels"),
         ({"format": 3}, "format"),
     ],
 )
@@ -290,7 +293,7 @@ def test_a_hub_id_is_fetched_without_pickles(saved_adapter, monkeypatch):
         return str(saved_adapter())
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
-    assert find_saved("user/name").labels == ("bad [x]", "good", "so-so")
+    assert find_saved("user/name").info.labels == ("bad [x]", "good", "so-so")
     assert not any(pattern.endswith((".bin", ".pt", "*.*", ".py")) or pattern == "*" for pattern in asked["user/name"])
     assert {"adapter_model.safetensors", "labels.json", "tokmask.json"} <= set(asked["user/name"])
 

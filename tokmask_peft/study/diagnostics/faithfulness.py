@@ -114,7 +114,7 @@ def faithfulness(
     saved = {}
     for name, folder in folders.items():
         saved[name] = find_saved(folder.root, trust_remote_code=trust_remote_code)
-    if len({(found.task, found.labels) for found in saved.values()}) > 1:
+    if len({(found.info.task, found.info.labels) for found in saved.values()}) > 1:
         problem = f"{against} was trained for another task or other labels than {run}"
         raise RunError(f"{problem}; compare runs of one recipe", code="not-comparable")
     examples, _ = split_examples(recipes["run"], split, data, folders["run"].adapter)
