@@ -23,7 +23,6 @@ ONE_LINE = {
     "masking.mask_token=foo": f"is 'foo'; {TOKEN}",
     "masking.mask_token=mas": f"is 'mas'; {TOKEN}. Did you mean 'mask'?",
     "masking.mask_token=true": f"is true; {TOKEN}",
-    "masking.mask_token=-3": f"is -3; {TOKEN}",
     "masking.p=1": f"is 1; {RATE}",
     "masking.p=.nan": f"is nan; {RATE}",
     "masking.protect=5": "is 5; expected a list such as [a, b]",
