@@ -103,8 +103,8 @@ def test_a_part_that_fails_or_takes_too_long_does_not_end_the_measurement(tmp_pa
     monkeypatch.setattr(measure, "OUT", tmp_path)
     monkeypatch.setattr(measure, "PARTS", dict.fromkeys(codes, 60))
     monkeypatch.setattr(measure, "launch", launch)
-    finish = measure.finish
-    monkeypatch.setattr(measure, "finish", lambda process, seconds: finish(process, min(seconds, 2)))
+    finish, hangs = measure.finish, codes["hangs"]
+    monkeypatch.setattr(measure, "finish", lambda one, seconds: finish(one, 2 if hangs in one.args else seconds))
     measure.run(list(codes))
     found = json.loads((tmp_path / "results.json").read_text())
     ends = {part: status.partition(",")[0] for part, status in found.pop("status").items()}
