@@ -166,6 +166,19 @@ def test_the_command_of_a_sweep_of_the_study_lists_its_runs():
         assert [line.split()[0] for line in done.output.splitlines()] == [cell.name for cell in sweep.plan().cells]
 
 
+def test_the_study_lists_its_commands_without_optuna():
+    """The GPU machine has none."""
+    code = "import sys; sys.modules['optuna'] = sys.modules['sqlalchemy'] = None; import study; study.main()"
+    path = os.pathsep.join([str(ROOT / "benchmarks/gpu"), str(ROOT)])
+    command = [sys.executable, "-c", code, "--stage", "2", "--arms", "views,twice", "--list"]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 6 * 3
+    assert lines[1].endswith(
+        "--name stage2-kin --seeds 21,22,23,24,25,26,27,28 --p 0,0.1 --arms none,label_smoothing,views"
+    )
+
+
 @pytest.mark.usefixtures("gpu_modules")
 def test_an_archive_that_is_cut_off_has_the_runs_before(tmp_path, monkeypatch):
     study = importlib.import_module("study")
