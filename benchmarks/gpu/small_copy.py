@@ -5,7 +5,8 @@
 
 Of the embedding it keeps the rows of the sub-tokens in the texts of `KEPT` and of the special tokens. The tokenizer
 stays whole, so that it cuts words as before, and `restore` makes a checkpoint with all rows again. In bf16 a run on
-these texts is that of the whole model, bit for bit; other texts have wrong rows.
+these texts is that of the whole model, bit for bit, as long as no row is drawn or made from the others (random tokens, a
+typical row); other texts have wrong rows.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def restore(copy: Path, model: Path) -> None:
     with safe_open(copy / FILE, "pt") as file:
         about, weights = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     rows, kept = weights.pop(ROWS), weights[about["embedding"]]
-    # sub-tokens that no text has get rows of others, so that the rows' usual size is as before
+    # sub-tokens that no text has get rows of others, so that the usual size of a row is much as before
     whole = kept[torch.arange(int(about["count"])) % len(kept)]
     whole[rows] = kept
     model.mkdir(parents=True)
