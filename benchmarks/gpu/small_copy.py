@@ -5,8 +5,8 @@
 
 Of the embedding it keeps the rows of the sub-tokens in the texts of `KEPT` and of the special tokens. The tokenizer
 stays whole, so that it cuts words as before, and `restore` makes a checkpoint with all rows again. In bf16 a run on
-these texts is that of the whole model, bit for bit, as long as no row is drawn or made from the others (random tokens, a
-typical row); other texts have wrong rows.
+these texts is that of the whole model, bit for bit, as long as no row is drawn or made from the others (random tokens,
+a typical row); other texts have wrong rows.
 """
 
 from __future__ import annotations
