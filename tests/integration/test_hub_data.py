@@ -23,7 +23,7 @@ from conftest import make_texts
 from hub_http import Transport
 
 REPO = "someone/switched"
-FEELINGS, MOODS = "someone/feelings", "someone/moods"
+FEELINGS, MOODS, TONES = "someone/feelings", "someone/moods", "someone/tones"
 GATED = "someone/closed"
 SCRIPTED = "someone/scripted"
 REVISION = "refs/convert/parquet"
@@ -127,7 +127,7 @@ def write_dataset(root: Path) -> None:
         Dataset.from_dict(rows, features=features).to_parquet(root / "pos_someeng" / split / "0000.parquet")
 
 
-def write_posts(root: Path, configs: list[str]) -> None:
+def write_posts(root: Path, configs: list[str], default: str | None = None) -> None:
     """Write made-up posts with numbered classes, whose test set has no labels."""
     from datasets import ClassLabel, Dataset, Features, Value
 
@@ -135,7 +135,9 @@ def write_posts(root: Path, configs: list[str]) -> None:
     features = Features({"id": Value("int64"), "post": Value("string"), "feeling": ClassLabel(names=names)})
     sizes = {"train": 60, "dev": 15, "test": 9}
     files = {one: [{"split": split, "path": f"{one}/{split}-*"} for split in sizes] for one in configs}
-    card = [{"config_name": config, "data_files": found} for config, found in files.items()]
+    card = [
+        {"config_name": config, "data_files": found, "default": config == default} for config, found in files.items()
+    ]
     for config in configs:
         for at, (split, size) in enumerate(sizes.items()):
             texts = make_texts(size, at + 1)
@@ -152,6 +154,7 @@ def hub(tmp_path_factory):
     (root / SCRIPTED).symlink_to(root / REPO)
     write_posts(root / FEELINGS, ["default"])
     write_posts(root / MOODS, ["calm", "loud"])
+    write_posts(root / TONES, ["calm", "loud"], default="loud")
     with StandIn(root) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
@@ -342,6 +345,7 @@ def test_a_recipe_that_init_writes_for_an_id_is_pinned_and_trains(run, hub, home
 
 DRAFTS = {
     "configuration": (MOODS, ["data.hub_config=loud"], {"hub_config": "loud", "label_column": "feeling"}),
+    "default": (TONES, [], {"hub_config": "loud", "hub_revision": SHA}),
     "revision": (FEELINGS, ["data.hub_revision=main"], {"hub_revision": "main"}),
     "code": (SCRIPTED, ["data.hub_config=sa_someeng"], {"hub_revision": REVISION, "label_column": "sa"}),
     "words": (SCRIPTED, ["data.hub_config=lid_someeng"], {"task": "token", "text_column": "words"}),

@@ -204,6 +204,7 @@ def _place_splits(splits: Mapping[str, Path] | Mapping[str, str], found: Finding
 def _find_hub(found: Findings) -> dict[str, str]:
     """Set configuration, revision, task and columns of a dataset of the Hub, and return the name of each split."""
     data = found.data
+    data.pop("path", None)
     try:
         asked = {key: data[key] for key in ("hub", "hub_config", "hub_revision") if key in data}
         source, configs = locate(SourceConfig(**asked))
@@ -214,9 +215,8 @@ def _find_hub(found: Findings) -> dict[str, str]:
         problem = f"no file or folder here is named {data['hub']}, and on the Hub: {error}"
         raise DataError(problem, code=error.code, **error.fields) from error
     others = [name for name in configs if name != source.hub_config][:10]
-    found.decide(
-        "hub_config", source.hub_config, f"the default; or is it {', '.join(others)}?" if others else "the only one"
-    )
+    why = f"the default; or is it {', '.join(others)}?" if others else "the only one"
+    found.decide("hub_config", source.hub_config, why)
     why = "the present version, so that later ones do not change the run"
     if source.hub_revision == PARQUET_BRANCH:
         why = "the dataset comes with code, which is never run: this is the Hub's own copy of the texts"

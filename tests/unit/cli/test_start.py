@@ -91,6 +91,7 @@ class TestInit:
             (["folder/posts"], "'folder/posts' does not exist"),
             (["nope/posts", "posts.csv"], "'nope/posts' does not exist"),
             (["nope/posts"], "cannot be reached"),  # an id of the Hub
+            (["data.hub=nope"], "cannot be reached"),
             (["posts.csv", "data.text_colum=tweet", "adapter.r=0"], "2 problems"),
             (["posts.csv", "data=3"], "data"),
             (["posts.csv", "data.text_column=twet"], "Did you mean 'tweet'?"),
