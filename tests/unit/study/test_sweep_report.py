@@ -221,10 +221,10 @@ def test_files(made_up_sweep, tmp_path):
     for file in folder.glob("*/result.json"):
         floor = {"baseline": {"f1_macro": 0.9, "f1_weighted": 0.9}}
         file.write_text(json.dumps(json.loads(file.read_text()) | floor))
-    report = sweep_report(folder)
-    names = {"report.md", "table.tex", "f1_against_p.png", "f1_against_p.svg", "statistics.json", "report.html"}
+    report = sweep_report(folder, tmp_path / "new.html")
+    names = {"report.md", "table.tex", "f1_against_p.png", "f1_against_p.svg", "statistics.json"}
     assert {path.name for path in (folder / "report").iterdir()} == names
-    assert report.page == folder / "report" / "report.html"
+    assert report.page == tmp_path / "new.html"
     assert "not above character n-grams" in re.search('<p class="verdict bad">(.*?)</p>', report.page.read_text())[1]
     png, svg = report.plots
     assert png.read_bytes().startswith(b"\x89PNG")
