@@ -316,7 +316,8 @@ QUICK = ["training.max_steps=4", "training.batch_size=8", "training.baseline=fal
 
 
 def test_a_recipe_that_init_writes_for_an_id_is_pinned_and_trains(run, hub, home, tiny_backbone, tmp_path):
-    options = ["--backbone", str(tiny_backbone("bert")), "data.max_length=62", *QUICK, "--yes"]
+    backbone, keys = str(tiny_backbone("bert")), ["data.max_length=62", *QUICK]
+    options = ["--backbone", backbone, *keys, "--yes"]
     found = run(
         f"""
         import os, yaml
@@ -326,7 +327,10 @@ def test_a_recipe_that_init_writes_for_an_id_is_pinned_and_trains(run, hub, home
         recipe = yaml.safe_load(open("feelings.yaml"))
         trained = CliRunner().invoke(app, ["train", "feelings.yaml", "--quiet"])
         assert trained.exit_code == 0, trained.output
-        result = json.load(open("runs/feelings/result.json"))
+        direct = CliRunner().invoke(app, ["train", {FEELINGS!r}, "model.backbone={backbone}", "name=direct", *{keys!r}])
+        assert direct.exit_code == 0, direct.output
+        result, other = (json.load(open(f"runs/{{name}}/result.json")) for name in ("feelings", "direct"))
+        assert result["test"] == other["test"]
         print(json.dumps({{"said": done.output, "recipe": recipe, "result": result}}))
         """,
         home,
