@@ -15,7 +15,7 @@ def address(tmp_path_factory):
     """A report with a long name, long labels and a long word, as a file address."""
     root = tmp_path_factory.mktemp("report")
     words = ("http://example.org/" + "x" * 200, NASTY, *["palabra"] * 40)
-    shown = (Mistake(words, "good", "bad", 0.9, 0.05, "test.tsv:3", 1, tuple(0.1 * n - 1 for n in range(42))),)
+    shown = (Mistake(words, "good", "bad", 0.9, 0.05, "test.tsv:3", 1, (-4.0, *(0.1 * n - 1 for n in range(1, 42)))),)
     run = open_run(write_run(root / "run", task="token"))
     page = root / "report.html"
     page.write_text(render(run, Mistakes("test", 9, 9, 126, 1, shown)), encoding="utf-8")
