@@ -51,6 +51,18 @@ def test_wide_tables_scroll_inside_themselves(address, open_page):
         assert sentences.nth(number).evaluate("e => e.scrollWidth - e.clientWidth") <= 0
 
 
+def test_the_names_of_rows_stay_while_a_table_is_read_sideways(address, open_page):
+    page, _ = open_page(address, 390)
+    moved = page.evaluate("""[...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth + 20)
+      .map(e => {
+        const left = () => e.querySelector('tbody th').getBoundingClientRect().left, before = left();
+        e.scrollLeft = 20;
+        return before - left();
+      })""")
+    assert moved
+    assert max(moved) <= 2
+
+
 def test_words_are_tinted_by_their_strength(address, open_page, background):
     page, _ = open_page(address)
     strong = page.locator(".mistakes .for").last
