@@ -308,7 +308,7 @@ class Calibration(_Part):
 
     model_config = ConfigDict(extra="allow")
 
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(1.0, ge=0.001, le=1000)
 
 
 class AdapterInfo(_Part):
@@ -325,8 +325,8 @@ class AdapterInfo(_Part):
     @field_validator("labels", "pair")
     @classmethod
     def _is_possible(cls, value: tuple[str, ...] | None, known: ValidationInfo) -> tuple[str, ...] | None:
-        if known.field_name == "labels" and value and len(set(value)) < len(value):
-            raise ValueError("a label is given twice")
+        if known.field_name == "labels" and value and len({*value, ""}) <= len(value):
+            raise ValueError("a label is empty or given twice")
         if known.field_name == "pair" and value and get_task(known.data.get("task", "sequence")).words_given:
             raise ValueError("words have no second text")
         return value
