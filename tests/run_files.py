@@ -90,7 +90,7 @@ def result(task="sequence", labels=("bad", "good", NASTY), matrix=None):
 
 
 def log():
-    lines = [{"step": step, "loss": 1 / step, "masking_rate": 0.1} for step in range(1, 31)]
+    lines = [{"step": step, "loss": 1 / step, "masking_rate": step / 300} for step in range(1, 31)]
     return [*lines, *({"step": step, "eval_loss": 0.5, "eval_f1_macro": step / 50} for step in (10, 20, 30))]
 
 

@@ -266,10 +266,10 @@ def calibration_line(calibration: Mapping[str, Any]) -> str:
     """Return a sentence on what the temperature does to the probabilities of the test (or validation) texts."""
     split = "test" if "test" in calibration else "validation"
     before, after = (calibration[split][when]["ece"] for when in ("before", "after"))
-    same = "" if split == "test" else ", the texts it is fitted on,"
-    error = f"expected calibration error on {split}{same} {before:.4f}"
+    error = f"expected calibration error on {split} {before:.4f}"
     if reason := calibration.get("left_out"):
-        return f"Calibration: no temperature is used, because {reason} ({error} without, {after:.4f} with it)."
+        same = "" if split == "test" else ", the texts it is fitted on"
+        return f"Calibration: no temperature is used, because {reason} ({error} without, {after:.4f} with it{same})."
     found = f"Temperature {calibration['temperature']:.3f}, fitted on validation: {error} before, {after:.4f} after."
     return f"{found} It did not help on {split}." if after > before else found
 

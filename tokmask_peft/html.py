@@ -124,9 +124,9 @@ def influence_words(
 
 
 def strongest_words(words: Sequence[str], influences: Sequence[float], count: int = 3) -> list[tuple[str, float]]:
-    """Return the words of greatest influence with it, for readers who do not see the colours."""
+    """Return the words of greatest influence with it, of those that have a colour, for readers who do not see it."""
     pairs = sorted(zip(words, influences, strict=True), key=lambda pair: -abs(pair[1]))
-    return [(word, influence) for word, influence in pairs[:count] if influence]
+    return [(word, influence) for word, influence in pairs[:count] if abs(strength_of(influence)) >= FAINTEST]
 
 
 def label_words(words: Sequence[str], labels: Sequence[str], order: Sequence[str], sure: Sequence[float]) -> Markup:

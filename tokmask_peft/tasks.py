@@ -6,6 +6,7 @@ Everything outside this file asks the task, `get_task(name)`, instead of compari
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -364,6 +365,11 @@ print([(part["word"], part["entity_group"]) for part in tag("This phone is bien 
                 yield gold, label, row[label], row.get(gold, 0.0), word
 
 
+_WRITTEN = re.compile(r"""\{\s*['"].*\}|\(\s*['"].*\)|set\(\)""")
+"""A set or a tuple as Python writes it."""
+_BRACKETED = re.compile(r"[\[({][^\])}]*[\])}]")
+
+
 class MultiLabelTask(YesOrNo, SequenceTask):
     """Several labels for each text, or none."""
 
@@ -389,7 +395,7 @@ class MultiLabelTask(YesOrNo, SequenceTask):
             problem = f"'{cell.strip()[:60]}' has {others[0]!r}, but it seems that {mark!r} separates labels"
             raise DataError(f"{problem}. Set data.label_separator to what separates them", code="label-separator")
         parts = [part.strip() for part in cell.split(mark)]
-        if len(parts) > 1 and (parts[0][:1], parts[-1][-1:]) in (("{", "}"), ("(", ")"), ("[", "]")):
+        if _WRITTEN.fullmatch(cell.strip()) or (len(parts) > 1 and _BRACKETED.fullmatch(cell.strip())):
             problem = f"'{cell.strip()[:60]}' is in brackets. Write the labels as a JSON list, or with {mark!r} alone"
             raise DataError(f"{problem} between them", code="label-brackets")
         return parts

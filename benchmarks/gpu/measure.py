@@ -72,9 +72,11 @@ def collect(part: str, status: str) -> None:
     """Move the results of a part to the file of all parts, with what became of it."""
     file, whole = OUT / f"{part}.json", OUT / "results.json"
     found = json.loads(whole.read_text()) if whole.is_file() else {"status": {}}
-    found["status"][part] = status
     if file.is_file():
         found[part] = json.loads(file.read_text())
+    elif part in found and status != "ok":  # an earlier call measured it
+        status = f"{found['status'][part]} before; then {status}"
+    found["status"][part] = status
     partial = whole.with_suffix(".tmp")
     partial.write_text(json.dumps(found, indent=1))
     partial.replace(whole)

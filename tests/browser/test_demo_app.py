@@ -21,7 +21,7 @@ def served():
         model.config.pad_token_id = tokenizer.pad_token_id
         classifier = Classifier(model, tokenizer, task, ("lang1", "lang2", "other"), max_length=32)
         about = "Macro-F1 on test: 0.5. It does NOT beat <b>n-grams</b>."
-        app = build_app(classifier, "a_run", about, ["hola boss", "una <i>canción</i>"])
+        app = build_app(classifier, "a_run", about, ["hola boss", "una <i>canción</i>", f"http://t.co/{'x' * 60}"])
         apps.append(app)
         return launch(app)[1]
 

@@ -15,7 +15,7 @@ def address(tmp_path_factory):
     """A report with a long name, long labels and a long word, as a file address."""
     root = tmp_path_factory.mktemp("report")
     words = ("http://example.org/" + "x" * 200, NASTY, *["palabra"] * 40)
-    shown = (Mistake(words, "good", "bad", 0.9, 0.05, "test.tsv:3", 1, tuple(0.1 * n - 1 for n in range(42))),)
+    shown = (Mistake(words, "good", "bad", 0.9, 0.05, "test.tsv:3", 1, (-4.0, *(0.1 * n - 1 for n in range(1, 42)))),)
     run = open_run(write_run(root / "run", task="token"))
     page = root / "report.html"
     page.write_text(render(run, Mistakes("test", 9, 9, 126, 1, shown)), encoding="utf-8")
@@ -49,6 +49,18 @@ def test_wide_tables_scroll_inside_themselves(address, open_page):
     assert sentences.count() == 2  # duplicates and decisions: their long texts wrap
     for number in range(2):
         assert sentences.nth(number).evaluate("e => e.scrollWidth - e.clientWidth") <= 0
+
+
+def test_the_names_of_rows_stay_while_a_table_is_read_sideways(address, open_page):
+    page, _ = open_page(address, 390)
+    moved = page.evaluate("""[...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth + 20)
+      .map(e => {
+        const left = () => e.querySelector('tbody th').getBoundingClientRect().left, before = left();
+        e.scrollLeft = 20;
+        return before - left();
+      })""")
+    assert moved
+    assert max(moved) <= 2
 
 
 def test_words_are_tinted_by_their_strength(address, open_page, background):

@@ -1,4 +1,3 @@
-import functools
 import os
 import random
 import shutil
@@ -101,12 +100,20 @@ def write_recipe(tmp_path, data_folder, tiny_backbone):
 def trained(tmp_path_factory, data_folder, tiny_backbone):
     """Return a function that trains a tiny run, once in a process; whoever changes its folder takes a copy."""
 
-    @functools.cache
-    def make(family: str = "bert", task: str = "sequence", *overrides: str):
-        path = recipe_of(tmp_path_factory.mktemp("trained"), data_folder, tiny_backbone(family), task)
-        return train(Recipe.load(path, list(overrides)), quiet=True)
+    runs = {}
 
-    return make
+    def files(run):
+        return {path: path.stat().st_mtime_ns for path in run.folder.root.rglob("*")}
+
+    def make(family: str = "bert", task: str = "sequence", *overrides: str):
+        if (key := (family, task, *overrides)) not in runs:
+            path = recipe_of(tmp_path_factory.mktemp("trained"), data_folder, tiny_backbone(family), task)
+            run = train(Recipe.load(path, list(overrides)), quiet=True)
+            runs[key] = run, files(run)
+        return runs[key][0]
+
+    yield make
+    assert all(files(run) == before for run, before in runs.values()), "a test changed a run: let it take a copy"
 
 
 @pytest.fixture
@@ -141,11 +148,16 @@ def forked_workers(monkeypatch):
 def begin(tmp_path_factory, tmp_path):
     """Return a function that starts `python` with arguments, and settings of the environment, in a process."""
 
+    started = []
+
     def start(*arguments: object, **settings: str) -> forked.Python:
         environment = {key: value for key, value in (dict(os.environ) | settings).items() if value}
-        return forked.Python.start(arguments, tmp_path, environment, tmp_path_factory.mktemp("said"))
+        started.append(forked.Python.start(arguments, tmp_path, environment, tmp_path_factory.mktemp("said")))
+        return started[-1]
 
-    return start
+    yield start
+    for python in started:  # of a test that failed: they would keep the tests from ending
+        python.process.kill()
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ accelerate shards only on GPUs; here it is made to take gloo's processes for suc
 process leaves there, as RANK.pt, whether FSDP had its embedding, and the ids that each masked forward looked up.
 """
 
-import contextlib
 import os
 import sys
 
@@ -50,5 +49,8 @@ if __name__ == "__main__":
     at = given.index("then")
     for command in (given[:at], given[at + 1 :]):
         sys.argv = [program, *command]
-        with contextlib.suppress(SystemExit):
+        try:
             main()
+        except SystemExit as ended:
+            if ended.code:
+                raise

@@ -52,7 +52,8 @@ def test_a_run_decides_what_is_auto_and_its_scores_are_repeated(write_recipe, tm
         quiet=True,
     )
     chosen = {one["what"]: one["choice"] for one in run.result.decisions}
-    assert (chosen["epochs"], chosen["batch size"], chosen["patience"]) == ("34", "8", "17")
+    assert (chosen["batch size"], chosen["patience"]) == ("8", "17")
+    assert "epochs" not in chosen  # the steps are given
     assert "batches of 8 texts" in (run.folder.adapter / "README.md").read_text()
     assert evaluate(run.folder.root)["confusion"] == run.result.test["confusion"]
     moved = run.folder.adapter.rename(tmp_path / "moved")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import textwrap
 import threading
 from http.server import ThreadingHTTPServer
@@ -18,17 +19,20 @@ import forked
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import make_texts
 from hub_http import Transport
 
 REPO = "someone/switched"
+FEELINGS, MOODS, TONES = "someone/feelings", "someone/moods", "someone/tones"
 GATED = "someone/closed"
 SCRIPTED = "someone/scripted"
 REVISION = "refs/convert/parquet"
 SHA = "0123456789abcdef0123456789abcdef01234567"
+REVISIONS = (REVISION, SHA, "main")
 
 
 class StandIn(ThreadingHTTPServer):
-    """Serves the files of a folder as revision refs/convert/parquet of `REPO`."""
+    """Serves the folders `owner/name` of a folder as datasets: main, refs/convert/parquet and a commit are the same."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -45,27 +49,32 @@ class _Handler(Transport):
     def _any(self) -> None:
         url = urlparse(self.path)
         path, body = unquote(url.path), self.read()
-        if f"/datasets/{GATED}" in path:
+        found = re.match(r"/(api/)?datasets/([\w-]+/[\w-]+)/?(.*)", path)
+        self.repo = found[2] if found else ""
+        self.root = self.server.folder / self.repo
+        if self.repo == GATED:
             self.error(403, "access is restricted", "GatedRepo")
-        elif f"/datasets/{SCRIPTED}" in path:
-            self._scripted(path)
-        elif path.startswith(f"/api/datasets/{REPO}"):
-            self._api(path.removeprefix(f"/api/datasets/{REPO}"), parse_qs(url.query), body)
-        elif path.startswith(f"/datasets/{REPO}/resolve/"):
-            self._file(path.removeprefix(f"/datasets/{REPO}/resolve/"))
-        else:
+        elif path.endswith("/scripted.py") and self.repo == SCRIPTED:
+            self.send(200, b"raise SystemExit", {"ETag": '"code"', "X-Repo-Commit": SHA})
+        elif not found or not self.root.is_dir():
             self.error(404, "", "RepoNotFound")
+        elif found[1]:
+            self._api(found[3], parse_qs(url.query), body)
+        else:
+            self._file(found[3].removeprefix("resolve/"))
 
     do_GET = do_HEAD = do_POST = _any  # noqa: N815
 
     def _api(self, rest: str, query: dict[str, list[str]], body: bytes) -> None:
-        entries = [self._entry(path) for path in sorted(self.server.folder.rglob("*"))]
-        if rest in ("", f"/revision/{REVISION}", f"/revision/{SHA}"):
-            self._about(REPO, [entry["path"] for entry in entries if entry["type"] == "file"])
+        entries = [self._entry(path) for path in sorted(self.root.rglob("*"))]
+        if rest in ("", *(f"revision/{one}" for one in REVISIONS)):
+            siblings = [{"rfilename": entry["path"]} for entry in entries if entry["type"] == "file"]
+            about = {"id": self.repo, "sha": SHA, "private": False, "gated": False, "tags": [], "siblings": siblings}
+            self.json(about)
             return
-        what, _, where = rest.removeprefix("/").partition("/")
-        revision = next((one for one in (REVISION, SHA) if where == one or where.startswith(f"{one}/")), None)
-        root = self.server.folder / where.removeprefix(revision or "").strip("/")
+        what, _, where = rest.partition("/")
+        revision = next((one for one in REVISIONS if where == one or where.startswith(f"{one}/")), None)
+        root = self.root / where.removeprefix(revision or "").strip("/")
         if revision and what == "tree" and root.is_dir():
             recursive = query.get("recursive", ["false"])[0].lower() in ("true", "1")
             self.json([self._entry(path) for path in sorted(root.rglob("*") if recursive else root.iterdir())])
@@ -75,18 +84,14 @@ class _Handler(Transport):
         else:
             self.error(404, "", "EntryNotFound" if revision else "RevisionNotFound")
 
-    def _about(self, repo: str, files: list[object]) -> None:
-        siblings = [{"rfilename": name} for name in files]
-        self.json({"id": repo, "sha": SHA, "private": False, "gated": False, "tags": [], "siblings": siblings})
-
     def _entry(self, path: Path) -> dict[str, object]:
-        name = path.relative_to(self.server.folder).as_posix()
+        name = path.relative_to(self.root).as_posix()
         oid, kind = hashlib.sha1(name.encode()).hexdigest(), "directory" if path.is_dir() else "file"
         return {"type": kind, "oid": oid, "size": 0 if path.is_dir() else path.stat().st_size, "path": name}
 
     def _file(self, rest: str) -> None:
-        revision = next((one for one in (REVISION, SHA) if rest.startswith(f"{one}/")), None)
-        path = self.server.folder / rest.removeprefix(f"{revision}/")
+        revision = next((one for one in REVISIONS if rest.startswith(f"{one}/")), None)
+        path = self.root / rest.removeprefix(f"{revision}/")
         if revision is None or not path.is_file():
             self.error(404, "", "EntryNotFound" if revision else "RevisionNotFound", {"X-Repo-Commit": SHA})
             return
@@ -98,15 +103,6 @@ class _Handler(Transport):
             headers |= {"Content-Range": f"bytes {first}-{stop - 1}/{len(data)}"}
             data, status = data[int(first) : stop], 206
         self.send(status, data, headers)
-
-    def _scripted(self, path: str) -> None:
-        """A dataset that comes with code."""
-        if path.endswith("/scripted.py"):
-            self.send(200, b"raise SystemExit", {"ETag": '"code"', "X-Repo-Commit": SHA})
-        elif "/resolve/" in path:
-            self.error(404, "", "EntryNotFound", {"X-Repo-Commit": SHA})
-        else:
-            self._about(SCRIPTED, [])
 
 
 def write_dataset(root: Path) -> None:
@@ -131,10 +127,34 @@ def write_dataset(root: Path) -> None:
         Dataset.from_dict(rows, features=features).to_parquet(root / "pos_someeng" / split / "0000.parquet")
 
 
+def write_posts(root: Path, configs: list[str], default: str | None = None) -> None:
+    """Write made-up posts with numbered classes, whose test set has no labels."""
+    from datasets import ClassLabel, Dataset, Features, Value
+
+    names = ["negative", "neutral", "positive"]
+    features = Features({"id": Value("int64"), "post": Value("string"), "feeling": ClassLabel(names=names)})
+    sizes = {"train": 60, "dev": 15, "test": 9}
+    files = {one: [{"split": split, "path": f"{one}/{split}-*"} for split in sizes] for one in configs}
+    card = [
+        {"config_name": config, "data_files": found, "default": config == default} for config, found in files.items()
+    ]
+    for config in configs:
+        for at, (split, size) in enumerate(sizes.items()):
+            texts = make_texts(size, at + 1)
+            labels = [-1 if split == "test" else names.index(label) for _, label in texts]
+            rows = {"id": range(size), "post": [" ".join(words) for words, _ in texts], "feeling": labels}
+            Dataset.from_dict(rows, features=features).to_parquet(root / config / f"{split}-00000-of-00001.parquet")
+    (root / "README.md").write_text(f"---\nconfigs: {json.dumps(card)}\n---\nPosts.\n", encoding="utf-8")
+
+
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
     root = tmp_path_factory.mktemp("hub")
-    write_dataset(root)
+    write_dataset(root / REPO)
+    (root / SCRIPTED).symlink_to(root / REPO)
+    write_posts(root / FEELINGS, ["default"])
+    write_posts(root / MOODS, ["calm", "loud"])
+    write_posts(root / TONES, ["calm", "loud"], default="loud")
     with StandIn(root) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
@@ -157,6 +177,8 @@ def run(tmp_path_factory):
             "from tokmask_peft.data.readers import read_split\n"
             "from tokmask_peft.errors import DataError\n"
             "from tokmask_peft.recipe import DataConfig, SourceConfig\n"
+            "from tokmask_peft.cli import app, start\n"
+            "from typer.testing import CliRunner\n"
             f"HUB = {{'hub': '{REPO}', 'hub_revision': '{REVISION}'}}\n"
             "try:\n" + textwrap.indent(textwrap.dedent(code).strip(), "    ") + "\n"
             "except DataError as error:\n"
@@ -288,3 +310,105 @@ def test_what_was_loaded_once_is_there_offline(run, hub, home):
     assert online == run(code, home, HF_HUB_OFFLINE="1")
     other = 'read_split(SourceConfig(**HUB, hub_config="lid_nowhere"), "train", "token")'
     assert "no parquet files for 'lid_nowhere'" in run(other, home, HF_HUB_OFFLINE="1")["error"]
+
+
+QUICK = ["training.max_steps=4", "training.batch_size=8", "training.baseline=false", "model.quantization=none"]
+
+
+def test_a_recipe_that_init_writes_for_an_id_is_pinned_and_trains(run, hub, home, tiny_backbone, tmp_path):
+    backbone, keys = str(tiny_backbone("bert")), ["data.max_length=62", *QUICK]
+    options = ["--backbone", backbone, *keys, "--yes"]
+    found = run(
+        f"""
+        import os, yaml
+        os.chdir({str(tmp_path)!r})
+        done = CliRunner().invoke(app, ["init", {FEELINGS!r}, *{options!r}])
+        assert done.exit_code == 0, done.output
+        recipe = yaml.safe_load(open("feelings.yaml"))
+        trained = CliRunner().invoke(app, ["train", "feelings.yaml", "--quiet"])
+        assert trained.exit_code == 0, trained.output
+        direct = CliRunner().invoke(app, ["train", {FEELINGS!r}, "model.backbone={backbone}", "name=direct", *{keys!r}])
+        assert direct.exit_code == 0, direct.output
+        result, other = (json.load(open(f"runs/{{name}}/result.json")) for name in ("feelings", "direct"))
+        assert result["test"] == other["test"]
+        print(json.dumps({{"said": done.output, "recipe": recipe, "result": result}}))
+        """,
+        home,
+        HF_ENDPOINT=hub.url,
+    )
+    data = found["recipe"]["data"]
+    pinned = {"hub": FEELINGS, "hub_config": "default", "hub_revision": SHA}
+    pinned |= {"train": "train", "validation": 0.2, "test": "dev"}
+    columns = {"task": "sequence", "text_column": "post", "label_column": "feeling"}
+    assert data == pinned | columns | {"max_length": 62}
+    assert found["recipe"]["name"] == "feelings"
+    assert "not used" in found["said"]  # test, which has no labels
+    assert found["result"]["test"]["items"] == 15
+    assert {"negative", "positive"} == set(found["result"]["labels"])
+
+
+DRAFTS = {
+    "configuration": (MOODS, ["data.hub_config=loud"], {"hub_config": "loud", "label_column": "feeling"}),
+    "default": (TONES, [], {"hub_config": "loud", "hub_revision": SHA}),
+    "revision": (FEELINGS, ["data.hub_revision=main"], {"hub_revision": "main"}),
+    "code": (SCRIPTED, ["data.hub_config=sa_someeng"], {"hub_revision": REVISION, "label_column": "sa"}),
+    "words": (SCRIPTED, ["data.hub_config=lid_someeng"], {"task": "token", "text_column": "words"}),
+    "split": (FEELINGS, ["data.train=dev"], {"train": "dev", "validation": 0.2, "test": None}),
+}
+REFUSED = {
+    "configurations": ([MOODS], ["data.hub_config", "calm", "loud"]),
+    "configurations of code": ([SCRIPTED], ["data.hub_config", "lid_someeng, pos_someeng, sa_someeng"]),
+    "wrong configuration": ([MOODS, "data.hub_config=lout"], ["data.hub_config", "lout", "loud"]),
+    "wrong split": ([FEELINGS, "data.train=trai"], ["no split 'trai'", "train, dev, test"]),
+    "not found": (["someone/nothing"], ["no file or folder", "someone/nothing", "hf auth login"]),
+    "gated": ([GATED], [GATED, "Ask for access", "hf auth login"]),
+    "gated copy": ([GATED, f"data.hub_revision={REVISION}"], [GATED, "Ask for access", "hf auth login"]),
+}
+
+
+@pytest.fixture(scope="module")
+def drafts(run, hub, home):
+    code = f"""
+        found = {{}}
+        for name, (repo, more, _) in {DRAFTS!r}.items():
+            more += ["model.backbone=none", "model.backbone_path=nowhere"]
+            start._choose_backbone = lambda given, *_: (given, None, start.Decision("model.backbone", "none", ""))
+            found[name] = start.make_draft(*start._split_arguments([repo, *more]), [], True).content["data"]
+        for name, (arguments, _) in {REFUSED!r}.items():
+            for command in ("init", "train"):
+                found[f"{{command}} {{name}}"] = " ".join(CliRunner().invoke(app, [command, *arguments]).output.split())
+        print(json.dumps(found))
+    """
+    found = run(code, home, HF_ENDPOINT=hub.url)
+    assert len(found) > 1, found
+    return found
+
+
+@pytest.mark.parametrize("name", DRAFTS)
+def test_what_is_decided_for_an_id(drafts, name):
+    assert drafts[name].items() >= DRAFTS[name][2].items()
+
+
+@pytest.mark.parametrize("command", ["init", "train"])
+@pytest.mark.parametrize("name", REFUSED)
+def test_an_id_that_cannot_be_read_gives_one_error(drafts, name, command):
+    found = drafts[f"{command} {name}"]
+    assert found.count("Error: ") == 1
+    assert "Traceback" not in found
+    for message in REFUSED[name][1]:
+        assert message in found
+
+
+def test_offline_an_id_is_found_in_the_cache_or_the_error_names_the_way_out(run, hub, home, tmp_path):
+    code = f"""
+        start._choose_backbone = lambda given, *_: (given, None, start.Decision("model.backbone", "none", ""))
+        draft = start.make_draft([], ["data.hub={FEELINGS}", "model.backbone=none"], [], True)
+        print(json.dumps({{"data": draft.content["data"], "decisions": [str(one) for one in draft.decisions],
+                           "train": len(draft.corpus.train)}}))
+    """
+    online = run(code, home, HF_ENDPOINT=hub.url)
+    assert online["data"]["hub_revision"] == SHA
+    assert run(code, home, HF_HUB_OFFLINE="1") == online
+    error = run(code, tmp_path, HF_HUB_OFFLINE="1")["error"]
+    assert "cannot be reached" in error
+    assert "data.path" in error

@@ -205,5 +205,5 @@ def test_a_sweep_compares_rates(tokmask, folder, tiny_backbone, tmp_path):
     path = tmp_path / "recipe.yaml"
     short = recipe(folder, tmp_path / "runs", tiny_backbone("bert-wide"), max_steps=2, baseline=False)
     path.write_text(to_yaml(short), encoding="utf-8")
-    tokmask("sweep", path, "--p", "0,0.1", "--seeds", "1")
+    tokmask("sweep", path, "--p", "0,0.1", "--seeds", "1", "--workers", "2")
     assert open_run(next((tmp_path / "runs").rglob("result.json")).parent).result.task == "multilabel"

@@ -48,6 +48,6 @@ def test_sweep_and_report(write_recipe, tokmask, tmp_path):
 
     said = tokmask("report", folder).stdout
     assert "Macro-F1, differences from p = 0, seed by seed" in said
-    assert (folder / "report" / "f1_against_p.png").is_file()
+    assert all((folder / "report" / name).is_file() for name in ("f1_against_p.png", "report.html"))
     found = json.loads((folder / "report" / "statistics.json").read_text())
     assert found["rows"][1]["difference"]["bootstrap_problem"] is None

@@ -54,15 +54,15 @@ def test_two_workers_and_a_kill_in_the_middle_double_and_lose_nothing(start, tmp
 
 
 def test_a_sweep_that_is_stopped_goes_on_alone(start, tmp_path):
-    worker = start(3)
+    worker = start(5)  # so that it is not done before a busy machine gets to the signal
     wait_for(lambda: len(counted(tmp_path, "end")) >= 2, worker)
     os.kill(worker.process.pid, signal.SIGINT)
     done = worker.end(120)
     assert done.returncode == 130
     assert "runs finished; repeat the command" in done.stdout
-    assert start(3).end(120).returncode == 0
+    assert start(5).end(120).returncode == 0
     assert set(counted(tmp_path, "end").values()) == {1}
-    assert len(counted(tmp_path, "end")) == 6
+    assert len(counted(tmp_path, "end")) == 10
 
 
 def test_a_failed_trial_is_reported_and_stops_nothing(start, tmp_path):

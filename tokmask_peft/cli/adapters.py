@@ -48,7 +48,11 @@ ARMS = (
     "mask+neftune, separated by commas"
 )
 RecipeOrData = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="a YAML file, the name of a shipped recipe, or a data file or folder")
+    str,
+    typer.Argument(
+        metavar="RECIPE",
+        help="a YAML file, the name of a shipped recipe, a data file or folder, or a dataset of the Hub",
+    ),
 ]
 GPU = (
     "memory of a GPU, for example 6GB; it is assumed to have bf16 (for T4, V100, GTX 16 and RTX 20 add "
@@ -62,9 +66,9 @@ def train(
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="With data files: never ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="With data: never ask.")] = False,
 ) -> None:
-    """Train an adapter as RECIPE says, or as `init` would for data files; the run is saved in runs/NAME."""
+    """Train an adapter as RECIPE says, or as `init` would for data; the run is saved in runs/NAME."""
     whole = recipe_of(recipe, overrides or [], resume=resume, quiet=quiet, yes=yes)
     with quick_imports():
         from tokmask_peft.training import train as run

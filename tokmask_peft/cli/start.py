@@ -1,4 +1,4 @@
-"""From a data file to a recipe: `init` writes one, and `train FILE` trains by it at once."""
+"""From data to a recipe: `init` writes one, and `train FILE` trains by it at once."""
 
 from __future__ import annotations
 
@@ -51,7 +51,10 @@ COUNTED = 500
 
 DataArgument = Annotated[
     list[str],
-    typer.Argument(metavar="FILE… [KEY=VALUE]…", help="data files, or one folder; and keys of the recipe to set"),
+    typer.Argument(
+        metavar="FILE… [KEY=VALUE]…",
+        help="data files, one folder, or the id of a dataset on the Hub; and keys of the recipe to set",
+    ),
 ]
 
 
@@ -64,7 +67,7 @@ def init(
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Never ask; take what is likeliest.")] = False,
 ) -> None:
-    """Look at data FILEs, and write a commented recipe for them.
+    """Look at data FILEs or at a dataset of the Hub (USER/NAME), and write a commented recipe for them.
 
     It reads tables (CSV, TSV, Excel, JSON lines, parquet), CoNLL files, and lines with labels, also in .zip and .gz.
     What was decided is printed with the reason and the key that changes it; what is not sure is asked in a terminal.
@@ -85,10 +88,13 @@ def init(
 
 
 def _split_arguments(given: Sequence[str]) -> tuple[list[Path], list[str]]:
-    """Divide arguments into paths and `key=value` overrides."""
+    """Divide arguments into paths and `key=value` overrides; an id of the Hub becomes an override."""
     overrides = [one for one in given if re.match(r"[a-z_]+(\.[a-z_]+)*=", one) and not os.path.exists(one)]  # noqa: PTH110
-    paths = [Path(one).expanduser() for one in given if one not in overrides]
-    if not paths:
+    names = [one for one in given if one not in overrides]
+    if len(names) == 1 and _is_hub_id(names[0]):
+        return [], [f"data.hub={names[0]}", *overrides]
+    paths = [Path(one).expanduser() for one in names]
+    if not paths and not any(one.startswith("data.hub=") for one in overrides):
         raise typer.BadParameter("name a data file, or a folder", param_hint="FILE")
     for path in paths:
         if not path.exists():
@@ -97,11 +103,20 @@ def _split_arguments(given: Sequence[str]) -> tuple[list[Path], list[str]]:
     return paths, overrides
 
 
+def _is_hub_id(given: str) -> bool:
+    """Return whether an argument looks like the id of a dataset on the Hub, and not like a path with a typo."""
+    if Path(given.partition("/")[0]).exists() or re.search(r"\.[A-Za-z]\w*$", given):
+        return False
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", given, re.ASCII) is not None
+
+
 def is_data(given: str) -> bool:
     """Return whether an argument names data rather than a recipe."""
     from tokmask_peft.recipe.loading import shipped_recipes
 
     path = Path(given)
+    if _is_hub_id(given):
+        return path.parts[0] not in {"recipes", *(name.partition("/")[0] for name in shipped_recipes())}
     if path.is_dir():  # of a run, or hidden by a recipe of that name; `./NAME` is the folder
         return not (path / "recipe.yaml").is_file() and given not in shipped_recipes()
     if not path.is_file() or path.suffix.lower() in (".yaml", ".yml"):
@@ -135,14 +150,15 @@ class Draft(NamedTuple):
     def text(self, target: Path, made_by: str) -> str:
         """Return the file: each key with its reason."""
         reasons = {decision.what: " ".join(decision.reason.split()) for decision in self.decisions}
-        path, folder = Path(self.content["data"]["path"]).absolute(), target.absolute().parent
-        here = (path.relative_to(folder) if path.is_relative_to(folder) else path).as_posix()
+        data = dict(self.content["data"])
+        if "path" in data:
+            path, folder = Path(data.pop("path")).absolute(), target.absolute().parent
+            data = {"path": (path.relative_to(folder) if path.is_relative_to(folder) else path).as_posix()} | data
         name = shlex.quote(str(target))
         lines = [f"# Written by: {made_by}", f"#   tokmask train {name}", f"#   tokmask validate {name} --data"]
         lines.append("# Change what is wrong; `tokmask recipes fields` lists all keys.")
         for warning in self.warnings:
             lines += textwrap.wrap(f"Warning: {warning}", WIDTH, initial_indent="# ", subsequent_indent="# ")
-        data = {"path": here} | {name: value for name, value in self.content["data"].items() if name != "path"}
         for key, value in (self.content | {"data": data}).items():
             if not isinstance(value, dict):
                 lines.append(f"{key}: {_inline(value)}")
@@ -167,7 +183,7 @@ def _inline(value: Any) -> str:
 
 
 def make_draft(paths: Sequence[Path], overrides: Sequence[str], backbones: Sequence[str], yes: bool) -> Draft:
-    """Decide on a whole recipe for data files, from what is in them and on this machine.
+    """Decide on a whole recipe for data files, or a dataset of the Hub, from what is in them and on this machine.
 
     Raises:
         RecipeError, DataError: an override is wrong, or there is nothing to learn from the files.
@@ -202,10 +218,15 @@ def make_draft(paths: Sequence[Path], overrides: Sequence[str], backbones: Seque
     texts, words_given = [example.string for example in corpus.train], get_task(corpus.task).words_given
     english = looks_english(texts)
     model, cost, why = _choose_backbone(given["model"], backbones, english, words_given, _running(corpus.train))
-    root = Path(found.data["path"]).absolute()
-    named = root if root.is_dir() or canonical(root.stem) not in SPLITS else root.parent
-    name = re.sub(r"[^\w.-]+", "-", named.name if named.is_dir() else named.name.partition(".")[0]) or "data"
-    content = {"name": name} | given | {"model": model, "data": {**found.data, "path": str(root)}}
+    if paths:
+        root = Path(found.data["path"]).absolute()
+        found.data["path"] = str(root)
+        named = root if root.is_dir() or canonical(root.stem) not in SPLITS else root.parent
+        name = named.name if named.is_dir() else named.name.partition(".")[0]
+    else:
+        name = "-".join([found.data["hub"].rpartition("/")[2], *filter(None, [given["data"].get("hub_config")])])
+    name = re.sub(r"[^\w.-]+", "-", name) or "data"
+    content = {"name": name} | given | {"model": model, "data": found.data}
     letters = ", ".join(f"{script} {share:.0%}" for script, share in scripts(texts).items()) or "none"
     language = Decision("data.language", "not set", f"for the model card, such as [sw, en]; scripts: {letters}")
     decisions = [*corpus.report.decisions, *found.decisions, language, why, *_settings(content, corpus, cost)]

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from tokmask_peft.console import Decision
 from tokmask_peft.data import tables
 from tokmask_peft.data.conll import Columns, Row, grouping
-from tokmask_peft.data.opening import DataFile
-from tokmask_peft.data.readers import TABLES
 from tokmask_peft.data.split import SPLITS, canonical
 from tokmask_peft.errors import DataError
 from tokmask_peft.examples import MARKS, Unreadable
@@ -157,11 +156,8 @@ def _items(cell: Any) -> list[Any] | None:
 class Table:
     """Finds the columns of a table with a text, or a word, in each row."""
 
-    def __init__(self, file: DataFile, ending: str, found: Findings) -> None:
-        self.path, self.found = file.path, found
-        header, separator = (found.data.get(key, "auto") for key in ("header", "separator"))
-        wanted = Columns(TASKS["sequence"], header=header, separator=separator)
-        rows = TABLES[".xlsx" if file.workbook else ending](file, wanted)
+    def __init__(self, rows: Iterator[Row], path: Path, found: Findings) -> None:
+        self.path, self.found = path, found
         self.rows = list(islice(rows, SAMPLED))
         self.further = spread(rows)
         self.columns = self._look(self.rows)
@@ -274,6 +270,7 @@ class Table:
         """Return the columns that may hold texts, the likeliest first."""
         found = [column for column in self.columns if column.may_be_text()]
         found = [column for column in found if column.words >= 2] or found
+        found = found or [column for column in self.columns if column.is_list and column.has_name(TEXT_NAMES)]
         found.sort(key=lambda column: (column.rank(TEXT_NAMES), -column.length))
         longest = max((column.length for column in found), default=0)
         return [column for column in found if column.has_name(TEXT_NAMES) or column.length > longest / 2]
@@ -363,7 +360,7 @@ class Table:
         words = [column for column in single if not column.is_number]
         words.sort(key=lambda column: (column.rank(TEXT_NAMES), -len(column.values)))
         word = self._named("text_column") or (words[0] if words else None)
-        if word is None or running:
+        if word is None or running or word is self._named("label_column"):
             return False
         labels = [column for column in single if column is not word and column.may_be_label()]
         labels.sort(key=lambda column: (column.rank(TAG_NAMES), len(column.values)))

@@ -1,4 +1,4 @@
-"""Data files without a recipe: which keys of `data` read them, and why.
+"""Data files, or a dataset of the Hub, without a recipe: which keys of `data` read them, and why.
 
 The form (which file is which split, columns, task) is decided from a sample. What is counted is counted in the whole
 data, read and cleaned as a training would.
@@ -21,6 +21,7 @@ from tokmask_peft.data import tables
 from tokmask_peft.data.columns import MOST_LABELS, SAMPLED, TASK_QUESTION, Ask, Findings, Table, likeliest, some
 from tokmask_peft.data.conll import CONLLU_COLUMNS, Columns, ConllReader, is_conll, split_columns
 from tokmask_peft.data.corpus import Corpus, count_labels, load_corpus, respelled, shown_map
+from tokmask_peft.data.hub import PARQUET_BRANCH, choose_split, hub_splits, locate
 from tokmask_peft.data.opening import PACKED, DataFile
 from tokmask_peft.data.readers import READERS, TABLES, read_split
 from tokmask_peft.data.split import SHARD, SPLITS, canonical
@@ -43,10 +44,10 @@ _LINES = (".tagged", ".labelled")
 def detect(
     paths: Sequence[Path], given: Mapping[str, Any], ask: Ask = likeliest, seed: int = 42
 ) -> tuple[Findings, Corpus]:
-    """Find the keys of `data` that read files, and read them.
+    """Find the keys of `data` that read files or a dataset of the Hub, and read them.
 
     Args:
-        paths: files, or one folder.
+        paths: files, or one folder; none for `hub` in `given`.
         given: keys of `data` that are set already, and stay.
         ask: decides what is not sure.
         seed: of the share that is set aside for validation.
@@ -55,9 +56,12 @@ def detect(
         DataError: there is nothing to learn from; says what was found and what to do.
     """
     found = Findings(dict(given), ask)
-    splits = find_splits(paths, found)
-    find_form(splits["train"], found)
-    _place_splits(splits, found)
+    if paths:
+        splits = find_splits(paths, found)
+        find_form(splits["train"], found)
+        _place_splits(splits, found)
+    else:
+        _place_splits(_find_hub(found), found)
     return found, _read_whole(found, seed)
 
 
@@ -142,36 +146,44 @@ def _role(file: Path) -> tuple[str | None, str]:
     return role, str(file.parent / "".join([*parts[:at], "*", *parts[at + 1 :]]))
 
 
-def _place_splits(splits: Mapping[str, Path], found: Findings) -> None:
-    """Set `path`, `train`, `validation` and `test`, so that what chooses the checkpoint does not score it."""
-    train, data = splits["train"], found.data
-    sharded = SHARD.search(train.name)
-    root = train if len(splits) == 1 and not sharded else train.parent
-    data["path"] = str(root)
+def _place_splits(splits: Mapping[str, Path] | Mapping[str, str], found: Findings) -> None:
+    """Set `train`, `validation` and `test`, so that what chooses the checkpoint does not score it.
+
+    `splits` has files, of which `path` is set, or the names of splits on the Hub.
+    """
+    train, data, kind = splits["train"], found.data, "split"
+    names = {split: str(one) for split, one in splits.items()}
+    explicit = len(splits) > 1 or train != "train"
+    if isinstance(train, Path):
+        sharded, kind = SHARD.search(train.name), "file"
+        root = train if len(splits) == 1 and not sharded else train.parent
+        data["path"] = str(root)
+        names = {split: split if sharded else os.path.relpath(file, root) for split, file in splits.items()}
+        explicit = len(splits) > 1 or sharded is not None
 
     def count(split: str) -> int:
         """Return the texts of a split that have labels; none may have one in the test set of a shared task."""
-        file, keys = splits[split], {key: value for key, value in data.items() if key in SourceConfig.model_fields}
-        keys["path"] = str(file)
+        one, keys = splits[split], {key: value for key, value in data.items() if key in SourceConfig.model_fields}
+        keys |= {"path": str(one)} if isinstance(one, Path) else {}
+        name = one.name if isinstance(one, Path) else one
         try:
             try:
-                texts = read_split(SourceConfig(**keys), file.name, data["task"])
+                texts = read_split(SourceConfig(**keys), name, data["task"])
             except DataError as error:
                 if not error.code.startswith("empty-"):  # which can be left out
                     raise
                 keys["missing"] = [*(data.get("missing") or ()), ""]
-                texts = read_split(SourceConfig(**keys), file.name, data["task"])
-            return sum(one.label is not None for one in texts)
+                texts = read_split(SourceConfig(**keys), name, data["task"])
+            return sum(text.label is not None for text in texts)
         except DataError as error:
             if error.code != "no-labels" or split == "train":
                 raise
-            found.decisions.append(Decision(f"data.{split}", "not used", f"no text in {file.name} has a label"))
+            found.decisions.append(Decision(f"data.{split}", "not used", f"no text in {name} has a label"))
             return 0
 
     size = count("train")
-    names = {split: split if sharded else os.path.relpath(file, root) for split, file in splits.items()}
     here = {split: names[split] for split in splits if split != "train" and count(split)}
-    if len(splits) > 1 or sharded:
+    if explicit:
         found.decide("train", names["train"], "its name says so")
     if len(here) == 2:
         found.decide("validation", here["validation"], "its name says so; it chooses the checkpoint")
@@ -180,9 +192,49 @@ def _place_splits(splits: Mapping[str, Path], found: Findings) -> None:
     found.decide("validation", share, why)
     rest = [name for name in (here.get("test"), here.get("validation")) if name and name != data["validation"]]
     if rest:
-        why = "its name says so" if rest[0] == here.get("test") else "the only other file with labels"
+        why = "its name says so" if rest[0] == here.get("test") else f"the only other {kind} with labels"
         found.decide("test", rest[0], f"{why}; it scores what was chosen")
-    found.decide("test", None, "there is no test file: the score is of validation, which also chose the checkpoint")
+    why = f"there is no test {kind}: the score is of validation, which also chose the checkpoint"
+    found.decide("test", None, why)
+
+
+# -- a dataset of the Hub --
+
+
+def _find_hub(found: Findings) -> dict[str, str]:
+    """Set configuration, revision, task and columns of a dataset of the Hub, and return the name of each split."""
+    data = found.data
+    data.pop("path", None)
+    try:
+        asked = {key: data[key] for key in ("hub", "hub_config", "hub_revision") if key in data}
+        source, configs = locate(SourceConfig(**asked))
+        splits = hub_splits(source)
+    except DataError as error:
+        if error.code not in ("hub", "hub-unreachable"):
+            raise
+        problem = f"no file or folder here is named {data['hub']}, and on the Hub: {error}"
+        raise DataError(problem, code=error.code, **error.fields) from error
+    others = [name for name in configs if name != source.hub_config][:10]
+    why = f"the default; or is it {', '.join(others)}?" if others else "the only one"
+    found.decide("hub_config", source.hub_config, why)
+    why = "the present version, so that later ones do not change the run"
+    if source.hub_revision == PARQUET_BRANCH:
+        why = "the dataset comes with code, which is never run: this is the Hub's own copy of the texts"
+    found.decide("hub_revision", source.hub_revision, why)
+    names = list(splits)
+    train = choose_split(source, data.get("train") or (names[0] if len(names) == 1 else "train"), names)
+    there = {"train": train}
+    for split in SPLITS[1:]:
+        fitting = [name for name in names if canonical(name) == split and name != train]
+        there |= {split: split if split in fitting else fitting[0]} if fitting else {}
+    if spare := ", ".join(name for name in names if name not in there.values()):
+        found.decisions.append(Decision("data.train", train, f"other splits are not used: {spare}"))
+    rows, columns = splits[train]
+    prefix = str(source.hub_config).split("_")[0]
+    if prefix in columns and any(prefix in task.label_columns for task in TASKS.values()):  # as LinCE names them
+        found.decide("label_column", prefix, f"the name of the configuration, {source.hub_config}, begins with it")
+    Table(rows, Path(str(source.hub)), found).find()
+    return there
 
 
 # -- the form of a file --
@@ -198,7 +250,7 @@ def find_form(path: Path, found: Findings) -> None:
     asked = found.data.get("format")
     ending = f".{asked}" if asked else file.inner.suffix.lower()
     if file.workbook or (ending in TABLES and ending not in (".csv", ".tsv")):
-        Table(file, ending, found).find()
+        _table(file, ending, found).find()
         return
     lines = _sample(file)
     named = ending in (".conll", ".conllu")
@@ -217,9 +269,15 @@ def find_form(path: Path, found: Findings) -> None:
         if ending == ".csv" and separator != ",":
             shown = "tab" if separator == "\t" else separator
             found.decide("separator", shown, f"it gives {width} columns, a comma does not")
-        Table(file, ending, found).find()
+        _table(file, ending, found).find()
         return
     _find_labels_in_lines(path, lines, ending, found)
+
+
+def _table(file: DataFile, ending: str, found: Findings) -> Table:
+    header, separator = (found.data.get(key, "auto") for key in ("header", "separator"))
+    wanted = Columns(TASKS["sequence"], header=header, separator=separator)
+    return Table(TABLES[".xlsx" if file.workbook else ending](file, wanted), file.path, found)
 
 
 def _sample(file: DataFile) -> list[str]:

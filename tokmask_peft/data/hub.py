@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,18 +32,57 @@ def read_hub(source: SourceConfig, split: str, wanted: Columns) -> list[Example]
     Raises:
         DataError: the dataset cannot be reached, does not exist, is closed, or has no such configuration or split.
     """
-    if source.hub_revision == PARQUET_BRANCH and source.hub_config:
-        rows, columns = _converted(source, split)
-    else:
-        rows, columns = _dataset(source, split)
+    splits = hub_splits(source)
+    rows, columns = splits[choose_split(source, split, list(splits))]
     prefix = (source.hub_config or "").split("_")[0]
     if wanted.label is None and prefix in columns and prefix in wanted.task.label_columns:
         wanted = replace(wanted, label=prefix)
     return readable(examples(rows, f"{source.hub} [{split}]", wanted))
 
 
-def _converted(source: SourceConfig, split: str) -> tuple[Iterator[Row], list[str]]:
-    """Return rows and columns of a split from the branch that the Hub converts to parquet.
+def locate(source: SourceConfig) -> tuple[SourceConfig, list[str]]:
+    """Return a dataset's source with its configuration and revision set, and the names of all configurations.
+
+    The revision is the present commit; if the dataset comes with code, it is the branch that the Hub converts.
+
+    Raises:
+        DataError: as `read_hub`; or the dataset has several configurations, and neither the source nor the dataset
+            chooses one.
+    """
+    import datasets
+
+    if source.hub_revision == PARQUET_BRANCH and source.hub_config:
+        return source, [source.hub_config]  # its files may be in the cache; a list of the others never is
+    scripted: DataError | None = None
+    if source.hub_revision != PARQUET_BRANCH:
+        place = {"name": source.hub_config, "revision": source.hub_revision}
+        try:
+            found = _reach(source, lambda: datasets.load_dataset_builder(source.hub, **place))
+            commit = found.hash if re.fullmatch("[0-9a-f]{40}", found.hash or "") else None
+            update = {"hub_config": found.config.name, "hub_revision": source.hub_revision or commit}
+            return source.model_copy(update=update), list(found.builder_configs)
+        except DataError as error:
+            if error.code != "hub-script" or source.hub_revision:
+                raise
+            scripted = error
+    try:
+        names = _configurations(source)
+    except DataError as error:
+        raise scripted or error from None
+    config = source.hub_config or (names[0] if len(names) == 1 else None)
+    if config is None:
+        problem = f"data.hub: {source.hub} has {len(names)} configurations: {', '.join(names)}"
+        raise DataError(f"{problem}. Set data.hub_config to one of them.", code="no-config", configs=tuple(names))
+    return source.model_copy(update={"hub_config": config, "hub_revision": PARQUET_BRANCH}), names
+
+
+def hub_splits(source: SourceConfig) -> dict[str, tuple[Iterator[Row], list[str]]]:
+    """Return the rows, which are read as they are used, and the columns of each split; DataError as `read_hub`."""
+    return (_converted if source.hub_revision == PARQUET_BRANCH and source.hub_config else _dataset)(source)
+
+
+def _converted(source: SourceConfig) -> dict[str, tuple[Iterator[Row], list[str]]]:
+    """Return rows and columns of the splits from the branch that the Hub converts to parquet.
 
     That branch has no card, so `datasets` finds no configurations there, and none of its folders again when offline.
     Its files are read from huggingface_hub's own cache instead, which works offline once they have been downloaded.
@@ -61,43 +101,49 @@ def _converted(source: SourceConfig, split: str) -> tuple[Iterator[Row], list[st
         splits.setdefault(name, []).append(file)
     if not splits:
         problem = f"data.hub_config: {source.hub} has no parquet files for '{config}' on the branch {PARQUET_BRANCH}."
-        raise DataError(problem + _configurations(source), code="no-config", config=config)
-    files = splits[_choose(source, split, list(splits))]
-    names = [f"{source.hub} {split}" + (f" {file.name}" if len(files) > 1 else "") for file in files]
-    rows = (row for file, name in zip(files, names, strict=True) for row in parquet_rows(DataFile(file, name)))
-    return rows, pq.read_schema(files[0]).names
+        with suppress(DataError):
+            names = _configurations(source)
+            problem += f" It has {', '.join(names)}.{nearest(str(config), names)}"
+        raise DataError(problem, code="no-config", config=config)
+
+    def rows(split: str, files: list[Path]) -> Iterator[Row]:
+        for file in files:
+            yield from parquet_rows(DataFile(file, f"{source.hub} {split}" + f" {file.name}" * (len(files) > 1)))
+
+    return {split: (rows(split, files), pq.read_schema(files[0]).names) for split, files in splits.items()}
 
 
-def _configurations(source: SourceConfig) -> str:
-    """Return a sentence with the configurations on the parquet branch; empty if the Hub cannot be reached."""
+def _configurations(source: SourceConfig) -> list[str]:
+    """Return the configurations on the parquet branch; DataError if it cannot be reached."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HTTPError
     from huggingface_hub.hf_api import RepoFolder
 
-    try:
-        entries = list(HfApi().list_repo_tree(str(source.hub), revision=PARQUET_BRANCH, repo_type="dataset"))
-    except (OSError, HTTPError):
-        return ""
-    names = [entry.path for entry in entries if isinstance(entry, RepoFolder)]
-    return f" It has {', '.join(names)}.{nearest(str(source.hub_config), names)}"
+    def entries() -> list[Any]:
+        return list(HfApi().list_repo_tree(str(source.hub), revision=PARQUET_BRANCH, repo_type="dataset"))
+
+    return [entry.path for entry in _reach(source, entries) if isinstance(entry, RepoFolder)]
 
 
-def _dataset(source: SourceConfig, split: str) -> tuple[Iterator[Row], list[str]]:
-    """Return rows and columns of a split through the `datasets` library."""
+def _dataset(source: SourceConfig) -> dict[str, tuple[Iterator[Row], list[str]]]:
+    """Return rows and columns of the splits through the `datasets` library."""
     import datasets
 
     place = {"name": source.hub_config, "revision": source.hub_revision}
     splits = _reach(source, lambda: datasets.load_dataset(source.hub, **place))
-    dataset = splits[_choose(source, split, list(splits))]
+    return {split: _rows(dataset, f"{source.hub} {split}") for split, dataset in splits.items()}
+
+
+def _rows(dataset: Any, name: str) -> tuple[Iterator[Row], list[str]]:
+    """Return rows and columns of a split of `datasets`, without pictures and sound, and with the names of classes."""
     kinds = {name: type(feature).__name__ for name, feature in dataset.features.items()}
     dataset = dataset.remove_columns([name for name, kind in kinds.items() if kind in {"Image", "Audio", "Video"}])
     classes = class_names(dataset.features)
-    rows = ((f"{source.hub} {split}[{index}]", name_classes(row, classes)) for index, row in enumerate(dataset))
+    rows = ((f"{name}[{index}]", name_classes(row, classes)) for index, row in enumerate(dataset))
     return rows, list(dataset.features)
 
 
-def _choose(source: SourceConfig, split: str, splits: list[str]) -> str:
-    """Find a split by its name or an alias of it."""
+def choose_split(source: SourceConfig, split: str, splits: list[str]) -> str:
+    """Find a split by its name or an alias of it; DataError if there is none."""
     if split in splits:
         return split
     fitting = [name for name in splits if name.lower() in aliases(split)]
@@ -116,7 +162,7 @@ def _reach(source: SourceConfig, load: Callable[[], Any]) -> Any:
         return load()
     except (DatasetsError, HTTPError, OSError, ValueError, RuntimeError) as error:
         where = " ".join(part for part in (source.hub, source.hub_config, source.hub_revision) if part)
-        text = " ".join(str(error).split())
+        text = " ".join(str(error).partition("Example of usage")[0].split()).rstrip(".")  # which is of Python
         code, remedy = _remedy(error, text.lower())
         raise DataError(f"data.hub: {where} cannot be read: {text}. {remedy}", code=code, hub=source.hub) from error
 

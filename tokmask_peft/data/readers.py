@@ -205,6 +205,8 @@ READERS: dict[str, Reader] = {
 
 Another format is added here: `READERS[".mine"] = read_mine`.
 """
+_SNIFFED = {ending: READERS[ending] for ending in (".csv", ".tsv", ".txt")}
+"""These endings may hold another format, unless somebody reads them in a way of their own."""
 
 
 def reader_of(path: Path, asked: str = "auto") -> Reader:
@@ -231,7 +233,7 @@ def _recognised(file: DataFile, columns: Columns) -> Reader | None:
     ending = file.inner.suffix.lower()
     if file.workbook:
         return READERS[".xlsx"]
-    if ending in READERS and ending not in (".csv", ".tsv", ".txt"):
+    if READERS.get(ending) is not _SNIFFED.get(ending):
         return None
     if is_conll(file.again().lines(), columns):
         if ending != ".txt" or not columns.labelled:  # otherwise that is what txt means

@@ -13,6 +13,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, islice
+from pathlib import Path
 from typing import Any
 
 from tokmask_peft.console import Decision
@@ -336,7 +337,8 @@ def _mark_of_labels(head: Sequence[Row], label: str, columns: Columns, name: str
         raise DataError(f"{problem}. Set data.label_separator to what separates labels.", code="label-separator")
     if marks:
         why = f"it is in cells of '{label}'; data.label_separator changes it"
-        columns.decisions.append(Decision(f"separator of the labels in {name}", repr(marks[0]), why))
+        where = Path(name).name if Path(name).is_absolute() else name
+        columns.decisions.append(Decision(f"separator of the labels in {where}", repr(marks[0]), why))
     return marks[0] if marks else None
 
 

@@ -95,7 +95,7 @@ class Classifier:
         found: list[list[tuple[Window, Any]]] = [[] for _ in given]
         decided: list[list[tuple[Any, Any]]] = [[] for _ in given]  # label ids and probabilities, by parts of a text
         counts, windows = [0] * len(given), self.encoder.windows(given)
-        while part := list(itertools.islice(windows, _WINDOWS)):
+        while part := list(itertools.islice(windows, max(_WINDOWS, 8 * batch_size))):
             for window, logits in zip(part, self.forward.logits(part, batch_size), strict=True):
                 found[window.text].append((replace(window, ids=[]), logits))
                 counts[window.text] += 1

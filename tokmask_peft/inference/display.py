@@ -46,9 +46,13 @@ def print_answers(texts: Sequence[str | Pair], answers: Sequence[Answer], as_jso
 
 
 def _echo_json(record: dict[str, Any]) -> None:
-    for part in json_parts(record):
-        echo(part, end="")
-    echo()
+    text = ""
+    for part in json_parts(record):  # of a long text there are many
+        text += part
+        if len(text) > 1 << 16:
+            echo(text, end="")
+            text = ""
+    echo(text)
 
 
 def print_file(classifier: Classifier, source: TextFile, as_json: bool, batch_size: int) -> FileReport:

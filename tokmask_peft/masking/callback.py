@@ -232,7 +232,7 @@ class TokenMaskCallback(TrainerCallback, ExportableState):
     def _attach(self, args: Arguments, state: State, kwargs: dict[str, Any]) -> TokenMasker:
         trl = next((kind for kind in type(args).__mro__ if kind.__module__.startswith("trl.")), None)
         if trl is not None and trl.__name__ not in _TRL and not self.config.is_off:
-            problem = f"the trainer of {trl.__name__} compares answers, of which token masking would falsify some"
+            problem = f"the trainer of {trl.__name__} compares two answers, and masking only one of them falsifies it"
             message = f"{problem}: leave the callback out, or use SFT or reward training"
             raise MaskTokenError(message, code="trl-trainer", config=trl.__name__)
         labels_words = type(unwrap(kwargs["model"])).__name__.endswith("ForTokenClassification")

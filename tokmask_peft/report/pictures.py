@@ -14,7 +14,7 @@ Log = Sequence[Mapping[str, Any]]
 
 
 def training_curves(log: Log, best_step: int | None) -> list[Picture]:
-    """Draw loss, validation macro-F1 and masking rate over the steps; whatever was not logged is omitted.
+    """Draw loss, validation macro-F1 and masking rate over the steps, without what was not logged and a constant rate.
 
     `log` are the lines of `log.jsonl`, `best_step` is the step of the checkpoint that was kept.
     """
@@ -32,7 +32,7 @@ def training_curves(log: Log, best_step: int | None) -> list[Picture]:
         alt = f"Validation macro-F1 over the steps; its highest value is {top[1]:.4f} at step {top[0]:g}."
         kept = "; the dashed line marks the checkpoint that was kept" if best_step else ""
         pictures.append(Picture(_curve("f1", alt, {"": (f1, SECOND)}, best_step), f"Macro-F1 on validation{kept}"))
-    if rate:
+    if len({value for _, value in rate}) > 1:
         alt = f"Masking rate: {rate[0][1]:g} at step {rate[0][0]:g}, {rate[-1][1]:g} at step {rate[-1][0]:g}."
         pictures.append(Picture(_curve("rate", alt, {"": (rate, FIRST)}, None, zero=True), "Masking rate p"))
     return pictures

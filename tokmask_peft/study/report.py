@@ -17,6 +17,7 @@ from markupsafe import Markup
 from tokmask_peft import __version__, html
 from tokmask_peft.errors import SweepError, boundary, require, whole, write_json, write_whole
 from tokmask_peft.html import FIRST, MUTED, SECOND, Picture
+from tokmask_peft.study.plan import Arm
 from tokmask_peft.study.results import analyse, read_sweep
 from tokmask_peft.study.statistics import seeds_to_reach, smallest_p
 from tokmask_peft.tasks import get_task
@@ -189,17 +190,20 @@ def _compared(analysis: dict[str, Any], metric: str) -> list[tuple[dict[str, Any
 def plot_f1(analysis: dict[str, Any], folder: Path) -> tuple[Path, Path]:
     """Draw F1 against p, a line per setting and set of regularizers; return the PNG and the SVG.
 
+    If there is one p, or an arm masks at a rate of its own, the arms stand next to each other instead.
     Points are seeds, the line goes through their means, bars are 95% intervals of the mean (Student's t). With few
     seeds these can reach far beyond the seeds: the axis follows the seeds.
     """
     from matplotlib.figure import Figure
 
-    lines: dict[str, list[dict[str, Any]]] = {}
-    for row in sorted(analysis["rows"], key=lambda row: row["p"]):
+    rates = sorted({row["p"] for row in analysis["rows"]})
+    at_zero = (Arm(row["regularizers"], "0") for row in analysis["rows"] if row["p"] == 0)
+    by_arm = len(rates) == 1 or not all(arm.is_unmasked for arm in at_zero)
+    lines: dict[str, list[dict[str, Any]]] = {"mean": analysis["rows"]} if by_arm else {}
+    for row in () if by_arm else sorted(analysis["rows"], key=lambda row: row["p"]):
         parts = [row["regularizers"] if row["regularizers"] not in ("recipe", "none") else "masking alone"]
         parts += [f"{key.rpartition('.')[2]} = {value}" for key, value in row["setting"].items()]
         lines.setdefault("; ".join(parts), []).append(row)
-    rates = sorted({row["p"] for row in analysis["rows"]})
     step = min((b - a for a, b in itertools.pairwise(rates)), default=0.1) * min(0.12, 0.5 / len(lines))
     figure = Figure(figsize=(9.5, 4.2), layout="constrained")
     for axes, metric in zip(figure.subplots(1, 2), NAMES, strict=True):
@@ -209,15 +213,19 @@ def plot_f1(analysis: dict[str, Any], folder: Path) -> tuple[Path, Path]:
         scale = min(values + floors) - margin, min(max(values + floors) + margin, 1.0)
         for number, (name, rows) in enumerate(lines.items()):
             colour = f"C{number % 10}"
-            x = [row["p"] + (number - (len(lines) - 1) / 2) * step for row in rows]
+            x = [*range(len(rows))] if by_arm else [row["p"] + (number - (len(lines) - 1) / 2) * step for row in rows]
             label = name if len(lines) > 1 or floors else None
-            draw(axes, x, (row[metric] for row in rows), "o-", colour, label, scale)
+            draw(axes, x, (row[metric] for row in rows), "o" if by_arm else "o-", colour, label, scale)
             for place, found in zip(x, (row[metric] for row in rows), strict=True):
                 axes.plot([place] * found["n"], found["by_seed"], "_", alpha=0.55, markersize=9, color=colour)
         for floor in floors:
             axes.axhline(floor, color="0.4", linestyle="--", linewidth=1, label="character n-grams")
         name = f"{analysis['scored_on']} {NAMES[metric]}"
         finish(axes, ylim=scale, xticks=rates, xlabel="masking rate p", ylabel=name)
+        if by_arm:
+            axes.set(xlabel="", xlim=(-0.5, len(rows) - 0.5))
+            labels = ["\n".join(textwrap.wrap(row["label"], 18)) for row in rows]
+            axes.set_xticks(range(len(rows)), labels, rotation=40, ha="right", rotation_mode="anchor")
     seeds = len(analysis["seeds"])
     title = f"{analysis['sweep']}: mean and 95% interval over {seeds} seed{'s' if seeds > 1 else ''}"
     return save(figure, title, folder, "f1_against_p")
@@ -234,7 +242,11 @@ def verdict(
         found = f"macro-F1 {signed(one['mean'])} on average over {one['n']} seeds"
         found += f", 95% interval {interval(one['interval'])}" if one["interval"] else ""
         found += f", p = {one['p_holm']:.3g} after Holm's correction."
-        sentence = f"No difference from {reference} is established. The largest is {row['label']}: {found}"
+        few = not clear and all(
+            len(counts) * smallest_p(max(counts)) > ALPHA for counts in analysis["seeds_by_setting"]
+        )
+        state = "can be established with this few seeds" if few else "is established"
+        sentence = f"No difference from {reference} {state}. The largest is {row['label']}: {found}"
     if clear:
         kind = "good" if one["mean"] > 0 else "bad"
         others = len(clear) - 1
@@ -245,7 +257,7 @@ def verdict(
         best = max(analysis["rows"], key=lambda row: row["f1_macro"]["mean"])
         gain = best["f1_macro"]["mean"] - floor["f1_macro"]
         place = "above character n-grams" if gain > 0 else "not above character n-grams: use these, or other settings"
-        sentence = f"The best arm, {best['label']}, is {place} (macro-F1 {signed(gain)} on average)."
+        sentence = f"The best arm ({best['label']}) is {place} (macro-F1 {signed(gain)} on average)."
         sentences.append((sentence, "" if gain > 0 else "bad"))
     return sentences
 
@@ -286,7 +298,8 @@ def sweep_page(about: Mapping[str, Any]) -> str:
     pictures = [Picture(svg, note + (" The dashed line is the score of character n-grams." if floor else ""))]
     if compared:
         svg = forest("gains", [(row["label"], one) for row, one in compared], 0.0, f"difference in macro-F1 ({split})")
-        note = f"Differences from {against}, seed by seed. A bar that crosses 0 does not establish a difference."
+        note = f"Differences from {against}, seed by seed. A bar that crosses 0 does not establish a difference; "
+        note += "one that does not may still be chance, since bars are not corrected for the number of arms."
         pictures.append(Picture(svg, note))
     given = {**about, "task": get_task(about["task"]), "version": __version__, "signed": signed, "pictures": pictures}
     sentences = verdict(compared, f"the reference ({against})", about)

@@ -428,7 +428,7 @@ def _cut_lines(prepared: Prepared) -> list[str]:
             found.append((name, cut.texts_cut, what, f"cut at {at}{words if name == 'train' else ', as in predict'}"))
         else:
             long = sum(count > 1 for count in Counter(window.text for window in split.windows).values())
-            choice = "; to choose the checkpoint they are cut" if name == "validation" else ""
+            choice = "; cut where the checkpoint is chosen" if name == "validation" else ""
             found.append((name, long, "text", f"longer than {at} and scored in windows, as in predict{choice}"))
     return [
         f"{name}: {count} {what}{' is' if count == 1 else 's are'} {fate}" for name, count, what, fate in found if count

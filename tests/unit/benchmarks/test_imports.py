@@ -4,6 +4,8 @@ import ast
 import importlib
 import json
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -14,6 +16,9 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import build
 from transformers import AutoModel, AutoTokenizer
+from typer.testing import CliRunner
+
+from tokmask_peft.cli.app import app
 
 ROOT = Path(__file__).parents[3]
 FOLDERS = {"benchmarks": (), "benchmarks/studies": (), "benchmarks/gpu": ("benchmarks",)}
@@ -70,7 +75,7 @@ def test_a_small_copy_has_the_rows_of_the_texts_and_restored_is_that_model_in_bf
     for one in (model.base_model, tokenizer):
         one.save_pretrained(whole)
     texts = ["hola this", "qué bueno"]
-    small.shrink(whole, copy, texts)
+    small.shrink(whole, copy, [number for ids in tokenizer(texts)["input_ids"] for number in ids])
     small.restore(copy, restored)
     one, two = (AutoModel.from_pretrained(folder, dtype=torch.bfloat16).eval() for folder in (whole, restored))
     batch = AutoTokenizer.from_pretrained(restored)(texts, padding=True, return_tensors="pt")
@@ -103,8 +108,8 @@ def test_a_part_that_fails_or_takes_too_long_does_not_end_the_measurement(tmp_pa
     monkeypatch.setattr(measure, "OUT", tmp_path)
     monkeypatch.setattr(measure, "PARTS", dict.fromkeys(codes, 60))
     monkeypatch.setattr(measure, "launch", launch)
-    finish = measure.finish
-    monkeypatch.setattr(measure, "finish", lambda process, seconds: finish(process, min(seconds, 2)))
+    finish, hangs = measure.finish, codes["hangs"]
+    monkeypatch.setattr(measure, "finish", lambda one, seconds: finish(one, 2 if hangs in one.args else seconds))
     measure.run(list(codes))
     found = json.loads((tmp_path / "results.json").read_text())
     ends = {part: status.partition(",")[0] for part, status in found.pop("status").items()}
@@ -121,3 +126,74 @@ def test_a_part_of_the_gpu_measurement_that_is_not_known_is_refused(tmp_path):
     assert "attenton" in done.stderr
     assert "attention" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("gpu_modules")
+def test_the_runs_of_the_study_are_those_of_the_plan():
+    study, found = importlib.import_module("study"), {}
+    for stage, arms in ((1, study.SCREENED), (2, ("mask+views", "annealed"))):
+        for name, texts in study.TEXTS[stage].items():
+            tuned = [] if texts.learning_rate else [study.tuning(stage, name)]
+            plans = [sweep.plan() for sweep in (*tuned, *study.sweeps(stage, name, "1.0e-3", arms))]
+            found |= {plan.name: {cell.name: plan.recipe_of(cell) for cell in plan.cells} for plan in plans}
+    sizes = {name: len(cells) for name, cells in found.items()}
+    assert sum(sizes.values()) == 3 * 3 * 10 + 2 * 2 + 6 * 8 * 4 + 6 * 2
+    runs = {f"{name}/{cell}": recipe for name, cells in found.items() for cell, recipe in cells.items()}
+    assert {recipe.training.batch_size for recipe in runs.values()} == {16}
+    assert {recipe.seed for name, recipe in runs.items() if name.startswith("stage1-trec")} == {11, 12, 13}
+    assert {recipe.seed for name, recipe in runs.items() if "-lr-" in name} == {1}
+    assert {recipe.seed for name, recipe in runs.items() if "2-lince/" in name} == {*range(21, 29)}
+    arms = "none", "label_smoothing", "mask0.1", "drop0.1", "share0.5", "overfit0.3", "mask0.1+views", "views"
+    assert {*found["stage1-sagt"]} == {f"{arm}-seed{seed}" for arm in arms for seed in (11, 12, 13)}
+    scored = {name for name, recipe in runs.items() if recipe.training.baseline}
+    assert scored == {f"stage{stage}-{name}/none-seed{seed}" for stage, seeds in ((1, (11, 12, 13)), (2, range(21, 29)))
+                      for name in study.TEXTS[stage] for seed in seeds}  # fmt: skip
+    once, annealed = (runs[f"stage1-{name}-seed11"] for name in ("trec/none", "trec-annealed/anneal0.1"))
+    assert annealed.masking.replace == "drop"
+    assert [annealed.masking.p_start, annealed.masking.p] == [0.1, 0]
+    assert runs["stage1-trec-twice/none-seed11"].training.epochs == 2 * once.training.epochs == 20
+    recipes = {texts.recipe for texts in (*study.TEXTS[1].values(), *study.TEXTS[2].values())}
+    assert recipes == {*importlib.import_module("small_copy").KEPT}
+
+
+@pytest.mark.usefixtures("gpu_modules")
+def test_the_command_of_a_sweep_of_the_study_lists_its_runs():
+    study = importlib.import_module("study")
+    for sweep in (study.tuning(1, "twi"), *study.sweeps(1, "sagt", "3.0e-4", study.SCREENED)):
+        _, *words = shlex.split(sweep.command)
+        done = CliRunner().invoke(app, [*words, "--dry-run"])
+        assert done.exit_code == 0, done.output
+        assert [line.split()[0] for line in done.output.splitlines()] == [cell.name for cell in sweep.plan().cells]
+
+
+def test_the_study_lists_its_commands_without_optuna():
+    """The GPU machine has none."""
+    code = "import sys; sys.modules['optuna'] = sys.modules['sqlalchemy'] = None; import study; study.main()"
+    path = os.pathsep.join([str(ROOT / "benchmarks/gpu"), str(ROOT)])
+    command = [sys.executable, "-c", code, "--stage", "2", "--arms", "views,twice", "--list"]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 6 * 3
+    assert lines[1].endswith(
+        "--name stage2-kin --seeds 21,22,23,24,25,26,27,28 --p 0,0.1 --arms none,label_smoothing,views"
+    )
+
+
+@pytest.mark.usefixtures("gpu_modules")
+def test_an_archive_that_is_cut_off_has_the_runs_before(tmp_path, monkeypatch):
+    study = importlib.import_module("study")
+    monkeypatch.chdir(tmp_path)
+    archive = study.Archive(tmp_path / "stage1.tar.gz")
+    for name in ("one", "two"):
+        files = [tmp_path / "runs" / "sweep" / name / file for file in ("recipe.yaml", "result.json")]
+        files[0].parent.mkdir(parents=True)
+        for file in files:
+            file.write_text(name)
+        archive.add([file.relative_to(tmp_path) for file in files], **{f"{name}.json": "{}"})
+    whole = archive.path.read_bytes()
+    for size, kept in ((len(whole), ["one", "two"]), (len(whole) - 60, ["one"])):
+        shutil.rmtree("runs")
+        archive.path.write_bytes(whole[:size])
+        study.Archive.unpack(archive.path)
+        assert sorted(folder.name for folder in (tmp_path / "runs" / "sweep").iterdir()) == kept
+        assert (tmp_path / "runs" / "sweep" / "one" / "recipe.yaml").read_text() == "one"

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -136,6 +137,21 @@ class TestSweep:
             f"p{p}-seed{seed}" for seed in (1, 2) for p in ("0", "0.2")
         ]
         assert list(tmp_path.iterdir()) == []
+
+    def test_its_options_reach_the_runner(self, tmp_path, monkeypatch):
+        from tokmask_peft.study.runner import Options
+
+        given = []
+        monkeypatch.setattr(
+            "tokmask_peft.study.runner.run_sweep",
+            lambda _, storage, options: given.append((storage, asdict(options))) or {},
+        )
+        monkeypatch.setattr("tokmask_peft.study.runner.closing_lines", lambda *_: [])
+        options = ("--workers", "3", "--keep-checkpoints", "--prune", "--retry-failed", "--storage", "sqlite:///x")
+        changes = {"workers": 3, "keep_checkpoints": True, "prune": True, "retry_failed": True}
+        for more, expected in ((), (None, asdict(Options()))), (options, ("sqlite:///x", asdict(Options()) | changes)):
+            run("sweep", "quickstart", f"output_dir={tmp_path}", "--p", "0,0.2", *more)
+            assert given.pop() == expected
 
     def test_a_folder_that_is_a_run_s_and_a_storage_that_cannot_be_opened(self, tmp_path):
         (tmp_path / "mine").mkdir()

@@ -87,6 +87,11 @@ class TestInit:
         ("arguments", "said"),
         [
             (["nope.csv"], "'nope.csv' does not exist"),
+            (["nope/posts.cvs"], "'nope/posts.cvs' does not exist"),
+            (["folder/posts"], "'folder/posts' does not exist"),
+            (["nope/posts", "posts.csv"], "'nope/posts' does not exist"),
+            (["nope/posts"], "cannot be reached"),  # an id of the Hub
+            (["data.hub=nope"], "cannot be reached"),
             (["posts.csv", "data.text_colum=tweet", "adapter.r=0"], "2 problems"),
             (["posts.csv", "data=3"], "data"),
             (["posts.csv", "data.text_column=twet"], "Did you mean 'tweet'?"),
@@ -147,6 +152,26 @@ def test_what_is_data_and_what_a_recipe(tmp_path, name, content, expected):
     assert start.is_data(str(path)) is expected
     assert start.is_data(str(path.parent)) is ("/" not in name)
     assert not start.is_data(str(tmp_path / "nope.csv"))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("user/posts", True),
+        ("user/posts-v1.5", True),
+        ("user/posts.csv", False),
+        ("user/posts/more", False),
+        ("folder/posts", False),
+        ("./posts", False),
+        ("trec/minilm", False),
+        ("trec/minlm", False),
+        ("recipes/posts", False),
+    ],
+)
+def test_what_is_an_id_of_the_hub(tmp_path, monkeypatch, name, expected):
+    (tmp_path / "folder").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert start.is_data(name) is expected
 
 
 def test_a_folder_does_not_hide_a_shipped_recipe(tmp_path, monkeypatch):

@@ -39,10 +39,19 @@ def test_a_hashtag_is_a_word_wherever_it_stands(line):
 COMMENTS = ["# sent_enum = 7 x", "# text = a b", "# newdoc", "# source: web", "#just a remark", "# newdoc id = 4"]
 
 
-@pytest.mark.parametrize("line", [*COMMENTS, "#sent_enum=7", "# tweet id 7 \tpositive", "# id: 7\tpositive"])
+@pytest.mark.parametrize(
+    "line", [*COMMENTS, "#sent_enum=7", "# tweet id 7 \tpositive", "# tweet 9\t", "# id: 7\tpositive"]
+)
 def test_a_comment_is_not_a_word(line):
     (example,) = read(f"{line}\nyes\tlang1\n")
     assert example.text == ("yes",)
+
+
+@pytest.mark.parametrize("start", ["", "no\tlang2\n"])
+def test_a_hash_and_words_before_a_tab_are_a_word(start):
+    (example,) = read(f"{start}# of course\tlang1\nyes\tlang1\n")
+    assert example.text[-2:] == ("# of course", "yes")
+    assert read(f"yes\tlang1\n\n# a{' ' * 100_000}x\nno\tlang1\n")  # in no time
 
 
 @pytest.mark.parametrize(
@@ -54,7 +63,7 @@ def test_a_comment_is_not_a_word(line):
         ("# sentiment: negative", "negative"),
         ("meta\t7\tneutral", "neutral"),
         ("# id 7\tpositive", "positive"),
-        ("# tweet: n 7\t", None),
+        ("# tweet: n7\t", None),
         ("# sent_enum = 7", None),
     ],
 )

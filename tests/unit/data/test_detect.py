@@ -153,6 +153,7 @@ class TestWhatCannotBeRead:
     @pytest.mark.parametrize(
         ("content", "code"),
         [
+            (b"", "no-texts"),
             (b"\n\n", "no-texts"),
             (b"\x89PNG\r\n\x1a\n" + bytes(100) + bytes(range(255, 0, -1)), "not-text"),
             ("\n".join(TEXTS).encode(), "no-labels"),

@@ -19,7 +19,7 @@ def test_without_influences_words_are_plain_but_the_word_in_question_is_framed()
 
 
 def test_the_strongest_words_are_named():
-    assert strongest_words(["a", "b", "c"], [0.1, -3.0, 0.0]) == [("b", -3.0), ("a", 0.1)]
+    assert strongest_words(["a", "b", "c"], [0.2, -3.0, 0.05]) == [("b", -3.0), ("a", 0.2)]
 
 
 def test_labels_keep_their_colour_and_are_in_the_legend():

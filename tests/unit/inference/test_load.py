@@ -324,13 +324,14 @@ def test_a_rank_that_the_weights_do_not_have_is_refused_before_it_takes_memory(c
     assert (caught.value.code, caught.value.fields["rank"]) == ("adapter-does-not-fit", 10**9)
 
 
-def test_a_pipe_among_the_files_is_refused(copied):
-    folder = copied()
-    (folder / "tokenizer.json").unlink()
-    os.mkfifo(folder / "tokenizer.json")
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokmask.json"])
+def test_a_pipe_among_the_files_is_refused(copied, name):
+    file = copied() / name
+    file.unlink()
+    os.mkfifo(file)
     with pytest.raises(ModelError) as caught:
-        load(folder)
-    assert (caught.value.code, caught.value.fields["path"]) == ("not-a-file", folder / "tokenizer.json")
+        load(file.parent)
+    assert (caught.value.code, caught.value.fields["path"]) == ("not-a-file", file)
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_refused(copied, tmp_path):

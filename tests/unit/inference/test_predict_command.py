@@ -122,7 +122,7 @@ def test_a_named_pipe_is_read_as_a_file(saved_adapter, tmp_path):
         ("a,b\nx,y\n", (), "Set --column"),
         ("a\tb\n", ("--format", "cvs"), "Set --format"),
         ("1,2\n3,4\n", ("--column", "words"), "set --header=true"),
-        ("a\n", ("--encoding", "utf-99"), "--encoding is 'utf-99': expected auto or a codec"),
+        ("a\n", ("--encoding", "utf-99"), "--encoding: expected auto or a codec of Python. Found 'utf-99'"),
     ],
 )
 def test_hints_name_the_options_of_the_command(saved_adapter, tmp_path, content, options, flag):

@@ -54,6 +54,26 @@ def test_share_is_the_rate_and_specials_stay(family):
     assert stats.binomtest(changed, count, rate).pvalue > 1e-4
 
 
+@pytest.mark.parametrize(
+    ("family", "unit"), [("bert", "word"), ("xlm-r", "span"), ("qwen2", "span"), ("llama", "word")]
+)
+def test_words_are_masked_whole(family, unit):
+    model, tokenizer = build(family)
+    batch = encode(tokenizer)
+    with TokenMasker.attach(model, tokenizer, TokenMaskConfig(p=0.5, unit=unit, span_length=2)) as masker:
+        _, ids = masked_ids(model, tokenizer, batch, masker)
+    fixed = special(tokenizer, batch["input_ids"])
+    swapped = (ids != batch["input_ids"]) & ~fixed
+    begins = [
+        not token.startswith("##") if family == "bert" else token[0] in "Ġ▁"
+        for token in tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    ]
+    goes_on = ~torch.tensor(begins)[batch["input_ids"]][:, 1:] & ~fixed[:, 1:] & ~fixed[:, :-1]
+    assert goes_on.sum() > 10
+    assert swapped.any()
+    assert torch.equal(swapped[:, 1:][goes_on], swapped[:, :-1][goes_on])
+
+
 @pytest.mark.parametrize("family", token_families)
 def test_token_logits_equal_those_of_the_masked_ids(family):
     model, tokenizer = build(family, task="token")

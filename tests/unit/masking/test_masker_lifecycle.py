@@ -199,6 +199,10 @@ def test_models_that_cannot_be_masked_are_refused():
     with pytest.raises(MaskTokenError, match="remove these ids") as refused:
         TokenMasker.attach(model, tokenizer, TokenMaskConfig(protect=(4, 999)))
     assert (refused.value.code, refused.value.fields["ids"]) == ("protect-outside", [999])
+    with pytest.raises(MaskTokenError) as refused:
+        TokenMasker.attach(model.requires_grad_(False), tokenizer, TokenMaskConfig(trainable_mask=True))
+    assert refused.value.code == "mask-row-frozen"
+    assert hooks(model) == 0
     model.bert.embed_tokens_per_layer = torch.nn.Embedding(150, 4)
     with pytest.raises(MaskTokenError, match="use a") as refused:
         TokenMasker.attach(model, tokenizer)

@@ -93,7 +93,7 @@ def test_ids_that_reach_the_lookup_transposed_are_masked_as_texts(unit):
     model, tokenizer = build("XLNet")
     batch = tokenizer(TEXTS, padding=True, return_tensors="pt", return_token_type_ids=False)
     ids = batch["input_ids"]
-    config = TokenMaskConfig(p=0.5, unit=unit)
+    config = TokenMaskConfig(p=0.5, unit=unit, span_length=2)
     with TokenMasker.attach(model.train(), tokenizer, config) as masker:
         with seen_ids(model) as seen:
             model(**batch)

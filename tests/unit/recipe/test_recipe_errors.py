@@ -24,6 +24,7 @@ ONE_LINE = {
     "masking.mask_token=mas": f"is 'mas'; {TOKEN}. Did you mean 'mask'?",
     "masking.mask_token=true": f"is true; {TOKEN}",
     "masking.p=1": f"is 1; {RATE}",
+    "masking.p=.nan": f"is nan; {RATE}",
     "masking.protect=5": "is 5; expected a list such as [a, b]",
     "training.class_weights=sqrt": f"is 'sqrt'; {WEIGHTS}. Did you mean 'sqrt_inverse'?",
     "adapter.targets=[]": f"is []; {MODULES}",
@@ -31,6 +32,7 @@ ONE_LINE = {
     "adapter.layers=0": f"is 0; {LAYERS}",
     "data.validation=[1]": f"is [1]; {SPLIT}",
     "data.validation=2": f"is 2; {SPLIT}",
+    "data.validation=0.0": f"is 0.0; {SPLIT}",
     "data.task=seq": "is 'seq'; expected 'sequence', 'token' or 'multilabel'. Did you mean 'sequence'?",
     "data.text_column=1.5": "is 1.5; expected text, a whole number, a list of two columns, as [premise, hypothesis] or "
     "null",
@@ -73,6 +75,7 @@ def test_a_value_that_others_use_leads_to_the_one_here(override, meant):
     ("override", "line"),
     [
         ("training.class_weights={en: x, es: 1}", "training.class_weights.en: is 'x'; expected a number (at least 0)"),
+        ("training.class_weights={en: -1}", "training.class_weights.en: is -1; expected a number (at least 0)"),
         ("training.class_weights={1: 2}", "training.class_weights: the key 1 is not text: put it in quotes"),
         ("data.label_map={true: x}", "data.label_map: the key true is not text: put it in quotes"),
         ("data.label_map={a: false}", "data.label_map.a: is false; expected text: put it in quotes"),

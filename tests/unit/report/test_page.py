@@ -46,7 +46,9 @@ def test_it_holds_what_was_measured(whole):
     for expected in (
         "made-up", "someone/tiny-bert", "p = 0.1", "beats the character n-gram baseline", "test 0.6100 0.6200 0.6300",
         "validation 0.7100 0.7200 0.7300", "n-gram baseline 0.5100 0.5200 0.5300", "Temperature 1.250",
-        "test 0.0789 0.0123 0.4321 0.4321", "in train and in test 926", "Merged on reading: so-so → bad (12).",
+        "test 0.0789 0.0123 0.4321 0.4321", "in train and in test 926",
+        "No texts were found in validation and in test; in train and nearly in validation;",
+        "Merged on reading: so-so → bad (12).",
         "Removed: 87 from train.", "train train.tsv 1,234 5,678 17 29", "61 s in 30 steps", "1.00 GiB",
         "texts are cut at 99 sub-tokens. For the scores, longer ones are read in windows", "595 sub-tokens per second",
         "tokmask predict", "1 of 126", "above 99.9%", "AutoPeftModelFor",
@@ -124,7 +126,16 @@ def test_without_masking_there_is_no_curve_of_it(tmp_path):
     lines = [{key: value for key, value in line.items() if key != "masking_rate"} for line in log()]
     text = page(tmp_path, lines=(*lines, {"step": 31, "loss": None}), masking=0)
     assert "Masking rate p" not in text
+    constant = [line | {"masking_rate": 0.1} for line in log()]
+    assert "Masking rate p" not in page(tmp_path / "constant", lines=constant)
     assert "0.033 at step 30" in text
+
+
+@pytest.mark.parametrize(("probability", "is_repaired"), [(0.02, True), (0.7, False)])
+def test_a_label_that_was_repaired_says_why_its_probability_is_low(tmp_path, probability, is_repaired):
+    one = Mistake(("uno", "dos"), "O", "B-x", probability, 0.3, "test.conll:1", 0)
+    text = page(tmp_path, task="token", shown=Mistakes("test", 9, 9, 126, 1, (one,)))
+    assert ("a likelier label was replaced" in text) == is_repaired
 
 
 def test_changed_data_and_samples_are_mentioned(tmp_path):

@@ -139,6 +139,11 @@ def test_signs_of_failure_are_named_where_they_are_seen(made_up_sweep):
     sds = [row["difference"]["f1_macro"]["sd"] for row in found["rows"] if "difference" in row]
     for gain, sd in zip(unshown["gains"], sorted(sds), strict=True):
         assert (seeds_needed(gain * 1.001, sd), seeds_needed(gain * 0.999, sd)) == (3, 4)
+    assert not unshown["reachable"]
+    assert "with this few seeds none can be." in render("summary.txt", **found)
+
+    found = about(made_up_sweep({"p0.1": 0.0}, p="0,0.1", seeds="6", name="reachable"))
+    assert [one["reachable"] for one in found["signs"]["unshown"]] == [True]
     assert "true differences are smaller" in render("summary.txt", **found)
 
 
@@ -159,7 +164,7 @@ def test_signs_of_failure_are_named_where_they_are_seen(made_up_sweep):
                 "It takes at least 6 seeds",
                 "not established by these seeds (p = 0.25",
             ],
-            ["a single arm", "0 of 3 seeds"],
+            ["smallest of", "0 of 3 seeds"],
         ),
         (
             {"p0.1": 0.3},
@@ -180,8 +185,13 @@ def test_signs_of_failure_are_named_where_they_are_seen(made_up_sweep):
             ],
             ["With 8 seeds", "for p = 0.1", "add 0"],
         ),
-        ({}, {"seeds": "6", "grid": ["adapter.r=2,4"]}, [], ["single arm"]),  # one in each setting
-        ({}, {"p": "0,0.1,0.2", "seeds": "6"}, ["smallest of 2 by 2: a single arm cannot reach .05"], ["by 3"]),
+        ({}, {"seeds": "6", "grid": ["adapter.r=2,4"]}, [], ["whatever the scores"]),  # one in each setting
+        (
+            {},
+            {"p": "0,0.1,0.2", "seeds": "6"},
+            ["smallest of 2 by 2: no difference can be established, whatever", "takes 7 seeds"],
+            ["by 3"],
+        ),
         ({}, {"p": "0.1,0.2"}, ["add 0 to --p"], ["nothing to compare"]),
         ({}, {"p": "0.1", "arms": "lora_dropout,mask"}, ["no arm without a regularizer", "add none to"], ["add 0"]),
         ({}, {"p": "0"}, ["There is nothing to compare with p = 0; add rates to --p."], ["add 0"]),
@@ -221,10 +231,10 @@ def test_files(made_up_sweep, tmp_path):
     for file in folder.glob("*/result.json"):
         floor = {"baseline": {"f1_macro": 0.9, "f1_weighted": 0.9}}
         file.write_text(json.dumps(json.loads(file.read_text()) | floor))
-    report = sweep_report(folder)
-    names = {"report.md", "table.tex", "f1_against_p.png", "f1_against_p.svg", "statistics.json", "report.html"}
+    report = sweep_report(folder, tmp_path / "new.html")
+    names = {"report.md", "table.tex", "f1_against_p.png", "f1_against_p.svg", "statistics.json"}
     assert {path.name for path in (folder / "report").iterdir()} == names
-    assert report.page == folder / "report" / "report.html"
+    assert report.page == tmp_path / "new.html"
     assert "not above character n-grams" in re.search('<p class="verdict bad">(.*?)</p>', report.page.read_text())[1]
     png, svg = report.plots
     assert png.read_bytes().startswith(b"\x89PNG")
@@ -236,6 +246,15 @@ def test_files(made_up_sweep, tmp_path):
     body = re.findall(r"\\midrule\n(.*?)\\bottomrule", tex, re.DOTALL)
     assert [block.count(r"\\") for block in body] == [2, 1]
     assert not re.search(r"(?<!\\)[_%#]", tex), "a sign that LaTeX takes for its own"
+
+
+@pytest.mark.parametrize("arms", ["none,own:0.1", "none,mask,drop:0.3"])
+def test_arms_that_mask_at_a_rate_of_their_own_are_not_drawn_at_zero(made_up_sweep, tmp_path, arms):
+    found = about(made_up_sweep(p="0.1", arms=arms, seeds="2"))
+    _, svg = plot_f1(found, tmp_path)
+    for row in found["rows"]:
+        assert f"<!-- {row['label']} -->" in svg.read_text()
+    assert "masking rate" not in svg.read_text()
 
 
 def test_tables_escape_what_their_language_reads():
@@ -276,7 +295,8 @@ class TestPage:
             assert f"{row['f1_macro']['mean']:.4f}" in page
 
     @pytest.mark.parametrize(
-        ("seeds", "rates", "words"), [("2", "0,0.1", "No difference"), ("3", "0", "nothing to compare")]
+        ("seeds", "rates", "words"),
+        [("2", "0,0.1", "can be established with this few seeds"), ("3", "0", "nothing to compare")],
     )
     def test_what_the_seeds_do_not_show_is_not_claimed(self, made_up_sweep, seeds, rates, words):
         page = sweep_page(about(made_up_sweep({"p0.1": 0.2}, p=rates, seeds=seeds)))

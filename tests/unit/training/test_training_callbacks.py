@@ -105,6 +105,13 @@ class TestStopOnSignal:
                 send(signal.SIGINT)
         assert stop.stopped
 
+    def test_under_nohup_the_end_of_the_terminal_stops_nothing(self):
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        with StopOnSignal() as stop:
+            send(signal.SIGHUP)
+            assert not stop.stopped
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
     def test_in_another_thread_it_leaves_the_signals_alone(self):
         before, seen = handlers(), []
 
