@@ -6,7 +6,6 @@ Imports nothing heavy, so that a command can refuse a wrong folder before the li
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -91,9 +90,10 @@ def _damaged_part(checkpoint: Path) -> str | None:
         return "trainer_state.json"
     if not processes and (numbered := [*checkpoint.glob("rng_state_*")]):  # of an older version
         processes = max(2, len(numbered))
-    states = (f"rng_state_{rank}.pth" for rank in range(processes)) if processes > 1 else ("rng_state.pth",)
-    parts = itertools.chain(_PARTS, ((name,) for name in states))
-    for folder, names in itertools.chain([(best, _WEIGHTS)], ((checkpoint, names) for names in parts)):
+    if pipes := [path.name for path in checkpoint.iterdir() if not (path.is_file() or path.is_dir())]:
+        return pipes[0]
+    states = [(f"rng_state_{rank}.pth",) for rank in range(processes)] if processes > 1 else [("rng_state.pth",)]
+    for folder, names in [(best, _WEIGHTS), *((checkpoint, names) for names in (*_PARTS, *states))]:
         found = [path for name in names for path in folder.glob(name)]
         if not found or not all(map(is_whole, found)):
             return names[0] if folder == checkpoint else f"its best checkpoint, {folder.name},"
@@ -308,7 +308,7 @@ class Calibration(_Part):
 
     model_config = ConfigDict(extra="allow")
 
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(1.0, ge=0.001, le=1000)
 
 
 class AdapterInfo(_Part):
@@ -325,8 +325,8 @@ class AdapterInfo(_Part):
     @field_validator("labels", "pair")
     @classmethod
     def _is_possible(cls, value: tuple[str, ...] | None, known: ValidationInfo) -> tuple[str, ...] | None:
-        if known.field_name == "labels" and value and len(set(value)) < len(value):
-            raise ValueError("a label is given twice")
+        if known.field_name == "labels" and value and len({*value, ""}) <= len(value):
+            raise ValueError("a label is empty or given twice")
         if known.field_name == "pair" and value and get_task(known.data.get("task", "sequence")).words_given:
             raise ValueError("words have no second text")
         return value

@@ -58,8 +58,8 @@ def environment() -> Environment:
 
 def check_page(path: Path) -> Path:
     """Return the file of a page to write; a RunError if it cannot be written, or is there and is not a report."""
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        problem = "it is a folder" if path.is_dir() else "its folder is missing"
+    if (path.exists() and not path.is_file()) or not path.absolute().parent.is_dir():
+        problem = "it is not a file" if path.exists() else "its folder is missing"
         raise RunError(f"{path} cannot be written: {problem}", code="bad-output", path=path)
     if path.is_file() and MARK not in path.read_text(encoding="utf-8", errors="replace")[:200]:
         raise RunError(f"{path} exists and is not a report; give another file with --out", code="taken", path=path)

@@ -114,7 +114,8 @@ class YesOrNo:
     def cuts_of(self, labels: Sequence[str], calibration: Mapping[str, Any]) -> list[float]:
         """Return the thresholds as logits without the temperature; that of a label without one is .5."""
         known, divisor = calibration.get("thresholds") or {}, calibration.get("temperature", 1.0)
-        chances: list[Any] = [known.get(label, 0.5) for label in labels] if isinstance(known, dict) else [None]
+        fits = isinstance(known, dict) and known.keys() <= {*labels}
+        chances: list[Any] = [known.get(label, 0.5) for label in labels] if fits else [None]
         if not all(isinstance(chance, float) and 0.0 < chance < 1.0 for chance in chances):
             problem = f"calibration.thresholds is {known}, expected a probability between 0 and 1 for each label"
             raise ModelError(f"tokmask.json cannot be used: {problem}", code="bad-adapter-file", key="thresholds")

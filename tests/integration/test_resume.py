@@ -6,6 +6,7 @@ import shutil
 import signal
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import forked
 import pytest
@@ -178,16 +179,28 @@ def test_scores_of_other_weights_than_the_best_finish_no_run(write_recipe, tmp_p
     assert not run.adapter.exists()
 
 
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(trained, copied, tokmask):
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("part", "put"),
+    [
+        ("optimizer.pt", Path.touch),
+        ("scheduler.pt", os.mkfifo),  # to open it for writing would never end
+        ("trainer_state.json", Path.mkdir),
+        ("adapter_config.json", os.mkfifo),
+    ],
+)
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(trained, copied, tokmask, part, put):
     run = copied(trained())
     weights = (run.adapter / "adapter_model.safetensors").read_bytes()
     last = run.last_checkpoint()
-    (last / "optimizer.pt").write_bytes(b"")
+    (last / part).unlink()
+    put(last / part)
     run.result.unlink()
     shutil.rmtree(run.adapter)
     done = tokmask("train", run.recipe, f"output_dir={run.root.parent}", "--resume")
     assert last.name in done.stdout
-    assert "optimizer.pt" in done.stdout
+    assert part in done.stdout
+    assert (last / part).is_file()
     assert (run.adapter / "adapter_model.safetensors").read_bytes() == weights
 
 

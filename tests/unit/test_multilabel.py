@@ -242,7 +242,7 @@ def test_thresholds_are_saved_as_calibrated_probabilities_and_decide_alike():
     sure = thresholds_of([-60.0, 60.0], ["a", "b"], 1.0)
     assert np.sign(TASK.cuts_of(["a", "b"], {"thresholds": sure})).tolist() == [-1, 1]
     assert TASK.use("THRESHOLDS", ["a"], {"thresholds": {"a": 1.23456789e-5}}) == "[1.23457e-05]"
-    for bad in ({"a": 1.0}, {"a": "x"}, [0.5]):
+    for bad in ({"a": 1.0}, {"a": "x"}, [0.5], {"A": 0.4}):
         with pytest.raises(ModelError) as caught:
             TASK.cuts_of(labels, {"thresholds": bad})
         assert caught.value.code == "bad-adapter-file"

@@ -141,7 +141,8 @@ class TokenMaskCallback(TrainerCallback, ExportableState):
             self.schedule.load_state_dict(saved["schedule"])
         token = self._attach(args, state, kwargs).mask_token
         if self.announce and state.is_world_process_zero:
-            sys.stderr.write(f"tokmask: masked tokens become id {token.id}: {token.reason}\n")
+            choice = "no mask token" if token.kind == "none" else f"masked tokens become id {token.id}"
+            sys.stderr.write(f"tokmask: {choice}: {token.reason}\n")
 
     def on_step_begin(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
         """Switch masking on, with the rate and the counter of this optimizer step.
@@ -212,7 +213,8 @@ class TokenMaskCallback(TrainerCallback, ExportableState):
         """Write the config, with the mask token's id, into the checkpoint."""
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         if self.masker is not None and state.is_world_process_zero and folder.is_dir():
-            resolved = {"mask_token": self.masker.mask_token.id, "seed": self.masker.seed}
+            token, resolved = self.masker.mask_token, {"seed": self.masker.seed}
+            resolved |= {} if token.kind == "none" else {"mask_token": token.id}
             self.config.model_copy(update=resolved).save_pretrained(folder)
 
     def on_train_end(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from tokmask_peft.errors import MaskTokenError
 from tokmask_peft.masking import pattern
 from tokmask_peft.masking.config import TokenMaskConfig
-from tokmask_peft.masking.replacement import MaskToken, choose_mask_token, used_rows
+from tokmask_peft.masking.replacement import NO_MASK_TOKEN, REPLACEMENTS, MaskToken, choose_mask_token, used_rows
 
 if TYPE_CHECKING:  # the masker needs no NumPy
     import numpy as np
@@ -223,6 +223,21 @@ def find_mask_token(embedding: nn.Module, tokenizer: Any, wanted: Any = "auto", 
         return UsedRows.of(embedding, tokenizer).why_untrained(token_id) if whole_here and not trained else None
 
     return choose_mask_token(tokenizer, weight.shape[0], wanted, why_untrained)
+
+
+def mask_token_for(embedding: nn.Module, tokenizer: Any, config: TokenMaskConfig) -> MaskToken:
+    """Choose the mask token as a config says; `NO_MASK_TOKEN` if there is none and its masking needs none.
+
+    Raises:
+        MaskTokenError: there is no usable mask token, and one is needed.
+    """
+    try:
+        return find_mask_token(embedding, tokenizer, config.mask_token, trained=config.trainable_mask)
+    except MaskTokenError as error:
+        needed = REPLACEMENTS[config.replace].needs_mask_token or config.trainable_mask
+        if error.code != "no-mask-token" or needed:
+            raise
+        return NO_MASK_TOKEN
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from tokmask_peft.errors import MaskTokenError
 from tokmask_peft.masking import embedding as rows_of
 from tokmask_peft.masking import pattern
 from tokmask_peft.masking.config import TokenMaskConfig
-from tokmask_peft.masking.replacement import REPLACEMENTS, MaskToken
+from tokmask_peft.masking.replacement import NO_MASK_TOKEN, REPLACEMENTS, MaskToken
 
 _COUNT_BY_MASK = ("opt", "biogpt", "bloom")
 """Models, by `model_type`, in which a token's position is the number of those before it in the attention mask."""
@@ -62,6 +62,7 @@ class TokenMasker:
         self._counts = torch.zeros(2, dtype=torch.int64, device=device)
         self._layout: tuple[Tensor, Tensor] | None = None
         self._original_row: Tensor | None = None
+        self._refused: MaskTokenError | None = None  # why this config, which never masks, cannot be given a rate
         self._handles: list[Any] = []
         self._decoder = rows_of.find_decoder_embedding(model)
         self._rereads = self._decoder is not None and rows_of.rereads(model)
@@ -103,7 +104,8 @@ class TokenMasker:
             replaceable: let a later `attach` take this masker's place instead of refusing.
 
         Raises:
-            MaskTokenError: no usable mask token, another masker is attached, or the model cannot be masked.
+            MaskTokenError: no usable mask token, another masker is attached, or the model cannot be masked. What stands
+                in the way of masking is no error if the config never masks, until a rate is set.
         """
         config = TokenMaskConfig() if config is None else config
         embedding = rows_of.find_embedding(model)
@@ -113,9 +115,14 @@ class TokenMasker:
         if outside := [token_id for token_id in config.protect if token_id >= rows]:
             message = f"masking.protect: the embedding has rows 0 to {rows - 1}, not {outside}; remove these ids"
             raise MaskTokenError(message, code="protect-outside", ids=outside, rows=rows)
-        _check_possible(model, config)
-        trained = config.trainable_mask
-        mask_token = mask_token or rows_of.find_mask_token(embedding, tokenizer, config.mask_token, trained=trained)
+        trained, refused = config.trainable_mask, None
+        try:
+            _check_possible(model, config)
+            mask_token = mask_token or rows_of.mask_token_for(embedding, tokenizer, config)
+        except MaskTokenError as error:
+            if trained or not config.is_off:
+                raise
+            mask_token, refused = mask_token or NO_MASK_TOKEN, error
         trainable = rows_of.is_trainable(embedding, mask_token.id)
         if trained and not trainable:
             remedy = f"give PEFT's config trainable_token_indices=[{mask_token.id}], or set trainable_mask: false"
@@ -125,6 +132,7 @@ class TokenMasker:
             distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
             rank = torch.distributed.get_rank() if distributed else 0
         masker = cls(model, tokenizer, config, mask_token)
+        masker._refused = refused
         masker.seed, masker.rank = config.seed if config.seed is not None else (seed or 0), rank
         if other is not None:
             other.detach()
@@ -217,6 +225,8 @@ class TokenMasker:
         given |= given.pop("kwargs", {})
         ids, visible = given.get("input_ids"), given.get("attention_mask")
         if ids is None or (visible is not None and visible.dim() != 2):
+            if self.config.is_off and self._rate == 0.0:
+                return None
             needed = "masking.replace: drop needs input_ids, and an attention mask of shape [batch, seq] or none"
             raise MaskTokenError(f"{needed}; use replace: token", code="cannot-drop")
         masked = self.pattern(ids, None, pattern.text_positions(ids, self._pad_id))
@@ -322,6 +332,8 @@ class TokenMasker:
     def rate(self, value: float) -> None:
         if not 0.0 <= value < 1.0:
             raise MaskTokenError(f"the masking rate must be at least 0 and below 1, not {value}", code="rate-outside")
+        if value > 0.0 and self._refused is not None:
+            raise self._refused
         token, off = self.mask_token, self.config.is_off
         if value > 0.0 and off and token.kind == "spare" and not rows_of.is_in_adapter(self._embedding, token.id):
             why = f"masked tokens would become row {token.id}, which was not prepared because the config never masks"

@@ -17,9 +17,11 @@ class MaskToken:
     """The token that replaces masked ones."""
 
     id: int  # row of the embedding matrix
-    kind: Literal["mask", "spare", "unk", "id"]  # where it comes from; id: named by the caller
+    kind: Literal["mask", "spare", "unk", "id", "none"]  # where it comes from; id: named by the caller
     reason: str  # one sentence for the decision table
 
+
+NO_MASK_TOKEN = MaskToken(-1, "none", "the tokenizer has none, and this masking needs no mask token")
 
 _SENTINELS = ("<extra_id_0>", "▁<extra_id_0>")
 """What T5 and its kin, which have no mask token, see in pretraining in place of a masked stretch of text."""
@@ -124,12 +126,13 @@ class Replacement:
     not called: no other token sees them, and a packed row is computed without them.
 
     Args:
-        mask_token: as chosen.
+        mask_token: as chosen; `NO_MASK_TOKEN` if there is none, and this class does not need one.
         maskable: for every id whether it may be masked, bool [rows].
         tokenizer: that of the model.
     """
 
     removes: ClassVar[bool] = False
+    needs_mask_token: ClassVar[bool] = True
 
     def __init__(self, mask_token: MaskToken, maskable: Tensor, tokenizer: Any) -> None:
         self.mask_token = mask_token
@@ -157,6 +160,8 @@ class TokenReplacement(Replacement):
 class RandomReplacement(Replacement):
     """Masked tokens become other tokens of the vocabulary, each as likely as any (Takase and Kiyono 2021)."""
 
+    needs_mask_token = False
+
     def __init__(self, mask_token: MaskToken, maskable: Tensor, tokenizer: Any) -> None:
         super().__init__(mask_token, maskable, tokenizer)
         self.pool = maskable[: used_rows(tokenizer)].nonzero().flatten()
@@ -170,7 +175,7 @@ class RandomReplacement(Replacement):
 class Removal(Replacement):
     """Masked tokens leave the text, and the others keep their positions (as in Cutoff, Shen et al. 2020)."""
 
-    removes = True
+    removes, needs_mask_token = True, False
 
 
 REPLACEMENTS: dict[str, type[Replacement]] = {

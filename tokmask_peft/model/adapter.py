@@ -254,7 +254,7 @@ def check_fit(model: Any, tokenizer: Any, folder: Path) -> None:
     PEFT only warns of missing weights, and ignores others that it does not know.
 
     Raises:
-        ModelError: weights are missing, unexpected or of another shape, or the tokenizer is another one.
+        ModelError: weights are missing, unexpected, of another shape or whole numbers, or the tokenizer is another one.
     """
     from peft import get_peft_model_state_dict
 
@@ -262,15 +262,18 @@ def check_fit(model: Any, tokenizer: Any, folder: Path) -> None:
     weights = get_peft_model_state_dict(model, save_embedding_layers=False)
     wanted = {name: list(value.shape) for name, value in weights.items()}
     with safe_open(folder / WEIGHTS, "pt") as file:
-        saved = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        saved = {name: part.get_shape() for name, part in slices.items()}
+        integers = sorted(name for name, part in slices.items() if name in wanted and "F" not in part.get_dtype())
     found = {
         "missing": sorted(wanted.keys() - saved.keys()),
         # the Trainer's checkpoints may also hold the embedding matrix
         "unexpected": sorted(saved.keys() - wanted.keys() - model.state_dict().keys()),
         "shapes": sorted(name for name in wanted.keys() & saved.keys() if saved[name] != wanted[name]),
+        "integers": integers,
     }
     if any(found.values()):
-        said = {"shapes": "of another shape"}
+        said = {"shapes": "of another shape", "integers": "that are whole numbers"}
         problems = [f"{len(names)} {said.get(kind, kind)} ({_some(names)})" for kind, names in found.items() if names]
         raise ModelError(
             f"the adapter in {folder} does not fit the backbone or the labels. Of its weights, {'; '.join(problems)}. "

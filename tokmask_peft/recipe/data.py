@@ -111,6 +111,9 @@ class SourceConfig(Section):
         if self.path is None and self.hub is None and not self.builtin:
             remedy = "set path to a local folder or file, hub to a dataset id, or builtin to true in this section"
             raise ValueError(f"no data: {remedy}")
+        named = self.label_column if isinstance(self.label_column, tuple) else ()
+        if twice := next((name for name in named if named.count(name) > 1), None):
+            raise ValueError(f"label_column names '{twice}' twice: each column is one label, so name it once")
         return self
 
     @property
@@ -187,6 +190,9 @@ class DataConfig(SourceConfig):
     @model_validator(mode="after")
     def _pairs_fit(self) -> Self:
         pairs, other = self.pair is not None, self.test_source or self
+        if {self.label_separator, other.label_separator} != {"auto"} and not get_task(self.task).several:
+            why = f"label_separator is for several labels per text, and task '{self.task}' has one"
+            raise ValueError(f"{why}: set data.task=multilabel, or leave it at auto")
         if pairs and get_task(self.task).words_given:
             raise ValueError(f"text_column names two columns, for pairs, but task '{self.task}' labels words: name one")
         if pairs != (other.pair is not None) or (pairs and self.path is self.hub is None):

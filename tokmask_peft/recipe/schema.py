@@ -261,6 +261,8 @@ class Recipe(Section):
         if get_task(self.data.task).several and self.masking.make_schedule().reacts:
             why = f"masking.schedule: {self.masking.schedule} counts right answers, of which each text has one"
             raise ValueError(f"{why}: take constant, linear, cosine or warmup for several labels per text")
+        if self.data.label_on != "auto" and not get_task(self.data.task).words_given:
+            raise ValueError("data.label_on: words have no labels in this task: leave it at auto")
         spans = self.data.spans if get_task(self.data.task).words_given else "none"
         if self.data.spans not in ("auto", spans):
             raise ValueError("data.spans: entities are marked by labels of words: take a task with one label per word")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import time
 from datetime import timedelta
 from math import isfinite
@@ -109,12 +110,19 @@ class Patience(EarlyStoppingCallback):
 
 
 class BestOfThisRun(TrainerCallback):
-    """Look for the best checkpoint in the run's own folder: the path that the Trainer saves is wrong after a move."""
+    """Look for the best checkpoint in the run's own folder: the path that the Trainer saves is wrong after a move.
+
+    Pipes and folders in later checkpoints, which were passed over, make room for the files that will be saved there.
+    """
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Replace the path that was read from the checkpoint."""
         if state.best_global_step:
             state.best_model_checkpoint = str(Path(args.output_dir) / f"checkpoint-{state.best_global_step}")
+        for path in Path(args.output_dir).glob("checkpoint-*/*") if state.is_world_process_zero else ():
+            step = path.parent.name[11:]
+            if step.isdecimal() and int(step) > state.global_step and not path.is_file():
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 class StepClock(TrainerCallback):

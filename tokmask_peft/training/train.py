@@ -36,7 +36,7 @@ from tokmask_peft.data.encoding import words_need_a_space
 from tokmask_peft.errors import RecipeError, RunError, RunInterruptedError, boundary, whole, write_json
 from tokmask_peft.hub.card import write_card
 from tokmask_peft.masking.callback import TokenMaskCallback
-from tokmask_peft.masking.embedding import embedding_weight, find_embedding, find_mask_token, prepare_mask_row
+from tokmask_peft.masking.embedding import embedding_weight, find_embedding, mask_token_for, prepare_mask_row
 from tokmask_peft.masking.replacement import MaskToken
 from tokmask_peft.model.adapter import WEIGHTS, add_adapter, check_fit, gathered_weights, save_adapter
 from tokmask_peft.model.backbone import Backbone, load_backbone
@@ -286,10 +286,10 @@ def _choose_mask(recipe: Recipe, backbone: Backbone) -> tuple[MaskToken | None, 
     if outside := [token_id for token_id in masking.protect if token_id >= rows]:
         problem = f"masking.protect: {outside} are outside the embedding, which has rows 0 to {rows - 1}"
         raise RecipeError([problem], code="unknown-token", ids=outside)
-    mask = find_mask_token(embedding, backbone.tokenizer, masking.mask_token, trained=masking.trainable_mask)
+    mask = mask_token_for(embedding, backbone.tokenizer, masking)
     if masking.trainable_mask:
         prepare_mask_row(embedding, mask, backbone.tokenizer, trained=True)
-    return mask, Decision("mask token", f"id {mask.id} ({mask.kind})", mask.reason)
+    return mask, Decision("mask token", "none" if mask.kind == "none" else f"id {mask.id} ({mask.kind})", mask.reason)
 
 
 def make_trainer(prepared: Prepared, run: RunFolder, callbacks: list[TrainerCallback]) -> OrderedEvalTrainer:
@@ -366,6 +366,7 @@ def save_adapter_folder(
 ) -> None:
     """Write an adapter folder: weights (from `gathered_weights`), tokenizer, `tokmask.json` and the model card."""
     recipe, backbone, task = prepared.recipe, prepared.backbone, get_task(prepared.recipe.data.task)
+    mask = prepared.mask
     save_adapter(prepared.model, folder, recipe.model.backbone, weights)
     backbone.tokenizer.save_pretrained(str(folder))
     place = recipe.model.backbone_path or ""
@@ -388,7 +389,7 @@ def save_adapter_folder(
             weights=backbone.weights,
             scaling=recipe.adapter.scaling,
         ),
-        masking=recipe.masking.model_copy(update={"mask_token": prepared.mask.id} if prepared.mask else {}),
+        masking=recipe.masking.model_copy(update={"mask_token": mask.id} if mask and mask.kind != "none" else {}),
     ).write(folder)
     write_card(folder, recipe, result, spaced_words=task.words_given and words_need_a_space(backbone.tokenizer))
 

@@ -5,6 +5,7 @@ import pytest
 from scipy.stats import norm
 from tiny_models import TEXTS
 
+from tokmask_peft.inference import explain
 from tokmask_peft.inference.explain import Occluded, Question
 from tokmask_peft.study.diagnostics import faithfulness
 from tokmask_peft.study.diagnostics.faithfulness import SHARES, interval, masking_curves, report_text
@@ -45,6 +46,17 @@ def test_words_are_masked_in_the_order_of_their_influence(classifier):
     for row, words in ((0, order[::-1]), (1, order)):
         asked = [Question(0, frozenset(words[:count].tolist())) for count in range(11)]
         assert curves[row] == pytest.approx(probabilities(occluded.logits(asked, 8))[:, label], abs=1e-5)
+
+
+@pytest.mark.parametrize("task", ["sequence", "token"])
+def test_a_text_too_long_to_explain_is_left_out(classifier, task, monkeypatch):
+    monkeypatch.setattr(explain, "MOST_WORDS", 8)
+    monkeypatch.setattr(faithfulness, "MOST_WORDS", 8)
+    found = masking_curves(model := classifier(task=task, max_length=64), TEXTS)
+    assert sorted(found) == [n for n, text in enumerate(TEXTS) if 1 < len(text.split()) <= 8]
+    monkeypatch.undo()
+    whole = masking_curves(model, TEXTS)
+    assert all(np.allclose(found[n], whole[n], atol=1e-5) for n in found), "the draws stay those of the text"
 
 
 def test_intervals_are_those_of_large_samples_and_paired():
@@ -90,6 +102,7 @@ def test_the_verdict_is_that_of_the_interval(low, high, alone, paired):
     result = {"texts": 9, "left_out": 1, "split": "test", "shares": SHARES.tolist(), "run": part(low, high, 0.1)}
     said = report_text(result)
     assert alone in said
+    assert "(without 1 that have more than 10,000 words)" in report_text(result | {"too_long": 1})
     assert "First run" not in said
     other = {"against": part(0.1, 0.2, 0), "difference": part(low, high, 0)["measures"], "other_differences": ["seed"]}
     said = report_text(result | other)

@@ -194,6 +194,8 @@ def test_an_embedding_on_the_host_is_an_ordinary_one_on_a_cpu(saved_adapter):
         ({"task": "token", "pair": ["a", "b"]}, "pair"),
         ({"labels": ["good", "bad", "good"]}, "labels"),
         ({"labels": []}, "labels"),
+        ({"labels": ["good", ""]}, "labels"),
+        ({"calibration": {"temperature": 1e-320}}, "calibration.temperature"),
         ({"format": 3}, "format"),
     ],
 )

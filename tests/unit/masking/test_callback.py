@@ -383,3 +383,14 @@ def test_a_checkpoint_is_resumed_whatever_it_says_of_the_callback(tmp_path, case
     resumed = run(str(state.parent))
     assert len(resumed) == 2
     assert all(torch.equal(one, other) for one, other in zip(whole[2:], resumed, strict=True))
+
+
+@pytest.mark.parametrize("config", [{"p": 0.0}, {"p": 0.5, "replace": "random"}])
+def test_no_mask_token_where_none_is_needed(tmp_path, capsys, config):
+    model = build("gpt2", vocab_size=len(build("gpt2")[1]))[0]
+    callback = TokenMaskCallback(TokenMaskConfig(**config))
+    made = trainer(tmp_path, [callback], model, save_strategy="steps", save_steps=2)
+    made.train()
+    assert "needs no mask token" in capsys.readouterr().err
+    assert TokenMaskConfig.from_pretrained(tmp_path / "checkpoint-2").mask_token == "auto"
+    made.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from tiny_models import assert_typical, build, encode, seen_ids
+from tiny_models import assert_typical, build, encode, seen_ids, tiny_tokenizer
 from transformers import CanineConfig, CanineForSequenceClassification
 
 from tokmask_peft.errors import MaskTokenError
@@ -207,3 +207,36 @@ def test_models_that_cannot_be_masked_are_refused():
     with pytest.raises(MaskTokenError, match="use a") as refused:
         TokenMasker.attach(model, tokenizer)
     assert refused.value.code == "per-layer-embeddings"
+
+
+@pytest.mark.parametrize(("p", "replace"), [(0.0, "token"), (0.0, "drop"), (0.5, "drop"), (0.5, "random")])
+def test_a_mask_token_is_needed_only_where_it_would_stand(p, replace):
+    model, tokenizer = build("gpt2", vocab_size=len(tiny_tokenizer("bytelevel")))
+    tokenizer.unk_token = tokenizer.eos_token
+    batch = encode(tokenizer)
+    with pytest.raises(MaskTokenError) as refused:
+        TokenMasker.attach(model, tokenizer, TokenMaskConfig(p=0.5))
+    assert refused.value.code == "no-mask-token"
+    with TokenMasker.attach(model.train(), tokenizer, TokenMaskConfig(p=p, replace=replace)) as masker:
+        with seen_ids(model) as seen:
+            model(**batch)
+        assert torch.equal(seen[0], batch["input_ids"]) == (replace != "random")
+        assert (masker.observed_rate > 0.2) == (p > 0)
+        masker.load_state_dict(json.loads(json.dumps(masker.state_dict())))
+        if p > 0 or replace == "drop":
+            masker.rate = 0.4
+        else:
+            with pytest.raises(MaskTokenError) as refused:
+                masker.rate = 0.4
+            assert refused.value.code == "no-mask-token"
+
+
+def test_what_could_not_drop_is_refused_once_it_is_asked_to():
+    model, tokenizer = build("t5")
+    with TokenMasker.attach(model.train(), tokenizer, TokenMaskConfig(p=0.0, replace="drop")) as masker:
+        with seen_ids(model.get_encoder()) as seen:
+            model(**encode(tokenizer))
+        assert torch.equal(seen[0], encode(tokenizer)["input_ids"])
+        with pytest.raises(MaskTokenError) as refused:
+            masker.rate = 0.5
+        assert (refused.value.code, masker.rate) == ("cannot-drop", 0.0)

@@ -196,6 +196,7 @@ def test_a_pipe_in_place_of_a_file_is_refused(model_config, tmp_path):
         (lambda name, value: {name: value} if "classifier" not in name else {}, {"missing"}),
         (lambda name, value: {name: value, "base_model.model.somewhere.lora_A.weight": value}, {"unexpected"}),
         (lambda name, value: {name: value[:1] if "lora_A" in name else value}, {"shapes"}),
+        (lambda name, value: {name: value.int() if "lora_A" in name else value}, {"integers"}),
     ],
 )
 def test_weights_that_are_not_those_of_the_adapter_are_named(load, saved, change, kinds):
@@ -205,7 +206,7 @@ def test_weights_that_are_not_those_of_the_adapter_are_named(load, saved, change
     save_file({name: value.clone() for name, value in weights.items()}, file)
     error = refusal(load("bert"), saved)
     assert error.code == "adapter-does-not-fit"
-    assert {kind for kind in ("missing", "unexpected", "shapes") if error.fields[kind]} == kinds
+    assert {kind for kind in ("missing", "unexpected", "shapes", "integers") if error.fields[kind]} == kinds
     assert all(error.fields[kind][0] in str(error) for kind in kinds)
 
 

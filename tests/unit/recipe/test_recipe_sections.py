@@ -131,6 +131,28 @@ def test_a_backbone_elsewhere_stays_as_given(tmp_path, monkeypatch, folder):
 
 
 @pytest.mark.parametrize(
+    ("task", "data", "problem"),
+    [
+        ("sequence", {"label_on": "last"}, "data.label_on"),
+        ("multilabel", {"label_on": "first"}, "data.label_on"),
+        ("token", {"label_on": "last"}, None),
+        ("sequence", {"label_separator": ";"}, "label_separator"),
+        ("token", {"test_source": {"path": "x", "label_separator": ";"}}, "label_separator"),
+        ("multilabel", {"label_separator": ";"}, None),
+        ("multilabel", {"label_column": ["joy", "joy", "fear"]}, "'joy' twice"),
+        ("multilabel", {"label_column": ["joy", "fear"]}, None),
+    ],
+)
+def test_a_key_that_would_do_nothing_is_refused(task, data, problem):
+    given = {"name": "x", "model": {"backbone": "a/b"}, "data": {"task": task, "path": "x", **data}}
+    if problem is None:
+        Recipe.model_validate(given)
+    else:
+        with pytest.raises(ValidationError, match=problem):
+            Recipe.model_validate(given)
+
+
+@pytest.mark.parametrize(
     ("task", "spans", "metric", "problem"),
     [
         ("sequence", "bio", "f1_macro", "data.spans"),

@@ -1,5 +1,6 @@
 """The page of a run: everything that was measured, escaped, and nothing that was not."""
 
+import os
 import re
 import sys
 
@@ -163,7 +164,9 @@ def test_only_a_report_is_replaced(tmp_path):
     report_run(folder, examples=False)
     mine = tmp_path / "thesis.html"
     mine.write_text("mine")
-    for out, code in ((mine, "taken"), (tmp_path / "no/such.html", "bad-output"), (tmp_path, "bad-output")):
+    os.mkfifo(tmp_path / "pipe")  # or a device, which the page would replace
+    bad = [tmp_path / name for name in ("no/such.html", "", "pipe")]
+    for out, code in ((mine, "taken"), *((path, "bad-output") for path in bad)):
         with pytest.raises(RunError) as caught:
             report_run(folder, out, examples=False)
         assert caught.value.code == code

@@ -21,7 +21,7 @@ from scipy.stats import bootstrap
 from tokmask_peft.artifacts import find_saved, open_finished
 from tokmask_peft.errors import DataError, RunError
 from tokmask_peft.inference.classifier import BATCH_SIZE, Classifier, load
-from tokmask_peft.inference.explain import Occluded, Question, explain
+from tokmask_peft.inference.explain import MOST_WORDS, Occluded, Question, explain
 from tokmask_peft.recipe.loading import differences, load_recipe
 from tokmask_peft.study.report import render
 from tokmask_peft.study.statistics import MEANINGS
@@ -47,13 +47,15 @@ def masking_curves(
 
     Returns:
         By index of the text `[3, shares]`: most influential first, least influential first, and the mean of
-        `RANDOM_ORDERS` random orders. Texts with fewer than two words that can be masked are left out.
+        `RANDOM_ORDERS` random orders. Texts with fewer than two words that can be masked, or with more than
+        `MOST_WORDS` words, are left out.
     """
     given = classifier.checked(texts)
+    kept = [number for number, text in enumerate(given) if not too_long(text)]
     found: dict[int, NDArray[np.float64]] = {}
-    for start in range(0, len(given), _TEXTS):
-        part = given[start : start + _TEXTS]
-        draws = [np.random.default_rng([seed, start + number]) for number in range(len(part))]
+    for start in range(0, len(kept), _TEXTS):
+        numbers = kept[start : start + _TEXTS]
+        part, draws = [given[at] for at in numbers], [np.random.default_rng([seed, at]) for at in numbers]
         explained = [] if get_task(classifier.task).words_given else explain(classifier, part, batch_size=batch_size)
         for text, draw in zip(part, draws, strict=True) if not explained else ():
             explained += explain(classifier, [text], word=int(draw.integers(len(text))), batch_size=batch_size)
@@ -74,8 +76,13 @@ def masking_curves(
             shares, at = get_task(classifier.task).competing(own, label)
             values = probabilities(shares, classifier.temperature)[:, at].reshape(-1, len(counts))
             curves = np.stack([np.interp(SHARES, counts / counts[-1], row) for row in values])
-            found[start + text] = np.concatenate([curves[:2], curves[2:].mean(0, keepdims=True)])
+            found[numbers[text]] = np.concatenate([curves[:2], curves[2:].mean(0, keepdims=True)])
     return found
+
+
+def too_long(text: Any) -> bool:
+    """Return whether a text has too many words to be explained."""
+    return len(text if isinstance(text, list | tuple) else text.split()) > MOST_WORDS
 
 
 MEASURES: dict[str, str] = MEANINGS["faithfulness"]
@@ -129,8 +136,10 @@ def faithfulness(
         result[name] = {"path": str(folder.root), "p": recipes[name].masking.p, "mask": classifier.occlusion.note}
     kept = sorted(set.intersection(*map(set, curves.values())))
     if len(kept) < 2:
-        raise DataError("fewer than 2 of the texts have two or more words that can be masked", code="too-few-texts")
-    result |= {"texts": len(kept), "left_out": len(texts) - len(kept)}
+        problem = f"fewer than 2 of the texts have 2 to {MOST_WORDS:,} words, two of which can be masked"
+        raise DataError(problem, code="too-few-texts")
+    long = sum(map(too_long, texts))
+    result |= {"texts": len(kept), "left_out": len(texts) - len(kept), **({"too_long": long} if long else {})}
     for name, found in curves.items():
         stacked = np.stack([found[number] for number in kept])
         result[name]["curves"] = dict(zip(("most", "least", "random"), stacked.mean(0).tolist(), strict=True))
@@ -182,4 +191,6 @@ def interval(values: Ratio, others: Ratio | None, seed: int) -> dict[str, float]
 def report_text(result: dict[str, Any]) -> str:
     """Return the report in plain words."""
     parts = [result[name] for name in ("run", "against") if name in result]
-    return render("faithfulness", **{"difference": None, **result}, parts=parts, measures=MEASURES).rstrip("\n")
+    return render(
+        "faithfulness", **{"difference": None, "too_long": 0, **result}, parts=parts, measures=MEASURES
+    ).rstrip("\n")
