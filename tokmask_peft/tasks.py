@@ -367,7 +367,7 @@ print([(part["word"], part["entity_group"]) for part in tag("This phone is bien 
 
 _WRITTEN = re.compile(r"""\{\s*['"].*\}|\(\s*['"].*\)|set\(\)""")
 """A set or a tuple as Python writes it."""
-_BRACKETED = re.compile(r"[\[({][^\])}]*[\])}]")
+_BRACKETED = re.compile(r"\[[^\]]*\]|\{[^}]*\}|\([^)]*\)")
 
 
 class MultiLabelTask(YesOrNo, SequenceTask):

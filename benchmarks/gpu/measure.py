@@ -74,8 +74,8 @@ def collect(part: str, status: str) -> None:
     found = json.loads(whole.read_text()) if whole.is_file() else {"status": {}}
     if file.is_file():
         found[part] = json.loads(file.read_text())
-    elif part in found and status != "ok":  # an earlier call measured it
-        status = f"{found['status'][part]} before; then {status}"
+    elif part in found:  # an earlier call measured it
+        status = f"{found['status'][part].partition(' before; then ')[0]} before; then {status}"
     found["status"][part] = status
     partial = whole.with_suffix(".tmp")
     partial.write_text(json.dumps(found, indent=1))

@@ -179,7 +179,7 @@ def test_scores_of_other_weights_than_the_best_finish_no_run(write_recipe, tmp_p
     assert not run.adapter.exists()
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(180)
 @pytest.mark.parametrize(
     ("part", "put"),
     [

@@ -86,6 +86,8 @@ def test_labels_are_read_as_sets_from_every_form(tmp_path, name, content, keys):
         ("text\tlabels\n" + "a b\tjoy\n" * 1200 + "c d\tjoy;fear", {}, "label-separator"),
         ("text\tlabels\na b\tjoy;fear\n" + "a b\tjoy\n" * 1200 + "c d\tjoy|fear", {}, "label-separator"),
         ("text\tlabels\na b\t{'joy', 'fear'}\nc d\t{'joy', 'anger'}", {}, "label-brackets"),
+        ("text\tlabels\na b\t{joy (mild), fear}\nc d\t{joy, anger}", {"label_separator": ","}, "label-brackets"),
+        ("text\tlabels\na b\t{'joy'}\nc d\t{'fear'}", {}, "label-brackets"),
         ("text\tlabels\na b\t('joy', 'fear')\nc d\t('joy',)", {}, "label-brackets"),
         ("joy;fear a b\njoy c d", {"format": "labelled"}, "label-separator"),
         ("# label = joy,fear\na\nb\n\n# label = joy\nc", {"format": "conll"}, "label-separator"),

@@ -26,7 +26,7 @@ from tokmask_peft.console import (
     quick_imports,
     quiet_libraries,
 )
-from tokmask_peft.errors import RecipeError, TokmaskError
+from tokmask_peft.errors import RecipeError, TokmaskError, nearest
 from tokmask_peft.examples import Example, Pair
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def _split_arguments(given: Sequence[str]) -> tuple[list[Path], list[str]]:
     if len(names) == 1 and _is_hub_id(names[0]):
         return [], [f"data.hub={names[0]}", *overrides]
     paths = [Path(one).expanduser() for one in names]
-    if not paths and not any(one.startswith("data.hub=") for one in overrides):
+    if not paths and not any(re.fullmatch(r"data\.hub=(?!null$|~$).+", one) for one in overrides):
         raise typer.BadParameter("name a data file, or a folder", param_hint="FILE")
     for path in paths:
         if not path.exists():
@@ -116,7 +116,8 @@ def is_data(given: str) -> bool:
 
     path = Path(given)
     if _is_hub_id(given):
-        return path.parts[0] not in {"recipes", *(name.partition("/")[0] for name in shipped_recipes())}
+        folders = {"recipes", *(name.partition("/")[0] for name in shipped_recipes())}
+        return path.parts[0] not in folders and not nearest(given, shipped_recipes())
     if path.is_dir():  # of a run, or hidden by a recipe of that name; `./NAME` is the folder
         return not (path / "recipe.yaml").is_file() and given not in shipped_recipes()
     if not path.is_file() or path.suffix.lower() in (".yaml", ".yml"):
@@ -196,7 +197,10 @@ def make_draft(paths: Sequence[Path], overrides: Sequence[str], backbones: Seque
     if not (backbones or model.get("backbone")) and (path := model.get("backbone_path")):
         remedy = f"give model.backbone={path} instead, or model.backbone with its Hub id as well"
         problems.append(f"model.backbone_path: says where the backbone is, not which one it is: {remedy}")
-    task = "multilabel" if isinstance(data.get("label_column"), list) else "sequence"
+    if data.get("label_separator", "auto") != "auto":
+        data.setdefault("task", "multilabel")
+    words = data.get("label_on", "auto") != "auto" or data.get("spans", "auto") not in ("auto", "none")
+    task = "multilabel" if isinstance(data.get("label_column"), list) else "token" if words else "sequence"
     stand_in: dict[str, Any] = {
         "name": "none",
         "model": {"backbone": "none"},

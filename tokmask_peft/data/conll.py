@@ -44,7 +44,8 @@ _EMPTY_WORD = "the word is empty. Fill it in or remove the line", ', or leave ou
 _KEY_VALUE = re.compile(r"#[ ]+(?P<key>[A-Za-z_][\w.\-]*(?:\[\w+\]|[ ]id)?)[ ]*=(?P<value>.*)")
 _KEY_COLON = re.compile(r"#[ ]+(?P<key>[A-Za-z_][\w.\-]*):[ ](?P<value>[^\t]*)$")
 _KEY_TAB = re.compile(
-    r"#[ ]+(?P<key>(?:\w+[ ])?\w*(?i:id|enum|tweet|text)):?[ ]+(?P<value>\S+)[ ]*\t(?P<label>[^\t]*)$"
+    r"#[ ]+(?P<key>(?:[\w.\-]+[ ])?[\w.\-]*(?i:id|enum|tweet|text)|[A-Za-z_][\w.\-]*(?=:?[ ]+\d+[ ]*\t))"
+    r":?[ ]+(?P<value>\S+)[ ]*\t(?P<label>[^\t]*)$"
 )
 _LABEL_KEYS = {"label", "sentiment", "sa", "sent_label", "class"}
 _PAIR = re.compile(r"(?:^|(?<=\|))([^|=]+)=([^|]*)")

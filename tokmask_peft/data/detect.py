@@ -204,7 +204,8 @@ def _place_splits(splits: Mapping[str, Path] | Mapping[str, str], found: Finding
 def _find_hub(found: Findings) -> dict[str, str]:
     """Set configuration, revision, task and columns of a dataset of the Hub, and return the name of each split."""
     data = found.data
-    data.pop("path", None)
+    if data.pop("path", None) is not None:
+        raise DataError("data.path and data.hub are both set: give one of them", code="two-sources")
     try:
         asked = {key: data[key] for key in ("hub", "hub_config", "hub_revision") if key in data}
         source, configs = locate(SourceConfig(**asked))
@@ -223,6 +224,8 @@ def _find_hub(found: Findings) -> dict[str, str]:
     found.decide("hub_revision", source.hub_revision, why)
     names = list(splits)
     train = choose_split(source, data.get("train") or (names[0] if len(names) == 1 else "train"), names)
+    if canonical(train) != "train":
+        found.decide("train", train, "no split is named train: all of this one is used")
     there = {"train": train}
     for split in SPLITS[1:]:
         fitting = [name for name in names if canonical(name) == split and name != train]

@@ -69,6 +69,8 @@ def locate(source: SourceConfig) -> tuple[SourceConfig, list[str]]:
         names = _configurations(source)
     except DataError as error:
         raise scripted or error from None
+    if scripted is not None and not names:
+        raise scripted
     config = source.hub_config or (names[0] if len(names) == 1 else None)
     if config is None:
         problem = f"data.hub: {source.hub} has {len(names)} configurations: {', '.join(names)}"

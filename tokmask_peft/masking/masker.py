@@ -104,8 +104,8 @@ class TokenMasker:
             replaceable: let a later `attach` take this masker's place instead of refusing.
 
         Raises:
-            MaskTokenError: no usable mask token, another masker is attached, or the model cannot be masked. What stands
-                in the way of masking is no error if the config never masks, until a rate is set.
+            MaskTokenError: no usable mask token, another masker is attached, or the model cannot be masked. A missing
+                mask token, or a model whose tokens cannot be dropped, is no error at p = 0, until a rate is set.
         """
         config = TokenMaskConfig() if config is None else config
         embedding = rows_of.find_embedding(model)

@@ -99,6 +99,7 @@ class TestInit:
             (["folder"], "no file"),
             (["posts.csv", "folder"], "not both"),
             (["data.task=token"], "name a data file"),
+            (["data.hub=null"], "name a data file"),
             (["posts.csv", "--out", "posts.csv"], "exists"),
         ],
     )
@@ -165,6 +166,7 @@ def test_what_is_data_and_what_a_recipe(tmp_path, name, content, expected):
         ("./posts", False),
         ("trec/minilm", False),
         ("trec/minlm", False),
+        ("trecs/minilm", False),
         ("recipes/posts", False),
     ],
 )
@@ -249,6 +251,18 @@ def test_several_label_columns_say_the_task(tmp_path, backbone, monkeypatch):
     (tmp_path / "a.csv").write_text("text,joy,anger\n" + "".join(rows))
     assert init("a.csv", "data.label_column=[joy, anger]", backbone=backbone).exit_code == 0
     assert load_recipe("a.yaml").data.task == "multilabel"
+
+
+@pytest.mark.usefixtures("without_memory")
+def test_a_key_of_one_task_says_the_task(tmp_path, backbone, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [f"la casa {at} azul\t{'joy;fear' if at % 3 else 'joy'}\n" for at in range(40)]
+    (tmp_path / "a.tsv").write_text("text\tlabels\n" + "".join(rows))
+    assert init("a.tsv", "data.label_separator=;", backbone=backbone).exit_code == 0
+    assert load_recipe("a.yaml").data.task == "multilabel"
+    (tmp_path / "b.conll").write_text("".join(f"la{at}\tes\nhouse{at}\ten\n\n" for at in range(40)))
+    assert init("b.conll", "data.label_on=last", backbone=backbone).exit_code == 0
+    assert load_recipe("b.yaml").data.task == "token"
 
 
 class TestValidate:

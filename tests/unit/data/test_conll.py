@@ -40,7 +40,16 @@ COMMENTS = ["# sent_enum = 7 x", "# text = a b", "# newdoc", "# source: web", "#
 
 
 @pytest.mark.parametrize(
-    "line", [*COMMENTS, "#sent_enum=7", "# tweet id 7 \tpositive", "# tweet 9\t", "# id: 7\tpositive"]
+    "line",
+    [
+        *COMMENTS,
+        "#sent_enum=7",
+        "# tweet id 7 \tpositive",
+        "# tweet 9\t",
+        "# tweet-id 7\tgood",
+        "# doc 7\tgood",
+        "# id: 7\tpositive",
+    ],
 )
 def test_a_comment_is_not_a_word(line):
     (example,) = read(f"{line}\nyes\tlang1\n")
