@@ -168,7 +168,7 @@ def _noun(annotation: Any, outer: tuple[Any, ...]) -> str:
     if field.title:
         return field.title
     bare: Any = field.annotation
-    rules = [(rule, name) for rule in (*outer, *field.metadata) for name in _BOUNDS if hasattr(rule, name)]
+    rules = [(rule, name) for name in _BOUNDS for rule in (*outer, *field.metadata) if hasattr(rule, name)]
     bounds = [f"{_BOUNDS[name]} {str(getattr(rule, name)).removesuffix('.0')}" for rule, name in rules]
     noun = _NOUNS.get(bare) or {tuple: "a list such as [a, b]", dict: "a mapping such as {a: b}"}[get_origin(bare)]
     return f"{noun} ({', '.join(bounds)})" if bounds and bare in {int, float} else noun

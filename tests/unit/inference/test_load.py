@@ -1,6 +1,7 @@
 """Loading: from an adapter folder alone, as it was trained, with one clear message per mistake."""
 
 import functools
+import inspect
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ import pytest
 import torch
 from peft import AutoPeftModelForSequenceClassification
 from tiny_models import TEXTS, build
+from transformers.generation import candidate_generator
 from typer.testing import CliRunner
 
 import tokmask_peft
@@ -110,6 +112,8 @@ def test_an_adapter_of_fp16_answers_in_fp32_where_there_is_no_fp16(saved_adapter
 
 def test_predict_imports_neither_peft_nor_what_only_training_needs(saved_adapter):
     needless = ["peft", "bitsandbytes", "torch._inductor.compile_fx", "datasets", "pandas", "sklearn", "optuna"]
+    if "\n    from sklearn" in inspect.getsource(candidate_generator):  # it is transformers that needs it
+        needless.remove("sklearn")
     report = f"print([name for name in {needless} if name in sys.modules])"
     code = f"import sys; from tokmask_peft.cli import main\ntry:\n main()\nfinally:\n {report}"
     command = [sys.executable, "-c", code, "predict", str(saved_adapter()), "hola boss"]
