@@ -113,18 +113,19 @@ def speed(found: Callable[[str], Any] = read) -> str:
 
 
 def backbones(found: Callable[[str], Any] = read) -> str:
-    """Return the table of backbones compared; what has not run is not measured."""
+    """Return the table of the backbones compared, with what has run, or that nothing has."""
     content, body = found("backbones") or {"cells": []}, []
     for (corpus, title), (backbone, name) in product(COMPARED.items(), BACKBONES.items()):
         rows = [cell for cell in content["cells"] if (cell["corpus"], cell["backbone"]) == (corpus, backbone)]
-        line = [title, name, str(len(rows)), *["not measured"] * 5]
         if rows:
             keys = ("f1_macro", "floor", "seconds", "adapter_bytes", "peak_bytes")
             score, floor, seconds, size, peak = (mean(row[key] or 0 for row in rows) for key in keys)
             low, high = (end(row["f1_macro"] for row in rows) for end in (min, max))
-            line[3:] = [f"{score:.3f} ({low:.3f} to {high:.3f})", f"{floor:.3f}", f"{seconds:,.0f}"]
-            line += [f"{size / 1e6:.1f} MB", f"{peak / 1e9:.1f} GB" if peak else "not measured"]
-        body.append(line)
+            scores = [f"{score:.3f} ({low:.3f} to {high:.3f})", f"{floor:.3f}", f"{seconds:,.0f}"]
+            memory = f"{peak / 1e9:.1f} GB" if peak else "not measured"
+            body.append([title, name, str(len(rows)), *scores, f"{size / 1e6:.1f} MB", memory])
+    if not body:
+        return "Nothing has been measured yet."
     head = ("corpus", "backbone", "seeds", "macro-F1", "n-grams", "seconds", "adapter", "memory")
     seen = content.get("environment")
     machine = f"\n\nMeasured on {seen['threads']} thread(s), {seen['device']}." if seen else ""
