@@ -127,10 +127,12 @@ def as_ours(
     elif number in (errno.EACCES, errno.EPERM, errno.EROFS):
         found, remedy = "no-access", "; choose another place, or change its permissions"
     elif isinstance(error, OSError):
-        remedy = ""
+        remedy = "; check that path" if error.filename else ""
     else:
         found, reason = "unexpected", f"{type(error).__name__}: {reason}"
         remedy = "; if the input is in order, please report this with what TOKMASK_DEBUG=1 shows"
+    if isinstance(error, OSError) and error.strerror:
+        reason = f"{error.strerror}{f': {error.filename}' if error.filename else ''}"
     return kind(f"{doing} failed: {reason}{remedy}".removeprefix(" failed: "), code=code or found, **fields)
 
 
@@ -179,6 +181,27 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+def check_place(path: Path, kind: type[TokmaskError], code: str, *, folder: bool = False) -> Path:
+    """Return a file or a `folder` that `whole` can write; otherwise raise an error of that kind, with the field `path`.
+
+    A file is made there and removed: permissions do not tell of disks that are read only, or of long names.
+    """
+    remedy = "choose another place"
+    try:
+        if path.exists() and not (path.is_dir() if folder else path.is_file()):
+            problem = f"it is not a {'folder' if folder else 'file'}"
+        elif not (parent := path.absolute().parent).is_dir():
+            problem, remedy = f"there is no folder {parent}", f"make it first, or {remedy}"
+        else:
+            new = path.with_name(f".{path.name}.{os.getpid()}")
+            new.touch()
+            new.unlink()
+            return path
+    except (OSError, ValueError) as error:
+        problem = getattr(error, "strerror", None) or first_line(error)
+    raise kind(f"{path} cannot be written: {problem}; {remedy}", code=code, path=path)
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -20,7 +20,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from tokmask_peft.console import baseline_verdict
-from tokmask_peft.errors import RunError
+from tokmask_peft.errors import RunError, check_place
 
 MARK = "<!-- tokmask report -->"
 """Is in the head of every page, so that a page is replaced but never another file."""
@@ -58,10 +58,7 @@ def environment() -> Environment:
 
 def check_page(path: Path) -> Path:
     """Return the file of a page to write; a RunError if it cannot be written, or is there and is not a report."""
-    if (path.exists() and not path.is_file()) or not path.absolute().parent.is_dir():
-        problem = "it is not a file" if path.exists() else "its folder is missing"
-        raise RunError(f"{path} cannot be written: {problem}", code="bad-output", path=path)
-    if path.is_file() and MARK not in path.read_text(encoding="utf-8", errors="replace")[:200]:
+    if check_place(path, RunError, "bad-output").is_file() and MARK not in path.read_text("utf-8", "replace")[:200]:
         raise RunError(f"{path} exists and is not a report; give another file with --out", code="taken", path=path)
     return path
 

@@ -1,8 +1,10 @@
 """A disk that is full or cannot be written: one error, and no half file."""
 
 import contextlib
+import re
 import resource
 import shutil
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -64,10 +66,22 @@ def test_a_full_disk_leaves_no_half_file_of_any_command(write_recipe, trained, c
         ["train", "RECIPE", f"output_dir={UNWRITABLE}"],
         ["recipes", "copy", "quickstart", f"{UNWRITABLE}/mine.yaml"],
         ["sweep", "RECIPE", f"output_dir={UNWRITABLE}", "--p", "0", "--seeds", "1"],
+        ["init", "TEXTS", "--backbone", "BACKBONE", "--out", f"{UNWRITABLE}.yaml"],
+        ["predict", "RUN", "--file", "TEXTS", "--out", f"{UNWRITABLE}.csv"],
+        ["explain", "RUN", "great", "--html", f"{UNWRITABLE}.html"],
+        ["export", "RUN", "--merged", UNWRITABLE],
+        ["report", "RUN", "--out", f"{UNWRITABLE}.html"],
+        ["diagnose", "RECIPE", "--out", UNWRITABLE],
+        ["robustness", "RUN", "--out", str(Path(UNWRITABLE).parent)],  # which is there
     ],
 )
-def test_a_place_that_cannot_be_written(write_recipe, command):
-    done = CliRunner().invoke(app, [str(write_recipe()) if part == "RECIPE" else part for part in command])
+def test_a_place_that_cannot_be_written(write_recipe, tiny_backbone, trained, tmp_path, command):
+    texts = tmp_path / "in.csv"
+    texts.write_text("text,label\n" + "".join(f"{word} hoy {n},{word}\n" for n in range(20) for word in ("great", "sad")))
+    given = {"RECIPE": write_recipe(), "TEXTS": texts, "RUN": trained().folder.root, "BACKBONE": tiny_backbone("bert")}
+    done = CliRunner().invoke(app, [str(given.get(part, part)) for part in command])
     assert done.exit_code == 2
     assert done.stderr.startswith("Error: ")
-    assert UNWRITABLE in done.stderr
+    assert command[-1].removeprefix("output_dir=") in done.stderr or UNWRITABLE in done.stderr
+    assert re.search("choose another|output_dir", done.stderr), done.stderr
+    assert "Errno" not in done.stderr

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokmask_peft.artifacts import SavedAdapter, find_saved, open_run
-from tokmask_peft.errors import DataError, HubError, ModelError, boundary, first_line, whole, write_whole
+from tokmask_peft.errors import DataError, HubError, ModelError, boundary, check_place, first_line, whole, write_whole
 from tokmask_peft.spans import NO_SPANS
 from tokmask_peft.tasks import get_task
 
@@ -33,10 +33,7 @@ ONNX_SHAPES = ((1, 1), (1, 9), (3, 24), (7, 40))
 
 def check_output(out: str | Path, source: str | Path | None, force: bool = False) -> Path:
     """Return the file to write to; a DataError if it exists (without `force`), is the input, or cannot be made."""
-    path = Path(out)
-    if (path.exists() and not path.is_file()) or not path.absolute().parent.is_dir():
-        problem = "it is not a file" if path.exists() else "its folder is missing"
-        raise DataError(f"{out} cannot be written: {problem}", code="output-not-writable", path=out)
+    path = check_place(Path(out), DataError, "output-not-writable")
     if path.exists() and source is not None and Path(source).exists() and path.samefile(source):
         raise DataError(f"{out} is the input itself; give another file", code="output-is-input", path=out)
     if path.exists() and not force:
@@ -45,13 +42,10 @@ def check_output(out: str | Path, source: str | Path | None, force: bool = False
 
 
 def check_folder(folder: str | Path) -> Path:
-    """Return the folder to make; a ModelError if it is taken or its parent is missing."""
-    path = Path(folder)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    """Return the folder to make; a ModelError if it is taken or cannot be made."""
+    path = check_place(Path(folder), ModelError, "folder-not-writable", folder=True)
+    if path.exists() and any(path.iterdir()):
         raise ModelError(f"{folder} exists and is not empty; give another folder", code="folder-taken", path=folder)
-    if not path.absolute().parent.is_dir():
-        message = f"{folder} cannot be made: there is no folder {path.parent}; make it first"
-        raise ModelError(message, code="folder-not-writable", path=folder)
     return path
 
 

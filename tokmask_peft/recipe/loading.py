@@ -128,7 +128,7 @@ def write_new(target: Path, text: str) -> None:
             raise FileExistsError(errno.EEXIST, "File exists", str(target))
         write_whole(target, text)
     except OSError as error:
-        code, problem = "recipe-unwritable", f"{target} cannot be written: {error.strerror}"
+        code, problem = "recipe-unwritable", f"{target} cannot be written: {error.strerror}; choose another place"
         if isinstance(error, FileExistsError):
             code, problem = "recipe-exists", f"{error.filename} exists; choose another name or remove it"
         raise RecipeError([problem], str(target), code=code, file=error.filename or str(target)) from error

@@ -119,11 +119,13 @@ def test_what_may_not_be_written_is_refused(tmp_path):
         ("in.txt", True, "output-is-input"),
         (".", True, "output-not-writable"),
         ("no/out.jsonl", False, "output-not-writable"),
+        (f"{'x' * 249}.jsonl", False, "output-not-writable"),  # with the number of the process the name is too long
     ]:
         with pytest.raises(DataError) as caught:
             check_output(tmp_path / out, tmp_path / "in.txt", force)
         assert (caught.value.code, caught.value.fields) == (code, {"path": tmp_path / out})
-    for folder, code in ((tmp_path, "folder-taken"), (tmp_path / "no" / "folder", "folder-not-writable")):
+    bad = tmp_path / "no" / "folder", tmp_path / ("x" * 255), tmp_path / "in.txt" / "folder"
+    for folder, code in ((tmp_path, "folder-taken"), *((folder, "folder-not-writable") for folder in bad)):
         with pytest.raises(ModelError) as caught:
             check_folder(folder)
         assert caught.value.code == code

@@ -165,7 +165,7 @@ def test_only_a_report_is_replaced(tmp_path):
     mine = tmp_path / "thesis.html"
     mine.write_text("mine")
     os.mkfifo(tmp_path / "pipe")  # or a device, which the page would replace
-    bad = [tmp_path / name for name in ("no/such.html", "", "pipe")]
+    bad = [tmp_path / name for name in ("no/such.html", "", "pipe", f"{'x' * 250}.html")]
     for out, code in ((mine, "taken"), *((path, "bad-output") for path in bad)):
         with pytest.raises(RunError) as caught:
             report_run(folder, out, examples=False)

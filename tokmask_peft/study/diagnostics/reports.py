@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokmask_peft.errors import RunError, boundary, require, write_json, write_whole
+from tokmask_peft.errors import RunError, boundary, check_place, require, write_json, write_whole
 from tokmask_peft.study.report import Report, Table, draw, finish, level, mean_sd, render, save
 from tokmask_peft.tasks import get_task
 
@@ -29,8 +29,9 @@ VISIBLE = 5e-5
 def make_folder(folder: Path) -> None:
     """Make the folder of a report; raise a RunError or an ExtraError if the report could not be written or drawn."""
     require("matplotlib", "sweep", "the plot")
-    with boundary(f"making {folder} (another folder: --out)", RunError, "out"):
+    with boundary(f"making {folder} (choose another folder with --out)", RunError, "out"):
         folder.mkdir(parents=True, exist_ok=True)
+    check_place(folder / "report.md", RunError, "out")
 
 
 def _write(folder: Path, name: str, content: Mapping[str, Any], plots: tuple[Path, ...], **values: Any) -> Report:
