@@ -77,7 +77,7 @@ def test_a_full_disk_leaves_no_half_file_of_any_command(write_recipe, trained, c
 )
 def test_a_place_that_cannot_be_written(write_recipe, tiny_backbone, trained, tmp_path, command):
     texts = tmp_path / "in.csv"
-    texts.write_text("text,label\n" + "".join(f"{word} hoy {n},{word}\n" for n in range(20) for word in ("great", "sad")))
+    texts.write_text("text,label\n" + "".join(f"{label} hoy {n},{label}\n" for n in range(20) for label in "ab"))
     given = {"RECIPE": write_recipe(), "TEXTS": texts, "RUN": trained().folder.root, "BACKBONE": tiny_backbone("bert")}
     done = CliRunner().invoke(app, [str(given.get(part, part)) for part in command])
     assert done.exit_code == 2

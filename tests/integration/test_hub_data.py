@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import textwrap
 import threading
 from http.server import ThreadingHTTPServer
@@ -125,6 +126,8 @@ def write_dataset(root: Path) -> None:
         rows = {"words": words[:3], "lid": tags[:3], "pos": [[0, 1, 2, 3]] * 3}
         (root / "pos_someeng" / split).mkdir(parents=True)
         Dataset.from_dict(rows, features=features).to_parquet(root / "pos_someeng" / split / "0000.parquet")
+    (root / "pos_someeng" / "spare").mkdir()
+    (root / "pos_someeng" / "spare" / "0000.parquet").write_bytes(b"damaged")
 
 
 def write_posts(root: Path, configs: list[str], default: str | None = None) -> None:
@@ -249,6 +252,10 @@ MISTAKES = {
     "configuration": (
         "read_split(SourceConfig(**HUB, hub_config='lid_nowhere'), 'train', 'token')",
         ["data.hub_config", "'lid_nowhere'", "It has lid_someeng, pos_someeng, sa_someeng. Did you mean 'lid_"],
+    ),
+    "damaged": (
+        "read_split(SourceConfig(**HUB, hub_config='pos_someeng'), 'spare', 'token')",
+        [f"{REPO} spare", "cannot be read as parquet"],
     ),
     "missing": (
         "read_split(SourceConfig(hub='someone/nothing'), 'train', 'token')",
@@ -401,14 +408,40 @@ def test_an_id_that_cannot_be_read_gives_one_error(drafts, name, command):
 
 def test_offline_an_id_is_found_in_the_cache_or_the_error_names_the_way_out(run, hub, home, tmp_path):
     code = f"""
+        from unittest.mock import patch
+        from datasets import DatasetBuilder
         start._choose_backbone = lambda given, *_: (given, None, start.Decision("model.backbone", "none", ""))
-        draft = start.make_draft([], ["data.hub={FEELINGS}", "model.backbone=none"], [], True)
+        with patch.object(DatasetBuilder, "as_dataset", autospec=True, side_effect=DatasetBuilder.as_dataset) as load:
+            draft = start.make_draft([], ["data.hub={FEELINGS}", "model.backbone=none"], [], True)
         print(json.dumps({{"data": draft.content["data"], "decisions": [str(one) for one in draft.decisions],
-                           "train": len(draft.corpus.train)}}))
+                           "train": len(draft.corpus.train), "loaded": load.call_count}}))
     """
     online = run(code, home, HF_ENDPOINT=hub.url)
-    assert online["data"]["hub_revision"] == SHA
+    assert (online["data"]["hub_revision"], online["loaded"]) == (SHA, 1)
     assert run(code, home, HF_HUB_OFFLINE="1") == online
     error = run(code, tmp_path, HF_HUB_OFFLINE="1")["error"]
     assert "cannot be reached" in error
     assert "data.path" in error
+
+
+def test_a_cached_copy_of_another_revision_is_not_taken_for_the_one_that_is_asked_for(run, hub, tmp_path):
+    copies, newer = tmp_path / "datasets/someone___feelings/default/0.0.0", "f" * 40
+    code = """
+        import shutil
+        def read(revision):
+            try:
+                place = {"hub": "someone/feelings", "text_column": "post", "label_column": "feeling"}
+                return len(read_split(SourceConfig(**place, hub_revision=revision), "train", "sequence"))
+            except DataError as error:
+                return error.code
+    """
+    assert run(f"{code}    print(json.dumps(read('main')))", tmp_path, HF_ENDPOINT=hub.url) == 60
+    shutil.copytree(copies / SHA, copies / newer, copy_function=lambda old, new: Path(new).touch())
+    shutil.copy(copies / SHA / "dataset_info.json", copies / newer)
+    os.utime(copies / newer, (2e9, 2e9))
+    code += f"""
+        found = [read(revision) for revision in ("main", {SHA!r}, "v9")]
+        shutil.rmtree({str(copies / SHA)!r})
+        print(json.dumps([*found, read("main")]))
+    """
+    assert run(code, tmp_path, HF_HUB_OFFLINE="1") == [60, 60, "hub-revision", "hub-revision"]

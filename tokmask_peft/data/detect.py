@@ -232,7 +232,7 @@ def _find_hub(found: Findings) -> dict[str, str]:
         there |= {split: split if split in fitting else fitting[0]} if fitting else {}
     if spare := ", ".join(name for name in names if name not in there.values()):
         found.decisions.append(Decision("data.train", train, f"other splits are not used: {spare}"))
-    rows, columns = splits[train]
+    rows, columns = splits[train]()
     prefix = str(source.hub_config).split("_")[0]
     if prefix in columns and any(prefix in task.label_columns for task in TASKS.values()):  # as LinCE names them
         found.decide("label_column", prefix, f"the name of the configuration, {source.hub_config}, begins with it")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import re
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tokmask_peft.data.conll import Columns, ConllReader, Row, readable
-from tokmask_peft.data.opening import DataFile
+from tokmask_peft.data.opening import DataFile, damaged
 from tokmask_peft.data.split import NAME_A_SPLIT, SPLITS, aliases, canonical
 from tokmask_peft.data.tables import class_names, examples, name_classes, parquet_rows
 from tokmask_peft.errors import DataError, nearest
@@ -20,7 +21,11 @@ from tokmask_peft.recipe.data import SourceConfig
 from tokmask_peft.tasks import get_task
 
 PARQUET_BRANCH = "refs/convert/parquet"
+_COMMIT = re.compile("[0-9a-f]{40}")
 _FLAT_SPLIT = re.compile(r"(?:.*-)?(?P<split>train|validation|dev|test)(?:-\d{5}-of-\d{5})?$")
+
+Opened = Callable[[], tuple[Iterator[Row], list[str]]]
+"""Opens a split: its rows, which are read as they are used, and its columns."""
 
 
 def read_hub(source: SourceConfig, split: str, wanted: Columns) -> list[Example]:
@@ -33,7 +38,7 @@ def read_hub(source: SourceConfig, split: str, wanted: Columns) -> list[Example]
         DataError: the dataset cannot be reached, does not exist, is closed, or has no such configuration or split.
     """
     splits = hub_splits(source)
-    rows, columns = splits[choose_split(source, split, list(splits))]
+    rows, columns = splits[choose_split(source, split, list(splits))]()
     prefix = (source.hub_config or "").split("_")[0]
     if wanted.label is None and prefix in columns and prefix in wanted.task.label_columns:
         wanted = replace(wanted, label=prefix)
@@ -49,16 +54,13 @@ def locate(source: SourceConfig) -> tuple[SourceConfig, list[str]]:
         DataError: as `read_hub`; or the dataset has several configurations, and neither the source nor the dataset
             chooses one.
     """
-    import datasets
-
     if source.hub_revision == PARQUET_BRANCH and source.hub_config:
         return source, [source.hub_config]  # its files may be in the cache; a list of the others never is
     scripted: DataError | None = None
     if source.hub_revision != PARQUET_BRANCH:
-        place = {"name": source.hub_config, "revision": source.hub_revision}
         try:
-            found = _reach(source, lambda: datasets.load_dataset_builder(source.hub, **place))
-            commit = found.hash if re.fullmatch("[0-9a-f]{40}", found.hash or "") else None
+            found = _builder(source)
+            commit = found.hash if _COMMIT.fullmatch(found.hash or "") else None
             update = {"hub_config": found.config.name, "hub_revision": source.hub_revision or commit}
             return source.model_copy(update=update), list(found.builder_configs)
         except DataError as error:
@@ -78,13 +80,13 @@ def locate(source: SourceConfig) -> tuple[SourceConfig, list[str]]:
     return source.model_copy(update={"hub_config": config, "hub_revision": PARQUET_BRANCH}), names
 
 
-def hub_splits(source: SourceConfig) -> dict[str, tuple[Iterator[Row], list[str]]]:
-    """Return the rows, which are read as they are used, and the columns of each split; DataError as `read_hub`."""
+def hub_splits(source: SourceConfig) -> dict[str, Opened]:
+    """Return what opens each split; DataError as `read_hub`."""
     return (_converted if source.hub_revision == PARQUET_BRANCH and source.hub_config else _dataset)(source)
 
 
-def _converted(source: SourceConfig) -> dict[str, tuple[Iterator[Row], list[str]]]:
-    """Return rows and columns of the splits from the branch that the Hub converts to parquet.
+def _converted(source: SourceConfig) -> dict[str, Opened]:
+    """Return what opens the splits of the branch that the Hub converts to parquet.
 
     That branch has no card, so `datasets` finds no configurations there, and none of its folders again when offline.
     Its files are read from huggingface_hub's own cache instead, which works offline once they have been downloaded.
@@ -108,11 +110,13 @@ def _converted(source: SourceConfig) -> dict[str, tuple[Iterator[Row], list[str]
             problem += f" It has {', '.join(names)}.{nearest(str(config), names)}"
         raise DataError(problem, code="no-config", config=config)
 
-    def rows(split: str, files: list[Path]) -> Iterator[Row]:
-        for file in files:
-            yield from parquet_rows(DataFile(file, f"{source.hub} {split}" + f" {file.name}" * (len(files) > 1)))
+    def opened(split: str, paths: list[Path]) -> tuple[Iterator[Row], list[str]]:
+        files = [DataFile(path, f"{source.hub} {split}" + f" {path.name}" * (len(paths) > 1)) for path in paths]
+        with damaged(files[0], "parquet", "not-parquet"):
+            columns = pq.read_schema(files[0].path).names
+        return (row for file in files for row in parquet_rows(file)), columns
 
-    return {split: (rows(split, files), pq.read_schema(files[0]).names) for split, files in splits.items()}
+    return {split: functools.partial(opened, split, paths) for split, paths in splits.items()}
 
 
 def _configurations(source: SourceConfig) -> list[str]:
@@ -126,13 +130,50 @@ def _configurations(source: SourceConfig) -> list[str]:
     return [entry.path for entry in _reach(source, entries) if isinstance(entry, RepoFolder)]
 
 
-def _dataset(source: SourceConfig) -> dict[str, tuple[Iterator[Row], list[str]]]:
-    """Return rows and columns of the splits through the `datasets` library."""
-    import datasets
+def _dataset(source: SourceConfig) -> dict[str, Opened]:
+    """Return what opens the splits through the `datasets` library."""
+    place = SourceConfig(hub=source.hub, hub_config=source.hub_config, hub_revision=source.hub_revision)
+    load = _commit if _COMMIT.fullmatch(source.hub_revision or "") else _load
+    return {split: functools.partial(_rows, one, f"{source.hub} {split}") for split, one in load(place).items()}
 
-    place = {"name": source.hub_config, "revision": source.hub_revision}
-    splits = _reach(source, lambda: datasets.load_dataset(source.hub, **place))
-    return {split: _rows(dataset, f"{source.hub} {split}") for split, dataset in splits.items()}
+
+def _load(place: SourceConfig) -> Any:
+    """Return the splits of `datasets`; a DataError if they cannot be loaded."""
+    builder = _builder(place)
+    _reach(place, builder.download_and_prepare)
+    return _reach(place, builder.as_dataset)
+
+
+_commit = functools.lru_cache(maxsize=1)(_load)
+"""The same, once for all splits: what a commit holds never changes."""
+
+
+def _builder(source: SourceConfig) -> Any:
+    """Return the builder of `datasets`, for the revision that is set.
+
+    If the Hub cannot be reached, `datasets` takes the newest copy in its cache, whichever revision it is of.
+
+    Raises:
+        DataError: the dataset cannot be reached, and the cache has copies of other revisions only.
+    """
+    import datasets
+    from datasets.packaged_modules.cache.cache import Cache
+    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.file_download import repo_folder_name
+
+    hub, wanted = str(source.hub), source.hub_revision
+    found = _reach(source, lambda: datasets.load_dataset_builder(hub, name=source.hub_config, revision=wanted))
+    if wanted is None or not isinstance(found, Cache):
+        return found
+    known = Path(HF_HUB_CACHE, repo_folder_name(repo_id=hub, repo_type="dataset"), "refs", wanted)  # a branch, a tag
+    place = {"config_name": found.config.name, "version": str(found.config.version)}
+    place["hash"] = known.read_text(encoding="utf-8").strip() if known.is_file() else wanted
+    kept = Cache(repo_id=hub, dataset_name=hub.rpartition("/")[2], **place)
+    if Path(kept.cache_dir).is_dir():
+        return kept
+    problem = f"{hub} cannot be reached, and the local cache has no copy of the revision {wanted}"
+    remedy = f"Connect (and unset HF_HUB_OFFLINE), or take the newest copy: set data.hub_revision to {found.hash}"
+    raise DataError(f"data.hub_revision: {problem}. {remedy}.", code="hub-revision", hub=hub, revision=wanted)
 
 
 def _rows(dataset: Any, name: str) -> tuple[Iterator[Row], list[str]]:
