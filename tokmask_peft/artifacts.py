@@ -24,7 +24,7 @@ from tokmask_peft.model.location import check_files
 from tokmask_peft.recipe.data import Task
 from tokmask_peft.recipe.loading import differences, load_recipe
 from tokmask_peft.recipe.schema import ModelConfig, Recipe
-from tokmask_peft.spans import NO_SPANS, SCHEMES
+from tokmask_peft.spans import NO_SPANS, SCHEMES, find_scheme
 from tokmask_peft.tasks import get_task
 
 ADAPTER_FILE = "tokmask.json"
@@ -423,8 +423,12 @@ def find_saved(
         precision = "auto" if loading.precision == "bf16" else loading.precision
         settings |= loading.model_dump(include={"quantization", "pooling", "attention"}) | {"precision": precision}
     config = ModelConfig(**settings | {"trust_remote_code": trust_remote_code})
-    known = loading or Loading(max_length=recipe.data.max_length if recipe else None)
-    return SavedAdapter(name=str(model), folder=folder, model=config, info=info, loading=known)
+    if loading is None and recipe is not None:  # of an older version, whose words were not repaired, or lost
+        marked = find_scheme(info.labels, ())[0] if recipe.training.best_metric == "f1_entities" else NO_SPANS
+        spans = marked if recipe.data.spans == "auto" else recipe.data.spans
+        known: dict[str, Any] = {"max_length": recipe.data.max_length, "label_on": recipe.data.label_on, "spans": spans}
+        loading = Loading(**{key: value for key, value in known.items() if value != "auto"})
+    return SavedAdapter(name=str(model), folder=folder, model=config, info=info, loading=loading or Loading())
 
 
 def _download(hub_id: str) -> Path:

@@ -2,12 +2,13 @@
 
 import json
 import random
+import shutil
 
 import pytest
 from tiny_models import build
 
 from tokmask_peft import Recipe, evaluate, load, train
-from tokmask_peft.artifacts import AdapterInfo
+from tokmask_peft.artifacts import AdapterInfo, find_saved
 from tokmask_peft.errors import DataError
 from tokmask_peft.report.demo import answer
 from tokmask_peft.spans import Entity, read
@@ -84,6 +85,14 @@ def test_what_is_scored_is_what_a_user_gets(run):
     saved = json.loads(run.folder.predictions.read_text())
     assert saved["spans"] == "bio"
     assert [tuple(saved["labels"][i] for i in ids) for ids in saved["test"]["predicted"]] == [a.labels for a in answers]
+
+
+def test_a_run_whose_adapter_does_not_say_how_it_was_loaded_is_scored_by_its_recipe(run, tmp_path):
+    copy = shutil.copytree(run.folder.root, tmp_path / "copy")
+    file = copy / "adapter" / "tokmask.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "loading": None}))
+    assert evaluate(copy) == run.result.test
+    assert find_saved(copy / "adapter").loading.spans == "none"  # not known without the recipe
 
 
 def test_predictions_list_entities(run, tokmask, tmp_path):
