@@ -190,9 +190,10 @@ class TokenMasker:
     def _eligible(self, ids: Tensor, shifted: bool) -> Tensor | None:
         """Return which ids are of the part in `masking.where`, bool [batch, seq]; `shifted`: they are a decoder's."""
         part, labels = self.config.where, self._call.get("labels")
-        if part == "all":
+        unknown = labels is None or ((shifted or self._decoder is None) and labels.shape != ids.shape)
+        if part == "all" or (unknown and self._rate == 0.0 and self.config.is_off):
             return None
-        if labels is None or ((shifted or self._decoder is None) and labels.shape != ids.shape):
+        if labels is None or unknown:
             needed = f"masking.where: {part} needs labels for every token, in the same forward as input_ids"
             remedy = "leave label smoothing and other losses of the trainer off, or take where: all"
             raise MaskTokenError(f"{needed}; {remedy}", code="no-labels", where=part)

@@ -128,6 +128,10 @@ def test_labels_that_do_not_reach_the_model_decide_nothing():
     with TokenMasker.attach(model.train(), tokenizer, config), pytest.raises(MaskTokenError) as refused:
         model(**encode(tokenizer), labels=LABELS)
     assert (refused.value.code, refused.value.fields) == ("no-labels", {"where": "prompt"})
+    for where in ("prompt", "completion"):  # of nothing
+        with TokenMasker.attach(model, tokenizer, TokenMaskConfig(p=0, where=where)) as masker:
+            assert model(**encode(tokenizer), labels=LABELS).loss.isfinite()
+            assert masker.observed_rate == 0
 
 
 @pytest.mark.parametrize("sentinel", ["<extra_id_0>", "▁<extra_id_0>"])
