@@ -53,10 +53,7 @@ def test_running_out_of_memory_names_the_keys_to_change(write_recipe, monkeypatc
     assert str(caught.value).startswith("out of memory in training (CUDA out of memory")
     suggested = caught.value.fields["suggestions"]
     assert suggested[:2] == ["training.batch_size=4 training.gradient_accumulation=2", "training.auto_batch=true"]
-    assert any("model.embedding=offload" in one for one in suggested)
-    with pytest.raises(RunError) as caught:
-        train(write_recipe("gemma3"), "oom-gemma3")
-    assert not any("model.embedding" in one for one in caught.value.fields["suggestions"])
+    assert not any("on a GPU" in one or "nf4" in one or "offload" in one for one in suggested)  # which a CPU is not
 
 
 def refuse(*_, **__):
@@ -66,8 +63,8 @@ def refuse(*_, **__):
 @pytest.mark.parametrize(
     ("part", "phase", "key", "auto"),
     [
-        ("tokmask_peft.training.train.load_backbone", LOADING, "model.quantization=nf4", "true"),
-        ("transformers.Trainer._move_model_to_device", LOADING, "model.quantization=nf4", "false"),
+        ("tokmask_peft.training.train.load_backbone", LOADING, "a smaller model.backbone", "true"),
+        ("transformers.Trainer._move_model_to_device", LOADING, "a smaller model.backbone", "false"),
         ("transformers.Trainer.prediction_step", "in evaluation", "training.eval_batch_size=32", "true"),
     ],
 )
@@ -153,15 +150,14 @@ def test_auto_batch_ends_with_a_single_text(write_recipe, monkeypatch):
     with pytest.raises(RunError, match=r"out of memory with a single text of up to \d+ sub-tokens \(CUDA") as caught:
         train(write_recipe(), "none", "training.auto_batch=true")
     found = " ".join(caught.value.fields["suggestions"])
-    assert all(key in found for key in ("gradient_checkpointing=true", "quantization=nf4", "embedding=offload"))
+    assert "gradient_checkpointing=true" in found
     assert "batch" not in found
     monkeypatch.setattr("transformers.BertForSequenceClassification.supports_gradient_checkpointing", False)
     with pytest.raises(RunError) as caught:
-        train(write_recipe(), "none-either", "training.auto_batch=true", "model.embedding=offload")
+        train(write_recipe(), "none-either", "training.auto_batch=true")
     found = " ".join(caught.value.fields["suggestions"])
     assert "adapter.layers=0.5" in found
     assert "checkpointing" not in found
-    assert "model.embedding" not in found
     with pytest.raises(RecipeError, match=r"training.auto_batch changes batch_size"):
         load_recipe(write_recipe(), ["training.auto_batch=true", "training.tokens_per_batch=64"])
 

@@ -140,7 +140,7 @@ def forecast(
         kind, movable = setting.device_type, placement_problem(bare) is None
         imagined = kind == "cuda" and not torch.cuda.is_available()  # one that bitsandbytes runs on
         int8 = imagined or decisions.bitsandbytes_problem(kind) is None
-        situation = Situation("run", decided, kind != "cpu", movable, bare.supports_gradient_checkpointing, int8)
+        situation = Situation("run", decided, movable, bare.supports_gradient_checkpointing, int8, gpu=kind != "cpu")
         saving = suggestions(situation, count, memory)
     recipe = changed(recipe, {CHECKPOINTING: choice == "on"})
     return Forecast(recipe, setting, Decision("checkpointing", choice, reason), shapes, found, ordinary, memory, saving)

@@ -225,7 +225,8 @@ def prepare(recipe: Recipe, device: torch.device, console: Console) -> Prepared:
     recipe = changed(recipe, {"data.spans": corpus.spans.scheme if corpus.spans else NO_SPANS})
 
     set_seed(recipe.seed)  # before the head is drawn
-    with memory_errors(Situation("loading", recipe)):
+    gpu = device.type != "cpu"
+    with memory_errors(Situation("loading", recipe, gpu=gpu)):
         backbone = load_backbone(recipe.model, data.task, corpus.labels, device, pairs=data.pair is not None)
     loaded: Any = backbone.model
     check_length(recipe, loaded.config.to_dict())
@@ -235,7 +236,7 @@ def prepare(recipe: Recipe, device: torch.device, console: Console) -> Prepared:
 
     mask, mask_decision = _choose_mask(recipe, backbone)
     trained_row = mask.id if mask is not None and recipe.masking.trainable_mask else None
-    with memory_errors(Situation("loading", recipe)):
+    with memory_errors(Situation("loading", recipe, gpu=gpu)):
         model, adapter_decisions = add_adapter(backbone, recipe.adapter, data.task, trained_row)
 
     head = choose_head(training.head, model, len(corpus.labels))
@@ -272,7 +273,7 @@ def prepare(recipe: Recipe, device: torch.device, console: Console) -> Prepared:
     )
     print_decisions(console, decisions)
     movable, checkpointable = placement_problem(backbone.model) is None, loaded.supports_gradient_checkpointing
-    situation = Situation("training", movable=movable, checkpointable=checkpointable)
+    situation = Situation("training", movable=movable, checkpointable=checkpointable, gpu=gpu)
     return Prepared(recipe, corpus, splits, backbone, model, mask, decisions, device, console, situation)
 
 

@@ -45,7 +45,7 @@ class Situation:
 
     phase: Phase  # what takes the memory; `run` for all of a run
     recipe: Recipe | None = None  # whose keys can be changed; None for a command that takes an adapter
-    gpu: bool | None = None  # whether the device is a GPU, if that is known
+    gpu: bool = field(kw_only=True)  # whether the device is one
     movable: bool = False  # whether the embedding can be somewhere else than on the device as it is
     checkpointable: bool = True
     int8: bool = False  # whether bitsandbytes runs on the device
@@ -87,8 +87,6 @@ def suggestions(
         if text in made:
             return made[text]
         notes = ["may cost score"] if "adapter.layers" in changes else []
-        if situation.gpu is None and changes.keys() & {"model.quantization", "model.embedding"}:
-            notes.append("on a GPU")
         budget = changes.get("training.tokens_per_batch")
         if situation.phase == "training" and budget and budget < recipe.data.max_length:
             notes.append("if no text takes more")
@@ -120,7 +118,7 @@ def suggestions(
 def _candidates(recipe: Recipe, situation: Situation, fits: Callable[[Changes], bool]) -> Iterator[Changes]:
     """Give the changes that help in a phase; `fits`, whether changes suffice, is asked only if more depends on it."""
     phase, training, model = situation.phase, recipe.training, recipe.model
-    step, on_gpu = phase in ("run", "training"), situation.gpu is not False
+    step, on_gpu = phase in ("run", "training"), situation.gpu
     if step:
         yield from _smaller_batches(recipe, phase, fits)
         if phase == "training" and training.tokens_per_batch is None and not training.auto_batch:
