@@ -6,14 +6,14 @@ import hashlib
 import itertools
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tokmask_peft.errors import RecipeError, SweepError, boundary, nearest, read_json, write_json
 from tokmask_peft.recipe.loading import load_recipe, with_overrides
-from tokmask_peft.recipe.schema import Recipe, regularizers
+from tokmask_peft.recipe.schema import Recipe, all_fields, regularizers
 
 SWEEP_FILE = "sweep.json"
 SAMPLERS = ("grid", "random", "tpe")
@@ -118,16 +118,45 @@ REGULARIZERS = {found.name: key for key, found in regularizers().items()}
 MASK, NONE, AS_RECIPE = "mask", "none", "recipe"
 
 MASKED = {
-    "drop": ("0.1", ("masking.replace=drop", "masking.p={}")),
-    "anneal": ("0.2", ("masking.schedule=linear", "masking.p_start={}", "masking.end=0.7", "masking.p=0")),
-    "share": ("0.5", ("masking.share={}", "masking.p=0.1")),
-    "overfit": ("0.3", ("masking.schedule=overfit", "masking.share=0.5", "masking.p={}")),
-    "random": ("0.1", ("masking.replace=random", "masking.p={}")),
-    "own": ("0.1", ("masking.mask_token=mask", "masking.p={}")),
-    "unk": ("0.1", ("masking.mask_token=unk", "masking.p={}")),
-    "trained": ("0.1", ("masking.mask_token=mask", "masking.trainable_mask=true", "masking.p={}")),
+    "drop": ("0.1", ("masking.replace=drop", "masking.p={}"), "masked sub-tokens leave the text"),
+    "anneal": (
+        "0.2",
+        ("masking.schedule=linear", "masking.p_start={}", "masking.end=0.7", "masking.p=0"),
+        "the rate falls from here to 0 in the first 70% of training",
+    ),
+    "share": ("0.5", ("masking.share={}", "masking.p=0.1"), "only this share of the texts is masked"),
+    "overfit": (
+        "0.3",
+        ("masking.schedule=overfit", "masking.share=0.5", "masking.p={}"),
+        "half of the texts are masked; the rate, at most this one, rises while the others are answered well",
+    ),
+    "random": ("0.1", ("masking.replace=random", "masking.p={}"), "masked sub-tokens become others of the vocabulary"),
+    "own": ("0.1", ("masking.mask_token=mask", "masking.p={}"), "masked by the tokenizer's mask token, trained or not"),
+    "unk": ("0.1", ("masking.mask_token=unk", "masking.p={}"), "masked by the unknown token"),
+    "trained": (
+        "0.1",
+        ("masking.mask_token=mask", "masking.trainable_mask=true", "masking.p={}"),
+        "masked by the tokenizer's mask token, whose embedding is trained",
+    ),
 }
-"""Arms that mask in a way of their own, whatever `--p` says: the usual strength, and what it sets."""
+"""Arms that mask in a way of their own, whatever `--p` says: the usual strength, what it sets, and what that means."""
+
+
+def explained(arms: Iterable[str]) -> dict[str, str]:
+    """Return what the parts of the names of arms (`Arm.name`) mean, without rates, and the keys that they set."""
+    fields, found = dict(all_fields()), dict[str, str]()
+    for part in dict.fromkeys(part.partition(" ")[0] for name in arms for part in re.split(r" ?\+ ?", name)):
+        word, _, strength = part.partition(":")
+        if word in MASKED:
+            usual, keys, about = MASKED[word]
+            found[part] = f"{about} ({' '.join(keys).format(strength or usual)})"
+        elif key := REGULARIZERS.get(word):
+            found[part] = f"{key}={strength or regularizers()[key].usual}: {fields[key].description}"
+        elif word == NONE:
+            found[part] = "every regularizer is off, and nothing is masked"
+        elif word in (MASK, "p"):
+            found[part] = f"masking.p: {fields['masking.p'].description}"
+    return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from markupsafe import Markup
 from tokmask_peft import __version__, html
 from tokmask_peft.errors import SweepError, boundary, require, whole, write_json, write_whole
 from tokmask_peft.html import FIRST, MUTED, SECOND, Picture
-from tokmask_peft.study.plan import Arm
+from tokmask_peft.study.plan import Arm, explained
 from tokmask_peft.study.results import analyse, read_sweep
 from tokmask_peft.study.statistics import seeds_to_reach, smallest_p
 from tokmask_peft.tasks import get_task
@@ -62,8 +62,9 @@ def mean_sd(found: Mapping[str, Any]) -> str:
 
 
 def level(found: Mapping[str, Any]) -> str:
-    """Write the 95% interval of a mean."""
-    return "" if found["interval"] is None else f"[{found['interval'][0]:.4f}, {found['interval'][1]:.4f}]"
+    """Write the 95% interval of a mean score, which Student's t lets go below 0 and above 1."""
+    low, high = found["interval"] or (0.0, 1.0)
+    return "" if found["interval"] is None else f"[{max(low, 0.0):.4f}, {min(high, 1.0):.4f}]"
 
 
 def markdown(table: Table) -> str:
@@ -210,7 +211,7 @@ def plot_f1(analysis: dict[str, Any], folder: Path) -> tuple[Path, Path]:
         values = [score for row in analysis["rows"] for score in row[metric]["by_seed"]]
         margin = max(0.35 * (max(values) - min(values)), 0.002)
         floors = [analysis["baseline"][metric]] if analysis["baseline"] else []
-        scale = min(values + floors) - margin, min(max(values + floors) + margin, 1.0)
+        scale = max(min(values + floors) - margin, 0.0), min(max(values + floors) + margin, 1.0)
         for number, (name, rows) in enumerate(lines.items()):
             colour = f"C{number % 10}"
             x = [*range(len(rows))] if by_arm else [row["p"] + (number - (len(lines) - 1) / 2) * step for row in rows]
@@ -262,12 +263,17 @@ def verdict(
     return sentences
 
 
-def forest(name: str, rows: Sequence[tuple[str, Mapping[str, Any]]], line: float | None, what: str) -> Markup:
-    """Draw for each arm the seeds, their mean and its 95% interval, on one axis, with a dashed line at a value."""
+def forest(
+    name: str, rows: Sequence[tuple[str, Mapping[str, Any]]], line: float | None, what: str, least: float, most: float
+) -> Markup:
+    """Draw for each arm the seeds, their mean and its 95% interval, on one axis, with a dashed line at a value.
+
+    The axis follows the seeds, from `least` to `most`.
+    """
     labels = ["\n".join(textwrap.wrap(label, 18)) for label, _ in rows]
     seeds = [value for _, one in rows for value in one["by_seed"]] + ([line] if line is not None else [])
     margin = max(0.35 * (max(seeds) - min(seeds)), 0.002)
-    scale = min(seeds) - margin, max(seeds) + margin
+    scale = max(min(seeds) - margin, least), min(max(seeds) + margin, most)
 
     def paint(axes: Any) -> None:
         if line is not None:
@@ -294,14 +300,16 @@ def sweep_page(about: Mapping[str, Any]) -> str:
     floor, against = about["baseline"] and about["baseline"]["f1_macro"], about["reference"]
     note = "Marks are seeds, points means; bars are 95% intervals of the mean (Student's t), cut where the axis ends."
     means = [(row["label"], row["f1_macro"]) for row in about["rows"]]
-    svg = forest("means", means, floor, f"macro-F1 on {split}")
+    svg = forest("means", means, floor, f"macro-F1 on {split}", 0.0, 1.0)
     pictures = [Picture(svg, note + (" The dashed line is the score of character n-grams." if floor else ""))]
     if compared:
-        svg = forest("gains", [(row["label"], one) for row, one in compared], 0.0, f"difference in macro-F1 ({split})")
+        gains = [(row["label"], one) for row, one in compared]
+        svg = forest("gains", gains, 0.0, f"difference in macro-F1 ({split})", -1.0, 1.0)
         note = f"Differences from {against}, seed by seed. A bar that crosses 0 does not establish a difference; "
         note += "one that does not may still be chance, since bars are not corrected for the number of arms."
         pictures.append(Picture(svg, note))
     given = {**about, "task": get_task(about["task"]), "version": __version__, "signed": signed, "pictures": pictures}
+    given["legend"] = explained(row["arm"] for row in about["rows"])
     sentences = verdict(compared, f"the reference ({against})", about)
     return html.environment().get_template("sweep.html.j2").render(**given, verdict=sentences)
 

@@ -1,3 +1,4 @@
+import html
 import json
 import re
 
@@ -7,7 +8,18 @@ from scipy import stats
 
 from tokmask_peft.errors import RunError, SweepError
 from tokmask_peft.study import results
-from tokmask_peft.study.report import LATEX, described, markdown, plot_f1, render, sweep_page, sweep_report, verdict
+from tokmask_peft.study.plan import MASKED
+from tokmask_peft.study.report import (
+    LATEX,
+    described,
+    level,
+    markdown,
+    plot_f1,
+    render,
+    sweep_page,
+    sweep_report,
+    verdict,
+)
 from tokmask_peft.study.results import analyse, read_sweep
 from tokmask_peft.study.statistics import seeds_needed
 
@@ -301,6 +313,28 @@ class TestPage:
     def test_what_the_seeds_do_not_show_is_not_claimed(self, made_up_sweep, seeds, rates, words):
         page = sweep_page(about(made_up_sweep({"p0.1": 0.2}, p=rates, seeds=seeds)))
         assert re.search(r'<p class="verdict ">(.*?)</p>', page)[1].count(words) == 1
+
+    def test_each_part_of_an_arm_s_name_is_explained_with_what_it_sets(self, made_up_sweep):
+        arms = ["none", "views", "anneal:0.3", "mask+neftune:15", *MASKED]
+        page = html.unescape(sweep_page(about(made_up_sweep(p="0.1", arms=",".join(arms), seeds="2"))))
+        legend = dict(re.findall("<li><strong>(.*?)</strong>: (.*?)</li>", page))
+        assert {*legend} == {"none", "views", "anneal:0.3", "mask", "neftune:15", *MASKED}
+        for part, keys in {
+            "anneal:0.3": "masking.p_start=0.3 masking.end=0.7",
+            "views": "training.views=2",
+            "neftune:15": "training.neftune_alpha=15",
+            "drop": "masking.p=0.1",
+            "mask": "masking.p",
+        }.items():
+            assert keys in legend[part]
+        page = sweep_page(about(made_up_sweep(p="0,0.1", seeds="2", name="rates")))
+        assert re.findall("<li><strong>(.*?)</strong>: ", page) == ["p"]
+
+    def test_no_interval_of_a_score_leaves_the_scale_of_scores(self, made_up_sweep):
+        found = about(made_up_sweep({"p0.1": 0.3}, p="0,0.1", seeds="2", texts=20))
+        assert found["rows"][1]["f1_macro"]["interval"][1] > 1
+        assert found["scores"][1][1][3].endswith(", 1.0000]")
+        assert level({"interval": (-0.2, 0.5)}) == "[0.0000, 0.5000]"
 
 
 def test_the_verdict_counts_the_other_arms_that_differ():
