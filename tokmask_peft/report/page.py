@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from tokmask_peft import __version__
 from tokmask_peft.artifacts import Result, Run, open_run
-from tokmask_peft.console import baseline_verdict, calibration_line
+from tokmask_peft.console import baseline_verdict, beside_verdict, calibration_line
 from tokmask_peft.data.corpus import merged_labels
 from tokmask_peft.errors import ModelError, RunError, TokmaskError, boundary, require, write_whole
 from tokmask_peft.html import check_page, environment
@@ -98,7 +98,7 @@ def render(run: Run, mistakes: Mistakes | None, no_mistakes: str = "") -> str:
 
 def alerts(result: Result) -> list[str]:
     """Return what a reader must know before the scores: warnings of the run, and leaks that were left in."""
-    found = [warning["message"] for warning in result.warnings] + result.data.get("warnings", [])
+    found = beside_verdict(result.warnings) + result.data.get("warnings", [])
     cleaning, split = result.data.get("hygiene", {}), result.scored_split
     keys = ("test_shared", "validation_in_test") if split == "test" else ("validation_shared",)
     if cleaning.get("mode") != "remove" and (shared := sum(cleaning.get(key, 0) for key in keys)):

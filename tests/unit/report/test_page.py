@@ -206,9 +206,12 @@ def test_warnings_that_matter_come_before_the_scores(tmp_path):
     found = result() | {"calibration": {}}
     found["data"]["hygiene"] |= {"mode": "report", "test_shared": 17, "validation_in_test": 3}
     found["test"]["without_prediction"] = 5
+    floor = {"code": "not-above-floor", "message": "below that of character n-grams", "key": "a"}
+    found["warnings"] = [floor, floor | {"message": "below that of a linear probe"}]
     text = page(tmp_path, found)
     shown = Outline(text).text
-    for words in ("A warning <script>", "20 texts are both in test", "5 words of test"):
+    assert "elow that of character" not in shown  # the verdict says it
+    for words in ("Below that of a linear probe", "A warning <script>", "20 texts are both in test", "5 words of test"):
         assert shown.index(words) < shown.index("macro-F1 weighted F1 accuracy")
     assert text.count("A warning &lt;script&gt;") == 1
     quiet = result() | {"calibration": {}}
