@@ -247,8 +247,9 @@ def nearest(name: str, candidates: Iterable[str]) -> str:
 
 
 def first_line(error: object) -> str:
-    """Return the first line of an error's text, or the name of its class if the text is empty."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    """Return the first line of an error's text, with the next after a colon; without a text the name of its class."""
+    first, *rest = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return f"{first} {rest[0]}" if rest and first.endswith(":") else first
 
 
 def require(module: str, extra: str, what: str) -> None:

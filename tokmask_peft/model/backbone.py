@@ -227,7 +227,7 @@ def load_error(what: str, location: str, error: Exception) -> ModelError:
         remedy = "give --trust-remote-code to use a run, or set model.trust_remote_code=true to train"
         return ModelError(f"{problem}, {remedy}.", code="backbone-not-loaded", location=location)
     message = (
-        f"the {what} cannot be loaded from {location}: {first_line(error)} "
+        f"the {what} cannot be loaded from {location}: {first_line(error).rstrip('.')}. "
         "Check model.backbone (a Hub id or a folder), the network, and `hf auth login` for gated models."
     )
     return ModelError(message, code=f"{what}-not-loaded", location=location)
@@ -265,14 +265,21 @@ def padding_side(model: Any, tokenizer: Any, dtype: torch.dtype) -> str:
     """
     if family_of(model) is not None:
         return "right"
-    low = dtype != torch.float32
+    low, name = dtype != torch.float32, type(model).__name__
     rounded = low or any(is_quantized(part) for part in model.modules())
     tolerance = 0.1 if rounded else 1e-4  # tiny random models: 1e-6 of the logits' norm, .01 in bf16; padding .2 to 1
 
     def logits(*texts: str, side: str = "right") -> Any:
         options = {"padding": True, "padding_side": side, "return_tensors": "pt", "return_token_type_ids": False}
-        with torch.autocast(model.device.type, dtype, enabled=low):
-            return model(**tokenizer(list(texts), **options).to(model.device)).logits.float()
+        try:
+            with torch.autocast(model.device.type, dtype, enabled=low):
+                return model(**tokenizer(list(texts), **options).to(model.device)).logits.float()
+        except Exception as error:  # of whatever kind: Nystromformer, for one, takes texts of some lengths only
+            if out_of_memory(error):
+                raise
+            problem = f"{name} cannot read a short text: {type(error).__name__}: {first_line(error)}"
+            remedy = "if its config.json is right, use another backbone, as in `tokmask recipes`"
+            raise ModelError(f"{problem}; {remedy}", code="cannot-read", model=name) from error
 
     with torch.random.fork_rng(devices=()):  # YOSO draws
         alone = logits(_SHORT)
@@ -281,7 +288,6 @@ def padding_side(model: Any, tokenizer: Any, dtype: torch.dtype) -> str:
             padded = padded if alone.dim() == 2 else padded[:, : alone.shape[1]]
             if not (padded - alone).norm() > tolerance * alone.norm():
                 return side
-    name = type(model).__name__
     problem = f"{name} reads its padding: a text's answer depends on the longest text in its batch"
     raise ModelError(f"{problem}; use another backbone, as in `tokmask recipes`", code="reads-padding", model=name)
 

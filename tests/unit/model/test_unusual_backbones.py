@@ -25,9 +25,9 @@ SIZES = {
 }
 
 
-def build(name, head="SequenceClassification"):
+def build(name, head="SequenceClassification", **more):
     tokenizer = tiny_tokenizer("wordpiece")
-    sizes = {**SIZES.get(name, SIZE), "vocab_size": len(tokenizer), "pad_token_id": 0, "num_labels": 3}
+    sizes = {**SIZES.get(name, SIZE), **more, "vocab_size": len(tokenizer), "pad_token_id": 0, "num_labels": 3}
     torch.manual_seed(0)
     model = getattr(transformers, f"{name}For{head}")(getattr(transformers, f"{name}Config")(**sizes))
     for weight in model.parameters():
@@ -38,8 +38,8 @@ def build(name, head="SequenceClassification"):
 
 @pytest.fixture
 def load(tmp_path):
-    def make(name, task="sequence", precision="fp32"):
-        model, tokenizer = build(name)
+    def make(name, task="sequence", precision="fp32", **more):
+        model, tokenizer = build(name, **more)
         model.base_model.save_pretrained(tmp_path)
         tokenizer.save_pretrained(tmp_path)
         config = ModelConfig(backbone=str(tmp_path), precision=precision, quantization="none")
@@ -68,6 +68,16 @@ def test_a_model_that_reads_its_padding_is_refused(load, name, task):
         load(name, task)
     assert caught.value.code == "reads-padding"
     assert caught.value.fields["model"].startswith(f"{name}For")
+
+
+@pytest.mark.parametrize(
+    "config", [{"conv_kernel_size": 64}, {"num_landmarks": 4, "segment_means_seq_len": 16}, {"num_landmarks": 0}]
+)
+def test_a_model_that_cannot_read_a_text_is_refused(load, config):
+    with pytest.raises(ModelError, match="use another backbone") as caught:
+        load("Nystromformer", **config)
+    assert caught.value.code == "cannot-read"
+    assert type(caught.value.__cause__).__name__ in str(caught.value)
 
 
 def test_no_random_numbers_are_drawn_and_words_are_padded_on_the_right(load):
