@@ -192,6 +192,8 @@ def check_place(path: Path, kind: type[TokmaskError], code: str, *, folder: bool
     try:
         if path.exists() and not (path.is_dir() if folder else path.is_file()):
             problem = f"it is not a {'folder' if folder else 'file'}"
+        elif not path.name:
+            problem = "it has no name of its own"
         elif not (parent := path.absolute().parent).is_dir():
             problem, remedy = f"there is no folder {parent}", f"make it first, or {remedy}"
         else:

@@ -5,6 +5,7 @@ huggingface_hub reads its endpoint when it is imported, so every case runs in a 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -23,9 +24,13 @@ import pytest
 from conftest import make_texts
 from hub_http import Transport
 
+from tokmask_peft.data.hub import _reach
+from tokmask_peft.errors import DataError
+from tokmask_peft.recipe import SourceConfig
+
 REPO = "someone/switched"
 FEELINGS, MOODS, TONES = "someone/feelings", "someone/moods", "someone/tones"
-GATED = "someone/closed"
+DAMAGED, GATED = "someone/damaged", "someone/closed"
 SCRIPTED = "someone/scripted"
 REVISION = "refs/convert/parquet"
 SHA = "0123456789abcdef0123456789abcdef01234567"
@@ -156,6 +161,8 @@ def hub(tmp_path_factory):
     write_dataset(root / REPO)
     (root / SCRIPTED).symlink_to(root / REPO)
     write_posts(root / FEELINGS, ["default"])
+    write_posts(root / DAMAGED, ["default"])
+    (root / DAMAGED / "default" / "test-00000-of-00001.parquet").write_bytes(b"damaged")
     write_posts(root / MOODS, ["calm", "loud"])
     write_posts(root / TONES, ["calm", "loud"], default="loud")
     with StandIn(root) as server:
@@ -257,6 +264,10 @@ MISTAKES = {
         "read_split(SourceConfig(**HUB, hub_config='pos_someeng'), 'spare', 'token')",
         [f"{REPO} spare", "cannot be read as parquet"],
     ),
+    "damaged shard": (
+        f"read_split(SourceConfig(hub='{DAMAGED}'), 'train', 'token')",
+        [DAMAGED, "Could not open Parquet"],
+    ),
     "missing": (
         "read_split(SourceConfig(hub='someone/nothing'), 'train', 'token')",
         ["someone/nothing", "data.hub", "hf auth login"],
@@ -299,6 +310,15 @@ def errors(run, hub, home):
 def test_one_error_with_its_remedy(errors, name):
     for message in MISTAKES[name][1]:
         assert message in errors[name]
+
+
+def test_a_full_disk_is_not_blamed_on_the_dataset():
+    def full():
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(DataError, match="free some space") as caught:
+        _reach(SourceConfig(hub="a/b"), full)
+    assert (caught.value.code, caught.value.fields) == ("no-space", {"hub": "a/b"})
 
 
 def test_offline_names_the_way_out(run, tmp_path):

@@ -317,7 +317,7 @@ def as_given(texts: list[str], saved: SavedAdapter) -> list[Any]:
 
 def _saved_input(folder: str, file: Path, format: str) -> Path:
     """Return a file with what a pipe or standard input (`-`) gives: a reader looks ahead, and reads it twice."""
-    path = Path(folder) / f"stdin.{'txt' if format == 'auto' else format}"
+    path = Path(folder) / f"stdin.{format if format != 'auto' and format.isalnum() else 'txt'}"
     with sys.stdin.buffer if str(file) == "-" else file.open("rb") as given, path.open("wb") as taken:
         shutil.copyfileobj(given, taken)
     return path

@@ -74,9 +74,9 @@ def find_splits(paths: Sequence[Path], found: Findings) -> dict[str, Path]:
     A folder, or files; next to a single file that is named as a split, those of its other splits are looked for.
     """
     for path in paths:
-        if not path.exists():
-            problem = f"'{path}' does not exist (seen from {Path.cwd()})"
-            raise DataError(f"{problem}. Give a file, several, or a folder.", code="no-path", path=str(path))
+        if not (path.is_file() or path.is_dir()):
+            problem = "is neither a file nor a folder" if path.exists() else f"does not exist (seen from {Path.cwd()})"
+            raise DataError(f"'{path}' {problem}. Give a file, several, or a folder.", code="no-path", path=str(path))
     files = [path for path in paths if path.is_file()]
     if len(paths) == 1 and not files:
         files = _data_files(paths[0])

@@ -15,7 +15,7 @@ from tokmask_peft.data.conll import Columns, ConllReader, Row, readable
 from tokmask_peft.data.opening import DataFile, damaged
 from tokmask_peft.data.split import NAME_A_SPLIT, SPLITS, aliases, canonical
 from tokmask_peft.data.tables import class_names, examples, name_classes, parquet_rows
-from tokmask_peft.errors import DataError, nearest
+from tokmask_peft.errors import DataError, as_ours, nearest
 from tokmask_peft.examples import Example
 from tokmask_peft.recipe.data import SourceConfig
 from tokmask_peft.tasks import get_task
@@ -198,14 +198,18 @@ def choose_split(source: SourceConfig, split: str, splits: list[str]) -> str:
 
 def _reach(source: SourceConfig, load: Callable[[], Any]) -> Any:
     """Call the Hub, and turn what can go wrong into one error with a remedy."""
-    from datasets.exceptions import DatasetsError
+    from datasets.exceptions import DatasetGenerationError, DatasetsError
     from huggingface_hub.errors import HTTPError
 
     try:
         return load()
     except (DatasetsError, HTTPError, OSError, ValueError, RuntimeError) as error:
         where = " ".join(part for part in (source.hub, source.hub_config, source.hub_revision) if part)
-        text = " ".join(str(error).partition("Example of usage")[0].split()).rstrip(".")  # which is of Python
+        cause: Any = error.__cause__ if isinstance(error, DatasetGenerationError) else error
+        ours = as_ours(cause or error, f"reading {source.hub}", DataError, hub=source.hub)
+        if ours.code in ("no-space", "no-access"):
+            raise ours from error
+        text = " ".join(str(cause or error).partition("Example of usage")[0].split()).rstrip(".")  # which is of Python
         code, remedy = _remedy(error, text.lower())
         raise DataError(f"data.hub: {where} cannot be read: {text}. {remedy}", code=code, hub=source.hub) from error
 

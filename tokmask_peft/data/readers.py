@@ -20,7 +20,7 @@ from tokmask_peft.data.split import NAME_A_SPLIT, SHARD, aliases, check_shards
 from tokmask_peft.data.tables import SNIFFED
 from tokmask_peft.errors import DataError, nearest
 from tokmask_peft.examples import Example, Pair, Unreadable
-from tokmask_peft.recipe.data import SourceConfig
+from tokmask_peft.recipe.data import SourceConfig, known_separator
 from tokmask_peft.tasks import get_task
 
 SHOWN = 5
@@ -273,8 +273,9 @@ def find_files(path: str, split: str, asked: str = "auto") -> list[Path]:
         DataError: no file fits, or several do; lists what is there.
     """
     root = Path(path).expanduser()
-    if not root.exists():
-        raise DataError(f"data.path: '{path}' does not exist (seen from {Path.cwd()})", code="no-path", path=path)
+    if not (root.is_file() or root.is_dir()):
+        problem = "is neither a file nor a folder" if root.exists() else f"does not exist (seen from {Path.cwd()})"
+        raise DataError(f"data.path: '{path}' {problem}", code="no-path", path=path)
     if root.is_file():
         if split in (root.name, root.stem) or "train" in aliases(split):
             return [root]
@@ -405,7 +406,13 @@ class TextFile(DataFile):
         name: str | None = None,
     ) -> None:
         if not Path(path).is_file():
-            raise DataError(f"{path}: there is no such file", code="no-path", path=str(path))
+            problem = "is a folder: name a file in it" if Path(path).is_dir() else "there is no such file"
+            raise DataError(f"{path}: {problem}", code="no-path", path=str(path))
+        try:
+            separator = known_separator(separator)
+        except ValueError as error:
+            problem = f"data.separator: {error}. Found '{separator}'."
+            raise DataError(problem, code="separator", field="separator") from error
         self._format, self.rows = format, deque[Row]()
         text, second = text_column if isinstance(text_column, tuple) else (text_column, None)
         asked = (text, None, False, header, group_column, separator)

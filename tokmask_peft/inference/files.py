@@ -13,7 +13,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -314,7 +314,10 @@ def _parquet(path: Path, columns: Columns) -> Iterator[Write]:
     import pyarrow.parquet as pq
 
     source, types = columns.source.path, {bool: pa.bool_(), int: pa.int64(), float: pa.float64(), str: pa.string()}
-    known = pq.read_schema(source) if source.suffix.lower() == ".parquet" else pa.schema([])
+    known = pa.schema([])
+    if source.suffix.lower() == ".parquet":
+        with suppress(pa.ArrowInvalid):  # it was read in another format
+            known = pq.read_schema(source)
     named = classes_of(known)
     kinds = dict.fromkeys(columns.names, types[str]) | {columns.added("confidence"): types[columns.confidence]}
     for name, found in columns.kinds.items():

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tokmask_peft.console import Decision, quiet_loading
-from tokmask_peft.errors import ModelError, boundary, nearest
+from tokmask_peft.errors import ModelError, boundary, first_line, is_whole, nearest
 from tokmask_peft.masking.embedding import find_embedding, is_sharded, whole
 from tokmask_peft.model.backbone import Backbone
 from tokmask_peft.model.decisions import PRECISIONS
@@ -228,6 +228,9 @@ def check_files_of_adapter(folder: Path) -> None:
         if not (folder / name).is_file():
             raise ModelError(f"{folder} has no adapter ({name} is missing)", code="no-adapter", folder=folder)
     check_files(folder)
+    if not is_whole(folder / WEIGHTS):
+        message = f"{folder / WEIGHTS} is damaged, or was not written to its end; copy or download it again"
+        raise ModelError(message, code="damaged-adapter", folder=folder)
 
 
 def _check_trained_on(
@@ -289,7 +292,12 @@ def check_tokenizer(tokenizer: Any, folder: Path) -> None:
     """Raise a ModelError if the tokenizer in a folder, if it has one, is another than `tokenizer`."""
     if not (folder / "tokenizer_config.json").is_file():
         return
-    trained = type(tokenizer).from_pretrained(str(folder))
+    try:
+        trained = type(tokenizer).from_pretrained(str(folder))
+    except Exception as error:  # of whatever kind
+        problem = f"the tokenizer in {folder} cannot be read ({type(error).__name__}: {first_line(error)})"
+        message = f"{problem}; copy or download its files again"
+        raise ModelError(message, code="damaged-adapter", folder=folder) from error
     theirs, ours = trained.get_vocab(), tokenizer.get_vocab()
     tokens = sorted(token for token in theirs.keys() | ours.keys() if theirs.get(token) != ours.get(token))
     if tokens or trained(_PROBE)["input_ids"] != tokenizer(_PROBE)["input_ids"]:

@@ -15,7 +15,8 @@ from tokmask_peft.masking.config import NameIn, Section
 from tokmask_peft.tasks import TASKS, get_task
 
 
-def _separator(value: str) -> str:
+def known_separator(value: str) -> str:
+    """Return a separator as the readers take it, or raise a ValueError that says what is expected."""
     if value in ("\t", "\\t"):
         return "tab"
     if value not in ("auto", "tab") and (len(value) != 1 or value in '"\r\n'):
@@ -38,7 +39,7 @@ ShareOfTrain = Annotated[float, Field(gt=0.0, lt=1.0, title="a share of train be
 LanguageCode = Annotated[str, Field(pattern=r"^([a-z]{2,3}|multilingual)$", title="an ISO 639 code such as es or swa")]
 AsText = Annotated[str, BeforeValidator(lambda value: "" if value is None else str(value))]
 TwoColumns = Annotated[tuple[AsText, AsText], Field(title="a list of two columns, as [premise, hypothesis]")]
-Separator = Annotated[str, AfterValidator(_separator)]
+Separator = Annotated[str, AfterValidator(known_separator)]
 LabelColumns = Annotated[
     tuple[str, ...], Field(min_length=2, title="a list of columns with 0 or 1, one per label, as [joy, anger]")
 ]

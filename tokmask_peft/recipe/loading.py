@@ -40,7 +40,7 @@ def find_recipe(recipe: str | Path) -> Path:
     if name in shipped_recipes():
         return SHIPPED / f"{name}.yaml"
     with contextlib.suppress(OSError):
-        there = [file.name for file in path.parent.iterdir()]
+        there = [file.name for file in path.parent.iterdir() if file.is_file()]
     guess = nearest(name, shipped_recipes()) or nearest(path.name, there)
     problem = f"no such file, and no shipped recipe of that name.{guess} See `tokmask recipes`."
     raise RecipeError([problem], str(recipe), code="no-such-recipe", recipe=name)
@@ -226,6 +226,8 @@ _Loader.add_implicit_resolver(
 
 def _read(path: Path) -> dict[str, Any]:
     def problem(text: str, code: str) -> RecipeError:
+        if path.suffix.lower() not in (".yaml", ".yml"):
+            text += f". If it has data, make a recipe for them: tokmask init {shlex.quote(str(path))}"
         return RecipeError([text], str(path), code=code, file=str(path))
 
     try:

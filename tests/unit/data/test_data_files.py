@@ -1,7 +1,12 @@
 """Which file a split means."""
 
+import os
+from pathlib import Path
+
 import pytest
 
+from tokmask_peft.data.columns import Findings
+from tokmask_peft.data.detect import find_splits
 from tokmask_peft.data.readers import READERS, find_files, reader_of
 from tokmask_peft.errors import DataError
 
@@ -51,7 +56,11 @@ def test_what_is_missing_lists_the_folder(folder):
     assert refused(path, "test") == ("no-split", {"split": "test", "files": ("dev.tsv", "train.tsv")})
     with pytest.raises(DataError, match=r"Did you mean 'train.tsv'.*data.test may be null"):
         find_files(str(path), "train.tvs")
-    assert refused(path / "nowhere", "train")[0] == "no-path"
+    for place in (path / "nowhere", os.devnull):
+        assert refused(place, "train") == ("no-path", {"path": str(place)})
+        with pytest.raises(DataError) as caught:
+            find_splits([Path(place)], Findings({}))
+        assert caught.value.code == "no-path"
 
 
 @pytest.mark.parametrize("ending", ["parquet", "jsonl.gz"])

@@ -292,7 +292,10 @@ def test_what_no_row_can_mend_is_an_error(write, tmp_path):
         with pytest.raises(DataError) as caught:
             TextFile(path, "sequence")
         assert caught.value.code == code
-    assert predicted(tmp_path / "in.tsv", text_column="b") == [(2, "2")]
+    with pytest.raises(DataError) as caught:
+        TextFile(tmp_path / "in.tsv", "sequence", separator="ab")
+    assert (caught.value.code, caught.value.fields) == ("separator", {"field": "separator"})
+    assert predicted(tmp_path / "in.tsv", text_column="b", separator="\\t") == [(2, "2")]
     assert predicted(write("empty.txt", "")) == []
 
 

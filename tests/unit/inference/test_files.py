@@ -262,6 +262,13 @@ def test_numbers_that_are_not_finite_are_null_in_json(tmp_path, capsys):
     assert row[2] == '[1, {"m": null}]'
 
 
+def test_a_file_is_what_its_format_says_whatever_its_name(tmp_path):
+    (tmp_path / "in.parquet").write_text('{"text": "a b"}\n')
+    source = TextFile(tmp_path / "in.parquet", "sequence", "jsonl")
+    predict_file(Echo(source), source, tmp_path / "out.parquet")
+    assert pq.read_table(tmp_path / "out.parquet").column("label").to_pylist() == ["a"]
+
+
 def test_what_parquet_cannot_hold_is_an_error(tmp_path, monkeypatch):
     (tmp_path / "in.txt").write_text("a\n")
     model = Namer()

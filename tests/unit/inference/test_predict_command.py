@@ -142,8 +142,10 @@ def test_wrong_usage_is_found_before_a_model_is_loaded(saved_adapter, tmp_path):
         (("a", "--file", tmp_path / "in.txt"), "TEXT"),
         (("a", "--out", tmp_path / "out.csv"), "--out"),
         (("--file", tmp_path / "in.txt", "--out", tmp_path / "out.xls"), ".xls"),
+        (("-", "--format", "a/b"), "Set --format to one of"),
+        (("--file", tmp_path), "is a folder"),
     ):
-        done = predict(folder, *options)
+        done = predict(folder, *options, given="a" if "-" in options else None)
         assert (done.exit_code, words in done.stderr) == (2, True), done.output
     assert not (tmp_path / "out.csv").exists()
 

@@ -210,6 +210,15 @@ def test_weights_that_are_not_those_of_the_adapter_are_named(load, saved, change
     assert all(error.fields[kind][0] in str(error) for kind in kinds)
 
 
+@pytest.mark.parametrize("content", ["[1", "{}"])
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "tokenizer.json"])
+def test_a_damaged_file_is_named(load, saved, name, content):
+    (saved / name).write_text(content)
+    error = refusal(load("bert"), saved)
+    assert (error.code, error.fields) == ("damaged-adapter", {"folder": saved})
+    assert name.partition(".")[0] in str(error)
+
+
 def test_other_labels_and_a_folder_without_weights_are_refused(model_config, load, saved):
     two = load_backbone(model_config("bert"), "sequence", LABELS[:2], CPU)
     assert refusal(two, saved).code == "adapter-does-not-fit"

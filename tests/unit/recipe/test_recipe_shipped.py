@@ -121,6 +121,14 @@ class TestFind:
             find_recipe(given)
         assert caught.value.code == "no-such-recipe"
 
+    def test_data_in_place_of_a_recipe(self, tmp_path):
+        (tmp_path / "posts.csv").write_text("text,label\ngreat,good\n")
+        with pytest.raises(RecipeError, match=r"tokmask init .*posts\.csv") as caught:
+            load_recipe(tmp_path / "posts.csv")
+        assert caught.value.code == "not-a-mapping"
+        with pytest.raises(RecipeError, match=r"recipe of that name\. See"):  # a folder is no guess
+            load_recipe(tmp_path)
+
 
 class TestCopy:
     @pytest.mark.parametrize("place", ["mine.yaml", "mine.yaml/new.yaml"])
