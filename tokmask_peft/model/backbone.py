@@ -227,7 +227,7 @@ def load_error(what: str, location: str, error: Exception) -> ModelError:
         remedy = "give --trust-remote-code to use a run, or set model.trust_remote_code=true to train"
         return ModelError(f"{problem}, {remedy}.", code="backbone-not-loaded", location=location)
     message = (
-        f"the {what} cannot be loaded from {location}: {first_line(error).rstrip('.')}. "
+        f"the {what} cannot be loaded from {location}: {first_line(error).rstrip('.,:')}. "
         "Check model.backbone (a Hub id or a folder), the network, and `hf auth login` for gated models."
     )
     return ModelError(message, code=f"{what}-not-loaded", location=location)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from tokmask_peft.artifacts import Result, RunFolder, read_log
-from tokmask_peft.errors import SweepError, read_json
+from tokmask_peft.errors import SweepError, boundary, read_json
 from tokmask_peft.study import statistics
 from tokmask_peft.study.plan import AS_RECIPE, NONE, SWEEP_FILE, Arm
 from tokmask_peft.study.statistics import MEANINGS, spread
@@ -88,15 +88,15 @@ def read_sweep(folder: Path) -> SweepResults:
     file = folder / SWEEP_FILE
     if not file.is_file():
         raise SweepError(f"{folder} is not the folder of a sweep (it holds no {SWEEP_FILE})", code="not-a-sweep")
-    sweep = read_json(file, SweepError, "bad-sweep")
-    if sweep["sampler"] != "grid":
-        problem = f"drew its values ({sweep['sampler']}), so there are no arms to compare seed by seed"
-        remedy = "Its trials are in its storage; compare the best values with a grid over seeds."
-        raise SweepError(f"the sweep {sweep['name']} {problem}. {remedy}", code="no-arms")
-    folders: dict[tuple[Row, int], RunFolder] = {}
-    for name, cell in sweep["cells"].items():
-        row = Row(tuple(sorted(cell["setting"].items())), cell["arm"]["regularizers"], float(cell["arm"]["p"]))
-        folders[row, int(cell["seed"])] = RunFolder(folder / name)
+    sweep, folders = read_json(file, SweepError, "bad-sweep"), dict[tuple[Row, int], RunFolder]()
+    with boundary(f"reading {file}", SweepError, "bad-sweep"):
+        if sweep["sampler"] != "grid":
+            problem = f"drew its values ({sweep['sampler']}), so there are no arms to compare seed by seed"
+            remedy = "Its trials are in its storage; compare the best values with a grid over seeds."
+            raise SweepError(f"the sweep {sweep['name']} {problem}. {remedy}", code="no-arms")
+        for name, cell in sweep["cells"].items():
+            row = Row(tuple(sorted(cell["setting"].items())), cell["arm"]["regularizers"], float(cell["arm"]["p"]))
+            folders[row, int(cell["seed"])] = RunFolder(folder / name)
     missing = tuple(run.root.name for run in folders.values() if not run.finished())
     finished = {key: run for key, run in folders.items() if run.finished()}
     if not finished:

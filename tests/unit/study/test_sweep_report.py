@@ -291,6 +291,14 @@ def test_what_cannot_be_reported(made_up_sweep, tmp_path, sweep, code):
     assert caught.value.code == code
 
 
+@pytest.mark.parametrize("content", ["{}", '{"sampler": "grid", "cells": {"p0": 1}}'])
+def test_a_damaged_sweep_is_one_error_with_its_file(tmp_path, content):
+    (tmp_path / "sweep.json").write_text(content)
+    with pytest.raises(SweepError, match="sweep") as caught:
+        read_sweep(tmp_path)
+    assert caught.value.code == "bad-sweep"
+
+
 class TestPage:
     def test_the_verdict_comes_first_and_every_arm_is_there(self, made_up_sweep):
         found = about(made_up_sweep({"p0.2": 0.2}, p="0,0.1,0.2", seeds="8"))
