@@ -254,7 +254,10 @@ def _ask(key: str, question: str, answers: Mapping[str, str]) -> str:
     for number, (answer, about) in enumerate(answers.items(), start=1):
         echo(f"  {number}  {answer}" + (f": {about}" if about else ""))
     numbers = [str(number) for number in range(1, len(answers) + 1)]
-    return list(answers)[IntPrompt.ask("Number", choices=numbers, default=1) - 1]
+    try:
+        return list(answers)[IntPrompt.ask("Number", choices=numbers, default=1) - 1]
+    except EOFError:  # Ctrl-D
+        raise KeyboardInterrupt from None
 
 
 def _free_name(recipe: Recipe) -> str:

@@ -218,7 +218,7 @@ def _find_hub(found: Findings) -> dict[str, str]:
     others = [name for name in configs if name != source.hub_config][:10]
     why = f"the default; or is it {', '.join(others)}?" if others else "the only one"
     found.decide("hub_config", source.hub_config, why)
-    why = "the present version, so that later ones do not change the run"
+    why = "its version, so that later ones do not change the run"
     if source.hub_revision == PARQUET_BRANCH:
         why = "the dataset comes with code, which is never run: this is the Hub's own copy of the texts"
     found.decide("hub_revision", source.hub_revision, why)

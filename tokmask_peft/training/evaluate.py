@@ -133,7 +133,7 @@ def split_examples(
         try:
             return apply_label_map(read_split(source, name, recipe.data.task), recipe.data.label_map)[0], labels
         except DataError as error:
-            hint = "Format and columns are as in the run; evaluate takes --format, --text-column and --label-column"
+            hint = "All else is as in the run; evaluate takes --split, --format, --text-column and --label-column"
             raise DataError(f"{error}\n{hint}", code=error.code, **error.fields) from error
     if given:
         raise DataError("a format or a column is for other texts: --data FILE", code="no-data", given=tuple(given))

@@ -1,5 +1,6 @@
 """The command line: quick help, exit codes, and never a traceback for a mistake of the user."""
 
+import io
 import json
 import subprocess
 import sys
@@ -11,8 +12,9 @@ import yaml
 from typer.testing import CliRunner
 
 from tokmask_peft import __version__
-from tokmask_peft.cli import app
+from tokmask_peft.cli import app, main
 from tokmask_peft.cli.app import LOOK, TRAIN, USE
+from tokmask_peft.console import echo
 from tokmask_peft.recipe.loading import SHIPPED, field_help, load_recipe, shipped_recipes
 
 
@@ -215,6 +217,17 @@ for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         assert done.returncode == 2
         assert done.stderr.startswith("Error: ")
         assert "free some space" in done.stderr
+
+    def test_an_output_that_lacks_a_character_gets_it_as_json_writes_it(self, monkeypatch):
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+        monkeypatch.setattr(sys, "argv", ["tokmask", "recipes", "fields", "report_to"])
+        with pytest.raises(SystemExit) as done:
+            main()
+        echo("ñ😀")
+        assert not done.value.code
+        said = sys.stdout.buffer.getvalue().decode("ascii")
+        assert "trackio, \\u2026" in said
+        assert said.endswith("\\u00f1\\ud83d\\ude00\n")
 
     def test_what_nobody_expected_is_one_line_and_a_traceback_for_who_asks(self, monkeypatch):
         def fail(*_):

@@ -1,5 +1,6 @@
 """`tokmask init`, `tokmask train FILE`, `validate --data`: what is decided, asked, written and refused."""
 
+import io
 import itertools
 
 import pytest
@@ -290,3 +291,9 @@ def test_copy_takes_overrides(tmp_path):
 def test_whatever_a_label_or_a_path_is_the_recipe_holds_it(value):
     assert override(content := {}, [f"x={start._inline({'y': value})}"]) == []
     assert content == {"x": {"y": value}}
+
+
+def test_the_end_of_input_at_a_question_is_ctrl_c(monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    with pytest.raises(KeyboardInterrupt):
+        start._ask("data.task", "Which?", {"sequence": "", "token": ""})
