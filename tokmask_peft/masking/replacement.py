@@ -178,9 +178,5 @@ class Removal(Replacement):
     removes, needs_mask_token = True, False
 
 
-REPLACEMENTS: dict[str, type[Replacement]] = {
-    "token": TokenReplacement,
-    "random": RandomReplacement,
-    "drop": Removal,
-}
+REPLACEMENTS: dict[str, type[Replacement]] = {"token": TokenReplacement, "random": RandomReplacement, "drop": Removal}
 """By the name in `masking.replace`. Add one of your own before the recipe is read: `REPLACEMENTS["mine"] = Mine`."""

@@ -60,9 +60,7 @@ FAMILIES: dict[str, Family] = {
 _ROBERTA = Family(lambda model, first: model.classifier(first), positions=_positions_after_padding)
 FAMILIES |= dict.fromkeys(("Roberta", "XLMRoberta"), _ROBERTA)
 _DECODER = Family(
-    lambda model, last: model.score(last[:, 0]),
-    lambda model, states: model.score(model.dropout(states)),
-    causal=True,
+    lambda model, last: model.score(last[:, 0]), lambda model, states: model.score(model.dropout(states)), causal=True
 )
 _DECODERS = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma3Text", "Phi3", "Olmo", "Olmo2", "SmolLM3")
 FAMILIES |= dict.fromkeys(_DECODERS, _DECODER)
