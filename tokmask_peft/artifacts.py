@@ -1,7 +1,4 @@
-"""What a run leaves behind: the run folder, its `result.json`, and the adapter folder. Written and read here only.
-
-Imports nothing heavy, so that a command can refuse a wrong folder before the libraries are loaded.
-"""
+"""What a run leaves behind: the run folder, its `result.json`, and the adapter folder; without heavy imports."""
 
 from __future__ import annotations
 
@@ -143,8 +140,7 @@ def start_run(run: RunFolder, recipe_text: str, fingerprint: Mapping[str, str]) 
 def locked(run: RunFolder) -> Iterator[None]:
     """Hold the lock of a run, in its folder, which is created, and removed if nothing was written; a kill ends it.
 
-    Raises:
-        RunError: another process trains the run, or the folder cannot be created or written.
+    RunError if another process trains the run, or the folder cannot be created or written.
     """
     created = [folder for folder in (run.root, *run.root.parents) if not folder.exists()]
     lock = FileLock(run.lock, timeout=0)
@@ -170,11 +166,7 @@ def locked(run: RunFolder) -> Iterator[None]:
 
 
 def open_finished(folder: str | Path, *, scored: bool = False) -> RunFolder:
-    """Return the run folder `folder`, which has an adapter; if it must be `scored`, also a result.
-
-    Raises:
-        RunError: it is not a run folder, or the run has none yet.
-    """
+    """Return the run folder `folder`; RunError if it is not one or has no adapter yet, or, if `scored`, no result."""
     run = RunFolder(Path(folder))
     if not run.recipe.is_file():
         raise RunError(f"{folder} is not a run folder (it holds no recipe.yaml)", code="not-a-run")
@@ -301,10 +293,7 @@ class Loading(_Part):
 
 
 class Calibration(_Part):
-    """The temperature that divides the logits, with the figures of `training.metrics.calibrate`.
-
-    If a text may have several labels, `thresholds` has the calibrated probability above which each is given.
-    """
+    """The temperature that divides the logits; for several labels per text, also their calibrated `thresholds`."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -340,11 +329,7 @@ class AdapterInfo(_Part):
 
     @classmethod
     def read(cls, adapter: Path) -> Self:
-        """Read an adapter folder, of any version of this package.
-
-        Raises:
-            ModelError: the file is missing, or this package did not write it.
-        """
+        """Read an adapter folder, of any version of this package; ModelError if it did not write the folder."""
         check_files(adapter)
         path, old = adapter / ADAPTER_FILE, adapter / "labels.json"
         found = _read_json(path) if path.is_file() or not old.is_file() else {}
@@ -390,8 +375,7 @@ def find_saved(
         trust_remote_code: run the backbone's own code. The run's recipe cannot ask for it: it may be a stranger's.
 
     Raises:
-        ModelError: no adapter of this package was found; says what to do.
-        RunError: the run has no adapter yet.
+        ModelError, RunError: no adapter of this package was found, or the run has none yet.
     """
     if isinstance(model, SavedAdapter):
         return model

@@ -1,8 +1,6 @@
 """Errors that a user can act on, and the boundary to what is not ours: exceptions of others, and files.
 
-An error says what was expected, what was found, and what to do. The command line prints it without a traceback; library
-callers catch `TokmaskError`. What another library or the system raises becomes one at a `boundary`. A file is written
-whole or not at all, and the error of one that cannot be read names it.
+The command line prints them without a traceback. A file is written whole or not at all.
 """
 
 from __future__ import annotations
@@ -47,11 +45,7 @@ class TokmaskError(Exception):
 
 
 class RecipeError(TokmaskError):
-    """A recipe cannot be used. Holds every problem found, not only the first.
-
-    Attributes:
-        problems: one line each, `dotted.path: what is wrong; what to do`.
-    """
+    """A recipe cannot be used: `problems` has a line for each, `dotted.path: what is wrong; what to do`."""
 
     code = "recipe"
 
@@ -136,10 +130,7 @@ def as_ours(
 
 @contextlib.contextmanager
 def boundary(doing: str = "", *given: Any, **fields: Any) -> Iterator[None]:
-    """Turn an exception that is not ours into one of ours, as `as_ours` does; also a decorator.
-
-    A lack of memory is left to `model.memory.suggestions.memory_errors`.
-    """
+    """Turn an exception that is not ours, except a lack of memory, into one of ours by `as_ours`; also a decorator."""
     try:
         yield
     except Exception as error:
@@ -229,11 +220,7 @@ def first_line(error: object) -> str:
 
 
 def require(module: str, extra: str, what: str) -> None:
-    """Check that the library of an extra is installed, without importing it.
-
-    Raises:
-        ExtraError: it is not.
-    """
+    """Raise an ExtraError if the library of an extra is not installed, without importing it."""
     if importlib.util.find_spec(module) is None:
         raise ExtraError(f"{what} needs {module}: pip install 'tokmask-peft[{extra}]'", extra=extra)
 

@@ -114,12 +114,7 @@ LabelIds = Mapping[str, int]
 
 
 class Probabilities(Sequence[dict[str, float]]):
-    """Reads as a tuple of dicts, label -> probability; kept as an array, for a dict per word takes ten times as much.
-
-    Args:
-        labels: of the classifier, in its order.
-        rows: [words, labels].
-    """
+    """A tuple of dicts, label -> probability, kept as an array [words, labels]: dicts take ten times the memory."""
 
     __slots__ = ("_labels", "_rows")
 

@@ -1,7 +1,6 @@
 """What differs if a text may have several labels, or none: each label is a yes or no of its own.
 
-For scores a text has an item per label, in the labels' order: the label's id if the text has the label, otherwise
-`NO_PREDICTION`. A label is given if its probability is above its threshold, which validation fits.
+For scores a text has an item per label: the label's id if the text has it, otherwise `NO_PREDICTION`.
 """
 
 from __future__ import annotations
@@ -104,10 +103,7 @@ class YesOrNo:
         return self.gold_ids(example, ids), predicted.tolist()
 
     def fit_cuts(self, logits: NDArray[Any], gold: NDArray[np.int64]) -> list[float]:
-        """Return the logit of each label above which its F1 is highest; 0 if too few texts have the label, or lack it.
-
-        It is in the middle between two texts; of several that are as good, the one closest to 0 is taken.
-        """
+        """Return each label's logit above which its F1 is highest, between two texts, the closest to 0; 0 if rare."""
         yes = self.calibrated(logits, gold)[1].reshape(logits.shape) > 0
         return [_cut(*pair) for pair in zip(logits.T.astype(float), yes.T, strict=True)]
 
@@ -129,10 +125,7 @@ class YesOrNo:
         return np.stack([np.zeros_like(logits), logits], axis=-1).reshape(-1, 2), yes.reshape(-1).astype(np.int64)
 
     def more_scores(self, gold: Any, predicted: Any, labels: Sequence[str]) -> dict[str, Any]:
-        """Return F1 over all decisions (micro), its mean over texts, and the share of texts with all labels right.
-
-        The F1 of a text that has no label, and is given none, is 1.
-        """
+        """Return F1 of all decisions (micro), its mean over texts (1 if no label is right), and all-right texts."""
         import numpy as np
 
         true, found = (np.reshape(part, (-1, len(labels))) >= 0 for part in (gold, predicted))
@@ -170,10 +163,7 @@ for answers in classify(["This phone is bien bonito"]):
         return snippet.replace("THRESHOLDS", str(chances)).replace("LABELS", str(list(labels)))
 
     def mistakes(self, tags: tuple[str, ...], answer: LabelPredictions) -> Iterator[WrongLabel]:
-        """Yield each label that is wrongly given or left out; `not LABEL` stands for the other answer.
-
-        A label that training lacks is always left out.
-        """
+        """Yield each label that is wrongly given or left out; `not LABEL` stands for the other answer."""
         chances = answer.probabilities | {tag: 0.0 for tag in tags if tag not in answer.probabilities}
         for label, chance in chances.items():
             other = f"not {label}" if f"not {label}" not in chances else f"not “{label}”"

@@ -23,10 +23,9 @@ class PackedCollator:
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Build the batch; other columns than `input_ids`, `token_type_ids` and `labels` are dropped.
 
-        Returns:
-            `input_ids` [1, total]; `cu_seqlens` int32 [texts + 1], where each text begins and the last one ends;
-            `max_length`, of the longest text; and, if given, `token_type_ids` [1, total], and `labels` as
-            `Task.pack_labels` returns them.
+        It has `input_ids` [1, total]; `cu_seqlens` int32 [texts + 1], where each text begins and the last one ends;
+        `max_length`, of the longest text; and, if given, `token_type_ids` [1, total], and `labels`
+        (`Task.pack_labels`).
         """
         import torch
 
@@ -51,22 +50,12 @@ SORTED_TEXTS = 1024
 
 
 class TokenBudgetSampler(Sampler[list[int]]):
-    """Fills batches in random order until the next text would exceed the budget.
+    """Fills batches in random order until the next text would exceed the budget, of sub-tokens, padding included.
 
     Every epoch and process has the same number of batches, which the learning rate's schedule relies on: the largest
     that the first epochs need. An epoch that needs fewer has its largest batches halved, and one that would need more
-    is drawn again. No text is left out, and none is seen twice unless there are fewer texts than batches.
-
-    Args:
-        lengths: sub-tokens of each text.
-        budget: sub-tokens in a batch, padding included.
-        batching: padded and grouped pad to a multiple of 8; grouped brings texts of similar length together.
-        seed: of the order; together with the epoch it decides everything.
-        rank: of this process.
-        processes: number of processes.
-
-    Raises:
-        RecipeError: one text exceeds the budget.
+    is drawn again. No text is left out, and none is seen twice unless there are fewer texts than batches. `lengths` are
+    those of the texts, in sub-tokens; seed and epoch decide the order. RecipeError if one text exceeds the budget.
     """
 
     def __init__(

@@ -1,13 +1,10 @@
 """Find texts that would make a score look better, or learning worse, than it is.
 
-Two texts are the same if they agree after normalisation: Unicode NFC, lower case, white space collapsed.
-
-Two texts of different splits are nearly the same if they agree once users (`@name`), URLs, everything else that is
-neither a letter nor a number (punctuation, emoji, white space), and case are set aside; or if what remains is at least
-`SHORTEST` characters long, and of their distinct pieces of `PIECE` characters more than `SHARED` are common to both.
-The first kind is always found. The second is looked for with MinHash (Broder 1997), which finds 95% of those that
-share .80 to .85 of their pieces, and 99% of those that share more. Two pairs are the same, or nearly the same, if both
-of their texts are.
+Two texts are the same if they agree after normalisation: Unicode NFC, lower case, white space collapsed. Texts of
+different splits are nearly the same if they agree without users (`@name`), URLs, everything else that is neither a
+letter nor a number, and case; or if what remains is at least `SHORTEST` characters long, and of their distinct pieces
+of `PIECE` characters more than `SHARED` are common. MinHash (Broder 1997) finds 95% of those that share .80 to .85 of
+their pieces, and 99% of those that share more. Two pairs are the same, or nearly, if both of their texts are.
 """
 
 from __future__ import annotations

@@ -175,11 +175,7 @@ class Table:
         return [_Column(name, [row.get(name) for row in read]) for name in names]
 
     def find(self) -> None:
-        """Set task and columns.
-
-        Raises:
-            DataError: no column fits; lists them, with what is in them.
-        """
+        """Set task and columns; DataError if none fits, with what is in them."""
         sample = self._look([*self.rows, *self.further])  # the first rows may all have one label
         for column in sample:
             if column.names_splits:
@@ -219,10 +215,7 @@ class Table:
         raise DataError(f"{self.path}: {problem}. Columns: {shown}. {remedy}.", code=code, field=key, columns=names)
 
     def _pair(self) -> list[_Column]:
-        """Return the two columns of pairs of texts, as the user names them or by usual names; none if there are none.
-
-        Unlike a text, one of a pair may recur: a premise has several hypotheses. Another column must have labels.
-        """
+        """Return the two columns of pairs, next to one of labels; unlike texts, those of a pair may recur."""
         if isinstance(asked := self.found.data.get("text_column"), list | tuple):
             return [self._column(one, "text_column") for one in asked]
         by_name = {column.name.strip().lower(): column for column in self.columns}

@@ -53,11 +53,7 @@ class Card:
     notes: Sequence[str] = ()  # sentences without a full stop that are added to the limits
 
     def render(self) -> str:
-        """Return the card as Markdown with a YAML head.
-
-        Raises:
-            ValueError: huggingface_hub cannot read the head back.
-        """
+        """Return the card as Markdown with a YAML head."""
         recipe, result, task = self.recipe, self.result, get_task(self.recipe.data.task)
         trained, tested = (public_source(source) for source in (recipe.data, recipe.data.test_source or recipe.data))
         confusion = result.scored.get("confusion")
@@ -264,11 +260,7 @@ def plain(text: object) -> str:
 
 
 def draw_confusion(confusion: Mapping[str, Any], path: Path) -> bool:
-    """Draw the confusion matrix, shaded by the share of the true label; needs the extra `plots`.
-
-    Returns:
-        Whether there is a picture: without matplotlib, or if its font lacks a letter of the labels, there is none.
-    """
+    """Draw the confusion matrix, shaded by the share of the true label; false without matplotlib or a fitting font."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

@@ -34,11 +34,7 @@ MOST_WORDS = 10_000
 
 
 def find_word(words: Sequence[str], wanted: int | str, where: str) -> int:
-    """Return the index of a word: `wanted` is it, from the end if negative, or the word itself if it is there once.
-
-    Raises:
-        DataError: there is no such word, or there are several.
-    """
+    """Return the index of a word, given itself, if it is there once, or its index, from the end if negative."""
     if isinstance(wanted, int):
         if not -len(words) <= wanted < len(words):
             message = f"{where} has no word {wanted}: its words are 0 to {len(words) - 1}"
@@ -82,11 +78,7 @@ class Occluded:
         return {word for n in self._of_text[text] for word in self._owners[n][self._maskable[n]].tolist()}
 
     def logits(self, questions: Sequence[Question], batch_size: int) -> NDArray[np.float64]:
-        """Answer in few forward passes; a window in which nothing changes is computed once.
-
-        Returns:
-            `[questions, classes]`: of the text, or in token tasks of the word that is asked for.
-        """
+        """Answer in few forward passes, `[questions, classes]`; a window in which nothing changes is computed once."""
         task = get_task(self.classifier.task)
         jobs: dict[tuple[int, bytes], tuple[Window, Hidden]] = {}
         needs: list[list[tuple[int, bytes]]] = []

@@ -96,8 +96,7 @@ def export_merged(
         trust_remote_code: as in `load`.
 
     Raises:
-        ModelError: there is no adapter or no backbone, `folder` is taken, the merged model differs from the adapter, it
-            cannot be exported to ONNX, or memory runs out.
+        ModelError: nothing to merge, `folder` is taken, logits differ, no way to ONNX, or memory runs out.
     """
     if onnx:
         check_onnx_installed()
@@ -213,10 +212,7 @@ def _reloaded(folder: Path, saved: SavedAdapter, merged: Any) -> Any:
 
 
 def ordinary_batch(texts: int, length: int, tokenizer: Any, pairs: bool = False) -> dict[str, Tensor]:
-    """Return a batch of random ordinary tokens, of texts of different lengths up to `length`, padded on the right.
-
-    Texts of `pairs` have token types, if the tokenizer gives them.
-    """
+    """Return a batch of random ordinary tokens, of texts of different lengths up to `length`, padded on the right."""
     import torch
 
     draw = torch.Generator().manual_seed(length)  # the global random state stays as it is
@@ -231,14 +227,11 @@ def ordinary_batch(texts: int, length: int, tokenizer: Any, pairs: bool = False)
 
 
 def export_onnx(model: Any, tokenizer: Any, folder: Path, pairs: bool = False) -> float:
-    """Write `model.onnx` with free batch and sequence axes, and compare its logits with the model's.
+    """Write `model.onnx` with free batch and sequence axes, and return the largest difference to the model's logits.
 
     The model is a classification model of transformers in fp32, without an adapter. Weights beyond 2 GB are saved in a
-    second file. A model of `pairs` also takes token types, if its tokenizer gives them. Returned is the largest
-    difference of a logit over `ONNX_SHAPES`.
-
-    Raises:
-        ModelError: the exporter does not support this model, or onnxruntime's logits differ.
+    second file. A model of `pairs` also takes token types, if its tokenizer gives them. ModelError if the exporter does
+    not support the model, or onnxruntime's logits differ over `ONNX_SHAPES`.
     """
     import torch
 

@@ -47,10 +47,7 @@ class Forward:
         """Return per window logits `[1, classes]`, or `[words, classes]` in token tasks, in the order of `windows`.
 
         Windows of similar length go together, `batch_size` per forward pass. With an `occlusion`, the sub-tokens in
-        `hidden` are masked.
-
-        Raises:
-            ModelError: a logit is not finite, or memory runs out.
+        `hidden` are masked. ModelError if a logit is not finite, or memory runs out.
         """
         order = sorted(range(len(windows)), key=lambda number: len(windows[number].ids))
         found: list[Any] = [None] * len(windows)

@@ -135,10 +135,5 @@ class TokenMaskConfig(Section):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:
-        """Read `tokmask_config.json` from `folder`.
-
-        Raises:
-            FileNotFoundError: the folder has no such file.
-            pydantic.ValidationError: its content does not fit, for example a schedule that is not registered.
-        """
+        """Read `tokmask_config.json` from `folder`; FileNotFoundError or pydantic.ValidationError if it cannot be."""
         return cls.model_validate_json((Path(folder) / "tokmask_config.json").read_text(encoding="utf-8"))

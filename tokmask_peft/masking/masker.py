@@ -256,14 +256,8 @@ class TokenMasker:
     ) -> Tensor:
         """Return which tokens are masked, bool [batch, seq], in the next training forward or in another `step`.
 
-        Args:
-            ids: [batch, seq].
-            rows: as for `masked_positions`.
-            positions: likewise.
-            step: number of the training forward.
-            rate: masking rate in that forward.
-            seed: of the positions.
-            shifted: whether the ids are a decoder's, which are the labels one place later.
+        `ids` are [batch, seq], those of a decoder if `shifted`: the labels one place later. `rows`, `positions`, `rate`
+        and `seed` are as for `masked_positions`.
         """
         if self._step.device != ids.device:  # the model was moved after `attach`
             vars(self).update({k: part.to(ids.device) for k, part in vars(self).items() if isinstance(part, Tensor)})
@@ -405,11 +399,7 @@ class TokenMasker:
         return {"step": self.step, "rate": self.rate, **settings, "config": self.config.model_dump(mode="json")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state` was taken.
-
-        Raises:
-            MaskTokenError: seed, mask token or config differ, so the run would not mask as before.
-        """
+        """Continue where `state` was taken; MaskTokenError if seed, mask token or config differ."""
         current = self.state_dict()
         defaults = TokenMaskConfig().model_dump(mode="json")  # for keys that are newer than the saved state
         saved = {**state, "config": {**defaults, **state["config"]}}

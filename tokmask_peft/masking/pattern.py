@@ -63,18 +63,12 @@ def _streams(
 
 
 def _draw(stream: Tensor, step_key: Tensor, index: Tensor) -> Tensor:
-    """Return 24 random bits: element `index` of each text's stream.
-
-    The step enters a second time, so that two texts whose 32-bit streams coincide do so only within one step.
-    """
+    """Return 24 random bits: element `index` of each text's stream; equal streams part, as the step enters again."""
     return _mix(_absorb(stream, index) ^ step_key) >> 8
 
 
 def text_positions(input_ids: Tensor, pad_id: int | None) -> Tensor:
-    """Count positions from the first token of each text, so that left and right padding give the same pattern.
-
-    They are int64 [1, seq] or [batch, seq], for `input_ids` of [batch, seq]; negative on left padding.
-    """
+    """Return positions from each text's first token, so that left padding (negative) changes no pattern, int64."""
     positions = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)
     if pad_id is None:
         return positions
@@ -83,10 +77,7 @@ def text_positions(input_ids: Tensor, pad_id: int | None) -> Tensor:
 
 
 def _word_indices(maskable: Tensor, word_starts: Tensor, positions: Tensor) -> Tensor:
-    """Number the words of each text; [batch, seq], meaningless where nothing may be masked.
-
-    A token that may not be masked ends a word, and so a word is either maskable as a whole or one such token.
-    """
+    """Number the words of each text, [batch, seq]; a token that may not be masked ends a word, and has no number."""
     after_fixed = torch.ones_like(maskable)
     after_fixed[:, 1:] = ~maskable[:, :-1]
     text_start = (positions == 0).expand_as(maskable)
@@ -179,12 +170,9 @@ def in_part(
 ) -> Tensor:
     """Return which tokens belong to the prompt or to the completion, bool [batch, seq].
 
-    Args:
-        part: which.
-        labels: [batch, seq], -100 for the tokens of the prompt.
-        starts: bool [batch, seq], where the texts of a packed row begin. Collators set the label there to -100,
-            whatever the token is, so it goes with the one after it.
-        shifted: the tokens are a decoder's input, which has each label one place later.
+    `labels`, [batch, seq], are -100 for the prompt; if `shifted`, the tokens are a decoder's input, which has each
+    label one place later. `starts`, bool [batch, seq], are where the texts of a packed row begin: collators set the
+    label there to -100, whatever the token is, so it goes with the one after it.
     """
     scored = labels != -100
     if shifted:
@@ -195,10 +183,7 @@ def in_part(
 
 
 def maskable_table(tokenizer: Any, rows: int, protected: set[int | None]) -> Tensor:
-    """Return for every id whether it may be masked, bool [rows].
-
-    The unknown token counts as special, as it does for the tokenizer: masking it would hide next to nothing.
-    """
+    """Return which ids may be masked, bool [rows]; masking the unknown token, which is special, would hide little."""
     specials = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
     table = torch.ones(rows, dtype=torch.bool)
     fixed = {*tokenizer.all_special_ids, *specials, *protected} - {None}
@@ -207,11 +192,7 @@ def maskable_table(tokenizer: Any, rows: int, protected: set[int | None]) -> Ten
 
 
 def word_start_table(tokenizer: Any, rows: int) -> Tensor:
-    """Return for every id whether it starts a word, bool [rows]; true for added tokens and rows that no token uses.
-
-    Raises:
-        MaskTokenError: the tokenizer leaves no marks that this function knows.
-    """
+    """Return which ids start a word, or are no ordinary token, bool [rows]; MaskTokenError without known marks."""
     starts = _start_test(tokenizer)
     if isinstance(starts, str):
         name = type(tokenizer).__name__

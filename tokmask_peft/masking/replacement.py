@@ -38,20 +38,13 @@ def choose_mask_token(
     wanted: Literal["auto", "mask", "spare", "unk"] | int = "auto",
     why_untrained: Callable[[int], str | None] = lambda token_id: None,
 ) -> MaskToken:
-    """Choose the mask token.
+    """Choose the mask token as `wanted`, the value of `masking.mask_token`, says.
 
     `auto` takes the tokenizer's own mask token if its row was trained; otherwise its unknown token, likewise; otherwise
     the last row of the embedding matrix if no token uses it (the last, so that tokens added later do not collide with
-    it). If none of these is left, it takes the tokenizer's token whose row was not trained.
-
-    Args:
-        tokenizer: that of the model.
-        embedding_rows: rows of its embedding matrix.
-        wanted: as `masking.mask_token`.
-        why_untrained: says why a row was probably never trained, or None (`masking.embedding.why_untrained`).
-
-    Raises:
-        MaskTokenError: the choice is impossible, or `auto` finds none. Id 0 is never taken as a last resort.
+    it). If none of these is left, it takes the tokenizer's token whose row was not trained. `why_untrained` says why a
+    row was probably never trained, or None (`masking.embedding`). MaskTokenError if the choice is impossible, or `auto`
+    finds none: id 0 is never taken as a last resort.
     """
     if isinstance(wanted, int):
         return _explicit(tokenizer, embedding_rows, wanted)

@@ -22,8 +22,7 @@ class Family:
 
     Attributes:
         head: for an answer per text: from the model and the pooled states, [texts, 1, hidden], to [texts, classes].
-        token_head: for an answer per sub-token: from the model and all states, [1, total, hidden], to [1, total,
-            classes].
+        token_head: for an answer per sub-token: from the model and all states, [1, total, …], to [1, total, classes].
         causal: whether a text is pooled at its last sub-token, and not at its first.
         positions: from the model, the ids and their layout to position ids, [1, total].
         package: of the classes; the same name in another package is another architecture.

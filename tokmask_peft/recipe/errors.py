@@ -1,7 +1,6 @@
-"""Turn pydantic's findings about a recipe into lines that a user can act on.
+"""Turn pydantic's findings about a recipe into lines: dotted path, value found, what was expected, nearest valid name.
 
-A line names the dotted path, the value found, what was expected there, and the nearest valid name. What is expected
-follows from the model: its types, bounds and titles (`Annotated[int, Field(title="a token id")]`).
+What is expected follows from types, bounds and titles of the model (`Annotated[int, Field(title="a token id")]`).
 """
 
 from __future__ import annotations

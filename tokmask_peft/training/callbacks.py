@@ -1,7 +1,4 @@
-"""Trainer callbacks of a run: log file, stopping on Ctrl-C, early stopping, timing, progress, and a guard.
-
-Methods are the Trainer's events (`transformers.TrainerCallback`).
-"""
+"""Trainer callbacks of a run: log file, stopping on Ctrl-C, early stopping, timing, progress, and a guard."""
 
 from __future__ import annotations
 
@@ -48,10 +45,7 @@ class LogFile(TrainerCallback, ExportableState):
             write_whole(self.path, "".join(f"{json.dumps(row)}\n" for row in kept))
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any) -> None:
-        """Append what was logged; a value that is not finite becomes null.
-
-        The Trainer's summary at the end is about the steps since it began; after a resume the line says so.
-        """
+        """Append what was logged, null if not finite; a summary that begins at a resume says so (`since_step`)."""
         if state.is_world_process_zero and logs:
             line = {"step": state.global_step, "epoch": state.epoch, **logs}
             if self._start and "train_runtime" in logs:
@@ -62,10 +56,7 @@ class LogFile(TrainerCallback, ExportableState):
 
 
 class StopOnSignal(TrainerCallback):
-    """Finish the step, save a checkpoint and stop on the first Ctrl-C (or SIGTERM, SIGHUP); stop at once on the second.
-
-    A context manager around the training. `stopped` says whether the run was asked to stop.
-    """
+    """Finish the step, save a checkpoint and stop on Ctrl-C (or SIGTERM, SIGHUP); the second time stop at once."""
 
     def __init__(self) -> None:
         self.stopped = False
@@ -110,10 +101,7 @@ class Patience(EarlyStoppingCallback):
 
 
 class BestOfThisRun(TrainerCallback):
-    """Look for the best checkpoint in the run's own folder: the path that the Trainer saves is wrong after a move.
-
-    Pipes and folders in later checkpoints, which were passed over, make room for the files that will be saved there.
-    """
+    """Look for the best checkpoint in the run's own folder, as saved paths are wrong after a move; clear later ones."""
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Replace the path that was read from the checkpoint."""
@@ -126,10 +114,7 @@ class BestOfThisRun(TrainerCallback):
 
 
 class StepClock(TrainerCallback):
-    """Add up the `seconds` spent in optimizer `steps`, without evaluation and saving.
-
-    `loading` is the peak of memory in bytes before the first of them, or None if it is not measured here.
-    """
+    """Add up the `seconds` spent in optimizer `steps`, and note the peak of memory before them, `loading`, in bytes."""
 
     def __init__(self) -> None:
         self.seconds, self.steps, self._start = 0.0, 0, 0.0
@@ -156,9 +141,8 @@ class AdapterMoves(TrainerCallback):
     """Fail if adapter weights stop moving after an evaluation, or if every step in fp16 overflows.
 
     4-bit layers that repack themselves for inference have cut off every gradient to the adapter while the loss still
-    fell, because the head went on learning. In fp16, a step whose gradients overflow is skipped, and the next scales
-    the loss by half as much, which ends soon unless the backbone itself overflows. Such runs must not end as if they
-    had succeeded.
+    fell, because the head learned. In fp16, a step that overflows is skipped, and the next scales the loss by half,
+    which ends soon unless the backbone itself overflows.
     """
 
     STEPS = 3
@@ -176,11 +160,7 @@ class AdapterMoves(TrainerCallback):
             self._steps = 0
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **given: Any) -> None:
-        """A few steps later, compare.
-
-        Raises:
-            RunError: weights that did not move.
-        """
+        """A few steps later, compare; RunError if weights did not move."""
         if getattr(given.get("optimizer"), "step_was_skipped", False):
             self._overflows += 1
             if self._overflows >= self.OVERFLOWS:

@@ -113,11 +113,8 @@ def split_examples(
 ) -> tuple[list[Example], tuple[str, ...]]:
     """Return the texts of a split as the run saw them, or those of a folder or file, and the labels of the adapter.
 
-    Without `split` it is test, or the file that `data` is. `reading` are `format`, `text_column` and `label_column` of
-    `data`, those of the recipe if they are none.
-
-    Raises:
-        DataError: there is no such split, or it cannot be read.
+    Without `split` it is test, or the file that `data` is; DataError if there is none. `reading` are `format`,
+    `text_column` and `label_column` of `data`, those of the recipe if they are none.
     """
     labels, given = AdapterInfo.read(adapter).labels, {k: v for k, v in reading.items() if v is not None}
     if isinstance(columns := given.get("text_column", recipe.data.pair), tuple) != (recipe.data.pair is not None):

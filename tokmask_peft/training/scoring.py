@@ -45,20 +45,13 @@ def baseline_scores(corpus: Corpus, weights: Any, adapter: Predictions) -> dict[
     """Fit logistic regression over character n-grams, and compare it with the adapter on the scored split.
 
     Validation chooses lower-cased or cased texts, then the class weights, balanced or those of the run, and C. The
-    n-grams of the first and the second text of a pair are different features, and so are those that both texts have.
+    n-grams of the first and the second text of a pair are different features, and so are those that both texts have. In
+    token tasks each word is classified without its context. Equal items with equal labels are one row, weighted by
+    their number: the same fit in less time (though document frequencies count rows). If a text may have several labels,
+    each label has a fit of its own, with balanced weights or none, and a threshold that validation fits.
 
-    In token tasks each word is classified without its context. Equal items with equal labels are one row, weighted by
-    their number: the same fit as on repeated rows, in less time. (The document frequency of an n-gram counts those
-    rows.) If a text may have several labels, each text is a row, and each label has a fit of its own, with balanced
-    weights or none, and a threshold that validation fits.
-
-    Args:
-        corpus: what the adapter learned from.
-        weights: `[classes]` of the run, None for equal ones; not used if a text may have several labels.
-        adapter: its predictions for test or, without a test split, for validation.
-
-    Returns:
-        The scores of `metrics.scores`, with `method`, `seconds`, and what `metrics.compared` returns.
+    `weights` are `[classes]`, `adapter` its predictions for test or, without one, validation. Returns `metrics.scores`,
+    `method`, `seconds`, and `metrics.compared`.
     """
     start, task, labels = time.perf_counter(), get_task(corpus.task), corpus.all_labels
     found, chosen = _label_by_label(corpus) if task.several else _item_by_item(corpus, weights)
@@ -156,10 +149,7 @@ def _item_by_item(corpus: Corpus, weights: Any) -> tuple[Predictions, str]:
 
 
 def _best_fit(fit: Callable[[str, str, float], tuple[float, Any]], other: str) -> tuple[Any, str]:
-    """Return what gives the answers of the fit with the best score on validation, and how it was fitted.
-
-    `fit` takes the case, the class weights and C. The case is chosen first, then balanced or `other` weights, and C.
-    """
+    """Return the answers of the best fit on validation, and its settings: case first, then class weights and C."""
     tried = {(case, "balanced", 1.0): fit(case, "balanced", 1.0) for case in ("lower-cased", "cased")}
     case = max(tried, key=lambda settings: tried[settings][0])[0]
     for settings in ((case, "balanced", 10.0), (case, other, 1.0), (case, other, 10.0)):
@@ -243,10 +233,7 @@ def language_warnings(backbone: str, tokenizer: Any, train: Sequence[Example]) -
 
 
 def warnings_of(result: Result, log: Sequence[Mapping[str, Any]] = ()) -> list[dict[str, str]]:
-    """Return what a user must know before trusting a run's scores: a code, a sentence, and the key to change.
-
-    `log` is what the trainer logged, with a loss for each evaluation.
-    """
+    """Return what to know before trusting a run's scores, from them and a `log`: code, sentence, and key to change."""
     scored, where, item = result.scored, result.scored_split, get_task(result.task).item
     counts = get_task(result.task).counts_given(scored)
     given = [label for label in result.labels if counts.get(label)]
@@ -292,11 +279,7 @@ def _listed(labels: Sequence[str]) -> str:
 
 
 def check_best(trainer: OrderedEvalTrainer, result: Result, validation: Split) -> None:
-    """Fail if the loaded adapter is not the one that was best in training, where validation texts are cut.
-
-    Raises:
-        RunError: it is another one.
-    """
+    """Raise a RunError unless the loaded adapter scores as the best one in training did, where texts are cut."""
     name = str(trainer.args.metric_for_best_model)
     found, best = result.validation[name], trainer.state.best_metric
     if validation.encoded.truncation.texts_cut:

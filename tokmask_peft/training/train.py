@@ -181,18 +181,11 @@ def observe_training(
     *,
     quiet: bool = False,
 ) -> Recipe:
-    """Train as a recipe says, and keep nothing: no evaluation, checkpoints, scores or adapter.
+    """Train as a recipe says, and keep only `log.jsonl`, in `folder`; return the recipe with what was decided.
 
-    For studies of the training itself. The weights move as in `train`; there is neither early stopping nor a tracker.
-
-    Args:
-        recipe: to train as.
-        folder: takes `log.jsonl`.
-        observers: makes callbacks from the trainer and the mask token, which is None if nothing is masked.
-        quiet: print nothing.
-
-    Returns:
-        The recipe with what was decided for this machine.
+    For studies of the training itself: there is no evaluation, early stopping, tracker, checkpoint or adapter, and the
+    weights move as in `train`. `observers` makes callbacks from the trainer and the mask token, None if nothing is
+    masked.
     """
     process = processes()
     if process.num_processes > 1:
@@ -399,10 +392,7 @@ def _trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 
 
 def _with_smaller_batches(prepared: Prepared, first: TrainingConfig, reason: str) -> Prepared:
-    """Take fewer texts at a time for the same optimizer step, after memory ran out for `reason`.
-
-    The Trainer's own `auto_find_batch_size` also makes the optimizer step smaller, and keeps half-trained weights.
-    """
+    """Take fewer texts at a time, after memory ran out for `reason`; the Trainer's own way makes steps smaller, too."""
     training = prepared.recipe.training
     smaller = smaller_batch(training.micro_batch, training.gradient_accumulation)
     if smaller is None:

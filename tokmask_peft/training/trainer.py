@@ -51,10 +51,7 @@ class Split:
         label_on: str = "first",
         spans: Spans | None = None,
     ) -> None:
-        """`labels` are in the order of the classifier's outputs, followed by those that it cannot give.
-
-        With `spans`, predictions are repaired as those of `predict` are.
-        """
+        """`labels` has the classifier's first; with `spans`, predictions are repaired as those of `predict` are."""
         self.examples, self.labels, self.task, self.spans = examples, labels, get_task(task), spans
         self._encoder = Encoder(tokenizer, task, max_length, label_on)
         self._ids = {label: number for number, label in enumerate(labels)}
@@ -128,9 +125,8 @@ class Split:
     def cut_predictions(self, predicted: NDArray[np.int64], gold: NDArray[np.int64]) -> Predictions:
         """Return predictions for the cut texts, in the order of the texts.
 
-        Args:
-            predicted: `[texts]`, `[texts, seq]` or `[texts, labels]` label ids in the order of `dataset`.
-            gold: the labels that the model saw, of the same shape; -100 for none.
+        Both are `[texts]`, `[texts, seq]` or `[texts, labels]` in the order of `dataset`; `gold` is what the model saw,
+        -100 for none.
         """
         found = Predictions([], [])
         for text, row in enumerate(np.argsort(self.order)):
@@ -194,9 +190,8 @@ class OrderedEvalTrainer(Trainer):
         """Create the trainer; further arguments are the Trainer's.
 
         `train_collator` makes the training batches, if they differ from those of evaluations, and `batches` chooses
-        them, if they are not of `per_device_train_batch_size` texts. Evaluations run inside of `memory_errors()`.
-        A training batch holds its texts `views` times; the recipe says what two views mean. Without a `task`, an item
-        has one label.
+        them, if not by number of texts; they hold each text `views` times. Evaluations run inside of `memory_errors()`.
+        Without a `task`, an item has one label.
         """
         self.task = task or Task()
         super().__init__(*args, preprocess_logits_for_metrics=self._label_ids, **kwargs)
@@ -305,11 +300,7 @@ class OrderedEvalTrainer(Trainer):
         return split.joined(self.answers(split.window_dataset)[0], cuts)
 
     def answers(self, dataset: Dataset) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Return what the model puts out where an answer is wanted, `[answers, outputs]`, and `[answers, …]` labels.
-
-        Raises:
-            RunError: the outputs are not in the order of the texts.
-        """
+        """Return the model's outputs where an answer is wanted, `[answers, outputs]`, and their labels."""
         self._logits = []
         compute, self.compute_metrics = self.compute_metrics, None
         try:
@@ -329,10 +320,7 @@ class OrderedEvalTrainer(Trainer):
         return logits, output.label_ids[labelled]
 
     def _label_ids(self, logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:
-        """Return what the task keeps of the logits of a batch; those of labelled positions are stored if asked.
-
-        Padded logits of all positions would take the longest text's length times the classes for every text.
-        """
+        """Return what the task keeps of logits; labelled ones are stored if asked, not all, which are large."""
         first = logits[0] if isinstance(logits, tuple) else logits  # models with further outputs give a tuple
         if self._logits is not None:
             self._logits.append(first[self.task.wanted(labels)].float().cpu().numpy())
@@ -347,10 +335,7 @@ def _labels_words(batch: Mapping[str, Any]) -> bool:
 def _answers(logits: Tensor, labels: Tensor, masked: Tensor) -> Tensor:
     """Count the answers to a batch as `Answers` holds them, [6, classes].
 
-    Args:
-        logits: `[texts, classes]` or `[batch, seq, classes]`.
-        labels: `[texts]` or `[batch, seq]`, -100 for none.
-        masked: whether an item is in a masked text, of the shape of `labels`.
+    `labels` are -100 for none; `masked` says whether an item is in a masked text, in the shape of `labels`.
     """
     classes, labels = logits.shape[-1], labels.reshape(-1)
     logits, at = logits.reshape(-1, classes).float(), labels.clamp(min=0)
@@ -362,10 +347,7 @@ def _answers(logits: Tensor, labels: Tensor, masked: Tensor) -> Tensor:
 
 
 def in_order(shares: Sequence[Sequence[NDArray[np.float32]]], items: int) -> NDArray[np.float32]:
-    """Return the rows of all processes' batches in the order of the dataset, `[items, classes]`.
-
-    Process r of R sees the batches r, r + R, …; what the last ones are filled up with is left out.
-    """
+    """Return the rows of all processes in the order of the dataset; of R, process r has the batches r, r + R, …."""
     rounds = itertools.zip_longest(*shares)
     return np.concatenate([batch for one in rounds for batch in one if batch is not None])[:items]
 
@@ -424,11 +406,7 @@ def training_arguments(
 
 
 def check_trackers(names: tuple[str, ...]) -> None:
-    """Check that the experiment trackers exist and are installed.
-
-    Raises:
-        RecipeError: names those that do not, or are not.
-    """
+    """Raise a RecipeError that names the experiment trackers that do not exist or are not installed."""
     installed = get_available_reporting_integrations()
     known = sorted({*INTEGRATION_TO_CALLBACK, *installed})
     missing = [name for name in names if name not in installed]

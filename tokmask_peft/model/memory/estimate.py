@@ -104,10 +104,7 @@ def device_memory(device: torch.device) -> Memory | None:
 
 
 def _rest_of_container() -> list[int]:
-    """Return what a container may still take, if it has a limit: everything except its working set.
-
-    `memory.current` includes the page cache, of which the kernel drops the inactive part before it refuses memory.
-    """
+    """Return what a container may still take, if limited: all but its working set, which page cache is not part of."""
     try:
         limit, used = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
     except (OSError, ValueError):
@@ -254,10 +251,7 @@ class Estimate:
 
 
 def estimate(recipe: Recipe, setting: Setting, training: Shape, evaluation: Shape) -> Estimate:
-    """Count a run whose gradient checkpointing is decided (`auto` counts as off), with micro-batches of these shapes.
-
-    A ModelError says why the recipe does not fit the backbone.
-    """
+    """Count a run with micro-batches of these shapes (checkpointing `auto` is off); ModelError if it does not fit."""
     full: Any = bare_model(setting.config, recipe.data.task, setting.dtype)
     check_placement(full, recipe.model.embedding)
     layers = int(full.config.num_hidden_layers)

@@ -1,8 +1,7 @@
 """Run a training step, or a forward of an evaluation, on fake tensors, and count the bytes.
 
-Everything runs on fake tensors of a CPU, because a build of torch without CUDA has no autograd for fake CUDA tensors.
-For a GPU two things are imitated, the ones that matter: attention keeps no weights, and layer norms under autocast take
-fp32. What is left to torch's rules for CPUs is part of the margin that `estimate.MARGIN` states.
+They are tensors of a CPU: torch without CUDA has no autograd for fake CUDA ones. For a GPU, the two rules that matter
+are imitated: attention keeps no weights, and layer norms under autocast take fp32. The rest is in `estimate.MARGIN`.
 """
 
 from __future__ import annotations
@@ -44,11 +43,10 @@ from tokmask_peft.tasks import get_task
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the storages that operations inside it make, real or fake, until each is freed.
+    """Counts the storages that operations inside it make, real or fake: bytes alive `now`, and their `peak`.
 
     What a kernel takes and gives back within one operation is not seen. torch's `MemTracker` (2.13) cannot serve: it
     puts gradient hooks on frozen parameters, which raises, and refuses modules that packed batches call alone.
-    `now` holds the bytes alive, `peak` the most that were alive at once.
     """
 
     def __init__(self) -> None:
@@ -236,8 +234,7 @@ def _gpu_attention(
 ) -> tuple[Tensor, None]:
     """Stand for `sdpa` and, with a packing, for `packed_attention` on a GPU.
 
-    The kernel for packed rows does not take dropout or fp32: with these, and with `no_kernel`, texts are padded to the
-    longest.
+    With dropout, in fp32 and with `no_kernel`, there is no kernel for packed rows, and texts are padded to the longest.
     """
     packing, dropout, kind = options.get("packing"), options.get("dropout", 0.0), value.dtype
     if torch.is_autocast_enabled("cpu"):
@@ -270,11 +267,8 @@ def count_step(
 
     `layers` get an adapter; `below` them there may be one more, without. If the recipe trains a mask row and
     `trained_row`, PEFT copies the whole embedding in each forward and makes a gradient of it; otherwise the gradient
-    only reaches the embedding.
-
-    Returns:
-        The bytes of what is trained, in fp32; the peak of the forward; the bytes that the step keeps between its
-        forward and its backward, and its peak, gradients of the parameters included.
+    only reaches the embedding. Returns bytes: of what is trained, in fp32; the peak of the forward; what the step keeps
+    between its forward and its backward; and its peak, gradients of the parameters included.
     """
     gpu, low = setting.device_type != "cpu", setting.dtype != torch.float32
     bare: Any = bare_model(with_layers(setting.config, layers + below), recipe.data.task, setting.dtype)

@@ -45,10 +45,7 @@ class Grams:
 
 
 def estimate(grams: Grams, weights: Array) -> dict[str, Array]:
-    """Return every quantity of `MEANING`, `[replicates]`, with the weights of batches, `[replicates, batches]`.
-
-    Weights of one give the estimates themselves. What a row leaves undefined is nan.
-    """
+    """Return every quantity of `MEANING`, `[replicates]`, by weights of batches, `[replicates, batches]`."""
     mean = {name: weights @ values / weights.sum(1) for name, values in of_batches(grams).items()}
     count, draws = len(grams.within), grams.within.shape[1] - 1
     (mean_w, cross), (_, unmasked) = grams.between.reshape(2, count, 2, count).swapaxes(1, 2)
@@ -128,10 +125,7 @@ def crossing(rates: Sequence[float], ratios: Array) -> Array:
 
 
 def interval(replicates: Array, units: int) -> list[float | None] | None:
-    """Return the expanded percentile interval of bootstrap replicates; none if a tenth or more are undefined.
-
-    A bound that is infinite (the rate of a crossing that was not reached) is none.
-    """
+    """Return the expanded percentile interval of replicates; none if a tenth are undefined, as a bound if infinite."""
     usable = replicates[~np.isnan(replicates)]
     if len(usable) <= 0.9 * len(replicates):
         return None

@@ -178,11 +178,7 @@ def diagnose(recipe: Recipe, plan: GradientPlan, *, quiet: bool = False) -> Repo
 
 
 def draw_batches(texts: int, batches: int, size: int, seed: int) -> list[list[int]]:
-    """Draw disjoint batches of training texts, as an epoch has them.
-
-    Raises:
-        DataError: there are too few texts.
-    """
+    """Draw disjoint batches of training texts, as an epoch has them; DataError if there are too few texts."""
     if batches * size > texts:
         most = texts // size
         remedy = (f"--batches {most}, or " if most >= LEAST_BATCHES else "") + "training.batch_size="

@@ -26,8 +26,7 @@ def alphabet(words: Iterable[str]) -> Alphabet:
 def misspell(words: Sequence[str], share: float, seed: Sequence[int], letters: Alphabet) -> list[str]:
     """Return words of which those that have a letter are misspelt with the chance `share`, 0 to 1.
 
-    A word that is misspelt at one share is misspelt in the same way at a higher one. The seed, of the choice and the
-    edits, can have several parts, for example seed, draw and number of the text.
+    A word that is misspelt at one share is misspelt in the same way at a higher one. The seed can have several parts.
     """
     random = np.random.default_rng(list(seed))
     chances, seeds = random.random(len(words)), random.integers(0, 2**63, len(words))
@@ -46,10 +45,7 @@ def misspell_text(text: str | Pair, share: float, seed: Sequence[int], letters: 
 
 
 def edit(word: str, random: np.random.Generator, letters: Alphabet) -> str:
-    """Return the word with one edit: two letters swapped, one dropped, inserted or replaced.
-
-    It is always another word if it has a letter and its script has two.
-    """
+    """Return the word with two letters swapped, or one dropped, inserted or replaced: another word, if there is one."""
     parts = clusters(word)
     places = [place for place, part in enumerate(parts) if part[0].isalpha()]
 

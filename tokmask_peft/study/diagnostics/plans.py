@@ -36,10 +36,7 @@ def folder_of(out: Path | None, default: Path | None) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class GradientPlan:
-    """The folder of a measurement, masking rates above 0, mask draws per batch and rate, batches of training texts.
-
-    It is made at `shares` of the training's steps. Rates and shares ascend; p = 0 is always measured.
-    """
+    """Where and with what gradients are measured, at `shares` of the steps; rates are above 0 and ascend."""
 
     folder: Path
     rates: tuple[float, ...]
@@ -49,12 +46,7 @@ class GradientPlan:
 
     @classmethod
     def make(cls, recipe: Recipe, p: str, draws: int, batches: int, at: str, out: Path | None) -> GradientPlan:
-        """Read the options of the command line.
-
-        Raises:
-            RecipeError: with every problem found.
-            RunError: the folder already holds a measurement, or is a file.
-        """
+        """Read options; RecipeError with every problem, RunError if the folder is a file or holds a measurement."""
         problems: list[str] = []
         rates = sorted(rate for text in read_rates(p, problems) if (rate := float(text)) > 0)
         if not problems and not rates:
@@ -77,10 +69,7 @@ class GradientPlan:
 
 @dataclass(frozen=True, slots=True)
 class Perturbations:
-    """Masking rates and shares of misspelt words, all above 0, and how often each is drawn; scores are means of draws.
-
-    The seed is the same for all runs. `limit` scores at most this many texts, drawn at random.
-    """
+    """Masking rates and shares of misspelt words, above 0, how often each is drawn, and the most texts scored."""
 
     rates: tuple[float, ...]
     noise: tuple[float, ...]
@@ -119,9 +108,7 @@ class Member:
 def find_members(folders: Sequence[str]) -> list[Member]:
     """Return the runs of a sweep, grouped by arm, or single runs grouped by their masking rate.
 
-    Raises:
-        RunError: a folder is neither, or the runs are not comparable.
-        SweepError: a sweep has no finished run, or is not a grid.
+    RunError if a folder is neither, or runs are not comparable; SweepError for a sweep that is not a finished grid.
     """
     if sweeps := [folder for folder in folders if (Path(folder) / SWEEP_FILE).is_file()]:
         from tokmask_peft.study.results import read_sweep

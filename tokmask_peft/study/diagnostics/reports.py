@@ -1,7 +1,4 @@
-"""Tables, plots and files of `tokmask diagnose` (gradients against p) and `tokmask robustness` (F1 on perturbed texts).
-
-Their sentences, for the Markdown and for a terminal, are in the templates.
-"""
+"""Tables, plots and files of `tokmask diagnose` and `tokmask robustness`; their sentences are in the templates."""
 
 from __future__ import annotations
 

@@ -43,11 +43,7 @@ Labels = list[NDArray[np.int64]]
 def score_perturbed(
     classifier: Classifier, texts: Sequence[Example], known: set[str], what: Perturbations, batch_size: int = 64
 ) -> dict[str, Any]:
-    """Return scores on labelled texts as they are, perturbed, and split by unseen words; JSON-able.
-
-    As in `predict`, a text longer than those of training is read in windows, not cut; `batch_size` is windows per
-    forward pass. `known` are the words of the training texts, as `normal` makes them.
-    """
+    """Return scores on texts as they are, perturbed, and split by words that are not `known` (`normal`), JSON-able."""
     if what.limit is not None and what.limit < len(texts):
         chosen = np.random.default_rng([what.seed, 0]).permutation(len(texts))[: what.limit]
         texts = [texts[index] for index in sorted(chosen)]
