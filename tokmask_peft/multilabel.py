@@ -33,15 +33,12 @@ class YesOrNo:
         return torch.stack([torch.as_tensor(row, dtype=torch.float32) for row in labels])
 
     def mark(self, labels: int) -> list[float]:
-        """Return a row of answers."""
         return [0.0] * labels
 
     def wanted(self, labels: Any) -> Any:
-        """Want an answer to each text."""
         return labels[..., 0] != IGNORED
 
     def probabilities(self, logits: NDArray[Any], temperature: float) -> NDArray[np.float64]:
-        """Return the probability of a yes for each label."""
         import numpy as np
         from scipy.special import expit
 
@@ -72,17 +69,14 @@ class YesOrNo:
     def answer(
         self, text: Any, chosen: NDArray[np.int64], probabilities: Sequence[dict[str, float]], windows: int
     ) -> LabelPredictions:
-        """Return the labels with a yes."""
         (row,) = probabilities
         given = tuple(label for label, number in zip(row, chosen.tolist(), strict=True) if number >= 0)
         return LabelPredictions(given, row, windows)
 
     def gold_ids(self, example: Example, ids: LabelIds) -> list[int]:
-        """Return an id for each label."""
         return [number if label in example.tags else NO_PREDICTION for label, number in ids.items()]
 
     def ids_of(self, labels: NDArray[Any]) -> NDArray[np.int64]:
-        """Return an id for each label of each text, [texts x labels]."""
         import numpy as np
 
         return np.where(labels > 0.5, np.arange(labels.shape[-1]), NO_PREDICTION).reshape(-1)
@@ -99,7 +93,6 @@ class YesOrNo:
     def decode(
         self, example: Example, ids: Mapping[str, int], kept: Sequence[int], gold: Any, predicted: Any
     ) -> tuple[list[int], list[int]]:
-        """Return an id for each label."""
         return self.gold_ids(example, ids), predicted.tolist()
 
     def fit_cuts(self, logits: NDArray[Any], gold: NDArray[np.int64]) -> list[float]:
@@ -142,7 +135,6 @@ class YesOrNo:
         }
 
     def counts_given(self, scores: Mapping[str, Any]) -> dict[str, int]:
-        """Return what `more_scores` counted."""
         return dict(scores["given"])
 
     snippet = """\

@@ -146,7 +146,6 @@ class TokenReplacement(Replacement):
     """Masked tokens become the mask token."""
 
     def __call__(self, input_ids: Tensor, masked: Tensor, draw: Callable[[], Tensor]) -> Tensor:
-        """Return the ids with the mask token at the masked places."""
         return input_ids.masked_fill(masked, self.mask_token.id)
 
 
@@ -160,7 +159,6 @@ class RandomReplacement(Replacement):
         self.pool = maskable[: used_rows(tokenizer)].nonzero().flatten()
 
     def __call__(self, input_ids: Tensor, masked: Tensor, draw: Callable[[], Tensor]) -> Tensor:
-        """Return the ids with random ones at the masked places."""
         self.pool = self.pool.to(input_ids.device)
         return self.pool[draw() % len(self.pool)].where(masked, input_ids)
 

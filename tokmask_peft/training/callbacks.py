@@ -32,7 +32,6 @@ class LogFile(TrainerCallback, ExportableState):
         self.path, self.processes, self._start = path, processes, 0
 
     def state(self) -> dict[str, Any]:
-        """Return what the Trainer saves in a checkpoint's `trainer_state.json`."""
         return {"args": {}, "attributes": {}, "processes": self.processes}
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -68,7 +67,6 @@ class StopOnSignal(TrainerCallback):
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Restore the handlers of before."""
         self._handling.close()
 
     def _ask(self, *_: object) -> None:
@@ -94,7 +92,6 @@ class Patience(EarlyStoppingCallback):
     """Early stopping whose count survives a resume: the Trainer's own starts again at 0."""
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Read the count from the checkpoint."""
         super().on_train_begin(args, state, control)
         stored = state.stateful_callbacks.get(type(self).__name__, {})
         self.early_stopping_patience_counter = stored.get("attributes", {}).get("early_stopping_patience_counter", 0)
@@ -104,7 +101,6 @@ class BestOfThisRun(TrainerCallback):
     """Look for the best checkpoint in the run's own folder, as saved paths are wrong after a move; clear later ones."""
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Replace the path that was read from the checkpoint."""
         if state.best_global_step:
             state.best_model_checkpoint = str(Path(args.output_dir) / f"checkpoint-{state.best_global_step}")
         for path in Path(args.output_dir).glob("checkpoint-*/*") if state.is_world_process_zero else ():
@@ -114,25 +110,22 @@ class BestOfThisRun(TrainerCallback):
 
 
 class StepClock(TrainerCallback):
-    """Add up the `seconds` spent in optimizer `steps`, and note the peak of memory before them, `loading`, in bytes."""
+    """Add up the `seconds` spent in optimizer `steps`; `loading` is the peak of memory before the first, in bytes."""
 
     def __init__(self) -> None:
         self.seconds, self.steps, self._start = 0.0, 0, 0.0
         self.loading: int | None = None
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Note the peak of loading, and let a GPU count that of the training afresh."""
         if self.loading is None:
             self.loading = peak_memory(args.device)["bytes"]
             if args.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(args.device)
 
     def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Start the clock."""
         self._start = time.perf_counter()
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Stop the clock."""
         self.seconds += time.perf_counter() - self._start
         self.steps += 1
 
@@ -205,7 +198,6 @@ class ProgressDisplay(TrainerCallback):
         self._began, self._first, self._bar = 0.0, 0, max(4, min(40, console.width - 70))
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Open the bar in a terminal."""
         self._began, self._first = time.monotonic(), state.global_step
         if not state.is_world_process_zero or self.console.quiet or not self.console.is_terminal:
             return
@@ -217,11 +209,9 @@ class ProgressDisplay(TrainerCallback):
         self._progress.start()
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Move the bar."""
         self._update(state)
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any) -> None:
-        """Show the newest figures."""
         if not state.is_world_process_zero or not logs or self.console.quiet:
             return
         new = {name: f"{logs[key]:.4f}" for key, name in self.NAMES.items() if isinstance(logs.get(key), float)}

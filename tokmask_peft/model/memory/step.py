@@ -59,7 +59,6 @@ class LiveBytes(TorchDispatchMode):
         self._known.update({id(storage): storage for storage in (tensor.untyped_storage() for tensor in tensors)})
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation and count what it made."""
         out = func(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, tuple | list) else (out,):
             storage = tensor.untyped_storage() if isinstance(tensor, Tensor) else None
@@ -92,7 +91,6 @@ class Shape:
         return sum(self.lengths) if self.packed else len(self.lengths) * max(self.lengths)
 
     def __str__(self) -> str:
-        """Describe the batch for a reader."""
         size = f"packed into {self.tokens:,}" if self.packed else f"padded to {max(self.lengths)}"
         return f"{len(self.lengths)} texts {size} sub-tokens"
 

@@ -200,7 +200,6 @@ class _AtShares(TrainerCallback):
             self._due.setdefault(round(share * state.max_steps), share)
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Measure before the step if it is due."""
         if state.global_step in self._due:
             self._measure(state.global_step, self._due.pop(state.global_step))
 
