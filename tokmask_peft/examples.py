@@ -14,18 +14,12 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 Label = str | tuple[str, ...] | None
-IGNORED = -100
-"""The label id of positions that carry none: later sub-tokens, special tokens, padding."""
-MOST_SHOWN = 8
-"""Words in the short form of an answer."""
-NO_PREDICTION = -1
-"""The predicted id of an item that was cut away: never right."""
-BETWEEN = "‖"
-"""Shown between the two texts of a pair."""
-MARK = "|"
-"""Separates the labels of a text in one cell, if nothing else is known."""
-MARKS = "|;,"
-"""What may separate them."""
+IGNORED = -100  # the label id of positions that carry none: later sub-tokens, special tokens, padding
+MOST_SHOWN = 8  # words in the short form of an answer
+NO_PREDICTION = -1  # the predicted id of an item that was cut away: never right
+BETWEEN = "‖"  # shown between the two texts of a pair
+MARK = "|"  # separates the labels of a text in one cell, if nothing else is known
+MARKS = "|;,"  # what may separate them
 WrongLabel = tuple[str, str, float, float, int | None]
 """Label of the data, label of the classifier, the probability of each, and the index of the word, if a word has it."""
 

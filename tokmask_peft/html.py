@@ -21,13 +21,9 @@ from markupsafe import Markup, escape
 from tokmask_peft.console import baseline_verdict
 from tokmask_peft.errors import RunError
 
-MARK = "<!-- tokmask report -->"
-"""Is in the head of every page, so that a page is replaced but never another file."""
-HUES = 8
-"""Colours for labels that the style sheet has; further labels begin again with the first."""
-
-FAINTEST = 0.05
-"""Strength below which a word stays plain: a tenth of a nat."""
+MARK = "<!-- tokmask report -->"  # is in the head of every page, so that a page is replaced but never another file
+HUES = 8  # colours for labels that the style sheet has; further labels begin again with the first
+FAINTEST = 0.05  # strength below which a word stays plain: a tenth of a nat
 _STRONGEST = 0.6  # opacity of the full colour; more would cost contrast
 
 

@@ -16,8 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-LEAST = 10
-"""Texts with a label, and texts without it, that its threshold is fitted on; with fewer it stays .5."""
+LEAST = 10  # texts with a label, and texts without it, that its threshold is fitted on; with fewer it stays .5
 
 
 class YesOrNo:

@@ -25,8 +25,7 @@ SCHEMES = {"bio": "BI", "iob1": "BI", "bioes": "BIES", "bilou": "BILU"}
 _SAME = {"L": "E", "U": "S"}
 _LABEL = re.compile("([BIESLU])(?:-(.*))?", re.DOTALL)
 
-Span = tuple[str, int, int]
-"""Type, first and last word of an entity."""
+Span = tuple[str, int, int]  # type, first and last word of an entity
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,8 +45,7 @@ class PackedCollator:
 
 MULTIPLE = 8
 COUNTED_EPOCHS, DRAWS = 8, 1000
-SORTED_TEXTS = 1024
-"""Texts among which `grouped` sorts by length."""
+SORTED_TEXTS = 1024  # texts among which `grouped` sorts by length
 
 
 class TokenBudgetSampler(Sampler[list[int]]):

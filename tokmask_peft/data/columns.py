@@ -18,8 +18,7 @@ from tokmask_peft.errors import DataError
 from tokmask_peft.examples import MARKS, Unreadable
 from tokmask_peft.tasks import TASKS, get_task
 
-SAMPLED = 2000
-"""Lines or rows from which the form of a file is decided."""
+SAMPLED = 2000  # lines or rows from which the form of a file is decided
 MOST_LABELS, MOST_NUMBERS = 200, 20  # different values of a column of labels; fewer of numbers, which may be counts
 TASK_QUESTION = "What has a label: each text (sequence), or each word (token)?"
 SETS_QUESTION = "How many labels has a text: one (sequence), or several (multilabel)?"
@@ -39,10 +38,8 @@ LABEL_NAMES = (
     *("topic", "stance", "polarity", "stars", "rating", "score", "hate", "offensive", "irony", "gold", "pos", "ner"),
     *("genre", "classes", "categories", "targets", "intents", "emotions", "topics", "genres"),
 )
-LANGUAGE_NAMES = ("language", "lang", "dialect")
-"""Names of labels if nothing else in the table is one."""
-TAG_NAMES = ("label", "labels", "tags", "lid", *LANGUAGE_NAMES, *LABEL_NAMES)
-"""Names of the labels of words."""
+LANGUAGE_NAMES = ("language", "lang", "dialect")  # names of labels if nothing else in the table is one
+TAG_NAMES = ("label", "labels", "tags", "lid", *LANGUAGE_NAMES, *LABEL_NAMES)  # names of the labels of words
 _NUMBER = re.compile(r"[-+]?\d+(?:[.,]\d+)?")
 
 Ask = Callable[[str, str, Mapping[str, str]], str]

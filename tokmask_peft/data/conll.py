@@ -25,13 +25,9 @@ from tokmask_peft.tasks import TASKS, Task
 
 Row = tuple[str, dict[str, Any]] | Unreadable
 """The place of a row (`file:line`) and its cells by column, or why it has none."""
-Cells = tuple[str, list[str]] | Unreadable
-"""The same before columns have names."""
-Word = tuple[str, str, str | None]
-"""A word with its place and its tag or its text's label."""
-
-BLANK = "blank-row"
-"""The code of a blank line in a table: it has no text, but may end one."""
+Cells = tuple[str, list[str]] | Unreadable  # the same before columns have names
+Word = tuple[str, str, str | None]  # a word with its place and its tag or its text's label
+BLANK = "blank-row"  # the code of a blank line in a table: it has no text, but may end one
 _TEXT_ENDS = {"<eos>", "</s>"}
 _USUAL = {"id", "word", "token", "tag", "sent", "sent_id", "sentence_id", "sentence #", "tweet_id", "category", "class"}
 _USUAL |= {"language", "lang"} | {name for task in TASKS.values() for name in (*task.text_columns, *task.label_columns)}

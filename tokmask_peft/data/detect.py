@@ -30,14 +30,12 @@ from tokmask_peft.examples import Example
 from tokmask_peft.recipe.data import DataConfig, SourceConfig
 from tokmask_peft.tasks import TASKS, get_task
 
-ENGLISH = 0.15
-"""Share of function words above which texts are taken for English; code-switched texts have less."""
+ENGLISH = 0.15  # share of function words above which texts are taken for English; code-switched texts have less
 _ENGLISH = set(
     "the and of that with this you for is it was are what have not they from but on when how which your there".split()  # noqa: SIM905
 )
 _NOT_DATA = re.compile("(?i)readme|licen[cs]e")
-_LINES = (".tagged", ".labelled")
-"""Formats with a text in each line."""
+_LINES = (".tagged", ".labelled")  # formats with a text in each line
 
 
 def detect(

@@ -20,10 +20,8 @@ from tokmask_peft.errors import DataError, nearest
 from tokmask_peft.examples import MARKS, Example, Pair, Unreadable
 from tokmask_peft.tasks import Task
 
-SNIFFED = 1000
-"""Rows from which separator, header and grouping are decided."""
-LONGEST = 20_000_000
-"""Characters in a row of several lines: a quote that is not closed within them is a stray one."""
+SNIFFED = 1000  # rows from which separator, header and grouping are decided
+LONGEST = 20_000_000  # characters in a row of several lines: a quote that is not closed within them is a stray one
 _QUOTED = r'"(?:[^"]++|"")*+"'
 
 

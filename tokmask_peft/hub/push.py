@@ -22,9 +22,7 @@ from tokmask_peft.hub.card import PLACEHOLDER, hub_id
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-ANSWER_SECONDS = 120.0
-"""How long the Hub may take to answer; huggingface_hub itself would wait forever."""
-
+ANSWER_SECONDS = 120.0  # how long the Hub may take to answer; huggingface_hub itself would wait forever
 _NEEDED = ("README.md", "adapter_config.json", "adapter_model.safetensors")
 ADAPTER_FILES = (*LOADED_FILES, "README.md", "confusion_matrix.png")
 """Names of the files that an adapter is pushed with; everything else in its folder stays on this machine."""

@@ -29,8 +29,7 @@ if TYPE_CHECKING:
     from tokmask_peft.inference.forward import Hidden
 
 _QUESTIONS = 4096  # asked at a time: limits the memory, and fills the batches
-MOST_WORDS = 10_000
-"""Words of a text: each takes a forward pass, minutes in all, and memory for what it masks."""
+MOST_WORDS = 10_000  # words of a text: each takes a forward pass, minutes in all, and memory for what it masks
 
 
 def find_word(words: Sequence[str], wanted: int | str, where: str) -> int:

@@ -23,9 +23,7 @@ from tokmask_peft.tasks import get_task
 if TYPE_CHECKING:
     from torch import Tensor
 
-TOLERANCE = 1e-4
-"""Allowed difference of a logit, as a share of the largest logit if that is above 1."""
-
+TOLERANCE = 1e-4  # allowed difference of a logit, as a share of the largest logit if that is above 1
 ONNX_FILE = "model.onnx"
 ONNX_SHAPES = ((1, 1), (1, 9), (3, 24), (7, 40))
 """Texts and sub-tokens of the batches on which the file is compared; the export itself sees another shape."""

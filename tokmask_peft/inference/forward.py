@@ -19,8 +19,7 @@ from tokmask_peft.masking.embedding import Occlusion
 from tokmask_peft.model.memory.suggestions import Situation, memory_errors
 from tokmask_peft.model.packed import takes_packed_rows
 
-Hidden = NDArray[np.bool_]
-"""Which sub-tokens of a window are masked, bool [ids]."""
+Hidden = NDArray[np.bool_]  # which sub-tokens of a window are masked, bool [ids]
 
 
 class Forward:

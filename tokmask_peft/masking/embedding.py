@@ -21,8 +21,7 @@ if TYPE_CHECKING:  # the masker needs no NumPy
     import numpy as np
     from numpy.typing import NDArray
 
-SEQUENCE_FIRST = ("xlnet",)
-"""Model types that look up their ids as [seq, batch]."""
+SEQUENCE_FIRST = ("xlnet",)  # model types that look up their ids as [seq, batch]
 
 
 def is_sequence_first(model: nn.Module) -> bool:

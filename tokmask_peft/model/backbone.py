@@ -38,8 +38,7 @@ _ATTENTION_DROPOUT = ("attention_dropout", "attention_probs_dropout_prob")
 
 _SHORT, _LONG = "la neta", "la neta this weather is too hot for me today"
 
-HASHED = 1024
-"""Values of each parameter that identify a backbone."""
+HASHED = 1024  # values of each parameter that identify a backbone
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,11 +29,8 @@ from tokmask_peft.console import Decision
 from tokmask_peft.errors import ModelError, first_line
 from tokmask_peft.recipe.schema import ModelConfig
 
-CPUINFO = Path("/proc/cpuinfo")
-"""Where Linux lists a CPU's features; macOS and Windows have no such file."""
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-"""What recipes call the precisions."""
+CPUINFO = Path("/proc/cpuinfo")  # where Linux lists a CPU's features; macOS and Windows have no such file
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # what recipes call the precisions
 PRECISIONS = {dtype: name for name, dtype in DTYPES.items()}
 
 PRE_TURING = "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu126"

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from tokmask_peft.model.packed import Packing
 
-NAME = "tokmask_packed"
-"""Of the attention function, in the models' configs."""
+NAME = "tokmask_packed"  # of the attention function, in the models' configs
 
 
 @dataclass(frozen=True, slots=True)

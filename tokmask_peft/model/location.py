@@ -13,8 +13,7 @@ from typing import Any
 from tokmask_peft.errors import ModelError, RecipeError, require
 from tokmask_peft.recipe.schema import ModelConfig, Recipe
 
-GGUF = ".gguf"
-"""Ending of the files of llama.cpp, which hold a backbone and its tokenizer."""
+GGUF = ".gguf"  # ending of the files of llama.cpp, which hold a backbone and its tokenizer
 
 _AFTER_PADDING = (
     *("camembert", "data2vec-text", "esm", "ibert", "layoutlmv3", "lilt", "longformer", "luke", "markuplm", "mpnet"),
@@ -22,8 +21,7 @@ _AFTER_PADDING = (
 )
 """Model types that number positions from the pad token's id plus one, so that this many rows are never used."""
 
-_ANY_LENGTH = ("jamba", "zamba")
-"""Model types without positions, whose config names a greatest one all the same."""
+_ANY_LENGTH = ("jamba", "zamba")  # model types without positions, whose config names a greatest one all the same
 
 
 def backbone_location(config: ModelConfig) -> str:

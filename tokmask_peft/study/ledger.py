@@ -35,12 +35,9 @@ try:
 except ImportError as error:
     raise ExtraError(f"a sweep needs {error.name}: pip install 'tokmask-peft[sweep]'", extra="sweep") from error
 
-HEARTBEAT = 15
-"""Seconds between signs of life of a running trial."""
-GRACE = 120
-"""Seconds without one after which another machine takes the trial over."""
-FINAL = ("done", "pruned", "failed")
-"""States in which nothing is left to do."""
+HEARTBEAT = 15  # seconds between signs of life of a running trial
+GRACE = 120  # seconds without one after which another machine takes the trial over
+FINAL = ("done", "pruned", "failed")  # states in which nothing is left to do
 
 
 def open_storage(place: str | Path) -> Any:

@@ -112,9 +112,7 @@ def split_values(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in found if part.strip())
 
 
-REGULARIZERS = {found.name: key for key, found in regularizers().items()}
-"""Name of an arm -> its recipe key."""
-
+REGULARIZERS = {found.name: key for key, found in regularizers().items()}  # name of an arm -> its recipe key
 MASK, NONE, AS_RECIPE = "mask", "none", "recipe"
 
 MASKED = {

@@ -20,11 +20,8 @@ from tokmask_peft.tasks import Task
 from tokmask_peft.training.metrics import Predictions, task_scores
 from tokmask_peft.training.trainer import OrderedEvalTrainer, Split
 
-STRENGTHS = (0.001, 0.01, 0.1, 1.0)
-"""Values of C that validation chooses from; features have a variance of 1."""
-
-MOST = 20_000
-"""Texts or words that the probe learns from: more take memory (31 MB for 384 features) and change little."""
+STRENGTHS = (0.001, 0.01, 0.1, 1.0)  # values of C that validation chooses from; features have a variance of 1
+MOST = 20_000  # texts or words that the probe learns from: more take memory (31 MB for 384 features) and change little
 
 
 def _last_layer(model: nn.Module, classes: int) -> tuple[nn.Module, str] | None:

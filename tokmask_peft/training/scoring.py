@@ -37,8 +37,7 @@ DOWNLOAD = (
     f"download it elsewhere (hf download {MULTILINGUAL} --local-dir e5-small), and set model.backbone_path=e5-small."
 )
 """How to train with a backbone of many languages."""
-RISEN = 1.5
-"""Times the least loss on validation above which that of the checkpoint is a warning."""
+RISEN = 1.5  # times the least loss on validation above which that of the checkpoint is a warning
 
 
 def baseline_scores(corpus: Corpus, weights: Any, adapter: Predictions) -> dict[str, Any]:

@@ -33,30 +33,19 @@ On CPUs it is measured (`tests/unit/model/memory`); `tests/gpu` checks it on a G
 been run yet.
 """
 
-USABLE = 0.95
-"""Share of the memory that is counted on; the rest is what the allocator cannot hand out in one piece."""
-
-CGROUP = Path("/sys/fs/cgroup")
-"""Where a container finds its limits (cgroup v2)."""
-
+USABLE = 0.95  # share of the memory that is counted on; the rest is what the allocator cannot hand out in one piece
+CGROUP = Path("/sys/fs/cgroup")  # where a container finds its limits (cgroup v2)
 MIB = 2**20
-OVERHEAD = {"cpu": 700 * MIB, "cuda": 600 * MIB}
-"""Bytes outside of tensors: Python with its libraries; a CUDA context."""
-
+OVERHEAD = {"cpu": 700 * MIB, "cuda": 600 * MIB}  # bytes outside of tensors: Python with its libraries; a CUDA context
 CUBLAS = {9: 32 * MIB, 10: 32 * MIB}
 """Workspace of a cuBLAS handle by the GPU's generation (Hopper, data centre Blackwell), in torch's allocator."""
 CUBLAS_USUAL = 4096 * 2048 + 8 * 16384
-THREADS = 2
-"""Threads that have a handle: of the forward and of the backward pass."""
-
-PROBES = (2, 3)
-"""Numbers of layers that are counted if there are more."""
-
+THREADS = 2  # threads that have a handle: of the forward and of the backward pass
+PROBES = (2, 3)  # numbers of layers that are counted if there are more
 NF4_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)
 """For each weight: its code, and its share of a scale and of a scale of scales (Dettmers et al. 2023)."""
 
-NEARLY = 0.9
-"""Batches with this share of the most sub-tokens count as equally large."""
+NEARLY = 0.9  # batches with this share of the most sub-tokens count as equally large
 
 
 def shown(count: int) -> str:

@@ -254,8 +254,7 @@ def _gpu_attention(
     return _KeptByFlashAttention.apply(*whole, None, len(packing.cu_seqlens) - 1)[..., :size], None
 
 
-GPU_ATTENTION = "tokmask_counted"
-"""Name of `_gpu_attention` in transformers."""
+GPU_ATTENTION = "tokmask_counted"  # name of `_gpu_attention` in transformers
 
 
 def count_step(

@@ -28,8 +28,7 @@ Array = NDArray[np.float64]
 
 REPLICATES = 4000
 
-MEANING: dict[str, str] = MEANINGS["gradients"]
-"""Estimate -> what it is."""
+MEANING: dict[str, str] = MEANINGS["gradients"]  # estimate -> what it is
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,8 +19,7 @@ COLUMNS = {
     "distance": ("distance of mean to unmasked", "distance, mean masked to unmasked"),
 }
 """Estimate -> its column in tables and the title of its panel."""
-VISIBLE = 5e-5
-"""The least difference that four decimals show."""
+VISIBLE = 5e-5  # the least difference that four decimals show
 
 
 def make_folder(folder: Path) -> None:

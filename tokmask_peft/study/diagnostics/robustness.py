@@ -36,8 +36,7 @@ from tokmask_peft.training.metrics import Predictions, task_scores
 
 METRICS = ("f1_macro", "f1_weighted", "accuracy")
 _FILE = "robustness.json"
-Labels = list[NDArray[np.int64]]
-"""Label ids of each text: `[1]` or `[words]`."""
+Labels = list[NDArray[np.int64]]  # label ids of each text: `[1]` or `[words]`
 
 
 def score_perturbed(
