@@ -20,8 +20,7 @@ NO_PREDICTION = -1  # the predicted id of an item that was cut away: never right
 BETWEEN = "‖"  # shown between the two texts of a pair
 MARK = "|"  # separates the labels of a text in one cell, if nothing else is known
 MARKS = "|;,"  # what may separate them
-WrongLabel = tuple[str, str, float, float, int | None]
-"""Label of the data, label of the classifier, the probability of each, and the index of the word, if a word has it."""
+WrongLabel = tuple[str, str, float, float, int | None]  # of data, of classifier, the chance of each, word's index
 
 
 class LabelSet(tuple[str, ...]):

@@ -24,7 +24,6 @@ SCHEMES = {"bio": "BI", "iob1": "BI", "bioes": "BIES", "bilou": "BILU"}
 """By the name in `data.spans`, the letters before the type; IOB1 has B only where two entities of a type meet."""
 _SAME = {"L": "E", "U": "S"}
 _LABEL = re.compile("([BIESLU])(?:-(.*))?", re.DOTALL)
-
 Span = tuple[str, int, int]  # type, first and last word of an entity
 
 

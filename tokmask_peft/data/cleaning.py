@@ -24,8 +24,7 @@ from tokmask_peft.examples import Example, Label
 EXAMPLES_SHOWN = 3
 WIDTH = 60
 PIECE, SHORTEST, SHARED = 5, 16, 0.8
-BANDS, ROWS = 8, 5
-"""Texts with a band of `ROWS` equal hashes are compared; more bands find more, more rows compare less."""
+BANDS, ROWS = 8, 5  # texts with a band of `ROWS` equal hashes are compared: more bands find more, more rows less
 CHUNK = 10_000  # texts that are hashed at once, which bounds the memory
 _PRIME = np.uint64(0x100000001B3)
 _ADDRESS = re.compile(r"https?\S*|www\.\S+|(?<!\w)@\s?\w+|[<\[](?:user|url|link|mention|httpurl)[>\]]")

@@ -41,9 +41,7 @@ LABEL_NAMES = (
 LANGUAGE_NAMES = ("language", "lang", "dialect")  # names of labels if nothing else in the table is one
 TAG_NAMES = ("label", "labels", "tags", "lid", *LANGUAGE_NAMES, *LABEL_NAMES)  # names of the labels of words
 _NUMBER = re.compile(r"[-+]?\d+(?:[.,]\d+)?")
-
-Ask = Callable[[str, str, Mapping[str, str]], str]
-"""Called with a key, a question, and its answers with what is known of each, the likeliest first; returns one."""
+Ask = Callable[[str, str, Mapping[str, str]], str]  # key, question, and answers with what is known; returns one
 
 
 def likeliest(key: str, question: str, answers: Mapping[str, str]) -> str:

@@ -23,8 +23,7 @@ from tokmask_peft.errors import DataError, nearest
 from tokmask_peft.examples import Example, Unreadable
 from tokmask_peft.tasks import TASKS, Task
 
-Row = tuple[str, dict[str, Any]] | Unreadable
-"""The place of a row (`file:line`) and its cells by column, or why it has none."""
+Row = tuple[str, dict[str, Any]] | Unreadable  # place of a row (`file:line`) and cells by column, or why it has none
 Cells = tuple[str, list[str]] | Unreadable  # the same before columns have names
 Word = tuple[str, str, str | None]  # a word with its place and its tag or its text's label
 BLANK = "blank-row"  # the code of a blank line in a table: it has no text, but may end one
@@ -34,7 +33,6 @@ _USUAL |= {"language", "lang"} | {name for task in TASKS.values() for name in (*
 CONLLU_COLUMNS = ("id", "form", "lemma", "upos", "xpos", "feats", "head", "deprel", "deps", "misc")
 SNIFFED_LINES = 5000
 _EMPTY_WORD = "the word is empty. Fill it in or remove the line", ', or leave out such texts with data.missing=[""]'
-
 _KEY_VALUE = re.compile(r"#[ ]+(?P<key>[A-Za-z_][\w.\-]*(?:\[\w+\]|[ ]id)?)[ ]*=(?P<value>.*)")
 _KEY_COLON = re.compile(r"#[ ]+(?P<key>[A-Za-z_][\w.\-]*):[ ](?P<value>[^\t]*)$")
 _KEY_TAB = re.compile(

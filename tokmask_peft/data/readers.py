@@ -25,11 +25,8 @@ from tokmask_peft.tasks import get_task
 
 SHOWN = 5
 _PLACEHOLDERS = {"", "-", "_", "?", "-1", "none", "null"}
-
-Reader = Callable[[DataFile, Columns], Iterable[Example | Unreadable]]
-"""Reads the texts of a file in order, with an `Unreadable` in place of each that cannot be read."""
-Rows = Callable[[DataFile, Columns], Iterator[Row]]
-"""Reads the rows of a table in order, with an `Unreadable` in place of each that cannot be read."""
+Reader = Callable[[DataFile, Columns], Iterable[Example | Unreadable]]  # reads the texts of a file, in order
+Rows = Callable[[DataFile, Columns], Iterator[Row]]  # reads the rows of a table, in order
 
 
 def table(rows: Callable[[DataFile], Iterator[Row]]) -> Reader:
@@ -197,10 +194,7 @@ READERS: dict[str, Reader] = {
     ".tagged": read_tagged,
     ".labelled": read_labelled,
 }
-"""By ending; the name of a format in `data.format` is its ending without the dot.
-
-Another format is added here: `READERS[".mine"] = read_mine`.
-"""
+"""By ending, which is the name in `data.format`, with a dot. Another one: `READERS[".mine"] = read_mine`."""
 _SNIFFED = {ending: READERS[ending] for ending in (".csv", ".tsv", ".txt")}
 """These endings may hold another format, unless somebody reads them in a way of their own."""
 

@@ -24,8 +24,7 @@ if TYPE_CHECKING:
 
 ANSWER_SECONDS = 120.0  # how long the Hub may take to answer; huggingface_hub itself would wait forever
 _NEEDED = ("README.md", "adapter_config.json", "adapter_model.safetensors")
-ADAPTER_FILES = (*LOADED_FILES, "README.md", "confusion_matrix.png")
-"""Names of the files that an adapter is pushed with; everything else in its folder stays on this machine."""
+ADAPTER_FILES = (*LOADED_FILES, "README.md", "confusion_matrix.png")  # all else stays here
 MODEL_FILES = ("config.json", "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 """Patterns of the files that a merged model has and an adapter does not."""
 

@@ -25,8 +25,7 @@ if TYPE_CHECKING:
 
 TOLERANCE = 1e-4  # allowed difference of a logit, as a share of the largest logit if that is above 1
 ONNX_FILE = "model.onnx"
-ONNX_SHAPES = ((1, 1), (1, 9), (3, 24), (7, 40))
-"""Texts and sub-tokens of the batches on which the file is compared; the export itself sees another shape."""
+ONNX_SHAPES = ((1, 1), (1, 9), (3, 24), (7, 40))  # texts and sub-tokens of compared batches; the export sees others
 
 
 def check_output(out: str | Path, source: str | Path | None, force: bool = False) -> Path:

@@ -22,10 +22,8 @@ from tokmask_peft.masking import pattern
 from tokmask_peft.masking.config import TokenMaskConfig
 from tokmask_peft.masking.replacement import NO_MASK_TOKEN, REPLACEMENTS, MaskToken
 
-_COUNT_BY_MASK = ("opt", "biogpt", "bloom")
-"""Models, by `model_type`, in which a token's position is the number of those before it in the attention mask."""
-_DECODER = 1 << 63
-"""Turns the seed into that of the decoder's positions, which are drawn apart from those of the encoder."""
+_COUNT_BY_MASK = ("opt", "biogpt", "bloom")  # `model_type`s whose positions count the attention mask
+_DECODER = 1 << 63  # turns the seed into that of the decoder, whose masked positions are drawn apart
 
 
 class TokenMasker:

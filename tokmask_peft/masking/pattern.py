@@ -24,7 +24,6 @@ from tokmask_peft.errors import MaskTokenError
 
 Unit = Literal["token", "word", "span", "continuation"]
 Word = TypeVar("Word", int, Tensor)
-
 _WORD = 2**32 - 1
 # Constants above 2**31 are written as their negative twins modulo 2**32: |word * constant| stays below 2**63.
 _GOLDEN = 0x9E3779B9 - 2**32  # the golden ratio's fraction

@@ -22,9 +22,7 @@ class MaskToken:
 
 
 NO_MASK_TOKEN = MaskToken(-1, "none", "the tokenizer has none, and this masking needs no mask token")
-
-_SENTINELS = ("<extra_id_0>", "▁<extra_id_0>")
-"""What T5 and its kin, which have no mask token, see in pretraining in place of a masked stretch of text."""
+_SENTINELS = ("<extra_id_0>", "▁<extra_id_0>")  # what T5, without a mask token, saw for masked text in pretraining
 
 
 def used_rows(tokenizer: Any) -> int:

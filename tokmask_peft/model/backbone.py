@@ -28,16 +28,10 @@ from tokmask_peft.recipe.schema import ModelConfig
 from tokmask_peft.tasks import get_task
 
 HEAD_NAMES = ("score", "classifier", "head", "pre_classifier", "classification_head")
-"""Top-level names of the classification heads in transformers, which quantized loading must be given.
+"""Names of heads, not to be quantized: transformers strips only `.weight` to find a last module, and no bias."""
 
-transformers strips only `.weight` when it looks for the last module, so that a head with a bias would be quantized.
-"""
-
-_ATTENTION_DROPOUT = ("attention_dropout", "attention_probs_dropout_prob")
-"""What the configs of transformers call the dropout on attention weights."""
-
+_ATTENTION_DROPOUT = ("attention_dropout", "attention_probs_dropout_prob")  # in configs of transformers
 _SHORT, _LONG = "la neta", "la neta this weather is too hot for me today"
-
 HASHED = 1024  # values of each parameter that identify a backbone
 
 

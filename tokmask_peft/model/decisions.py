@@ -32,7 +32,6 @@ from tokmask_peft.recipe.schema import ModelConfig
 CPUINFO = Path("/proc/cpuinfo")  # where Linux lists a CPU's features; macOS and Windows have no such file
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # what recipes call the precisions
 PRECISIONS = {dtype: name for name, dtype in DTYPES.items()}
-
 PRE_TURING = "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu126"
 """Wheels for CUDA 12.6 have kernels for compute capabilities 5.0 to 9.0; they end with torch 2.14 (pytorch#190385)."""
 

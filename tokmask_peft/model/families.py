@@ -63,7 +63,6 @@ _DECODER = Family(
 _DECODERS = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma3Text", "Phi3", "Olmo", "Olmo2", "SmolLM3")
 FAMILIES |= dict.fromkeys(_DECODERS, _DECODER)
 FAMILIES["GPT2"] = Family(_DECODER.head, causal=True)
-
 _DISTANCES = "its attention adds terms for the distance of two sub-tokens, which kernels for packed rows do not take"
 NOT_PACKED = dict.fromkeys(("Deberta", "DebertaV2", "T5", "MT5", "UMT5", "MPNet"), _DISTANCES)
 NOT_PACKED |= dict.fromkeys(("Bart", "MBart"), "its decoder reads the text a second time")

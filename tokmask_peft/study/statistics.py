@@ -17,8 +17,7 @@ from tokmask_peft.training.metrics import LEVEL
 
 MEANINGS: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("meanings.yaml").read_text(encoding="utf-8"))
 """What figures mean, by report; and `paper`: by task, the scores that the authors report."""
-EXACT_UP_TO = 16
-"""Number of seeds up to which all sign patterns are counted; for more, 99,999 random ones stand for them."""
+EXACT_UP_TO = 16  # seeds up to which all sign patterns are counted; for more, 99,999 random ones stand for them
 _MOST_SEEDS = 2**20
 
 

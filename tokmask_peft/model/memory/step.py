@@ -132,8 +132,7 @@ def with_layers(config: Any, layers: int) -> Any:
     return config
 
 
-OUTLIERS = 100
-"""One in this many columns of an int8 product is counted as one with outliers: LLM.int8() found up to 0.1% of them."""
+OUTLIERS = 100  # one in this many columns of an int8 product counts as an outlier's; LLM.int8() found up to 0.1%
 
 
 class _Product(torch.autograd.Function):

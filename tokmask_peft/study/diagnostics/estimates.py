@@ -25,9 +25,7 @@ from tokmask_peft.study.statistics import MEANINGS
 from tokmask_peft.training.metrics import LEVEL
 
 Array = NDArray[np.float64]
-
 REPLICATES = 4000
-
 MEANING: dict[str, str] = MEANINGS["gradients"]  # estimate -> what it is
 
 

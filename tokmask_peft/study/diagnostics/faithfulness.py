@@ -29,9 +29,7 @@ from tokmask_peft.tasks import get_task
 from tokmask_peft.training.evaluate import split_examples
 from tokmask_peft.training.metrics import probabilities
 
-SHARES: NDArray[np.float64] = np.linspace(0.0, 1.0, 11)
-"""Shares of a text's words at which curves are read, by linear interpolation between whole words."""
-
+SHARES: NDArray[np.float64] = np.linspace(0.0, 1.0, 11)  # of a text's words, where curves are interpolated
 RANDOM_ORDERS = 4
 _TEXTS = 64  # at a time, which bounds the memory
 
