@@ -42,20 +42,16 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Classifier": "inference.classifier",
-    "Explanation": "inference.explain",
-    "LabelPredictions": "examples",
-    "Prediction": "examples",
+    **dict.fromkeys(("LabelPredictions", "Prediction", "WordPredictions"), "examples"),
+    **dict.fromkeys(("Classifier", "load"), "inference.classifier"),
+    **dict.fromkeys(("Explanation", "explain"), "inference.explain"),
     "Recipe": "recipe.schema",
     "TokenMaskCallback": "masking.callback",
     "TokenMaskConfig": "masking.config",
     "TokenMasker": "masking.masker",
     "TokmaskError": "errors",
-    "WordPredictions": "examples",
-    "evaluate": "training.evaluate",
-    "explain": "inference.explain",
     "push": "inference.export",
-    "load": "inference.classifier",
+    "evaluate": "training.evaluate",
     "train": "training.train",
 }
 

@@ -38,16 +38,17 @@ class TokmaskError(Exception):
 
     code: str = "error"
 
+    def __init_subclass__(cls, code: str | None = None) -> None:
+        cls.code = code or cls.code
+
     def __init__(self, message: str, *, code: str | None = None, **fields: Any) -> None:
         super().__init__(message.encode("utf-8", "backslashreplace").decode())  # half characters cannot be printed
         self.code = code or type(self).code
         self.fields = fields
 
 
-class RecipeError(TokmaskError):
+class RecipeError(TokmaskError, code="recipe"):
     """A recipe cannot be used: `problems` has a line for each, `dotted.path: what is wrong; what to do`."""
-
-    code = "recipe"
 
     def __init__(
         self, problems: Iterable[str], source: str = "recipe", *, code: str | None = None, **fields: Any
@@ -58,52 +59,36 @@ class RecipeError(TokmaskError):
         super().__init__("\n".join([head, *(f"  {line}" for line in self.problems)]), code=code, **fields)
 
 
-class DataError(TokmaskError):
+class DataError(TokmaskError, code="data"):
     """Data cannot be read, or does not fit the task."""
 
-    code = "data"
 
-
-class ModelError(TokmaskError):
+class ModelError(TokmaskError, code="model"):
     """A backbone or an adapter cannot be built or loaded as asked."""
 
-    code = "model"
 
-
-class MaskTokenError(TokmaskError):
+class MaskTokenError(TokmaskError, code="mask-token"):
     """No usable mask token, or a masker is attached where it cannot be."""
 
-    code = "mask-token"
 
-
-class RunError(TokmaskError):
+class RunError(TokmaskError, code="run"):
     """A run folder is missing, taken or unfinished, or a run went wrong in a way that would pass unnoticed."""
 
-    code = "run"
 
-
-class SweepError(TokmaskError):
+class SweepError(TokmaskError, code="sweep"):
     """A sweep cannot be run, continued or reported as asked."""
 
-    code = "sweep"
 
-
-class HubError(TokmaskError):
+class HubError(TokmaskError, code="hub"):
     """An adapter cannot be pushed to the Hugging Face Hub as asked."""
 
-    code = "hub"
 
-
-class ExtraError(TokmaskError):
+class ExtraError(TokmaskError, code="missing-extra"):
     """A command needs an optional library that is not installed."""
 
-    code = "missing-extra"
 
-
-class RunInterruptedError(RunError):
+class RunInterruptedError(RunError, code="interrupted"):
     """A signal stopped the run; it can be resumed."""
-
-    code = "interrupted"
 
 
 _FULL = r"No space left|os error 2[78]\b|file write failed"  # a full disk, as safetensors and torch report it
