@@ -24,14 +24,10 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerFast
 
-BATCH = 1000
-"""Texts tokenized at a time."""
-PIECE = 50_000
-"""Characters or words of a longer text that are tokenized at a time."""
-COUNTED = 500
-"""Texts whose sub-tokens show whether a tokenizer knows their language."""
-MOST_PIECES, MOST_UNKNOWN = 1.5, 0.1
-"""Sub-tokens a word, and share of unknown ones, above which it does not."""
+BATCH = 1000  # texts tokenized at a time
+PIECE = 50_000  # characters or words of a longer text that are tokenized at a time
+COUNTED = 500  # texts whose sub-tokens show whether a tokenizer knows their language
+MOST_PIECES, MOST_UNKNOWN = 1.5, 0.1  # sub-tokens a word, and share of unknown ones, above which it does not
 ONE_LANGUAGE = range(10_000, 60_000)
 """Sub-tokens in a vocabulary of one language; those of many languages are larger, and those of tests smaller."""
 _BETWEEN_WORDS = re.compile(r"(?<=\w) (?=[^\W\d_])")
@@ -100,10 +96,7 @@ class Encoder:
     def cut(self, examples: Sequence[Example], labels: Sequence[str]) -> Encoded:
         """Encode examples one row each; what is longer than `max_length` is cut at the end.
 
-        Either all examples have labels or none does; `labels` are in the order of the classifier's outputs.
-
-        Raises:
-            DataError: a label is unknown, or only some texts have labels.
+        `labels` are in the order of the classifier's outputs; DataError if one is unknown, or only some texts have any.
         """
         from datasets import Dataset
 
@@ -360,8 +353,8 @@ def _whole_words_after(text: str, end: int) -> int:
 def words_need_a_space(tokenizer: PreTrainedTokenizerFast) -> bool:
     """Return whether words need a leading space of their own to be tokenized as in running text.
 
-    Byte-level BPE without a prefix space (Qwen, GPT) reads a word given on its own as the start of a text: `gusta`
-    becomes `g usta` instead of the one piece that it is inside a text.
+    Byte-level BPE without a prefix space (Qwen, GPT) reads a word on its own as the start of a text: `g usta`, not
+    `gusta`.
     """
     words = ["we", "saw", "the", "house"]
     running = tokenizer(" ".join(words), add_special_tokens=False)["input_ids"]
@@ -399,10 +392,9 @@ def spaced(words: Sequence[str], first_too: bool = False) -> list[str]:
 
 
 def words_of(text: str, offsets: Sequence[tuple[int, int]]) -> NDArray[np.int64]:
-    """Return the word of a running text that each sub-token belongs to, by its last character that is not white space.
+    """Return the word of a running text that each sub-token, by its `offsets`, belongs to, int64 [sub-tokens].
 
-    Words are numbered as in `str.split`; -1 stands for a sub-token of white space only. `offsets` are the first
-    character of each sub-token and the one after its last. The result is int64 [sub-tokens].
+    Words are numbered as in `str.split`; the last character that is not white space decides, -1 if there is none.
     """
     word_at = np.full(len(text), -1, dtype=np.int64)
     for number, word in enumerate(re.finditer(r"\S+", text)):

@@ -87,7 +87,7 @@ def _converted(source: SourceConfig) -> dict[str, tuple[Iterator[Row], list[str]
     """Return rows and columns of the splits from the branch that the Hub converts to parquet.
 
     That branch has no card, so `datasets` finds no configurations there, and none of its folders again when offline.
-    Its files are read from huggingface_hub's own cache instead, which works offline once they have been downloaded.
+    huggingface_hub's own cache works offline once the files have been downloaded.
     """
     import pyarrow.parquet as pq
     from huggingface_hub import snapshot_download

@@ -23,8 +23,7 @@ from tokmask_peft.recipe.data import SourceConfig
 from tokmask_peft.recipe.schema import Recipe
 from tokmask_peft.tasks import get_task
 
-PLACEHOLDER = "PATH_OR_HUB_ID"
-"""Stands for the location of the model in the snippet of a card, until a push knows it."""
+PLACEHOLDER = "PATH_OR_HUB_ID"  # stands for the location of the model in the snippet of a card, until a push knows it
 PICTURE = "confusion_matrix.png"
 TEXT, PAIR = '"This phone is bien bonito"', ('"A man plays a guitar"', '"Someone makes music"')
 """The text in the snippets of the tasks, and what a model of pairs reads instead."""

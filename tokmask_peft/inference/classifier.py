@@ -126,19 +126,11 @@ class Classifier:
 
     @functools.cached_property
     def occlusion(self) -> Occlusion:
-        """Masks words as the training of this model did.
-
-        Raises:
-            MaskTokenError: there is no token to mask with.
-        """
+        """Masks words as the training of this model did; MaskTokenError if there is no token to mask with."""
         return Occlusion(self.model, self.tokenizer, self.masking)
 
     def checked(self, texts: Sequence[str] | Sequence[Sequence[str]]) -> list[Any]:
-        """Return texts as the task needs them: strings, pairs, or lists of words.
-
-        Raises:
-            DataError: as `predict` says.
-        """
+        """Return texts as the task needs them: strings, pairs, or lists of words; DataError as `predict` says."""
         if isinstance(texts, str):
             raise DataError("expected a list of texts, not one string: [text]", code="not-a-list")
         found: list[Any] = []

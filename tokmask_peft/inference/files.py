@@ -31,9 +31,7 @@ from tokmask_peft.spans import NO_SPANS
 CHUNK_BATCHES, CHUNK_CHARACTERS = 32, 2_000_000
 SHOWN_PROBLEMS = 5
 BATCH_ROWS = 10_000  # of parquet, or words of an answer in JSON
-SHEET_ROWS, SHEET_CHARACTERS = 1_048_576, 32_767
-"""What a sheet of a workbook holds, and a cell of it."""
-
+SHEET_ROWS, SHEET_CHARACTERS = 1_048_576, 32_767  # what a sheet of a workbook holds, and a cell of it
 Found = Example | Unreadable
 Cells = Sequence[Any]
 
@@ -92,11 +90,7 @@ def predict_file(
 def answered(
     classifier: Classifier, source: TextFile, batch_size: int = BATCH_SIZE
 ) -> Iterator[list[tuple[Found, Answer | None]]]:
-    """Yield the texts of a file with their answers, a limited number at a time; an `Unreadable` has none.
-
-    Raises:
-        DataError: the file as a whole cannot be read.
-    """
+    """Yield the texts of a file with their answers, a limited number at a time; an `Unreadable` has none."""
     for chunk in _chunks(source, batch_size * CHUNK_BATCHES):
         texts: list[Any] = [found.text for found in chunk if isinstance(found, Example)]
         answers = classifier.predict(texts, batch_size) if texts else []
@@ -246,8 +240,7 @@ def _short(answer: Answer | None) -> tuple[Any, Any, None]:
 
 
 Write = Callable[[Any], object]
-Form = Callable[[Path, Columns], AbstractContextManager[Write]]
-"""Opens a file, and gives what writes a row into it."""
+Form = Callable[[Path, Columns], AbstractContextManager[Write]]  # opens a file, and gives what writes a row into it
 
 
 @contextmanager
@@ -385,12 +378,7 @@ def _too_much(problem: str) -> DataError:
 
 
 def form_of(out: str | Path) -> Form | None:
-    """Return what writes a table of the ending of a file, or none for JSON lines.
-
-    Raises:
-        DataError: files of this ending are something else.
-        ExtraError: it is a workbook, and openpyxl is not installed.
-    """
+    """Return what writes a table of the ending of a file, none for JSON lines; DataError for other known endings."""
     ending = Path(out).suffix.lower()
     if ending in _OTHERS:
         remedy = f"give --out one of {', '.join(FORMS)} or .jsonl"

@@ -25,8 +25,7 @@ from tokmask_peft.model.decisions import bitsandbytes_problem
 LINEAR = (nn.Linear, Conv1D)
 """Classes of layers that are a product with a matrix; GPT-2's, `Conv1D`, keeps it transposed, [in, out]."""
 
-_STEPS = 1 << 16
-"""Probabilities that `dropout` can tell apart on a CPU."""
+_STEPS = 1 << 16  # probabilities that `dropout` can tell apart on a CPU
 
 
 class Float32Linear(nn.Linear):
@@ -42,13 +41,10 @@ class Float32Linear(nn.Linear):
 def dropout(x: Tensor, p: float) -> Tensor:
     """Return `x` with each element zero with probability `p`, and otherwise divided by 1 - p; the gradient likewise.
 
-    On a CPU, `p` is rounded to the nearest 65,536th, and what stays is divided by the rounded 1 - p, so that the mean
-    is that of `x`. The draws, 16 bits per element, come from torch's default generator in an order of their own: for
-    the same seed, the mask differs from torch's. On other devices this is torch's dropout.
-
-    torch draws a random number and a `double` for each element, one at a time (`bernoulli_`, torch 2.13). On one core
-    of an EPYC, for 985 sub-tokens of 384 dimensions, that takes 2.35 ms and this .59. A packed training step of MiniLM
-    in fp32 takes .92 of the CPU time (.89 to .97 in seven interleaved rounds on a Xeon).
+    On a CPU, `p` is rounded to the nearest 65,536th, as is 1 - p, so that the mean is that of `x`. The draws, 16 bits
+    per element, come from torch's default generator, but for the same seed the mask differs from torch's: that draws a
+    `double` for each element, one at a time (`bernoulli_`, torch 2.13). On one core of an EPYC, for 985 sub-tokens of
+    384 dimensions, that takes 2.35 ms and this .59; a packed training step of MiniLM in fp32 takes .92 of the CPU time.
     """
     kept = round((1 - p) * _STEPS)
     if x.device.type != "cpu" or kept == 0:
@@ -181,10 +177,7 @@ def check_placement(model: Any, wanted: str) -> None:
 
 
 def place_embedding(model: Any, wanted: str, device: torch.device) -> tuple[Decision, ...]:
-    """Put the input embedding of a frozen model, without an adapter, where `model.embedding` says, in place.
-
-    A ModelError says that this embedding can only be resident, or that bitsandbytes does not run here.
-    """
+    """Put the input embedding of a frozen model, without an adapter, in place, where `model.embedding` says."""
     if wanted == "resident":
         return ()
     check_placement(model, wanted)
@@ -206,8 +199,7 @@ def place_embedding(model: Any, wanted: str, device: torch.device) -> tuple[Deci
     return (Decision("embedding", wanted, reason),)
 
 
-UNMARKED = ("bloom", "mpt")
-"""Decoders whose attention has no `is_causal`, by `model_type`."""
+UNMARKED = ("bloom", "mpt")  # decoders whose attention has no `is_causal`, by `model_type`
 
 
 def choose_label_on(wanted: str, model: nn.Module) -> Decision:
@@ -228,11 +220,8 @@ BOTH_WAYS = {"gemma3_text": "Gemma 3", "llama": "Llama", "mistral": "Mistral", "
 def see_both_ways(model: Any) -> None:
     """Let the sub-tokens of a decoder, without an adapter, also see those after them, as far as a sliding window goes.
 
-    `is_causal` in the config is transformers' own switch: masks and attention follow it, packed rows too, and a saved
-    config has it.
-
-    Raises:
-        ModelError: the model is none of `BOTH_WAYS`.
+    `is_causal` in the config is transformers' own switch: masks, attention and packed rows follow it, and it is saved.
+    ModelError if the model is none of `BOTH_WAYS`.
     """
     ours = type(model.base_model).__module__.startswith("transformers.models.")
     if not ours or model.config.model_type not in BOTH_WAYS:
@@ -244,10 +233,7 @@ def see_both_ways(model: Any) -> None:
 
 
 def pooled(states: Tensor, mask: Tensor | None, how: str) -> Tensor:
-    """Return the mean or maximum of each text's states, `[texts, 1, hidden]`.
-
-    `states` are `[texts, seq, hidden]`; `mask`, `[texts, seq]`, is 1 for sub-tokens, None if all are.
-    """
+    """Return the mean or maximum of each text's states, `[texts, 1, hidden]`; a `mask` is 1 for its sub-tokens."""
     real = torch.ones_like(states[..., :1]).bool() if mask is None else mask.unsqueeze(-1).bool()
     if how == "max":
         return states.masked_fill(~real, -torch.inf).amax(1, keepdim=True)

@@ -1,7 +1,7 @@
 """The padding-free forward: a batch as one packed row, attention per text, and the head on each text's own state.
 
-A packed row spends nothing on padding. Padded batches still take the model's own forward, so that a model can be
-trained packed and evaluated padded. What differs between architectures is in `families.FAMILIES`.
+Padded batches still take the model's own forward, so that a model can be trained packed and evaluated padded. What
+differs between architectures is in `families.FAMILIES`.
 """
 
 from __future__ import annotations
@@ -177,10 +177,7 @@ def _buckets(lengths: list[int]) -> list[tuple[list[int] | None, int, bool]]:
 
 
 def filler(total: int, longest: int) -> list[int]:
-    """Return the lengths of the texts of padding that lengthen a row of `total` sub-tokens, see `ROUND`.
-
-    None is longer than the `longest` text of the batch: the model may have no more positions.
-    """
+    """Return lengths of texts of padding that lengthen a row, see `ROUND`, none above the `longest` of the batch."""
     missing = -total % (ROUND if total > ROUND else 8)
     return [min(longest, missing - start) for start in range(0, missing, longest)]
 
@@ -398,11 +395,7 @@ def _equal_heads(rows: list[Tensor]) -> list[Tensor]:
 
 
 class _Take(torch.autograd.Function):
-    """Take rows by index; the gradient is copied back, without any sums.
-
-    `back` says, for each row of `x`, which row of the result has its gradient; without it, no row is taken twice, and
-    those that are not taken (padding) get no gradient.
-    """
+    """Take rows by index; the gradient is copied `back`, without any sums, or to rows taken once if that is None."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, index: Tensor, back: Tensor | None = None) -> Tensor:

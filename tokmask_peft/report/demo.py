@@ -33,11 +33,7 @@ _FONTS = ("system-ui", "Segoe UI", "Roboto", "Noto Sans", "sans-serif")
 
 
 def check_address(host: str, port: int | None) -> None:
-    """Check that the app can listen there, before a model is loaded.
-
-    Raises:
-        ModelError: the address does not belong to this machine, or the port is taken.
-    """
+    """Raise a ModelError if the app cannot listen there, before a model is loaded."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port or 0, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:
@@ -90,10 +86,7 @@ def _page(rows: Sequence[Any] = (), problem: str = "", entities: Sequence[Any] =
 
 
 def of_run(model: str) -> tuple[str, list[str | Pair]]:
-    """Return what is known of a run: a sentence on its scores, and texts of its data, one for each of some labels.
-
-    Both are empty if `model` is not a run on this machine; the texts are left out if its data cannot be read.
-    """
+    """Return a sentence on a run's scores, and texts of its data for some labels; empty if not a run, or unreadable."""
     if not is_run(model):
         return "", []
     run = open_run(model)

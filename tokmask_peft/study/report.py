@@ -28,10 +28,8 @@ LATEX = str.maketrans(
     | {sign: f"\\{sign}" for sign in "_%&#${}"}
 )
 NAMES = {"f1_macro": "macro-F1", "f1_weighted": "weighted F1"}
-
 ALPHA = 0.05
-Table = tuple[Sequence[str], Sequence[Sequence[str]]]
-"""Head and rows."""
+Table = tuple[Sequence[str], Sequence[Sequence[str]]]  # head and rows
 
 
 @dataclass(frozen=True, slots=True)
