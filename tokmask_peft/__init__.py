@@ -3,8 +3,6 @@
 The names below are the public interface; they are imported on first use, so that `import tokmask_peft` is quick.
 """
 
-from __future__ import annotations
-
 import importlib
 from typing import TYPE_CHECKING, Any
 

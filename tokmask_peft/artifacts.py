@@ -1,7 +1,5 @@
 """What a run leaves behind: the run folder, its `result.json`, and the adapter folder; without heavy imports."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import re

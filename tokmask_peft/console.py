@@ -1,7 +1,5 @@
 """What a run prints: decisions with their reasons, the data report, progress, scores and warnings."""
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import logging

@@ -3,8 +3,6 @@
 The command line prints them without a traceback. A file is written whole or not at all.
 """
 
-from __future__ import annotations
-
 import contextlib
 import difflib
 import errno

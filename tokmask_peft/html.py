@@ -3,8 +3,6 @@
 A word's tint is the size of its effect, not relative to the strongest of its text: where no word matters all are pale.
 """
 
-from __future__ import annotations
-
 import functools
 import io
 import math

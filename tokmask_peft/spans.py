@@ -10,8 +10,6 @@ becomes `O B-PER I-PER`. This never adds, loses or moves an entity, nor changes 
 differs only by what is illegal in the data themselves.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

@@ -7,14 +7,12 @@ of `PIECE` characters more than `SHARED` are common. MinHash (Broder 1997) finds
 their pieces, and 99% of those that share more. Two pairs are the same, or nearly, if both of their texts are.
 """
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,7 +60,7 @@ class _Texts:
         chunks = [_bands(self.plain[at : at + CHUNK]) for at in range(0, len(examples), CHUNK)]
         self.bands = np.concatenate([np.empty((0, BANDS), np.uint64), *chunks])
 
-    def near(self, other: _Texts) -> set[int]:
+    def near(self, other: Self) -> set[int]:
         """Return the index of each text that is nearly the same as one of `other`, but the same as none."""
         same, exact = {text for text in other.plain if all(text.split("\0"))}, set(other.keys)
         found = {index for index, text in enumerate(self.plain) if text in same}

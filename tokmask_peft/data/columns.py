@@ -1,7 +1,5 @@
 """Which columns of a table have the texts and the labels, as a sample of its rows shows it."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

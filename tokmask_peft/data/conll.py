@@ -8,8 +8,6 @@ comment may be a word of a tweet; these rules read LinCE, CALCS, SentiMix and Un
 * everything else that begins with `#` is a word: `#OneDay<TAB>lang1`, and the sign alone, `#<TAB>other`.
 """
 
-from __future__ import annotations
-
 import re
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence

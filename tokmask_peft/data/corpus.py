@@ -1,7 +1,5 @@
 """From the data section of a recipe to clean, labelled splits."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

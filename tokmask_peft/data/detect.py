@@ -3,8 +3,6 @@
 Which file is which split, columns and task are decided from a sample; what is counted, in the whole, as in training.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import unicodedata

@@ -1,7 +1,5 @@
 """Formats and sources of texts: which reader a file needs, which file a split means, and what must be in it."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections import deque

@@ -1,7 +1,5 @@
 """Names of splits; a validation share, or a smaller training set: seeded, stratified, with duplicates together."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Tables: CSV, TSV, workbooks, JSON lines and parquet. Every row comes out once: as cells, or as an `Unreadable`."""
 
-from __future__ import annotations
-
 import ast
 import csv
 import json

@@ -1,7 +1,5 @@
 """The model card of an adapter or a merged model: its facts here, its text in `card.md.j2`."""
 
-from __future__ import annotations
-
 import json
 import re
 import warnings

@@ -1,7 +1,5 @@
 """A trained adapter as a classifier: texts in, labels and calibrated probabilities out."""
 
-from __future__ import annotations
-
 import functools
 import itertools
 from collections.abc import Sequence

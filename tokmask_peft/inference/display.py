@@ -1,7 +1,5 @@
 """What is shown of answers and explanations: in a terminal, as JSON, and on a page of one file, without scripts."""
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Sequence

@@ -6,8 +6,6 @@ answer. JSON lines have one for each text, with all probabilities. A column of t
 `label`, the added one is `predicted_label`.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 import json

@@ -1,7 +1,5 @@
 """Windows of sub-tokens through a model in batches: on packed rows, or padded."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any

@@ -1,7 +1,5 @@
 """Token masking in any `transformers.Trainer`, or a trainer built on it: `callbacks=[TokenMaskCallback()]`."""
 
-from __future__ import annotations
-
 import sys
 import warnings
 import weakref

@@ -1,7 +1,5 @@
 """The section `masking` of a recipe: how tokens are masked in training. Imports neither torch nor transformers."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path

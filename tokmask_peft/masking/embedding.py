@@ -1,12 +1,10 @@
 """A model's input embedding below all wrappers: find it, read and write its rows, swap the ids that it looks up."""
 
-from __future__ import annotations
-
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -173,7 +171,7 @@ class UsedRows:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, embedding: nn.Module, tokenizer: Any) -> UsedRows:
+    def of(cls, embedding: nn.Module, tokenizer: Any) -> Self:
         """Read the rows, in chunks: an fp32 copy of the whole matrix may not fit."""
         weight = embedding_weight(embedding)
         used, size = min(used_rows(tokenizer), weight.shape[0]), 8192

@@ -1,7 +1,5 @@
 """The masker: a forward pre-hook that swaps ids on their way into the embedding lookup."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import inspect

@@ -10,8 +10,6 @@ punctuation, so "don't" is three words. Byte-level BPE and SentencePiece mark sp
 without a space before it continues the word, and a text in a script without spaces is one word.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar

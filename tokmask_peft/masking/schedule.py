@@ -1,7 +1,5 @@
 """How the masking rate moves over training. Your own schedule is a subclass of `Schedule`, named in `SCHEDULES`."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

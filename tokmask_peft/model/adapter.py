@@ -3,8 +3,6 @@
 PEFT is imported where it is needed: it imports bitsandbytes, and that torch's compiler, which takes seconds.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math

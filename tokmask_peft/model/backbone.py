@@ -1,7 +1,5 @@
 """Load a backbone with a new classification head, and its tokenizer."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import hashlib

@@ -3,8 +3,6 @@
 If no property of a device proves what it can do, that is tried once: builds of torch differ.
 """
 
-from __future__ import annotations
-
 import contextlib
 import inspect
 import os

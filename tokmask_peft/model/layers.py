@@ -4,8 +4,6 @@ The frozen input embedding is the largest part of a small multilingual backbone 
 MiB), and a batch needs a few hundred of its rows.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import threading

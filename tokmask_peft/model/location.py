@@ -1,7 +1,5 @@
 """Where a backbone is, and how long a text it can read. Imports nothing heavy, so that `tokmask validate` is quick."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib.util
 import json

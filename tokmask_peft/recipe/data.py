@@ -1,7 +1,5 @@
 """The data section of a recipe: where texts and labels come from, and how they are read, cut and cleaned."""
 
-from __future__ import annotations
-
 import os
 import re
 from encodings.aliases import aliases

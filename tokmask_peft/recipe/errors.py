@@ -3,8 +3,6 @@
 What is expected follows from types, bounds and titles of the model (`Annotated[int, Field(title="a token id")]`).
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Read recipes from YAML, with bases and `dotted.key=value` overrides; all errors are reported at once."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import itertools

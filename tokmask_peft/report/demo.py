@@ -3,8 +3,6 @@
 It contacts no other server: no analytics, no version check, no fonts or scripts from elsewhere.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import socket

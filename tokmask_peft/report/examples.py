@@ -1,7 +1,5 @@
 """The most confident mistakes of a run, with the words that they depend on."""
 
-from __future__ import annotations
-
 import heapq
 import random
 from collections.abc import Iterable, Iterator

@@ -4,8 +4,6 @@ A process takes a cell by adding a running trial for it. Trials are numbered as 
 sees all earlier ones: the first of a cell keeps it, and the others close themselves. No lock or queue is needed.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import itertools

@@ -1,7 +1,5 @@
 """What a sweep will run: every cell with its recipe, checked before anything starts."""
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import math

@@ -1,7 +1,5 @@
 """The report of a sweep (Markdown, LaTeX, a plot and their figures), and the templates, tables and plots of others."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import textwrap

@@ -1,7 +1,5 @@
 """From the runs of a sweep to what may be said about its arms."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from dataclasses import dataclass

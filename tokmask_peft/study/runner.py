@@ -1,7 +1,5 @@
 """Run a sweep: its folder, the loop over its cells, and what came of it."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import operator

@@ -1,7 +1,5 @@
 """Statistics of a sweep: intervals over seeds, paired tests, effect sizes and power."""
 
-from __future__ import annotations
-
 import bisect
 import math
 from collections.abc import Sequence

@@ -3,8 +3,6 @@
 A crash ends that process and not the sweep; imports, which take seconds, are kept between runs that succeed.
 """
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import multiprocessing

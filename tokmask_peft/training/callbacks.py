@@ -1,7 +1,5 @@
 """Trainer callbacks of a run: log file, stopping on Ctrl-C, early stopping, timing, progress, and a guard."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import shutil
@@ -9,7 +7,7 @@ import time
 from datetime import timedelta
 from math import isfinite
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from rich.console import Console
@@ -61,7 +59,7 @@ class StopOnSignal(TrainerCallback):
         self.stopped = False
         self._handling = contextlib.ExitStack()
 
-    def __enter__(self) -> StopOnSignal:
+    def __enter__(self) -> Self:
         """Handle the signals; only the main thread can."""
         self._handling.enter_context(stop_signals(self._ask))
         return self

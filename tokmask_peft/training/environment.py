@@ -1,7 +1,5 @@
 """What a run runs on, processes, versions and hardware, and what it takes of them: peak memory, sub-tokens a step."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib.metadata
 import os

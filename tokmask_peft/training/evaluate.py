@@ -1,7 +1,5 @@
 """Score a finished run again: on one of its splits, or on other data."""
 
-from __future__ import annotations
-
 import functools
 import os
 import tempfile

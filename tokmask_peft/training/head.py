@@ -4,8 +4,6 @@ Fine-tuning from a random head first bends the features towards random direction
 are. Not even the first steps answer one label for every text, and its score says what the backbone knows.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, cast
 

@@ -1,7 +1,5 @@
 """Losses for classes of unequal frequency: weighted cross entropy and focal loss, over texts or words alike."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any

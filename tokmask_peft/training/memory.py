@@ -1,7 +1,5 @@
 """Whether a run fits: its estimate compared with the memory that is available, before training or without it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from typing import Any
 

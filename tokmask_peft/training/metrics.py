@@ -3,8 +3,6 @@
 Calibration (Guo et al. 2017, arXiv:1706.04599) covers the items that the model saw, not words that were cut away.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass

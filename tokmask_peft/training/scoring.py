@@ -1,7 +1,5 @@
 """The scores of a run: its best checkpoint on validation and test, compared with a baseline's."""
 
-from __future__ import annotations
-
 import functools
 import time
 from collections import Counter

@@ -1,7 +1,5 @@
 """A whole run, from top to bottom: data, backbone, mask, adapter, memory, trainer, loop, scores, files."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 from collections import Counter

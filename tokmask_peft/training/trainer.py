@@ -1,7 +1,5 @@
 """From a recipe to a `transformers.Trainer`: its texts, its arguments, and where ours differs from it."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext

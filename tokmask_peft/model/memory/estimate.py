@@ -4,8 +4,6 @@ The real model classes run a step on fake tensors, and the bytes are counted. Ba
 with two and three of them, from which the rest follows, because layers are alike.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Sequence

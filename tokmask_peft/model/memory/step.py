@@ -4,8 +4,6 @@ They are tensors of a CPU: torch without CUDA has no autograd for fake CUDA ones
 are imitated: attention keeps no weights, and layer norms under autocast take fp32. The rest is in `estimate.MARGIN`.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import functools
@@ -13,7 +11,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -81,7 +79,7 @@ class Shape:
     packed: bool = False
 
     @classmethod
-    def padded(cls, texts: int, length: int) -> Shape:
+    def padded(cls, texts: int, length: int) -> Self:
         """Return the shape of texts that are all padded to one length."""
         return cls((length,) * texts)
 

@@ -1,7 +1,5 @@
 """What saves memory: the one list of suggestions, for estimates and for every place where memory runs out."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace

@@ -10,8 +10,6 @@ batch was drawn. With few batches percentile intervals are too short; their leve
 (the expanded percentile interval of Hesterberg 2015, arXiv:1411.5279, section 5.3).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

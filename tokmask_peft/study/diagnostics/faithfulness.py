@@ -6,8 +6,6 @@ training with masking should therefore make this measurement, and the influences
 Chandar 2023, Faithfulness Measurable Masked Language Models, arXiv:2310.07819). Here that is measured, not assumed.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`tokmask diagnose`: what masking does to the gradients of the adapter, at several points of a training."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,10 +1,9 @@
 """What `tokmask diagnose` and `tokmask robustness` will do, checked before anything heavy is imported."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from tokmask_peft.artifacts import RunFolder, open_finished
 from tokmask_peft.errors import RecipeError, RunError
@@ -45,7 +44,7 @@ class GradientPlan:
     shares: tuple[float, ...]
 
     @classmethod
-    def make(cls, recipe: Recipe, p: str, draws: int, batches: int, at: str, out: Path | None) -> GradientPlan:
+    def make(cls, recipe: Recipe, p: str, draws: int, batches: int, at: str, out: Path | None) -> Self:
         """Read options; RecipeError with every problem, RunError if the folder is a file or holds a measurement."""
         problems: list[str] = []
         rates = sorted(rate for text in read_rates(p, problems) if (rate := float(text)) > 0)
@@ -78,7 +77,7 @@ class Perturbations:
     limit: int | None = None
 
     @classmethod
-    def make(cls, p: str, noise: str, draws: int, seed: int, limit: int | None) -> Perturbations:
+    def make(cls, p: str, noise: str, draws: int, seed: int, limit: int | None) -> Self:
         """Read the options of the command line, or raise a RecipeError; 0, the text as it is, is always scored."""
         problems: list[str] = []
         rates = sorted(rate for text in read_rates(p, problems) if (rate := float(text)) > 0)
@@ -97,7 +96,7 @@ class Member:
     recipe: Recipe
 
     @classmethod
-    def open(cls, folder: str | Path, group: str | None = None) -> Member:
+    def open(cls, folder: str | Path, group: str | None = None) -> Self:
         """Read a run; without a group that is its masking rate and schedule."""
         run = open_finished(folder)
         recipe = Recipe.load(run.recipe)

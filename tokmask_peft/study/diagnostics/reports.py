@@ -1,7 +1,5 @@
 """Tables, plots and files of `tokmask diagnose` and `tokmask robustness`; their sentences are in the templates."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """`tokmask robustness`: how scores fall on masked and misspelt texts and on unseen words, against p of training."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import hashlib
