@@ -1,7 +1,4 @@
-"""Token-masked LoRA and QLoRA fine-tuning for text classification.
-
-The names below are the public interface; they are imported on first use, so that `import tokmask_peft` is quick.
-"""
+"""Token-masked LoRA and QLoRA fine-tuning for text classification: the public names, imported on first use."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

@@ -136,10 +136,7 @@ def start_run(run: RunFolder, recipe_text: str, fingerprint: Mapping[str, str]) 
 
 @contextlib.contextmanager
 def locked(run: RunFolder) -> Iterator[None]:
-    """Hold the lock of a run, in its folder, which is created, and removed if nothing was written; a kill ends it.
-
-    RunError if another process trains the run, or the folder cannot be created or written.
-    """
+    """Hold a run's lock, in its folder, which is made, and removed if it stays empty; RunError if it is taken."""
     created = [folder for folder in (run.root, *run.root.parents) if not folder.exists()]
     lock = FileLock(run.lock, timeout=0)
     try:

@@ -1,7 +1,4 @@
-"""Errors that a user can act on, and the boundary to what is not ours: exceptions of others, and files.
-
-The command line prints them without a traceback. A file is written whole or not at all.
-"""
+"""Errors that a user can act on, and the boundary to exceptions of others, and to files, which are written whole."""
 
 import contextlib
 import difflib
@@ -24,14 +21,9 @@ LONGEST_GUESSED, MOST_COMPARED = 100, 1000
 class TokmaskError(Exception):
     """Base of every error that tokmask_peft raises on purpose.
 
-    Args:
-        message: what was expected, what was found, and what to do.
-        code: a stable, lower-case name of the mistake, for example `no-labels`; default: that of the class.
-        fields: what the message is about, for example `file`, `column`, `label`.
-
-    Attributes:
-        code: as given; stable between versions, unlike the message.
-        fields: as given.
+    The message says what was expected, what was found, and what to do. `code` is a lower-case name of the mistake, such
+    as `no-labels`, stable between versions; default: that of the class. `fields` are what the message is about, such as
+    `file`, `column` or `label`.
     """
 
     code: str = "error"

@@ -229,11 +229,7 @@ def clean(
 def clean_share(
     train: Sequence[Example], share: Sequence[Example], report: CleaningReport
 ) -> tuple[list[Example], CleaningReport]:
-    """Compare the share of the training texts that is set aside for validation with the rest.
-
-    Returns:
-        The share, without what nearly repeats a training text if the report's mode is `remove`; and the report.
-    """
+    """Compare the share set aside for validation with train; return what is kept of it, and the report."""
     texts, aside = _Texts(train), _Texts(share)
     near = aside.near(texts)
     examples = {"train_near_validation": [aside.keys[index] for index in sorted(near)[:EXAMPLES_SHOWN]]} if near else {}

@@ -1,7 +1,4 @@
-"""Data files, or a dataset of the Hub, without a recipe: which keys of `data` read them, and why.
-
-Which file is which split, columns and task are decided from a sample; what is counted, in the whole, as in training.
-"""
+"""Which keys of `data` read files, or a Hub dataset, without a recipe: found by a sample, counted in the whole."""
 
 import os
 import re

@@ -22,13 +22,10 @@ _FLAT_SPLIT = re.compile(r"(?:.*-)?(?P<split>train|validation|dev|test)(?:-\d{5}
 
 
 def read_hub(source: SourceConfig, split: str, wanted: Columns) -> list[Example]:
-    """Read a split of a Hub dataset.
+    """Read a split of a Hub dataset; DataError if it cannot be reached, or has no such configuration or split.
 
     Class labels that are stored as numbers come back as names. If no label column is set, the prefix of the
     configuration chooses it (`lid_spaeng` -> `lid`), as LinCE names them.
-
-    Raises:
-        DataError: the dataset cannot be reached, does not exist, is closed, or has no such configuration or split.
     """
     splits = hub_splits(source)
     rows, columns = splits[choose_split(source, split, list(splits))]
@@ -190,9 +187,6 @@ def builtin_examples(task: str, split: str) -> list[Example]:
     opinions and sarcasm rather than on one word; emoji, hashtags and names agree with the label in train more than in
     test; every fifth word and some patterns occur in test only; 6% of the training sentiments are wrong. Many words are
     spelled alike in both languages (`pan`, `red`, `no`, `come`), and English stems take Spanish endings.
-
-    Raises:
-        DataError: there is no such split.
     """
     name = canonical(split)
     if name not in SPLITS:

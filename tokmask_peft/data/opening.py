@@ -102,23 +102,13 @@ def damaged(file: DataFile, kind: str, code: str) -> Iterator[None]:
 
 
 class DataFile:
-    """A file to read from, or the only table in an archive.
+    """A file to read from, or the only table in an archive (.zip, .gz), which is unpacked while it is read.
 
-    Args:
-        path: the file; .zip and .gz are unpacked while they are read.
-        name: for places such as `name:line`; default: the path.
-        tolerant: keep bytes that are not in the encoding as lone surrogates, for `unicode_problem` to find in the text.
-        encoding: `auto`, or the name of a codec.
-        decisions: takes what was decided about the encoding.
-
-    Attributes:
-        inner: the path, or what an archive holds: its ending tells the format.
-        workbook: whether it is an Excel workbook, whatever its ending.
-        total: size in bytes, when unpacked.
-        done: bytes read so far.
-
-    Raises:
-        DataError: the file cannot be opened; an archive is damaged, or does not hold exactly one table.
+    `name` is for places such as `name:line`; if `tolerant`, bytes that are not in the encoding stay as lone surrogates,
+    for `unicode_problem` to find; `decisions` takes what was decided about the encoding. `inner` is the path, or what
+    an archive holds, whose ending tells the format; `workbook` whether it is an Excel workbook, whatever its ending;
+    `total` its size in bytes, unpacked, and `done` those read so far. DataError if it cannot be opened, or does not
+    hold exactly one table.
     """
 
     def __init__(

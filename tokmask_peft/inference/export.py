@@ -1,7 +1,4 @@
-"""Merge an adapter into its backbone: a plain transformers model that needs neither PEFT nor this package.
-
-The checks come before anything heavy is imported.
-"""
+"""Merge an adapter into its backbone: a plain transformers model. Checks come before anything heavy is imported."""
 
 from __future__ import annotations
 

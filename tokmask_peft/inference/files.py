@@ -65,10 +65,7 @@ def predict_file(
     be read `line` and `error`. In a table, words that stand in one cell have their labels in one cell, too, between
     spaces. `out` appears when all is done, in place of an old one if `force` says so; until then, a temporary file in
     the same folder is written. At most 32 batches of texts are in memory at a time. `progress` is called after each.
-
-    Raises:
-        DataError: `out` cannot be written, or the file as a whole cannot be read.
-        ExtraError: a workbook is asked for, and openpyxl is not installed.
+    DataError if `out` cannot be written, or the file as a whole cannot be read.
     """
     path, form = check_output(out, source.path, force), form_of(out)
     report, columns = FileReport(), Columns(source)

@@ -87,10 +87,7 @@ def rereads(model: nn.Module) -> bool:
 
 
 def find_embedding(model: nn.Module) -> nn.Module:
-    """Return the module that looks up the input ids, those of the encoder if there is a decoder, too.
-
-    MaskTokenError if the model has none, or looks ids up in a second place, which a hook here would miss.
-    """
+    """Return the module that looks up the (encoder's) input ids; MaskTokenError if there is none, or more than one."""
     base: Any = unwrap(model)
     embedding: Any = None
     if hasattr(base, "transformers_model"):

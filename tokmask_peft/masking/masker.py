@@ -230,10 +230,7 @@ class TokenMasker:
         return (), {**given, "attention_mask": (torch.ones_like(ids) if visible is None else visible) * ~masked}
 
     def removed(self, module: nn.Module, input_ids: Tensor, rows: Tensor, positions: Tensor) -> Tensor | None:
-        """Return which tokens of a packed row to leave out, bool [1, total], for a model that can; None for none.
-
-        Counts as a training forward. Arguments: the model, and as for `layout`.
-        """
+        """Return which tokens of a packed row to leave out in this training forward, bool [1, total]; None for none."""
         if not (self._replacement.removes and self._trains(module)):
             return None
         masked = self.pattern(input_ids, rows, positions)

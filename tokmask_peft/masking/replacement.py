@@ -114,12 +114,8 @@ class Replacement:
     """Replaces the masked tokens of a batch; made once for each masker, called in every training forward.
 
     It runs inside `torch.compile`, so it must not branch on the values of tensors. If it `removes` masked tokens, it is
-    not called: no other token sees them, and a packed row is computed without them.
-
-    Args:
-        mask_token: as chosen; `NO_MASK_TOKEN` if there is none, and this class does not need one.
-        maskable: for every id whether it may be masked, bool [rows].
-        tokenizer: that of the model.
+    not called: no other token sees them, and a packed row is computed without them. `mask_token` is `NO_MASK_TOKEN` if
+    there is none, and this class does not need one; `maskable` says for every id whether it may be masked, bool [rows].
     """
 
     removes: ClassVar[bool] = False
@@ -129,13 +125,10 @@ class Replacement:
         self.mask_token = mask_token
 
     def __call__(self, input_ids: Tensor, masked: Tensor, draw: Callable[[], Tensor]) -> Tensor:
-        """Return the ids that the embedding looks up; `input_ids` themselves must stay as they are.
+        """Return the ids that the embedding looks up, [batch, seq]; `input_ids` themselves must stay as they are.
 
-        Args:
-            input_ids: [batch, seq].
-            masked: which tokens are masked, bool [batch, seq].
-            draw: returns 24 random bits per token, int64 [batch, seq]. They do not depend on which tokens are masked,
-                and a resumed training draws the same.
+        `masked` is bool [batch, seq]; `draw` returns 24 random bits per token, int64 [batch, seq], which do not depend
+        on which tokens are masked, and are the same in a resumed training.
         """
         raise NotImplementedError
 

@@ -28,12 +28,8 @@ class Schedule:
     `observe`; a resumed training then continues exactly if checkpoints fall on logged steps. All processes must come to
     the same rate: use no random numbers.
 
-    Args:
-        p: the rate to reach.
-        p_start: the rate before `begin`.
-        begin: share of training at which the rate leaves `p_start`.
-        end: share of training at which the rate reaches `p`; None takes `usual_end`.
-        target: what a controller holds its statistic at; None takes `usual_target`.
+    The rate leaves `p_start` at `begin` and reaches `p` at `end`, both shares of training; `target` is what a
+    controller holds its statistic at. None takes `usual_end` and `usual_target`.
     """
 
     usual_end: ClassVar[float] = 1.0

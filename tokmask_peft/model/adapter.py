@@ -95,10 +95,7 @@ def adapted_layers(model: nn.Module, wanted: str | int | float) -> list[int] | N
 def add_adapter(
     backbone: Backbone, config: AdapterConfig, task: str, trained_token: int | None = None
 ) -> tuple[Any, tuple[Decision, ...]]:
-    """Wrap the backbone in a PEFT model: LoRA on linear layers, new modules trained in full; ModelError if it fails.
-
-    `trained_token` is the id of the mask token if its embedding row is to be trained.
-    """
+    """Wrap a backbone in a PEFT model: LoRA on linear layers; new modules, and row `trained_token`, in full."""
     from peft import LoraConfig, get_peft_model
 
     new, parts = backbone.new_modules, dict(backbone.model.named_modules())
@@ -171,10 +168,7 @@ def gathered_weights(model: Any) -> dict[str, Tensor] | None:
 
 
 def save_adapter(model: Any, folder: Path, backbone_id: str, weights: dict[str, Tensor] | None = None) -> None:
-    """Save LoRA, head and other new modules into `folder`, never the embedding matrix; `weights`: `gathered_weights`.
-
-    `backbone_id` becomes the base model in `adapter_config.json`, where other machines look for it.
-    """
+    """Save what is trained (`gathered_weights`), never the embedding matrix; `backbone_id` names the base to others."""
     config = model.peft_config["default"]
     loaded_from = config.base_model_name_or_path
     config.base_model_name_or_path = backbone_id

@@ -307,10 +307,7 @@ def _new_modules(model: nn.Module, info: dict[str, Any]) -> tuple[str, ...]:
 
 
 def hold_stream_in_fp32(model: nn.Module) -> None:
-    """Keep the norms and what flows from layer to layer in fp32, in place, so that only matrix products are in fp16.
-
-    The sums over the layers of decoders exceed 65,504, the largest number of fp16 (Gemma 3).
-    """
+    """Keep norms and what flows between layers in fp32, in place: sums over layers exceed fp16's 65,504 (Gemma 3)."""
     for module in model.modules():
         if "Norm" in type(module).__name__:
             module.float()

@@ -1,7 +1,4 @@
-"""Device, precision, quantization, checkpointing and memory: what is chosen here, and why.
-
-If no property of a device proves what it can do, that is tried once: builds of torch differ.
-"""
+"""Device, precision, quantization, checkpointing: chosen by properties, or by a trial, as builds of torch differ."""
 
 import contextlib
 import inspect
@@ -156,10 +153,7 @@ def rows_kernel() -> Callable[..., Any] | None:
 
 @cache
 def rows_problem(device: torch.device, dtype: torch.dtype, size: int) -> str | None:
-    """Try flash attention over packed rows with heads of a `size`, and its gradient; return why it fails, or None.
-
-    A torch for Windows may have the function without the kernel; GPUs before the RTX 30 series have none.
-    """
+    """Return why flash attention over packed rows fails for heads of a `size`, as before the RTX 30 series, or None."""
     if dtype == torch.float32:
         return "there is no kernel for packed rows in fp32"
     kernel = rows_kernel()
@@ -189,10 +183,7 @@ def flash_problem(device: torch.device, dtype: torch.dtype, size: int) -> str | 
 
 
 def _kernel_failure(attempt: Callable[[], None]) -> str | None:
-    """Return why a kernel fails, in training or not, or None.
-
-    It is tried in a thread of its own, to which neither autocast nor modes and hooks of the caller's apply.
-    """
+    """Return why a kernel fails, tried in a thread of its own, apart from the caller's autocast, modes and hooks."""
     with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor(1) as thread:  # torch warns of each kernel
         return thread.submit(failure, attempt).result()
 

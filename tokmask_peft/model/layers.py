@@ -243,10 +243,7 @@ def pool_texts(model: Any, how: str) -> None:
     """Let the head of a sequence classification model, without an adapter, read the mean or maximum of a text's states.
 
     Every position of the last states gets it, so that the head's own pooling, of whatever position, finds it there. A
-    BERT's pooler is a part of its head. Packed rows are pooled by `packed_logits`.
-
-    Raises:
-        ModelError: the model cannot be pooled in this way.
+    BERT's pooler is a part of its head. Packed rows are pooled by `packed_logits`. ModelError if it cannot be done.
     """
     if how == "auto":
         return

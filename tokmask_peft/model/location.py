@@ -47,10 +47,7 @@ def backbone_location(config: ModelConfig) -> str:
 
 
 def loading_source(config: ModelConfig, location: str) -> tuple[str, dict[str, Any]]:
-    """Return the folder or Hub id that transformers loads a backbone from, and how: `gguf_file` is one of a folder.
-
-    ModelError if a GGUF file is neither here nor named as one on the Hub, ExtraError without the package that reads it.
-    """
+    """Return the folder or Hub id to load a backbone from, and how (a `gguf_file` in it), or raise a ModelError."""
     how: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     if not location.endswith(GGUF):
         return location, how

@@ -120,11 +120,7 @@ class SourceConfig(Section):
         return self.text_column if isinstance(self.text_column, tuple) else None
 
     def expanded(self, at: str = "data") -> Self:
-        """Return a copy with `${NAME}` and `~` in paths replaced; `at` is the section's dotted path.
-
-        Raises:
-            RecipeError: an environment variable is not set.
-        """
+        """Return a copy with `${NAME}` and `~` in paths replaced; RecipeError, by keys below `at`, if it is unset."""
         update: dict[str, Any] = {}
         problems: list[str] = []
         if self.path is not None:

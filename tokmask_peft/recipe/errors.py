@@ -1,7 +1,4 @@
-"""Turn pydantic's findings about a recipe into lines: dotted path, value found, what was expected, nearest valid name.
-
-What is expected follows from types, bounds and titles of the model (`Annotated[int, Field(title="a token id")]`).
-"""
+"""Turn pydantic's findings on a recipe into lines: path, value, what is expected (types, bounds, titles), a guess."""
 
 import re
 from collections.abc import Mapping, Sequence

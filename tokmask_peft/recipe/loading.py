@@ -130,10 +130,7 @@ def write_new(target: Path, text: str) -> None:
 
 
 def field_help(wanted: str = "") -> list[str]:
-    """Return a line per key of a recipe: name, default, meaning, and what it takes.
-
-    With `wanted` only those whose name has it in it, or else whose meaning has; RecipeError if none has.
-    """
+    """Return a line on each key whose name, or else whose meaning, has `wanted` in it; RecipeError if none has."""
     fields, name = dict(all_fields()), wanted.strip().lower()
     about = [path for path, field in fields.items() if name in str(field.description).lower()]
     found = [path for path in fields if name in path] or about

@@ -1,7 +1,4 @@
-"""A small app to try an adapter in the browser: text in, label and coloured words out. Needs the extra `demo`.
-
-It contacts no other server: no analytics, no version check, no fonts or scripts from elsewhere.
-"""
+"""A small app to try an adapter in the browser (extra `demo`). It contacts no other server, not even for fonts."""
 
 import contextlib
 import os
@@ -44,10 +41,7 @@ def check_address(host: str, port: int | None) -> None:
 
 
 def answer(classifier: Any, text: Any) -> tuple[dict[str, float] | None, Markup]:
-    """Return calibrated probabilities of the labels, none if each word has a label, and the coloured words as HTML.
-
-    `text` is a string, or a `Pair` for a model of pairs. If it cannot be classified, the HTML says why.
-    """
+    """Return a text's (or `Pair`'s) label probabilities, none for words, and coloured words, or a problem, as HTML."""
     from tokmask_peft.inference.explain import explain
 
     task = get_task(classifier.task)
@@ -104,10 +98,7 @@ def of_run(model: str) -> tuple[str, list[str | Pair]]:
 
 
 def build(classifier: Any, name: str, about: str = "", examples: Sequence[str | Pair] = ()) -> Any:
-    """Return the app, a `gradio.Blocks`: the model's name is its title, `about` a sentence, `examples` are texts.
-
-    A model of pairs has two boxes, with the names of its columns.
-    """
+    """Return the app, a `gradio.Blocks`, with a title, a sentence and texts; a model of pairs has two boxes."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     import gradio
 

@@ -26,12 +26,7 @@ Log = Sequence[Mapping[str, Any]]
 
 
 def prepare(run: str | Path, out: str | Path | None = None) -> tuple[Run, Path]:
-    """Read a run and choose the file of its page (`report.html` in the run folder), before heavy libraries are loaded.
-
-    Raises:
-        RunError: the folder is not a finished run, or the file cannot be written or is not a report.
-        ExtraError: matplotlib is not installed.
-    """
+    """Read a run and choose the file of its page (`report.html` in it), before heavy imports, or raise an error."""
     found = open_run(run)
     path = check_page(Path(out) if out is not None else found.folder.root / "report.html")
     require("matplotlib", "plots", "a report")
@@ -46,13 +41,11 @@ def report_run(
     backbone: str | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[Path, str]:
-    """Write the report of a run: one HTML file, `out` as for `prepare`, that loads nothing.
+    """Write the report of a run: one HTML file, `out` as for `prepare`, that loads nothing; return it.
 
     With `examples` the scored split is predicted again, to show the most confident mistakes. That needs the data and
-    the backbone, which is loaded from `backbone` if given, and may run code of its own with `trust_remote_code`.
-
-    Returns:
-        The file, and why it shows no mistakes although they were requested; empty if it does.
+    the backbone, which is loaded from `backbone` if given, and may run code of its own with `trust_remote_code`. Also
+    returned is why it shows no mistakes although they were requested; empty if it does.
     """
     found, path = prepare(run, out)
     mistakes, problem = None, ""
@@ -130,10 +123,7 @@ def _words_are_spaced(run: Run) -> bool:
 
 
 def training_curves(log: Log, best_step: int | None) -> list[Picture]:
-    """Draw loss, validation macro-F1 and masking rate over the steps, without what was not logged and a constant rate.
-
-    `log` are the lines of `log.jsonl`, `best_step` is the step of the checkpoint that was kept.
-    """
+    """Draw loss, validation macro-F1 and masking rate by step, if logged and not constant; mark the kept checkpoint."""
     keys = ("loss", "eval_loss", "eval_f1_macro", "masking_rate")
     loss, validation_loss, f1, rate = (_points(log, key) for key in keys)
     pictures = []

@@ -324,10 +324,7 @@ def described(analysis: dict[str, Any]) -> dict[str, Any]:
 
 
 def sweep_report(sweep: str | Path, page: str | Path | None = None) -> Report:
-    """Compare the arms of a sweep and write `SWEEP/report`; its page is `report.html` there, or `page`.
-
-    SweepError if it is not a finished grid or cannot be written, RunError for a bad result, ExtraError for matplotlib.
-    """
+    """Compare the arms of a sweep and write `SWEEP/report`; its page is `report.html` there, or `page`."""
     require("matplotlib", "sweep", "the plot")
     with boundary(f"comparing the runs of {sweep}, by its sweep.json and their result.json,", SweepError, "bad-sweep"):
         analysis = analyse(read_sweep(Path(sweep)))

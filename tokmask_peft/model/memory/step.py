@@ -227,10 +227,7 @@ def _gpu_attention(
     no_kernel: bool,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Stand for `sdpa` and, with a packing, for `packed_attention` on a GPU.
-
-    With dropout, in fp32 and with `no_kernel`, there is no kernel for packed rows, and texts are padded to the longest.
-    """
+    """Stand for `sdpa` or `packed_attention` on a GPU; with dropout, fp32 or `no_kernel`, packed texts are padded."""
     packing, dropout, kind = options.get("packing"), options.get("dropout", 0.0), value.dtype
     if torch.is_autocast_enabled("cpu"):
         query, key, value = (tensor.to(torch.get_autocast_dtype("cpu")) for tensor in (query, key, value))

@@ -89,10 +89,7 @@ def of_batches(grams: Grams) -> dict[str, Array]:
 
 
 def summarise(grams: Mapping[float, Grams], replicates: int = REPLICATES, seed: int = 0) -> dict[str, Any]:
-    """Return estimates with intervals for each rate, and the rate at which masking outweighs batches; JSON-able.
-
-    All rates see the same bootstrap draws of batches.
-    """
+    """Return estimates by rate, with intervals from the same draws, and where masking outweighs batches; JSON-able."""
     count = len(next(iter(grams.values())).within)
     weights = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), replicates).astype(np.float64)
     rows, ratios = [], []
@@ -107,10 +104,7 @@ def summarise(grams: Mapping[float, Grams], replicates: int = REPLICATES, seed: 
 
 
 def crossing(rates: Sequence[float], ratios: Array) -> Array:
-    """Return the rate at which the ratio reaches 1, `[replicates]`, on straight lines through (0, 0) and the rates.
-
-    `ratios` are `[replicates, rates]`, of ascending rates above 0. It is inf if all of them are below 1.
-    """
+    """Return where ratios, `[replicates, rates]`, reach 1, on straight lines from (0, 0), `[replicates]`, or inf."""
     x, y = np.array([0.0, *rates]), np.pad(ratios, ((0, 0), (1, 0)))
     at, rows = (y >= 1.0).argmax(1), np.arange(len(y))
     below, above = y[rows, at - 1], y[rows, at]

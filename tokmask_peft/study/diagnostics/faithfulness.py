@@ -156,10 +156,7 @@ def areas(curves: NDArray[np.float64]) -> dict[str, Ratio]:
 
 
 def interval(values: Ratio, others: Ratio | None, seed: int) -> dict[str, float]:
-    """Return a ratio of means over texts, or the difference of two, with its 95% percentile bootstrap interval.
-
-    Numerators and denominators are by text; those of `others`, another run, are drawn together with `values`.
-    """
+    """Return a ratio of means over texts, or its difference from `others`, with its 95% bootstrap interval."""
 
     def statistic(*columns: NDArray[np.float64], axis: int = -1) -> NDArray[np.float64]:
         means = [column.mean(axis=axis) for column in columns]

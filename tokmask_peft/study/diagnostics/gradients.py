@@ -105,8 +105,8 @@ class GradientMeter:
     def _measuring(self) -> Iterator[TokenMasker]:
         """Lend the masker of the training under way, or attach one if there is none; restore everything afterwards.
 
-        The model is put into eval mode, except its embedding, which the masker hooks. NEFTune's noise depends on the
-        embedding's mode too, and is set to 0.
+        The model is put into eval mode, except its embedding, which the masker hooks, and NEFTune's noise there is set
+        to 0.
         """
         model, tokenizer = self.trainer.model, self.trainer.processing_class
         modes, embedding = {module: module.training for module in model.modules()}, cast(Any, find_embedding(model))

@@ -105,10 +105,7 @@ class Member:
 
 
 def find_members(folders: Sequence[str]) -> list[Member]:
-    """Return the runs of a sweep, grouped by arm, or single runs grouped by their masking rate.
-
-    RunError if a folder is neither, or runs are not comparable; SweepError for a sweep that is not a finished grid.
-    """
+    """Return a sweep's runs, by arm, or single comparable ones, by masking rate; otherwise RunError or SweepError."""
     if sweeps := [folder for folder in folders if (Path(folder) / SWEEP_FILE).is_file()]:
         from tokmask_peft.study.results import read_sweep
 

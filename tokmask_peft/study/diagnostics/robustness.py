@@ -50,10 +50,7 @@ def alphabet(words: Iterable[str]) -> Alphabet:
 
 
 def misspell(words: Sequence[str], share: float, seed: Sequence[int], letters: Alphabet) -> list[str]:
-    """Return words of which those that have a letter are misspelt with the chance `share`, 0 to 1.
-
-    A word that is misspelt at one share is misspelt in the same way at a higher one. The seed can have several parts.
-    """
+    """Misspell each word that has a letter with the chance `share`; at a higher one, more words, the others alike."""
     random = np.random.default_rng(list(seed))
     chances, seeds = random.random(len(words)), random.integers(0, 2**63, len(words))
     return [
