@@ -70,7 +70,7 @@ def quiet_libraries() -> None:
 
 @contextlib.contextmanager
 def quick_imports() -> Iterator[None]:
-    """Silence the libraries, and import without collecting garbage: a sixth of the time, in which nothing is found."""
+    """Silence libraries, and import without collecting garbage, which takes a sixth of the time and finds nothing."""
     collects = gc.isenabled() and "transformers.modeling_utils" not in sys.modules
     if collects:
         gc.disable()

@@ -77,7 +77,7 @@ def file_name(source: str) -> str:
 
 
 def strength_of(influence: float) -> float:
-    """Return how strong a word's colour is, -1 (against the answer) to 1 (for it), by its nats, from a chance of .5."""
+    """Return how strong a word's colour is by its nats, from -1 (against the answer) to 1 (for it): tanh(nats / 2)."""
     return math.tanh(influence / 2)
 
 

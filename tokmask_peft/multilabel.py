@@ -95,7 +95,7 @@ class YesOrNo:
         return self.gold_ids(example, ids), predicted.tolist()
 
     def fit_cuts(self, logits: NDArray[Any], gold: NDArray[np.int64]) -> list[float]:
-        """Return each label's logit above which its F1 is highest, between two texts, the closest to 0; 0 if rare."""
+        """Return the logit above which each label's F1 is highest (the closest to 0 of several); 0 if it is rare."""
         yes = self.calibrated(logits, gold)[1].reshape(logits.shape) > 0
         return [_cut(*pair) for pair in zip(logits.T.astype(float), yes.T, strict=True)]
 
@@ -117,7 +117,7 @@ class YesOrNo:
         return np.stack([np.zeros_like(logits), logits], axis=-1).reshape(-1, 2), yes.reshape(-1).astype(np.int64)
 
     def more_scores(self, gold: Any, predicted: Any, labels: Sequence[str]) -> dict[str, Any]:
-        """Return F1 of all decisions (micro), its mean over texts (1 if no label is right), and all-right texts."""
+        """Return micro-F1, the mean F1 of texts (1 if none is right or given), and the share with all labels right."""
         import numpy as np
 
         true, found = (np.reshape(part, (-1, len(labels))) >= 0 for part in (gold, predicted))

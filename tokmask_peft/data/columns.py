@@ -168,7 +168,7 @@ class Table:
         return [_Column(name, [row.get(name) for row in read]) for name in names]
 
     def find(self) -> None:
-        """Set task and columns; DataError if none fits, with what is in them."""
+        """Set task and columns, or raise a DataError that lists the columns and what is in them."""
         sample = self._look([*self.rows, *self.further])  # the first rows may all have one label
         for column in sample:
             if column.names_splits:

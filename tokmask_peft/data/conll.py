@@ -253,7 +253,7 @@ def is_conll(lines: Iterable[str], columns: Columns) -> bool:
 
 
 class ConllReader:
-    """Reads a column file, by its lines without line ends, one text at a time; `name` is for places.
+    """Reads a column file, given as lines without their ends, one text at a time; `name` is for places.
 
     If words carry the labels, the tags are read from a column (default: the last); otherwise the label of a text is
     read from the comment above its words. These are in the first column by default (CoNLL-U: the second). In CoNLL-U

@@ -118,7 +118,7 @@ def with_unseen(labels: Sequence[str], examples: Iterable[Example]) -> tuple[str
 
 
 def check_known(examples: Iterable[Example], labels: Sequence[str], split: str) -> list[str]:
-    """Return a warning if some labels are in no training text, and so are errors; DataError if all of them are."""
+    """Return a warning if no training text has some of the labels, which count as errors; DataError if all are such."""
     places: dict[str, list[str]] = {}
     for example in examples:
         for tag in example.tags:

@@ -192,7 +192,7 @@ READERS: dict[str, Reader] = {
     ".tagged": read_tagged,
     ".labelled": read_labelled,
 }
-"""By ending, which is the name in `data.format`, with a dot. Another one: `READERS[".mine"] = read_mine`."""
+"""By ending, in `data.format` without the dot. Another format is added here: `READERS[".mine"] = read_mine`."""
 _SNIFFED = {ending: READERS[ending] for ending in (".csv", ".tsv", ".txt")}
 """These endings may hold another format, unless somebody reads them in a way of their own."""
 

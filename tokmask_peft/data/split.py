@@ -69,7 +69,7 @@ def carve(train: Sequence[Example], share: float, seed: int) -> tuple[list[Examp
 
 
 def subset(train: Sequence[Example], count: int, seed: int) -> list[Example]:
-    """Draw `count` training texts, stratified, in their order; every label keeps a text, or it is a DataError."""
+    """Draw `count` training texts, stratified, in their order; every label keeps a text; DataError if it cannot."""
     if count >= len(train):
         return list(train)
     # copies of a text are numbered, so that they have keys of their own whatever the order of the file

@@ -257,7 +257,7 @@ def plain(text: object) -> str:
 
 
 def draw_confusion(confusion: Mapping[str, Any], path: Path) -> bool:
-    """Draw the confusion matrix, shaded by the share of the true label; false without matplotlib or a fitting font."""
+    """Draw the confusion matrix, shaded by the share of the true label; False if matplotlib or a letter is missing."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

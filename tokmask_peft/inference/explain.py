@@ -33,7 +33,7 @@ MOST_WORDS = 10_000  # words of a text: each takes a forward pass, minutes in al
 
 
 def find_word(words: Sequence[str], wanted: int | str, where: str) -> int:
-    """Return the index of a word, given itself, if it is there once, or its index, from the end if negative."""
+    """Return the index of a word, given as itself, if it is there once, or as its index, from the end if negative."""
     if isinstance(wanted, int):
         if not -len(words) <= wanted < len(words):
             message = f"{where} has no word {wanted}: its words are 0 to {len(words) - 1}"

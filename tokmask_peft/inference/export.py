@@ -90,7 +90,7 @@ def export_merged(
         trust_remote_code: as in `load`.
 
     Raises:
-        ModelError: nothing to merge, `folder` is taken, logits differ, no way to ONNX, or memory runs out.
+        ModelError: adapter or backbone is missing, `folder` is taken, logits differ, ONNX or memory fails.
     """
     if onnx:
         check_onnx_installed()

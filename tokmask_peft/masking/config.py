@@ -133,5 +133,5 @@ class TokenMaskConfig(Section):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:
-        """Read `tokmask_config.json` from `folder`; FileNotFoundError or pydantic.ValidationError if it cannot be."""
+        """Read `tokmask_config.json` from `folder`; FileNotFoundError or pydantic.ValidationError if that fails."""
         return cls.model_validate_json((Path(folder) / "tokmask_config.json").read_text(encoding="utf-8"))

@@ -60,12 +60,12 @@ def _streams(
 
 
 def _draw(stream: Tensor, step_key: Tensor, index: Tensor) -> Tensor:
-    """Return 24 random bits: element `index` of each text's stream; equal streams part, as the step enters again."""
+    """Return 24 random bits, element `index` of each text's stream; the step enters again, to part equal streams."""
     return _mix(_absorb(stream, index) ^ step_key) >> 8
 
 
 def text_positions(input_ids: Tensor, pad_id: int | None) -> Tensor:
-    """Return positions from each text's first token, so that left padding (negative) changes no pattern, int64."""
+    """Return positions from each text's first token, int64 [1 or batch, seq], negative on left padding."""
     positions = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)
     if pad_id is None:
         return positions
@@ -180,7 +180,7 @@ def in_part(
 
 
 def maskable_table(tokenizer: Any, rows: int, protected: set[int | None]) -> Tensor:
-    """Return which ids may be masked, bool [rows]; masking the unknown token, which is special, would hide little."""
+    """Return which ids may be masked, bool [rows]: no special ones, so not the unknown token, which hides enough."""
     specials = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
     table = torch.ones(rows, dtype=torch.bool)
     fixed = {*tokenizer.all_special_ids, *specials, *protected} - {None}
@@ -189,7 +189,7 @@ def maskable_table(tokenizer: Any, rows: int, protected: set[int | None]) -> Ten
 
 
 def word_start_table(tokenizer: Any, rows: int) -> Tensor:
-    """Return which ids start a word, or are no ordinary token, bool [rows]; MaskTokenError without known marks."""
+    """Return which ids start a word, or are not in words, bool [rows]; MaskTokenError if the tokenizer marks none."""
     starts = _start_test(tokenizer)
     if isinstance(starts, str):
         name = type(tokenizer).__name__

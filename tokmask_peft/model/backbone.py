@@ -26,7 +26,7 @@ from tokmask_peft.recipe.schema import ModelConfig
 from tokmask_peft.tasks import get_task
 
 HEAD_NAMES = ("score", "classifier", "head", "pre_classifier", "classification_head")
-"""Names of heads, not to be quantized: transformers strips only `.weight` to find a last module, and no bias."""
+"""Names of heads, which must not be quantized: transformers itself overlooks a last module that has a bias."""
 
 _ATTENTION_DROPOUT = ("attention_dropout", "attention_probs_dropout_prob")  # in configs of transformers
 _SHORT, _LONG = "la neta", "la neta this weather is too hot for me today"
@@ -152,7 +152,7 @@ def _fit_tokenizer(tokenizer: Any, model: Any, location: str) -> None:
 
 
 def _unpacked(load: functools.partial[Any]) -> functools.partial[Any]:
-    """Return what loads a model, quantized or not, from a GGUF file: transformers itself quantizes and trains none."""
+    """Return what loads a GGUF file as a model that can be quantized and trained, unlike one that `load` returns."""
     # transformers 5.17, the oldest supported version, lacks it and unpacks everything
     kept_packed = hasattr(transformers, "GgufConfig")
     with torch.random.fork_rng(devices=()):  # the head is drawn when the values are loaded into a model
@@ -167,7 +167,7 @@ def _unpacked(load: functools.partial[Any]) -> functools.partial[Any]:
 
 
 def _one_end(unknown: int, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Keep only a text's last end token, where T5 and BART answer; unigram tokenizers also read others from words."""
+    """Keep only a text's last end token, where T5 and BART answer; unigram tokenizers make others of some words."""
     ends = kwargs["input_ids"] == model.config.eos_token_id
     earlier = ends & (ends.flip(1).cumsum(1).flip(1) > 1)
     return args, {**kwargs, "input_ids": kwargs["input_ids"].masked_fill(earlier, unknown)}
@@ -265,7 +265,7 @@ def padding_side(model: Any, tokenizer: Any, dtype: torch.dtype) -> str:
 
 
 def weight_hashes(model: nn.Module, new_modules: tuple[str, ...]) -> dict[str, str]:
-    """Return hashes of some weights, in bf16, whatever the file and precision; quantized linear layers have none."""
+    """Return hashes of some weights, in bf16, whatever the file or precision; linear ones, unless quantized, apart."""
     hashes = {"linear": hashlib.sha256(), "others": hashlib.sha256()}
     for name, part in model.named_modules():
         if f"{name}.".startswith(tuple(f"{new}." for new in new_modules)):
@@ -318,7 +318,7 @@ def hold_stream_in_fp32(model: nn.Module) -> None:
 
 
 def hold_in_fp32(model: nn.Module, new_modules: tuple[str, ...]) -> None:
-    """Convert new modules to fp32, in place, so that linear layers compute in it; ModelError if one is quantized."""
+    """Convert new modules, and what their linear layers compute, to fp32, in place; ModelError if one is quantized."""
     for name in new_modules:
         module = model.get_submodule(name)
         if quantized := [type(part).__name__ for part in module.modules() if is_quantized(part)]:

@@ -153,7 +153,7 @@ def rows_kernel() -> Callable[..., Any] | None:
 
 @cache
 def rows_problem(device: torch.device, dtype: torch.dtype, size: int) -> str | None:
-    """Return why flash attention over packed rows fails for heads of a `size`, as before the RTX 30 series, or None."""
+    """Return why flash attention over packed rows fails with heads of a `size` (it needs RTX 30 or later), or None."""
     if dtype == torch.float32:
         return "there is no kernel for packed rows in fp32"
     kernel = rows_kernel()
@@ -230,7 +230,7 @@ class LoadingPlan:
 def plan_loading(
     trained: ModelConfig, device: torch.device, quantization: str | None = None, precision: str | None = None
 ) -> LoadingPlan:
-    """Choose how to load the backbone of a trained adapter: as in training (`trained`), unless asked or impossible.
+    """Choose how to load the backbone of a trained adapter: as in training (`trained`), if possible, or as asked.
 
     `quantization` may be `nf4`, `int8` or `none`, `precision` `bf16`, `fp16` or `fp32`; ModelError for others.
     """

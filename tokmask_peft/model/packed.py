@@ -395,7 +395,7 @@ def _equal_heads(rows: list[Tensor]) -> list[Tensor]:
 
 
 class _Take(torch.autograd.Function):
-    """Take rows by index; the gradient is copied `back`, without any sums, or to rows taken once if that is None."""
+    """Take rows by index; the gradient is copied, not summed: by `back`, or, without it, to rows taken once."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, index: Tensor, back: Tensor | None = None) -> Tensor:

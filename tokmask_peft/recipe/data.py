@@ -120,7 +120,7 @@ class SourceConfig(Section):
         return self.text_column if isinstance(self.text_column, tuple) else None
 
     def expanded(self, at: str = "data") -> Self:
-        """Return a copy with `${NAME}` and `~` in paths replaced; RecipeError, by keys below `at`, if it is unset."""
+        """Return a copy with `${NAME}` and `~` in paths replaced; RecipeError, at keys below `at`, if NAME is unset."""
         update: dict[str, Any] = {}
         problems: list[str] = []
         if self.path is not None:

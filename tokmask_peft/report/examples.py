@@ -47,7 +47,7 @@ class Mistakes:
 
 
 def find_mistakes(run: Run, backbone: str | None = None, trust_remote_code: bool = False) -> Mistakes:
-    """Predict the split that a finished run is scored on, and return its most confident mistakes, if data are there."""
+    """Predict the split that a finished run is scored on, and return its most confident mistakes."""
     task, split = get_task(run.recipe.data.task), run.result.scored_split
     saved = find_saved(run.folder.root, backbone, trust_remote_code=trust_remote_code)
     examples, _ = split_examples(run.recipe, split, None, run.folder.adapter)

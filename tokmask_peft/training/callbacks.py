@@ -96,7 +96,7 @@ class Patience(EarlyStoppingCallback):
 
 
 class BestOfThisRun(TrainerCallback):
-    """Look for the best checkpoint in the run's own folder, as saved paths are wrong after a move; clear later ones."""
+    """Look for the best checkpoint in the run's own folder: saved paths are wrong after a move. Clear later ones."""
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.best_global_step:

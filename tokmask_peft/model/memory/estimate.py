@@ -82,7 +82,7 @@ def device_memory(device: torch.device) -> Memory | None:
 
 
 def _rest_of_container() -> list[int]:
-    """Return what a container may still take, if limited: all but its working set, which page cache is not part of."""
+    """Return what a container may still take, if it has a limit; page cache that the kernel can drop counts as free."""
     try:
         limit, used = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
     except (OSError, ValueError):

@@ -188,7 +188,7 @@ def memory_error(situation: Situation, what: str, reason: str, kind: type[Tokmas
 
 @contextlib.contextmanager
 def memory_errors(situation: Situation, kind: type[TokmaskError] = RunError, what: str | None = None) -> Iterator[None]:
-    """Turn a lack of memory into an error of a `kind`, code `out-of-memory`, with remedies and `what` was done."""
+    """Turn a lack of memory into an error of a `kind`, code `out-of-memory`, with `what` was done, and remedies."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:

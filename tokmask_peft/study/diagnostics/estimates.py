@@ -114,7 +114,7 @@ def crossing(rates: Sequence[float], ratios: Array) -> Array:
 
 
 def interval(replicates: Array, units: int) -> list[float | None] | None:
-    """Return the expanded percentile interval of replicates; none if a tenth are undefined, as a bound if infinite."""
+    """Return the expanded percentile interval of replicates; None if a tenth are undefined, and for infinite bounds."""
     usable = replicates[~np.isnan(replicates)]
     if len(usable) <= 0.9 * len(replicates):
         return None

@@ -50,7 +50,7 @@ def alphabet(words: Iterable[str]) -> Alphabet:
 
 
 def misspell(words: Sequence[str], share: float, seed: Sequence[int], letters: Alphabet) -> list[str]:
-    """Misspell each word that has a letter with the chance `share`; at a higher one, more words, the others alike."""
+    """Misspell each word that has a letter with the chance `share`; a higher one adds words to those of a lower one."""
     random = np.random.default_rng(list(seed))
     chances, seeds = random.random(len(words)), random.integers(0, 2**63, len(words))
     return [
@@ -128,7 +128,7 @@ def unseen_words(words: Sequence[str], known: set[str]) -> list[bool]:
 def score_perturbed(
     classifier: Classifier, texts: Sequence[Example], known: set[str], what: Perturbations, batch_size: int = 64
 ) -> dict[str, Any]:
-    """Return scores on texts as they are, perturbed, and split by words that are not `known` (`normal`), JSON-able."""
+    """Return scores on texts as they are, perturbed, and split by words that are not `known` (`normal`); JSON-able."""
     if what.limit is not None and what.limit < len(texts):
         chosen = np.random.default_rng([what.seed, 0]).permutation(len(texts))[: what.limit]
         texts = [texts[index] for index in sorted(chosen)]
