@@ -60,7 +60,7 @@ def kernels_problem(device: torch.device) -> str | None:
 
 @cache
 def gpu_problem() -> str | None:
-    """Return why this process cannot use this machine's NVIDIA GPU, and the remedy; None if it can, or shall not."""
+    """Return why this process cannot use this machine's NVIDIA GPU, and the remedy; None if it can, or need not."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1")
     if hidden or parse_flag_from_env("ACCELERATE_USE_CPU"):
         return None
