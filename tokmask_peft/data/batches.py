@@ -1,5 +1,7 @@
 """Batches: packed into one row, or filled up to a budget of sub-tokens with few long texts or many short ones."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import Any
@@ -21,9 +23,10 @@ class PackedCollator:
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Build the batch; other columns than `input_ids`, `token_type_ids` and `labels` are dropped.
 
-        It has `input_ids` [1, total]; `cu_seqlens` int32 [texts + 1], where each text begins and the last one ends;
-        `max_length`, of the longest text; and, if given, `token_type_ids` [1, total], and `labels`
-        (`Task.pack_labels`).
+        Returns:
+            `input_ids` [1, total]; `cu_seqlens` int32 [texts + 1], where each text begins and the last one ends;
+            `max_length`, of the longest text; and, if given, `token_type_ids` [1, total], and `labels` as
+            `Task.pack_labels` returns them.
         """
         import torch
 

@@ -1,5 +1,7 @@
 """Splits that are not local files: of the Hugging Face Hub, without running its code, and of the built-in corpus."""
 
+from __future__ import annotations
+
 import gzip
 import re
 from collections.abc import Callable, Iterator

@@ -231,7 +231,10 @@ def see_both_ways(model: Any) -> None:
 
 
 def pooled(states: Tensor, mask: Tensor | None, how: str) -> Tensor:
-    """Return the mean or maximum of each text's states, `[texts, 1, hidden]`; a `mask` is 1 for its sub-tokens."""
+    """Return the mean or maximum of each text's states, `[texts, 1, hidden]`.
+
+    `states` are `[texts, seq, hidden]`; `mask`, `[texts, seq]`, is 1 for sub-tokens, None if all are.
+    """
     real = torch.ones_like(states[..., :1]).bool() if mask is None else mask.unsqueeze(-1).bool()
     if how == "max":
         return states.masked_fill(~real, -torch.inf).amax(1, keepdim=True)
@@ -243,7 +246,10 @@ def pool_texts(model: Any, how: str) -> None:
     """Let the head of a sequence classification model, without an adapter, read the mean or maximum of a text's states.
 
     Every position of the last states gets it, so that the head's own pooling, of whatever position, finds it there. A
-    BERT's pooler is a part of its head. Packed rows are pooled by `packed_logits`. ModelError if it cannot be done.
+    BERT's pooler is a part of its head. Packed rows are pooled by `packed_logits`.
+
+    Raises:
+        ModelError: the model cannot be pooled in this way.
     """
     if how == "auto":
         return
