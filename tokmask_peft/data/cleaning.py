@@ -46,19 +46,13 @@ _KEPT = _Kept()
 
 
 class _Texts:
-    """The texts of a split as they are compared.
-
-    Attributes:
-        keys: the texts, normalised.
-        plain: without what is set aside for near-duplicates.
-        bands: uint64 [texts, BANDS]; two texts are compared if one of these is the same.
-    """
+    """The texts of a split as they are compared."""
 
     def __init__(self, examples: Sequence[Example]) -> None:
         self.keys = [normalise(example.string) for example in examples]
-        self.plain = ["\0".join(map(_plain, example.parts)) for example in examples]
+        self.plain = ["\0".join(map(_plain, example.parts)) for example in examples]  # for near-duplicates
         chunks = [_bands(self.plain[at : at + CHUNK]) for at in range(0, len(examples), CHUNK)]
-        self.bands = np.concatenate([np.empty((0, BANDS), np.uint64), *chunks])
+        self.bands = np.concatenate([np.empty((0, BANDS), np.uint64), *chunks])  # texts with an equal one are compared
 
     def near(self, other: Self) -> set[int]:
         """Return the index of each text that is nearly the same as one of `other`, but the same as none."""

@@ -108,31 +108,18 @@ class Explanation(InNotebooks):
 
     In token tasks each word's own label is explained by masking the word itself: how much the label rests on the word
     rather than on its context. Given a word, the label of that word is explained by every word.
-
-    Attributes:
-        words: the words, split at white space or as given; those of a pair have `examples.BETWEEN` between them.
-        influences: per word, by how many nats the log-odds of the label drop when it is masked; negative for a word
-            that speaks against the label; 0 if nothing can be masked (`unmasked`).
-        label: of the text, or of the chosen word; empty in token tasks without a chosen word. Of several labels, the
-            likeliest that is given, or the likeliest of all if none is, unless another was asked for.
-        probability: of that label, calibrated; without a chosen word the mean over the words' labels.
-        without: per word, the probability of the label with the word masked.
-        word: token tasks: index of the word whose label is explained; otherwise none.
-        labels: token tasks: the label of each word; otherwise empty.
-        probabilities: token tasks: of each word's label; otherwise empty.
-        unmasked: indices of the words that cannot be masked: their sub-tokens are special or protected, or they have
-            none of their own.
     """
 
-    words: tuple[str, ...]
-    influences: tuple[float, ...]
+    words: tuple[str, ...]  # split at white space or as given; those of a pair have `examples.BETWEEN` between them
+    influences: tuple[float, ...]  # by how many nats the label's log-odds drop when each is masked; 0 if `unmasked`
+    # of the text or the chosen word, otherwise empty; of several the likeliest given, or of all if none is, or as asked
     label: str
-    probability: float
-    without: tuple[float, ...]
-    word: int | None = None
-    labels: tuple[str, ...] = ()
-    probabilities: tuple[float, ...] = ()
-    unmasked: tuple[int, ...] = ()
+    probability: float  # of that label, calibrated; without a chosen word the mean over the words' labels
+    without: tuple[float, ...]  # per word, the probability of the label with the word masked
+    word: int | None = None  # token tasks: index of the word whose label is explained
+    labels: tuple[str, ...] = ()  # token tasks: the label of each word
+    probabilities: tuple[float, ...] = ()  # token tasks: of each word's label
+    unmasked: tuple[int, ...] = ()  # words whose sub-tokens are special or protected, or that have none of their own
 
     @property
     def headline(self) -> str:

@@ -107,21 +107,13 @@ def masked_positions(
     Each unit draws u in [0, 1), uniform with 24 bits, and is masked if u < rate: a higher rate only adds. So does a
     higher share of the texts, each of which draws whether it is masked at all.
 
-    Args:
-        input_ids: [batch, seq]; only the shape and the device matter.
-        rate: masking rate in [0, 1), a number or a tensor that can be broadcast to [batch, seq].
-        seed: of the run.
-        step: counter of training forwards, a number or a 0-dim int64 tensor.
-        rank: number of the process.
-        maskable: bool [batch, seq], false for special tokens, padding and protected tokens.
-        word_starts: bool [batch, seq], true where a word begins; needed for `word` and `span`.
-        unit: what is masked as a whole; `continuation` is a sub-token that does not begin a word.
-        span_length: words per span; a random shift per text moves the borders of the spans from step to step.
-        rows: index of each token's text in the batch, broadcastable to [batch, seq]; default: the row.
-        positions: position of each token in its text, likewise; default: the column.
-        share: share of the texts that are masked.
-        per_text: whether each masked text has the rate itself, or one drawn from 0 to twice the rate.
-        spare_one: never mask all maskable units of a text: the one with the highest u stays.
+    `input_ids`, [batch, seq], give only shape and device. `rate`, in [0, 1), `rows`, the index of each token's text in
+    the batch (default: the row), and `positions`, its position there (default: the column), can be broadcast to that;
+    `step` counts training forwards, as a number or a 0-dim int64 tensor. `maskable` is false for special tokens,
+    padding and protected tokens; `word_starts` is needed for words and spans, both bool [batch, seq]. A `unit` is
+    masked as a whole; `continuation` is a sub-token that does not begin a word. In spans, of `span_length` words, a
+    random shift per text moves the borders from step to step. With `per_text`, a text may draw its rate, from 0 to
+    twice the rate; with `spare_one`, the unit with the highest u is never masked where all would be.
     """
     stream, step_key = _streams(_MASK_KEYS, seed, step, rank, rows, input_ids)
     index = text_positions(input_ids, None) if positions is None else positions.to(torch.int64)

@@ -69,13 +69,9 @@ def target_names(model: nn.Module, config: AdapterConfig, outside: tuple[str, ..
     if config.targets == "auto":
         return found
     if unknown := [name for name in config.targets if name not in found]:
-        raise ModelError(
-            f"adapter.targets: no linear layer is called {', '.join(unknown)}.{nearest(unknown[0], found)} "
-            f"This backbone has {', '.join(found)}; 'auto' adapts them all.",
-            code="unknown-target",
-            unknown=unknown,
-            known=found,
-        )
+        problem = f"adapter.targets: no linear layer is called {', '.join(unknown)}.{nearest(unknown[0], found)}"
+        remedy = f"This backbone has {', '.join(found)}; 'auto' adapts them all."
+        raise ModelError(f"{problem} {remedy}", code="unknown-target", unknown=unknown, known=found)
     return list(config.targets)
 
 
@@ -254,13 +250,10 @@ def check_fit(model: Any, tokenizer: Any, folder: Path) -> None:
     if any(found.values()):
         said = {"shapes": "of another shape", "integers": "that are whole numbers"}
         problems = [f"{len(names)} {said.get(kind, kind)} ({_some(names)})" for kind, names in found.items() if names]
-        raise ModelError(
-            f"the adapter in {folder} does not fit the backbone or the labels. Of its weights, {'; '.join(problems)}. "
-            "Use it with the backbone that it was trained on, and with the files that it was saved with.",
-            code="adapter-does-not-fit",
-            folder=folder,
-            **found,
-        )
+        problem = f"the adapter in {folder} does not fit the backbone or the labels. Of its weights, "
+        problem += "; ".join(problems)
+        remedy = "Use it with the backbone that it was trained on, and with the files that it was saved with."
+        raise ModelError(f"{problem}. {remedy}", code="adapter-does-not-fit", folder=folder, **found)
     check_tokenizer(tokenizer, folder)
 
 

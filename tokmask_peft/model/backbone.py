@@ -322,12 +322,9 @@ def hold_in_fp32(model: nn.Module, new_modules: tuple[str, ...]) -> None:
     for name in new_modules:
         module = model.get_submodule(name)
         if quantized := [type(part).__name__ for part in module.modules() if is_quantized(part)]:
-            raise ModelError(
-                f"the new module '{name}' is quantized ({quantized[0]}), but is trained and must be in full precision. "
-                "The checkpoint comes already quantized: use the unquantized backbone with model.quantization=nf4.",
-                code="quantized-head",
-                module=name,
-            )
+            problem = f"the new module '{name}' is quantized ({quantized[0]}), but is trained and must be in full"
+            remedy = "The checkpoint comes already quantized: use the unquantized backbone with model.quantization=nf4."
+            raise ModelError(f"{problem} precision. {remedy}", code="quantized-head", module=name)
         module.float()
         for part in module.modules():
             if type(part) is nn.Linear:

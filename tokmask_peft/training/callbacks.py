@@ -168,13 +168,11 @@ class AdapterMoves(TrainerCallback):
         before, self._at_evaluation = self._at_evaluation, None
         now = dict(given["model"].named_parameters())
         if still := [name for name, value in before.items() if torch.equal(value, now[name].detach())]:
-            raise RunError(
-                f"{len(still)} of {len(before)} adapter weights did not move in {self.STEPS} steps after an evaluation "
-                f"(first: {still[0]}): no gradient reaches them. The last good state is in the newest checkpoint. "
-                "Try model.quantization=none, and please report the backbone and the versions in result.json.",
-                code="adapter-stands-still",
-                weights=still,
-            )
+            problem = f"{len(still)} of {len(before)} adapter weights did not move in {self.STEPS} steps after an "
+            problem += f"evaluation (first: {still[0]}): no gradient reaches them"
+            remedy = "Try model.quantization=none, and please report the backbone and the versions in result.json."
+            state = "The last good state is in the newest checkpoint"
+            raise RunError(f"{problem}. {state}. {remedy}", code="adapter-stands-still", weights=still)
 
 
 class ProgressDisplay(TrainerCallback):

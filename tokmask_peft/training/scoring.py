@@ -282,8 +282,6 @@ def check_best(trainer: OrderedEvalTrainer, result: Result, validation: Split) -
     if validation.encoded.truncation.texts_cut:
         found = trainer.predict(validation.dataset).metrics[f"test_{name}"]
     if best is not None and abs(found - best) > 0.005:
-        raise RunError(
-            f"the best checkpoint has {name} {best:.4f} on validation, but loaded again it has {found:.4f}: "
-            "no adapter is saved. Please report this with log.jsonl.",
-            code="not-the-best",
-        )
+        problem = f"the best checkpoint has {name} {best:.4f} on validation, but loaded again it has {found:.4f}"
+        remedy = "no adapter is saved. Please report this with log.jsonl."
+        raise RunError(f"{problem}: {remedy}", code="not-the-best")
