@@ -3,6 +3,8 @@
 huggingface_hub reads its endpoint when it is imported, so every case runs in a process of its own.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import os
