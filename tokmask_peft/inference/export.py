@@ -109,8 +109,9 @@ def export_merged(
         raise ModelError(message, code="unknown-format", precision=precision)
     target = check_folder(folder)
     saved = find_saved(model, backbone, trust_remote_code=trust_remote_code)
-    if saved.model.pooling in ("mean", "max"):
-        problem = f"the head reads the {saved.model.pooling} of a text's states, which no stock model does"
+    if (how := saved.model.pooling) in ("mean", "max", "ends"):
+        problem = f"the head reads the {'mean of both ends' if how == 'ends' else how} of a text's states, which no "
+        problem += "stock model does"
         raise ModelError(f"{problem}: use the adapter, or train with model.pooling=auto", code="pooling-not-exportable")
 
     import torch

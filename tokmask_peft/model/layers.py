@@ -244,22 +244,27 @@ def see_both_ways(model: Any) -> None:
 
 
 def pooled(states: Tensor, mask: Tensor | None, how: str) -> Tensor:
-    """Return the mean or maximum of each text's states, `[texts, 1, hidden]`.
+    """Return the mean or maximum of each text's states, or the mean of its first and last one, `[texts, 1, hidden]`.
 
     `states` are `[texts, seq, hidden]`; `mask`, `[texts, seq]`, is 1 for sub-tokens, None if all are.
     """
     real = torch.ones_like(states[..., :1]).bool() if mask is None else mask.unsqueeze(-1).bool()
     if how == "max":
         return states.masked_fill(~real, -torch.inf).amax(1, keepdim=True)
+    if how == "ends":
+        number = torch.arange(1, real.shape[1] + 1, device=real.device).view(-1, 1)
+        ends = torch.cat([real.int().argmax(1, keepdim=True), (real * number).argmax(1, keepdim=True)], 1)
+        return states.gather(1, ends.expand(-1, -1, states.shape[-1])).float().mean(1, keepdim=True).to(states.dtype)
     summed = states.masked_fill(~real, 0).sum(1, keepdim=True, dtype=torch.float32)
     return (summed / real.sum(1, keepdim=True)).to(states.dtype)
 
 
 def pool_texts(model: Any, how: str) -> None:
-    """Let the head of a sequence classification model, without an adapter, read the mean or maximum of a text's states.
+    """Let the head of a sequence classification model, without an adapter, read a text's states as `how` says.
 
-    Every position of the last states gets it, so that the head's own pooling, of whatever position, finds it there. A
-    BERT's pooler is a part of its head. Packed rows are pooled by `packed_logits`.
+    That is `pooled`: one state, as wide as the others, so that the head has the shape of a stock one. Every position of
+    the last states gets it, and the head's own pooling, of whatever position, finds it there. A BERT's pooler is a part
+    of its head. Packed rows are pooled by `packed_logits`.
 
     Raises:
         ModelError: the model cannot be pooled in this way.
