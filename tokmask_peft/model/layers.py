@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self, cast
 
 import torch
@@ -219,6 +219,45 @@ def choose_label_on(wanted: str, model: nn.Module) -> Decision:
         why = "a decoder was trained to read from left to right, and has seen the whole word there"
         return Decision("label on", "last", why)
     return Decision("label on", "first", "an encoder sees the whole of a word anyway")
+
+
+def mean_of_words(values: Tensor, words: Tensor) -> Tensor:
+    """Return for each sub-token the mean of what its word's sub-tokens have, `[texts, seq, …]`.
+
+    `words` are numbers, `[texts, seq]`, the same for neighbours of one word and at least -1.
+    """
+    apart = words + (words.shape[1] + 1) * torch.arange(len(words), device=words.device).unsqueeze(1)
+    _, number, sizes = apart.flatten().unique_consecutive(return_inverse=True, return_counts=True)
+    means = torch.segment_reduce(values.flatten(0, 1).float(), "mean", lengths=sizes, axis=0)
+    return means[number].view_as(values)
+
+
+def whole_words(batch: Mapping[str, Any], masked: Tensor) -> Tensor:
+    """Return which sub-tokens, `[texts, seq]`, count as masked: with `words`, all of a word of which one is masked."""
+    return masked if "words" not in batch else mean_of_words(masked.unsqueeze(-1), batch["words"]).squeeze(-1) > 0
+
+
+def average_words(model: nn.Module, label_on: str) -> None:
+    """If `label_on` is mean, let a model with an answer for each sub-token give the mean of a word's logits at each.
+
+    Batches then have `words`, as `mean_of_words` takes them. If the head is linear, this is what it makes of the mean
+    of the states (subword pooling: Ács et al. 2021, arXiv:2102.10864), but for dropout.
+    """
+    if label_on != "mean":
+        return
+    given = threading.local()
+
+    def take(_: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        given.words = kwargs.pop("words", None)
+        return args, kwargs
+
+    def average(_: Any, args: Any, output: Any) -> Any:
+        if given.words is not None:
+            output.logits = mean_of_words(output.logits, given.words)
+        return output
+
+    model.register_forward_pre_hook(take, with_kwargs=True)
+    model.register_forward_hook(average)
 
 
 BOTH_WAYS = {"gemma3_text": "Gemma 3", "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}

@@ -162,10 +162,10 @@ class DataConfig(SourceConfig):
     language_labels: tuple[str, ...] = Field(
         (), description="labels (after label_map) that are languages; scores are then also given by code-mixing index"
     )
-    label_on: Literal["auto", "first", "last"] = Field(
+    label_on: Literal["auto", "first", "last", "mean"] = Field(
         "auto",
         description="one label per word: which of its sub-tokens carries the label; auto: the last for decoders, whose "
-        "first one has not seen the rest of the word, otherwise the first",
+        "first one has not seen the rest of the word, otherwise the first; mean: all do, with the mean of their logits",
     )
     spans: Literal["auto", "none", "bio", "iob1", "bioes", "bilou"] = Field(
         "auto",
