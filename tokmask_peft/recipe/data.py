@@ -114,6 +114,9 @@ class SourceConfig(Section):
         named = self.label_column if isinstance(self.label_column, tuple) else ()
         if twice := next((name for name in named if named.count(name) > 1), None):
             raise ValueError(f"label_column names '{twice}' twice: each column is one label, so name it once")
+        if self.pair and self.pair[0] == self.pair[1]:
+            remedy = "name two columns, as [premise, hypothesis], or one alone for single texts"
+            raise ValueError(f"text_column names '{self.pair[0]}' twice: {remedy}")
         return self
 
     @property
