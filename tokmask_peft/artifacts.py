@@ -266,8 +266,8 @@ class Loading(_Part):
     embedding: str = Field("resident", pattern="^(resident|offload|8bit)$")
     weights: dict[str, str] = Field(default_factory=dict)  # of the backbone, from `weight_hashes`
     attention: str = Field("causal", pattern="^(causal|bidirectional)$")
-    pooling: str = Field("auto", pattern="^(auto|cls|last|mean|max)$")
-    label_on: str = Field("first", pattern="^(first|last)$")
+    pooling: str = Field("auto", pattern="^(auto|cls|last|mean|max|ends)$")
+    label_on: str = Field("first", pattern="^(first|last|mean)$")
     spans: str = Field(NO_SPANS, pattern=f"^({'|'.join([NO_SPANS, *SCHEMES])})$")
     scaling: float | None = Field(None, gt=0)  # of the LoRA update; None if not known
 

@@ -261,7 +261,7 @@ print(classify(["This phone is bien bonito"]))"""
 
 
 class TokenTask(Task):
-    """One label for each word; its first or last sub-token carries it (`data.label_on`)."""
+    """One label for each word; its first, its last or all of its sub-tokens carry it (`data.label_on`)."""
 
     name = "token"
     description = "one label per word"

@@ -54,7 +54,7 @@ class Truncation:
 class Encoded:
     """Examples ready for the model."""
 
-    dataset: Dataset  # columns `input_ids`, `length`; `labels` if there are, `token_type_ids` of pairs
+    dataset: Dataset  # columns `input_ids`, `length`; `labels` if there are, `token_type_ids` of pairs; maybe `words`
     kept: list[list[int]] | None  # if words are given, per text the indices of those that have a position, in order
     truncation: Truncation
 
@@ -70,6 +70,7 @@ class Window:
     positions: NDArray[np.int64]  # of the sub-token of each of these words that carries its label, in `ids`
     owners: NDArray[np.int64] | None = None  # if asked for, the word of each id, -1 for none: [ids]
     types: list[int] | None = None  # of a pair, if the tokenizer gives them: 0 and 1 for its two texts: [ids]
+    numbers: list[int] | None = None  # if all sub-tokens carry a word's label: see `_numbered`
 
 
 class Encoder:
@@ -86,12 +87,14 @@ class Encoder:
         task: name of the task.
         max_length: sub-tokens per text or window, special tokens included.
         label_on: which sub-token of a word carries its label, `first` or `last`; of a word that is cut, the last kept.
+            With `mean`, the label is on the first, and `words` say of which sub-tokens to take the mean.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, task: str, max_length: int, label_on: str = "first") -> None:
         self._tokenizer, self._task, self._max_length = tokenizer, get_task(task), max_length
         self._lead = self._task.words_given and words_need_a_space(tokenizer)
         self._unknown, self._last = tokenizer.unk_token or "?", label_on == "last"
+        self._mean = label_on == "mean" and self._task.words_given
 
     def cut(self, examples: Sequence[Example], labels: Sequence[str]) -> Encoded:
         """Encode examples one row each; what is longer than `max_length` is cut at the end.
@@ -107,6 +110,7 @@ class Encoder:
         ids = {label: number for number, label in enumerate(labels)}
         columns: dict[str, list[Any]] = {"input_ids": [], "length": []} | ({} if without else {"labels": []})
         columns |= {"token_type_ids": []} if self._has_types([example.text for example in examples]) else {}
+        columns |= {"words": []} if self._mean else {}
         kept: list[list[int]] = []
         counts = np.zeros(len(fields(Truncation)), dtype=np.int64)
         batches = (examples[start : start + BATCH] for start in range(0, len(examples), BATCH))
@@ -116,6 +120,8 @@ class Encoder:
             columns["length"].append(size)
             if "token_type_ids" in columns:
                 columns["token_type_ids"].append(encoding.type_ids)
+            if self._mean:
+                columns["words"].append(_numbered(encoding.word_ids))
             if not without:
                 columns["labels"].append(self._task.encode_label(example, starts, size, ids))
             kept.append([word for word, _ in starts])
@@ -164,7 +170,7 @@ class Encoder:
             problem = f"windows of {self._max_length} sub-tokens leave no room next to the special tokens"
             raise DataError(problem, code="no-room", max_length=self._max_length)
         cut = self._even_parts if not self._task.words_given else self._overlapping
-        start, texts = 0, cast("Sequence[Sequence[str]]", texts)
+        start, texts, owners = 0, cast("Sequence[Sequence[str]]", texts), owners or self._mean
         for stop in range(1, len(texts) + 1):
             long = stop < len(texts) and len(texts[stop]) > PIECE
             if stop - start >= BATCH or stop == len(texts) or long or len(texts[start]) > PIECE:
@@ -280,7 +286,9 @@ class Encoder:
         before, after = self._frame
         if owners is not None:
             owners = np.pad(owners[part], (len(before), len(after)), constant_values=-1)
-        return Window(text, [*before, *ids[part].tolist(), *after], len(ids[part]), _NONE, _NONE, owners)
+        numbers = _numbered(owners) if self._mean and owners is not None else None
+        whole = [*before, *ids[part].tolist(), *after]
+        return Window(text, whole, len(ids[part]), _NONE, _NONE, owners, numbers=numbers)
 
     @cached_property
     def _frame(self) -> tuple[list[int], list[int]]:
@@ -330,6 +338,11 @@ def batch_of(texts: Sequence[Any]) -> list[list[Any]]:
 
 def _are_pairs(texts: Sequence[Any]) -> TypeGuard[Sequence[Pair]]:
     return bool(texts) and isinstance(texts[0], Pair)
+
+
+def _numbered(owners: Iterable[int | None]) -> list[int]:
+    """Number the words of a text: 0, 1, … for each run of sub-tokens of one owner. Special tokens are a word, too."""
+    return [number for number, (_, run) in enumerate(itertools.groupby(owners)) for _ in run]
 
 
 def _label_positions(encoding: Any, words: int, last: bool) -> NDArray[np.int64]:

@@ -143,9 +143,19 @@ def public_source(source: SourceConfig) -> SourceConfig:
 
 
 def label_on(recipe: Recipe, result: Result) -> str:
-    """Return which sub-token of a word carries its label, `first` or `last`, as the run decided."""
+    """Return which sub-token of a word carries its label, as the run decided: `first`, `last`, or `mean` for all."""
     chosen = {decision["what"]: decision["choice"] for decision in result.decisions}
     return chosen.get("label on", "first") if recipe.data.label_on == "auto" else recipe.data.label_on
+
+
+_MEAN = """\
+with torch.no_grad():
+    logits = model(**inputs).logits[0]
+word_ids = inputs.word_ids()
+known = sorted({*word_ids} - {None})
+mean = {word: logits[[i for i, of in enumerate(word_ids) if of == word]].mean(0) for word in known}
+print([(words[word], labels[row.argmax()]) for word, row in mean.items()])"""
+"""What follows `inputs` if the sub-tokens of a word answer together."""
 
 
 def loading_snippet(recipe: Recipe, result: Result, folder: str, spaced_words: bool = False) -> str:
@@ -160,6 +170,8 @@ def loading_snippet(recipe: Recipe, result: Result, folder: str, spaced_words: b
     if label_on(recipe, result) == "last":
         use = use.replace("first = [", "last = [").replace("word_ids[:i]]", "word_ids[i + 1 :]]")
         use = use.replace("for i in first]", "for i in last]")
+    elif label_on(recipe, result) == "mean":
+        use = use.partition("with torch.no_grad")[0] + _MEAN
     return Template(_read("snippet.py.j2")).render(
         auto=task.auto_class.replace("AutoModel", "AutoPeftModel"),
         folder=json.dumps(folder, ensure_ascii=False),
@@ -180,6 +192,9 @@ def pipeline_snippet(recipe: Recipe, result: Result) -> str:
     if label_on(recipe, result) == "last":
         use = use.replace("# adjacent words with the same label are joined", "# a word has its last row's label")
         use = use.replace('"first"', '"none"').replace('"entity_group"', '"entity"')
+    elif label_on(recipe, result) == "mean":
+        use = use.replace("are joined", "are joined; a word's sub-tokens count with their mean probabilities")
+        use = use.replace('"first"', '"average"')
     return f"from transformers import pipeline\n\n{use}"
 
 

@@ -24,6 +24,7 @@ from tokmask_peft.masking.embedding import Occlusion
 from tokmask_peft.model.adapter import load_adapter, load_merged
 from tokmask_peft.model.backbone import load_backbone
 from tokmask_peft.model.decisions import gpu_problem, kernels_problem, plan_loading
+from tokmask_peft.model.layers import average_words
 from tokmask_peft.model.location import position_limit
 from tokmask_peft.model.packed import choose_batching, enable_padding_free
 from tokmask_peft.spans import NO_SPANS, Spans
@@ -193,6 +194,7 @@ def load(
         plan = plan_loading(saved.model, place, quantization, precision)
         loaded = load_backbone(plan.model, saved.info.task, saved.info.labels, place)
         batching = _choose_batching(loaded.model, place)
+        average_words(loaded.model, saved.loading.label_on)
         present = "a GPU is there" if place.type == "cuda" else gpu_problem() or "no GPU was found"
         decisions = [Decision("device", str(place), present if device is None else "as asked")]
         if loaded.quantization == "none":

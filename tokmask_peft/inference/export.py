@@ -102,8 +102,9 @@ def export_merged(
         raise ModelError(message, code="unknown-format", precision=precision)
     target = check_folder(folder)
     saved = find_saved(model, backbone, trust_remote_code=trust_remote_code)
-    if saved.model.pooling in ("mean", "max"):
-        problem = f"the head reads the {saved.model.pooling} of a text's states, which no stock model does"
+    if (how := saved.model.pooling) in ("mean", "max", "ends"):
+        problem = f"the head reads the {'mean of both ends' if how == 'ends' else how} of a text's states, which no "
+        problem += "stock model does"
         raise ModelError(f"{problem}: use the adapter, or train with model.pooling=auto", code="pooling-not-exportable")
 
     import torch
@@ -155,6 +156,9 @@ def export_merged(
     if saved.info.calibration.temperature != 1.0:
         effect = "is not part of the model: its probabilities are uncalibrated, its labels the same"
         notes.append(f"the temperature of the calibration ({saved.info.calibration.temperature:.3f}) {effect}")
+    if saved.loading.label_on == "mean":
+        effect = "the mean of its sub-tokens' logits; this model gives those of the sub-tokens"
+        notes.append(f"the label of a word is chosen by {effect}")
     if saved.loading.spans != NO_SPANS:
         effect = f"may break the rules of {saved.loading.spans}, which `tokmask predict` repairs"
         notes.append(f"its labels are the likeliest of each word, and {effect}")

@@ -63,7 +63,7 @@ class Forward:
     def _batch(self, batch: list[Window]) -> list[NDArray[np.float32]]:
         inputs: dict[str, Any]
         if self._pack is not None:
-            rows = [{"input_ids": window.ids, "token_type_ids": window.types} for window in batch]
+            rows = [{"input_ids": one.ids, "token_type_ids": one.types, "words": one.numbers} for one in batch]
             inputs = self._pack([{name: part for name, part in row.items() if part is not None} for row in rows])
         else:
             ids = [torch.tensor(window.ids) for window in batch]
@@ -74,6 +74,9 @@ class Forward:
             if batch[0].types:
                 types = [torch.tensor(window.types) for window in batch]
                 inputs["token_type_ids"] = pad_sequence(types, True, 0, self._side)
+            if batch[0].numbers:
+                numbers = [torch.tensor(window.numbers) for window in batch]
+                inputs["words"] = pad_sequence(numbers, True, -1, self._side)
         device = self._device
         inputs = {name: part.to(device) if isinstance(part, torch.Tensor) else part for name, part in inputs.items()}
         with torch.autocast(device.type, self._dtype, enabled=self._dtype != torch.float32):

@@ -128,7 +128,9 @@ def load_backbone(
     if config.attention != "causal":
         decisions.append(Decision("attention", config.attention, "set in the recipe; it was trained causally"))
     if pooling != "auto":
-        decisions.append(Decision("pooling", pooling, "set in the recipe"))
+        blind = pooling == "ends" and hasattr(model, "score") and config.attention == "causal"
+        sight = "; a decoder's first sub-token sees no other, unless model.attention is bidirectional" if blind else ""
+        decisions.append(Decision("pooling", pooling, f"set in the recipe{sight}"))
     decisions += place_embedding(model, config.embedding, device)
     if dtype == torch.float16:
         hold_stream_in_fp32(model)

@@ -7,7 +7,7 @@ MiB), and a batch needs a few hundred of its rows.
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self, cast
 
 import torch
@@ -211,6 +211,45 @@ def choose_label_on(wanted: str, model: nn.Module) -> Decision:
     return Decision("label on", "first", "an encoder sees the whole of a word anyway")
 
 
+def mean_of_words(values: Tensor, words: Tensor) -> Tensor:
+    """Return for each sub-token the mean of what its word's sub-tokens have, `[texts, seq, …]`.
+
+    `words` are numbers, `[texts, seq]`, the same for neighbours of one word and at least -1.
+    """
+    apart = words + (words.shape[1] + 1) * torch.arange(len(words), device=words.device).unsqueeze(1)
+    _, number, sizes = apart.flatten().unique_consecutive(return_inverse=True, return_counts=True)
+    means = torch.segment_reduce(values.flatten(0, 1).float(), "mean", lengths=sizes, axis=0)
+    return means[number].view_as(values)
+
+
+def whole_words(batch: Mapping[str, Any], masked: Tensor) -> Tensor:
+    """Return which sub-tokens, `[texts, seq]`, count as masked: with `words`, all of a word of which one is masked."""
+    return masked if "words" not in batch else mean_of_words(masked.unsqueeze(-1), batch["words"]).squeeze(-1) > 0
+
+
+def average_words(model: nn.Module, label_on: str) -> None:
+    """If `label_on` is mean, let a model with an answer for each sub-token give the mean of a word's logits at each.
+
+    Batches then have `words`, as `mean_of_words` takes them. If the head is linear, this is what it makes of the mean
+    of the states (subword pooling: Ács et al. 2021, arXiv:2102.10864), but for dropout.
+    """
+    if label_on != "mean":
+        return
+    given = threading.local()
+
+    def take(_: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        given.words = kwargs.pop("words", None)
+        return args, kwargs
+
+    def average(_: Any, args: Any, output: Any) -> Any:
+        if given.words is not None:
+            output.logits = mean_of_words(output.logits, given.words)
+        return output
+
+    model.register_forward_pre_hook(take, with_kwargs=True)
+    model.register_forward_hook(average)
+
+
 BOTH_WAYS = {"gemma3_text": "Gemma 3", "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 """Decoders that can see the whole text, by `model_type`; each is tested, with sliding windows too."""
 
@@ -231,22 +270,27 @@ def see_both_ways(model: Any) -> None:
 
 
 def pooled(states: Tensor, mask: Tensor | None, how: str) -> Tensor:
-    """Return the mean or maximum of each text's states, `[texts, 1, hidden]`.
+    """Return the mean or maximum of each text's states, or the mean of its first and last one, `[texts, 1, hidden]`.
 
     `states` are `[texts, seq, hidden]`; `mask`, `[texts, seq]`, is 1 for sub-tokens, None if all are.
     """
     real = torch.ones_like(states[..., :1]).bool() if mask is None else mask.unsqueeze(-1).bool()
     if how == "max":
         return states.masked_fill(~real, -torch.inf).amax(1, keepdim=True)
+    if how == "ends":
+        number = torch.arange(1, real.shape[1] + 1, device=real.device).view(-1, 1)
+        ends = torch.cat([real.int().argmax(1, keepdim=True), (real * number).argmax(1, keepdim=True)], 1)
+        return states.gather(1, ends.expand(-1, -1, states.shape[-1])).float().mean(1, keepdim=True).to(states.dtype)
     summed = states.masked_fill(~real, 0).sum(1, keepdim=True, dtype=torch.float32)
     return (summed / real.sum(1, keepdim=True)).to(states.dtype)
 
 
 def pool_texts(model: Any, how: str) -> None:
-    """Let the head of a sequence classification model, without an adapter, read the mean or maximum of a text's states.
+    """Let the head of a sequence classification model, without an adapter, read a text's states as `how` says.
 
-    Every position of the last states gets it, so that the head's own pooling, of whatever position, finds it there. A
-    BERT's pooler is a part of its head. Packed rows are pooled by `packed_logits`.
+    That is `pooled`: one state, as wide as the others, so that the head has the shape of a stock one. Every position of
+    the last states gets it, and the head's own pooling, of whatever position, finds it there. A BERT's pooler is a part
+    of its head. Packed rows are pooled by `packed_logits`.
 
     Raises:
         ModelError: the model cannot be pooled in this way.

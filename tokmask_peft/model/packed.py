@@ -264,7 +264,11 @@ def packed_logits(model: Any, hidden: Tensor, input_ids: Tensor, packing: Packin
         return family.token_head(model, hidden)
     # ModernBERT's own pooling is in its config
     if (how := getattr(model, "text_pooling", getattr(model.config, "classifier_pooling", "cls"))) != "cls":
-        states = torch.segment_reduce(hidden[0].float(), how, lengths=packing.cu_seqlens.diff().long(), axis=0)
+        bounds = packing.cu_seqlens.long()
+        if how == "ends":
+            states = hidden[0, torch.stack([bounds[:-1], bounds[1:] - 1], 1)].float().mean(1)
+        else:
+            states = torch.segment_reduce(hidden[0].float(), how, lengths=bounds.diff(), axis=0)
         return family.head(model, states.to(hidden.dtype).unsqueeze(1))
     at = packing.cu_seqlens[:-1].long()
     if family.causal:  # the last sub-token that is not a padding token, in case a text ends in one

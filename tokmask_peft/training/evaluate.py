@@ -11,6 +11,7 @@ import torch
 from transformers import set_seed
 
 from tokmask_peft.artifacts import AdapterInfo, find_saved, open_finished
+from tokmask_peft.data.batches import padded_collator
 from tokmask_peft.data.corpus import apply_label_map, check_known, load_corpus, with_unseen
 from tokmask_peft.data.readers import READERS, read_split
 from tokmask_peft.errors import DataError, boundary
@@ -18,6 +19,7 @@ from tokmask_peft.examples import Example
 from tokmask_peft.model.adapter import load_adapter
 from tokmask_peft.model.backbone import load_backbone
 from tokmask_peft.model.decisions import plan_loading
+from tokmask_peft.model.layers import average_words
 from tokmask_peft.model.memory.suggestions import Situation, changed, memory_errors
 from tokmask_peft.recipe.schema import Recipe
 from tokmask_peft.spans import NO_SPANS, Spans
@@ -80,6 +82,7 @@ def evaluate(
     with memory_errors(loading):
         backbone = load_backbone(plan.model, task, labels, device)
         model = load_adapter(backbone, folder.adapter, **saved.loading.trained)
+    average_words(backbone.model, saved.loading.label_on)
     spans = None if saved.loading.spans == NO_SPANS else Spans(saved.loading.spans, labels)
     recipe = changed(recipe, {"data.spans": saved.loading.spans})
     texts = Split(examples, backbone.tokenizer, task, scored, recipe.data.max_length, saved.loading.label_on, spans)
@@ -91,7 +94,7 @@ def evaluate(
                 model=model,
                 args=training_arguments(recipe, Path(scratch), device, backbone.dtype),
                 eval_dataset=texts.window_dataset,
-                data_collator=get_task(task).collator(backbone.tokenizer),
+                data_collator=padded_collator(task, backbone.tokenizer),
                 memory_errors=functools.partial(memory_errors, evaluating),
                 compute_loss_func=ClassificationLoss(),  # a model's own may not fit the labels
                 task=get_task(task),

@@ -26,7 +26,7 @@ from tokmask_peft.errors import DataError, RecipeError, RunError, nearest
 from tokmask_peft.examples import IGNORED, NO_PREDICTION, Example
 from tokmask_peft.masking.callback import TokenMaskCallback
 from tokmask_peft.model.adapter import inputs_as_they_come
-from tokmask_peft.model.layers import quick_dropout
+from tokmask_peft.model.layers import quick_dropout, whole_words
 from tokmask_peft.recipe.schema import Recipe
 from tokmask_peft.spans import NO_SPANS, Spans
 from tokmask_peft.tasks import Task, get_task
@@ -87,9 +87,9 @@ class Split:
         for window in self.windows:
             marks = np.full(len(window.ids), IGNORED)
             marks[window.positions] = 0
-            types = {} if window.types is None else {"token_type_ids": window.types}
             labels = marks.tolist() if self.task.words_given else self.task.mark(len(self.labels))
-            rows.append({"input_ids": window.ids, "labels": labels, **types})
+            row = {"input_ids": window.ids, "labels": labels, "token_type_ids": window.types, "words": window.numbers}
+            rows.append({name: part for name, part in row.items() if part is not None})
         return Dataset.from_list(rows)
 
     def joined(
@@ -172,6 +172,7 @@ class OrderedEvalTrainer(Trainer):
 
     compute_metrics: Any
     data_collator: Any
+    _signature_columns: Any
 
     def __init__(
         self,
@@ -222,7 +223,7 @@ class OrderedEvalTrainer(Trainer):
         rate, step = masking.upcoming(self.args, self.state)
         for number, batch in enumerate(batches):
             masking.masker.clean_texts = self._clean_texts(batch)
-            masked = masking.masker.pattern_of(batch, step + number, rate)
+            masked = whole_words(batch, masking.masker.pattern_of(batch, step + number, rate))
             batch["labels"] = batch["labels"].masked_fill(masked, IGNORED)
         return batches, self._get_num_items_in_batch(batches, device)
 
@@ -239,7 +240,7 @@ class OrderedEvalTrainer(Trainer):
             masking.masker.clean_texts = self._clean_texts(batch)
             if (scale := masking.schedule.class_scale()) is not None:
                 masking.masker.scale = torch.tensor(scale, device=self.args.device)[batch["labels"]]
-            masked = masking.masker.pattern_of(batch)
+            masked = whole_words(batch, masking.masker.pattern_of(batch))
         if self.views > 1:
             loss.consistency = self.consistency
             loss.seen = None if masked is None or not _labels_words(batch) else ~masked.view(2, -1).any(dim=0)
@@ -281,6 +282,10 @@ class OrderedEvalTrainer(Trainer):
             return super().get_train_dataloader()
         finally:
             self.data_collator = usual
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = [*dict.fromkeys([*self._signature_columns, "words"])]  # see `average_words`
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         usual = super()._get_train_sampler(train_dataset)

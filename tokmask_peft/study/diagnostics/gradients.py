@@ -71,7 +71,7 @@ class GradientMeter:
         trainer, dataset = self.trainer, self.trainer.train_dataset
         found: dict[str, dict[float, Grams]] = {group: {} for group in self._slices}
         with self._measuring() as masker:
-            keys = [key for key in ("input_ids", "token_type_ids", "labels") if key in dataset.column_names]
+            keys = [key for key in ("input_ids", "token_type_ids", "words", "labels") if key in dataset.column_names]
             rows_of = [[{key: dataset[index][key] for key in keys} for index in chosen] for chosen in self.texts]
             batches = [trainer._prepare_inputs(trainer.train_collator(chosen)) for chosen in rows_of]
             with masker.paused():
