@@ -131,14 +131,7 @@ class Stepper:
     """A model in training on a device with its optimizer; `ours` switches on what a run does there besides."""
 
     def __init__(
-        self,
-        model: Any,
-        bf16: bool,
-        ours: bool,
-        device: torch.device = CPU,
-        rate: float = 1e-4,
-        *,
-        fp16: bool = False,
+        self, model: Any, bf16: bool, ours: bool, device: torch.device = CPU, rate: float = 1e-4, *, fp16: bool = False
     ) -> None:
         self.model, self.device, self.loss = model.to(device), device, ClassificationLoss()
         self.low, self.scaler = bf16 or fp16, torch.amp.GradScaler(device.type, enabled=fp16)

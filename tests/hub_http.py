@@ -1,7 +1,5 @@
 """What the stand-in Hub's handler needs of HTTP: bodies in, JSON and errors as the Hub words them out, and faults."""
 
-from __future__ import annotations
-
 import json
 import socket
 import time

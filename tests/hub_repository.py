@@ -1,7 +1,5 @@
 """A model repository of the stand-in Hub, in memory: its newest files, and which are in large-file storage."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 from dataclasses import dataclass, field

@@ -6,8 +6,6 @@ with seen_ids(model) as seen:   # what the embedding looks up, after a masker at
     model(**batch)
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import os

@@ -1,9 +1,4 @@
-"""Token-masked LoRA and QLoRA fine-tuning for text classification.
-
-The names below are the public interface; they are imported on first use, so that `import tokmask_peft` is quick.
-"""
-
-from __future__ import annotations
+"""Token-masked LoRA and QLoRA fine-tuning for text classification: the public names, imported on first use."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -42,20 +37,16 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Classifier": "inference.classifier",
-    "Explanation": "inference.explain",
-    "LabelPredictions": "examples",
-    "Prediction": "examples",
+    **dict.fromkeys(("LabelPredictions", "Prediction", "WordPredictions"), "examples"),
+    **dict.fromkeys(("Classifier", "load"), "inference.classifier"),
+    **dict.fromkeys(("Explanation", "explain"), "inference.explain"),
     "Recipe": "recipe.schema",
     "TokenMaskCallback": "masking.callback",
     "TokenMaskConfig": "masking.config",
     "TokenMasker": "masking.masker",
     "TokmaskError": "errors",
-    "WordPredictions": "examples",
-    "evaluate": "training.evaluate",
-    "explain": "inference.explain",
     "push": "inference.export",
-    "load": "inference.classifier",
+    "evaluate": "training.evaluate",
     "train": "training.train",
 }
 

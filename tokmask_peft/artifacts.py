@@ -1,9 +1,4 @@
-"""What a run leaves behind: the run folder, its `result.json`, and the adapter folder. Written and read here only.
-
-Imports nothing heavy, so that a command can refuse a wrong folder before the libraries are loaded.
-"""
-
-from __future__ import annotations
+"""What a run leaves behind: the run folder, its `result.json`, and the adapter folder; without heavy imports."""
 
 import contextlib
 import json
@@ -141,11 +136,7 @@ def start_run(run: RunFolder, recipe_text: str, fingerprint: Mapping[str, str]) 
 
 @contextlib.contextmanager
 def locked(run: RunFolder) -> Iterator[None]:
-    """Hold the lock of a run, in its folder, which is created, and removed if nothing was written; a kill ends it.
-
-    Raises:
-        RunError: another process trains the run, or the folder cannot be created or written.
-    """
+    """Hold a run's lock, in its folder, which is made, and removed if it stays empty; RunError if it is taken."""
     created = [folder for folder in (run.root, *run.root.parents) if not folder.exists()]
     lock = FileLock(run.lock, timeout=0)
     try:
@@ -170,11 +161,7 @@ def locked(run: RunFolder) -> Iterator[None]:
 
 
 def open_finished(folder: str | Path, *, scored: bool = False) -> RunFolder:
-    """Return the run folder `folder`, which has an adapter; if it must be `scored`, also a result.
-
-    Raises:
-        RunError: it is not a run folder, or the run has none yet.
-    """
+    """Return the run folder `folder`; RunError if it is not one or has no adapter yet, or, if `scored`, no result."""
     run = RunFolder(Path(folder))
     if not run.recipe.is_file():
         raise RunError(f"{folder} is not a run folder (it holds no recipe.yaml)", code="not-a-run")
@@ -279,8 +266,8 @@ class Loading(_Part):
     embedding: str = Field("resident", pattern="^(resident|offload|8bit)$")
     weights: dict[str, str] = Field(default_factory=dict)  # of the backbone, from `weight_hashes`
     attention: str = Field("causal", pattern="^(causal|bidirectional)$")
-    pooling: str = Field("auto", pattern="^(auto|cls|last|mean|max)$")
-    label_on: str = Field("first", pattern="^(first|last)$")
+    pooling: str = Field("auto", pattern="^(auto|cls|last|mean|max|ends)$")
+    label_on: str = Field("first", pattern="^(first|last|mean)$")
     spans: str = Field(NO_SPANS, pattern=f"^({'|'.join([NO_SPANS, *SCHEMES])})$")
     scaling: float | None = Field(None, gt=0)  # of the LoRA update; None if not known
 
@@ -301,10 +288,7 @@ class Loading(_Part):
 
 
 class Calibration(_Part):
-    """The temperature that divides the logits, with the figures of `training.metrics.calibrate`.
-
-    If a text may have several labels, `thresholds` has the calibrated probability above which each is given.
-    """
+    """The temperature that divides the logits; for several labels per text, also their calibrated `thresholds`."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -340,11 +324,7 @@ class AdapterInfo(_Part):
 
     @classmethod
     def read(cls, adapter: Path) -> Self:
-        """Read an adapter folder, of any version of this package.
-
-        Raises:
-            ModelError: the file is missing, or this package did not write it.
-        """
+        """Read an adapter folder, of any version of this package; ModelError if it did not write the folder."""
         check_files(adapter)
         path, old = adapter / ADAPTER_FILE, adapter / "labels.json"
         found = _read_json(path) if path.is_file() or not old.is_file() else {}
@@ -390,8 +370,7 @@ def find_saved(
         trust_remote_code: run the backbone's own code. The run's recipe cannot ask for it: it may be a stranger's.
 
     Raises:
-        ModelError: no adapter of this package was found; says what to do.
-        RunError: the run has no adapter yet.
+        ModelError, RunError: no adapter of this package was found, or the run has none yet.
     """
     if isinstance(model, SavedAdapter):
         return model

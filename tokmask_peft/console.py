@@ -1,10 +1,4 @@
-"""What a run prints: the decision table, the data report, progress and scores.
-
-In a terminal the progress is drawn in place; elsewhere it is plain lines. Whatever is in order is not mentioned, a
-decision is printed once with its reason, and whatever is suspicious is a warning.
-"""
-
-from __future__ import annotations
+"""What a run prints: decisions with their reasons, the data report, progress, scores and warnings."""
 
 import contextlib
 import gc
@@ -76,11 +70,7 @@ def quiet_libraries() -> None:
 
 @contextlib.contextmanager
 def quick_imports() -> Iterator[None]:
-    """Silence the libraries, and import what is imported inside without collecting garbage.
-
-    Collections take a sixth of the time of the first imports, which are large, and find nothing. What is there after
-    them stays, and no later collection looks at it.
-    """
+    """Silence libraries, and import without collecting garbage, which takes a sixth of the time and finds nothing."""
     collects = gc.isenabled() and "transformers.modeling_utils" not in sys.modules
     if collects:
         gc.disable()

@@ -1,11 +1,4 @@
-"""Errors that a user can act on, and the boundary to what is not ours: exceptions of others, and files.
-
-An error says what was expected, what was found, and what to do. The command line prints it without a traceback; library
-callers catch `TokmaskError`. What another library or the system raises becomes one at a `boundary`. A file is written
-whole or not at all, and the error of one that cannot be read names it.
-"""
-
-from __future__ import annotations
+"""Errors that a user can act on, and the boundary to exceptions of others, and to files, which are written whole."""
 
 import contextlib
 import difflib
@@ -28,17 +21,15 @@ LONGEST_GUESSED, MOST_COMPARED = 100, 1000
 class TokmaskError(Exception):
     """Base of every error that tokmask_peft raises on purpose.
 
-    Args:
-        message: what was expected, what was found, and what to do.
-        code: a stable, lower-case name of the mistake, for example `no-labels`; default: that of the class.
-        fields: what the message is about, for example `file`, `column`, `label`.
-
-    Attributes:
-        code: as given; stable between versions, unlike the message.
-        fields: as given.
+    The message says what was expected, what was found, and what to do. `code` is a lower-case name of the mistake, such
+    as `no-labels`, stable between versions; default: that of the class. `fields` are what the message is about, such as
+    `file`, `column` or `label`.
     """
 
     code: str = "error"
+
+    def __init_subclass__(cls, code: str | None = None) -> None:
+        cls.code = code or cls.code
 
     def __init__(self, message: str, *, code: str | None = None, **fields: Any) -> None:
         super().__init__(message.encode("utf-8", "backslashreplace").decode())  # half characters cannot be printed
@@ -46,14 +37,8 @@ class TokmaskError(Exception):
         self.fields = fields
 
 
-class RecipeError(TokmaskError):
-    """A recipe cannot be used. Holds every problem found, not only the first.
-
-    Attributes:
-        problems: one line each, `dotted.path: what is wrong; what to do`.
-    """
-
-    code = "recipe"
+class RecipeError(TokmaskError, code="recipe"):
+    """A recipe cannot be used: `problems` has a line for each, `dotted.path: what is wrong; what to do`."""
 
     def __init__(
         self, problems: Iterable[str], source: str = "recipe", *, code: str | None = None, **fields: Any
@@ -64,52 +49,36 @@ class RecipeError(TokmaskError):
         super().__init__("\n".join([head, *(f"  {line}" for line in self.problems)]), code=code, **fields)
 
 
-class DataError(TokmaskError):
+class DataError(TokmaskError, code="data"):
     """Data cannot be read, or does not fit the task."""
 
-    code = "data"
 
-
-class ModelError(TokmaskError):
+class ModelError(TokmaskError, code="model"):
     """A backbone or an adapter cannot be built or loaded as asked."""
 
-    code = "model"
 
-
-class MaskTokenError(TokmaskError):
+class MaskTokenError(TokmaskError, code="mask-token"):
     """No usable mask token, or a masker is attached where it cannot be."""
 
-    code = "mask-token"
 
-
-class RunError(TokmaskError):
+class RunError(TokmaskError, code="run"):
     """A run folder is missing, taken or unfinished, or a run went wrong in a way that would pass unnoticed."""
 
-    code = "run"
 
-
-class SweepError(TokmaskError):
+class SweepError(TokmaskError, code="sweep"):
     """A sweep cannot be run, continued or reported as asked."""
 
-    code = "sweep"
 
-
-class HubError(TokmaskError):
+class HubError(TokmaskError, code="hub"):
     """An adapter cannot be pushed to the Hugging Face Hub as asked."""
 
-    code = "hub"
 
-
-class ExtraError(TokmaskError):
+class ExtraError(TokmaskError, code="missing-extra"):
     """A command needs an optional library that is not installed."""
 
-    code = "missing-extra"
 
-
-class RunInterruptedError(RunError):
+class RunInterruptedError(RunError, code="interrupted"):
     """A signal stopped the run; it can be resumed."""
-
-    code = "interrupted"
 
 
 _FULL = r"No space left|os error 2[78]\b|file write failed"  # a full disk, as safetensors and torch report it
@@ -138,10 +107,7 @@ def as_ours(
 
 @contextlib.contextmanager
 def boundary(doing: str = "", *given: Any, **fields: Any) -> Iterator[None]:
-    """Turn an exception that is not ours into one of ours, as `as_ours` does; also a decorator.
-
-    A lack of memory is left to `model.memory.suggestions.memory_errors`.
-    """
+    """Turn an exception that is not ours, except a lack of memory, into one of ours by `as_ours`; also a decorator."""
     try:
         yield
     except Exception as error:
@@ -255,11 +221,7 @@ def first_line(error: object) -> str:
 
 
 def require(module: str, extra: str, what: str) -> None:
-    """Check that the library of an extra is installed, without importing it.
-
-    Raises:
-        ExtraError: it is not.
-    """
+    """Raise an ExtraError if the library of an extra is not installed, without importing it."""
     if importlib.util.find_spec(module) is None:
         raise ExtraError(f"{what} needs {module}: pip install 'tokmask-peft[{extra}]'", extra=extra)
 

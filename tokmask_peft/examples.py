@@ -14,20 +14,13 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 Label = str | tuple[str, ...] | None
-IGNORED = -100
-"""The label id of positions that carry none: later sub-tokens, special tokens, padding."""
-MOST_SHOWN = 8
-"""Words in the short form of an answer."""
-NO_PREDICTION = -1
-"""The predicted id of an item that was cut away: never right."""
-BETWEEN = "‖"
-"""Shown between the two texts of a pair."""
-MARK = "|"
-"""Separates the labels of a text in one cell, if nothing else is known."""
-MARKS = "|;,"
-"""What may separate them."""
-WrongLabel = tuple[str, str, float, float, int | None]
-"""Label of the data, label of the classifier, the probability of each, and the index of the word, if a word has it."""
+IGNORED = -100  # the label id of positions that carry none: later sub-tokens, special tokens, padding
+MOST_SHOWN = 8  # words in the short form of an answer
+NO_PREDICTION = -1  # the predicted id of an item that was cut away: never right
+BETWEEN = "‖"  # shown between the two texts of a pair
+MARK = "|"  # separates the labels of a text in one cell, if nothing else is known
+MARKS = "|;,"  # what may separate them
+WrongLabel = tuple[str, str, float, float, int | None]  # of data, of classifier, the chance of each, word's index
 
 
 class LabelSet(tuple[str, ...]):
@@ -114,12 +107,7 @@ LabelIds = Mapping[str, int]
 
 
 class Probabilities(Sequence[dict[str, float]]):
-    """Reads as a tuple of dicts, label -> probability; kept as an array, for a dict per word takes ten times as much.
-
-    Args:
-        labels: of the classifier, in its order.
-        rows: [words, labels].
-    """
+    """A tuple of dicts, label -> probability, kept as an array [words, labels]: dicts take ten times the memory."""
 
     __slots__ = ("_labels", "_rows")
 

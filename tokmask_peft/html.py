@@ -1,10 +1,7 @@
 """HTML of which pages, the demo and notebooks are made: templates, coloured words, pictures, and what notebooks show.
 
-One scale of colours holds for all texts of all models: a word is tinted by the size of its effect, not relative to the
-strongest word of its text, so that where no word matters all stay pale.
+A word's tint is the size of its effect, not relative to the strongest of its text: where no word matters all are pale.
 """
-
-from __future__ import annotations
 
 import functools
 import io
@@ -22,13 +19,9 @@ from markupsafe import Markup, escape
 from tokmask_peft.console import baseline_verdict
 from tokmask_peft.errors import RunError, check_place
 
-MARK = "<!-- tokmask report -->"
-"""Is in the head of every page, so that a page is replaced but never another file."""
-HUES = 8
-"""Colours for labels that the style sheet has; further labels begin again with the first."""
-
-FAINTEST = 0.05
-"""Strength below which a word stays plain: a tenth of a nat."""
+MARK = "<!-- tokmask report -->"  # is in the head of every page, so that a page is replaced but never another file
+HUES = 8  # colours for labels that the style sheet has; further labels begin again with the first
+FAINTEST = 0.05  # strength below which a word stays plain: a tenth of a nat
 _STRONGEST = 0.6  # opacity of the full colour; more would cost contrast
 
 
@@ -81,10 +74,7 @@ def file_name(source: str) -> str:
 
 
 def strength_of(influence: float) -> float:
-    """Return how strong a word's colour is, from -1 (against the answer) to 1 (for it), given its nats.
-
-    It is how far the word moves an answer that is undecided without it: from a probability of .5 to .5 + strength / 2.
-    """
+    """Return how strong a word's colour is by its nats, from -1 (against the answer) to 1 (for it): tanh(nats / 2)."""
     return math.tanh(influence / 2)
 
 
@@ -161,10 +151,9 @@ _STYLE = {
 
 
 def draw(name: str, alt: str, paint: Callable[[Any], None], size: tuple[float, float] = (3.6, 2.5)) -> Markup:
-    """Return what `paint` draws on axes as an `<svg>` element in the colours of the page.
+    """Return what `paint` draws on axes as an `<svg>` element in the colours of the page; its size is in inches.
 
-    The ids inside begin with `name`, which is unique on the page; `alt` says what the picture shows to readers who
-    cannot see it; the size is in inches.
+    `name`, unique on the page, begins the ids inside; `alt` says what it shows to readers who cannot see it.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure

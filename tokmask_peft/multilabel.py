@@ -1,7 +1,6 @@
 """What differs if a text may have several labels, or none: each label is a yes or no of its own.
 
-For scores a text has an item per label, in the labels' order: the label's id if the text has the label, otherwise
-`NO_PREDICTION`. A label is given if its probability is above its threshold, which validation fits.
+For scores a text has an item per label: the label's id if the text has it, otherwise `NO_PREDICTION`.
 """
 
 from __future__ import annotations
@@ -17,8 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-LEAST = 10
-"""Texts with a label, and texts without it, that its threshold is fitted on; with fewer it stays .5."""
+LEAST = 10  # texts with a label, and texts without it, that its threshold is fitted on; with fewer it stays .5
 
 
 class YesOrNo:
@@ -34,15 +32,12 @@ class YesOrNo:
         return torch.stack([torch.as_tensor(row, dtype=torch.float32) for row in labels])
 
     def mark(self, labels: int) -> list[float]:
-        """Return a row of answers."""
         return [0.0] * labels
 
     def wanted(self, labels: Any) -> Any:
-        """Want an answer to each text."""
         return labels[..., 0] != IGNORED
 
     def probabilities(self, logits: NDArray[Any], temperature: float) -> NDArray[np.float64]:
-        """Return the probability of a yes for each label."""
         import numpy as np
         from scipy.special import expit
 
@@ -73,17 +68,14 @@ class YesOrNo:
     def answer(
         self, text: Any, chosen: NDArray[np.int64], probabilities: Sequence[dict[str, float]], windows: int
     ) -> LabelPredictions:
-        """Return the labels with a yes."""
         (row,) = probabilities
         given = tuple(label for label, number in zip(row, chosen.tolist(), strict=True) if number >= 0)
         return LabelPredictions(given, row, windows)
 
     def gold_ids(self, example: Example, ids: LabelIds) -> list[int]:
-        """Return an id for each label."""
         return [number if label in example.tags else NO_PREDICTION for label, number in ids.items()]
 
     def ids_of(self, labels: NDArray[Any]) -> NDArray[np.int64]:
-        """Return an id for each label of each text, [texts x labels]."""
         import numpy as np
 
         return np.where(labels > 0.5, np.arange(labels.shape[-1]), NO_PREDICTION).reshape(-1)
@@ -100,14 +92,10 @@ class YesOrNo:
     def decode(
         self, example: Example, ids: Mapping[str, int], kept: Sequence[int], gold: Any, predicted: Any
     ) -> tuple[list[int], list[int]]:
-        """Return an id for each label."""
         return self.gold_ids(example, ids), predicted.tolist()
 
     def fit_cuts(self, logits: NDArray[Any], gold: NDArray[np.int64]) -> list[float]:
-        """Return the logit of each label above which its F1 is highest; 0 if too few texts have the label, or lack it.
-
-        It is in the middle between two texts; of several that are as good, the one closest to 0 is taken.
-        """
+        """Return the logit above which each label's F1 is highest (the closest to 0 of several); 0 if it is rare."""
         yes = self.calibrated(logits, gold)[1].reshape(logits.shape) > 0
         return [_cut(*pair) for pair in zip(logits.T.astype(float), yes.T, strict=True)]
 
@@ -129,10 +117,7 @@ class YesOrNo:
         return np.stack([np.zeros_like(logits), logits], axis=-1).reshape(-1, 2), yes.reshape(-1).astype(np.int64)
 
     def more_scores(self, gold: Any, predicted: Any, labels: Sequence[str]) -> dict[str, Any]:
-        """Return F1 over all decisions (micro), its mean over texts, and the share of texts with all labels right.
-
-        The F1 of a text that has no label, and is given none, is 1.
-        """
+        """Return micro-F1, the mean F1 of texts (1 if none is right or given), and the share with all labels right."""
         import numpy as np
 
         true, found = (np.reshape(part, (-1, len(labels))) >= 0 for part in (gold, predicted))
@@ -149,7 +134,6 @@ class YesOrNo:
         }
 
     def counts_given(self, scores: Mapping[str, Any]) -> dict[str, int]:
-        """Return what `more_scores` counted."""
         return dict(scores["given"])
 
     snippet = """\
@@ -170,10 +154,7 @@ for answers in classify(["This phone is bien bonito"]):
         return snippet.replace("THRESHOLDS", str(chances)).replace("LABELS", str(list(labels)))
 
     def mistakes(self, tags: tuple[str, ...], answer: LabelPredictions) -> Iterator[WrongLabel]:
-        """Yield each label that is wrongly given or left out; `not LABEL` stands for the other answer.
-
-        A label that training lacks is always left out.
-        """
+        """Yield each label that is wrongly given or left out; `not LABEL` stands for the other answer."""
         chances = answer.probabilities | {tag: 0.0 for tag in tags if tag not in answer.probabilities}
         for label, chance in chances.items():
             other = f"not {label}" if f"not {label}" not in chances else f"not “{label}”"

@@ -1,17 +1,14 @@
 """Entities that labels of words mark: `B-PER I-PER` is a person of two words.
 
-**Reading.** Any sequence of labels is read as the default mode of seqeval reads it, and conlleval before that (Tjong
-Kim Sang and Buchholz 2000): a word is in the entity of the word before it if both have the same type, the word before
-it does not end one, and its own label does not begin one. So `I-PER` without a beginning begins an entity. That reads
-BIO (IOB2), IOB1 and BIOES; BILOU is BIOES with L for E and U for S.
+**Reading.** Any sequence of labels is read as in seqeval's default mode, and conlleval before (Tjong Kim Sang and
+Buchholz 2000): a word is in the entity of the word before it if both have the same type, the word before it does not
+end one, and its own label does not begin one. That reads BIO (IOB2), IOB1 and BIOES; BILOU is BIOES with L for E and U
+for S.
 
-**Repair.** A classifier labels each word by itself, and may give a sequence that its scheme does not allow. It is read
-as above, and the entities found are written again in the scheme: `O I-PER I-PER` becomes `O B-PER I-PER`. This rule
-never adds, loses or moves an entity, and scores are the same before and after it; repaired predictions are legal, so
-that seqeval's strict mode differs only by what is illegal in the data themselves.
+**Repair.** A sequence that its scheme does not allow is read so, and its entities are written again: `O I-PER I-PER`
+becomes `O B-PER I-PER`. This never adds, loses or moves an entity, nor changes a score; seqeval's strict mode then
+differs only by what is illegal in the data themselves.
 """
-
-from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
@@ -25,9 +22,7 @@ SCHEMES = {"bio": "BI", "iob1": "BI", "bioes": "BIES", "bilou": "BILU"}
 """By the name in `data.spans`, the letters before the type; IOB1 has B only where two entities of a type meet."""
 _SAME = {"L": "E", "U": "S"}
 _LABEL = re.compile("([BIESLU])(?:-(.*))?", re.DOTALL)
-
-Span = tuple[str, int, int]
-"""Type, first and last word of an entity."""
+Span = tuple[str, int, int]  # type, first and last word of an entity
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +64,7 @@ def read(labels: Iterable[str]) -> list[Span]:
 
 @dataclass(frozen=True)
 class Spans:
-    """How the labels of a classifier mark entities.
-
-    Raises:
-        DataError: a label is not one of the scheme.
-    """
+    """How the labels of a classifier mark entities; DataError if a label is not one of the scheme."""
 
     scheme: str  # a key of `SCHEMES`
     labels: tuple[str, ...]  # that the classifier gives, in the order of its outputs
@@ -91,10 +82,7 @@ class Spans:
         return {split_label(label): label for label in self.labels}
 
     def repaired(self, labels: Sequence[str]) -> tuple[str, ...]:
-        """Return a sequence with the same entities in the form of the scheme.
-
-        A label that the classifier does not give (no training text has it) is not written: the old one stays.
-        """
+        """Return a sequence with the same entities in the scheme's form, as far as the classifier has the labels."""
         legal, previous = list(labels), ("", -1)
         for kind, first, last in read(labels):
             for place in range(first, last + 1):

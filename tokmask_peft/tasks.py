@@ -1,7 +1,6 @@
-"""What depends on the kind of labels: one task object each.
+"""What depends on the kind of labels: one task object each, which everything else asks: `get_task(name)`.
 
-Everything outside this file asks the task, `get_task(name)`, instead of comparing its name. A new task is a subclass of
-`Task` and an entry of `TASKS`.
+A new task is a subclass of `Task` and an entry of `TASKS`.
 """
 
 from __future__ import annotations
@@ -65,20 +64,13 @@ class Task:
         return Example(text if isinstance(text, str) else " ".join(text), label, where)
 
     def from_cells(self, text: Any, label: Any, where: str, columns: tuple[str, str | None]) -> Example:
-        """Return the example of a table's row: its cells, its place, and the names of the two columns for messages.
-
-        Raises:
-            DataError: a cell does not fit the task.
-        """
+        """Return the example of a table's row: cells and place; DataError, naming `columns`, if they do not fit."""
         raise NotImplementedError
 
     def parted(self, cell: Any, asked: str, found: str | None = None) -> Any:
-        """Return what a cell holds, as a list if it is a string with several labels.
+        """Return what a cell holds, as a list if it is a string with several labels; DataError if it is not clear.
 
         `asked` is `data.label_separator`, and `found` what the first rows show if that is `auto`.
-
-        Raises:
-            DataError: it is not clear what separates the labels.
         """
         return cell
 
@@ -165,10 +157,7 @@ class Task:
         return logits, gold
 
     def collator(self, tokenizer: Any) -> Any:
-        """Return what pads a batch: on the right to the longest text, rounded up to a multiple of 8.
-
-        oneDNN compiles and keeps a kernel for each shape: without rounding, a run on a CPU took 3.8 GB.
-        """
+        """Return what pads a batch on the right, to multiples of 8: oneDNN keeps a kernel per shape (in all 3.8 GB)."""
         import transformers
 
         return getattr(transformers, self.collator_class)(tokenizer, pad_to_multiple_of=8)
@@ -253,7 +242,6 @@ class SequenceTask(Task):
         return self.example(words, None if _is_missing(label) else str(label).strip(), where)
 
     def encode_label(self, example: Example, starts: Sequence[tuple[int, int]], length: int, ids: LabelIds) -> int:
-        """Return the label's index."""
         return label_id(example.tags[0], ids, example.where)
 
     def pack_labels(self, labels: Sequence[int]) -> Any:
@@ -273,7 +261,7 @@ print(classify(["This phone is bien bonito"]))"""
 
 
 class TokenTask(Task):
-    """One label for each word; its first or last sub-token carries it (`data.label_on`)."""
+    """One label for each word; its first, its last or all of its sub-tokens carry it (`data.label_on`)."""
 
     name = "token"
     description = "one label per word"
@@ -340,7 +328,6 @@ class TokenTask(Task):
     def answer(
         self, text: Any, chosen: NDArray[np.int64], probabilities: Sequence[dict[str, float]], windows: int
     ) -> Any:
-        """Return the labels of the words."""
         labels = tuple(list(row)[best] for row, best in zip(probabilities, chosen.tolist(), strict=True))
         return WordPredictions(tuple(text), labels, probabilities, windows)
 
@@ -359,14 +346,12 @@ tag = pipeline("token-classification", model=MODEL, aggregation_strategy="first"
 print([(part["word"], part["entity_group"]) for part in tag("This phone is bien bonito")])"""
 
     def mistakes(self, tags: tuple[str, ...], answer: Any) -> Iterator[WrongLabel]:
-        """Yield a mistake for each wrong word."""
         for word, (gold, label, row) in enumerate(zip(tags, answer.labels, answer.probabilities, strict=True)):
             if label != gold:
                 yield gold, label, row[label], row.get(gold, 0.0), word
 
 
-_WRITTEN = re.compile(r"""\{\s*['"].*\}|\(\s*['"].*\)|set\(\)""")
-"""A set or a tuple as Python writes it."""
+_WRITTEN = re.compile(r"""\{\s*['"].*\}|\(\s*['"].*\)|set\(\)""")  # a set or a tuple as Python writes it
 _BRACKETED = re.compile(r"\[[^\]]*\]|\{[^}]*\}|\([^)]*\)")
 
 
@@ -421,11 +406,7 @@ TASKS: dict[str, Task] = {task.name: task for task in (SequenceTask(), TokenTask
 
 
 def get_task(name: str) -> Task:
-    """Return the task of a name.
-
-    Raises:
-        DataError: there is none.
-    """
+    """Return the task of a name; DataError if there is none."""
     if name not in TASKS:
         problem = f"there is no task '{name}'.{nearest(name, TASKS)} Known: {', '.join(TASKS)}"
         raise DataError(problem, code="unknown-task", task=name)
@@ -433,11 +414,7 @@ def get_task(name: str) -> Task:
 
 
 def label_id(label: str, ids: LabelIds, where: str) -> int:
-    """Return the index of a label.
-
-    Raises:
-        DataError: it is not one of the labels to learn.
-    """
+    """Return the index of a label; DataError if it is not one of the labels to learn."""
     if label not in ids:
         raise DataError(f"{where}: label '{label}' is not one of {', '.join(ids)}", code="unknown-label", label=label)
     return ids[label]

@@ -23,10 +23,7 @@ from tokmask_peft.model.packed import enable_padding_free
 from tokmask_peft.recipe import TokenMaskConfig
 from tokmask_peft.recipe.schema import AdapterConfig, ModelConfig, Recipe
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
 
 def on_gpu(batch):

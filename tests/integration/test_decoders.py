@@ -28,6 +28,7 @@ needs_bitsandbytes = pytest.mark.skipif(bitsandbytes_problem("cpu") is not None,
     [
         pytest.param("qwen2-wide", "token", LOW, marks=needs_bitsandbytes),
         ("mistral", "token", ["training.batching=padded"]),
+        ("llama", "token", ["data.label_on=mean"]),
         ("gemma3", "sequence", ["model.pooling=last"]),
     ],
 )
@@ -35,9 +36,10 @@ def test_stock_peft_and_the_merged_model_answer_as_the_run(write_recipe, tmp_pat
     run = train(Recipe.load(write_recipe(family, task), [*BOTH_WAYS, *changes]), quiet=True)
     made = {one["what"]: one["choice"] for one in run.result.decisions}
     assert made["attention"] == "bidirectional"
-    assert made.get("label on") == ("last" if task == "token" else None)
+    carrier = "mean" if "data.label_on=mean" in changes else "last"
+    assert made.get("label on") == (carrier if task == "token" else None)
     loading = json.loads((run.folder.adapter / "tokmask.json").read_text())["loading"]
-    assert (loading["attention"], loading["label_on"]) == ("bidirectional", "last")
+    assert (loading["attention"], loading["label_on"]) == ("bidirectional", carrier if task == "token" else "last")
     assert evaluate(run.folder.root)["confusion"] == run.result.test["confusion"]
     moved = run.folder.adapter.rename(tmp_path / "moved")  # without the run's recipe
     classifier = load(moved, backbone=run.recipe.model.backbone, quantization="none", precision="fp32")
@@ -46,7 +48,8 @@ def test_stock_peft_and_the_merged_model_answer_as_the_run(write_recipe, tmp_pat
     found, snippet = {}, (moved / "README.md").read_text().split("```python\n")[1].split("```")[0]
     exec(snippet.replace("PATH_OR_HUB_ID", str(moved)), found)
     stock = found["model"](**found["inputs"]).logits.detach()
-    rows = stock[0, found["last"]] if task == "token" else stock
+    rows = torch.stack([*found["mean"].values()]) if carrier == "mean" else stock[0, found.get("last", slice(None))]
+    rows = rows if task == "token" else stock
     chances = (rows / classifier.temperature).softmax(-1)
     given = answer.probabilities if task == "token" else [answer.probabilities]
     torch.testing.assert_close(chances, torch.tensor([list(row.values()) for row in given]), atol=1e-4, rtol=0)
@@ -58,6 +61,7 @@ def test_stock_peft_and_the_merged_model_answer_as_the_run(write_recipe, tmp_pat
     merged.config.is_causal = True
     assert (merged(**found["inputs"]).logits - logits).abs().max() > 1e-3
     assert any("is_causal" in note for note in export.notes)
+    assert any("sub-tokens" in note for note in export.notes) == (carrier == "mean")
 
 
 def test_an_end_token_that_pads_is_reported_in_training_and_prediction(tmp_path, data_folder):

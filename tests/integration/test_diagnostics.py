@@ -20,9 +20,8 @@ pytest.importorskip("scipy")
 from tokmask_peft.data.encoding import Encoder
 from tokmask_peft.study.diagnostics import gradients as metering
 from tokmask_peft.study.diagnostics.gradients import diagnose
-from tokmask_peft.study.diagnostics.perturbations import normal
 from tokmask_peft.study.diagnostics.plans import GradientPlan, Perturbations, find_members
-from tokmask_peft.study.diagnostics.robustness import predicted, robustness, score_perturbed
+from tokmask_peft.study.diagnostics.robustness import normal, predicted, robustness, score_perturbed
 
 
 def losses(file):

@@ -42,12 +42,21 @@ def test_the_head_starts_as_the_probe_and_its_score_is_a_floor(write_recipe, mon
     assert json.loads(run.folder.probe.read_text()) == started[0].to_dict()
 
 
-def test_a_run_decides_what_is_auto_and_its_scores_are_repeated(write_recipe, tmp_path):
-    """By `evaluate`, and by a prediction from the adapter's folder, with the label on a word's last sub-token."""
+@pytest.mark.parametrize(
+    ("carrier", "shown", "options"),
+    [
+        ("last", "last = [", []),
+        ("mean", "mean = {", ["training.views=2"]),
+        ("mean", "mean = {", ["training.batching=padded", "training.head=probe", "data.max_length=14"]),
+    ],
+)
+def test_a_run_decides_what_is_auto_and_its_scores_are_repeated(write_recipe, tmp_path, carrier, shown, options):
+    """By `evaluate`, and by a prediction from the adapter's folder, with the label on the last or all sub-tokens."""
     auto = [f"training.{key}=auto" for key in ("epochs", "batch_size", "patience")]
     run = train(
         Recipe.load(
-            write_recipe("bert", "token"), [*auto, "training.max_steps=3", "data.label_on=last", "model.pooling=mean"]
+            write_recipe("bert", "token"),
+            [*auto, "training.max_steps=3", f"data.label_on={carrier}", "model.pooling=mean", *options],
         ),
         quiet=True,
     )
@@ -58,7 +67,7 @@ def test_a_run_decides_what_is_auto_and_its_scores_are_repeated(write_recipe, tm
     assert evaluate(run.folder.root)["confusion"] == run.result.test["confusion"]
     moved = run.folder.adapter.rename(tmp_path / "moved")
     card = (moved / "README.md").read_text()
-    assert "last = [" in card
+    assert shown in card
     assert "pool(" not in card  # words are not pooled
     classifier = load(moved, backbone=run.recipe.model.backbone)
     test = [block.split("\n") for block in Path(run.recipe.data.path, "test.conll").read_text().strip().split("\n\n")]

@@ -155,6 +155,25 @@ def write_posts(root: Path, configs: list[str], default: str | None = None) -> N
     (root / "README.md").write_text(f"---\nconfigs: {json.dumps(card)}\n---\nPosts.\n", encoding="utf-8")
 
 
+def write_pairs(root: Path) -> None:
+    """Write made-up pairs as facebook/xnli has them: a configuration for each language, classes with names."""
+    from datasets import ClassLabel, Dataset, Features, Value
+
+    names = ["entailment", "neutral", "contradiction"]
+    features = Features(
+        {key: Value("string") for key in ("premise", "hypothesis")} | {"label": ClassLabel(names=names)}
+    )
+    splits, card = {"train": 30, "test": 9, "validation": 6}, []
+    for config in ("en", "sw"):
+        files = [{"split": split, "path": f"{config}/{split}-*"} for split in splits]
+        card.append({"config_name": config, "data_files": files})
+        for split, size in splits.items():
+            texts = {key: [f"{key} {split} {n} ya {config}" for n in range(size)] for key in ("premise", "hypothesis")}
+            rows = Dataset.from_dict(texts | {"label": [n % 3 for n in range(size)]}, features=features)
+            rows.to_parquet(root / config / f"{split}-00000-of-00001.parquet")
+    (root / "README.md").write_text(f"---\nconfigs: {json.dumps(card)}\n---\nPairs.\n", encoding="utf-8")
+
+
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
     root = tmp_path_factory.mktemp("hub")
@@ -165,6 +184,7 @@ def hub(tmp_path_factory):
     (root / DAMAGED / "default" / "test-00000-of-00001.parquet").write_bytes(b"damaged")
     write_posts(root / MOODS, ["calm", "loud"])
     write_posts(root / TONES, ["calm", "loud"], default="loud")
+    write_pairs(root / "facebook" / "xnli")
     with StandIn(root) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
@@ -239,6 +259,26 @@ def test_sentiment_of_joined_words_and_numbered_classes(run, hub, home):
     assert (found["text"], found["label"]) == ("hola my friend #1", "negative")
     assert found["pos"] == ["INTJ", "DET", "NOUN", "X"]
     assert found["lid"] == ["lang2", "lang1", "lang1", "other"]
+
+
+def test_the_recipe_of_pairs_finds_its_columns_classes_and_splits(run, hub, home):
+    found = run(
+        """
+        from tokmask_peft.recipe.loading import load_recipe
+        corpus = load_corpus(load_recipe("xnli_swa/e5-small", ["data.hygiene=report"]).data, seed=1)
+        test = corpus.test
+        print(json.dumps({"sizes": [len(part) for part in (corpus.train, corpus.validation, test)],
+                          "labels": sorted(corpus.labels), "first": list(test[0].text), "label": test[0].label}))
+        """,
+        home,
+        HF_ENDPOINT=hub.url,
+    )
+    assert found == {
+        "sizes": [30, 6, 9],
+        "labels": ["contradiction", "entailment", "neutral"],
+        "first": ["premise test 0 ya sw", "hypothesis test 0 ya sw"],
+        "label": "entailment",
+    }
 
 
 LID = "hub_config='lid_someeng', task='token'"

@@ -3,8 +3,6 @@
 huggingface_hub reads its settings when it is imported, so every push runs in a process of its own (`begin`).
 """
 
-from __future__ import annotations
-
 import ast
 import getpass
 import json

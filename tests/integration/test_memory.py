@@ -123,11 +123,7 @@ def test_other_errors_are_left_alone(write_recipe, monkeypatch):
 
 @pytest.mark.parametrize(
     ("at_step", "neftune", "error", "said"),
-    [
-        (0, "null", torch.OutOfMemoryError, ALLOCATOR),
-        (3, "null", RuntimeError, KERNEL),
-        (3, "5", MemoryError, ""),
-    ],
+    [(0, "null", torch.OutOfMemoryError, ALLOCATOR), (3, "null", RuntimeError, KERNEL), (3, "5", MemoryError, "")],
 )
 def test_auto_batch_is_the_run_with_smaller_batches(write_recipe, monkeypatch, at_step, neftune, error, said):
     path, noise = write_recipe(), f"training.neftune_alpha={neftune}"

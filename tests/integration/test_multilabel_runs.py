@@ -17,6 +17,7 @@ from tokmask_peft.artifacts import find_saved, open_run
 from tokmask_peft.data.corpus import load_corpus
 from tokmask_peft.examples import Example, LabelSet
 from tokmask_peft.hub.card import PLACEHOLDER, Card
+from tokmask_peft.recipe.loading import to_yaml
 from tokmask_peft.report.demo import answer, of_run
 from tokmask_peft.report.examples import find_mistakes
 from tokmask_peft.study.diagnostics.plans import Perturbations
@@ -198,10 +199,30 @@ def test_two_views_train_in_packed_rows_and_padded(folder, tiny_backbone, tmp_pa
     assert train(short, quiet=True).result.steps == 4
 
 
+@pytest.mark.parametrize("family", ["bart", "t5"])
+def test_an_encoder_with_a_decoder_gives_sets(tokmask, folder, tiny_backbone, tmp_path, family):
+    """By the commands, on padded batches: the model's own loss, of one answer, is never asked for."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        to_yaml(recipe(folder, tmp_path, tiny_backbone(family), max_steps=12, baseline=False)), encoding="utf-8"
+    )
+    tokmask("train", path, "--quiet")
+    run = open_run(tmp_path / "sets")
+    assert run.result.labels == [*run.result.calibration["thresholds"]] == ["anger", "fear", "joy"]
+    again = json.loads(tokmask("evaluate", run.folder.root, "--json").stdout)
+    assert again["f1_samples"] == pytest.approx(run.result.test["f1_samples"])
+    lines = [json.loads(line) for line in tokmask("predict", run.folder.root, *TEXTS, "--json").stdout.splitlines()]
+    code = (run.folder.adapter / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    code = code.replace(PLACEHOLDER, str(run.folder.adapter)).replace('["This phone is bien bonito"]', repr(TEXTS))
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        exec(code, {})
+    stock = ast.literal_eval(said.getvalue().strip().splitlines()[-1])
+    assert [sorted(one) for one in stock] == [sorted(line["labels"]) for line in lines]
+    assert any(len(line["labels"]) != 1 for line in lines)
+
+
 @pytest.mark.usefixtures("forked_workers")
 def test_a_sweep_compares_rates(tokmask, folder, tiny_backbone, tmp_path):
-    from tokmask_peft.recipe.loading import to_yaml
-
     path = tmp_path / "recipe.yaml"
     short = recipe(folder, tmp_path / "runs", tiny_backbone("bert-wide"), max_steps=2, baseline=False)
     path.write_text(to_yaml(short), encoding="utf-8")

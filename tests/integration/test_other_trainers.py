@@ -123,11 +123,9 @@ def of_trl(kind, folder, watch, **more):
     model, tokenizer = causal()
     begin = [text.split()[0] for text in TEXTS]
     end = [text + " ok" for text in TEXTS]
-    columns = {
-        "SFT": {"text": TEXTS},
-        "Reward": {"chosen": end, "rejected": end[::-1]},
-        "GRPO": {"prompt": begin},
-    }.get(kind, {"prompt": begin, "chosen": end, "rejected": end[::-1]})
+    columns = {"SFT": {"text": TEXTS}, "Reward": {"chosen": end, "rejected": end[::-1]}, "GRPO": {"prompt": begin}}.get(
+        kind, {"prompt": begin, "chosen": end, "rejected": end[::-1]}
+    )
     if kind == "Reward":
         model = build("qwen2", labels=1)[0]
     elif kind == "GRPO":

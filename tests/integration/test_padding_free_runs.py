@@ -19,10 +19,17 @@ def losses(done):
     return [line["loss"] for line in lines if "loss" in line]
 
 
-@pytest.mark.parametrize(("family", "task"), [("bert", "token"), ("qwen2", "sequence")])
-def test_packed_and_padded_runs_are_one(write_recipe, family, task):
+@pytest.mark.parametrize(
+    ("family", "task", "options"),
+    [
+        ("bert", "token", ["masking.unit=word"]),
+        ("bert", "token", ["data.label_on=mean", "masking.replace=drop", "masking.unit=token"]),
+        ("qwen2", "sequence", ["masking.unit=word"]),
+    ],
+)
+def test_packed_and_padded_runs_are_one(write_recipe, family, task, options):
     path = write_recipe(family, task)
-    options = ("masking.p=0.3", "masking.unit=word", "training.gradient_accumulation=2")
+    options = (*options, "masking.p=0.3", "training.gradient_accumulation=2")
     padded = run(path, "padded", "training.batching=padded", *options)
     packed = run(path, "packed", "training.batching=padding_free", *options)
     decision = {"what": "batching", "choice": "padding_free", "reason": "a batch is one row, with attention per text"}

@@ -18,7 +18,7 @@ from tokmask_peft.model.layers import pool_texts, pooled
 from tokmask_peft.model.packed import enable_padding_free
 
 
-@pytest.mark.parametrize("how", ["mean", "max"])
+@pytest.mark.parametrize("how", ["mean", "max", "ends"])
 @pytest.mark.parametrize("family", ["bert", "xlm-r", "distilbert", "modernbert", "qwen2", "gemma3"])
 def test_the_head_reads_all_states_packed_or_padded_alone_or_not(family, how):
     model, tokenizer = build(family, task="sequence", labels=3)
@@ -55,14 +55,16 @@ def test_padding_is_left_out():
     states, mask = torch.randn(2, 5, 3), torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
     torch.testing.assert_close(pooled(states, mask, "mean")[1, 0], states[1, :2].mean(0))
     torch.testing.assert_close(pooled(states, mask, "max")[1, 0], states[1, :2].amax(0))
+    for padded, real in ((mask, states[1, :2]), (mask.flip(1), states[1, 3:])):
+        torch.testing.assert_close(pooled(states, padded, "ends")[1, 0], real.mean(0))
+    torch.testing.assert_close(pooled(states, None, "ends")[0, 0], (states[0, 0] + states[0, 4]) / 2)
 
 
-@pytest.mark.parametrize(("family", "how"), [("bert", "mean"), ("xlm-r", "max")])
+@pytest.mark.parametrize(("family", "how"), [("bert", "mean"), ("xlm-r", "max"), ("qwen2", "ends")])
 def test_a_run_is_saved_and_loads_with_stock_peft_and_the_lines_of_its_card(write_recipe, tmp_path, family, how):
-    run = train(
-        Recipe.load(write_recipe(family), [f"model.pooling={how}", "training.max_steps=3", "training.baseline=false"]),
-        quiet=True,
-    )
+    both_ways = ["model.attention=bidirectional"] if how == "ends" else []
+    changes = [f"model.pooling={how}", "training.max_steps=3", "training.baseline=false", *both_ways]
+    run = train(Recipe.load(write_recipe(family), changes), quiet=True)
     adapter = run.folder.adapter
     assert json.loads((adapter / "tokmask.json").read_text())["loading"]["pooling"] == how
     moved = adapter.rename(tmp_path / "moved")  # without the run's recipe
@@ -84,3 +86,11 @@ def test_words_are_not_pooled(write_recipe):
     loaded = load_backbone(recipe.model, "token", ("a", "b"), torch.device("cpu"))
     assert not hasattr(loaded.model, "text_pooling")
     assert "pooling" not in {one.what for one in loaded.decisions}
+
+
+@pytest.mark.parametrize("attention", ["causal", "bidirectional"])
+def test_both_ends_of_a_causal_decoder_name_the_key_that_gives_the_first_one_sight(write_recipe, attention):
+    recipe = Recipe.load(write_recipe("qwen2"), ["model.pooling=ends", f"model.attention={attention}"])
+    decisions = load_backbone(recipe.model, "sequence", ("a", "b"), torch.device("cpu")).decisions
+    (reason,) = (one.reason for one in decisions if one.what == "pooling")
+    assert ("model.attention" in reason) == (attention == "causal")

@@ -60,6 +60,7 @@ def test_packed_is_what_is_left_of_each_text_by_itself(family, task):
         ("distilbert", "sequence", "auto"),
         ("bert", "sequence", "mean"),
         ("qwen2", "sequence", "max"),
+        ("xlm-r", "sequence", "ends"),
     ],
 )
 def test_padded_is_packed(family, task, pooling):

@@ -10,7 +10,7 @@ from tiny_models import TEXTS, build, encode, encoder_decoders, families, more_f
 from torch.nn.parallel import DistributedDataParallel
 from transformers import DataCollatorWithPadding
 
-from tokmask_peft.data.batches import PackedCollator
+from tokmask_peft.data.batches import PackedCollator, padded_collator
 from tokmask_peft.data.encoding import Encoder
 from tokmask_peft.errors import ModelError
 from tokmask_peft.examples import Example, Pair
@@ -20,7 +20,7 @@ from tokmask_peft.model.adapter import add_adapter
 from tokmask_peft.model.backbone import load_backbone
 from tokmask_peft.model.decisions import bitsandbytes_problem
 from tokmask_peft.model.families import FAMILIES, Family
-from tokmask_peft.model.layers import LINEAR
+from tokmask_peft.model.layers import LINEAR, average_words
 from tokmask_peft.model.packed import choose_batching, enable_padding_free
 from tokmask_peft.recipe import TokenMaskConfig
 from tokmask_peft.recipe.schema import AdapterConfig, ModelConfig, Recipe
@@ -112,6 +112,28 @@ def test_masked_logits_and_gradients_are_those_of_the_texts_alone(family, task):
         assert torch.equal(seen[0][0, : sum(map(len, ids))], torch.cat(masked))
         assert logits.shape == ((len(ids), 3) if task == "sequence" else (1, sum(map(len, ids)), 3))
         assert_same(logits, model, alone(reference, masked), reference)
+
+
+@pytest.mark.parametrize("family", ["bert", "modernbert", "qwen2"])
+def test_the_mean_of_a_word_is_that_of_its_sub_tokens_alone(family):
+    model, tokenizer = build(family, task="token")
+    reference = adapted(build(family, task="token")[0], "token")
+    examples = [Example(tuple(text.split()), ("a",) * len(text.split()), "x") for text in TEXTS]
+    rows = [*Encoder(tokenizer, "token", 64, "mean").cut(examples, ("a", "b")).dataset]
+    enable_padding_free(model)
+    average_words(model, "mean")
+    model = adapted(model, "token")
+    for collate in (PackedCollator("token"), padded_collator("token", tokenizer)):
+        expected = []
+        for row in rows:
+            logits = reference(input_ids=torch.tensor([row["input_ids"]])).logits[0]
+            numbers = torch.tensor(row["words"])
+            of_words = [number for number, label in zip(numbers, row["labels"], strict=True) if label == 0]
+            expected += [logits[numbers == number].mean(0) for number in of_words]
+        batch = collate([{name: part for name, part in row.items() if name != "length"} for row in rows])
+        labels = batch.pop("labels")
+        assert_same(model(**batch).logits[labels == 0], model, torch.stack(expected), reference)
+    assert model(input_ids=batch["input_ids"]).logits.shape == (*batch["input_ids"].shape, 3), "words may be missing"
 
 
 @torch.no_grad()

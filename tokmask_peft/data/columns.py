@@ -1,7 +1,5 @@
 """Which columns of a table have the texts and the labels, as a sample of its rows shows it."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,8 +16,7 @@ from tokmask_peft.errors import DataError
 from tokmask_peft.examples import MARKS, Unreadable
 from tokmask_peft.tasks import TASKS, get_task
 
-SAMPLED = 2000
-"""Lines or rows from which the form of a file is decided."""
+SAMPLED = 2000  # lines or rows from which the form of a file is decided
 MOST_LABELS, MOST_NUMBERS = 200, 20  # different values of a column of labels; fewer of numbers, which may be counts
 TASK_QUESTION = "What has a label: each text (sequence), or each word (token)?"
 SETS_QUESTION = "How many labels has a text: one (sequence), or several (multilabel)?"
@@ -39,14 +36,10 @@ LABEL_NAMES = (
     *("topic", "stance", "polarity", "stars", "rating", "score", "hate", "offensive", "irony", "gold", "pos", "ner"),
     *("genre", "classes", "categories", "targets", "intents", "emotions", "topics", "genres"),
 )
-LANGUAGE_NAMES = ("language", "lang", "dialect")
-"""Names of labels if nothing else in the table is one."""
-TAG_NAMES = ("label", "labels", "tags", "lid", *LANGUAGE_NAMES, *LABEL_NAMES)
-"""Names of the labels of words."""
+LANGUAGE_NAMES = ("language", "lang", "dialect")  # names of labels if nothing else in the table is one
+TAG_NAMES = ("label", "labels", "tags", "lid", *LANGUAGE_NAMES, *LABEL_NAMES)  # names of the labels of words
 _NUMBER = re.compile(r"[-+]?\d+(?:[.,]\d+)?")
-
-Ask = Callable[[str, str, Mapping[str, str]], str]
-"""Called with a key, a question, and its answers with what is known of each, the likeliest first; returns one."""
+Ask = Callable[[str, str, Mapping[str, str]], str]  # key, question, and answers with what is known; returns one
 
 
 def likeliest(key: str, question: str, answers: Mapping[str, str]) -> str:
@@ -175,11 +168,7 @@ class Table:
         return [_Column(name, [row.get(name) for row in read]) for name in names]
 
     def find(self) -> None:
-        """Set task and columns.
-
-        Raises:
-            DataError: no column fits; lists them, with what is in them.
-        """
+        """Set task and columns, or raise a DataError that lists the columns and what is in them."""
         sample = self._look([*self.rows, *self.further])  # the first rows may all have one label
         for column in sample:
             if column.names_splits:
@@ -219,10 +208,7 @@ class Table:
         raise DataError(f"{self.path}: {problem}. Columns: {shown}. {remedy}.", code=code, field=key, columns=names)
 
     def _pair(self) -> list[_Column]:
-        """Return the two columns of pairs of texts, as the user names them or by usual names; none if there are none.
-
-        Unlike a text, one of a pair may recur: a premise has several hypotheses. Another column must have labels.
-        """
+        """Return the two columns of pairs, next to one of labels; unlike texts, those of a pair may recur."""
         if isinstance(asked := self.found.data.get("text_column"), list | tuple):
             return [self._column(one, "text_column") for one in asked]
         by_name = {column.name.strip().lower(): column for column in self.columns}

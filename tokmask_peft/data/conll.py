@@ -1,16 +1,12 @@
 """Texts with a word in each row: the rows of a table that make a text, and column files (CoNLL).
 
-In a column file there is a word per line, its tags in further columns, a blank line between texts.
-LinCE, CALCS, SentiMix and Universal Dependencies differ in comments, separators and columns. What looks like a comment
-may be a word of a tweet, so these are the rules:
+In a column file there is a word per line, its tags in further columns, a blank line between texts. What looks like a
+comment may be a word of a tweet; these rules read LinCE, CALCS, SentiMix and Universal Dependencies:
 
 * a comment comes before the first word of a text, and reads `# key = value`, `# key: value` or `# key value<TAB>label`,
-  or has no column separator in a file whose word lines have one;
-* everything else that begins with `#` is a word: `#OneDay<TAB>lang1`, and the sign alone, `#<TAB>other`;
-* the header of SentiMix, `meta<TAB>7<TAB>positive`, counts as a comment.
+  or has no column separator in a file whose word lines have one; SentiMix has `meta<TAB>7<TAB>positive`;
+* everything else that begins with `#` is a word: `#OneDay<TAB>lang1`, and the sign alone, `#<TAB>other`.
 """
-
-from __future__ import annotations
 
 import re
 from collections import deque
@@ -25,22 +21,16 @@ from tokmask_peft.errors import DataError, nearest
 from tokmask_peft.examples import Example, Unreadable
 from tokmask_peft.tasks import TASKS, Task
 
-Row = tuple[str, dict[str, Any]] | Unreadable
-"""The place of a row (`file:line`) and its cells by column, or why it has none."""
-Cells = tuple[str, list[str]] | Unreadable
-"""The same before columns have names."""
-Word = tuple[str, str, str | None]
-"""A word with its place and its tag or its text's label."""
-
-BLANK = "blank-row"
-"""The code of a blank line in a table: it has no text, but may end one."""
+Row = tuple[str, dict[str, Any]] | Unreadable  # place of a row (`file:line`) and cells by column, or why it has none
+Cells = tuple[str, list[str]] | Unreadable  # the same before columns have names
+Word = tuple[str, str, str | None]  # a word with its place and its tag or its text's label
+BLANK = "blank-row"  # the code of a blank line in a table: it has no text, but may end one
 _TEXT_ENDS = {"<eos>", "</s>"}
 _USUAL = {"id", "word", "token", "tag", "sent", "sent_id", "sentence_id", "sentence #", "tweet_id", "category", "class"}
 _USUAL |= {"language", "lang"} | {name for task in TASKS.values() for name in (*task.text_columns, *task.label_columns)}
 CONLLU_COLUMNS = ("id", "form", "lemma", "upos", "xpos", "feats", "head", "deprel", "deps", "misc")
 SNIFFED_LINES = 5000
 _EMPTY_WORD = "the word is empty. Fill it in or remove the line", ', or leave out such texts with data.missing=[""]'
-
 _KEY_VALUE = re.compile(r"#[ ]+(?P<key>[A-Za-z_][\w.\-]*(?:\[\w+\]|[ ]id)?)[ ]*=(?P<value>.*)")
 _KEY_COLON = re.compile(r"#[ ]+(?P<key>[A-Za-z_][\w.\-]*):[ ](?P<value>[^\t]*)$")
 _KEY_TAB = re.compile(
@@ -123,10 +113,8 @@ def grouping(head: Sequence[Row], text: str, label: str | None, columns: Columns
     """Return whether a row has one word of a text, and the column that names the text; none if rows end the texts.
 
     Without `group_column` that is so if words have labels and nearly all cells are one word. Then blank or `<EOS>` rows
-    end the texts, or the only other column whose values come in runs, each value in one run, names them.
-
-    Raises:
-        DataError: the rows have words, but nothing says which of them make a text.
+    end the texts, or the only other column whose values come in runs, each value in one run, names them. DataError if
+    rows have words, but nothing says which of them make a text.
     """
     rows = [row[1] for row in head if isinstance(row, tuple) and not _ends_text(row, text)]
     single = sum(re.fullmatch(r"\s*(?!\[)\S*\s*", str(row.get(text, " . "))) is not None for row in rows)
@@ -186,10 +174,7 @@ def words_of_rows(
 def join_words(
     found: Iterable[Word | Unreadable | None], name: str, columns: Columns
 ) -> Iterator[Example | Unreadable]:
-    """Make examples of words, each with its place and tag; none ends a text. A text's first problem is in its place.
-
-    An empty word is a problem if words have labels, and is left out otherwise.
-    """
+    """Make examples of words, each with its place and tag; none ends a text. A text's first problem is in its place."""
     task, words, tags, empty = columns.task, list[str](), list[str | None](), 0
     places, bad = list[str](), None
     for one in chain(found, [None]):
@@ -219,11 +204,7 @@ def join_words(
 
 
 def readable(found: Iterable[Example | Unreadable]) -> list[Example]:
-    """Return the examples; blank rows of a table are passed over.
-
-    Raises:
-        DataError: some cannot be read; gives the first problem, and the places of others.
-    """
+    """Return the examples, without blank rows; DataError with the first that cannot be read, and places of others."""
     examples: list[Example] = []
     bad: list[Unreadable] = []
     for one in found:
@@ -272,19 +253,12 @@ def is_conll(lines: Iterable[str], columns: Columns) -> bool:
 
 
 class ConllReader:
-    """Reads a column file, one text at a time.
+    """Reads a column file, given as lines without their ends, one text at a time; `name` is for places.
 
     If words carry the labels, the tags are read from a column (default: the last); otherwise the label of a text is
     read from the comment above its words. These are in the first column by default (CoNLL-U: the second). In CoNLL-U
     `misc.Lang` and `feats.Case` are values of a key, `_` for words without it; the default is the only key of MISC.
-
-    Args:
-        lines: the file's lines, without line ends.
-        name: the file's name, for places.
-        columns: what to read.
-
-    Attributes:
-        sample: the columns of the first word lines, of those that have as many as most.
+    `sample` are the columns of the first word lines, of those that have as many as most.
     """
 
     def __init__(self, lines: Iterable[str], name: str, columns: Columns) -> None:

@@ -1,7 +1,5 @@
 """From the data section of a recipe to clean, labelled splits."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re
@@ -39,10 +37,7 @@ class Merge(NamedTuple):
 def apply_label_map(
     examples: Iterable[Example], label_map: Mapping[str, str] | None
 ) -> tuple[list[Example], tuple[Merge, ...]]:
-    """Replace labels by `label_map`, whose key '*' stands for every other label; also return what it applied to.
-
-    Texts whose label is missing are left out.
-    """
+    """Return the texts that have a label, mapped by `label_map` (key '*': every other label), and what was mapped."""
     examples = [example for example in examples if example.label is not None]
     if not label_map:
         return examples, ()
@@ -57,10 +52,7 @@ def apply_label_map(
 
 
 def merged_labels(stored: Mapping[str, Any]) -> list[Merge]:
-    """Return the labels that were merged into others, with their counts over all splits.
-
-    They are `stored` in a data report or a `result.json`, where older runs have `{"old -> new": count}`.
-    """
+    """Return merged labels with their counts over all splits; older runs stored them as `{"old -> new": count}`."""
     totals: Counter[tuple[str, str]] = Counter()
     for merges in stored.values():
         if isinstance(merges, Mapping):
@@ -84,11 +76,7 @@ def _natural_key(label: str) -> list[tuple[int, int, str]]:
 
 
 def collect_labels(train: Sequence[Example]) -> tuple[str, ...]:
-    """List the labels of the training texts in natural order.
-
-    Raises:
-        DataError: there are fewer than two, or almost as many as there are items.
-    """
+    """List the training labels in natural order; DataError if fewer than two, or almost as many as items."""
     counts = count_labels(train)
     if MANY_LABELS < len(counts) > counts.total() / 2:
         problem = f"almost as many different labels as labels in all: {len(counts):,} of {counts.total():,}, such as "
@@ -130,11 +118,7 @@ def with_unseen(labels: Sequence[str], examples: Iterable[Example]) -> tuple[str
 
 
 def check_known(examples: Iterable[Example], labels: Sequence[str], split: str) -> list[str]:
-    """Return a warning if some labels are ones that no training text has; each such text or word counts as an error.
-
-    Raises:
-        DataError: no training text has any of the labels.
-    """
+    """Return a warning if no training text has some of the labels, which count as errors; DataError if all are such."""
     places: dict[str, list[str]] = {}
     for example in examples:
         for tag in example.tags:
@@ -234,11 +218,7 @@ class Corpus:
 
 
 def load_corpus(config: DataConfig, seed: int) -> Corpus:
-    """Read, merge labels, clean, set validation aside, and draw at most `max_train` training texts.
-
-    Raises:
-        DataError: the data cannot be read or does not fit the task.
-    """
+    """Read, merge labels, clean, set validation aside, draw `max_train` texts; DataError if the data do not fit."""
     wanted: dict[str, tuple[SourceConfig, str]] = {"train": (config, config.train)}
     if isinstance(config.validation, str):
         wanted["validation"] = config, config.validation

@@ -1,10 +1,4 @@
-"""Data files, or a dataset of the Hub, without a recipe: which keys of `data` read them, and why.
-
-The form (which file is which split, columns, task) is decided from a sample. What is counted is counted in the whole
-data, read and cleaned as a training would.
-"""
-
-from __future__ import annotations
+"""Which keys of `data` read files, or a Hub dataset, without a recipe: found by a sample, counted in the whole."""
 
 import os
 import re
@@ -31,29 +25,21 @@ from tokmask_peft.examples import Example
 from tokmask_peft.recipe.data import DataConfig, SourceConfig
 from tokmask_peft.tasks import TASKS, get_task
 
-ENGLISH = 0.15
-"""Share of function words above which texts are taken for English; code-switched texts have less."""
+ENGLISH = 0.15  # share of function words above which texts are taken for English; code-switched texts have less
 _ENGLISH = set(
     "the and of that with this you for is it was are what have not they from but on when how which your there".split()  # noqa: SIM905
 )
 _NOT_DATA = re.compile("(?i)readme|licen[cs]e")
-_LINES = (".tagged", ".labelled")
-"""Formats with a text in each line."""
+_LINES = (".tagged", ".labelled")  # formats with a text in each line
 
 
 def detect(
     paths: Sequence[Path], given: Mapping[str, Any], ask: Ask = likeliest, seed: int = 42
 ) -> tuple[Findings, Corpus]:
-    """Find the keys of `data` that read files or a dataset of the Hub, and read them.
+    """Find the keys of `data` that read files (or one folder; none for `hub` in `given`), and read them.
 
-    Args:
-        paths: files, or one folder; none for `hub` in `given`.
-        given: keys of `data` that are set already, and stay.
-        ask: decides what is not sure.
-        seed: of the share that is set aside for validation.
-
-    Raises:
-        DataError: there is nothing to learn from; says what was found and what to do.
+    Keys in `given` stay; `ask` decides what is not sure; `seed` is that of the share that is set aside for validation.
+    A DataError says why there is nothing to learn from.
     """
     found = Findings(dict(given), ask)
     if paths:
@@ -69,10 +55,7 @@ def detect(
 
 
 def find_splits(paths: Sequence[Path], found: Findings) -> dict[str, Path]:
-    """Return the file of each split by the names of the files; `train` is always there.
-
-    A folder, or files; next to a single file that is named as a split, those of its other splits are looked for.
-    """
+    """Return the file of each split, `train` among them, by names: of files, of those in a folder, or next to one."""
     for path in paths:
         if not (path.is_file() or path.is_dir()):
             problem = "is neither a file nor a folder" if path.exists() else f"does not exist (seen from {Path.cwd()})"
@@ -147,10 +130,7 @@ def _role(file: Path) -> tuple[str | None, str]:
 
 
 def _place_splits(splits: Mapping[str, Path] | Mapping[str, str], found: Findings) -> None:
-    """Set `train`, `validation` and `test`, so that what chooses the checkpoint does not score it.
-
-    `splits` has files, of which `path` is set, or the names of splits on the Hub.
-    """
+    """Set `train`, `validation` and `test` (and `path`), so that what chooses the checkpoint does not score it."""
     train, data, kind = splits["train"], found.data, "split"
     names = {split: str(one) for split, one in splits.items()}
     explicit = len(splits) > 1 or train != "train"
@@ -244,11 +224,7 @@ def _find_hub(found: Findings) -> dict[str, str]:
 
 
 def find_form(path: Path, found: Findings) -> None:
-    """Set the keys that read a file: task, format, separator, header and columns.
-
-    Raises:
-        DataError: it has no texts, or no labels.
-    """
+    """Set the keys that read a file: task, format, separator, header, columns; DataError without texts or labels."""
     file = DataFile(path, tolerant=True, encoding=found.data.get("encoding", "auto"))
     asked = found.data.get("format")
     ending = f".{asked}" if asked else file.inner.suffix.lower()
@@ -284,11 +260,7 @@ def _table(file: DataFile, ending: str, found: Findings) -> Table:
 
 
 def _sample(file: DataFile) -> list[str]:
-    """Return the first lines of a text file.
-
-    Raises:
-        DataError: the file is empty, or not a text.
-    """
+    """Return the first lines of a text file; DataError if it is empty, or not a text."""
     lines = list(islice(file.lines(), SAMPLED))  # says what a workbook or an archive is
     characters = Counter("".join(lines))
     odd = sum(count for one, count in characters.items() if unicodedata.category(one) in ("Cc", "Cs") and one != "\t")

@@ -24,14 +24,10 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerFast
 
-BATCH = 1000
-"""Texts tokenized at a time."""
-PIECE = 50_000
-"""Characters or words of a longer text that are tokenized at a time."""
-COUNTED = 500
-"""Texts whose sub-tokens show whether a tokenizer knows their language."""
-MOST_PIECES, MOST_UNKNOWN = 1.5, 0.1
-"""Sub-tokens a word, and share of unknown ones, above which it does not."""
+BATCH = 1000  # texts tokenized at a time
+PIECE = 50_000  # characters or words of a longer text that are tokenized at a time
+COUNTED = 500  # texts whose sub-tokens show whether a tokenizer knows their language
+MOST_PIECES, MOST_UNKNOWN = 1.5, 0.1  # sub-tokens a word, and share of unknown ones, above which it does not
 ONE_LANGUAGE = range(10_000, 60_000)
 """Sub-tokens in a vocabulary of one language; those of many languages are larger, and those of tests smaller."""
 _BETWEEN_WORDS = re.compile(r"(?<=\w) (?=[^\W\d_])")
@@ -58,7 +54,7 @@ class Truncation:
 class Encoded:
     """Examples ready for the model."""
 
-    dataset: Dataset  # columns `input_ids`, `length`; `labels` if there are, `token_type_ids` of pairs
+    dataset: Dataset  # columns `input_ids`, `length`; `labels` if there are, `token_type_ids` of pairs; maybe `words`
     kept: list[list[int]] | None  # if words are given, per text the indices of those that have a position, in order
     truncation: Truncation
 
@@ -74,6 +70,7 @@ class Window:
     positions: NDArray[np.int64]  # of the sub-token of each of these words that carries its label, in `ids`
     owners: NDArray[np.int64] | None = None  # if asked for, the word of each id, -1 for none: [ids]
     types: list[int] | None = None  # of a pair, if the tokenizer gives them: 0 and 1 for its two texts: [ids]
+    numbers: list[int] | None = None  # if all sub-tokens carry a word's label: see `_numbered`
 
 
 class Encoder:
@@ -90,20 +87,19 @@ class Encoder:
         task: name of the task.
         max_length: sub-tokens per text or window, special tokens included.
         label_on: which sub-token of a word carries its label, `first` or `last`; of a word that is cut, the last kept.
+            With `mean`, the label is on the first, and `words` say of which sub-tokens to take the mean.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, task: str, max_length: int, label_on: str = "first") -> None:
         self._tokenizer, self._task, self._max_length = tokenizer, get_task(task), max_length
         self._lead = self._task.words_given and words_need_a_space(tokenizer)
         self._unknown, self._last = tokenizer.unk_token or "?", label_on == "last"
+        self._mean = label_on == "mean" and self._task.words_given
 
     def cut(self, examples: Sequence[Example], labels: Sequence[str]) -> Encoded:
         """Encode examples one row each; what is longer than `max_length` is cut at the end.
 
-        Either all examples have labels or none does; `labels` are in the order of the classifier's outputs.
-
-        Raises:
-            DataError: a label is unknown, or only some texts have labels.
+        `labels` are in the order of the classifier's outputs; DataError if one is unknown, or only some texts have any.
         """
         from datasets import Dataset
 
@@ -114,6 +110,7 @@ class Encoder:
         ids = {label: number for number, label in enumerate(labels)}
         columns: dict[str, list[Any]] = {"input_ids": [], "length": []} | ({} if without else {"labels": []})
         columns |= {"token_type_ids": []} if self._has_types([example.text for example in examples]) else {}
+        columns |= {"words": []} if self._mean else {}
         kept: list[list[int]] = []
         counts = np.zeros(len(fields(Truncation)), dtype=np.int64)
         batches = (examples[start : start + BATCH] for start in range(0, len(examples), BATCH))
@@ -123,6 +120,8 @@ class Encoder:
             columns["length"].append(size)
             if "token_type_ids" in columns:
                 columns["token_type_ids"].append(encoding.type_ids)
+            if self._mean:
+                columns["words"].append(_numbered(encoding.word_ids))
             if not without:
                 columns["labels"].append(self._task.encode_label(example, starts, size, ids))
             kept.append([word for word, _ in starts])
@@ -171,7 +170,7 @@ class Encoder:
             problem = f"windows of {self._max_length} sub-tokens leave no room next to the special tokens"
             raise DataError(problem, code="no-room", max_length=self._max_length)
         cut = self._even_parts if not self._task.words_given else self._overlapping
-        start, texts = 0, cast("Sequence[Sequence[str]]", texts)
+        start, texts, owners = 0, cast("Sequence[Sequence[str]]", texts), owners or self._mean
         for stop in range(1, len(texts) + 1):
             long = stop < len(texts) and len(texts[stop]) > PIECE
             if stop - start >= BATCH or stop == len(texts) or long or len(texts[start]) > PIECE:
@@ -287,7 +286,9 @@ class Encoder:
         before, after = self._frame
         if owners is not None:
             owners = np.pad(owners[part], (len(before), len(after)), constant_values=-1)
-        return Window(text, [*before, *ids[part].tolist(), *after], len(ids[part]), _NONE, _NONE, owners)
+        numbers = _numbered(owners) if self._mean and owners is not None else None
+        whole = [*before, *ids[part].tolist(), *after]
+        return Window(text, whole, len(ids[part]), _NONE, _NONE, owners, numbers=numbers)
 
     @cached_property
     def _frame(self) -> tuple[list[int], list[int]]:
@@ -339,6 +340,11 @@ def _are_pairs(texts: Sequence[Any]) -> TypeGuard[Sequence[Pair]]:
     return bool(texts) and isinstance(texts[0], Pair)
 
 
+def _numbered(owners: Iterable[int | None]) -> list[int]:
+    """Number the words of a text: 0, 1, … for each run of sub-tokens of one owner. Special tokens are a word, too."""
+    return [number for number, (_, run) in enumerate(itertools.groupby(owners)) for _ in run]
+
+
 def _label_positions(encoding: Any, words: int, last: bool) -> NDArray[np.int64]:
     """Return the position of each word's first or last sub-token, -1 if it has none, that of the cut if it is away."""
     starts = np.full(words, -1, dtype=np.int64)
@@ -360,8 +366,8 @@ def _whole_words_after(text: str, end: int) -> int:
 def words_need_a_space(tokenizer: PreTrainedTokenizerFast) -> bool:
     """Return whether words need a leading space of their own to be tokenized as in running text.
 
-    Byte-level BPE without a prefix space (Qwen, GPT) reads a word given on its own as the start of a text: `gusta`
-    becomes `g usta` instead of the one piece that it is inside a text.
+    Byte-level BPE without a prefix space (Qwen, GPT) reads a word on its own as the start of a text: `g usta`, not
+    `gusta`.
     """
     words = ["we", "saw", "the", "house"]
     running = tokenizer(" ".join(words), add_special_tokens=False)["input_ids"]
@@ -399,10 +405,9 @@ def spaced(words: Sequence[str], first_too: bool = False) -> list[str]:
 
 
 def words_of(text: str, offsets: Sequence[tuple[int, int]]) -> NDArray[np.int64]:
-    """Return the word of a running text that each sub-token belongs to, by its last character that is not white space.
+    """Return the word of a running text that each sub-token, by its `offsets`, belongs to, int64 [sub-tokens].
 
-    Words are numbered as in `str.split`; -1 stands for a sub-token of white space only. `offsets` are the first
-    character of each sub-token and the one after its last. The result is int64 [sub-tokens].
+    Words are numbered as in `str.split`; the last character that is not white space decides, -1 if there is none.
     """
     word_at = np.full(len(text), -1, dtype=np.int64)
     for number, word in enumerate(re.finditer(r"\S+", text)):

@@ -29,13 +29,10 @@ Opened = Callable[[], tuple[Iterator[Row], list[str]]]
 
 
 def read_hub(source: SourceConfig, split: str, wanted: Columns) -> list[Example]:
-    """Read a split of a Hub dataset.
+    """Read a split of a Hub dataset; DataError if it cannot be reached, or has no such configuration or split.
 
     Class labels that are stored as numbers come back as names. If no label column is set, the prefix of the
     configuration chooses it (`lid_spaeng` -> `lid`), as LinCE names them.
-
-    Raises:
-        DataError: the dataset cannot be reached, does not exist, is closed, or has no such configuration or split.
     """
     splits = hub_splits(source)
     rows, columns = splits[choose_split(source, split, list(splits))]()
@@ -89,7 +86,7 @@ def _converted(source: SourceConfig) -> dict[str, Opened]:
     """Return what opens the splits of the branch that the Hub converts to parquet.
 
     That branch has no card, so `datasets` finds no configurations there, and none of its folders again when offline.
-    Its files are read from huggingface_hub's own cache instead, which works offline once they have been downloaded.
+    huggingface_hub's own cache works offline once the files have been downloaded.
     """
     import pyarrow.parquet as pq
     from huggingface_hub import snapshot_download
@@ -237,9 +234,6 @@ def builtin_examples(task: str, split: str) -> list[Example]:
     opinions and sarcasm rather than on one word; emoji, hashtags and names agree with the label in train more than in
     test; every fifth word and some patterns occur in test only; 6% of the training sentiments are wrong. Many words are
     spelled alike in both languages (`pan`, `red`, `no`, `come`), and English stems take Spanish endings.
-
-    Raises:
-        DataError: there is no such split.
     """
     name = canonical(split)
     if name not in SPLITS:

@@ -24,8 +24,7 @@ from tokmask_peft.recipe.data import known_encoding
 
 FREE, MOST_GROWTH = 64 * 2**20, 200
 """An archive may unpack to this many bytes, or to this many times its size: text shrinks to a third or a tenth."""
-FIRST_ROWS = 1000
-"""Rows of a sheet from which its width is decided."""
+FIRST_ROWS = 1000  # rows of a sheet from which its width is decided
 PACKED = (".gz", ".zip")
 _BOMS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF32_LE: "utf-32-le", codecs.BOM_UTF32_BE: "utf-32-be"}
 _BOMS |= {codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
@@ -44,7 +43,6 @@ _MAGIC = {
     b"%PDF-": ("a PDF document", "Export its table as CSV"),
 }
 _BESIDE_A_TABLE = re.compile(r"(?i)(?:readme|licen[cs]e|citation)\b.*|.*\.(?:md|pdf|html?|docx?|bib|py)")
-
 _MARKS = "‘’“”–—…«»¡¿\xa0"  # may stand next to each other
 _LETTER = "[A-Za-zÀ-ÖØ-öø-ÿŒœ]"
 _NOT_WESTERN = re.compile(
@@ -67,7 +65,6 @@ class _Unpacked(io.RawIOBase):
         return True
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        """Fill a buffer; see `io.RawIOBase`."""
         try:
             found = self._stream.read(len(buffer))
         except (OSError, EOFError, zlib.error, zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
@@ -94,7 +91,7 @@ def _archive_error(path: Path, problem: str) -> DataError:
 
 @contextmanager
 def damaged(file: DataFile, kind: str, code: str) -> Iterator[None]:
-    """Turn what fails in a damaged file, in many places with many classes of error, into one error with its name."""
+    """Turn what fails in a damaged file, in many places and ways, into one DataError with the file's name."""
     try:
         yield
     except (TokmaskError, MemoryError):
@@ -105,23 +102,13 @@ def damaged(file: DataFile, kind: str, code: str) -> Iterator[None]:
 
 
 class DataFile:
-    """A file to read from, or the only table in an archive.
+    """A file to read from, or the only table in an archive (.zip, .gz), which is unpacked while it is read.
 
-    Args:
-        path: the file; .zip and .gz are unpacked while they are read.
-        name: for places such as `name:line`; default: the path.
-        tolerant: keep bytes that are not in the encoding as lone surrogates, for `unicode_problem` to find in the text.
-        encoding: `auto`, or the name of a codec.
-        decisions: takes what was decided about the encoding.
-
-    Attributes:
-        inner: the path, or what an archive holds: its ending tells the format.
-        workbook: whether it is an Excel workbook, whatever its ending.
-        total: size in bytes, when unpacked.
-        done: bytes read so far.
-
-    Raises:
-        DataError: the file cannot be opened; an archive is damaged, or does not hold exactly one table.
+    `name` is for places such as `name:line`; if `tolerant`, bytes that are not in the encoding stay as lone surrogates,
+    for `unicode_problem` to find; `decisions` takes what was decided about the encoding. `inner` is the path, or what
+    an archive holds, whose ending tells the format; `workbook` whether it is an Excel workbook, whatever its ending;
+    `total` its size in bytes, unpacked, and `done` those read so far. DataError if it cannot be opened, or does not
+    hold exactly one table.
     """
 
     def __init__(
@@ -202,11 +189,7 @@ class DataFile:
 
     @cached_property
     def form(self) -> tuple[str, str]:
-        """The encoding of a text file and what ends its lines.
-
-        Raises:
-            DataError: it is a workbook, an archive or the like.
-        """
+        """The encoding of a text file and what ends its lines; DataError for a workbook, an archive or the like."""
         with self.open() as file:
             head = file.read(65536)
         for magic, (what, remedy) in _MAGIC.items():
@@ -248,10 +231,8 @@ class DataFile:
         """Read the lines of a text in the encoding of `form`.
 
         Only line feeds end a line (or carriage returns, if there are no line feeds): a post may contain other
-        characters that Unicode counts as line ends. CSV needs them inside quotes (`keep_ends`).
-
-        Raises:
-            DataError: the file is not a text, or a line is not in the encoding (unless `tolerant`); names it.
+        characters that Unicode counts as line ends. CSV needs them inside quotes (`keep_ends`). DataError if the file
+        is not a text, or a line is not in the encoding (unless `tolerant`).
         """
         encoding, end = self.form
         wide = encoding.startswith(("utf-16", "utf-32"))
@@ -297,12 +278,7 @@ def unicode_problem(text: str) -> str | None:
 
 
 def sheet_cells(file: DataFile) -> Iterator[Cells]:
-    """Yield the rows of a workbook that has one sheet, with the values of its cells as text.
-
-    Raises:
-        ExtraError: openpyxl is not installed.
-        DataError: the workbook is damaged, or several sheets have something in them.
-    """
+    """Yield the rows of a workbook's only sheet as texts; ExtraError without openpyxl, DataError if damaged."""
     require("openpyxl", "excel", f"reading {file.name}")
     import openpyxl
 

@@ -1,7 +1,5 @@
 """Formats and sources of texts: which reader a file needs, which file a split means, and what must be in it."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections import deque
@@ -25,11 +23,8 @@ from tokmask_peft.tasks import get_task
 
 SHOWN = 5
 _PLACEHOLDERS = {"", "-", "_", "?", "-1", "none", "null"}
-
-Reader = Callable[[DataFile, Columns], Iterable[Example | Unreadable]]
-"""Reads the texts of a file in order, with an `Unreadable` in place of each that cannot be read."""
-Rows = Callable[[DataFile, Columns], Iterator[Row]]
-"""Reads the rows of a table in order, with an `Unreadable` in place of each that cannot be read."""
+Reader = Callable[[DataFile, Columns], Iterable[Example | Unreadable]]  # reads the texts of a file, in order
+Rows = Callable[[DataFile, Columns], Iterator[Row]]  # reads the rows of a table, in order
 
 
 def table(rows: Callable[[DataFile], Iterator[Row]]) -> Reader:
@@ -133,11 +128,7 @@ _JSON_FORM = (
 
 
 def jsonl_rows(file: DataFile) -> Iterator[Row]:
-    """Read one JSON object per line, or one array of objects, which is read whole.
-
-    Raises:
-        DataError: the file begins like an array, but is not one.
-    """
+    """Read one JSON object per line, or an array of objects, read whole; DataError if it only begins like one."""
     lines = enumerate(file.lines(), start=1)
     start, first = 1, ""
     for start, first in lines:
@@ -201,20 +192,13 @@ READERS: dict[str, Reader] = {
     ".tagged": read_tagged,
     ".labelled": read_labelled,
 }
-"""By ending; the name of a format in `data.format` is its ending without the dot.
-
-Another format is added here: `READERS[".mine"] = read_mine`.
-"""
+"""By ending, in `data.format` without the dot. Another format is added here: `READERS[".mine"] = read_mine`."""
 _SNIFFED = {ending: READERS[ending] for ending in (".csv", ".tsv", ".txt")}
 """These endings may hold another format, unless somebody reads them in a way of their own."""
 
 
 def reader_of(path: Path, asked: str = "auto") -> Reader:
-    """Return the reader of a format, or, for `auto`, of a file's ending.
-
-    Raises:
-        DataError: there is none.
-    """
+    """Return the reader of a format, or, for `auto`, of a file's ending; DataError if there is none."""
     ending = path.suffix.lower() if asked == "auto" else f".{asked}"
     if ending in READERS:
         return READERS[ending]
@@ -225,11 +209,7 @@ def reader_of(path: Path, asked: str = "auto") -> Reader:
 
 
 def _recognised(file: DataFile, columns: Columns) -> Reader | None:
-    """Return the reader of what is in a file if its ending says nothing else, or none.
-
-    Raises:
-        DataError: another format would read it.
-    """
+    """Return the reader of what is in a file if its ending says nothing else; DataError if data.format must be set."""
     ending = file.inner.suffix.lower()
     if file.workbook:
         return READERS[".xlsx"]
@@ -262,15 +242,10 @@ def _better_format(file: DataFile, columns: Columns) -> str | None:
 
 
 def find_files(path: str, split: str, asked: str = "auto") -> list[Path]:
-    """Find the file, or the parquet shards, of a split.
+    """Find the file, or the parquet shards, of a split; DataError if no file fits, or several do.
 
-    Args:
-        path: a folder, or one file: then `train` is that file, and other splits are files next to it.
-        split: a split name (with aliases), or a file name.
-        asked: the recipe's format, which settles a tie between `train.tsv` and `train.conll`.
-
-    Raises:
-        DataError: no file fits, or several do; lists what is there.
+    `path` is a folder, or the file of `train`, with other splits next to it; `split` may be an alias or a file name;
+    the format `asked` settles a tie between `train.tsv` and `train.conll`.
     """
     root = Path(path).expanduser()
     if not (root.is_file() or root.is_dir()):
@@ -308,10 +283,7 @@ def read_split(source: SourceConfig, split: str, task: str, decisions: list[Deci
     """Read a labelled split, or a file, from a local path, the Hub or the built-in corpus: the first that is set.
 
     `decisions` takes what was decided about its form. A text that is missing, or a label of which is, as
-    `source.missing` says, has no label.
-
-    Raises:
-        DataError: the split is missing, empty, unlabelled or malformed.
+    `source.missing` says, has no label. DataError if the split is missing, empty, unlabelled or malformed.
     """
     text, second = source.text_column if isinstance(source.text_column, tuple) else (source.text_column, None)
     columns = Columns(get_task(task), text, source.label_column, header=source.header, second=second)
@@ -340,11 +312,7 @@ def read_split(source: SourceConfig, split: str, task: str, decisions: list[Deci
 
 
 def _read(file: DataFile, columns: Columns, format: str) -> Iterator[Example | Unreadable]:
-    """Read a file, with an `Unreadable` for what is not Unicode, and one error for whatever fails in a damaged file.
-
-    Raises:
-        DataError: the file as a whole cannot be read.
-    """
+    """Read a file, with an `Unreadable` for what is not Unicode, and one DataError if the whole file is damaged."""
     with damaged(file, "a file of texts", "unreadable-file"):
         reader = _recognised(file, columns) if format == "auto" else None
         for found in (reader or reader_of(file.inner, format))(file, columns):
@@ -386,11 +354,7 @@ class TextFile(DataFile):
     The format is txt (a text per line) or another ending of `READERS`; auto goes by the file's own ending, and by what
     is in it. The other arguments are as in `data.`. Every row of the file is in the result: a blank line too, and a
     text of several lines or rows once. `rows` takes the rows of a table, with all their cells, as the texts are read
-    from them; remove those that you have used.
-
-    Raises:
-        DataError: the file is missing, its format is not known, no column fits, or the file as a whole is not what its
-            format says.
+    from them; remove those that you have used. DataError if the file as a whole cannot be read, or no column fits.
     """
 
     def __init__(

@@ -1,9 +1,4 @@
-"""Splits: their names, and texts set aside: a validation share, or a smaller training set.
-
-Draws are seeded and stratified, and keep duplicates together.
-"""
-
-from __future__ import annotations
+"""Names of splits; a validation share, or a smaller training set: seeded, stratified, with duplicates together."""
 
 import re
 from collections import Counter, defaultdict
@@ -34,11 +29,7 @@ def canonical(split: str) -> str:
 
 
 def check_shards(names: Sequence[str], place: str) -> None:
-    """Check that files named as `train-00000-of-00003` are all the shards of one split.
-
-    Raises:
-        DataError: some are missing, or they are of several sets.
-    """
+    """Raise a DataError unless files named as `train-00000-of-00003` are all the shards of one split."""
     parts = [match.groups() for name in names if (match := SHARD.search(name))]
     totals = sorted({total for _, total in parts})
     wanted = [(f"{number:05}", total) for total in totals for number in range(int(total))]
@@ -53,13 +44,10 @@ def check_shards(names: Sequence[str], place: str) -> None:
 
 
 def carve(train: Sequence[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
-    """Split `train` into a training part and a validation part with `share` of the distinct texts; return both.
+    """Set a `share` of the distinct texts aside, for validation; return both parts, in their order.
 
-    Texts that are the same after normalisation stay together. The result does not depend on the order of the texts;
-    both parts keep it. A label never leaves the training part altogether.
-
-    Raises:
-        DataError: there are too few texts to split.
+    Texts that are the same after normalisation stay together, whatever their order. A label never leaves the training
+    part altogether. DataError if there are too few texts to split.
     """
     keys = [normalise(example.string) for example in train]
     groups: dict[str, list[Example]] = defaultdict(list)
@@ -81,11 +69,7 @@ def carve(train: Sequence[Example], share: float, seed: int) -> tuple[list[Examp
 
 
 def subset(train: Sequence[Example], count: int, seed: int) -> list[Example]:
-    """Draw `count` training texts, stratified, in their order; every label keeps a text.
-
-    Raises:
-        DataError: there are more labels than texts to keep.
-    """
+    """Draw `count` training texts, stratified, in their order; every label keeps a text; DataError if it cannot."""
     if count >= len(train):
         return list(train)
     # copies of a text are numbered, so that they have keys of their own whatever the order of the file
@@ -133,10 +117,7 @@ def _draw(groups: dict[str, list[Example]], count: int, seed: int) -> set[str]:
 
 
 def _strata(examples: Sequence[Example], least: int) -> list[str]:
-    """Name a stratum for each text: its label, or the set of its tags.
-
-    A stratum with fewer than `least` texts is merged by majority tag, or rarest label, and then into a common rest.
-    """
+    """Name each text's stratum: its labels; small ones are merged by majority tag or rarest label, then into a rest."""
     joint = ["+".join(sorted(set(example.tags))) for example in examples]
     counts = Counter(tag for example in examples for tag in example.tags)
 

@@ -1,9 +1,4 @@
-"""Tables: CSV, TSV, workbooks, JSON lines and parquet, with a text or a word in a row.
-
-Every physical row comes out once: as cells, or as an `Unreadable` in its place.
-"""
-
-from __future__ import annotations
+"""Tables: CSV, TSV, workbooks, JSON lines and parquet. Every row comes out once: as cells, or as an `Unreadable`."""
 
 import ast
 import csv
@@ -23,10 +18,8 @@ from tokmask_peft.errors import DataError, nearest
 from tokmask_peft.examples import MARKS, Example, Pair, Unreadable
 from tokmask_peft.tasks import Task
 
-SNIFFED = 1000
-"""Rows from which separator, header and grouping are decided."""
-LONGEST = 20_000_000
-"""Characters in a row of several lines: a quote that is not closed within them is a stray one."""
+SNIFFED = 1000  # rows from which separator, header and grouping are decided
+LONGEST = 20_000_000  # characters in a row of several lines: a quote that is not closed within them is a stray one
 _QUOTED = r'"(?:[^"]++|"")*+"'
 
 
@@ -122,11 +115,7 @@ def cells_of(file: DataFile, separator: str, quoted: bool = True) -> Iterator[Ce
 
 
 def named(rows: Iterator[Cells], file: DataFile, columns: Columns, separator: str | None = None) -> Iterator[Row]:
-    """Name the columns of a CSV or TSV file by its header; without one they are `column 0` and so on.
-
-    Raises:
-        DataError: the first row is not valid.
-    """
+    """Name the columns by the header, a valid first row (or DataError); without one they are `column 0` and so on."""
     head = list(islice(rows, SNIFFED))
     start, first = next(((at, row) for at, row in enumerate(head) if getattr(row, "code", "") != BLANK), (0, None))
     if isinstance(first, Unreadable):
@@ -199,11 +188,7 @@ def _short(text: str) -> str:
 
 
 def unique_names(names: Sequence[str], place: str = "") -> list[str]:
-    """Return the names of columns, with a number for each that is empty.
-
-    Raises:
-        DataError: two are the same, so that one would hide the other; or one is not valid Unicode.
-    """
+    """Return the names of columns, numbers for empty ones; DataError if two are the same, or one is not Unicode."""
     if found := unicode_problem(", ".join(names)):
         raise DataError(f"{place}in the names of the columns, {found}", code="not-utf8", where=place.rstrip(": "))
     if twice := [name for name, count in Counter(names).items() if name and count > 1]:
@@ -259,10 +244,8 @@ def _name_class(cell: Any, names: list[str]) -> Any:
 def examples(rows: Iterable[Row], name: str, columns: Columns) -> Iterator[Example | Unreadable]:
     """Turn the rows of one file or split into examples, or into the reason why a row cannot be one.
 
-    If words have labels, a table may have a word in each row: then rows are joined, see `conll.grouping`.
-
-    Raises:
-        DataError: the first row that can be read has no fitting columns, or nothing says which words are one text.
+    If words have labels, a table may have a word in each row: then rows are joined, see `conll.grouping`. DataError if
+    no columns fit, or nothing says which words are one text.
     """
     stream, task = iter(rows) if columns.rows is None else _noted(rows, columns.rows), columns.task
     head, names = list[Row](), list[str]()  # names are those of the first row that has any
@@ -323,11 +306,7 @@ def examples(rows: Iterable[Row], name: str, columns: Columns) -> Iterator[Examp
 
 
 def _mark_of_labels(head: Sequence[Row], label: str, columns: Columns, name: str) -> str | None:
-    """Return what separates the labels in the cells of a column, as the first rows show it.
-
-    Raises:
-        DataError: it may be one or another.
-    """
+    """Return what separates the labels in the cells of a column; DataError if the first rows show several."""
     cells = [row[1].get(label) for row in head if isinstance(row, tuple)]
     texts = [cell for cell in cells if isinstance(cell, str) and not cell.lstrip().startswith("[")]
     marks = [mark for mark in MARKS if any(mark in text for text in texts)]
@@ -377,10 +356,8 @@ _LIST = re.compile(rf"\[\s*(?:{_ITEM}(?:\s*,\s*{_ITEM})*\s*,?|{_ITEM}(?:\s+{_ITE
 def listed(cell: Any, column: str, task: Task, label: bool = False) -> Any:
     """Return the list that a cell holds as text, in the form of JSON, Python or numpy (no commas), or the cell itself.
 
-    A post may begin with a bracket (`[user] hola`), so that a text is read as a list only if a quote follows.
-
-    Raises:
-        DataError: a cell that begins with a bracket is not a list of strings or numbers, or may be a word (`[1]`).
+    A post may begin with a bracket (`[user] hola`), so that a text is read as a list only if a quote follows. DataError
+    for a bracket without a list of strings or numbers, or that may be a word (`[1]`).
     """
     text = cell.strip() if isinstance(cell, str) else ""
     quoted = re.match(r"\[[\[\s]*[uU]?['\"].*\]$", text, re.DOTALL)
@@ -410,11 +387,7 @@ def _parse_list(text: str) -> list[str | float] | None:
 
 
 def choose(columns: Sequence[str], asked: str | int | None, known: Sequence[str], what: str, name: str) -> str:
-    """Find the column of the text or the label in a file: as the recipe asks, or by a usual name.
-
-    Raises:
-        DataError: there is no such column, or several fit.
-    """
+    """Find the column of text or label, as asked, or by a usual name; DataError if there is none, or several fit."""
     field, found = f"data.{what}_column", f"Columns of {name}: {', '.join(columns)}."
     how = f"Set {field} to one of them, or to its number (from 0)."
     if columns[:1] == ["column 0"]:

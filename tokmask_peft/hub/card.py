@@ -1,7 +1,5 @@
 """The model card of an adapter or a merged model: its facts here, its text in `card.md.j2`."""
 
-from __future__ import annotations
-
 import json
 import re
 import warnings
@@ -23,8 +21,7 @@ from tokmask_peft.recipe.data import SourceConfig
 from tokmask_peft.recipe.schema import Recipe
 from tokmask_peft.tasks import get_task
 
-PLACEHOLDER = "PATH_OR_HUB_ID"
-"""Stands for the location of the model in the snippet of a card, until a push knows it."""
+PLACEHOLDER = "PATH_OR_HUB_ID"  # stands for the location of the model in the snippet of a card, until a push knows it
 PICTURE = "confusion_matrix.png"
 TEXT, PAIR = '"This phone is bien bonito"', ('"A man plays a guitar"', '"Someone makes music"')
 """The text in the snippets of the tasks, and what a model of pairs reads instead."""
@@ -53,11 +50,7 @@ class Card:
     notes: Sequence[str] = ()  # sentences without a full stop that are added to the limits
 
     def render(self) -> str:
-        """Return the card as Markdown with a YAML head.
-
-        Raises:
-            ValueError: huggingface_hub cannot read the head back.
-        """
+        """Return the card as Markdown with a YAML head."""
         recipe, result, task = self.recipe, self.result, get_task(self.recipe.data.task)
         trained, tested = (public_source(source) for source in (recipe.data, recipe.data.test_source or recipe.data))
         confusion = result.scored.get("confusion")
@@ -150,9 +143,19 @@ def public_source(source: SourceConfig) -> SourceConfig:
 
 
 def label_on(recipe: Recipe, result: Result) -> str:
-    """Return which sub-token of a word carries its label, `first` or `last`, as the run decided."""
+    """Return which sub-token of a word carries its label, as the run decided: `first`, `last`, or `mean` for all."""
     chosen = {decision["what"]: decision["choice"] for decision in result.decisions}
     return chosen.get("label on", "first") if recipe.data.label_on == "auto" else recipe.data.label_on
+
+
+_MEAN = """\
+with torch.no_grad():
+    logits = model(**inputs).logits[0]
+word_ids = inputs.word_ids()
+known = sorted({*word_ids} - {None})
+mean = {word: logits[[i for i, of in enumerate(word_ids) if of == word]].mean(0) for word in known}
+print([(words[word], labels[row.argmax()]) for word, row in mean.items()])"""
+"""What follows `inputs` if the sub-tokens of a word answer together."""
 
 
 def loading_snippet(recipe: Recipe, result: Result, folder: str, spaced_words: bool = False) -> str:
@@ -167,6 +170,8 @@ def loading_snippet(recipe: Recipe, result: Result, folder: str, spaced_words: b
     if label_on(recipe, result) == "last":
         use = use.replace("first = [", "last = [").replace("word_ids[:i]]", "word_ids[i + 1 :]]")
         use = use.replace("for i in first]", "for i in last]")
+    elif label_on(recipe, result) == "mean":
+        use = use.partition("with torch.no_grad")[0] + _MEAN
     return Template(_read("snippet.py.j2")).render(
         auto=task.auto_class.replace("AutoModel", "AutoPeftModel"),
         folder=json.dumps(folder, ensure_ascii=False),
@@ -187,6 +192,9 @@ def pipeline_snippet(recipe: Recipe, result: Result) -> str:
     if label_on(recipe, result) == "last":
         use = use.replace("# adjacent words with the same label are joined", "# a word has its last row's label")
         use = use.replace('"first"', '"none"').replace('"entity_group"', '"entity"')
+    elif label_on(recipe, result) == "mean":
+        use = use.replace("are joined", "are joined; a word's sub-tokens count with their mean probabilities")
+        use = use.replace('"first"', '"average"')
     return f"from transformers import pipeline\n\n{use}"
 
 
@@ -264,11 +272,7 @@ def plain(text: object) -> str:
 
 
 def draw_confusion(confusion: Mapping[str, Any], path: Path) -> bool:
-    """Draw the confusion matrix, shaded by the share of the true label; needs the extra `plots`.
-
-    Returns:
-        Whether there is a picture: without matplotlib, or if its font lacks a letter of the labels, there is none.
-    """
+    """Draw the confusion matrix, shaded by the share of the true label; False if matplotlib or a letter is missing."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

@@ -22,29 +22,20 @@ from tokmask_peft.hub.card import PLACEHOLDER, hub_id
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-ANSWER_SECONDS = 120.0
-"""How long the Hub may take to answer; huggingface_hub itself would wait forever."""
-
+ANSWER_SECONDS = 120.0  # how long the Hub may take to answer; huggingface_hub itself would wait forever
 _NEEDED = ("README.md", "adapter_config.json", "adapter_model.safetensors")
-ADAPTER_FILES = (*LOADED_FILES, "README.md", "confusion_matrix.png")
-"""Names of the files that an adapter is pushed with; everything else in its folder stays on this machine."""
+ADAPTER_FILES = (*LOADED_FILES, "README.md", "confusion_matrix.png")  # all else stays here
 MODEL_FILES = ("config.json", "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 """Patterns of the files that a merged model has and an adapter does not."""
 
 
 def push_adapter(run: str | Path, repo_id: str, private: bool = False, *, quiet: bool = False) -> str:
-    """Push the adapter of a finished run, with its tokenizer, labels and model card, to the Hugging Face Hub.
+    """Push the adapter of a finished run, with its tokenizer, labels and model card, to the Hub; return the address.
 
-    A repository that exists is updated. Files of an earlier push that this run does not have are removed from it;
-    files that tokmask_peft never writes are left alone. A repository holds an adapter or a whole model, not both:
-    transformers would apply the adapter to the model, too. One that exists and is public is refused with `private`.
-
-    Returns:
-        The address of the repository.
-
-    Raises:
-        RunError: the folder is not a run, or the run is not finished.
-        HubError: with what to do. A push that breaks can be repeated.
+    A repository that exists is updated; one that is public is refused with `private`. Files of an earlier push that
+    this run does not have are removed; those that tokmask_peft never writes stay. A repository holds an adapter or a
+    whole model, not both: transformers would apply the adapter to the model, too. RunError if the run is not finished;
+    HubError with what to do: a push that breaks can be repeated.
     """
     folder, token = check_push(run, repo_id)
     adapter = folder.adapter
@@ -69,10 +60,7 @@ def push_adapter(run: str | Path, repo_id: str, private: bool = False, *, quiet:
 def push_model(
     folder: Path, run: RunFolder, repo_id: str, private: bool = False, *, notes: Sequence[str] = (), quiet: bool = False
 ) -> str:
-    """Push the files of `folder`, a merged model with its tokenizer and card, made from `run`, as `push_adapter` does.
-
-    `notes` are printed: sentences without a full stop, for example on how the model differs from the run.
-    """
+    """Push the files of `folder`, a merged model made from `run`, as `push_adapter` does; `notes` are printed."""
     _, token = check_push(run.root, repo_id)
     files, what = _matching_files(folder, ("*",)), f"the merged model of {run.root.name}"
     return _push(files, what, [f"Note: {note}." for note in notes], repo_id, private, token, quiet, merged=True)

@@ -1,7 +1,5 @@
 """A trained adapter as a classifier: texts in, labels and calibrated probabilities out."""
 
-from __future__ import annotations
-
 import functools
 import itertools
 from collections.abc import Sequence
@@ -26,6 +24,7 @@ from tokmask_peft.masking.embedding import Occlusion
 from tokmask_peft.model.adapter import load_adapter, load_merged
 from tokmask_peft.model.backbone import load_backbone
 from tokmask_peft.model.decisions import gpu_problem, kernels_problem, plan_loading
+from tokmask_peft.model.layers import average_words
 from tokmask_peft.model.location import position_limit
 from tokmask_peft.model.packed import choose_batching, enable_padding_free
 from tokmask_peft.spans import NO_SPANS, Spans
@@ -126,19 +125,11 @@ class Classifier:
 
     @functools.cached_property
     def occlusion(self) -> Occlusion:
-        """Masks words as the training of this model did.
-
-        Raises:
-            MaskTokenError: there is no token to mask with.
-        """
+        """Masks words as the training of this model did; MaskTokenError if there is no token to mask with."""
         return Occlusion(self.model, self.tokenizer, self.masking)
 
     def checked(self, texts: Sequence[str] | Sequence[Sequence[str]]) -> list[Any]:
-        """Return texts as the task needs them: strings, pairs, or lists of words.
-
-        Raises:
-            DataError: as `predict` says.
-        """
+        """Return texts as the task needs them: strings, pairs, or lists of words; DataError as `predict` says."""
         if isinstance(texts, str):
             raise DataError("expected a list of texts, not one string: [text]", code="not-a-list")
         found: list[Any] = []
@@ -203,6 +194,7 @@ def load(
         plan = plan_loading(saved.model, place, quantization, precision)
         loaded = load_backbone(plan.model, saved.info.task, saved.info.labels, place)
         batching = _choose_batching(loaded.model, place)
+        average_words(loaded.model, saved.loading.label_on)
         present = "a GPU is there" if place.type == "cuda" else gpu_problem() or "no GPU was found"
         decisions = [Decision("device", str(place), present if device is None else "as asked")]
         if loaded.quantization == "none":

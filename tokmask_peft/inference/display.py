@@ -1,7 +1,5 @@
 """What is shown of answers and explanations: in a terminal, as JSON, and on a page of one file, without scripts."""
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Sequence
@@ -27,10 +25,7 @@ _FOR, _AGAINST = (33, 102, 172), (214, 96, 77)  # blue and orange-red, which col
 
 
 def print_answers(texts: Sequence[str | Pair], answers: Sequence[Answer], as_json: bool) -> None:
-    """Print label, probability and text per answer, between tabs; in token tasks word, label and probability.
-
-    Entities follow the words of their text: a line each that begins with #.
-    """
+    """Print label, probability and text of each answer; in token tasks a line per word, then one with # per entity."""
     for number, (text, answer) in enumerate(zip(texts, answers, strict=True)):
         if as_json:
             _echo_json(answer_record(text, answer))

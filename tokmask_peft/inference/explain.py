@@ -29,16 +29,11 @@ if TYPE_CHECKING:
     from tokmask_peft.inference.forward import Hidden
 
 _QUESTIONS = 4096  # asked at a time: limits the memory, and fills the batches
-MOST_WORDS = 10_000
-"""Words of a text: each takes a forward pass, minutes in all, and memory for what it masks."""
+MOST_WORDS = 10_000  # words of a text: each takes a forward pass, minutes in all, and memory for what it masks
 
 
 def find_word(words: Sequence[str], wanted: int | str, where: str) -> int:
-    """Return the index of a word: `wanted` is it, from the end if negative, or the word itself if it is there once.
-
-    Raises:
-        DataError: there is no such word, or there are several.
-    """
+    """Return the index of a word, given as itself, if it is there once, or as its index, from the end if negative."""
     if isinstance(wanted, int):
         if not -len(words) <= wanted < len(words):
             message = f"{where} has no word {wanted}: its words are 0 to {len(words) - 1}"
@@ -82,11 +77,7 @@ class Occluded:
         return {word for n in self._of_text[text] for word in self._owners[n][self._maskable[n]].tolist()}
 
     def logits(self, questions: Sequence[Question], batch_size: int) -> NDArray[np.float64]:
-        """Answer in few forward passes; a window in which nothing changes is computed once.
-
-        Returns:
-            `[questions, classes]`: of the text, or in token tasks of the word that is asked for.
-        """
+        """Answer in few forward passes, `[questions, classes]`; a window in which nothing changes is computed once."""
         task = get_task(self.classifier.task)
         jobs: dict[tuple[int, bytes], tuple[Window, Hidden]] = {}
         needs: list[list[tuple[int, bytes]]] = []
@@ -117,31 +108,18 @@ class Explanation(InNotebooks):
 
     In token tasks each word's own label is explained by masking the word itself: how much the label rests on the word
     rather than on its context. Given a word, the label of that word is explained by every word.
-
-    Attributes:
-        words: the words, split at white space or as given; those of a pair have `examples.BETWEEN` between them.
-        influences: per word, by how many nats the log-odds of the label drop when it is masked; negative for a word
-            that speaks against the label; 0 if nothing can be masked (`unmasked`).
-        label: of the text, or of the chosen word; empty in token tasks without a chosen word. Of several labels, the
-            likeliest that is given, or the likeliest of all if none is, unless another was asked for.
-        probability: of that label, calibrated; without a chosen word the mean over the words' labels.
-        without: per word, the probability of the label with the word masked.
-        word: token tasks: index of the word whose label is explained; otherwise none.
-        labels: token tasks: the label of each word; otherwise empty.
-        probabilities: token tasks: of each word's label; otherwise empty.
-        unmasked: indices of the words that cannot be masked: their sub-tokens are special or protected, or they have
-            none of their own.
     """
 
-    words: tuple[str, ...]
-    influences: tuple[float, ...]
+    words: tuple[str, ...]  # split at white space or as given; those of a pair have `examples.BETWEEN` between them
+    influences: tuple[float, ...]  # by how many nats the label's log-odds drop when each is masked; 0 if `unmasked`
+    # of the text or the chosen word, otherwise empty; of several the likeliest given, or of all if none is, or as asked
     label: str
-    probability: float
-    without: tuple[float, ...]
-    word: int | None = None
-    labels: tuple[str, ...] = ()
-    probabilities: tuple[float, ...] = ()
-    unmasked: tuple[int, ...] = ()
+    probability: float  # of that label, calibrated; without a chosen word the mean over the words' labels
+    without: tuple[float, ...]  # per word, the probability of the label with the word masked
+    word: int | None = None  # token tasks: index of the word whose label is explained
+    labels: tuple[str, ...] = ()  # token tasks: the label of each word
+    probabilities: tuple[float, ...] = ()  # token tasks: of each word's label
+    unmasked: tuple[int, ...] = ()  # words whose sub-tokens are special or protected, or that have none of their own
 
     @property
     def headline(self) -> str:

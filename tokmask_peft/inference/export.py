@@ -1,7 +1,4 @@
-"""Merge an adapter into its backbone: a plain transformers model that needs neither PEFT nor this package.
-
-The checks come before anything heavy is imported.
-"""
+"""Merge an adapter into its backbone: a plain transformers model. Checks come before anything heavy is imported."""
 
 from __future__ import annotations
 
@@ -23,12 +20,9 @@ from tokmask_peft.tasks import get_task
 if TYPE_CHECKING:
     from torch import Tensor
 
-TOLERANCE = 1e-4
-"""Allowed difference of a logit, as a share of the largest logit if that is above 1."""
-
+TOLERANCE = 1e-4  # allowed difference of a logit, as a share of the largest logit if that is above 1
 ONNX_FILE = "model.onnx"
-ONNX_SHAPES = ((1, 1), (1, 9), (3, 24), (7, 40))
-"""Texts and sub-tokens of the batches on which the file is compared; the export itself sees another shape."""
+ONNX_SHAPES = ((1, 1), (1, 9), (3, 24), (7, 40))  # texts and sub-tokens of compared batches; the export sees others
 
 
 def check_output(out: str | Path, source: str | Path | None, force: bool = False) -> Path:
@@ -90,8 +84,7 @@ def export_merged(
         trust_remote_code: as in `load`.
 
     Raises:
-        ModelError: there is no adapter or no backbone, `folder` is taken, the merged model differs from the adapter, it
-            cannot be exported to ONNX, or memory runs out.
+        ModelError: adapter or backbone is missing, `folder` is taken, logits differ, ONNX or memory fails.
     """
     if onnx:
         check_onnx_installed()
@@ -103,8 +96,9 @@ def export_merged(
         raise ModelError(message, code="unknown-format", precision=precision)
     target = check_folder(folder)
     saved = find_saved(model, backbone, trust_remote_code=trust_remote_code)
-    if saved.model.pooling in ("mean", "max"):
-        problem = f"the head reads the {saved.model.pooling} of a text's states, which no stock model does"
+    if (how := saved.model.pooling) in ("mean", "max", "ends"):
+        problem = f"the head reads the {'mean of both ends' if how == 'ends' else how} of a text's states, which no "
+        problem += "stock model does"
         raise ModelError(f"{problem}: use the adapter, or train with model.pooling=auto", code="pooling-not-exportable")
 
     import torch
@@ -156,6 +150,9 @@ def export_merged(
     if saved.info.calibration.temperature != 1.0:
         effect = "is not part of the model: its probabilities are uncalibrated, its labels the same"
         notes.append(f"the temperature of the calibration ({saved.info.calibration.temperature:.3f}) {effect}")
+    if saved.loading.label_on == "mean":
+        effect = "the mean of its sub-tokens' logits; this model gives those of the sub-tokens"
+        notes.append(f"the label of a word is chosen by {effect}")
     if saved.loading.spans != NO_SPANS:
         effect = f"may break the rules of {saved.loading.spans}, which `tokmask predict` repairs"
         notes.append(f"its labels are the likeliest of each word, and {effect}")
@@ -207,10 +204,7 @@ def _reloaded(folder: Path, saved: SavedAdapter, merged: Any) -> Any:
 
 
 def ordinary_batch(texts: int, length: int, tokenizer: Any, pairs: bool = False) -> dict[str, Tensor]:
-    """Return a batch of random ordinary tokens, of texts of different lengths up to `length`, padded on the right.
-
-    Texts of `pairs` have token types, if the tokenizer gives them.
-    """
+    """Return a batch of random ordinary tokens, of texts of different lengths up to `length`, padded on the right."""
     import torch
 
     draw = torch.Generator().manual_seed(length)  # the global random state stays as it is
@@ -225,14 +219,11 @@ def ordinary_batch(texts: int, length: int, tokenizer: Any, pairs: bool = False)
 
 
 def export_onnx(model: Any, tokenizer: Any, folder: Path, pairs: bool = False) -> float:
-    """Write `model.onnx` with free batch and sequence axes, and compare its logits with the model's.
+    """Write `model.onnx` with free batch and sequence axes, and return the largest difference to the model's logits.
 
     The model is a classification model of transformers in fp32, without an adapter. Weights beyond 2 GB are saved in a
-    second file. A model of `pairs` also takes token types, if its tokenizer gives them. Returned is the largest
-    difference of a logit over `ONNX_SHAPES`.
-
-    Raises:
-        ModelError: the exporter does not support this model, or onnxruntime's logits differ.
+    second file. A model of `pairs` also takes token types, if its tokenizer gives them. ModelError if the exporter does
+    not support the model, or onnxruntime's logits differ over `ONNX_SHAPES`.
     """
     import torch
 

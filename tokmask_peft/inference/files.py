@@ -6,8 +6,6 @@ answer. JSON lines have one for each text, with all probabilities. A column of t
 `label`, the added one is `predicted_label`.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 import json
@@ -31,9 +29,7 @@ from tokmask_peft.spans import NO_SPANS
 CHUNK_BATCHES, CHUNK_CHARACTERS = 32, 2_000_000
 SHOWN_PROBLEMS = 5
 BATCH_ROWS = 10_000  # of parquet, or words of an answer in JSON
-SHEET_ROWS, SHEET_CHARACTERS = 1_048_576, 32_767
-"""What a sheet of a workbook holds, and a cell of it."""
-
+SHEET_ROWS, SHEET_CHARACTERS = 1_048_576, 32_767  # what a sheet of a workbook holds, and a cell of it
 Found = Example | Unreadable
 Cells = Sequence[Any]
 
@@ -69,10 +65,7 @@ def predict_file(
     be read `line` and `error`. In a table, words that stand in one cell have their labels in one cell, too, between
     spaces. `out` appears when all is done, in place of an old one if `force` says so; until then, a temporary file in
     the same folder is written. At most 32 batches of texts are in memory at a time. `progress` is called after each.
-
-    Raises:
-        DataError: `out` cannot be written, or the file as a whole cannot be read.
-        ExtraError: a workbook is asked for, and openpyxl is not installed.
+    DataError if `out` cannot be written, or the file as a whole cannot be read.
     """
     path, form = check_output(out, source.path, force), form_of(out)
     report, columns = FileReport(), Columns(source)
@@ -92,11 +85,7 @@ def predict_file(
 def answered(
     classifier: Classifier, source: TextFile, batch_size: int = BATCH_SIZE
 ) -> Iterator[list[tuple[Found, Answer | None]]]:
-    """Yield the texts of a file with their answers, a limited number at a time; an `Unreadable` has none.
-
-    Raises:
-        DataError: the file as a whole cannot be read.
-    """
+    """Yield the texts of a file with their answers, a limited number at a time; an `Unreadable` has none."""
     for chunk in _chunks(source, batch_size * CHUNK_BATCHES):
         texts: list[Any] = [found.text for found in chunk if isinstance(found, Example)]
         answers = classifier.predict(texts, batch_size) if texts else []
@@ -246,8 +235,7 @@ def _short(answer: Answer | None) -> tuple[Any, Any, None]:
 
 
 Write = Callable[[Any], object]
-Form = Callable[[Path, Columns], AbstractContextManager[Write]]
-"""Opens a file, and gives what writes a row into it."""
+Form = Callable[[Path, Columns], AbstractContextManager[Write]]  # opens a file, and gives what writes a row into it
 
 
 @contextmanager
@@ -388,12 +376,7 @@ def _too_much(problem: str) -> DataError:
 
 
 def form_of(out: str | Path) -> Form | None:
-    """Return what writes a table of the ending of a file, or none for JSON lines.
-
-    Raises:
-        DataError: files of this ending are something else.
-        ExtraError: it is a workbook, and openpyxl is not installed.
-    """
+    """Return what writes a table of the ending of a file, none for JSON lines; DataError for other known endings."""
     ending = Path(out).suffix.lower()
     if ending in _OTHERS:
         remedy = f"give --out one of {', '.join(FORMS)} or .jsonl"

@@ -1,7 +1,5 @@
 """Windows of sub-tokens through a model in batches: on packed rows, or padded."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -19,8 +17,7 @@ from tokmask_peft.masking.embedding import Occlusion
 from tokmask_peft.model.memory.suggestions import Situation, memory_errors
 from tokmask_peft.model.packed import takes_packed_rows
 
-Hidden = NDArray[np.bool_]
-"""Which sub-tokens of a window are masked, bool [ids]."""
+Hidden = NDArray[np.bool_]  # which sub-tokens of a window are masked, bool [ids]
 
 
 class Forward:
@@ -47,10 +44,7 @@ class Forward:
         """Return per window logits `[1, classes]`, or `[words, classes]` in token tasks, in the order of `windows`.
 
         Windows of similar length go together, `batch_size` per forward pass. With an `occlusion`, the sub-tokens in
-        `hidden` are masked.
-
-        Raises:
-            ModelError: a logit is not finite, or memory runs out.
+        `hidden` are masked. ModelError if a logit is not finite, or memory runs out.
         """
         order = sorted(range(len(windows)), key=lambda number: len(windows[number].ids))
         found: list[Any] = [None] * len(windows)
@@ -69,7 +63,7 @@ class Forward:
     def _batch(self, batch: list[Window]) -> list[NDArray[np.float32]]:
         inputs: dict[str, Any]
         if self._pack is not None:
-            rows = [{"input_ids": window.ids, "token_type_ids": window.types} for window in batch]
+            rows = [{"input_ids": one.ids, "token_type_ids": one.types, "words": one.numbers} for one in batch]
             inputs = self._pack([{name: part for name, part in row.items() if part is not None} for row in rows])
         else:
             ids = [torch.tensor(window.ids) for window in batch]
@@ -80,6 +74,9 @@ class Forward:
             if batch[0].types:
                 types = [torch.tensor(window.types) for window in batch]
                 inputs["token_type_ids"] = pad_sequence(types, True, 0, self._side)
+            if batch[0].numbers:
+                numbers = [torch.tensor(window.numbers) for window in batch]
+                inputs["words"] = pad_sequence(numbers, True, -1, self._side)
         device = self._device
         inputs = {name: part.to(device) if isinstance(part, torch.Tensor) else part for name, part in inputs.items()}
         with torch.autocast(device.type, self._dtype, enabled=self._dtype != torch.float32):

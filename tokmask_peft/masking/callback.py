@@ -1,7 +1,5 @@
 """Token masking in any `transformers.Trainer`, or a trainer built on it: `callbacks=[TokenMaskCallback()]`."""
 
-from __future__ import annotations
-
 import sys
 import warnings
 import weakref
@@ -128,11 +126,7 @@ class TokenMaskCallback(TrainerCallback, ExportableState):
         return {"args": args, "attributes": {}, "schedule": self.schedule.state_dict()}
 
     def on_train_begin(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
-        """Attach the masker; the schedule continues if training is resumed.
-
-        Raises:
-            MaskTokenError: no usable mask token, or a model or a trainer that cannot be masked.
-        """
+        """Attach the masker, or raise a MaskTokenError; the schedule continues if training is resumed."""
         self.detach()  # accelerate's find_executable_batch_size begins again after running out of memory
         self.schedule, self._steps = self.config.make_schedule(), 0
         # A checkpoint made without this callback has no entry, and the Trainer would fail to save the next one.
@@ -145,11 +139,7 @@ class TokenMaskCallback(TrainerCallback, ExportableState):
             sys.stderr.write(f"tokmask: {choice}: {token.reason}\n")
 
     def on_step_begin(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
-        """Switch masking on, with the rate and the counter of this optimizer step.
-
-        Raises:
-            MaskTokenError: another masker took this one's place.
-        """
+        """Switch masking on, with this step's rate and counter; MaskTokenError if another masker took its place."""
         masker = self.masker or self._attach(args, state, kwargs)  # None if the callback was added during training
         if not masker.attached:
             message = "another masker was attached during training: give the Trainer one TokenMaskCallback only"
@@ -172,9 +162,8 @@ class TokenMaskCallback(TrainerCallback, ExportableState):
     def on_step_end(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
         """Switch masking off, and show the step's answers to the schedule.
 
-        Raises:
-            MaskTokenError: the first step looked up no ids where the masker is, so nothing was masked; or the schedule
-                reacts to answers, and this trainer reports none (`observe`).
+        A MaskTokenError says that the first step looked up no ids where the masker is, so nothing was masked; or that
+        the schedule reacts to answers, and this trainer reports none (`observe`).
         """
         self._steps += 1
         if self.masker is None or self._passes is None:

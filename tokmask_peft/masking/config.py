@@ -1,7 +1,5 @@
 """The section `masking` of a recipe: how tokens are masked in training. Imports neither torch nor transformers."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,10 +133,5 @@ class TokenMaskConfig(Section):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:
-        """Read `tokmask_config.json` from `folder`.
-
-        Raises:
-            FileNotFoundError: the folder has no such file.
-            pydantic.ValidationError: its content does not fit, for example a schedule that is not registered.
-        """
+        """Read `tokmask_config.json` from `folder`; FileNotFoundError or pydantic.ValidationError if that fails."""
         return cls.model_validate_json((Path(folder) / "tokmask_config.json").read_text(encoding="utf-8"))

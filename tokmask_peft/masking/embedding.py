@@ -1,12 +1,10 @@
 """A model's input embedding below all wrappers: find it, read and write its rows, swap the ids that it looks up."""
 
-from __future__ import annotations
-
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +19,7 @@ if TYPE_CHECKING:  # the masker needs no NumPy
     import numpy as np
     from numpy.typing import NDArray
 
-SEQUENCE_FIRST = ("xlnet",)
-"""Model types that look up their ids as [seq, batch]."""
+SEQUENCE_FIRST = ("xlnet",)  # model types that look up their ids as [seq, batch]
 
 
 def is_sequence_first(model: nn.Module) -> bool:
@@ -44,8 +41,7 @@ def whole(weight: Any) -> Tensor:
 def unwrap(model: nn.Module) -> nn.Module:
     """Remove torch.compile, DDP, FSDP, accelerate's wrappers and PEFT (trl#923: hooks are lost without this).
 
-    Raises:
-        MaskTokenError: `nn.DataParallel`, whose threads would share one counter and therefore one pattern.
+    MaskTokenError for `nn.DataParallel`, whose threads would share one counter and therefore one pattern.
     """
     module: Any = model
     while True:
@@ -91,11 +87,7 @@ def rereads(model: nn.Module) -> bool:
 
 
 def find_embedding(model: nn.Module) -> nn.Module:
-    """Return the module that looks up the input ids, those of the encoder if there is a decoder, too.
-
-    Raises:
-        MaskTokenError: the model has none, or looks ids up in a second place, which a hook here would miss.
-    """
+    """Return the module that looks up the (encoder's) input ids; MaskTokenError if there is none, or more than one."""
     base: Any = unwrap(model)
     embedding: Any = None
     if hasattr(base, "transformers_model"):
@@ -176,7 +168,7 @@ class UsedRows:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, embedding: nn.Module, tokenizer: Any) -> UsedRows:
+    def of(cls, embedding: nn.Module, tokenizer: Any) -> Self:
         """Read the rows, in chunks: an fp32 copy of the whole matrix may not fit."""
         weight = embedding_weight(embedding)
         used, size = min(used_rows(tokenizer), weight.shape[0]), 8192
@@ -194,10 +186,9 @@ class UsedRows:
     def why_untrained(self, token_id: int) -> str | None:
         """Return why a row was probably never trained, or None.
 
-        Training moves rows away from where they began, near 0. A row counts as untrained if less than 1% of the
-        used rows have a smaller norm, and less than 1% are nearer to the mean row. Such a row is not a neutral input:
-        MiniLM's [MASK] has the smallest norm of all 30,522 rows, and moves the encoder's output more than a random
-        word does.
+        Training moves rows away from where they began, near 0. A row counts as untrained if less than 1% of the used
+        rows have a smaller norm, and less than 1% are nearer to the mean row. Such a row is not a neutral input:
+        MiniLM's [MASK], of the smallest norm of all 30,522, moves the encoder's output more than a random word does.
         """
         smaller, nearer = ((of < of[token_id]).float().mean().item() for of in (self.norms, self.distances))
         if smaller >= 0.01 or nearer >= 0.01:
@@ -211,11 +202,7 @@ class UsedRows:
 
 
 def find_mask_token(embedding: nn.Module, tokenizer: Any, wanted: Any = "auto", *, trained: bool = False) -> MaskToken:
-    """Choose the mask token as `choose_mask_token` does; `auto` skips untrained rows unless they will be `trained`.
-
-    Raises:
-        MaskTokenError: there is no usable mask token.
-    """
+    """Choose the mask token as `choose_mask_token` does; `auto` skips untrained rows unless they will be `trained`."""
     weight = embedding_weight(embedding)
     whole_here = weight.dim() == 2 and weight.shape[0] >= used_rows(tokenizer)  # not in ZeRO-3 and FSDP 1
 
@@ -226,11 +213,7 @@ def find_mask_token(embedding: nn.Module, tokenizer: Any, wanted: Any = "auto", 
 
 
 def mask_token_for(embedding: nn.Module, tokenizer: Any, config: TokenMaskConfig) -> MaskToken:
-    """Choose the mask token as a config says; `NO_MASK_TOKEN` if there is none and its masking needs none.
-
-    Raises:
-        MaskTokenError: there is no usable mask token, and one is needed.
-    """
+    """Choose a config's mask token; if there is none, `NO_MASK_TOKEN`, or MaskTokenError if its masking needs one."""
     try:
         return find_mask_token(embedding, tokenizer, config.mask_token, trained=config.trainable_mask)
     except MaskTokenError as error:
@@ -247,12 +230,9 @@ def prepare_mask_row(
     """Give the row of the mask token the mean direction and the median norm of the used rows, if it needs it.
 
     A spare row does, and so does one that is going to be trained but starts untrained (`UsedRows.why_untrained`).
-    Nothing is written if the adapter has its own copy of the row, so call this before PEFT wraps the embedding for
-    `trainable_token_indices`, which copies the row at that moment. Returns the row as it was, [hidden], to be restored
-    with `write_row`, or None if nothing was written.
-
-    Raises:
-        MaskTokenError: the matrix is not available as a whole (sharded by ZeRO-3 or FSDP 1).
+    Nothing is written if the adapter has its own copy of the row, so call this before PEFT makes it
+    (`trainable_token_indices`). Returns the row as it was, [hidden], to be restored with `write_row`, or None if
+    nothing was written. MaskTokenError if ZeRO-3 or FSDP 1 has sharded the matrix.
     """
     if not (mask_token.kind == "spare" or trained) or is_in_adapter(embedding, mask_token.id):
         return None
@@ -272,17 +252,15 @@ def prepare_mask_row(
 class Occlusion:
     """Hides sub-tokens of a model's input outside training, for explanations, at positions of the caller's choice.
 
-    A spare row is set to a typical one, as in training, and keeps it: no token uses the row. `config` is how the
-    model, with or without PEFT, was masked in training; None if that is not known.
+    A spare row is set to a typical one, as in training, and keeps it: no token uses the row. `config` is how the model,
+    with or without PEFT, was masked in training; None if that is not known. MaskTokenError if there is no usable mask
+    token, or the model cannot be masked.
 
     Attributes:
         mask_token: what hidden sub-tokens become, with the reason.
         trained: whether the model saw the mask token in training; None if that is not known.
         maskable: for every id whether it may be hidden, bool [rows]. Special and protected tokens may not, as in
             training; the unknown token may, unlike in training, because a word that became one is still a word.
-
-    Raises:
-        MaskTokenError: there is no usable mask token, or the model cannot be masked.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, config: TokenMaskConfig | None = None) -> None:

@@ -1,7 +1,5 @@
 """The masker: a forward pre-hook that swaps ids on their way into the embedding lookup."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import inspect
@@ -22,10 +20,8 @@ from tokmask_peft.masking import pattern
 from tokmask_peft.masking.config import TokenMaskConfig
 from tokmask_peft.masking.replacement import NO_MASK_TOKEN, REPLACEMENTS, MaskToken
 
-_COUNT_BY_MASK = ("opt", "biogpt", "bloom")
-"""Models, by `model_type`, in which a token's position is the number of those before it in the attention mask."""
-_DECODER = 1 << 63
-"""Turns the seed into that of the decoder's positions, which are drawn apart from those of the encoder."""
+_COUNT_BY_MASK = ("opt", "biogpt", "bloom")  # `model_type`s whose positions count the attention mask
+_DECODER = 1 << 63  # turns the seed into that of the decoder, whose masked positions are drawn apart
 
 
 class TokenMasker:
@@ -235,10 +231,7 @@ class TokenMasker:
         return (), {**given, "attention_mask": (torch.ones_like(ids) if visible is None else visible) * ~masked}
 
     def removed(self, module: nn.Module, input_ids: Tensor, rows: Tensor, positions: Tensor) -> Tensor | None:
-        """Return which tokens of a packed row to leave out, bool [1, total], for a model that can; None for none.
-
-        Counts as a training forward. Arguments: the model, and as for `layout`.
-        """
+        """Return which tokens of a packed row to leave out in this training forward, bool [1, total]; None for none."""
         if not (self._replacement.removes and self._trains(module)):
             return None
         masked = self.pattern(input_ids, rows, positions)
@@ -257,14 +250,8 @@ class TokenMasker:
     ) -> Tensor:
         """Return which tokens are masked, bool [batch, seq], in the next training forward or in another `step`.
 
-        Args:
-            ids: [batch, seq].
-            rows: as for `masked_positions`.
-            positions: likewise.
-            step: number of the training forward.
-            rate: masking rate in that forward.
-            seed: of the positions.
-            shifted: whether the ids are a decoder's, which are the labels one place later.
+        `ids` are [batch, seq], those of a decoder if `shifted`: the labels one place later. `rows`, `positions`, `rate`
+        and `seed` are as for `masked_positions`.
         """
         if self._step.device != ids.device:  # the model was moved after `attach`
             vars(self).update({k: part.to(ids.device) for k, part in vars(self).items() if isinstance(part, Tensor)})
@@ -406,11 +393,7 @@ class TokenMasker:
         return {"step": self.step, "rate": self.rate, **settings, "config": self.config.model_dump(mode="json")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state` was taken.
-
-        Raises:
-            MaskTokenError: seed, mask token or config differ, so the run would not mask as before.
-        """
+        """Continue where `state` was taken; MaskTokenError if seed, mask token or config differ."""
         current = self.state_dict()
         defaults = TokenMaskConfig().model_dump(mode="json")  # for keys that are newer than the saved state
         saved = {**state, "config": {**defaults, **state["config"]}}

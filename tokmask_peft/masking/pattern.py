@@ -10,8 +10,6 @@ punctuation, so "don't" is three words. Byte-level BPE and SentencePiece mark sp
 without a space before it continues the word, and a text in a script without spaces is one word.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar
@@ -24,7 +22,6 @@ from tokmask_peft.errors import MaskTokenError
 
 Unit = Literal["token", "word", "span", "continuation"]
 Word = TypeVar("Word", int, Tensor)
-
 _WORD = 2**32 - 1
 # Constants above 2**31 are written as their negative twins modulo 2**32: |word * constant| stays below 2**63.
 _GOLDEN = 0x9E3779B9 - 2**32  # the golden ratio's fraction
@@ -63,18 +60,12 @@ def _streams(
 
 
 def _draw(stream: Tensor, step_key: Tensor, index: Tensor) -> Tensor:
-    """Return 24 random bits: element `index` of each text's stream.
-
-    The step enters a second time, so that two texts whose 32-bit streams coincide do so only within one step.
-    """
+    """Return 24 random bits, element `index` of each text's stream; the step enters again, to part equal streams."""
     return _mix(_absorb(stream, index) ^ step_key) >> 8
 
 
 def text_positions(input_ids: Tensor, pad_id: int | None) -> Tensor:
-    """Count positions from the first token of each text, so that left and right padding give the same pattern.
-
-    They are int64 [1, seq] or [batch, seq], for `input_ids` of [batch, seq]; negative on left padding.
-    """
+    """Return positions from each text's first token, int64 [1 or batch, seq], negative on left padding."""
     positions = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)
     if pad_id is None:
         return positions
@@ -83,10 +74,7 @@ def text_positions(input_ids: Tensor, pad_id: int | None) -> Tensor:
 
 
 def _word_indices(maskable: Tensor, word_starts: Tensor, positions: Tensor) -> Tensor:
-    """Number the words of each text; [batch, seq], meaningless where nothing may be masked.
-
-    A token that may not be masked ends a word, and so a word is either maskable as a whole or one such token.
-    """
+    """Number the words of each text, [batch, seq]; a token that may not be masked ends a word, and has no number."""
     after_fixed = torch.ones_like(maskable)
     after_fixed[:, 1:] = ~maskable[:, :-1]
     text_start = (positions == 0).expand_as(maskable)
@@ -119,21 +107,13 @@ def masked_positions(
     Each unit draws u in [0, 1), uniform with 24 bits, and is masked if u < rate: a higher rate only adds. So does a
     higher share of the texts, each of which draws whether it is masked at all.
 
-    Args:
-        input_ids: [batch, seq]; only the shape and the device matter.
-        rate: masking rate in [0, 1), a number or a tensor that can be broadcast to [batch, seq].
-        seed: of the run.
-        step: counter of training forwards, a number or a 0-dim int64 tensor.
-        rank: number of the process.
-        maskable: bool [batch, seq], false for special tokens, padding and protected tokens.
-        word_starts: bool [batch, seq], true where a word begins; needed for `word` and `span`.
-        unit: what is masked as a whole; `continuation` is a sub-token that does not begin a word.
-        span_length: words per span; a random shift per text moves the borders of the spans from step to step.
-        rows: index of each token's text in the batch, broadcastable to [batch, seq]; default: the row.
-        positions: position of each token in its text, likewise; default: the column.
-        share: share of the texts that are masked.
-        per_text: whether each masked text has the rate itself, or one drawn from 0 to twice the rate.
-        spare_one: never mask all maskable units of a text: the one with the highest u stays.
+    `input_ids`, [batch, seq], give only shape and device. `rate`, in [0, 1), `rows`, the index of each token's text in
+    the batch (default: the row), and `positions`, its position there (default: the column), can be broadcast to that;
+    `step` counts training forwards, as a number or a 0-dim int64 tensor. `maskable` is false for special tokens,
+    padding and protected tokens; `word_starts` is needed for words and spans, both bool [batch, seq]. A `unit` is
+    masked as a whole; `continuation` is a sub-token that does not begin a word. In spans, of `span_length` words, a
+    random shift per text moves the borders from step to step. With `per_text`, a text may draw its rate, from 0 to
+    twice the rate; with `spare_one`, the unit with the highest u is never masked where all would be.
     """
     stream, step_key = _streams(_MASK_KEYS, seed, step, rank, rows, input_ids)
     index = text_positions(input_ids, None) if positions is None else positions.to(torch.int64)
@@ -179,12 +159,9 @@ def in_part(
 ) -> Tensor:
     """Return which tokens belong to the prompt or to the completion, bool [batch, seq].
 
-    Args:
-        part: which.
-        labels: [batch, seq], -100 for the tokens of the prompt.
-        starts: bool [batch, seq], where the texts of a packed row begin. Collators set the label there to -100,
-            whatever the token is, so it goes with the one after it.
-        shifted: the tokens are a decoder's input, which has each label one place later.
+    `labels`, [batch, seq], are -100 for the prompt; if `shifted`, the tokens are a decoder's input, which has each
+    label one place later. `starts`, bool [batch, seq], are where the texts of a packed row begin: collators set the
+    label there to -100, whatever the token is, so it goes with the one after it.
     """
     scored = labels != -100
     if shifted:
@@ -195,10 +172,7 @@ def in_part(
 
 
 def maskable_table(tokenizer: Any, rows: int, protected: set[int | None]) -> Tensor:
-    """Return for every id whether it may be masked, bool [rows].
-
-    The unknown token counts as special, as it does for the tokenizer: masking it would hide next to nothing.
-    """
+    """Return which ids may be masked, bool [rows]: no special ones, so not the unknown token, which hides enough."""
     specials = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
     table = torch.ones(rows, dtype=torch.bool)
     fixed = {*tokenizer.all_special_ids, *specials, *protected} - {None}
@@ -207,11 +181,7 @@ def maskable_table(tokenizer: Any, rows: int, protected: set[int | None]) -> Ten
 
 
 def word_start_table(tokenizer: Any, rows: int) -> Tensor:
-    """Return for every id whether it starts a word, bool [rows]; true for added tokens and rows that no token uses.
-
-    Raises:
-        MaskTokenError: the tokenizer leaves no marks that this function knows.
-    """
+    """Return which ids start a word, or are not in words, bool [rows]; MaskTokenError if the tokenizer marks none."""
     starts = _start_test(tokenizer)
     if isinstance(starts, str):
         name = type(tokenizer).__name__

@@ -22,9 +22,7 @@ class MaskToken:
 
 
 NO_MASK_TOKEN = MaskToken(-1, "none", "the tokenizer has none, and this masking needs no mask token")
-
-_SENTINELS = ("<extra_id_0>", "▁<extra_id_0>")
-"""What T5 and its kin, which have no mask token, see in pretraining in place of a masked stretch of text."""
+_SENTINELS = ("<extra_id_0>", "▁<extra_id_0>")  # what T5, without a mask token, saw for masked text in pretraining
 
 
 def used_rows(tokenizer: Any) -> int:
@@ -38,20 +36,13 @@ def choose_mask_token(
     wanted: Literal["auto", "mask", "spare", "unk"] | int = "auto",
     why_untrained: Callable[[int], str | None] = lambda token_id: None,
 ) -> MaskToken:
-    """Choose the mask token.
+    """Choose the mask token as `wanted`, the value of `masking.mask_token`, says.
 
     `auto` takes the tokenizer's own mask token if its row was trained; otherwise its unknown token, likewise; otherwise
     the last row of the embedding matrix if no token uses it (the last, so that tokens added later do not collide with
-    it). If none of these is left, it takes the tokenizer's token whose row was not trained.
-
-    Args:
-        tokenizer: that of the model.
-        embedding_rows: rows of its embedding matrix.
-        wanted: as `masking.mask_token`.
-        why_untrained: says why a row was probably never trained, or None (`masking.embedding.why_untrained`).
-
-    Raises:
-        MaskTokenError: the choice is impossible, or `auto` finds none. Id 0 is never taken as a last resort.
+    it). If none of these is left, it takes the tokenizer's token whose row was not trained. `why_untrained` says why a
+    row was probably never trained, or None (`masking.embedding`). MaskTokenError if the choice is impossible, or `auto`
+    finds none: id 0 is never taken as a last resort.
     """
     if isinstance(wanted, int):
         return _explicit(tokenizer, embedding_rows, wanted)
@@ -123,12 +114,8 @@ class Replacement:
     """Replaces the masked tokens of a batch; made once for each masker, called in every training forward.
 
     It runs inside `torch.compile`, so it must not branch on the values of tensors. If it `removes` masked tokens, it is
-    not called: no other token sees them, and a packed row is computed without them.
-
-    Args:
-        mask_token: as chosen; `NO_MASK_TOKEN` if there is none, and this class does not need one.
-        maskable: for every id whether it may be masked, bool [rows].
-        tokenizer: that of the model.
+    not called: no other token sees them, and a packed row is computed without them. `mask_token` is `NO_MASK_TOKEN` if
+    there is none, and this class does not need one; `maskable` says for every id whether it may be masked, bool [rows].
     """
 
     removes: ClassVar[bool] = False
@@ -138,13 +125,10 @@ class Replacement:
         self.mask_token = mask_token
 
     def __call__(self, input_ids: Tensor, masked: Tensor, draw: Callable[[], Tensor]) -> Tensor:
-        """Return the ids that the embedding looks up; `input_ids` themselves must stay as they are.
+        """Return the ids that the embedding looks up, [batch, seq]; `input_ids` themselves must stay as they are.
 
-        Args:
-            input_ids: [batch, seq].
-            masked: which tokens are masked, bool [batch, seq].
-            draw: returns 24 random bits per token, int64 [batch, seq]. They do not depend on which tokens are masked,
-                and a resumed training draws the same.
+        `masked` is bool [batch, seq]; `draw` returns 24 random bits per token, int64 [batch, seq], which do not depend
+        on which tokens are masked, and are the same in a resumed training.
         """
         raise NotImplementedError
 
@@ -153,7 +137,6 @@ class TokenReplacement(Replacement):
     """Masked tokens become the mask token."""
 
     def __call__(self, input_ids: Tensor, masked: Tensor, draw: Callable[[], Tensor]) -> Tensor:
-        """Return the ids with the mask token at the masked places."""
         return input_ids.masked_fill(masked, self.mask_token.id)
 
 
@@ -167,7 +150,6 @@ class RandomReplacement(Replacement):
         self.pool = maskable[: used_rows(tokenizer)].nonzero().flatten()
 
     def __call__(self, input_ids: Tensor, masked: Tensor, draw: Callable[[], Tensor]) -> Tensor:
-        """Return the ids with random ones at the masked places."""
         self.pool = self.pool.to(input_ids.device)
         return self.pool[draw() % len(self.pool)].where(masked, input_ids)
 
@@ -178,9 +160,5 @@ class Removal(Replacement):
     removes, needs_mask_token = True, False
 
 
-REPLACEMENTS: dict[str, type[Replacement]] = {
-    "token": TokenReplacement,
-    "random": RandomReplacement,
-    "drop": Removal,
-}
+REPLACEMENTS: dict[str, type[Replacement]] = {"token": TokenReplacement, "random": RandomReplacement, "drop": Removal}
 """By the name in `masking.replace`. Add one of your own before the recipe is read: `REPLACEMENTS["mine"] = Mine`."""

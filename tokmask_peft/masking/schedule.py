@@ -1,7 +1,5 @@
 """How the masking rate moves over training. Your own schedule is a subclass of `Schedule`, named in `SCHEDULES`."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,12 +28,8 @@ class Schedule:
     `observe`; a resumed training then continues exactly if checkpoints fall on logged steps. All processes must come to
     the same rate: use no random numbers.
 
-    Args:
-        p: the rate to reach.
-        p_start: the rate before `begin`.
-        begin: share of training at which the rate leaves `p_start`.
-        end: share of training at which the rate reaches `p`; None takes `usual_end`.
-        target: what a controller holds its statistic at; None takes `usual_target`.
+    The rate leaves `p_start` at `begin` and reaches `p` at `end`, both shares of training; `target` is what a
+    controller holds its statistic at. None takes `usual_end` and `usual_target`.
     """
 
     usual_end: ClassVar[float] = 1.0
@@ -85,11 +79,9 @@ class Constant(Schedule):
 
     @property
     def is_off(self) -> bool:
-        """Whether `p` is 0."""
         return self.p == 0
 
     def rate(self, progress: float) -> float:
-        """Return `p`."""
         return self.p
 
 
@@ -102,7 +94,6 @@ class Linear(Schedule):
             raise ValueError(f"the rate must rise after it begins: begin is {self.begin}, end is {self.end}")
 
     def rate(self, progress: float) -> float:
-        """Return the rate on the way from `p_start` to `p`; both ends are exact."""
         way = self.shape(min(max((progress - self.begin) / (self.end - self.begin), 0.0), 1.0))
         return (1.0 - way) * self.p_start + way * self.p
 
@@ -115,7 +106,6 @@ class Cosine(Linear):
     """Half a cosine wave from `p_start` at `begin` to `p` at `end`."""
 
     def shape(self, done: float) -> float:
-        """Return the share of the way, slow at both ends."""
         return (1.0 - math.cos(math.pi * done)) / 2.0
 
 
@@ -140,11 +130,9 @@ class Controller(Schedule):
 
     @property
     def is_off(self) -> bool:
-        """Whether `p`, the highest rate, is 0."""
         return self.p == 0
 
     def rate(self, progress: float) -> float:
-        """Return the rate that the answers so far lead to."""
         self.move(progress - self.state["progress"])
         self.state["progress"] = progress
         return self.state["rate"]
@@ -160,15 +148,12 @@ class Controller(Schedule):
             self.state[name] = mean if before is None else before + (mean - before) / self.MEMORY
 
     def statistics(self) -> dict[str, float]:
-        """Return the averages and, by label id, the levels."""
         return {name: value for name, value in self.state.items() if name not in ("rate", "progress")}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the rate and the averages."""
         return dict(self.state)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from them."""
         self.state = dict(state)
 
 
@@ -182,11 +167,9 @@ class Overfit(Controller):
     usual_target = 0.9
 
     def observe_step(self, seen: Answers) -> None:
-        """Average the accuracy on unmasked texts."""
         self.average("accuracy", sum(seen.clean_right), sum(seen.clean))
 
     def move(self, done: float) -> None:
-        """Go up or down."""
         if (accuracy := self.state.get("accuracy")) is not None:
             way = math.copysign(self.p * done / 0.2, accuracy - self.target) if accuracy != self.target else 0.0
             self.state["rate"] = min(max(self.state["rate"] + way, 0.0), self.p)
@@ -202,12 +185,10 @@ class Gap(Controller):
     usual_target = 0.25
 
     def observe_step(self, seen: Answers) -> None:
-        """Average both losses."""
         self.average("clean", sum(seen.clean_loss), sum(seen.clean))
         self.average("masked", sum(seen.masked_loss), sum(seen.masked))
 
     def move(self, done: float) -> None:
-        """Grow or shrink."""
         rate = max(self.state["rate"], self.p / 10)
         if "clean" in self.state and "masked" in self.state:
             gap = self.state["masked"] / max(self.state["clean"], 1e-6) - 1.0
@@ -225,13 +206,11 @@ class Ready(Controller):
     usual_target = 0.6
 
     def observe_step(self, seen: Answers) -> None:
-        """Average the accuracy of every class."""
         for label, (count, right) in enumerate(zip(seen.masked, seen.masked_right, strict=True)):
             self.average(f"accuracy {label}", right, count)
             self.state.setdefault(f"level {label}", 0.0)
 
     def move(self, done: float) -> None:
-        """Let each class go up or down; the rate itself is `p`."""
         self.state["rate"] = self.p
         for name in [name for name in self.state if name.startswith("level ")]:
             accuracy = self.state.get(f"accuracy {name.removeprefix('level ')}")
@@ -239,7 +218,6 @@ class Ready(Controller):
             self.state[name] = min(max(self.state[name] + (done if up else -done) / 0.2, 0.0), 1.0)
 
     def class_scale(self) -> list[float] | None:
-        """Return the levels; None before the first step."""
         levels = [self.state[name] for name in self.state if name.startswith("level ")]
         return levels or None
 

@@ -3,8 +3,6 @@
 PEFT is imported where it is needed: it imports bitsandbytes, and that torch's compiler, which takes seconds.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math
@@ -28,8 +26,7 @@ from tokmask_peft.model.location import check_files
 from tokmask_peft.recipe.schema import AdapterConfig
 from tokmask_peft.tasks import get_task
 
-WEIGHTS = "adapter_model.safetensors"
-"""PEFT's name for the file of an adapter's weights."""
+WEIGHTS = "adapter_model.safetensors"  # PEFT's name for the file of an adapter's weights
 
 _PLAIN = (
     *("peft_type", "task_type", "bias", "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules"),
@@ -72,22 +69,14 @@ def target_names(model: nn.Module, config: AdapterConfig, outside: tuple[str, ..
     if config.targets == "auto":
         return found
     if unknown := [name for name in config.targets if name not in found]:
-        raise ModelError(
-            f"adapter.targets: no linear layer is called {', '.join(unknown)}.{nearest(unknown[0], found)} "
-            f"This backbone has {', '.join(found)}; 'auto' adapts them all.",
-            code="unknown-target",
-            unknown=unknown,
-            known=found,
-        )
+        problem = f"adapter.targets: no linear layer is called {', '.join(unknown)}.{nearest(unknown[0], found)}"
+        remedy = f"This backbone has {', '.join(found)}; 'auto' adapts them all."
+        raise ModelError(f"{problem} {remedy}", code="unknown-target", unknown=unknown, known=found)
     return list(config.targets)
 
 
 def adapted_layers(model: nn.Module, wanted: str | int | float) -> list[int] | None:
-    """Return the indices of the layers that get an adapter, or None for every linear layer of the backbone.
-
-    `wanted` is `all`, a number of upper layers, or their share, rounded to whole layers but at least one. A ModelError
-    says that the backbone has fewer layers.
-    """
+    """Return the indices of the layers that get an adapter: a number or a share of the upper ones; None for `all`."""
     if isinstance(wanted, str):
         return None
     total = int(model.config.num_hidden_layers)  # type: ignore[union-attr, arg-type]
@@ -102,11 +91,7 @@ def adapted_layers(model: nn.Module, wanted: str | int | float) -> list[int] | N
 def add_adapter(
     backbone: Backbone, config: AdapterConfig, task: str, trained_token: int | None = None
 ) -> tuple[Any, tuple[Decision, ...]]:
-    """Wrap the backbone in a PEFT model: LoRA on its linear layers, new modules trained in full.
-
-    `trained_token` is the id of the mask token if its embedding row is to be trained. A ModelError says that a target
-    does not exist, or that the head did not become trainable.
-    """
+    """Wrap a backbone in a PEFT model: LoRA on linear layers; new modules, and row `trained_token`, in full."""
     from peft import LoraConfig, get_peft_model
 
     new, parts = backbone.new_modules, dict(backbone.model.named_modules())
@@ -153,9 +138,8 @@ def add_adapter(
 def inputs_as_they_come(model: nn.Module, autocast: bool) -> Iterator[None]:
     """Keep PEFT from making an fp32 copy of what enters each adapter, which autocast would convert back to bf16.
 
-    Without dropout on the adapter's input only time and memory change; with it, the dropout is computed in bf16, like
-    the backbone's own. The copy stays for DoRA, which takes the dtype of its norms from the input, and without
-    `autocast`.
+    Only time and memory change, and dropout on the input is in bf16, like the backbone's own. The copy stays without
+    `autocast`, and for DoRA, which takes the dtype of its norms from the input.
     """
     # PEFT's `disable_input_dtype_casting` fails at layers without the switch (TrainableTokensLayer, peft 0.21.2)
     layers: list[Any] = [part for part in model.modules() if getattr(part, "cast_input_dtype_enabled", False)]
@@ -180,10 +164,7 @@ def gathered_weights(model: Any) -> dict[str, Tensor] | None:
 
 
 def save_adapter(model: Any, folder: Path, backbone_id: str, weights: dict[str, Tensor] | None = None) -> None:
-    """Save LoRA, head and other new modules into `folder`, never the embedding matrix; `weights`: `gathered_weights`.
-
-    `backbone_id` becomes the base model in `adapter_config.json`, where other machines look for it.
-    """
+    """Save what is trained (`gathered_weights`), never the embedding matrix; `backbone_id` names the base to others."""
     config = model.peft_config["default"]
     loaded_from = config.base_model_name_or_path
     config.base_model_name_or_path = backbone_id
@@ -236,11 +217,7 @@ def check_files_of_adapter(folder: Path) -> None:
 def _check_trained_on(
     backbone: Backbone, folder: Path, weights: Mapping[str, str] | None, found: set[float], scaling: float | None
 ) -> None:
-    """Compare the backbone's weights and the scaling that was `found` with those of the training, if these are known.
-
-    Raises:
-        ModelError: they differ.
-    """
+    """Raise a ModelError if the backbone's weights, or the scaling that was `found`, differ from those of training."""
     if other := [kind for kind, seen in (weights or {}).items() if backbone.weights.get(kind, seen) != seen]:
         message = f"the backbone's weights are not those that the adapter in {folder} was trained on. Use that "
         message += "backbone; if its repository has changed since, its earlier revision"
@@ -254,10 +231,8 @@ def _check_trained_on(
 def check_fit(model: Any, tokenizer: Any, folder: Path) -> None:
     """Compare a saved adapter or checkpoint with the PEFT model and the tokenizer, if it has one, to be used with.
 
-    PEFT only warns of missing weights, and ignores others that it does not know.
-
-    Raises:
-        ModelError: weights are missing, unexpected, of another shape or whole numbers, or the tokenizer is another one.
+    PEFT only warns of missing weights, and ignores others that it does not know; here these, another shape, whole
+    numbers and another tokenizer are a ModelError.
     """
     from peft import get_peft_model_state_dict
 
@@ -278,13 +253,10 @@ def check_fit(model: Any, tokenizer: Any, folder: Path) -> None:
     if any(found.values()):
         said = {"shapes": "of another shape", "integers": "that are whole numbers"}
         problems = [f"{len(names)} {said.get(kind, kind)} ({_some(names)})" for kind, names in found.items() if names]
-        raise ModelError(
-            f"the adapter in {folder} does not fit the backbone or the labels. Of its weights, {'; '.join(problems)}. "
-            "Use it with the backbone that it was trained on, and with the files that it was saved with.",
-            code="adapter-does-not-fit",
-            folder=folder,
-            **found,
-        )
+        problem = f"the adapter in {folder} does not fit the backbone or the labels. Of its weights, "
+        problem += "; ".join(problems)
+        remedy = "Use it with the backbone that it was trained on, and with the files that it was saved with."
+        raise ModelError(f"{problem}. {remedy}", code="adapter-does-not-fit", folder=folder, **found)
     check_tokenizer(tokenizer, folder)
 
 
@@ -318,10 +290,8 @@ def load_merged(
 
     Merging saves the products of the adapter. But bf16 weights hold three digits, fp16 ones four: a change that is
     small compared with them would be lost, so that such an adapter is kept apart. Plain LoRA is merged here, without
-    waiting for PEFT to be imported; anything else, and what does not fit, is left to PEFT.
-
-    `weights` and `scaling` are as in `load_adapter`. Returns the merged model or the PEFT model, and which it is, with
-    the reason. A ModelError says that `folder` has no adapter that fits.
+    waiting for PEFT to be imported; anything else, and what does not fit, is left to PEFT. Returns the model, merged or
+    not, and which it is; arguments as of `load_adapter`.
     """
     check_files_of_adapter(folder)
     changes = _plain_changes(backbone, folder)

@@ -1,7 +1,5 @@
 """Load a backbone with a new classification head, and its tokenizer."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import hashlib
@@ -28,18 +26,11 @@ from tokmask_peft.recipe.schema import ModelConfig
 from tokmask_peft.tasks import get_task
 
 HEAD_NAMES = ("score", "classifier", "head", "pre_classifier", "classification_head")
-"""Top-level names of the classification heads in transformers, which quantized loading must be given.
+"""Names of heads, which must not be quantized: transformers itself overlooks a last module that has a bias."""
 
-transformers strips only `.weight` when it looks for the last module, so that a head with a bias would be quantized.
-"""
-
-_ATTENTION_DROPOUT = ("attention_dropout", "attention_probs_dropout_prob")
-"""What the configs of transformers call the dropout on attention weights."""
-
+_ATTENTION_DROPOUT = ("attention_dropout", "attention_probs_dropout_prob")  # in configs of transformers
 _SHORT, _LONG = "la neta", "la neta this weather is too hot for me today"
-
-HASHED = 1024
-"""Values of each parameter that identify a backbone."""
+HASHED = 1024  # values of each parameter that identify a backbone
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +60,8 @@ def load_backbone(
     The head is drawn from torch's global random state: set the seed before. Unlike in PEFT's
     `prepare_model_for_kbit_training`, nothing is upcast, which would double the size of the embedding and of what flows
     through all layers (norms compute in fp32 internally: the last states of MiniLM in bf16 differ by 1.4% from those in
-    fp32 with either), and inputs get no gradients, which only reentrant checkpointing needs.
-
-    Raises:
-        ModelError: the backbone cannot be loaded, or not as the recipe asks, or its answers depend on padding, or
-            it cannot read pairs.
+    fp32 with either), and inputs get no gradients, which only reentrant checkpointing needs. A ModelError says that the
+    backbone cannot be loaded as the recipe asks, or cannot read pairs, or that its answers depend on padding.
     """
     location, kind = location or backbone_location(config), get_task(task)
     precision, quantization = choose_precision(config, device), choose_quantization(config, device)
@@ -140,7 +128,9 @@ def load_backbone(
     if config.attention != "causal":
         decisions.append(Decision("attention", config.attention, "set in the recipe; it was trained causally"))
     if pooling != "auto":
-        decisions.append(Decision("pooling", pooling, "set in the recipe"))
+        blind = pooling == "ends" and hasattr(model, "score") and config.attention == "causal"
+        sight = "; a decoder's first sub-token sees no other, unless model.attention is bidirectional" if blind else ""
+        decisions.append(Decision("pooling", pooling, f"set in the recipe{sight}"))
     decisions += place_embedding(model, config.embedding, device)
     if dtype == torch.float16:
         hold_stream_in_fp32(model)
@@ -164,10 +154,7 @@ def _fit_tokenizer(tokenizer: Any, model: Any, location: str) -> None:
 
 
 def _unpacked(load: functools.partial[Any]) -> functools.partial[Any]:
-    """Read a GGUF file with `load`, and return what loads a model with these values, and takes a quantization.
-
-    transformers does not quantize what it reads from such a file, and calls that not trainable.
-    """
+    """Return what loads a GGUF file as a model that can be quantized and trained, unlike one that `load` returns."""
     # transformers 5.17, the oldest supported version, lacks it and unpacks everything
     kept_packed = hasattr(transformers, "GgufConfig")
     with torch.random.fork_rng(devices=()):  # the head is drawn when the values are loaded into a model
@@ -182,21 +169,14 @@ def _unpacked(load: functools.partial[Any]) -> functools.partial[Any]:
 
 
 def _one_end(unknown: int, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Keep only the last end token of each text: T5 and BART answer there, and fail if the text spells another one.
-
-    Their tokenizers make end tokens of such words even with `split_special_tokens` (unigram vocabularies hold them).
-    """
+    """Keep only a text's last end token, where T5 and BART answer; unigram tokenizers make others of some words."""
     ends = kwargs["input_ids"] == model.config.eos_token_id
     earlier = ends & (ends.flip(1).cumsum(1).flip(1) > 1)
     return args, {**kwargs, "input_ids": kwargs["input_ids"].masked_fill(earlier, unknown)}
 
 
 def load_tokenizer(config: ModelConfig, location: str | None = None) -> Any:
-    """Load the backbone's tokenizer, a fast one with a pad token, padding and truncating on the right.
-
-    Raises:
-        ModelError: it cannot be loaded, or is not of that kind.
-    """
+    """Load the backbone's tokenizer, which must be a fast one, with a pad token; it pads and truncates on the right."""
     location = location or backbone_location(config)
     source, how = loading_source(config, location)
     try:
@@ -293,10 +273,7 @@ def padding_side(model: Any, tokenizer: Any, dtype: torch.dtype) -> str:
 
 
 def weight_hashes(model: nn.Module, new_modules: tuple[str, ...]) -> dict[str, str]:
-    """Return hashes of some of a backbone's weights, in bf16: the same from any file and in any precision.
-
-    The weights of linear layers are hashed apart from the others, and not if they are quantized.
-    """
+    """Return hashes of some weights, in bf16, whatever the file or precision; linear ones, unless quantized, apart."""
     hashes = {"linear": hashlib.sha256(), "others": hashlib.sha256()}
     for name, part in model.named_modules():
         if f"{name}.".startswith(tuple(f"{new}." for new in new_modules)):
@@ -312,11 +289,10 @@ def weight_hashes(model: nn.Module, new_modules: tuple[str, ...]) -> dict[str, s
 
 
 def keep_gradients_after_eval(model: nn.Module) -> None:
-    """Stop 4-bit layers from repacking their weights for inference.
+    """Stop 4-bit layers from repacking their weights for inference, which on CPUs with avx512_bf16 ends all gradients.
 
-    On CPUs with avx512_bf16, bitsandbytes' `Linear4bit` repacks its weights at the first forward pass in eval mode and
-    never unpacks them. From then on no gradient passes through, while the loss still falls because the head learns.
-    Seen with 0.50.2. Remove this when `test_gradients_survive_an_evaluation` passes without it on such a CPU.
+    bitsandbytes does so at the first forward in eval mode, for good, and only the head learns (seen with 0.50.2).
+    Remove this when `test_gradients_survive_an_evaluation` passes without it on such a CPU.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -339,11 +315,7 @@ def _new_modules(model: nn.Module, info: dict[str, Any]) -> tuple[str, ...]:
 
 
 def hold_stream_in_fp32(model: nn.Module) -> None:
-    """Keep the norms and what flows from layer to layer in fp32, in place.
-
-    The sums over the layers of decoders exceed 65,504, the largest number of fp16 (Gemma 3). Only the matrix products,
-    whose inputs come from norms, are then in fp16, under autocast.
-    """
+    """Keep norms and what flows between layers in fp32, in place: sums over layers exceed fp16's 65,504 (Gemma 3)."""
     for module in model.modules():
         if "Norm" in type(module).__name__:
             module.float()
@@ -354,19 +326,13 @@ def hold_stream_in_fp32(model: nn.Module) -> None:
 
 
 def hold_in_fp32(model: nn.Module, new_modules: tuple[str, ...]) -> None:
-    """Convert the new modules to fp32, in place, and make their linear layers compute in fp32.
-
-    A ModelError says that one is quantized: training it would fail, or silently not happen.
-    """
+    """Convert new modules, and what their linear layers compute, to fp32, in place; ModelError if one is quantized."""
     for name in new_modules:
         module = model.get_submodule(name)
         if quantized := [type(part).__name__ for part in module.modules() if is_quantized(part)]:
-            raise ModelError(
-                f"the new module '{name}' is quantized ({quantized[0]}), but is trained and must be in full precision. "
-                "The checkpoint comes already quantized: use the unquantized backbone with model.quantization=nf4.",
-                code="quantized-head",
-                module=name,
-            )
+            problem = f"the new module '{name}' is quantized ({quantized[0]}), but is trained and must be in full"
+            remedy = "The checkpoint comes already quantized: use the unquantized backbone with model.quantization=nf4."
+            raise ModelError(f"{problem} precision. {remedy}", code="quantized-head", module=name)
         module.float()
         for part in module.modules():
             if type(part) is nn.Linear:

@@ -1,9 +1,4 @@
-"""Device, precision, quantization, checkpointing and memory: what is chosen here, and why.
-
-If no property of a device proves what it can do, that is tried once: builds of torch differ.
-"""
-
-from __future__ import annotations
+"""Device, precision, quantization, checkpointing: chosen by properties, or by a trial, as builds of torch differ."""
 
 import contextlib
 import inspect
@@ -29,13 +24,9 @@ from tokmask_peft.console import Decision
 from tokmask_peft.errors import ModelError, first_line
 from tokmask_peft.recipe.schema import ModelConfig
 
-CPUINFO = Path("/proc/cpuinfo")
-"""Where Linux lists a CPU's features; macOS and Windows have no such file."""
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-"""What recipes call the precisions."""
+CPUINFO = Path("/proc/cpuinfo")  # where Linux lists a CPU's features; macOS and Windows have no such file
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # what recipes call the precisions
 PRECISIONS = {dtype: name for name, dtype in DTYPES.items()}
-
 PRE_TURING = "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu126"
 """Wheels for CUDA 12.6 have kernels for compute capabilities 5.0 to 9.0; they end with torch 2.14 (pytorch#190385)."""
 
@@ -69,10 +60,7 @@ def kernels_problem(device: torch.device) -> str | None:
 
 @cache
 def gpu_problem() -> str | None:
-    """Return why this process cannot use the NVIDIA GPU of this machine and what to install, or None.
-
-    None also if there is no such GPU, or the user has chosen the CPU.
-    """
+    """Return why this process cannot use this machine's NVIDIA GPU, and the remedy; None if it can, or need not."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1")
     if hidden or parse_flag_from_env("ACCELERATE_USE_CPU"):
         return None
@@ -111,10 +99,8 @@ def choose_precision(config: ModelConfig, device: torch.device) -> Decision:
     """Choose the precision of the frozen backbone and the matrix products; head, adapter and loss are in fp32.
 
     In fp16 the norms and what flows between the layers are in fp32, too (`backbone.hold_stream_in_fp32`), and the
-    Trainer scales the loss. Heads would lose their loss in fp16 (peft#1522, transformers#24731).
-
-    Raises:
-        ModelError: fp16 is asked for on a device where accelerate does not scale the loss.
+    Trainer scales the loss: heads would lose their loss in fp16 (peft#1522, transformers#24731). A ModelError says that
+    accelerate does not do so on this device.
     """
     machine, choice = platform.machine(), "fp32"
     if config.precision == "fp16" and device.type != "cuda":
@@ -167,10 +153,7 @@ def rows_kernel() -> Callable[..., Any] | None:
 
 @cache
 def rows_problem(device: torch.device, dtype: torch.dtype, size: int) -> str | None:
-    """Try flash attention over packed rows with heads of a `size`, and its gradient; return why it fails, or None.
-
-    A torch for Windows may have the function without the kernel; GPUs before the RTX 30 series have none.
-    """
+    """Return why flash attention over packed rows fails with heads of a `size` (it needs RTX 30 or later), or None."""
     if dtype == torch.float32:
         return "there is no kernel for packed rows in fp32"
     kernel = rows_kernel()
@@ -200,11 +183,7 @@ def flash_problem(device: torch.device, dtype: torch.dtype, size: int) -> str | 
 
 
 def _kernel_failure(attempt: Callable[[], None]) -> str | None:
-    """Return why a kernel fails, in training or not, or None.
-
-    It is tried in a thread of its own: autocast, modes without gradients, and the hooks of checkpointing, which would
-    compute a layer again for the trial's gradient, are those of a thread.
-    """
+    """Return why a kernel fails, tried in a thread of its own, apart from the caller's autocast, modes and hooks."""
     with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor(1) as thread:  # torch warns of each kernel
         return thread.submit(failure, attempt).result()
 
@@ -227,10 +206,7 @@ def bitsandbytes_problem(device_type: str) -> str | None:
 
 
 def choose_quantization(config: ModelConfig, device: torch.device) -> Decision:
-    """Choose the format of the frozen linear layers: 4-bit NF4 (Dettmers et al. 2023), 8-bit, or not quantized.
-
-    A ModelError says that bitsandbytes cannot do on this device what the recipe asks for.
-    """
+    """Choose the format of frozen linear layers: NF4 (Dettmers et al. 2023), 8-bit or none; ModelError if it fails."""
     wanted = config.quantization
     problem = None if wanted == "none" else bitsandbytes_problem(device.type)
     if wanted == "auto":
@@ -254,10 +230,9 @@ class LoadingPlan:
 def plan_loading(
     trained: ModelConfig, device: torch.device, quantization: str | None = None, precision: str | None = None
 ) -> LoadingPlan:
-    """Choose the settings to load the backbone of a trained adapter with; `trained` are those of training.
+    """Choose how to load the backbone of a trained adapter: as in training (`trained`), if possible, or as asked.
 
-    These are the default for `quantization` (`nf4`, `int8` or `none`), if it runs on this device, and for `precision`
-    (`bf16`, `fp16` or `fp32`). A ModelError says that there is no such quantization or precision.
+    `quantization` may be `nf4`, `int8` or `none`, `precision` `bf16`, `fp16` or `fp32`; ModelError for others.
     """
     if quantization not in (None, "nf4", "int8", "none") or precision not in (None, "auto", *DTYPES):
         expected = "expected nf4, int8 or none, and bf16, fp16 or fp32"

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from tokmask_peft.model.packed import Packing
 
-NAME = "tokmask_packed"
-"""Of the attention function, in the models' configs."""
+NAME = "tokmask_packed"  # of the attention function, in the models' configs
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,8 +21,7 @@ class Family:
 
     Attributes:
         head: for an answer per text: from the model and the pooled states, [texts, 1, hidden], to [texts, classes].
-        token_head: for an answer per sub-token: from the model and all states, [1, total, hidden], to [1, total,
-            classes].
+        token_head: for an answer per sub-token: from the model and all states, [1, total, …], to [1, total, classes].
         causal: whether a text is pooled at its last sub-token, and not at its first.
         positions: from the model, the ids and their layout to position ids, [1, total].
         package: of the classes; the same name in another package is another architecture.
@@ -60,14 +58,11 @@ FAMILIES: dict[str, Family] = {
 _ROBERTA = Family(lambda model, first: model.classifier(first), positions=_positions_after_padding)
 FAMILIES |= dict.fromkeys(("Roberta", "XLMRoberta"), _ROBERTA)
 _DECODER = Family(
-    lambda model, last: model.score(last[:, 0]),
-    lambda model, states: model.score(model.dropout(states)),
-    causal=True,
+    lambda model, last: model.score(last[:, 0]), lambda model, states: model.score(model.dropout(states)), causal=True
 )
 _DECODERS = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma3Text", "Phi3", "Olmo", "Olmo2", "SmolLM3")
 FAMILIES |= dict.fromkeys(_DECODERS, _DECODER)
 FAMILIES["GPT2"] = Family(_DECODER.head, causal=True)
-
 _DISTANCES = "its attention adds terms for the distance of two sub-tokens, which kernels for packed rows do not take"
 NOT_PACKED = dict.fromkeys(("Deberta", "DebertaV2", "T5", "MT5", "UMT5", "MPNet"), _DISTANCES)
 NOT_PACKED |= dict.fromkeys(("Bart", "MBart"), "its decoder reads the text a second time")

@@ -4,12 +4,10 @@ The frozen input embedding is the largest part of a small multilingual backbone 
 MiB), and a batch needs a few hundred of its rows.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self, cast
 
 import torch
@@ -25,8 +23,7 @@ from tokmask_peft.model.decisions import bitsandbytes_problem
 LINEAR = (nn.Linear, Conv1D)
 """Classes of layers that are a product with a matrix; GPT-2's, `Conv1D`, keeps it transposed, [in, out]."""
 
-_STEPS = 1 << 16
-"""Probabilities that `dropout` can tell apart on a CPU."""
+_STEPS = 1 << 16  # probabilities that `dropout` can tell apart on a CPU
 
 
 class Float32Linear(nn.Linear):
@@ -42,13 +39,10 @@ class Float32Linear(nn.Linear):
 def dropout(x: Tensor, p: float) -> Tensor:
     """Return `x` with each element zero with probability `p`, and otherwise divided by 1 - p; the gradient likewise.
 
-    On a CPU, `p` is rounded to the nearest 65,536th, and what stays is divided by the rounded 1 - p, so that the mean
-    is that of `x`. The draws, 16 bits per element, come from torch's default generator in an order of their own: for
-    the same seed, the mask differs from torch's. On other devices this is torch's dropout.
-
-    torch draws a random number and a `double` for each element, one at a time (`bernoulli_`, torch 2.13). On one core
-    of an EPYC, for 985 sub-tokens of 384 dimensions, that takes 2.35 ms and this .59. A packed training step of MiniLM
-    in fp32 takes .92 of the CPU time (.89 to .97 in seven interleaved rounds on a Xeon).
+    On a CPU, `p` is rounded to the nearest 65,536th, as is 1 - p, so that the mean is that of `x`. The draws, 16 bits
+    per element, come from torch's default generator, but for the same seed the mask differs from torch's: that draws a
+    `double` for each element, one at a time (`bernoulli_`, torch 2.13). On one core of an EPYC, for 985 sub-tokens of
+    384 dimensions, that takes 2.35 ms and this .59; a packed training step of MiniLM in fp32 takes .92 of the CPU time.
     """
     kept = round((1 - p) * _STEPS)
     if x.device.type != "cpu" or kept == 0:
@@ -181,10 +175,7 @@ def check_placement(model: Any, wanted: str) -> None:
 
 
 def place_embedding(model: Any, wanted: str, device: torch.device) -> tuple[Decision, ...]:
-    """Put the input embedding of a frozen model, without an adapter, where `model.embedding` says, in place.
-
-    A ModelError says that this embedding can only be resident, or that bitsandbytes does not run here.
-    """
+    """Put the input embedding of a frozen model, without an adapter, in place, where `model.embedding` says."""
     if wanted == "resident":
         return ()
     check_placement(model, wanted)
@@ -206,8 +197,7 @@ def place_embedding(model: Any, wanted: str, device: torch.device) -> tuple[Deci
     return (Decision("embedding", wanted, reason),)
 
 
-UNMARKED = ("bloom", "mpt")
-"""Decoders whose attention has no `is_causal`, by `model_type`."""
+UNMARKED = ("bloom", "mpt")  # decoders whose attention has no `is_causal`, by `model_type`
 
 
 def choose_label_on(wanted: str, model: nn.Module) -> Decision:
@@ -221,6 +211,45 @@ def choose_label_on(wanted: str, model: nn.Module) -> Decision:
     return Decision("label on", "first", "an encoder sees the whole of a word anyway")
 
 
+def mean_of_words(values: Tensor, words: Tensor) -> Tensor:
+    """Return for each sub-token the mean of what its word's sub-tokens have, `[texts, seq, …]`.
+
+    `words` are numbers, `[texts, seq]`, the same for neighbours of one word and at least -1.
+    """
+    apart = words + (words.shape[1] + 1) * torch.arange(len(words), device=words.device).unsqueeze(1)
+    _, number, sizes = apart.flatten().unique_consecutive(return_inverse=True, return_counts=True)
+    means = torch.segment_reduce(values.flatten(0, 1).float(), "mean", lengths=sizes, axis=0)
+    return means[number].view_as(values)
+
+
+def whole_words(batch: Mapping[str, Any], masked: Tensor) -> Tensor:
+    """Return which sub-tokens, `[texts, seq]`, count as masked: with `words`, all of a word of which one is masked."""
+    return masked if "words" not in batch else mean_of_words(masked.unsqueeze(-1), batch["words"]).squeeze(-1) > 0
+
+
+def average_words(model: nn.Module, label_on: str) -> None:
+    """If `label_on` is mean, let a model with an answer for each sub-token give the mean of a word's logits at each.
+
+    Batches then have `words`, as `mean_of_words` takes them. If the head is linear, this is what it makes of the mean
+    of the states (subword pooling: Ács et al. 2021, arXiv:2102.10864), but for dropout.
+    """
+    if label_on != "mean":
+        return
+    given = threading.local()
+
+    def take(_: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        given.words = kwargs.pop("words", None)
+        return args, kwargs
+
+    def average(_: Any, args: Any, output: Any) -> Any:
+        if given.words is not None:
+            output.logits = mean_of_words(output.logits, given.words)
+        return output
+
+    model.register_forward_pre_hook(take, with_kwargs=True)
+    model.register_forward_hook(average)
+
+
 BOTH_WAYS = {"gemma3_text": "Gemma 3", "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 """Decoders that can see the whole text, by `model_type`; each is tested, with sliding windows too."""
 
@@ -228,11 +257,8 @@ BOTH_WAYS = {"gemma3_text": "Gemma 3", "llama": "Llama", "mistral": "Mistral", "
 def see_both_ways(model: Any) -> None:
     """Let the sub-tokens of a decoder, without an adapter, also see those after them, as far as a sliding window goes.
 
-    `is_causal` in the config is transformers' own switch: masks and attention follow it, packed rows too, and a saved
-    config has it.
-
-    Raises:
-        ModelError: the model is none of `BOTH_WAYS`.
+    `is_causal` in the config is transformers' own switch: masks, attention and packed rows follow it, and it is saved.
+    ModelError if the model is none of `BOTH_WAYS`.
     """
     ours = type(model.base_model).__module__.startswith("transformers.models.")
     if not ours or model.config.model_type not in BOTH_WAYS:
@@ -244,22 +270,27 @@ def see_both_ways(model: Any) -> None:
 
 
 def pooled(states: Tensor, mask: Tensor | None, how: str) -> Tensor:
-    """Return the mean or maximum of each text's states, `[texts, 1, hidden]`.
+    """Return the mean or maximum of each text's states, or the mean of its first and last one, `[texts, 1, hidden]`.
 
     `states` are `[texts, seq, hidden]`; `mask`, `[texts, seq]`, is 1 for sub-tokens, None if all are.
     """
     real = torch.ones_like(states[..., :1]).bool() if mask is None else mask.unsqueeze(-1).bool()
     if how == "max":
         return states.masked_fill(~real, -torch.inf).amax(1, keepdim=True)
+    if how == "ends":
+        number = torch.arange(1, real.shape[1] + 1, device=real.device).view(-1, 1)
+        ends = torch.cat([real.int().argmax(1, keepdim=True), (real * number).argmax(1, keepdim=True)], 1)
+        return states.gather(1, ends.expand(-1, -1, states.shape[-1])).float().mean(1, keepdim=True).to(states.dtype)
     summed = states.masked_fill(~real, 0).sum(1, keepdim=True, dtype=torch.float32)
     return (summed / real.sum(1, keepdim=True)).to(states.dtype)
 
 
 def pool_texts(model: Any, how: str) -> None:
-    """Let the head of a sequence classification model, without an adapter, read the mean or maximum of a text's states.
+    """Let the head of a sequence classification model, without an adapter, read a text's states as `how` says.
 
-    Every position of the last states gets it, so that the head's own pooling, of whatever position, finds it there. A
-    BERT's pooler is a part of its head. Packed rows are pooled by `packed_logits`.
+    That is `pooled`: one state, as wide as the others, so that the head has the shape of a stock one. Every position of
+    the last states gets it, and the head's own pooling, of whatever position, finds it there. A BERT's pooler is a part
+    of its head. Packed rows are pooled by `packed_logits`.
 
     Raises:
         ModelError: the model cannot be pooled in this way.

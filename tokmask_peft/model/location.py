@@ -1,7 +1,5 @@
 """Where a backbone is, and how long a text it can read. Imports nothing heavy, so that `tokmask validate` is quick."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib.util
 import json
@@ -13,8 +11,7 @@ from typing import Any
 from tokmask_peft.errors import ModelError, RecipeError, require
 from tokmask_peft.recipe.schema import ModelConfig, Recipe
 
-GGUF = ".gguf"
-"""Ending of the files of llama.cpp, which hold a backbone and its tokenizer."""
+GGUF = ".gguf"  # ending of the files of llama.cpp, which hold a backbone and its tokenizer
 
 _AFTER_PADDING = (
     *("camembert", "data2vec-text", "esm", "ibert", "layoutlmv3", "lilt", "longformer", "luke", "markuplm", "mpnet"),
@@ -22,8 +19,7 @@ _AFTER_PADDING = (
 )
 """Model types that number positions from the pad token's id plus one, so that this many rows are never used."""
 
-_ANY_LENGTH = ("jamba", "zamba")
-"""Model types without positions, whose config names a greatest one all the same."""
+_ANY_LENGTH = ("jamba", "zamba")  # model types without positions, whose config names a greatest one all the same
 
 
 def backbone_location(config: ModelConfig) -> str:
@@ -51,12 +47,7 @@ def backbone_location(config: ModelConfig) -> str:
 
 
 def loading_source(config: ModelConfig, location: str) -> tuple[str, dict[str, Any]]:
-    """Return the folder or Hub id that transformers loads a backbone from, and how: `gguf_file` is one of a folder.
-
-    Raises:
-        ModelError: a GGUF file is neither here nor named as one on the Hub.
-        ExtraError: the package that reads it is not installed.
-    """
+    """Return the folder or Hub id to load a backbone from, and how (a `gguf_file` in it), or raise a ModelError."""
     how: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     if not location.endswith(GGUF):
         return location, how

@@ -1,7 +1,7 @@
 """The padding-free forward: a batch as one packed row, attention per text, and the head on each text's own state.
 
-A packed row spends nothing on padding. Padded batches still take the model's own forward, so that a model can be
-trained packed and evaluated padded. What differs between architectures is in `families.FAMILIES`.
+Padded batches still take the model's own forward, so that a model can be trained packed and evaluated padded. What
+differs between architectures is in `families.FAMILIES`.
 """
 
 from __future__ import annotations
@@ -177,10 +177,7 @@ def _buckets(lengths: list[int]) -> list[tuple[list[int] | None, int, bool]]:
 
 
 def filler(total: int, longest: int) -> list[int]:
-    """Return the lengths of the texts of padding that lengthen a row of `total` sub-tokens, see `ROUND`.
-
-    None is longer than the `longest` text of the batch: the model may have no more positions.
-    """
+    """Return lengths of texts of padding that lengthen a row, see `ROUND`, none above the `longest` of the batch."""
     missing = -total % (ROUND if total > ROUND else 8)
     return [min(longest, missing - start) for start in range(0, missing, longest)]
 
@@ -267,7 +264,11 @@ def packed_logits(model: Any, hidden: Tensor, input_ids: Tensor, packing: Packin
         return family.token_head(model, hidden)
     # ModernBERT's own pooling is in its config
     if (how := getattr(model, "text_pooling", getattr(model.config, "classifier_pooling", "cls"))) != "cls":
-        states = torch.segment_reduce(hidden[0].float(), how, lengths=packing.cu_seqlens.diff().long(), axis=0)
+        bounds = packing.cu_seqlens.long()
+        if how == "ends":
+            states = hidden[0, torch.stack([bounds[:-1], bounds[1:] - 1], 1)].float().mean(1)
+        else:
+            states = torch.segment_reduce(hidden[0].float(), how, lengths=bounds.diff(), axis=0)
         return family.head(model, states.to(hidden.dtype).unsqueeze(1))
     at = packing.cu_seqlens[:-1].long()
     if family.causal:  # the last sub-token that is not a padding token, in case a text ends in one
@@ -398,11 +399,7 @@ def _equal_heads(rows: list[Tensor]) -> list[Tensor]:
 
 
 class _Take(torch.autograd.Function):
-    """Take rows by index; the gradient is copied back, without any sums.
-
-    `back` says, for each row of `x`, which row of the result has its gradient; without it, no row is taken twice, and
-    those that are not taken (padding) get no gradient.
-    """
+    """Take rows by index; the gradient is copied, not summed: by `back`, or, without it, to rows taken once."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, index: Tensor, back: Tensor | None = None) -> Tensor:

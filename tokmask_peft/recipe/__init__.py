@@ -1,7 +1,4 @@
-"""The whole run as data: a recipe is a frozen pydantic model, read from YAML by `recipe.loading`.
-
-Field descriptions are the documentation: `tokmask recipes fields` prints them.
-"""
+"""The whole run as data: a recipe is a frozen pydantic model, read from YAML; its fields describe themselves."""
 
 from tokmask_peft.masking.config import TokenMaskConfig
 from tokmask_peft.recipe.data import DataConfig, SourceConfig

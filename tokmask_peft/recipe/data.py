@@ -1,7 +1,5 @@
 """The data section of a recipe: where texts and labels come from, and how they are read, cut and cleaned."""
 
-from __future__ import annotations
-
 import os
 import re
 from encodings.aliases import aliases
@@ -115,6 +113,9 @@ class SourceConfig(Section):
         named = self.label_column if isinstance(self.label_column, tuple) else ()
         if twice := next((name for name in named if named.count(name) > 1), None):
             raise ValueError(f"label_column names '{twice}' twice: each column is one label, so name it once")
+        if self.pair and self.pair[0] == self.pair[1]:
+            remedy = "name two columns, as [premise, hypothesis], or one alone for single texts"
+            raise ValueError(f"text_column names '{self.pair[0]}' twice: {remedy}")
         return self
 
     @property
@@ -123,11 +124,7 @@ class SourceConfig(Section):
         return self.text_column if isinstance(self.text_column, tuple) else None
 
     def expanded(self, at: str = "data") -> Self:
-        """Return a copy with `${NAME}` and `~` in paths replaced; `at` is the section's dotted path.
-
-        Raises:
-            RecipeError: an environment variable is not set.
-        """
+        """Return a copy with `${NAME}` and `~` in paths replaced; RecipeError, at keys below `at`, if NAME is unset."""
         update: dict[str, Any] = {}
         problems: list[str] = []
         if self.path is not None:
@@ -163,10 +160,10 @@ class DataConfig(SourceConfig):
     language_labels: tuple[str, ...] = Field(
         (), description="labels (after label_map) that are languages; scores are then also given by code-mixing index"
     )
-    label_on: Literal["auto", "first", "last"] = Field(
+    label_on: Literal["auto", "first", "last", "mean"] = Field(
         "auto",
         description="one label per word: which of its sub-tokens carries the label; auto: the last for decoders, whose "
-        "first one has not seen the rest of the word, otherwise the first",
+        "first one has not seen the rest of the word, otherwise the first; mean: all do, with the mean of their logits",
     )
     spans: Literal["auto", "none", "bio", "iob1", "bioes", "bilou"] = Field(
         "auto",

@@ -1,10 +1,4 @@
-"""Turn pydantic's findings about a recipe into lines that a user can act on.
-
-A line names the dotted path, the value found, what was expected there, and the nearest valid name. What is expected
-follows from the model: its types, bounds and titles (`Annotated[int, Field(title="a token id")]`).
-"""
-
-from __future__ import annotations
+"""Turn pydantic's findings on a recipe into lines: path, value, what is expected (types, bounds, titles), a guess."""
 
 import re
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Read recipes from YAML, with bases and `dotted.key=value` overrides; all errors are reported at once."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import itertools
@@ -47,10 +45,7 @@ def find_recipe(recipe: str | Path) -> Path:
 
 
 def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read, merge, override and check a recipe; see `Recipe.load`.
-
-    A relative `data.path` that does not exist from here, but from the recipe's folder, is taken from there.
-    """
+    """Read, merge, override and check a recipe, whose `data.path` may be relative to its folder; see `Recipe.load`."""
     with boundary(f"reading the recipe {recipe}"):
         path = find_recipe(recipe)
         content = _read_merged(path)
@@ -135,13 +130,7 @@ def write_new(target: Path, text: str) -> None:
 
 
 def field_help(wanted: str = "") -> list[str]:
-    """Return a line per key of a recipe: name, default, meaning, and what it takes.
-
-    With `wanted` only those whose name has it in it, or else whose meaning has.
-
-    Raises:
-        RecipeError: no key has it.
-    """
+    """Return a line on each key whose name, or else whose meaning, has `wanted` in it; RecipeError if none has."""
     fields, name = dict(all_fields()), wanted.strip().lower()
     about = [path for path, field in fields.items() if name in str(field.description).lower()]
     found = [path for path in fields if name in path] or about
@@ -157,10 +146,7 @@ def field_help(wanted: str = "") -> list[str]:
 
 
 def differences(before: Recipe, after: Recipe) -> list[str]:
-    """Return a line per field that differs, except the run's place and whether the n-gram baseline is scored.
-
-    In a sweep one run of each seed scores the baseline for all, and which one changes when the sweep is extended.
-    """
+    """Return a line per field that differs, except the run's place and which run scores the n-grams for its seed."""
     old, new = flat(before.model_dump(mode="json")), flat(after.model_dump(mode="json"))
     return [
         f"{key}: {shown(old.get(key))} before, {shown(new.get(key))} now"

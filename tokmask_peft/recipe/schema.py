@@ -72,11 +72,11 @@ class ModelConfig(Section):
         description="what a sub-token of a decoder sees: causal, those before it; bidirectional, the whole text, for "
         "Gemma 3, Llama, Mistral, Qwen2 and Qwen3. Encoders see the whole text anyway: leave it at causal",
     )
-    pooling: Literal["auto", "cls", "last", "mean", "max"] = Field(
+    pooling: Literal["auto", "cls", "last", "mean", "max", "ends"] = Field(
         "auto",
         description="which states the head reads, if a text has one label: auto: those that transformers reads ([CLS], "
-        "or a decoder's last sub-token); cls; last; mean or max of all: stock PEFT then needs the lines in the model "
-        "card",
+        "or a decoder's last sub-token); cls; last; mean or max of all; ends: the mean of the first and the last, for "
+        "decoders with attention: bidirectional. For mean, max and ends stock PEFT needs the lines in the model card",
     )
     gradient_checkpointing: Literal["auto"] | StrictBool = Field(
         "auto", description="save memory at the cost of time: recompute activations; auto does if memory would run out"

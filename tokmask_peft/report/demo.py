@@ -1,9 +1,4 @@
-"""A small app to try an adapter in the browser: text in, label and coloured words out. Needs the extra `demo`.
-
-It contacts no other server: no analytics, no version check, no fonts or scripts from elsewhere.
-"""
-
-from __future__ import annotations
+"""A small app to try an adapter in the browser (extra `demo`). It contacts no other server, not even for fonts."""
 
 import contextlib
 import os
@@ -33,11 +28,7 @@ _FONTS = ("system-ui", "Segoe UI", "Roboto", "Noto Sans", "sans-serif")
 
 
 def check_address(host: str, port: int | None) -> None:
-    """Check that the app can listen there, before a model is loaded.
-
-    Raises:
-        ModelError: the address does not belong to this machine, or the port is taken.
-    """
+    """Raise a ModelError if the app cannot listen there, before a model is loaded."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port or 0, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:
@@ -50,10 +41,7 @@ def check_address(host: str, port: int | None) -> None:
 
 
 def answer(classifier: Any, text: Any) -> tuple[dict[str, float] | None, Markup]:
-    """Return calibrated probabilities of the labels, none if each word has a label, and the coloured words as HTML.
-
-    `text` is a string, or a `Pair` for a model of pairs. If it cannot be classified, the HTML says why.
-    """
+    """Return a text's (or `Pair`'s) label probabilities, none for words, and coloured words, or a problem, as HTML."""
     from tokmask_peft.inference.explain import explain
 
     task = get_task(classifier.task)
@@ -90,10 +78,7 @@ def _page(rows: Sequence[Any] = (), problem: str = "", entities: Sequence[Any] =
 
 
 def of_run(model: str) -> tuple[str, list[str | Pair]]:
-    """Return what is known of a run: a sentence on its scores, and texts of its data, one for each of some labels.
-
-    Both are empty if `model` is not a run on this machine; the texts are left out if its data cannot be read.
-    """
+    """Return a sentence on a run's scores, and texts of its data for some labels; empty if not a run, or unreadable."""
     if not is_run(model):
         return "", []
     run = open_run(model)
@@ -113,10 +98,7 @@ def of_run(model: str) -> tuple[str, list[str | Pair]]:
 
 
 def build(classifier: Any, name: str, about: str = "", examples: Sequence[str | Pair] = ()) -> Any:
-    """Return the app, a `gradio.Blocks`: the model's name is its title, `about` a sentence, `examples` are texts.
-
-    A model of pairs has two boxes, with the names of its columns.
-    """
+    """Return the app, a `gradio.Blocks`, with a title, a sentence and texts; a model of pairs has two boxes."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     import gradio
 

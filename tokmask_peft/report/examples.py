@@ -1,7 +1,5 @@
 """The most confident mistakes of a run, with the words that they depend on."""
 
-from __future__ import annotations
-
 import heapq
 import random
 from collections.abc import Iterable, Iterator
@@ -49,11 +47,7 @@ class Mistakes:
 
 
 def find_mistakes(run: Run, backbone: str | None = None, trust_remote_code: bool = False) -> Mistakes:
-    """Predict the split that a finished run is scored on, and return its most confident mistakes.
-
-    Raises:
-        DataError, ModelError, RecipeError: the data or the backbone is missing.
-    """
+    """Predict the split that a finished run is scored on, and return its most confident mistakes."""
     task, split = get_task(run.recipe.data.task), run.result.scored_split
     saved = find_saved(run.folder.root, backbone, trust_remote_code=trust_remote_code)
     examples, _ = split_examples(run.recipe, split, None, run.folder.adapter)

@@ -1,11 +1,8 @@
 """Who runs which cell: the cells of a sweep as Optuna trials that many processes share.
 
-A process takes a cell by adding a running trial for it. Optuna numbers trials in the order in which they were
-committed, so whoever adds one sees all earlier ones: of several trials of one cell the first keeps it, and the others
-close themselves. This needs no lock and no queue, on any of Optuna's storages.
+A process takes a cell by adding a running trial for it. Trials are numbered as they were committed, so whoever adds one
+sees all earlier ones: the first of a cell keeps it, and the others close themselves. No lock or queue is needed.
 """
-
-from __future__ import annotations
 
 import contextlib
 import functools
@@ -36,12 +33,9 @@ try:
 except ImportError as error:
     raise ExtraError(f"a sweep needs {error.name}: pip install 'tokmask-peft[sweep]'", extra="sweep") from error
 
-HEARTBEAT = 15
-"""Seconds between signs of life of a running trial."""
-GRACE = 120
-"""Seconds without one after which another machine takes the trial over."""
-FINAL = ("done", "pruned", "failed")
-"""States in which nothing is left to do."""
+HEARTBEAT = 15  # seconds between signs of life of a running trial
+GRACE = 120  # seconds without one after which another machine takes the trial over
+FINAL = ("done", "pruned", "failed")  # states in which nothing is left to do
 
 
 def open_storage(place: str | Path) -> Any:
@@ -109,16 +103,10 @@ class Claim:
 
 
 class Ledger:
-    """The state of a sweep in its storage.
+    """The state of a sweep in its storage, as `open_storage` takes it, where it is made if it is new.
 
-    Args:
-        plan: the sweep; it is made in the storage if it is new.
-        place: of the storage, as for `open_storage`.
-        prune: stop trials below the median of earlier ones at the same step.
-        retry_failed: let this process run the cells again that have failed until now.
-
-    Raises:
-        SweepError: the storage cannot be opened or fails, or holds another sweep of that name.
+    `prune` stops trials below the median of earlier ones at the same step; `retry_failed` lets this process run the
+    cells again that have failed until now. SweepError if the storage fails, or holds another sweep of that name.
     """
 
     @errors_of_storage()
@@ -204,11 +192,10 @@ class Ledger:
 
     @errors_of_storage()
     def close(self, trial_id: int, outcome: str, score: float | None = None, **details: Any) -> None:
-        """Record how a trial ended; what another process has closed stays as it is.
+        """Record how a trial ended, with its validation macro-F1; what another process has closed stays as it is.
 
-        The outcome is `done`, `pruned`, `duplicate` or another: a cell that ended in an `error` is not run again unless
-        asked for, and its `reason` is needed; one that was `interrupted` or `lost` is continued by whoever comes next.
-        `score` is the validation macro-F1.
+        A cell that ended in an `error` (give its `reason`) is not run again unless asked for; `interrupted` and `lost`
+        ones are continued by whoever comes next. Other outcomes are `done`, `pruned` and `duplicate`.
         """
         state = {"done": TrialState.COMPLETE, "pruned": TrialState.PRUNED}.get(outcome, TrialState.FAIL)
         with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):

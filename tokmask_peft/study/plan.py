@@ -1,7 +1,5 @@
 """What a sweep will run: every cell with its recipe, checked before anything starts."""
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import math
@@ -112,9 +110,7 @@ def split_values(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in found if part.strip())
 
 
-REGULARIZERS = {found.name: key for key, found in regularizers().items()}
-"""Name of an arm -> its recipe key."""
-
+REGULARIZERS = {found.name: key for key, found in regularizers().items()}  # name of an arm -> its recipe key
 MASK, NONE, AS_RECIPE = "mask", "none", "recipe"
 
 MASKED = {
@@ -161,12 +157,9 @@ def explained(arms: Iterable[str]) -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """What the runs of one line of the comparison share, apart from seed and grid.
+    """What the runs of one line of the comparison share, apart from seed and grid; `p` is as it was written."""
 
-    Its regularizers are `none`, or names joined by `+`, or `recipe` if the recipe decides; `p` is as it was written.
-    """
-
-    regularizers: str
+    regularizers: str  # `none`, names joined by `+`, or `recipe` if that decides
     p: str
     overrides: tuple[str, ...] = ()
 
@@ -192,8 +185,7 @@ class Arm:
 def regularizer_arms(names: Sequence[str], rates: Sequence[str], batching: str, problems: list[str]) -> list[Arm]:
     """Return the arms of `--arms`, such as `none`, `neftune:15`, `drop:0.1` or `mask+views`; with `mask` once per rate.
 
-    NEFTune scales its noise by the length of a padded batch, so an arm with it pads the batches of a recipe whose
-    `batching` is padding-free: the same texts in the same order. `problems` takes a line per unknown name.
+    NEFTune scales its noise by a padded batch's length, so its arm pads what a recipe packs: the same texts in order.
     """
     arms: list[Arm] = []
     known, arm_names = regularizers(), (NONE, *REGULARIZERS, MASK, *MASKED)
@@ -226,10 +218,7 @@ def regularizer_arms(names: Sequence[str], rates: Sequence[str], batching: str, 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One run of a sweep, named like its folder; without an arm a sampler draws the values.
-
-    `setting` holds the values of the `--grid` axes, `overrides` everything that changes the sweep's recipe.
-    """
+    """One run of a sweep, named like its folder, with its values of `--grid`; without an arm a sampler draws them."""
 
     name: str
     seed: int
@@ -268,11 +257,7 @@ class Plan:
         return fixed
 
     def write(self) -> None:
-        """Write `sweep.json`, which says for the report what the sweep is; it keeps cells of earlier commands.
-
-        Raises:
-            SweepError: the folder cannot be written, or its `sweep.json` is damaged.
-        """
+        """Write `sweep.json` for the report, with earlier commands' cells; SweepError if it cannot be written."""
         file = self.folder / SWEEP_FILE
         with boundary(f"writing {file}", SweepError, "folder"):
             before = read_json(file, SweepError, "folder")["cells"] if file.is_file() else {}
@@ -295,11 +280,7 @@ def make_plan(
     trials: int | None = None,
     name: str | None = None,
 ) -> Plan:
-    """Turn the options of `tokmask sweep` into cells, and check the recipe of each.
-
-    Raises:
-        RecipeError: with every problem found.
-    """
+    """Turn the options of `tokmask sweep` into checked cells; RecipeError with every problem of any of them."""
     problems: list[str] = []
 
     def load(*more: str) -> Recipe | None:
@@ -383,10 +364,7 @@ def _clashes(
 
 
 def _grid(base: Recipe, arms: Sequence[Arm], axes: Sequence[Axis], seeds: Sequence[int]) -> list[Cell]:
-    """Return the cells seed by seed, so that a sweep that stops early has whole comparisons.
-
-    The n-gram baseline is the same for all arms of a seed and setting: only the first arm fits it.
-    """
+    """Return the cells seed by seed, so that whole comparisons come first; the first arm of each fits the n-grams."""
     settings = list(itertools.product(*([(axis.key, value) for value in axis.values] for axis in axes)))
     keys = [axis.key.rpartition(".")[2] for axis in axes]
     cells = []

@@ -1,7 +1,5 @@
 """The report of a sweep (Markdown, LaTeX, a plot and their figures), and the templates, tables and plots of others."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import textwrap
@@ -28,10 +26,8 @@ LATEX = str.maketrans(
     | {sign: f"\\{sign}" for sign in "_%&#${}"}
 )
 NAMES = {"f1_macro": "macro-F1", "f1_weighted": "weighted F1"}
-
 ALPHA = 0.05
-Table = tuple[Sequence[str], Sequence[Sequence[str]]]
-"""Head and rows."""
+Table = tuple[Sequence[str], Sequence[Sequence[str]]]  # head and rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -336,13 +332,7 @@ def described(analysis: dict[str, Any]) -> dict[str, Any]:
 
 
 def sweep_report(sweep: str | Path, page: str | Path | None = None) -> Report:
-    """Compare the arms of a sweep and write `SWEEP/report`; its page is `report.html` there, or `page`.
-
-    Raises:
-        SweepError: the folder is not the sweep of a grid, has no finished run, or cannot be written.
-        RunError: a result cannot be read.
-        ExtraError: matplotlib is not installed.
-    """
+    """Compare the arms of a sweep and write `SWEEP/report`; its page is `report.html` there, or `page`."""
     require("matplotlib", "sweep", "the plot")
     with boundary(f"comparing the runs of {sweep}, by its sweep.json and their result.json,", SweepError, "bad-sweep"):
         analysis = analyse(read_sweep(Path(sweep)))

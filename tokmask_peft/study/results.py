@@ -1,7 +1,5 @@
 """From the runs of a sweep to what may be said about its arms."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from dataclasses import dataclass
@@ -81,9 +79,7 @@ class SweepResults:
 def read_sweep(folder: Path) -> SweepResults:
     """Read a sweep's folder; rows by setting and regularizers in the sweep's order, then by rate, references first.
 
-    Raises:
-        SweepError: the folder is not a sweep, has no finished run, or cannot be compared arm by arm.
-        RunError: a result cannot be read.
+    SweepError if it is not a sweep, has no finished run, or has no arms; RunError if a result cannot be read.
     """
     file = folder / SWEEP_FILE
     if not file.is_file():

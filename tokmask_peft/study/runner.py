@@ -1,7 +1,5 @@
 """Run a sweep: its folder, the loop over its cells, and what came of it."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import operator
@@ -49,11 +47,8 @@ def run_sweep(
 ) -> dict[str, CellState]:
     """Run what is left of a sweep, alone or with other processes on the same storage; return each cell's final state.
 
-    The storage is the URL of a database; without one it is a journal in the folder of the sweep.
-
-    Raises:
-        SweepError: the folder or the storage cannot be used.
-        RunInterruptedError: on Ctrl-C or SIGTERM; the same command continues the sweep.
+    The storage is the URL of a database; without one it is a journal in the sweep's folder. SweepError if either cannot
+    be used; RunInterruptedError on Ctrl-C or SIGTERM: the same command continues the sweep.
     """
     options = options or Options()
     if is_run(plan.folder):
@@ -80,11 +75,7 @@ def closing_lines(plan: Plan, cells: Mapping[str, CellState]) -> list[str]:
 
 
 def finished_result(recipe: Recipe) -> Result | None:
-    """Return the result of a run if it is finished, none if it is not.
-
-    Raises:
-        SweepError: the folder holds the run of another recipe, or a result that cannot be read.
-    """
+    """Return a run's result, none if unfinished; SweepError if the run is another recipe's, or its result damaged."""
     run = RunFolder(recipe.run_dir)
     if not run.finished():
         return None
@@ -98,10 +89,7 @@ def finished_result(recipe: Recipe) -> Result | None:
 
 
 def remaining_seconds(cells: Mapping[str, CellState], elapsed: Sequence[float], workers: int) -> float | None:
-    """Estimate how long the rest takes, none if there is none: the mean time of a run, over all that run at once.
-
-    `elapsed` holds the seconds so far of each run of this process, which runs `workers` at once.
-    """
+    """Estimate the seconds for what is left, none if nothing is; `elapsed` are those of our runs under way."""
     states, known = [cell.state for cell in cells.values()], [cell.seconds for cell in cells.values() if cell.seconds]
     unfinished = sum(state not in FINAL for state in states)
     if not known or not unfinished:

@@ -1,7 +1,5 @@
 """Statistics of a sweep: intervals over seeds, paired tests, effect sizes and power."""
 
-from __future__ import annotations
-
 import bisect
 import math
 from collections.abc import Sequence
@@ -17,8 +15,7 @@ from tokmask_peft.training.metrics import LEVEL
 
 MEANINGS: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("meanings.yaml").read_text(encoding="utf-8"))
 """What figures mean, by report; and `paper`: by task, the scores that the authors report."""
-EXACT_UP_TO = 16
-"""Number of seeds up to which all sign patterns are counted; for more, 99,999 random ones stand for them."""
+EXACT_UP_TO = 16  # seeds up to which all sign patterns are counted; for more, 99,999 random ones stand for them
 _MOST_SEEDS = 2**20
 
 
@@ -79,10 +76,7 @@ def hedges_gz(differences: Sequence[float]) -> float | None:
 
 
 def paired_power(effect: float, seeds: int, alpha: float = 0.05) -> float:
-    """Return the power of the two-sided paired t-test, exactly, by the noncentral t distribution.
-
-    `effect` is the true mean difference over the standard deviation of the differences; at least 2 seeds.
-    """
+    """Return the exact power of the two-sided paired t-test (noncentral t), of an `effect` in standard deviations."""
     freedom, shift = seeds - 1, abs(effect) * math.sqrt(seeds)
     critical = stats.t.ppf(1 - alpha / 2, freedom)
     lower = stats.nct.cdf(-critical, freedom, shift)  # lost in rounding for a large shift, where it is 0
@@ -90,10 +84,7 @@ def paired_power(effect: float, seeds: int, alpha: float = 0.05) -> float:
 
 
 def seeds_needed(gain: float, sd: float, power: float = 0.8, alpha: float = 0.05) -> int | None:
-    """Return the least number of seeds with which a two-sided paired t-test at level `alpha` detects a mean difference.
-
-    `sd` is the standard deviation of the differences over seeds. None if the gain is 0 or a million seeds are too few.
-    """
+    """Return the least number of seeds with which a paired t-test detects a `gain`, of an `sd` over seeds, or None."""
     if gain == 0 or sd < 0 or not math.isfinite(sd):
         return None
     if sd == 0:

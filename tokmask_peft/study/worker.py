@@ -1,10 +1,7 @@
 """A process that trains one cell after the other, and the sweep's handle of it.
 
-A crash or a lack of memory ends that process and not the sweep. It keeps its imports between runs, which take seconds;
-after a run that failed the next one gets a new process.
+A crash ends that process and not the sweep; imports, which take seconds, are kept between runs that succeed.
 """
-
-from __future__ import annotations
 
 import contextlib
 import gc
@@ -29,9 +26,8 @@ INTERRUPTED = 130
 class Worker:
     """The sweep's handle of a process that trains its cells.
 
-    Args:
-        train: is called in the process, with a recipe and whether to resume its run.
-        threads: CPU threads of the process, unless OMP_NUM_THREADS is set.
+    `train` is called in the process, with a recipe and whether to resume its run; `threads` are the process's CPU
+    threads, unless OMP_NUM_THREADS is set.
     """
 
     def __init__(self, train: Callable[[Recipe, bool], object], threads: int) -> None:
@@ -105,11 +101,7 @@ class Worker:
 
 
 def _serve(tasks: Connection, train: Callable[[Recipe, bool], object], threads: int) -> None:
-    """Train what the sweep sends; what a run prints goes to its log.
-
-    When the sweep has ended, by whatever signal, this process exits at once: otherwise it would go on training in a
-    folder that the next worker takes over.
-    """
+    """Train what the sweep sends, with a log for each run; exit with the sweep, whose folders others take over."""
 
     def watch() -> None:
         multiprocessing.parent_process().join()  # type: ignore[union-attr]

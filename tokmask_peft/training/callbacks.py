@@ -1,9 +1,4 @@
-"""Trainer callbacks of a run: log file, stopping on Ctrl-C, early stopping, timing, progress, and a guard.
-
-Methods are the Trainer's events (`transformers.TrainerCallback`).
-"""
-
-from __future__ import annotations
+"""Trainer callbacks of a run: log file, stopping on Ctrl-C, early stopping, timing, progress, and a guard."""
 
 import contextlib
 import json
@@ -12,7 +7,7 @@ import time
 from datetime import timedelta
 from math import isfinite
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from rich.console import Console
@@ -35,7 +30,6 @@ class LogFile(TrainerCallback, ExportableState):
         self.path, self.processes, self._start = path, processes, 0
 
     def state(self) -> dict[str, Any]:
-        """Return what the Trainer saves in a checkpoint's `trainer_state.json`."""
         return {"args": {}, "attributes": {}, "processes": self.processes}
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -48,10 +42,7 @@ class LogFile(TrainerCallback, ExportableState):
             write_whole(self.path, "".join(f"{json.dumps(row)}\n" for row in kept))
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any) -> None:
-        """Append what was logged; a value that is not finite becomes null.
-
-        The Trainer's summary at the end is about the steps since it began; after a resume the line says so.
-        """
+        """Append what was logged, null if not finite; a summary that begins at a resume says so (`since_step`)."""
         if state.is_world_process_zero and logs:
             line = {"step": state.global_step, "epoch": state.epoch, **logs}
             if self._start and "train_runtime" in logs:
@@ -62,22 +53,18 @@ class LogFile(TrainerCallback, ExportableState):
 
 
 class StopOnSignal(TrainerCallback):
-    """Finish the step, save a checkpoint and stop on the first Ctrl-C (or SIGTERM, SIGHUP); stop at once on the second.
-
-    A context manager around the training. `stopped` says whether the run was asked to stop.
-    """
+    """Finish the step, save a checkpoint and stop on Ctrl-C (or SIGTERM, SIGHUP); the second time stop at once."""
 
     def __init__(self) -> None:
         self.stopped = False
         self._handling = contextlib.ExitStack()
 
-    def __enter__(self) -> StopOnSignal:
+    def __enter__(self) -> Self:
         """Handle the signals; only the main thread can."""
         self._handling.enter_context(stop_signals(self._ask))
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Restore the handlers of before."""
         self._handling.close()
 
     def _ask(self, *_: object) -> None:
@@ -103,20 +90,15 @@ class Patience(EarlyStoppingCallback):
     """Early stopping whose count survives a resume: the Trainer's own starts again at 0."""
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Read the count from the checkpoint."""
         super().on_train_begin(args, state, control)
         stored = state.stateful_callbacks.get(type(self).__name__, {})
         self.early_stopping_patience_counter = stored.get("attributes", {}).get("early_stopping_patience_counter", 0)
 
 
 class BestOfThisRun(TrainerCallback):
-    """Look for the best checkpoint in the run's own folder: the path that the Trainer saves is wrong after a move.
-
-    Pipes and folders in later checkpoints, which were passed over, make room for the files that will be saved there.
-    """
+    """Look for the best checkpoint in the run's own folder: saved paths are wrong after a move. Clear later ones."""
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Replace the path that was read from the checkpoint."""
         if state.best_global_step:
             state.best_model_checkpoint = str(Path(args.output_dir) / f"checkpoint-{state.best_global_step}")
         for path in Path(args.output_dir).glob("checkpoint-*/*") if state.is_world_process_zero else ():
@@ -126,28 +108,22 @@ class BestOfThisRun(TrainerCallback):
 
 
 class StepClock(TrainerCallback):
-    """Add up the `seconds` spent in optimizer `steps`, without evaluation and saving.
-
-    `loading` is the peak of memory in bytes before the first of them, or None if it is not measured here.
-    """
+    """Add up the `seconds` spent in optimizer `steps`; `loading` is the peak of memory before the first, in bytes."""
 
     def __init__(self) -> None:
         self.seconds, self.steps, self._start = 0.0, 0, 0.0
         self.loading: int | None = None
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Note the peak of loading, and let a GPU count that of the training afresh."""
         if self.loading is None:
             self.loading = peak_memory(args.device)["bytes"]
             if args.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(args.device)
 
     def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Start the clock."""
         self._start = time.perf_counter()
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Stop the clock."""
         self.seconds += time.perf_counter() - self._start
         self.steps += 1
 
@@ -156,9 +132,8 @@ class AdapterMoves(TrainerCallback):
     """Fail if adapter weights stop moving after an evaluation, or if every step in fp16 overflows.
 
     4-bit layers that repack themselves for inference have cut off every gradient to the adapter while the loss still
-    fell, because the head went on learning. In fp16, a step whose gradients overflow is skipped, and the next scales
-    the loss by half as much, which ends soon unless the backbone itself overflows. Such runs must not end as if they
-    had succeeded.
+    fell, because the head learned. In fp16, a step that overflows is skipped, and the next scales the loss by half,
+    which ends soon unless the backbone itself overflows.
     """
 
     STEPS = 3
@@ -176,11 +151,7 @@ class AdapterMoves(TrainerCallback):
             self._steps = 0
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **given: Any) -> None:
-        """A few steps later, compare.
-
-        Raises:
-            RunError: weights that did not move.
-        """
+        """A few steps later, compare; RunError if weights did not move."""
         if getattr(given.get("optimizer"), "step_was_skipped", False):
             self._overflows += 1
             if self._overflows >= self.OVERFLOWS:
@@ -197,13 +168,11 @@ class AdapterMoves(TrainerCallback):
         before, self._at_evaluation = self._at_evaluation, None
         now = dict(given["model"].named_parameters())
         if still := [name for name, value in before.items() if torch.equal(value, now[name].detach())]:
-            raise RunError(
-                f"{len(still)} of {len(before)} adapter weights did not move in {self.STEPS} steps after an evaluation "
-                f"(first: {still[0]}): no gradient reaches them. The last good state is in the newest checkpoint. "
-                "Try model.quantization=none, and please report the backbone and the versions in result.json.",
-                code="adapter-stands-still",
-                weights=still,
-            )
+            problem = f"{len(still)} of {len(before)} adapter weights did not move in {self.STEPS} steps after an "
+            problem += f"evaluation (first: {still[0]}): no gradient reaches them"
+            remedy = "Try model.quantization=none, and please report the backbone and the versions in result.json."
+            state = "The last good state is in the newest checkpoint"
+            raise RunError(f"{problem}. {state}. {remedy}", code="adapter-stands-still", weights=still)
 
 
 class ProgressDisplay(TrainerCallback):
@@ -225,7 +194,6 @@ class ProgressDisplay(TrainerCallback):
         self._began, self._first, self._bar = 0.0, 0, max(4, min(40, console.width - 70))
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Open the bar in a terminal."""
         self._began, self._first = time.monotonic(), state.global_step
         if not state.is_world_process_zero or self.console.quiet or not self.console.is_terminal:
             return
@@ -237,11 +205,9 @@ class ProgressDisplay(TrainerCallback):
         self._progress.start()
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Move the bar."""
         self._update(state)
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any) -> None:
-        """Show the newest figures."""
         if not state.is_world_process_zero or not logs or self.console.quiet:
             return
         new = {name: f"{logs[key]:.4f}" for key, name in self.NAMES.items() if isinstance(logs.get(key), float)}

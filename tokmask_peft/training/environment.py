@@ -1,7 +1,5 @@
 """What a run runs on, processes, versions and hardware, and what it takes of them: peak memory, sub-tokens a step."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib.metadata
 import os
@@ -25,11 +23,8 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "data
 def processes() -> PartialState:
     """Join the processes that torchrun or `accelerate launch` started, and choose each one's device.
 
-    On CPUs accelerate joins them only if asked to compute there. Otherwise each would be a run of its own, all in one
-    folder.
-
-    Raises:
-        RunError: nothing runs on the GPU of one of several processes; a single one takes the CPU.
+    On CPUs accelerate joins them only if asked to compute there; otherwise each would be a run, all in one folder.
+    RunError if nothing runs on the GPU of one of several processes; a single one takes the CPU.
     """
     unusable = gpu_problem() if torch.cuda.is_available() else None
     if unusable and int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -39,11 +34,7 @@ def processes() -> PartialState:
 
 
 def check_sharding() -> None:
-    """Refuse ways to shard a model after which the adapter could not be saved whole.
-
-    Raises:
-        RunError: DeepSpeed or the first version of FSDP was chosen.
-    """
+    """Refuse, with a RunError, DeepSpeed and FSDP 1, after which the adapter could not be saved whole."""
     chosen = "DeepSpeed" if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") else None
     if parse_flag_from_env("ACCELERATE_USE_FSDP") and os.environ.get("FSDP_VERSION", "1") == "1":
         chosen = "FSDP 1"
@@ -78,8 +69,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 def peak_memory(device: torch.device, loading: int | None = None) -> dict[str, Any]:
     """Return the peak memory so far in bytes: of the GPU's allocator, or the resident set of this process.
 
-    Given the peak of `loading`, that of the time since is reported as well: on a GPU, whose peak was reset after
-    loading, always; on a CPU, where it cannot be reset, if it is higher.
+    Given that of `loading`, the peak since then is added: on a GPU always (it was reset), on a CPU if it is higher.
     """
     if device.type == "cuda":
         peak, of = torch.cuda.max_memory_allocated(device), "GPU, allocated"
@@ -97,10 +87,9 @@ def peak_memory(device: torch.device, loading: int | None = None) -> dict[str, A
 
 
 def tokens_per_step(training: TrainingConfig, lengths: Sequence[int], batches: int | None, processes: int) -> float:
-    """Return the sub-tokens that an optimizer step takes on average, in all processes together, without padding.
+    """Return the sub-tokens of an optimizer step on average, of all processes, without padding.
 
-    `lengths` are those of the texts to train on; `batches` counts those of one process in an epoch, if a budget of
-    sub-tokens makes them.
+    `batches` counts one process's batches in an epoch, if a budget of sub-tokens makes them.
     """
     texts = training.micro_batch * processes if batches is None else len(lengths) / max(batches, 1)
     return texts * training.views * training.gradient_accumulation * sum(lengths) / max(len(lengths), 1)

@@ -1,7 +1,5 @@
 """Score a finished run again: on one of its splits, or on other data."""
 
-from __future__ import annotations
-
 import functools
 import os
 import tempfile
@@ -13,6 +11,7 @@ import torch
 from transformers import set_seed
 
 from tokmask_peft.artifacts import AdapterInfo, find_saved, open_finished
+from tokmask_peft.data.batches import padded_collator
 from tokmask_peft.data.corpus import apply_label_map, check_known, load_corpus, with_unseen
 from tokmask_peft.data.readers import READERS, read_split
 from tokmask_peft.errors import DataError, boundary
@@ -20,6 +19,7 @@ from tokmask_peft.examples import Example
 from tokmask_peft.model.adapter import load_adapter
 from tokmask_peft.model.backbone import load_backbone
 from tokmask_peft.model.decisions import plan_loading
+from tokmask_peft.model.layers import average_words
 from tokmask_peft.model.memory.suggestions import Situation, changed, memory_errors
 from tokmask_peft.recipe.schema import Recipe
 from tokmask_peft.spans import NO_SPANS, Spans
@@ -82,6 +82,7 @@ def evaluate(
     with memory_errors(loading):
         backbone = load_backbone(plan.model, task, labels, device)
         model = load_adapter(backbone, folder.adapter, **saved.loading.trained)
+    average_words(backbone.model, saved.loading.label_on)
     spans = None if saved.loading.spans == NO_SPANS else Spans(saved.loading.spans, labels)
     recipe = changed(recipe, {"data.spans": saved.loading.spans})
     texts = Split(examples, backbone.tokenizer, task, scored, recipe.data.max_length, saved.loading.label_on, spans)
@@ -93,7 +94,7 @@ def evaluate(
                 model=model,
                 args=training_arguments(recipe, Path(scratch), device, backbone.dtype),
                 eval_dataset=texts.window_dataset,
-                data_collator=get_task(task).collator(backbone.tokenizer),
+                data_collator=padded_collator(task, backbone.tokenizer),
                 memory_errors=functools.partial(memory_errors, evaluating),
                 compute_loss_func=ClassificationLoss(),  # a model's own may not fit the labels
                 task=get_task(task),
@@ -113,11 +114,8 @@ def split_examples(
 ) -> tuple[list[Example], tuple[str, ...]]:
     """Return the texts of a split as the run saw them, or those of a folder or file, and the labels of the adapter.
 
-    Without `split` it is test, or the file that `data` is. `reading` are `format`, `text_column` and `label_column` of
-    `data`, those of the recipe if they are none.
-
-    Raises:
-        DataError: there is no such split, or it cannot be read.
+    Without `split` it is test, or the file that `data` is; DataError if there is none. `reading` are `format`,
+    `text_column` and `label_column` of `data`, those of the recipe if they are none.
     """
     labels, given = AdapterInfo.read(adapter).labels, {k: v for k, v in reading.items() if v is not None}
     if isinstance(columns := given.get("text_column", recipe.data.pair), tuple) != (recipe.data.pair is not None):

@@ -1,11 +1,8 @@
 """The head that starts from a linear probe on the frozen backbone (LP-FT: Kumar et al. 2022, arXiv:2202.10054).
 
-Fine-tuning from a random head first bends the features towards its random directions. Here the head's last layer
-starts as the logistic regression that fits the features as they are, so that not even the first steps answer one
-label for every text, and its score says what the backbone knows without an adapter.
+Fine-tuning from a random head first bends the features towards random directions; logistic regression fits them as they
+are. Not even the first steps answer one label for every text, and its score says what the backbone knows.
 """
-
-from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any, cast
@@ -21,11 +18,8 @@ from tokmask_peft.tasks import Task
 from tokmask_peft.training.metrics import Predictions, task_scores
 from tokmask_peft.training.trainer import OrderedEvalTrainer, Split
 
-STRENGTHS = (0.001, 0.01, 0.1, 1.0)
-"""Values of C that validation chooses from; features have a variance of 1."""
-
-MOST = 20_000
-"""Texts or words that the probe learns from: more take memory (31 MB for 384 features) and change little."""
+STRENGTHS = (0.001, 0.01, 0.1, 1.0)  # values of C that validation chooses from; features have a variance of 1
+MOST = 20_000  # texts or words that the probe learns from: more take memory (31 MB for 384 features) and change little
 
 
 def _last_layer(model: nn.Module, classes: int) -> tuple[nn.Module, str] | None:
@@ -41,8 +35,7 @@ def _last_layer(model: nn.Module, classes: int) -> tuple[nn.Module, str] | None:
 def choose_head(wanted: str, model: nn.Module, classes: int) -> Decision:
     """Choose where the head starts, as `training.head` says, or at random if there can be no probe.
 
-    A head with a dense layer before its last one (XLM-R, DistilBERT, a BERT's pooler) keeps that layer as it is: the
-    features are what the last layer gets.
+    Dense layers before the last one (XLM-R, DistilBERT, a BERT's pooler) stay as they are, and make the features.
     """
     if wanted == "probe":
         if classes < 2:
@@ -57,11 +50,9 @@ def choose_head(wanted: str, model: nn.Module, classes: int) -> Decision:
 def start_head(trainer: OrderedEvalTrainer, splits: Mapping[str, Split], seed: int) -> tuple[str, Predictions]:
     """Put a linear probe into the head of a model whose adapter has not learned yet. For all processes.
 
-    Validation chooses the strength of the regularization. The class weights are those of the run; if a text may
-    have several labels there are none, and each label has a fit of its own.
-
-    Returns:
-        A line on what was done, and the probe's predictions for test or, without one, validation.
+    Validation chooses the strength of the regularization, and the class weights are those of the run; if a text may
+    have several labels there are none, and each label has a fit. Returns a line on what was done, and the predictions
+    for test or, without one, validation.
     """
     labels, loss, task = splits["train"].labels, trainer.compute_loss_func, trainer.task
     parent, name = cast("tuple[nn.Module, str]", _last_layer(trainer.model, trainer.model.config.num_labels))
@@ -110,15 +101,9 @@ def probe(
     """Fit logistic regression with C = `strength`; return the weights, `[classes, features]`, and biases, `[classes]`.
 
     They are for features as they are: what standardised them is folded in. A layer without a bias gets features that
-    are scaled only. A class that no item has is never the answer, if the layer has a bias.
-
-    Args:
-        features: `[items, features]`.
-        gold: `[items]` label ids, or 1.0 or 0.0 for each label, `[items, labels]`: then each has a fit of its own.
-        strength: of the fit; a small one keeps the weights small.
-        classes: outputs of the layer.
-        with_bias: whether the layer has a bias.
-        weights: of the classes, `[classes]`, None for equal ones.
+    are scaled only. A class that no item has is never the answer, if the layer has a bias. `gold` are label ids,
+    `[items]`, or 1.0 or 0.0 for each label, `[items, labels]`, which then has a fit of its own. `weights` are those of
+    classes.
     """
     from sklearn.linear_model import LogisticRegression
 

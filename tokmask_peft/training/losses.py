@@ -1,7 +1,5 @@
 """Losses for classes of unequal frequency: weighted cross entropy and focal loss, over texts or words alike."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,15 +13,10 @@ from tokmask_peft.examples import IGNORED
 
 
 def class_weights(wanted: str | Mapping[str, float], counts: Mapping[str, int]) -> list[float] | None:
-    """Return a loss weight per class, in the order of `counts`, or None for equal weights.
+    """Return a loss weight per class, in the order of `counts` (of training texts or words); None for equal weights.
 
-    Args:
-        wanted: `none`; `inverse`, N / (K n_c); `sqrt_inverse`, its square root (arXiv 2505.11746), both scaled so
-            that they sum to K; or a weight for every label, taken as it is.
-        counts: label -> number of training examples (texts or words).
-
-    Raises:
-        RecipeError: explicit weights that miss a label, or name one that does not exist.
+    `inverse` is N / (K n_c), `sqrt_inverse` its square root (arXiv 2505.11746), both scaled to sum to K; or `wanted`
+    has a weight for every label, taken as it is: a RecipeError names labels that are missing or do not exist.
     """
     if wanted == "none":
         return None
@@ -60,14 +53,11 @@ class ClassificationLoss:
         self.smoothing = smoothing
 
     def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        """Return the summed loss over the number of labelled items.
+        """Return the summed loss over the number of labelled items, `num_items_in_batch`.
 
-        Args:
-            outputs: of the model; `logits` of shape `[batch, classes]` or `[batch, seq, classes]`.
-            labels: `[batch]` or `[batch, seq]`, -100 for none; or, if a text may have several, 1.0 or 0.0 for each
-                label, float `[batch, labels]`: then the loss is the mean of the labels' binary cross entropies.
-            num_items_in_batch: items in the whole accumulated batch, over all devices; from the Trainer. Dividing
-                by it makes the gradient the same however the batch is split.
+        That counts the whole accumulated batch, over all devices, so that the gradient is the same however it is split.
+        `logits` are `[batch, classes]` or `[batch, seq, classes]`, `labels` `[batch]` or `[batch, seq]`, -100 for none;
+        or, if a text may have several, float `[batch, labels]`, 1.0 or 0.0.
         """
         logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs.logits
         if labels.is_floating_point():
@@ -95,10 +85,7 @@ class ClassificationLoss:
         return loss + self.consistency * (differing * both).sum() / (items / 2).clamp(min=1)
 
     def _of_sets(self, logits: Tensor, labels: Tensor, items: Tensor | int | None) -> Tensor:
-        """Return the mean binary cross entropy, in which a label's weight is the same for its yes and its no.
-
-        So the weights move no probability, and the temperature is enough to calibrate it.
-        """
+        """Return the mean binary cross entropy; a label has one weight for yes and no, which moves no probability."""
         targets = labels[:, : logits.shape[-1]].float()  # of validation: no output stands for further labels
         weights = None if self.weights is None else self.weights.to(logits.device)
         smooth = targets * (1.0 - self.smoothing) + self.smoothing / 2

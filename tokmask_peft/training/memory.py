@@ -1,7 +1,5 @@
 """Whether a run fits: its estimate compared with the memory that is available, before training or without it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -187,13 +185,7 @@ def tightest(found: list[tuple[Decision, str | None]]) -> tuple[Decision, str | 
 
 
 def without_training(recipe: Recipe, gpu: str | None = None) -> Forecast:
-    """Estimate a recipe on this machine's CUDA GPU or CPU, or on a GPU with memory of a size such as 6GB.
-
-    No weights are read.
-
-    Raises:
-        RecipeError, DataError, ModelError: with what to do.
-    """
+    """Estimate a recipe on this machine's CUDA GPU or CPU, or on a GPU of a size such as 6GB; no weights are read."""
     wanted, memory = recipe.model, None if gpu is None else gpu_memory(gpu)
     here = torch.cuda.is_available() and decisions.gpu_problem() is None
     device = torch.device("cuda" if gpu or here else "cpu")

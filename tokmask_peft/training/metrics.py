@@ -1,10 +1,7 @@
 """The scores of predictions, and probabilities that mean what they say: one temperature, fitted on validation.
 
-Calibration follows Guo et al. 2017 (arXiv:1706.04599) and covers the items that the model saw: a word that was cut away
-has no probability.
+Calibration (Guo et al. 2017, arXiv:1706.04599) covers the items that the model saw, not words that were cut away.
 """
-
-from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -55,12 +52,11 @@ class Predictions:
 
 
 def scores(gold: NDArray[np.int64], predicted: NDArray[np.int64], labels: Sequence[str]) -> dict[str, Any]:
-    """Return accuracy, macro and weighted F1, per-class figures and the confusion matrix.
+    """Return accuracy, macro and weighted F1, per-class figures and the confusion matrix, JSON-able.
 
-    Macro-F1 is the mean over the classes that occur among the gold or the predicted labels, as in scikit-learn. `gold`
-    and `predicted` are label ids, `[items]`, `NO_PREDICTION` for none, which gold ones are only if a text has an item
-    per label. What is returned is JSON-able; `confusion` has a row for each gold label and a column for each predicted
-    one, and a last column for items without a prediction.
+    Macro-F1 is the mean over the classes that occur among the gold or the predicted labels, as in scikit-learn. Ids are
+    `[items]`, `NO_PREDICTION` for none, which gold ones are only if a text has an item per label. `confusion` has a row
+    for each gold label, a column for each predicted one, and a last column for items without a prediction.
     """
     from sklearn.metrics import precision_recall_fscore_support
 
@@ -95,10 +91,7 @@ def task_scores(task: Task, found: Predictions, labels: Sequence[str]) -> dict[s
 
 
 def code_mixing_index(tags: Sequence[str], languages: Sequence[str]) -> float:
-    """Return the code-mixing index of a post, 0 (one language) to below 100 (Das and Gambäck 2014).
-
-    CMI = 100 (1 - max_l w_l / (n - u)): w_l words of language l, n words, u of them in no language.
-    """
+    """Return a post's code-mixing index (Das and Gambäck 2014), 100 (1 - max_l w_l / (n - u)): 0 to below 100."""
     counts = Counter(tag for tag in tags if tag in languages)
     spoken = sum(counts.values())
     return 100.0 * (spoken - max(counts.values())) / spoken if counts else 0.0  # exact at the bounds of the bins
@@ -123,10 +116,7 @@ def scores_by_mixing(found: Predictions, labels: Sequence[str], languages: Seque
 
 
 def text_counts(gold: Sequence[Sequence[int]], predicted: Sequence[Sequence[int]], classes: int) -> NDArray[np.float64]:
-    """Count each text's items by class, `[3, texts, classes]`: found correctly, of the class, predicted as the class.
-
-    They suffice to score any choice of texts. A prediction of -1 (a word without one) counts for no class.
-    """
+    """Count each text's items by class, `[3, texts, classes]`: found correctly, of the class, given the class."""
     text = np.repeat(np.arange(len(gold)), [len(row) for row in gold])
     true, found = (np.concatenate([np.asarray(row, dtype=np.int64) for row in rows]) for rows in (gold, predicted))
     counts, right = np.zeros((3, len(gold), classes)), (true == found) & (true >= 0)
@@ -148,20 +138,12 @@ def f1_of(counts: NDArray[Any]) -> dict[str, NDArray[np.float64]]:
 def bootstrap_differences(
     arms: Mapping[Any, Sequence[NDArray[np.float64]]], reference: Any, replicates: int = 2000, seed: int = 0
 ) -> dict[Any, dict[str, NDArray[np.float64]]]:
-    """Draw seeds and texts, the same for all arms, and return each arm's mean F1 minus the reference's.
+    """Draw seeds and texts, the same for all arms, and return each other arm's mean F1 minus the `reference`'s.
 
     Every seed scores the same test texts, so seeds and texts are crossed: each replicate draws seeds and, for all of
-    them, texts, both with replacement (the pigeonhole bootstrap, Owen 2007, arXiv:0712.1111). In word-level tasks a
-    whole text is drawn with its words, which depend on each other.
-
-    Args:
-        arms: for each arm the `text_counts` of its runs, in the same order of seeds, on the same texts.
-        reference: the arm to compare with.
-        replicates: number of draws.
-        seed: of the draws.
-
-    Returns:
-        For each other arm and metric `[replicates]` differences.
+    them, texts, both with replacement (the pigeonhole bootstrap, Owen 2007, arXiv:0712.1111). A text is drawn with its
+    words, which depend on each other. `arms` have the `text_counts` of their runs, in the same order of seeds, on the
+    same texts; the result, for each arm and metric, is `[replicates]`.
     """
     random = np.random.default_rng(seed)
     runs, texts = len(arms[reference]), arms[reference][0].shape[1]
@@ -197,7 +179,6 @@ def entity_scores(found: Predictions, labels: Sequence[str]) -> dict[str, Any]:
     """Return `f1_entities` and, in `entities`, precision, recall and counts, over all types and for each, JSON-able.
 
     An entity is right if type, first and last word are: micro scores in seqeval's default mode (see `spans`).
-    `interval` is the 95% bootstrap interval of F1 over texts.
     """
     counts = Counter[str](), Counter[str](), Counter[str]()  # by type: found correctly, in the data, predicted
     for gold, given in _entities(found, labels):
@@ -242,12 +223,9 @@ LOWEST, HIGHEST = 0.2, 5.0  # bounds of the temperature
 
 
 def fit_temperature(logits: NDArray[Any], gold: NDArray[Any]) -> float:
-    """Return the temperature T that minimises the negative log likelihood of softmax(logits / T).
+    """Return the temperature T, 0.2 to 5, that minimises the negative log likelihood of softmax(logits / T).
 
-    If no item is wrong the best T would be 0, which says nothing about new texts: then T is 1.
-
-    `logits` are `[items, classes]`, `gold` `[items]` label ids. T is between 0.2 and 5, and never has a higher negative
-    log likelihood than T = 1.
+    It is 1 if that is no worse, or if no item is wrong: the best T would be 0, which says nothing about new texts.
     """
     if len(gold) == 0 or bool((logits.argmax(-1) == gold).all()):
         return 1.0
@@ -262,13 +240,10 @@ def fit_temperature(logits: NDArray[Any], gold: NDArray[Any]) -> float:
 def calibrate(parts: dict[str, tuple[NDArray[Any], NDArray[Any]]]) -> dict[str, Any]:
     """Fit the temperature on validation; return it with what it changes on each part, JSON-able.
 
-    `parts` are `validation` and whatever else to report on: logits `[items, classes]` and gold ids `[items]`, of which
-    those that the model cannot give are left out. Only validation decides: a temperature at its bounds, or with which
-    its negative log likelihood or its calibration error does not fall, is not used. Then `temperature` is 1, `fitted`
-    is the one that `after` reports on, and `left_out` the reason.
-
-    Raises:
-        RunError: a logit is not finite.
+    `parts` have logits `[items, classes]` and gold ids `[items]`; ids that the model cannot give are left out. A
+    temperature at its bounds, or with which negative log likelihood or calibration error on validation do not fall, is
+    not used: then `temperature` is 1, `fitted` the one that `after` reports on, and `left_out` the reason. RunError if
+    a logit is not finite.
     """
     known = {}
     for name, (logits, gold) in parts.items():
@@ -302,10 +277,7 @@ def probabilities(logits: NDArray[Any], temperature: float = 1.0) -> NDArray[np.
 
 
 def thresholds_of(cuts: Sequence[float], labels: Sequence[str], temperature: float) -> dict[str, float]:
-    """Return the calibrated probability above which each label is given, from the cuts of `Task.fit_cuts`.
-
-    It is never 0 or 1, which are the probabilities of no logit.
-    """
+    """Return each label's threshold from the cuts of `Task.fit_cuts`, as calibrated probabilities, never 0 or 1."""
     chances = expit(np.asarray(cuts) / temperature).clip(1e-12, 1 - 1e-12)
     return dict(zip(labels, chances.tolist(), strict=True))
 
@@ -323,10 +295,9 @@ def expected_calibration_error(rows: Sequence[Mapping[str, Any]]) -> float:
 
 
 def reliability_bins(probability: NDArray[Any], gold: NDArray[Any], bins: int = BINS) -> list[dict[str, Any]]:
-    """Return the points of a reliability diagram: number, mean confidence and accuracy of the items of each bin.
+    """Return a reliability diagram's points: number, mean confidence and accuracy of items in equal bins of (0, 1].
 
-    The bins are of equal width over (0, 1]; a confidence on a border belongs to the bin below. Empty ones are left out.
-    `probability` is `[items, classes]`, `gold` the label ids, `[items]`.
+    A confidence on a border belongs to the bin below. Empty bins are left out.
     """
     confidence, right = probability.max(-1), probability.argmax(-1) == gold
     place = np.clip(np.ceil(confidence * bins).astype(np.int64) - 1, 0, bins - 1)

@@ -1,7 +1,5 @@
 """The scores of a run: its best checkpoint on validation and test, compared with a baseline's."""
 
-from __future__ import annotations
-
 import functools
 import time
 from collections import Counter
@@ -37,28 +35,20 @@ DOWNLOAD = (
     f"download it elsewhere (hf download {MULTILINGUAL} --local-dir e5-small), and set model.backbone_path=e5-small."
 )
 """How to train with a backbone of many languages."""
-RISEN = 1.5
-"""Times the least loss on validation above which that of the checkpoint is a warning."""
+RISEN = 1.5  # times the least loss on validation above which that of the checkpoint is a warning
 
 
 def baseline_scores(corpus: Corpus, weights: Any, adapter: Predictions) -> dict[str, Any]:
     """Fit logistic regression over character n-grams, and compare it with the adapter on the scored split.
 
     Validation chooses lower-cased or cased texts, then the class weights, balanced or those of the run, and C. The
-    n-grams of the first and the second text of a pair are different features, and so are those that both texts have.
+    n-grams of the first and the second text of a pair are different features, and so are those that both texts have. In
+    token tasks each word is classified without its context. Equal items with equal labels are one row, weighted by
+    their number: the same fit in less time (though document frequencies count rows). If a text may have several labels,
+    each label has a fit of its own, with balanced weights or none, and a threshold that validation fits.
 
-    In token tasks each word is classified without its context. Equal items with equal labels are one row, weighted by
-    their number: the same fit as on repeated rows, in less time. (The document frequency of an n-gram counts those
-    rows.) If a text may have several labels, each text is a row, and each label has a fit of its own, with balanced
-    weights or none, and a threshold that validation fits.
-
-    Args:
-        corpus: what the adapter learned from.
-        weights: `[classes]` of the run, None for equal ones; not used if a text may have several labels.
-        adapter: its predictions for test or, without a test split, for validation.
-
-    Returns:
-        The scores of `metrics.scores`, with `method`, `seconds`, and what `metrics.compared` returns.
+    `weights` are `[classes]`, `adapter` its predictions for test or, without one, validation. Returns `metrics.scores`,
+    `method`, `seconds`, and `metrics.compared`.
     """
     start, task, labels = time.perf_counter(), get_task(corpus.task), corpus.all_labels
     found, chosen = _label_by_label(corpus) if task.several else _item_by_item(corpus, weights)
@@ -156,10 +146,7 @@ def _item_by_item(corpus: Corpus, weights: Any) -> tuple[Predictions, str]:
 
 
 def _best_fit(fit: Callable[[str, str, float], tuple[float, Any]], other: str) -> tuple[Any, str]:
-    """Return what gives the answers of the fit with the best score on validation, and how it was fitted.
-
-    `fit` takes the case, the class weights and C. The case is chosen first, then balanced or `other` weights, and C.
-    """
+    """Return the answers of the best fit on validation, and its settings: case first, then class weights and C."""
     tried = {(case, "balanced", 1.0): fit(case, "balanced", 1.0) for case in ("lower-cased", "cased")}
     case = max(tried, key=lambda settings: tried[settings][0])[0]
     for settings in ((case, "balanced", 10.0), (case, other, 1.0), (case, other, 10.0)):
@@ -243,10 +230,7 @@ def language_warnings(backbone: str, tokenizer: Any, train: Sequence[Example]) -
 
 
 def warnings_of(result: Result, log: Sequence[Mapping[str, Any]] = ()) -> list[dict[str, str]]:
-    """Return what a user must know before trusting a run's scores: a code, a sentence, and the key to change.
-
-    `log` is what the trainer logged, with a loss for each evaluation.
-    """
+    """Return what to know before trusting a run's scores, from them and a `log`: code, sentence, and key to change."""
     scored, where, item = result.scored, result.scored_split, get_task(result.task).item
     counts = get_task(result.task).counts_given(scored)
     given = [label for label in result.labels if counts.get(label)]
@@ -292,18 +276,12 @@ def _listed(labels: Sequence[str]) -> str:
 
 
 def check_best(trainer: OrderedEvalTrainer, result: Result, validation: Split) -> None:
-    """Fail if the loaded adapter is not the one that was best in training, where validation texts are cut.
-
-    Raises:
-        RunError: it is another one.
-    """
+    """Raise a RunError unless the loaded adapter scores as the best one in training did, where texts are cut."""
     name = str(trainer.args.metric_for_best_model)
     found, best = result.validation[name], trainer.state.best_metric
     if validation.encoded.truncation.texts_cut:
         found = trainer.predict(validation.dataset).metrics[f"test_{name}"]
     if best is not None and abs(found - best) > 0.005:
-        raise RunError(
-            f"the best checkpoint has {name} {best:.4f} on validation, but loaded again it has {found:.4f}: "
-            "no adapter is saved. Please report this with log.jsonl.",
-            code="not-the-best",
-        )
+        problem = f"the best checkpoint has {name} {best:.4f} on validation, but loaded again it has {found:.4f}"
+        remedy = "no adapter is saved. Please report this with log.jsonl."
+        raise RunError(f"{problem}: {remedy}", code="not-the-best")

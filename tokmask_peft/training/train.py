@@ -1,7 +1,5 @@
 """A whole run, from top to bottom: data, backbone, mask, adapter, memory, trainer, loop, scores, files."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 from collections import Counter
@@ -30,7 +28,7 @@ from tokmask_peft.artifacts import (
     start_run,
 )
 from tokmask_peft.console import Decision, make_console, print_decisions, print_lines, print_result
-from tokmask_peft.data.batches import PackedCollator, TokenBudgetSampler
+from tokmask_peft.data.batches import PackedCollator, TokenBudgetSampler, padded_collator
 from tokmask_peft.data.corpus import Corpus, count_labels, load_corpus
 from tokmask_peft.data.encoding import words_need_a_space
 from tokmask_peft.errors import RecipeError, RunError, RunInterruptedError, boundary, whole, write_json
@@ -41,7 +39,7 @@ from tokmask_peft.masking.replacement import MaskToken
 from tokmask_peft.model.adapter import WEIGHTS, add_adapter, check_fit, gathered_weights, save_adapter
 from tokmask_peft.model.backbone import Backbone, load_backbone
 from tokmask_peft.model.decisions import PRECISIONS, enable_checkpointing, in_short, out_of_memory
-from tokmask_peft.model.layers import choose_label_on, placement_problem
+from tokmask_peft.model.layers import average_words, choose_label_on, placement_problem
 from tokmask_peft.model.location import check_length
 from tokmask_peft.model.memory.suggestions import Phase, Situation, changed, memory_error, memory_errors, smaller_batch
 from tokmask_peft.model.packed import choose_batching, enable_padding_free
@@ -181,18 +179,11 @@ def observe_training(
     *,
     quiet: bool = False,
 ) -> Recipe:
-    """Train as a recipe says, and keep nothing: no evaluation, checkpoints, scores or adapter.
+    """Train as a recipe says, and keep only `log.jsonl`, in `folder`; return the recipe with what was decided.
 
-    For studies of the training itself. The weights move as in `train`; there is neither early stopping nor a tracker.
-
-    Args:
-        recipe: to train as.
-        folder: takes `log.jsonl`.
-        observers: makes callbacks from the trainer and the mask token, which is None if nothing is masked.
-        quiet: print nothing.
-
-    Returns:
-        The recipe with what was decided for this machine.
+    For studies of the training itself: there is no evaluation, early stopping, tracker, checkpoint or adapter, and the
+    weights move as in `train`. `observers` makes callbacks from the trainer and the mask token, None if nothing is
+    masked.
     """
     process = processes()
     if process.num_processes > 1:
@@ -241,6 +232,7 @@ def prepare(recipe: Recipe, device: torch.device, console: Console) -> Prepared:
 
     head = choose_head(training.head, model, len(corpus.labels))
     carrier = choose_label_on(data.label_on, loaded)
+    average_words(loaded, carrier.choice)
     made = {"training.batching": batching.choice, "training.head": head.choice, "data.label_on": carrier.choice}
     recipe = changed(recipe, made)
     parts = {"train": corpus.train, "validation": corpus.validation, "test": corpus.test}
@@ -264,7 +256,7 @@ def prepare(recipe: Recipe, device: torch.device, console: Console) -> Prepared:
             for key, value in numbers.items()
             if value is not None and not (key == "epochs" and training.max_steps)
         ),
-        *([carrier] if carrier.choice == "last" and get_task(data.task).words_given else []),
+        *([carrier] if carrier.choice != "first" and get_task(data.task).words_given else []),
         batching,
         memory_decision,
         mask_decision,
@@ -312,7 +304,7 @@ def make_trainer(prepared: Prepared, run: RunFolder, callbacks: list[TrainerCall
             args=arguments,
             train_dataset=prepared.splits["train"].encoded.dataset,
             eval_dataset=validation.dataset,
-            data_collator=task.collator(tokenizer),
+            data_collator=padded_collator(task.name, tokenizer),
             train_collator=PackedCollator(task.name) if training.batching == "padding_free" else None,
             batches=batches,
             processing_class=tokenizer,
@@ -400,10 +392,7 @@ def _trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 
 
 def _with_smaller_batches(prepared: Prepared, first: TrainingConfig, reason: str) -> Prepared:
-    """Take fewer texts at a time for the same optimizer step, after memory ran out for `reason`.
-
-    The Trainer's own `auto_find_batch_size` also makes the optimizer step smaller, and keeps half-trained weights.
-    """
+    """Take fewer texts at a time, after memory ran out for `reason`; the Trainer's own way makes steps smaller, too."""
     training = prepared.recipe.training
     smaller = smaller_batch(training.micro_batch, training.gradient_accumulation)
     if smaller is None:

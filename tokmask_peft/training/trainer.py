@@ -1,7 +1,5 @@
 """From a recipe to a `transformers.Trainer`: its texts, its arguments, and where ours differs from it."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -28,7 +26,7 @@ from tokmask_peft.errors import DataError, RecipeError, RunError, nearest
 from tokmask_peft.examples import IGNORED, NO_PREDICTION, Example
 from tokmask_peft.masking.callback import TokenMaskCallback
 from tokmask_peft.model.adapter import inputs_as_they_come
-from tokmask_peft.model.layers import quick_dropout
+from tokmask_peft.model.layers import quick_dropout, whole_words
 from tokmask_peft.recipe.schema import Recipe
 from tokmask_peft.spans import NO_SPANS, Spans
 from tokmask_peft.tasks import Task, get_task
@@ -51,10 +49,7 @@ class Split:
         label_on: str = "first",
         spans: Spans | None = None,
     ) -> None:
-        """`labels` are in the order of the classifier's outputs, followed by those that it cannot give.
-
-        With `spans`, predictions are repaired as those of `predict` are.
-        """
+        """`labels` has the classifier's first; with `spans`, predictions are repaired as those of `predict` are."""
         self.examples, self.labels, self.task, self.spans = examples, labels, get_task(task), spans
         self._encoder = Encoder(tokenizer, task, max_length, label_on)
         self._ids = {label: number for number, label in enumerate(labels)}
@@ -92,9 +87,9 @@ class Split:
         for window in self.windows:
             marks = np.full(len(window.ids), IGNORED)
             marks[window.positions] = 0
-            types = {} if window.types is None else {"token_type_ids": window.types}
             labels = marks.tolist() if self.task.words_given else self.task.mark(len(self.labels))
-            rows.append({"input_ids": window.ids, "labels": labels, **types})
+            row = {"input_ids": window.ids, "labels": labels, "token_type_ids": window.types, "words": window.numbers}
+            rows.append({name: part for name, part in row.items() if part is not None})
         return Dataset.from_list(rows)
 
     def joined(
@@ -128,9 +123,8 @@ class Split:
     def cut_predictions(self, predicted: NDArray[np.int64], gold: NDArray[np.int64]) -> Predictions:
         """Return predictions for the cut texts, in the order of the texts.
 
-        Args:
-            predicted: `[texts]`, `[texts, seq]` or `[texts, labels]` label ids in the order of `dataset`.
-            gold: the labels that the model saw, of the same shape; -100 for none.
+        Both are `[texts]`, `[texts, seq]` or `[texts, labels]` in the order of `dataset`; `gold` is what the model saw,
+        -100 for none.
         """
         found = Predictions([], [])
         for text, row in enumerate(np.argsort(self.order)):
@@ -178,6 +172,7 @@ class OrderedEvalTrainer(Trainer):
 
     compute_metrics: Any
     data_collator: Any
+    _signature_columns: Any
 
     def __init__(
         self,
@@ -194,9 +189,8 @@ class OrderedEvalTrainer(Trainer):
         """Create the trainer; further arguments are the Trainer's.
 
         `train_collator` makes the training batches, if they differ from those of evaluations, and `batches` chooses
-        them, if they are not of `per_device_train_batch_size` texts. Evaluations run inside of `memory_errors()`.
-        A training batch holds its texts `views` times; the recipe says what two views mean. Without a `task`, an item
-        has one label.
+        them, if not by number of texts; they hold each text `views` times. Evaluations run inside of `memory_errors()`.
+        Without a `task`, an item has one label.
         """
         self.task = task or Task()
         super().__init__(*args, preprocess_logits_for_metrics=self._label_ids, **kwargs)
@@ -229,7 +223,7 @@ class OrderedEvalTrainer(Trainer):
         rate, step = masking.upcoming(self.args, self.state)
         for number, batch in enumerate(batches):
             masking.masker.clean_texts = self._clean_texts(batch)
-            masked = masking.masker.pattern_of(batch, step + number, rate)
+            masked = whole_words(batch, masking.masker.pattern_of(batch, step + number, rate))
             batch["labels"] = batch["labels"].masked_fill(masked, IGNORED)
         return batches, self._get_num_items_in_batch(batches, device)
 
@@ -246,7 +240,7 @@ class OrderedEvalTrainer(Trainer):
             masking.masker.clean_texts = self._clean_texts(batch)
             if (scale := masking.schedule.class_scale()) is not None:
                 masking.masker.scale = torch.tensor(scale, device=self.args.device)[batch["labels"]]
-            masked = masking.masker.pattern_of(batch)
+            masked = whole_words(batch, masking.masker.pattern_of(batch))
         if self.views > 1:
             loss.consistency = self.consistency
             loss.seen = None if masked is None or not _labels_words(batch) else ~masked.view(2, -1).any(dim=0)
@@ -289,6 +283,10 @@ class OrderedEvalTrainer(Trainer):
         finally:
             self.data_collator = usual
 
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = [*dict.fromkeys([*self._signature_columns, "words"])]  # see `average_words`
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         usual = super()._get_train_sampler(train_dataset)
         if isinstance(usual, LengthGroupedSampler):
@@ -305,11 +303,7 @@ class OrderedEvalTrainer(Trainer):
         return split.joined(self.answers(split.window_dataset)[0], cuts)
 
     def answers(self, dataset: Dataset) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Return what the model puts out where an answer is wanted, `[answers, outputs]`, and `[answers, …]` labels.
-
-        Raises:
-            RunError: the outputs are not in the order of the texts.
-        """
+        """Return the model's outputs where an answer is wanted, `[answers, outputs]`, and their labels."""
         self._logits = []
         compute, self.compute_metrics = self.compute_metrics, None
         try:
@@ -329,10 +323,7 @@ class OrderedEvalTrainer(Trainer):
         return logits, output.label_ids[labelled]
 
     def _label_ids(self, logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:
-        """Return what the task keeps of the logits of a batch; those of labelled positions are stored if asked.
-
-        Padded logits of all positions would take the longest text's length times the classes for every text.
-        """
+        """Return what the task keeps of logits; labelled ones are stored if asked, not all, which are large."""
         first = logits[0] if isinstance(logits, tuple) else logits  # models with further outputs give a tuple
         if self._logits is not None:
             self._logits.append(first[self.task.wanted(labels)].float().cpu().numpy())
@@ -347,10 +338,7 @@ def _labels_words(batch: Mapping[str, Any]) -> bool:
 def _answers(logits: Tensor, labels: Tensor, masked: Tensor) -> Tensor:
     """Count the answers to a batch as `Answers` holds them, [6, classes].
 
-    Args:
-        logits: `[texts, classes]` or `[batch, seq, classes]`.
-        labels: `[texts]` or `[batch, seq]`, -100 for none.
-        masked: whether an item is in a masked text, of the shape of `labels`.
+    `labels` are -100 for none; `masked` says whether an item is in a masked text, in the shape of `labels`.
     """
     classes, labels = logits.shape[-1], labels.reshape(-1)
     logits, at = logits.reshape(-1, classes).float(), labels.clamp(min=0)
@@ -362,10 +350,7 @@ def _answers(logits: Tensor, labels: Tensor, masked: Tensor) -> Tensor:
 
 
 def in_order(shares: Sequence[Sequence[NDArray[np.float32]]], items: int) -> NDArray[np.float32]:
-    """Return the rows of all processes' batches in the order of the dataset, `[items, classes]`.
-
-    Process r of R sees the batches r, r + R, …; what the last ones are filled up with is left out.
-    """
+    """Return the rows of all processes in the order of the dataset; of R, process r has the batches r, r + R, …."""
     rounds = itertools.zip_longest(*shares)
     return np.concatenate([batch for one in rounds for batch in one if batch is not None])[:items]
 
@@ -424,11 +409,7 @@ def training_arguments(
 
 
 def check_trackers(names: tuple[str, ...]) -> None:
-    """Check that the experiment trackers exist and are installed.
-
-    Raises:
-        RecipeError: names those that do not, or are not.
-    """
+    """Raise a RecipeError that names the experiment trackers that do not exist or are not installed."""
     installed = get_available_reporting_integrations()
     known = sorted({*INTEGRATION_TO_CALLBACK, *installed})
     missing = [name for name in names if name not in installed]

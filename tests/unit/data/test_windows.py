@@ -23,7 +23,7 @@ def test_a_text_that_fits_is_encoded_as_in_training(family):
     assert [window.ids for window in found] == list(expected.dataset["input_ids"])
 
 
-@pytest.mark.parametrize("label_on", ["first", "last"])
+@pytest.mark.parametrize("label_on", ["first", "last", "mean"])
 @pytest.mark.parametrize("family", token_families)
 def test_words_that_fit_are_encoded_as_in_training(family, label_on):
     tokenizer = tiny_tokenizer(FAMILIES[family].tokenizer)
@@ -36,13 +36,15 @@ def test_words_that_fit_are_encoded_as_in_training(family, label_on):
     for window, labels, words in zip(found, expected.dataset["labels"], texts, strict=True):
         assert window.positions.tolist() == [at for at, label in enumerate(labels) if label != -100]
         assert window.words.tolist() == list(range(len(words)))
+    numbers = expected.dataset["words"] if label_on == "mean" else [None] * len(texts)
+    assert [window.numbers for window in found] == list(numbers)
 
 
 @given(
     st.lists(st.sampled_from([*WORDS, "\u200b", "sinpapeleríasobrenatural" * 6]), min_size=1, max_size=80),
     st.integers(6, 30),
     st.sampled_from(["bert", "xlm-r", "qwen2", "llama"]),
-    st.sampled_from(["first", "last"]),
+    st.sampled_from(["first", "last", "mean"]),
 )
 @settings(max_examples=30, deadline=None)
 def test_every_word_belongs_to_one_window_and_has_its_sub_token_there(words, max_length, family, label_on):
@@ -50,13 +52,16 @@ def test_every_word_belongs_to_one_window_and_has_its_sub_token_there(words, max
     (whole,) = Encoder(tokenizer, "token", 100_000, label_on).windows([words], owners=True)
     windows = list(Encoder(tokenizer, "token", max_length, label_on).windows([words]))
     owned = [np.flatnonzero(whole.owners == word) for word in range(len(words))]
-    assert whole.positions.tolist() == [ids[0 if label_on == "first" else -1] for ids in owned]
+    assert whole.positions.tolist() == [ids[-1 if label_on == "last" else 0] for ids in owned]
     assert sorted(word for window in windows for word in window.words.tolist()) == list(range(len(words)))
     for window in windows:
         assert len(window.ids) <= max_length
         for word, position in zip(window.words, window.positions, strict=True):
             at = whole.positions[word]
             assert window.ids[position : position + 2][:1] == whole.ids[at : at + 1]
+            if label_on == "mean":
+                of_word = np.flatnonzero(np.array(window.numbers) == window.numbers[position])
+                assert of_word.tolist() == np.flatnonzero(window.owners == word).tolist()
 
 
 @pytest.mark.parametrize("family", families)

@@ -170,11 +170,7 @@ def test_int32_ids_a_single_text_and_the_keyword_argument():
     ids = encode(tokenizer)["input_ids"]
     with TokenMasker.attach(model, tokenizer, TokenMaskConfig(p=0.5)) as masker:
         outputs = []
-        for call in (
-            lambda: embedding(ids),
-            lambda: embedding(ids.to(torch.int32)),
-            lambda: embedding(input=ids),
-        ):
+        for call in (lambda: embedding(ids), lambda: embedding(ids.to(torch.int32)), lambda: embedding(input=ids)):
             masker.step = 0
             outputs.append(call())
         masker.step = 0

@@ -141,6 +141,9 @@ def test_a_backbone_elsewhere_stays_as_given(tmp_path, monkeypatch, folder):
         ("multilabel", {"label_separator": ";"}, None),
         ("multilabel", {"label_column": ["joy", "joy", "fear"]}, "'joy' twice"),
         ("multilabel", {"label_column": ["joy", "fear"]}, None),
+        ("sequence", {"text_column": ["text", "text"]}, "'text' twice.* two columns"),
+        ("sequence", {"text_column": ["0", 0]}, "'0' twice"),
+        ("sequence", {"text_column": ["text", "title"]}, None),
     ],
 )
 def test_a_key_that_would_do_nothing_is_refused(task, data, problem):

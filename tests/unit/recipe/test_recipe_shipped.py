@@ -41,7 +41,7 @@ def test_every_backbone_has_every_task_and_minilm_runs_offline():
     assert shipped_recipes() == sorted(ALL)
     wanted = {f"{task}/{backbone}" for task in TASKS for backbone in BACKBONES} | {f"{task}/minilm" for task in OFFLINE}
     wanted |= {f"{task}/e5-small" for task in NER}
-    others = {"quickstart", "sa_spaeng/mt5-small", "lid_spaeng/mt5-small", "trec/bart-base"}
+    others = {"quickstart", "sa_spaeng/mt5-small", "lid_spaeng/mt5-small", "trec/bart-base", "xnli_swa/e5-small"}
     assert wanted | others <= set(ALL)
     assert load_recipe("trec/bart-base").model.backbone == "facebook/bart-base"
     assert load_recipe("trec/bart-base").model.backbone_path is None

@@ -178,12 +178,7 @@ def test_signs_of_failure_are_named_where_they_are_seen(made_up_sweep):
             ],
             ["smallest of", "0 of 3 seeds"],
         ),
-        (
-            {"p0.1": 0.3},
-            {"seeds": "8"},
-            ["8 of 8 seeds), established by these seeds (p = 0.00781"],
-            ["cannot give"],
-        ),
+        ({"p0.1": 0.3}, {"seeds": "8"}, ["8 of 8 seeds), established by these seeds (p = 0.00781"], ["cannot give"]),
         (  # an arm that lacks seeds does not speak for the others
             {"p0.1": 0.3},
             {"p": "0,0.1,0.3", "seeds": "8", "leave_out": [f"p0.3-seed{seed}" for seed in range(3, 9)]},

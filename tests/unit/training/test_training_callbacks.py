@@ -17,14 +17,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from tokmask_peft.console import STOP_SIGNALS
 from tokmask_peft.errors import RunError
 from tokmask_peft.training import callbacks
-from tokmask_peft.training.callbacks import (
-    AdapterMoves,
-    LogFile,
-    Patience,
-    ProgressDisplay,
-    StepClock,
-    StopOnSignal,
-)
+from tokmask_peft.training.callbacks import AdapterMoves, LogFile, Patience, ProgressDisplay, StepClock, StopOnSignal
 
 
 def state(step, main=True):

@@ -4,8 +4,6 @@ The real model classes run a step on fake tensors, and the bytes are counted. Ba
 with two and three of them, from which the rest follows, because layers are alike.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Sequence
@@ -26,37 +24,17 @@ from tokmask_peft.model.layers import check_placement
 from tokmask_peft.model.memory.step import Setting, Shape, bare_model, count_step
 from tokmask_peft.recipe.schema import Batching, Recipe
 
-MARGIN = {"cpu": 0.05, "cuda": 0.15}
-"""By how much the tensors of a real step may differ from the estimate, as a share of it.
-
-On CPUs it is measured (`tests/unit/model/memory`); `tests/gpu` checks it on a GPU, where it has not
-been run yet.
-"""
-
-USABLE = 0.95
-"""Share of the memory that is counted on; the rest is what the allocator cannot hand out in one piece."""
-
-CGROUP = Path("/sys/fs/cgroup")
-"""Where a container finds its limits (cgroup v2)."""
-
+MARGIN = {"cpu": 0.05, "cuda": 0.15}  # share by which a real step may differ; not yet measured on a GPU (tests/gpu)
+USABLE = 0.95  # share of the memory that is counted on; the rest is what the allocator cannot hand out in one piece
+CGROUP = Path("/sys/fs/cgroup")  # where a container finds its limits (cgroup v2)
 MIB = 2**20
-OVERHEAD = {"cpu": 700 * MIB, "cuda": 600 * MIB}
-"""Bytes outside of tensors: Python with its libraries; a CUDA context."""
-
-CUBLAS = {9: 32 * MIB, 10: 32 * MIB}
-"""Workspace of a cuBLAS handle by the GPU's generation (Hopper, data centre Blackwell), in torch's allocator."""
+OVERHEAD = {"cpu": 700 * MIB, "cuda": 600 * MIB}  # bytes outside of tensors: Python with its libraries; a CUDA context
+CUBLAS = {9: 32 * MIB, 10: 32 * MIB}  # workspace of a cuBLAS handle, by GPU (Hopper, data centre Blackwell)
 CUBLAS_USUAL = 4096 * 2048 + 8 * 16384
-THREADS = 2
-"""Threads that have a handle: of the forward and of the backward pass."""
-
-PROBES = (2, 3)
-"""Numbers of layers that are counted if there are more."""
-
-NF4_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)
-"""For each weight: its code, and its share of a scale and of a scale of scales (Dettmers et al. 2023)."""
-
-NEARLY = 0.9
-"""Batches with this share of the most sub-tokens count as equally large."""
+THREADS = 2  # threads that have a handle: of the forward and of the backward pass
+PROBES = (2, 3)  # numbers of layers that are counted if there are more
+NF4_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)  # of a weight: code, shares of a scale and of a scale of scales
+NEARLY = 0.9  # batches with this share of the most sub-tokens count as equally large
 
 
 def shown(count: int) -> str:
@@ -104,10 +82,7 @@ def device_memory(device: torch.device) -> Memory | None:
 
 
 def _rest_of_container() -> list[int]:
-    """Return what a container may still take, if it has a limit: everything except its working set.
-
-    `memory.current` includes the page cache, of which the kernel drops the inactive part before it refuses memory.
-    """
+    """Return what a container may still take, if it has a limit; page cache that the kernel can drop counts as free."""
     try:
         limit, used = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
     except (OSError, ValueError):
@@ -254,10 +229,7 @@ class Estimate:
 
 
 def estimate(recipe: Recipe, setting: Setting, training: Shape, evaluation: Shape) -> Estimate:
-    """Count a run whose gradient checkpointing is decided (`auto` counts as off), with micro-batches of these shapes.
-
-    A ModelError says why the recipe does not fit the backbone.
-    """
+    """Count a run with micro-batches of these shapes (checkpointing `auto` is off); ModelError if it does not fit."""
     full: Any = bare_model(setting.config, recipe.data.task, setting.dtype)
     check_placement(full, recipe.model.embedding)
     layers = int(full.config.num_hidden_layers)

@@ -1,11 +1,8 @@
 """Run a training step, or a forward of an evaluation, on fake tensors, and count the bytes.
 
-Everything runs on fake tensors of a CPU, because a build of torch without CUDA has no autograd for fake CUDA tensors.
-For a GPU two things are imitated, the ones that matter: attention keeps no weights, and layer norms under autocast take
-fp32. What is left to torch's rules for CPUs is part of the margin that `estimate.MARGIN` states.
+They are tensors of a CPU: torch without CUDA has no autograd for fake CUDA ones. For a GPU, the two rules that matter
+are imitated: attention keeps no weights, and layer norms under autocast take fp32. The rest is in `estimate.MARGIN`.
 """
-
-from __future__ import annotations
 
 import contextlib
 import copy
@@ -14,7 +11,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -44,11 +41,10 @@ from tokmask_peft.tasks import get_task
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the storages that operations inside it make, real or fake, until each is freed.
+    """Counts the storages that operations inside it make, real or fake: bytes alive `now`, and their `peak`.
 
     What a kernel takes and gives back within one operation is not seen. torch's `MemTracker` (2.13) cannot serve: it
     puts gradient hooks on frozen parameters, which raises, and refuses modules that packed batches call alone.
-    `now` holds the bytes alive, `peak` the most that were alive at once.
     """
 
     def __init__(self) -> None:
@@ -61,7 +57,6 @@ class LiveBytes(TorchDispatchMode):
         self._known.update({id(storage): storage for storage in (tensor.untyped_storage() for tensor in tensors)})
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation and count what it made."""
         out = func(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, tuple | list) else (out,):
             storage = tensor.untyped_storage() if isinstance(tensor, Tensor) else None
@@ -84,7 +79,7 @@ class Shape:
     packed: bool = False
 
     @classmethod
-    def padded(cls, texts: int, length: int) -> Shape:
+    def padded(cls, texts: int, length: int) -> Self:
         """Return the shape of texts that are all padded to one length."""
         return cls((length,) * texts)
 
@@ -94,7 +89,6 @@ class Shape:
         return sum(self.lengths) if self.packed else len(self.lengths) * max(self.lengths)
 
     def __str__(self) -> str:
-        """Describe the batch for a reader."""
         size = f"packed into {self.tokens:,}" if self.packed else f"padded to {max(self.lengths)}"
         return f"{len(self.lengths)} texts {size} sub-tokens"
 
@@ -136,8 +130,7 @@ def with_layers(config: Any, layers: int) -> Any:
     return config
 
 
-OUTLIERS = 100
-"""One in this many columns of an int8 product is counted as one with outliers: LLM.int8() found up to 0.1% of them."""
+OUTLIERS = 100  # one in this many columns of an int8 product counts as an outlier's; LLM.int8() found up to 0.1%
 
 
 class _Product(torch.autograd.Function):
@@ -234,11 +227,7 @@ def _gpu_attention(
     no_kernel: bool,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Stand for `sdpa` and, with a packing, for `packed_attention` on a GPU.
-
-    The kernel for packed rows does not take dropout or fp32: with these, and with `no_kernel`, texts are padded to the
-    longest.
-    """
+    """Stand for `sdpa` or `packed_attention` on a GPU; with dropout, fp32 or `no_kernel`, packed texts are padded."""
     packing, dropout, kind = options.get("packing"), options.get("dropout", 0.0), value.dtype
     if torch.is_autocast_enabled("cpu"):
         query, key, value = (tensor.to(torch.get_autocast_dtype("cpu")) for tensor in (query, key, value))
@@ -259,8 +248,7 @@ def _gpu_attention(
     return _KeptByFlashAttention.apply(*whole, None, len(packing.cu_seqlens) - 1)[..., :size], None
 
 
-GPU_ATTENTION = "tokmask_counted"
-"""Name of `_gpu_attention` in transformers."""
+GPU_ATTENTION = "tokmask_counted"  # name of `_gpu_attention` in transformers
 
 
 def count_step(
@@ -270,11 +258,8 @@ def count_step(
 
     `layers` get an adapter; `below` them there may be one more, without. If the recipe trains a mask row and
     `trained_row`, PEFT copies the whole embedding in each forward and makes a gradient of it; otherwise the gradient
-    only reaches the embedding.
-
-    Returns:
-        The bytes of what is trained, in fp32; the peak of the forward; the bytes that the step keeps between its
-        forward and its backward, and its peak, gradients of the parameters included.
+    only reaches the embedding. Returns bytes: of what is trained, in fp32; the peak of the forward; what the step keeps
+    between its forward and its backward; and its peak, gradients of the parameters included.
     """
     gpu, low = setting.device_type != "cpu", setting.dtype != torch.float32
     bare: Any = bare_model(with_layers(setting.config, layers + below), recipe.data.task, setting.dtype)

@@ -1,7 +1,5 @@
 """What saves memory: the one list of suggestions, for estimates and for every place where memory runs out."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -72,10 +70,9 @@ def suggestions(
 ) -> list[Suggestion]:
     """Return what saves memory: single changes, and several of them that fit together if no single one does.
 
-    Those that fit together are taken in turn, the one that saves the most first: they need not be the fewest.
-
-    `count` estimates a recipe, and changes that save nothing of `memory`, or for which it raises, are left out. Without
-    it every change is suggested, with no total.
+    Those that fit together are taken in turn, the one that saves the most first: they need not be the fewest. `count`
+    estimates a recipe, and changes that save nothing of `memory`, or for which it raises, are left out. Without it
+    every change is suggested, with no total.
     """
     recipe, before = situation.recipe, 0
     if recipe is None:
@@ -179,10 +176,7 @@ def _actions(situation: Situation) -> list[Suggestion]:
 
 
 def memory_error(situation: Situation, what: str, reason: str, kind: type[TokmaskError]) -> TokmaskError:
-    """Return the error for memory that ran out while `what` was done, with fields `phase` and `suggestions`.
-
-    `reason` is the allocator's message.
-    """
+    """Return the error for memory that ran out in `what`, with `phase`, `suggestions` and the allocator's `reason`."""
     found = [str(one) for one in suggestions(situation)]
     message = f"out of memory {what} ({reason}). Any of these may help: {'; '.join(found)}."
     if situation.recipe is not None:
@@ -192,10 +186,7 @@ def memory_error(situation: Situation, what: str, reason: str, kind: type[Tokmas
 
 @contextlib.contextmanager
 def memory_errors(situation: Situation, kind: type[TokmaskError] = RunError, what: str | None = None) -> Iterator[None]:
-    """Replace running out of memory by an error of a `kind`, with code `out-of-memory`, that names what saves memory.
-
-    It says `what` was being done, by default that of the phase.
-    """
+    """Turn a lack of memory into an error of a `kind`, code `out-of-memory`, with `what` was done, and remedies."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:

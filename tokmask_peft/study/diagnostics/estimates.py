@@ -10,8 +10,6 @@ batch was drawn. With few batches percentile intervals are too short; their leve
 (the expanded percentile interval of Hesterberg 2015, arXiv:1411.5279, section 5.3).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,11 +23,8 @@ from tokmask_peft.study.statistics import MEANINGS
 from tokmask_peft.training.metrics import LEVEL
 
 Array = NDArray[np.float64]
-
 REPLICATES = 4000
-
-MEANING: dict[str, str] = MEANINGS["gradients"]
-"""Estimate -> what it is."""
+MEANING: dict[str, str] = MEANINGS["gradients"]  # estimate -> what it is
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +40,7 @@ class Grams:
 
 
 def estimate(grams: Grams, weights: Array) -> dict[str, Array]:
-    """Return every quantity of `MEANING`, `[replicates]`, with the weights of batches, `[replicates, batches]`.
-
-    Weights of one give the estimates themselves. What a row leaves undefined is nan.
-    """
+    """Return every quantity of `MEANING`, `[replicates]`, by weights of batches, `[replicates, batches]`."""
     mean = {name: weights @ values / weights.sum(1) for name, values in of_batches(grams).items()}
     count, draws = len(grams.within), grams.within.shape[1] - 1
     (mean_w, cross), (_, unmasked) = grams.between.reshape(2, count, 2, count).swapaxes(1, 2)
@@ -97,10 +89,7 @@ def of_batches(grams: Grams) -> dict[str, Array]:
 
 
 def summarise(grams: Mapping[float, Grams], replicates: int = REPLICATES, seed: int = 0) -> dict[str, Any]:
-    """Return estimates with intervals for each rate, and the rate at which masking outweighs batches; JSON-able.
-
-    All rates see the same bootstrap draws of batches.
-    """
+    """Return estimates by rate, with intervals from the same draws, and where masking outweighs batches; JSON-able."""
     count = len(next(iter(grams.values())).within)
     weights = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), replicates).astype(np.float64)
     rows, ratios = [], []
@@ -115,10 +104,7 @@ def summarise(grams: Mapping[float, Grams], replicates: int = REPLICATES, seed: 
 
 
 def crossing(rates: Sequence[float], ratios: Array) -> Array:
-    """Return the rate at which the ratio reaches 1, `[replicates]`, on straight lines through (0, 0) and the rates.
-
-    `ratios` are `[replicates, rates]`, of ascending rates above 0. It is inf if all of them are below 1.
-    """
+    """Return where ratios, `[replicates, rates]`, reach 1, on straight lines from (0, 0), `[replicates]`, or inf."""
     x, y = np.array([0.0, *rates]), np.pad(ratios, ((0, 0), (1, 0)))
     at, rows = (y >= 1.0).argmax(1), np.arange(len(y))
     below, above = y[rows, at - 1], y[rows, at]
@@ -128,10 +114,7 @@ def crossing(rates: Sequence[float], ratios: Array) -> Array:
 
 
 def interval(replicates: Array, units: int) -> list[float | None] | None:
-    """Return the expanded percentile interval of bootstrap replicates; none if a tenth or more are undefined.
-
-    A bound that is infinite (the rate of a crossing that was not reached) is none.
-    """
+    """Return the expanded percentile interval of replicates; None if a tenth are undefined, and for infinite bounds."""
     usable = replicates[~np.isnan(replicates)]
     if len(usable) <= 0.9 * len(replicates):
         return None

@@ -6,8 +6,6 @@ training with masking should therefore make this measurement, and the influences
 Chandar 2023, Faithfulness Measurable Masked Language Models, arXiv:2310.07819). Here that is measured, not assumed.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,9 +27,7 @@ from tokmask_peft.tasks import get_task
 from tokmask_peft.training.evaluate import split_examples
 from tokmask_peft.training.metrics import probabilities
 
-SHARES: NDArray[np.float64] = np.linspace(0.0, 1.0, 11)
-"""Shares of a text's words at which curves are read, by linear interpolation between whole words."""
-
+SHARES: NDArray[np.float64] = np.linspace(0.0, 1.0, 11)  # of a text's words, where curves are interpolated
 RANDOM_ORDERS = 4
 _TEXTS = 64  # at a time, which bounds the memory
 
@@ -42,13 +38,10 @@ def masking_curves(
     """Return the probability of the predicted label against the share of words masked.
 
     Influences are measured once, on the whole text, and masked words stay masked. In token tasks a word of each text is
-    drawn, and the label is that word's. The seed, of the random orders and the drawn words, is the same for every
-    classifier; `batch_size` is windows per forward pass.
-
-    Returns:
-        By index of the text `[3, shares]`: most influential first, least influential first, and the mean of
-        `RANDOM_ORDERS` random orders. Texts with fewer than two words that can be masked, or with more than
-        `MOST_WORDS` words, are left out.
+    drawn, and the label is that word's. The seed, of these words and the random orders, is the same for every
+    classifier. By index of the text `[3, shares]`: most influential first, least influential first, and the mean of
+    `RANDOM_ORDERS` random orders; without texts of fewer than two words that can be masked, or of more than
+    `MOST_WORDS`.
     """
     given = classifier.checked(texts)
     kept = [number for number, text in enumerate(given) if not too_long(text)]
@@ -104,15 +97,9 @@ def faithfulness(
     """Measure how faithful occlusion is for a run, and how much more so than for one of its recipe without masking.
 
     `split` and `data` are as for `evaluate`; `limit` texts are drawn with `seed`, as are the random orders and the
-    bootstrap; `batch_size` is masked texts per forward pass; `trust_remote_code` lets the backbone run its own code.
-
-    Returns:
-        `run` (and `against`): curves and areas with 95% bootstrap intervals over texts; `difference`: of the areas,
-        paired by text; JSON-able.
-
-    Raises:
-        RunError: a folder is not a finished run, or the two runs differ in labels or task.
-        DataError, ModelError, MaskTokenError: with what to do.
+    bootstrap; `batch_size` is masked texts per forward pass. Returned, JSON-able: `run` (and `against`), curves and
+    areas with 95% bootstrap intervals over texts; `difference`, of the areas, paired by text. RunError if a folder is
+    not a finished run, or the two differ in labels or task; DataError, ModelError and MaskTokenError say what to do.
     """
     if limit < 2:
         raise DataError(f"limit is {limit}; an interval needs 2 texts or more", code="too-few-texts")
@@ -169,11 +156,7 @@ def areas(curves: NDArray[np.float64]) -> dict[str, Ratio]:
 
 
 def interval(values: Ratio, others: Ratio | None, seed: int) -> dict[str, float]:
-    """Return a ratio of means over texts, or the difference of two, with its 95% percentile bootstrap interval.
-
-    `values` are numerator and denominator of each text, `others` those of another run on the same texts, which are
-    drawn together.
-    """
+    """Return a ratio of means over texts, or its difference from `others`, with its 95% bootstrap interval."""
 
     def statistic(*columns: NDArray[np.float64], axis: int = -1) -> NDArray[np.float64]:
         means = [column.mean(axis=axis) for column in columns]

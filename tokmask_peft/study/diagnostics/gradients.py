@@ -1,7 +1,5 @@
 """`tokmask diagnose`: what masking does to the gradients of the adapter, at several points of a training."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -73,7 +71,7 @@ class GradientMeter:
         trainer, dataset = self.trainer, self.trainer.train_dataset
         found: dict[str, dict[float, Grams]] = {group: {} for group in self._slices}
         with self._measuring() as masker:
-            keys = [key for key in ("input_ids", "token_type_ids", "labels") if key in dataset.column_names]
+            keys = [key for key in ("input_ids", "token_type_ids", "words", "labels") if key in dataset.column_names]
             rows_of = [[{key: dataset[index][key] for key in keys} for index in chosen] for chosen in self.texts]
             batches = [trainer._prepare_inputs(trainer.train_collator(chosen)) for chosen in rows_of]
             with masker.paused():
@@ -107,8 +105,8 @@ class GradientMeter:
     def _measuring(self) -> Iterator[TokenMasker]:
         """Lend the masker of the training under way, or attach one if there is none; restore everything afterwards.
 
-        The model is put into eval mode, except its embedding, which the masker hooks. NEFTune's noise depends on the
-        embedding's mode too, and is set to 0.
+        The model is put into eval mode, except its embedding, which the masker hooks, and NEFTune's noise there is set
+        to 0.
         """
         model, tokenizer = self.trainer.model, self.trainer.processing_class
         modes, embedding = {module: module.training for module in model.modules()}, cast(Any, find_embedding(model))
@@ -178,11 +176,7 @@ def diagnose(recipe: Recipe, plan: GradientPlan, *, quiet: bool = False) -> Repo
 
 
 def draw_batches(texts: int, batches: int, size: int, seed: int) -> list[list[int]]:
-    """Draw disjoint batches of training texts, as an epoch has them.
-
-    Raises:
-        DataError: there are too few texts.
-    """
+    """Draw disjoint batches of training texts, as an epoch has them; DataError if there are too few texts."""
     if batches * size > texts:
         most = texts // size
         remedy = (f"--batches {most}, or " if most >= LEAST_BATCHES else "") + "training.batch_size="
@@ -204,7 +198,6 @@ class _AtShares(TrainerCallback):
             self._due.setdefault(round(share * state.max_steps), share)
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Measure before the step if it is due."""
         if state.global_step in self._due:
             self._measure(state.global_step, self._due.pop(state.global_step))
 

@@ -1,10 +1,9 @@
 """What `tokmask diagnose` and `tokmask robustness` will do, checked before anything heavy is imported."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from tokmask_peft.artifacts import RunFolder, open_finished
 from tokmask_peft.errors import RecipeError, RunError
@@ -36,10 +35,7 @@ def folder_of(out: Path | None, default: Path | None) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class GradientPlan:
-    """The folder of a measurement, masking rates above 0, mask draws per batch and rate, batches of training texts.
-
-    It is made at `shares` of the training's steps. Rates and shares ascend; p = 0 is always measured.
-    """
+    """Where and with what gradients are measured, at `shares` of the steps; rates are above 0 and ascend."""
 
     folder: Path
     rates: tuple[float, ...]
@@ -48,13 +44,8 @@ class GradientPlan:
     shares: tuple[float, ...]
 
     @classmethod
-    def make(cls, recipe: Recipe, p: str, draws: int, batches: int, at: str, out: Path | None) -> GradientPlan:
-        """Read the options of the command line.
-
-        Raises:
-            RecipeError: with every problem found.
-            RunError: the folder already holds a measurement, or is a file.
-        """
+    def make(cls, recipe: Recipe, p: str, draws: int, batches: int, at: str, out: Path | None) -> Self:
+        """Read options; RecipeError with every problem, RunError if the folder is a file or holds a measurement."""
         problems: list[str] = []
         rates = sorted(rate for text in read_rates(p, problems) if (rate := float(text)) > 0)
         if not problems and not rates:
@@ -77,10 +68,7 @@ class GradientPlan:
 
 @dataclass(frozen=True, slots=True)
 class Perturbations:
-    """Masking rates and shares of misspelt words, all above 0, and how often each is drawn; scores are means of draws.
-
-    The seed is the same for all runs. `limit` scores at most this many texts, drawn at random.
-    """
+    """Masking rates and shares of misspelt words, above 0, how often each is drawn, and the most texts scored."""
 
     rates: tuple[float, ...]
     noise: tuple[float, ...]
@@ -89,7 +77,7 @@ class Perturbations:
     limit: int | None = None
 
     @classmethod
-    def make(cls, p: str, noise: str, draws: int, seed: int, limit: int | None) -> Perturbations:
+    def make(cls, p: str, noise: str, draws: int, seed: int, limit: int | None) -> Self:
         """Read the options of the command line, or raise a RecipeError; 0, the text as it is, is always scored."""
         problems: list[str] = []
         rates = sorted(rate for text in read_rates(p, problems) if (rate := float(text)) > 0)
@@ -108,7 +96,7 @@ class Member:
     recipe: Recipe
 
     @classmethod
-    def open(cls, folder: str | Path, group: str | None = None) -> Member:
+    def open(cls, folder: str | Path, group: str | None = None) -> Self:
         """Read a run; without a group that is its masking rate and schedule."""
         run = open_finished(folder)
         recipe = Recipe.load(run.recipe)
@@ -117,12 +105,7 @@ class Member:
 
 
 def find_members(folders: Sequence[str]) -> list[Member]:
-    """Return the runs of a sweep, grouped by arm, or single runs grouped by their masking rate.
-
-    Raises:
-        RunError: a folder is neither, or the runs are not comparable.
-        SweepError: a sweep has no finished run, or is not a grid.
-    """
+    """Return a sweep's runs, by arm, or single comparable ones, by masking rate; otherwise RunError or SweepError."""
     if sweeps := [folder for folder in folders if (Path(folder) / SWEEP_FILE).is_file()]:
         from tokmask_peft.study.results import read_sweep
 

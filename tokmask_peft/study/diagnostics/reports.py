@@ -1,9 +1,4 @@
-"""Tables, plots and files of `tokmask diagnose` (gradients against p) and `tokmask robustness` (F1 on perturbed texts).
-
-Their sentences, for the Markdown and for a terminal, are in the templates.
-"""
-
-from __future__ import annotations
+"""Tables, plots and files of `tokmask diagnose` and `tokmask robustness`; their sentences are in the templates."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,8 +17,7 @@ COLUMNS = {
     "distance": ("distance of mean to unmasked", "distance, mean masked to unmasked"),
 }
 """Estimate -> its column in tables and the title of its panel."""
-VISIBLE = 5e-5
-"""The least difference that four decimals show."""
+VISIBLE = 5e-5  # the least difference that four decimals show
 
 
 def make_folder(folder: Path) -> None:

@@ -1,12 +1,12 @@
 """`tokmask robustness`: how scores fall on masked and misspelt texts and on unseen words, against p of training."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,10 @@ from tokmask_peft.console import make_console
 from tokmask_peft.data.corpus import load_corpus, with_unseen
 from tokmask_peft.data.encoding import Window
 from tokmask_peft.errors import RunError, read_json, write_json
-from tokmask_peft.examples import Example
+from tokmask_peft.examples import Example, Pair
 from tokmask_peft.inference.classifier import Classifier, load
 from tokmask_peft.masking.config import TokenMaskConfig
 from tokmask_peft.masking.pattern import maskable_table, masked_positions, word_start_table
-from tokmask_peft.study.diagnostics.perturbations import alphabet, misspell, misspell_text, normal, unseen_words
 from tokmask_peft.study.diagnostics.plans import Member, Perturbations
 from tokmask_peft.study.diagnostics.reports import make_folder, robustness_report
 from tokmask_peft.study.report import Report
@@ -36,18 +35,100 @@ from tokmask_peft.training.metrics import Predictions, task_scores
 
 METRICS = ("f1_macro", "f1_weighted", "accuracy")
 _FILE = "robustness.json"
-Labels = list[NDArray[np.int64]]
-"""Label ids of each text: `[1]` or `[words]`."""
+Labels = list[NDArray[np.int64]]  # label ids of each text: `[1]` or `[words]`
+Alphabet = dict[str, tuple[str, ...]]
+
+
+def alphabet(words: Iterable[str]) -> Alphabet:
+    """Return the letters of the words by script, in lower case if there is one, sorted."""
+    found: dict[str, set[str]] = {}
+    for character in set("".join(words)):
+        if character.isalpha():
+            lower = character.lower()
+            found.setdefault(_script(character), set()).add(lower if len(lower) == 1 else character)
+    return {script: tuple(sorted(letters)) for script, letters in found.items()}
+
+
+def misspell(words: Sequence[str], share: float, seed: Sequence[int], letters: Alphabet) -> list[str]:
+    """Misspell each word that has a letter with the chance `share`; a higher one adds words to those of a lower one."""
+    random = np.random.default_rng(list(seed))
+    chances, seeds = random.random(len(words)), random.integers(0, 2**63, len(words))
+    return [
+        edit(word, np.random.default_rng(int(own)), letters) if chance < share else word
+        for word, chance, own in zip(words, chances, seeds, strict=True)
+    ]
+
+
+def misspell_text(text: str | Pair, share: float, seed: Sequence[int], letters: Alphabet) -> str | Pair:
+    """Return a running text, or a pair, of which about `share` of the words are misspelt; white space stays."""
+    if isinstance(text, Pair):
+        return Pair(*(str(misspell_text(part, share, (*seed, at), letters)) for at, part in enumerate(text)))
+    changed = iter(misspell(text.split(), share, seed, letters))
+    return re.sub(r"\S+", lambda _: next(changed), text)
+
+
+def edit(word: str, random: np.random.Generator, letters: Alphabet) -> str:
+    """Return the word with two letters swapped, or one dropped, inserted or replaced: another word, if there is one."""
+    parts = clusters(word)
+    places = [place for place, part in enumerate(parts) if part[0].isalpha()]
+
+    def letter_like(old: str, exclude: str = "") -> str:
+        """Return a letter of the script in the case of `old`; none if there is none."""
+        choice = [one for one in letters.get(_script(old), ()) if one != exclude]
+        new = str(random.choice(choice)) if choice else ""
+        return new.upper() if old.isupper() and len(new.upper()) == 1 else new
+
+    for kind in random.permutation(4) if places else ():
+        if kind == 0:  # swap
+            if pairs := [place for place in places if place + 1 in places and parts[place] != parts[place + 1]]:
+                at = int(random.choice(pairs))
+                parts[at], parts[at + 1] = parts[at + 1], parts[at]
+                break
+        elif kind == 1:  # drop
+            if len(places) > 1:
+                del parts[int(random.choice(places))]
+                break
+        else:  # insert or replace
+            at = int(random.choice(places))
+            old = parts[at][0]
+            if new := letter_like(old, "" if kind == 2 else old.lower()):
+                parts[at : at + 1] = [parts[at], new] if kind == 2 else [new + parts[at][1:]]
+                break
+    return "".join(parts)
+
+
+def clusters(word: str) -> list[str]:
+    """Split a word into characters, each with the combining marks and joiners that follow it."""
+    found: list[str] = []
+    for character in word:
+        if found and (unicodedata.category(character)[0] == "M" or character in "\u200c\u200d"):
+            found[-1] += character
+        else:
+            found.append(character)
+    return found
+
+
+def _script(character: str) -> str:
+    """Return the first word of the character's name, which is its script: LATIN, DEVANAGARI, CYRILLIC."""
+    return unicodedata.name(character, "?").split()[0]
+
+
+def normal(word: str) -> str:
+    """Return a word without case, and without anything but letters and digits at its ends; empty for punctuation."""
+    folded = word.casefold()
+    inside = [place for place, character in enumerate(folded) if character.isalnum()]
+    return folded[inside[0] : inside[-1] + 1] if inside else ""
+
+
+def unseen_words(words: Sequence[str], known: set[str]) -> list[bool]:
+    """Return for each word whether it is unseen; a word without letters and digits never is."""
+    return [bool(word) and word not in known for word in map(normal, words)]
 
 
 def score_perturbed(
     classifier: Classifier, texts: Sequence[Example], known: set[str], what: Perturbations, batch_size: int = 64
 ) -> dict[str, Any]:
-    """Return scores on labelled texts as they are, perturbed, and split by unseen words; JSON-able.
-
-    As in `predict`, a text longer than those of training is read in windows, not cut; `batch_size` is windows per
-    forward pass. `known` are the words of the training texts, as `normal` makes them.
-    """
+    """Return scores on texts as they are, perturbed, and split by words that are not `known` (`normal`); JSON-able."""
     if what.limit is not None and what.limit < len(texts):
         chosen = np.random.default_rng([what.seed, 0]).permutation(len(texts))[: what.limit]
         texts = [texts[index] for index in sorted(chosen)]

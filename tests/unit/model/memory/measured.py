@@ -1,7 +1,5 @@
 """A training step that is really taken, on a CPU, with the bytes that autograd keeps for its backward pass."""
 
-from __future__ import annotations
-
 import weakref
 from itertools import accumulate
 from pathlib import Path

@@ -5,15 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from tokmask_peft.study.diagnostics.estimates import (
-    MEANING,
-    Grams,
-    crossing,
-    estimate,
-    interval,
-    of_batches,
-    summarise,
-)
+from tokmask_peft.study.diagnostics.estimates import MEANING, Grams, crossing, estimate, interval, of_batches, summarise
 
 
 def grams(masked, unmasked):

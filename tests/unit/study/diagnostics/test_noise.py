@@ -3,7 +3,7 @@ import unicodedata
 import numpy as np
 import pytest
 
-from tokmask_peft.study.diagnostics.perturbations import (
+from tokmask_peft.study.diagnostics.robustness import (
     alphabet,
     clusters,
     edit,
