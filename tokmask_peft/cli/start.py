@@ -198,11 +198,7 @@ def make_draft(paths: Sequence[Path], overrides: Sequence[str], backbones: Seque
         data.setdefault("task", "multilabel")
     words = data.get("label_on", "auto") != "auto" or data.get("spans", "auto") not in ("auto", "none")
     task = "multilabel" if isinstance(data.get("label_column"), list) else "token" if words else "sequence"
-    stand_in: dict[str, Any] = {
-        "name": "none",
-        "model": {"backbone": "none"},
-        "data": {"task": task, "path": "."},
-    }
+    stand_in: dict[str, Any] = {"name": "none", "model": {"backbone": "none"}, "data": {"task": task, "path": "."}}
     for key, value in given.items():
         stand_in[key] = stand_in.get(key, {}) | value if isinstance(value, dict) else value
     check(stand_in, problems, "init")  # before anything is read

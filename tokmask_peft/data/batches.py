@@ -1,7 +1,5 @@
 """Batches: packed into one row, or filled up to a budget of sub-tokens with few long texts or many short ones."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any

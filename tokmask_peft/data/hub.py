@@ -1,7 +1,5 @@
 """Splits that are not local files: of the Hugging Face Hub, without running its code, and of the built-in corpus."""
 
-from __future__ import annotations
-
 import functools
 import gzip
 import re
@@ -23,7 +21,6 @@ from tokmask_peft.tasks import get_task
 PARQUET_BRANCH = "refs/convert/parquet"
 _COMMIT = re.compile("[0-9a-f]{40}")
 _FLAT_SPLIT = re.compile(r"(?:.*-)?(?P<split>train|validation|dev|test)(?:-\d{5}-of-\d{5})?$")
-
 Opened = Callable[[], tuple[Iterator[Row], list[str]]]
 """Opens a split: its rows, which are read as they are used, and its columns."""
 
@@ -141,8 +138,7 @@ def _load(place: SourceConfig) -> Any:
     return _reach(place, builder.as_dataset)
 
 
-_commit = functools.lru_cache(maxsize=1)(_load)
-"""The same, once for all splits: what a commit holds never changes."""
+_commit = functools.lru_cache(maxsize=1)(_load)  # the same, once for all splits: what a commit holds never changes
 
 
 def _builder(source: SourceConfig) -> Any:
