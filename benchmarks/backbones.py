@@ -1,6 +1,6 @@
 """Which backbone to take: MiniLM, multilingual-e5-small and Gemma 3 270M in 4 bits, on 1,000 texts of four corpora.
 
-    TOKMASK_DATA=FOLDER TOKMASK_BACKBONES=FOLDER python benchmarks/backbones.py [--only trec,kin] [--backbones minilm]
+    TOKMASK_DATA=FOLDER TOKMASK_BACKBONES=FOLDER python benchmarks/backbones.py [--only trec,twi] [--backbones minilm]
         [--seeds 1,2,3] [--texts 1000] [--set KEY=VALUE …] [--out FILE]
 
 A cell is a corpus, a backbone and a seed, which draws the texts and, of these, 15% for validation; the test texts are
@@ -18,12 +18,11 @@ import itertools
 import multiprocessing
 import os
 import re
-import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from own_data import CORPORA, draw_files, missing_cells
+from own_data import CORPORA, draw_files, missing_cells, train_and_measure
 
 from tokmask_peft.console import quiet_libraries
 
@@ -36,7 +35,7 @@ BACKBONES = {
     "gemma-270m": ("gemma3-270m.yaml", "{backbone_path: FOLDER, quantization: nf4}"),
 }
 """The shipped settings, and what else they need, by the name of the folder below TOKMASK_BACKBONES."""
-COMPARED = {"trec": "", "kin": "", "sentimix": "", "lince-lid": "label_map: {lang1: lang1, lang2: lang2, '*': other}"}
+COMPARED = {"trec": "", "twi": "", "sentimix": "", "lince-lid": "label_map: {lang1: lang1, lang2: lang2, '*': other}"}
 """Corpora, with keys of `data` as in recipes/_tasks."""
 
 
@@ -45,7 +44,6 @@ def run_cell(corpus: str, backbone: str, seed: int, texts: int, changes: list[st
     quiet_libraries()
     from decoders import add_head_for_words
 
-    from tokmask_peft import train
     from tokmask_peft.recipe.loading import load_recipe
 
     if backbone == "gemma-270m":
@@ -59,20 +57,10 @@ def run_cell(corpus: str, backbone: str, seed: int, texts: int, changes: list[st
         f"data: {{{keys}}}\n",
         encoding="utf-8",
     )
-    start, cpu = time.perf_counter(), time.process_time()
-    run = train(load_recipe(recipe, changes), quiet=True)
-    result, baseline = run.result, run.result.baseline or {}
+    cell, run = train_and_measure(load_recipe(recipe, changes))
     peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))
-    return {
+    return cell | {
         "texts": texts,
-        "f1_macro": result.scored["f1_macro"],
-        "accuracy": result.scored["accuracy"],
-        "floor": baseline.get("f1_macro"),
-        "verdict": baseline.get("verdict"),
-        "warnings": [warning["code"] for warning in result.warnings],
-        "steps": result.steps,
-        "seconds": round(time.perf_counter() - start, 1),
-        "cpu_seconds": round(time.process_time() - cpu, 1),
         "adapter_bytes": sum(file.stat().st_size for file in run.folder.adapter.rglob("*") if file.is_file()),
         "peak_bytes": 1024 * int(peak[1]) if peak else None,
     }

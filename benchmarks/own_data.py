@@ -24,11 +24,13 @@ from pathlib import Path
 from typing import Any
 
 from tokmask_peft import train
+from tokmask_peft.artifacts import Run
 from tokmask_peft.console import quiet_libraries
 from tokmask_peft.data.corpus import load_corpus
 from tokmask_peft.examples import Example
 from tokmask_peft.recipe.data import DataConfig
 from tokmask_peft.recipe.loading import load_recipe
+from tokmask_peft.recipe.schema import Recipe
 from tokmask_peft.tasks import get_task
 from tokmask_peft.training.environment import environment
 
@@ -89,12 +91,18 @@ def run_cell(corpus: str, size: int, seed: int, changes: Sequence[str], folder: 
         f"data: {{task: {task}, path: {folder}, validation: 0.15, test: test}}\n",
         encoding="utf-8",
     )
+    return train_and_measure(load_recipe(recipe, list(changes)))[0] | {"texts": texts}
+
+
+def train_and_measure(recipe: Recipe) -> tuple[dict[str, Any], Run]:
+    """Train; return the scores of a cell, and the run."""
     start, cpu = time.perf_counter(), time.process_time()
-    result = train(load_recipe(recipe, list(changes)), quiet=True).result
+    run = train(recipe, quiet=True)
+    result = run.result
     baseline, probe = result.baseline or {}, result.probe or {}
     return {
-        "texts": texts,
         "f1_macro": result.scored["f1_macro"],
+        "accuracy": result.scored["accuracy"],
         "floor": baseline["f1_macro"],
         "interval": baseline["interval"],
         "verdict": baseline["verdict"],
@@ -106,7 +114,7 @@ def run_cell(corpus: str, size: int, seed: int, changes: Sequence[str], folder: 
         "best_step": result.best_step,
         "seconds": round(time.perf_counter() - start, 1),
         "cpu_seconds": round(time.process_time() - cpu, 1),
-    }
+    }, run
 
 
 def table(cells: Sequence[dict[str, Any]]) -> str:
