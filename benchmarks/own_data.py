@@ -6,7 +6,7 @@
 A cell is a corpus, a number of texts and a seed, which draws the texts, and of these the validation texts; the test
 texts are the corpus's own, at most 1,000. The backbone is multilingual-e5-small, `e5-small` below TOKMASK_BACKBONES.
 `--set` changes keys of the recipe and makes an arm of its own. Cells that are in `results/own_data.json` are not
-run again.
+run again. `studies/page.py` writes the table of docs/results.md.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import itertools
 import json
 import os
 import random
-import statistics
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -117,27 +116,22 @@ def train_and_measure(recipe: Recipe) -> tuple[dict[str, Any], Run]:
     }, run
 
 
-def table(cells: Sequence[dict[str, Any]]) -> str:
-    """Return the cells of each arm, corpus and size as Markdown, the mean over seeds."""
-    head = "| arm | corpus | texts | seeds | adapter | n-grams | gain | frozen | verdicts | constant | CPU seconds |"
-    lines = [head, "|" + "---|" * 11]
-    order = lambda cell: (cell["arm"], [*CORPORA].index(cell["corpus"]), cell["size"])  # noqa: E731
-    for (arm, _, size), group in itertools.groupby(sorted(cells, key=order), key=order):
-        rows = list(group)
-        score, floor, cpu = (statistics.mean(row[key] for row in rows) for key in ("f1_macro", "floor", "cpu_seconds"))
-        probes = [row["probe"] for row in rows if row["probe"] is not None]
-        frozen = f"{statistics.mean(probes):.3f}" if probes else ""
-        verdicts = ", ".join(row["verdict"] for row in rows)
-        constant = sum(row["constant"] for row in rows)
-        lines.append(
-            f"| {arm or 'default'} | {rows[0]['corpus']} | {size:,} | {len(rows)} | {score:.3f} | {floor:.3f} | "
-            f"{score - floor:+.3f} | {frozen} | {verdicts} | {constant} | {cpu:.0f} |"
-        )
-    return "\n".join(lines)
+def share_cells(path: Path) -> None:
+    """Take over the cells of multilingual-e5-small that `backbones.py` has run in the same way."""
+    ran = RESULT.with_name("backbones.json")
+    done, other = (json.loads(file.read_text("utf-8")) if file.is_file() else {"cells": []} for file in (path, ran))
+    known = {(cell["corpus"], cell["size"], cell["seed"]) for cell in done["cells"] if not cell["arm"]}
+    for cell in other["cells"]:
+        place = cell["corpus"], 1000, cell["seed"]
+        if (
+            cell["backbone"] == "e5-small" and cell["corpus"] != "lince-lid" and place not in known
+        ):  # other labels there
+            done["cells"].append({"arm": "", "size": 1000} | cell)
+    path.write_text(json.dumps(other | done, indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> None:
-    """Run the cells that are missing, and print all."""
+    """Run the cells that are missing."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--only", default=",".join(CORPORA), help="corpora")
     options.add_argument("--sizes", default=",".join(map(str, SIZES)))
@@ -149,12 +143,13 @@ def main() -> None:
     sizes, seeds = ([int(part) for part in text.split(",")] for text in (given.sizes, given.seeds))
     wanted = itertools.product(seeds, sizes, given.only.split(","))
     arm = " ".join(sorted(given.set))
+    if given.out == RESULT:
+        share_cells(RESULT)
     cells = ({"arm": arm, "corpus": corpus, "size": size, "seed": seed} for seed, size, corpus in wanted)
     for cell, folder in missing_cells(given.out, cells):
         corpus, size, seed = cell["corpus"], cell["size"], cell["seed"]
         cell |= run_cell(corpus, size, seed, given.set, folder)
         print(f"{cell['arm']} {corpus} {size} {seed}: {cell['f1_macro']:.3f}, floor {cell['floor']:.3f}", flush=True)
-    print(table(json.loads(given.out.read_text(encoding="utf-8"))["cells"]))
 
 
 if __name__ == "__main__":

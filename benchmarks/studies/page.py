@@ -9,8 +9,9 @@ hand; `tests/unit/benchmarks/test_results_page.py` checks their figures.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from itertools import product
+from collections import Counter
+from collections.abc import Callable, Sequence
+from itertools import groupby
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -22,14 +23,18 @@ from tokmask_peft.study.report import markdown
 
 ROOT = RESULTS.parent.parent
 PAGES = tuple(ROOT / "docs" / f"{name}.md" for name in ("results", "speed", "backbones"))
-COMPARED = {
+CORPORA = {
     "trec": TITLES["trec"],
-    "kin": "AfriSenti sentiment, Kinyarwanda",
+    **{name: f"AfriSenti sentiment, {language}" for name, language in
+       {"kin": "Kinyarwanda", "swa": "Swahili", "tso": "Xitsonga", "twi": "Twi"}.items()},
     "sentimix": "SentiMix sentiment, Spanish-English",
+    "mesent": TITLES["mesent_mareng"],
+    "melid": "MeLID languages of words, Marathi-English",
+    "sagt-lid": TITLES["ud_tur_deu_lid"],
     "lince-lid": "LinCE languages of words, Spanish-English",
-}
+}  # fmt: skip
 BACKBONES = {"minilm": "MiniLM", "e5-small": "e5-small", "gemma-270m": "Gemma 3 270M"}
-"""What `benchmarks/backbones.py` calls its corpora and backbones."""
+"""What `benchmarks/own_data.py` and `benchmarks/backbones.py` call their corpora and backbones."""
 CPU = ("default_run", "padding_free", "masking", "qlora", "predict")
 BENCHMARKS = (*CPU, "first_answer", "same_score", "same_score_bound", "arms_cost")
 SPEED = (
@@ -112,24 +117,52 @@ def speed(found: Callable[[str], Any] = read) -> str:
     return f"{caption}\n\n{markdown((('what', 'compared with', ''), body))}"
 
 
-def backbones(found: Callable[[str], Any] = read) -> str:
-    """Return the table of the backbones compared, with what has run, or that nothing has."""
-    content, body = found("backbones") or {"cells": []}, []
-    for (corpus, title), (backbone, name) in product(COMPARED.items(), BACKBONES.items()):
-        rows = [cell for cell in content["cells"] if (cell["corpus"], cell["backbone"]) == (corpus, backbone)]
-        if rows:
-            keys = ("f1_macro", "floor", "seconds", "adapter_bytes", "peak_bytes")
-            score, floor, seconds, size, peak = (mean(row[key] or 0 for row in rows) for key in keys)
-            low, high = (end(row["f1_macro"] for row in rows) for end in (min, max))
-            scores = [f"{score:.3f} ({low:.3f} to {high:.3f})", f"{floor:.3f}", f"{seconds:,.0f}"]
-            memory = f"{peak / 1e9:.1f} GB" if peak else "not measured"
-            body.append([title, name, str(len(rows)), *scores, f"{size / 1e6:.1f} MB", memory])
+def spread_of(scores: Sequence[float]) -> str:
+    """Write the mean of some scores, with the lowest and the highest if there are several."""
+    return f"{mean(scores):.3f}" + (f" ({min(scores):.3f} to {max(scores):.3f})" if len(scores) > 1 else "")
+
+
+def cells_table(content: Any, key: str, head: Sequence[str], line: Callable[[Any, Any], list[str]]) -> str:
+    """Return a table of a benchmark's cells: a line for all seeds of a corpus and `key`, or that there are none."""
+    content = content or {"cells": []}
+    order = lambda cell: ([*CORPORA].index(cell["corpus"]), cell[key])  # noqa: E731
+    groups = groupby(sorted((cell for cell in content["cells"] if not cell.get("arm")), key=order), key=order)
+    body = [line(rows[0], rows) for rows in ([*group] for _, group in groups)]
     if not body:
         return "Nothing has been measured yet."
-    head = ("corpus", "backbone", "seeds", "macro-F1", "n-grams", "seconds", "adapter", "memory")
-    seen = content.get("environment")
-    machine = f"\n\nMeasured on {seen['threads']} thread(s), {seen['device']}." if seen else ""
-    return markdown((head, body)) + machine
+    seen = content["environment"]
+    return f"{markdown((tuple(head), body))}\n\nMeasured on {seen['threads']} thread(s), {seen['device']}."
+
+
+def backbones(found: Callable[[str], Any] = read) -> str:
+    """Return the table of the backbones compared."""
+
+    def line(first: Any, rows: Any) -> list[str]:
+        floor, seconds, size, peak = (
+            mean(row[key] for row in rows) for key in ("floor", "cpu_seconds", "adapter_bytes", "peak_bytes")
+        )
+        scores = [spread_of([row["f1_macro"] for row in rows]), f"{floor:.3f}", f"{seconds:,.0f}"]
+        named = [CORPORA[first["corpus"]], BACKBONES[first["backbone"]], str(len(rows))]
+        return [*named, *scores, f"{size / 1e6:.1f} MB", f"{peak / 1e9:.1f} GB"]
+
+    head = ("corpus", "backbone", "seeds", "macro-F1", "n-grams", "CPU seconds", "adapter", "memory")
+    return cells_table(found("backbones"), "backbone", head, line)
+
+
+def own_data(found: Callable[[str], Any] = read) -> str:
+    """Return the table of files of one's own with nothing set."""
+
+    def line(first: Any, rows: Any) -> list[str]:
+        floor, seconds = (mean(row[key] for row in rows) for key in ("floor", "cpu_seconds"))
+        gain = f"{mean(row['f1_macro'] - row['floor'] for row in rows):+.3f}"
+        verdicts = Counter(row["verdict"] for row in rows)
+        said = ", ".join(f"{number} {verdict}" for verdict, number in sorted(verdicts.items()))
+        named = [CORPORA[first["corpus"]], f"{max(row['texts'] for row in rows):,}", str(len(rows))]
+        scores = [spread_of([row["f1_macro"] for row in rows]), f"{floor:.3f}", gain, said]
+        return [*named, *scores, str(sum(row["constant"] for row in rows)), f"{seconds:,.0f}"]
+
+    head = ("corpus", "texts", "seeds", "macro-F1", "n-grams", "difference", "verdicts", "constant", "CPU seconds")
+    return cells_table(found("own_data"), "size", head, line)
 
 
 def made(study: Study) -> str:
@@ -155,7 +188,7 @@ def filled(text: str, study: Study) -> str:
             return benchmark(name)
         if name in TABLES:
             return markdown(TABLES[name](study))
-        return {"speed": speed, "backbones": backbones, "made": lambda: made(study)}[name]()
+        return {"speed": speed, "backbones": backbones, "own data": own_data, "made": lambda: made(study)}[name]()
 
     pattern = r"(<!-- ([\w -]+) -->\n).*?(<!-- /\2 -->)"
     return re.sub(pattern, lambda found: f"{found[1]}{block(found[2])}\n{found[3]}", text, flags=re.DOTALL)

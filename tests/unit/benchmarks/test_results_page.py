@@ -8,7 +8,7 @@ import statistics
 import numpy as np
 import pytest
 from figures import TITLES, Study, clear, paired, read
-from page import PAGES, SPEED, backbones, filled, speed
+from page import PAGES, SPEED, backbones, filled, own_data, speed
 from tables import CONTRASTS, STAGE_0, contrast_of_tokens
 
 from tokmask_peft.study.report import signed
@@ -248,16 +248,28 @@ def test_the_committed_tables_are_what_the_committed_figures_say(page):
     assert filled(text, STUDY) == text, "run: python benchmarks/studies/page.py"
 
 
-def test_backbones_that_have_not_run_are_not_measured():
-    costs = {"seconds": 60.0, "adapter_bytes": 3_400_000, "peak_bytes": None}
+def test_cells_are_a_line_for_all_seeds_and_what_has_not_run_is_not_measured():
+    about = {
+        "corpus": "kin",
+        "backbone": "minilm",
+        "size": 360,
+        "texts": 360,
+        "arm": "",
+        "floor": 0.5,
+        "constant": False,
+    }
+    costs = {"cpu_seconds": 60.0, "adapter_bytes": 3_400_000, "peak_bytes": 2_000_000_000}
     cells = [
-        {"corpus": "kin", "backbone": "minilm", "seed": seed, "f1_macro": score, "floor": 0.5} | costs
-        for seed, score in ((1, 0.5), (2, 0.7))
+        about | costs | {"seed": seed, "f1_macro": score, "verdict": verdict}
+        for seed, score, verdict in ((1, 0.5, "cannot tell"), (2, 0.7, "beats"))
     ]
-    (kin,) = (line for line in backbones(lambda _: {"cells": cells}).splitlines() if "MiniLM" in line)
-    assert "Kinyarwanda" in kin
-    assert "| 2 | 0.600 (0.500 to 0.700) | 0.500 | 60 | 3.4 MB | not measured |" in kin
-    assert backbones(lambda _: None) == "Nothing has been measured yet."
+    ran = {"cells": [*cells, cells[0] | {"arm": "model.pooling=cls"}], "environment": {"threads": 1, "device": "CPU"}}
+    (line,) = (line for line in backbones(lambda _: ran).splitlines() if "MiniLM" in line)
+    assert "Kinyarwanda" in line
+    assert "| 2 | 0.600 (0.500 to 0.700) | 0.500 | 60 | 3.4 MB | 2.0 GB |" in line
+    (line,) = (line for line in own_data(lambda _: ran).splitlines() if "Kinyarwanda" in line)
+    assert "| 360 | 2 | 0.600 (0.500 to 0.700) | 0.500 | +0.100 | 1 beats, 1 cannot tell | 0 | 60 |" in line
+    assert backbones(lambda _: None) == own_data(lambda _: None) == "Nothing has been measured yet."
 
 
 def test_labels_on_a_word_s_last_sub_token_and_seeing_the_whole_text_gain_what_the_page_says():
