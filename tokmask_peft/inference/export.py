@@ -150,9 +150,9 @@ def export_merged(
     if saved.info.calibration.temperature != 1.0:
         effect = "is not part of the model: its probabilities are uncalibrated, its labels the same"
         notes.append(f"the temperature of the calibration ({saved.info.calibration.temperature:.3f}) {effect}")
-    if saved.loading.label_on == "mean":
-        effect = "the mean of its sub-tokens' logits; this model gives those of the sub-tokens"
-        notes.append(f"the label of a word is chosen by {effect}")
+    carriers = {"last": "the logits of its last sub-token", "mean": "the mean of its sub-tokens' logits"}
+    if get_task(saved.info.task).words_given and (effect := carriers.get(saved.loading.label_on)):
+        notes.append(f"the label of a word is chosen by {effect}; this model gives those of all sub-tokens")
     if saved.loading.spans != NO_SPANS:
         effect = f"may break the rules of {saved.loading.spans}, which `tokmask predict` repairs"
         notes.append(f"its labels are the likeliest of each word, and {effect}")
