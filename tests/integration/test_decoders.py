@@ -62,7 +62,6 @@ def test_stock_peft_and_the_merged_model_answer_as_the_run(write_recipe, tmp_pat
     merged.config.is_causal = True
     assert (merged(**found["inputs"]).logits - logits).abs().max() > 1e-3
     assert any("is_causal" in note for note in export.notes)
-    assert any("sub-tokens" in note for note in export.notes) == (carrier == "mean")
 
 
 def test_an_end_token_that_pads_is_reported_in_training_and_prediction(tmp_path, data_folder):

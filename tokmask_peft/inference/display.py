@@ -82,7 +82,7 @@ def predict_with_bar(classifier: Classifier, source: TextFile, out: Path, force:
         report = predict_file(classifier, source, out, force=force, batch_size=batch_size, progress=move)
     _print_problems(report, source, console)
     unreadable = f", {report.unreadable:,} of them without an answer (see 'error')" if report.unreadable else ""
-    console.print(f"{out}: {report.rows:,} rows{unreadable}", markup=False)
+    console.print(f"{out}: {report.rows:,} texts{unreadable}", markup=False)
     return report
 
 

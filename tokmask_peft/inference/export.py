@@ -26,8 +26,11 @@ ONNX_SHAPES = ((1, 1), (1, 9), (3, 24), (7, 40))  # texts and sub-tokens of comp
 
 
 def check_output(out: str | Path, source: str | Path | None, force: bool = False) -> Path:
-    """Return the file to write to; a DataError if it exists (without `force`), is the input, or cannot be made."""
-    path = check_place(Path(out), DataError, "output-not-writable")
+    """Return the file to write to; a DataError if it exists (without `force`), is the input, or cannot be made.
+
+    A link stays one, as it does in a shell: what it points to is written.
+    """
+    path = check_place(_behind_link(out), DataError, "output-not-writable")
     if path.exists() and source is not None and Path(source).exists() and path.samefile(source):
         raise DataError(f"{out} is the input itself; give another file", code="output-is-input", path=out)
     if path.exists() and not force:
@@ -37,10 +40,15 @@ def check_output(out: str | Path, source: str | Path | None, force: bool = False
 
 def check_folder(folder: str | Path) -> Path:
     """Return the folder to make; a ModelError if it is taken or cannot be made."""
-    path = check_place(Path(folder), ModelError, "folder-not-writable", folder=True)
+    path = check_place(_behind_link(folder), ModelError, "folder-not-writable", folder=True)
     if path.exists() and any(path.iterdir()):
         raise ModelError(f"{folder} exists and is not empty; give another folder", code="folder-taken", path=folder)
     return path
+
+
+def _behind_link(given: str | Path) -> Path:
+    path = Path(given)
+    return path.resolve() if path.is_symlink() else path
 
 
 def check_onnx_installed() -> None:
@@ -151,8 +159,8 @@ def export_merged(
         effect = "is not part of the model: its probabilities are uncalibrated, its labels the same"
         notes.append(f"the temperature of the calibration ({saved.info.calibration.temperature:.3f}) {effect}")
     carriers = {"last": "the logits of its last sub-token", "mean": "the mean of its sub-tokens' logits"}
-    if get_task(saved.info.task).words_given and (effect := carriers.get(saved.loading.label_on)):
-        notes.append(f"the label of a word is chosen by {effect}; this model gives those of all sub-tokens")
+    if get_task(saved.info.task).words_given and (carrier := carriers.get(saved.loading.label_on)):
+        notes.append(f"the label of a word is chosen by {carrier}; this model gives those of all sub-tokens")
     if saved.loading.spans != NO_SPANS:
         effect = f"may break the rules of {saved.loading.spans}, which `tokmask predict` repairs"
         notes.append(f"its labels are the likeliest of each word, and {effect}")

@@ -39,8 +39,8 @@ Cells = Sequence[Any]
 class FileReport:
     """What became of a file."""
 
-    rows: int = 0  # written, unreadable ones included
-    unreadable: int = 0  # rows without an answer
+    rows: int = 0  # texts, which may have several rows, and rows that are none
+    unreadable: int = 0  # those without an answer
     problems: list[Unreadable] = field(default_factory=list)  # the first few of them
 
     def count(self, found: Found) -> None:

@@ -107,8 +107,10 @@ def test_a_failure_leaves_what_was_there(tmp_path, monkeypatch):
         predict_file(Echo(source, fail_after=2), source, tmp_path / "out.jsonl", force=True)
     assert {path.name for path in tmp_path.iterdir()} == {"in.txt", "out.jsonl"}
     assert (tmp_path / "out.jsonl").read_text() == "before"
-    predict_file(Echo(source), source, tmp_path / "out.jsonl", force=True)
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "out.jsonl")
+    predict_file(Echo(source), source, tmp_path / "link.jsonl", force=True)
     assert len(lines(tmp_path / "out.jsonl")) == 5000
+    assert (tmp_path / "link.jsonl").is_symlink()
 
 
 def test_what_may_not_be_written_is_refused(tmp_path):
@@ -130,6 +132,9 @@ def test_what_may_not_be_written_is_refused(tmp_path):
             check_folder(folder)
         assert caught.value.code == code
     assert check_folder(tmp_path / "new") == tmp_path / "new"
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to("there")
+    assert check_folder(tmp_path / "link") == tmp_path / "there"
 
 
 def test_rows_without_an_answer_are_an_error(tmp_path):
