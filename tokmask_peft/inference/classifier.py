@@ -88,8 +88,6 @@ class Classifier:
             DataError: a text has no words, or is not valid Unicode; `texts` is one string; a text is not a pair.
             ModelError: the model gives a logit that is not finite, or memory runs out.
         """
-        if batch_size < 1:
-            raise DataError(f"batch_size is {batch_size}, expected 1 or more", code="batch-size", batch_size=batch_size)
         given, task = self.checked(texts), get_task(self.task)
         found: list[list[tuple[Window, Any]]] = [[] for _ in given]
         decided: list[list[tuple[Any, Any]]] = [[] for _ in given]  # label ids and probabilities, by parts of a text

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from tokmask_peft.data.batches import PackedCollator
 from tokmask_peft.data.encoding import Window
-from tokmask_peft.errors import ModelError
+from tokmask_peft.errors import DataError, ModelError
 from tokmask_peft.masking.embedding import Occlusion
 from tokmask_peft.model.memory.suggestions import Situation, memory_errors
 from tokmask_peft.model.packed import takes_packed_rows
@@ -44,8 +44,11 @@ class Forward:
         """Return per window logits `[1, classes]`, or `[words, classes]` in token tasks, in the order of `windows`.
 
         Windows of similar length go together, `batch_size` per forward pass. With an `occlusion`, the sub-tokens in
-        `hidden` are masked. ModelError if a logit is not finite, or memory runs out.
+        `hidden` are masked. DataError if `batch_size` is below 1; ModelError if a logit is not finite, or memory runs
+        out.
         """
+        if batch_size < 1:
+            raise DataError(f"batch_size is {batch_size}, expected 1 or more", code="batch-size", batch_size=batch_size)
         order = sorted(range(len(windows)), key=lambda number: len(windows[number].ids))
         found: list[Any] = [None] * len(windows)
         for start in range(0, len(order), batch_size):

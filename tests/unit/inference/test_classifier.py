@@ -173,9 +173,10 @@ def test_mistakes_are_named(classifier):
             model.predict(texts)
         assert caught.value.code == code
     assert caught.value.fields == {"index": 0}
-    with pytest.raises(DataError) as caught:
-        model.predict(["a"], batch_size=0)
-    assert caught.value.code == "batch-size"
+    for ask in (model.predict, model.explain):
+        with pytest.raises(DataError) as caught:
+            ask(["a"], batch_size=0)
+        assert caught.value.code == "batch-size"
     with torch.no_grad():
         model.model.classifier.weight.fill_(float("nan"))
     with pytest.raises(ModelError, match="precision='fp32'") as caught:
