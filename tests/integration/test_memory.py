@@ -1,6 +1,7 @@
 """Memory in whole runs: `tokmask estimate`, running out, and smaller micro-batches."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -295,6 +296,9 @@ def test_a_token_budget_makes_the_batches_and_a_resumed_run_the_same(write_recip
     assert len(set(seen)) > 2
     assert whole.result.steps == len(seen)
     assert whole.result.speed["tokens_per_second"] > 0
+    auto = train(path, "auto", *budget, "training.epochs=auto", "training.patience=auto", "training.max_steps=1")
+    epochs = math.ceil(400 / (whole.result.steps / 2))
+    assert {one["what"]: one["choice"] for one in auto.result.decisions}["patience"] == f"{math.ceil(epochs / 2)}"
     half = whole.result.steps // 2 + 2  # within the second epoch
     stop = StopOnSignal.on_step_end
 

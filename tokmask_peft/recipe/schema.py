@@ -202,11 +202,11 @@ class TrainingConfig(Section):
         """`batch_size` as a number: the most that it can be if it is not decided."""
         return 32 if self.batch_size == "auto" else self.batch_size
 
-    def decided(self, texts: int, sub_tokens: int, processes: int = 1) -> dict[str, Any]:
+    def decided(self, texts: int, batches: int | None = None, processes: int = 1) -> dict[str, Any]:
         """Return the numbers for what is `auto` and depends on the training texts, by key.
 
         Few texts need small batches and many epochs: 36 steps, 3 epochs of 400 texts in batches of 32, end in one
-        label for every text. `sub_tokens` counts those of all texts together.
+        label for every text. `batches` counts one process's in an epoch, if a budget of sub-tokens makes them.
         """
         found: dict[str, Any] = {}
         passes, micro_batch = self.gradient_accumulation * processes, self.micro_batch
@@ -214,11 +214,9 @@ class TrainingConfig(Section):
             step = 8 if texts < 4_000 else 16 if texts < 20_000 else 32
             found["batch_size"] = micro_batch = max(1, step // passes)
         if self.epochs == "auto":
-            per_pass: float = micro_batch
-            if self.tokens_per_batch is not None:
-                per_pass = max(1.0, self.tokens_per_batch / self.views / (sub_tokens / texts))
+            batches = batches or math.ceil(texts / (micro_batch * processes))
             steps = 400 * max(texts / 300, 1.0) ** 0.4
-            epochs = math.ceil(steps / math.ceil(texts / (per_pass * passes)))
+            epochs = math.ceil(steps / math.ceil(batches / self.gradient_accumulation))
             found["epochs"] = float(min(max(epochs, 2), 40))
         if self.patience == "auto":
             found["patience"] = math.ceil(found["epochs"] / 2) if "epochs" in found else None

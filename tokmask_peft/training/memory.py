@@ -191,7 +191,7 @@ def without_training(recipe: Recipe, gpu: str | None = None) -> Forecast:
     device = torch.device("cuda" if gpu or here else "cpu")
     labels, lengths = _texts(recipe)
     if lengths is not None:
-        numbers = recipe.training.decided(len(lengths.train), sum(lengths.train))
+        numbers = recipe.training.decided(len(lengths.train))
         recipe = changed(recipe, {f"training.{key}": value for key, value in numbers.items()})
     location = backbone_location(wanted)
     source, how = loading_source(wanted, location)

@@ -79,6 +79,7 @@ class Prepared:
     recipe: Recipe  # with what was decided for this machine
     corpus: Corpus
     splits: Mapping[str, Split]  # `train`, `validation` and, if there is one, `test`
+    batches: TokenBudgetSampler | None  # if a budget of sub-tokens makes them
     backbone: Backbone  # as loaded
     model: Any  # the backbone with the adapter
     mask: MaskToken | None  # None if nothing is masked
@@ -240,7 +241,12 @@ def prepare(recipe: Recipe, device: torch.device, console: Console) -> Prepared:
     splits = {name: Split(examples, *reading) for name, examples in parts.items() if examples}
     trained, *evaluated = splits.values()
     lengths = Lengths(trained.lengths, tuple([len(window.ids) for window in split.windows] for split in evaluated))
-    numbers = training.decided(len(trained.lengths), sum(trained.lengths), processes().num_processes)
+    process, batches = processes(), None
+    if (budget := training.tokens_per_batch) is not None:
+        here, how = (process.process_index, process.num_processes), recipe.training.batching
+        batches = TokenBudgetSampler(trained.lengths, budget // training.views, how, recipe.seed, *here)
+    counted = None if batches is None else len(batches)
+    numbers = training.decided(len(trained.lengths), counted, process.num_processes)
     recipe = changed(recipe, {f"training.{key}": value for key, value in numbers.items()})
     recipe, memory_decision, warning = before_training(recipe, backbone, batching.choice, lengths, device)
     if recipe.model.gradient_checkpointing is True:
@@ -266,7 +272,7 @@ def prepare(recipe: Recipe, device: torch.device, console: Console) -> Prepared:
     print_decisions(console, decisions)
     movable, checkpointable = placement_problem(backbone.model) is None, loaded.supports_gradient_checkpointing
     situation = Situation("training", movable=movable, checkpointable=checkpointable, gpu=gpu)
-    return Prepared(recipe, corpus, splits, backbone, model, mask, decisions, device, console, situation)
+    return Prepared(recipe, corpus, splits, batches, backbone, model, mask, decisions, device, console, situation)
 
 
 def _choose_mask(recipe: Recipe, backbone: Backbone) -> tuple[MaskToken | None, Decision]:
@@ -294,10 +300,6 @@ def make_trainer(prepared: Prepared, run: RunFolder, callbacks: list[TrainerCall
     weights = class_weights(training.class_weights, {label: counts[label] for label in prepared.corpus.labels})
     gamma = training.focal_gamma if training.loss == "focal" else 0.0
     arguments = training_arguments(recipe, run.checkpoints, prepared.device, prepared.backbone.dtype)
-    batches = None
-    if (budget := training.tokens_per_batch) is not None:
-        lengths, here = prepared.splits["train"].lengths, (arguments.process_index, arguments.world_size)
-        batches = TokenBudgetSampler(lengths, budget // training.views, training.batching, recipe.seed, *here)
     with prepared.memory_errors("loading"):  # an unquantized backbone stays on the host until here
         trainer = OrderedEvalTrainer(
             model=prepared.model,
@@ -306,7 +308,7 @@ def make_trainer(prepared: Prepared, run: RunFolder, callbacks: list[TrainerCall
             eval_dataset=validation.dataset,
             data_collator=padded_collator(task.name, tokenizer),
             train_collator=PackedCollator(task.name) if training.batching == "padding_free" else None,
-            batches=batches,
+            batches=prepared.batches,
             processing_class=tokenizer,
             compute_loss_func=ClassificationLoss(weights, gamma, training.label_smoothing),
             compute_metrics=validation.metrics,
