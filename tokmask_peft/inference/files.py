@@ -352,9 +352,10 @@ def _workbook(path: Path, columns: Columns) -> Iterator[Write]:
     def cell_of(value: Any) -> Any:
         if value is None or isinstance(value, float) or (isinstance(value, int) and abs(value) < SHEET_NUMBERS):
             return value
-        if len(text := _as_text(value)) > SHEET_CHARACTERS:
-            raise _too_much(f"a text has {len(text):,} characters, and a cell holds {SHEET_CHARACTERS:,}")
-        cell = WriteOnlyCell(sheet, ILLEGAL_CHARACTERS_RE.sub(lambda found: f"_x{ord(found[0]):04X}_", text))
+        text = ILLEGAL_CHARACTERS_RE.sub(lambda found: f"_x{ord(found[0]):04X}_", _as_text(value))
+        if (size := len(text.encode("utf-16-le")) // 2) > SHEET_CHARACTERS:  # as Excel counts
+            raise _too_much(f"a text has {size:,} characters, and a cell holds {SHEET_CHARACTERS:,}")
+        cell = WriteOnlyCell(sheet, text)
         cell.data_type = "s"  # also if it begins like a formula
         return cell
 

@@ -338,8 +338,9 @@ def test_an_ending_that_cannot_be_written_is_refused(tmp_path, ending):
     assert (caught.value.code, caught.value.fields["ending"]) == ("output-format", ending)
 
 
-def test_a_workbook_needs_its_extra_and_has_limits(tmp_path, monkeypatch):
-    (tmp_path / "in.txt").write_text("a" * 40_000)
+@pytest.mark.parametrize("text", ["a" * 40_000, "a" * 32_700 + "\x0b" * 20, "😀" * 17_000])
+def test_a_workbook_needs_its_extra_and_has_limits(tmp_path, monkeypatch, text):
+    (tmp_path / "in.txt").write_text(text)
     source = TextFile(tmp_path / "in.txt", "sequence")
     if importlib.util.find_spec("openpyxl"):
         with pytest.raises(DataError) as caught:
