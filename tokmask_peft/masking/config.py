@@ -125,6 +125,14 @@ class TokenMaskConfig(Section):
         """Whether nothing is masked at any time of training."""
         return self.make_schedule().is_off and self.decoder_p == 0
 
+    @property
+    def rates(self) -> str:
+        """The rates of a whole training in short: `p = 0.1`, or `p ≤ 0.2 (linear)` if they move."""
+        if self.schedule == "constant":
+            return f"p = {self.p:g}"
+        highest = self.p if self.make_schedule().reacts else max(self.p, self.p_start)
+        return f"p ≤ {highest:g} ({self.schedule})"
+
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write `tokmask_config.json` into `folder` and return its path."""
         path = Path(folder) / "tokmask_config.json"
