@@ -84,6 +84,12 @@ def cells_of(path: Path) -> list[dict[str, Any]]:
     return json.loads(path.read_text(encoding="utf-8"))["cells"] if path.is_file() else []
 
 
+def has_all(path: Path, cell: dict[str, Any]) -> bool:
+    """Return whether a smaller size has taken all texts of the corpus, so that this one would repeat it."""
+    same = (other for other in cells_of(path) if all(other[key] == cell[key] for key in ("arm", "corpus", "seed")))
+    return any(other["texts"] < other["size"] < cell["size"] for other in same)
+
+
 def run_cell(corpus: str, size: int, seed: int, changes: Sequence[str], folder: Path) -> dict[str, Any]:
     """Train on a file of `size` texts as a newcomer would; return the scores."""
     texts, task = draw_files(corpus, size, seed, folder), CORPORA[corpus]["task"]
@@ -150,7 +156,7 @@ def main() -> None:
     if given.out == RESULT:
         share_cells(RESULT)
     cells = ({"arm": arm, "corpus": corpus, "size": size, "seed": seed} for seed, size, corpus in wanted)
-    for cell, folder in missing_cells(given.out, cells):
+    for cell, folder in missing_cells(given.out, (cell for cell in cells if not has_all(given.out, cell))):
         corpus, size, seed = cell["corpus"], cell["size"], cell["seed"]
         cell |= run_cell(corpus, size, seed, given.set, folder)
         print(f"{cell['arm']} {corpus} {size} {seed}: {cell['f1_macro']:.3f}, floor {cell['floor']:.3f}", flush=True)

@@ -31,7 +31,7 @@ TITLES = {
 SAME_TEXTS = {"ud_tur_deu_lid": "ud_tur_deu", "ud_tur_deu_pos": "ud_tur_deu"}
 """Tasks that are labels of the same texts, which count as one when tasks are averaged."""
 OWN = ("annealed", "twice")
-"""Arms of the second study that change the recipe, so that each is a sweep of one row; see `benchmarks/gpu/study.py`."""
+"""Arms of the second study that change the recipe, so that each is a sweep of one row (`benchmarks/gpu/study.py`)."""
 
 
 def read(name: str) -> Any:

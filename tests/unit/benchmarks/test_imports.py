@@ -213,6 +213,9 @@ def test_cells_that_another_process_wrote_are_kept(tmp_path, monkeypatch):
     cells = json.loads(file.read_text())["cells"]
     assert sorted((cell["seed"], cell["f1_macro"]) for cell in cells) == [(1, 0.6), (2, 0.5)]
     assert not [*own_data.missing_cells(file, [{"corpus": "trec", "seed": 1}])]
+    place = {"arm": "", "corpus": "tso", "seed": 1}  # it has 804 texts
+    file.write_text(json.dumps({"cells": [place | {"size": size, "texts": min(size, 804)} for size in (360, 1000)]}))
+    assert [own_data.has_all(file, place | {"size": size}) for size in (360, 1000, 5000)] == [False, False, True]
 
 
 @pytest.mark.usefixtures("gpu_modules")
