@@ -181,11 +181,12 @@ def stage(number: int, study: Study) -> Table:
     together = {
         label: pooled([one["mean"] for one in ones], [one["sd"] ** 2 / one["n"] for one in ones])
         for label, ones in whole.items()
+        if all(one["sd"] for one in ones)
     }
     tested = [label for label in together if label != "label_smoothing"]
     corrected = dict(zip(tested, holm([together[label]["p_value"] for label in tested]), strict=True))
     body = []
-    for label in [*sorted(together, key=lambda one: -together[one]["mean"]), *(found.keys() - together.keys())]:
+    for label in sorted(found, key=lambda one: -together.get(one, {"mean": -1.0})["mean"]):
         ones = (found[label].get(name) for name in names)
         cells = [f"{signed(one['mean'])}; {_up(one, '/')}" if one else "" for one in ones]
         all_of_them = together.get(label)

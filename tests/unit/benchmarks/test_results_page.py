@@ -412,14 +412,14 @@ def test_pooling_over_data_sets_is_that_of_metafor():
 def test_a_stage_is_a_line_for_each_arm_pooled_over_its_data_sets():
     none = {11: 0.6, 12: 0.7}
     better, worse, smooth = {11: 0.62, 12: 0.73}, {11: 0.58, 12: 0.69}, {11: 0.61, 12: 0.70}
-    names = {"none": none, "label_smoothing": smooth, "views": worse}
+    names = {"none": none, "label_smoothing": smooth, "views": worse, "share:0.5": none}
     made = {f"stage1-{name}": arms(names | ({"mask 0.1": better} if name == "twi" else {})) for name in ("trec", "twi")}
     made |= {f"stage1-{name}-twice": arms({"none": better}) for name in ("trec", "twi")}
     head, body = stage(1, Study(made))
     assert head == ("arm", "TREC", "Twi", "pooled", "another data set", "p, Holm")
-    assert [line[0] for line in body] == ["twice", "label_smoothing", "views", "mask 0.1"]
+    assert [line[0] for line in body] == ["twice", "label_smoothing", "views", "share:0.5", "mask 0.1"]
     assert body[0][1] == "+0.0250; 2/2"
     assert body[0][3].startswith("+0.0250 [")
-    assert [line[-1] == "" for line in body] == [False, True, False, True]  # label smoothing is not one of those tested
+    assert [line[-1] == "" for line in body] == [False, True, False, True, True]  # label smoothing is not one of those tested
     assert body[-1][1:] == ["", "+0.0250; 2/2", "", "", ""]
     assert stage(2, Study(made))[1] == second("stage2-kin", Study(made))[1] == []
