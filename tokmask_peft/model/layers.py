@@ -297,17 +297,23 @@ def pool_texts(model: Any, how: str) -> None:
     """
     if how == "auto":
         return
-    name, both = type(model).__name__, getattr(model.config, "is_encoder_decoder", False)
+    name, base, why = type(model).__name__, model.base_model, None
     decoder = hasattr(model, "score")  # what transformers calls the head of a decoder
-    if both or (decoder and how == "cls") or (not decoder and how == "last"):
-        why = "which is not a decoder" if how == "last" else "which has no [CLS] of its own"
-        why = "which has an encoder and a decoder" if both else why
+    if getattr(model.config, "is_encoder_decoder", False):
+        why = "which has an encoder and a decoder"
+    elif decoder and how == "cls":
+        why = "which has no [CLS] of its own"
+    elif not decoder and how == "last":
+        why = "which is not a decoder"
+    elif how != "cls" and isinstance(getattr(base, "pooler", None), nn.Linear):  # ALBERT and BigBird
+        why = "whose pooler is given [CLS] alone"
+    if why is not None:
         raise ModelError(f"model.pooling={how} does not fit {name}, {why}: set it to auto", code="pooling", model=name)
     if hasattr(model.config, "classifier_pooling"):  # ModernBERT's own
         model.config.classifier_pooling = "cls"
     if how in ("cls", "last"):
         return
-    base, mask = model.base_model, threading.local()
+    mask = threading.local()
     model.text_pooling = how
 
     def remember(_: Any, args: Any, given: Any) -> None:
