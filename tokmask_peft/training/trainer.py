@@ -25,6 +25,7 @@ from tokmask_peft.data.encoding import Encoded, Encoder, Window
 from tokmask_peft.errors import DataError, RecipeError, RunError, nearest
 from tokmask_peft.examples import IGNORED, NO_PREDICTION, Example
 from tokmask_peft.masking.callback import TokenMaskCallback
+from tokmask_peft.masking.masker import TokenMasker
 from tokmask_peft.model.adapter import inputs_as_they_come
 from tokmask_peft.model.layers import quick_dropout, whole_words
 from tokmask_peft.recipe.schema import Recipe
@@ -222,10 +223,17 @@ class OrderedEvalTrainer(Trainer):
             return batches, items
         rate, step = masking.upcoming(self.args, self.state)
         for number, batch in enumerate(batches):
-            masking.masker.clean_texts = self._clean_texts(batch)
-            masked = whole_words(batch, masking.masker.pattern_of(batch, step + number, rate))
-            batch["labels"] = batch["labels"].masked_fill(masked, IGNORED)
+            self.hide_labels(batch, masking.masker, step + number, rate)
         return batches, self._get_num_items_in_batch(batches, device)
+
+    def hide_labels(
+        self, batch: dict[str, Any], masker: TokenMasker, step: int | None = None, rate: float | None = None
+    ) -> None:
+        """Leave the masked words of a training batch out of its labels, if the masker asks for that."""
+        masker.clean_texts = self._clean_texts(batch)
+        if masker.hides_labels and _labels_words(batch):
+            masked = whole_words(batch, masker.pattern_of(batch, step, rate))
+            batch["labels"] = batch["labels"].masked_fill(masked, IGNORED)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
