@@ -241,12 +241,13 @@ class OrderedEvalTrainer(Trainer):
         """Return the loss of a batch, which holds two views of each text if it is for training and `views` is 2."""
         loss, masking = self.compute_loss_func, self._masking() if model.training else None
         reacts = masking is not None and masking.schedule.reacts
-        if not model.training or not (reacts or self.views > 1):
+        scale = None if masking is None else masking.schedule.class_scale()
+        if not model.training or not (reacts or scale is not None or self.views > 1):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         batch, masked = dict(inputs), None
         if masking is not None:
             masking.masker.clean_texts = self._clean_texts(batch)
-            if (scale := masking.schedule.class_scale()) is not None:
+            if scale is not None:
                 masking.masker.scale = torch.tensor(scale, device=self.args.device)[batch["labels"]]
             masked = whole_words(batch, masking.masker.pattern_of(batch))
         if self.views > 1:
