@@ -200,12 +200,21 @@ def load_tokenizer(config: ModelConfig, location: str | None = None) -> Any:
     return tokenizer
 
 
+def lacks_head(error: Exception) -> bool:
+    """Return whether transformers says that it has no model of a kind for a configuration."""
+    return "for this kind of AutoModel" in str(error)
+
+
 def load_error(what: str, location: str, error: Exception) -> ModelError:
     """Return the error that explains why a part of a backbone cannot be loaded, and what to check."""
     if "trust_remote_code" in str(error):
         problem = f"the {what} from {location} runs code of its own. Read it; if you trust it"
         remedy = "give --trust-remote-code to use a run, or set model.trust_remote_code=true to train"
         return ModelError(f"{problem}, {remedy}.", code="backbone-not-loaded", location=location)
+    if lacks_head(error):
+        head = first_line(error).rpartition(" ")[2].rstrip(".")
+        message = f"transformers has no {head} for the {what} from {location}: use another one, or another data.task"
+        return ModelError(message, code=f"{what}-not-loaded", location=location)
     message = (
         f"the {what} cannot be loaded from {location}: {first_line(error).rstrip('.,:')}. "
         "Check model.backbone (a Hub id or a folder), the network, and `hf auth login` for gated models."

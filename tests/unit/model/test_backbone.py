@@ -143,6 +143,12 @@ def test_a_missing_backbone_is_one_clear_error(tmp_path, tiny_folder, what):
     assert (caught.value.code, caught.value.fields) == (f"{what}-not-loaded", {"location": config.backbone})
 
 
+def test_a_backbone_without_a_head_for_the_task_says_so(load):
+    with pytest.raises(ModelError, match=r"no AutoModelForTokenClassification .* data\.task") as caught:
+        load("gemma3", "token")
+    assert (caught.value.code, "network" in str(caught.value)) == ("backbone-not-loaded", False)
+
+
 def saved_with(folder, change, family="llama"):
     """Save a tiny backbone with another tokenizer, and return how it is loaded."""
     model, tokenizer = build(family)
