@@ -100,6 +100,16 @@ def test_a_model_whose_positions_follow_the_attention_mask_is_refused():
     TokenMasker.attach(model, tokenizer, TokenMaskConfig(p=0.5)).detach()
 
 
+def test_a_model_with_recurrent_layers_is_refused():
+    """In Qwen3.5, logits differed from those of the rest of the text by two thirds of what dropping changes."""
+    model, tokenizer = build("qwen2")
+    model.config.layer_types = ["linear_attention", "full_attention"]
+    with pytest.raises(MaskTokenError) as caught:
+        TokenMasker.attach(model, tokenizer, DROP)
+    assert caught.value.code == "cannot-drop"
+    TokenMasker.attach(model, tokenizer, TokenMaskConfig(p=0.5)).detach()
+
+
 def test_a_row_that_transformers_packs_is_refused():
     """With an attention mask, which dropping needs, transformers no longer tells the texts of such a row apart."""
     model, tokenizer = build("qwen2", task="token")

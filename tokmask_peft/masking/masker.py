@@ -21,6 +21,7 @@ from tokmask_peft.masking.config import TokenMaskConfig
 from tokmask_peft.masking.replacement import NO_MASK_TOKEN, REPLACEMENTS, MaskToken
 
 _COUNT_BY_MASK = ("opt", "biogpt", "bloom")  # `model_type`s whose positions count the attention mask
+_NOT_ATTENTION = {"linear_attention", "conv", "hybrid", "hybrid_sliding", "mamba"}  # in a config's `layer_types`
 _DECODER = 1 << 63  # turns the seed into that of the decoder, whose masked positions are drawn apart
 
 
@@ -426,6 +427,8 @@ def _check_possible(model: nn.Module, config: TokenMaskConfig) -> None:
         why = "the decoder reads the text, too"
     elif getattr(about, "model_type", "") in _COUNT_BY_MASK or getattr(about, "alibi", False):
         why = "it counts positions by its attention mask, so the tokens that stay would move"
+    elif _NOT_ATTENTION & {*(getattr(getattr(about, "get_text_config", lambda: about)(), "layer_types", None) or ())}:
+        why = "some of its layers do not attend but go through the text, where a gap would stay"
     elif (
         "SequenceClassification" in name
         and not hasattr(inner, "text_pooling")
