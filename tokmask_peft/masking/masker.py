@@ -432,7 +432,7 @@ def _check_possible(model: nn.Module, config: TokenMaskConfig) -> None:
     elif (
         "SequenceClassification" in name
         and not hasattr(inner, "text_pooling")
-        and getattr(about, "classifier_pooling", "") == "mean"
+        and getattr(about, "classifier_pooling", "cls") not in ("cls", "bos")
     ):
         why, remedy = "its head pools all tokens, dropped ones too", f"set model.pooling to mean, or {remedy}"
     else:

@@ -309,7 +309,9 @@ def pool_texts(model: Any, how: str) -> None:
         why = "whose pooler is given [CLS] alone"
     if why is not None:
         raise ModelError(f"model.pooling={how} does not fit {name}, {why}: set it to auto", code="pooling", model=name)
-    if hasattr(model.config, "classifier_pooling"):  # ModernBERT's own
+    if hasattr(model, "classifier_pooling"):  # EuroBERT's own, a copy of what its config said
+        model.classifier_pooling = model.config.classifier_pooling = "bos"
+    elif hasattr(model.config, "classifier_pooling"):  # ModernBERT's own
         model.config.classifier_pooling = "cls"
     if how in ("cls", "last"):
         return
