@@ -96,7 +96,9 @@ class TokenMaskConfig(Section):
         0.0, description="encoder-decoder models that generate: masking rate of the decoder's input; labels stay"
     )
     score_masked: StrictBool = Field(
-        True, description="whether words whose labelled sub-token is masked count in the loss; dropped ones never do"
+        True,
+        description="whether words whose labelled sub-token is masked (any, with data.label_on: mean) count in the "
+        "loss; dropped ones never do",
     )
     mask_token: Literal["auto", "mask", "spare", "unk"] | TokenId = Field(
         "auto",
