@@ -185,12 +185,24 @@ class DataConfig(SourceConfig):
             return float(value)
         return value
 
+    @field_validator("test", mode="before")
+    @classmethod
+    def _only_validation_may_be_a_share(cls, value: Any) -> Any:
+        if isinstance(value, float):
+            raise ValueError("only validation may be a share of train: name a split or a file, or set it to null")
+        return value
+
     @model_validator(mode="after")
     def _pairs_fit(self) -> Self:
         pairs, other = self.pair is not None, self.test_source or self
         if {self.label_separator, other.label_separator} != {"auto"} and not get_task(self.task).several:
             why = f"label_separator is for several labels per text, and task '{self.task}' has one"
             raise ValueError(f"{why}: set data.task=multilabel, or leave it at auto")
+        if not get_task(self.task).several and "" in (named := self.label_map or {}).values():
+            label = next(old for old, new in named.items() if not new)
+            raise ValueError(
+                f"label_map makes '{label}' an empty label: to leave such texts out, list it in data.missing"
+            )
         if pairs and get_task(self.task).words_given:
             raise ValueError(f"text_column names two columns, for pairs, but task '{self.task}' labels words: name one")
         if pairs != (other.pair is not None) or (pairs and self.path is self.hub is None):

@@ -6,6 +6,7 @@ import itertools
 import os
 import re
 import shlex
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,14 +48,7 @@ def find_recipe(recipe: str | Path) -> Path:
 def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read, merge, override and check a recipe, whose `data.path` may be relative to its folder; see `Recipe.load`."""
     with boundary(f"reading the recipe {recipe}"):
-        path = find_recipe(recipe)
-        content = _read_merged(path)
-        sources: list[Any] = [content.get("data")]
-        sources += [sources[0].get("test_source")] if isinstance(sources[0], dict) else []
-        for source in (one for one in sources if isinstance(one, dict) and isinstance(one.get("path"), str)):
-            at = path.parent / source["path"]
-            if not os.path.exists(source["path"]) and os.path.exists(at):  # noqa: PTH110 (Path.exists fails at long names)
-                source["path"] = str(at.absolute())
+        content = _read_located(find_recipe(recipe))
         return check(content, override(content, overrides), str(recipe))
 
 
@@ -105,7 +99,7 @@ def as_yaml(value: Any, **options: Any) -> str:
 def copy_recipe(recipe: str | Path, target: Path, overrides: Sequence[str] = ()) -> None:
     """Write a recipe with its bases merged in, keeping the comments at its head, with the command for the new file."""
     path = find_recipe(recipe)
-    content = _read_merged(path)
+    content = _read_located(path)
     if overrides:
         check(content, override(content, overrides), str(recipe))
     body = as_yaml(content)
@@ -115,18 +109,30 @@ def copy_recipe(recipe: str | Path, target: Path, overrides: Sequence[str] = ())
     write_new(target, head + body)
 
 
-def write_new(target: Path, text: str) -> None:
-    """Write the file of a recipe, with its folder; a RecipeError if there is one already, or it cannot be written."""
+def write_new(target: Path, text: str | None = None) -> None:
+    """Write the file of a recipe, with its folder, or only find out whether that is possible, if there is no text.
+
+    RecipeError if there is a file of that name already, or it cannot be written.
+    """
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
         if target.exists():
             raise FileExistsError(errno.EEXIST, "File exists", str(target))
+        if text is None:
+            folder = next(above for above in target.absolute().parents if above.exists())
+            tempfile.TemporaryFile(dir=folder).close()
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
         write_whole(target, text)
     except OSError as error:
-        code, problem = "recipe-unwritable", f"{target} cannot be written: {error.strerror}; choose another place"
+        code, file = "recipe-unwritable", str(target)
+        problem = f"{target} cannot be written: {error.strerror}; choose another place"
         if isinstance(error, FileExistsError):
-            code, problem = "recipe-exists", f"{error.filename} exists; choose another name or remove it"
-        raise RecipeError([problem], str(target), code=code, file=error.filename or str(target)) from error
+            code, file, problem = (
+                "recipe-exists",
+                error.filename,
+                f"{error.filename} exists; choose another name or remove it",
+            )
+        raise RecipeError([problem], str(target), code=code, file=file) from error
 
 
 def field_help(wanted: str = "") -> list[str]:
@@ -234,6 +240,18 @@ def _read(path: Path) -> dict[str, Any]:
     return content or {}
 
 
+def _read_located(path: Path) -> dict[str, Any]:
+    """Read a recipe with its bases; a `data.path` that is not here, but next to the recipe, becomes absolute."""
+    content = _read_merged(path)
+    sources: list[Any] = [content.get("data")]
+    sources += [sources[0].get("test_source")] if isinstance(sources[0], dict) else []
+    for source in (one for one in sources if isinstance(one, dict) and isinstance(one.get("path"), str)):
+        at = path.parent / source["path"]
+        if not os.path.exists(source["path"]) and os.path.exists(at):  # noqa: PTH110 (Path.exists fails at long names)
+            source["path"] = str(at.absolute())
+    return content
+
+
 def _read_merged(
     path: Path, above: tuple[Path, ...] = (), known: dict[Path, dict[str, Any]] | None = None
 ) -> dict[str, Any]:
@@ -281,7 +299,7 @@ def _set(content: dict[str, Any], keys: list[str], text: str, problems: list[str
             problems.append(f"{override}: '{key}' is a single value, with no keys below it")
             return
     try:
-        plain = text.strip() in ("", "|", ">")  # YAML takes the marks for the beginning of an empty block
+        plain = text.strip() in ("", "|", ">", "-", "?", "#")  # marks that begin something in YAML
         content[keys[-1]] = text.strip() if plain else yaml.load(text, Loader=_Loader)  # noqa: S506 (a safe loader)
     except (yaml.YAMLError, ValueError):
         content[keys[-1]] = text
