@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-def _is_missing(cell: Any) -> bool:
+def is_missing(cell: Any) -> bool:
     """Return whether a cell of a table is null, or NaN, which pandas writes for a missing value."""
     return cell is None or cell != cell
 
@@ -231,7 +231,7 @@ class SequenceTask(Task):
 
     def from_cells(self, text: Any, label: Any, where: str, columns: tuple[str, str | None]) -> Example:
         """See `Task`; the text is a string or a list of words, the label any value."""
-        words = text if isinstance(text, list) else ["" if _is_missing(text) else text]
+        words = text if isinstance(text, list) else ["" if is_missing(text) else text]
         if not all(isinstance(word, str) for word in words):
             found = f"column '{columns[0]}' has {type(text).__name__}"
             raise DataError(f"{found}, but a text is a string or a list of words", code="cell-type")
@@ -239,7 +239,7 @@ class SequenceTask(Task):
             found = f"column '{columns[1]}' has {type(label).__name__}, but task '{self.name}' has {self.description}"
             remedy = "For one label per word set data.task to token, for several per text to multilabel."
             raise DataError(f"{found}. {remedy}", code="cell-type")
-        return self.example(words, None if _is_missing(label) else str(label).strip(), where)
+        return self.example(words, None if is_missing(label) else str(label).strip(), where)
 
     def encode_label(self, example: Example, starts: Sequence[tuple[int, int]], length: int, ids: LabelIds) -> int:
         return label_id(example.tags[0], ids, example.where)
@@ -276,19 +276,19 @@ class TokenTask(Task):
 
     def from_cells(self, text: Any, label: Any, where: str, columns: tuple[str, str | None]) -> Example:
         """See `Task`; words and tags are lists, or strings separated by white space."""
-        cells = [None if _is_missing(cell) else cell for cell in (text, label)]
+        cells = [None if is_missing(cell) else cell for cell in (text, label)]
         words, tags = cells = [cell.split() if isinstance(cell, str) else cell for cell in cells]
         listed = all(isinstance(cell, list | None) for cell in cells)
         if not listed or any(isinstance(item, list | dict) for cell in cells for item in cell or ()):
             problem = f"task '{self.name}' needs a list of words in '{columns[0]}' and a list of tags in '{columns[1]}'"
             raise DataError(problem, code="cell-type")
-        words = ["" if _is_missing(word) else str(word) for word in words or []]
+        words = ["" if is_missing(word) else str(word) for word in words or []]
         if tags is None:
             return self.example(words, None, where)
         if len(words) != len(tags):
             problem = f"{len(words)} words in '{columns[0]}' but {len(tags)} tags in '{columns[1]}'"
             raise DataError(problem, code="tag-count")
-        return self.example(words, tuple("" if _is_missing(tag) else str(tag) for tag in tags), where)
+        return self.example(words, tuple("" if is_missing(tag) else str(tag) for tag in tags), where)
 
     def encode_label(
         self, example: Example, starts: Sequence[tuple[int, int]], length: int, ids: LabelIds
@@ -389,7 +389,7 @@ class MultiLabelTask(YesOrNo, SequenceTask):
         """See `Task`; labels are a list, or a string as `example` takes it. Nothing in either means no label."""
         if not isinstance(label, list) or any(isinstance(one, list | dict) for one in label):
             return super().from_cells(text, label, where, columns)
-        if any(map(_is_missing, label)):
+        if any(map(is_missing, label)):
             problem = f"a label in the list of column '{columns[1]}' is missing (null): leave it out of the list"
             raise DataError(f"{problem}, or write null for the whole list", code="label-missing")
         string = super().from_cells(text, None, where, columns).string

@@ -368,6 +368,20 @@ def test_offline_names_the_way_out(run, tmp_path):
     assert "data.path" in error
 
 
+@pytest.mark.parametrize(("cached", "code"), [("loud", "hub-unreachable"), ("loud calm", "no-config")])
+def test_other_configurations_in_the_cache_are_not_taken(tmp_path, cached, code):
+    from datasets.packaged_modules.cache.cache import Cache
+
+    for config in cached.split():
+        (folder := tmp_path / "someone___moods" / config / "0.0.0" / SHA).mkdir(parents=True)
+        (folder / "dataset_info.json").write_text(json.dumps({"config_name": config}))
+    wanted = "mild" if code == "hub-unreachable" else None
+    kept = {"cache_dir": str(tmp_path), "config_name": wanted, "version": "auto", "hash": "auto"}
+    with pytest.raises(DataError) as caught:
+        _reach(SourceConfig(hub=MOODS), lambda: Cache(repo_id=MOODS, **kept))
+    assert caught.value.code == code
+
+
 def test_what_was_loaded_once_is_there_offline(run, hub, home):
     code = """
         found = read_split(SourceConfig(**HUB, hub_config="lid_someeng"), "train", "token")

@@ -19,7 +19,7 @@ from typing import Any, Literal
 from tokmask_peft.console import Decision
 from tokmask_peft.errors import DataError, nearest
 from tokmask_peft.examples import Example, Unreadable
-from tokmask_peft.tasks import TASKS, Task
+from tokmask_peft.tasks import TASKS, Task, is_missing
 
 Row = tuple[str, dict[str, Any]] | Unreadable  # place of a row (`file:line`) and cells by column, or why it has none
 Cells = tuple[str, list[str]] | Unreadable  # the same before columns have names
@@ -30,6 +30,10 @@ _USUAL = {"id", "word", "token", "tag", "sent", "sent_id", "sentence_id", "sente
 _USUAL |= {"language", "lang"} | {name for task in TASKS.values() for name in (*task.text_columns, *task.label_columns)}
 CONLLU_COLUMNS = ("id", "form", "lemma", "upos", "xpos", "feats", "head", "deprel", "deps", "misc")
 SNIFFED_LINES = 5000
+WITHHELD = (
+    "If this is the test set of a shared task, whose labels are withheld, set data.test to validation (or dev) and "
+    "data.validation to a share of train such as 0.1, so that the texts that select the checkpoint do not score it."
+)
 _EMPTY_WORD = "the word is empty. Fill it in or remove the line", ', or leave out such texts with data.missing=[""]'
 _KEY_VALUE = re.compile(r"#[ ]+(?P<key>[A-Za-z_][\w.\-]*(?:\[\w+\]|[ ]id)?)[ ]*=(?P<value>.*)")
 _KEY_COLON = re.compile(r"#[ ]+(?P<key>[A-Za-z_][\w.\-]*):[ ](?P<value>[^\t]*)$")
@@ -106,15 +110,19 @@ def _ends_text(found: Row, text: str) -> bool:
     if isinstance(found, Unreadable):
         return found.code == BLANK
     cells = found[1]
-    return str(cells.get(text)).strip().lower() in _TEXT_ENDS or all(cell in ("", None) for cell in cells.values())
+    return str(cells.get(text)).strip().lower() in _TEXT_ENDS or all(map(_is_empty, cells.values()))
+
+
+def _is_empty(cell: Any) -> bool:
+    return cell == "" or is_missing(cell)
 
 
 def grouping(head: Sequence[Row], text: str, label: str | None, columns: Columns, name: str) -> tuple[bool, str | None]:
     """Return whether a row has one word of a text, and the column that names the text; none if rows end the texts.
 
     Without `group_column` that is so if words have labels and nearly all cells are one word. Then blank or `<EOS>` rows
-    end the texts, or the only other column whose values come in runs, each value in one run, names them. DataError if
-    rows have words, but nothing says which of them make a text.
+    end the texts, or the only other column whose values come in runs, from the first row on and each value in one run,
+    names them. DataError if rows have words, but nothing says which of them make a text.
     """
     rows = [row[1] for row in head if isinstance(row, tuple) and not _ends_text(row, text)]
     single = sum(re.fullmatch(r"\s*(?!\[)\S*\s*", str(row.get(text, " . "))) is not None for row in rows)
@@ -122,9 +130,9 @@ def grouping(head: Sequence[Row], text: str, label: str | None, columns: Columns
         return False, None
     unique, recurring = list[str](), list[str]()
     for column in rows[0]:
-        if column in (text, label) or column.lower() in columns.task.label_columns:
+        if column in (text, label) or column.lower() in columns.task.label_columns or _is_empty(rows[0][column]):
             continue
-        values = [str(row[column]) for row in rows if row.get(column) not in ("", None)]
+        values = [str(row[column]) for row in rows if not _is_empty(row.get(column))]
         runs = [value for value, _ in groupby(values)]
         if 1 < len(runs) < len(rows) and len(set(runs)) == len(runs):
             unique.append(column)
@@ -158,13 +166,13 @@ def words_of_rows(
             yield found if isinstance(found, Unreadable) and found.code != BLANK else None
             continue
         where, row = found
-        now = key if group is None or row[group] in ("", None) else str(row[group])
+        now = key if group is None or _is_empty(row[group]) else str(row[group])
         if now != key:
             yield None
             returned |= {now} & seen
             seen.add(now)
         key = now
-        word, tag = ("" if column is None or row[column] is None else str(row[column]) for column in (text, label))
+        word, tag = ("" if column is None or is_missing(row[column]) else str(row[column]) for column in (text, label))
         yield where, word.strip(), None if label is None else tag.strip()
     if returned:
         why = f"values that return later: {len(returned):,}; if these are parts of one text, sort the file by '{group}'"
@@ -274,6 +282,8 @@ class ConllReader:
         self._tag = self._index(column if self._key else columns.label, -1, "label_column")
         if self._conllu and self._tagged:
             self._choose_key(asked=columns.label is not None)
+        if self._tagged and self._width == 1:
+            raise DataError(f"{name}: words have no labels: each line has one column. {WITHHELD}", code="no-labels")
         if self._tagged and self._tag == -1 and self._width > 2 and self._labels == {""}:
             problem = f"{name}: the last column of every line is empty. If that is a stray tab, set data.label_column="
             problem += f"{self._width - 2} or the number of another column (from 0); withheld labels cannot be scored."

@@ -5,6 +5,7 @@ import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from difflib import SequenceMatcher
 from itertools import islice
 from pathlib import Path
@@ -29,7 +30,7 @@ ENGLISH = 0.15  # share of function words above which texts are taken for Englis
 _ENGLISH = set(
     "the and of that with this you for is it was are what have not they from but on when how which your there".split()  # noqa: SIM905
 )
-_NOT_DATA = re.compile("(?i)readme|licen[cs]e")
+_NOT_DATA = re.compile(r"(?i)readme|licen[cs]e|~\$")  # or what Excel keeps next to an open workbook
 _LINES = (".tagged", ".labelled")  # formats with a text in each line
 
 
@@ -41,8 +42,11 @@ def detect(
     Keys in `given` stay; `ask` decides what is not sure; `seed` is that of the share that is set aside for validation.
     A DataError says why there is nothing to learn from.
     """
-    found = Findings(dict(given), ask)
+    given = {key: one for key, one in given.items() if one != "auto" or DataConfig.model_fields[key].default != "auto"}
+    found = Findings(given, ask)
     if paths:
+        if len(paths) == 1 and (train := paths[0] / str(given.get("train", ""))).is_file():
+            paths = [train]
         splits = find_splits(paths, found)
         find_form(splits["train"], found)
         _place_splits(splits, found)
@@ -100,10 +104,11 @@ def find_splits(paths: Sequence[Path], found: Findings) -> dict[str, Path]:
         raise DataError(f"{problem}; {remedy}", code="several-files", files=tuple(map(str, files)))
     trains = [str(group["train"].name) for group in named]
     chosen = found.pick("FILE", "Several sets of files are there. Which is train?", dict.fromkeys(trains, ""))
-    if len(trains) > 1:
-        others = ", ".join(name for name in trains if name != chosen)
-        found.decisions.append(Decision("FILE", chosen, f"or is it {others}? Then give that file"))
     group = named[trains.index(chosen)]
+    used, others = {_role(file) for file in group.values()}, [name for name in trains if name != chosen]
+    if unused := [file.name for file in files if _role(file) not in used]:
+        why = f"or is it {', '.join(others)}? Then give that file" if others else "give all files that belong together"
+        found.decisions.append(Decision("FILE", chosen, f"not used: {', '.join(unused[:10])}; {why}"))
     return {split: group[split] for split in SPLITS if split in group}
 
 
@@ -156,7 +161,8 @@ def _place_splits(splits: Mapping[str, Path] | Mapping[str, str], found: Finding
                 texts = read_split(SourceConfig(**keys), name, data["task"])
             return sum(text.label is not None for text in texts)
         except DataError as error:
-            if error.code != "no-labels" or split == "train":
+            withheld = error.code in ("no-labels", "empty-column") or error.fields.get("field") == "label_column"
+            if not withheld or split == "train":
                 raise
             found.decisions.append(Decision(f"data.{split}", "not used", f"no text in {name} has a label"))
             return 0
@@ -164,7 +170,8 @@ def _place_splits(splits: Mapping[str, Path] | Mapping[str, str], found: Finding
     size = count("train")
     here = {split: names[split] for split in splits if split != "train" and count(split)}
     if explicit:
-        found.decide("train", names["train"], "its name says so")
+        is_named = not isinstance(train, Path) or _role(train)[0] == "train"
+        found.decide("train", names["train"], "its name says so" if is_named else "the only other file")
     if len(here) == 2:
         found.decide("validation", here["validation"], "its name says so; it chooses the checkpoint")
     share = 0.2 if size < 1000 else 0.1 if size < 20_000 else 0.05
@@ -174,7 +181,7 @@ def _place_splits(splits: Mapping[str, Path] | Mapping[str, str], found: Finding
     if rest:
         why = "its name says so" if rest[0] == here.get("test") else f"the only other {kind} with labels"
         found.decide("test", rest[0], f"{why}; it scores what was chosen")
-    why = f"there is no test {kind}: the score is of validation, which also chose the checkpoint"
+    why = f"no test {kind} with labels is used: the score is of validation, which also chose the checkpoint"
     found.decide("test", None, why)
 
 
@@ -184,8 +191,7 @@ def _place_splits(splits: Mapping[str, Path] | Mapping[str, str], found: Finding
 def _find_hub(found: Findings) -> dict[str, str]:
     """Set configuration, revision, task and columns of a dataset of the Hub, and return the name of each split."""
     data = found.data
-    if data.pop("path", None) is not None:
-        raise DataError("data.path and data.hub are both set: give one of them", code="two-sources")
+    data.pop("path", None)
     try:
         asked = {key: data[key] for key in ("hub", "hub_config", "hub_revision") if key in data}
         source, configs = locate(SourceConfig(**asked))
@@ -226,19 +232,19 @@ def _find_hub(found: Findings) -> dict[str, str]:
 def find_form(path: Path, found: Findings) -> None:
     """Set the keys that read a file: task, format, separator, header, columns; DataError without texts or labels."""
     file = DataFile(path, tolerant=True, encoding=found.data.get("encoding", "auto"))
-    asked = found.data.get("format")
+    asked, wanted = found.data.get("format"), _asked(found)
     ending = f".{asked}" if asked else file.inner.suffix.lower()
     if file.workbook or (ending in TABLES and ending not in (".csv", ".tsv")):
         _table(file, ending, found).find()
         return
     lines = _sample(file)
-    named = ending in (".conll", ".conllu")
-    if named or (not asked and any(is_conll(lines, Columns(TASKS[task])) for task in ("sequence", "token"))):
+    named, tasks = ending in (".conll", ".conllu"), [TASKS["sequence"], TASKS["token"]]
+    if named or (not asked and any(is_conll(lines, replace(wanted, task=task)) for task in tasks)):
         if not named:
             found.decide("format", "conll", "a word a line, a blank line between texts")
         _find_tags(path, lines, found)
         return
-    separator = "\t" if ending == ".tsv" else separator_of(file)
+    separator = wanted.mark or ("\t" if ending == ".tsv" else separator_of(file))
     rows = [cells for _, cells in tables.records(iter([f"{line}\n" for line in lines]), separator) if cells != [""]]
     width, fitting = Counter(len(cells or ()) for cells in rows).most_common(1)[0]
     if ending in (".csv", ".tsv") or (width > 1 and fitting > 0.9 * len(rows) and ending not in _LINES):
@@ -253,10 +259,17 @@ def find_form(path: Path, found: Findings) -> None:
     _find_labels_in_lines(path, lines, ending, found)
 
 
-def _table(file: DataFile, ending: str, found: Findings) -> Table:
+def _asked(found: Findings) -> Columns:
+    """Return what the user says of columns."""
     header, separator = (found.data.get(key, "auto") for key in ("header", "separator"))
-    wanted = Columns(TASKS["sequence"], header=header, separator=separator)
-    return Table(TABLES[".xlsx" if file.workbook else ending](file, wanted), file.path, found)
+    text, label, group = (found.data.get(f"{key}_column") for key in ("text", "label", "group"))
+    text, second = text if isinstance(text, list | tuple) else (text, None)
+    label = tuple(label) if isinstance(label, list) else label
+    return Columns(TASKS["sequence"], text, label, True, header, group, separator, second=second)
+
+
+def _table(file: DataFile, ending: str, found: Findings) -> Table:
+    return Table(TABLES[".xlsx" if file.workbook else ending](file, _asked(found)), file.path, found)
 
 
 def _sample(file: DataFile) -> list[str]:
@@ -275,7 +288,7 @@ def _sample(file: DataFile) -> list[str]:
 def _find_labels_in_lines(path: Path, lines: Sequence[str], ending: str, found: Findings) -> None:
     """Set the format of a file with a text in each line, in which the words have tags or the first word is a label."""
     texts = [split_columns(line) for line in lines if line.strip(" \t")]
-    for mark in "/_":
+    for mark in _asked(found).mark or "/_":
         tags = Counter(word.rpartition(mark)[2] for words in texts for word in words if mark in word[1:-1])
         if tags.total() == sum(map(len, texts)) and 1 < len(tags) <= MOST_LABELS:
             found.decide("format", "tagged", f"each word has a tag behind {mark!r}: {some(tags)}")
@@ -296,7 +309,7 @@ def _find_labels_in_lines(path: Path, lines: Sequence[str], ending: str, found: 
 def _find_tags(path: Path, lines: Sequence[str], found: Findings) -> None:
     """Set task and label column of a column file."""
     answers: dict[str, str] = {}
-    reader = ConllReader(lines, path.name, Columns(TASKS["sequence"]))
+    reader = ConllReader(lines, path.name, Columns(TASKS["sequence"], separator=_asked(found).separator))
     texts = list(reader)
     labels = count_labels(one for one in texts if isinstance(one, Example))
     if len(labels) > 1 and labels.total() > 0.9 * len(texts):

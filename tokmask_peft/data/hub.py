@@ -209,7 +209,11 @@ def _reach(source: SourceConfig, load: Callable[[], Any]) -> Any:
 
 def _remedy(error: Exception, text: str) -> tuple[str, str]:
     """Return a code for what went wrong, and what to do about it."""
-    if isinstance(error, ConnectionError) or type(error).__name__ in {"LocalEntryNotFoundError", "ConnectError"}:
+    if (
+        isinstance(error, ConnectionError)
+        or type(error).__name__ in {"LocalEntryNotFoundError", "ConnectError"}
+        or ("couldn't find cache" in text)
+    ):
         problem = "The Hub cannot be reached and the dataset is not in the local cache."
         return "hub-unreachable", f"{problem} Connect (and unset HF_HUB_OFFLINE), or set data.path to a local copy."
     if "gated" in text or "authenticated" in text:
@@ -217,7 +221,7 @@ def _remedy(error: Exception, text: str) -> tuple[str, str]:
     if "scripts are no longer supported" in text:
         remedy = f"Most such datasets have a parquet copy: set data.hub_revision to {PARQUET_BRANCH}."
         return "hub-script", f"Code that comes with a dataset is never run here. {remedy}"
-    if "builderconfig" in text or "config name is missing" in text:
+    if any(part in text for part in ("builderconfig", "config name is missing", "configurations in the cache")):
         return "no-config", "Set data.hub_config to one of its configurations."
     return "hub", "Check data.hub, data.hub_config and data.hub_revision; a private dataset needs: hf auth login"
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from tokmask_peft.console import Decision
 from tokmask_peft.data import tables
-from tokmask_peft.data.conll import Columns, ConllReader, Row, blank_row, is_conll, readable, split_columns
+from tokmask_peft.data.conll import WITHHELD, Columns, ConllReader, Row, blank_row, is_conll, readable, split_columns
 from tokmask_peft.data.hub import builtin_examples, read_hub
 from tokmask_peft.data.opening import PACKED, DataFile, damaged, sheet_cells, unicode_problem
 from tokmask_peft.data.split import NAME_A_SPLIT, SHARD, aliases, check_shards
@@ -288,14 +288,15 @@ def read_split(source: SourceConfig, split: str, task: str, decisions: list[Deci
     text, second = source.text_column if isinstance(source.text_column, tuple) else (source.text_column, None)
     columns = Columns(get_task(task), text, source.label_column, header=source.header, second=second)
     columns = replace(columns, group=source.group_column, separator=source.separator, labels=source.label_separator)
-    left_out = {*(source.missing or ())}
+    left_out = {*map(str.strip, source.missing or ())}
     if source.path is not None:
         files = find_files(source.path, split, source.format)
         name = ", ".join(str(file) for file in files)
         opened = (DataFile(file, encoding=source.encoding, decisions=columns.decisions) for file in files)
         found = (one for file in opened for one in _read(file, columns, source.format))
         if "" in left_out:
-            found = (Example("", None, one.where) if getattr(one, "code", "") == "empty-word" else one for one in found)
+            empty = ("empty-word", "empty-text")
+            found = (Example("", None, one.where) if getattr(one, "code", "") in empty else one for one in found)
         examples = readable(found)
     elif source.hub is not None:
         name = f"{source.hub} [{split}]"
@@ -305,7 +306,7 @@ def read_split(source: SourceConfig, split: str, task: str, decisions: list[Deci
         examples = builtin_examples(task, split)
     if decisions is not None:
         decisions += columns.decisions
-    missing = {id(found) for found in examples if {*found.parts, *found.given} & left_out}
+    missing = {id(found) for found in examples if {*map(str.strip, (*found.parts, *found.given))} & left_out}
     missing |= {id(found) for found in examples if "" in left_out and "" in found.words}
     _check_complete([found for found in examples if id(found) not in missing], name, task)
     return [replace(found, label=None) if id(found) in missing else found for found in examples]
@@ -329,12 +330,7 @@ def _check_complete(examples: list[Example], name: str, task: str) -> None:
         if not get_task(task).words_given and ".conll" in name:
             hint = " A CoNLL file has a text's label in a comment, '# sent_enum = 7 positive'. If words have labels, "
             hint += "set data.task to the task for words."
-        problem = (
-            f"{name}: no text has a label.{hint} If this is the test set of a shared task, whose labels are withheld, "
-            "set data.test to validation (or dev) and data.validation to a share of train such as 0.1, so that the "
-            "texts that select the checkpoint do not score it as well."
-        )
-        raise DataError(problem, code="no-labels", source=name)
+        raise DataError(f"{name}: no text has a label.{hint} {WITHHELD}", code="no-labels", source=name)
     lacking = {
         "text": [example.where for example in examples if example.is_empty],
         "word": [example.where for example in examples if not example.is_empty and "" in example.words],

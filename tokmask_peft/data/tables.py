@@ -16,7 +16,7 @@ from tokmask_peft.data.conll import BLANK, Cells, Columns, Row, blank_row, group
 from tokmask_peft.data.opening import DataFile, damaged, unicode_problem
 from tokmask_peft.errors import DataError, nearest
 from tokmask_peft.examples import MARKS, Example, Pair, Unreadable
-from tokmask_peft.tasks import Task
+from tokmask_peft.tasks import Task, is_missing
 
 SNIFFED = 1000  # rows from which separator, header and grouping are decided
 LONGEST = 20_000_000  # characters in a row of several lines: a quote that is not closed within them is a stray one
@@ -121,11 +121,9 @@ def named(rows: Iterator[Cells], file: DataFile, columns: Columns, separator: st
     if isinstance(first, Unreadable):
         raise DataError(f"{first.where}: {first.problem}", code=first.code, where=first.where)
     valid = [row for row in head if isinstance(row, tuple)]
-    if columns.header == "auto" and len(valid) > 1 and _is_title([cells for _, cells in valid], columns):
-        why = f"{valid[0][0]} has one cell, the next row usual names"
-        columns.decisions.append(Decision(f"title of {file.path.name}", "left out", f"{why}; data.header changes it"))
-        start = head.index(valid[1])
-        valid = valid[1:]
+    if len(valid) > 1 and (why := _title([cells for _, cells in valid], columns)):
+        columns.decisions.append(Decision(f"title of {file.path.name}", "left out", f"{valid[0][0]} {why}"))
+        valid, head, start = valid[1:], head[head.index(valid[1]) :], 0
     names: list[str] = []
     if valid:
         is_header, why = _is_header([cells for _, cells in valid], columns)
@@ -160,6 +158,9 @@ def _is_header(cells: Sequence[list[str]], columns: Columns) -> tuple[bool, str]
         return columns.header, ""
     if columns.named or _has_usual_names(cells):
         return True, ""
+    filled = [cell.strip() for cell in cells[0] if cell.strip()]
+    if len(filled) > 1 and filled == [str(number) for number in range(len(filled))]:
+        return True, "its cells count the columns, as pandas writes columns without names"
     for at, cell in enumerate(cells[0]):
         recurs = _recurs(cells, at)
         if cell.strip() and (recurs or re.fullmatch(r"[-+]?\d+(?:[.,]\d+)?", cell.strip())):
@@ -176,11 +177,16 @@ def _has_usual_names(cells: Sequence[list[str]]) -> bool:
     return any(is_usual(cell) and not _recurs(cells, at) for at, cell in enumerate(cells[0]))
 
 
-def _is_title(cells: Sequence[list[str]], columns: Columns) -> bool:
-    """Return whether the first row has the only cell of a title, and the second one the names of columns."""
-    first = [cell for cell in cells[0] if cell.strip()]
+def _title(cells: Sequence[list[str]], columns: Columns) -> str:
+    """Return why the first row, with one cell, is not part of the table, or nothing: Excel begins some with `sep=;`."""
+    first = [cell.strip() for cell in cells[0] if cell.strip()]
+    if len(first) != 1 or len(cells[1]) < 2:
+        return ""
+    if first[0].lower() == "sep=":
+        return "names the separator"
     names = not columns.asked.isdisjoint(cells[1]) or _has_usual_names(cells[1:])
-    return len(first) == 1 < len(cells[1]) and not is_usual(first[0]) and names
+    is_title = columns.header == "auto" and names and not is_usual(first[0])
+    return "has one cell, the next row usual names; data.header changes it" if is_title else ""
 
 
 def _short(text: str) -> str:
@@ -326,7 +332,7 @@ _FLAGS = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "tru
 
 def _flagged(row: Mapping[str, Any], names: Sequence[str]) -> list[str] | None:
     """Return the columns of a row that have a 1; none if all are empty. DataError for what is neither 0 nor 1."""
-    cells = {name: "" if (cell := row[name]) is None or cell != cell else str(cell).strip() for name in names}
+    cells = {name: "" if is_missing(row[name]) else str(row[name]).strip() for name in names}
     if not any(cells.values()):
         return None
     for name, cell in cells.items():
