@@ -254,6 +254,7 @@ def make_draft(paths: Sequence[Path], overrides: Sequence[str], backbones: Seque
     decisions += [why, *(Decision(f"model.{key}", written(model[key]), OF_BACKBONE[key]) for key in keys)]
     decisions += _settings(content, corpus, cost)
     recipe, warnings = check(content, source="init"), []
+    model |= {key: getattr(recipe.model, key) for key in ("backbone", "backbone_path") if key in model}  # absolute
     if cost is not None:  # its tokenizer is here
         found_odd = language_warnings(recipe.model.backbone, load_tokenizer(recipe.model), corpus.train)
         warnings = [one["message"] for one in found_odd]

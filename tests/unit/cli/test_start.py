@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import os
 import re
 
 import pytest
@@ -116,13 +117,15 @@ class TestInit:
         assert not list(posts.parent.glob("*.yaml"))
 
     @pytest.mark.usefixtures("without_memory")
-    def test_reasons_are_true_and_never_break_the_file(self, posts, backbone):
+    def test_reasons_are_true_and_never_break_the_file(self, posts, backbone, monkeypatch):
         text = posts.read_text(encoding="utf-8").replace("casa bueno", "casa\x92s\u2028\x07\uffff bueno")
         posts.write_text(text.replace(";", "\t"), encoding="utf-8")
         keys = ["data.language=[es]", "training.epochs=3", "data.separator=\\t"]
-        found = init("posts.csv", *keys, "--out", "a\nb.yaml", backbone=backbone)
+        found = init("posts.csv", *keys, "--out", "a\nb.yaml", backbone=os.path.relpath(backbone))
         assert found.exit_code == 0, found.output
+        monkeypatch.chdir("/")
         recipe = load_recipe(posts.parent / "a\nb.yaml")
+        assert os.path.normpath(recipe.model.backbone) == str(backbone)
         assert (recipe.data.language, recipe.training.epochs, recipe.data.separator) == (("es",), 3, "tab")
         assert not re.search(r"data\.language|training\.epochs", found.stdout)
 

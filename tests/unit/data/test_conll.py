@@ -150,6 +150,14 @@ def test_without_labels_one_column_is_enough():
     assert refused("hola\nNew York\nfriend\n", labelled=False) == ("column-count", "posts.conll:2")
 
 
+def test_names_above_the_columns_are_not_words():
+    text = "# id = 1\nWord\tLang\tPOS\nhola\tes\tX\nword\tlang\tpos\n\nok\ten\tX\n"
+    for more in ({}, {"labelled": False}):
+        assert [example.text for example in read(text, **more)] == [("hola", "word"), ("ok",)]
+    assert read(text, header=False)[0].text == ("Word", "hola", "word")
+    assert read("token\ttag\nhola\ttag\n")[0].text == ("token", "hola")
+
+
 def test_unlabelled_texts_are_an_error(tmp_path):
     path = tmp_path / "train.conll"
     for task, content, remedy in (

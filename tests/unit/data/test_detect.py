@@ -63,6 +63,7 @@ KINDS = {
     "conll as tsv": ("a.tsv", blocks("{word}\t{tag}"), TOKEN | {"format": "conll", "label_column": 1}),
     "conll with blanks in a txt": ("a.txt", blocks("{word} {tag}"), TOKEN | {"format": "conll", "label_column": 1}),
     "conll without an ending": ("a", blocks("{word}\t{tag}"), TOKEN | {"format": "conll", "label_column": 1}),
+    "names above the columns": ("a.conll", "Token\tTag\n" + blocks("{word}\t{tag}"), TOKEN | {"label_column": 1}),
     "labels of texts in meta lines": ("a.conll", blocks("{word}\t{tag}", "meta\t{at}\t{mood}\n"), SEQUENCE),
     "several columns": ("a.conll", blocks("{word}\t{tag}\tX{n}"), TOKEN | {"label_column": 2}),
     "conllu": (
@@ -279,6 +280,8 @@ class TestSplits:
         assert decision.reason.startswith("not used: dev.tsv, lexicon.tsv, train.tsv; or is it train.tsv?")
         found, _ = detect([tmp_path], {"hygiene": "report", "train": "train.tsv"})
         assert (found.data["train"], found.data["test"]) == ("train.tsv", "dev.tsv")
+        found, _ = detect([tmp_path], {"hygiene": "report", "train": "train.tsv", "validation": "dev"})
+        assert found.data["test"] is None
 
 
 ROWS = "".join(f"{text}~{mood}~x{at}\n" for at, (text, mood) in enumerate(PAIRS))
@@ -291,6 +294,7 @@ TEXT, LABEL = {"text_column": "Beitrag"}, {"label_column": "Urteil"}
         ("a.jsonl", '{"text": "hola %s", "label": "%s"}\n', {"format": "auto"}, NAMED),
         ("a.txt", blocks("{word}\t{tag}"), {"format": "auto", "separator": "auto"}, TOKEN | {"format": "conll"}),
         ("a.conll", blocks("{word};{tag}"), {"separator": ";"}, TOKEN | {"label_column": 1}),
+        ("a.csv", "doc,sent,word,tag\n" + blocks("{at},{at},{word},{tag}", end=""), {"group_column": "sent"}, TOKEN),
         ("a.txt", "text~label~2019\n" + ROWS, {"separator": "~"}, NAMED | {"format": "csv"}),
         ("a.csv", "Beitrag~Urteil~2019\n" + ROWS, {"separator": "~"} | LABEL, TEXT),
         ("a.csv", "Ein Korpus~~\nBeitrag~Urteil~x\n" + ROWS, {"separator": "~"} | TEXT, LABEL),
