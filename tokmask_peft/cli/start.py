@@ -158,7 +158,8 @@ class Draft(NamedTuple):
         data = dict(self.content["data"])
         if "path" in data:
             path, folder = Path(data.pop("path")).absolute(), target.absolute().parent
-            data = {"path": (path.relative_to(folder) if path.is_relative_to(folder) else path).as_posix()} | data
+            inside = path != folder and path.is_relative_to(folder)  # `.` would be the folder of whoever runs it
+            data = {"path": (path.relative_to(folder) if inside else path).as_posix()} | data
         name = shlex.quote(str(target))
         head = [f"# Written by: {made_by}", f"#   tokmask train {name}", f"#   tokmask validate {name} --data"]
         lines = [printable(" ".join(line.splitlines())) for line in head]
@@ -384,7 +385,8 @@ def _settings(content: dict[str, Any], corpus: Corpus, cost: _Cost | None) -> It
         usual = cost.lengths[int(0.99 * (len(cost.lengths) - 1))]
         limit = position_limit(config_at_hand(ModelConfig(**content["model"]))) or 512
         data["max_length"] = min(next((size for size in (128, 256) if usual <= size), 512), limit)
-        reason = f"99% of the first {len(cost.lengths):,} texts have at most {usual} sub-tokens; training cuts others"
+        reason = f"99% of the first {len(cost.lengths):,} texts have at most {usual} sub-tokens; "
+        reason += f"training cuts what is longer than {data['max_length']}"
         yield Decision("data.max_length", str(data["max_length"]), reason)
     if content["model"]["backbone"] == QWEN and "learning_rate" not in training:
         training["learning_rate"] = 2e-4

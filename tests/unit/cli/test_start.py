@@ -85,6 +85,10 @@ class TestInit:
         assert "posts.yaml exists" in mistake("init", "posts.csv", "--backbone", backbone, "--yes")
         assert init("posts.csv", "--out", "there/mine.yaml", backbone=backbone).exit_code == 0
         assert load_recipe(posts.parent / "there" / "mine.yaml").data.path == str(posts)
+        (posts.parent / "there" / "test.csv").write_text("id;tweet\n1;hola\n")
+        posts.rename(posts.parent / "there" / "train.csv")
+        assert init("there", "--out", "there/all.yaml", backbone=backbone).exit_code == 0
+        assert load_recipe(posts.parent / "there" / "all.yaml").data.path == str(posts.parent / "there")
 
     @pytest.mark.parametrize(
         ("arguments", "said"),
