@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from tokmask_peft import train
-from tokmask_peft.artifacts import Run
+from tokmask_peft.artifacts import Run, write_json
 from tokmask_peft.console import quiet_libraries
 from tokmask_peft.data.corpus import load_corpus
 from tokmask_peft.examples import Example
@@ -44,7 +44,7 @@ CORPORA: dict[str, dict[str, Any]] = {
     "sagt-lid": {"task": "token", "path": "ud_tur_deu_sagt"},
     "lince-lid": {"task": "token", "path": "lince_lid_spaeng", "validation": 0.1, "test": "validation"},
 }
-SIZES, MOST, TESTED = (360, 1000, 5000), 5000, 1000
+SIZES, TESTED = (360, 1000, 5000), 1000
 
 
 def write_file(path: Path, examples: Sequence[Example], task: str) -> None:
@@ -69,15 +69,25 @@ def draw_files(corpus: str, size: int, seed: int, folder: Path, tested: int = TE
 def missing_cells(path: Path, cells: Iterable[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], Path]]:
     """Yield each cell that a file lacks, with a folder to run it in; then write it, with what was added to it."""
     for cell in cells:
-        done = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"cells": []}
-        if any(cell.items() <= other.items() for other in done["cells"]):
+        if any(cell.items() <= other.items() for other in cells_of(path)):
             continue
         with tempfile.TemporaryDirectory() as folder:
             yield cell, Path(folder)
         import torch
 
-        done = {"cells": [*done["cells"], cell], "environment": environment(torch.device("cpu"))}
-        path.write_text(json.dumps(done, indent=1) + "\n", encoding="utf-8")
+        cells_now = [*cells_of(path), cell]  # another process may have added some
+        write_json(path, {"cells": cells_now, "environment": environment(torch.device("cpu"))}, indent=1)
+
+
+def cells_of(path: Path) -> list[dict[str, Any]]:
+    """Return the cells of a file; none if there is no file."""
+    return json.loads(path.read_text(encoding="utf-8"))["cells"] if path.is_file() else []
+
+
+def has_all(path: Path, cell: dict[str, Any]) -> bool:
+    """Return whether a smaller size has taken all texts of the corpus, so that this one would repeat it."""
+    same = (other for other in cells_of(path) if all(other[key] == cell[key] for key in ("arm", "corpus", "seed")))
+    return any(other["texts"] < other["size"] < cell["size"] for other in same)
 
 
 def run_cell(corpus: str, size: int, seed: int, changes: Sequence[str], folder: Path) -> dict[str, Any]:
@@ -127,7 +137,7 @@ def share_cells(path: Path) -> None:
             cell["backbone"] == "e5-small" and cell["corpus"] != "lince-lid" and place not in known
         ):  # other labels there
             done["cells"].append({"arm": "", "size": 1000} | cell)
-    path.write_text(json.dumps(other | done, indent=1) + "\n", encoding="utf-8")
+    write_json(path, other | done, indent=1)
 
 
 def main() -> None:
@@ -146,7 +156,7 @@ def main() -> None:
     if given.out == RESULT:
         share_cells(RESULT)
     cells = ({"arm": arm, "corpus": corpus, "size": size, "seed": seed} for seed, size, corpus in wanted)
-    for cell, folder in missing_cells(given.out, cells):
+    for cell, folder in missing_cells(given.out, (cell for cell in cells if not has_all(given.out, cell))):
         corpus, size, seed = cell["corpus"], cell["size"], cell["seed"]
         cell |= run_cell(corpus, size, seed, given.set, folder)
         print(f"{cell['arm']} {corpus} {size} {seed}: {cell['f1_macro']:.3f}, floor {cell['floor']:.3f}", flush=True)

@@ -40,8 +40,8 @@ def used_ids(model: Path) -> Iterator[int]:
         data = Recipe.load(f"{name}/e5-small", ["data.hygiene=report"]).data.expanded()
         corpus = load_corpus(data, 0)
         texts = [*corpus.train, *corpus.validation, *corpus.test]
-        for ids in Encoder(tokenizer, data.task, data.max_length).cut(texts, corpus.labels).dataset["input_ids"]:
-            yield from ids
+        for window in Encoder(tokenizer, data.task, data.max_length).windows([one.text for one in texts]):
+            yield from window.ids
 
 
 def shrink(model: Path, copy: Path, used: Iterable[int]) -> None:

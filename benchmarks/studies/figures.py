@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
-from tokmask_peft.study.statistics import sign_flip_p, spread
+from tokmask_peft.study.statistics import holm, sign_flip_p, spread
 
 RESULTS = Path(__file__).parent.parent / "results"
 TITLES = {
@@ -28,6 +30,8 @@ TITLES = {
 """The sweeps over masking rates, in the order of the page."""
 SAME_TEXTS = {"ud_tur_deu_lid": "ud_tur_deu", "ud_tur_deu_pos": "ud_tur_deu"}
 """Tasks that are labels of the same texts, which count as one when tasks are averaged."""
+OWN = ("annealed", "twice")
+"""Arms of the second study that change the recipe, so that each is a sweep of one row (`benchmarks/gpu/study.py`)."""
 
 
 def read(name: str) -> Any:
@@ -106,6 +110,35 @@ class Study:
         values = (np.mean(found, axis=0) - plain).tolist()
         return {**spread(values), "by_seed": values}
 
+    def arms(self, name: str) -> list[dict[str, Any]]:
+        """Return the rows of a sweep over arms, with the log-losses on test, and those of `OWN`: `NAME-annealed`.
+
+        The latter are compared with `none` of the sweep, seed by seed: with a seed, both have the same texts, head and
+        dropout draws. Holm's correction is over all arms.
+
+        Raises:
+            SystemExit: an arm was trained on other texts, on another device or in another precision.
+        """
+        rows, plain = list[dict[str, Any]](), dict[int, float]()
+        for sweep, arm in ((name, ""), *((f"{name}-{arm}", arm) for arm in OWN)):
+            for row in self.analysis(sweep)["rows"] if sweep in self.sweeps else ():
+                if _kind(self.sweeps[sweep]) != _kind(self.sweeps[name]):
+                    raise SystemExit(f"{sweep} has other texts, another device or another precision than {name}")
+                losses = [run["log_loss"]["test"] for run in self.sweeps[sweep]["runs"] if run["arm"] == row["label"]]
+                rows.append({**row, "label": arm or row["label"], "log_losses": losses})
+                scores = dict(zip(row["seeds"], row["f1_macro"]["by_seed"], strict=True))
+                if rows[-1]["label"] == "none":
+                    plain = scores
+                elif arm and (seeds := sorted({*scores} & {*plain})):
+                    values = [scores[seed] - plain[seed] for seed in seeds]
+                    test = {"by_seed": values, **spread(values), "p_value": float(sign_flip_p(values))}
+                    rows[-1]["difference"] = {"seeds": seeds, "f1_macro": test}
+        tested = [row for row in rows if row.get("difference", {}).get("f1_macro")]
+        found = [row["difference"]["f1_macro"] for row in tested]
+        for row, one, adjusted in zip(tested, found, holm([one["p_value"] for one in found]), strict=True):
+            row["difference"] = {**row["difference"], "f1_macro": {**one, "p_holm": adjusted}}
+        return rows
+
     def together(self, p: float, names: list[str], metric: str = "f1_macro") -> dict[str, Any] | None:
         """Return spread and sign-flip p-value of the mean difference over tasks, one value per seed.
 
@@ -129,6 +162,37 @@ def _of_all_seeds(by_seed: list[dict[int, float]]) -> list[list[float]]:
     """Return the values of the seeds that all have, in their order."""
     seeds = sorted(set.intersection(*map(set, by_seed))) if by_seed else []
     return [[values[seed] for seed in seeds] for values in by_seed]
+
+
+def _kind(sweep: dict[str, Any]) -> tuple[Any, ...]:
+    """Return what the runs of sweeps that are compared must have in common."""
+    devices = {one["device"] for one in sweep["environments"]}
+    return sweep["texts"], devices, {run["precision"] for run in sweep["runs"]}
+
+
+def pooled(effects: Sequence[float], variances: Sequence[float]) -> dict[str, Any]:
+    """Return the mean of the effects on data sets by random effects, with their standard deviation `tau` (REML).
+
+    `interval` and `p_value` are Hartung and Knapp's (2001); `prediction` is where the effect on another data set is
+    expected (95%; Higgins, Thompson and Spiegelhalter 2009), None for two data sets.
+    """
+    y, v, count = np.asarray(effects), np.asarray(variances), len(effects)
+    squared = float(y.var(ddof=1))
+    for _ in range(1000):  # steps to where the restricted likelihood is highest (Viechtbauer 2005)
+        weights = 1 / (v + squared)
+        mean = weights @ y / weights.sum()
+        own = weights**2 @ ((y - mean) ** 2 - v) / (weights**2).sum()
+        squared = max(0.0, float(own + 1 / weights.sum()))
+    error = math.sqrt(weights @ (y - mean) ** 2 / ((count - 1) * weights.sum()))
+    bounds = [float(mean + side * stats.t.ppf(0.975, count - 1) * error) for side in (-1, 1)]
+    expected = None
+    if count > 2:
+        reach = stats.t.ppf(0.975, count - 2) * math.hypot(error, math.sqrt(squared))
+        expected = [float(mean - reach), float(mean + reach)]
+    p_value = float(2 * stats.t.sf(abs(mean) / error, count - 1)) if error else 0.0
+    return {
+        "mean": float(mean), "tau": math.sqrt(squared), "interval": bounds, "prediction": expected, "p_value": p_value
+    }  # fmt: skip
 
 
 def clear(found: dict[str, Any]) -> bool:

@@ -48,17 +48,21 @@ def collected(command: str, results: SweepResults) -> dict[str, Any]:
         if (one := run.speed["environment"]) not in environments:
             environments.append(one)
     splits = runs[0].data["splits"]
+    singles = [
+        {"arm": row.label, "seed": seed, **single(run)}
+        for row, by_seed in results.runs.items()
+        for seed, run in by_seed.items()
+    ]
+    pairs = zip(runs, singles, strict=True)
+    if len(kinds := {f"{one['precision']} on {run.speed['environment']['device']}" for run, one in pairs}) > 1:
+        sys.exit(f"{results.name}: its runs are of several kinds, which are not mixed: {', '.join(sorted(kinds))}")
     return {
         "command": command,
         "analysis": analyse(results),
         "texts": {name: split["texts"] for name, split in splits.items()},
         "words": {name: split["words"] for name, split in splits.items()},
         "labels": len(runs[0].labels),
-        "runs": [
-            {"arm": row.label, "seed": seed, **single(run)}
-            for row, by_seed in results.runs.items()
-            for seed, run in by_seed.items()
-        ],
+        "runs": singles,
         "steps": runs[0].steps,
         "best_at_end": {
             row.label: statistics.mean(run.best_step == run.steps for run in by_seed.values())

@@ -35,6 +35,7 @@ CORPORA = {
 }  # fmt: skip
 BACKBONES = {"minilm": "MiniLM", "e5-small": "e5-small", "gemma-270m": "Gemma 3 270M"}
 """What `benchmarks/own_data.py` and `benchmarks/backbones.py` call their corpora and backbones."""
+NOTHING = "Nothing has been measured yet."
 CPU = ("default_run", "padding_free", "masking", "qlora", "predict")
 BENCHMARKS = (*CPU, "first_answer", "same_score", "same_score_bound", "arms_cost")
 SPEED = (
@@ -129,7 +130,7 @@ def cells_table(content: Any, key: str, head: Sequence[str], line: Callable[[Any
     groups = groupby(sorted((cell for cell in content["cells"] if not cell.get("arm")), key=order), key=order)
     body = [line(rows[0], rows) for rows in ([*group] for _, group in groups)]
     if not body:
-        return "Nothing has been measured yet."
+        return NOTHING
     seen = content["environment"]
     return f"{markdown((tuple(head), body))}\n\nMeasured on {seen['threads']} thread(s), {seen['device']}."
 
@@ -187,7 +188,8 @@ def filled(text: str, study: Study) -> str:
         if name in BENCHMARKS:
             return benchmark(name)
         if name in TABLES:
-            return markdown(TABLES[name](study))
+            table = TABLES[name](study)
+            return markdown(table) if table[1] else NOTHING
         return {"speed": speed, "backbones": backbones, "own data": own_data, "made": lambda: made(study)}[name]()
 
     pattern = r"(<!-- ([\w -]+) -->\n).*?(<!-- /\2 -->)"

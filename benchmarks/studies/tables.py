@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from figures import TITLES, Study, paired, read
+from figures import TITLES, Study, paired, pooled, read
 
 from tokmask_peft.study.report import Table, difference_table, interval, mean_sd, score_table, signed
 from tokmask_peft.study.statistics import holm, sign_flip_p, spread
@@ -21,6 +21,14 @@ CONTRASTS = (
 )
 """Sweeps whose differences from p = 0 are compared with each other."""
 STAGE_0 = {"stage0-trec": "TREC, 500 training texts", "stage0-twi": "AfriSenti Twi, 500 training texts"}
+STAGES = {
+    1: {"stage1-trec": "TREC", "stage1-twi": "Twi", "stage1-sagt": "SAGT languages"},
+    2: {
+        "stage2-kin": "Kinyarwanda", "stage2-swa": "Swahili", "stage2-tso": "Xitsonga", "stage2-sentimix": "SentiMix",
+        "stage2-melid": "MeLID", "stage2-lince": "LinCE",
+    },
+}  # fmt: skip
+"""The sweeps of the later stages of the second study, and their data sets."""
 FAITHFULNESS = {
     "least_minus_most": "area, least minus most influential first",
     "random_minus_most": "area, random minus most influential first",
@@ -147,20 +155,44 @@ def summary(study: Study) -> Table:
 
 def second(name: str, study: Study) -> Table:
     """Return the arms of a sweep of the second study: scores, differences from none seed by seed, log-loss."""
-    losses: dict[str, dict[int, float]] = {}
-    for run in study.sweeps[name]["runs"]:
-        losses.setdefault(run["arm"], {})[run["seed"]] = run["log_loss"]["test"]
     body = []
-    for row in study.analysis(name)["rows"]:
+    for row in study.arms(name) if name in study.sweeps else ():
         if row["f1_macro"]["n"] < 2:  # only begun
             continue
         cells = [row["label"], mean_sd(row["f1_macro"]), ""]
         if found := row.get("difference", {}).get("f1_macro"):
             cells[-1] = f"{_mean(found)}; {_up(found, '/')}; p = {found['p_holm']:.3g}"
-        mine = losses[row["label"]]
-        cells += [mean_sd(row["f1_weighted"]), mean_sd(spread(list(mine.values())))]
-        body.append(cells)
+        body.append([*cells, mean_sd(row["f1_weighted"]), mean_sd(spread(row["log_losses"]))])
     return ("arm", "macro-F1", "difference", "weighted F1", "log-loss"), body
+
+
+def stage(number: int, study: Study) -> Table:
+    """Return what the arms of a stage change on each data set, and pooled over all that have run, the highest first.
+
+    Holm's correction is over the arms without label smoothing, which the plan only reports.
+    """
+    names = {name: title for name, title in STAGES[number].items() if name in study.sweeps}
+    found: dict[str, dict[str, Any]] = {}
+    for name in names:
+        for row in study.arms(name):
+            if (one := row.get("difference", {}).get("f1_macro")) and one["n"] > 1:
+                found.setdefault(row["label"], {})[name] = one
+    whole = {label: [*by_name.values()] for label, by_name in found.items() if len(by_name) == len(names) > 1}
+    together = {
+        label: pooled([one["mean"] for one in ones], [one["sd"] ** 2 / one["n"] for one in ones])
+        for label, ones in whole.items()
+        if all(one["sd"] for one in ones)
+    }
+    tested = [label for label in together if label != "label_smoothing"]
+    corrected = dict(zip(tested, holm([together[label]["p_value"] for label in tested]), strict=True))
+    body = []
+    for label in sorted(found, key=lambda one: -together.get(one, {"mean": -1.0})["mean"]):
+        ones = (found[label].get(name) for name in names)
+        cells = [f"{signed(one['mean'])}; {_up(one, '/')}" if one else "" for one in ones]
+        all_of_them = together.get(label)
+        cells += [_mean(all_of_them), interval(all_of_them["prediction"])] if all_of_them else ["", ""]
+        body.append([label, *cells, f"{corrected[label]:.3g}" if label in corrected else ""])
+    return ("arm", *names.values(), "pooled", "another data set", "p, Holm"), body
 
 
 def contrast_of_tokens(study: Study) -> list[dict[str, Any]]:
@@ -277,7 +309,8 @@ TABLES: dict[str, Callable[[Study], Table]] = {
     "defaults": partial(compared, columns=DEFAULTS, p=0.1),
     "grouped": partial(compared, columns=GROUPED, p=0.0),
     **{f"confounds {name}": partial(confounds, name) for name in GROUPS},
-    **{name: partial(second, name) for name in STAGE_0},
+    **{name: partial(second, name) for name in (*STAGE_0, *STAGES[1], *STAGES[2])},
+    **{f"stage {number}": partial(stage, number) for number in STAGES},
     "token contrast": token_contrast,
     "quickstart": quickstart,
     "mixing": mixing,

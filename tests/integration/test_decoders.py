@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_models import build
+from transformers import ModernBertDecoderConfig, ModernBertDecoderForSequenceClassification
 
 import tokmask_peft.training.train as training
 from tokmask_peft import Recipe, evaluate, load, train
@@ -116,7 +117,10 @@ def test_last_is_how_a_stock_decoder_pools():
         pool_texts(model, "last")
         assert not hasattr(model, "text_pooling")
         assert not model.base_model._forward_hooks
-    for family in ("bert", "bart"):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    ettin = ModernBertDecoderForSequenceClassification(ModernBertDecoderConfig(vocab_size=9, pad_token_id=0, **sizes))
+    pool_texts(ettin, "last")
+    for model, how in ((build("bert")[0], "last"), (build("bart")[0], "last"), (ettin, "cls")):
         with pytest.raises(ModelError) as caught:
-            pool_texts(build(family)[0], "last")
+            pool_texts(model, how)
         assert caught.value.code == "pooling"

@@ -10,8 +10,10 @@ from tokmask_peft import train
 from tokmask_peft.inference.classifier import load
 from tokmask_peft.masking.embedding import UsedRows
 from tokmask_peft.masking.pattern import maskable_table, masked_positions
+from tokmask_peft.masking.schedule import Ready
 from tokmask_peft.recipe.schema import Recipe
 from tokmask_peft.training.evaluate import split_examples
+from tokmask_peft.training.losses import ClassificationLoss
 from tokmask_peft.training.train import observe_training
 
 pytest.importorskip("matplotlib")
@@ -45,6 +47,34 @@ def test_looking_changes_nothing_of_the_training(write_recipe, tmp_path, extra):
     assert "## Cautions" in report.markdown.read_text()
     files = {"gradients.json", "gradients.md", "gradients.png", "gradients.svg", "log.jsonl"}
     assert {path.name for path in plan.folder.iterdir()} == files
+
+
+@pytest.mark.parametrize(
+    ("task", "keys"),
+    [
+        ("sequence", ["masking.schedule=ready"]),
+        ("token", ["masking.replace=drop"]),
+        ("token", ["training.views=2", "masking.score_masked=false", "data.label_on=mean"]),
+    ],
+)
+def test_what_is_measured_is_masked_and_scored_as_in_training(write_recipe, tmp_path, monkeypatch, task, keys):
+    monkeypatch.setattr(Ready, "class_scale", lambda self: [0.0] * 8)  # the plan's rates are those of all classes
+    scored, call = [], ClassificationLoss.__call__
+
+    def noting(self, outputs, labels, num_items_in_batch=None):
+        if num_items_in_batch is None:
+            scored.append([int((part != -100).sum()) for part in labels.flatten().chunk(2)])
+        return call(self, outputs, labels, num_items_in_batch)
+
+    monkeypatch.setattr(ClassificationLoss, "__call__", noting)
+    recipe = Recipe.load(write_recipe(task=task), ["masking.p=0.2", "training.max_steps=4", *keys])
+    report = diagnose(recipe, GradientPlan(tmp_path / "look", (0.4,), 2, 3, (0.0, 0.5)), quiet=True)
+    points = json.loads(report.statistics.read_text())["points"]
+    assert all(point["groups"]["lora"]["rates"][0]["mask_variance"]["value"] > 0 for point in points)
+    assert len(scored) == 2 * 3 * (1 + 2)
+    first, second = ({*counts} for counts in zip(*scored, strict=True))
+    assert len(second) > 3 or task == "sequence"
+    assert len(first) <= 3 or "training.views=2" not in keys, "the first view is whole"
 
 
 @pytest.mark.parametrize("family", ["bert", "qwen2"])

@@ -11,11 +11,13 @@ from tiny_models import TEXTS, build, encode
 
 from tokmask_peft import Recipe, load, train
 from tokmask_peft.data.batches import PackedCollator
-from tokmask_peft.errors import ModelError
+from tokmask_peft.errors import MaskTokenError, ModelError
 from tokmask_peft.inference.export import export_merged
+from tokmask_peft.masking.masker import TokenMasker
 from tokmask_peft.model.backbone import load_backbone
 from tokmask_peft.model.layers import pool_texts, pooled
 from tokmask_peft.model.packed import enable_padding_free
+from tokmask_peft.recipe import TokenMaskConfig
 
 
 @pytest.mark.parametrize("how", ["mean", "max", "ends"])
@@ -79,6 +81,26 @@ def test_a_run_is_saved_and_loads_with_stock_peft_and_the_lines_of_its_card(writ
     with pytest.raises(ModelError) as caught:
         export_merged(moved, tmp_path / "merged", backbone=run.recipe.model.backbone)
     assert caught.value.code == "pooling-not-exportable"
+
+
+def test_a_head_that_averages_logits_reads_the_first_state_if_asked():
+    """EuroBERT keeps what its config says when it is made, and averages all logits by default."""
+    pytest.importorskip("transformers.models.eurobert")
+    from transformers import EuroBertConfig, EuroBertForSequenceClassification
+
+    _, tokenizer = build("xlm-r")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    sizes |= {"vocab_size": len(tokenizer), "num_labels": 3, "pad_token_id": tokenizer.pad_token_id}
+    model = EuroBertForSequenceClassification(EuroBertConfig(**sizes))
+    with pytest.raises(MaskTokenError) as caught:
+        TokenMasker.attach(model, tokenizer, TokenMaskConfig(replace="drop"))
+    assert caught.value.code == "cannot-drop"
+    pool_texts(model, "cls")
+    TokenMasker.attach(model, tokenizer, TokenMaskConfig(replace="drop")).detach()
+    batch = encode(tokenizer, TEXTS)
+    first = model.base_model(**batch).last_hidden_state[:, 0]
+    torch.testing.assert_close(model(**batch).logits, model.classifier(model.activation(model.dense(first))))
+    assert type(model)(model.config)(**batch).logits.shape == (len(TEXTS), 3), "as it is exported"
 
 
 def test_words_are_not_pooled(write_recipe):

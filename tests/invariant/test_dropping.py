@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_padding_free import adapted, assert_same, pack, texts_of
+from test_padding_free import adapted, alone, assert_same, pack, texts_of
 from tiny_models import build, encode
 from transformers import OPTConfig, OPTForSequenceClassification, TrainingArguments
 
@@ -98,6 +98,31 @@ def test_a_model_whose_positions_follow_the_attention_mask_is_refused():
         TokenMasker.attach(model, tokenizer, DROP)
     assert caught.value.code == "cannot-drop"
     TokenMasker.attach(model, tokenizer, TokenMaskConfig(p=0.5)).detach()
+
+
+def test_a_model_with_recurrent_layers_is_refused():
+    """In Qwen3.5, logits differed from those of the rest of the text by two thirds of what dropping changes."""
+    model, tokenizer = build("qwen2")
+    model.config.layer_types = ["linear_attention", "full_attention"]
+    with pytest.raises(MaskTokenError) as caught:
+        TokenMasker.attach(model, tokenizer, DROP)
+    assert caught.value.code == "cannot-drop"
+    TokenMasker.attach(model, tokenizer, TokenMaskConfig(p=0.5)).detach()
+
+
+def test_a_row_that_transformers_packs_is_refused():
+    """With an attention mask, which dropping needs, transformers no longer tells the texts of such a row apart."""
+    model, tokenizer = build("qwen2", task="token")
+    ids = texts_of(tokenizer)
+    places = torch.cat([torch.arange(len(text)) for text in ids])[None]
+    row = {"input_ids": pack(ids)["input_ids"], "position_ids": places, "use_cache": False}
+    masker = TokenMasker.attach(model.train(), tokenizer, DROP)
+    with pytest.raises(MaskTokenError) as caught:
+        model(**row)
+    assert caught.value.code == "cannot-drop"
+    masker.detach()
+    with TokenMasker.attach(model, tokenizer, TokenMaskConfig(p=0, replace="drop")):
+        torch.testing.assert_close(model(**row).logits, alone(model, ids), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("family", ["bert", "qwen2"])

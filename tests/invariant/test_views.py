@@ -5,10 +5,12 @@ import torch
 import torch.nn.functional as F
 from test_padding_free import adapted, texts_of
 from tiny_models import build
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from tokmask_peft.data.batches import PackedCollator
+from tokmask_peft.errors import MaskTokenError
 from tokmask_peft.masking.callback import TokenMaskCallback
+from tokmask_peft.masking.schedule import SCHEDULES, Constant
 from tokmask_peft.model.packed import enable_padding_free
 from tokmask_peft.recipe import TokenMaskConfig
 from tokmask_peft.tasks import get_task
@@ -140,3 +142,20 @@ def test_classes_are_masked_as_far_as_they_are_ready(tmp_path):
     assert masking.schedule.class_scale() == [0.0, 0.0, 0.0]
     masking.schedule.rate(0.1)
     assert set(masking.schedule.class_scale()) == {0.5, 0.0}
+
+
+def test_a_schedule_of_somebody_else_may_scale_classes_without_answers(tmp_path, monkeypatch):
+    scale = [0.0, 0.0, 0.0]
+    monkeypatch.setitem(SCHEDULES, "static", type("Static", (Constant,), {"class_scale": lambda self: scale}))
+    for _ in range(2):
+        _, trainer, seen = one_step(
+            tmp_path, "sequence", config=TokenMaskConfig(p=0.4, schedule="static"), packed=False, views=1
+        )
+        assert (seen[0] == trainer.processing_class.mask_token_id).any() == any(scale)
+        scale[:] = [1.0, 1.0, 1.0]
+    masking = TokenMaskCallback(TokenMaskConfig(p=0.4, schedule="static"), announce=False)
+    given = {"train_dataset": trainer.train_dataset, "processing_class": trainer.processing_class}
+    plain = Trainer(trainer.model, trainer.args, callbacks=[masking], **given)
+    with pytest.raises(MaskTokenError) as caught:
+        plain.train()
+    assert (caught.value.code, caught.value.fields["schedule"]) == ("no-answers", "static")

@@ -1,6 +1,7 @@
 """The command line. Thin: each command imports what it needs, so that `tokmask --help` answers at once."""
 
 import codecs
+import contextlib
 import io
 import json
 import sys
@@ -20,5 +21,6 @@ def main() -> None:
 
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
         codecs.register_error("json", escaped)
-        sys.stdout.reconfigure(errors="json")
+        with contextlib.suppress(OSError):  # a file that became a pipe
+            sys.stdout.reconfigure(errors="json")
     app()

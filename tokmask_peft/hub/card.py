@@ -18,6 +18,7 @@ from tokmask_peft.artifacts import Result
 from tokmask_peft.console import baseline_verdict, printable
 from tokmask_peft.errors import write_whole
 from tokmask_peft.recipe.data import SourceConfig
+from tokmask_peft.recipe.loading import flat
 from tokmask_peft.recipe.schema import Recipe
 from tokmask_peft.tasks import get_task
 
@@ -88,7 +89,7 @@ class Card:
                     dataset_name=name,
                     dataset_config=tested.hub_config,
                     dataset_revision=tested.hub_revision,
-                    dataset_split=self.recipe.data.test,
+                    dataset_split=re.split(r"[/\\]", str(self.recipe.data.test))[-1],  # it may be the path of a file
                     metric_type=kind,
                     metric_name=metric,
                     metric_args=arguments,
@@ -205,10 +206,11 @@ def _read(template: str) -> str:
 def training_facts(recipe: Recipe, result: Result) -> list[tuple[str, str]]:
     """Return how the adapter was trained, as pairs of a subject and what was chosen."""
     masking, adapter, training = recipe.masking, recipe.adapter, recipe.training
-    rate = f"p = {masking.p:g}, {masking.schedule}"
-    if masking.schedule != "constant":
-        end = masking.make_schedule().end
-        rate += f" from {masking.p_start:g} between {masking.begin:.0%} and {end:.0%} of training"
+    rate, schedule = f"p = {masking.p:g}, {masking.schedule}", masking.make_schedule()
+    if schedule.reacts:
+        rate = f"{masking.rates}, which follows the training"
+    elif masking.schedule != "constant":
+        rate += f" from {masking.p_start:g} between {masking.begin:.0%} and {schedule.end:.0%} of training"
     unit = masking.unit if masking.unit != "span" else f"span of {masking.span_length} words"
     chosen = {decision["what"]: decision["choice"] for decision in result.decisions}
     token = f"{chosen.get('mask token', masking.mask_token)}{', trained' if masking.trainable_mask else ''}"
@@ -229,10 +231,15 @@ def training_facts(recipe: Recipe, result: Result) -> list[tuple[str, str]]:
     loss = f"binary {training.loss}" if get_task(recipe.data.task).several else training.loss
     speed = f"learning rate {training.learning_rate:g} ({training.scheduler})"
     version = environment.get("versions", {}).get("tokmask-peft", "unknown")
+    keys = {"masking": {"share", "per_text", "replace", "score_masked"}, "model": {"attention_dropout"}}
+    keys["training"] = {"views", "views_masked", "label_smoothing", "neftune_alpha"}
+    unusual = flat(recipe.model_dump(include=keys, exclude_defaults=True))  # which no other line names
+    further = ", ".join(f"{key}={value}" for key, value in unusual.items())
     return [
         ("masking", f"{rate}; unit: {unit}; mask token: {token}"),
         ("adapter", f"{method}, dropout = {adapter.dropout:g}; quantization of the backbone: {quantization}"),
         ("optimisation", f"{length}, batches of {batch}, {speed}, loss: {loss}, class weights: {weights}"),
+        *([("further keys", further)] if further else []),
         ("seed", f"{recipe.seed}; tokmask-peft {version}"),
     ]
 

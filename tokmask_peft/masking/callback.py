@@ -163,7 +163,7 @@ class TokenMaskCallback(TrainerCallback, ExportableState):
         """Switch masking off, and show the step's answers to the schedule.
 
         A MaskTokenError says that the first step looked up no ids where the masker is, so nothing was masked; or that
-        the schedule reacts to answers, and this trainer reports none (`observe`).
+        the schedule reacts to answers, and this trainer reports none (`observe`), or scales classes, and it does not.
         """
         self._steps += 1
         if self.masker is None or self._passes is None:
@@ -175,12 +175,13 @@ class TokenMaskCallback(TrainerCallback, ExportableState):
             why = "no training forward looked up ids in the input embedding"
             remedy = "Call the model with input_ids instead of inputs_embeds, use another backbone, or set p to 0"
             raise MaskTokenError(f"token masking masked nothing: {why}. {remedy}", code="masked-nothing")
-        if self.schedule.reacts:
-            if self._seen is None:
-                name = self.config.schedule
-                why = f"masking.schedule: {name} needs the answers of every step, and this trainer reports none"
-                remedy = "train from a recipe, or take another schedule"
-                raise MaskTokenError(f"{why}: {remedy}", code="no-answers", schedule=name)
+        unscaled = self.schedule.class_scale() is not None and self.masker.scale is None
+        if unscaled or (self.schedule.reacts and self._seen is None):
+            name, needed = self.config.schedule, "classes" if unscaled else "answers"
+            why = f"masking.schedule: {name} needs the {needed} of every step, and this trainer reports none"
+            remedy = "train from a recipe, or take another schedule"
+            raise MaskTokenError(f"{why}: {remedy}", code="no-answers", schedule=name)
+        if self._seen is not None:
             self.schedule.observe_step(Answers(*self._seen.tolist()))
 
     def observe(self, answers: Tensor) -> None:

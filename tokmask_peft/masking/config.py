@@ -96,7 +96,9 @@ class TokenMaskConfig(Section):
         0.0, description="encoder-decoder models that generate: masking rate of the decoder's input; labels stay"
     )
     score_masked: StrictBool = Field(
-        True, description="whether words whose labelled sub-token is masked count in the loss; dropped ones never do"
+        True,
+        description="whether words whose labelled sub-token is masked (any, with data.label_on: mean) count in the "
+        "loss; dropped ones never do",
     )
     mask_token: Literal["auto", "mask", "spare", "unk"] | TokenId = Field(
         "auto",
@@ -124,6 +126,14 @@ class TokenMaskConfig(Section):
     def is_off(self) -> bool:
         """Whether nothing is masked at any time of training."""
         return self.make_schedule().is_off and self.decoder_p == 0
+
+    @property
+    def rates(self) -> str:
+        """The rates of a whole training in short: `p = 0.1`, or `p ≤ 0.2 (linear)` if they move."""
+        if self.schedule == "constant":
+            return f"p = {self.p:g}"
+        highest = self.p if self.make_schedule().reacts else max(self.p, self.p_start)
+        return f"p ≤ {highest:g} ({self.schedule})"
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write `tokmask_config.json` into `folder` and return its path."""

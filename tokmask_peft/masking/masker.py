@@ -21,6 +21,7 @@ from tokmask_peft.masking.config import TokenMaskConfig
 from tokmask_peft.masking.replacement import NO_MASK_TOKEN, REPLACEMENTS, MaskToken
 
 _COUNT_BY_MASK = ("opt", "biogpt", "bloom")  # `model_type`s whose positions count the attention mask
+_NOT_ATTENTION = {"linear_attention", "conv", "hybrid", "hybrid_sliding", "mamba"}  # in a config's `layer_types`
 _DECODER = 1 << 63  # turns the seed into that of the decoder, whose masked positions are drawn apart
 
 
@@ -216,23 +217,26 @@ class TokenMasker:
 
     def _hide(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Take masked tokens of a padded batch out of the attention mask that the encoder or decoder is called with."""
-        if self._layout is not None or not self._trains(module):
+        if self._layout is not None or not self._trains(self._embedding):
             return None
         given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
         given |= given.pop("kwargs", {})
         ids, visible = given.get("input_ids"), given.get("attention_mask")
-        if ids is None or (visible is not None and visible.dim() != 2):
+        # without a mask, positions tell transformers where the texts of a packed row begin; with one it mixes them
+        packed = visible is None and given.get("position_ids") is not None
+        if ids is None or packed or (visible is not None and visible.dim() != 2):
             if self.config.is_off and self._rate == 0.0:
                 return None
             needed = "masking.replace: drop needs input_ids, and an attention mask of shape [batch, seq] or none"
+            needed += "; with position_ids, as of texts packed into a row, it needs the mask" if packed else ""
             raise MaskTokenError(f"{needed}; use replace: token", code="cannot-drop")
         masked = self.pattern(ids, None, pattern.text_positions(ids, self._pad_id))
         self._count(ids, masked)
         return (), {**given, "attention_mask": (torch.ones_like(ids) if visible is None else visible) * ~masked}
 
-    def removed(self, module: nn.Module, input_ids: Tensor, rows: Tensor, positions: Tensor) -> Tensor | None:
+    def removed(self, input_ids: Tensor, rows: Tensor, positions: Tensor) -> Tensor | None:
         """Return which tokens of a packed row to leave out in this training forward, bool [1, total]; None for none."""
-        if not (self._replacement.removes and self._trains(module)):
+        if not (self._replacement.removes and self._trains(self._embedding)):
             return None
         masked = self.pattern(input_ids, rows, positions)
         self._count(input_ids, masked)
@@ -423,10 +427,12 @@ def _check_possible(model: nn.Module, config: TokenMaskConfig) -> None:
         why = "the decoder reads the text, too"
     elif getattr(about, "model_type", "") in _COUNT_BY_MASK or getattr(about, "alibi", False):
         why = "it counts positions by its attention mask, so the tokens that stay would move"
+    elif _NOT_ATTENTION & {*(getattr(getattr(about, "get_text_config", lambda: about)(), "layer_types", None) or ())}:
+        why = "some of its layers do not attend but go through the text, where a gap would stay"
     elif (
         "SequenceClassification" in name
         and not hasattr(inner, "text_pooling")
-        and getattr(about, "classifier_pooling", "") == "mean"
+        and getattr(about, "classifier_pooling", "cls") not in ("cls", "bos")
     ):
         why, remedy = "its head pools all tokens, dropped ones too", f"set model.pooling to mean, or {remedy}"
     else:

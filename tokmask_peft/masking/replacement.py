@@ -103,7 +103,7 @@ def _explicit(tokenizer: Any, rows: int, token_id: int) -> MaskToken:
     token, usual = tokenizer.convert_ids_to_tokens(token_id), {tokenizer.mask_token_id, tokenizer.unk_token_id}
     if token_id not in tokenizer.all_special_ids:
         return MaskToken(token_id, "id", f"{token!r}, as configured, an ordinary token of the tokenizer")
-    if token_id in usual - {tokenizer.pad_token_id}:
+    if token in _SENTINELS or token_id in usual - {tokenizer.pad_token_id}:
         return MaskToken(token_id, "id", f"{token!r}, as configured")
     why = f"mask_token {token_id} is the special token {token!r}, which may mean padding or the end of the text"
     message = f"{why}; take an ordinary token, a spare row, or leave mask_token at auto"

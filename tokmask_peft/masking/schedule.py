@@ -218,8 +218,8 @@ class Ready(Controller):
             self.state[name] = min(max(self.state[name] + (done if up else -done) / 0.2, 0.0), 1.0)
 
     def class_scale(self) -> list[float] | None:
-        levels = [self.state[name] for name in self.state if name.startswith("level ")]
-        return levels or None
+        levels = sum(name.startswith("level ") for name in self.state)  # a checkpoint may hold them in another order
+        return [self.state[f"level {label}"] for label in range(levels)] or None
 
 
 SCHEDULES: dict[str, type[Schedule]] = {"constant": Constant, "linear": Linear, "cosine": Cosine, "warmup": Warmup}

@@ -19,7 +19,15 @@ from tokmask_peft.errors import MaskTokenError, ModelError, first_line
 from tokmask_peft.masking.embedding import find_decoder_embedding, find_embedding
 from tokmask_peft.model.decisions import DTYPES, choose_precision, choose_quantization, gpu_problem, out_of_memory
 from tokmask_peft.model.families import family_of
-from tokmask_peft.model.layers import LINEAR, Float32Linear, is_quantized, place_embedding, pool_texts, see_both_ways
+from tokmask_peft.model.layers import (
+    LINEAR,
+    Float32Linear,
+    is_quantized,
+    place_embedding,
+    pool_texts,
+    reads_forward,
+    see_both_ways,
+)
 from tokmask_peft.model.location import backbone_location, loading_source
 from tokmask_peft.model.packed import expand_heads_if_needed
 from tokmask_peft.recipe.schema import ModelConfig
@@ -128,7 +136,7 @@ def load_backbone(
     if config.attention != "causal":
         decisions.append(Decision("attention", config.attention, "set in the recipe; it was trained causally"))
     if pooling != "auto":
-        blind = pooling == "ends" and hasattr(model, "score") and config.attention == "causal"
+        blind = pooling == "ends" and config.attention == "causal" and reads_forward(model)
         sight = "; a decoder's first sub-token sees no other, unless model.attention is bidirectional" if blind else ""
         decisions.append(Decision("pooling", pooling, f"set in the recipe{sight}"))
     decisions += place_embedding(model, config.embedding, device)
@@ -200,12 +208,21 @@ def load_tokenizer(config: ModelConfig, location: str | None = None) -> Any:
     return tokenizer
 
 
+def lacks_head(error: Exception) -> bool:
+    """Return whether transformers says that it has no model of a kind for a configuration."""
+    return "for this kind of AutoModel" in str(error)
+
+
 def load_error(what: str, location: str, error: Exception) -> ModelError:
     """Return the error that explains why a part of a backbone cannot be loaded, and what to check."""
     if "trust_remote_code" in str(error):
         problem = f"the {what} from {location} runs code of its own. Read it; if you trust it"
         remedy = "give --trust-remote-code to use a run, or set model.trust_remote_code=true to train"
         return ModelError(f"{problem}, {remedy}.", code="backbone-not-loaded", location=location)
+    if lacks_head(error):
+        head = first_line(error).rpartition(" ")[2].rstrip(".")
+        message = f"transformers has no {head} for the {what} from {location}: use another one, or another data.task"
+        return ModelError(message, code=f"{what}-not-loaded", location=location)
     message = (
         f"the {what} cannot be loaded from {location}: {first_line(error).rstrip('.,:')}. "
         "Check model.backbone (a Hub id or a folder), the network, and `hf auth login` for gated models."

@@ -200,12 +200,17 @@ def place_embedding(model: Any, wanted: str, device: torch.device) -> tuple[Deci
 UNMARKED = ("bloom", "mpt")  # decoders whose attention has no `is_causal`, by `model_type`
 
 
+def reads_forward(model: nn.Module) -> bool:
+    """Return whether a model is a decoder that was trained to read from left to right; `see_both_ways` may follow."""
+    kind = getattr(getattr(model, "config", None), "model_type", "")
+    return kind in UNMARKED or any(getattr(part, "is_causal", False) for part in model.modules())  # as built
+
+
 def choose_label_on(wanted: str, model: nn.Module) -> Decision:
     """Choose which sub-token of a word carries its label: as `data.label_on` says, or the last in a decoder."""
     if wanted != "auto":
         return Decision("label on", wanted, "set in the recipe")
-    kind = getattr(getattr(model, "config", None), "model_type", "")
-    if kind in UNMARKED or any(getattr(part, "is_causal", False) for part in model.modules()):  # as built
+    if reads_forward(model):
         why = "a decoder was trained to read from left to right, and has seen the whole word there"
         return Decision("label on", "last", why)
     return Decision("label on", "first", "an encoder sees the whole of a word anyway")
@@ -297,17 +302,25 @@ def pool_texts(model: Any, how: str) -> None:
     """
     if how == "auto":
         return
-    name, both = type(model).__name__, getattr(model.config, "is_encoder_decoder", False)
-    decoder = hasattr(model, "score")  # what transformers calls the head of a decoder
-    if both or (decoder and how == "cls") or (not decoder and how == "last"):
-        why = "which is not a decoder" if how == "last" else "which has no [CLS] of its own"
-        why = "which has an encoder and a decoder" if both else why
+    name, base, why = type(model).__name__, model.base_model, None
+    decoder = hasattr(model, "score") or reads_forward(model)  # the former is what transformers calls its head
+    if getattr(model.config, "is_encoder_decoder", False):
+        why = "which has an encoder and a decoder"
+    elif decoder and how == "cls":
+        why = "which has no [CLS] of its own"
+    elif not decoder and how == "last":
+        why = "which is not a decoder"
+    elif how != "cls" and isinstance(getattr(base, "pooler", None), nn.Linear):  # ALBERT and BigBird
+        why = "whose pooler is given [CLS] alone"
+    if why is not None:
         raise ModelError(f"model.pooling={how} does not fit {name}, {why}: set it to auto", code="pooling", model=name)
-    if hasattr(model.config, "classifier_pooling"):  # ModernBERT's own
+    if hasattr(model, "classifier_pooling"):  # EuroBERT's own, a copy of what its config said
+        model.classifier_pooling = model.config.classifier_pooling = "bos"
+    elif hasattr(model.config, "classifier_pooling"):  # ModernBERT's own
         model.config.classifier_pooling = "cls"
     if how in ("cls", "last"):
         return
-    base, mask = model.base_model, threading.local()
+    mask = threading.local()
     model.text_pooling = how
 
     def remember(_: Any, args: Any, given: Any) -> None:

@@ -216,7 +216,7 @@ class PackedRows(nn.Module):
         packing = Packing.make(cu_seqlens, input_ids.shape[1], max_length)
         places = {"position_ids": self.family.positions(self, input_ids, packing)} | types
         masker = TokenMasker.of(find_embedding(self))
-        removed = None if masker is None else masker.removed(self, input_ids, packing.rows, packing.positions)
+        removed = None if masker is None else masker.removed(input_ids, packing.rows, packing.positions)
         ids, kept = input_ids, None
         if removed is not None:
             kept = (~removed[0]).nonzero().flatten()

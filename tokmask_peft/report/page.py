@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import Markup
 
 from tokmask_peft import __version__
-from tokmask_peft.artifacts import Result, Run, open_run
+from tokmask_peft.artifacts import Result, Run, RunFolder, open_run
 from tokmask_peft.console import baseline_verdict, beside_verdict, calibration_line
 from tokmask_peft.data.corpus import merged_labels
 from tokmask_peft.errors import ModelError, RunError, TokmaskError, boundary, require, write_whole
@@ -57,7 +57,9 @@ def report_run(
         except TokmaskError as error:
             problem = str(error)
     with boundary(f"the page of {run}, from its result.json, log.jsonl and recipe.yaml,", RunError, "bad-result"):
-        page = render(found, mistakes, problem or "the report was made with --no-examples")
+        # the reason itself, which may name folders of this machine, is for the terminal: a page may be sent to anybody
+        why = "their data or the backbone could not be read" if problem else "the report was made with --no-examples"
+        page = render(found, mistakes, why)
     write_whole(path, page)
     return path, problem
 
@@ -66,6 +68,8 @@ def render(run: Run, mistakes: Mistakes | None, no_mistakes: str = "") -> str:
     """Return the page of a finished run as HTML; `no_mistakes` says why there are no mistakes to show."""
     recipe, result, scores, calibration = run.recipe, run.result, run.result.scored, run.result.calibration
     mixing, reliability = scores.get("by_mixing"), None
+    root = run.folder.root
+    place = RunFolder(Path("runs", root.name) if root.is_absolute() else root)  # no folders of this machine
     if calibration:
         split = "test" if "test" in calibration else "validation"
         reliability = reliability_picture(calibration[split]["before"], calibration[split]["after"], split)
@@ -88,8 +92,8 @@ def render(run: Run, mistakes: Mistakes | None, no_mistakes: str = "") -> str:
         mistakes=mistakes,
         no_mistakes=no_mistakes,
         merged=merged_labels(result.data.get("label_map", {})),
-        run=shlex.quote(str(run.folder.root)),
-        snippet=loading_snippet(recipe, result, str(run.folder.adapter), _words_are_spaced(run)),
+        run=shlex.quote(str(place.root)),
+        snippet=loading_snippet(recipe, result, str(place.adapter), _words_are_spaced(run)),
         version=__version__,
     )
 

@@ -167,8 +167,8 @@ def _signs(results: SweepResults, rows: dict[Row, dict[str, Any]]) -> dict[str, 
 
     `falling`: arms whose mean macro-F1 falls with every rate, of three at least. `stuck`: arms whose training loss in
     the last tenth of the run is at least .95 of that in the first, on average over seeds. `unshown`: settings in which
-    no difference is established, with the differences that the seeds could have shown, and whether the sign-flip test
-    can establish any (`reachable`).
+    no difference is established, with the differences that the seeds would mostly show (paired t-test, at the level
+    that Holm's correction gives the clearest arm), and whether the sign-flip test can establish any (`reachable`).
     """
     found: dict[str, Any] = {"falling": [], "stuck": [], "unshown": []}
     for setting in dict.fromkeys(row.setting for row in rows):
@@ -184,7 +184,7 @@ def _signs(results: SweepResults, rows: dict[Row, dict[str, Any]]) -> dict[str, 
         sds = [one["sd"] for one in shown if one["sd"]]
         if sds and all(one["p_holm"] > 0.05 for one in shown):
             seeds = min(one["n"] for one in shown if one["sd"])
-            gains = [statistics.smallest_gain(sd, seeds) for sd in (min(sds), max(sds))]
+            gains = [statistics.smallest_gain(sd, seeds, alpha=0.05 / len(shown)) for sd in (min(sds), max(sds))]
             reachable = len(shown) * min(one["smallest_p"] for one in shown) <= 0.05
             about = {"setting": dict(setting), "seeds": seeds, "gains": gains, "reachable": reachable}
             found["unshown"].append(about)

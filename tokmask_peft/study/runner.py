@@ -205,7 +205,7 @@ class Loop:
         if outcome != "error" and not self.options.keep_checkpoints:
             shutil.rmtree(RunFolder(self.plan.folder / claim.cell.name).checkpoints, ignore_errors=True)
         self._look()
-        if outcome == "done" and not self.console.is_terminal:
+        if not self.console.is_terminal:
             line = f"{line}. {TEXTS.summary(self.cells, self._left())}"
         self._print(f"{'failed' if outcome == 'error' else outcome} {claim.cell.name}{line}")
 

@@ -94,9 +94,9 @@ def seeds_needed(gain: float, sd: float, power: float = 0.8, alpha: float = 0.05
     return counts[place] if place < len(counts) else None
 
 
-def smallest_gain(sd: float, seeds: int, power: float = 0.8) -> float:
+def smallest_gain(sd: float, seeds: int, power: float = 0.8, alpha: float = 0.05) -> float:
     """Return the mean difference that a paired t-test detects with `power`: the inverse of `seeds_needed`."""
-    return sd * float(optimize.brentq(lambda effect: paired_power(effect, seeds) - power, 1e-6, 1e3))
+    return sd * float(optimize.brentq(lambda effect: paired_power(effect, seeds, alpha) - power, 1e-6, 1e3))
 
 
 def sd_interval(sd: float, n: int) -> tuple[float, float]:

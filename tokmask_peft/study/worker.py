@@ -33,6 +33,7 @@ class Worker:
     def __init__(self, train: Callable[[Recipe, bool], object], threads: int) -> None:
         self._train, self._threads = train, threads
         self._process: Any = None
+        self._logged = 0  # bytes that earlier attempts have left in the log
 
     def begin(self, recipe: Recipe) -> None:
         """Start to train a cell, in the process of the last one if that is still there."""
@@ -41,6 +42,7 @@ class Worker:
         self._began, self.signals, self._read, self._is_done = time.monotonic(), 0, 0, False
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self.log.touch()
+        self._logged = self.log.stat().st_size
         if self._process is None or not self._process.is_alive():
             spawn = multiprocessing.get_context("spawn")
             self._pipe, theirs = spawn.Pipe()
@@ -95,7 +97,8 @@ class Worker:
         if code < 0:
             name = signal.Signals(-code).name
             return f"killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
-        lines = self.log.read_text(encoding="utf-8", errors="replace").rstrip().splitlines() or ["no message"]
+        text = self.log.read_bytes()[self._logged :].decode("utf-8", errors="replace")
+        lines = text.rstrip().splitlines() or ["no message"]
         start = max((i for i, line in enumerate(lines) if line.startswith("Error: ")), default=len(lines) - 1)
         return f"{' '.join(map(str.strip, lines[start:])).removeprefix('Error: ')} (exit code {code})"
 

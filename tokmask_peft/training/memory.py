@@ -12,7 +12,7 @@ from tokmask_peft.data.corpus import load_corpus
 from tokmask_peft.data.encoding import Encoder
 from tokmask_peft.errors import ModelError, TokmaskError, first_line
 from tokmask_peft.model import decisions
-from tokmask_peft.model.backbone import attention_dropout_name, load_error, load_tokenizer
+from tokmask_peft.model.backbone import attention_dropout_name, lacks_head, load_error, load_tokenizer
 from tokmask_peft.model.decisions import rows_problem
 from tokmask_peft.model.layers import placement_problem
 from tokmask_peft.model.location import backbone_location, check_length, loading_source
@@ -224,6 +224,8 @@ def without_training(recipe: Recipe, gpu: str | None = None) -> Forecast:
     except TokmaskError:
         raise
     except Exception as error:
+        if lacks_head(error):
+            raise load_error("backbone", location, error) from error
         problem = f"a step of {config.model_type} cannot be counted without running it: {first_line(error)}"
         raise ModelError(problem, code="not-countable", model=config.model_type) from error
 

@@ -14,6 +14,7 @@ from tokmask_peft.data.corpus import Corpus
 from tokmask_peft.data.encoding import foreign_words
 from tokmask_peft.errors import RunError
 from tokmask_peft.examples import BETWEEN, Example, Pair
+from tokmask_peft.html import file_name
 from tokmask_peft.recipe.schema import Recipe
 from tokmask_peft.spans import SCHEMES
 from tokmask_peft.tasks import get_task
@@ -224,7 +225,7 @@ def language_warnings(backbone: str, tokenizer: Any, train: Sequence[Example]) -
     """Return a warning if the tokenizer of a backbone was made for another language than that of the texts."""
     if backbone == MULTILINGUAL or (foreign := foreign_words(tokenizer, (one.string for one in train))) is None:
         return []
-    says = f"the backbone {backbone} was made for another language: its tokenizer {foreign}"
+    says = f"the backbone {file_name(backbone)} was made for another language: its tokenizer {foreign}"
     says += ". Its scores may be below n-grams"
     return [{"code": "another-language", "message": f"{says}. {DOWNLOAD}", "key": "model.backbone"}]
 

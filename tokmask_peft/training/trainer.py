@@ -25,6 +25,7 @@ from tokmask_peft.data.encoding import Encoded, Encoder, Window
 from tokmask_peft.errors import DataError, RecipeError, RunError, nearest
 from tokmask_peft.examples import IGNORED, NO_PREDICTION, Example
 from tokmask_peft.masking.callback import TokenMaskCallback
+from tokmask_peft.masking.masker import TokenMasker
 from tokmask_peft.model.adapter import inputs_as_they_come
 from tokmask_peft.model.layers import quick_dropout, whole_words
 from tokmask_peft.recipe.schema import Recipe
@@ -222,10 +223,17 @@ class OrderedEvalTrainer(Trainer):
             return batches, items
         rate, step = masking.upcoming(self.args, self.state)
         for number, batch in enumerate(batches):
-            masking.masker.clean_texts = self._clean_texts(batch)
-            masked = whole_words(batch, masking.masker.pattern_of(batch, step + number, rate))
-            batch["labels"] = batch["labels"].masked_fill(masked, IGNORED)
+            self.hide_labels(batch, masking.masker, step + number, rate)
         return batches, self._get_num_items_in_batch(batches, device)
+
+    def hide_labels(
+        self, batch: dict[str, Any], masker: TokenMasker, step: int | None = None, rate: float | None = None
+    ) -> None:
+        """Leave the masked words of a training batch out of its labels, if the masker asks for that."""
+        masker.clean_texts = self._clean_texts(batch)
+        if masker.hides_labels and _labels_words(batch):
+            masked = whole_words(batch, masker.pattern_of(batch, step, rate))
+            batch["labels"] = batch["labels"].masked_fill(masked, IGNORED)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -233,12 +241,13 @@ class OrderedEvalTrainer(Trainer):
         """Return the loss of a batch, which holds two views of each text if it is for training and `views` is 2."""
         loss, masking = self.compute_loss_func, self._masking() if model.training else None
         reacts = masking is not None and masking.schedule.reacts
-        if not model.training or not (reacts or self.views > 1):
+        scale = None if masking is None else masking.schedule.class_scale()
+        if not model.training or not (reacts or scale is not None or self.views > 1):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         batch, masked = dict(inputs), None
         if masking is not None:
             masking.masker.clean_texts = self._clean_texts(batch)
-            if (scale := masking.schedule.class_scale()) is not None:
+            if scale is not None:
                 masking.masker.scale = torch.tensor(scale, device=self.args.device)[batch["labels"]]
             masked = whole_words(batch, masking.masker.pattern_of(batch))
         if self.views > 1:

@@ -19,6 +19,7 @@ from transformers import AutoModel, AutoTokenizer
 from typer.testing import CliRunner
 
 from tokmask_peft.cli.app import app
+from tokmask_peft.recipe.loading import to_yaml
 
 ROOT = Path(__file__).parents[3]
 FOLDERS = {"benchmarks": (), "benchmarks/studies": (), "benchmarks/gpu": ("benchmarks",)}
@@ -177,6 +178,44 @@ def test_the_study_lists_its_commands_without_optuna():
     assert lines[1].endswith(
         "--name stage2-kin --seeds 21,22,23,24,25,26,27,28 --p 0,0.1 --arms none,label_smoothing,views"
     )
+
+
+@pytest.mark.usefixtures("gpu_modules")
+def test_a_call_goes_on_with_the_runs_of_another_whose_folder_was_another(tmp_path, monkeypatch):
+    study = importlib.import_module("study")
+    monkeypatch.setattr(study, "TEXTS", {1: {"trec": study.TEXTS[1]["trec"]}})
+    for call, done in (("first", 0), ("second", 1)):
+        folder = tmp_path / call
+        (folder / "e5").mkdir(parents=True)
+        monkeypatch.chdir(folder)
+        if done:
+            study.Archive.unpack(tmp_path / "first.tar.gz")
+        stage = study.Stage(1, ["views"], "", (), study.Archive(tmp_path / f"{call}.tar.gz"))
+        assert (stage.done, len(stage.waiting)) == (done, 9 - done)
+        run = study.RunFolder(stage.waiting[0][-1].run_dir)
+        run.root.mkdir(parents=True)
+        run.recipe.write_text(to_yaml(stage.waiting[0][-1]))
+        run.result.write_text("{}")
+        stage.keep(run)
+    monkeypatch.chdir(tmp_path / "first")
+    with pytest.raises(SystemExit, match=r"data\.max_length: 128 before"):
+        study.Stage(1, ["views"], "", ("data.max_length=64",), study.Archive(tmp_path / "third.tar.gz"))
+
+
+def test_cells_that_another_process_wrote_are_kept(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    own_data, file = importlib.import_module("own_data"), tmp_path / "cells.json"
+    one, other = ({"corpus": "trec", "seed": seed} for seed in (1, 2))
+    for cell, _ in own_data.missing_cells(file, [one]):
+        for beside, _ in own_data.missing_cells(file, [other]):
+            beside["f1_macro"] = 0.5
+        cell["f1_macro"] = 0.6
+    cells = json.loads(file.read_text())["cells"]
+    assert sorted((cell["seed"], cell["f1_macro"]) for cell in cells) == [(1, 0.6), (2, 0.5)]
+    assert not [*own_data.missing_cells(file, [{"corpus": "trec", "seed": 1}])]
+    place = {"arm": "", "corpus": "tso", "seed": 1}  # it has 804 texts
+    file.write_text(json.dumps({"cells": [place | {"size": size, "texts": min(size, 804)} for size in (360, 1000)]}))
+    assert [own_data.has_all(file, place | {"size": size}) for size in (360, 1000, 5000)] == [False, False, True]
 
 
 @pytest.mark.usefixtures("gpu_modules")

@@ -7,12 +7,12 @@ import statistics
 
 import numpy as np
 import pytest
-from figures import TITLES, Study, clear, paired, read
+from figures import TITLES, Study, clear, paired, pooled, read
 from page import PAGES, SPEED, backbones, filled, own_data, speed
-from tables import CONTRASTS, STAGE_0, contrast_of_tokens
+from tables import CONTRASTS, STAGE_0, contrast_of_tokens, second, stage
 
 from tokmask_peft.study.report import signed
-from tokmask_peft.study.statistics import smallest_p, spread
+from tokmask_peft.study.statistics import holm, sign_flip_p, smallest_p, spread
 
 RESULTS, SPEED_PAGE, _ = PAGES
 README = RESULTS.parent.parent / "README.md"
@@ -348,3 +348,79 @@ def test_only_seeds_of_both_sweeps_are_compared():
     rows = made.same_seeds(["one", "other"], 0.0)
     assert [row["by_seed"] for row in rows] == [[0.6, 0.6], [0.5, 0.5]]
     assert made.same_seeds(["one", "missing"], 0.0) == []
+
+
+def arms(scores, texts=100, precision="bf16"):
+    """Return what is collected of a sweep over arms, with the scores of each arm by seed."""
+    rows, plain = [], scores.get("none", {})
+    for label, by_seed in scores.items():
+        values = {"by_seed": [*by_seed.values()], **spread([*by_seed.values()])}
+        rows.append({"label": label, "seeds": [*by_seed], "f1_macro": values, "f1_weighted": values})
+        if seeds := [seed for seed in by_seed if seed in plain and label != "none"]:
+            changes = [by_seed[seed] - plain[seed] for seed in seeds]
+            found = {"by_seed": changes, **spread(changes), "p_value": float(sign_flip_p(changes)), "p_holm": 0.0}
+            rows[-1]["difference"] = {"seeds": seeds, "f1_macro": found}
+    runs = [
+        {"arm": label, "seed": seed, "precision": precision, "log_loss": {"test": 1 - score}}
+        for label, by_seed in scores.items()
+        for seed, score in by_seed.items()
+    ]
+    return {"analysis": {"rows": rows}, "runs": runs, "texts": {"train": texts}, "environments": [{"device": "H100"}]}
+
+
+def test_arms_that_are_sweeps_of_their_own_are_compared_with_none_of_the_main_sweep():
+    main = {"none": {11: 0.6, 12: 0.7, 13: 0.65}, "mask 0.1": {11: 0.61, 12: 0.73, 13: 0.66}}
+    own = {
+        "stage1-trec-annealed": arms({"anneal:0.1": {11: 0.5, 12: 0.6, 13: 0.6}}),
+        "stage1-trec-twice": arms({"none": {13: 0.66, 11: 0.62, 14: 0.9}}),  # seed 12 failed
+    }
+    made = Study({"stage1-trec": arms(main), **own, "stage1-lr-trec": arms({"p = 0": {1: 0.9}})})
+    rows = {row["label"]: row for row in made.arms("stage1-trec")}
+    assert [*rows] == ["none", "mask 0.1", "annealed", "twice"]
+    found = {label: row["difference"]["f1_macro"] for label, row in rows.items() if label != "none"}
+    assert found["twice"]["by_seed"] == pytest.approx([0.02, 0.01])
+    assert found["annealed"]["mean"] == pytest.approx(-0.25 / 3)
+    assert found["twice"]["interval"] == pytest.approx(spread([0.02, 0.01])["interval"])
+    tests = [float(sign_flip_p(one["by_seed"])) for one in found.values()]
+    assert [one["p_holm"] for one in found.values()] == holm(tests)
+    (line,) = (line for line in second("stage1-trec", made)[1] if line[0] == "twice")
+    assert line[2].startswith("+0.0150 [")
+    assert line[-1] == "0.2733 ± 0.1514"  # log-loss of seeds 11, 13 and 14
+    for others in ({"texts": 90}, {"precision": "fp32"}):
+        mixed = made.sweeps | {"stage1-trec-twice": arms({"none": {11: 0.6}}, **others)}
+        with pytest.raises(SystemExit, match="stage1-trec-twice"):
+            Study(mixed).arms("stage1-trec")
+
+
+def test_pooling_over_data_sets_is_that_of_metafor():
+    """Its example: vaccines for tuberculosis (dat.bcg), `rma(yi, vi, method="REML", test="knha")`."""
+    effects = [-0.8893, -1.5854, -1.3481, -1.4416, -0.2175, -0.7861, -1.6209, 0.0120, -0.4694, -1.3713, -0.3394, 0.4459]
+    variances = [0.3256, 0.1946, 0.4154, 0.0200, 0.0512, 0.0069, 0.2230, 0.0040, 0.0564, 0.0730, 0.0124, 0.5325]
+    found = pooled([*effects, -0.0173], [*variances, 0.0714])
+    assert found["mean"] == pytest.approx(-0.7145, abs=2e-4)
+    assert found["tau"] ** 2 == pytest.approx(0.3132, abs=2e-4)
+    assert found["interval"] == pytest.approx([-1.1084, -0.3206], abs=5e-4)
+    assert found["p_value"] == pytest.approx(0.0019, abs=1e-4)
+    low, high = found["prediction"]
+    assert low < found["interval"][0]
+    assert (low + high) / 2 == pytest.approx(found["mean"])
+    same = pooled([0.1, 0.11], [0.04, 0.04])
+    assert (same["tau"], same["prediction"]) == (0.0, None)
+    assert same["mean"] == pytest.approx(0.105)
+
+
+def test_a_stage_is_a_line_for_each_arm_pooled_over_its_data_sets():
+    none = {11: 0.6, 12: 0.7}
+    better, worse, smooth = {11: 0.62, 12: 0.73}, {11: 0.58, 12: 0.69}, {11: 0.61, 12: 0.70}
+    names = {"none": none, "label_smoothing": smooth, "views": worse, "share:0.5": none}
+    made = {f"stage1-{name}": arms(names | ({"mask 0.1": better} if name == "twi" else {})) for name in ("trec", "twi")}
+    made |= {f"stage1-{name}-twice": arms({"none": better}) for name in ("trec", "twi")}
+    head, body = stage(1, Study(made))
+    assert head == ("arm", "TREC", "Twi", "pooled", "another data set", "p, Holm")
+    assert [line[0] for line in body] == ["twice", "label_smoothing", "views", "share:0.5", "mask 0.1"]
+    assert body[0][1] == "+0.0250; 2/2"
+    assert body[0][3].startswith("+0.0250 [")
+    # label smoothing is not one of those tested, and what changes nothing has no weight
+    assert [line[-1] == "" for line in body] == [False, True, False, True, True]
+    assert body[-1][1:] == ["", "+0.0250; 2/2", "", "", ""]
+    assert stage(2, Study(made))[1] == second("stage2-kin", Study(made))[1] == []

@@ -116,6 +116,42 @@ def test_a_run_without_masking_does_not_claim_it():
     assert "without token masking" in card_of(make_recipe(masking={"p": 0.0}))
 
 
+@pytest.mark.parametrize(
+    ("masking", "trained", "fact"),
+    [
+        (
+            {"p": 0, "p_start": 0.2, "schedule": "linear", "end": 0.7},
+            "masking at rate p ≤ 0.2 (linear);",
+            "p = 0, linear from 0.2 between 0% and 70% of training; unit",
+        ),
+        (
+            {"p": 0.3, "schedule": "overfit", "share": 0.5},
+            "masking at rate p ≤ 0.3 (overfit);",
+            "p ≤ 0.3 (overfit), which follows the training; unit",
+        ),
+    ],
+)
+def test_the_rate_is_that_of_the_whole_training(masking, trained, fact):
+    card = card_of(make_recipe(masking=masking))
+    assert trained in card
+    assert f"- masking: {fact}" in card
+
+
+def test_what_else_is_not_as_usual_is_in_the_card_since_the_recipe_is_not_pushed():
+    usual = dict(training_facts(make_recipe(masking={"p": 0.1}), make_result()))
+    assert "further keys" not in usual
+    more = {"masking": {"replace": "drop", "share": 0.5}, "training": {"views": 2, "label_smoothing": 0.1}}
+    found = dict(training_facts(make_recipe(**more), make_result()))["further keys"]
+    assert found == "masking.share=0.5, masking.replace=drop, training.label_smoothing=0.1, training.views=2"
+
+
+@pytest.mark.parametrize("test", ["/home/me/secret/posts.csv", "../secret/posts.csv", "C:\\secret\\posts.csv"])
+def test_no_folder_of_the_machine_is_in_the_head(test):
+    recipe = make_recipe(data={"path": "texts", "test": test})
+    assert "secret" not in card_of(recipe)
+    assert {one.dataset_split for one in head_of(recipe).eval_results} == {"posts.csv"}
+
+
 def test_labels_and_names_are_text_wherever_they_are():
     evil = "x](https://a.b) <b>*_y_*</b>\n# z|\x1b[1m"
     shown = r"x\](https://a.b) &lt;b>\*\_y\_\*&lt;/b> # z\|\\u001b\[1m"

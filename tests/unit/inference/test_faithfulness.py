@@ -93,9 +93,9 @@ def part(low, high, p):
 @pytest.mark.parametrize(
     ("low", "high", "alone", "paired"),
     [
-        (0.1, 0.2, "faster than random", "is more than"),
-        (-0.2, -0.1, "worse than chance", "is less than"),
-        (-0.1, 0.1, "not shown to do better", "is not shown to be more or less than"),
+        (0.1, 0.2, "faster than random", "is larger than"),
+        (-0.2, -0.1, "worse than chance", "is smaller than"),
+        (-0.1, 0.1, "not shown to do better", "is not shown to be larger or smaller than"),
     ],
 )
 def test_the_verdict_is_that_of_the_interval(low, high, alone, paired):

@@ -134,11 +134,12 @@ def test_labels_that_do_not_reach_the_model_decide_nothing():
             assert masker.observed_rate == 0
 
 
-@pytest.mark.parametrize("sentinel", ["<extra_id_0>", "▁<extra_id_0>"])
-def test_the_sentinel_of_t5_is_a_mask_token(sentinel):
+@pytest.mark.parametrize(("sentinel", "special"), [("<extra_id_0>", True), ("▁<extra_id_0>", False)])
+def test_the_sentinel_of_t5_is_a_mask_token(sentinel, special):
     tokenizer = tiny_tokenizer("unigram")
     tokenizer.mask_token = None
-    tokenizer.add_tokens([sentinel])
+    tokenizer.add_special_tokens({"extra_special_tokens": [sentinel]}) if special else tokenizer.add_tokens([sentinel])
     found = choose_mask_token(tokenizer, len(tokenizer))
+    assert choose_mask_token(tokenizer, len(tokenizer), found.id).id == found.id, "as adapters and checkpoints name it"
     assert (found.id, found.kind) == (len(tokenizer) - 1, "mask")
     assert choose_mask_token(tokenizer, len(tokenizer) - 1).kind == "unk"

@@ -7,7 +7,7 @@ import torch
 from tiny_models import TEXTS, build
 from tokenizers import processors
 from torch import nn
-from transformers import AutoModel, AutoTokenizer, ByT5Tokenizer
+from transformers import AlbertConfig, AlbertForSequenceClassification, AutoModel, AutoTokenizer, ByT5Tokenizer
 from transformers.utils import logging as transformers_logging
 
 from tokmask_peft.data.encoding import Encoder
@@ -143,6 +143,12 @@ def test_a_missing_backbone_is_one_clear_error(tmp_path, tiny_folder, what):
     assert (caught.value.code, caught.value.fields) == (f"{what}-not-loaded", {"location": config.backbone})
 
 
+def test_a_backbone_without_a_head_for_the_task_says_so(load):
+    with pytest.raises(ModelError, match=r"no AutoModelForTokenClassification .* data\.task") as caught:
+        load("gemma3", "token")
+    assert (caught.value.code, "network" in str(caught.value)) == ("backbone-not-loaded", False)
+
+
 def saved_with(folder, change, family="llama"):
     """Save a tiny backbone with another tokenizer, and return how it is loaded."""
     model, tokenizer = build(family)
@@ -222,9 +228,17 @@ def test_a_pair_is_refused_for_a_model_with_a_decoder_which_has_one_end_token(mo
 
 @pytest.mark.parametrize(
     ("family", "how", "why"),
-    [("t5", "mean", "an encoder and a decoder"), ("qwen2", "cls", "no [CLS]"), ("bert", "last", "not a decoder")],
+    [
+        ("t5", "mean", "an encoder and a decoder"),
+        ("qwen2", "cls", "no [CLS]"),
+        ("bert", "last", "not a decoder"),
+        ("albert", "mean", "is given [CLS] alone"),
+    ],
 )
 def test_a_way_to_pool_that_does_not_fit_is_refused_with_the_reason(family, how, why):
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16}
+    model = AlbertForSequenceClassification(AlbertConfig(**sizes)) if family == "albert" else build(family)[0]
+    pool_texts(model, "auto")
     with pytest.raises(ModelError) as caught:
-        pool_texts(build(family)[0], how)
+        pool_texts(model, how)
     assert (caught.value.code, why in str(caught.value)) == ("pooling", True)

@@ -13,6 +13,7 @@ from tokmask_peft.artifacts import open_run
 from tokmask_peft.cli import app
 from tokmask_peft.console import baseline_verdict
 from tokmask_peft.errors import ExtraError, RunError
+from tokmask_peft.masking.config import TokenMaskConfig
 from tokmask_peft.report.examples import Mistake, Mistakes
 from tokmask_peft.report.page import prepare, render, report_run
 
@@ -179,6 +180,24 @@ def test_missing_matplotlib_is_reported_before_anything_else(tmp_path, monkeypat
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ExtraError, match=r"tokmask-peft\[plots\]"):
         prepare(folder)
+
+
+def test_the_page_names_no_folder_of_the_machine(tmp_path, monkeypatch):
+    folder = write_run(tmp_path / "secret" / "mine", result() | {"calibration": {}})
+    path, problem = report_run(folder)  # its data are not there
+    assert problem
+    text = path.read_text()
+    assert "secret" not in text
+    assert "tokmask predict runs/mine" in text
+    monkeypatch.chdir(tmp_path)
+    report_run("secret/mine", examples=False)
+    assert "tokmask predict secret/mine" in path.read_text()
+
+
+@pytest.mark.parametrize(("masking", "shown"), [({"p": 0.1}, "p = 0.1"), (
+    {"p": 0, "p_start": 0.2, "schedule": "linear"}, "p ≤ 0.2 (linear)")])  # fmt: skip
+def test_the_rate_is_that_of_the_whole_training(masking, shown):
+    assert TokenMaskConfig(**masking).rates == shown
 
 
 class TestCommand:

@@ -150,13 +150,16 @@ def test_signs_of_failure_are_named_where_they_are_seen(made_up_sweep):
     assert unshown["seeds"] == 3
     sds = [row["difference"]["f1_macro"]["sd"] for row in found["rows"] if "difference" in row]
     for gain, sd in zip(unshown["gains"], sorted(sds), strict=True):
-        assert (seeds_needed(gain * 1.001, sd), seeds_needed(gain * 0.999, sd)) == (3, 4)
+        needed = [seeds_needed(gain * near, sd, alpha=0.05 / 2) for near in (1.001, 0.999)]
+        assert needed == [3, 4], "for one of two arms"
     assert not unshown["reachable"]
     assert "with this few seeds none can be." in render("summary.txt", **found)
 
     found = about(made_up_sweep({"p0.1": 0.0}, p="0,0.1", seeds="6", name="reachable"))
     assert [one["reachable"] for one in found["signs"]["unshown"]] == [True]
-    assert "true differences are smaller" in render("summary.txt", **found)
+    said = " ".join(render("summary.txt", **found).split())
+    assert "would be found in four of five such sweeps" in said
+    assert "there is none" not in said
 
 
 @pytest.mark.parametrize(
@@ -189,6 +192,7 @@ def test_signs_of_failure_are_named_where_they_are_seen(made_up_sweep):
                 "no difference can be established for p = 0.3.",
                 "6 runs have no result and are left out",
                 "If --prune stopped them, they were the worse",
+                "an arm's score is the mean of the seeds that it has",
             ],
             ["With 8 seeds", "for p = 0.1", "add 0"],
         ),
@@ -200,7 +204,8 @@ def test_signs_of_failure_are_named_where_they_are_seen(made_up_sweep):
             ["by 3"],
         ),
         ({}, {"p": "0.1,0.2"}, ["add 0 to --p"], ["nothing to compare"]),
-        ({}, {"p": "0.1", "arms": "lora_dropout,mask"}, ["no arm without a regularizer", "add none to"], ["add 0"]),
+        ({}, {"p": "0.1", "arms": "lora_dropout,mask"}, ["no finished arm without", "add none to"], ["add 0"]),
+        ({}, {"seeds": "2", "leave_out": ["p0-seed1", "p0.1-seed2"]}, ["no seed of p = 0 in common"], ["add 0"]),
         ({}, {"p": "0"}, ["There is nothing to compare with p = 0; add rates to --p."], ["add 0"]),
         ({}, {"p": "0.1", "arms": "none"}, ["nothing to compare with no regularizer; add arms to"], ["add none"]),
     ],

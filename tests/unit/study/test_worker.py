@@ -69,6 +69,19 @@ def test_what_a_process_says_at_its_end_is_the_reason(start):
     assert worker.reason(ended(worker)) == "MemoryError: too large (exit code 1)"
 
 
+def test_the_reason_is_not_that_of_an_earlier_attempt(start, plan):
+    worker = start("""
+if resume:
+    raise MemoryError("too large")
+recipe.run_dir.mkdir()
+(recipe.run_dir / "log.jsonl").touch()
+print("Error: of before", flush=True)
+raise SystemExit(2)""")
+    assert worker.reason(ended(worker)) == "of before (exit code 2)"
+    begin(worker, plan, 0)
+    assert worker.reason(ended(worker)) == "MemoryError: too large (exit code 1)"
+
+
 @pytest.mark.parametrize(
     ("log", "code", "reason"),
     [

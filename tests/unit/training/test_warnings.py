@@ -74,6 +74,9 @@ def test_a_backbone_of_another_language(monkeypatch):
     assert language_warnings("a", None, []) == language_warnings("intfloat/multilingual-e5-small", "cuts", []) == []
     (found,) = language_warnings("a/b", "cuts a word into 2.7 pieces", [])
     assert (found["code"], found["key"]) == ("another-language", "model.backbone")
+    assert "backbone a/b was" in found["message"]
+    (found,) = language_warnings("/home/me/secret/mine", "cuts a word into 2.7 pieces", [])
+    assert "backbone mine was" in found["message"], "it is on a page that may be sent to others"
     assert "model.backbone_path=e5-small" in found["message"]
 
 

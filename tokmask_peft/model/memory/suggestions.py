@@ -124,7 +124,8 @@ def _candidates(recipe: Recipe, situation: Situation, fits: Callable[[Changes], 
             yield {"model.gradient_checkpointing": True}
     if phase == "evaluation" and training.eval_batch_size > 1:
         yield {"training.eval_batch_size": max(training.eval_batch_size // 4, 1)}
-    if on_gpu and model.quantization in ("none", "int8"):
+    # whether bitsandbytes runs is known for all of a run only
+    if on_gpu and model.quantization in ("none", "int8") and (situation.int8 or phase != "run"):
         yield {"model.quantization": "nf4"}
     frozen = {"masking.trainable_mask": False} if recipe.masking.trainable_mask else {}
     if frozen and phase != "loading":

@@ -75,7 +75,7 @@ class GradientMeter:
             rows_of = [[{key: dataset[index][key] for key in keys} for index in chosen] for chosen in self.texts]
             batches = [trainer._prepare_inputs(trainer.train_collator(chosen)) for chosen in rows_of]
             with masker.paused():
-                plain = [self._gradient(batch) for batch in batches]
+                plain = [self._gradient(batch, masker) for batch in batches]
             for rate in sorted(self.rates):
                 masker.rate = rate
                 means, within = list[Tensor](), {group: list[NDArray[np.float64]]() for group in self._slices}
@@ -83,7 +83,7 @@ class GradientMeter:
                     rows = torch.empty(self.draws + 1, unmasked.numel())
                     for draw in range(self.draws):
                         masker.step = number * self.draws + draw
-                        torch.sub(self._gradient(batch), unmasked, out=rows[draw])
+                        torch.sub(self._gradient(batch, masker), unmasked, out=rows[draw])
                     rows[-1] = unmasked
                     means.append(rows[:-1].mean(0))
                     for group, part in self._slices.items():
@@ -93,10 +93,13 @@ class GradientMeter:
                     found[group][rate] = Grams(np.stack(within[group]), gram(vectors[:, part]))
         return found
 
-    def _gradient(self, inputs: Mapping[str, Any]) -> Tensor:
+    def _gradient(self, batch: Mapping[str, Any], masker: TokenMasker) -> Tensor:
         """Return the gradient of the loss as one vector, fp32 on the host; `.grad` stays as it is."""
+        inputs, masker.scale = dict(batch), None
+        if masker.enabled:
+            self.trainer.hide_labels(inputs, masker)
         with self.trainer.compute_loss_context_manager(), torch.enable_grad():
-            loss = self.trainer.compute_loss(self.trainer.model, dict(inputs))
+            loss = self.trainer.compute_loss(self.trainer.model, inputs)
             found = torch.autograd.grad(loss, self._parameters, allow_unused=True)
         pairs = zip(self._parameters, found, strict=True)
         return torch.cat([torch.zeros(of.numel()) if one is None else one.float().cpu().flatten() for of, one in pairs])

@@ -114,6 +114,8 @@ def test_freezing_the_mask_s_row_comes_with_what_it_makes_possible():
 def test_8_bits_where_bitsandbytes_runs(gpu, int8, embedding, places):
     found = for_embedding(1, embedding=embedding, gpu=gpu, int8=int8)
     assert [one.changes["model.embedding"] for one in found if "model.embedding" in one.changes] == places
+    whole = suggestions(run(make_recipe("x", model={"quantization": "none"}), gpu=gpu, int8=int8))
+    assert any("model.quantization=nf4" in one.text for one in whole) is (gpu and int8)
     fixed = for_embedding(1, gpu=gpu, int8=int8, movable=False)
     assert not any("model.embedding" in one.changes for one in fixed)
 
