@@ -56,6 +56,7 @@ def test_stock_peft_and_the_merged_model_answer_as_the_run(write_recipe, tmp_pat
     torch.testing.assert_close(chances, torch.tensor([list(row.values()) for row in given]), atol=1e-4, rtol=0)
 
     export = export_merged(moved, tmp_path / "merged", backbone=run.recipe.model.backbone)
+    assert [carrier in note for note in export.notes if "sub-token" in note] == [True] * (task == "token")
     merged = get_task(task).auto_model().from_pretrained(export.folder).eval()
     logits = merged(**found["inputs"]).logits
     torch.testing.assert_close(logits, stock, atol=1e-4, rtol=0)

@@ -115,22 +115,33 @@ def test_two_trainings_of_one_name_exclude_each_other(write_recipe, tokmask, beg
     assert not run.lock.exists()
 
 
-@pytest.mark.parametrize("phase", ["load_corpus", "score_best", "save_adapter_folder"])
-def test_a_signal_in_any_phase_leaves_a_run_that_can_be_continued(write_recipe, monkeypatch, tmp_path, phase):
+@pytest.mark.parametrize(
+    ("phase", "options", "steps"),
+    [
+        ("load_corpus", SHORT, 3),
+        ("score_best", SHORT, 3),  # of 12 in an epoch
+        ("save_adapter_folder", ("training.patience=1", "training.learning_rate=1e-9", *LONG), 24),
+    ],
+)
+def test_a_signal_in_any_phase_leaves_a_run_that_can_be_continued(
+    write_recipe, monkeypatch, tmp_path, phase, options, steps
+):
     def stop(*_, **__):
         os.kill(os.getpid(), signal.SIGTERM)
 
     recipe, run = write_recipe(), RunFolder(tmp_path / "runs" / "tiny")
     with monkeypatch.context() as patch:
         patch.setattr(f"tokmask_peft.training.train.{phase}", stop)
-        stopped = CliRunner().invoke(app, ["train", str(recipe), *SHORT, "--quiet"])
+        stopped = CliRunner().invoke(app, ["train", str(recipe), *options, "--quiet"])
     assert stopped.exit_code == 130
     assert run.root.exists() == (phase != "load_corpus")
     assert ("--resume" in stopped.stderr) == run.root.exists()
     assert not run.finished()
     assert not run.adapter.exists()
-    train(Recipe.load(recipe, SHORT), resume=run.root.exists(), quiet=True)
+    found = train(Recipe.load(recipe, options), resume=run.root.exists(), quiet=True)
     assert not [path for path in run.root.iterdir() if path.name.startswith(".")]
+    scored = [line["step"] for line in found.log if "eval_loss" in line]
+    assert (found.result.steps, scored) == (steps, [*range(12, steps, 12), steps]), "it ended when it was stopped"
 
 
 def test_a_run_is_not_resumed_with_other_data_or_another_backbone(write_recipe, data_folder, tiny_backbone, tmp_path):

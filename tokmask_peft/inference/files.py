@@ -30,6 +30,7 @@ CHUNK_BATCHES, CHUNK_CHARACTERS = 32, 2_000_000
 SHOWN_PROBLEMS = 5
 BATCH_ROWS = 10_000  # of parquet, or words of an answer in JSON
 SHEET_ROWS, SHEET_CHARACTERS = 1_048_576, 32_767  # what a sheet of a workbook holds, and a cell of it
+SHEET_NUMBERS = 10**15  # a number in a sheet has 15 digits; one of more is written as a text
 Found = Example | Unreadable
 Cells = Sequence[Any]
 
@@ -349,7 +350,7 @@ def _workbook(path: Path, columns: Columns) -> Iterator[Write]:
     sheet = book.create_sheet("predictions")
 
     def cell_of(value: Any) -> Any:
-        if value is None or isinstance(value, bool | int | float):
+        if value is None or isinstance(value, float) or (isinstance(value, int) and abs(value) < SHEET_NUMBERS):
             return value
         if len(text := _as_text(value)) > SHEET_CHARACTERS:
             raise _too_much(f"a text has {len(text):,} characters, and a cell holds {SHEET_CHARACTERS:,}")

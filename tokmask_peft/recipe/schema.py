@@ -216,7 +216,7 @@ class TrainingConfig(Section):
         if self.epochs == "auto":
             per_pass: float = micro_batch
             if self.tokens_per_batch is not None:
-                per_pass = max(1.0, self.tokens_per_batch / (sub_tokens / texts))
+                per_pass = max(1.0, self.tokens_per_batch / self.views / (sub_tokens / texts))
             steps = 400 * max(texts / 300, 1.0) ** 0.4
             epochs = math.ceil(steps / math.ceil(texts / (per_pass * passes)))
             found["epochs"] = float(min(max(epochs, 2), 40))

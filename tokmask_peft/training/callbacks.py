@@ -82,7 +82,8 @@ class StopOnSignal(TrainerCallback):
 
     def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Keep the Trainer from scoring an interrupted epoch: that moves the random state and might win."""
-        if self.stopped and state.epoch is not None and not float(state.epoch).is_integer():
+        ended = state.global_step >= state.max_steps or state.epoch is None or float(state.epoch).is_integer()
+        if self.stopped and not ended:
             control.should_evaluate = control.should_save = False
 
 
@@ -93,18 +94,34 @@ class Patience(EarlyStoppingCallback):
         super().on_train_begin(args, state, control)
         stored = state.stateful_callbacks.get(type(self).__name__, {})
         self.early_stopping_patience_counter = stored.get("attributes", {}).get("early_stopping_patience_counter", 0)
+        control.should_training_stop |= self.early_stopping_patience_counter >= self.early_stopping_patience
 
 
-class BestOfThisRun(TrainerCallback):
-    """Look for the best checkpoint in the run's own folder: saved paths are wrong after a move. Clear later ones."""
+class Resuming(TrainerCallback):
+    """What the Trainer leaves undone if a run is resumed, so that it goes on and ends as one that was not interrupted.
+
+    A run that had ended makes no further step, which `OrderedEvalTrainer` sees to, and is not scored twice.
+    """
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Look for the best checkpoint in the run's own folder: a saved path may be wrong. Clear later ones."""
         if state.best_global_step:
             state.best_model_checkpoint = str(Path(args.output_dir) / f"checkpoint-{state.best_global_step}")
-        for path in Path(args.output_dir).glob("checkpoint-*/*") if state.is_world_process_zero else ():
-            step = path.parent.name[11:]
-            if step.isdecimal() and int(step) > state.global_step and not path.is_file():
+        # one that is damaged would count as the newest, and be kept in place of those that follow
+        for path in Path(args.output_dir).glob("checkpoint-*") if state.is_world_process_zero else ():
+            if path.name[11:].isdecimal() and int(path.name[11:]) > state.global_step:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        control.should_training_stop |= state.global_step >= state.max_steps
+
+    def on_epoch_begin(
+        self, args: Any, state: TrainerState, control: TrainerControl, train_dataloader: Any = None, **_: Any
+    ) -> None:
+        """Choose the order of an epoch: in several processes accelerate 1.15 does not, if it begins within one."""
+        train_dataloader.set_epoch(int(state.epoch or 0))
+
+    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if any(row["step"] == state.global_step and "eval_loss" in row for row in state.log_history):
+            control.should_evaluate = control.should_save = False
 
 
 class StepClock(TrainerCallback):

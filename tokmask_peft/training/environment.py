@@ -91,5 +91,5 @@ def tokens_per_step(training: TrainingConfig, lengths: Sequence[int], batches: i
 
     `batches` counts one process's batches in an epoch, if a budget of sub-tokens makes them.
     """
-    texts = training.micro_batch * processes if batches is None else len(lengths) / max(batches, 1)
-    return texts * training.views * training.gradient_accumulation * sum(lengths) / max(len(lengths), 1)
+    passes = batches or -(-len(lengths) // (training.micro_batch * processes))
+    return training.views * sum(lengths) / -(-passes // training.gradient_accumulation)

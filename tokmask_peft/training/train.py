@@ -49,10 +49,10 @@ from tokmask_peft.spans import NO_SPANS
 from tokmask_peft.tasks import get_task
 from tokmask_peft.training.callbacks import (
     AdapterMoves,
-    BestOfThisRun,
     LogFile,
     Patience,
     ProgressDisplay,
+    Resuming,
     StepClock,
     StopOnSignal,
 )
@@ -326,7 +326,7 @@ def make_trainer(prepared: Prepared, run: RunFolder, callbacks: list[TrainerCall
 def _attempt(prepared: Prepared, asked: Recipe, run: RunFolder, clock: StepClock, resume: bool) -> OrderedEvalTrainer:
     """Train to the end of the recipe; a signal or a lack of memory ends it earlier, with an exception."""
     stop, display = StopOnSignal(), ProgressDisplay(prepared.console)
-    trainer = make_trainer(prepared, run, [clock, stop, display, AdapterMoves(), BestOfThisRun()])
+    trainer = make_trainer(prepared, run, [clock, stop, display, AdapterMoves(), Resuming()])
     if trainer.is_world_process_zero():  # not before: a mistake found until here leaves no folder behind
         listed = ", ".join(f"{name} {version}" for name, version in versions().items())
         repeat = f"tokmask train {asked.run_dir / 'recipe.yaml'} name={asked.name}-again"

@@ -217,6 +217,8 @@ class OrderedEvalTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """Return the batches of an optimizer step, and how many labelled items they have that are not hidden."""
+        if self.control.should_training_stop:  # resumed at its end; the Trainer itself stops after a step only
+            return [], None
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         masking = self._masking()
         if masking is None or not masking.masker.hides_labels or not any(_labels_words(batch) for batch in batches):
@@ -407,6 +409,7 @@ def training_arguments(
         label_names=["labels"],
         logging_steps=training.logging_steps,
         logging_first_step=True,
+        logging_nan_inf_filter=False,  # it would log the mean of the losses before in place of one that is not finite
         disable_tqdm=True,
         report_to=list(training.report_to) or "none",
         ddp_find_unused_parameters=False,

@@ -251,6 +251,13 @@ def test_names_of_classes_and_large_numbers_are_texts_in_parquet(tmp_path):
     assert [row[1:3] for row in rows] == [["9007199254740993", 1.0], ["0.5", 0.5]]
 
 
+def test_a_workbook_holds_every_digit(tmp_path):
+    pytest.importorskip("openpyxl")
+    content = f'{{"text": "a", "id": {10**18 + 1}, "n": 7}}\n{{"text": "b", "id": {-(10**15) - 1}, "n": NaN}}\n'
+    (_, *rows), _ = predicted(tmp_path, "in.jsonl", content, "out.xlsx")
+    assert [row[1:3] for row in rows] == [["1000000000000000001", 7], ["-1000000000000001", None]]
+
+
 def test_numbers_that_are_not_finite_are_null_in_json(tmp_path, capsys):
     content = '{"text": "a", "n": NaN, "list": [1, {"m": -Infinity}]}\n'
     predicted(tmp_path, "in.jsonl", content, "out.jsonl")

@@ -26,8 +26,9 @@ def test_given_numbers_stay_and_budgets_count():
     given = TrainingConfig(epochs=6, batch_size=32)
     assert given.decided(300, 6_000) == {"patience": None}
     assert TrainingConfig(patience=None, epochs=3).decided(300, 6_000) == {"batch_size": 8}
-    budget = TrainingConfig(tokens_per_batch=320, batch_size=1).decided(1_000, 20_000)  # 16 texts at a time
-    assert 640 <= budget["epochs"] * 1_000 / 16 <= 760
+    for views in (1, 2):  # 16 texts at a time, or 8 of them twice
+        budget = TrainingConfig(tokens_per_batch=320, batch_size=1, views=views).decided(1_000, 20_000)
+        assert 640 <= budget["epochs"] * 1_000 / (16 / views) <= 760
 
 
 def test_recipes_of_studies_keep_their_numbers():

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -63,16 +65,32 @@ def test_forwards_are_changed_for_as_long_as_they_train(low, tmp_path):
     assert dropout_of(model) == {False}
 
 
-LENGTHS = [8] * 64  # so that a budget of 32 makes batches of 4 texts
+LENGTHS = [8] * 62  # so that a budget of 32 makes batches of 4 texts, and one of 2
 
 
-@pytest.mark.parametrize(("processes", "accumulation"), [(1, 3), (4, 1)])
-def test_a_budget_and_a_batch_size_count_the_texts_of_all_processes(processes, accumulation):
+@pytest.mark.parametrize(("processes", "accumulation", "steps"), [(1, 3, 6), (4, 1, 4), (1, 1, 16)])
+def test_the_sub_tokens_of_a_step_are_those_of_an_epoch_over_its_steps(processes, accumulation, steps):
     common = {"gradient_accumulation": accumulation, "batching": "padded"}
     sized = tokens_per_step(TrainingConfig(batch_size=4, **common), LENGTHS, None, processes)
     batches = len(TokenBudgetSampler(LENGTHS, 32, "padded", 0, 0, processes))
     budgeted = tokens_per_step(TrainingConfig(tokens_per_batch=32, **common), LENGTHS, batches, processes)
-    assert sized == budgeted == 4 * 8 * accumulation * processes
+    assert sized == budgeted == 62 * 8 / steps
+
+
+def test_a_loss_that_is_not_a_number_is_logged_as_it_is(tmp_path):
+    recipe = Recipe.load("quickstart", ["training.report_to=[]", "training.max_steps=2", "training.logging_steps=1"])
+    arguments = training_arguments(recipe, tmp_path, torch.device("cpu"), torch.float32)
+    arguments.eval_strategy = arguments.save_strategy = "no"
+    arguments.load_best_model_at_end = False
+    losses = iter([0.5, float("nan")])
+    trainer = OrderedEvalTrainer(
+        build("bert")[0], arguments, get_task("sequence").collator(tiny_tokenizer("wordpiece")),
+        train_dataset=[{"input_ids": [5, 6, 7], "labels": 1}] * 2,
+        compute_loss_func=lambda outputs, *_, **__: outputs.logits.sum() * 0 + next(losses),
+    )  # fmt: skip
+    trainer.train()
+    first, second = (row["loss"] for row in trainer.state.log_history if "loss" in row)
+    assert (first, math.isnan(second)) == (0.5, True)
 
 
 @pytest.mark.parametrize("precision", DTYPES)

@@ -11,13 +11,25 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.data_loader import prepare_data_loader, skip_first_batches
 from rich.console import Console
+from torch.utils.data import DataLoader
 from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from tokmask_peft.console import STOP_SIGNALS
 from tokmask_peft.errors import RunError
 from tokmask_peft.training import callbacks
-from tokmask_peft.training.callbacks import AdapterMoves, LogFile, Patience, ProgressDisplay, StepClock, StopOnSignal
+from tokmask_peft.training.callbacks import (
+    AdapterMoves,
+    LogFile,
+    Patience,
+    ProgressDisplay,
+    Resuming,
+    StepClock,
+    StopOnSignal,
+)
+from tokmask_peft.training.trainer import SeededLengthGrouping
 
 
 def state(step, main=True):
@@ -203,8 +215,34 @@ def test_patience_goes_on_where_the_checkpoint_was(tmp_path):
 
     resumed, later = Patience(2), TrainerState.load_from_json(tmp_path / "state.json")
     resumed.on_train_begin(args, later, control)
+    assert not control.should_training_stop
     resumed.on_evaluate(args, later, control, metrics={"eval_f1": 0.4})
     assert control.should_training_stop, "the second evaluation without a better score"
+
+
+def test_a_damaged_checkpoint_is_not_kept_in_place_of_later_ones(tmp_path):
+    for name in ("checkpoint-10", "checkpoint-20", "checkpoint-old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "optimizer.pt").touch()
+    then = TrainerState(global_step=10, max_steps=40, best_global_step=10)
+    Resuming().on_train_begin(SimpleNamespace(output_dir=tmp_path), then, TrainerControl())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-old"]
+    assert then.best_model_checkpoint == str(tmp_path / "checkpoint-10")
+
+
+def test_what_is_left_of_an_epoch_of_two_processes_has_its_own_order():
+    def loader():
+        sampler = SeededLengthGrouping(LengthGroupedSampler(2, lengths=list(range(1, 25))), seed=1)
+        rows = DataLoader(list(range(24)), batch_size=2, sampler=sampler)
+        return prepare_data_loader(rows, num_processes=2, process_index=1)
+
+    whole, resumed = loader(), loader()
+    whole.set_epoch(3)
+    wanted = [batch.tolist() for batch in whole]
+    Resuming().on_epoch_begin(None, TrainerState(epoch=3 + 2 / 6), TrainerControl(), train_dataloader=resumed)
+    rest = skip_first_batches(resumed, 2)
+    rest.set_epoch(3)  # as the Trainer does it
+    assert [batch.tolist() for batch in rest] == wanted[2:]
 
 
 @pytest.mark.parametrize("width", [60, 80, 200])
