@@ -368,6 +368,20 @@ def test_offline_names_the_way_out(run, tmp_path):
     assert "data.path" in error
 
 
+@pytest.mark.parametrize(("cached", "code"), [("loud", "hub-unreachable"), ("loud calm", "no-config")])
+def test_other_configurations_in_the_cache_are_not_taken(tmp_path, cached, code):
+    from datasets.packaged_modules.cache.cache import Cache
+
+    for config in cached.split():
+        (folder := tmp_path / "someone___moods" / config / "0.0.0" / SHA).mkdir(parents=True)
+        (folder / "dataset_info.json").write_text(json.dumps({"config_name": config}))
+    wanted = "mild" if code == "hub-unreachable" else None
+    kept = {"cache_dir": str(tmp_path), "config_name": wanted, "version": "auto", "hash": "auto"}
+    with pytest.raises(DataError) as caught:
+        _reach(SourceConfig(hub=MOODS), lambda: Cache(repo_id=MOODS, **kept))
+    assert caught.value.code == code
+
+
 def test_what_was_loaded_once_is_there_offline(run, hub, home):
     code = """
         found = read_split(SourceConfig(**HUB, hub_config="lid_someeng"), "train", "token")
@@ -487,7 +501,8 @@ def test_offline_an_id_is_found_in_the_cache_or_the_error_names_the_way_out(run,
 def test_a_cached_copy_of_another_revision_is_not_taken_for_the_one_that_is_asked_for(run, hub, tmp_path):
     copies, newer = tmp_path / "datasets/someone___feelings/default/0.0.0", "f" * 40
     code = """
-        import shutil
+        import io, logging, shutil
+        logging.getLogger("datasets").addHandler(logging.StreamHandler(said := io.StringIO()))
         def read(revision):
             try:
                 place = {"hub": "someone/feelings", "text_column": "post", "label_column": "feeling"}
@@ -502,6 +517,6 @@ def test_a_cached_copy_of_another_revision_is_not_taken_for_the_one_that_is_aske
     code += f"""
         found = [read(revision) for revision in ("main", {SHA!r}, "v9")]
         shutil.rmtree({str(copies / SHA)!r})
-        print(json.dumps([*found, read("main")]))
+        print(json.dumps([*found, read("main"), said.getvalue()]))
     """
-    assert run(code, tmp_path, HF_HUB_OFFLINE="1") == [60, 60, "hub-revision", "hub-revision"]
+    assert run(code, tmp_path, HF_HUB_OFFLINE="1") == [60, 60, "hub-revision", "hub-revision", ""]

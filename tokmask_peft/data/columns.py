@@ -353,14 +353,16 @@ class Table:
         label = self._named("label_column") or (labels[0] if labels else None)
         if label is None:
             return False
-        asked = Columns(TASKS["token"], group=self.found.data.get("group_column"))
+        asked, wanted = self._named("group_column"), Columns(TASKS["token"])
+        joined, group = True, asked.name if asked else None
         try:
-            joined, group = grouping(self.rows, word.name, label.name, asked, self.path.name)
+            if asked is None:
+                joined, group = grouping(self.rows, word.name, label.name, wanted, self.path.name)
         except DataError:
             if len(word.values) > 0.8 * len(word.strings) and "task" not in self.found.data:
                 return False  # names or the like: each a text
             raise
-        if not joined and "group_column" not in self.found.data:
+        if not joined:
             return False
         labels = [column for column in labels if column.name != group and not column.is_number]
         self.found.decide("task", "token", "a word and its label in each row")

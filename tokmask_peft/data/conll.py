@@ -299,6 +299,12 @@ class ConllReader:
         self._tabs, self._width = bool(tabbed), max(set(widths), key=widths.count)
         self._conllu = self._tabs and self._width == len(CONLLU_COLUMNS)
         self.sample = [row for row in fields if len(row) == self._width]
+        self._head: list[str] | None = None
+        if self._wanted.header is not False and _is_head(fields, self.sample):
+            self._head, *self.sample = self.sample
+            self._head = [cell.strip(" ") for cell in self._head]
+            why = "all its cells are usual names of columns, and the last is in no other row; data.header changes it"
+            self._wanted.decisions.append(Decision(f"header of {Path(self._name).name}", "the first row", why))
         self._labels = {row[-1] for row in self.sample}
         # of CoNLL-U's FEATS and MISC
         cells = {at: {row[at] for row in self.sample} if self._conllu else () for at in (5, 9)}
@@ -336,7 +342,7 @@ class ConllReader:
         return join_words(self._words(), self._name, self._wanted)
 
     def _words(self) -> Iterator[Word | Unreadable | None]:
-        label, inside = None, False
+        label, inside, head = None, False, self._head
         for number, line in enumerate(self._lines, start=1):
             where = f"{self._name}:{number}"
             if not line.strip(" \t"):
@@ -352,8 +358,8 @@ class ConllReader:
                 yield Unreadable(where, str(error), error.code)
                 inside = True
                 continue
-            if columns is not None:
-                inside = True
+            if columns is not None and columns != head:
+                inside, head = True, None
                 tag = columns[self._tag] if self._tagged else label
                 tag = dict(_PAIR.findall(tag)).get(self._key, "_") if self._key and tag is not None else tag
                 yield where, columns[self._text], tag if self._wanted.labelled else None
@@ -401,6 +407,13 @@ class ConllReader:
         if self._tagged and width < least:
             wanted = f"a word and its label need {least}"
         raise DataError(f"{found}, but {wanted}: {line!r}", code="column-count")
+
+
+def _is_head(rows: Sequence[Sequence[str]], whole: Sequence[Sequence[str]]) -> bool:
+    """Return whether the first row of a column file names the columns."""
+    first, *others = whole or [()]
+    names = rows[:1] == [first] and len(first) > 1 and all(map(is_usual, first))
+    return names and bool(others) and all(row[-1] != first[-1] for row in others)
 
 
 def _label_of(line: str) -> str | None:

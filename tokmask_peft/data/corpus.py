@@ -241,8 +241,9 @@ def load_corpus(config: DataConfig, seed: int) -> Corpus:
         validation, cleaning = clean_share(train, validation, cleaning)
         sources["validation"] = f"a share of {config.validation:g} of train"
     if not validation:
-        problem = "every validation text is also, or nearly, in test or train: name another file in data.validation, "
-        problem += "set it to a share of train such as 0.1, or keep such texts with data.hygiene=report"
+        other = "a file" if isinstance(config.validation, float) else "another file, or a share of train such as 0.1,"
+        problem = f"every validation text is also, or nearly, in test or train: name {other} in data.validation"
+        problem += ", or keep such texts with data.hygiene=report"
         raise DataError(problem, code="nothing-left", split="validation")
     if config.max_train is not None:
         train = subset(train, config.max_train, seed)

@@ -177,7 +177,8 @@ def _place_splits(splits: Mapping[str, Path] | Mapping[str, str], found: Finding
     share = 0.2 if size < 1000 else 0.1 if size < 20_000 else 0.05
     why = f"{share:.0%} of train are set aside to choose the checkpoint: stratified, near-duplicates on one side"
     found.decide("validation", share, why)
-    rest = [name for name in (here.get("test"), here.get("validation")) if name and name != data["validation"]]
+    taken = str(data["validation"])
+    rest = [name for split, name in here.items() if name != taken and canonical(taken) != split][::-1]  # test first
     if rest:
         why = "its name says so" if rest[0] == here.get("test") else f"the only other {kind} with labels"
         found.decide("test", rest[0], f"{why}; it scores what was chosen")
@@ -309,7 +310,7 @@ def _find_labels_in_lines(path: Path, lines: Sequence[str], ending: str, found: 
 def _find_tags(path: Path, lines: Sequence[str], found: Findings) -> None:
     """Set task and label column of a column file."""
     answers: dict[str, str] = {}
-    reader = ConllReader(lines, path.name, Columns(TASKS["sequence"], separator=_asked(found).separator))
+    reader = ConllReader(lines, path.name, replace(_asked(found), text=None, label=None, second=None))
     texts = list(reader)
     labels = count_labels(one for one in texts if isinstance(one, Example))
     if len(labels) > 1 and labels.total() > 0.9 * len(texts):

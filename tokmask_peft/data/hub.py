@@ -154,8 +154,13 @@ def _builder(source: SourceConfig) -> Any:
     from huggingface_hub.constants import HF_HUB_CACHE
     from huggingface_hub.file_download import repo_folder_name
 
-    hub, wanted = str(source.hub), source.hub_revision
-    found = _reach(source, lambda: datasets.load_dataset_builder(hub, name=source.hub_config, revision=wanted))
+    hub, wanted, verbosity = str(source.hub), source.hub_revision, datasets.logging.get_verbosity()
+    if wanted is not None:
+        datasets.logging.set_verbosity_error()  # it says which copy is the newest, which may not be the one to read
+    try:
+        found = _reach(source, lambda: datasets.load_dataset_builder(hub, name=source.hub_config, revision=wanted))
+    finally:
+        datasets.logging.set_verbosity(verbosity)
     if wanted is None or not isinstance(found, Cache):
         return found
     known = Path(HF_HUB_CACHE, repo_folder_name(repo_id=hub, repo_type="dataset"), "refs", wanted)  # a branch, a tag

@@ -1,5 +1,6 @@
 """Formats and sources of texts: which reader a file needs, which file a split means, and what must be in it."""
 
+import functools
 import json
 import re
 from collections import deque
@@ -32,6 +33,7 @@ def table(rows: Callable[[DataFile], Iterator[Row]]) -> Reader:
     return _table_reader(lambda file, columns: rows(file))
 
 
+@functools.cache  # so that formats that are read alike have the same reader
 def _table_reader(rows: Rows) -> Reader:
     return lambda file, columns: tables.examples(rows(file, columns), file.name, columns)
 

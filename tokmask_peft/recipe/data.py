@@ -90,8 +90,8 @@ class SourceConfig(Section):
     )
     header: Literal["auto"] | StrictBool = Field(
         "auto",
-        description="CSV, TSV and xlsx: whether the first row names the columns; without a header they have numbers "
-        "from 0; auto decides from the cells, and skips a title above the header",
+        description="CSV, TSV, xlsx and conll: whether the first row names the columns; without a header they have "
+        "numbers from 0; auto decides from the cells, and skips a title above the header",
     )
     group_column: str | int | None = Field(
         None,

@@ -2,6 +2,8 @@
 
 import io
 import itertools
+import os
+import re
 
 import pytest
 import yaml
@@ -83,6 +85,10 @@ class TestInit:
         assert "posts.yaml exists" in mistake("init", "posts.csv", "--backbone", backbone, "--yes")
         assert init("posts.csv", "--out", "there/mine.yaml", backbone=backbone).exit_code == 0
         assert load_recipe(posts.parent / "there" / "mine.yaml").data.path == str(posts)
+        (posts.parent / "there" / "test.csv").write_text("id;tweet\n1;hola\n")
+        posts.rename(posts.parent / "there" / "train.csv")
+        assert init("there", "--out", "there/all.yaml", backbone=backbone).exit_code == 0
+        assert load_recipe(posts.parent / "there" / "all.yaml").data.path == str(posts.parent / "there")
 
     @pytest.mark.parametrize(
         ("arguments", "said"),
@@ -102,6 +108,10 @@ class TestInit:
             (["data.task=token"], "name a data file"),
             (["data.hub=null"], "name a data file"),
             (["posts.csv", "--out", "posts.csv"], "exists"),
+            (["empty.csv", "--out", "posts.csv/new.yaml"], "Not a directory"),
+            (["posts.csv", "data.path=other.csv"], "the FILE and data.path name different data"),
+            (["data.hub=a/b", "data.builtin=true"], "data.hub and data.builtin name different data"),
+            (["posts.csv", "--backbone", "a", "model.backbone=b"], "give one of them"),
         ],
     )
     def test_mistakes(self, posts, arguments, said):
@@ -109,6 +119,19 @@ class TestInit:
         (posts.parent / "folder").mkdir()
         assert said in mistake("init", *arguments, "--yes")
         assert not list(posts.parent.glob("*.yaml"))
+
+    @pytest.mark.usefixtures("without_memory")
+    def test_reasons_are_true_and_never_break_the_file(self, posts, backbone, monkeypatch):
+        text = posts.read_text(encoding="utf-8").replace("casa bueno", "casa\x92s\u2028\x07\uffff bueno")
+        posts.write_text(text.replace(";", "\t"), encoding="utf-8")
+        keys = ["data.language=[es]", "training.epochs=3", "data.separator=\\t"]
+        found = init("posts.csv", *keys, "--out", "a\nb.yaml", backbone=os.path.relpath(backbone))
+        assert found.exit_code == 0, found.output
+        monkeypatch.chdir("/")
+        recipe = load_recipe(posts.parent / "a\nb.yaml")
+        assert os.path.normpath(recipe.model.backbone) == str(backbone)
+        assert (recipe.data.language, recipe.training.epochs, recipe.data.separator) == (("es",), 3, "tab")
+        assert not re.search(r"data\.language|training\.epochs", found.stdout)
 
     @pytest.mark.usefixtures("without_memory")
     def test_a_person_is_asked_only_if_one_is_there_and_it_is_not_sure(self, posts, backbone, monkeypatch):

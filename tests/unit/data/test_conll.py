@@ -106,7 +106,7 @@ def test_columns_separated_by_spaces():
 
 @pytest.mark.parametrize(
     ("text", "line"),
-    [("a\tx\nb\nc\ty\n", 2), ("a x\nb x y\nc y\n", 2), ("a\tb\tx\nc\tx\nd\te\tx\n", 2), ("alone\n", 1)],
+    [("a\tx\nb\nc\ty\n", 2), ("a x\nb x y\nc y\n", 2), ("a\tb\tx\nc\tx\nd\te\tx\n", 2)],
 )
 def test_a_line_with_other_columns_names_its_place(text, line):
     assert refused(text) == ("column-count", f"posts.conll:{line}")
@@ -150,12 +150,24 @@ def test_without_labels_one_column_is_enough():
     assert refused("hola\nNew York\nfriend\n", labelled=False) == ("column-count", "posts.conll:2")
 
 
-def test_unlabelled_texts_of_a_sequence_task_are_an_error(tmp_path):
+def test_names_above_the_columns_are_not_words():
+    text = "# id = 1\nWord\tLang\tPOS\nhola\tes\tX\nword\tlang\tpos\n\nok\ten\tX\n"
+    for more in ({}, {"labelled": False}):
+        assert [example.text for example in read(text, **more)] == [("hola", "word"), ("ok",)]
+    assert read(text, header=False)[0].text == ("Word", "hola", "word")
+    assert read("token\ttag\nhola\ttag\n")[0].text == ("token", "hola")
+
+
+def test_unlabelled_texts_are_an_error(tmp_path):
     path = tmp_path / "train.conll"
-    path.write_text("# sent_enum = 1\nyes\tlang1\n")
-    with pytest.raises(DataError, match="comment") as caught:
-        read_split(SourceConfig(path=str(path)), "train", "sequence")
-    assert caught.value.code == "no-labels"
+    for task, content, remedy in (
+        ("sequence", "# sent_enum = 1\nyes\tlang1\n", "comment"),
+        ("token", "yes\nno\n", "data.test"),
+    ):
+        path.write_text(content)
+        with pytest.raises(DataError, match=remedy) as caught:
+            read_split(SourceConfig(path=str(path)), "train", task)
+        assert caught.value.code == "no-labels"
 
 
 visible = st.text(

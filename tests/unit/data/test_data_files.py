@@ -93,6 +93,7 @@ def test_one_file_is_train_and_others_lie_beside_it(folder):
 def test_format_by_ending_or_as_asked(tmp_path):
     assert reader_of(tmp_path / "a.CONLLU") is READERS[".conll"]
     assert reader_of(tmp_path / "a.data", "csv") is READERS[".csv"]
+    assert reader_of(tmp_path / "a.json") is READERS[".jsonl"]
     for ending, asked in [("doc", "auto"), ("csv", "jsnl")]:
         with pytest.raises(DataError, match=r"Set data.format to one of auto, conll") as caught:
             reader_of(tmp_path / f"a.{ending}", asked)

@@ -63,6 +63,7 @@ KINDS = {
     "conll as tsv": ("a.tsv", blocks("{word}\t{tag}"), TOKEN | {"format": "conll", "label_column": 1}),
     "conll with blanks in a txt": ("a.txt", blocks("{word} {tag}"), TOKEN | {"format": "conll", "label_column": 1}),
     "conll without an ending": ("a", blocks("{word}\t{tag}"), TOKEN | {"format": "conll", "label_column": 1}),
+    "names above the columns": ("a.conll", "Token\tTag\n" + blocks("{word}\t{tag}"), TOKEN | {"label_column": 1}),
     "labels of texts in meta lines": ("a.conll", blocks("{word}\t{tag}", "meta\t{at}\t{mood}\n"), SEQUENCE),
     "several columns": ("a.conll", blocks("{word}\t{tag}\tX{n}"), TOKEN | {"label_column": 2}),
     "conllu": (
@@ -91,6 +92,15 @@ KINDS = {
         "a.csv", ",post,tone\n" + "".join(f"{at},{t},{m}\n" for at, (t, m) in enumerate(PAIRS)),
         SEQUENCE | {"text_column": "post", "label_column": "tone", "header": None},
     ),
+    "columns that pandas counted": (
+        "a.csv", ",0,1\n" + "".join(f"{at},{t},{m}\n" for at, (t, m) in enumerate(PAIRS)),
+        SEQUENCE | {"text_column": "0", "label_column": "1", "header": None},
+    ),
+    "Excel's line on the separator": (
+        "a.csv", "sep=;\nBeitrag;Urteil;n\n" + "".join(f"{t};{m};{at}\n" for at, (t, m) in enumerate(PAIRS)),
+        SEQUENCE | {"text_column": "Beitrag", "label_column": "Urteil", "separator": ";"},
+    ),
+    "the same without a header": ("a.csv", "sep=;\n" + rows(";"), SEQUENCE | {"header": False, "text_column": 0}),
     "python lists in cells": ("a.csv", listed(repr), TOKEN | {"text_column": "words"}),
     "numpy lists in cells": ("a.csv", listed(lambda row: repr(row).replace(",", "")), TOKEN | {"label_column": "lid"}),
     "numbers as labels": ("a.tsv", rows("\t", "text\tlabel").replace("pos", "1.0").replace("neg", "0"), SEQUENCE),
@@ -242,6 +252,60 @@ class TestSplits:
         assert corpus.test
         reasons = {decision.what: decision.reason for decision in found.decisions}
         assert ("name" in reasons["data.test"]) is (test == "test.tsv")
+
+    @pytest.mark.parametrize(
+        ("train", "test"),
+        [
+            (("train.csv", rows(",", "text,label")), ("test.csv", "id,text\n1,hola amigo\n")),
+            (("train.conll", blocks("{word}\t{tag}")), ("test.conll", "hola\namigo\n\nok\n")),
+            (("train.conll", blocks("{word}\tX\t{tag}")), ("test.conll", "hola\tX\t\namigo\tX\t\n")),
+            (("train.csv", rows(",", "text,label")), ("test.jsonl", '{"text": "hola"}\n')),
+        ],
+    )
+    def test_a_test_set_without_labels_is_left_out_and_reported(self, tmp_path, train, test):
+        for name, content in (train, test):
+            (tmp_path / name).write_text(content)
+        files = [tmp_path / train[0], tmp_path / test[0]]
+        for paths in ([tmp_path], files, files[:1]):
+            found, corpus = detect(paths, {})
+            assert (found.data["test"], corpus.test) == (None, [])
+            reasons = " ".join(f"{one.choice} {one.reason}" for one in found.decisions if test[0] in one.reason)
+            assert "not used" in reasons or (len(paths) == 1 and test[0] == "test.jsonl")
+
+    def test_what_is_not_used_of_a_folder_is_reported_and_the_user_s_train_decides(self, tmp_path):
+        for name in ("train.tsv", "dev.tsv", "train.lid.tsv", "dev.lid.tsv", "lexicon.tsv", "~$train.tsv"):
+            (tmp_path / name).write_text(rows("\t", "text\tlabel").replace(" n", f" {name} n"))
+        found, _ = detect([tmp_path], {"hygiene": "report"})
+        (decision,) = [one for one in found.decisions if one.what == "FILE"]
+        assert decision.reason.startswith("not used: dev.tsv, lexicon.tsv, train.tsv; or is it train.tsv?")
+        found, _ = detect([tmp_path], {"hygiene": "report", "train": "train.tsv"})
+        assert (found.data["train"], found.data["test"]) == ("train.tsv", "dev.tsv")
+        found, _ = detect([tmp_path], {"hygiene": "report", "train": "train.tsv", "validation": "dev"})
+        assert found.data["test"] is None
+
+
+ROWS = "".join(f"{text}~{mood}~x{at}\n" for at, (text, mood) in enumerate(PAIRS))
+TEXT, LABEL = {"text_column": "Beitrag"}, {"label_column": "Urteil"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "given", "expected"),
+    [
+        ("a.jsonl", '{"text": "hola %s", "label": "%s"}\n', {"format": "auto"}, NAMED),
+        ("a.txt", blocks("{word}\t{tag}"), {"format": "auto", "separator": "auto"}, TOKEN | {"format": "conll"}),
+        ("a.conll", blocks("{word};{tag}"), {"separator": ";"}, TOKEN | {"label_column": 1}),
+        ("a.csv", "doc,sent,word,tag\n" + blocks("{at},{at},{word},{tag}", end=""), {"group_column": "sent"}, TOKEN),
+        ("a.txt", "text~label~2019\n" + ROWS, {"separator": "~"}, NAMED | {"format": "csv"}),
+        ("a.csv", "Beitrag~Urteil~2019\n" + ROWS, {"separator": "~"} | LABEL, TEXT),
+        ("a.csv", "Ein Korpus~~\nBeitrag~Urteil~x\n" + ROWS, {"separator": "~"} | TEXT, LABEL),
+    ],
+)  # fmt: skip
+def test_what_the_user_says_counts_when_a_file_is_looked_at(tmp_path, name, content, given, expected):
+    file = tmp_path / name
+    file.write_text("".join(content % pair for pair in PAIRS) if "%s" in content else content)
+    found, corpus = detect([file], given)
+    assert found.data.items() >= expected.items()
+    assert (len(corpus.train) + len(corpus.validation), len(corpus.labels)) == (40, 2)
 
 
 def test_shards_and_a_column_of_splits(tmp_path):

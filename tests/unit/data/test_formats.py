@@ -168,6 +168,13 @@ def test_an_empty_word_is_left_out_with_its_text_if_asked(write):
         path = write(name, content)
         assert refused(path, "token", **options).code == "empty-word"
         assert [label for _, label in read(path, "token", missing=[""], **options)[0]] == [None, ("Eng",)]
+    for name, content, options in (
+        ("d.csv", 'text,label\n"  ",x\nok,y\n', {}),
+        ("e.txt", "x\ny ok\n", {"format": "labelled"}),
+    ):
+        path = write(name, content)
+        assert refused(path, **options).code == "empty-text"
+        assert [label for _, label in read(path, missing=[""], **options)[0]] == [None, "y"]
 
 
 def test_a_folder_of_packed_files_has_its_splits(tmp_path):

@@ -195,6 +195,8 @@ def test_words_without_their_texts_are_refused_with_the_key(write):
     assert "data.group_column" in str(error)
     assert [text for text, _ in read(again, "token", group_column="sent")[0]] == [("a", "b"), ("c",), ("d", "e")]
     assert refused(again, text_column="words", label_column="tags", group_column="sent").code == "column"
+    notes = "words,tags,note\n" + "".join(f"{word},x,{'odd' * (word == 'e')}\n" for word in "abcdefgh")
+    assert refused(write("e.csv", notes), "token").fields["columns"] == ()
     assert read(write("c.csv", 'words,tags\n"[""hola""]",x\n"[""ok""]",y\n'), "token")[0][0] == (("hola",), ("x",))
 
 
@@ -211,11 +213,17 @@ def test_rows_of_a_text_that_are_apart_are_counted(write):
             assert all(f": {count};" in one and "sort the file by 'id'" in one for one in reasons)
 
 
+IDS = '{"id": %s, "word": "ok", "tag": %s}\n'
+
+
 def test_an_empty_word_is_named_at_its_line(write):
     for name, content in (("a.conll", "yes\tx\n\tO\nno\tx\n\n"), ("b.csv", "id,word,tag\n1,yes,x\n1,,O\n2,no,x\n")):
         error = refused(path := write(name, content), "token")
         assert (error.code, error.fields["where"]) == ("empty-word", f"{path}:{3 if name == 'b.csv' else 2}")
     assert refused(write("c.jsonl", '{"words": ["a", ""], "tags": ["x", "y"]}\n'), "token").code == "empty-word"
+    cells = "".join(IDS % row for row in [(1, "NaN"), (2, '"x"'), ("NaN", '"x"')])
+    assert refused(path := write("e.jsonl", cells), "token", group_column="id").code == "empty-label"
+    assert [text for text, _ in read(path, "token", group_column="id", missing=[""])[0]] == [("ok",), ("ok", "ok")]
     found, decided = read(write("d.conll", "# sent_enum = 1 pos\nyes\tx\n\tO\nno\tx\n"))
     assert (found[0][0], decided) == ("yes no", {"empty words": "left out"})
 

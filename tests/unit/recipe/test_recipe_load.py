@@ -93,7 +93,7 @@ class TestOverrides:
             ("data.path=[draft", "data.path", "[draft"),
             ("data.test=null", "data.test", None),
             ("data.test=no", "data.test", "no"),
-            ("data.separator=|", "data.separator", "|"),
+            *((f"data.separator={mark}", "data.separator", mark) for mark in "|-?#:*"),
             ("data.hub_config=2024-01-01", "data.hub_config", "2024-01-01"),
             ("data.label_map={no: yes, on: off}", "data.label_map", {"no": "yes", "on": "off"}),
             ("adapter.targets=[q_proj, v_proj]", "adapter.targets", ("q_proj", "v_proj")),

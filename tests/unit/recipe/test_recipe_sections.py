@@ -144,6 +144,9 @@ def test_a_backbone_elsewhere_stays_as_given(tmp_path, monkeypatch, folder):
         ("sequence", {"text_column": ["text", "text"]}, "'text' twice.* two columns"),
         ("sequence", {"text_column": ["0", 0]}, "'0' twice"),
         ("sequence", {"text_column": ["text", "title"]}, None),
+        ("sequence", {"label_map": {"neutral": ""}}, "'neutral' an empty label.*data.missing"),
+        ("multilabel", {"label_map": {"neutral": ""}}, None),
+        ("sequence", {"test": 0.2}, "only validation .*null"),
     ],
 )
 def test_a_key_that_would_do_nothing_is_refused(task, data, problem):

@@ -145,6 +145,10 @@ class TestCopy:
         copy_recipe(tmp_path / "one.yaml", tmp_path / "two.yaml")
         assert load_recipe(tmp_path / "two.yaml") == load_recipe("quickstart")
         assert f"tokmask train {tmp_path / 'two.yaml'}" in (tmp_path / "two.yaml").read_text()
+        (tmp_path / "posts.csv").touch()
+        copy_recipe("quickstart", tmp_path / "three.yaml", ["data.path=posts.csv"])
+        copy_recipe(tmp_path / "three.yaml", tmp_path / "sub" / "four.yaml")
+        assert load_recipe(tmp_path / "sub" / "four.yaml").data.path == str(tmp_path / "posts.csv")
 
 
 def test_differences_name_what_changed_and_not_where_it_lies():
