@@ -3,10 +3,11 @@
     TOKMASK_DATA=FOLDER TOKMASK_BACKBONES=FOLDER python benchmarks/own_data.py [--only kin,trec] [--sizes 360]
         [--seeds 1,2,3] [--set KEY=VALUE …]
 
-A cell is a corpus, a number of texts and a seed, which draws the texts, and of these the validation texts; the test
-texts are the corpus's own, at most 1,000. The backbone is multilingual-e5-small, `e5-small` below TOKMASK_BACKBONES.
-`--set` changes keys of the recipe and makes an arm of its own. Cells that are in `results/own_data.json` are not
-run again. `studies/page.py` writes the table of docs/results.md.
+A cell is a corpus, a number of texts and a seed, which draws the texts and moves everything else; the test texts are
+the corpus's own, at most 1,000. The rest is as `tokmask train FOLDER` decides on a CPU: the backbone is MiniLM for
+English, otherwise multilingual-e5-small, which is `e5-small` below TOKMASK_BACKBONES. `--set` changes keys of a recipe
+and makes an arm of its own. Cells that are in `results/own_data.json` are not run again. `studies/page.py` writes the
+table of docs/results.md.
 """
 
 from __future__ import annotations
@@ -24,17 +25,16 @@ from typing import Any
 
 from tokmask_peft import train
 from tokmask_peft.artifacts import Run, write_json
+from tokmask_peft.cli.start import E5, make_draft
 from tokmask_peft.console import quiet_libraries
 from tokmask_peft.data.corpus import load_corpus
 from tokmask_peft.examples import Example
 from tokmask_peft.recipe.data import DataConfig
-from tokmask_peft.recipe.loading import load_recipe
 from tokmask_peft.recipe.schema import Recipe
 from tokmask_peft.tasks import get_task
 from tokmask_peft.training.environment import environment
 
 RESULT = Path(__file__).parent / "results" / "own_data.json"
-BACKBONE = Path(__file__).parent.parent / "recipes" / "_backbones" / "e5-small.yaml"
 CORPORA: dict[str, dict[str, Any]] = {
     **{name: {"task": "sequence", "path": f"afrisenti/{name}"} for name in ("kin", "swa", "tso", "twi")},
     "sentimix": {"task": "sequence", "path": "sentimix_spanglish", "format": "tsv", "validation": 0.1, "test": "dev"},
@@ -44,6 +44,7 @@ CORPORA: dict[str, dict[str, Any]] = {
     "sagt-lid": {"task": "token", "path": "ud_tur_deu_sagt"},
     "lince-lid": {"task": "token", "path": "lince_lid_spaeng", "validation": 0.1, "test": "validation"},
 }
+ENGLISH = ("trec",)
 SIZES, TESTED = (360, 1000, 5000), 1000
 
 
@@ -91,16 +92,11 @@ def has_all(path: Path, cell: dict[str, Any]) -> bool:
 
 
 def run_cell(corpus: str, size: int, seed: int, changes: Sequence[str], folder: Path) -> dict[str, Any]:
-    """Train on a file of `size` texts as a newcomer would; return the scores."""
-    texts, task = draw_files(corpus, size, seed, folder), CORPORA[corpus]["task"]
-    recipe = folder / "recipe.yaml"
-    recipe.write_text(
-        f"base: {BACKBONE}\nname: run\noutput_dir: {folder}\nseed: {seed}\n"
-        f"model: {{backbone_path: {os.environ['TOKMASK_BACKBONES']}/e5-small}}\n"
-        f"data: {{task: {task}, path: {folder}, validation: 0.15, test: test}}\n",
-        encoding="utf-8",
-    )
-    return train_and_measure(load_recipe(recipe, list(changes)))[0] | {"texts": texts}
+    """Train on a folder with `size` texts as `tokmask train FOLDER` would; return the scores."""
+    texts = draw_files(corpus, size, seed, folder)
+    place = [f"model.backbone={E5}", f"model.backbone_path={os.environ['TOKMASK_BACKBONES']}/e5-small"]
+    given = [*(place if corpus not in ENGLISH else ()), "name=run", f"output_dir={folder}", f"seed={seed}", *changes]
+    return train_and_measure(make_draft([folder], given, [], yes=True).recipe)[0] | {"texts": texts}
 
 
 def train_and_measure(recipe: Recipe) -> tuple[dict[str, Any], Run]:
@@ -126,20 +122,6 @@ def train_and_measure(recipe: Recipe) -> tuple[dict[str, Any], Run]:
     }, run
 
 
-def share_cells(path: Path) -> None:
-    """Take over the cells of multilingual-e5-small that `backbones.py` has run in the same way."""
-    ran = RESULT.with_name("backbones.json")
-    done, other = (json.loads(file.read_text("utf-8")) if file.is_file() else {"cells": []} for file in (path, ran))
-    known = {(cell["corpus"], cell["size"], cell["seed"]) for cell in done["cells"] if not cell["arm"]}
-    for cell in other["cells"]:
-        place = cell["corpus"], 1000, cell["seed"]
-        if (
-            cell["backbone"] == "e5-small" and cell["corpus"] != "lince-lid" and place not in known
-        ):  # other labels there
-            done["cells"].append({"arm": "", "size": 1000} | cell)
-    write_json(path, other | done, indent=1)
-
-
 def main() -> None:
     """Run the cells that are missing."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -153,8 +135,6 @@ def main() -> None:
     sizes, seeds = ([int(part) for part in text.split(",")] for text in (given.sizes, given.seeds))
     wanted = itertools.product(seeds, sizes, given.only.split(","))
     arm = " ".join(sorted(given.set))
-    if given.out == RESULT:
-        share_cells(RESULT)
     cells = ({"arm": arm, "corpus": corpus, "size": size, "seed": seed} for seed, size, corpus in wanted)
     for cell, folder in missing_cells(given.out, (cell for cell in cells if not has_all(given.out, cell))):
         corpus, size, seed = cell["corpus"], cell["size"], cell["seed"]
