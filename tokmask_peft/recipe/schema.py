@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
@@ -309,3 +309,11 @@ def regularizers(recipe: type[BaseModel] = Recipe) -> dict[str, Regularizer]:
     """Return the fields that are regularizers by dotted path, in the order of the recipe."""
     marks = ((path, mark) for path, field in all_fields(recipe) for mark in field.metadata)
     return {path: mark for path, mark in marks if isinstance(mark, Regularizer)}
+
+
+def changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
+    """Return a copy of a recipe with other values at dotted keys of its sections."""
+    for key, value in changes.items():
+        name, _, inner = key.partition(".")
+        recipe = recipe.model_copy(update={name: getattr(recipe, name).model_copy(update={inner: value})})
+    return recipe

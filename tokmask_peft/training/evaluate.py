@@ -20,8 +20,8 @@ from tokmask_peft.model.adapter import load_adapter
 from tokmask_peft.model.backbone import load_backbone
 from tokmask_peft.model.decisions import plan_loading
 from tokmask_peft.model.layers import average_words
-from tokmask_peft.model.memory.suggestions import Situation, changed, memory_errors
-from tokmask_peft.recipe.schema import Recipe
+from tokmask_peft.model.memory.suggestions import Situation, memory_errors
+from tokmask_peft.recipe.schema import Recipe, changed
 from tokmask_peft.spans import NO_SPANS, Spans
 from tokmask_peft.tasks import get_task
 from tokmask_peft.training.environment import processes

@@ -29,9 +29,9 @@ from tokmask_peft.model.memory.estimate import (
     workload,
 )
 from tokmask_peft.model.memory.step import Setting, bare_model
-from tokmask_peft.model.memory.suggestions import Situation, Suggestion, changed, suggestions
+from tokmask_peft.model.memory.suggestions import Situation, Suggestion, suggestions
 from tokmask_peft.model.packed import choose_batching, head_size
-from tokmask_peft.recipe.schema import Recipe
+from tokmask_peft.recipe.schema import Recipe, changed
 
 CHECKPOINTING = "model.gradient_checkpointing"
 BF16_ASSUMED = (

@@ -41,10 +41,10 @@ from tokmask_peft.model.backbone import Backbone, load_backbone
 from tokmask_peft.model.decisions import PRECISIONS, enable_checkpointing, in_short, out_of_memory
 from tokmask_peft.model.layers import average_words, choose_label_on, placement_problem
 from tokmask_peft.model.location import check_length
-from tokmask_peft.model.memory.suggestions import Phase, Situation, changed, memory_error, memory_errors, smaller_batch
+from tokmask_peft.model.memory.suggestions import Phase, Situation, memory_error, memory_errors, smaller_batch
 from tokmask_peft.model.packed import choose_batching, enable_padding_free
 from tokmask_peft.recipe.loading import to_yaml
-from tokmask_peft.recipe.schema import Recipe, TrainingConfig
+from tokmask_peft.recipe.schema import Recipe, TrainingConfig, changed
 from tokmask_peft.spans import NO_SPANS
 from tokmask_peft.tasks import get_task
 from tokmask_peft.training.callbacks import (

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from tokmask_peft.errors import RunError, TokmaskError
 from tokmask_peft.model.decisions import in_short, out_of_memory
 from tokmask_peft.model.memory.estimate import Estimate, Memory, shown
-from tokmask_peft.recipe.schema import Recipe
+from tokmask_peft.recipe.schema import Recipe, changed
 
 Changes = Mapping[str, Any]
 Phase = Literal["run", "loading", "training", "evaluation", "prediction"]
@@ -48,14 +48,6 @@ class Situation:
     checkpointable: bool = True
     int8: bool = False  # whether bitsandbytes runs on the device
     texts: int = 1  # in a forward pass of a command that takes `--batch-size`
-
-
-def changed(recipe: Recipe, changes: Changes) -> Recipe:
-    """Return a copy of a recipe with other values at dotted keys of its sections."""
-    for key, value in changes.items():
-        name, _, inner = key.partition(".")
-        recipe = recipe.model_copy(update={name: getattr(recipe, name).model_copy(update={inner: value})})
-    return recipe
 
 
 def smaller_batch(batch_size: int, gradient_accumulation: int) -> tuple[int, int] | None:

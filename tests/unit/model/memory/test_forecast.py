@@ -15,7 +15,8 @@ from tokmask_peft.model.decisions import bitsandbytes_problem
 from tokmask_peft.model.memory import estimate as estimate_module
 from tokmask_peft.model.memory.estimate import Estimate, Memory, device_memory, gpu_memory
 from tokmask_peft.model.memory.step import Setting, Shape, bare_model
-from tokmask_peft.model.memory.suggestions import Situation, changed, suggestions
+from tokmask_peft.model.memory.suggestions import Situation, suggestions
+from tokmask_peft.recipe.schema import changed
 from tokmask_peft.training import memory as forecasting
 from tokmask_peft.training.memory import Lengths, before_training, forecast, workload
 

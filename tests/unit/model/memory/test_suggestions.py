@@ -6,8 +6,8 @@ from measured import make_recipe
 
 from tokmask_peft.errors import ModelError, RunError
 from tokmask_peft.model.memory.estimate import Estimate, Memory
-from tokmask_peft.model.memory.suggestions import Situation, changed, memory_errors, smaller_batch, suggestions
-from tokmask_peft.recipe.schema import Recipe
+from tokmask_peft.model.memory.suggestions import Situation, memory_errors, smaller_batch, suggestions
+from tokmask_peft.recipe.schema import Recipe, changed
 
 GIB = 2**30
 EMBEDDING = {"offload": 0, "8bit": GIB // 2, "resident": GIB}
